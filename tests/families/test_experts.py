@@ -241,7 +241,7 @@ def test_impossible_plans_of_experts(golden):
     uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
     with pytest.raises(UserError, match=r"one (number|width) for all layers"):
         prune(model, [KeptLayer(i, kept) for i, kept in enumerate(uneven)])
-    with pytest.raises(UserError, match="a layer has experts, and no single input of down_proj"):
+    with pytest.raises(UserError, match="a single input of down_proj, but a layer has experts"):
         vp.score(model, [golden.batch("right")], criterion="activation")
 
 
@@ -282,7 +282,7 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
 
 def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
     cfg = vp.load(goldens / "families/qwen3_5_moe/ckpt").cfg
-    with pytest.raises(UserError, match=r'export\.mtp="cut": heads whose layers have experts .* use mtp="drop"'):
+    with pytest.raises(UserError, match=r'export\.mtp="cut": MTP layers with experts .* use mtp="drop"'):
         MtpCut({}, family_of(cfg), cfg)
 
 
@@ -314,7 +314,7 @@ def with_nan(array):
     [
         ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
         ("qwen3_vl_moe", {"num_experts": 1}, None, "every token uses 2 experts, but the layer has 1"),
-        ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts 8 and num_local_experts 6: state one number"),
+        ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts 8 and num_local_experts 6: set num_experts"),
         ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number above 0"),
         ("qwen3_vl_moe", {"moe_intermediate_size": 14}, None, r"has shape \[8, 28, 24\]"),
         ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
@@ -325,7 +325,7 @@ def with_nan(array):
         ("qwen3_vl_moe", {"moe_intermediate_size": 28}, lambda held: saved_by_transformers(held, 28),
          r"gate_up_proj has shape \[8, 56, 28\], .* \(transformers 5 saves experts transposed: use the folder"),
         ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
-        ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: state one number"),
+        ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: set num_experts"),
         ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
         ("internvl_moe", {}, lambda held: {k: v for k, v in held.items() if "layers.2.mlp.experts.3.up" not in k},
          r"missing key \S+layers\.2\.mlp\.experts\.3\.up_proj\.weight"),

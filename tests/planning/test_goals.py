@@ -76,7 +76,7 @@ def test_llama_cpp_has_measured_rows_of_the_nearest_share(folder, capsys):
     [
         (("--for=energy",), "--for=energy: no machine of our measurements has a readable energy counter"),
         (("--for=question", "--on=gpu"), "--on=gpu: nothing was measured there: use --on=llama.cpp"),
-        (("--for=throughput", "--on=llama.cpp"), "--for=throughput: in llama.cpp, one question at a time was measured"),
+        (("--for=throughput", "--on=llama.cpp"), "--for=throughput: llama.cpp was measured with single questions only"),
         (("--for=decode", "--on=llama.cpp", "--ratio=0.75"), "was not measured in llama.cpp: use 15 to 45 %"),
     ],
 )

@@ -68,7 +68,7 @@ def plan_data():
         ),
         (lambda _, t: t["kept"]["1"].update(q_heads="0-1", kv_heads="1"), "do not share its key/value heads .* evenly"),
         (lambda _, t: t["kept"].update({"": {"vocab": "0"}}), "layers of the text stack are not numbered"),
-        (lambda d, _: d.update(tokenizer="x"), "kept tokens and the digest of their tokenizer belong together"),
+        (lambda d, _: d.update(tokenizer="x"), "has only one of kept tokens and tokenizer digest"),
         (lambda _, t: t["sizes_before"]["0"].update(mlp=True), "Expected `int`, got `bool`"),
         (
             lambda _, t: t.update(sizes_before={str(i): {} for i in range(10**5)}),

@@ -1,4 +1,4 @@
-"""Facts and sizes of the parts that mix channels: dense MLP, experts."""
+"""Configurations of channel mixers: dense MLP, mixture of experts, and combinations of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmprune_jax.core.part import Axis, Part
 
 @dataclass(frozen=True)
 class ChannelMixer(Part):
-    """Part of a layer that mixes channels, separately for each position."""
+    """Base class of channel mixers (dense MLP, experts), which combine the channels of each position separately."""
 
     writer = "down_proj"
     settings = ("mlp_layers", "neurons_multiple")
@@ -20,13 +20,13 @@ class ChannelMixer(Part):
     """Name under which blocks capture the additional output of the part's module (`models.context.VALUES`)."""
 
     lacks: ClassVar[str] = (
-        "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
+        "this criterion or method needs experts, but a layer has a dense MLP: use a criterion or method for neurons"
     )
     """Error message if a caller captures the additional output of another class of channel mixer."""
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:
-        """Number of inputs of each of the part's down projections."""
+        """Number of neurons that each of the part's down projections reads."""
         return tuple(self.sizes.values())
 
 
@@ -55,7 +55,7 @@ class Dense(ChannelMixer):
 
     @property
     def relative_width(self) -> int:
-        """Width relative to the layers whose width config.json states."""
+        """Factor by which this MLP is wider than config.json states (2 in double-wide layers, else 1)."""
         return self.wide
 
 
@@ -89,7 +89,7 @@ class Experts(ChannelMixer):
 
     hidden = "routed"
     lacks = (
-        "a layer has experts, and no single input of down_proj, which this needs: use a criterion for experts, or "
+        "this calibration needs a single input of down_proj, but a layer has experts: use a criterion for experts, or "
         "quantise without calibration"
     )
 
@@ -100,14 +100,14 @@ class Experts(ChannelMixer):
 
     @property
     def problem(self) -> str | None:
-        """Return why no layer can have these experts, with advice; None if it can."""
+        """Reason why a layer cannot have these numbers of experts, with advice; None if it can."""
         if self.top_k <= self.experts:
             return None
         return f"every token uses {self.top_k} experts, but the layer has {self.experts}: keep at least {self.top_k}"
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:
-        """Number of inputs of an expert's down projection, and of the dense MLP's beside the experts (if any)."""
+        """Number of neurons of one expert, and of the dense MLP beside the experts (if any)."""
         return self.neurons, *(size for axis, size in self.sizes.items() if axis not in ("experts", "expert_mlp"))
 
     def least(self, axis: str) -> int:

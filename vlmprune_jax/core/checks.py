@@ -145,7 +145,7 @@ def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """Return the classes whose instances a type hint allows; () if any object may fit, or numbers of any library."""
+    """Return the classes that a type hint allows; () if arguments of this type are not checked (numbers, arrays)."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [typing.get_origin(option) or option for option in options]
     unchecked = {Any, int, float, bool}

@@ -64,7 +64,7 @@ class TextConfig(Stack):
     def rope(self) -> RopeConfig:
         """Rotary position embedding of the layers without a window."""
         rope = self.attention.rope
-        assert rope is not None  # of every decoder
+        assert rope is not None  # every decoder has rotary embedding
         return rope
 
     @property

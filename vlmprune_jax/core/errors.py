@@ -55,7 +55,7 @@ def error_context(what: object) -> Iterator[None]:
 
 
 def renamed(old: str, new: str) -> property:
-    """Return a property with the attribute's name of version 0.1, which warns and returns the attribute `new`."""
+    """Return a property for an attribute's name in version 0.1: it warns, and returns the attribute `new`."""
 
     def value(self: Any) -> Any:
         warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)

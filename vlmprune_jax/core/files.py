@@ -146,7 +146,7 @@ def written(file: int, size: int) -> Iterator[tuple[int, int]]:
         try:
             start = os.lseek(file, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # the disk does not tell
+            if error.errno != errno.ENXIO:  # the file system does not report holes
                 yield end, size
             return
         end = os.lseek(file, start, os.SEEK_HOLE)
@@ -217,7 +217,7 @@ def parse_json(text: str | bytes, location: str, todo: str, *, unicode: bool = T
         if _nesting_depth(value) > MAX_JSON_DEPTH:
             raise RecursionError
         if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
-            # fails for a lone surrogate, unless it stands for a byte of a file name
+            # raises for a lone surrogate, unless that encodes a byte of a file name
             json.dumps(value, ensure_ascii=False).encode(errors="strict" if unicode else "surrogateescape")
         return value
     except (ValueError, RecursionError) as error:

@@ -72,7 +72,7 @@ class Layer:
 
 
 def array_axes(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the axes whose sizes multiply to an array's size: `names` without parents of other axes in `names`."""
+    """Return `names` without parents of other axes in it; the remaining sizes multiply to the array's size."""
     parents = {AXES[name].parent for name in names if name in AXES}
     return tuple(name for name in names if name not in parents)
 
@@ -105,9 +105,9 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
     """
     numbers, count = dict[Layer, int](), len(layers)
     kinds = [numbers.setdefault(layer, len(numbers)) for layer in layers]
-    alike = [[0] * (count + 1) for _ in range(MOST_PERIOD + 1)]  # by period: layers from each on that equal a later one
+    alike = [[0] * (count + 1) for _ in range(MOST_PERIOD + 1)]  # [p][i]: layers from i on that equal the p-th next
     changes = [*itertools.accumulate(map(operator.ne, kinds, kinds[1:]), initial=0)]  # of kind, up to each layer
-    best = [(0, 0, 0)] * (count + 1)  # of the layers from each on: number of runs, first pattern's period and end
+    best = [(0, 0, 0)] * (count + 1)  # for the layers from each on: number of runs, first pattern's period and end
     for start in reversed(range(count)):
         best[start] = (best[start + 1][0] + 1, 1, start + 1)
         for period in range(1, min(MOST_PERIOD, count - start) + 1):
@@ -132,7 +132,7 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
 
 
 def layer_runs(layers: tuple[Layer, ...]) -> tuple[LayerRun, ...]:
-    """Return the runs of all scans, numbered as in the paths of parameters."""
+    """Return all runs of equal layers in order; the index of a run is its number in parameter paths."""
     return tuple(run for group in scan_groups(layers) for run in group.runs)
 
 

@@ -1,4 +1,4 @@
-"""Facts and sizes of the parts that mix tokens: attention, gated delta net, short convolution."""
+"""Configurations of mixers, which combine positions: attention, gated delta net, short convolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmprune_jax.core.rope import RopeConfig
 
 @dataclass(frozen=True)
 class Mixer(Part):
-    """Part that mixes positions; the cost of its computation, apart from weights, depends on the sequence length."""
+    """Base class of mixers (attention, delta net, convolution), which combine positions of a sequence."""
 
     writer = "o_proj"
     settings = ("attn_layers", "heads_multiple")
@@ -32,7 +32,7 @@ class Mixer(Part):
         return 1 if not self.axes else self.sizes[self.axes[-1].name] // self.sizes[self.root]
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return a causal sequence's forward FLOPs without products with weights; `last`: of the last token only."""
+        """Return the FLOPs of mixing a causal sequence, without weight products; `last`: for its last token only."""
         raise NotImplementedError
 
     def state_size(self, length: int) -> int:
@@ -129,7 +129,7 @@ class Attention(Mixer):
         return self.rotary_dim or self.head_dim
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return 4 FLOPs per channel of every pair of a query and a key that the query attends to."""
+        """Return the FLOPs of attention scores and sums: 4 per channel for every key that a query attends to."""
         span = min(self.window or length, length)  # from this position on a query sees a whole window
         pairs = span if last else span * (span + 1) // 2 + (length - span) * span
         return 4 * pairs * self.q_heads * self.head_dim

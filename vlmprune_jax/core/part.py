@@ -1,4 +1,4 @@
-"""Parts of layers as declarations: facts, sizes by axis, prunable axes and fixed sizes."""
+"""Base classes for parts of a layer (mixers, channel mixers), with their prunable axes and fixed sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class Axis:
-    """Prunable axis of a part; the part's field of the same name is its size."""
+    """Prunable axis of a mixer or channel mixer, such as its heads; the config field of the same name is its size."""
 
     name: str
     """Name of the axis in weight layouts, plans and scores."""
@@ -42,12 +42,12 @@ class Axis:
 
 # Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
 AXES: dict[str, Axis] = {}
-WRITERS: dict[str, str] = {}  # axis -> projection to whose input its units contribute
+WRITERS: dict[str, str] = {}  # axis -> output projection that reads its units
 
 
 @dataclass(frozen=True)
 class Part:
-    """Facts of one part of a layer that do not depend on the other part, including the sizes of its prunable axes."""
+    """Configuration of one part of a layer (mixer or channel mixer), with the sizes of its prunable axes."""
 
     axes: ClassVar[tuple[Axis, ...]] = ()
     """Prunable axes, parents before their children."""
@@ -81,12 +81,12 @@ class Part:
 
     @property
     def relative_width(self) -> int:
-        """Width relative to the layers whose width config.json states; pruning keeps this ratio."""
+        """Factor by which this part is wider than config.json states (usually 1); pruning keeps this factor."""
         return 1
 
     @property
     def problem(self) -> str | None:
-        """Return why no layer can have a part with these sizes, with advice; None if it can."""
+        """Reason why a layer cannot have a part with these sizes, with advice; None if it can."""
         return None
 
     def least(self, axis: str) -> int:
@@ -99,7 +99,7 @@ class Part:
 
     @property
     def root(self) -> str:
-        """Name of the first axis, whose units carry the units of its child axes; "" without a prunable axis."""
+        """Name of the top axis (such as kv_heads), whose units own units of the other axes; "" if none is prunable."""
         return self.axes[0].name if self.axes else ""
 
     @property

@@ -132,9 +132,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Encoder(Stack):
-    """Configuration of an encoder of your own, such as one of audio, whose output becomes tokens of the decoder.
+    """Base class for configurations of user-defined encoders (such as audio), whose outputs become decoder tokens.
 
-    A subclass has the facts of one encoder; `vp.encoders` maps the subclass to its module.
+    A subclass adds the fields of one encoder; `vp.encoders` maps the subclass to its module.
     """
 
     array: str

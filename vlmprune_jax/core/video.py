@@ -61,7 +61,7 @@ class VideoConfig:
 
 
 class _Request(NamedTuple):
-    """Clip and settings for which frames are chosen."""
+    """Length of a clip and requested sampling, from which the frames to decode are chosen."""
 
     total: int
     fps: float

@@ -28,9 +28,9 @@ FILE_DTYPES: dict[str, np.dtype] = {
         "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
     }.items()
 }  # fmt: skip
-# Dtypes of weights; others belong to storages or to buffers that are copied as bytes.
+# Dtypes of unquantised weights; tensors of other dtypes are quantised, or buffers that are copied as bytes.
 WEIGHT_DTYPES = {name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
-# The same by their names in settings, configs, numpy and torch.
+# The same dtypes, under their names in settings, configs, numpy and torch.
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "BF16", "F16")}
 # Choices for the weights of a new folder: "source" keeps the dtype of each tensor.
 WRITTEN = (*DTYPES, "source")

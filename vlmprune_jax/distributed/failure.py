@@ -18,8 +18,8 @@ from typing import Any
 
 _FAILED, _HEARD, _LEFT = "vlmprune/failed", "vlmprune/heard", "vlmprune/left"
 POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # polling interval; maximum time for all processes to hear of a failure
-_ending, _done = threading.Event(), threading.Event()  # this process ends after a failure; normally
-_place: tuple[int, int] | None = None  # own number, number of processes
+_ending, _done = threading.Event(), threading.Event()  # set when this process ends after a failure; and normally
+_place: tuple[int, int] | None = None  # this process's number, number of processes
 
 
 def watch(number: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Results of a long pass, stored batch by batch, so that an interrupted pass continues after them."""
+"""Journal of a long pass over data: results are stored batch by batch, and an interrupted pass resumes there."""
 
 from __future__ import annotations
 

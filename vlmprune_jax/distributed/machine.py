@@ -1,4 +1,4 @@
-"""Hardware that computes: its names, recorded with every time and speed, and its free memory."""
+"""Name of the hardware in use, which is recorded with every measured time, and its free memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device mesh of a run, and the place of this process among the others."""
+"""Device mesh of a run, and cooperation of its processes: start, process numbers, exchange of values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlmprune_jax.distributed.rules import MESH_AXES, check_divides, tensor_size
 
 # Environment variables for processes without a cluster (flags have priority).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
-# Time that processes wait for one that died, or that failed while they expect it.
+# Time that processes wait for another process that died or failed.
 _LOSS: dict[str, Any] = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}
 METADATA_SECONDS = 3.0  # outside Google Cloud there is no such server
 

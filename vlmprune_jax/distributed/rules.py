@@ -25,9 +25,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "projector": "tensor",
     "shuffled": "fsdp",
     "extra": "fsdp",
-    "rows": "data",  # a batch whose channels are split over `fsdp`
+    "rows": "data",  # batch axis of arrays whose channels are split over `fsdp`
 }
-WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
+WHERE_DIVISIBLE = ("extra",)  # axes that are replicated if the mesh does not divide them
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
@@ -103,7 +103,7 @@ def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
         for i, layer in enumerate(stack.layers):
             for axis in layer.axes:
                 if axis.mesh and not axis.where_divisible:
-                    apart = axis.parent and AXES[axis.parent].mesh != axis.mesh  # weights have it once per parent
+                    apart = axis.parent and AXES[axis.parent].mesh != axis.mesh  # one index per parent in arrays
                     size = layer.sizes[axis.name] // (layer.sizes[axis.parent] if apart else 1)
                     sizes[f"{axis.name} of {name} layer {i}"] = axis.mesh, size
     if cfg.vision is not None:

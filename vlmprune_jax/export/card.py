@@ -140,7 +140,7 @@ def _table(cfg: ModelConfig, plan: PlanJson | None) -> str:
         return "\n".join(["| part | parameters |", "|---|---|", *rows])
     original = cfg
     for name, component in plan["components"].items():
-        if name != "text":  # removed decoder layers may have been of kinds that sizes alone do not tell (Gemma 4)
+        if name != "text":  # sizes do not show which types of decoder layers were removed (Gemma 4)
             sizes = component["sizes_before"].values()
             original = original.with_layers([cfg.stack(name).layers[0].resized(axes) for axes in sizes], name)
     before = {part: count_params(original, part) for _, part in parts} | {"": plan["parameters_before"]}

@@ -139,7 +139,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
 
 
 def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
-    """Return {text: token ids} of texts for the comparison, cut to the model's context length."""
+    """Tokenise the test texts, cut to the model's context length; return {text: token ids}."""
     text, architecture = cfg.text, fit(cfg, "per_layer")[0]
     longest, tokens = min(_CONTEXT, architecture.context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:

@@ -1,4 +1,4 @@
-"""The llama.cpp architecture that can hold a model, and with what padding; or why none can."""
+"""Choice of the llama.cpp architecture and zero-padding for a model, or the reason why none supports it."""
 
 from __future__ import annotations
 

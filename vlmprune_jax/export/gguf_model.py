@@ -239,7 +239,7 @@ def spelled(
 
 
 def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) -> np.ndarray:
-    """Convert a parameter of a delta net: decays as factors, and the first head of every group before the second."""
+    """Convert a delta net's parameter to llama.cpp's form: decays -exp(a), and heads reordered (see `tiled`)."""
     if slot.path.endswith("/decay/weight"):
         array = array.astype(np.float32)
         array = np.log(-array) if back else -np.exp(array)
@@ -248,7 +248,7 @@ def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) 
 
 
 def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
-    """Reorder the axis "delta_heads" of an array from group by group to head by head; `back=True` undoes this."""
+    """Reorder "delta_heads" so that the first heads of all groups precede the second ones; `back=True` undoes it."""
     at, mixer = axes.index("delta_heads"), layer.mixer
     counts = (mixer.group, mixer.delta_groups) if back else (mixer.delta_groups, mixer.group)
     split = array.reshape(*array.shape[:at], *counts, *array.shape[at + 1 :])

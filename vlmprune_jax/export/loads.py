@@ -84,7 +84,7 @@ def how_known(cfg: ModelConfig, target: str) -> str:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if an engine in `targets` can load the model, but not without some heads of this stack."""
+    """Return True if an engine in `targets` can load the model only if all heads of this stack are kept."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     if layer_problem(cfg.text) is None and layer_problem(fewer.text) is not None:
         return True
@@ -120,11 +120,11 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], target:
     return layer_problem(changed.text) or why_not(changed, target)
 
 
-# Copies with the least removed -----------------------------------------------------------------------------
+# Smallest prunings of each type -----------------------------------------------------------------------------
 
 
 def _copies(stack: Stack) -> dict[str, list[Layer]]:
-    """Return {type of pruning: the layers after it}."""
+    """Return {type of pruning: the stack's layers after the smallest pruning of this type}."""
     first, *others = stack.layers
     return {
         "fewer layers": _fewer_layers(stack),
@@ -135,7 +135,7 @@ def _copies(stack: Stack) -> dict[str, list[Layer]]:
 
 
 def _fewer_layers(stack: Stack) -> list[Layer]:
-    """Return the layers without the last layer that the decoder's transformers class allows to remove."""
+    """Remove one layer: the last one without which the decoder's transformers class still supports the others."""
     cuts = [[*stack.layers[:i], *stack.layers[i + 1 :]] for i in reversed(range(len(stack.layers)))]
     fits = (left for left in cuts if left and _fits(stack, left))
     return next(fits, cuts[0] or [*stack.layers])
@@ -150,6 +150,6 @@ def _fewer_heads(stack: Stack) -> list[Layer]:
 
 
 def _without(layer: Layer, part: Part, units: int | None = None) -> Layer:
-    """Return the layer with one unit less in a part (or `units`), without what belongs to the unit; one stays."""
+    """Remove one unit (or `units`), with its child units, from a part of the layer; keep at least one unit."""
     fewer = layer.sizes[part.root] - (part.relative_width if units is None else units)
     return layer.resized(layer.completed({part.root: max(1, fewer)}))

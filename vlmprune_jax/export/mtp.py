@@ -1,4 +1,4 @@
-"""Head for several tokens (MTP) of a source folder, cut to the widths of a pruned decoder."""
+"""Multi-token prediction (MTP) module of a source folder, pruned to the widths of the pruned decoder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class MtpCut:
         self._source, self._prefix = source, family.mtp[0]
         self._layer = [layer for layer in cfg.text.layers if isinstance(layer.mixer, Attention)][-1]
         if not isinstance(self._layer.channel, Dense):
-            raise UserError('export.mtp="cut": heads whose layers have experts cannot be cut: use mtp="drop"')
+            raise UserError('export.mtp="cut": MTP layers with experts cannot be pruned: use mtp="drop"')
         lines = [line for line in family.weights(cfg) if _LAYERS in line.key and line.path.startswith("text/layers/")]
         self._names = {line.path.partition("{i}/")[2]: line.key.partition(_LAYERS)[2] for line in lines}
         self._layouts = {line.key.partition(_LAYERS)[2]: _axes(line.layout) for line in lines}
         self._kept: dict[str, dict[str, np.ndarray]] = {}
 
     def cut(self, name: str) -> np.ndarray:
-        """Return a tensor of the MTP module with the widths of the decoder."""
+        """Return a tensor of the MTP module, pruned to the decoder's widths."""
         array = self._source[name]
         layer, _, inside = name.removeprefix(f"{self._prefix}layers.").partition(".")
         if not name.startswith(f"{self._prefix}layers.") or inside not in self._layouts:
@@ -55,7 +55,7 @@ class MtpCut:
         return array
 
     def _units(self, part: Part, prefix: str) -> dict[str, np.ndarray]:
-        """Return the units of each axis of a part that stay, ascending, as numbers of the whole head."""
+        """Return {axis: ascending indices of the units to keep} for one part of the MTP module."""
         name = prefix + self._names[f"{part.module}/{part.writer}/weight"]
         *parents, axis = part.axes
         writer = self._source[name].astype(np.float64)

@@ -21,7 +21,7 @@ from vlmprune_jax.families.table import JsonDict
 LOADER_FILE = "modeling_per_layer.py"
 _LOADER = Path(__file__).parent / "remote" / LOADER_FILE
 _PREFIX = "PerLayer"
-_PADDED_ROPES = ("default", "linear", "llama3")  # a frequency depends on the channel's share of the head alone
+_PADDED_ROPES = ("default", "linear", "llama3")  # rotary types whose frequencies depend only on channel / head_dim
 
 
 def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ...]:

@@ -219,7 +219,7 @@ def ids_in(config: JsonDict) -> dict[int, str]:
 
 
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
-    """Return config.json with vocabulary size and token ids that it had omitted as class defaults made explicit."""
+    """Add the vocabulary size and token ids that config.json omits because they are class defaults."""
     changed, section = dict(config), family_of(cfg).text_section
     for name, fields in (
         ("image_token_id", ("image_token_id", "image_token_index")),

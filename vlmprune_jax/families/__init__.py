@@ -53,13 +53,13 @@ __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of", "find", "targe
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
-    """Return the model family whose checkpoint layout a config.json describes (the last added); None if unknown."""
+    """Return the family whose checkpoint layout a config.json has; None if unknown, the latest added if several."""
     fits = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     return next(reversed([*fits]), None)
 
 
 def detect(config: Mapping[str, Any], location: str) -> Family:
-    """Return the model family whose checkpoint layout a config.json describes; raise UserError if unknown."""
+    """Return the family whose checkpoint layout a config.json has; raise UserError if unknown."""
     family = find(config)
     if family is not None:
         return family
@@ -86,7 +86,7 @@ def family_of(cfg: ModelConfig) -> Family:
 
 
 def target_of(family: Family) -> Family | None:
-    """Return the transformers family to which a hub layout converts; None if it has no conversion.
+    """Return the family (transformers layout) to which a hub-layout family is converted; None if it has no conversion.
 
     Raises UserError if that family is unknown, or accepts no models of other layouts.
     """

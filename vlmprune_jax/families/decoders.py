@@ -31,7 +31,7 @@ def layer_problem(text: TextConfig) -> str | None:
 
 
 def uneven_problem(text: TextConfig) -> str | None:
-    """Return why no export can hold this decoder with layers of unequal width; None if one can."""
+    """Return why no export format can store this decoder with layers of unequal width; None if one can."""
     first, *others = text.layers
     wider = first.completed({first.channel.root: first.sizes[first.channel.root] + 1})
     return layer_problem(text.with_layers([first.resized(wider), *others]))
@@ -76,7 +76,7 @@ def decoder_family(decoder: Decoder) -> Family:
         from_hf=from_hf,
         to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
         weights=lambda cfg: decoder.weights(cfg.text, "model.", "lm_head.weight"),
-        # a tied head that the file holds all the same is not read
+        # a tied output head that is stored in the file anyway is not read
         ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),

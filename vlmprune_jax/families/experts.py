@@ -1,4 +1,4 @@
-"""Config fields and weight names of layers of experts that several families share."""
+"""Config fields and weight names of mixture-of-experts layers, shared by several families."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one th
 
 
 def expert_count(config: Mapping[str, Any]) -> int:
-    """Return the number of experts per layer in config.json; raise UserError if its two names disagree or lack one."""
+    """Return the number of experts per layer, from either of two config fields; raise UserError if they disagree."""
     counts = {name: int(config[name]) for name in _COUNTS if config.get(name) is not None}
     if len(set(counts.values())) != 1:
         raise UserError(
             f"{' and '.join(f'{name} {count}' for name, count in counts.items()) or 'num_experts is missing'}: "
-            "state one number of experts"
+            "set num_experts to the number of experts per layer"
         )
     return next(iter(counts.values()))
 
 
 def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bool) -> TextConfig:
-    """Return the decoder config with experts in the layers in which Qwen's config class puts them."""
+    """Return the decoder config with experts in the layers that Qwen's config fields select."""
     if config.get(PER_LAYER):
-        raise UserError(f"{PER_LAYER} of layers of experts is not supported: all layers have the same widths")
+        raise UserError(f"{PER_LAYER} is not supported in models with experts, whose layers need equal widths")
     n_experts, neurons = expert_count(config), int(config["moe_intermediate_size"])
     active, activation = int(config["num_experts_per_tok"]), text.channel.activation
     part = Experts(n_experts, n_experts * neurons, active, renormalise, activation=activation)
@@ -42,50 +42,51 @@ def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bo
 
 
 def beside_dense(config: Mapping[str, Any], neurons: int, activation: str) -> ExpertsBesideDense:
-    """Return experts beside a dense MLP of so many neurons; raise UserError for layers of different widths."""
+    """Return a channel mixer of experts plus a dense MLP with `neurons`; raise UserError for unequal layers."""
     unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
     if unequal is not None:
-        raise UserError(f"{unequal} of layers of experts is not supported: all layers have the same widths")
+        raise UserError(f"{unequal} is not supported in models with experts, whose layers need equal widths")
     count = expert_count(config)
     total = count * int(config["moe_intermediate_size"])
     return ExpertsBesideDense(count, total, int(config["top_k_experts"]), mlp=neurons, activation=activation)
 
 
 def with_channels(text: TextConfig, channels: Sequence[ChannelMixer | None]) -> TextConfig:
-    """Return the decoder config with these channel mixers; None keeps that of the layer."""
+    """Return the decoder config with another channel mixer in each layer; None leaves a layer unchanged."""
     pairs = zip(text.layers, channels, strict=True)
     return text.with_layers([Layer(layer.mixer, channel or layer.channel) for layer, channel in pairs])
 
 
 def has_experts(text: TextConfig) -> bool:
-    """Return True if a layer has experts."""
+    """Return True if any decoder layer is a mixture of experts."""
     return any(isinstance(layer.channel, Experts) for layer in text.layers)
 
 
 def expert_sizes(text: TextConfig) -> JsonDict:
-    """Return the config fields with the number of experts and of their neurons."""
+    """Return the config.json fields for the number of experts per layer and of neurons per expert."""
     part = next(layer.channel for layer in text.layers if isinstance(layer.channel, Experts))
     return {"num_experts": part.experts, "moe_intermediate_size": part.neurons}
 
 
 def experts_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return a Qwen config with its layer counts and widths updated, under the hub's names."""
+    """Return a Qwen config with experts, its layer counts and widths updated, with the hub's field names."""
     config = {name: value for name, value in layers_to_hf(text, source).items() if name != "num_local_experts"}
     dense = [i for i, layer in enumerate(text.layers) if not isinstance(layer.channel, Experts)]
     return {**config, **expert_sizes(text), "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def experts_problem(text: TextConfig) -> str | None:
-    """Return why transformers' class does not support these layers of experts, with advice; None if it does."""
+    """Return why the transformers class does not support these layers with experts, with advice; None if it does."""
     if not has_experts(text):
-        return "its class needs a layer of experts: keep one"
-    return None if text.uniform else "its class has one number for all layers, of experts as of heads: prune them alike"
+        return "its class needs a layer with experts: keep one"
+    return None if text.uniform else "its class needs equal numbers of experts and heads per layer: prune layers alike"
 
 
 def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tuple[str, str, str]) -> list[Weight]:
-    """Return the weight table of a layer's experts, which are at the path `layer`/mlp/experts.
+    """Return the weight table entries of a layer's experts, with paths under `layer`/mlp/experts.
 
-    `layouts` are those of gate and up, and of down; `keys` of gate, up and down follow `experts`.
+    `experts`: prefix of the checkpoint keys; `keys`: what follows it for gate, up and down projection. `layouts`: the
+    stored layout of gate and up projection, and that of the down projection.
     """
     names = ("gate_proj", "up_proj", "down_proj")
     return [
@@ -95,7 +96,7 @@ def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tup
 
 
 def with_separate_experts(family: Family) -> Family:
-    """Return the family as files of quantised experts have it: a matrix per expert and projection, [out, in] each."""
+    """Return the family for quantised checkpoints, which store one matrix [out, in] per expert and projection."""
 
     def separated(line: Weight) -> Weight:
         before, experts, _ = line.key.rpartition("experts.")

@@ -7,9 +7,9 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 
-# Above any real model; larger numbers would allocate as many layer shapes.
+# More layers than any real model has; a larger number in a file would allocate as many layer shapes.
 MAX_LAYERS = 1000
-# Pixels per side, above any real tower; images get this size before the config is compared with the weights.
+# Pixels per side, more than any real tower has; images are resized before the config is compared with the weights.
 MAX_SIDE = 4096
 _MAX = 2**31 - 1
 
@@ -152,7 +152,7 @@ def check_fields(config: Mapping[str, Any], location: str, prefix: str = "") -> 
 
     Args:
       config: content of a config.json or generation_config.json, or of its section `prefix`.
-      where: the file, for messages.
+      location: name of the file, for messages.
     """
     for name, value in config.items():
         text, test, nullable = _EXPECTED.get(name, ("", lambda value: True, True))

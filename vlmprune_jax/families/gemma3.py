@@ -43,9 +43,9 @@ _TEXT: JsonDict = {
     "tie_word_embeddings": True,
 }
 THETA = {_FULL: 1e6, _SLIDING: 1e4}
-# Norms of a layer by what they do, and their names in the files.
+# Names of a layer's norms in `params`, and in checkpoint files.
 NORMS = {
-    "post_attention_layernorm": "pre_feedforward_layernorm",  # of the MLP's input
+    "post_attention_layernorm": "pre_feedforward_layernorm",  # the norm of the MLP's input
     "attention_output_norm": "post_attention_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
@@ -139,7 +139,7 @@ def _problem(text: TextConfig) -> str | None:
 
 
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
-    """Return why mlx-vlm, which reads the windows of no layer, computes other ones; None if it does not."""
+    """Return why mlx-vlm, which ignores config.json's windows, would use wrong ones, with advice; None otherwise."""
     if engine != "mlx" or all((layer.mixer.window is None) == (i % 6 == 5) for i, layer in enumerate(cfg.text.layers)):
         return None
     return (

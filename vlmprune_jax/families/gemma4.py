@@ -1,6 +1,6 @@
 """Gemma 4 (E2B, E4B, 26B-A4B, dense): a tower for images of any aspect, and layers that share keys and values.
 
-Its audio tower is carried along unchanged.
+The audio tower is not computed; exports copy its tensors unchanged.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     }
 
 
-# Parameters of layers with experts beside the experts themselves, and their names in the files.
+# Parameters of layers with experts, apart from the experts' own, and their names in checkpoint files.
 _MOE = {
     "dense_output_norm": ("post_feedforward_layernorm_1.weight", "embed"),
     "experts_norm": ("pre_feedforward_layernorm_2.weight", "embed"),
@@ -292,7 +292,7 @@ GEMMA4 = Family(
         r"lm_head\.weight",
         r"model\.(audio_tower|embed_audio)\..*",
     ),
-    dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # of shared layers
+    dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
     templates=(_TEMPLATE,),
     image_processors=("Gemma4",),
     images="budget",

@@ -55,7 +55,7 @@ _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 
 
 def tower_weights(cfg: ModelConfig) -> list[Weight]:
-    """Return the weight table of tower and projector."""
+    """Return the weight table of Gemma 4's vision tower and projector."""
     vision, prefix = vision_of(cfg), "model.vision_tower."
     layer, key = "vision/layers/{i}", prefix + "encoder.layers.{i}"
     embedder = prefix + "patch_embedder."
@@ -79,7 +79,7 @@ def tower_weights(cfg: ModelConfig) -> list[Weight]:
 
 
 def vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    """Return the tower that a `vision_config` describes; raise UserError for one that is not supported."""
+    """Return the VisionConfig for a `vision_config` section; raise UserError if an option is not supported."""
     full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
     rope = full.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures for decoders and its tokenizers, and the models that each cannot represent.
+"""llama.cpp's decoder architectures and tokenizers, and the models that each of them cannot represent.
 
 Source: llama.cpp of October 2026, src/models/*.cpp (which tensors are created, of which shapes) and src/llama-model.cpp
 (which way each architecture rotates).
@@ -21,38 +21,57 @@ ENGINE = "llama_cpp"  # its name in `--backends`
 
 @dataclass(frozen=True)
 class Architecture:
-    """Decoder architecture of llama.cpp (`general.architecture` in GGUF files) and its limits.
-
-    `tensors` maps a module in `params["text"]` to the tensor that holds it, both with the layer as `{i}`; modules that
-    share a tensor are its rows, in order. Features of the architecture: `activations`, `ropes` (beside "default") and
-    `biases`, of `_BIASES`, that it computes; `interleaved`: a rotary pair are neighbouring channels (in
-    Hugging Face files they are halves of a head); `per_layer`: layers may have different widths; `free_heads`: heads x
-    head_dim may differ from the hidden size; `partial`: only part of each head may be rotated; `sections`: rotary
-    positions by time, row and column; `own_head`: output head and bias are always stored, even if tied or absent in the
-    model; `experts`: part of layers with experts, which all layers must then have (None: no experts). `windows(text)`:
-    why it cannot hold these layers' sliding windows and shared keys, with advice, or None (without the function sliding
-    windows are ignored). `scale(text)`: its factor of attention scores, if not head_dim ** -0.5 (query norms absorb the
-    difference). `tokenizer`: its own tokenizer, instead of `SPACED` or `BYTE_LEVEL`. `recurrent`: its mixer beside
-    attention (None: none), of which a layer's state has one size; `gated`: attention has a gate per channel.
-    """
+    """Decoder architecture of llama.cpp (`general.architecture` in GGUF files) and its limits."""
 
     name: str
+
     tensors: Mapping[str, str]
+    """{module in `params["text"]`: GGUF tensor}, with the layer as `{i}`; modules with one tensor are its rows."""
+
     activations: tuple[str, ...] = ("silu",)
+    """Activations that the architecture supports."""
+
     ropes: tuple[str, ...] = ("linear", "yarn")
+    """Rotary types that the architecture supports besides "default"."""
+
     biases: tuple[str, ...] = ()
+    """Biases that the architecture supports, of `_BIASES`."""
+
     interleaved: bool = False
+    """True if rotary pairs are neighbouring channels (in Hugging Face files: channels of both halves of a head)."""
+
     per_layer: bool = False
+    """True if layers may have different widths."""
+
     free_heads: bool = False
+    """True if heads x head_dim may differ from the hidden size."""
+
     partial: bool = False
+    """True if rotary embedding may rotate only part of each head."""
+
     sections: bool = False
+    """True for rotary positions by time, row and column (M-RoPE)."""
+
     own_head: bool = False
+    """True if output head and bias are always stored, even if the model has tied embeddings or no bias."""
+
     experts: type[Experts] | None = None
+    """Channel mixer with experts, which all layers must then have; None: no experts."""
+
     windows: Callable[[TextConfig], str | None] | None = None
+    """Return why the layers' sliding windows and shared keys are unsupported, or None; without it, no windows."""
+
     scale: Callable[[TextConfig], float] | None = None
+    """Return llama.cpp's factor on attention scores (None: head_dim ** -0.5); query norms absorb the difference."""
+
     tokenizer: str = ""
+    """llama.cpp's name of the architecture's own tokenizer; "" for `SPACED` or `BYTE_LEVEL`."""
+
     recurrent: type[Mixer] | None = None
+    """Recurrent mixer of some layers, such as delta nets; None if all layers have attention."""
+
     gated: bool = False
+    """True if attention has a gate per channel."""
 
     def context_length(self, text: TextConfig) -> int:
         """Return the longest context for which llama.cpp computes the model exactly."""
@@ -146,7 +165,7 @@ _LLAMA_TENSORS = {
     "extra_inputs/project": "per_layer_model_proj",
     "extra_inputs/norm": "per_layer_proj_norm",
 }
-# Layouts of tensors of experts, whatever those of a family's files are; and tensors that are never quantised.
+# GGUF layouts of the experts' tensors (a family's files may have others), and tensors that are never quantised.
 LAYOUTS = {
     "mlp/experts/gate_proj": "experts expert_mlp embed",
     "mlp/experts/up_proj": "experts expert_mlp embed",
@@ -244,7 +263,7 @@ def width_fields(layers: Sequence[Layer]) -> dict[str, int | list[int]]:
 
 
 def recurrent_fields(text: TextConfig, name: str) -> dict[str, int | list[int] | list[bool]]:
-    """Return GGUF metadata of recurrent layers, and which layers of architecture `name` these are; {} without any."""
+    """Return GGUF metadata of recurrent layers (sizes and layer numbers) for architecture `name`; {} without any."""
     recurrent = [not isinstance(layer.mixer, Attention) for layer in text.layers]
     if not any(recurrent):
         return {}
@@ -361,7 +380,7 @@ PRE: dict[tuple[str, ...], str] = {
     (_CASED.replace("SUFFIX", "") + r"\p{N}" + _ENDS, BYTES): "tekken",
     (_CASED.replace("SUFFIX", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _ENDS, BYTES): "gpt-4o",
 }
-# Pre-tokenizers with which llama.cpp takes a word that is a token as that token, without applying merges.
+# Pre-tokenizers with which llama.cpp keeps a word that is itself a token, without applying merges.
 WHOLE_WORDS = ("llama-bpe", "tekken")
 # Pre-tokenizer for a vocabulary in which every word is a token.
 OF_WORDS = "llama-bpe"

@@ -56,7 +56,7 @@ _PROJECTORS = {
         "std_scale": "v.std_scale",
     },
 }
-# Ends of names of tensors without ".weight".
+# Endings of tensor names to which llama.cpp does not append ".weight".
 WITHOUT_LEAF = ("v.class_embd", "v.std_bias", "v.std_scale", ".scale", ".bias", ".ssm_a")
 # llama.cpp's name of the graph for each projector kind.
 _GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}

@@ -63,7 +63,7 @@ _NAMES = {
     ".mlp.up_proj.": ".feed_forward.w3.",
     ".mlp.down_proj.": ".feed_forward.w2.",
 }
-_CONV = {  # parameter -> (name in files, layout); those of one name are its rows, in order
+_CONV = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
     "b_proj/weight": ("in_proj.weight", "conv embed"),
     "c_proj/weight": ("in_proj.weight", "conv embed"),
     "x_proj/weight": ("in_proj.weight", "conv embed"),
@@ -73,7 +73,7 @@ _CONV = {  # parameter -> (name in files, layout); those of one name are its row
 
 
 def _neurons(config: Mapping[str, Any]) -> int:
-    """Return the number of neurons of a layer, which the class derives from `block_ff_dim` or `intermediate_size`."""
+    """Return the MLP neurons per layer, computed from `block_ff_dim` or `intermediate_size` as transformers does."""
     stated = config.get("block_ff_dim")
     neurons = int(config["intermediate_size"] if stated is None else stated)
     if not config["block_auto_adjust_ff_dim"]:
@@ -83,7 +83,7 @@ def _neurons(config: Mapping[str, Any]) -> int:
 
 
 def _tied(config: Mapping[str, Any]) -> JsonDict:
-    """Return a config with the class's own name of `tie_word_embeddings`, which overrides it, replaced."""
+    """Return the config with `tie_word_embeddings` set from LFM2's own field `tie_embedding`, which has priority."""
     tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
     return {**config, "tie_word_embeddings": tied}
 

@@ -134,7 +134,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = tower_to_hf(vision_of(cfg), _nested(source), _vision_from_hf)
     config = vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
-    # mlx-vlm reads the decoder's fields where the hub has them, transformers and vLLM in text_config if there is one
+    # mlx-vlm reads the decoder's fields at the top level, as on the hub; transformers and vLLM read text_config
     return {name: value for name, value in config["text_config"].items() if name not in _OUTER} | config
 
 

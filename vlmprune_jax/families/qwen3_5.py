@@ -38,7 +38,7 @@ _TEXT: JsonDict = {
 IDS = {"image_token_id": 248056, "video_token_id": 248057}
 MTP = ("mtp.", "mtp_num_hidden_layers")
 _SECTIONS = (11, 11, 10)
-_DELTA = {  # parameter -> (name in files, layout); those of one name are its rows, in order
+_DELTA = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
     "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
     "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
     "v_proj/weight": ("in_proj_qkv.weight", "(delta_heads delta_value) embed"),
@@ -81,7 +81,7 @@ def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
 
 
 def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a Qwen3.5 config with updated layers."""
+    """Return a Qwen3.5 config with layer types, layer counts and widths updated from a TextConfig."""
     delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
     config = {name: value for name, value in source.items() if name != "full_attention_interval"}
     if delta:

@@ -20,10 +20,10 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     theta = float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su" or (kind == "yarn" and "long_factor" in scaling):
-        kind = "longrope"  # names in the first releases of Phi-3
+        kind = "longrope"  # older names of LongRoPE, in the first releases of Phi-3
     sections = tuple(map(int, scaling.get("mrope_section") or ()))
     if kind == "mrope":
-        kind = "default"  # Qwen2-VL's name; the sections are what differs
+        kind = "default"  # Qwen2-VL's name of default rope with M-RoPE sections
     if kind not in KINDS:
         raise UserError(f"rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
     if kind == "default":
@@ -92,13 +92,13 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
 def for_both_versions(config: JsonDict) -> JsonDict:
     """Return a decoder config that repeats `rope_parameters` under transformers 4's field names."""
     nested = config.get("rope_parameters")
-    if not nested or "rope_theta" in config or "full_attention" in nested:  # by type of layer: only in version 5
+    if not nested or "rope_theta" in config or "full_attention" in nested:  # by layer type: version 5 only
         return config
     outside = {name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested}
     scaling: JsonDict | None = {name: value for name, value in nested.items() if name not in outside}
     if nested.get("rope_type", "default") == "default":
         scaling = scaling if "mrope_section" in nested else None
-    elif config.get("model_type") == "phi3":  # its config class accepts only these three
+    elif config.get("model_type") == "phi3":  # its config class accepts only type, short_factor and long_factor
         scaling = {"type": "longrope", **{name: nested[name] for name in ("short_factor", "long_factor")}}
     return {**config, **outside, "rope_scaling": scaling}
 

@@ -1,4 +1,4 @@
-"""Config fields that depend on a decoder's layers in every family: widths, windows, kinds of layers, token ids."""
+"""Config fields that many families share: layer widths, sliding windows, layer types and special token ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layers_from_hf(
     local: Mapping[str, Any],
     dense: Mapping[str, Any],
 ) -> tuple[Layer, ...]:
-    """Return the layers, of widths that config.json states per layer, or else of the same `widths`.
+    """Return the decoder's layers, with widths per layer if config.json lists them, otherwise all with `widths`.
 
     `attention` and `dense` are fields of the parts; `local` overrides those of layers with a window.
 
@@ -80,7 +80,7 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
 
 
 def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextConfig:
-    """Return a decoder of attention layers with `mixer` in place of attention in the layers of another type.
+    """Replace attention by `mixer` in the layers that `types` does not list as full attention; return the config.
 
     Raises UserError if `types` has a wrong number of layers, unknown types or no full attention.
     """
@@ -96,7 +96,7 @@ def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextCon
 
 
 def hybrid_layers_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a config with updated layers of attention and of another mixer."""
+    """Return a hybrid decoder's config with layer counts, widths and `layer_types` updated."""
     attention = [layer for layer in text.layers if isinstance(layer.mixer, Attention)]
     types = [TYPES.get(type(layer.mixer), "full_attention") for layer in text.layers]
     config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), source)

@@ -1,4 +1,4 @@
-"""Description of a model family, from which everything else about it is derived."""
+"""Declaration of a model family: config, weight names, prompts, images and engines, as one dataclass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Weight:
     layout: str
 
     def at(self, i: int) -> Weight:
-        """Return the weight table entry for layer `i`."""
+        """Return the weight table entry with `{i}` replaced by layer number `i`."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
@@ -38,29 +38,41 @@ class Weight:
 class Decoder:
     """Declaration of a decoder type (`model_type`), used alone or inside a vision-language model.
 
-    `stock_class` is the transformers class that loads it alone. `from_hf(config)` returns a TextConfig whose `decoder`
-    is the model type. `to_hf(text, source)` rewrites the fields that depend on the layers, and may change to another
-    model type with the same computation. In `weights(text, prefix, head)`, `prefix` precedes `embed_tokens` and
-    `layers`, and `head` is the key of the output head. `heads_divide`: the config class requires hidden_size to be a
-    multiple of the heads. `head_bias`: alone, its output head has a bias. `gguf`: llama.cpp architectures that compute
-    it, tried in order. `problem(text)`: why its class holds no such layers and what to do, or None.
-    `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads and ignore
-    config.json's. `runs_in`, `tried`, `vllm_tpu`: as in `Family`, alone.
+    `runs_in`, `tried` and `vllm_tpu` are as in `Family`, for the decoder used alone.
     """
 
     model_type: str
+
     stock_class: str
+    """Transformers class that loads the decoder alone."""
+
     from_hf: Callable[[Mapping[str, Any]], TextConfig]
+    """(config) -> TextConfig, whose `decoder` is the model type."""
+
     to_hf: Callable[[TextConfig, JsonDict], JsonDict]
+    """(text, source) -> config with updated layer fields, perhaps of another model type that computes the same."""
+
     weights: Callable[[TextConfig, str, str], list[Weight]]
+    """(text, prefix, head) -> weight table. The decoder's keys begin with `prefix`; `head`: key of the output head."""
+
     heads_divide: bool = False
+    """True if the config class requires hidden_size to be a multiple of the number of heads."""
+
     head_bias: bool = False
+    """True if the output head has a bias when the decoder is used alone."""
+
     gguf: tuple[Architecture, ...] = ()
+    """llama.cpp architectures that compute the decoder, in order of preference."""
+
     derives_head_dim: tuple[str, ...] = ()
+    """Engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads, whatever config.json says."""
+
     runs_in: tuple[str, ...] = ("vllm", "mlx", "openvino")
     tried: Mapping[str, str] = field(default_factory=dict)
     vllm_tpu: str = "torchax"
+
     problem: Callable[[TextConfig], str | None] = lambda text: None
+    """Return why the transformers class does not support these layers, with advice; None if it does."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +92,32 @@ class ProcessorFiles:
 class Stock:
     """Stock transformers class that loads a checkpoint layout, and its Auto class.
 
-    `by_row`: pixel_values are [rows, images, channels, height, width], not a flat list of the images of all rows.
-    `miscomputes`: prefixes of transformers versions that compute different float32 outputs. `image_start`: field of
-    config.json, and its default, with the id of the token by which some versions find images.
-
-    The other fields are for layouts that models of other layouts are converted to (`Conversion`). `image_token`: field
-    of config.json with that token's id. `config(cfg, source)`: additional fields of this class, where `source` is the
-    config.json of the other layout. `lacks(cfg)`: feature of a model that the class does not support, or None.
-    `processor(cfg, source, template, new_token)`: processor files for a model with this prompt template.
+    The fields from `image_token` on are for layouts to which models of other layouts are converted (`Conversion`).
     """
 
     name: str
     auto: str
+
     by_row: bool = False
+    """True if pixel_values are [rows, images, channels, height, width], not a flat list of all rows' images."""
+
     miscomputes: tuple[str, ...] = ()
+    """Prefixes of transformers versions that compute different float32 outputs."""
+
     image_start: tuple[str, int] | None = None
+    """Config.json field, and its default, with the id of the token by which some versions find images."""
+
     image_token: str = ""
+    """Config.json field with the id of the image token."""
+
     config: Callable[[ModelConfig, JsonDict], JsonDict] = lambda cfg, source: {}
+    """(cfg, config.json of the other layout) -> additional config.json fields of this class."""
+
     lacks: Callable[[ModelConfig], str | None] = lambda cfg: None
+    """Return a feature of the model that the class does not support; None if it supports all."""
+
     processor: Callable[[ModelConfig, JsonDict, Template, str], ProcessorFiles] | None = None
+    """(cfg, source, template, new token) -> processor files for a model with this prompt template."""
 
 
 @dataclass(frozen=True)
@@ -116,80 +135,127 @@ class Conversion:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Model family in one checkpoint layout: "transformers", or "original" (the hub's own).
-
-    Config: a folder belongs to the family if its config.json has one of the `model_types` and `matches`.
-    `from_hf(config, vision)` reads a config.json (and that of a tower in its own folder). `to_hf(cfg, source)` is the
-    inverse: `source` with the fields that depend on the layers rewritten. `text_section` of config.json describes the
-    decoder (None: all of it).
-
-    Weights: `weights(cfg)` has one line per tensor. `renames` are ordered (regex, replacement) pairs that turn every
-    accepted spelling of a key into the table's. Keys that match `ignored` are neither loaded nor refused, and are
-    copied on export, unless they match `dropped`. `modules` are pairs that turn the table's spelling into names of
-    modules in memory in transformers. With `respells` exports have the table's spelling, whatever their source's
-    (some versions ignore others). `mtp`: prefix of the keys of a head for several tokens (MTP), which is not computed,
-    and the field of the decoder's section with the number of its layers. With `separate_vision` the tower may be a
-    folder of its own; without `holds_tower` it always is.
-
-    Tokens and prompt: `token_names` are pairs (field, token): config fields of `from_hf` that get the id of a token of
-    the folder's tokenizer, if it has that token. Models were trained with the first of `templates`, unless
-    `template_field` of config.json names another.
-
-    Images: `image_processors` are transformers classes (without suffix) that `data/images.py` can run. `images` is
-    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan), "budget"
-    (any size, of about as many tokens), "patches" (any size) or "naflex" (any size, large ones as tiles too).
-    `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
-    tiles. `budget_field` of vision_config has the processor's token budget, for engines that read it there.
-    `pixels(size)` returns processor settings if the folder has no file. `video` has the values of the video processor's
-    class, which those of a folder replace; None if the family takes no videos.
-
-    `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
-    others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
-    `vllm_tpu`: what runs it in vLLM on TPUs: a class of its own ("jax"), vLLM's PyTorch class ("torchax") or nothing.
-    `runs_in`: other engines that have a class for it. `tried`: those that were run (tools/engines/table.py), and how
-    their outputs differ from transformers', unpruned as well ("" if they do not), or which cuts alone were run.
-    `derives_head_dim`: as in `Decoder`, inside this family. `engine_problem(engine, cfg)`: why an engine's class cannot
-    compute a pruned model, beyond limits of transformers' class, or None.
-    """
+    """Model family in one checkpoint layout: "transformers", or "original" (the hub's own)."""
 
     name: str
     layout: str
+
+    # Config
+
     model_types: tuple[str, ...]
+    """Values of config.json's `model_type` (one of them, and `matches`, must hold for a folder of this family)."""
+
     from_hf: Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig]
+    """(config.json, vision tower's config.json if it has its own folder) -> ModelConfig."""
+
     to_hf: Callable[[ModelConfig, JsonDict], JsonDict]
+    """(cfg, source) -> config.json: `source` with the fields rewritten that depend on the layers."""
+
     weights: Callable[[ModelConfig], list[Weight]]
+    """Return the weight table, one entry per tensor."""
+
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    """Additional condition on config.json."""
+
     text_section: str | None = None
+    """Section of config.json that describes the decoder; None: the whole file."""
+
+    # Weights
+
     renames: tuple[tuple[str, str], ...] = ()
+    """(regex, replacement) pairs, applied in order, that turn every accepted key into the weight table's spelling."""
+
     ignored: tuple[str, ...] = ()
+    """Regexes of keys that are neither loaded nor refused; exports copy them, except those that match `dropped`."""
+
     dropped: tuple[str, ...] = ()
+    """Regexes of keys that exports leave out."""
+
     mtp: tuple[str, str] = ("", "")
+    """Key prefix of the multi-token prediction module (not computed), and the decoder field with its layer count."""
+
     modules: tuple[tuple[str, str], ...] = ()
+    """(regex, replacement) pairs that turn the weight table's keys into names of modules in transformers."""
+
     respells: bool = False
+    """True if exports use the weight table's keys, whatever the source's (some versions ignore other keys)."""
+
     separate_vision: bool = False
+    """True if the vision tower may have its own folder."""
+
     holds_tower: bool = True
+    """False if the vision tower always has its own folder."""
+
+    # Tokens and prompt
+
     token_names: tuple[tuple[str, str], ...] = ()
+    """(config field of `from_hf`, token): the field gets the token's id if the folder's tokenizer has the token."""
+
     templates: tuple[Template, ...] = (LLAVA_V1,)
+    """Prompt templates; models were trained with the first one, unless `template_field` names another."""
+
     template_field: str | None = None
+    """Field of config.json with the name of the prompt template."""
+
+    # Images
+
     image_processors: tuple[str, ...] = ()
+    """Transformers image processor classes (without suffix) that `data/images.py` can run."""
+
     images: str = "whole"
+    """One of "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan),
+    "budget" (any size, about equally many tokens), "patches" (any size) or "naflex" (any size, and large images as
+    tiles too).
+    """
+
     tiling: Callable[[Mapping[str, Any], str], TilingConfig] | None = None
+    """(config.json, its path for messages) -> tiling settings."""
+
     tile_limit: str = ""
+    """Field of config.json with the maximum number of tiles."""
+
     budget_field: str = ""
+    """Field of `vision_config` with the image processor's token budget, for engines that read it there."""
+
     pixels: Callable[[int], JsonDict] | None = None
+    """(image size) -> image processor settings, for folders without a processor file."""
+
     video: VideoConfig | None = None
+    """Defaults of the video processor's class, which a folder's settings replace; None if videos are unsupported."""
+
+    # Recovery, parts and engines
+
     recipe: Mapping[str, Any] | None = None
+    """Recovery settings of the reference implementation, a partial experiment."""
+
     decoder: Decoder | None = None
+    """Decoder that other families can contain; None for families with a vision tower."""
+
     stock: Stock | None = None
+    """Transformers class that loads this layout; None if none does."""
+
     vllm_tpu: str = ""
+    """How vLLM runs the family on TPUs: "jax" (a class of its own), "torchax" (vLLM's PyTorch class) or ""."""
+
     runs_in: tuple[str, ...] = ("vllm",)
+    """Other engines that have a class for the family."""
+
     tried: Mapping[str, str] = field(default_factory=dict)
+    """{engine that was run (tools/engines/table.py): how its outputs differ from transformers', even for unpruned
+    models, or which prunings alone were run; "" without differences}.
+    """
+
     derives_head_dim: tuple[str, ...] = ()
+    """Engines that compute head_dim as hidden_size / heads for the decoder inside this family."""
+
     engine_problem: Callable[[str, ModelConfig], str | None] = lambda engine, cfg: None
+    """(engine, cfg) -> why the engine, but not transformers, cannot compute this pruned model; None if it can."""
+
     conversion: Conversion | None = None
+    """Rules for exporting in transformers' layout; None if this layout cannot be converted."""
 
     def canonical(self, key: str) -> str:
-        """Return a checkpoint key in the spelling of the family's weight table."""
+        """Rename a checkpoint key to the spelling of the family's weight table."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key

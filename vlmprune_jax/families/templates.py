@@ -1,4 +1,4 @@
-"""Prompt templates; each family refers to the one that it was trained with."""
+"""Prompt templates of model families: roles, separators, and the text of images and videos."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 @dataclass(frozen=True)
 class VideoText:
-    """Text of a video in a prompt: `start`, its temporal patches joined by `joint`, `end`.
+    """Prompt text of a video: `start`, the texts of its temporal patches joined by `joint`, then `end`.
 
-    `patch` is the text of a temporal patch (of a frame, if patches hold one) with one `token`, which stands for its
-    positions. It may have {number}, counted from 1, {seconds}, and {clock}, minutes and seconds. `start` may have
-    {count}, the number of temporal patches in words, and {duration} in hours, minutes and seconds.
+    A temporal patch holds one or more frames.
     """
 
     token: str
+    """Context token, which is repeated once per position of a temporal patch."""
+
     patch: str
+    """Text of a temporal patch, with one `token`; may have {number} (from 1), {seconds}, {clock} (minutes:seconds)."""
+
     start: str = ""
+    """Text before the first patch; may have {count} (patches, in words) and {duration} (hours:minutes:seconds)."""
+
     joint: str = ""
+    """Text between two temporal patches."""
+
     end: str = ""
+    """Text after the last patch."""
 
     def write(self, video: VideoShape) -> str:
-        """Return the text of a video."""
+        """Return the prompt text of a video, with one image token and the time of each temporal patch."""
         patches = [
             self.patch.format(number=number, seconds=seconds, clock=_clock(seconds))
             for number, seconds in enumerate(video.times, start=1)
@@ -63,22 +70,7 @@ def _hours(seconds: float) -> str:
 class Template:
     """Prompt format: `start`, the system prompt, then `role + gap + text + end` for each turn.
 
-    Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
-    `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.
-    `tight_image` removes white space around images, and the gap before an image that begins a turn. `strips` removes
-    white space around the text of every turn.
-
-    Text of images: with `image_tokens` (start, context, end), an image is written as these tokens, the context token
-    once per position; otherwise the text is tokenised piece by piece between images. With `tile_start` ({row} and
-    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview; with
-    `overview`, the text before it, tiles and overview stand between one start and one end. With
-    `crops` the whole image precedes its crops, which stand for {image} and, with spaces between them, {crops}.
-
-    Labels: with `by_turn` an empty turn keeps its end, and every answer is trained from its gap to its end token,
-    without the white space after it; otherwise labels are found by the end tokens in the whole text.
-
-    Tokens: `special` must be single tokens; records that contain `padding_mark` have a length that the reference
-    miscounts. `video`: text of videos, None for templates without.
+    Images are placeholders in the text of a turn, and are tokenised as the fields say.
     """
 
     name: str
@@ -88,23 +80,58 @@ class Template:
     user_end: str
     assistant: str
     assistant_end: str
+
     gap: str
+    """Text between a role and the text of its turn."""
+
     image_first: bool
+    """True to move a turn's image placeholders in front of its stripped text, each followed by `behind_image`."""
+
     start: str = ""
     system_start: str = ""
+
     image_lead: bool = False
+    """True to put a placeholder in front of the first turn if a record's only image has none there."""
+
     behind_image: str = "\n"
+    """Text after each placeholder that `image_first` moves."""
+
     tight_image: bool = False
+    """True to remove white space around images, and the gap before an image that begins a turn."""
+
     image_tokens: tuple[str, str, str] | None = None
+    """(start, context, end) tokens of an image, the context token once per position; None: text is tokenised in pieces
+    between images.
+    """
+
     tile_start: str = ""
+    """Text before a tile, with {row} and {column} from 1; tiles are then written separately."""
+
     overview: str = ""
+    """Text before the overview; tiles and overview then stand between one start and one end token."""
+
     crops: str = ""
+    """Text of an image with crops: {image} is the whole image, {crops} are the crops, separated by spaces."""
+
     strips: bool = False
+    """True to remove white space around the text of every turn."""
+
     row_end: str = ""
+    """Text after each row of tiles, and before the overview."""
+
     padding_mark: str | None = None
+    """Token whose presence in a record makes the reference miscount the record's length; None: no such token."""
+
     by_turn: bool = False
+    """True if labels are found turn by turn: empty turns keep their end, and an answer is trained from its gap to its
+    end token, without the white space after it. Otherwise, end tokens in the whole text separate the labels.
+    """
+
     special: tuple[str, ...] = ()
+    """Texts that must each be a single token of the tokenizer."""
+
     video: VideoText | None = None
+    """Prompt text of videos; None for templates without videos."""
 
     def image_text(self, image: ImageShape) -> str:
         """Return the prompt text of an image or video: a context token, or one per tile or temporal patch."""

@@ -1,4 +1,4 @@
-"""Layout of a processed image, and tiling as families describe it."""
+"""Shapes of processed images and videos (tiles, patches), and settings for dividing images into tiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 
-# Far above any model's maximum (40), and small enough to list all grids.
+# Maximum number of tiles: far above any model's (40), and small enough to list all grids.
 MAX_TILES = 1000
 MAX_SIDE = 4096  # pixels per side of a tile or image (the largest real tower takes 1,536)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
@@ -32,11 +32,11 @@ class ImageShape:
     interval: float = 0.0
 
     def positions(self, per_slot: int) -> int:
-        """Return the number of decoder tokens of an image; `per_slot` is the number per tile."""
+        """Return an image's number of decoder tokens; `per_slot`: tokens per tile (used unless image sizes vary)."""
         return self.tokens or per_slot * self.slots
 
     def positions_by_mark(self, per_slot: int, marks: int) -> list[int]:
-        """Return the number of decoder tokens of each of the `marks` context tokens that stand for an image."""
+        """Return the decoder tokens that replace each of an image's `marks` placeholder tokens in the prompt."""
         if marks != len(self.pieces):
             return [self.positions(per_slot) // marks] * marks
         patches = [rows * columns for rows, columns in self.pieces]
@@ -68,12 +68,12 @@ class VideoShape(ImageShape):
 
     @property
     def grids(self) -> list[tuple[int, int, int]]:
-        """Patch grid of the video, as a list."""
+        """Patch grid (temporal patches, rows, columns) of the video, as a list with one entry."""
         return [self.grid]
 
     @property
     def patch_shape(self) -> ImageShape:
-        """Shape of one temporal patch."""
+        """Image shape of one temporal patch of the video."""
         patches = len(self.times)
         return ImageShape(self.rows, self.columns, max(self.slots // patches, 1), self.tokens // patches)
 

@@ -1,4 +1,4 @@
-"""Vision towers and projectors: Hugging Face configs, and names of their weights in every layout."""
+"""Vision towers and projectors: conversion of Hugging Face configs, and weight names in every checkpoint layout."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def equal_shape(vision: VisionConfig) -> Layer:
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
-    """Return True if config.json says that the model lacks the tensor with this checkpoint key."""
+    """Return True if the checkpoint may lack this key: SigLIP's pooling head, if config.json switches it off."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
@@ -239,7 +239,7 @@ _LAYOUTS = {
     "layers/{i}/layer_scale2": "vision",
     "post_layernorm": "vision",
 }
-# SigLIP's pooling head, which features do not pass through; its MLP has the widths of the layers.
+# Key prefixes of SigLIP's pooling head, which image features bypass; its MLP is as wide as those of the layers.
 _POOLING_HEAD = ("vision_tower.head.", "vision_tower.vision_model.head.")
 # Keys that differ from the path with dots; paths that share a key are rows of a fused tensor, in this order.
 _CLIP_KEYS = {

@@ -1,1 +1,1 @@
-"""Hugging Face folders: configs, weights on the mesh or in their files, and their layout in `params`."""
+"""Reading of Hugging Face model folders: configs, weights (loaded or lazy), and their mapping to `params`."""

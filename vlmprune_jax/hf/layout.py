@@ -78,7 +78,7 @@ class Slot:
         return math.prod(self.shape[1:]) if self.columns is None else self.width
 
     def array_of(self, tensor: np.ndarray) -> np.ndarray:
-        """Return the parameter's array, given the whole tensor."""
+        """Extract the parameter's array from the whole checkpoint tensor."""
         rows = tensor.reshape(-1, self.width)[self.start : self.stop]
         array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
         return array.T if self.turned else array
@@ -113,7 +113,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     for weight in family.weights(cfg):
         tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
         places = locate(cfg, weight.path)
-        some = any(path in axes for _, path, _ in places)  # layers may lack it
+        some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
         for i, path, index in places:
             line = weight if i is None else weight.at(i)
             if path not in axes:
@@ -125,10 +125,10 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
-            unnamed = () if "unit" in tokens else ("unit",)  # numbers without an axis in files
+            unnamed = () if "unit" in tokens else ("unit",)  # single numbers have no axis in files
             entries = array_axes(names) != names
             stored = [t for t in tokens if t not in "()1"]
-            if entries:  # one after another in a tensor, or in a tensor each, with axes in any order
+            if entries:  # entries (experts) share a tensor or have one each; the order of axes is free
                 stored = sorted({*stored, *re.findall("{(.*?)}", line.key)}, key=names.index)
             if stored != [name for name in names if name not in unnamed]:
                 raise UserError(
@@ -148,7 +148,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
 
 
 def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
-    """Return a slot per entry of a parameter's first axis; an entry has these two axes in files."""
+    """Split a slot into one per entry of the parameter's first axis (experts); `axes`: an entry's axes in files."""
     (count, *inner), (parent, *names) = slot.shape, slot.axes
     turned = list(axes) != names
     shape = tuple(reversed(inner)) if turned else tuple(inner)
@@ -181,7 +181,7 @@ def _fused(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def _side_by_side(group: Sequence[Slot]) -> Iterator[Slot]:
-    """Yield the slots of one entry of the parameters that share a tensor, with their rows and columns."""
+    """Yield one expert's slots that share a tensor (such as gate and up), with row and column ranges assigned."""
     first = group[0]
     child = next(i for i, name in enumerate(first.axes) if name in AXES and AXES[name].parent)
     edges = [0, *itertools.accumulate(slot.shape[child] for slot in group)]
@@ -224,7 +224,7 @@ def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarr
 
 
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """Return {path: parameter} from the arrays of all slots; `stack` joins layers, and entries, on a new axis."""
+    """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
     found: dict[str, dict[tuple[int, ...], Any]] = {}
     for slot, array in arrays:
         found.setdefault(slot.path, {})[slot.place] = array
@@ -314,7 +314,7 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a vision tower's block is computed, or has a number that does not exist."""
+    """Return True if a tower block is computed or does not exist; False above the feature layer and outside blocks."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total

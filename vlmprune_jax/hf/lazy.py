@@ -1,4 +1,4 @@
-"""Weights that stay in their files, which surgery prunes like device arrays, and copies of both kinds on the host."""
+"""Lazy arrays: weights that stay in their files, can be pruned like device arrays, and are read when needed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FileArray:
         return self._stored_dtype if self.cast is None else self.cast
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
-        """Return the weight restricted to `indices` of one axis, without reading it; at most once per axis."""
+        """Select `indices` along one axis without reading the weight; allowed once per axis."""
         return replace(self, picks=(*self.picks, (1 - axis if self.turned else axis, np.asarray(indices))))
 
     @property
@@ -110,7 +110,7 @@ class FileArray:
                 advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Read only the elements at these index arrays."""
+        """Read single elements, given one index array per axis."""
         assert not self.picks, "elements index the weight as stored"
         positions = positions[::-1] if self.turned else positions
         if self.columns is not None:
@@ -156,13 +156,13 @@ class FileStack:
         return self.members[index]
 
     def take(self, indices: np.ndarray, axis: int) -> FileStack:
-        """Return the weight restricted to `indices` of one axis, without reading it."""
+        """Select `indices` along one axis of the stacked weight, without reading it."""
         if axis == 0:
             return FileStack(tuple(self.members[i] for i in indices))
         return FileStack(tuple(member.take(indices, axis - 1) for member in self.members))
 
     def take_each(self, indices: np.ndarray, axis: int) -> FileStack:
-        """Return the weight whose i-th member is restricted to `indices[i]` of its axis `axis - 1`."""
+        """Select other indices in each layer (or expert): `indices[i]` along axis `axis - 1` of member i."""
         pairs = zip(self.members, indices, strict=True)
         return FileStack(tuple(member.take(own, axis - 1) for member, own in pairs))
 
@@ -171,7 +171,7 @@ class FileStack:
         return np.stack([member.read() for member in self.members])
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Read only the elements at these index arrays."""
+        """Read single elements, given one index array per axis."""
         numbers, *inner = positions
         parts = [(number, numbers == number) for number in np.unique(numbers)]
         read = [self.members[number].elements(tuple(p[mask] for p in inner)) for number, mask in parts]
@@ -182,7 +182,7 @@ class FileStack:
 
     @staticmethod
     def stack(members: Sequence[FileArray | FileStack]) -> FileStack:
-        """Stack weights along a new first axis, without reading them."""
+        """Stack several stacked weights along a new first axis, without reading them."""
         return FileStack(tuple(members))
 
 
@@ -212,7 +212,7 @@ def file_params(
     return unflatten(stacked(arrays, FileArray.stack))
 
 
-Place = int | tuple[int, ...] | None  # index of a layer in a stacked array, or of an entry in a layer; None: all
+Place = int | tuple[int, ...] | None  # index of a layer in a stacked array, or (layer, expert); None: whole array
 
 
 def _indices(place: Place) -> tuple[int, ...]:

@@ -41,12 +41,12 @@ _PART = 2**26  # elements of a tensor that one thread reads
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
-# All files but weights, which have one of two forms.
+# Files to download besides the weights (safetensors, or else `pytorch_model*.bin`).
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
-# Stored weight by canonical key.
+# {canonical key: stored weight}.
 Sources = dict[str, StoredWeight]
-# Start and stop along every axis of the slice of a parameter on a device.
+# (start, stop) along every axis of the slice of a parameter that a device holds.
 Bounds = tuple[tuple[int, int], ...]
 
 

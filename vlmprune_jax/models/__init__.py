@@ -1,1 +1,1 @@
-"""Flax NNX modules over `(params, cfg)`."""
+"""Models in JAX: Flax NNX modules, and pure functions of parameters and config."""

@@ -118,9 +118,10 @@ class Block(nnx.Module):
         return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
 
     def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
-        """Return the residual stream before per-layer embeddings (Gemma), recovered from the block's output `y`.
+        """Recover the residual stream to which per-layer embeddings (Gemma) were added, from the block's output `y`.
 
-        The stream is the fixed point of an iteration from `start`; the norm of the per-layer branch bounds each change.
+        It is found by fixed-point iteration that begins at `start`. The norm in the per-layer branch limits the size of
+        what the branch adds, whatever its input.
         """
         y = y if self.scalar is None else y / self.scalar
         if self.extra is None:

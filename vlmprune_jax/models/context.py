@@ -21,20 +21,19 @@ from vlmprune_jax.models.layers import Projection, compute_once, saveable
 from vlmprune_jax.models.random import bernoulli
 
 STREAM = ("batch", "sequence", None)
-WRITERS = ("o_proj", "down_proj")  # projections that write to the stream, in this order
-BRANCHES = ("self_attn", "mlp")  # mixer and channel mixer, whatever they are
+WRITERS = ("o_proj", "down_proj")  # projections that write to the residual stream, in this order
+BRANCHES = ("self_attn", "mlp")  # names of mixer and channel mixer, whatever their type
 READERS = (*BRANCHES, *WRITERS)  # groups of matrices that read the same input
 # "self_attn", "mlp": float[batch, seq, embed], inputs of both branches; "o_proj" float[batch, seq, q_heads, head] and
-# "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before what
-# `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
-# "routed": `Routed`, of layers of experts, which have no "down_proj" input in that sense.
+# "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before norm
+# and scale (`Block.follow`); "middle": float[batch, seq, embed], the residual stream between attention and MLP.
+# "routed": `Routed`, for layers with experts, which have one "down_proj" input per expert instead.
 VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle", "routed")
 KEYS = "keys"
 
-# State of the mixers of one run (a scan), each leaf with a leading layer axis. Attention's is (keys, values):
-# [layer, slots, kv_heads, batch, head] each, the order in which TPUs read them for a token
-# (in another, XLA copies the cache before and after the loop; on TPUs heads share rows that are padded, see
-# `Decoder.empty_cache`). A block also gets its place on the first axis.
+# Mixer state of one run of equal layers (a scan); every array has a leading layer axis. The state of attention is
+# (keys, values), [layer, slots, kv_heads, batch, head] each. TPUs read them in this order for a token; with another
+# order, XLA copies the cache before and after the loop. On TPUs, heads share padded rows (`kernels.cache_rows`).
 RunCache = tuple[jax.Array, jax.Array]
 Cache = dict[str, RunCache]
 CACHE_AXES = (None, None, "kv_heads", "batch", None)
@@ -43,39 +42,52 @@ CACHE_AXES = (None, None, "kv_heads", "batch", None)
 class Context(NamedTuple):
     """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
 
-    `masks`: for each attention window (0 = none) bool[batch, 1, seq, slots], True if a query attends to a key (absent
-    or None: to all keys). `ropes`: for each window (cos, sin) of the rotary embedding, float32[batch, seq, rotary / 2]
-    each (None: no rotation). `valid`: bool[batch, slots], True for keys that are not padding. `segments`: for each
-    window int32[batch, seq]; a position attends to positions of its own segment. Kernels use `valid` and `segments`
-    instead of masks, unless `ahead` is set: bool[batch, seq, seq], later keys to which queries attend. `slot`: the
-    first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: random key for LoRA
-    dropout (None = off). `shared`: for each window (keys, values), for layers that reuse them. `layer_input`:
-    float[batch, seq, n], this layer's `per_layer_embeds`. `stream`: float[batch, seq, embed], the residual stream whose
-    norm is the channel mixer's input.
+    Keys of the mappings are sliding-window sizes (0 = full attention). Kernels use `valid` and `segments` instead of
+    `masks`, unless `ahead` is set.
     """
 
     masks: Mapping[int, jax.Array | None]
+    """bool[batch, 1, seq, slots], True if a query attends to a key; absent or None: to all keys."""
+
     ropes: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    """Rotary (cos, sin), float32[batch, seq, rotary / 2] each; None: no rotation."""
+
     ahead: jax.Array | None = None
+    """bool[batch, seq, seq], later keys to which queries attend (image tokens of the same image)."""
+
     valid: jax.Array | None = None
+    """bool[batch, slots], True for keys that are not padding."""
+
     segments: Mapping[int, jax.Array] | None = None
+    """int32[batch, seq], segment of each position; a position attends to its own segment only."""
+
     slot: Any = 0
+    """First cache slot that this call writes: int32[], or an int while prefilling."""
+
     dropout_key: jax.Array | None = None
+    """Random key for LoRA dropout; None: no dropout."""
+
     shared: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    """(keys, values) of an earlier layer, for layers that reuse them."""
+
     layer_input: jax.Array | None = None
+    """float[batch, seq, n], per-layer embeddings of the current layer (`LayerEmbeds.per_layer_embeds`)."""
+
     stream: jax.Array | None = None
+    """float[batch, seq, embed], residual stream whose norm is the channel mixer's input."""
 
 
 class LayerEmbeds(NamedTuple):
     """Additional embeddings of single layers, besides the residual stream (None: no such embeddings).
 
-    `deepstack_embeds`: float[n, batch, seq, embed], image features that are added to the outputs of the first n layers
-    (DeepStack, Meng et al. 2024). `per_layer_embeds`: float[layers, batch, seq, n], an additional input of each layer
-    (Gemma). `of_layer` removes the first axis.
+    `of_layer` removes the first axis of both fields.
     """
 
     deepstack_embeds: Any = None
+    """float[n, batch, seq, embed], image features added to the outputs of the first n layers (DeepStack)."""
+
     per_layer_embeds: Any = None
+    """float[layers, batch, seq, n], an additional input of each layer (Gemma)."""
 
     def of_layer(self, number: int) -> LayerEmbeds:
         """Return the embeddings of one layer."""
@@ -85,23 +97,27 @@ class LayerEmbeds(NamedTuple):
 class BlockValues(NamedTuple):
     """Intermediate values of one transformer block, as passed to a hook.
 
-    `before`, `after`: float[batch, seq, embed], the residual stream before and after the block. `inputs`: the requested
-    `VALUES`. `params`: the block's parameters, nested. `scales`: for each writer in `inputs` whose output is
-    normalised, the factor by which the norm multiplies the output, float32[batch, seq, 1].
+    `before`, `after`: float[batch, seq, embed], the residual stream before and after the block.
     """
 
     before: jax.Array
     after: jax.Array
+
     inputs: dict[str, jax.Array]
+    """The requested intermediate values, by name (`VALUES`)."""
+
     params: dict[str, Any]
+    """Parameters of the block, nested."""
+
     scales: dict[str, jax.Array]
+    """float32[batch, seq, 1] for each writer in `inputs` with a norm after it: the norm's factor on the output."""
 
 
 Hook = Callable[[BlockValues], Any]
 
 
 class LayerState(NamedTuple):
-    """Mixer states of a group of equal layers, and the number of the layer in the group that is being computed."""
+    """Cached mixer states (such as keys and values) of a run of equal layers, and the index of the current layer."""
 
     stacked: Any
     """Mixer states, as `empty_state` of the mixer's module returns them: a pytree with a leading layer axis."""
@@ -154,7 +170,7 @@ class Writer(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Parameter names in a stack's blocks: residual-stream axis, input norms, and attention output projection."""
+    """Names that differ between decoder and towers: the residual stream's axis, input norms, and output projection."""
 
     axis: str
     norms: tuple[str, str]

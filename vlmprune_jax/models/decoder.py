@@ -62,7 +62,7 @@ class LayerInputs(nnx.Module):
 
     def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
-        # every device looks up its channels of all rows, then all channels of its rows: the table never moves
+        # each device looks up its share of the channels for all rows; only results are exchanged, never the table
         rows = constrain(constrain(rows, ("rows", None, None, "extra")), ("batch", "sequence", None, None))
         rows = rows * jnp.asarray(self.scales[0], rows.dtype)
         both = self.norm(self.project(x) * self.scales[1]) + rows
@@ -107,7 +107,7 @@ class Decoder(BlockStack):
         slot: Any = 0,
         dropout_key: jax.Array | None = None,
     ) -> Context:
-        """Return the shared inputs of all blocks for queries at `positions`, cached from `slot` on.
+        """Return masks and rotary tables for queries at `positions`, whose keys are cached from `slot` on.
 
         `mask`: [batch, slots], 1 = real key; without a cache, the slots are the positions of the sequence. `positions`:
         int[batch, seq], by default counted along the mask; or int[batch, 3, seq], see `rope_tables`; or int[batch, 2,
@@ -118,13 +118,13 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # alike where windows are
-        if positions.shape[1:-1] == (2,):  # even where this layer, run alone, does not see images
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # mixers of one window size are alike
+        if positions.shape[1:-1] == (2,):  # image numbers are passed even if no layer of this stack needs them
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
         masks = {size: windowed(seen, size)[:, None] for size in mixers}
-        if ahead is not None:  # a window limits what lies behind
+        if ahead is not None:  # sliding windows limit earlier keys only
             masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if mixers[s].sees_images}
         turned = {size: (mixer.rope or self.cfg.rope, mixer.rotated) for size, mixer in mixers.items()}
         tables = {key: rope_tables(*key, positions) for key in dict.fromkeys(turned.values())}
@@ -132,7 +132,7 @@ class Decoder(BlockStack):
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared inputs of all blocks for a batch with "attention_mask" and optionally "position_ids"."""
+        """Return masks and rotary tables for a batch with "attention_mask" and optionally "position_ids"."""
         return self.context(arrays["attention_mask"], arrays.get("position_ids"))
 
     def __call__(
@@ -184,11 +184,11 @@ class Decoder(BlockStack):
         return {run: state for run, state in states.items() if state is not None}
 
     def cache_rows(self, cache: Cache, rows: jax.Array) -> Cache:
-        """Return the cached states of the batch rows in `rows`, int32[rows]."""
+        """Select the batch rows `rows`, int32[rows], from the cached states of all layers."""
         return {run: mixer.rows_of(cache[run], rows) for run, mixer in self._mixers.items() if run in cache}
 
     def extended_cache(self, cache: Cache, empty: Cache) -> Cache:
-        """Return the cached states followed by the slots of the empty cache `empty`."""
+        """Return a longer cache: the cached states of all layers, followed by the empty slots of `empty`."""
         return {run: mixer.extended(cache[run], empty[run]) for run, mixer in self._mixers.items() if run in cache}
 
     @property

@@ -1,4 +1,4 @@
-"""Encoders of your own beside the vision tower: audio, depth, or whatever else becomes tokens of the decoder."""
+"""User-defined encoders besides the vision tower, for audio, depth or other inputs that become decoder tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmprune_jax.models.stack import BlockStack
 
 
 class EncoderModule(BlockStack):
-    """Encoder of one kind of item; a subclass embeds items, and projects its output to tokens of the decoder.
+    """Base class of user-defined encoders: a subclass embeds items (such as sounds) and projects to decoder tokens.
 
     Args:
       cfg: the encoder's config.
@@ -28,15 +28,15 @@ class EncoderModule(BlockStack):
         super().__init__(cfg, Names("encoder", ("layer_norm1", "layer_norm2"), "out_proj"))
 
     def embed(self, items: jax.Array) -> jax.Array:
-        """Return the first block's input float[items, positions, hidden] of items [items, ...]."""
+        """Embed items [items, ...], such as sounds, as the first block's input float[items, positions, hidden]."""
         raise NotImplementedError
 
     def project(self, x: jax.Array) -> jax.Array:
-        """Return tokens float[items, tokens, text_size] from the last block's output [items, positions, hidden]."""
+        """Project the last block's output [items, positions, hidden] to tokens float[items, tokens, text_size]."""
         raise NotImplementedError
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared inputs of all blocks: every position sees its whole item."""
+        """Return the blocks' context, without masks: every position attends to all positions of its item."""
         del x, arrays
         return Context({})
 
@@ -47,7 +47,7 @@ class EncoderModule(BlockStack):
         return passed.last, passed.hooks
 
     def __call__(self, items: jax.Array) -> jax.Array:
-        """Return the tokens float[rows, items, tokens, text_size] of items [rows, items, ...]."""
+        """Encode items [rows, items, ...] of a batch as decoder tokens float[rows, items, tokens, text_size]."""
         dtype = jax.tree.leaves(self.layers)[0].dtype
         states, _ = self.hooked(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]), None)
         tokens = self.project(states)

@@ -1,4 +1,4 @@
-"""Products of weights and inputs that are rounded as engines round them, with gradients as if they were not."""
+"""Matrix products with fake quantisation: rounding as in inference engines, and straight-through gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fake_quant_product(fake_quant: FakeQuant) -> Product:
 
 
 def _nearest(values: jax.Array, group: int, bits: int) -> jax.Array:
-    """Return values rounded to the nearest integer codes, times one scale per `group` values.
+    """Quantise values to the nearest integer codes with one scale per `group` values, and dequantise them again.
 
     The scale and its rounding are those of `CompressedTensors.grid` without zero points.
     """

@@ -1,4 +1,4 @@
-"""Features of a vision tower, and their places in the decoder's input."""
+"""Vision features: computing them with the tower, and inserting them at image tokens of the decoder's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass, part by part, and what gradients add to them."""
+"""FLOPs of the forward pass, by part of the model, and the additional FLOPs of the backward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def active_params(cfg: ModelConfig) -> int:
 
 
 def _active(cfg: ModelConfig, path: str, axes: Sequence[str], size: int) -> int:
-    """Return how many of the `size` values of a parameter with these axes one token uses."""
+    """Return how many of a parameter's `size` weights one token uses (fewer than all for experts)."""
     stack, _, rest = path.partition("/layers/")
     if rest:
         layer = layer_runs(cfg.stack(stack).layers)[int(rest.split("/")[0])].layer
@@ -49,8 +49,9 @@ def head_of(cfg: ModelConfig) -> str:
 def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -> tuple[int, int, int]:
     """Return (length, tiles, tokens per tile) of a sequence after limiting each image to `image_tokens` tokens.
 
-    The sequence of `length` tokens has images with a typical number of tokens, so the limit makes it shorter or longer.
-    Tokens per tile are 0 if images have one size; each image then takes as many tiles as `image_tokens` allow.
+    `length` includes the typical number of tokens for each of the `images` images; the result has `image_tokens` for
+    each instead. If images have one size, the result has 0 tokens per tile, and each image takes as many tiles as
+    `image_tokens` allow. With `image_tokens` 0, nothing changes.
     """
     if not image_tokens:
         return length, images, 0
@@ -71,7 +72,7 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """Return one causal sequence's forward FLOPs apart from products with weights (attention's scores and sums)."""
+    """Return the forward FLOPs of attention scores and sums (no products with weights) for one causal sequence."""
     text = cfg.text
     return sum(layer.mixer.mixing_flops(length) for layer in text.layers)
 

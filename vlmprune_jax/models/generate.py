@@ -271,7 +271,7 @@ def prefill(
 def _choose(
     module: VisionLanguageModel, hidden: jax.Array, ended: jax.Array, eos: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the most likely next tokens int32[batch], and bool[batch], True for rows that have ended."""
+    """Return each row's most likely next token, int32[batch], and bool[batch], True for rows that have ended."""
     token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
     token = jnp.where(ended, jnp.int32(_padding(module.cfg, eos)), token)
     return token, ended | (token[:, None] == jnp.asarray(eos, jnp.int32)[None, :]).any(axis=1)
@@ -321,7 +321,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
 
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
-    """Append image numbers to positions, if image tokens attend to later tokens of their own image."""
+    """Add each token's image number to `positions` if image tokens attend to later tokens of their image (Gemma)."""
     if arrays["pixels"] is None or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.visual_token_ids)

@@ -72,7 +72,7 @@ def visual_inputs(
     for name in inputs:
         if name not in VisualInputs.__annotations__:
             raise UserError(
-                f"the model has no input {name!r}{suggest(name, VisualInputs.__annotations__)}: leave it out"
+                f"the model has no input array {name!r}{suggest(name, VisualInputs.__annotations__)}: leave it out"
             )
     visuals = joined(cfg, input_ids, attention_mask, inputs)
     if not cfg.dynamic_resolution and np.ndim(visuals["pixel_values"]) == 5:
@@ -112,7 +112,7 @@ def split_encoder_inputs(
 
 
 def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Return pixels [rows, slots, 3, H, W] as a list of images if the rows are videos and not rows of the batch.
+    """Flatten pixels [videos, slots, 3, H, W] to a list of frames; return pixels of one entry per batch row unchanged.
 
     Slots of zeros are empty (reference: transformers' `SmolVLMModel.get_image_features`).
     """

@@ -38,9 +38,9 @@ def for_tpu() -> bool:
 
 
 def heads_per_row(kv_heads: int, head: int) -> int:
-    """Return how many heads of `head` channels share a row of a TPU's cache; rows are padded to `LANES` channels.
+    """Return how many key/value heads of `head` channels share one row of `LANES` channels in a TPU's cache.
 
-    This is the largest number with a number of rows divisible by the size of `tensor` in the mesh in use.
+    This is the largest number that fits and lets rows divide evenly over the mesh axis `tensor`.
     """
     rows = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
@@ -59,7 +59,7 @@ def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
 
 
 def heads_of_rows(x: jax.Array, heads: int, head: int) -> jax.Array:
-    """Return [batch, slots, heads, head] from the rows of a cache, which contain one or more heads and padding."""
+    """Unpack cache rows, which hold one or more heads and padding, to keys or values [batch, slots, heads, head]."""
     return x[..., : heads // x.shape[2] * head].reshape(*x.shape[:2], heads, head)
 
 
@@ -129,7 +129,7 @@ def splash_attention(
         kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
-            # Queries are all of one segment, padding among them: as in xla_attention.
+            # All queries, padding included, get the same segment number: the result then equals xla_attention's.
             ones = jnp.ones(q.shape[1], jnp.int32)
             return kernel(q, k, v, None if keys is None else splash.SegmentIds(ones, keys))
 
@@ -264,20 +264,20 @@ def _block_of(x: jax.Array, number: jax.Array, block: int, axis: int = -2) -> ja
 
 
 def _scores(q: jax.Array, k: jax.Array, ids: jax.Array, i: jax.Array, j: jax.Array, block: int) -> jax.Array:
-    """Return the scores [kv_heads, group, queries, keys] of two blocks, hidden between segments."""
+    """Return attention scores [kv_heads, group, queries, keys] of two blocks, masked between different segments."""
     scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=_sum_dtype(q))
     same = _block_of(ids, i, block, 0)[:, None] == _block_of(ids, j, block, 0)[None]
     return jnp.where(same[None, None], scores, _HIDDEN)
 
 
 def _meeting_blocks(ids: jax.Array, block: int) -> jax.Array:
-    """Return bool[blocks, blocks], True for blocks of a row that may share a segment."""
+    """Return bool[blocks, blocks]: True if two blocks of positions in a row may have a segment in common."""
     low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
     return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
 
 
 def _shared_blocks(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """Return for every block of a row the first block that may share a segment with it, and the one after the last."""
+    """Return for each block of a row the range [first, end) of blocks that may share a segment with it."""
     meets = _meeting_blocks(ids, block)
     return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
 

@@ -19,7 +19,7 @@ from vlmprune_jax.core.sections import LoraConfig
 Axes = tuple[str, ...]
 Product = Callable[[jax.Array, jax.Array, int], jax.Array]
 SAVEABLE = "saveable"
-BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped projections
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of projections that clip (Gemma 4)
 
 
 class Parameter(nnx.Param):
@@ -103,7 +103,7 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
 
 
 class Leaf(nnx.Module):
-    """Module with one parameter that belongs to no projection or norm."""
+    """Module with a single parameter `weight`, such as position embeddings or a convolution kernel."""
 
     def __init__(self, sizes: Mapping[str, int], axes: Axes):
         self.weight = declare(sizes, axes)
@@ -236,7 +236,7 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
     base = 1.0 / rope.theta**exponent
     if rope.kind == "longrope":
         factors = np.asarray(rope.long_factors if long else rope.short_factors, np.float32)
-        # in transformers' order of rounding
+        # operations in the order of transformers, so that rounding is equal
         return (1.0 / (factors * (rope.theta**exponent).astype(np.float32))).astype(np.float32)
     if rope.kind == "linear":
         base = base / rope.factor

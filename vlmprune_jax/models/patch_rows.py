@@ -100,7 +100,7 @@ def repacked(
     packs: int,
     by_row: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the patches and grids of packed rows in `packs` packed rows.
+    """Redistribute patches and image grids over `packs` packed rows.
 
     `by_row`: the image grids of every row of the batch (None: the grids of every packed row; packed rows are then only
     joined).
@@ -110,7 +110,7 @@ def repacked(
     if by_row is None:
         by_row = [[grid for grid in row if grid.any()] for row in grids]
     ends = np.cumsum([sum(int(grid.prod()) for grid in row) for row in by_row])
-    patches = np.concatenate([pixels[0, :0], *_pieces(pixels, grids)])  # of no image, if no row has one
+    patches = np.concatenate([pixels[0, :0], *_pieces(pixels, grids)])  # empty slice: in case of no image
     return _packed(np.split(patches, ends[:-1]), by_row, packs, _merge(cfg))
 
 
@@ -154,7 +154,7 @@ def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mappin
 
 
 def separated(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch whose videos have separate arrays in packed rows, as from a processor (undoes `joined`)."""
+    """Move a batch's videos from the images' packed rows to arrays of their own, named as by a processor."""
     ids = arrays["input_ids"]
     if cfg.video_token_id is None or not (ids == cfg.video_token_id).any():
         return {name: array for name, array in arrays.items() if name != "second_per_grid_ts"}
@@ -187,7 +187,7 @@ def rejoined(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Visual(NamedTuple):
-    """Image or video of a row: place of its first token, grid, patches, and seconds between temporal patches."""
+    """Image or video in a batch row: position of its first token, grid, patches, seconds between temporal patches."""
 
     first: int
     grid: np.ndarray
@@ -204,7 +204,7 @@ def _visuals(
     grids: Any,
     seconds: Any = None,
 ) -> list[list[_Visual]]:
-    """Return the images or videos of every row of a batch, whose tokens are `token` (None: both)."""
+    """Return the images or videos of each batch row, by the token id that marks them (None: images and videos)."""
     ids, grids, pixels = np.asarray(input_ids), np.asarray(grids), np.asarray(pixels, np.float32)
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     marks = (is_visual(ids, cfg.visual_token_ids) if token is None else ids == token) & valid
@@ -213,7 +213,7 @@ def _visuals(
         raise UserError(f"second_per_grid_ts has shape {list(intervals.shape)}, expected {list(grids.shape[:-1])}")
     by_row, pieces = grids_by_row(marks, grids, _merge(cfg)), _pieces(pixels, grids)
     if grids.ndim == 2 and len(pixels) != grids.prod(axis=1).sum():
-        raise UserError(f"pixels have {len(pixels)} patches, expected {grids.prod(axis=1).sum()}, as their grids say")
+        raise UserError(f"pixels have {len(pixels)} patches, but their grids need {grids.prod(axis=1).sum()}")
     rest = iter(zip(pieces, intervals[grids.any(axis=-1)].tolist(), strict=True))
     rows = []
     for row, row_grids in zip(marks, by_row, strict=True):
@@ -348,7 +348,7 @@ def _check_packed(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> No
 def _packed(
     patches: Sequence[np.ndarray], by_row: Sequence[Sequence[np.ndarray]], packs: int, merge: int
 ) -> dict[str, np.ndarray]:
-    """Pack the patches of every row of a batch, [patches, values], and the grids of its images."""
+    """Pack patches [patches, values] and image grids of all batch rows into `packs` padded rows."""
     size = len(by_row) // packs
     sizes = [sum(map(len, patches[at : at + size])) for at in range(0, len(by_row), size)]
     images = [[grid for row in by_row[at : at + size] for grid in row] for at in range(0, len(by_row), size)]

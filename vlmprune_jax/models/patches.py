@@ -1,4 +1,4 @@
-"""Positions of the patches of images of any size in packed rows, from the grid of each image."""
+"""Positions of patches in packed rows of images of any size, computed from each image's grid."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def antialiased(table: jax.Array, places: Places) -> jax.Array:
     side = round(table.shape[0] ** 0.5)
 
     def shares(at: jax.Array, count: jax.Array) -> jax.Array:
-        """Return the weights of the table's entries along one axis, float32[packs, patches, side]."""
+        """Return interpolation weights of the table's entries along one image axis, float32[packs, patches, side]."""
         scale = side / jnp.maximum(count, 1).astype(jnp.float32)[..., None]
         centre = (jnp.minimum(at, count - 1).astype(jnp.float32)[..., None] + 0.5) * scale - 0.5
         distance = jnp.abs(jnp.arange(side, dtype=jnp.float32)[None, None] - centre) / jnp.maximum(scale, 1)

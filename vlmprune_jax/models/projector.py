@@ -1,4 +1,4 @@
-"""Projectors between vision tower and decoder, and the joining of neighbouring patches to one feature."""
+"""Projectors from vision tower to decoder, which may first join neighbouring patches into one feature."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
 
 
 def merged(x: jax.Array, factor: int) -> jax.Array:
-    """Concatenate each `factor`^2 consecutive patches: [images, patches, n] -> [images, merged, longer]."""
+    """Concatenate each `factor`^2 consecutive patches: [images, patches, n] -> [images, patches / f^2, n * f^2]."""
     return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
 
 
 def pooled(x: jax.Array, width: int) -> jax.Array:
-    """Average the n features that are concatenated in float[..., n * width]; return float[..., width]."""
+    """Average n concatenated features of `width` channels: float[..., n * width] -> float[..., width]."""
     return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
 
 

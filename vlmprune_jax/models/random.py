@@ -1,4 +1,4 @@
-"""Random numbers of dropout: those of jax.random, made in one pass over memory."""
+"""Random numbers for dropout masks, equal to those of jax.random but computed in one pass over memory."""
 
 from __future__ import annotations
 

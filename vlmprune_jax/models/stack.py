@@ -31,8 +31,8 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 class Passed(NamedTuple):
     """Results of a forward pass through all blocks of a stack.
 
-    `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the blocks asked for, [n + 1, ...] with
-    an arbitrary last entry (None: none asked for); `hooks`: per block, what the hook returned; `cache`: updated.
+    `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the requested blocks, [n + 1, ...] with
+    an arbitrary last entry (None: none requested); `hooks`: per block, what the hook returned; `cache`: updated.
     """
 
     last: jax.Array
@@ -54,7 +54,7 @@ class BlockStack(nnx.Module):
         )
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared inputs of all blocks, for a batch with arrays named as in `encode`."""
+        """Return masks and rotary tables for a batch, whose arrays are named as the arguments of `encode`."""
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
@@ -87,14 +87,16 @@ class BlockStack(nnx.Module):
         """Run all blocks on hidden states float[batch, seq, embed].
 
         Args:
-          x, ctx: the stream before the first block, and what all blocks share.
+          x, ctx: residual stream before the first block; masks and rotary tables for all blocks.
           keep: numbers of the blocks whose outputs are kept.
           hook, hook_inputs: function of `BlockValues`, evaluated per block inside the scan, and the `VALUES` it sees.
-          final: what follows the last block; its result is `last`, and the last block's `after` that the hook sees.
-          cache, remat: keys and values of earlier tokens; one of `REMAT_POLICIES`.
-          layer_embeds: what single blocks get beside the stream.
+          final: function applied after the last block, such as the final norm. Its result is `last`, and `after` of
+            the last block in the hook.
+          cache: mixer states of earlier tokens, such as keys and values.
+          remat: rematerialisation policy, one of `REMAT_POLICIES`.
+          layer_embeds: additional embeddings of single layers.
         """
-        writers = [name for name in hook_inputs if name in WRITERS]  # a stack without blocks has no norms either
+        writers = [name for name in hook_inputs if name in WRITERS]  # only their outputs may be normalised
         norms = {name: norm for name in writers if (norm := self.layers["0"].norm_after(name))}
         capture = (*hook_inputs, *(f"{name}_out" for name in norms))
 
@@ -128,7 +130,7 @@ class BlockStack(nnx.Module):
                 carry: Any, layer: Any, run: str, block: Any, is_last: bool, states: Any = states
             ) -> tuple[Any, Any]:
                 (x, kept, last, cache), (state, index, slot, place) = carry, layer
-                # A repetition's slice of the weights would be a copy, which costs more than a token's products.
+                # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
                 state = at_layer(states[run], place) if state is None else state
                 y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
                 cache = cache if updated is None else {**cache, run: updated}
@@ -183,12 +185,12 @@ def _with_remat(
 
 
 def _repeated(layers: Any, count: int) -> Any:
-    """Return arrays [repetitions, count, ...], given arrays [layers, ...]; the same arrays if the count is 1."""
+    """Reshape arrays [layers, ...] to [repetitions, count, ...]; return them unchanged if `count` is 1."""
     return layers if count == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), layers)
 
 
 def _in_order(outputs: Any, count: int) -> Any:
-    """Return arrays [count, ...], given arrays [count, ...] or [repetitions, layers of each, ...]."""
+    """Reshape a scan's outputs [repetitions, layers per repetition, ...] to one entry per layer, [count, ...]."""
     return jax.tree.map(lambda leaf: leaf if len(leaf) == count else leaf.reshape(count, *leaf.shape[2:]), outputs)
 
 
@@ -203,7 +205,7 @@ def _add_layer(x: jax.Array, stacked: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
-    """Return a concrete NNX module from an abstract one and its parameters."""
+    """Put parameters into an abstract NNX module; return the concrete module."""
     graph, state = nnx.split(module)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes to it
     nnx.replace_by_pure_dict(state, dict(params))

@@ -1,4 +1,4 @@
-"""Vision towers: CLIP, SigLIP, InternViT, SmolVLM's and Qwen's."""
+"""Vision towers: CLIP, SigLIP, InternViT, and the towers of SmolVLM, Qwen-VL and Gemma."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, antialiased, axial_angles, places_of, resampled, windows_of
 from vlmprune_jax.models.stack import BlockStack
 
-# Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
+# Parameter a of the cubic convolution kernel (Keys 1981), as in torch (jax.image.resize uses -0.5).
 _CUBIC = -0.75
 
 
@@ -127,7 +127,7 @@ class VisionTower(BlockStack):
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
-        """Return the shared inputs of all blocks for hidden states float[images, positions, ...]."""
+        """Return masks and rotary tables for hidden states float[images, positions, ...]."""
         if grid is None:
             real = None if patches is None else patches.reshape(len(patches), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
@@ -143,7 +143,7 @@ class VisionTower(BlockStack):
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared inputs of all blocks, for unpadded images or images of varying size ("image_grid_thw")."""
+        """Return masks and rotary tables, for unpadded images or images of varying size ("image_grid_thw")."""
         return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
@@ -158,7 +158,7 @@ class VisionTower(BlockStack):
             return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
         if grid is not None:
             if self.position_embedding is not None:
-                table = constrain(self._table(), (None, None))  # small, and gathered from whole
+                table = constrain(self._table(), (None, None))  # replicated, since any device reads any row
                 positions = self.cfg.positions
                 interpolate = antialiased if positions is not None and positions.antialiased else resampled
                 x = x + interpolate(table, self.places(pixels, grid))

@@ -1,4 +1,4 @@
-"""Whole model as pure functions of `(params, cfg)`, and the NNX module that describes it."""
+"""Vision-language model: pure functions of parameters and config, and the NNX module that declares the parameters."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Model:
 
 
 def _public(name: str) -> Any:
-    """Return a function of the public API, whose module imports this one."""
+    """Return the function `vlmprune_jax.NAME`, looked up late because that package imports this module."""
     return getattr(sys.modules["vlmprune_jax"], name)
 
 
@@ -180,7 +180,7 @@ class VisionLanguageModel(nnx.Module):
 
 
 class Embedded(NamedTuple):
-    """Decoder input with image features inserted, and the features used.
+    """Decoder's input embeddings after inserting image features, and these features.
 
     `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed].
     """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.distributed.rules import constrain
 
-_LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
+_LEAST = 8  # minimum number of chunks per row; with fewer, little could be skipped
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["cap"])
@@ -80,9 +80,9 @@ def chunk_sums(
     pieces: Tree,
     fixed: Tree,
 ) -> Tree:
-    """Sum losses over all positions with weight, with gradients, computing logits for one chunk at a time.
+    """Sum losses over all scored positions, with gradients, computing logits for one chunk at a time.
 
-    In every row, positions with weight are moved to the front, and chunks without such positions are skipped. Most
+    In every row, scored positions are moved to the front, and chunks without such positions are skipped. Most
     tokens of a question are not part of the answer, and their unused logits would be a quarter of SmolLM2-135M's
     arithmetic.
 
@@ -93,7 +93,7 @@ def chunk_sums(
       chunk: maximum number of positions of a row per chunk.
       head: the model's output head; differentiated.
       states: hidden states after the final norm, [batch, seq, embed]; differentiated.
-      counted: bool[batch, seq], True for positions with weight.
+      counted: bool[batch, seq], True for scored positions (those that contribute to the loss).
       pieces: additional inputs of `body` by position, [batch, seq, ...].
       fixed: additional inputs of `body` that are the same for all chunks.
     """
@@ -107,7 +107,7 @@ def chunk_sums(
 
 
 class _Cut(NamedTuple):
-    """Arrays split into chunks of positions, with positions that have weight moved to the front of each row."""
+    """Arrays split into chunks along the sequence; positions that contribute to the loss come first in each row."""
 
     order: jax.Array  # int[batch, seq]: the positions in their new order
     used: jax.Array  # int[]: number of chunks with a weighted position
@@ -118,8 +118,8 @@ class _Cut(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Run `step(number, carry)` for every chunk with at least one position with weight; return the final carry."""
-        n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
+        """Run `step(number, carry)` for every chunk that contributes to the loss; return the final carry."""
+        n = len(self.arrays[1])  # constant bound of the loop, which planning reads from the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
             return (state[0] < n) & (state[0] < self.used)
@@ -136,7 +136,7 @@ def _cut(chunk: int, *arrays: Tree) -> _Cut:
 
 
 def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Reorder the positions of an array [batch, seq, ...]."""
+    """Reorder the positions of an array [batch, seq, ...]; row i takes the positions `order[i]`."""
     rows = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 

@@ -1,4 +1,4 @@
-"""Evaluation on a TPU slice: memory, bytes per token and the least time for benchmarks, compiled without TPUs."""
+"""Planning of evaluation on a TPU slice: memory, bytes per token and minimum times, compiled without TPUs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
 
 
 def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
-    """Return state of the mixers and of decoding with shardings: rows over (data, fsdp), heads over `tensor`."""
+    """Add shardings to the abstract cache and decoding state: rows over (data, fsdp), heads over `tensor`."""
 
     def place(leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))

@@ -71,7 +71,7 @@ def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tr
 
 
 def _attempt(case: Case) -> PlannedStep | UserError:
-    """Return the step's estimate for these settings, or the error why it does not fit or compile."""
+    """Estimate the training step for these settings; return the error instead if it does not fit or compile."""
     try:
         return estimate(case)
     except UserError as error:
@@ -83,7 +83,7 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """Return planning inputs with twice the micro-batch as the only one; None beyond 1,024 rows per chip."""
+    """Return planning inputs with a doubled micro-batch, without accumulation; None beyond 1,024 rows per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 

@@ -1,6 +1,6 @@
-"""Prune, quantise, fewer image tokens, a smaller vocabulary: what each gains towards a goal.
+"""Comparison of pruning, quantisation, fewer image tokens and a smaller vocabulary for a goal, such as decode time.
 
-Gains are bounds on TPU chips, or measurements in llama.cpp.
+Gains are computed from lower bounds on TPU chips, or were measured in llama.cpp.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, WEIGHT_FORMATS, b
 from vlmprune_jax.prune.config import VocabularyConfig
 
 MEASURED_ON = ENGINE.replace("_", ".")
-NEAR = 0.08  # largest difference of a measured share of the decoder from the one that is asked for
+NEAR = 0.08  # maximum difference between requested and measured removed share of the decoder
 TPU = "v5e:2x4"  # slice of --on=tpu
 RATIO = 0.3  # share of the decoder that the compared plans remove, if none is given
 VOCABULARY = 32_768  # tokens of the compared smaller vocabulary
@@ -36,7 +36,7 @@ VOCABULARY = 32_768  # tokens of the compared smaller vocabulary
 
 @dataclass(frozen=True)
 class Goal:
-    """Something to make smaller: its unit, and whether it is of one question at a time."""
+    """Cost that the user wants to reduce; `single`: True if questions are answered one at a time."""
 
     unit: str
     single: bool
@@ -52,9 +52,10 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to make a model cheaper, its value for the goal, and how many times less that is than the model's own.
+    """One way to make a model cheaper, with the resulting cost, and how many times lower that is than before.
 
-    `value` is None if the model does not fit on the slice, `gain` if one of the two does not.
+    `value`: cost in the goal's unit; None if the model does not fit on the slice. `gain`: cost of the unchanged model
+    divided by `value`; None if either model does not fit.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Choice:
 
     @property
     def least(self) -> str:
-        """The value as text."""
+        """Cost as text, or "does not fit"."""
         return "does not fit" if self.value is None else f"{self.value:.3g}"
 
 
@@ -81,16 +82,16 @@ def check_goal(goal: str, on: str) -> None:
             f"{TPU}, or measure on yours with `vlmprune bench --questions`"
         )
     if on == MEASURED_ON and goal not in MEASURED:
-        raise UserError(f"--for={goal}: in {MEASURED_ON}, one question at a time was measured: use --for=question")
+        raise UserError(f"--for={goal}: {MEASURED_ON} was measured with single questions only: use --for=question")
 
 
 def measured(hf_dir: str, *, vision_dir: str | None, ratio: float | None, guide: Guide) -> list[Speed]:
-    """Return the measured gains in llama.cpp of the unpruned model, and of models without about the same share.
+    """Return gains measured in llama.cpp, for the unpruned model and for models with about this share removed.
 
     Args:
       hf_dir, vision_dir: see `load`.
       ratio: share of all parameters that pruning removes; None: 30 % of the decoder.
-      guide: the rows.
+      guide: the decision guide, whose `speed` has the measurements.
 
     Raises UserError if the model is missing, or no share near this one was measured.
     """
@@ -117,7 +118,7 @@ class _Case:
 
 
 def compare(hf_dir: str, goal: str, topology: str, *, vision_dir: str | None, ratio: float | None) -> list[Choice]:
-    """Return what pruning, integers and fewer tokens gain towards a goal on a TPU slice, the best first.
+    """Return the estimated cost on a TPU slice after pruning, quantising or with fewer tokens, the cheapest first.
 
     Bounds: arithmetic at peak, weights and cache read once, mean of nine benchmarks' questions
     (`planning.questions.BENCHMARKS`). Only JSON files of the model are read.
@@ -167,7 +168,7 @@ def _cases(cfg: ModelConfig, folder: Path, share: float) -> Iterator[_Case]:
 
 
 def _plan(cfg: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig | None:
-    """Return the config of a predicted plan; None if the model has no such plan."""
+    """Return the model config after predicted pruning with these settings; None if the model cannot be pruned so."""
     try:
         return predict_plan(override(Experiment(), {"prune": settings}), cfg).apply_to(cfg)
     except UserError:
@@ -175,7 +176,7 @@ def _plan(cfg: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _half_the_tokens(data: Any, cfg: ModelConfig, folder: Path, preparation: Preparation | None) -> Preparation | None:
-    """Return a preparation of images with half of their largest number of tokens; None if images have one size."""
+    """Return image preparation with at most half the image tokens; None if the model's images have one size."""
     if preparation is None:
         return None
     most = max(image.positions(cfg.tokens_per_image) for image in _images(preparation))
@@ -190,7 +191,7 @@ def _images(preparation: Preparation) -> Sequence[Any]:
 
 
 def _value(goal: Goal, name: str, case: _Case, chip: Chip, chips: int, form: str) -> float | None:
-    """Return what a model needs for a goal; None if it does not fit."""
+    """Return a model's cost in the unit of the goal; None if the model does not fit on the slice."""
     if name == "memory":
         return sum(weight_bytes(case.cfg, form).values()) / 1e9
     total = 0.0

@@ -19,9 +19,9 @@ from vlmprune_jax.core.files import Finite, read_json
 FILE = Path(__file__).with_name("guide.json")
 VERSION, SOLVED = 3, "reconstruct"
 COMPUTE = ("none", "projector", "full")
-METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
-ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
-MEASURED = {"memory", "decode", "question"}  # goals of the rows of speed
+METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # choices of recommendations
+ALWAYS = ("nominal", "average", "five_percent")  # contradictions between sources that concern every recommendation
+MEASURED = {"memory", "decode", "question"}  # goals with measured speeds
 PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
 
@@ -105,10 +105,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Speed:
-    """Gains of one model in llama.cpp, measured in turns with the unpruned model in F16.
+    """Gains of one model in llama.cpp, measured alternately with the unpruned model in F16.
 
-    `method`: "none", "depth" or "width"; `removed`: share of the decoder's parameters. `gains`: {goal: times less than
-    the unpruned model in F16 needs, and the smallest and largest value of all rounds}, of memory, decode and question.
+    `method`: "none", "depth" or "width"; `removed`: share of the decoder's parameters. `gains`: {goal: (gain, smallest
+    and largest gain of all rounds)} for memory, decode and question; a gain of 2 means half of what the unpruned model
+    in F16 needs.
     """
 
     model: str

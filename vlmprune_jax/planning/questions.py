@@ -16,7 +16,7 @@ from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.flops import active_params, causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.params import count_params
 
-BATCH = 1000  # questions, of which as many run at once as fit
+BATCH = 1000  # number of questions in the estimate; as many run at once as fit
 _CACHE = 2  # bytes per number: bfloat16
 
 
@@ -56,16 +56,16 @@ class WeightFormat:
 
 WEIGHT_FORMATS = {
     "bf16": WeightFormat(2.0),
-    "w8a8": WeightFormat(1.0, int8=True),  # a scale per row: nothing to speak of
+    "w8a8": WeightFormat(1.0, int8=True),  # one scale per row, which is negligible
     "w4a16": WeightFormat(0.5 + 2 / 128),  # a bfloat16 scale per group of 128
 }
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Least seconds of the phases of a question on one group of chips, for `rows` questions at once.
+    """Lower bounds (s) on the phases tower, prefill and decode, for `rows` questions at once on one group of chips.
 
-    `chips`: of a group, a power of two; the chips' other groups answer other questions.
+    `chips`: number of chips in the group, a power of two; other groups answer other questions.
     """
 
     chips: int
@@ -76,11 +76,11 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Seconds for the batch."""
+        """Lower bound on the seconds for all `rows` questions."""
         return self.tower + self.prefill + self.decode
 
     def phases(self, questions: int, chips: int) -> dict[str, float]:
-        """Return the seconds of each phase for a number of questions on all groups of `chips`."""
+        """Return the seconds of each phase for answering `questions` questions on all groups of `chips` chips."""
         batches = questions / self.rows / (chips // self.chips)
         return {name: batches * getattr(self, name) for name in ("tower", "prefill", "decode")}
 
@@ -88,7 +88,7 @@ class Bound:
 def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:
     """Return a question's prompt length in tokens and its image's shape (0 tiles for text models).
 
-    `preparation`: of the images (None: they have one size).
+    `preparation`: how the model prepares images (None: images have one size).
     """
     if cfg.vision is None:
         return question.text, ImageShape(slots=0)
@@ -134,7 +134,7 @@ def bound(
         n = rows or max(1, min(-(-BATCH * group // chips), int((group * chip.hbm - total) / cache)))
 
         def at_least(of_layers: float, others: float, n_bytes: float) -> float:
-            """Return the longer of arithmetic (products of the layers, and other FLOPs) and memory traffic."""
+            """Return seconds per group: the longer of arithmetic (layers, other FLOPs) and memory traffic."""
             return max(of_layers / rate + others / chip.flops, n_bytes / chip.hbm_bandwidth) / group
 
         return Bound(
@@ -150,9 +150,9 @@ def bound(
 
 
 def weight_bytes(cfg: ModelConfig, weights: str) -> dict[str, float]:
-    """Return the bytes of the weights in a format: of layers, output head, tower with projector, and the rest.
+    """Return the weight bytes in a format, by part: layers, output head, vision tower with projector, and the rest.
 
-    Of experts all are read, since a batch's tokens choose all of them.
+    All experts count, since the tokens of a batch choose all of them.
     """
     layers = weight_flops(cfg, "text/layers/", (), False) / 2
     layers += count_params(cfg) - active_params(cfg)  # experts that a token does not use

@@ -39,7 +39,7 @@ LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocab
 _LARGE = 10**9  # parameters; larger models are loaded in bfloat16
 _PRUNING = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
 DTYPE = "bfloat16"  # of the export, in which all sizes are counted
-_FOLDERS_OWN = ("template", "system", "aspect_ratio")  # settings of data that the model folder says
+_FOLDERS_OWN = ("template", "system", "aspect_ratio")  # `data` settings that the model folder determines
 PLACEHOLDERS = {"train": "TRAIN.json", "images": "IMAGES", "eval": "QUESTIONS.json"}  # for files not given
 _TRAINED = {"projector": "the projector alone", "lora": "adapters and projector", "decoder": "decoder and projector"}
 _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
@@ -306,7 +306,7 @@ def _vocabulary(advice: Advice) -> Iterator[tuple[str, str]]:
 
 
 def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
-    """Yield advice to quantise the unpruned model if its integers are as small as the size asked for.
+    """Yield advice to quantise instead of pruning, if the quantised unpruned model meets the requested size.
 
     The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
     """

@@ -16,7 +16,7 @@ from vlmprune_jax.planning.guide import ALWAYS, COMPUTE, PAPER, SOLVED, Evidence
 
 LIKE = 10  # models within this factor of the target's size count as similar
 TIE = 1.0  # points of retention; lower ends of intervals further apart are no tie
-WORK = ("none", "projector", "sft")  # recoveries by their work; those with a teacher come last
+WORK = ("none", "projector", "sft")  # recoveries, cheapest first; recoveries with a teacher cost more
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
 def _choose(
     target: Target, trains: str, data: float, speed: bool, guide: Guide
 ) -> tuple[Evidence | None, Evidence | None]:
-    """Return the measurement of this shape and ratio to follow, and the best one at any cost; (None, None) without any.
+    """Return the measurement of the same model shape to follow, and the best one at any cost; (None, None) without any.
 
     The row with the most seeds stands for each way to prune and recover; single seeds decide only if there is nothing
     else. Of the rows within the budget that tie with the best of them, the one with the least work is followed.
@@ -182,7 +182,7 @@ def _choose(
     rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
     near = [row for row in rows if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
     quoted = dict[tuple[str, str, float | None], Evidence]()
-    for row in sorted(near, key=lambda row: (row.seeds or 1, -row.retained)):  # the last one stays
+    for row in sorted(near, key=lambda row: (row.seeds or 1, -row.retained)):  # later rows replace earlier ones
         quoted[row.method, row.recovery, row.data_fraction] = row
     rows = [row for row in quoted.values() if (row.seeds or 1) > 1] or [*quoted.values()]
     within = [row for row in rows if fits(row)]
@@ -199,7 +199,7 @@ def is_better(row: Evidence, other: Evidence) -> bool:
 
 
 def _half(row: Evidence) -> float:
-    """Return half of the interval of a row; 0 without an interval."""
+    """Return half the width of a measurement's 95 % interval; 0 without an interval."""
     return 0.0 if row.interval is None else (row.interval[1] - row.interval[0]) / 2
 
 
@@ -208,12 +208,12 @@ def _lower_end(row: Evidence) -> float:
 
 
 def _trained(row: Evidence) -> str:
-    """Return the training after pruning, without reconstruction."""
+    """Return a measurement's training after pruning, such as "sft", without "reconstruct"; "none" without training."""
     return row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
 
 
 def _work(row: Evidence) -> tuple[int, bool, float]:
-    """Return the work of a recovery, for sorting: training, reconstruction, share of the data."""
+    """Return a sort key for the cost of a measured recovery: training, reconstruction, share of the data."""
     trained = _trained(row)
     rank = WORK.index(trained) if trained in WORK else len(WORK)
     return rank, row.recovery != trained, row.data_fraction or 0.0
@@ -228,7 +228,7 @@ def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
         if abs(row.decoder_ratio - head.decoder_ratio) <= guide.at and row != head
     ]
     half = _seed_half(head) or max(map(_seed_half, rows), default=0.0)
-    if not half:  # of one seed alone: as far as models of like size are from each other
+    if not half:  # one seed only: use the spread between models of similar size
         others = [row for row in guide.evidence if _alike(target, row, guide) and row.made_by == head.made_by]
         half = _spread(list(_by_model(others, target.decoder_ratio, guide.at).values()))
     return Expected(head.retained, _interval(head.retained, half), True, (head, *rows))

@@ -33,7 +33,7 @@ class KeptLayer:
 
     @classmethod
     def whole(cls, index: int, layer: Layer) -> KeptLayer:
-        """Return the entry of a layer from which nothing is removed."""
+        """Return the plan entry of a layer that keeps all its heads and neurons."""
         return cls(index, {axis: tuple(range(size)) for axis, size in layer.sizes.items()})
 
     @property
@@ -72,13 +72,13 @@ class KeptStack:
 
     @classmethod
     def whole(cls, layers: Sequence[Layer]) -> KeptStack:
-        """Return the entry of a component from which nothing is removed."""
+        """Return the plan entry of a component (decoder or tower) that keeps all its layers and units."""
         sizes = tuple(layer.sizes for layer in layers)
         return cls(sizes, tuple(KeptLayer.whole(i, layer) for i, layer in enumerate(layers)))
 
     @property
     def is_whole(self) -> bool:
-        """True if nothing is removed."""
+        """True if the plan removes nothing from this component."""
         return self.sizes == self.sizes_before
 
     @property
@@ -97,7 +97,7 @@ class KeptStack:
         return tuple(sorted(set(range(len(self.sizes_before))) - set(self.kept_layers)))
 
     def of(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        """Return the layers that remain of a model's `layers`, with their sizes after pruning."""
+        """Apply the plan to a component's `layers`: return the kept layers with their sizes after pruning."""
         return tuple(layers[layer.index].resized(layer.sizes) for layer in self.layers)
 
     def then(self, second: KeptStack) -> KeptStack:
@@ -193,7 +193,7 @@ def _inconsistency(before: Sequence[Sizes], layers: Sequence[KeptLayer]) -> str 
 
 
 def _split_families(axis: str, children: Sequence[int], parents: Sequence[int], group: int) -> str | None:
-    """Return why kept children are not equally many of every kept parent; None if they are."""
+    """Return why kept parents (key/value heads) own unequal numbers of kept children (query heads); None if equal."""
     counts = Counter(child // group for child in children)
     per_parent = [counts[parent] for parent in parents]
     if len(set(per_parent)) == 1 and sum(per_parent) == len(children):

@@ -275,7 +275,8 @@ def _component(name: str, data: Component) -> tuple[KeptStack, tuple[int, tuple[
         whole = kept.pop(WHOLE)
         if name != "text" or whole.keys() != {VOCAB}:
             raise UserError(
-                f"prune plan: outside layers only {VOCAB} of text is prunable, not {', '.join(whole)} of {name}: {TODO}"
+                f"prune plan: besides layers, only {VOCAB} of text can be pruned, not {', '.join(whole)} of {name}: "
+                f"{TODO}"
             )
         vocabulary = before[WHOLE][VOCAB], whole[VOCAB]
     entries = [KeptLayer(int(layer), axes) for layer, axes in kept.items()]
@@ -287,7 +288,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
     components = {name: _component(name, part) for name, part in fields.pop("components").items()}
     tokenizer, vocabulary = fields.pop("tokenizer"), components["text"][1]
     if (tokenizer is None) != (vocabulary is None):
-        raise UserError(f"prune plan: kept tokens and the digest of their tokenizer belong together: {TODO}")
+        raise UserError(f"prune plan: has only one of kept tokens and tokenizer digest, expected both or none: {TODO}")
     fields["target_ratio"] = fields.pop("asked")
     stated = {name: value for name, value in fields.items() if name not in ("format", "reached")}
     return PrunePlan(

@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked
 
 FORMAT, EARLIER = 4, (2, 3)  # format 2 has no vocabulary; 0.1.0 wrote format 3
-WHOLE, VOCAB = "", "vocab"  # "layer" and axis of the vocabulary, which a component has once
+WHOLE, VOCAB = "", "vocab"  # key of the vocabulary in place of a layer number, and its axis
 TODO = "plan again"
 _FEW = msgspec.Meta(max_length=10_001)
 _Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -71,7 +71,7 @@ class _Earlier(TypedDict):
 
 
 def as_plan(data: Any, location: str) -> PlanJson:
-    """Return the JSON data of a plan, of any format, in the present one; raise UserError if it is no plan."""
+    """Check a plan's JSON data and convert older formats to the present one; raise UserError if invalid."""
     known = checked(data, _Version, location, TODO)["format"]
     if known in EARLIER:
         data = _upgraded(data, location)
@@ -88,7 +88,7 @@ def as_plan(data: Any, location: str) -> PlanJson:
 
 
 def _upgraded(data: Any, location: str) -> dict[str, Any]:
-    """Return the JSON data of a plan of an earlier format in the present one."""
+    """Convert a plan's JSON data from an earlier format (2 or 3) to the present one."""
     plan: _Earlier = msgspec.convert(checked(data, _Earlier, location, TODO), _Earlier)
     components = {name: _component(stack) for name, stack in plan["stacks"].items()}
     vocabulary = plan.get("vocabulary")
@@ -102,7 +102,7 @@ def _upgraded(data: Any, location: str) -> dict[str, Any]:
 
 
 def _component(stack: _EarlierStack) -> Component:
-    """Return the layers of a pruned component by axis, with lists of indices as ranges."""
+    """Convert a pruned component of formats 2 and 3: sizes and kept indices by layer and axis."""
     indices = [layer["index"] for layer in stack["layers"]]
     if stack.get("kept_layers", indices) != indices:
         raise UserError(f"prune plan: kept_layers disagree with layers: {TODO}")

@@ -284,7 +284,7 @@ DAMAGE = {
     "no_scale": (without(f"{KEY}_scale"), f" has no {KEY}_scale beside it"),
     "no_shape": (without(f"{KEY}_shape"), f" has no {KEY}_shape beside it"),
     "all_gone": (without(*(f"{KEY}_{part}" for part in ("packed", "scale", "shape"))), f"missing key {KEY}"),
-    "twice": (lambda t: t | {KEY: t["lm_head.weight"]}, f"{KEY}: it is there twice, plain and in parts"),
+    "twice": (lambda t: t | {KEY: t["lm_head.weight"]}, f"{KEY}: the weight is stored twice, unquantised"),
     "order": (lambda t: t | {f"{KEY}_g_idx": np.zeros(64, np.int32)}, f"unknown key {KEY}_g_idx"),
     "scales": (replaced(f"{KEY}_scale", lambda it: it[:, :0]), f"{KEY}_scale is F32 [128, 0], expected F32 [128, 1]"),
     "words": (replaced(f"{KEY}_packed", lambda it: it[:, 1:]), f"{KEY}_packed is I32 [128, 7], expected I32 [128, 8]"),

@@ -50,7 +50,7 @@ def test_experts_of_few_tokens_stay(goldens):
         values = scores.units[layer, "experts"]
         assert (values[tokens < np.median(count)] == values.max()).all()
     ids = {"input_ids": np.arange(9)[None], "attention_mask": np.ones((1, 9), np.int32)}
-    with pytest.raises(UserError, match="a layer has a dense MLP and no experts, which this needs: use a criterion"):
+    with pytest.raises(UserError, match="needs experts, but a layer has a dense MLP: use a criterion"):
         vp.score(vp.load(goldens / "families/qwen3_vl/ckpt"), [ids], criterion="reap")
 
 

@@ -16,11 +16,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
 from vlmprune_jax.core.links import real_path
 
-# Space beside the weights for file system overhead and small files.
+# Free bytes required in addition to the weights, for small files and the file system.
 SPARE_BYTES = 16 * 2**20
-# Writers pause at most while other processes gather a shard.
+# Age (s) at which a temporary folder is abandoned; writers pause only while other processes gather a shard.
 ABANDONED_SECONDS = 3600.0
-# Disk, quota or file size limit.
+# Error numbers of a full disk, an exceeded quota or an exceeded file size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -123,7 +123,7 @@ def clean_stale(out_dir: Path) -> None:
 def _writing(folder: Path, host: str, pid: int) -> bool:
     """Return True if the process that created a temporary folder may still be running."""
     if host == socket.gethostname():
-        with contextlib.suppress(PermissionError):  # of another user's process
+        with contextlib.suppress(PermissionError):  # raised for another user's process, which then exists
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:

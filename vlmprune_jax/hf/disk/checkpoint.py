@@ -1,4 +1,4 @@
-"""Checkpoint folder: shards, their tensors, and the weights that the tensors encode."""
+"""Checkpoint folder: its shards, their tensors, and the (perhaps quantised) weights that the tensors store."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from vlmprune_jax.core.files import open_file, reading
 
-MAX_HEADER = 2**26  # bytes; of a vocabulary of 260,000 tokens: 20 MB; its texts are walked one by one
+MAX_HEADER = 2**26  # bytes; of a vocabulary of 260,000 tokens: 20 MB; its strings are read one by one
 _MAX_FIELDS, _MAX_TENSORS, _MAX_NAME, _MAX_DIMENSIONS = 10_000, 100_000, 1000, 4
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9

@@ -1,4 +1,4 @@
-"""Storage formats: weights that several tensors encode (quantised or packed).
+"""Storage formats of quantised weights, each of which is stored as several tensors (integers, scales).
 
 A format is an object with the methods of `Storage`. `storages` finds it by `quant_method` of config.json, and `save`
 takes one. Code above `hf/disk` sees one array per weight, decoded row by row on reading.
@@ -82,7 +82,7 @@ class EncodedWeight:
         return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
 
     def raw(self) -> np.ndarray:
-        """Return the bytes of the dequantised weight, uint8[bytes]."""
+        """Dequantise the weight; return its bytes, uint8[bytes]."""
         return self.values(0, math.prod(self.shape)).view(np.uint8)
 
     def array(self) -> np.ndarray:
@@ -172,12 +172,12 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], location: str) ->
 
 
 def _join(storage: Storage, key: str, tensors: Mapping[str, Entry]) -> EncodedWeight:
-    """Return one quantised weight; raise ValueError if its tensors are missing or inconsistent."""
+    """Combine the tensors of one quantised weight; raise ValueError if some are missing or inconsistent."""
     missing = [key + suffix for suffix in storage.suffixes if suffix not in tensors]
     if missing:
         raise ValueError(f"{next(iter(tensors.values())).key} has no {', '.join(missing)} beside it")
     if set(tensors) != set(storage.suffixes):
-        raise ValueError("it is there twice, plain and in parts")
+        raise ValueError("the weight is stored twice, unquantised and quantised")
     dtype, shape = storage.weight(tensors)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"is decoded to {dtype}, supported are {', '.join(WEIGHT_DTYPES)}")

@@ -1,4 +1,4 @@
-"""Tensors to write: bytes are fetched one tensor at a time and streamed into safetensors shards."""
+"""Writing of safetensors shards with little memory: bytes are fetched one tensor at a time and streamed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    # A transposed view's buffer is not in the order of its elements: always contiguous.
+    # Made contiguous, since a transposed view's buffer is not in the order of its elements.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 

@@ -1,7 +1,7 @@
 """Tensors of a `pytorch_model*.bin`, located without running its pickle.
 
 The file is a zip archive: `data.pkl`, a pickle whose tensors refer to records of the archive, and the uncompressed
-records. Nothing that the pickle names is imported: names stay texts, and all but a few are refused.
+records. Nothing that the pickle names is imported: names stay strings, and all but a few are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STORAGES = {
     "BoolStorage": "BOOL",
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_MAX_PICKLE_BYTES = 10_000_000  # it has 200 for each tensor
+_MAX_PICKLE_BYTES = 10_000_000  # maximum; a pickle has about 200 bytes per tensor
 _LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and its extra field
 
 
@@ -136,11 +136,11 @@ def _in_one_piece(tensor: _Tensor) -> bool:
 
 
 def _interpret(pickle: bytes) -> Any:
-    """Interpret a pickle without executing it; only texts, numbers, containers and the classes above are built.
+    """Interpret a pickle without executing it; only strings, numbers, containers and the classes above are built.
 
     Raises Exception of various types if the pickle is damaged or has other content.
     """
-    below: list[list[Any]] = []  # stack below each mark
+    below: list[list[Any]] = []  # saved stacks, one for each open MARK opcode
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -184,7 +184,7 @@ def _interpret(pickle: bytes) -> Any:
                 arguments = stack.pop()
                 stack[-1] = _construct(stack[-1].text, arguments)
             case "BUILD":
-                stack.pop()  # attributes, as the `_metadata` of a state dict
+                stack.pop()  # drops the object's attributes, such as `_metadata` of a state dict
             case "STOP":
                 return stack.pop()
             case _:

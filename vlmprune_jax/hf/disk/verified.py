@@ -19,12 +19,12 @@ from vlmprune_jax.core.files import open_file
 from vlmprune_jax.core.weight_files import Extent, advise, read_at
 
 BLOCK = 16 * 2**20
-_WORKERS = 3  # blocks on their way to the disk and back at a time: one after the other leaves a disk a quarter idle
-_PART = 2**20  # compared at a time: numpy makes a bool of every byte
-_ALIGNMENT = 4096  # of memory, offsets and lengths where the page cache is passed by
+_WORKERS = 3  # blocks that are written and read back concurrently: with one, the disk is idle a quarter of the time
+_PART = 2**20  # bytes compared at a time, since numpy allocates a bool per byte
+_ALIGNMENT = 4096  # bytes; required for memory, offsets and lengths of direct I/O
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
-# Sees every block of a copied extent before it is written.
+# Function that receives every block of a copied extent before the block is written.
 Look = Callable[[np.ndarray], None]
 
 
@@ -115,7 +115,7 @@ class CheckedFile:
                 rest = rest[written:]
             self._compare(block, length, offset)
         finally:
-            self._free.put(block)  # after an error too: a waiting caller then meets the error
+            self._free.put(block)  # also after an error, so that a waiting caller continues and sees the error
 
     def _pwrite(self, data: memoryview, offset: int) -> int:
         try:
@@ -139,7 +139,7 @@ class CheckedFile:
                 count_read += count
             written, reread = (np.frombuffer(buffer, np.uint8, length) for buffer in (block, room))
             slices = (slice(begin, begin + _PART) for begin in range(0, length, _PART))
-            # Several times faster than checksums of both.
+            # Comparing bytes is several times faster than checksums of both buffers.
             same = count_read >= length and all(np.array_equal(written[piece], reread[piece]) for piece in slices)
         finally:
             self._spare.put(spare)

@@ -1,4 +1,4 @@
-"""Channel mixers by the part that describes them."""
+"""NNX module of each type of channel mixer (dense MLP, experts), by the config class that describes the mixer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the channel mixers of `parts.Experts`, and of its kinds with a dense MLP.
+"""Mixtures of experts, alone or together with a dense MLP, as channel mixers of transformer blocks.
 
 Only the chosen experts are computed. Tokens are sorted by expert; on TPUs `lax.ragged_dot` multiplies each expert's
 rows by its weights. On CPUs it would multiply all rows by all experts, so there a scan multiplies blocks of rows, each
@@ -167,7 +167,7 @@ def run_experts(
 def _flat(
     x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights, act: str, split: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the experts on the rows of one device; `split`: their neurons are over `tensor`, so outputs are summed."""
+    """Run the experts on the tokens of one device; `split`: sum outputs over `tensor`, which shards their neurons."""
     k = experts.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])
     out, outputs = _gated_sum(act, tokens, experts.reshape(-1, k), gates.reshape(-1, k), weights)
@@ -181,9 +181,10 @@ def _flat(
 def _gated_sum(
     act: str, x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights
 ) -> tuple[jax.Array, jax.Array]:
-    """Return sums float[tokens, embed] of the chosen experts' outputs times gates [tokens, k], and the outputs.
+    """Return each token's gated sum over its chosen experts, float[tokens, embed], and the experts' outputs.
 
-    Its gradient computes the experts again and stores nothing between; the outputs [tokens, k, embed] have none.
+    The backward pass computes the experts again instead of storing their activations. The experts' outputs
+    [tokens, k, embed] get no gradient.
     """
     outputs = _ragged(act, x, experts, weights) if for_tpu() else _scanned(act, x, experts, weights)
     return _weighted(gates, outputs, x.dtype), outputs
@@ -223,7 +224,7 @@ def _ragged(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> jax
 
 
 class _Blocks(NamedTuple):
-    """Rows (token, choice) in blocks of one expert each."""
+    """Assignments of tokens to experts, sorted into blocks of rows that use the same expert."""
 
     rows: jax.Array
     """int32[blocks, rows of a block], number of each row: token * k + choice; tokens * k for padding."""
@@ -236,10 +237,10 @@ class _Blocks(NamedTuple):
 
 
 def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
-    """Sort rows (token, choice) by expert into blocks; `experts`: int[tokens, k], the experts chosen for each token."""
+    """Sort the assignments of tokens to experts into blocks of one expert each; `experts`: int[tokens, k]."""
     n = experts.size
     block = min(max(1 << (n // n_experts - 1).bit_length(), _SMALLEST_BLOCK), _LARGEST_BLOCK)
-    n_blocks = n // block + min(n_experts, n)  # no fewer hold every distribution over experts
+    n_blocks = n // block + min(n_experts, n)  # enough for any distribution of the rows over experts
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
     counts = jnp.bincount(chosen, length=n_experts)
@@ -254,7 +255,7 @@ def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
 
 
 def hidden_of(act: str, x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Return the neurons of one expert for rows x, before its down projection."""
+    """Return the activations act(gate(x)) * up(x) of one expert, the input of its down projection."""
     return activation(act)(x @ gate.T) * (x @ up.T)
 
 
@@ -277,7 +278,7 @@ def _scanned(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> ja
 def _scanned_backward(
     act: str, x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, Weights]:
-    """Return the gradients of `_gated_sum` by a scan over blocks, which adds to the gradient of one expert each."""
+    """Return the gradients of `_gated_sum`, by a scan over blocks; each block adds to the gradient of one expert."""
     blocks, k = blocks_of(experts, len(weights[0])), experts.shape[-1]
 
     def product(x: jax.Array, gates: jax.Array, *weights: jax.Array) -> jax.Array:

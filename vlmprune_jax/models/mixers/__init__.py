@@ -1,4 +1,4 @@
-"""Mixers by the part that describes them."""
+"""NNX module of each type of mixer (attention, delta net, convolution), by the config class that describes it."""
 
 from __future__ import annotations
 

@@ -112,13 +112,13 @@ class Attention(nnx.Module):
 
     @staticmethod
     def rows_of(state: RunCache, rows: jax.Array) -> RunCache:
-        """Return the states of the batch rows in `rows`."""
+        """Select the batch rows `rows` from cached keys and values."""
         keys, values = (leaf[:, :, :, rows] for leaf in state)
         return keys, values
 
     @staticmethod
     def extended(state: RunCache, empty: RunCache) -> RunCache:
-        """Return a state followed by the slots of an empty state."""
+        """Append the empty slots of `empty` to cached keys and values."""
         keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(state, empty, strict=True))
         return keys, values
 

@@ -24,13 +24,13 @@ from vlmprune_jax.models.context import Context, LayerState, Mixed, Names, dropo
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, broadcast, widen
 from vlmprune_jax.models.mixers.short_conv import RealFirst, at_layer, convolve, write_layer
 
-CHUNK = 64  # positions of a chunk; a shorter sequence is one
-_EPS = 1e-6  # of the norms of queries and keys
+CHUNK = 64  # positions per chunk; a shorter sequence is a single chunk
+_EPS = 1e-6  # added to squared lengths of queries and keys
 _PRECISE = jax.lax.Precision.HIGHEST
 
 
 class DeltaState(NamedTuple):
-    """State of a run of equal layers, with leading layer axis."""
+    """Cached state of delta nets in a run of equal layers; both arrays have a leading layer axis."""
 
     tail: jax.Array
     """[layer, batch, taps - 1, channels], the last inputs of the convolution: queries, keys and values."""
@@ -40,7 +40,7 @@ class DeltaState(NamedTuple):
 
 
 class DeltaNet(nnx.Module):
-    """Gated delta net with a causal convolution before it, and a gated norm behind it."""
+    """Gated delta net: causal convolutions of queries, keys and values, the recurrence, and a gated norm."""
 
     writer = "out_proj"
     state_axes = ((None, "batch", None, None), (None, "batch", "delta_heads", None, None))
@@ -59,7 +59,7 @@ class DeltaNet(nnx.Module):
         self.out_proj = Projection(sizes, (names.axis,), values, bias=False, lora=lora_of(lora, "out_proj"))
 
     def _convolved(self, x: list[jax.Array], before: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
-        """Return silu of the causal convolutions of q, k and v, and their inputs with those before them."""
+        """Return silu(convolution) of q, k and v in `x`, and the convolution's inputs, preceded by `before`."""
         shapes = [array.shape[2:] for array in x]
         flat = jnp.concatenate([array.reshape(*array.shape[:2], -1) for array in x], axis=-1)
         taps = [getattr(self, name).weight.get_value() for name in ("q_conv", "k_conv", "v_conv")]
@@ -70,7 +70,7 @@ class DeltaNet(nnx.Module):
         return [p.reshape(*p.shape[:2], *s) for p, s in zip(pieces, shapes, strict=True)], seen
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
-        """Run the delta net on the branch's input."""
+        """Run the delta net on its input float[batch, seq, embed], and update the cached state."""
         rows = RealFirst.of(ctx, x.shape[1])
         x = rows.take(x)
         projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
@@ -109,27 +109,27 @@ class DeltaNet(nnx.Module):
 
     @staticmethod
     def rows_of(state: DeltaState, rows: jax.Array) -> DeltaState:
-        """Return the state of some rows of a batch."""
+        """Select the batch rows `rows` from the cached state."""
         return DeltaState(state.tail[:, rows], state.matrix[:, rows])
 
     @staticmethod
     def extended(state: DeltaState, empty: DeltaState) -> DeltaState:
-        """Return the state itself, whose size does not depend on the length."""
+        """Return the cached state unchanged; its size does not depend on the sequence length."""
         del empty
         return state
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Divide by the length of the last axis."""
+    """Normalise vectors along the last axis to Euclidean length 1."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
 
 
 def recurrent(
     q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Run one token: arrays as in `chunked` with one position.
+    """Run the recurrence for one token; arguments and results as in `chunked`, with one position.
 
-    What keys and queries read of the old matrices is one product: S^T q = exp(g) S_old^T q + update (k^T q).
+    The old matrices are read once, for keys and queries together: S^T q = exp(g) S_old^T q + update (k^T q).
     """
     group = v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x[:, 0], group, axis=1) for x in (q, k))
@@ -160,7 +160,7 @@ def chunked(
         matrix = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), v.dtype)
 
     def chunks(x: jax.Array) -> jax.Array:
-        """Return [chunk, batch, heads, position, ...]."""
+        """Split x [batch, seq, heads, ...] into zero-padded chunks [chunk, batch, heads, position, ...]."""
         x = jnp.pad(x, ((0, 0), (0, n * size - length), *(((0, 0),) * (x.ndim - 2))))
         return jnp.moveaxis(x.reshape(batch, n, size, *x.shape[2:]), (1, 3), (0, 2))
 
@@ -173,10 +173,10 @@ def chunked(
 
 
 def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Run one chunk: the matrices after it, and its outputs [batch, heads, position, value]."""
+    """Run one chunk of positions; return the state matrices after it, and outputs [batch, heads, position, value]."""
     q, k, v, beta, g = arrays
     product = functools.partial(jnp.einsum, precision=_PRECISE)
-    # once per group of heads, before keys and queries are repeated for each head
+    # products of queries and keys once per group, before both are repeated for each value head
     of_keys, of_queries = (jnp.repeat(product("bgik,bgjk->bgij", x, k), group, axis=1) for x in (k, q))
     q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
     total = jnp.cumsum(g, axis=-1)
@@ -210,7 +210,7 @@ def _inverse(lower: jax.Array) -> jax.Array:
     place = jnp.arange(lower.shape[-1])
 
     def double(step: Any, inverse: jax.Array) -> jax.Array:
-        row, column = place[:, None] >> step, place[None, :] >> step  # numbers of the blocks
+        row, column = place[:, None] >> step, place[None, :] >> step  # block number of each row and column
         corners = jnp.where((row >> 1 == column >> 1) & (row > column), lower, 0)
         return inverse - _matmul(inverse, _matmul(corners, inverse))
 

@@ -20,7 +20,7 @@ from vlmprune_jax.models.layers import Leaf, Projection
 
 
 class RealFirst(NamedTuple):
-    """Order of a batch's positions in which real tokens come first; both fields are None if all tokens are real."""
+    """Reordering of each row's positions that puts padding last; both fields are None if there is no padding."""
 
     order: jax.Array | None
     """int[batch, seq], the original position of each entry."""
@@ -30,7 +30,7 @@ class RealFirst(NamedTuple):
 
     @classmethod
     def of(cls, ctx: Context, length: int) -> RealFirst:
-        """Return the order of the `length` positions that a call computes; tokens in decoding are always real."""
+        """Return the reordering for a call that computes `length` positions (None fields in decoding: no padding)."""
         if ctx.valid is None or length == 1:
             return cls(None, None)
         valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
@@ -38,11 +38,11 @@ class RealFirst(NamedTuple):
         return cls(order, jnp.take_along_axis(valid, order, axis=1))
 
     def take(self, x: jax.Array) -> jax.Array:
-        """Return x [batch, seq, embed] in this order."""
+        """Reorder the positions of x [batch, seq, embed] so that padding comes last."""
         return x if self.order is None else jnp.take_along_axis(x, self.order[:, :, None], axis=1)
 
     def restore(self, x: jax.Array) -> jax.Array:
-        """Return x [batch, seq, ...] in the order of the batch (undoes `take`)."""
+        """Return the positions of x [batch, seq, ...] to their original order (undoes `take`)."""
         if self.order is None:
             return x
         return jnp.take_along_axis(
@@ -50,7 +50,7 @@ class RealFirst(NamedTuple):
         )
 
     def tail(self, inputs: jax.Array, count: int) -> jax.Array:
-        """Return the inputs of the last `count` tokens that are not padding.
+        """Return the convolution's inputs at the last `count` tokens that are not padding, for the next call.
 
         `inputs`: [batch, count + seq, channels]; the first `count` are kept from the previous call.
         """
@@ -98,7 +98,7 @@ class ShortConv(nnx.Module):
         self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
-        """Run the convolution on the branch's input."""
+        """Run the gated convolution on its input float[batch, seq, embed], and update the cached state."""
         rows = RealFirst.of(ctx, x.shape[1])
         x = rows.take(x)
         projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
@@ -120,23 +120,23 @@ class ShortConv(nnx.Module):
 
     @staticmethod
     def rows_of(state: ConvState, rows: jax.Array) -> ConvState:
-        """Return the states of the batch rows in `rows`."""
+        """Select the batch rows `rows` from the convolution's cached inputs."""
         return ConvState(state.tail[:, rows])
 
     @staticmethod
     def extended(state: ConvState, empty: ConvState) -> ConvState:
-        """Return the state unchanged; its size does not depend on the sequence length."""
+        """Return the cached state unchanged; its size does not depend on the sequence length."""
         del empty
         return state
 
 
 def at_layer(state: LayerState) -> Any:
-    """Return the state of the layer that is being computed."""
+    """Return the current layer's state from the stacked states of a run of equal layers."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, state.layer, keepdims=False), state.stacked)
 
 
 def write_layer(state: LayerState, new: Any) -> Any:
-    """Return the states of the group, with the state of the layer that is being computed replaced by `new`."""
+    """Return the stacked states of a run of equal layers, with the current layer's state replaced by `new`."""
     return jax.tree.map(
         lambda leaf, values: jax.lax.dynamic_update_index_in_dim(leaf, values.astype(leaf.dtype), state.layer, axis=0),
         state.stacked,
