@@ -91,7 +91,7 @@ class LayerRun(NamedTuple):
 
 
 class ScanGroup(NamedTuple):
-    """Layers that one scan computes: a pattern that repeats. A step computes the next layers of each run in turn."""
+    """Layers that one `lax.scan` computes: a repeating pattern of runs. Each step computes one repetition."""
 
     repetitions: int
     runs: tuple[LayerRun, ...]

@@ -52,7 +52,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
 
 
 def support(cfg: ModelConfig) -> str:
-    """Return text on which pruned versions of a model llama.cpp can load."""
+    """Return a text that says which pruned versions of a model llama.cpp can load."""
     try:
         architecture, _ = fit(cfg, "pad")
     except UserError as error:

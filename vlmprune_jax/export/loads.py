@@ -71,7 +71,7 @@ def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | Non
 
 
 def how_known(cfg: ModelConfig, target: str) -> str:
-    """Return text on how an engine's support of a model's family is known: tried, or read from the engine's code."""
+    """Return the evidence that an engine supports a model's family: tried, or read from the engine's code."""
     family = target_of(family_of(cfg)) or family_of(cfg)
     remarks = {"transformers": "", "gguf": "", **family.tried}
     if target not in remarks:

@@ -23,7 +23,7 @@ from vlmprune_jax.hf.read import read_fields
 
 @contextlib.contextmanager
 def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Context that yields `source`, or with a limit a copy without weights whose processor files set this limit.
+    """Context that yields a folder whose processor limits image tokens: `source`, or a changed copy without weights.
 
     `most`: maximum tokens per image (None = no change). Raises UserError if the model's images cannot be limited so.
     """
@@ -82,7 +82,7 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
 
 
 def chat_template(template: Template, image: str, video: str = "") -> str:
-    """Return the family's prompt format as a Jinja chat template; `image` and `video` are the texts of one.
+    """Return the prompt format as a Jinja chat template; `image`, `video`: text that stands for one image or video.
 
     A message's content is a string or a list of image, video and text parts. The family's system prompt is used unless
     the first message is a system message.

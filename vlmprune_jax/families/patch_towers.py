@@ -229,7 +229,7 @@ def model_from_hf(
 
 
 def patch_family(name: str, decoder: Decoder, **fields: Any) -> Family:
-    """Return a Qwen-VL family; `decoder.stock_class` is its class in transformers, `fields` are more family fields."""
+    """Return a Qwen-VL family loaded by transformers' `decoder.stock_class`; `fields`: further fields of `Family`."""
     return Family(
         name=name,
         layout="transformers",

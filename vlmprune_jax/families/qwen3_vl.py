@@ -99,7 +99,7 @@ def qwen3_vl_family(
     ids: Mapping[str, int] | None = None,
     **fields: Any,
 ) -> Family:
-    """Return a family with Qwen3-VL's tower.
+    """Return a model family that combines Qwen3-VL's vision tower with `decoder`.
 
     `defaults` are those of the decoder's config class, `ids` those of image and video tokens; without `deepstack` no
     features of the tower's blocks enter the decoder.

@@ -104,7 +104,7 @@ def for_both_versions(config: JsonDict) -> JsonDict:
 
 
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return a config's LongRoPE fields explicitly, for a transformers class without defaults for them."""
+    """Return all LongRoPE fields of a config, for a transformers class that has no defaults for them."""
     fields = {
         "rope_type": "longrope",
         "factor": rope.factor,

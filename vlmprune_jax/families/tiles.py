@@ -50,7 +50,7 @@ class ImageShape:
 
 @dataclass(frozen=True)
 class VideoShape(ImageShape):
-    """Grid of a video's frames, and the times that its text states.
+    """Patch grid of a video's frames, and the frame times that the prompt states.
 
     `rows`, `columns`: of each frame. `slots`, `tokens`: of all frames together.
     """

@@ -82,7 +82,7 @@ class Block(nnx.Module):
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return the name of the block's intermediate value (one of `READERS`) that a weight multiplies, or ""."""
+        """Return the input (one of `READERS`) that the weight at `path` in the block multiplies; "" if there is none."""
         module = path.removesuffix("/weight")
         names = dict(zip(self.modules, BRANCHES, strict=True))
         names |= {writer.projection: name for name, writer in self.writers.items()}
@@ -94,7 +94,7 @@ class Block(nnx.Module):
         return None if path is None else getattr(self, path)
 
     def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Apply norm and scale to a projection's output; return what is added to the residual stream.
+        """Apply the norm and scale after projection `name` to its output; the result is added to the residual stream.
 
         `statistics`: see `Norm.__call__`.
         """

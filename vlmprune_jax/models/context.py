@@ -146,7 +146,7 @@ class Routed(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Output of a mixer, and its updated state."""
+    """Results of a mixer: output, input of its output projection, updated state, and keys and values to reuse."""
 
     out: jax.Array
     """float[batch, seq, embed], the output of the mixer's output projection."""

@@ -162,7 +162,7 @@ def check_inputs(
     if attention_mask is not None and not np.isin(attention_mask, (0, 1)).all():
         raise UserError(
             f"attention_mask has values up to {np.max(attention_mask)}, expected 0 and 1: give every sequence of a "
-            "packed row a row of its own"
+            "packed row its own row"
         )
     is_image = is_visual(ids, cfg.visual_token_ids)
     wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))

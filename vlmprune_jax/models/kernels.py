@@ -47,7 +47,7 @@ def heads_per_row(kv_heads: int, head: int) -> int:
 
 
 def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
-    """Return (rows, channels of a row) in which the cache stores the heads of one token.
+    """Return (rows, channels per row) that a cache needs for one token's key or value heads.
 
     On TPUs, small heads share a row, and rows are padded to a full vector. The compiler would store unpadded rows in a
     different order than decoding reads them, and copy the cache before and after decoding.
@@ -141,7 +141,7 @@ def splash_attention(
 
 
 def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any) -> jax.Array:
-    """Run `attention` of [batch, heads, positions, head] and int[batch, positions] on each device's rows and heads."""
+    """Run the function `attention` on every device for its rows and heads; q, k, v: [batch, heads, positions, head]."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         rows = "batch" if len(q) % row_ways(mesh) == 0 else None

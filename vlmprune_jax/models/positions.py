@@ -133,7 +133,7 @@ def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[li
 
 
 def _seconds(grids: Any, second_per_grid_ts: Any, tokens_per_second: float) -> np.ndarray:
-    """Return the temporal positions from one temporal patch to the next, float32, of images and videos in order."""
+    """Return the temporal position step between successive temporal patches, float32, for each image and video."""
     real = np.asarray(np.zeros((0, AXES)) if grids is None else grids).any(axis=-1)
     seconds = np.ones(real.shape) if second_per_grid_ts is None else np.asarray(second_per_grid_ts)
     if seconds.shape != real.shape:

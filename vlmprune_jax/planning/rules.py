@@ -150,7 +150,7 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(rule: Rule, method: str) -> list[str]:
-    """Return the names of a rule's method and recoveries, as they appear in evidence."""
+    """Return a rule's pruning method and recoveries under the names used in measurements."""
     solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
     return [method, rule.recovery, *([SOLVED] if solved else [])]
 

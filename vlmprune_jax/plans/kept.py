@@ -23,7 +23,7 @@ Units = Mapping[str, tuple[int, ...]]  # {axis: sorted original indices} of one 
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """Kept units of one layer."""
+    """Heads and neurons that a prune plan keeps in one layer, by original number."""
 
     index: int
     """Original number of the layer."""
@@ -206,7 +206,7 @@ def _split_families(axis: str, children: Sequence[int], parents: Sequence[int], 
 
 
 def _listed(indices: Sequence[int]) -> str:
-    """Return the first few numbers of a list as text, for messages."""
+    """Format a list of numbers for messages; long lists are shortened to the first 64."""
     return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 

@@ -24,7 +24,7 @@ class _Version(TypedDict):
 
 
 class Component(TypedDict):
-    """Sizes before pruning and kept units of a component, by layer ("" = once) and axis."""
+    """Sizes before pruning and kept units of a component, by layer number ("" for the vocabulary) and axis."""
 
     sizes_before: Annotated[dict[str, dict[str, _Size]], _FEW]
     kept: Annotated[dict[str, dict[str, str]], _FEW]  # ranges of original indices, such as "0-3,7"
@@ -83,7 +83,7 @@ def as_plan(data: Any, location: str) -> PlanJson:
     if unnamed:
         raise UserError(f"prune plan: {unnamed[0][:64]!r} is no name of a component (text, vision): {TODO}")
     if "text" not in plan["components"]:
-        raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them")
+        raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them: {TODO}")
     return plan
 
 

@@ -80,7 +80,7 @@ class CompressedTensors:
 
         Raises UserError unless weights are integers of 4 or 8 bits with the same settings in all modules.
         """
-        todo = "only integers of 4 or 8 bits, with scales of rows or groups, can be read: use the checkpoint before"
+        todo = "only 4- or 8-bit integers with row or group scales can be read: use the checkpoint before quantisation"
         checked(settings, _Settings, _METHOD, todo)
         (group,) = settings["config_groups"].values()
         weights, inputs = group["weights"], group.get("input_activations")

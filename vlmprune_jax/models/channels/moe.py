@@ -66,7 +66,7 @@ class ExpertWeights(nnx.Module):
 
     @property
     def arrays(self) -> Weights:
-        """The experts' weights as arrays."""
+        """Gate, up and down matrices of all experts as arrays, with LoRA adapters added."""
         return tuple(projection.array for projection in (self.gate_proj, self.up_proj, self.down_proj))
 
 
@@ -82,7 +82,7 @@ class Moe(nnx.Module):
         self.experts = ExpertWeights(self.part.neurons, sizes, names.axis, lora)
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the numbers and gates of the chosen experts, [batch, seq, top_k] each; gates in float32 or wider."""
+        """Route every token: return the numbers and gates of its chosen experts, [batch, seq, top_k] each."""
         logits = jnp.einsum("bsh,eh->bse", x, self.router.weight.get_value())
         gates, experts = jax.lax.top_k(jax.nn.softmax(widen(logits), axis=-1), self.part.top_k)
         if self.part.renormalise:
@@ -102,7 +102,7 @@ class Moe(nnx.Module):
 
 
 class MoeAndShared(Moe):
-    """experts(x) + sigmoid(gate(x)) * shared expert(x)."""
+    """Mixture of experts with a shared expert: experts(x) + sigmoid(gate(x)) * shared expert(x)."""
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         super().__init__(cfg, layer, sizes, names, lora)
@@ -120,7 +120,7 @@ class MoeAndShared(Moe):
 
 
 class MoeBesideDense(Moe):
-    """norm(dense MLP(x)) + norm(experts(norm(stream))); the router also reads the residual stream."""
+    """Experts beside a dense MLP: norm(MLP(x)) + norm(experts(norm(stream))); the router reads the residual stream."""
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         super().__init__(cfg, layer, sizes, names, lora)
@@ -146,7 +146,7 @@ class MoeBesideDense(Moe):
 def run_experts(
     x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights, act: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the gated sums float[batch, seq, embed], and norms float32[batch, seq, k] of the experts' outputs.
+    """Return each token's gated sum over experts, float[batch, seq, embed], and the output norms of its k experts.
 
     On a mesh, every device computes its own rows of the batch. The weights of all experts are gathered over `fsdp`, and
     the experts' neurons are split over `tensor`.

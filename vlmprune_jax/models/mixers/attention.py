@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         return ctx.slot + queries if known else 0
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
-        """Run attention on the branch's input; later layers may reuse its keys and values (`Mixed.shared`)."""
+        """Run attention on float[batch, seq, embed]; later layers may reuse its keys and values (`Mixed.shared`)."""
         out_proj = getattr(self, self.writer)
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         masks = dropout_masks(ctx.dropout_key, x, [module for module in projections if module is not None])

@@ -99,7 +99,7 @@ class DeltaNet(nnx.Module):
 
     @classmethod
     def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
-        """Return the zero-filled state of `length` equal layers; it does not depend on `slots`."""
+        """Return the initial cached state (zeros) of `length` equal delta nets; it does not depend on `slots`."""
         del cfg, slots
         facts = layer.mixer
         channels = 2 * facts.delta_groups * facts.key_dim + facts.delta_heads * facts.value_dim

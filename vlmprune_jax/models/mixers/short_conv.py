@@ -76,7 +76,7 @@ def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple
 
 
 class ConvState(NamedTuple):
-    """Convolution state of a group of equal layers, with a leading layer axis."""
+    """Cached last inputs of the convolutions in a run of equal layers, with a leading layer axis."""
 
     tail: jax.Array
     """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
@@ -114,7 +114,7 @@ class ShortConv(nnx.Module):
 
     @classmethod
     def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
-        """Return the zero-filled state of `length` equal layers; it does not depend on `slots`."""
+        """Return the initial cached state (zeros) of `length` equal convolutions; it does not depend on `slots`."""
         del cfg, slots
         return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
 
