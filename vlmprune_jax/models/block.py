@@ -82,7 +82,7 @@ class Block(nnx.Module):
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return the input (one of `READERS`) that the weight at `path` in the block multiplies; "" if there is none."""
+        """Return the input (one of `READERS`) that the block's weight at `path` multiplies; "" if there is none."""
         module = path.removesuffix("/weight")
         names = dict(zip(self.modules, BRANCHES, strict=True))
         names |= {writer.projection: name for name, writer in self.writers.items()}
