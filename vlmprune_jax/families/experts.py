@@ -33,7 +33,7 @@ def expert_count(config: Mapping[str, Any]) -> int:
 def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bool) -> TextConfig:
     """Return the decoder config with experts in the layers that Qwen's config fields select."""
     if config.get(PER_LAYER):
-        raise UserError(f"{PER_LAYER} is not supported in models with experts, whose layers need equal widths")
+        raise UserError(f"{PER_LAYER} is not supported with experts: give all layers equal widths and remove the field")
     n_experts, neurons = expert_count(config), int(config["moe_intermediate_size"])
     active, activation = int(config["num_experts_per_tok"]), text.channel.activation
     part = Experts(n_experts, n_experts * neurons, active, renormalise, activation=activation)
@@ -45,7 +45,7 @@ def beside_dense(config: Mapping[str, Any], neurons: int, activation: str) -> Ex
     """Return a channel mixer of experts plus a dense MLP with `neurons`; raise UserError for unequal layers."""
     unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
     if unequal is not None:
-        raise UserError(f"{unequal} is not supported in models with experts, whose layers need equal widths")
+        raise UserError(f"{unequal} is not supported with experts: give all layers equal widths and remove the field")
     count = expert_count(config)
     total = count * int(config["moe_intermediate_size"])
     return ExpertsBesideDense(count, total, int(config["top_k_experts"]), mlp=neurons, activation=activation)

@@ -39,7 +39,7 @@ def open_inputs(
     known = (*ROW_SETTINGS, "max_images", "image_buckets", "tile_buckets", *others)
     for name in settings:
         if name not in known:
-            raise UserError(f"setting {name!r} does not affect single records{suggest(name, known)}: leave it out")
+            raise UserError(f"setting {name!r} does not affect single records{suggest(name, known)}")
     data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
     folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
     cfg = read_config(folder, tower)[1]
@@ -53,7 +53,7 @@ def to_records(records: Records, inputs: Inputs) -> list[Record]:
     root = None if inputs.data.images is None else Path(inputs.data.images)
     read = make_records(records, root, image_lead=inputs.template.image_lead)
     if not read:
-        raise UserError("records are empty: pass at least one record")
+        raise UserError("no records were passed: pass at least one")
     return read
 
 
