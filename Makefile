@@ -9,10 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 ENGINES = engines-vllm engines-mlx engines-openvino
 
-.PHONY: $(ENGINES) help demo demo-full test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
+.PHONY: $(ENGINES) help demo demo-full test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean drop-old-programs
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (2 to 3 minutes)'
@@ -33,6 +34,13 @@ demo: setup-demo
 
 demo-full: setup-demo
 	$(BIN)/vlmprune run --config=demo:full --workdir=runs/demo
+
+# Programs that a run of the tests compiled are kept for the next ones; old ones go, since nothing else removes them.
+test test-slow: export JAX_COMPILATION_CACHE_DIR := $(JAX_COMPILATION_CACHE_DIR)
+test test-slow: | drop-old-programs
+
+drop-old-programs:
+	@mkdir -p '$(JAX_COMPILATION_CACHE_DIR)' && find '$(JAX_COMPILATION_CACHE_DIR)' -type f -mtime +14 -delete
 
 test: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
@@ -99,7 +107,7 @@ $(COMPAT)/installed.stamp: $(VENV)/test.stamp
 	touch $@
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache/jax build dist
 	find vlmprune_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
