@@ -32,7 +32,7 @@ SETTINGS = """\
 This page lists every setting of a config. It is generated: `make docs` writes it.
 
 Set a setting in a config file (`config.recover.losses.kl = 0.5`) or as a flag (`--config.recover.losses.kl=0.5`).
-`None` unsets a setting. `vlmprune help kl` also prints the type, bounds, and stages that run again after a change.
+`None` unsets a setting. `vlmprune help kl` also prints a setting's type, its bounds, and the stages that depend on it.
 `config.prune_variants` and `config.recover_variants` hold partial configs by name, and one run tries all combinations.
 """
 COMMAND_PAGE = """\
@@ -50,19 +50,19 @@ This page lists the files that a run writes. It is generated: `make docs` writes
 |file|written by|content|
 |---|---|---|
 |`scores.npz`, `scores_vision.npz`|`score`|importance of layers, heads and neurons|
-|`routing.npz`|`score`|tokens and experts by type|
+|`routing.npz`|`score`|routers' choices of experts, by token type|
 |`plan.json`|`prune`|original indices of kept layers, heads and neurons; the model's fingerprint|
 |`pruned/`, `reconstructed/`, `recovered/`|`prune`, `reconstruct`, `recover`|Hugging Face checkpoints|
 |`training/`|`recover`|checkpoints, `metrics.jsonl`, TensorBoard events|
 |`eval/`|`evaluate`|answers, scores of every question, samples for the report|
 |`export/`|`export`|the exported model with its card|
 |`result.json`, `speed.json`|`run`|accuracy, retention, costs and speed of all models|
-|`report.html`, `report.png`|`report`|one page, one figure|
+|`report.html`, `report.png`|`report`|the report as one page; its main figure|
 |`tpu_plan.json`|`plan`|memory and step time on a TPU slice|
 |`.stages/`|every stage|hashes of inputs and settings, to skip unchanged stages|
 
 A config with variants has a folder per variant: `width/sft/recovered/` is the model of `width` recovered with `sft`.
-JSON files have a format number, `format`; each vlmprune version reads one format per file.
+Every JSON file has a format number in the field `format`. Each vlmprune version reads one format number per file.
 The tables below list the fields of the JSON files. A field marked `=` is optional.
 """
 API = """\
