@@ -53,23 +53,31 @@ PERPLEXITIES = {
 CUTS = ("unpruned", "depth 15 %", "width 15 %", "depth 30 %", "width 30 %")
 
 
-def cut(model: vp.Model, name: str) -> vp.Model:
-    """Return the model without a share of its decoder or tower, such as "width 30 %"."""
+def cut(model: vp.Model, name: str, calibration: list[Any] | None = None) -> vp.Model:
+    """Return the model without a share of its decoder or tower, such as "width 30 %".
+
+    With calibration batches, units are chosen by their importance, and the decoder is reconstructed.
+    """
     if name == "unpruned":
         return model
     method, percent, _ = name.split()
     stack = "vision" if method == "tower" else "text"
     share = vp.count_params(model, stack) / vp.count_params(model)
     options = {"heads": "keep", "align_to": "gguf"} if method == "width" else {}
+    if calibration is None:
+        scores = vp.score(model, criterion="random", stack=stack)
+    else:
+        scores = vp.score(model, calibration, criterion="taylor" if method == "width" else "block_influence")
     plan = vp.make_plan(
-        vp.score(model, criterion="random", stack=stack),
+        scores,
         model,
         method="width" if method == "width" else "depth",
         ratio=share * int(percent) / 100,
         stack=stack,
         **options,
     )
-    return vp.apply_plan(model, plan)
+    pruned = vp.apply_plan(model, plan)
+    return pruned if calibration is None else vp.reconstruct(pruned, plan, model, calibration)[0]
 
 
 def seconds(side: BenchSide, answer: int, rows: int) -> list[float]:
