@@ -1,11 +1,12 @@
-"""Memory of attention on a TPU chip, splash against XLA, compiled ahead of time on a machine without TPUs.
+"""Memory of splash and of XLA attention on a TPU chip, from programs compiled ahead of time, without a TPU.
 
     TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost JAX_PLATFORMS=cpu \
         python benchmarks/attention_memory.py
 
-Needs libtpu (`pip install vlmprune-jax[tpu]`). Four layers of LLaMA-7B's shape, frozen, in bfloat16, on v5e:2x2 under
-fsdp=4, one row a chip: forward and gradient at the embeddings, as LoRA needs it. And InternViT-300M's shape, four
-blocks, forward, 13 tiles a chip. One JSON line per case with the temporaries of a chip in GiB.
+Needs libtpu (`pip install vlmprune-jax[tpu]`). The first model has four frozen layers of LLaMA-7B's shape in bfloat16,
+on v5e:2x2 with fsdp=4 and one row per chip. Its forward pass and its gradient at the embeddings are compiled, as for
+LoRA. The second model has four blocks of InternViT-300M's shape; its forward pass is compiled for 13 tiles per chip.
+Prints one JSON line per case with the temporary memory per chip in GiB.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TOWER = VisionConfig(1024, BLOCKS, BlockConfig(1e-6, norm="layer"), LAYERS, 448,
 
 
 def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], list[Any]]:
-    """Return the gradient of the decoder at its input embeddings, and abstract arguments."""
+    """Return the function for the decoder's gradient at its input embeddings, and its arguments as abstract arrays."""
     cfg = ModelConfig("llama", "transformers", TEXT)
     embeds = _abstract(mesh, (CHIPS, seq, TEXT.hidden_size), ("batch", None, None))
     mask = _abstract(mesh, (CHIPS, seq), ("batch", None), "int32")
@@ -57,7 +58,7 @@ def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], 
 
 
 def tower_case(mesh: Mesh) -> tuple[Callable[..., Any], list[Any]]:
-    """Return a function for the features of tiles, and abstract arguments."""
+    """Return the function that computes vision features of image tiles, and its arguments as abstract arrays."""
     projector = ProjectorConfig("gelu", True, "pixel_shuffle", 1e-5, 2)
     cfg = ModelConfig("internvl", "source", TEXT, TOWER, projector, image_token_id=0)
     size = TOWER.image_size
@@ -80,7 +81,7 @@ def _abstract(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 
 
 def temporaries(function: Callable[..., Any], arguments: list[Any]) -> float:
-    """Return the temporary memory (GiB per chip) of the compiled function."""
+    """Compile a function for abstract arguments; return its temporary memory (GiB per chip)."""
     try:
         compiled = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -92,7 +93,7 @@ def temporaries(function: Callable[..., Any], arguments: list[Any]) -> float:
 
 
 def main() -> None:
-    """Print one JSON line per case."""
+    """Print one JSON line per model and sequence length, with the memory of XLA and of splash attention."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = Mesh(np.asarray(chips).reshape(1, CHIPS, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     cases: dict[str, Callable[[Mesh], tuple[Callable[..., Any], list[Any]]]] = {

@@ -1,11 +1,12 @@
-"""Error of bfloat16 gradients against float32: ours and PyTorch + peft, with equal student, rows and adapters.
+"""Errors of bfloat16 gradients of vlmprune and of PyTorch + peft against float32, for equal models, rows and adapters.
 
     python benchmarks/bf16_gradients.py --work=DIR [--folder=DIR/smollm2-135m] [--batch=10x128] [--draws=4]
 
-The loss and the models are those of train_step.py, without dropout; one row at a time, with `--draws` random adapters.
-An error is |g - g32| / |g32| over all adapters, by random signs summed into 131,072 numbers (estimates it to 0.3 %).
-"jitter" is float32 as well, but every word embedding is off by up to 2^-9 of itself, as by rounding it to bfloat16.
-One JSON line per row with medians and maxima over the draws, one over all; weights are bfloat16's throughout.
+The loss and the models are those of train_step.py, without dropout. Gradients are computed for one row at a time, with
+`--draws` random adapters. The error is |g - g32| / |g32| over all adapters, estimated to 0.3 % from random projections
+to 131,072 numbers. The side "jitter" is float32 with word embeddings changed by up to 2^-9 (relative), as by rounding
+to bfloat16. Weights are rounded to bfloat16 on all sides. Prints one JSON line per row with the medians and maxima
+over the draws, and one line for all rows.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy as np
 import train_step as base
 
 SKETCH = 1 << 17
-SIDES = ("float32", "jitter", "ours", "peft")  # the first one is what the others are compared with
+SIDES = ("float32", "jitter", "ours", "peft")  # the others are compared with the first one
 
-# Adapters by (module path in a layer, layer) and the row -> their gradients, as float arrays by the same names.
+# {(module path in a layer, layer): array} of adapter weights or of their gradients.
 Flat = dict[tuple[str, int], np.ndarray]
 Gradient = Callable[[Flat, np.ndarray, int], Flat]
 
@@ -40,7 +41,7 @@ def sketch(gradient: Flat) -> np.ndarray:
 
 
 def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Gradient]:
-    """Return adapters (for their shapes) and our gradient function."""
+    """Return the student's adapters (for their shapes) and the gradient function of vlmprune's training step."""
     import jax
     import jax.numpy as jnp
 
@@ -90,7 +91,7 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
 
 
 def peft(args: argparse.Namespace) -> tuple[Flat, Gradient]:
-    """Return the same in PyTorch, set up as in train_step.py: bfloat16 base, float32 adapters, autocast."""
+    """Return adapters and gradient function of PyTorch + peft: bfloat16 base, float32 adapters, autocast."""
     import torch
     from peft import PeftModel
     from torch.nn import functional
@@ -126,7 +127,7 @@ def peft(args: argparse.Namespace) -> tuple[Flat, Gradient]:
 
 
 def draw_adapters(like: Flat, seed: int) -> Flat:
-    """Draw adapters like `train_step.adapted`, in order of their names."""
+    """Draw random adapter weights with the scales of `train_step.adapted`, in order of their names."""
     draw = np.random.default_rng(100 + seed)
     scales = {True: 0.02, False: 0.001}
     return {
@@ -136,7 +137,7 @@ def draw_adapters(like: Flat, seed: int) -> Flat:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Run one side and write its sketches, float64[rows, draws, SKETCH], to a file."""
+    """Compute one side's gradients; write their random projections, float64[rows, draws, SKETCH], to a file."""
     ids = np.load(args.work / "ids.npy")
     if args.child == "peft":
         like, gradient = peft(args)
@@ -147,7 +148,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def errors(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Return float64[rows, draws] relative errors by side, and "norm" of the float32 gradients."""
+    """Return {side: relative gradient errors float64[rows, draws]}, and "norm", that of the float32 gradients."""
     exact, *others = (np.load(args.work / f"{side}.npy") for side in SIDES)
     norm = np.linalg.norm(exact, axis=-1)
     return {"norm": norm} | {
@@ -163,7 +164,7 @@ def summary(found: dict[str, np.ndarray], rows: Iterable[int]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Create the models, run every side and compare."""
+    """Create the models, run every side in its own process, and print the gradient errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="the teacher's Hugging Face folder")
     parser.add_argument("--work", type=Path, required=True, help="where models and gradients are written")

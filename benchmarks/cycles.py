@@ -1,14 +1,15 @@
-"""Accuracy of the demo's teacher after one cut, and after cycles of pruning, reconstruction and training.
+"""Accuracy of the demo's teacher after pruning at once, and after cycles of pruning, reconstruction and training.
 
   python benchmarks/cycles.py --work=DIR [--methods depth width] [--seeds 3] [--steps 120] [--questions 2000]
   python benchmarks/cycles.py --work=DIR --text
 
-45 and 60 % of the decoder go at once, or in steps of 15 % of it. Every step is scored, pruned, reconstructed against
-the unpruned model (by the composed plan) and trained (SFT + L2, all of the decoder); all cells train for `--steps`
-steps in total, the cycles for an equal share each. `alternating` removes layers and heads with neurons in turn, at once
-in two halves. The control is the unpruned model trained as one cut is. --text compares one cut recovered on questions
-without their images, by L2 alone since their answers need the image, with recovery on images. Calibration and
-reconstruction have 64 and 512 records; seeds choose the records and their order. Needs the [demo] extra.
+45 or 60 % of the decoder are removed at once, or in cycles of 15 %. Every cycle scores, prunes, reconstructs against
+the unpruned model (with the composed plan) and trains the whole decoder (SFT + L2). Each result has `--steps` training
+steps in total, divided equally among its cycles. `alternating` removes layers in one cycle, heads and neurons in the
+next; at once, it removes half of the target each way. The control is the unpruned model after the same training.
+--text compares recovery on questions without their images, by L2 alone because the answers need the image, with
+recovery on images. Calibration uses 64 records and reconstruction 512; seeds choose the records and their order. Needs
+the [demo] extra.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BATCH, TRAINED = 32, 1928  # rows of a step; records of 5 % of the data
 
 
 def rows(work: Path, seed: int, first: int, count: int, images: bool = True) -> list[Any]:
-    """Return batches of `count` training records, from the `first` on in the seed's order, with or without images."""
+    """Return batches of training records `first` to `first + count` of the seed's order, with or without images."""
     paths = write_dataset(work / "easyvqa")
     records = json.loads(paths["train"].read_text())
     chosen = np.random.default_rng(seed).permutation(len(records))[first : first + count]
@@ -50,7 +51,7 @@ def rows(work: Path, seed: int, first: int, count: int, images: bool = True) -> 
 def train(
     model: vp.Model, teacher: vp.Model, plan: Any, batches: list[Any], steps: int, seed: int, losses: Any = SFT_L2
 ) -> vp.Model:
-    """Return the model after training against the unpruned one."""
+    """Train a pruned model with distillation from the unpruned teacher; return the trained model."""
     config = vp.RecoverConfig(
         trainable="decoder",
         batch_size=BATCH,
@@ -64,7 +65,7 @@ def train(
 
 
 def cut(teacher: vp.Model, method: str, shares: list[float], work: Path, seed: int, steps: int) -> tuple[vp.Model, Any]:
-    """Return model and plan after pruning in these shares of the unpruned decoder, with as many steps after each."""
+    """Prune in one cycle per share of the unpruned decoder, with `steps` training steps in all; return model, plan."""
     total, decoder = count_params(teacher.cfg), count_params(teacher.cfg, "text")
     calibration, larger, training = (rows(work, seed, 0, 64), rows(work, seed, 0, 512), rows(work, seed, 512, TRAINED))
     model, plan, gone = teacher, None, 0.0
@@ -73,7 +74,7 @@ def cut(teacher: vp.Model, method: str, shares: list[float], work: Path, seed: i
         now = count_params(model.cfg)
         ratio = (
             now - (total - gone * decoder)
-        ) / now  # of the model as it is, so that `gone` of the decoder is reached
+        ) / now  # relative to the present model, so that the share `gone` of the unpruned decoder is removed in all
         scores = vp.score(model, calibration, criterion=CRITERIA[kind])
         step = vp.make_plan(scores, model.cfg, method=kind, ratio=ratio)
         model = vp.apply_plan(model, step)
@@ -85,7 +86,7 @@ def cut(teacher: vp.Model, method: str, shares: list[float], work: Path, seed: i
 
 
 def main() -> None:
-    """Print a Markdown table with a row for each method and target."""
+    """Print a Markdown table of accuracies with a row for each pruning method and target ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["depth", "width"], choices=[*METHODS])
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 def compare_text(options: argparse.Namespace, teacher: vp.Model, accuracy: Any) -> None:
-    """Print the accuracy of one cut after recovery on text and on images, the mean of the seeds and each seed."""
+    """Print accuracies after recovery on text and on images: mean over seeds and each seed, one row per plan."""
     arms = {"L2, text alone": (L2, False), "L2": (L2, True), "SFT + L2": (SFT_L2, True)}
     print(f"| cut | reconstructed, % | {' | '.join(f'{name}, %' for name in arms)} |")
     print(f"|---|---|{'---|' * len(arms)}", flush=True)

@@ -1,10 +1,10 @@
-"""A recovery step with the vision tower and from cached features, on the demo: seconds, peak memory, the same losses.
+"""Time and memory of the demo's recovery step with the vision tower, and with cached features; losses must be equal.
 
   python benchmarks/feature_cache.py --work=DIR
 
-easy-VQA and the demo's teacher, three layers removed, cross-entropy and hidden-state L2. Each run is a process of its
-own; the cached side's first run computes the features. Prints a JSON line per side, their ratio, and the ratio of the
-model FLOPs of a step for the real families as benchmarks/plan.py plans them (15 % of depth).
+The demo's teacher without three layers trains on easy-VQA with cross-entropy and hidden-state L2. Each run has its own
+process; the first cached run computes the features. Prints one JSON line per side and their ratio. A last line has the
+ratio of model FLOPs per step for the full-size families of benchmarks/plan.py (15 % pruned by depth).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def get_config(run):
 
 
 def main() -> None:
-    """Measure and print."""
+    """Train with and without cached features in turns, check that losses are equal, and print time and memory."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
@@ -100,7 +100,7 @@ def _flops_ratio(family: str) -> float:
 
 
 def _recovery(work: Path, run: str) -> dict[str, Any]:
-    """Medians over all but the first steps, which compile."""
+    """Run one recovery; return median step times (without the first five steps, which compile), memory and losses."""
     wall, peak = _run(work, "recover", run)
     lines = (work / "w/depth" / run / "training/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
@@ -115,7 +115,7 @@ def _recovery(work: Path, run: str) -> dict[str, Any]:
 
 
 def _run(work: Path, command: str, run: str) -> tuple[float, float]:
-    """Wall seconds and peak GiB of one command."""
+    """Run one vlmprune command; return its wall time (seconds) and peak memory (GiB)."""
     flags = [f"--config={work / 'config.py'}:{run}", f"--workdir={work / 'w'}"]
     begin = time.perf_counter()
     with (work / f"{command}-{run}.log").open("w") as log:

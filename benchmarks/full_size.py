@@ -1,14 +1,14 @@
-"""Loading, pruning and exporting at full size, against `cp` of the same bytes and mergekit, in one run.
+"""Time and memory of loading, pruning and exporting full-size checkpoints, compared with `cp` and mergekit.
 
     python benchmarks/full_size.py --model=llama --work=/big/disk --mergekit=/path/to/venv/bin/mergekit-yaml
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
-Without --folder it makes a checkpoint with the true shapes of --model (`models.py`; llama 13.5 GB, llava 14,
-qwen3vl_moe 62; --layers=8 takes fewer decoder layers) and random finite bfloat16 weights, in shards of 5 GB. Every step
-is a process of its own and starts with the source out of the page cache; its wall time includes the start of Python,
-and `cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into memory that holds them
-all, which is the least that a loader does. One JSON line per step, and a last one with the ratios. Needs free disk for
-three times the checkpoint.
+Without --folder, the script creates a checkpoint with the true shapes of --model (`models.py`; llama 13.5 GB, llava 14,
+qwen3vl_moe 62; --layers=8 uses fewer decoder layers) and random finite bfloat16 weights, in shards of 5 GB. Every step
+has its own process and starts with the source out of the page cache. Its wall time includes the start of Python, and
+`cp` ends when all data are on the disk. `cat` reads the weights and discards them. `read` reads them into memory, as
+every loader must. Prints one JSON line per step, and a last line with the ratios. Needs free disk space of three times
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from models import MODELS, shrink
 
 STEPS = ("cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "mergekit")
 DEVICES = 8
-DROPPED = 5  # of 32 layers; the middle ones, but for one, so that the kept ones are three runs
+DROPPED = 5  # removed layers of 32: middle layers with one kept between them, so that three runs of layers remain
 
 
 def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
-    """A folder with random weights: bits of numbers below 2, the same 64 MiB again and again from other places."""
+    """Write a checkpoint with random bfloat16 weights below 2, cut from the same 64 MiB of noise at random offsets."""
     from vlmprune_jax.export.folder import MAX_SHARD_BYTES
     from vlmprune_jax.hf.disk.tensors import Tensor, write_weights
     from vlmprune_jax.hf.layout import make_slots
@@ -58,7 +58,7 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
 
 
 def make_plans(folder: Path, work: Path) -> None:
-    """depth.json and width.json for a folder."""
+    """Write a depth plan and a width plan for a checkpoint to `depth.json` and `width.json` in `work`."""
     from vlmprune_jax.hf.lazy import open_model
     from vlmprune_jax.models.params import count_params
     from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
@@ -89,7 +89,7 @@ def make_plans(folder: Path, work: Path) -> None:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Run our side in a process of its own: a child's peak memory is at least its parent's, which stays small so."""
+    """Run one vlmprune step in a child process; the parent stays small, because its memory counts in a child's peak."""
     step, folder, work = args.child, args.folder, args.work
     if step == "make":
         config = MODELS[args.model]
@@ -122,7 +122,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def own(args: argparse.Namespace, step: str, folder: Path, work: Path) -> list[str]:
-    """Command line of one of our steps."""
+    """Return the command line that runs one vlmprune step in a child process."""
     options = [
         f"--model={args.model}",
         f"--layers={args.layers}",
@@ -134,7 +134,7 @@ def own(args: argparse.Namespace, step: str, folder: Path, work: Path) -> list[s
 
 
 def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, list[str]]:
-    """Step -> command line."""
+    """Return {step: command line} of all steps that are possible for this checkpoint."""
     copy = 'cp -r "$0" "$1" && sync -f "$1" && for f in "$1"/*; do sync "$f"; done'
     found = {
         "cp_input": ["sh", "-c", copy, str(folder), str(work / "cp_input")],
@@ -161,7 +161,7 @@ def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, li
 
 
 def measure(command: list[str], folder: Path) -> dict[str, float]:
-    """Wall and processor seconds and peak resident GiB of a command that starts with `folder` out of the page cache."""
+    """Run a command with `folder` out of the page cache; return wall and CPU seconds, and peak memory (GiB)."""
     for path in folder.iterdir():
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -187,7 +187,7 @@ def size_of(folder: Path) -> int:
 
 
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The bars of the design, as far as their steps ran."""
+    """Return the ratios of pruning to copying, loading to reading, and pruning to mergekit, of the measured steps."""
     seconds, result = {step: one["seconds"] for step, one in found.items()}, {}
     if {"depth", "cp_input", "cp_output"} <= set(seconds):
         copies = seconds["cp_input"] + seconds["cp_output"]
@@ -205,8 +205,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama")
     parser.add_argument("--folder", type=Path, help="an existing folder instead of a random one")
-    parser.add_argument("--work", type=Path, required=True, help="where to write; what is made there is removed")
-    parser.add_argument("--mergekit", help="path of mergekit-yaml, for decoders; without it that step is left out")
+    parser.add_argument("--work", type=Path, required=True, help="folder for outputs, which are removed at the end")
+    parser.add_argument("--mergekit", help="path of mergekit-yaml (decoders only); without it, no such step")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the benchmark itself")
@@ -216,7 +216,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every step that was asked for."""
+    """Create checkpoint and plans, then measure every step in --steps."""
     args = arguments()
     if args.child:
         child(args)
@@ -224,7 +224,7 @@ def main() -> None:
     name = args.folder.name if args.folder else f"{args.model}{'_tiny' if args.tiny else ''}"
     folder = (args.folder or args.work / name).resolve()
     work = args.work.resolve() / f"{name}_results"
-    shutil.rmtree(work, ignore_errors=True)  # of a run that failed
+    shutil.rmtree(work, ignore_errors=True)  # results of a failed run
     work.mkdir(parents=True)
     try:
         if not folder.exists():
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, name: str, folder: Path, work: Path) -> None:
-    """All steps in order, a line each, and the ratios."""
+    """Measure all steps in order; print one JSON line per step, and one with the ratios."""
     found = {}
     for step, command in commands(args, folder, work).items():
         if step not in args.steps.split(","):
@@ -248,7 +248,7 @@ def run(args: argparse.Namespace, name: str, folder: Path, work: Path) -> None:
         line |= {key: round(value, 3) for key, value in found[step].items()}
         if (work / step).is_dir():
             line["output_bytes"] = size_of(work / step)
-            if step != "depth":  # which is copied next
+            if step != "depth":  # its result is copied next
                 shutil.rmtree(work / step)
         print(json.dumps(line), flush=True)
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"

@@ -1,12 +1,12 @@
-"""Answers of llama.cpp and of `vlmprune evaluate` to questions of easy-VQA, for the same pruned models of the demo.
+"""Comparison of llama.cpp's answers with those of `vlmprune evaluate` on easy-VQA, for pruned models of the demo.
 
   python benchmarks/llama_cpp_answers.py --work=DIR [--questions 200]
 
-The demo's teacher, cut so far that it errs, as GGUF files in F32 through the chat calls of xllamacpp (prompts by the
-file's own chat template, images as they are), beside `vp.evaluate` of the model: how many answers are equal. Builds of
-llama.cpp up to October 2026 put the class token behind the patches (#25814): so with the position table as it is, and
-with the one for such builds (`rolled_positions`), and both beside what our own tower answers in their order (the first
-word of the answer). Needs the [demo] and [test] extras.
+The demo's teacher is pruned until it makes errors, and exported to GGUF in F32. xllamacpp's chat calls (with the file's
+own chat template and unchanged images) and `vp.evaluate` answer the same questions; the table has the number of equal
+answers. Builds of llama.cpp up to October 2026 put the class token behind the patches (#25814). The files are therefore
+written with the normal position table and with that for such builds (`rolled_positions`). Both are also compared with
+vlmprune's own tower in that token order (the first word of the answer). Needs the [demo] and [test] extras.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CUTS: dict[str, dict[str, Any]] = {
 
 
 def questions(work: Path, count: int) -> list[dict[str, Any]]:
-    """Return a fixed sample of the test records, written to sample.json in `work`."""
+    """Return a fixed sample of `count` test records, and write it to sample-COUNT.json in `work`."""
     paths = write_dataset(work / "easyvqa")
     records = json.loads(paths["test"].read_text())
     chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:count])
@@ -57,7 +57,7 @@ def questions(work: Path, count: int) -> list[dict[str, Any]]:
 
 
 def calibration(work: Path, count: int) -> list[Any]:
-    """Return the first rows of the training records in a fixed order."""
+    """Return batches of `count` training records in a fixed random order, for calibration."""
     paths = write_dataset(work / "easyvqa")
     records = json.loads(paths["train"].read_text())
     chosen = np.random.default_rng(0).permutation(len(records))[:count]
@@ -66,7 +66,7 @@ def calibration(work: Path, count: int) -> list[Any]:
 
 
 def evaluate(model: vp.Model, work: Path, count: int) -> Any:
-    """Run `vp.evaluate` on `questions`, as the command does."""
+    """Evaluate a model on the records of `questions`, as `vlmprune evaluate` does."""
     questions(work, count)
     images = str(work / "easyvqa" / "images")
     data = DataSpec(**DATA, eval=str(work / f"sample-{count}.json"), eval_images=images)
@@ -81,7 +81,7 @@ def evaluate(model: vp.Model, work: Path, count: int) -> Any:
 
 
 def by_llama_cpp(folder: Path, records: Sequence[dict[str, Any]], images: Path) -> list[str]:
-    """Return the answers of GGUF files in a folder, computed in a process of its own."""
+    """Return llama.cpp's answers to these records, for the GGUF files in a folder; runs in a child process."""
     files = sorted(folder.glob("*.gguf"), key=lambda path: path.name.startswith("mmproj"))
     asked = [[str(images / one["image"]), one["conversations"][0]["value"].removeprefix("<image>")] for one in records]
     job = json.dumps({"files": list(map(str, files)), "asked": asked})
@@ -92,7 +92,7 @@ def by_llama_cpp(folder: Path, records: Sequence[dict[str, Any]], images: Path) 
 
 
 def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Path, rolled: bool) -> list[str]:
-    """The first token of each answer where the class token is the last of the tower and the first patch is lost."""
+    """Return each answer's first token if the tower's class token comes last and the first patch is lost (#25814)."""
     flat = flatten(model.params)
     if not rolled:
         flat["vision/position_embedding/weight"] = jnp.roll(flat["vision/position_embedding/weight"], 1, axis=0)
@@ -114,7 +114,7 @@ def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Pa
 
 
 def _answer() -> None:
-    """Run the child process: read a job, write answers."""
+    """Answer the questions of a job (JSON on standard input) by llama.cpp, and print the answers as JSON."""
     import xllamacpp
 
     job, params = json.load(sys.stdin), xllamacpp.CommonParams()
@@ -136,7 +136,7 @@ def _answer() -> None:
 
 
 def main() -> None:
-    """Print a Markdown table with a row per model."""
+    """Print a Markdown table of equal answers and accuracy, with a row per pruned model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=200)

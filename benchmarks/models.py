@@ -221,7 +221,7 @@ TINY = {
 
 
 def shrink(config: Any) -> Any:
-    """Return a config with the sizes of --tiny."""
+    """Return a copy of a model config with all sizes replaced by those of `TINY`."""
     if not isinstance(config, dict):
         return config
     return {key: TINY.get(key, shrink(value)) if value is not None else None for key, value in config.items()}

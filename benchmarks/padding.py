@@ -1,10 +1,10 @@
-"""Share of padding in training batches, with and without grouping and length buckets, and the cost of measuring.
+"""Share of padding in training batches, with and without grouping and length buckets, and the speed of measuring.
 
   python benchmarks/padding.py --tokenizer=DIR
 
-Lengths are synthetic, shaped like LLaVA's 665k mix (image rows: 576 image tokens and a short or a long conversation;
-6 % text, up to 2,048 tokens); batches of 128. `--tokenizer`: an HF folder whose tokenizer counts `--texts` records.
-Prints one JSON line.
+Record lengths are synthetic, with the distribution of LLaVA's 665k mix: rows with 576 image tokens and a short or long
+conversation, and 6 % text rows of up to 2,048 tokens, in batches of 128. `--tokenizer` is a Hugging Face folder, whose
+tokenizer counts the tokens of `--texts` records. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ((0.24, 350, 0.35, True), (0.57, 110, 0.6, True), (0.13, 250, 0.4, True)
 
 
 def main() -> None:
-    """Measure and print one JSON line."""
+    """Compute padding shares and measure the tokenizer; print one JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=8000)
@@ -56,14 +56,14 @@ def _order(sizes: np.ndarray, group_by: str) -> np.ndarray:
 
 
 def _padding(lengths: np.ndarray, buckets: tuple[int, ...]) -> float:
-    """Return the share of padding in all full batches."""
+    """Return the share of padding tokens in all full batches, each padded to the smallest bucket that holds it."""
     batches = lengths[: len(lengths) // BATCH * BATCH].reshape(-1, BATCH)
     padded = np.array(buckets)[np.searchsorted(buckets, batches.max(1))]
     return round(1 - float(batches.sum() / (padded.sum() * BATCH)), 4)
 
 
 def _measuring(folder: Path, texts: int) -> dict[str, float]:
-    """Return records per second, for counting tokens and for tokenising."""
+    """Return records per second of counting tokens (`count_tokens`) and of tokenising for training."""
     draw = np.random.default_rng(1)
     words = ["the", "a", "man", "is", "riding", "on", "top", "of", "red", "bicycle", "near", "what", "color", "."]
     records = []

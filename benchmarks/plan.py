@@ -93,7 +93,7 @@ SMALL_RANGES = {"attn_layers": (3, 21), "mlp_layers": (4, 20)}  # of 24 layers
 
 
 def main() -> None:
-    """Compile every case."""
+    """Plan every case by `vlmprune plan`, and print one JSON line per case."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments of a run of two processes: every resumed run must end with the same bytes.
+"""Test of resuming: a run of two processes is killed at random moments, and must end with the same bytes.
 
     python benchmarks/preemption.py --work=DIR [--kills=20] [--seed=0]
 
@@ -6,9 +6,9 @@ The run is `vlmprune run` on four layers of the demo's teacher: score, prune, re
 checkpoint every second step), evaluate and export, by two processes of four CPU devices each. It runs undisturbed
 once. Then both processes are killed in the middle of a step, while a checkpoint is written, while a model folder is
 written, while a pass over batches keeps its journal, or at any time; the same command is started again until it ends,
-and every file of recovered/ and export/, all answers and the losses of all steps are compared. At last one process
-alone is killed, once each: the other has to end by itself, within a time that is printed. One line for each kill, and a
-last JSON line. With the same --work and another --seed the undisturbed run is not repeated.
+and every file of recovered/ and export/, all answers and the losses of all steps are compared. At the end, each process
+is killed alone once: the other process must exit by itself, and the time until then is printed. Prints one line per
+kill, and a last JSON line. With the same --work and another --seed the undisturbed run is not repeated.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ class Pair:
             self.processes[number].wait()
 
     def end(self, timeout: float) -> None:
-        """Wait for both.
+        """Wait until both processes have ended.
 
         Raises:
-          SystemExit: one of them is not 0, or does not come in time; shows the logs.
+          SystemExit: an exit code is not 0, or a process exceeds the timeout; the message has the logs.
         """
         try:
             codes = [process.wait(timeout) for process in self.processes]
@@ -161,7 +161,7 @@ class Pair:
 
 
 def finished_step(workdir: Path) -> int:
-    """Return the last step in the metrics."""
+    """Return the number of the last step in metrics.jsonl; 0 if there is none."""
     try:
         lines = (workdir / "training/metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"] if lines else 0
@@ -170,7 +170,7 @@ def finished_step(workdir: Path) -> int:
 
 
 def being_written(workdir: Path) -> list[str]:
-    """Return unfinished checkpoints, model folders and journals."""
+    """Return the names of the checkpoints, model folders and journals that a run is writing or left unfinished."""
     patterns = (
         "training/checkpoints/*.orbax-checkpoint-tmp*",
         ".*.partial*",
@@ -188,7 +188,7 @@ Come = Callable[[int, set[str]], bool]  # (steps since the start, what was begun
 
 
 def moment(draw: random.Random, seconds: float) -> tuple[str, Come, float]:
-    """Draw a random moment: (phase, function that detects it, delay in seconds)."""
+    """Draw a random moment to kill a run: (phase, function that detects the phase, delay in seconds after it)."""
     phase = draw.choice(("step", "step", "save", "save", "export", "journal", "any"))
     count = draw.randrange(1, 3)
     if phase == "any":
@@ -220,7 +220,7 @@ def differing(workdir: Path, expected: dict[str, Any]) -> list[str]:
 
 
 def killed_once(pair: Pair, workdir: Path, come: Come, delay: float) -> bool:
-    """Wait for the moment and kill both; False if the run ended before."""
+    """Kill both processes `delay` seconds after `come` returns True; return False if the run ended before."""
     first, left, begun = finished_step(workdir), set(being_written(workdir)), set[str]()
     until = None
     while until is None or time.monotonic() < until:
@@ -237,7 +237,7 @@ def killed_once(pair: Pair, workdir: Path, come: Come, delay: float) -> bool:
 
 
 def kill_both(root: Path, kills: int, seed: int, seconds: float, expected: dict[str, Any]) -> dict[str, Any]:
-    """Kill `kills` times, over as many runs as needed."""
+    """Kill and resume runs until `kills` kills are done; compare each finished run with the undisturbed one."""
     draw, done, runs, wrong = random.Random(seed), 0, 0, list[str]()
     phases: dict[str, int] = {}
     for left in root.glob(f"seed-{seed}-run-*"):
@@ -283,7 +283,7 @@ def kill_one(root: Path, number: int, expected: dict[str, Any]) -> dict[str, Any
 
 
 def undisturbed(root: Path) -> tuple[dict[str, Any], float]:
-    """Return results and seconds of the undisturbed run, which fills the compilation cache for the others."""
+    """Return results and duration (s) of the undisturbed run, which also fills the compilation cache."""
     kept = root / "undisturbed.json"
     if not kept.exists():
         shutil.rmtree(root, ignore_errors=True)

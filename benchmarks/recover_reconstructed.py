@@ -1,9 +1,10 @@
-"""Recovery of SmolLM2-135M from `reconstructed/` beside the same from `pruned/`: perplexities, as `vlmprune run` tells.
+"""Comparison of recovery from `reconstructed/` and from `pruned/`: perplexities of SmolLM2-135M by `vlmprune run`.
 
   python benchmarks/recover_reconstructed.py --work=DIR [--steps 24] [--ratio 0.2]
 
-20 % of all parameters go by width with the heads kept. SFT + L2 learns from 5 % of some 1,870 records, docstrings and
-every second topic of Python's language reference; the perplexity is of 12 x 512 tokens of the other topics.
+20 % of all parameters are removed by width (heads kept). SFT + L2 trains on 5 % of about 1,870 records, which are
+docstrings and every second topic of Python's language reference. Perplexity is measured on 12 x 512 tokens of the other
+topics.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LEAST, MOST = 250, 1000  # letters of a docstring that is taken, and of an answe
 
 
 def records() -> list[dict[str, object]]:
-    """Return records of docstrings of the standard library, and of the even topics in pieces."""
+    """Return records made from docstrings of the standard library, and from pieces of every second Python topic."""
     pairs = []
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
@@ -65,7 +66,7 @@ def records() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Write records, text and config, and run the pipeline."""
+    """Write the records, the evaluation text and the config, and run `vlmprune run` on them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24)

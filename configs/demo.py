@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.recover.batch_size = 32
     config.recover.learning_rate = 1e-3
     config.recover.projector_learning_rate = 1e-3
-    config.recover.remat = "none"  # it all fits: the numbers in docs/explanation/results.md are of this
+    config.recover.remat = "none"  # memory suffices; docs/explanation/results.md is measured with this
     config.recover.log_every = 1
     config.recover.save_every = 40
 

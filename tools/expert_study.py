@@ -42,15 +42,15 @@ CALIBRATIONS = ("text", "images", "both, pooled", "both, sum", "both, max", "bot
 SHARES = (0.25, 0.5)
 REPAIRED = ("reap", "both, pooled", SHARES[-1])
 LETTERS, BATCH = 80, 25
-STEPS = 50  # of recovery
+STEPS = 50  # optimizer steps of a recovery
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "position_ids")
 Batches = list[Batch]
-Table = dict[str, list[tuple[float, float]]]  # of a row: (loss, bits per byte) of every seed by column
+Table = dict[str, list[tuple[float, float]]]  # for one row: column -> (loss, bits per byte) of every seed
 _apply = jax.jit(apply, static_argnames="cfg")  # images may be packed, unlike in vp.forward
 
 
 def batches_of(records: Sequence[Record], encoder: Any) -> Batches:
-    """Return the records in batches."""
+    """Encode records and return them in batches of `BATCH` rows, padded to the longest record."""
     if not records[0].images:
         encoder = dataclasses.replace(encoder, image_loader=None)
     longest = int(measure(records, encoder, on_error="stop", threads=1)[:, 0].max())
@@ -59,7 +59,7 @@ def batches_of(records: Sequence[Record], encoder: Any) -> Batches:
 
 
 def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: int) -> dict[str, float]:
-    """Return accuracy (%) and loss (nats per answer) on questions, and bits per byte of texts."""
+    """Return a model's accuracy (%) and loss (nats per answer) on questions, and its bits per byte on texts."""
     right, nats = list[bool](), {"answers": 0.0, "texts": 0.0}
     for batch in (each.arrays for each in (*questions, *texts)):
         inputs = {name: batch[name] for name in INPUTS if name in batch}
@@ -78,7 +78,7 @@ def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: in
 
 
 def plans(model: vp.Model, routings: dict[str, Routing], share: float, seed: int) -> Iterator[tuple[str, str, Any]]:
-    """Yield (criterion, calibration, plan) for one share of removed experts."""
+    """Yield (criterion, calibration data, plan) for every criterion and data set, at one share of removed experts."""
     kept = round((1 - share) * model.cfg.text.layers[0].sizes["experts"])
     both = routings["text"].joined(routings["images"])
     for criterion in CRITERIA:
@@ -93,7 +93,7 @@ def plans(model: vp.Model, routings: dict[str, Routing], share: float, seed: int
 
 
 def recover(student: vp.Model, teacher: vp.Model, batches: Batches, trainable: str) -> vp.Model:
-    """Return the student, trained to answer and to predict as the teacher does; rows in a fixed random order."""
+    """Train the student by SFT and KL distillation on the batches, in a fixed random order; return it."""
     config = RecoverConfig(
         trainable=trainable,
         lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0),
@@ -107,9 +107,9 @@ def recover(student: vp.Model, teacher: vp.Model, batches: Batches, trainable: s
 
 
 def repairs(model: vp.Model, pruned: vp.Model, plan: Any, batches: Batches) -> Iterator[tuple[str, vp.Model]]:
-    """Yield (repair, model): least squares, training of routers or adapters, and both; of the unpruned model as well.
+    """Yield (repair, model) for least squares, least squares and LoRA, training of routers, and LoRA alone.
 
-    The unpruned model (`plan` is None) is the control: what the same training gives without any cut.
+    For the unpruned model (`plan` is None), yield only the trained ones: the controls after the same training.
     """
     if plan is not None:
         solved = vp.reconstruct(pruned, plan, model, batches)[0]
@@ -120,7 +120,7 @@ def repairs(model: vp.Model, pruned: vp.Model, plan: Any, batches: Batches) -> I
 
 
 def texts() -> list[Record]:
-    """Return the pieces of English text of the model's training, as far as it read them."""
+    """Return the pieces of English text that the model was trained on, truncated as in its training."""
     pieces = topic_records(0, TEXT_LETTERS)
     return [dataclasses.replace(x, turns=(x.turns[0], ("gpt", x.turns[1][1][:LETTERS]))) for x in pieces]
 
@@ -136,9 +136,9 @@ def study(
     minutes: float,
     repair: bool,
 ) -> None:
-    """Evaluate all pruned models of one seed of calibration after the other, until the time is over.
+    """Evaluate all pruned models, seed by seed, until `minutes` have passed; append result rows to `out`.
 
-    `repair`: instead those of REAP on both data sets and the larger share, repaired.
+    `repair`: instead evaluate the repairs of the model pruned by `REPAIRED` (criterion, calibration, share).
     """
     files, encoder, started = write_dataset(data), make_encoder(model.cfg, Path(model.source or "")), time.monotonic()
     train, test = (read_records(files[name], files["images"]) for name in ("train", "test"))
@@ -182,7 +182,7 @@ def study(
 
 
 def summary(out: Path) -> None:
-    """Print mean losses and bits per byte over seeds as Markdown tables: of calibrations, and of repairs."""
+    """Print two Markdown tables of losses and bits per byte (means over seeds): by calibration data, and by repair."""
     by_calibration, by_repair = dict[str, Table](), dict[str, Table]()
     content = out.read_bytes()
     for row in map(json.loads, (lzma.decompress(content) if out.suffix == ".xz" else content).splitlines()):
@@ -205,7 +205,7 @@ def summary(out: Path) -> None:
 
 
 def main() -> None:
-    """Run the study, or print its table."""
+    """Run the study unless --summary is set, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/experts/teacher"))
     parser.add_argument("--data", type=Path, default=Path("runs/easyvqa"))

@@ -5,7 +5,7 @@ python tools/hybrid_study.py --model=runs/hybrid/teacher --out=runs/hybrid/study
 One JSON line per model: accuracy and loss on questions about images, and bits per byte of English text, as in
 tools/expert_study.py. Every single layer is removed, then layers by Block Influence, then units of one kind by Taylor
 importance; each model also repaired by least squares, and some trained (SFT + L2, on other questions) beside the
-unpruned model trained alike. What depends on no draw is computed for the first seed alone. Rows in the file are not
+unpruned model trained alike. Results that do not depend on the seed are computed once. Rows in the file are not
 computed again; --summary prints the tables alone, also of a file that is compressed by xz.
 """
 
@@ -47,7 +47,7 @@ NAMES = {"mlp": "MLP neurons", "delta_groups": "delta-net groups", "kv_heads": "
 
 
 def plan_of(model: vp.Model, layers: Mapping[int, Mapping[str, np.ndarray]]) -> PrunePlan:
-    """Return the plan that keeps these layers with these units by axis; all units of other axes stay."""
+    """Return the plan that keeps these layers, with these units along the given axes and all units of other axes."""
     text = model.cfg.text
     kept = tuple(kept_layer(i, units, text.layers[i]) for i, units in layers.items())
     plan = keep_everything(model.cfg, fingerprint(model), count_params(model.cfg))
@@ -56,7 +56,7 @@ def plan_of(model: vp.Model, layers: Mapping[int, Mapping[str, np.ndarray]]) -> 
 
 
 def cuts(model: vp.Model, batches: Batches) -> Iterator[tuple[str, str, PrunePlan]]:
-    """Yield (group of the table, name, plan): the unpruned model, single layers, layers together, units of one axis."""
+    """Yield (table group, name, plan): nothing, each single layer, several layers, or units of one axis removed."""
     layers = model.cfg.text.layers
     numbers = range(len(layers))
     yield "unpruned", "unpruned", plan_of(model, {i: {} for i in numbers})
@@ -77,7 +77,7 @@ def cuts(model: vp.Model, batches: Batches) -> Iterator[tuple[str, str, PrunePla
 
 
 def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, questions: int, minutes: float) -> None:
-    """Evaluate the models that the file lacks, one seed of the calibration records after the other."""
+    """Evaluate the models that have no row in `out`, seed by seed, and append their rows."""
     files, encoder, started = write_dataset(data), make_encoder(model.cfg, Path(model.source or "")), time.monotonic()
     train, test = (read_records(files[name], files["images"]) for name in ("train", "test"))
     draw = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, q
 
 
 def summary(out: Path) -> None:
-    """Print means over seeds as a Markdown table; single layers of a kind are one row."""
+    """Print a Markdown table of means over seeds; removals of one layer of the same kind share a row."""
     cells = defaultdict[tuple[str, str], list[dict[str, Any]]](list)
     content = out.read_bytes()
     for row in map(json.loads, (lzma.decompress(content) if out.suffix == ".xz" else content).splitlines()):
@@ -144,7 +144,7 @@ def summary(out: Path) -> None:
 
 
 def main() -> None:
-    """Run the study, or print its table."""
+    """Run the study unless --summary is set, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/hybrid/teacher"))
     parser.add_argument("--data", type=Path, default=Path("runs/easyvqa"))

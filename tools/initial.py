@@ -27,15 +27,16 @@ from vlmprune_jax.hf.layout import by_key, join_tensor, make_slots
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params
 
-_ROWS = 64  # the vocabulary grows to a multiple of so many, as `resize_token_embeddings` of LLaVA's conversion has it
-_JOINED = 2  # patches along a side of a token
+_ROWS = 64  # the vocabulary is padded to a multiple of this, as by `resize_token_embeddings` in LLaVA's conversion
+_JOINED = 2  # patches per side of an image token
 _TOKENS = ("<fake_token_around_image>", "<global-img>", IMAGE_TOKEN)
 
 
 def write_random(folder: Path, architecture: Mapping[str, Any], records: Sequence[Path], *, seed: int) -> None:
-    """Write a complete folder with random weights, whose tokenizer has the words of files of records.
+    """Write a model folder with random weights and a tokenizer of the words in these files of records.
 
-    That is a LLaVA (`llava-hf`, all tower blocks), or a Qwen3-VL with the tower of a LLaVA (`architecture["tower"]`).
+    The model is a LLaVA (`llava-hf`, all tower blocks), or a Qwen3-VL with the tower of the LLaVA in the folder
+    `architecture["tower"]`.
     """
     shutil.rmtree(folder, ignore_errors=True)
     vision, entries = architecture["vision_config"], [entry for path in records for entry in read_json(path, list[Any])]
@@ -190,7 +191,7 @@ def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -
 
 
 def _tower_in_frames(llava: Path, frames: int) -> dict[str, Any]:
-    """Return a LLaVA's flat CLIP tower for images of any size: see `_without_first_norm`; a patch has equal frames."""
+    """Return a LLaVA's CLIP tower as flat parameters of a Qwen3-VL tower, whose patches have `frames` equal frames."""
     normalize = read_json(llava / "preprocessor_config.json")
     flat = _without_first_norm(flatten({"vision": load(llava).params["vision"]}), normalize)
     flat = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != "post_layernorm"}
@@ -223,7 +224,7 @@ def _write_processor(tower: Path, folder: Path, *, side: int, patches: int) -> d
 
 
 def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, int]:
-    """Write a language model's tokenizer with SmolVLM's tokens after `words` tokens; return the ids for configs."""
+    """Write a language model's tokenizer with SmolVLM's tokens from id `words` on; return token ids for config.json."""
     source = load_tokenizer(language)
     tokenizer: Tokenizer = source.backend_tokenizer
     start, end = SMOLVLM.templates[0].special
@@ -232,7 +233,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
         tokenizer.add_tokens([f"<unused{tokenizer.get_vocab_size()}>"])
     new = [start, *_TOKENS, end]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in new])
-    # A prompt starts with what the template says, not with what the language model's own texts do.
+    # A prompt starts with the template's start token, not with the language model's own begin token.
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(folder / TOKENIZER))
     names = {"bos_token": start, "eos_token": end, "pad_token": source.pad_token or source.eos_token}
@@ -255,7 +256,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
 
 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the checkpoint tensors of params, under names that every transformers release reads."""
+    """Return parameters as checkpoint tensors, with names that every transformers release can load."""
     slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path in flat]
     return {
         key: np.ascontiguousarray(

@@ -1,8 +1,9 @@
-"""Tests of the paper's insights on the runs of a sweep.
+"""Statistical tests of the paper's insights on the results of a sweep.
 
-The insights are those of arXiv 2604.24380, two about reconstruction and one about the control. Each is a contrast of
-runs that differ in nothing else: same ratio, seed and share of the data. If settings do not differ, the verdict is
-about their mean, and Holm's method keeps the chance of any wrong one of a sweep below 5 %. Otherwise it is by setting.
+The insights are those of arXiv 2604.24380, two about reconstruction and one about the control. Each compares
+runs with equal ratio, seed and share of the data. If the effect does not differ between settings, the verdict is about
+its mean, and Holm's method keeps the chance of any wrong verdict in a sweep below 5 %. Otherwise, each setting has its
+own verdict.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from vlmprune_jax.workdir.sweep import SweepResult, question_parts
 
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 BY_SETTING = "by setting"
-AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
-LEAST_GAIN = 1.0  # points that training must win back for its replacement to be a share of it
-WRONG = 0.05  # chance of any wrong verdict of a sweep
-DIFFER = 0.1  # p below which settings differ; Cochrane's, as the test finds little with few seeds
+AS_GOOD = 1.0  # points of retention by which a cheaper method may be behind and still counts as equally good
+LEAST_GAIN = 1.0  # minimum gain of training (points of retention) with which reconstruction is compared
+WRONG = 0.05  # maximum chance of any wrong verdict in a sweep
+DIFFER = 0.1  # p-value below which settings differ (Cochrane's convention, because the test is weak with few seeds)
 SIGNS = range(6, 17)  # numbers of seeds for which the sign-flip test decides, which has no p below 0.05 for fewer
 BEST, SMALL = "sft_l2", 0.05
 Contrast = Sequence[tuple[float, "Point"]]  # weighted sum of retained percentages
-Contrasts = Mapping[str, Sequence[Contrast]]  # by setting, one of each seed
+Contrasts = Mapping[str, Sequence[Contrast]]  # setting -> one contrast per seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Effect in one setting, from its own runs; its verdict is not corrected for the number of settings."""
+    """Effect of an insight in one setting (method, level, data), with a verdict not corrected for multiple settings."""
 
     setting: str
     pairs: int
@@ -68,7 +69,7 @@ class Comparison:
 class Conclusion:
     """An insight with its verdict, the mean effect over settings, Holm's adjusted p-value, and the settings.
 
-    If settings differ (`pooled` is False), the mean and its p-value say nothing of the claim.
+    If effects differ between settings (`pooled` is False), the mean and its p-value do not test the claim.
     """
 
     claim: str
@@ -82,7 +83,7 @@ class Conclusion:
 
     @property
     def pooled(self) -> bool:
-        """True if settings do not differ: Welch's test of Q finds nothing, and their own verdicts agree."""
+        """True if effects do not differ between settings: Welch's test of Q is not significant, and verdicts agree."""
         differ = self.heterogeneity is not None and self.heterogeneity.p_value < DIFFER
         return not differ and len({comparison.verdict for comparison in self.comparisons} - {OPEN}) < 2
 
@@ -101,10 +102,10 @@ class Insight:
 def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
     """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average.
 
-    `folder`: of the sweep, where the scores of single questions are read from.
+    `folder`: the sweep's workdir, from which scores of single questions are read.
     """
     settings, points = read_guide().settings, []
-    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
+    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # the claims' criteria only
     for entry in sweep.models:
         row = entry.found
         if row is None or not row.criterion.startswith(criteria):
@@ -135,7 +136,7 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
 
 
 def _name(folder: str, parameters: int) -> str:
-    """Return the folder name and size of a model, as many folders are named `teacher`."""
+    """Return a model's display name: its folder's name and its size, because many folders are named `teacher`."""
     millions = parameters / 1e6
     return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
 
@@ -189,7 +190,7 @@ def _comparison(setting: str, values: Sequence[Value], insight: Insight) -> Comp
 
 
 def _verdict(effect: Effect, insight: Insight, p_differs: float, p_equal: float) -> str:
-    """Return the verdict: a sure difference within the margin counts as equal."""
+    """Return the verdict from p-values; a significant difference within the margin counts as equal."""
     if p_equal < WRONG:
         return EQUAL
     if p_differs < WRONG:
@@ -198,7 +199,7 @@ def _verdict(effect: Effect, insight: Insight, p_differs: float, p_equal: float)
 
 
 def _value(contrast: Contrast) -> Value:
-    """Return a contrast's value, and its parts by question if they are known."""
+    """Return the weighted sum of a contrast's retentions, also by question if these are known."""
     seed = next((point.seed for _, point in contrast if point.seed is not None), None)
     value = sum(weight * point.retained for weight, point in contrast)
     columns = [weight * point.questions for weight, point in contrast if point.questions is not None]
@@ -209,7 +210,7 @@ def _value(contrast: Contrast) -> Value:
 
 
 class _Partners:
-    """Finds the model that differs from another in method and recovery alone (and, if given, its share of the data).
+    """Lookup of the model that differs from another only in method and recovery (and, if given, share of the data).
 
     A model without recovery has no share of the data and perhaps no seed, and is a partner for any.
     """
@@ -218,7 +219,7 @@ class _Partners:
         self._by_key = {(p.model, p.level, p.method, p.recovery, p.data, p.seed): p for p in points}
 
     def of(self, point: Point, method: str, recovery: str, data: float | None = None) -> Point | None:
-        """Return the partner, or None if it was not run."""
+        """Return the model like `point` with this method, recovery and share of the data; None if it was not run."""
         for share in (point.data, 0.0) if data is None else (data,):
             for seed in (point.seed, None):
                 partner = self._by_key.get((point.model, point.level, method, recovery, share, seed))
@@ -234,7 +235,7 @@ def _of_data(share: float) -> str:
 def _of_methods(
     recovery: str, first: str, second: str, low: float, high: float
 ) -> Callable[[Sequence[Point]], Contrasts]:
-    """Return a function for the differences between two methods after one recovery, at levels in (low, high]."""
+    """Return a function that pairs two pruning methods after the same recovery, at levels in (low, high]."""
 
     def contrasts(points: Sequence[Point]) -> Contrasts:
         by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
@@ -259,11 +260,11 @@ def _within(
     methods: Sequence[str] = METHODS,
     data: float | None = None,
 ) -> Callable[[Sequence[Point]], Contrasts]:
-    """Return a function for contrasts of recoveries of the same pruned model, by method, level and share of the data.
+    """Return a function that contrasts recoveries of the same pruned model, by method, level and share of the data.
 
     Args:
-      ours: the recovery with weight 1.
-      others: (weight, recovery, share of the data or None for the same) of the others.
+      ours: name of the recovery with weight 1.
+      others: (weight, name, share of the data or None for the same share) of the other recoveries.
       high: highest level.
       data: share of the data of `ours`; None for all.
     """
@@ -281,7 +282,7 @@ def _within(
 
 
 def _by_setting(contrasts: Iterable[Contrast]) -> Contrasts:
-    """Return contrasts by method, level and share of the training data."""
+    """Group contrasts by setting: method, level and share of the training data."""
     by_setting: dict[str, list[Contrast]] = {}
     for contrast in contrasts:
         _, point = contrast[0]
@@ -291,7 +292,7 @@ def _by_setting(contrasts: Iterable[Contrast]) -> Contrasts:
 
 
 def _half_of_gain(points: Sequence[Point]) -> Contrasts:
-    """Return what reconstruction alone retains beyond half of the gain of SFT + L2, in settings that training helps."""
+    """Return contrasts of reconstruction alone with half of SFT + L2's gain, in settings that training improves."""
     pairs = _within(BEST, [(-1.0, "none", None)])(points)
     gains = {cell: np.mean([_value(contrast).value for contrast in contrasts]) for cell, contrasts in pairs.items()}
     halves = _within(BEST, [(0.0, SOLVED, None), (0.0, "none", None)])(points)
@@ -303,7 +304,7 @@ def _half_of_gain(points: Sequence[Point]) -> Contrasts:
 
 
 def _of_control(points: Sequence[Point]) -> Contrasts:
-    """Return the retention relative to the control after SFT + L2 on the small share of the data."""
+    """Return contrasts with the retention relative to the control, after SFT + L2 on the small share of the data."""
     return _by_setting(
         [(1.0, dataclasses.replace(point, retained=point.of_control, questions=None))]
         for point in points

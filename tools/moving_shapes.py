@@ -145,7 +145,7 @@ def _blinks(draw: random.Random) -> Scene:
     count, half = draw.randint(1, 4), draw.choice(("first", "second"))
     apart = [steps for steps in _subsets(count) if all(b - a > 1 for a, b in pairwise(steps))]
     off = draw.choice(apart)
-    start = draw.randint(0, 1) + (5 if half == "second" else 0)  # not in the middle steps, which the control repeats
+    start = draw.randint(0, 1) + (5 if half == "second" else 0)  # not in the middle, which test_middle.json repeats
     places = draw.sample([(x, y) for x in (16.0, 48.0) for y in (16.0, 48.0)], 3)
     shapes = [
         _still(names[0], colours[0], places[0], [step not in off for step in range(STEPS)]),
@@ -253,7 +253,7 @@ def by_clip(records: Sequence[Any], seed: int) -> list[Any]:
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this script."""
+    """Define the command-line flags of this script."""
     for name, default, about in (
         ("train", 1000, "number of training clips, without the reversed ones"),
         ("test", 200, "number of test clips, without the reversed ones"),

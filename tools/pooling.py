@@ -1,4 +1,4 @@
-"""Effects over seeds and questions, and over settings; tests of difference, equivalence and heterogeneity.
+"""Mean effects over seeds, questions and settings, with tests of difference, equivalence and heterogeneity.
 
 Seeds and questions are crossed: every seed answers the same questions, and settings share their seeds. An effect's
 variance is that of its means over seeds plus that of its means over questions, so that it generalises to other seeds
@@ -16,12 +16,12 @@ import numpy as np
 from scipy.special import fdtrc, ndtr, stdtr, stdtrit
 
 LEVEL = 0.95
-LEAST_ERROR = 1e-6  # of an effect that is the same for all seeds
+LEAST_ERROR = 1e-6  # standard error assumed for an effect that is equal for all seeds
 
 
 @dataclass(frozen=True)
 class Value:
-    """Effect of one seed; `questions` are its parts, float[questions] with the effect as mean, if they are known."""
+    """Effect for one seed; `questions`: its contributions by question, float[questions] with the effect as mean."""
 
     seed: int | None
     value: float
@@ -35,7 +35,7 @@ Cells = Mapping[str, Sequence[Value]]  # values by setting
 class Effect:
     """Mean effect with its standard error and degrees of freedom; `error` is None for one seed alone.
 
-    `values` are those of the seeds (of one setting), and `question_error` is the error over questions alone.
+    `values`: effects of the seeds (for one setting only). `question_error`: standard error over questions alone.
     """
 
     mean: float
@@ -105,7 +105,7 @@ def pooled(cells: Cells) -> Effect:
 
 
 def _question_variance(cells: Cells) -> tuple[float, int]:
-    """Return the variance of the mean over questions, and their number; 0 if some parts are unknown."""
+    """Return the variance of the mean over questions, and their number; (0, 2) if effects by question are unknown."""
     columns = [[value.questions for value in values] for values in cells.values()]
     known = [array for column in columns for array in column if array is not None]
     if len(known) < sum(map(len, columns)) or len({len(array) for array in known}) != 1:
@@ -116,7 +116,7 @@ def _question_variance(cells: Cells) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class Heterogeneity:
-    """Test that settings have one effect: Cochran's Q and its p-value."""
+    """Result of testing whether all settings have the same effect: Cochran's Q and its p-value."""
 
     q: float
     freedom: int

@@ -52,7 +52,7 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
 
 CACHE_MEGABYTES = 512  # all 5,000 processed images of easy-VQA
-TEXT_TOKENS, TEXT_LETTERS = 96, 500  # of a row of text; what is longer is cut
+TEXT_TOKENS, TEXT_LETTERS = 96, 500  # maximum tokens and characters of a text row; longer texts are truncated
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Stage:
             raise UserError(f"stage {self.name}: runs={self.runs} must be at least 1")
 
     def again(self, number: int) -> Stage:
-        """Return run `number` of the stage, from 1; each has its own name and order of rows."""
+        """Return the stage for its run `number` (from 1); each run has its own name and order of rows."""
         if number == 1:
             return self
         training = dataclasses.replace(self.training, seed=self.training.seed + number - 1)
@@ -114,10 +114,11 @@ def pretrain(
     from its checkpoints in `workdir/<stage>`.
 
     Raises:
-      UserError: not exactly one of the three is given, or a stage does not reach its `until_loss`; see `write_joined`.
+      UserError: not exactly one of `architecture`, `joined` and `upcycled` is passed; a stage does not reach its
+        `until_loss`; or see `write_joined`.
     """
     if [architecture, joined, upcycled].count(None) != 2:
-        raise UserError("pretraining starts from an architecture, two joined folders or an upcycled one: give one")
+        raise UserError("pretraining starts from one of architecture, joined and upcycled: set exactly one")
     files = write_pretraining_data(workdir / "easyvqa")
     if videos is not None:
         files["videos"] = videos / "train.json"
@@ -138,7 +139,7 @@ def pretrain(
 
 
 def _learn(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
-    """Return the model after as many runs of a stage as it needs."""
+    """Repeat a training stage until its loss is at most `until_loss`; return the model."""
     for number in range(1, stage.runs + 1):
         run = stage.again(number)
         model, loss = _train_stage(model, run, files, folder, workdir / run.name)
@@ -153,7 +154,7 @@ def _learn(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, 
 def _train_stage(
     model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path
 ) -> tuple[Model, float]:
-    """Return the model after a run of a stage, and its last loss; layers beyond the stage's depth are unchanged."""
+    """Train one run of a stage; return the model and the last loss. Layers beyond the stage's depth do not change."""
     records = stage_records(stage, files)
     encoder = make_encoder(model.cfg, folder)
     if not any(record.visuals for record in records):
@@ -171,7 +172,7 @@ def _train_stage(
         buckets = tuple(sorted({longest, max(longest, TEXT_TOKENS)}))
         encoder = dataclasses.replace(encoder, max_length=buckets[-1], truncate=True, length_buckets=buckets)
         each = measure(pieces, encoder, on_error="stop", threads=2)
-        sizes = np.concatenate([sizes, np.resize(each, (len(texts), each.shape[1]))])  # again and again, as they come
+        sizes = np.concatenate([sizes, np.resize(each, (len(texts), each.shape[1]))])  # repeated as often as needed
         records = records + texts
     batches = train_batches(
         records,
@@ -204,7 +205,7 @@ def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4,
     """Return the batch with each image flipped at random along both axes and moved by up to `max_shift` pixels.
 
     Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
-    For images whose meaning does not change when mirrored. `patching` is the layout of images of any size.
+    Only for images whose meaning does not change when mirrored. `patching`: patch layout, for images of varying size.
     """
     if "pixel_values" not in batch.arrays:
         return batch
@@ -234,7 +235,7 @@ def _moved(image: np.ndarray, generator: np.random.Generator, max_shift: int) ->
 
 
 def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
-    """Return the records with their images resized to `side` x `side` pixels, in files that `folder` keeps."""
+    """Return the records with images resized to `side` x `side` pixels, which are stored in `folder`."""
     folder.mkdir(exist_ok=True)
     paths = {path: folder / path.name for record in records for path in record.images if isinstance(path, Path)}
     for source, path in paths.items():
@@ -250,7 +251,7 @@ def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
 
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
-    """Return the records of a stage, before shuffling."""
+    """Return the training records of a stage in file order, with descriptions instead of images if it has `words`."""
     root = files["videos"].parent if stage.records == "videos" else files["images"]
     records = split_conversations(read_records(files[stage.records], root), stage.turns_per_row)
     if not stage.words:
@@ -261,14 +262,14 @@ def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
 
 
 def mixed_in(pieces: Sequence[Record], share: float, others: int) -> list[Record]:
-    """Repeat pieces of text until they are `share` of all rows, beside `others` other rows."""
+    """Repeat text records so often that they are a share `share` of all rows, together with `others` other rows."""
     count = round(others * share / (1 - share))
     rows = itertools.islice(itertools.cycle(pieces), count)
     return [dataclasses.replace(row, id=f"{row.id}-{n}") for n, row in enumerate(rows)]
 
 
 def describe(record: Record, caption: str, length: int) -> Record:
-    """Return the record with `length` words of its repeated caption instead of its image."""
+    """Return the record with its image replaced by `length` words of its caption (repeated as needed)."""
     (speaker, text), *rest = record.turns
     question = text.removeprefix("<image>\n")
     words = itertools.islice(itertools.cycle(caption.split()), length)
@@ -276,7 +277,7 @@ def describe(record: Record, caption: str, length: int) -> Record:
 
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
-    """Return the row encoder of a folder, with the prompt of its chat template (no system text for LLaVA)."""
+    """Return the encoder of a model folder, with the prompt template of its chat template and no system text."""
     settings = {"system": "", "aspect_ratio": "square", "max_image_pixels": 10**6, "cache_megabytes": CACHE_MEGABYTES}
     _, inputs = open_inputs(folder, None, None, {**settings, "max_images": 1})
     encoder = inputs.encoder(cfg, cfg.text.max_positions)
@@ -298,12 +299,12 @@ def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[R
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this script."""
+    """Define the command-line flags of this script."""
     common(values)
 
 
 def run(flags: Any) -> None:
-    """Run the stages of the config."""
+    """Run the training stages that the config file lists."""
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR")
     initialize(flags.coordinator, flags.num_processes, flags.process_id)

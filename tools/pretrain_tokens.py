@@ -3,9 +3,9 @@
 python tools/pretrain.py --config=tools/pretrain_tokens.py --workdir=runs/qwen_easyvqa
 python tools/pretrain.py --config=tools/pretrain_tokens.py:qwen3_5 --workdir=runs/hybrid
 
-Images have 64, 48 or 32 pixels per side: 16, 9 or 4 tokens. Unlike in tools/pretrain_easyvqa.py, the tower starts as
-that of the demo's teacher, and the decoder meets images in questions that no wording answers. About 20 minutes on two
-busy cores of an AMD EPYC; 98.8, 97.3 and 93.5 % of the first 1,000 test questions.
+Images have 64, 48 or 32 pixels per side: 16, 9 or 4 tokens. Unlike in tools/pretrain_easyvqa.py, the tower starts from
+the demo teacher's, and the decoder sees images with questions whose wording does not reveal the answer. About 20
+minutes on two busy cores of an AMD EPYC; 98.8, 97.3 and 93.5 % of the first 1,000 test questions.
 """
 
 from importlib import resources

@@ -55,7 +55,7 @@ def bindings(tree: ast.Module) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print one line per measure."""
+    """Compute and print all measures of the package's structure, one per line."""
     paths = sorted(PACKAGE.rglob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in paths]
     trees = [ast.parse(text) for text in texts]

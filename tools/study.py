@@ -23,7 +23,7 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this script."""
+    """Define the command-line flags of this script."""
     about = "write the results between the marks of this page, with figures beside it, instead of printing them"
     absl_flags.DEFINE_string("page", None, about, flag_values=values)
     absl_flags.DEFINE_string(
@@ -32,7 +32,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print or write the results."""
+    """Test the insights on all sweeps, and print the results or write them to a page or guide."""
     studies = read_studies(flags.args)
     reporter = make_reporter(True)
     if flags.page:

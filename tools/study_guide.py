@@ -45,7 +45,7 @@ def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
 
 
 def settings_of_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a config file changes: the recipe of its models, and its data and evaluation; {} without the file."""
+    """Return a config file's settings that differ from the defaults: (recipe, data and evaluation); {} without file."""
     if not Path(name.partition(":")[0]).is_file():
         return {}, {}
     changes = changed_settings(read_experiment(shipped_config(name)), Experiment())
@@ -53,7 +53,7 @@ def settings_of_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         {section: dict(changes.get(section, {})) for section in sections}
         for sections in (("score", "reconstruct", "recover"), ("data", "evaluate", "export", "speed"))
     )
-    for setting in ("losses", "name", "method"):  # which the names of recoveries say
+    for setting in ("losses", "name", "method"):  # these follow from the names of recoveries
         recipe["recover"].pop(setting, None)
     for section, setting in (
         ("data", "train"),
@@ -76,7 +76,7 @@ def changed_settings(spec: Any, default: Any) -> dict[str, Any]:
 
 
 def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
-    """Return rows of the guide from points: mean over seeds and its interval over seeds and questions."""
+    """Convert evaluated models to evidence rows of the guide: mean over seeds, interval over seeds and questions."""
     cells: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         key = (point.model, point.method, point.recovery, point.level, point.data)

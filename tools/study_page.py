@@ -1,4 +1,4 @@
-"""The page of a study in Markdown: conclusions, perplexities and a figure for each sweep."""
+"""Markdown page of a study: conclusions, perplexities and a figure for each sweep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmprune_jax.workdir.result import WITHOUT, Set, recovery_label
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
-PAPER = "paper"  # a source that no sweep may be called
+PAPER = "paper"  # reserved name of a source, not allowed for sweeps
 PERPLEXITY = "perplexity"
 _HEADING = "### "
 DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
@@ -54,7 +54,7 @@ def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
 
 
 def _with_intervals(folder: Path, sweep: SweepResult) -> SweepResult:
-    """Return a sweep with intervals over questions by this version's method, if its evaluations are there."""
+    """Return a sweep with intervals over questions recomputed by this version, if its evaluations exist."""
     entries = []
     for entry in sweep.models:
         if entry.found is None:
@@ -69,7 +69,7 @@ def _with_intervals(folder: Path, sweep: SweepResult) -> SweepResult:
 
 
 def _interval_over_questions(folder: Path, model: Path, name: str, eval_set: Set) -> tuple[float, float] | None:
-    """Return the interval of a model's retention on a set; None if it is not there, or its metric is not a mean."""
+    """Return the interval of a model's retention on a set; None if scores are missing, or it is no mean."""
     paths = (find_evaluated(folder, str(model), name), find_evaluated(folder / model.parent, None, name))
     metric = METRICS.get(eval_set.name)
     if metric is None or metric.full is None or metric.drawn is not None or metric.drawn_by is not None:
@@ -83,7 +83,7 @@ def _interval_over_questions(folder: Path, model: Path, name: str, eval_set: Set
 def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, settings: bool = True) -> str:
     """Return the conclusions of one sweep as a section of a page; `folder`: see `points_of`.
 
-    `settings`: with the effect of every insight in each setting, also if its settings do not differ.
+    `settings`: True to list the effects in all settings, also for insights whose settings do not differ.
     """
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
@@ -96,7 +96,7 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
 def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
     """Return a table with a row per insight, and one with a row per insight and setting.
 
-    `settings`: False leaves claims out of the second table whose settings do not differ, and equal settings.
+    `settings`: if False, the second table leaves out claims whose settings do not differ, and settings that are equal.
     """
     known = [
         conclusion
@@ -199,17 +199,17 @@ def _retained(points: Sequence[Point]) -> str:
 
 
 def measured(sweep: SweepResult) -> str:
-    """Name the metrics behind the retained percentages (perplexity only if there are no questions)."""
+    """Return the names of the metrics behind the retained percentages (perplexity only if no set has questions)."""
     return ", ".join(f"{sweep.sets[name].main} on {name}" for name in averaged_sets(sweep.sets))
 
 
 def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
-    """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
+    """Write conclusions between the BEGIN and END comments of a page, replacing those of sweeps with the same names.
 
     Effects in single settings are only printed if settings do not differ. A sweep's figure, NAME.png, is beside it.
 
     Raises:
-      UserError: the page has no marks.
+      UserError: the page has no such comments.
       OSError: the page cannot be written.
     """
     before, begin, rest = read_text(path).partition(BEGIN)
@@ -287,7 +287,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Format with two decimals, with none from 1,000, and with one digit if two decimals would show zero."""
+    """Format a perplexity with two decimals, or none from 1,000 on; very small values with one significant digit."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
@@ -298,7 +298,7 @@ def _cut(row: SweptModel) -> tuple[Any, ...]:
 
 
 def _done_to(row: SweptModel) -> tuple[float, str]:
-    """Return the share of the data, and the repair and recovery of a model in words."""
+    """Return the share of training data, and a model's repair and recovery in words, as a column of the table."""
     words, data = recovery_label(row.recovery, reconstructed=row.reconstruct != "none"), row.data_fraction
     return data, words + (f", {100 * data:g} %" if data else "")
 

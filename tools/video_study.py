@@ -1,4 +1,4 @@
-"""Does pruning forget time before it forgets things? Accuracy of a small Qwen3-VL on moving shapes.
+"""Loss of temporal and static accuracy by pruning, for a small Qwen3-VL on moving shapes.
 
 python tools/video_study.py --model=runs/qwen_video/teacher --data=runs/moving-shapes --out=runs/video.jsonl
 
@@ -32,13 +32,13 @@ from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 FRAMES, BATCH, CALIBRATION, TRAINING = (8, 4), 32, 96, 480
 METHODS = {"depth": "block_influence", "width": "activation"}
 RATIOS, RECOVERIES = (0.45, 0.3, 0.15), ("none", "reconstructed", "SFT + L2")
-STATIC_FLOOR = 25.0  # % of questions about one of four colours
-LEARNT = 10.0  # points
+STATIC_FLOOR = 25.0  # accuracy of guessing (%) in questions about one of four colours
+LEARNT = 10.0  # points of accuracy that shuffling must cost for a question type to count as learnt
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # quantiles of Student's t for this number of seeds
 
 
 def cells(seeds: int, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Yield {method, ratio, recovery, seed} of each pruned model and of the control, the unpruned model."""
+    """Yield {method, ratio, recovery, seed} for the unpruned model, every pruned model, and the controls."""
     yield {"method": "unpruned", "ratio": 0.0, "recovery": "none", "seed": 0}
     for recovery in RECOVERIES:
         for ratio, method, seed in itertools.product(ratios, METHODS, range(seeds)):
@@ -48,7 +48,7 @@ def cells(seeds: int, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def make_model(model: vp.Model, batches: Sequence[Batch], cell: dict[str, Any], steps: int) -> vp.Model:
-    """Return the model of a cell; what is trained was reconstructed before."""
+    """Prune a model, reconstruct it (for both repairs) and train it (for SFT + L2), as the cell says; return it."""
     student, plan, calibration = model, None, batches[: CALIBRATION // BATCH]
     if cell["method"] != "unpruned":
         scores = vp.score(model, calibration, criterion=METHODS[cell["method"]])
@@ -69,7 +69,7 @@ def make_model(model: vp.Model, batches: Sequence[Batch], cell: dict[str, Any], 
 
 
 def correct(model: vp.Model, batches: Sequence[Batch]) -> list[bool]:
-    """Return whether every token of a row's answer is the most probable one, row by row."""
+    """Return for each row whether every token of its answer is the most probable one."""
     rows = list[bool]()
     for arrays in (batch.arrays for batch in batches):
         inputs = {
@@ -85,7 +85,7 @@ def correct(model: vp.Model, batches: Sequence[Batch]) -> list[bool]:
 def study(
     folder: Path, data: Path, out: Path, *, seeds: int, ratios: Sequence[float], steps: int, minutes: float
 ) -> None:
-    """Append a row per model and number of frames, until the time is over; rows that exist are not computed again."""
+    """Evaluate all models that have no row in `out`, until `minutes` have passed; append a row per number of frames."""
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     model, started, last = vp.load(folder), time.monotonic(), None
     tests = {name: json.loads((data / f"{name}.json").read_text()) for name in ("test", "test_shuffled")}
@@ -119,9 +119,9 @@ def study(
 def summary(out: Path) -> None:
     """Print means over seeds, with 95 % intervals, as a Markdown table.
 
-    Questions about time are those of the kinds that the unpruned model has learnt: with shuffled frames it loses at
-    least `LEARNT` points. "Kept" is the share of its lead over a floor: its accuracy on shuffled frames, or chance
-    (colours).
+    Temporal accuracy covers the question types that the unpruned model has learnt: its accuracy falls by at least
+    `LEARNT` points on shuffled frames. "Kept" is the retained share of the unpruned model's lead over a floor, which is
+    its accuracy on shuffled frames, or chance (static questions about colours).
     """
     content = out.read_bytes()
     lines = (lzma.decompress(content) if out.suffix == ".xz" else content).splitlines()
@@ -152,7 +152,7 @@ def summary(out: Path) -> None:
 
 
 def _accuracy(row: dict[str, Any], name: str, kinds: Sequence[str]) -> float:
-    """Return the accuracy (%) of a row on the questions of these kinds."""
+    """Return the accuracy (%) in a result row on the questions of these types in the test set `name`."""
     right, total = np.sum([row[name][kind] for kind in kinds], axis=0)
     return float(100 * right / total)
 
@@ -163,7 +163,7 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Run the study, and print its table."""
+    """Run the study unless --summary is set, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/qwen_video/teacher"))
     parser.add_argument("--data", type=Path, default=Path("runs/moving-shapes"))

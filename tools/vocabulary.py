@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-# SmolVLM's: one mark where a chat starts, a role's name, images before a turn's text without white space.
+# SmolVLM's template: one start token, then role names, and images before a turn's text without white space.
 SMOLVLM_CHAT = (
     "<|im_start|>"
     "{% for message in messages %}"
@@ -48,7 +48,7 @@ SMOLVLM_CHAT = (
 )
 
 
-# Qwen3-VL's, for texts, images and videos.
+# Qwen3-VL's template, for texts, images and videos.
 QWEN_CHAT = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
@@ -74,8 +74,8 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
     """Write tokenizer and LLaVA processor files for `records` (LLaVA JSON records) and return the vocabulary size.
 
     Byte-level BPE without merges: a word that occurs in the records or in LLaVA's template is one token (its leading
-    space belongs to it), any other text falls back to its bytes, and `<s>` is put in front. The words are taken by
-    falling frequency, so equal records give equal ids.
+    space belongs to it), any other text falls back to its bytes, and `<s>` is put in front. Words get ids by
+    falling frequency, so that equal records give equal ids.
 
     Raises:
       UserError: there are more than MAX_VOCABULARY tokens.
@@ -87,7 +87,7 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
             texts[text.removeprefix("<image>") if text.startswith("<image>") else f" {text}"] += 1
             if turn["from"] == "human":  # a question may come without its image, or as a later turn
                 texts[" " + text.removeprefix("<image>\n")] += 1
-    # cut as the tokenizer will: after a role's colon, after `<image>` newline, after `</s>`
+    # split text where the tokenizer will: after a role's colon, after `<image>` and a newline, after `</s>`
     size = _write_words(texts, SPECIAL_TOKENS, out_dir, begin="<s>", unknown="<unk>")
     for name, content in _side_files(image_size, patch_size).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

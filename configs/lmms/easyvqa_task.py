@@ -6,12 +6,12 @@ from PIL import Image
 
 
 def doc_to_text(doc, lmms_eval_specific_kwargs=None):
-    """Return the question without the image placeholder."""
+    """Return the question of a record without its image placeholder."""
     return doc["conversations"][0]["value"].replace("<image>", "").strip()
 
 
 def doc_to_target(doc):
-    """Return the answer."""
+    """Return the reference answer of a record."""
     return doc["conversations"][1]["value"]
 
 

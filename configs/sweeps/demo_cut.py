@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """Return every plan with every recovery."""
+    """Return the runs of the sweep: every pruning combined with every recovery."""
     cuts = hyper.product(
         [
             hyper.sweep("config.prune.method", ["depth", "width"]),

@@ -24,7 +24,7 @@ from vlmprune_jax.models.params import count_params
 METHODS = ("depth", "width", "hybrid")
 SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, with embeddings and head
 UNTRAINED = "untrained"
-# Percent of the training data -> the shares of the decoder, the number of seeds and the recoveries; cheapest first.
+# Percent of the training data -> (removed shares of the decoder, number of seeds, recoveries), cheapest first.
 TRAININGS = {
     "5": (SHARES, 6, ("projector", "sft", "sft_kl", "sft_l2", "reconstruct_sft_l2")),
     "20": ((45,), 3, ("sft_l2",)),
@@ -54,7 +54,7 @@ def get_config(most: str = "100") -> ConfigDict:
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
     config.recover.log_every = 20
-    config.speed.rounds = 0  # runs side by side would disturb it
+    config.speed.rounds = 0  # parallel runs would disturb the measurement
     config.evaluate.questions = 2000
     config.evaluate.unrecovered = False  # these are separate runs of the sweep
     return config
@@ -77,19 +77,19 @@ def _cells(hyper, shares, more):
 
 
 def of_decoder(folder, shares):
-    """Return percent of the decoder -> the settings with that ratio of the whole model."""
+    """Return {percent of the decoder: prune settings with the equivalent ratio of the whole model}."""
     _, cfg = read_config(Path(folder), None)
     part = count_params(cfg, "text") / count_params(cfg)
     return {f"{share}": {"prune.ratio": round(share / 100 * part, 5)} for share in shares}
 
 
 def named(recoveries):
-    """Return the recoveries with their names in tables, where reconstruction is already in the run's name."""
+    """Return the named recoveries of the sweep; the run's name already tells if the model is reconstructed."""
     return {
         name: {"recover.name": name.removeprefix("reconstruct_"), **settings} for name, settings in recoveries.items()
     }
 
 
 def seeded(hyper, seeds, parts=("score", "reconstruct", "data", "recover")):
-    """Return one sweep over the seeds of calibration, records, order and adapters together."""
+    """Return one sweep that sets the seeds of calibration, records, record order and adapters to equal values."""
     return hyper.zipit([hyper.sweep(f"{part}.seed", seeds) for part in parts])

@@ -22,7 +22,7 @@ RATIOS = (0.1, 0.2, 0.3)
 BLOCKS = {0.1: 4, 0.2: 8, 0.3: 11}  # layers removed at each ratio
 WITHOUT_RECOVERY = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
 TEXTS = Path("runs/texts")  # shared by all sweeps that read them
-LETTERS = {"text": 26_000, "record": 1_300}  # characters: a little more than 12 x 512 and 256 tokens
+LETTERS = {"text": 26_000, "record": 1_300}  # characters that give a little more than 12 x 512 and 256 tokens
 
 
 def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
@@ -65,7 +65,7 @@ def cut(hyper, method, criterion, settings, ratio):
 
 
 def block(hyper, ratio):
-    """Return the runs of the angular criterion at one ratio, which needs a number of consecutive layers."""
+    """Return the runs of the angular criterion at one ratio; scoring also needs the number of removed layers."""
     layers = BLOCKS[ratio]
     return hyper.product(
         [
@@ -77,5 +77,5 @@ def block(hyper, ratio):
 
 
 def write_records() -> str:
-    """Write the calibration topics as records with an answer that fills a row; return the path."""
+    """Write the calibration topics as records whose answers fill a row of 256 tokens; return the file's path."""
     return write_shared(TEXTS / "topics_records.json", json.dumps(topic_entries(0, LETTERS["record"])))

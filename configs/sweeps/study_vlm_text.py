@@ -36,7 +36,7 @@ def get_config(folder: str = "") -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """Return all runs, highest ratio first."""
+    """Return the runs of the sweep: every pruning with and without reconstruction, highest ratio first."""
     return hyper.product(
         [
             hyper.named("decoder", of_decoder(_folder, study_vlm.SHARES[::-1])),

@@ -64,7 +64,7 @@ def config_file(tmp_path):
         ),
         (
             ["--config={dir}/dict.py"],
-            "dict.py: cannot be loaded (get_config() gives a dict, not what experiment_config()",
+            "dict.py: cannot be loaded (get_config() returned dict, expected an experiment_config()",
         ),
         (["--config={file}", "--config.data.threads=None"], "config.data.threads=None must be a whole number"),
         ([], "no config given: add --config=FILE.py"),

@@ -64,7 +64,7 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
         )
     assert ("  on TPUs     tensor-parallel sizes" in out) == (found["family"] == "llama")
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
-    assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
+    assert ("if all heads are kept" in found["export"]["equal widths"]) == (found["layout"] == "original")
 
 
 def test_layers_of_unequal_width(tmp_path, capsys):

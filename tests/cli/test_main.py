@@ -71,10 +71,10 @@ def test_a_full_disk_anywhere(capsys, monkeypatch, file, where):
 
     monkeypatch.setattr("vlmprune_jax.cli.stages.run_command", full)
     line = failing(capsys, "run", "--workdir=W")
-    assert f"error: {where}: No space left on device: make room or mend the disk, and run the same command" in line
+    assert f"error: {where}: No space left on device: free disk space or repair the disk, and run" in line
 
 
-@pytest.mark.parametrize(("command", "then"), [("inspect", "begins anew"), ("score", "continues")])
+@pytest.mark.parametrize(("command", "then"), [("inspect", "starts from the beginning"), ("score", "continues")])
 def test_interrupt(capsys, monkeypatch, command, then):
     def stop(*arguments):
         raise KeyboardInterrupt

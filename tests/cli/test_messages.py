@@ -45,16 +45,16 @@ def deep(flags):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: it lies below a file: give another"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: give a shorter name"),
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: a part of this path is a file, not"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: choose a shorter name"),
         (OSError(errno.EIO, "Input/output error", b"\xff\x1b[2J"), r"\udcff\x1b[2J: Input/output error: make room or"),
-        (OSError("told nothing"), "W: told nothing: make room or mend the disk"),
-        (MemoryError(), ": it takes more memory than there is (MemoryError): use shorter sequences"),
+        (OSError("told nothing"), "W: told nothing: free disk space or repair the disk"),
+        (MemoryError(), ": not enough memory (MemoryError): use shorter sequences"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
             "(RESOURCE_EXHAUSTED: Out of mem",
         ),
-        (SystemExit(3), "vlmprune report: a file of yours ended it by SystemExit(3): remove that"),
+        (SystemExit(3), "vlmprune report: your Python file raised SystemExit(3): remove that call"),
         (UserError("record \x1b]0;a\nb"), "vlmprune: error: record \\x1b]0;a b\n"),
     ],
     ids=lambda value: type(value).__name__,
@@ -69,7 +69,7 @@ def test_what_a_person_can_change(capsys, monkeypatch, error, line):
 @pytest.mark.parametrize(
     ("run", "line"),
     [
-        (raising(KeyError("x\ny")), "with KeyError: 'x\\ny'; this is a defect of vlmprune"),
+        (raising(KeyError("x\ny")), "with KeyError: 'x\\ny'; this is a bug in vlmprune"),
         (raising(Panic("a\x1b[31mb")), "with Panic: a\\x1b[31mb; this is a defect"),
         (deep, "with RecursionError: maximum recursion depth exceeded"),
     ],
@@ -90,7 +90,7 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
 
 @pytest.mark.parametrize(
     ("command", "then"),
-    [("bench", "begins anew"), ("plan", "begins anew"), ("report", "continues with what is left")],
+    [("bench", "starts from the beginning"), ("plan", "starts from the beginning"), ("report", "continues the work")],
 )
 def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
     place = "stages.run_command" if command == "report" else f"{command}.run"
@@ -150,7 +150,7 @@ def test_what_libraries_say(capsys, monkeypatch):
     assert code == 0
     first = ["first \\x1b[2Jline (why so)", "again", "matters", "OSError: lost", "OSError: in a thread"]
     numbers = [f"number {number}" for number in range(15)]
-    lines = [*first, *numbers, "and 25 more, which --debug shows"]
+    lines = [*first, *numbers, "and 25 more warnings (--debug shows all)"]
     assert said.splitlines() == [f"vlmprune: warning: {line}" for line in lines]
 
     def failing(flags):
@@ -170,7 +170,7 @@ BAD_CONFIGS = {
     "escapes": ("def get_config(_): raise ValueError('\\x1b[31mred \\u202e')", r"(\x1b[31mred \u202e)"),
     "number": (
         "def get_config(_): return 3",
-        "cannot be loaded (get_config() gives a int, not what experiment_config()",
+        "cannot be loaded (get_config() returned int, expected an experiment_config()",
     ),
     "fifo": (None, "fifo.py: is a FIFO, expected a file"),
 }
@@ -192,13 +192,13 @@ def test_config_files_that_do_not_load(capsys, tmp_path, name):
     [
         ("file", "file is a file, expected a folder: choose another path"),
         ("file/below", "--workdir=file/below: file is a file, expected a folder"),
-        ("x" * 300, "File name too long: give a shorter name"),
+        ("x" * 300, "File name too long: choose a shorter name"),
         ("a\0b", "--workdir: a\\x00b: contains a NUL character or half of a surrogate pair: choose another path"),
         ("\ud800", "--workdir: \\ud800: contains a NUL character or half of a surrogate pair"),
         ("fifo", "fifo is a file, expected a folder"),
-        ("loop", "loop is a link to itself or to nothing, expected a folder: choose another path"),
-        ("loop/below", "--workdir=loop/below: loop is a link to itself or to nothing"),
-        ("dangling", "dangling is a link to itself or to nothing"),
+        ("loop", "loop is a dangling or circular link, expected a folder: choose another path"),
+        ("loop/below", "--workdir=loop/below: loop is a dangling or circular link"),
+        ("dangling", "dangling is a dangling or circular link"),
         (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J: no such folder: run `vlmprune run` first"),
     ],
 )

@@ -39,7 +39,7 @@ def test_a_row_for_each_size(model, tmp_path, capsys):
         ([], "no model given: add --model=DIR"),
         (["--model={model}", "--sizes=many"], "--sizes=many: must be a number of tokens, such as 16384 or 16k"),
         (["--model={model}"], "prune.vocabulary.sources: name at least one file"),
-        (["--model={model}", "--sources=none.txt"], "none.txt: no such file: prune.vocabulary names it"),
+        (["--model={model}", "--sources=none.txt"], "none.txt: no such file (set in prune.vocabulary)"),
         (["--model={model}", "--sources={file}", "--sizes=64"], "tokens must stay (bytes, special tokens, templates)"),
     ],
 )

@@ -47,7 +47,7 @@ def test_lists_and_text_files(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(UserError, match=r"none.txt: no such file: prune.vocabulary names it"):
+    with pytest.raises(UserError, match=r"none.txt: no such file \(set in prune.vocabulary\)"):
         read_texts(str(tmp_path / "none.txt"), QWEN3_VL)
     with pytest.raises(UserError, match=r"l.json, record 0: is a list, expected an object with 'conversations'"):
         read_texts(written(tmp_path / "l.json", [[]]), QWEN3_VL)

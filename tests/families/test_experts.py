@@ -234,7 +234,9 @@ def test_impossible_plans_of_experts(golden):
     model = golden.model
     scores = vp.score(model, criterion="random")
     for experts in (1, 9):
-        with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the experts of layer 0"):
+        with pytest.raises(
+            UserError, match=rf"experts={experts} must be from . to ., the number of experts in layer 0"
+        ):
             vp.make_plan(scores, model, method="experts", experts=experts)
     with pytest.raises(UserError, match=r"every token uses . experts, but the layer has 1: keep at least"):
         prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])

@@ -46,7 +46,7 @@ def test_page(tmp_path, sets, figures, radar):
     assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
     assert "fewer parameters and 1.33 (1.28 to 1.39) times the decoding speed" in page
     assert "20 of 20 runs are done: 20 models." in page
-    assert "The smallest that retains 95 % is" not in page or "fewer parameters" in page
+    assert "The smallest model that retains 95 % is" not in page or "fewer parameters" in page
     if not radar:
         assert "of the unpruned model" not in page or "on docs" in page
     assert list(tmp_path.glob(".*")) == []
@@ -58,7 +58,7 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
     sweep = with_models(write_sweep(tmp_path), decode_speedup=busy)
     write_artefact(tmp_path / "sweep.json", sweep)
     page = build_comparison(tmp_path).read_text().replace("\u00a0", " ")
-    reason = "not measurable on this busy machine (rounds differ by 146 %)"
+    reason = "not measurable on this busy machine (repeats differ by 146 %)"
     assert f"fewer parameters and decoding speed {reason}." in page
     table = table_of(sweep, tmp_path)
     assert {row[table.header.index("decoding, x")] for row in table.rows} == {"", "not measurable"}
@@ -132,7 +132,7 @@ def test_accuracy_over_the_tokens_per_image(tmp_path):
     assert "depth 10 %, 140 image tokens" in html.unescape(page).replace("\u00a0", " ")
     assert "image_tokens" in as_csv(sweep).splitlines()[0].split(",")
     one = replace(sweep, unpruned={" at 70 tokens per image": sweep.unpruned[" at 70 tokens per image"]})
-    assert "nothing is known of ' at 140 tokens per image'" in one.problems(tmp_path)
+    assert "there are no results of ' at 140 tokens per image'" in one.problems(tmp_path)
 
 
 @pytest.mark.parametrize(("seeds", "drawn"), [(2, False), (3, True)])

@@ -18,7 +18,7 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
     dataclasses.replace(Scores.load(path), by_token_type=of).save(path)
     page = build_report(workdir).read_text()
     assert page.count("<svg") == 8
-    assert "Serve vision most: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
+    assert "Most important for images: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
     path = workdir / "width" / "scores.npz"
     scores = Scores.load(path)
     weighted = {(i, axis): part * (1 + 9 * (i == 3 and axis != "mlp")) for (i, axis), part in scores.units.items()}
@@ -26,6 +26,6 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
         path
     )
     told = re.search(
-        r"width/scores.npz. Serve vision most: layers none; heads (.*?)\. In", build_report(workdir).read_text()
+        r"width/scores.npz. Most important for images: layers none; heads (.*?)\. In", build_report(workdir).read_text()
     )
     assert [one.split()[0][0] for one in told.group(1).split(", ")] == ["3"] * 4

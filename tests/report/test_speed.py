@@ -29,10 +29,11 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     assert unpruned == ("unpruned", "100 (98 to 103)", "20 (19 to 21)", "200 (100 to 300)", "1.0")
     assert pruned[:2] == ("depth 30 % (and 1 of its shape)", "150 (149 to 155)")
     assert pruned[4] == ""
-    unclear = "not measurable on this busy machine (rounds differ by 10 %)"
+    unclear = "not measurable on this busy machine (repeats differ by 10 %)"
     assert times.rows == (("depth 30 % (and 1 of its shape)", "1.50 (1.50 to 1.52)", unclear),)
     spread = (
-        "Rounds of a model differ by up to 5.0 % in prefill, 10.0 % in decoding; other work disturbed them: measure"
+        "Repeated measurements of a model differ by up to 5.0 % in prefill, 10.0 % in decoding; other work disturbed "
+        "them: measure"
     )
     assert speed_notes(SPEED)[1].startswith(spread)
     steady = replace(SPEED.pairs[0].unpruned, decode=(20.0, 19.5, 20.4))
@@ -46,12 +47,12 @@ def test_a_card_tells_speeds_behind_the_scores(workdir):
     assert len(benchmark_rows(run, teacher, sets)) == len(sets)
     speeds = SPEED.medians()
     rows = benchmark_rows(replace(run, speed=speeds["depth"]), replace(teacher, speed=speeds[""]), sets)[len(sets) :]
-    unclear = "not measurable on this busy machine (rounds differ by 10 %)"
+    unclear = "not measurable on this busy machine (repeats differ by 10 %)"
     assert [row[1:] for row in rows] == [
         ("100", "150", "1.50 (1.50 to 1.52) times as fast", ""),
         ("", "", unclear, ""),
     ]
-    assert rows[1][0] == "generated tokens per second, our forward on the machine of the run"
+    assert rows[1][0] == "generated tokens per second, vlmprune's JAX forward pass on this run's machine"
 
 
 def test_a_bench_in_the_workdir_is_told(workdir):
@@ -71,7 +72,7 @@ def test_no_place_shows_a_speedup_of_a_busy_machine(workdir):
     write_artefact(workdir / "speed.json", NOISY)
     change(workdir, 1, speed=speeds["depth"])
     result = read_result(workdir)
-    reason = "not measurable on this busy machine (rounds differ by {} %)"
+    reason = "not measurable on this busy machine (repeats differ by {} %)"
     assert lead(result).endswith(
         f" Speed as a multiple of the unpruned model's: decoding {reason.format(146)}, prompt {reason.format(140)}."
     )

@@ -62,7 +62,7 @@ def test_the_headline_has_retention_size_and_speed(workdir):
     told = lead(read_result(workdir))
     assert "depth 30 %, SFT (trained on 5 % of the data) retains 95.00 % of the unpruned score" in told
     assert "40.0 % of the decoder; 3 to 2 MB)" in told
-    assert told.endswith("(rounds differ by 10 %), prompt 1.50 (1.50 to 1.52).")
+    assert told.endswith("(repeats differ by 10 %), prompt 1.50 (1.50 to 1.52).")
     page = build_report(workdir).read_text()
     assert re.findall(r"<dt>(.*?)</dt>", page) == ["retained", "size", "prompt speed"]
     assert f"also counts 1,000 in unused tower layers or an audio tower ({SIZE + 1000:,} unpruned)" in page

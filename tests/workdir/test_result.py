@@ -158,8 +158,8 @@ def test_reading(tmp_path):
     for edit, told in (
         ({"format": 7}, "written by a newer vlmprune"),
         ({"sets": None}, "Expected `object`, got `null`"),
-        ({"best": "width"}, "its best run 'width' is none of its runs: run `vlmprune run` again"),
-        ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' is not in its scores"),
+        ({"best": "width"}, "its best run 'width' is not among its runs: run `vlmprune run` again"),
+        ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' has no score of this model"),
     ):
         path.write_text(json.dumps({**good, **edit}))
         with pytest.raises(UserError, match=rf"result\.json: .*{told}"):

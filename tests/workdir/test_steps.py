@@ -48,7 +48,7 @@ def test_everything_but_the_export(workdir):
     assert (workdir / "report.png").is_file()
     assert missing(page) == {
         "width-sft: recover": "recover",
-        "the best model, exported and compared, and everything else that is left": "run",
+        "the export of the best model, its comparison, and all other unfinished stages": "run",
     }
 
 
@@ -88,7 +88,7 @@ def test_only_scores_and_plan(workdir):
         "the scores of the unpruned model": "evaluate",
         "depth: prune": "prune",
         "width: score": "score",
-        "the best model, exported and compared, and everything else that is left": "run",
+        "the export of the best model, its comparison, and all other unfinished stages": "run",
     }
     (workdir / "depth/plan.json").unlink()
     page = build_report(workdir).read_text()
@@ -138,4 +138,5 @@ def test_nothing_of_a_run(tmp_path, capsys):
 
 def test_the_command_says_that_it_is_unfinished(workdir, capsys):
     assert main(["report", f"--workdir={workdir}"]) == 0
-    assert f"report: {workdir}/report.html, of an unfinished run: it says what is missing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"report: {workdir}/report.html, of an unfinished run: the page lists what is missing" in out

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(folder: str, image: str, question: str) -> None:
-    """Print the model's greedy answer."""
+    """Ask the model named on the command line about an image, and print its greedy answer."""
     if find_spec("mlx_vlm") is None:
         sys.exit("mlx-vlm is not installed in this environment: run make engines-mlx, then use .venv-mlx/bin/python")
     import mlx.core as mx

@@ -20,7 +20,7 @@ Scores = Iterator[tuple[np.ndarray, np.ndarray]]  # ids and logits (or log-proba
 
 
 def prompts(folder: Path) -> list[tuple[str, Any]]:
-    """Return the text and the image (None without one) of every prompt."""
+    """Return (text, PIL image or None) for every prompt stored in a model folder."""
     from PIL import Image
 
     texts = json.loads((folder / "prompts/texts.json").read_text())
@@ -30,19 +30,19 @@ def prompts(folder: Path) -> list[tuple[str, Any]]:
 
 
 def save_inputs(folder: Path, i: int, inputs: dict[str, np.ndarray]) -> None:
-    """Store what transformers' processor makes of prompt `i`, for engines that bring no processor of their own."""
+    """Store the processor outputs of prompt `i`, for engines that have no processor of their own."""
     np.savez(folder / f"prompts/{i}.npz", **inputs)  # type: ignore[arg-type]
 
 
 def read_inputs(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the processed inputs of one prompt after another."""
+    """Yield the stored processor outputs of every prompt, in order, as {name: array}."""
     for i in range(len(json.loads((folder / "prompts/texts.json").read_text()))):
         with np.load(folder / f"prompts/{i}.npz") as arrays:
             yield dict(arrays)
 
 
 def run(engine: str, package: str, score: Callable[[Path], Scores]) -> None:
-    """Score all folders of the command line; an exception becomes the line of its folder."""
+    """Score all model folders of the command line; print one JSON line per folder, with the error if it fails."""
     lines = sys.stdout
     sys.stdout = sys.stderr  # engines print progress
     for folder in map(Path, sys.argv[1:]):

@@ -12,7 +12,7 @@ from protocol import Scores, read_inputs, run
 
 
 def score(folder: Path) -> Scores:
-    """Yield token ids and logits of each prompt."""
+    """Compute a model folder's prompts in mlx-vlm; yield (token ids, logits) for each."""
     model = load_model(folder)
     for arrays in read_inputs(folder):
         inputs = {name: mx.array(array) for name, array in arrays.items()}

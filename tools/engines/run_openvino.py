@@ -12,7 +12,7 @@ from protocol import Scores, read_inputs, run
 
 
 def score(folder: Path) -> Scores:
-    """Yield token ids and logits of each prompt."""
+    """Compute a model folder's prompts in OpenVINO; yield (token ids, logits) for each."""
     sees = "vision_config" in json.loads((folder / "config.json").read_text())
     model_class = OVModelForVisualCausalLM if sees else OVModelForCausalLM
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}

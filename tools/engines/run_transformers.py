@@ -13,7 +13,10 @@ from protocol import Scores, prompts, run, save_inputs
 
 
 def score(folder: Path, causal: bool = False) -> Scores:
-    """Yield token ids and logits of each prompt; `causal` keeps the tokens of an image from seeing later ones."""
+    """Compute a model folder's prompts in transformers; yield (token ids, logits) for each.
+
+    With `causal`, image tokens do not attend to later tokens of the same image.
+    """
     config = json.loads((folder / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
     settings = model_class.config_class.from_pretrained(folder)

@@ -20,7 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def score(folder: Path) -> Scores:
-    """Yield token ids and log-probabilities of each prompt."""
+    """Compute a model folder's prompts in vLLM; yield (token ids, log-probabilities) for each."""
     config = json.loads((folder / "config.json").read_text())
     stored = config.get("dtype", config.get("torch_dtype"))
     sees = "vision_config" in config

@@ -1,6 +1,7 @@
-"""Small random models with attention heads of 64 channels, and their pruned exports, for the table of engines.
+"""Stand-ins for the table of engines: small random models of every family, and their pruned exports.
 
-Configs, tokenizers and processors are those of the golden checkpoints (tests/goldens) and of the demo's model.
+Their attention heads have 64 channels. Configs, tokenizers and processors are those of the golden checkpoints
+(tests/goldens) and of the demo's model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _TEXT = {
     "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 4, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-# Activations, norms and layer patterns are those of the hub's models, on some of which engines rely unread.
+# Activations, norms and layer patterns equal the hub models', because engines assume some of them without reading the
+# config.
 _TOWER = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4,
     "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6,
@@ -85,7 +87,7 @@ _QUESTIONS = ("What is in the image?", "Which colour has the shape?", "Is there 
 
 
 def write_source(name: str, folder: Path) -> Path:
-    """Write a stand-in with random weights, keys and config as on the hub, and 8 prompts with images."""
+    """Write a stand-in's folder: random weights, tensor names and config as on the hub, and 8 prompts with images."""
     golden, text, tower = STANDINS[name]
     source = _GOLDENS / golden / "ckpt" if golden else _ROOT / "vlmprune_jax/demo/teacher"
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +101,7 @@ def write_source(name: str, folder: Path) -> Path:
         if "audio_config" in config:
             config["audio_config"] = None
         if "mm_tokens_per_image" in config:
-            config["mm_tokens_per_image"] = 256  # mlx-vlm computes with no other number
+            config["mm_tokens_per_image"] = 256  # mlx-vlm supports no other number
             _edit(folder, image_seq_length=256, image_processor={"size": {"height": 128, "width": 128}})
         if "projector_hidden_act" in config:
             config["projector_hidden_act"] = "gelu"
@@ -138,7 +140,7 @@ def _edit(folder: Path, **changes: Any) -> None:
 
 
 def _random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return random tensors under the keys of the family's weight table, which are the hub's."""
+    """Return random tensors with the names and shapes of the family's checkpoints on the hub."""
     family, draw = detect(config, "stand-in"), np.random.default_rng(0)
     whole = {**config, "vision_feature_layer": -1} if "vision_config" in config else config
     cfg = family.from_hf(whole, None)
@@ -150,7 +152,7 @@ def _random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
         if "norm" in slot.key and slot.key.endswith("weight"):
             above = 0.0 if offset and not slot.path.startswith("vision/") else 1.0
             tensor = above + 0.2 * noise
-        elif slot.key.endswith(("_min", "_max")):  # of clipped projections
+        elif slot.key.endswith(("_min", "_max")):  # ranges of clipped projections
             tensor = np.asarray(-6.0 if slot.key.endswith("_min") else 6.0, np.float32)
         elif slot.key.endswith(("layer_scalar", "std_scale", "lambda_1", "lambda_2")):
             tensor = 1 + 0.2 * noise
@@ -159,7 +161,7 @@ def _random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
         else:
             tensor = noise * np.float32(1.5 / np.sqrt(np.prod(slot.hf_shape[1:])))
         tensors[slot.key] = np.asarray(tensor, np.float32)
-    if config["model_type"] == "llava":  # a norm that features do not pass through
+    if config["model_type"] == "llava":  # a norm that the features do not use
         for part in ("weight", "bias"):
             key = f"vision_tower.vision_model.post_layernorm.{part}"
             tensors[key] = draw.standard_normal(config["vision_config"]["hidden_size"], np.float32)
@@ -200,7 +202,7 @@ def _plan(model: Model, **stacks: Sequence[KeptLayer]) -> PrunePlan:
 
 
 def _layers(stack: str, *gone: int) -> Callable[[Model, Path], PrunePlan]:
-    """Return a cut that removes layers, counted from the first or the last (-1)."""
+    """Return a function that plans the removal of these layers (negative numbers count from the last layer)."""
 
     def cut(model: Model, folder: Path) -> PrunePlan:
         layers = model.cfg.stack(stack).layers
@@ -212,7 +214,7 @@ def _layers(stack: str, *gone: int) -> Callable[[Model, Path], PrunePlan]:
 
 
 def _width(stack: str, heads: bool, uneven: bool = False) -> Callable[[Model, Path], PrunePlan]:
-    """Return a cut that removes a quarter of the neurons, and the first key/value head with its query heads."""
+    """Return a function that plans the removal of a quarter of the neurons and, with `heads`, the first head group."""
 
     def kept_layer(i: int, layer: Layer) -> KeptLayer:
         kv_heads, q_heads, neurons = (layer.sizes[axis] for axis in ("kv_heads", "q_heads", "mlp"))
@@ -249,9 +251,10 @@ CUTS: dict[str, Callable[[Model, Path], PrunePlan]] = {
 
 
 def write_cells(name: str, work: Path, cuts: Sequence[str], storages: Sequence[str]) -> Iterator[Path | str]:
-    """Write a stand-in's exports to `work`; yield their folders, or a line on why a cut or storage does not exist.
+    """Write a stand-in's exports to `work`; yield their folders, or a line on why an export is not possible.
 
-    All cuts are written in float32, the unpruned stand-in and "heads" in every storage. Exports that exist are kept.
+    All cuts are written in float32; the unpruned stand-in and the cut "heads" also in every other storage format.
+    Existing exports are kept.
     """
     source = work / name / "source"
     if not _complete(source):
@@ -276,7 +279,7 @@ def write_cells(name: str, work: Path, cuts: Sequence[str], storages: Sequence[s
 
 
 def _complete(folder: Path) -> bool:
-    """Return True if a folder has its prompts, which are written last."""
+    """Return True if a folder is complete: its prompts, which are written last, exist."""
     return (folder / "prompts/texts.json").exists()
 
 

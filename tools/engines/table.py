@@ -30,7 +30,7 @@ Line = dict[str, Any]
 
 
 def interpreter(engine: str, root: Path = _HERE.parents[1]) -> Path:
-    """Return the Python of an engine's environment.
+    """Return the path of the Python interpreter in an engine's environment.
 
     Raises UserError if the environment does not exist, or holds another version than `ENGINE.txt` asks for.
     """
@@ -49,7 +49,7 @@ def interpreter(engine: str, root: Path = _HERE.parents[1]) -> Path:
 
 
 def run_engine(engine: str, python: Path, folders: Sequence[Path], work: Path) -> list[Line]:
-    """Run an engine's script on folders, and again after those on which its process ends; return one line each."""
+    """Run an engine's script on all folders, restarting it after crashes; return one result line per folder."""
     path, lines = work / f"{engine}.jsonl", read_lines(engine, work)
     waiting = [folder for folder in folders if str(folder) not in {line["folder"] for line in lines}]
     script = [_HERE / "run_transformers.py", "--causal"] if engine == "causal" else [_HERE / f"run_{engine}.py"]
@@ -66,15 +66,15 @@ def run_engine(engine: str, python: Path, folders: Sequence[Path], work: Path) -
 
 
 def read_lines(engine: str, work: Path) -> list[Line]:
-    """Return the lines of an engine's earlier runs."""
+    """Return the result lines that earlier runs of an engine wrote."""
     path = work / f"{engine}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _read(process: subprocess.Popen[str], first: str, file: TextIO) -> Iterator[Line]:
-    """Yield the lines of an engine's script, which `file` gets as well, and one for a folder that it did not finish.
+    """Yield an engine script's result lines, and an error line for an unfinished folder; also write them to `file`.
 
-    The script is ended if a folder takes long.
+    The script is killed if a folder takes more than `_SECONDS`.
     """
     assert process.stdout is not None
     begun: Line | None = {"folder": first}
@@ -99,7 +99,7 @@ def _read(process: subprocess.Popen[str], first: str, file: TextIO) -> Iterator[
 
 
 def difference(folder: Path, engine: str, reference_engine: str = "transformers") -> float | str:
-    """Return the largest difference of log-probabilities from transformers, or why there is none."""
+    """Return the largest difference between an engine's and transformers' log-probabilities, or why it is unknown."""
     if not (folder / f"{reference_engine}.npz").exists():
         return "transformers did not load it"
     worst = 0.0
@@ -114,7 +114,7 @@ def difference(folder: Path, engine: str, reference_engine: str = "transformers"
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """Return a table of all cells: a row per stand-in and cut, a column per engine and storage."""
+    """Return the Markdown table of differences: a row per stand-in and cut, a column per engine and storage format."""
     cells = {(*_place(line), line["engine"]): line for line in lines}
     columns = [(engine, storage) for engine in ENGINES for storage in STORAGES]
     columns = [column for column in columns if any(key[2:] == column[::-1] for key in cells)]
@@ -131,7 +131,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts refused or not run.
+    """Return the Markdown summary for float32: per stand-in and engine, "unpruned/worst cut" and failed cuts.
 
     "*" marks differences from transformers with causally masked images.
     """
@@ -167,7 +167,7 @@ def _worst(cuts: dict[str, Line]) -> str:
 
 
 def _place(line: Line) -> tuple[str, str, str]:
-    """Return stand-in, cut and storage of a line's folder."""
+    """Return (stand-in, cut, storage format) from the folder name in a result line."""
     folder = Path(line["folder"])
     cut, _, storage = folder.name.rpartition(", ")
     return folder.parent.name, cut, storage

@@ -34,7 +34,7 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
 from vlmprune_jax.sweep.hyper import Hyper
 
-_MAX_YAML_BYTES = 2**18  # a config of a person has a few thousand
+_MAX_YAML_BYTES = 2**18  # maximum size of a YAML config; usual configs have a few thousand bytes
 _START = "_start"  # attribute of a ConfigDict: the experiment that it was made from
 
 
@@ -53,12 +53,12 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
 def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
     """Return the config, which remembers its settings before the user changes them, see `starting_point`."""
-    object.__setattr__(config, _START, start)  # ConfigDict's own would make it a setting
+    object.__setattr__(config, _START, start)  # ConfigDict.__setattr__ would make it a setting
     return config
 
 
 def starting_point(flags: Any) -> Experiment:
-    """Return the settings that the user did not choose: those of a shipped config, or of the start of a config file."""
+    """Return the settings before the user's changes: those of a shipped config, or those a config file started from."""
     if real_path(file_of(flags.config_file)) in map(real_path, shipped_configs().values()):
         return getattr(shipped_config(flags.config_file), _START)
     return getattr(flags.config, _START, Experiment())
@@ -240,12 +240,12 @@ def load_file(config: str) -> tuple[types.ModuleType, Any]:
 def load_config(config: str) -> ConfigDict:
     """Return the config in a Python or YAML file; raise a one-line UserError if the file cannot be loaded."""
     file = file_of(config)
-    if os.path.lexists(file):  # a FIFO would be waited for
+    if os.path.lexists(file):  # a FIFO would block
         open_file(file).close()
     try:
         loaded = _load_yaml(file) if file.suffix in YAML else load_file(config)[1]
         if not isinstance(loaded, ConfigDict):
-            raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
+            raise TypeError(f"get_config() returned {type(loaded).__name__}, expected an experiment_config()")
         return loaded
     except (UserError, KeyboardInterrupt):
         raise
@@ -276,7 +276,7 @@ _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+01
 
 
 class _Start(TypedDict, total=False):
-    """Names in a YAML config that are no settings: at most one of the settings that it starts from."""
+    """Keys of a YAML config that name its starting point instead of a setting; at most one may be used."""
 
     recipe: str
     shipped_config: str
@@ -325,7 +325,7 @@ def to_workdir(text: str) -> Path:
         real_path(folder)
     place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
     if not os.path.isdir(place) and os.path.lexists(place):
-        broken = "a link to itself or to nothing" if os.path.islink(place) and not os.path.exists(place) else "a file"
+        broken = "a dangling or circular link" if os.path.islink(place) and not os.path.exists(place) else "a file"
         raise UserError(f"--workdir={text}: {place} is {broken}, expected a folder: choose another path")
     check_links(folder)
     return folder

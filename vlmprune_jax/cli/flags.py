@@ -29,7 +29,7 @@ def config_flag(values: Flags) -> None:
 
 def only_flag(values: Flags) -> None:
     """Define the flag --only, which selects variants or runs by name."""
-    text = "run only variants whose names match a pattern such as 'width*' (several: with commas); in a sweep: runs"
+    text = "run only variants whose names match a pattern such as 'width*' (comma-separated); in a sweep: runs"
     flags.DEFINE_string("only", "", text, flag_values=values)
 
 
@@ -40,7 +40,7 @@ def common(values: Flags) -> None:
     only_flag(values)
     flags.DEFINE_bool("overwrite", False, "replace outputs whose inputs or settings have changed", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "check everything and print the steps without running them", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (TPU slices know it)", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (TPU slices detect it)", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "number of processes that run this command", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=values)
 

@@ -27,7 +27,7 @@ from vlmprune_jax.core.files import last_read
 from vlmprune_jax.distributed.failure import end, joined
 from vlmprune_jax.experiment.recipes import shipped_configs
 
-# The other commands: modules of this folder, which load when they are called, so that help stays fast.
+# Command -> one-line help, for commands in modules of this folder, which are imported when called to keep help fast.
 OTHERS = {
     "sweep": "run a config with many combinations of settings and compare the results -> sweep.json, sweep.html",
     "inspect": "print the parts of a Hugging Face model that can be pruned, without reading weights",
@@ -65,24 +65,24 @@ Examples:
 {configs}
 """
 _WIDTH = 80  # characters per line of the overview
-# Commands that keep nothing of what they have done.
+# Commands that start from the beginning after an interruption, because they store no partial results.
 _ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "plan", "recommend", "tfds", "vocabulary")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
-# What a person can do something about: no room (disk, quota, largest file), no right to write.
+# Errors that the user can solve: no space left (disk, quota, maximum file size), or no permission to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _TODO = {
-    errno.ENOENT: "check that path, and whether something else removes it meanwhile",
-    errno.ENOTDIR: "it lies below a file: give another place",
-    errno.EEXIST: "remove it, or give another place",
-    errno.EISDIR: "remove that folder, or give another place",
-    errno.ENOTEMPTY: "remove that folder, or give another place",
-    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "check the path, and whether another program has removed it",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another path",
+    errno.EEXIST: "remove it, or choose another path",
+    errno.EISDIR: "remove that folder, or choose another path",
+    errno.ENOTEMPTY: "remove that folder, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "remove the link that leads back to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "use a machine with more memory, or a smaller batch",
 }
-# An unforeseen error of one of several processes may be what the loss of another looks like: launch/ starts such a run
-# again, as where jax itself aborts.
+# Exit code for an unforeseen error of one of several processes, which the loss of another process may have caused.
+# launch/ restarts a run that ends with this code, which is also that of jax's own aborts.
 ABORTED = 134
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
 _PACKAGE = Path(__file__).parents[1]
@@ -107,11 +107,11 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
 
     If one of several connected processes fails, all of them exit with its code (134 for an unforeseen error).
     """
-    alone = argv is None  # the process is ours
+    alone = argv is None  # True in a process that runs only this command
     argv = list(sys.argv[1:] if argv is None else argv)
     # transformers would say twice that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    for stream in (sys.stdout, sys.stderr):  # names of files may be of characters that the terminal has not
+    for stream in (sys.stdout, sys.stderr):  # file names may have characters that the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if script is not None:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
                     command, flags = call
                     command.run(flags)
                 if sys.stdout is not None:
-                    sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+                    sys.stdout.flush()  # report write errors here, not when Python exits
             if messages is not None:
                 messages.tell()
             return 0
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
             if debug:
                 traceback.print_exc()
             return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
-    raise AssertionError  # the context swallows nothing
+    raise AssertionError  # not reached: the context suppresses no exception
 
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
@@ -152,7 +152,7 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
         terminated = isinstance(error, _Terminated)
         what = "stopped on SIGTERM" if terminated else "interrupted"
         anew = argv[:1] and argv[0] in _ANEW
-        line = f"\nvlmprune: {what}; the same command {'begins anew' if anew else 'continues with what is left'}"
+        line = f"\nvlmprune: {what}; the same command {'starts from the beginning' if anew else 'continues the work'}"
         return end(line, what, TERMINATED if terminated else INTERRUPTED)
     if isinstance(error, BrokenPipeError) and not joined():
         with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
@@ -169,17 +169,18 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
 def _of_the_system(argv: list[str], error: BaseException) -> str | None:
     """Return a message with advice for an operating-system or out-of-memory error; None for any other error.
 
-    One of several processes is left to start again what the loss of another may have caused.
+    With several processes, OS errors other than disk errors return None, because the loss of another process may have
+    caused them; the launch script then restarts the run.
     """
     command = " ".join(("vlmprune", *argv[:1]))
     if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
         location = error.filename or split_flag(argv, "workdir")[0] or command
         location = os.fsdecode(location) if isinstance(location, bytes) else location
-        todo = "make room or mend the disk, and run the same command"
+        todo = "free disk space or repair the disk, and run the same command"
         return printable(f"{location}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
     if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and _NO_MEMORY in str(error)):
         return printable(
-            f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter sequences, a "
+            f"{command}{_after()}: not enough memory ({reason(error)}): use shorter sequences, a "
             "smaller batch or a larger machine"
         )
     if isinstance(error, RuntimeError | AssertionError) and "JAX_PLATFORMS" in os.environ and "jax" in sys.modules:
@@ -190,7 +191,7 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
         except UserError as problem:
             return str(problem)
     if isinstance(error, SystemExit):
-        return printable(f"{command}: a file of yours ended it by SystemExit({error.code!r}): remove that")
+        return printable(f"{command}: your Python file raised SystemExit({error.code!r}): remove that call")
     return None
 
 
@@ -206,7 +207,7 @@ def _defect(argv: list[str], error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
     location = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
     problem = f"failed{location}{_after()} with {type(error).__name__}: {reason(error)}"
-    todo = "this is a defect of vlmprune: please report it with what the same command says with --debug"
+    todo = "this is a bug in vlmprune: please report it with the output of the same command with --debug"
     return printable(f"{' '.join(('vlmprune', *argv[:1]))} {problem}; {todo}")
 
 

@@ -1,6 +1,6 @@
-"""Warnings and logs of libraries while a command runs: kept, and printed once at its end, a line each.
+"""Collection of the warnings and logs of libraries during a command, each printed once, in one line, at its end.
 
-Nobody who uses the functions of the package has this: the command line installs it for itself.
+Only the command line installs this collection; Python programs that import the package are not affected.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any
 
 from vlmprune_jax.core.errors import printable, reason
 
-MOST = 20  # lines that are told; --debug shows all, at once
-# Nothing that whoever runs the command can do something about: what a library should write differently, and images that
-# were decoded all the same.
+MOST = 20  # maximum number of printed messages; --debug prints all immediately
+# Messages that users cannot act on: deprecations in libraries, and warnings about images that were decoded anyway.
 _NOISE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning, BytesWarning)
 _SILENT = ("PIL",)
-_TOLD = {"orbax"}  # what they log they raise as well, or mend
-# An over-long text is cut or refused by us, with its record named.
+_TOLD = {"orbax"}  # libraries that also raise what they log as an error, or solve it themselves
+# vlmprune itself truncates or refuses texts that are too long, and names the record.
 _KNOWN = ("Token indices sequence length is longer than",)
 
 
@@ -69,7 +68,7 @@ class Messages(logging.Handler):
         for line in self.lines:
             print(f"vlmprune: warning: {line}", file=sys.stderr)
         if self.dropped:
-            print(f"vlmprune: warning: and {self.dropped:,} more, which --debug shows", file=sys.stderr)
+            print(f"vlmprune: warning: and {self.dropped:,} more warnings (--debug shows all)", file=sys.stderr)
 
 
 class _Written(io.TextIOBase):
@@ -79,7 +78,7 @@ class _Written(io.TextIOBase):
         self._messages, self._outside, self._begun = messages, outside, ""
 
     def write(self, text: str) -> int:
-        if "\r" in text:  # a bar, as of a download
+        if "\r" in text:  # a progress bar, such as that of a download
             return self._outside.write(text) if self.isatty() else len(text)
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
@@ -106,7 +105,7 @@ def kept() -> Iterator[Messages]:
     try:
         warnings.showwarning = messages.warned  # type: ignore[assignment]
         sys.unraisablehook, threading.excepthook = messages.uncaught, messages.uncaught
-        # Whatever library set one up that prints: it holds the stderr of before.
+        # Handlers of libraries that print hold the original stderr, so they are removed.
         root.handlers = [*(handler for handler in handlers if type(handler) is not logging.StreamHandler), messages]
         with contextlib.redirect_stderr(_Written(messages, sys.stderr)):
             yield messages

@@ -1,6 +1,6 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-By arXiv 2604.24380's guide and by measurements; reads no weights. --for=GOAL --on=MACHINE compares ways to a goal.
+Uses the guide of arXiv 2604.24380 and measurements; reads no weights. --for=GOAL --on=MACHINE compares methods.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
-    text("for", None, "goal to compare ways by: memory, decode, question, throughput, energy", flag_values=values)
-    text("on", "v5e:2x4", "machine of --for: a TPU slice (bounds) or llama.cpp (measured)", flag_values=values)
+    text("for", None, "goal: compare methods by memory, decode, question, throughput or energy", flag_values=values)
+    text("on", "v5e:2x4", "machine for --for: a TPU slice (estimated) or llama.cpp (measured)", flag_values=values)
     for name in ("train", "images", "eval"):
-        text(name, None, f"your data.{name}, for the config", flag_values=values)
-    text("bench", None, "file of `vlmprune bench --json=FILE` with speeds to show as well", flag_values=values)
+        text(name, None, f"value of data.{name} in the config", flag_values=values)
+    text("bench", None, "file of `vlmprune bench --json=FILE`, whose speeds are printed too", flag_values=values)
     text("guide", None, "guide file with your own measurements", flag_values=values)
-    text("save", None, "file FILE.py for the config", flag_values=values)
+    text("save", None, "output file FILE.py for the config", flag_values=values)
     absl_flags.DEFINE_bool("evidence", False, "print all evidence and the config as well", flag_values=values)
 
 

@@ -154,6 +154,6 @@ def finish(workdir: Path, reporter: Reporter) -> None:
                 reporter.say(line)
         numbers = f", plot: {workdir / 'report.png'}, numbers: {workdir / RESULT}"
     else:
-        numbers = ", of an unfinished run: it says what is missing"
+        numbers = ", of an unfinished run: the page lists what is missing"
     page = build_report(workdir, finished_stages(workdir))
     reporter.say(f"report: {page}{numbers}")

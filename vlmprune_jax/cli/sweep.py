@@ -26,7 +26,7 @@ def define(values: Flags) -> None:
     """Define the command-line flags of `vlmprune sweep`."""
     common(values)
     absl_flags.DEFINE_integer("jobs", 1, "number of runs at a time on this machine", flag_values=values)
-    absl_flags.DEFINE_string("shard", "1/1", "i/n: only the share of machine i of n", flag_values=values)
+    absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run, from run i on", flag_values=values)
 
 
 def run(flags: Any) -> None:

@@ -37,7 +37,8 @@ def run(flags: Any) -> None:
             f"--out={flags.out}: must be a local folder: write DIR, then run gcloud storage cp -r DIR {flags.out}"
         )
     root = None if flags.images is None else Path(flags.images)
-    records = read_records(Path(flags.data), root, image_lead=True)  # whether a mark may be missing, the template says
+    # image_lead: a prompt template may add missing placeholders later
+    records = read_records(Path(flags.data), root, image_lead=True)
     images = len({image for record in records for image in record.images})
     reporter = make_reporter(True)
     with reporter.bar("write", len(records) + images) as progress:

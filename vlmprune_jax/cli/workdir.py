@@ -70,7 +70,7 @@ def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
 def start_worker(sweep: Sweep) -> Worker:
     """Return the function with which a worker process of `vlmprune sweep --jobs` executes one run."""
     _quiet()
-    load_file(sweep.config)  # for what it adds to `vp.criteria` and the like
+    load_file(sweep.config)  # registers the criteria, metrics and so on that the file defines
     return functools.partial(_work, sweep)
 
 

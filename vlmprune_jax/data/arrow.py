@@ -1,4 +1,4 @@
-"""Bounds of an Arrow stream from any source: what its messages claim, and its types, before pyarrow decodes anything.
+"""Checks of Arrow files from untrusted sources: declared sizes and column types, before pyarrow decodes anything.
 
 A record batch of a few bytes may decode to any size: compressed buffers, null and run-end encoded columns, views and
 dictionaries repeat values that the file holds once. `save_to_disk` writes none of them.

@@ -20,8 +20,8 @@ from vlmprune_jax.core.weight_files import FILE_DTYPES, Entry, read_header
 from vlmprune_jax.distributed.mesh import from_all, is_main_process, on_process_zero, process_count
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
-VERSION = 1  # of the file layout
-SHARD_BYTES = 64 << 20  # maximum that a killed run computes again
+VERSION = 1  # version of the file layout
+SHARD_BYTES = 64 << 20  # shard size, and so the maximum that a killed run must compute again
 _ABANDONED_SECONDS = 3600.0  # older partial files were left by killed processes
 _AGAIN = "remove the file, and run the command again to recompute it"
 _OTHER_FOLDER = "use another folder or remove this one"

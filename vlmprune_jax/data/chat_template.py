@@ -22,8 +22,8 @@ from vlmprune_jax.families.templates import Template
 
 AUTO = "auto"
 QUESTION = "How many?"
-_SYSTEM = "\0"  # stands for the system text
-# The folder's code runs in jinja's sandbox, which loops may outlast: in a process with limited time and memory.
+_SYSTEM = "\0"  # placeholder for the system text
+# Runs the folder's template in jinja's sandbox, in a process with limited time and memory, because it may loop.
 _SECONDS, _BYTES, _WALL_SECONDS = 5, 2**30, 30
 _RENDER = """
 import json, re, resource, sys

@@ -77,7 +77,7 @@ class DataSpec:
     max_length: int | None = setting(
         None,
         "Maximum length of a training record, image tokens included (None = the longest record's); at most 4 times the "
-        "model's trained positions. `truncate` says if longer records are truncated or refused.",
+        "model's trained positions. For longer records, see `truncate`.",
         affects=(*_TRAINING, "teacher_cache"),
         unit="tokens",
         least=1,

@@ -1,4 +1,4 @@
-"""Gemma 3's images: squares of one size regardless of aspect, and with pan and scan crops along the long side."""
+"""Gemma 3's image preparation: a square resized image, and optional "pan and scan" crops along the long side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vlmprune_jax.data.preparation import SquarePieces
 from vlmprune_jax.families.tiles import ImageShape
 
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
-_LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, and least ratio of sides
+# Defaults: minimum side of a crop (pixels), maximum number of crops, minimum aspect ratio.
+_LEAST, _MOST, _RATIO = 256, 4, 1.2
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Cropping(SquarePieces):
         crops = tokens // slot_tokens - 1
         if crops < 0:
             raise UserError(
-                f"tokens per image must be at least {slot_tokens}, those of an image without crops: raise the limit"
+                f"tokens per image must be at least {slot_tokens}, the number for an image without crops: raise it"
             )
         if crops < 2:  # an image is cut into at least two
             return dataclasses.replace(self, crops=False)

@@ -28,11 +28,11 @@ from vlmprune_jax.data.forms import to_entry
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.records import Record, make_record
 
-PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
+PREFIX = "datasets:"  # prefix in data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TODO = "save it again with save_to_disk"
-_MOST_IMAGES = 1000  # of a row
-_AT_ONCE = 1000  # rows as Python values
+_MOST_IMAGES = 1000  # maximum images per row
+_AT_ONCE = 1000  # rows that are converted to Python values together
 
 
 class _File(TypedDict):
@@ -99,11 +99,11 @@ class _Split:
             raise UserError(f"{folder / _STATE}: lists a file twice: {_TODO}")
         if outside:
             raise UserError(f"{folder / _STATE}: lists {outside[0]!r}, which is not a file of this folder: {_TODO}")
-        self._firsts: list[int] = []  # row of each batch
+        self._firsts: list[int] = []  # number of the first row of each batch
         self._places: list[tuple[Path, int]] = []  # file and offset of each batch
         self._schemas: dict[Path, pa.Schema] = {}
-        self._numbers: dict[str, int] = {}  # of images, by the digest of their bytes
-        self._batch: tuple[int, pa.RecordBatch | None] = (-1, None)  # the last one read
+        self._numbers: dict[str, int] = {}  # digest of an image's bytes -> its number
+        self._batch: tuple[int, pa.RecordBatch | None] = (-1, None)  # number and content of the record batch read last
         self._lock = threading.Lock()
 
     def identity(self) -> str:

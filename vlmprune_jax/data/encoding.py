@@ -312,7 +312,7 @@ class Encoder:
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
-        """Token ids of images and videos."""
+        """Token ids that stand for image and video features in a prompt."""
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
 

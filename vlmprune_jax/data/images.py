@@ -360,7 +360,7 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
 
 
 def _describes_videos(folder: Path) -> bool:
-    """Return True if a folder has video processor settings of their own, beside those of images."""
+    """Return True if a model folder has video processor settings, separate from its image processor settings."""
     path = folder / "processor_config.json"
     section = read_json(path).get("video_processor") if os.path.lexists(path) else None
     return section is not None or os.path.lexists(folder / "video_preprocessor_config.json")

@@ -196,7 +196,7 @@ def read_set(path: str | None, images: str | None, what: str, image_lead: bool, 
 
 
 def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path | str], str]:
-    """Return a data set's files or folder, and a text that changes whenever they change."""
+    """Return a data set's files or folder, and a fingerprint (as text) that changes whenever the data change."""
     if path is None:
         raise UserError(
             f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "

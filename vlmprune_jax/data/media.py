@@ -63,7 +63,7 @@ def is_video(name: str | Path) -> bool:
 
 # A video file, its bytes, or the images that are its frames.
 Video = Path | StoredImage | tuple[Path | StoredImage, ...]
-Part = tuple[float, float] | None  # first and last second that are used of a video; None for all of it
+Part = tuple[float, float] | None  # seconds between which a video is used; None for the whole video
 
 
 def image_key(image: Path | StoredImage) -> str:
@@ -145,7 +145,7 @@ class MediaRoot:
         self._paths: dict[str, Path] = {}
 
     def find(self, name: str, location: str, what: str = "image") -> Path:
-        """Return the path of an image (or `what`); raise UserError if it is missing or lies outside the folder."""
+        """Return the path of an image (or video); raise UserError if it is missing or outside the image folder."""
         if name in self._paths:
             return self._paths[name]
         if self._folder is None or self._real is None:

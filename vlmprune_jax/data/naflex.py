@@ -53,7 +53,7 @@ class NaFlex(Preparation):
 
     @property
     def _tile_side(self) -> int:
-        """Tokens per side of a tile."""
+        """Number of tokens along each side of a tile."""
         return self.size // (self.patch * self.merge)
 
     @property

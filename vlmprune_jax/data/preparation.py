@@ -1,4 +1,4 @@
-"""Preparation of a decoded image for the vision tower: its interface, padded sizes, and what square pieces share."""
+"""Interface of image preparations for the vision tower, their padded sizes, and the base class for square tiles."""
 
 from __future__ import annotations
 

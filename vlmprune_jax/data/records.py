@@ -38,7 +38,7 @@ _OWN_FIELDS = (
     "video",
     "videos",
 )  # all others are `Record.fields`
-MAX_REPEATS = 1000  # of a data set, since its records are copied
+MAX_REPEATS = 1000  # maximum repeat_time of a data set, since its records are copied
 
 
 @dataclass(frozen=True)

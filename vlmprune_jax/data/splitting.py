@@ -62,7 +62,7 @@ class Splitting(SquarePieces):
         slots = tokens // slot_tokens
         if not slots:
             raise UserError(
-                f"tokens per image must be at least {slot_tokens}, those of an image without tiles: raise the limit"
+                f"tokens per image must be at least {slot_tokens}, the number for an image without tiles: raise it"
             )
         along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)

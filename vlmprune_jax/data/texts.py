@@ -1,4 +1,4 @@
-"""Texts of records, text files and JSON lists, by which a vocabulary is chosen and measured."""
+"""Texts of records, text files and JSON lists, for choosing the tokens of a smaller vocabulary and measuring it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_texts(source: str, template: Template) -> Texts:
         return Texts([text for record in records for text in _texts_of(record, template)], [])
     path = Path(source)
     if path.suffix not in (".json", ".jsonl"):
-        return Texts(list(_parts(read_text(path, missing="no such file: prune.vocabulary names it"))), [])
+        return Texts(list(_parts(read_text(path, missing="no such file (set in prune.vocabulary)"))), [])
     texts: list[str] = []
     ids: list[int] = []
     first, *listed = data_files(path, None)

@@ -43,13 +43,13 @@ from vlmprune_jax.core.files import (
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.records import Record, make_record
 
-PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
+PREFIX = "tfds:"  # prefix in data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"
 RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
 FILE_FORMAT = "array_record"
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 _TODO = "write it again with `vlmprune tfds`"
-_MAX_EXAMPLE = 2**28  # bytes; no image file is larger
+_MAX_EXAMPLE = 2**28  # maximum bytes of an example; no image file is larger
 
 
 class _Split(TypedDict):
@@ -196,7 +196,7 @@ class ImageStore:
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
-        self.numbers: dict[str, int] = {}  # of images, by their names
+        self.numbers: dict[str, int] = {}  # name of an image -> its number
         self._source: _Source | None = None
         self._identity: str | None = None
         self._lock = threading.Lock()

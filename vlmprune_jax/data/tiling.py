@@ -62,7 +62,7 @@ class Tiling(TilingConfig, SquarePieces):
         if tiles < self.min_tiles:
             least = (self.min_tiles + (self.thumbnail and self.min_tiles > 1)) * slot_tokens
             raise UserError(
-                f"tokens per image must be at least {least}, because a tile has {slot_tokens}: raise the limit"
+                f"tokens per image must be at least {least}, because a tile has {slot_tokens} tokens: raise the limit"
             )
         return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
 

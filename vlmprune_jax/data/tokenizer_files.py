@@ -21,7 +21,7 @@ TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.
 SLOW = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 _OTHERS = ("special_tokens_map.json", "chat_template.json", "chat_template.jinja")  # also opened by the libraries
 
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]  # as batches hold them
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]  # range of int32, the dtype of token ids in batches
 
 
 class _AddedToken(TypedDict):

@@ -56,7 +56,7 @@ class _Question:
 class _Beginning:
     ids: np.ndarray
     record: Record
-    shape: Shape  # of its whole row
+    shape: Shape  # padded shape of a whole row
 
 
 @dataclass(frozen=True)

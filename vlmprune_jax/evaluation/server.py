@@ -31,7 +31,7 @@ from vlmprune_jax.evaluation.questions import with_suffix
 from vlmprune_jax.evaluation.runner import Answers, Progress, Reply
 
 MAX_ANSWER_BYTES = 2**24
-SECONDS = 600.0  # for one answer; a busy server queues requests
+SECONDS = 600.0  # timeout of one answer; a busy server queues requests
 KEY = "OPENAI_API_KEY"  # environment variable with the key that the server asks for, if any
 _MIME = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 _Text = Annotated[str, Meta(max_length=2**20)]

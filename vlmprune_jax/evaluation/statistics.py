@@ -15,7 +15,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.metric import Metric, Scores, mean
 
 DRAWS, LEVEL = 1000, 0.95
-_Models = tuple[Sequence[Scores], Sequence[Scores]]  # the pruned and the unpruned one
+_Models = tuple[Sequence[Scores], Sequence[Scores]]  # question scores of the pruned and of the unpruned model
 _AT_ONCE = 100  # bootstrap samples whose counts are in memory together
 
 
@@ -73,7 +73,7 @@ def retained_interval(
 
 
 def _interval_of_ratio(pairs: np.ndarray, level: float) -> tuple[float, float] | None:
-    """Return the interval (%) of the ratio of two columns' shares of ones, [questions, 2] (Bonett and Price 2006)."""
+    """Return the interval (%) of the ratio of two accuracies, given 0/1 scores [questions, 2] (Bonett and Price)."""
     first, second = map(float, pairs.sum(axis=0))
     count, different = int(pairs.any(axis=1).sum()), int((pairs[:, 0] != pairs[:, 1]).sum())
     if not second:

@@ -24,7 +24,7 @@ from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.speed import Bench
 
-QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
+QUESTIONS, TEXT = "questions", "text"  # names of the evaluation sets if the config defines none
 
 
 def plan_config(spec: PlanConfig, model: ModelSpec, data: DataSpec, export: ExportSpec) -> PlanConfig:

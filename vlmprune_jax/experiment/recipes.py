@@ -11,16 +11,16 @@ from vlmprune_jax.core.checks import fraction, one_of, suggest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import FAMILIES
 
-# Layers that the paper's code removes of 32 for the ratios of its tables, which are nominal: 12 to 14 % of the whole
-# model for 15 %, and so on.
+# Nominal ratio in the paper's tables -> number of layers (of 32) that its code removes: for 15 %, this is 12 to 14 % of
+# the whole model, and so on.
 PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
-# The paper's nine benchmarks, MME's two scores counted apart, as tasks of lmms-eval.
+# lmms-eval tasks of the paper's nine benchmarks (MME's two scores are two benchmarks).
 PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d", "mme", "pope", "docvqa_val", "gqa")
 
-# Settings of the section `export` by the last word of a variant.
+# Last word of a variant -> settings of the section `export`.
 EXPORTS = {"bf16": {}, "w4a16": {"quantize": "w4a16"}, "gguf": {"format": "gguf", "quantize": "q4_0"}}
 
-YAML = (".yaml", ".yml")  # how the names of YAML configs end
+YAML = (".yaml", ".yml")  # file extensions of YAML configs
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""An experiment: one section of settings per room, as configs and overrides fill them."""
+"""Class of an experiment: all sections of settings, as configs and overrides set them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Experiment:
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Sections of the config, by name."""
+        """Sections of settings of the experiment, by name, such as "prune"."""
         return {name: value for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
 
 

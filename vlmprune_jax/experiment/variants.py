@@ -28,7 +28,7 @@ from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
 CONTROL = "control"  # folder and name of the unpruned model after a recovery
-# What else lies where the folders of variants are.
+# Names of other files and folders beside the folders of variants.
 _TAKEN = (
     *("", ".", "..", NO_RECOVERY, CONTROL, "adapter", "eval", "export", "pruned", "reconstructed", "recovered"),
     "training",
@@ -37,7 +37,7 @@ _TAKEN = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of pruning, or of recovering a pruned model: name, experiment, and the folder of its outputs."""
+    """One prune variant, or one recovery variant of a pruned model: name, experiment and output folder."""
 
     name: str
     experiment: Experiment

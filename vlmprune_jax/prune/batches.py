@@ -99,7 +99,7 @@ def text_batch(
 def tower_batches(
     batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig, stack: str
 ) -> list[CalibrationBatch]:
-    """Group the images, or what another encoder reads, into batches, each once; so none is both fitted and held out."""
+    """Group distinct images (or inputs of another encoder) into batches; no image is both fitted and held out."""
     images = dict[bytes, _Picture]()
     row = 0
     for arrays in batches:
@@ -125,7 +125,7 @@ def tower_batches(
 
 
 def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield the pixels of a row's images, with their patch grids if images have any size, or what an encoder reads."""
+    """Yield a row's images as (pixels, patch grid or None), or a row's inputs of another encoder as (array, None)."""
     pixels = arrays.get(input_of(cfg, stack))
     if pixels is None:
         return
@@ -147,7 +147,7 @@ def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[t
 
 
 def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
-    """Pack images of any size in order into rows of `positions` patches; others have a row each."""
+    """Pack images of varying size in order into rows of `positions` patches; images of fixed size get a row each."""
     packs, room = list[list[_Picture]](), 0
     for image in images:
         needed = positions if image[1] is None else len(image[0])
@@ -162,7 +162,7 @@ def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]
 def _tower_batch(
     packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool, array: str
 ) -> CalibrationBatch:
-    """Return a batch of images in packed rows; `shape`: number of rows, positions and images of each."""
+    """Return a batch of images in packed rows; `shape`: number of rows, and of positions and images per row."""
     size, positions, most = shape
     first, grid, _ = packs[0][0]
     pixels = np.zeros((size, *(first.shape if grid is None else (positions, *first.shape[1:]))), np.float32)
@@ -179,7 +179,7 @@ def _tower_batch(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Split items into (items for fitting, False) and (held-out items, True); raise UserError for fewer than two."""
+    """Return (images to fit to, False) and (held-out images, True); raise UserError for fewer than two images."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)

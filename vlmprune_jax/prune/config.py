@@ -31,7 +31,7 @@ METHOD_TARGETS = {
     "experts": ("experts", "sparsity"),
 }
 ROUNDINGS = ("nearest", "at_least")
-# variant of Taylor importance -> whether it needs per-sample squared gradients
+# Variant of Taylor importance -> True if it needs the squared gradient of every sample.
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
 # combination of the scores of experts over token types
 COMBINATIONS = ("pooled", "sum", "max", "floor")
@@ -43,9 +43,9 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "first": lambda stack: stack[0],
 }
 GQA = ("groups", "q_heads")
-# What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
-# blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
-# in another type); groups of int4 weights that share a scale.
+# Target -> number of which the inputs of `o_proj` and `down_proj` (heads * head_dim, neurons) should be a multiple:
+# lanes of a TPU's registers; groups of int4 weights that share a scale; blocks of llama.cpp's Q8_0, Q4_0 and K-quants
+# along a row (a row that does not consist of whole blocks is stored in another type).
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
 _DEPTH = ("protect", "rounding", "deepstack", "producers")
 _WIDTH = (
@@ -60,7 +60,7 @@ _LACKS = {
     "hybrid": ("sparsity", "base"),
     "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
 }
-# Method -> axes whose units it removes; those of scores if it is not listed.
+# Method -> axes whose units it removes; other methods remove units along the scored axes.
 METHOD_AXES = {"experts": ("experts",)}
 
 
@@ -132,9 +132,8 @@ class ScoreConfig:
     answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
     token_types: str = score_setting(
         "pooled",
-        'Scores of experts from image, prompt and answer tokens: of all tokens together ("pooled"), the sum or maximum '
-        'of each type\'s scores, divided by their sum in the layer ("sum", "max"), or ranks by the best place in any '
-        'type ("floor").',
+        'Combination of expert scores over token types (image, prompt, answer): all tokens together ("pooled"), sum or '
+        'maximum over types of normalised scores ("sum", "max"), or the best rank in any type ("floor").',
         choices=COMBINATIONS,
     )
     by_token_type: bool = score_setting(
@@ -181,7 +180,7 @@ class VocabularyConfig:
     )
     multiple: int = prune_setting(
         64,
-        "The number of kept tokens is a multiple of this: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
+        "Multiple to which the number of kept tokens is rounded up: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
         unit="tokens",
         least=1,
         most=2**20,
@@ -249,14 +248,14 @@ class PlanConfig:
         least=0,
     )
     heads_multiple: int = prune_setting(
-        1, "The remaining number of heads per layer is a multiple of this.", unit="heads", least=1
+        1, "Multiple to which the number of kept heads per layer is rounded.", unit="heads", least=1
     )
     neurons_multiple: int = prune_setting(
-        1, "The remaining number of neurons per layer is a multiple of this.", unit="neurons", least=1
+        1, "Multiple to which the number of kept neurons per layer is rounded.", unit="neurons", least=1
     )
     align_to: str | None = prune_setting(
         None,
-        'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
+        'Round widths to whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
         '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants); None = any widths.',
         choices=tuple(BLOCKS),
     )
@@ -269,24 +268,24 @@ class PlanConfig:
     heads: str = prune_setting(
         "auto",
         'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
-        '("keep"), or the split that loses the least score ("auto"; proportional with `sparsity` or global '
-        "selection).",
+        '("keep"), or the split between heads and neurons with the lowest removed scores ("auto"; '
+        "proportional with `sparsity` or global selection).",
         choices=("proportional", "keep", "auto"),
     )
     selection: str = prune_setting(
         "local",
-        'Ranking of heads and neurons: within their layer ("local", equal widths), or over all ("global").',
+        'Ranking of heads and neurons: within each layer ("local", equal widths), or over all layers ("global").',
         choices=("local", "global"),
     )
     loads_in: tuple[str, ...] = prune_setting(
         (),
-        "Engines that must load the pruned model at its true size; a plan that one of them cannot load is refused. "
-        '`heads="auto"` keeps all heads if an engine needs them.',
+        'Engines that must load the pruned model at its true size; other plans are refused. `heads="auto"` keeps all '
+        "heads if an engine needs them.",
         choices=TARGETS,
     )
     sparsity: float | None = prune_setting(
         None,
-        "Share of heads and neurons to remove from each layer in range, instead of `ratio` (as in the paper's code).",
+        "Share of heads and neurons to remove from each layer in `attn_layers` and `mlp_layers`, instead of `ratio`.",
         unit=FRACTION,
         least=0,
         below=1,
@@ -300,8 +299,8 @@ class PlanConfig:
     )
     experts_multiple: int | None = prune_setting(
         None,
-        "The remaining number of experts per layer is a multiple of this (None = 64 for 256, 320, ... experts, 32 for "
-        "128, 160, ..., else 1).",
+        "Multiple to which the number of kept experts per layer is rounded (None = 64 for 256, 320, ... experts, 32 "
+        "for 128, 160, ..., else 1).",
         unit="experts",
         least=1,
     )
@@ -339,7 +338,7 @@ class PlanConfig:
         return self.vocabulary.size is not None and targets == {None} and not self.budget.limits
 
     def recorded(self) -> list[str]:
-        """Return the names of the settings, except targets, that influence one step of this pruning method."""
+        """Return the names of the pruning method's settings that a plan records in its options."""
         targets = ("method", "ratio", "layers_removed", "stack", "steps")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]

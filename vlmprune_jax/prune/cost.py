@@ -56,7 +56,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     if ("flops" in budget.limits or budget.image_tokens) and images * cfg.tokens_per_image > budget.context:
         raise UserError(
             f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} image tokens of "
-            f"prune.budget.images={images}: raise it"
+            f"prune.budget.images={images}: raise prune.budget.context"
         )
     context, slots, slot_tokens = limited_row(cfg, budget.context, images, budget.image_tokens)
     sizes = {name: layer_costs(cfg, name) for name in cfg.stacks}
@@ -173,12 +173,12 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs]) -> int:
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return the number of values that generation caches per sequence."""
+    """Return the number of values that generation caches per sequence (keys and values, or recurrent states)."""
     return sum(layer.mixer.state_size(context) for layer in text.layers)
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
-    """Return the mixers' FLOPs beside their weights for the last token of a sequence."""
+    """Return the FLOPs of attention (and other mixers) for the last token of a sequence, without weight products."""
     return sum(layer.mixer.mixing_flops(context, last=True) for layer in text.layers)
 
 

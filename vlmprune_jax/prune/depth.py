@@ -81,7 +81,7 @@ def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collecti
 
 
 def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | None]) -> tuple[list[int], str | None]:
-    """Return the layers that may be removed, in order of removal, and why the first excluded layer may not."""
+    """Return the layers that may be removed, in order of removal, and why the first excluded layer must stay."""
     gone, reasons = list[int](), list[str]()
     for layer in order:
         reason = reason_of({*gone, layer})

@@ -148,24 +148,24 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     """Return {pruning method or export option: exported size and programs that can load it} as text."""
     stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
-    # which takes hidden_size / heads for the size of a head
-    heads = loader if stock else "this package, and where no head is missing in the hub's own code"
+    # the hub's own code computes the head size as hidden_size / heads
+    heads = loader if stock else "this package, and in the hub's own code if all heads are kept"
     per_layer = "this package" + (", and in transformers by the PyTorch file it ships" if stock else "")
     found = {"depth": f"true size, loads in {loader}", "equal widths": f"true size, loads in {heads}"}
     problem = uneven_problem(cfg.text)
     if problem is None:
         found["uneven=per_layer"] = f"true size, loads in {per_layer}"
-        found["uneven=pad"] = f"zeros up to the widest layer, loads in {heads}"
+        found["uneven=pad"] = f"padded with zeros to the widest layer, loads in {heads}"
     else:
         found["unequal widths"] = f"refused: {problem}"
     if target is not None and target.stock is not None:
-        found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
+        found["layout=transformers"] = f"folder for the stock class {target.stock.name}, vision tower included"
     if family.separate_vision:
-        found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
+        found["tower"] = "not part of an export in this layout: it stays in its own folder (--vision_dir)"
     elif cfg.vision is not None:
         found["tower"] = (
-            "layers and equal neurons as above; fewer heads load in this package, with uneven=pad as above; unequal "
-            "widths with uneven=pad only"
+            "removed layers and equal numbers of neurons load as above; fewer heads load in this package only, or as "
+            "above with uneven=pad; unequal widths need uneven=pad"
         )
     found["format=gguf"] = support(cfg)
     if not cfg.text.uniform:
@@ -197,14 +197,14 @@ def as_lines(found: dict[str, Any]) -> list[str]:
             if part != "total" and parts[part]
         ),
         *(
-            [f"              {found['active_parameters']:,} of them are active for a token: some of the experts"]
+            [f"              {found['active_parameters']:,} of them are active for one token (some of the experts)"]
             if found["active_parameters"] < total
             else []
         ),
         *(
             [
-                f"              num_parameters() of transformers: {passthrough:,}, with unused tower layers or an "
-                "audio tower"
+                f"              num_parameters() in transformers is {passthrough:,}: it includes unused tower layers "
+                "or an audio tower"
             ]
             if found["passthrough"]
             else []

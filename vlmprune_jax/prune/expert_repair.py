@@ -32,7 +32,7 @@ SWEEPS, STEPS = 3, (1.0, 0.5, 0.25)
 
 
 class ExpertSums(NamedTuple):
-    """Sums over the tokens of each expert for least squares."""
+    """Sums over the tokens of each expert, from which least squares solves for its weight change."""
 
     gram: jax.Array
     """float32[experts, neurons, neurons], sum of w g^2 h h^T."""
@@ -45,7 +45,7 @@ class ExpertSums(NamedTuple):
 
 
 def has_experts(layer: Layer, module: str) -> bool:
-    """Return True if an output projection is that of experts."""
+    """Return True if the output projection called `module` belongs to experts in this layer."""
     return module == "down_proj" and EXPERTS in layer.params
 
 
@@ -54,8 +54,8 @@ def repair_experts(
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Solve for changes of the down projections of a layer's experts; None if none lowers the held-out error.
 
-    The changes are one vector, for `with_experts`. Experts of fewer tokens than neurons stay as they are, and so do all
-    experts behind which a norm follows.
+    All changes are returned in one flat vector, for `with_experts`. Experts with fewer tokens than neurons stay
+    unchanged, and so do all experts of a layer with a norm between the experts and the residual stream.
     """
     before = lowest = stream_error(layer, stream, place, targets)
     changes = {path: np.zeros(layer.params[path].shape, np.float32) for path in _paths(layer)}
@@ -77,7 +77,7 @@ def repair_experts(
 
 
 def with_experts(layer: Layer, vector: np.ndarray) -> Layer:
-    """Return the layer with the changes that `repair_experts` returned."""
+    """Return a copy of the layer with the weight changes from `repair_experts` added."""
     for path in _paths(layer):
         shape, size = layer.params[path].shape, layer.params[path].size
         layer, vector = _added(layer, path, vector[:size].reshape(shape)), vector[size:]
@@ -85,14 +85,14 @@ def with_experts(layer: Layer, vector: np.ndarray) -> Layer:
 
 
 def _paths(layer: Layer) -> list[str]:
-    """Return the weights that can be repaired: none if a norm stands between them and the stream."""
+    """Return the paths of the weights that can be repaired; none if a norm precedes the addition to the stream."""
     if layer.block.writers["down_proj"].norm is not None:
         return []
     return [path for path in (SHARED, EXPERTS) if path in layer.params]
 
 
 def _added(layer: Layer, path: str, change: np.ndarray) -> Layer:
-    """Return the layer with a change added to a weight, rounded to the model's dtype."""
+    """Return a copy of the layer with `change` added to the weight at `path`, rounded to the model's dtype."""
     old = layer.params[path]
     new = jax.device_put((old + jnp.asarray(change)).astype(layer.dtype).astype(jnp.float32), old.sharding)
     paths = tuple(dict.fromkeys((*layer.changed_paths, path)))
@@ -100,7 +100,7 @@ def _added(layer: Layer, path: str, change: np.ndarray) -> Layer:
 
 
 def _direction(fit: ExpertSums, held: ExpertSums) -> tuple[np.ndarray, list[float]]:
-    """Return all changes, float32[experts, embed, neurons], and the ridge penalties of those that help."""
+    """Return each expert's weight change, float32[experts, embed, neurons], and the ridge penalties that help."""
     changes, ridges = np.zeros(np.array(fit.cross.shape)[[0, 2, 1]], np.float32), list[float]()
     for expert, tokens in enumerate(np.asarray(gather_to_host(fit.tokens))):
         sums, other = (Sums(total.gram[expert], total.cross[expert], 0.0) for total in (fit, held))
@@ -114,7 +114,7 @@ def _direction(fit: ExpertSums, held: ExpertSums) -> tuple[np.ndarray, list[floa
 def _totals(
     layer: Layer, path: str, stream: LayerStream, place: int, targets: Sequence[jax.Array], held_out: bool
 ) -> ExpertSums:
-    """Return the sums over fitted or held-out calibration rows."""
+    """Return the least-squares sums of all experts over fitted or held-out calibration rows."""
 
     def sums(rows: Rows, target: jax.Array) -> ExpertSums:
         return _sums(layer.params, *rows, target, stack=layer.stack, cfg=layer.cfg, path=path)
@@ -144,7 +144,7 @@ def _sums(
 
 
 def _of_experts(routed: Routed, params: Any, error: jax.Array, scale: jax.Array, act: str) -> ExpertSums:
-    """Return the sums of all experts by a scan over blocks of tokens, of one expert each."""
+    """Return the least-squares sums of all experts by a scan over token blocks, each routed to one expert."""
     gate, up, down = (params[f"mlp/experts/{name}/weight"] for name in ("gate_proj", "up_proj", "down_proj"))
     (count, embed, neurons), k = down.shape, routed.experts.shape[-1]
     flat = [array.reshape(-1, *array.shape[2:]) for array in (routed.read, error, scale)]

@@ -1,4 +1,4 @@
-"""Fingerprints: scores and plans belong to one model."""
+"""Fingerprints of models, which tie scores and plans to one model."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def content_digest(model: Model, part: str = "") -> str:
 
 
 def _by_neighbours(cfg: ModelConfig, runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sequences with an entry per layer of a run, by paths that number groups of equal neighbours.
+    """Return the per-layer entries regrouped by consecutive equal layers, as fingerprints of version 0.1.0 need.
 
-    Plans of version 0.1.0 have fingerprints of such groups; a run may also be every n-th layer. Other parameters are
-    returned unchanged.
+    `runs`: {parameter path: one entry per layer of a run}; the layers of a run need not be consecutive. The result has
+    paths that number groups of consecutive equal layers. Parameters outside layers are returned unchanged.
     """
     result = {path: entries for path, entries in runs.items() if _LAYERS not in path}
     for stack, layers in ((name, stack.layers) for name, stack in cfg.stacks.items()):

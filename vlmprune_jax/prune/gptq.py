@@ -48,8 +48,8 @@ from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
 from vlmprune_jax.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.prune.walk import LayerStream, walk
 
-_DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
-_FLOOR = 1e-6  # of the mean: weight of columns that are never active
+_DAMPING = 0.01  # added to the diagonal of G, as a share of each entry (the paper: of the mean entry)
+_FLOOR = 1e-6  # smallest diagonal entry of G, as a share of the mean, for columns that are never active
 _BLOCK = 128
 
 
@@ -162,7 +162,7 @@ def _walk_rows(
     visit: Callable[[Layer, LayerStream], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[CalibrationBatch]:
-    """Run all calibration rows through the decoder, see `walk`; return them."""
+    """Call `visit` for every decoder layer with all calibration rows at its input (see `walk`); return the batches."""
     with use_mesh(mesh_of(model.params)):
         stream = decoder_stream(model, batches, weights)
         walk(stream, visit, progress)
@@ -179,7 +179,7 @@ def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) 
 
 
 def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
-    """Return the slots of the matrices in one layer of the decoder."""
+    """Return the checkpoint slots (see `Slot`) of the weight matrices in decoder layer `number`."""
     slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
     return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
 

@@ -24,7 +24,7 @@ class Polynomial:
     """Pairs (axes, coefficient)."""
 
     def __call__(self, sizes: Mapping[str, Any]) -> Any:
-        """Return the count for these sizes, numbers or arrays that broadcast against each other."""
+        """Return the number of parameters for these axis sizes, which are numbers or arrays that broadcast together."""
         return sum(coefficient * math.prod(sizes[axis] for axis in axes) for axes, coefficient in self.terms)
 
 
@@ -36,7 +36,7 @@ class Costs:
     """Counts as polynomials, by `Layer.kind`."""
 
     def at(self, layer: Layer) -> Polynomial:
-        """Return the number of parameters of this kind of layer as a polynomial in its sizes."""
+        """Return the parameter count of layers of this kind, as a polynomial in the sizes of their prunable axes."""
         return self.kinds[layer.kind]
 
     def of(self, layer: Layer) -> int:

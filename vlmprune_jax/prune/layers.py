@@ -1,4 +1,4 @@
-"""One layer of a stack at a time, in float32: its effect on the residual stream, and the same with other weights.
+"""Computation of one layer of a stack at a time, in float32, with its original or with changed weights.
 
 Between layers the streams are in the memory of the hosts of their devices, each host with its devices' rows.
 """
@@ -29,7 +29,7 @@ from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, stack_module
 
-Shared = Mapping[int, tuple[Any, Any]]  # window -> keys and values for layers that have none
+Shared = Mapping[int, tuple[Any, Any]]  # attention window -> keys and values for layers that reuse them
 T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 2  # results that are on the devices at a time, besides the one that is computed
@@ -95,7 +95,7 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """Residual stream between two layers for some rows, and the values that earlier layers share with later layers."""
+    """Residual stream of a batch between two layers, and the keys and values that later layers reuse."""
 
     x: Any
     shared: Shared = MappingProxyType({})

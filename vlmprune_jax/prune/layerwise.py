@@ -23,9 +23,9 @@ from vlmprune_jax.models.placement import place_batch
 from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block, to_devices
 from vlmprune_jax.prune.walk import LayerStream
 
-RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # 1e-3 is harmful
+RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # learning rate (1e-3 raises the error), epochs, warm-up steps
 PATIENCE = 2  # epochs without a lower held-out error, after which the layer is done
-ROWS = 2  # of an optimizer step on one device
+ROWS = 2  # rows per optimizer step and device
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 
 

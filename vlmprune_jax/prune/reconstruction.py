@@ -62,8 +62,9 @@ from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.prune.walk import LayerStream
 
 SolveReport = dict[str, Any]
-_NUMBERS = ("error_before", "error_after", "tokens", "unknowns")  # of a report; the last two of experts
-READ_BELOW = 0.4  # share of the neurons that is left; above it readers gain nothing (SmolLM2: 0.3 % at 0.49)
+# Numbers in a weight's report; experts alone report the last two themselves.
+_NUMBERS = ("error_before", "error_after", "tokens", "unknowns")
+READ_BELOW = 0.4  # kept share of neurons above which repairing readers gains nothing (SmolLM2: 0.3 % at 0.49)
 
 
 def reconstruct(
@@ -175,7 +176,7 @@ def _solve(
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
     """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight.
 
-    `unpruned`, `stream`: the unpruned and the pruned model's.
+    `unpruned`, `stream`: residual streams of the unpruned and of the pruned model.
     """
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
     for number in range(kept.kept_layers[0]):
@@ -219,7 +220,7 @@ def _solve(
 
 
 def _targets(unpruned: LayerStream, first: int, end: int, modules: Sequence[str], *, reads: bool) -> Targets:
-    """Run the unpruned model's layers `first` to `end`; return the streams that repairs of the first one need."""
+    """Run the unpruned model's layers from `first` up to `end`; return the targets for repairing layer `first`."""
     before = [state.x for state in unpruned.states] if reads else []
     capture = ("statistics", "middle") if reads or "o_proj" in modules else ("statistics",)
     captured = unpruned.advance(unpruned.layer(first), first, capture)
@@ -241,9 +242,10 @@ def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
 def _read(
     layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, lost: bool, refit: bool
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Solve for the change of a branch's input; return None unless it lowers the held-out error.
+    """Solve for a change of attention's or the MLP's input; return None unless the held-out error falls.
 
-    Both ways are compared after the writer is solved; without the change only if it `lost` something.
+    The errors with and without the change are compared after least squares for the output projection. Without the
+    change, the output projection is solved only if it `lost` heads or neurons.
     """
     before_norm = targets.before if module == "o_proj" else targets.middle
     solution = reader_change(layer, READER_OF[module], stream, place, before_norm, refit=refit)

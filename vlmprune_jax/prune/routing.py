@@ -105,7 +105,7 @@ class Routing:
             sums = {i: _array(arrays.pop(f"{i}/sums"), (len(TOKEN_TYPES), len(SUMS), None), "float64") for i in layers}
             choices = {i: _array(arrays.pop(f"{i}/choices"), (len(types), None), "uint16") for i in layers}
             if arrays or not layers or any(choices[i].max(initial=0) >= sums[i].shape[2] for i in layers):
-                raise ValueError("sums and choices do not belong together")
+                raise ValueError("the arrays of sums and of choices do not match")
         return cls(meta["fingerprint"], sums, choices, types, meta["made_from"])
 
 
@@ -150,7 +150,7 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
 
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the sums over both sets of tokens, and the larger of their largest values."""
+    """Merge the statistics of two sets of tokens: add the sums, and take the larger maximum (last row)."""
     largest = np.maximum(one[:, -1:], other[:, -1:])
     return np.concatenate([one[:, :-1] + other[:, :-1], largest], axis=1)
 

@@ -46,7 +46,7 @@ class _Meta(_Version):
     stack: NotRequired[
         Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$")]
     ]  # absent in files of early versions, which scored the decoder
-    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]  # token types with scores of their own
+    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]  # token types with separate scores
     layers: NotRequired[
         Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
     ]  # format 1: number of layers with scores of heads and neurons
@@ -54,7 +54,7 @@ class _Meta(_Version):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance scores of a component's layers, or of units inside layers, by one criterion; low scores go first."""
+    """Importance scores of a component's layers, or of units inside layers, by one criterion (low = removed first)."""
 
     criterion: str
     """Name of the criterion."""
@@ -116,12 +116,12 @@ class Scores:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Names of the scored axes."""
+        """Names of the axes with scores, such as "kv_heads" and "mlp"; () if only whole layers are scored."""
         return tuple(dict.fromkeys(axis for _, axis in self.units))
 
     @property
     def n_layers(self) -> int:
-        """Number of layers with scores."""
+        """Number of layers for which there are scores."""
         return len({i for i, _ in self.units}) if self.importance is None else len(self.importance)
 
     @property
@@ -224,7 +224,7 @@ class Scores:
 
 
 def _upgraded(arrays: Mapping[str, np.ndarray], meta: Any, path: Any) -> dict[str, np.ndarray]:
-    """Return the arrays of a file of format 1 (`heads_0`, `mlp_0`) by the names of the present one."""
+    """Rename the arrays of a scores file in format 1 (such as `heads_0`, `mlp_0`) to their present names."""
     heads = "q_heads" if meta["options"].get("gqa") == "q_heads" else "kv_heads"
     sets = ("", *(f"{kind}/" for kind in meta.get("kinds", ())))
     whole = {f"{prefix}importance": f"{prefix}importance" for prefix in sets if f"{prefix}importance" in arrays}

@@ -1,4 +1,4 @@
-"""From scores to a plan: layers, heads and neurons whose removal reaches the asked share of all parameters."""
+"""From scores to a plan: layers, heads and neurons whose removal reaches the requested share of all parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from vlmprune_jax.prune.scores import Scores, fits_layers
 from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
-OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # settings that name or count layers
+# Settings with layer numbers or counts, which fit one stack only.
+OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")
 
 
 def make_plan(
@@ -267,7 +268,7 @@ class _Request:
         return choose_widths(self.width, cfg, alive, ratio, config, total, stack)
 
     def fit_budget(self) -> tuple[float, dict[str, Any]]:
-        """Return the smallest ratio that satisfies the budget, and what the plan records about it."""
+        """Return the smallest ratio that satisfies the budget, and the plan's options `budget` and `budget_reached`."""
         budget = self.config.budget
         ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
         return ratio, {"budget": budget.given, "budget_reached": reached}
@@ -297,7 +298,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
     places = list(plan.kept_layers[: cfg.deepstack])
     return (
         f"without layers {', '.join(map(str, gone))} the {cfg.deepstack} deepstack features are added behind layers "
-        f"{', '.join(map(str, places))}, as stock transformers adds them to the first that are left"
+        f"{', '.join(map(str, places))}, because stock transformers adds them to the first remaining layers"
     )
 
 
@@ -307,8 +308,8 @@ def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
         count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
         if count is not None and count % multiple:
             return (
-                f"{count} {axis.title} are no multiple of {multiple}: vLLM serves them by a slower path, and expert "
-                "parallelism needs a number that the devices divide"
+                f"{count} {axis.title} per layer are not a multiple of {multiple}: vLLM serves them by a slower path, "
+                "and expert parallelism needs a number that is divisible by the number of devices"
             )
     return None
 

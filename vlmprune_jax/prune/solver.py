@@ -19,7 +19,7 @@ from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.prune.config import BLOCKS, PlanConfig
 from vlmprune_jax.prune.layer_costs import Costs, Polynomial
 
-GRID = 10_000  # sparsities that are tried: multiples of 1e-4
+GRID = 10_000  # number of sparsities that the solver tries (multiples of 1e-4)
 
 
 class OutOfReach(UserError):
@@ -99,7 +99,7 @@ class AxisUnits:
     """True if units of this axis and layer may be removed."""
 
     wide: int = 1
-    """Width relative to other layers; all layers keep exactly the same share."""
+    """Width relative to other layers (an integer factor); all layers keep exactly the same share."""
 
     least: int = 1
     """Minimum number of units with which the layer can be computed."""
@@ -111,7 +111,7 @@ class AxisUnits:
 
     @property
     def fine(self) -> bool:
-        """True if a unit is a single channel; the number of such units compensates for the coarse steps of heads."""
+        """True if a unit is one channel (a neuron); neuron counts compensate for the coarse steps of head counts."""
         return self.channels == 1
 
     def at_sparsity(self, sparsity: np.ndarray, smallest: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class Units:
         return any(units.prune and units.fine == fine for units in self.axes)
 
     def without_coarse(self, counts: Mapping[str, int]) -> Units:
-        """Return the units of the layer after its coarse axes are pruned to `counts`; these axes then remain fixed."""
+        """Return the layer's units with the coarse axes (heads) pruned to `counts` and fixed from then on."""
         sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes if not units.fine}
         layer = self.layer.resized(self.layer.completed(sizes))
         axes = tuple(
@@ -219,12 +219,12 @@ def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
     return np.clip((kept + step // 2) // step * step, step, full // step * step)
 
 
-Counts = Mapping[str, int]  # {axis: kept units}, of an axis with a parent those of each parent
+Counts = Mapping[str, int]  # {axis: number of kept units}; for an axis with a parent, the number per parent
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Result of the width solver."""
+    """Layer widths that the solver chose, with the sparsity and the number of parameters that they remove."""
 
     counts: tuple[Counts, ...]
     """Kept units of every layer."""
@@ -283,10 +283,10 @@ def solve_widths(units: Sequence[Units], removal: float) -> Widths:
 
 
 def apart(units: Sequence[Units], removal: float) -> list[Widths]:
-    """Return one candidate per number of removed heads, each removing about `removal` parameters in all.
+    """Return one candidate per number of removed heads; each candidate removes about `removal` parameters in total.
 
-    Neurons make up for the rest, the same share in all layers in range. A number of heads has no candidate if it alone
-    removes too much, or if there are too few neurons to remove the rest.
+    Neurons account for the parameters that the heads leave to remove, the same share in all layers in range. A number
+    of heads has no candidate if it alone removes too much, or if there are too few neurons for the remainder.
     """
     sizes = [axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine]
     candidates = []
@@ -308,7 +308,7 @@ def apart(units: Sequence[Units], removal: float) -> list[Widths]:
 
 
 def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
-    """Return the widths with the number of fine units, one fraction for all layers, that comes nearest to `removal`."""
+    """Return the widths with neurons scaled by one fraction in all layers, to remove about `removal` parameters."""
     fine = [axis for layer in units for axis in layer.axes if axis.fine and axis.prune]
     if not fine:
         return widths
@@ -328,7 +328,7 @@ def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
         }
         removed += times * layer.removed(kept[layer])
     gap = np.abs(removed - removal)
-    best = int(np.flatnonzero(gap == gap.min())[-1])  # the widest of equally near ones
+    best = int(np.flatnonzero(gap == gap.min())[-1])  # among equally near candidates, the widest
     tuned = {
         layer: {axis: int(np.broadcast_to(n, most)[best]) for axis, n in counts.items()}
         for layer, counts in kept.items()

@@ -128,7 +128,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
 
 
 def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
-    """Return an array [parents, ...] whose i-th entry keeps `indices[i]` of an axis."""
+    """Select units along an axis separately for each parent: entry i of the array [parents, ...] keeps `indices[i]`."""
     if isinstance(leaf, FileStack):
         return leaf.take_each(indices, axis)
     shape = [1] * leaf.ndim

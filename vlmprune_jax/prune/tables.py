@@ -105,7 +105,7 @@ def _loss(before: int, after: int) -> list[str]:
 
 
 def _shown(sizes: Sequence[Sizes]) -> list[str]:
-    """Return the axes that tables show: all but groups of heads."""
+    """Return the names of the axes that tables show: all except groups of heads (key/value heads)."""
     axes = dict.fromkeys(axis for layer in sizes for axis in layer)
     groups = {AXES[axis].parent for axis in axes if AXES[axis].channels}
     return [axis for axis in axes if axis not in groups]
@@ -125,7 +125,7 @@ def _score_lost(scores: Scores, index: int, axis: str, layer: KeptLayer | None) 
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
-    """Return why a layer has its widths, if not because of its scores; "" otherwise."""
+    """Return the reason for a layer's widths as text, such as "protected", "heads kept" or "by score"."""
     if layer is None:
         return "removed"
     if index in spec.protect:

@@ -30,7 +30,7 @@ from vlmprune_jax.prune.vocabulary import Subwords, check_size, choose_tokens
 
 _ROLES = ("system", "user", "assistant", "model", "tool")
 _CHUNK = 10_000  # texts that are tokenised together
-_FRAMES = 1000  # of a video whose text has all tokens of times and numbers that are kept
+_FRAMES = 1000  # frames of a video whose text contains all tokens of times and numbers to keep
 HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 
 

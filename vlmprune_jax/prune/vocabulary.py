@@ -103,7 +103,7 @@ class Subwords:
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= {self.unknown} if self.unknown is not None else set()
-        reserved = ("<unused", "<|reserved_")  # added, but in no text
+        reserved = ("<unused", "<|reserved_")  # added tokens that occur in no text
         added = frozenset(i for i, text in self.added.items() if not text.startswith(reserved))
         return added | frozenset(self.ids[text] for text in texts if text in self.ids)
 

@@ -1,4 +1,4 @@
-"""The walk of calibration rows over the layers of a model, which everything that reads or repairs layers visits.
+"""Layer-by-layer pass of calibration rows through a model, for all code that measures or repairs layers.
 
     stream = LayerStream(model, "text", batches)  # embeds
     for number in range(stream.n_layers):
@@ -63,7 +63,7 @@ class LayerStream:
         self._dtype, params, width = dtype, _entrance(model, stack), model.cfg.stack(stack).hidden_size
         size = 4 * width * sum(batch.weight.size for batch in batches) // row_ways(self.mesh)
         self._hosts = copies is not None and copies * size > min(from_all(lambda: free_memory() // 4))
-        self.states, self.embeds = list[State](), list[LayerEmbeds]()  # arrays apart for every layer that is left
+        self.states, self.embeds = list[State](), list[LayerEmbeds]()  # embeds: one array per remaining layer
 
         def embed(batch: CalibrationBatch) -> tuple[jax.Array, LayerEmbeds]:
             return _embed(
@@ -84,13 +84,13 @@ class LayerStream:
         return Layer.of(self.model, self.stack, number, self._dtype)
 
     def at(self, states: Sequence[State]) -> LayerStream:
-        """Return the stream of the same batches with other states, for example at another layer."""
+        """Return a copy of the stream with other hidden states of the same batches, for example at another layer."""
         other = copy.copy(self)
         other.states = list(states)
         return other
 
     def given(self, at: int, place: int) -> Given:
-        """Return a layer's inputs besides the stream for batch number `at`, on the hosts; `place`: see `visit`."""
+        """Return the inputs of a layer besides the residual stream, for batch number `at`; `place`: see `visit`."""
         return Given(self.batches[at].context, self.embeds[at].of_layer(place), self.states[at].shared)
 
     def visit(
@@ -128,7 +128,7 @@ class LayerStream:
 def walk(
     stream: LayerStream, visit: Callable[[Layer, LayerStream], Layer], progress: Callable[[int], None] | None
 ) -> None:
-    """Run through all layers: `visit(layer, stream at its input)` returns the layer that computes the next stream.
+    """Call `visit(layer, stream at its input)` for all layers in order, and run the layer that it returns.
 
     `progress` is called with the number of finished layers.
     """
@@ -141,9 +141,9 @@ def walk(
 
 
 def _entrance(model: Model, stack: str) -> Any:
-    """Return the model's parameters with what embeds the inputs of a stack on the device, and the rest without memory.
+    """Return the model's parameters with those that embed a stack's inputs on the device.
 
-    Arrays that are on devices already stay there.
+    Other parameters are replaced by zeros that take no memory, unless they are on devices already.
     """
 
     def place(path: str, leaf: Any) -> Any:
@@ -157,7 +157,7 @@ def _entrance(model: Model, stack: str) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "dtype"))
 def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
-    """Return the first layer's input, and the arrays of all layers' embeddings."""
+    """Return the input of a stack's first layer, and the additional embeddings of all layers."""
     module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
     grid, items = inputs["image_grid_thw"], cfg.encoder_inputs(inputs)
     if stack == "text":

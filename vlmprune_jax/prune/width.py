@@ -65,9 +65,10 @@ def choose_widths(
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the kept units of every remaining layer, and the solver's result for the plan.
 
-    Experts leave by number before the others (`by_count`: parameters that this has removed). With a `base`, ratio and
-    sparsity are relative to this wider config, as in the reference's iterative pruning. Raises UserError for ranges or
-    multiples that the layers cannot satisfy, or a target that pruning cannot reach.
+    If `config` sets a number of experts, they are removed before heads and neurons; `by_count` is the number of
+    parameters that were removed with them. With a `base`, ratio and sparsity are relative to this wider config, as in
+    the reference's iterative pruning. Raises UserError for ranges or multiples that the layers cannot satisfy, or a
+    target that pruning cannot reach.
     """
     counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
     if counts and config.method not in METHOD_AXES:
@@ -118,7 +119,7 @@ def _after_counts(
     total: int,
     stack: str,
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the kept units if experts leave by number first, and then heads and neurons up to the ratio."""
+    """Return the kept units after removing experts down to a set number, then heads and neurons up to the ratio."""
     method, axes = next(iter(METHOD_AXES.items()))
     alone = dataclasses.replace(config, method=method, sparsity=None, selection="local", base=None)
     first, solved = choose_widths(scores, cfg, alive, None, alone, total, stack)
@@ -145,7 +146,7 @@ def _after_counts(
 
 
 def _children(axis: str, parents: np.ndarray, layer: Layer) -> np.ndarray:
-    """Return the indices of an axis that belong to these indices of its parent."""
+    """Return the indices along an axis (such as query heads) that belong to these units of the parent axis."""
     group = layer.sizes[axis] // layer.sizes[AXES[axis].parent]
     return (parents[:, None] * group + np.arange(group)[None]).reshape(-1)
 
@@ -166,7 +167,7 @@ def _scores_for(scores: Scores, method: str) -> Scores:
 
 
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
-    """Return head scores that make layers with shared keys and values lose the same heads."""
+    """Sum head scores over the layers that share keys and values, so that these layers lose the same heads."""
     units = dict(scores.units)
     kept = base.with_layers([base.layers[i] for i in alive])
     for producer in kept.producers:
@@ -201,8 +202,8 @@ def _local(
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the highest-scoring units of every layer; all layers keep equally many.
 
-    Heads and neurons lose the same share, or (`trade`) the shares whose scores add up to the least: the smallest loss
-    per parameter, as far as scores of both are comparable.
+    Heads and neurons lose the same share. With `trade`, they lose the shares whose removed scores have the smallest
+    sum, which assumes that scores of heads and neurons are comparable.
     """
     if target.counts:
         widths = _widths_of(units, target.counts)
@@ -213,7 +214,7 @@ def _local(
         candidates = [solve_widths(units, target.removal)]
         if trade:
             candidates += apart(units, target.removal)
-        # of all that come about as near to the target: one fine unit per layer more or less is immaterial
+        # candidates about as near to the target as the first one: a difference of one neuron per layer is immaterial
         price = sum(_fine_price(layer) for layer in units)
         gap = max(abs(candidates[0].removed - target.removal), price)
         near = [widths for widths in candidates if abs(widths.removed - target.removal) <= gap]
@@ -240,7 +241,7 @@ def _widths_of(units: Sequence[Units], counts: Mapping[str, int]) -> Widths:
             if not axis.least <= counts.get(axis.axis, axis.size) <= axis.size:
                 raise UserError(
                     f"{axis.axis}={counts[axis.axis]} must be from {axis.least} to {axis.size}, the "
-                    f"{AXES[axis.axis].title} of layer {i}: change it"
+                    f"number of {AXES[axis.axis].title} in layer {i}: change it"
                 )
         kept.append({**layer.whole, **{axis.axis: counts.get(axis.axis, axis.size) for axis in layer.axes}})
     removed = sum(int(layer.removed(numbers)) for layer, numbers in zip(units, kept, strict=True))
@@ -251,13 +252,13 @@ def _widths_of(units: Sequence[Units], counts: Mapping[str, int]) -> Widths:
 
 
 def _fine_price(layer: Units) -> int:
-    """Return the parameters of one unit of every fine axis in range."""
+    """Return the number of parameters of a layer's smallest removal: one neuron along every fine axis in range."""
     fewer = {axis.axis: axis.size - (axis.fine and axis.prune) for axis in layer.axes}
     return int(layer.removed(fewer))
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Return the summed scores of the units that are removed."""
+    """Return the sum of the scores of all units that these widths remove."""
     pools, lost = _ranked(scores, base.layers), 0.0
     for i in alive:
         for axis, count in widths.counts[i].items():
@@ -320,8 +321,8 @@ def _global(
     """Remove the lowest-scoring units, compared over all layers and axes.
 
     As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
-    that would lose everything stays whole. Everything up to the n-th smallest is removed: n = pool - int(initial units
-    * (1 - sparsity)), or the count nearest to the ratio.
+    that would lose everything stays whole. All units up to the n-th smallest score are removed, where n = pool -
+    int(initial units * (1 - sparsity)), or the n that comes nearest to the ratio.
     """
     axes = [(i, axis) for i in alive for axis in units[i].axes]
     pool = np.sort(np.concatenate([*(scores.units[i, axis.axis] for i, axis in axes if axis.prune), np.empty(0)]))

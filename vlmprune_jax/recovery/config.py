@@ -34,7 +34,7 @@ RECOVERIES = ("train", "none")
 REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-WEIGHT = "weight"  # unit of the settings that are weights of loss terms
+WEIGHT = "weight"  # unit of settings that weight loss terms
 
 teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"))
 
@@ -129,7 +129,7 @@ class LossConfig:
             )
 
     def weights(self) -> dict[str, float]:
-        """Return {loss term: weight}."""
+        """Return {name of a loss term: its weight}, for built-in and user-defined terms."""
         items = settings_of(self).items()
         return {n: getattr(self, n) for n, about in items if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
 

@@ -119,7 +119,7 @@ def compute_features(
 
 
 class _Tile(NamedTuple):
-    """Pixels of one tile (or patches of one image of any size), and the grid of its image."""
+    """Pixels of one tile, or patches of one image of varying size, with the patch grid of the image."""
 
     pixels: np.ndarray
     shape: ImageShape

@@ -26,7 +26,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Logger to TensorBoard event files in the training folder; a resumed run replaces the steps that it repeats."""
+    """Logger to TensorBoard event files in the training folder; a resumed run overwrites repeated steps."""
 
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB

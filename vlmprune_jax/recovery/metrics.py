@@ -24,7 +24,7 @@ from vlmprune_jax.recovery.loggers import LOGGERS, Logger
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
 _Row = dict[str, float]  # a line of metrics.jsonl
-PAUSE_SECONDS = 60.0  # between progress lines if no bar can be drawn (log of a pod)
+PAUSE_SECONDS = 60.0  # seconds between progress lines if no bar can be drawn (such as in a pod's log)
 
 
 class _Step(TypedDict):

@@ -23,7 +23,7 @@ from vlmprune_jax.recovery.losses import gathered_head
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
 from vlmprune_jax.recovery.terms import top_k_logprobs
 
-_SPREAD = 256  # records whose sizes tell that of a pass
+_SPREAD = 256  # number of records from which the cache size is estimated
 
 
 def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:

@@ -29,12 +29,12 @@ from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.result import Result
 
 NOTE = (
-    "bounds by arithmetic and memory for questions of nine benchmarks; nothing ran. They say nothing of accuracy: "
-    "--ratio tells what pruning retains, docs/explanation/results.md what 8 and 4 bits do"
+    "lower bounds, computed from FLOPs and bytes for questions of nine benchmarks; nothing ran. They do not include "
+    "accuracy: --ratio prints what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
 )
 MEASURED_NOTE = (
-    "measured with {} in {} on {}, one question at a time; from and to are over rounds. They say nothing of accuracy: "
-    "--ratio tells what pruning retains, docs/explanation/results.md what 8 and 4 bits do"
+    "measured with {} in {} on {}, one question at a time; from and to are the range over repetitions. Accuracy is not "
+    "included: --ratio prints what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
 )
 WIDTH = 80  # characters per line of a recommendation
 
@@ -57,7 +57,7 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
     _say(evidence(recommendation), reporter)
     if not full:
         data_hint = "" if advice.own_data else "--train, --images and --eval set your files; "
-        _say([("more", f"{data_hint}--evidence prints the rest")], reporter)
+        _say([("more", f"{data_hint}--evidence prints all evidence and the config")], reporter)
     tables, notes = tables_of(recommendation) if full else [], footnotes(recommendation) if full else []
     if advice.bench is not None:
         tables, notes = tables + bench_tables(advice.bench), notes + bench_notes(advice.bench)
@@ -81,13 +81,13 @@ def tell_goal(
             (row.method, percent(row.removed), row.format, *(f"{gain:.2f}" for gain in row.gains[goal])) for row in rows
         )
         header = ("prune", "of the decoder", "format", "times less", "from", "to")
-        table = Table(f"Times less than unpruned in F16: {goal}", header, shown)
+        table = Table(f"Unpruned model in F16, divided by this model: {goal}", header, shown)
         note = MEASURED_NOTE.format(rows[0].model, on, rows[0].processor)
     else:
         topology = TPU if on == "tpu" else on
         choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
         lines = tuple((one.name, one.least, "" if one.gain is None else f"{one.gain:.2f}") for one in choices)
-        table, note = Table(f"Least {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), lines), NOTE
+        table, note = Table(f"Lowest {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), lines), NOTE
     reporter.table(*table.printed)
     _say([("note", note)], reporter)
 
@@ -97,7 +97,7 @@ def _write(path: Path, config: str) -> None:
     text = config.encode(errors="backslashreplace")
     same_size = path.is_file() and path.stat().st_size == len(text)
     if path.exists() and not (same_size and read_bytes(path, len(text)) == text):
-        raise UserError(f"--save={path}: exists already: give another name, or remove it")
+        raise UserError(f"--save={path}: exists already: choose another name, or remove the file")
     write_text(path, config)
 
 
@@ -124,7 +124,7 @@ def tables_of(recommendation: Recommendation) -> list[Table]:
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
         "Expected from": () if recommendation.expected is None else recommendation.expected.rows,
-        "Beside it, at a like ratio (models of like kind and size first)": recommendation.beside,
+        "Other measurements at similar ratios (most similar models first)": recommendation.beside,
     }
     return [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
 

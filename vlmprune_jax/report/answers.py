@@ -11,7 +11,7 @@ from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.workdir.evaluation import UNPRUNED, find_evaluated, read_evaluated
 from vlmprune_jax.workdir.result import Result, Run
 
-MOST_COMPARED = 40  # models in a table
+MOST_COMPARED = 40  # maximum number of models in a table
 SIGNIFICANT, CHANCE = 0.05, "could be chance"  # p below which a difference is reported, and the verdict above it
 Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for every question
 
@@ -108,7 +108,7 @@ def _against(title: str, reference: str, right: Right, labels: Mapping[str, str]
             row.append("" if pruned in (None, name) else _repaired(right[reference], right[str(pruned)], right[name]))
         rows.append(tuple(row))
     header = ("model", f"only {labels[reference]} right", "only this right", "p", "verdict")
-    return Table(title, (*header, *(("repaired of what pruning broke",) if runs else ())), tuple(rows))
+    return Table(title, (*header, *(("repaired, of the answers that pruning broke",) if runs else ())), tuple(rows))
 
 
 def _repaired(reference: Sequence[float], pruned: Sequence[float], recovered: Sequence[float]) -> str:

@@ -28,7 +28,8 @@ from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
-    "measured speed, as a multiple of its own. Removed: share of all parameters, and of the decoder's. Data: share of "
+    "measured speed, as a multiple of the unpruned model's. Removed: share of all parameters, and of the decoder's. "
+    "Data: share of "
     "the training records. Seconds: scoring, pruning and training, without evaluation."
 )
 AVERAGES = (
@@ -36,8 +37,8 @@ AVERAGES = (
     "unpruned model's sum"
 )
 CONTROLS = (
-    " Of control: share of the score of the unpruned model after the same recovery, so that what training on the task "
-    "adds to any model is not counted."
+    " Of control: share of the score of the unpruned model after the same recovery, without the gain from training "
+    "on the task."
 )
 INTERVALS = (
     " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
@@ -73,7 +74,7 @@ def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None
         workdir / "report.html",
         _title(find_artefact(workdir / STEPS, Steps), records or {}),
         [*_sections(workdir, result, variants, finished), *([provenance_section(records)] if records else [])],
-        lead=["This run is not finished: what is there so far."] if done is None else [lead(done)],
+        lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
         numbers=() if done is None else key_numbers(done),
         missing=missing,
         best="" if done is None else done.labels[done.best],

@@ -43,7 +43,7 @@ from vlmprune_jax.workdir.sweep import (
 
 FILE = "sweep.html"
 ENOUGH = 95.0  # percent retained: the paper's "almost all"
-LEAST_RADAR = 3  # sets
+LEAST_RADAR = 3  # minimum number of evaluation sets for a radar chart
 MOST_FIGURES = 6
 NOTES = (
     "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}. 95 % interval: over "
@@ -135,14 +135,14 @@ def _lead(
         yield f"Its lead over {alike} of {others} other models could be chance."
     if len(verdicts) < others:
         untested = others - len(verdicts)
-        yield f"Its lead over {untested} of {others} is not tested: their answers are not here, or no mean of scores."
+        yield f"Its lead over {untested} of {others} is not tested: answers are missing, or the metric is no mean."
     enough = [group for group in groups if group.retained is not None and group.retained[1] >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
     if smallest is None or smallest.retained is None:
         yield f"No model retains {ENOUGH:g} %."
     elif smallest is not best:
         yield (
-            f"The smallest that retains {ENOUGH:g} % is {titles[smallest.name]}: {_shown(smallest)}, "
+            f"The smallest model that retains {ENOUGH:g} % is {titles[smallest.name]}: {_shown(smallest)}, "
             f"{_smaller(smallest, sweep)}."
         )
 

@@ -33,8 +33,8 @@ from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 
 MOST_PANELS = 9
 LABEL = "retained (%)"
-LINE_LETTERS = 110  # beside each other in a legend
-FEW_SEEDS = 2  # whose interval says little, and is not drawn; that of one seed is over questions
+LINE_LETTERS = 110  # characters per row of a legend
+FEW_SEEDS = 2  # number of seeds whose interval is too uncertain to draw (with one seed, it is over questions)
 BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
 
@@ -102,7 +102,7 @@ def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, s
         if by_images and len(limits) > 1:
             name = f"{name}, {first.image_tokens or 'all'} image tokens"
         series[group.name] = name
-        asked = first.target_ratio  # not where layers were counted
+        asked = first.target_ratio  # None if the target was a number of layers
         share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
         places.setdefault((name, way_of(group), first.data_fraction, share, first.image_tokens), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))

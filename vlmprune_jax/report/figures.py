@@ -30,9 +30,9 @@ from vlmprune_jax.workdir.result import Result, Run
 from vlmprune_jax.workdir.steps import Variant
 
 T = TypeVar("T")
-MOST_UNITS = 1_000_000  # cells of a figure
-MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
-MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads named for images
+MOST_UNITS = 1_000_000  # maximum cells of a figure
+MOST_DRAWN = 20  # maximum figures of a kind, and curves per figure; tables are complete
+MOST_LISTED, MOST_SERVING = 40, 5  # maximum numbers in a sentence, and layers or heads named for images
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
@@ -69,7 +69,7 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def _score_panels(result: Result, measured: plots.Measured, caption: str) -> Figure:
-    """Return the panels of a score figure, which the page puts below each other where it is narrow."""
+    """Return the panels of a score figure, which narrow screens show below each other."""
     alt = _score_alt(result, measured)
     points, rows = (figure_of(plots.score_figure(result, measured, (p,)), alt, caption) for p in plots.PANELS)
     return replace(points, svg=points.svg + rows.svg)
@@ -84,7 +84,7 @@ def _score_alt(result: Result, measured: plots.Measured) -> str:
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """Yield report sections with maps of removed layers, heads and neurons."""
-    plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
+    plans = list[tuple[list[str], PrunePlan]]()  # plans that keep the same units share an entry
     for name in dict.fromkeys(run.plan for run in variants if run.plan):
         plan = PrunePlan.from_json(workdir / name)
         names = next((names for names, known in plans if known.stacks == plan.stacks), None)
@@ -106,7 +106,7 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
 
 
 def _by_branch(values: Mapping[str, T], absent: T) -> tuple[T, T]:
-    """Return the values of a layer's (mixer, channel mixer), of axes that are not the parent of another."""
+    """Split a layer's values by axis into those of its mixer and of its channel mixer, without parent axes."""
     parents = {AXES[axis].parent for axis in values}
     branches = {WRITERS[axis]: value for axis, value in values.items() if axis not in parents}
     return branches.get("o_proj", absent), branches.get("down_proj", absent)
@@ -285,8 +285,8 @@ def serves_vision(scores: Scores) -> str:
             f"heads {_named([(f'{i}.{n}', s) for i, layer in enumerate(by_layer) for n, s in enumerate(layer)])}"
         )
     return (
-        f"Serve vision most: {'; '.join(named)}. In brackets the image's share of what image and text, each divided by "
-        "its sum over the model, have there: 0.50 is no preference. A head is named layer.head."
+        f"Most important for images: {'; '.join(named)}. In brackets: importance for images as a share of that for "
+        "images and text, each divided by its sum over the model; 0.50 is no preference. A head is named layer.head."
     )
 
 

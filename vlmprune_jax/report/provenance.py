@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.workdir.ledger import StageRecord
 
-_MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
+_MOST_NAMED, _LONGEST = 8, 300  # maximum stages named for a value, and characters of a value
 
 
 def provenance_section(records: Mapping[str, StageRecord]) -> Section:

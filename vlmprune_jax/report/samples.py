@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleSet
 
-MOST_MODELS = 3  # named for an answer, if another answer names the rest
+MOST_MODELS = 3  # maximum models named for an answer; further ones are counted
 HEADINGS = {
     "repaired": "Broken by pruning, repaired by recovery",
     "broken": "Broken by pruning, and still wrong",

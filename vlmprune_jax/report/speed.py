@@ -23,7 +23,7 @@ from vlmprune_jax.workdir.speed import Bench, Speed
 
 _Row = tuple[str, ...]
 ANSWERS = (1, 16, 64)  # tokens of the answers of measured questions
-RULE = 'A speed-up is "not measurable" if rounds differ by more than 20 % of the change in speed'
+RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
 LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 
 
@@ -78,8 +78,8 @@ def speed_notes(measured: Speed) -> list[str]:
     lines = [
         f"Measured on {printable(measured.processor)} (load {measured.load:.1f} before) in "
         f"{printable(workload.dtype)}: {workload.batch_size:,} row(s) of {workload.prompt_tokens:,} tokens{images}, "
-        f"then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns. Memory is what the "
-        "compiled program takes of a device. Our own forward pass; other machines and engines differ.",
+        f"then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns. Memory is that "
+        "of the compiled program on one device. Measured in vlmprune's JAX forward pass, not in another engine.",
     ]
     if measured.pairs:
         speeds = [speed for pair in measured.pairs for speed in (pair.unpruned, pair.pruned)]
@@ -92,7 +92,8 @@ def _spread_note(speeds: Sequence[Measurement]) -> str:
     prefill, decode = (max(spread(getattr(speed, name)) for speed in speeds) for name in ("prefill", "decode"))
     busy = "; other work disturbed them: measure on a quiet machine" if decode > STEADY else ""
     return (
-        f"Rounds of a model differ by up to {100 * prefill:.1f} % in prefill, {100 * decode:.1f} % in decoding{busy}."
+        f"Repeated measurements of a model differ by up to {100 * prefill:.1f} % in prefill, "
+        f"{100 * decode:.1f} % in decoding{busy}."
     )
 
 
@@ -154,7 +155,7 @@ def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
 
 
 def question_table(times: Mapping[str, Mapping[int, QuestionTime]]) -> Table:
-    """Return a table of the phases of a question and of whole questions, one row per model and batch size."""
+    """Return a table of question times, by phase and in total, with one row per model and batch size."""
     rows = tuple(
         (
             _path_end(name, 20),

@@ -28,11 +28,11 @@ from vlmprune_jax.workdir.result import WITHOUT, Run
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
-LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
-MOST_NAMED = 24  # entries of a legend
-LONGEST, LONGEST_TITLE = 40, 80  # letters of a name
+LARGEST = 1e100  # largest number that is drawn: axes need room around it
+MOST_NAMED = 24  # maximum entries of a legend
+LONGEST, LONGEST_TITLE = 40, 80  # maximum characters of a name, and of a title
 _FONT = "DejaVu Sans"  # which comes with matplotlib
-# Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
+# Okabe-Ito palette: distinguishable with any colour vision, on light and dark backgrounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
 MARKERS = {"depth": "o", "width": "s", "hybrid": "D"}

@@ -14,7 +14,7 @@ from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyRe
 
 _HEADER = ("held-out texts", "texts", "split as before", "tokens, +%", "broken", "bits/byte before", "bits/byte after")
 _NOTE = (
-    "Broken: texts made of kept tokens that are split in another way, which a closed vocabulary excludes. Bits per "
+    "Broken: texts made of kept tokens that are tokenised differently (0 for a closed vocabulary). Bits per "
     "byte: of the unpruned model with the whole and with the trimmed vocabulary."
 )
 

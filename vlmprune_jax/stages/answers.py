@@ -1,6 +1,6 @@
 """The answers of every model on disk -> their scores in `eval/<name>.json`, and sample questions.
 
-Scores are computed anew from the answers each time, in moments: another metric, or a corrected one, asks no model.
+Scores are computed from the stored answers each time, which takes seconds: after a change of metric, no model runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _TaskAnswer(_Answer):
 
 
 class _Window(TypedDict):
-    """One line of an answers file of a text: log-likelihoods of a batch of windows."""
+    """One line of a text's answers file: log-likelihoods of one batch of text windows."""
 
     nll: float
     tokens: Count

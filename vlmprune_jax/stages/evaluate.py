@@ -1,6 +1,6 @@
 """The answers of one model to an evaluation set -> `eval/<name>.answers.jsonl`, which stages/answers.py scores.
 
-Every set and every task of lmms-eval is a job of its own: adding one repeats no other.
+Every set and every lmms-eval task is a separate ledger task, so that adding one does not repeat the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.evaluation import evaluation_file
 from vlmprune_jax.workdir.ledger import Task, write_text
 
-Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the fields of `AnswerFacts` about them
+Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the answers file, and fields of `AnswerFacts`
 
 
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -108,7 +108,7 @@ def answers_file(path: Path) -> Path:
 
 
 def evaluate_task(task: Task, work: Work, data: DataSpec, spec: EvaluateSpec) -> Task:
-    """Add the evaluation stage's inputs (model folder, data of a set) and its settings."""
+    """Complete the ledger task of an evaluation: add the model folder, the set's data files and the settings."""
     key, path = work.part, result_file(work)
     answers = answers_file(path)
     if key in spec.tasks:
@@ -178,12 +178,12 @@ def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
-    """Ask the model all questions; return answer lines, and counts and times."""
+    """Generate answers to all questions; return rows for the answers file, and the counts and times of the pass."""
     assert eval_set.max_new_tokens is not None
     model, data = asking.model, asking.data
     model.cfg.check_row("evaluate's max_new_tokens", eval_set.max_new_tokens)
     questions = arranged_questions(asking.tokens, data, asking.spec, eval_set, model.cfg, multiple=asking.rows)
-    check_metric(eval_set, questions.records)  # the last one now, not after hours
+    check_metric(eval_set, questions.records)  # fail now, not after hours of generation
     start, journal = time.perf_counter(), asking.journal({"batches": len(questions)})
     whole = not journal.entries and process_count() == 1
     with EnergyMeter() as meter, asking.phase(len(questions)) as progress:
@@ -201,7 +201,7 @@ def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
 
 
 def as_lines(replies: Sequence[Reply], start: float) -> Lines:
-    """Return answer lines, and counts and times since `start`."""
+    """Return rows for the answers file, and the counts and times of the pass that began at `start`."""
     lines = [
         {
             "id": reply.record.id,
@@ -215,14 +215,14 @@ def as_lines(replies: Sequence[Reply], start: float) -> Lines:
 
 
 def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
-    """Return the counts and times of a pass: questions, mean answer length, seconds since `start`."""
+    """Return the number of questions, the mean answer length (tokens), and the seconds since `start`."""
     tokens = sum(line["tokens"] for line in lines)
     seconds = round(time.perf_counter() - start, 3)
     return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
 
 
 def _ask_task(asking: Asking, task: str) -> Lines:
-    """Run an lmms-eval task; return answer lines, and counts, times and task values."""
+    """Run an lmms-eval task; return rows for the answers file, and the counts, times and metric values of the task."""
     start = time.perf_counter()
     lines, task_results = ask_task(
         asking.model,
@@ -246,13 +246,13 @@ def check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None
 
 
 def _read_text(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
-    """Compute a text's log-likelihood; return one line per batch of windows, and counts and times."""
+    """Compute a text's log-likelihood in windows; return one row per batch of windows, the token count and seconds."""
     assert eval_set.text is not None
     assert eval_set.text_window is not None
     file, size, window, model = Path(eval_set.text), asking.spec.batch_size, eval_set.text_window, asking.model
     model.cfg.check_row("evaluate's text_window", window)
     tokenizer = asking.load_inputs().tokenizer
-    text = read_text(file, missing="no such file: evaluate.text names it")
+    text = read_text(file, missing="no such file (set in evaluate.text)")
     with reading(file, "give another text"):
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()

@@ -1,4 +1,4 @@
-"""From an experiment to the stages of its variants in order, and from a stage at its place to a task of the ledger."""
+"""Order of the stages of all variants of an experiment, and conversion of one stage to a ledger task."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _inputs(work: Work) -> dict[str, Path | str]:
 
 
 def _maker(task: Task, name: str) -> str | None:
-    """Return the stage that makes an input of a task in the workdir; None for other inputs."""
+    """Return the name of the stage that makes the input `name` of a task; None if no stage makes it."""
     if name in task.outside:
         return None
     for stage, declared in STAGES.items():
@@ -106,9 +106,9 @@ def steps_of(root: Work) -> list[Work]:
 
 
 def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
-    """Return the stages of one variant that change the model, in order, at `place`.
+    """Return the stages of one variant that change the model, in order; `place` is the `Work` of the variant's folder.
 
-    `last`: nothing follows, so that the last model is evaluated.
+    `last`: True if no recovery follows, so that the last model is evaluated in any case.
     """
     steps, settings = list[Work](), place.sections
     stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.off(settings) is None}

@@ -1,4 +1,4 @@
-"""Checks before the first model call, and the lines that say what a run does, with what and in which order."""
+"""Checks of inputs and settings before a run, and the lines that announce its steps in order."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from vlmprune_jax.stages.score import stacks_of
 from vlmprune_jax.stages.work import Work, teacher_folder
 from vlmprune_jax.workdir.evaluation import TEACHER
 
-FEW_STEPS = 20  # fewer steps of a recovery are pointed out
-SAMPLE = 8  # records of a recovery whose images are decoded
+FEW_STEPS = 20  # a recovery with fewer steps gets a remark
+SAMPLE = 8  # number of recovery records whose images are decoded as a check
 
 
 def preflight(work: Work, command: str) -> None:

@@ -64,7 +64,7 @@ After a change of metric, stored answers are scored again. --tasks=pope,mme runs
 The command also updates result.json, if the workdir has one.""",
         ),
         "speed": Stage(
-            "measure the speed of the unpruned model and of every pruned shape, in turns -> speed.json",
+            "measure the speed of the unpruned model and of each pruned layer shape, in turns -> speed.json",
             sections=("speed",),
             outputs=("speed.json",),
             per="run",

@@ -1,4 +1,4 @@
-"""Importances of the unpruned model -> `scores.npz`, of its tower -> `scores_vision.npz`."""
+"""Importance scores of the unpruned model -> `scores.npz`, and of its vision tower -> `scores_vision.npz`."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
 
 
 def _routing_key(work: Work, data: DataSpec, spec: ScoreConfig) -> str:
-    """Return a hash of what the routing of calibration tokens depends on: model and records, but no criterion."""
+    """Return a hash of the model and the calibration records, on which the routing of tokens depends."""
     settings = affecting("score", {"model": work.model, "data": data})
     settings |= {name: getattr(spec, name) for name in ("samples", "longest_text", "seed")}
     return content_key(made_from(settings, {**work.model_files, **inputs.record_files(data, "train")}, 1))
@@ -135,7 +135,7 @@ def _score(
     made_from: Mapping[str, Any],
     **known: Any,
 ) -> Scores:
-    """Score one stack by one criterion, from what is `known` or resuming an interrupted pass."""
+    """Score one stack by one criterion, resuming an interrupted pass; `known`: further arguments of `vp.score`."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
     if chosen.needs == "labels" and chosen.journals and stack == "text":

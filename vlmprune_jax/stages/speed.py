@@ -1,4 +1,4 @@
-"""The speed of the unpruned model and of every pruned shape, in turns -> `speed.json`."""
+"""Speed of the unpruned model and of one pruned model per layer shape, measured in turns -> `speed.json`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import criteria_of
 
-# (patterns of settings, separated by spaces; True if they have no effect; why)
+# (patterns of settings, separated by spaces; True if these have no effect; the reason)
 Rule = tuple[str, bool, str]
 DEFAULTS = Experiment()
 

@@ -29,9 +29,9 @@ from vlmprune_jax.prune.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.vocabulary import TextSample, VocabularyReport
 
-_MEASURED = 2**15  # bytes of text for bits per byte
-_WINDOW = 2048  # tokens, if the model has so many positions
-_SCRIPTS = 8  # listed at most, the most frequent first
+_MEASURED = 2**15  # bytes of text on which bits per byte are measured
+_WINDOW = 2048  # window in tokens (at most the model's positions)
+_SCRIPTS = 8  # maximum number of writing systems listed, most frequent first
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:

@@ -41,24 +41,24 @@ class Work:
     experiment: Experiment
     workdir: Path
     reporter: Reporter
-    overwrite: bool = False  # replace outputs that were made from other inputs
-    store: Store | None = None  # where the runs of a sweep share results
+    overwrite: bool = False  # True to replace outputs that were made from other inputs
+    store: Store | None = None  # results that the runs of a sweep share
     stage: str = ""
     before: tuple[Work, ...] = ()  # the stages that led to `start`, the first one first
     variant: Path  # folder of the prune variant, with scores, plan.json and the models made before recovery
     folder: Path  # folder of the outputs; after pruning, that of the recovery variant
     start: Path  # model that the stage starts from: the last one made in `variant`, at first the unpruned one
     out: Path  # folder of the model that the stage makes
-    name: str = ""  # of the model in `out`, in results
+    name: str = ""  # name of the model in `out`, in result files
     recovery: str = ""  # name of the recovery of that model
-    evaluated: bool = False  # whether that model is evaluated
-    subject: str = ""  # of an evaluation: file name of the model
-    part: str = ""  # of an evaluation: set or task; of a further export: its name
+    evaluated: bool = False  # True if that model is evaluated
+    subject: str = ""  # for evaluations: name of the model in file names
+    part: str = ""  # name of the evaluation set, lmms-eval task or additional export
     models: Mapping[str, Path] = field(default_factory=dict)  # all models of the run, for stages that compare them
     loaded: dict[Path, Model] | None = None  # models that several evaluations share
     pruned: bool = True  # False for a control, the unpruned model that is trained like pruned ones
     control: Path | None = None  # model folder of the control of a recovered model
-    reconstructed: bool = False  # these three are for the card of the model
+    reconstructed: bool = False  # this and the next two fields are for the model card
     recovered: bool = False
     benchmarks: Sequence[Sequence[str]] = ()
 
@@ -99,7 +99,7 @@ class Work:
         return self.out.relative_to(self.workdir).as_posix()
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line to the console."""
         self.reporter.say(text)
 
     @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Hyper:
         return [self.product([[run] for run in runs])[0] for runs in zip(*sweeps, strict=True)]
 
     def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Concatenate lists of runs."""
+        """Concatenate several lists of sweep runs into one list."""
         return [_bare(run) for runs in sweeps for run in runs]
 
 

@@ -186,7 +186,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
 
 @functools.cache
 def digest_once(path: Path | str) -> str:
-    """Return `digest(path)`, computed once per command."""
+    """Return `digest(path)`, which is computed only once per path and command."""
     return digest(path)
 
 

@@ -43,9 +43,9 @@ from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv
 
-Page = Callable[[Path], object]  # writes the page of a sweep's workdir
+Page = Callable[[Path], object]  # function that writes the comparison page into a sweep's workdir
 Table = Callable[[SweepResult], tuple[str, Sequence[str], Sequence[Sequence[str]]]]  # title, header and rows
-PAGE_SECONDS = 300.0  # between updates of the page during a sweep
+PAGE_SECONDS = 300.0  # seconds between updates of the comparison page during a sweep
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from vlmprune_jax.core.errors import Stopped
 
-_ENVIRONMENT = threading.Lock()  # of this process, which workers inherit
+_ENVIRONMENT = threading.Lock()  # protects this process's environment variables, which workers inherit
 
-Worker = Callable[[Any], str | None]  # does an item; returns the error that stopped it as one line, or None
+Worker = Callable[[Any], str | None]  # processes an item; returns its error as one line, or None
 
 
 def in_processes(

@@ -24,7 +24,7 @@ from vlmprune_jax.workdir.result import (
 )
 from vlmprune_jax.workdir.speed import MedianSpeed
 
-MOST_GROUPS = 40  # of a set; more stay in eval/*.json
+MOST_GROUPS = 40  # maximum question groups per set; further groups are only in eval/*.json
 
 
 def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
@@ -196,7 +196,7 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
             ("prompt", speed.prefill, speed.prefill_speedup),
             ("generated", speed.decode, speed.decode_speedup),
         ):
-            label, times = f"{what} tokens per second, our forward on the machine of the run", f"{speedup}"
+            label, times = f"{what} tokens per second, vlmprune's JAX forward pass on this run's machine", f"{speedup}"
             if speedup is not None and speedup.measurable:
                 rows.append((label, f"{after / speedup.ratio:,.0f}", f"{after:,.0f}", f"{times} times as fast", ""))
             elif speedup is not None:

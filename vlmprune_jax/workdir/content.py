@@ -1,4 +1,4 @@
-"""The content key: a hash of everything that a result is made from. Ledger, store and sweeps compare results by it.
+"""Content keys: hashes of all inputs of a stage's result, by which ledger, store and sweeps compare results.
 
 Files are hashed by one of two rules. The ledger asks if a file changed since a stage read it: whoever replaces a large
 file changes blocks all over it, so a sample of 2 MiB tells, in milliseconds for a 13 GB checkpoint. A sweep's store

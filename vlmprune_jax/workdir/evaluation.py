@@ -15,8 +15,9 @@ from vlmprune_jax.core.links import is_inside
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 Values = dict[str, float]
-UNPRUNED = "unpruned"  # the name in tables of the model that runs are compared with
-TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name, and the set that no file names
+UNPRUNED = "unpruned"  # name of the unpruned model in tables
+# The unpruned model's name in file names, and the set that file names leave out.
+TEACHER, DEFAULT_SET = "teacher", "questions"
 
 
 class MetricInfo(Part, frozen=True, kw_only=True):

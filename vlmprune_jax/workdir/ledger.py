@@ -162,7 +162,7 @@ def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> Stag
                         f"stage {task.kind}: returned a {type(facts).__name__}: it must return a msgspec.Struct or None"
                     )
             except BaseException:
-                # With nothing to show for it the task never began; else its record lets the same command go on.
+                # A task that wrote nothing never began; otherwise its record lets the same command continue.
                 if is_main_process() and not any(map(_holds, (*task.outputs, *task.scratch, *task.journals))):
                     remove(task.record)
                 raise
@@ -329,7 +329,7 @@ def write_text(path: Path, text: str) -> None:
     if not is_main_process():
         return
     with replacing(path) as file:
-        # What no encoding has, in names of files as in answers, stands there as JSON would spell it.
+        # Lone surrogates, in file names and answers, cannot be encoded and are written as JSON escapes.
         file.write(text.encode(errors="backslashreplace"))
 
 

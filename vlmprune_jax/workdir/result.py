@@ -21,7 +21,7 @@ RESULT = "result.json"
 NOT_TRAINED = ("none", "reconstructed")  # recoveries without training
 WITHOUT = "without recovery"
 RECOVERIES = {"sft": "SFT", "sft_l2": "SFT + L2", "sft_kl": "SFT + KL"}  # labels of common names of recoveries
-Evaluations = Mapping[str, Evaluated]  # of one model, by set
+Evaluations = Mapping[str, Evaluated]  # set -> evaluation of one model
 
 
 class Set(MetricInfo, frozen=True, kw_only=True):
@@ -86,7 +86,7 @@ class Costs(Part, frozen=True, kw_only=True):
     forward_flops: Finite
     kv_bytes_per_token: Count
     file_bytes: Count
-    active_parameters: Count | None = None  # those that one token uses; None in results of earlier versions
+    active_parameters: Count | None = None  # parameters that one token uses; None in results of earlier versions
 
 
 class Workload(Part, frozen=True, kw_only=True):
@@ -147,7 +147,7 @@ class Run(Trained, frozen=True, kw_only=True):
 
     method: str
     criterion: str
-    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # the name in files of 0.1.0
+    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # field name in files of version 0.1.0
     actual_ratio: Finite = msgspec.field(name="ratio_reached")
     decoder_ratio: Finite | None = None
     parameters: Count
@@ -198,12 +198,12 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     def problems(self, folder: Path) -> str | None:
         """Return an error message for an unknown name or a path outside the workdir; None if there is none."""
         if all(run.name != self.best for run in self.runs):
-            return f"its best run {self.best!r} is none of its runs"
+            return f"its best run {self.best!r} is not among its runs"
         for name, model in self.models:
             missing = [key for key in self.sets if model.evaluation.main(key, self.sets) is None]
             unknown = [key for key in model.evaluation.groups if key not in self.sets]
             if missing or unknown:
-                return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
+                return f"{name}: set {(missing + unknown)[0]!r} has no score of this model, or is not listed in sets"
         named = [path for run in self.runs for path in (run.plan, *run.scores)]
         named += [path for entry in self.entries for path in (entry.path, entry.metrics) if path is not None]
         named += [] if self.export is None else [self.export.path]
@@ -253,7 +253,7 @@ def recovery_label(recovery: str, *, reconstructed: bool) -> str:
 
 
 def read_result(workdir: Path) -> Result:
-    """Read `result.json`.
+    """Read and check the file `result.json` of a workdir.
 
     Raises UserError if the file cannot be read (see `read_artefact`), or has a path outside the workdir.
     """

@@ -1,6 +1,6 @@
 """`eval/samples.json`: example questions with small images and every model's answer, for the report.
 
-They are chosen while the evaluation data is at hand; the report then does without the data.
+The questions are chosen during the evaluation, so that the report does not need the evaluation data.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import Run
 
 SAMPLES = "eval/samples.json"
-# Kinds of samples, and how many of each are shown. "repaired": the unpruned model is right, some pruned model is not,
-# and one recovered from that is again. "broken": the same, but none recovered from it is. Right: a score >= 0.5.
+# Category of samples -> number shown. "repaired": the unpruned model is right, a pruned model is wrong, and a model
+# recovered from it is right. "broken": the same, but no recovered model is right. Right: a score of at least 0.5.
 KINDS = {"repaired": 6, "broken": 3, "other": 3}
 SIDE = 224  # pixels of an image's longer side
-MOST_IMAGES, MOST_IMAGE_BYTES = 4, 4 << 20  # of a sample, of a set
-MOST_ANSWERS = 24  # of a sample
-LONGEST = 600  # characters of a question or an answer
+MOST_IMAGES, MOST_IMAGE_BYTES = 4, 4 << 20  # maximum images per sample, and image bytes per set
+MOST_ANSWERS = 24  # maximum answers per sample
+LONGEST = 600  # maximum characters of a question or an answer
 _URI = r"^data:image/(jpeg|png);base64,[A-Za-z0-9+/]+={0,2}$"
 _Pixels = Annotated[int, Meta(ge=1, le=SIDE)]
 

@@ -33,7 +33,7 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
 
 
 def medians(measured: Measurement) -> MedianSpeed:
-    """Return the medians over repeated measurements."""
+    """Return the medians of a model's speeds over repeated measurements."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
     return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
 
@@ -49,12 +49,12 @@ class Pair(Part, frozen=True, kw_only=True):
 
     @property
     def prefill_speedup(self) -> SpeedUp:
-        """Speed-up of reading the prompt."""
+        """Speed-up of prefill (reading the prompt) over the unpruned model."""
         return speedup(self.unpruned.prefill, self.pruned.prefill, self.prefill_limit)
 
     @property
     def decode_speedup(self) -> SpeedUp:
-        """Speed-up of generating tokens."""
+        """Speed-up of decoding (generating tokens) over the unpruned model."""
         return speedup(self.unpruned.decode, self.pruned.decode, self.decode_limit)
 
     @property

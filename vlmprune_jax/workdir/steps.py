@@ -1,4 +1,4 @@
-"""The steps of a run (`.stages/steps.json`), their result so far, and what is missing."""
+"""The steps of a run (`.stages/steps.json`), the results of its finished steps, and the missing results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Numbers of a plan: requested and reached ratios, and numbers of parameters, by part of the model."""
+    """Facts about a plan: requested and reached ratios, and parameter counts by part of the model."""
 
     method: str
     criterion: str
-    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # the name in files of 0.1.0
+    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # field name in files of version 0.1.0
     actual_ratio: Finite = msgspec.field(name="ratio_reached")
     decoder_ratio: Finite
     parameters: Count
@@ -69,15 +69,15 @@ class StepRecord(Part, frozen=True, kw_only=True):
     """One step of a run; folders are relative to the workdir."""
 
     stage: str
-    name: str  # of the model, in results
+    name: str  # name of the model, in result files
     recovery: str
-    about: str  # the stage's help
+    about: str  # one-line help of the stage
     variant: str  # folder of the prune variant
-    folder: str  # of the outputs
-    outputs: list[str] = []  # patterns in `folder`
+    folder: str  # folder of the outputs
+    outputs: list[str] = []  # patterns of file names in `folder`
     model: str = ""  # folder of the model in `folder`; "" if the stage makes none
-    evaluated: bool = True  # whether the model is to be evaluated
-    control: bool = False  # whether the model is an unpruned one, trained for comparison
+    evaluated: bool = True  # True if the model is evaluated
+    control: bool = False  # True for a control: an unpruned model, trained for comparison
     compared_with: str = ""  # folder of the control of a recovered model; "" if there is none
 
     @property
@@ -296,4 +296,4 @@ def _missing(
             yield f"{step.name}: {step.about}", step.stage
     if left and teacher:
         yield f"the scores of {', '.join(left)}", "evaluate"
-    yield "the best model, exported and compared, and everything else that is left", "run"
+    yield "the export of the best model, its comparison, and all other unfinished stages", "run"

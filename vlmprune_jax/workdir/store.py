@@ -1,4 +1,4 @@
-"""Results of stages by content: what one run of a sweep made, the others take instead of making it again."""
+"""Store of stage results by content key, from which the runs of a sweep reuse each other's results."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _link(source: Path, target: Path) -> None:
         return
     try:
         os.link(source, target)
-    except OSError:  # the disk has no links, or is another one
+    except OSError:  # the disk does not support hard links, or the store is on another disk
         with open_file(source) as file, target.open("wb") as copy:
             while block := file.read(_AT_ONCE):
                 copy.write(block)
@@ -108,7 +108,7 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
     if path.parent.is_symlink():
         raise UserError(f"{path.parent}: is a symbolic link: remove it, or use another --workdir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and no FIFO is waited for
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not follow links, and do not block on FIFOs
     with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
         until = None
         while not (held := _locked(file)) and (until is None or time.monotonic() < until):

@@ -53,7 +53,7 @@ class SweptModel(Part, frozen=True, kw_only=True):
     image_tokens: Count | None = None
     method: str
     criterion: str
-    target_ratio: Finite | None = field(name="ratio_asked")  # the name in files of 0.1.0
+    target_ratio: Finite | None = field(name="ratio_asked")  # field name in files of version 0.1.0
     actual_ratio: Finite = field(name="ratio_reached")
     decoder_ratio: Finite
     parameters: Count
@@ -118,7 +118,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
             if (model := entry.found) is not None:
                 missing = [name for name in self.sets if model.evaluation.main(name, self.sets) is None]
                 if model.unpruned not in self.unpruned or missing:
-                    return f"{entry.name}: nothing is known of {missing[0] if missing else model.unpruned!r}"
+                    return f"{entry.name}: there are no results of {missing[0] if missing else model.unpruned!r}"
         return None
 
     @property
@@ -143,7 +143,7 @@ class RunError(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_sweep(workdir: Path) -> SweepResult:
-    """Read `sweep.json`."""
+    """Read and check the file `sweep.json` of a sweep's workdir."""
     return read_artefact(workdir / SWEEP, SweepResult, missing="no such file: run `vlmprune sweep` first")
 
 

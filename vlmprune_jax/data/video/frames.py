@@ -89,5 +89,5 @@ def frame_loader(
 
 
 def _padded(indices: tuple[int, ...], patch: int) -> list[int]:
-    """Return the frames' numbers, the last one repeated so that they fill temporal patches."""
+    """Return the frame numbers, with the last one repeated until they fill whole temporal patches."""
     return [*indices, *[indices[-1]] * (-len(indices) % patch)]

@@ -24,7 +24,7 @@ from msgspec import Meta
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import parse_json
 
-MEMORY = 2**32  # bytes of address space of a worker
+MEMORY = 2**32  # maximum address space of a worker (bytes)
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # no keys or tokens
 _LINE = 2**16
 
@@ -71,7 +71,7 @@ class _Frame(msgspec.Struct):
 
 
 class _Died(Exception):
-    """The worker closed its connection, or did not answer in time (text: which of them)."""
+    """Error if the worker closed its connection or did not answer in time; the message says which."""
 
 
 class _Worker:
@@ -91,7 +91,7 @@ class _Worker:
             )
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the worker process immediately."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -134,7 +134,7 @@ class _Worker:
             view = view[count:]
 
 
-_IDLE: list[_Worker] = []  # as many as threads have read videos at the same time
+_IDLE: list[_Worker] = []  # idle workers, at most one per thread that has read videos
 _LOCK = threading.Lock()
 
 
@@ -159,7 +159,7 @@ def _borrowed() -> Iterator[_Worker]:
 
 
 def describe(file: BinaryIO, name: str, limits: Limits) -> Described:
-    """Return the facts about an open video file.
+    """Return frame count, frame rate, duration and frame size of an open video file.
 
     Raises UserError, which begins with `name`, if PyAV is missing, or the file is not a readable video or exceeds a
     limit.

@@ -24,7 +24,7 @@ from vlmprune_jax.data.video.process import Limits, decode, describe
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """Facts about one video and its sampled frames, which are known without decoding all of them."""
+    """Size, rate and sampled frame indices of one video, which are known without decoding all of its frames."""
 
     indices: tuple[int, ...]
     """Numbers of the sampled frames; a frame may occur more than once."""
@@ -36,10 +36,10 @@ class ClipInfo:
     """Frames in the video."""
 
     used: int
-    """Frames in the part of the video that is sampled."""
+    """Number of frames in the sampled part of the video."""
 
     duration: float
-    """Length of this part (seconds)."""
+    """Duration of the sampled part of the video (seconds)."""
 
     height: int
     """Pixels of a frame, before any preparation."""

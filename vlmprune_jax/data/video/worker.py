@@ -122,7 +122,7 @@ def _limit(memory: int, seconds: int) -> None:
 
 
 def _answer(connection: socket.socket, request: dict[str, Any], file: Any) -> None:
-    """Send what a request asks for: a line of JSON, and frames as bytes, each after a line with its size."""
+    """Send the answer to a request: one line of JSON, then each frame as bytes after a line with its size."""
 
     def send(reply: dict[str, Any]) -> None:
         connection.sendall(json.dumps(reply).encode() + b"\n")

@@ -49,9 +49,9 @@ from vlmprune_jax.models.generate import on_decoding_mesh
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.models.vlm import mesh_of as params_mesh
 
-# Of a request that says nothing, as lmms-eval's own models have it.
+# Default of requests without a limit, as in lmms-eval's own models.
 NEW_TOKENS = 1024
-# What a prompt that fills the model's positions still gets: rotary ones go on.
+# Minimum number of new tokens, even for prompts that fill the trained positions: rotary positions continue.
 LEAST_NEW_TOKENS = 128
 Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
@@ -241,7 +241,7 @@ class _Pictures:
 
     def __init__(self, task_dict: Mapping[str, Any]) -> None:
         self._task_dict = task_dict
-        self._where: list[tuple[Any, int]] = []  # number -> (request, which of its pictures)
+        self._where: list[tuple[Any, int]] = []  # number -> (request, index of the picture in it)
         self._numbers: dict[str, int] = {}
 
     def identity(self) -> str:

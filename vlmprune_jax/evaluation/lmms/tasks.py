@@ -1,7 +1,7 @@
-"""The tasks of lmms-eval on one model, in this process, on our forward.
+"""Evaluation of one model on lmms-eval tasks, in this process and with vlmprune's forward pass.
 
-lmms-eval asks and scores; its command line is not used, since that ends with exit code 0 whatever happened. Its cache,
-which knows a model by its path, is never used.
+lmms-eval asks the questions and scores the answers. Its command line is not used, because that exits with code 0 even
+after errors. Its cache is not used either, because its keys are paths of models, not their contents.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vlmprune_jax.evaluation.lmms.scores import sets_of
 from vlmprune_jax.models.vlm import Model
 
 _DATA = re.compile(r"\$\{data\}/([\w.-]+)")
-# Settings of questions of our own; a task has its own.
+# Settings that apply to evaluation sets only; lmms-eval tasks define their own.
 NOT_OF_TASKS = ("evaluate.max_new_tokens", "evaluate.prompt_suffix", "evaluate.text_window")
-# What is taken out of answers before they are scored: the default of lmms-eval's command line.
+# Tags whose content is removed from answers before scoring (default of lmms-eval's command line).
 _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
@@ -58,7 +58,7 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
                 f"task {task}: {place} does not exist: save the data set there (docs/how-to/benchmarks.md) "
                 "or remove the task"
             )
-    # A group names no data set itself.
+    # A task group has no data set of its own.
     read = paths or ([] if root is None else [root])
     return folder, {"task files": folder, **{f"data of {task} ({place.name})": place for place in read}}
 
@@ -146,7 +146,7 @@ def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, 
         )
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # whatever a task, its data set or its judge may raise
+    except Exception as error:  # tasks, data sets and judges may raise anything
         first: BaseException = error
         while first.__cause__ is not None:  # lmms-eval tries several times, and says that it did
             first = first.__cause__

@@ -17,7 +17,7 @@ from vlmprune_jax.evaluation.metrics.texts import is_same_text
 
 _LETTERS = string.ascii_uppercase
 _LETTER_FIRST, _IN_BRACKETS = re.compile(r"\s*([A-Z])\."), re.compile(r"\(([a-zA-Z])\)")
-SEED = 0  # for the random letters of answers that name none
+SEED = 0  # seed of the random letters for answers without a letter
 _STRIPPED = ",.!?;:'"
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = frozenset(":,.!?;'")

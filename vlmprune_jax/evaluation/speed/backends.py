@@ -42,7 +42,7 @@ def versions_of(backend: str, python: str | None) -> dict[str, str | None]:
 
 @cache
 def installed(python: str | None) -> dict[str, str]:
-    """Return {package: version} of all packages in the environment of an interpreter; None: of this process."""
+    """Return {package: version} for all packages installed for a Python interpreter (None = that of this process)."""
     if python is None:
         pairs = [(package.name, package.version) for package in importlib.metadata.distributions()]
     else:

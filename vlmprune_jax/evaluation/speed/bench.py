@@ -53,7 +53,7 @@ class Side:
     job: Job
     python: str | None = None  # interpreter of the engine's environment; None: this process's
     versions: Mapping[str, str] = field(default_factory=dict)
-    remark: str = ""  # if the engine has another version than was tried
+    remark: str = ""  # set if the engine has another version than the tested one
 
 
 def check_bench(threads: int | None, json_file: str | None) -> int:
@@ -79,7 +79,7 @@ def find_sides(
     dtype: str,
     threads: int,
 ) -> tuple[list[Side], list[str]]:
-    """Pair each model with each engine that can load it; return the pairs, and remarks on engines and other pairs.
+    """Pair each model with each engine that can load it; return the pairs, and remarks on versions and left-out pairs.
 
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
@@ -98,7 +98,7 @@ def find_sides(
             raise UserError(f"--backends={name}: is not one of {', '.join(BACKENDS)}{suggest(name, BACKENDS)}")
     twice = sorted({name for name in models if models.count(name) > 1})
     if twice:
-        raise UserError(f"{twice[0]}: is given twice: remove one of the two")
+        raise UserError(f"{twice[0]}: is listed twice: remove one of the two")
     pythons = dict(_engine_and_python(text) for text in engine_python)
     sides, remarks = list[Side](), dict[str, None]()
     for model in models:
@@ -128,19 +128,19 @@ def _engine_and_python(text: str) -> tuple[str, str]:
 
 
 def _installed_backends(pythons: Mapping[str, str]) -> list[str]:
-    """Return vlmprune's own engines, and of those that may live elsewhere the ones that are installed."""
+    """Return the built-in engines, and those optional engines that are installed here or named in `pythons`."""
     missing = [name for name in PROGRAMS if name not in pythons and None in versions_of(name, None).values()]
     return [name for name in BACKENDS if name not in missing]
 
 
 def _with_engine(side: Side, backend: str, python: str | None, threads: int) -> Side:
-    """Return a model's side of the benchmark with its engine, and a remark if another version of it was tried."""
+    """Return a model's side of the benchmark with its engine, and a remark if this version was not tested."""
     versions = {name: version for name, version in versions_of(backend, python).items() if version is not None}
     remark = ""
     if backend in PROGRAMS:
         (name, version), tried = next(iter(versions.items())), VERSIONS[backend].split()[-1]
         if not f"{version}.".startswith(f"{tried}."):
-            remark = f"{backend}: {name} {version} is installed, and {VERSIONS[backend]} was tried"
+            remark = f"{backend}: {name} {version} is installed, but vlmprune was tested with {VERSIONS[backend]}"
     job = msgspec.structs.replace(side.job, backend=backend, threads=threads)
     return replace(side, job=job, python=python, versions=versions, remark=remark)
 
@@ -216,7 +216,7 @@ class _Engine:
             finally:
                 child.kill()
                 assert child.stdin is not None
-                with contextlib.suppress(BrokenPipeError):  # lines that it did not read
+                with contextlib.suppress(BrokenPipeError):  # the process did not read all lines
                     child.stdin.close()
 
     def read(self, line: str = "") -> Answer:
@@ -351,12 +351,12 @@ def _why_not(backend: str, side: Side, python: str | None) -> str | None:
         return f"{missing[0]} is not installed{place}: {install}, {elsewhere}or leave {backend} out of --backends"
     folder, tower = Path(side.job.model), None if side.job.vision_dir is None else Path(side.job.vision_dir)
     if backend == "transformers" and not torch_loads(folder, tower):
-        return "no class of transformers computes this folder (`vlmprune inspect` says what an export would become)"
+        return "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
     if backend in PROGRAMS:
         if side.job.rows > 1:
-            return f"it is measured with one prompt at a time: leave --batch_size or {backend} out"
+            return f"this engine is measured with one prompt at a time: leave --batch_size or {backend} out"
         family, cfg = read_config(folder, tower)
         if family.layout != "transformers":
-            return f"its files are not laid out for transformers: export it, or leave {backend} out of --backends"
+            return f"the model is not in transformers layout: export it, or leave {backend} out of --backends"
         return why_not(cfg, backend)
     return None

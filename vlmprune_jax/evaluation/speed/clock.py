@@ -89,7 +89,7 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
 
 
 class QuestionTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of the phases of one batch of questions, with one value per round.
+    """Duration of each phase (in seconds) for one batch of questions, with one value per repetition.
 
     `tower`, `projector`: of the images. `first_token`: from the prompts with their images to the first token. `token`:
     every further token.

@@ -18,7 +18,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text
 
 POWERCAP = Path("/sys/class/powercap")
-SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after minutes under load
+SECONDS = 30.0  # seconds between readings: RAPL counters start again at 0 after minutes under load
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,16 @@ class Job(msgspec.Struct, kw_only=True):
     vision_dir: str | None = None
     dtype: str = "float32"
     ids: list[list[int]] = []
-    pixels: list[int] | None = None  # shape, for noise
-    grids: list[list[list[int]]] | None = None  # of images of any size
+    pixels: list[int] | None = None  # shape of the random pixels
+    grids: list[list[list[int]]] | None = None  # image grids, for images of varying size
     image_token: int | None = None
-    sees: bool = False  # the model has a vision tower
-    loader: tuple[str, str] = ("transformers", "")  # module and class
-    by_row: bool = False  # the class takes the images of each row, not one list of images
-    image_size: int = 224  # of GGUF files as well
+    sees: bool = False  # True if the model has a vision tower
+    loader: tuple[str, str] = ("transformers", "")  # module and name of the class that loads the model
+    by_row: bool = False  # True if the class takes one list of images per row
+    image_size: int = 224  # pixels per side of the image
     # GGUF files.
     mmproj: str | None = None
-    context: int = 0  # of a row
+    context: int = 0  # maximum tokens of a row
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):

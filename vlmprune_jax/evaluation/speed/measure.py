@@ -1,4 +1,4 @@
-"""Speed of models in this process."""
+"""Measurement of the speed of JAX models in this process."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _in_turns(programs: Iterable[Program], config: SpeedConfig) -> list[list[Sec
 
 
 class _Images:
-    """Program of vision tower and projector for the images of one batch of prompts."""
+    """Compiled vision tower and projector for the images of one batch of prompts."""
 
     def __init__(self, model: Model, config: SpeedConfig):
         self.model, self.mesh = model, mesh_of(model.params)

@@ -28,7 +28,7 @@ import numpy as np
 
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
 MIN_RUNS, MIN_SECONDS = 3, 0.5
-Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
+Seconds = tuple[float, float]  # seconds to the first token, and from there to the last token
 
 
 class EngineError(Exception):
@@ -43,7 +43,7 @@ class Program(Protocol):
 
 
 class Stopwatch:
-    """Timer of a compiled program.
+    """Timer that repeats a compiled program and keeps the fastest run.
 
     `agree(seconds)` returns the same value on all processes of a run, so that they repeat the program equally often.
     """
@@ -67,7 +67,7 @@ class Stamps:
         self.times: list[float] = []
 
     def put(self, tokens: Any = None) -> None:
-        """Record the present time."""
+        """Record the arrival time of the prompt or of a token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -220,7 +220,7 @@ class InVllm:
     def _generate(self, tokens: int) -> tuple[Stamps, int]:
         """Return the times of new tokens, and the number of the prompt's tokens."""
         number, prompt = next(self.numbers), {"prompt_token_ids": self.ids}
-        if self.shows_image:  # another image every time, because vLLM keeps the features of those that it knows
+        if self.shows_image:  # a new image every time, because vLLM caches image features
             prompt["multi_modal_data"] = {"image": random_image(self.side, number)}
         sampling = self.sampling(temperature=0.0, ignore_eos=True, max_tokens=tokens)
         engine, length, stamps = self.model.llm_engine, 0, Stamps()

@@ -10,8 +10,8 @@ import numpy as np
 
 from vlmprune_jax.core.files import Finite
 
-STEADY = 0.05  # spread of the rounds that a quiet machine keeps to
-_MOST_SPREAD = 0.2  # largest spread of the rounds, as a share of the speed-up's distance from 1
+STEADY = 0.05  # spread of repeated measurements that a quiet machine does not exceed
+_MOST_SPREAD = 0.2  # maximum spread of a measurable speed-up, as a share of its distance from 1
 _DRAWS = 1000
 
 
@@ -50,10 +50,10 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
         if self.measurable:
             return self.show()
         if self.spread is None:
-            return f"{self.show()} (the spread of the rounds is unknown)"
+            return f"{self.show()} (the spread of repeats is unknown)"
         busy = " on this busy machine" if self.spread > STEADY else ""
         limit = f"; FLOPs or bytes allow {self.limit:.2f}" if self._steady else ""
-        return f"{self.show()}{busy} (rounds differ by {100 * self.spread:.3g} %{limit})"
+        return f"{self.show()}{busy} (repeats differ by {100 * self.spread:.3g} %{limit})"
 
 
 def spread(speeds: Sequence[float]) -> float:

@@ -173,7 +173,7 @@ Run = tuple[Callable[[Hook, tuple[str, ...]], list[Any]], jax.Array]  # (pass ov
 
 
 def run_decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    """Return a pass over the decoder's blocks on one batch, and the type of every token."""
+    """Return a function that runs the decoder on one batch and calls a hook for every block, and all token types."""
     mask = batch["attention_mask"]
 
     def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
@@ -210,7 +210,7 @@ def _encoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any], *, stac
 
 
 def _by_position(hooked: Callable[..., Any]) -> Callable[[Hook, tuple[str, ...]], list[Any]]:
-    """Return a pass over a tower's blocks whose hook sees a row for each position."""
+    """Return a function that runs a tower and calls a hook for every block, with one row per image position."""
 
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 1, *x.shape[2:])
@@ -232,6 +232,6 @@ def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
 
 
 def _run_of(cfg: ModelConfig, stack: str) -> Callable[..., Run]:
-    """Return the function that prepares a pass over a stack's blocks."""
+    """Return the function that prepares a `Run` (a pass over all blocks on one batch) for this stack."""
     encoder = functools.partial(_encoder, stack=stack) if stack in dict(cfg.encoders) else None
     return encoder or {"text": run_decoder, "vision": _tower}[stack]

@@ -45,7 +45,7 @@ from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
 from vlmprune_jax.prune.walk import LayerStream
 
-Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
+Found = dict[str, Any]  # for one layer: path of a weight -> its reduced gradient
 Cotangent = tuple[jax.Array, dict[int, Any]]  # gradients at a layer's input, and at the keys and values of `Shared`
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
@@ -110,7 +110,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Number of labels per step (float32[steps]) and in total, and number of calibration samples."""
+    """Normalisers of the gradients: labels per step (float32[steps]) and in total, and number of calibration rows."""
 
     steps: np.ndarray
     total: float
@@ -298,7 +298,7 @@ def _forward(stream: LayerStream, budget: _Budget, n_layers: int) -> list[tuple[
 
 
 def _layer(stream: LayerStream, number: int) -> Layer:
-    """Load a layer; the keys and values of producers alone are kept."""
+    """Load a layer; its keys and values are returned only if later layers reuse them."""
     return dataclasses.replace(stream.layer(number), shares=number in stream.model.cfg.text.producers)
 
 
@@ -337,7 +337,8 @@ def _differentiate(
 ) -> tuple[tuple[Any, Any], Cotangent]:
     """Backpropagate one step through a layer: add weight gradients to the sums, return the input gradient.
 
-    The last input is the number of labels of the step, whose one row's mean loss is squared.
+    The last entry of `inputs` is the step's number of labels; with squares, a step is one row, and the gradient of the
+    row's mean loss is squared.
     """
     (params, x, given, products, counts, labels), (outgoing, keys), (first, squared) = inputs, cotangent, sums
     counts, mixer = None if counts is None else jnp.swapaxes(counts, 0, 1), cfg.layers[0].mixer

@@ -2,8 +2,8 @@
 
 Each round runs the calibration rows from the layer on trial to the end; the inputs of every kept layer stay on the
 hosts, float32[rows, seq, embed]. After the first round only the layers that cost least at their last trial are tried
-again, since removing one layer seldom makes another cheaper. `solved` closes every trial cut as `reconstruct` would
-(least squares in the layer before it), and so searches for the best model after reconstruction.
+again, since removing one layer seldom makes another cheaper. With `solved`, every trial removal is repaired by least
+squares in the layer before it, as by `reconstruct`, so that the search finds the best model after reconstruction.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def greedy_loss(
     Raises UserError for options out of range, too few rows for least squares, or a loss that is not finite.
     """
     n_layers = len(model.cfg.text.layers)
-    most = n_layers - max(1, model.cfg.deepstack)  # features of the tower go to so many layers
+    most = n_layers - max(1, model.cfg.deepstack)  # DeepStack features are added to this many layers
     rounds = min(n_layers // 2, most) if search is None else search
     if not 0 <= rounds <= most or candidates < 1:
         raise UserError(
@@ -113,7 +113,7 @@ class _Cut:
             )
 
     def loss_without(self, layer: int) -> float:
-        """Return the summed cross-entropy if one more layer is removed; infinity if this is not possible."""
+        """Return the summed cross-entropy after removing one more layer; infinity if the layer cannot be removed."""
         place, text = self.kept.index(layer), self._stream.model.cfg.text
         left = [text.layers[number] for number in self.kept if number != layer]
         if layer_problem(text) is None and layer_problem(text.with_layers(left)) is not None:
@@ -135,7 +135,7 @@ class _Cut:
         self._fill(place, stream)
 
     def _fill(self, place: int, stream: LayerStream) -> None:
-        """Recompute the cached inputs of all layers from index `place` on, where the stream is."""
+        """Recompute the cached inputs of all remaining layers from index `place` on; `stream` is the input there."""
         for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = list(stream.states)
             stream.advance(self._layer(number), self._at(number, now))
@@ -146,7 +146,7 @@ class _Cut:
         if not self._solved or place == 0:
             return None, self._stream.at(self._before[self.kept[place]])
         before, after = self.kept[place - 1], [*self.kept[place + 1 :], self._stream.n_layers][0]
-        layer = self._stream.layer(before)  # not as an earlier cut has changed it: this one is wider
+        layer = self._stream.layer(before)  # with original weights: an earlier repair was for fewer removed layers
         captured = self._stream.at(self._dense[before]).advance(layer, before, ("statistics",))
         statistics = [values["statistics"] for values in captured]
         targets = Targets([], [], [state.x for state in self._dense[after]], statistics)
@@ -162,7 +162,7 @@ class _Cut:
     def _at(self, number: int, place: int) -> int:
         """Return the index under which a layer finds its DeepStack features or per-layer embeddings.
 
-        Deepstack features are added to the first layers that are left.
+        DeepStack features are added to the first remaining layers, per-layer embeddings keep the original number.
         """
         return number if self._stream.model.cfg.text.block.layer_inputs else place
 

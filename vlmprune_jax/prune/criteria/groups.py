@@ -51,13 +51,13 @@ def summed_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, int]:
 
 
 def _rank(path: str) -> int:
-    """Return the place of a weight in the reference's order; others come last."""
+    """Return a weight's position in the reference code's order of coupled weights; weights not in it come last."""
     name = path.split("/")[-2]
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
-    """Return the axes of a layer whose units are scored.
+    """Return those axes of a layer along which units get scores.
 
     Of an axis and its child axis, only one is scored: the axis, whose units include their children, or with
     gqa="q_heads" the query heads. Of experts and their neurons, both are scored, and the pruning method chooses.

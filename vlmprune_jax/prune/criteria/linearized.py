@@ -1,4 +1,4 @@
-"""One layer with the outputs of its projections (products) computed or given, and gradients of their weights."""
+"""Run of one layer whose projection outputs are computed or passed in, and the gradients of its projection weights."""
 
 from __future__ import annotations
 
@@ -69,11 +69,12 @@ def run_with_products(
 def _product(
     x: jax.Array, weight: jax.Array, known: jax.Array | None, probe: jax.Array | None, counts: jax.Array | None, n: int
 ) -> jax.Array:
-    """Multiply x by a weight, whose gradient is the probe's; return the product if it is `known`.
+    """Multiply x by a weight, or return the product if it is `known`; the probe receives the weight's gradient.
 
-    The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
-    jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for
-    gate_proj and up_proj, and one for both (10 % of the backward pass of SmolLM2-135M).
+    The narrower factor comes first in the product that computes the gradient, because XLA:CPU transposes the first
+    factor and recomputes it to do so. In jax's own gradient, the first factor is the output's gradient, the end of a
+    long computation. The input is narrower for gate_proj and up_proj, which share it. (This saves 10 % of the backward
+    pass of SmolLM2-135M.)
     """
     return contract(x, weight, n) if known is None else known
 

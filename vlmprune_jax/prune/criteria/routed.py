@@ -57,12 +57,12 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
 
 
 def _protected(scores: np.ndarray, tokens: np.ndarray, fewest: float) -> np.ndarray:
-    """Return scores in which experts of too few tokens have the layer's largest: what they do is not known."""
+    """Raise the scores of experts with fewer than `fewest` tokens to the layer's maximum, so that they are kept."""
     return np.where(tokens >= max(fewest, 1e-9), scores, scores.max())
 
 
 def _refuse(layer: int, tokens: np.ndarray, fewest: float) -> None:
-    """Raise UserError if an expert computes too few tokens."""
+    """Raise UserError if an expert computes fewer than `fewest` calibration tokens."""
     few = np.flatnonzero(tokens < max(fewest, 1e-9))
     if len(few):
         raise UserError(
@@ -78,9 +78,9 @@ def _normalised(scores: np.ndarray) -> np.ndarray:
 
 
 def _in_turns(scores: np.ndarray) -> np.ndarray:
-    """Return scores that rank experts by their best place in any token type, and equal places by the sum.
+    """Return scores that order experts by their best rank in any token type, and equal ranks by the summed scores.
 
-    Of n experts with the largest results, each of t types has its n // t best.
+    The n highest-scoring experts include the n // t best experts of each of the t types.
     """
     count, total = scores.shape[1], scores.sum(axis=0)
     places = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")

@@ -84,7 +84,7 @@ def taylor(
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
-    """Return every variant of Taylor importance that these gradients allow."""
+    """Return {variant: channel scores}: first-order variants, or second-order ones if squared gradients are passed."""
     if a is None:
         return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
     return {

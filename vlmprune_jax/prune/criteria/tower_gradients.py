@@ -90,7 +90,7 @@ def _zeros(flat: Flat) -> Flat:
 
 
 def _steps(batches: Iterable[Arrays], cfg: ModelConfig, rows: int | None) -> Iterator[Arrays]:
-    """Yield the calibration rows to differentiate together; by default one batch per step."""
+    """Yield the calibration rows of each gradient step: `rows_per_step` rows, or one batch."""
     if rows is not None and rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
     names = (*_NAMES, *cfg.encoder_arrays)

@@ -46,7 +46,7 @@ def _channel_sums(
 ) -> list[Channels]:
     """Return sums of |W|^power per layer, over the axis given for each weight path.
 
-    `written`: times the gain of what they write to the residual stream.
+    `written`: also multiply output projections by the gain with which the residual stream receives their outputs.
     """
     mesh, layers = mesh_of(model.params), dict[int, Channels]()
     with use_mesh(mesh):
