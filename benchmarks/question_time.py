@@ -63,7 +63,7 @@ def cut(model: vp.Model, name: str, calibration: list[Any] | None = None) -> vp.
     method, percent, _ = name.split()
     stack = "vision" if method == "tower" else "text"
     share = vp.count_params(model, stack) / vp.count_params(model)
-    options = {"heads": "keep", "align_to": "gguf"} if method == "width" else {}
+    options = {"heads": "keep", "align_to": "gguf"} if method == "width" and calibration is None else {}
     if calibration is None:
         scores = vp.score(model, criterion="random", stack=stack)
     else:

@@ -22,9 +22,12 @@ from vlmprune_jax.models.params import flatten
 # Golden folder, its tower's -> layout, parameters (tests/goldens/README.md has the sizes), and what exports become.
 GOLDENS = {
     ("llava_hf", None): ("llava, transformers layout", "loads in stock transformers"),
-    ("llava_orig", "clip_tower"): ("llava, original layout", "layout=transformers: a stock LlavaForConditionalGen"),
-    ("bunny", "siglip_tower"): ("bunny, original layout", "layout=transformers: a stock LlavaForConditionalGeneration"),
-    ("internvl", None): ("internvl, original layout", "layout=transformers: a stock InternVLForConditionalGeneration"),
+    ("llava_orig", "clip_tower"): (
+        "llava, original layout",
+        "layout=transformers: folder for the stock class LlavaFor",
+    ),
+    ("bunny", "siglip_tower"): ("bunny, original layout", "layout=transformers: folder for the stock class LlavaFor"),
+    ("internvl", None): ("internvl, original layout", "layout=transformers: folder for the stock class InternVLFor"),
     ("llama_gqa", None): ("llama, transformers layout", "uneven=per_layer: true size, loads in this package, and in"),
 }
 

@@ -47,7 +47,10 @@ def deep(flags):
     [
         (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: a part of this path is a file, not"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: choose a shorter name"),
-        (OSError(errno.EIO, "Input/output error", b"\xff\x1b[2J"), r"\udcff\x1b[2J: Input/output error: make room or"),
+        (
+            OSError(errno.EIO, "Input/output error", b"\xff\x1b[2J"),
+            r"\udcff\x1b[2J: Input/output error: free disk space or",
+        ),
         (OSError("told nothing"), "W: told nothing: free disk space or repair the disk"),
         (MemoryError(), ": not enough memory (MemoryError): use shorter sequences"),
         (
@@ -70,7 +73,7 @@ def test_what_a_person_can_change(capsys, monkeypatch, error, line):
     ("run", "line"),
     [
         (raising(KeyError("x\ny")), "with KeyError: 'x\\ny'; this is a bug in vlmprune"),
-        (raising(Panic("a\x1b[31mb")), "with Panic: a\\x1b[31mb; this is a defect"),
+        (raising(Panic("a\x1b[31mb")), "with Panic: a\\x1b[31mb; this is a bug in vlmprune"),
         (deep, "with RecursionError: maximum recursion depth exceeded"),
     ],
 )
@@ -112,7 +115,7 @@ def test_a_reader_that_goes_ends_silently(capsys, monkeypatch):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert done.stderr.startswith(b"vlmprune: error: vlmprune: No space left on device: make room")
+    assert done.stderr.startswith(b"vlmprune: error: vlmprune: No space left on device: free disk space")
     assert done.stderr.count(b"\n") == 1
 
 

@@ -234,14 +234,12 @@ def test_impossible_plans_of_experts(golden):
     model = golden.model
     scores = vp.score(model, criterion="random")
     for experts in (1, 9):
-        with pytest.raises(
-            UserError, match=rf"experts={experts} must be from . to ., the number of experts in layer 0"
-        ):
+        with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the number of experts in"):
             vp.make_plan(scores, model, method="experts", experts=experts)
     with pytest.raises(UserError, match=r"every token uses . experts, but the layer has 1: keep at least"):
         prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])
     uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
-    with pytest.raises(UserError, match=r"one (number|width) for all layers"):
+    with pytest.raises(UserError, match=r"one width for all layers|equal numbers of experts and heads per layer"):
         prune(model, [KeptLayer(i, kept) for i, kept in enumerate(uneven)])
     with pytest.raises(UserError, match="a single input of down_proj, but a layer has experts"):
         vp.score(model, [golden.batch("right")], criterion="activation")

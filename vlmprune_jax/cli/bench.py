@@ -22,20 +22,14 @@ def define(values: Flags) -> None:
     text("model", None, "Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)", flag_values=values)
     several("against", [], "more models to measure, in turns with --model", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
-    several(
-        "backends",
-        [],
-        "engines (default: installed ones): jax, transformers, llama_cpp, vllm, openvino, mlx",
-        flag_values=values,
-    )
+    engines = "jax, transformers, llama_cpp, vllm, openvino, mlx (default: installed engines)"
+    several("backends", [], engines, flag_values=values)
     several("engine_python", [], "ENGINE:PYTHON if vllm, openvino or mlx is in another environment", flag_values=values)
     for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds"):
         default, about = settings[name].default, settings[name].sentence
         absl_flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
     absl_flags.DEFINE_bool("image", True, settings["image"].sentence, flag_values=values)
-    absl_flags.DEFINE_integer(
-        "threads", None, "threads per engine (default: all cores)", lower_bound=1, flag_values=values
-    )
+    absl_flags.DEFINE_integer("threads", None, "threads per engine (default: all)", lower_bound=1, flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of folders' weights", flag_values=values)
     about = "time each phase of a question in jax, for 1 and 16 questions at once (HF folders)"

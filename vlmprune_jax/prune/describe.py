@@ -164,8 +164,8 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         found["tower"] = "not part of an export in this layout: it stays in its own folder (--vision_dir)"
     elif cfg.vision is not None:
         found["tower"] = (
-            "removed layers and equal numbers of neurons load as above; fewer heads load in this package only, or as "
-            "above with uneven=pad; unequal widths need uneven=pad"
+            "fewer layers and neurons load as above; fewer heads in this package only, or as above with uneven=pad; "
+            "unequal widths need uneven=pad"
         )
     found["format=gguf"] = support(cfg)
     if not cfg.text.uniform:
