@@ -55,7 +55,7 @@ def test_a_dictionary_changes_a_section_of_a_config():
     assert config.recover_variants.to_dict() == {"two": {"recover": {"epochs": 1.0}}}
     config = experiment_config()
     config.recover.losses = {"kll": 0.5}
-    with pytest.raises(UserError, match=r"config.recover.losses has no 'kll'; did you mean 'kl'"):
+    with pytest.raises(UserError, match=r"config.recover.losses has no setting 'kll'; did you mean 'kl'"):
         override(Experiment(), config.to_dict())
 
 
@@ -122,8 +122,8 @@ def test_a_yaml_file_is_a_config(tmp_path):
         ("prune: {ratio: 0.3", "cannot be read (expected ',' or '}', but got '<stream end>' in \"my.yaml\", line 1"),
         ("- prune", "does not have the expected content (Expected `object`, got `array`)"),
         ("", "does not have the expected content (Expected `object`, got `null`)"),
-        ("prnue: {ratio: 0.3}", "config has no 'prnue'; did you mean 'prune'?"),
-        ("1: 2", "config has no '1' (known: model, data,"),
+        ("prnue: {ratio: 0.3}", "config has no setting 'prnue'; did you mean 'prune'?"),
+        ("1: 2", "config has no setting '1' (known: model, data,"),
         ("prune: {ratio: much}", "config.prune.ratio='much' must be a number or None"),
         ("prune: 0.3", "config.prune=0.3: is a section of settings"),
         ("prune: {ratio: 2026-01-01}", "cannot be read (Object of type date is not JSON"),
@@ -155,7 +155,7 @@ def test_a_sweep_needs_a_python_config(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prune": {"ratoi": 1}}, "config.prune has no 'ratoi'; did you mean 'ratio'?"),
+        ({"prune": {"ratoi": 1}}, "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
         ({"prune": 3}, "config.prune=3: is a section of settings: set each of its settings by name"),
         ({"prune": {"ratio": "a"}}, "config.prune.ratio='a' must be a number or None"),
         ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),

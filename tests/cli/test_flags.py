@@ -50,8 +50,8 @@ def config_file(tmp_path):
     ("flags", "message"),
     [
         (["--workdri=x"], "vlmprune run has no flag --workdri; did you mean 'workdir'?"),
-        (["--config={file}", "--config.prune.ratoi=0.2"], "config.prune has no 'ratoi'; did you mean 'ratio'?"),
-        (["--config={file}", "--config.prnue.ratio=0.2"], "config has no 'prnue'; did you mean 'prune'?"),
+        (["--config={file}", "--config.prune.ratoi=0.2"], "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
+        (["--config={file}", "--config.prnue.ratio=0.2"], "config has no setting 'prnue'; did you mean 'prune'?"),
         (["--config={file}", "--config.prune.ratio=much"], "could not convert string to float"),
         (["--config={file}", "--config.prune.ratio.x=1"], "config.prune.ratio is a setting, not a section"),
         (["--config.prune.ratio=0.2"], "name the file as well (--config=FILE.py)"),

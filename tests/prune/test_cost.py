@@ -234,7 +234,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
             {"budget": {"parameters": 10}},
             r"prune.budget.parameters=10: cannot be reached .*nearest: [\d,]+ param",
         ),
-        ({"budget": {"parameter": 9e3}}, r"budget has no 'parameter'; did you mean 'parameters'"),
+        ({"budget": {"parameter": 9e3}}, r"budget has no setting 'parameter'; did you mean 'parameters'"),
         ({"budget": {}}, "'width' needs exactly one of ratio, sparsity and budget, got none"),
         ({"budget": {"context": 9}}, "exactly one of ratio, sparsity and budget, got none"),
         ({"budget": 9e3}, "budget=9000.0: is a section of settings: set each of its settings by name"),

@@ -142,7 +142,7 @@ def test_what_cannot_be_rounded(tmp_path):
     model = vp.load(make_folder(tmp_path / "source", TEXT))
     with pytest.raises(UserError, match="quantize 'q8_0' is not one of w8a16, w4a16, w8a8"):
         vp.gptq(model, rows(model), quantize="q8_0")
-    with pytest.raises(UserError, match="gptq has no 'answer_wieght'; did you mean 'answer_weight'"):
+    with pytest.raises(UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
         vp.gptq(model, rows(model), quantize="w4a16", answer_wieght=2)
     with pytest.raises(UserError, match="there are no calibration batches"):
         vp.gptq(model, [], quantize="w4a16")

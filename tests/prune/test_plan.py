@@ -166,7 +166,7 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
             "selection 'locally' is not one of local, global; did you mean 'local'",
         ),
         ({"ratio": 0.1, "base": config(UNEQUAL)}, "base has 4 layers, but the model has 5"),
-        ({"ratio": 0.1, "atn_layers": (1, 2)}, "has no 'atn_layers'; did you mean 'attn_layers'"),
+        ({"ratio": 0.1, "atn_layers": (1, 2)}, "has no setting 'atn_layers'; did you mean 'attn_layers'"),
     ],
 )
 def test_width_plans_refuse(options, message):

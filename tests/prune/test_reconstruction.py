@@ -311,7 +311,7 @@ def test_bad_input():
         reconstruct(teacher, plan, teacher, rows())
     with pytest.raises(UserError, match="at least 2 calibration rows"):
         reconstruct(pruned, plan, teacher, rows(1, batch=1))
-    with pytest.raises(UserError, match=r"reconstruct has no 'image_wait'; did you mean 'image_weight'"):
+    with pytest.raises(UserError, match=r"reconstruct has no setting 'image_wait'; did you mean 'image_weight'"):
         reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
     with pytest.raises(UserError, match=r"no token of the .*records has a weight above 0: raise prompt_weight"):
         reconstruct(pruned, plan, teacher, rows(), prompt_weight=0.0, image_weight=0.0, answer_weight=0.0)

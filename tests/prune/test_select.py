@@ -89,7 +89,7 @@ def test_angular_plans_remove_the_nearest_free_block():
         ({"ratio": 0.1, "layers_removed": 1}, "needs exactly one of .*, got ratio and layers_removed"),
         ({"ratio": 0.1, "protect": (7,)}, r"protect=\[7\] contains layers that do not exist: the model has 5 layers"),
         ({"ratio": 0.1, "rounding": "up"}, "rounding 'up' is not one of nearest, at_least"),
-        ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no 'protekt'; did you mean 'protect'\?"),
+        ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no setting 'protekt'; did you mean 'protect'\?"),
         (
             {"ratio": 0.1, "method": "dept"},
             r"method 'dept' is not one of depth, width, hybrid, experts; did you mean 'depth'\?",

@@ -62,7 +62,7 @@ def refused(root, capsys, *settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["recover.losses.rlk=0.1"], "config.recover.losses has no 'rlk'; did you mean 'rkl'?"),
+        (["recover.losses.rlk=0.1"], "config.recover.losses has no setting 'rlk'; did you mean 'rkl'?"),
         (
             ["recover.trainable=lorra"],
             "recover.trainable 'lorra' is not one of projector, lora, routers, decoder, tower, all; did you mean "

@@ -193,7 +193,7 @@ def test_a_set_has_its_own_settings_or_those_of_all():
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
-        ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no 'metirc'; did you mean 'metric'?"),
+        ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no setting 'metirc'; did you mean 'metric'?"),
         ({"sets": {"a": 3}}, "config.evaluate.sets.a=3: is a section"),
         ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
         ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set cannot have both a text (t) and questions"),

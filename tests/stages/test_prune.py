@@ -167,7 +167,7 @@ def test_two_targets_are_refused_before_scoring(experiment, capsys):
     assert main(["score", *experiment, *settings]) == 2
     assert "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES" in capsys.readouterr().err
     assert main(["score", *experiment, "--config.prune.budget.parameter=9"]) == 2
-    assert "has no 'parameter'; did you mean 'parameters'" in capsys.readouterr().err
+    assert "has no setting 'parameter'; did you mean 'parameters'" in capsys.readouterr().err
 
 
 def test_integers_that_an_engine_does_not_load_are_refused_before_recovery(goldens):

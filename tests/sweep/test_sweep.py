@@ -168,7 +168,7 @@ def test_runs_are_chosen_by_their_names(sweep, capsys):
 @pytest.mark.parametrize(
     ("flags", "body", "told"),
     [
-        ((), "return [{'prune.rato': 0.1}]", "config.prune has no 'rato'; did you mean 'ratio'?"),
+        ((), "return [{'prune.rato': 0.1}]", "config.prune has no setting 'rato'; did you mean 'ratio'?"),
         ((), "return 1 / 0", " with ZeroDivisionError: division by zero: correct it (--debug shows more)"),
         ((), "return [{'prune.ratio': 0.1}] * 2", "lists only twice"),
         ((), "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),

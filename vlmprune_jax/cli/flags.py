@@ -110,7 +110,7 @@ def _check_path(names: Sequence[str], config: Any) -> None:
             raise UserError(f"--{section}.{part}: {section} is a setting, not a section of settings")
         bare = part.split("[")[0]
         if bare not in at:
-            raise UserError(f"--{section}.{part}: {section} has no {bare!r}{suggest(bare, list(at.keys()))}")
+            raise UserError(f"--{section}.{part}: {section} has no setting {bare!r}{suggest(bare, list(at.keys()))}")
         at, section = at[bare], f"{section}.{part}"
 
 

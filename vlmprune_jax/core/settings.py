@@ -148,7 +148,7 @@ def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, 
     for name, value in values.items():
         name = present_name(name, hints)
         if name not in hints:
-            raise UserError(f"{location} has no {name!r}{suggest(name, hints)}")
+            raise UserError(f"{location} has no setting {name!r}{suggest(name, hints)}")
         current, place = getattr(spec, name), f"{location}.{name}"
         if dataclasses.is_dataclass(current):
             changes[name] = _section(current, value, place, offered=offered)
@@ -178,7 +178,7 @@ def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             location = ".".join(["config", *section_names[:number]])
             known = section if isinstance(section, Mapping) else hints_of(section)
             if part not in known:
-                raise UserError(f"{location} has no {part!r}{suggest(part, known)}")
+                raise UserError(f"{location} has no section {part!r}{suggest(part, known)}")
             section = section[part] if isinstance(section, Mapping) else getattr(section, part)
             if not (isinstance(section, Mapping) or dataclasses.is_dataclass(section)):
                 raise UserError(f"config.{name}: {location}.{part} is a setting, not a section of settings")
