@@ -29,7 +29,7 @@ def config_flag(values: Flags) -> None:
 
 def only_flag(values: Flags) -> None:
     """Define the flag --only, which selects variants or runs by name."""
-    text = "run only variants whose names match a pattern such as 'width*' (comma-separated); in a sweep: runs"
+    text = "run only variants whose names match patterns such as 'width*,depth*'; in a sweep: runs, by one pattern"
     flags.DEFINE_string("only", "", text, flag_values=values)
 
 
