@@ -94,12 +94,10 @@ def main() -> None:
     parser.add_argument("--cuts", nargs="+", default=CUTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--questions", type=int, default=10_000)
-    parser.add_argument("--saved", type=Path, help="rows of an earlier run, in place of a measurement")
+    parser.add_argument("--saved", type=Path, help="compressed result rows to print, without a measurement")
     options = parser.parse_args()
     if options.saved:
-        content = options.saved.read_bytes()
-        text = lzma.decompress(content) if options.saved.suffix == ".xz" else content
-        return print_table(map(json.loads, text.decode().splitlines()))
+        return print_table(map(json.loads, lzma.open(options.saved, "rt")))
     file = options.work / "rows.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
