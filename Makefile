@@ -35,12 +35,13 @@ demo: setup-demo
 demo-full: setup-demo
 	$(BIN)/vlmprune run --config=demo:full --workdir=runs/demo
 
-# Programs that a run of the tests compiled are kept for the next ones; old ones go, since nothing else removes them.
+# Programs that a run of the tests compiled are kept for the next ones. Old ones in our own folder go, since nothing
+# else removes them; a folder that the user chose is left alone.
 test test-slow: export JAX_COMPILATION_CACHE_DIR := $(JAX_COMPILATION_CACHE_DIR)
 test test-slow: | drop-old-programs
 
 drop-old-programs:
-	@mkdir -p '$(JAX_COMPILATION_CACHE_DIR)' && find '$(JAX_COMPILATION_CACHE_DIR)' -type f -mtime +14 -delete
+	@mkdir -p .cache/jax && find .cache/jax -type f -mtime +14 -delete
 
 test: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

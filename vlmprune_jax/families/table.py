@@ -235,7 +235,7 @@ class Family:
     """Transformers class that loads this layout; None if none does."""
 
     vllm_tpu: str = ""
-    """How vLLM runs the family on TPUs: "jax" (a class of its own), "torchax" (vLLM's PyTorch class) or ""."""
+    """Class of vLLM that runs the family on TPUs: "jax" (its own), "torchax" (vLLM's PyTorch class) or "" (none)."""
 
     runs_in: tuple[str, ...] = ("vllm",)
     """Other engines that have a class for the family."""
