@@ -72,5 +72,5 @@ def test_a_folder_has_its_own_tokenizer(folder):
 
 
 def test_settings_that_no_question_has(folder):
-    with pytest.raises(vp.UserError, match="setting 'max_length' does not affect single records"):
+    with pytest.raises(vp.UserError, match="setting 'max_length' is not accepted here"):
         vp.questions(folder, [], max_length=9)

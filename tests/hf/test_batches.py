@@ -45,8 +45,8 @@ def test_a_file_and_its_entries_are_the_same_rows(goldens: Path, entries: list[d
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_lenght": 3}, "setting 'max_lenght' does not affect single records; did you mean 'max_length'"),
-        ({"fraction": 0.5}, "setting 'fraction' does not affect single records"),
+        ({"max_lenght": 3}, "setting 'max_lenght' is not accepted here; did you mean 'max_length'"),
+        ({"fraction": 0.5}, "setting 'fraction' is not accepted here"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"images": None}, "there is no image folder"),
         ({"max_length": 3, "truncate": False}, "more than the maximum length 3"),

@@ -39,7 +39,7 @@ def open_inputs(
     known = (*ROW_SETTINGS, "max_images", "image_buckets", "tile_buckets", *others)
     for name in settings:
         if name not in known:
-            raise UserError(f"setting {name!r} does not affect single records{suggest(name, known)}")
+            raise UserError(f"setting {name!r} is not accepted here{suggest(name, known)}")
     data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
     folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
     cfg = read_config(folder, tower)[1]
