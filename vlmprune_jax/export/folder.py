@@ -41,8 +41,8 @@ from vlmprune_jax.hf.layout import (
     template,
     tied_head,
 )
-from vlmprune_jax.hf.lazy import blocks_of, extent_of, origin, to_host
-from vlmprune_jax.hf.read import check_finite
+from vlmprune_jax.hf.lazy import blocks_of, extent_of
+from vlmprune_jax.models.lazy import check_finite, location_of, to_host
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
@@ -176,7 +176,7 @@ def _weight(
             yield from (copied(group) or joined(group) for group in groups)
 
     arrays, extent = [(flat[before.path], before.place) for before, _ in pairs], copied(pairs)
-    check = functools.partial(check_finite, what=f"{origin(*arrays[0]) or key}, to be written as {dtype},")
+    check = functools.partial(check_finite, what=f"{location_of(*arrays[0]) or key}, to be written as {dtype},")
     groups = row_groups(pairs, operator.itemgetter(1))
     whole = len(pairs) == 1 and len({(slot.shape, slot.turned) for slot in pairs[0]}) == 1
     blocks = blocks_of(*arrays[0]) if whole else None

@@ -46,9 +46,9 @@ from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots, row_groups
-from vlmprune_jax.hf.lazy import blocks_of, origin, to_host
-from vlmprune_jax.hf.read import check_finite
+from vlmprune_jax.hf.lazy import blocks_of
 from vlmprune_jax.models.layers import inverse_frequencies
+from vlmprune_jax.models.lazy import check_finite, location_of, to_host
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
@@ -314,7 +314,7 @@ def _tensor(
         else:
             yield from (spelled(block, after, new, architecture) for block in blocks())
 
-    what = f"{origin(*array) or key}, to be written as {kind},"
+    what = f"{location_of(*array) or key}, to be written as {kind},"
     return _encoded(key, kind, after.hf_shape or (1,), pieces, what)
 
 

@@ -30,11 +30,10 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.layers import activation
+from vlmprune_jax.models.lazy import check_finite
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
-# First bit patterns (positive, negative) that are infinite or NaN.
-_NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 # XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
 _PART = 2**26  # elements of a tensor that one thread reads
@@ -289,17 +288,3 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
-
-
-def check_finite(array: np.ndarray, what: str) -> None:
-    """Raise a UserError that begins with `what` for weights with infinity or NaN.
-
-    Two maxima over the bit patterns (signed and unsigned) need no temporary array and are much faster than isfinite.
-    """
-    if array.size == 0:
-        return
-    positive, negative = _NOT_FINITE[array.dtype.name]
-    bits = array.dtype.itemsize * 8
-    if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
-        count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} has {count} NaN or infinite values: check the weights, or use a wider dtype")

@@ -96,7 +96,7 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
     for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
         members = [layers[number] for number in numbers]
         kind = type(next(iter(members[0].values())))
-        # arrays that stay in their files (hf/lazy.py) bring their own
+        # arrays outside memory (models/lazy.py) bring their own
         join = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
         stacked[str(run)] = unflatten({name: join([layer[name] for layer in members]) for name in members[0]})
     return {**rest, stack: {**rest[stack], "layers": stacked}}

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import layer_runs
-from vlmprune_jax.hf.lazy import FileArray, FileStack
+from vlmprune_jax.models.lazy import LazyArray
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
@@ -84,8 +84,8 @@ def _digested(path: str) -> str:
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     """Return bfloat16 samples of every parameter, without loading whole tensors from files."""
-    in_files = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
-    sampled = {path: _from_files(leaf, stacked[path]) for path, leaf in in_files.items()}
+    outside = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LazyArray)}
+    sampled = {path: _read_samples(leaf, stacked[path]) for path, leaf in outside.items()}
     host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
     device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
     sampled |= {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
@@ -98,10 +98,10 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     return sampled
 
 
-def _from_files(leaf: Any, stacked: bool) -> np.ndarray:
-    """Return weight samples of parameters that are still in their checkpoint files."""
+def _read_samples(leaf: Any, stacked: bool) -> np.ndarray:
+    """Return weight samples of parameters outside memory."""
     if stacked:
-        return np.stack([_from_files(member, False) for member in leaf.members])
+        return np.stack([_read_samples(member, False) for member in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
 
 

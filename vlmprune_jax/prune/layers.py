@@ -21,9 +21,9 @@ from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.hf.lazy import to_device, to_host
 from vlmprune_jax.models.block import Block
 from vlmprune_jax.models.context import KEYS, WRITERS, LayerEmbeds
+from vlmprune_jax.models.lazy import to_device, to_host
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.stack import fill

@@ -15,7 +15,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.hf.lazy import FileStack
+from vlmprune_jax.models.lazy import LazyStack
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model, Params
@@ -27,7 +27,7 @@ from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """Apply a prune plan: return the pruned model, leaving the input model unchanged.
 
-    The model may have host or device arrays, or arrays that stay in their files (hf/lazy.py). On a mesh, every
+    The model may have host or device arrays, or arrays outside memory (models/lazy.py). On a mesh, every
     parameter keeps its named-axis sharding. Raises UserError if the plan is for another model, or the mesh does not
     divide the remaining widths.
     """
@@ -129,7 +129,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
 
 def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
     """Select units along an axis separately for each parent: entry i of the array [parents, ...] keeps `indices[i]`."""
-    if isinstance(leaf, FileStack):
+    if isinstance(leaf, LazyStack):
         return leaf.take_each(indices, axis)
     shape = [1] * leaf.ndim
     shape[0], shape[axis] = indices.shape

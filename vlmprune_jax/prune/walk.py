@@ -27,8 +27,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, row_ways
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.context import STREAM, LayerEmbeds
+from vlmprune_jax.models.lazy import to_device
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_batch, place_inputs
 from vlmprune_jax.models.vlm import Model, to_nnx

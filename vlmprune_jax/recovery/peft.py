@@ -24,8 +24,8 @@ from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
-from vlmprune_jax.hf.lazy import to_host
 from vlmprune_jax.hf.read import read_fields
+from vlmprune_jax.models.lazy import to_host
 from vlmprune_jax.models.params import flatten, layer_axes
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES, projection_names

@@ -123,7 +123,7 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 
 WRITER = """
 import sys, time
-from vlmprune_jax.hf import lazy
+from vlmprune_jax.models import lazy
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.export import folder
 from vlmprune_jax.export.write import save
