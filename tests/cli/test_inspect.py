@@ -12,8 +12,8 @@ from repository import ROOT, full_size_models
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.limits import ENGINES
 from vlmprune_jax.core.weight_files import Entry
-from vlmprune_jax.export.loads import TARGETS
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import read_config
@@ -53,7 +53,7 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
     wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
     assert f"unequal widths {wide}" in found["export"]["format=gguf"]
-    assert set(found["loads"]) == set(found["evidence"]) == set(TARGETS)
+    assert set(found["loads"]) == set(found["evidence"]) == set(ENGINES)
     if found["family"] == "bunny":
         cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
         assert f"  loads in    transformers: {cuts} (tried with transformers 5.24)\n" in out

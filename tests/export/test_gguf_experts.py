@@ -11,8 +11,8 @@ from llama_cpp import llama_cpp
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.export.gguf_check import check_gguf
-from vlmprune_jax.export.loads import why_not
 
 pytest.importorskip("xllamacpp")
 

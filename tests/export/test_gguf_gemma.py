@@ -14,9 +14,9 @@ from stack_cases import changed
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.export.gguf_check import check_gguf
-from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.lazy import FileArray

@@ -13,10 +13,10 @@ from PIL import Image
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.export.gguf_check import check_gguf
 from vlmprune_jax.export.gguf_model import tiled
-from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.generate import generate
 

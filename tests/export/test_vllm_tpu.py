@@ -11,7 +11,7 @@ from stack_cases import with_facts
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.loads import why_not
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors

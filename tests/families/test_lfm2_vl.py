@@ -14,12 +14,12 @@ from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_pl
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.patch_rows import in_cells

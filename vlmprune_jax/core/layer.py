@@ -61,6 +61,15 @@ class Layer:
         """Return a copy of the layer with new sizes by axis name; other axes keep their sizes."""
         return Layer(self.mixer.resized(sizes), self.channel.resized(sizes))
 
+    def smaller(self, root: str, units: int | None = None) -> Layer:
+        """Return a copy of the layer with one unit of a part's top axis (or `units`) and its child units fewer.
+
+        At least one unit is kept; parts that are wider than usual lose as many units as they are times wider.
+        """
+        part = next(part for part in self.parts if part.root == root)
+        fewer = self.sizes[root] - (part.relative_width if units is None else units)
+        return self.resized(self.completed({root: max(1, fewer)}))
+
     def completed(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return `sizes` with the sizes of child axes added: each keeps its ratio to a parent axis in `sizes`."""
         follow = {

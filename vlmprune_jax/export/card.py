@@ -15,9 +15,9 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.limits import why_not_in_transformers
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.plans.plan_json import WHOLE, PlanJson, as_plan
 
@@ -215,7 +215,7 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
 def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, Any]) -> str:
     """Return the Python code that loads a folder in transformers, or why no class does."""
     loader = loader_class(config)
-    problem = why_not(written, "transformers", loader=loader is not None)
+    problem = why_not_in_transformers(written, loader=loader is not None)
     if problem is not None:
         return f"PyTorch cannot load this folder: {problem}."
     name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""

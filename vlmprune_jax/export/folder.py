@@ -14,17 +14,18 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
 from vlmprune_jax.export.format import Contents, Origin
-from vlmprune_jax.export.loads import how_known, why_not
 from vlmprune_jax.export.mtp import MtpCut, with_mtp
 from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.experts import MERGED_EXPERTS, has_experts, with_separate_experts
+from vlmprune_jax.families.limits import how_known, why_not_in_transformers
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme, is_matrix
@@ -272,7 +273,7 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
     tried = storage.symmetric and (storage.bits == 4 or storage.activations)
-    loads = why_not(cfg, "transformers", loader=not cfg.text.uniform) is None
+    loads = why_not_in_transformers(cfg, loader=not cfg.text.uniform) is None
     if loads and not has_experts(cfg.text):
         sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "

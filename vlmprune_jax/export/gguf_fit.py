@@ -7,30 +7,15 @@ import dataclasses
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.uneven import padded
-from vlmprune_jax.families.decoders import decoder_of, uneven_problem
+from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.gguf import Architecture
-from vlmprune_jax.families.gguf_towers import tower_lacks, tower_misfit
+from vlmprune_jax.families.gguf_towers import tower_misfit
+from vlmprune_jax.families.limits import architectures_of, misfit, uneven_problem
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
-    decoder = decoder_of(cfg.text.decoder)
-    if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: no GGUF tensor names are known for its {cfg.text.decoder} decoder")
-    able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
-    if not able:
-        first = decoder.gguf[0]
-        raise UserError(
-            f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: this model cannot be exported to GGUF"
-        )
-    misplaced = None if able[0].windows is None else able[0].windows(cfg.text)
-    if misplaced is not None:
-        raise UserError(f"llama.cpp's {able[0].name} cannot run these layers, since it has no {misplaced}")
-    if cfg.vision is not None:
-        if (lacks := tower_lacks(cfg)) is not None:
-            raise UserError(f"llama.cpp has no {lacks}: this model cannot be exported to GGUF")
-        if not cfg.tower:
-            raise UserError("the model was loaded without its vision tower: load the tower too for an export to GGUF")
+    able = architectures_of(cfg)
     text, vision = cfg.text, cfg.vision
     if uneven == "pad":
         text = _padded_text(text, able[0])
@@ -43,10 +28,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     if chosen is None or (uneven == "refuse" and not text.uniform):
         problem = able[0].misfit(text)
     if problem is not None:
-        raise UserError(
-            f"llama.cpp's {able[0].name} has no {problem}: prune all layers alike and keep the heads, or "
-            'export with uneven="pad" (zeros: the same function, no savings)'
-        )
+        raise UserError(misfit(able[0], problem))
     assert chosen is not None
     return chosen, dataclasses.replace(cfg, text=text, vision=vision)
 

@@ -18,10 +18,10 @@ from vlmprune_jax.core.files import reading
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
-from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.experts import has_experts
+from vlmprune_jax.families.limits import why_not_in_transformers
 from vlmprune_jax.families.table import Stock
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import PARTS, make_slots
@@ -203,7 +203,7 @@ def torch_loads(folder: Path, tower: Path | None) -> bool:
     """Return True if torch is installed and transformers computes this model exactly."""
     family, cfg = read_config(folder, tower)
     loader = loader_class(read_fields(folder / "config.json")) is not None
-    problem = why_not(cfg, "transformers", loader=loader)
+    problem = why_not_in_transformers(cfg, loader=loader)
     if family.stock is None or problem is not None or importlib.util.find_spec("torch") is None:
         return False
     if Checkpoint(folder).storage is not None and (has_experts(cfg.text) or not _decodes()):

@@ -10,21 +10,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.markup import yaml
 from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.patching import patching_from_processor
-from vlmprune_jax.families import family_of, target_of
-from vlmprune_jax.families.decoders import decoder_of
+from vlmprune_jax.families.limits import implementation
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 
 _TENSOR_SIZES = (1, 2, 4, 8, 16)
 _MAX_TOKENS = 8192  # of a request: the cache of longer ones may not fit beside the weights
 _WIDE = 128  # groups of 4-bit weights from this size on need the MXU of v6e, of 256 columns
-
-
-def implementation(cfg: ModelConfig) -> str:
-    """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
-    family, text = family_of(cfg), cfg.text
-    backend = (target_of(family) or family).vllm_tpu
-    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.attention.q_heads
-    return "torchax" if backend and mistral else backend
 
 
 def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> None:

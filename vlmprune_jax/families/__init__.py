@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.families import limits  # its engines are added to core.limits.ENGINES
 from vlmprune_jax.families.bunny import BUNNY
 from vlmprune_jax.families.gemma3 import GEMMA3
 from vlmprune_jax.families.gemma4 import GEMMA4
@@ -26,7 +26,7 @@ from vlmprune_jax.families.qwen3_moe import QWEN3_MOE
 from vlmprune_jax.families.qwen3_vl import QWEN3_VL
 from vlmprune_jax.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlmprune_jax.families.smolvlm import SMOLVLM
-from vlmprune_jax.families.table import FAMILIES, Family, Weight
+from vlmprune_jax.families.table import FAMILIES, Family, Weight, family_of, target_of
 from vlmprune_jax.families.templates import Template
 
 FAMILIES.update(
@@ -49,7 +49,18 @@ FAMILIES.update(
     }
 )
 
-__all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of", "find", "target_of", "template_of", "templates"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Weight",
+    "detect",
+    "family_of",
+    "find",
+    "limits",
+    "target_of",
+    "template_of",
+    "templates",
+]
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
@@ -69,37 +80,6 @@ def detect(config: Mapping[str, Any], location: str) -> Family:
         f"{location}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
         f"supported{code_note}; known: {', '.join(known)}"
     )
-
-
-def family_of(cfg: ModelConfig) -> Family:
-    """Return the model family of a `ModelConfig`.
-
-    Raises UserError if the family is unknown, since the file that adds it was not imported.
-    """
-    for family in reversed(FAMILIES.values()):
-        if (family.name, family.layout) == (cfg.family, cfg.layout):
-            return family
-    raise UserError(
-        f"unknown family {cfg.family!r} in {cfg.layout} layout (known: {', '.join(FAMILIES)}): import the file that "
-        "registers this family"
-    )
-
-
-def target_of(family: Family) -> Family | None:
-    """Return the family (transformers layout) to which a hub-layout family is converted; None if it has no conversion.
-
-    Raises UserError if that family is unknown, or accepts no models of other layouts.
-    """
-    if family.conversion is None:
-        return None
-    targets = {name: f for name, f in FAMILIES.items() if f.stock is not None and f.stock.processor is not None}
-    if family.conversion.to not in targets:
-        raise UserError(
-            f"family {family.name}: conversion.to={family.conversion.to!r} names a layout to which no model can be "
-            "converted: "
-            f"use one of {', '.join(targets)}"
-        )
-    return targets[family.conversion.to]
 
 
 def templates() -> dict[str, Template]:

@@ -24,19 +24,6 @@ def decoder_of(model_type: str) -> Decoder:
     return decoders[model_type]
 
 
-def layer_problem(text: TextConfig) -> str | None:
-    """Return why transformers' decoder class does not support layers of these shapes, with advice; None if it does."""
-    decoders = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
-    return decoders[-1].problem(text) if decoders else None
-
-
-def uneven_problem(text: TextConfig) -> str | None:
-    """Return why no export format can store this decoder with layers of unequal width; None if one can."""
-    first, *others = text.layers
-    wider = first.completed({first.channel.root: first.sizes[first.channel.root] + 1})
-    return layer_problem(text.with_layers([first.resized(wider), *others]))
-
-
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
     return decoder_of(config.get("model_type", "llama")).from_hf(config)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.templates import LLAVA_V1, Template
@@ -65,7 +66,7 @@ class Decoder:
     """llama.cpp architectures that compute the decoder, in order of preference."""
 
     derives_head_dim: tuple[str, ...] = ()
-    """Engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads, whatever config.json says."""
+    """Engines (of `core.limits.ENGINES`) that compute head_dim as hidden_size / heads, whatever config.json says."""
 
     runs_in: tuple[str, ...] = ("vllm", "mlx", "openvino")
     tried: Mapping[str, str] = field(default_factory=dict)
@@ -277,3 +278,34 @@ class Family:
 # All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment
 # (`vlmprune_jax.families["mine"] = Family(...)`); if several match a folder, the last one added is used.
 FAMILIES = Registry("families", Family, {})
+
+
+def family_of(cfg: ModelConfig) -> Family:
+    """Return the model family of a `ModelConfig`.
+
+    Raises UserError if the family is unknown, since the file that adds it was not imported.
+    """
+    for family in reversed(FAMILIES.values()):
+        if (family.name, family.layout) == (cfg.family, cfg.layout):
+            return family
+    raise UserError(
+        f"unknown family {cfg.family!r} in {cfg.layout} layout (known: {', '.join(FAMILIES)}): import the file that "
+        "registers this family"
+    )
+
+
+def target_of(family: Family) -> Family | None:
+    """Return the family (transformers layout) to which a hub-layout family is converted; None if it has no conversion.
+
+    Raises UserError if that family is unknown, or accepts no models of other layouts.
+    """
+    if family.conversion is None:
+        return None
+    targets = {name: f for name, f in FAMILIES.items() if f.stock is not None and f.stock.processor is not None}
+    if family.conversion.to not in targets:
+        raise UserError(
+            f"family {family.name}: conversion.to={family.conversion.to!r} names a layout to which no model can be "
+            "converted: "
+            f"use one of {', '.join(targets)}"
+        )
+    return targets[family.conversion.to]

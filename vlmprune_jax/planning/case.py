@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.limits import keeps_heads
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import length_buckets
@@ -24,7 +25,6 @@ from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import Variant
-from vlmprune_jax.export.loads import keeps_heads
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten

@@ -17,13 +17,14 @@ from typing import Any
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.export.loads import TARGETS, how_known, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.limits import how_known
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
@@ -202,7 +203,7 @@ def details(advice: Advice) -> list[str]:
 
 def _loading_lines(cfg: ModelConfig) -> list[str]:
     """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
-    unmet = {target: why_not(cfg, target) for target in TARGETS}
+    unmet = {target: why_not(cfg, target) for target in ENGINES}
     able = [f"{target} ({how_known(cfg, target)})" for target, reason in unmet.items() if reason is None]
     loads = ", ".join(able) or "no engine"
     on_tpus = [] if unmet["vllm_tpu"] else [f"  on TPUs: {facts(cfg)}"]

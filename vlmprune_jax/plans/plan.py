@@ -15,7 +15,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, renamed
 from vlmprune_jax.core.files import parse_json, read_json, replacing
 from vlmprune_jax.core.layer import describe_layers
-from vlmprune_jax.families.decoders import layer_problem
+from vlmprune_jax.core.limits import why_no_class
 from vlmprune_jax.plans.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
 from vlmprune_jax.plans.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 
@@ -107,7 +107,7 @@ class PrunePlan:
             if name == "text":
                 _check_shared(cfg.text, kept.layers)
             cfg = cfg.with_layers(kept.of(cfg.stack(name).layers), name)
-        problem = layer_problem(cfg.text)
+        problem = why_no_class(cfg)
         if problem is not None:
             raise UserError(f"transformers could not load the pruned model: {problem}")
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)

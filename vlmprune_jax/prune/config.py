@@ -11,6 +11,7 @@ import numpy as np
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import ENGINES
 from vlmprune_jax.core.settings import (
     FRACTION,
     MAX_ROWS,
@@ -20,7 +21,6 @@ from vlmprune_jax.core.settings import (
     setting,
     settings_of,
 )
-from vlmprune_jax.export.loads import TARGETS
 
 METHODS = ("depth", "width", "hybrid", "experts")
 # Method -> settings that it takes as a target in place of a ratio.
@@ -281,7 +281,7 @@ class PlanConfig:
         (),
         'Engines that must load the pruned model at its true size; other plans are refused. `heads="auto"` keeps all '
         "heads if an engine needs them.",
-        choices=TARGETS,
+        choices=ENGINES,
     )
     sparsity: float | None = prune_setting(
         None,

@@ -9,8 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.loads import why_not
-from vlmprune_jax.families.decoders import layer_problem
+from vlmprune_jax.core.limits import why_no_class, why_not
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores
@@ -72,7 +71,7 @@ def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collecti
     if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
         return ""  # a layer must be left, and one for each level of deepstack features
     left = cfg.with_layers(shapes, stack)
-    if layer_problem(cfg.text) is None and (problem := layer_problem(left.text)) is not None:
+    if why_no_class(cfg) is None and (problem := why_no_class(left)) is not None:
         return problem
     for target in targets:
         if (reason := why_not(left, target)) is not None and why_not(cfg, target) is None:

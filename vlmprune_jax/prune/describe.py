@@ -12,14 +12,14 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.export.gguf_fit import support
-from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import Family, target_of
-from vlmprune_jax.families.decoders import uneven_problem
+from vlmprune_jax.families.limits import how_known, uneven_problem, what_loads
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots, match_keys
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
@@ -64,7 +64,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
         "loads": what_loads(cfg),
-        "evidence": {target: how_known(cfg, target) for target in TARGETS},
+        "evidence": {target: how_known(cfg, target) for target in ENGINES},
         "vllm_tpu": None if why_not(cfg, "vllm_tpu") else facts(cfg),
     }
 

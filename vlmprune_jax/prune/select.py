@@ -10,9 +10,9 @@ from typing import Any, Unpack
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import check_loads, keeps_heads
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary

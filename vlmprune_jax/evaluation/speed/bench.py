@@ -18,6 +18,7 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import parse_json
+from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.distributed.machine import cores
 from vlmprune_jax.evaluation.speed import process
 from vlmprune_jax.evaluation.speed.backends import BACKENDS, FOLDER, GGUF, versions_of
@@ -25,7 +26,6 @@ from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_tur
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
 from vlmprune_jax.evaluation.speed.process import PROGRAMS
-from vlmprune_jax.export.loads import VERSIONS, why_not
 from vlmprune_jax.export.reload import torch_loads
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families.gguf import ENGINE
@@ -138,9 +138,9 @@ def _with_engine(side: Side, backend: str, python: str | None, threads: int) -> 
     versions = {name: version for name, version in versions_of(backend, python).items() if version is not None}
     remark = ""
     if backend in PROGRAMS:
-        (name, version), tried = next(iter(versions.items())), VERSIONS[backend].split()[-1]
-        if not f"{version}.".startswith(f"{tried}."):
-            remark = f"{backend}: {name} {version} is installed, but vlmprune was tested with {VERSIONS[backend]}"
+        (name, version), tested = next(iter(versions.items())), ENGINES[backend].version
+        if not f"{version}.".startswith(f"{tested.split()[-1]}."):
+            remark = f"{backend}: {name} {version} is installed, but vlmprune was tested with {tested}"
     job = msgspec.structs.replace(side.job, backend=backend, threads=threads)
     return replace(side, job=job, python=python, versions=versions, remark=remark)
 

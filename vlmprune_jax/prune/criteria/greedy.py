@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.limits import why_no_class
 from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import use_mesh
-from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.vlm import Model, head_of, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
@@ -114,9 +114,11 @@ class _Cut:
 
     def loss_without(self, layer: int) -> float:
         """Return the summed cross-entropy after removing one more layer; infinity if the layer cannot be removed."""
-        place, text = self.kept.index(layer), self._stream.model.cfg.text
-        left = [text.layers[number] for number in self.kept if number != layer]
-        if layer_problem(text) is None and layer_problem(text.with_layers(left)) is not None:
+        place, cfg = self.kept.index(layer), self._stream.model.cfg
+        left = [cfg.text.layers[number] for number in self.kept if number != layer]
+        if len(left) < cfg.deepstack:
+            return math.inf
+        if why_no_class(cfg) is None and why_no_class(cfg.with_layers(left)) is not None:
             return math.inf
         _, stream = self._closed(place)
         for now, number in enumerate(self.kept[place + 1 :], start=place):

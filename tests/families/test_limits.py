@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
+from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.export.uneven import with_head_dim
+from vlmprune_jax.families.limits import how_known, what_loads
 from vlmprune_jax.hf.read import read_config
 
 # Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
@@ -22,7 +23,7 @@ MODELS = {
     "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
 }
 HEADS = {
-    "llama": TARGETS, "qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "qwen3": TARGETS,
+    "llama": tuple(ENGINES), "qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "qwen3": tuple(ENGINES),
     "phi": ("transformers", "openvino"),
 }  # fmt: skip
 
