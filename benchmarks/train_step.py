@@ -51,7 +51,7 @@ Step = Callable[[], dict[str, float]]
 def make(args: argparse.Namespace) -> None:
     """Write the student's folder, the adapters' folder and the batch of token ids, made from the teacher's folder."""
     import vlmprune_jax as vp
-    from vlmprune_jax.recovery.peft import write_adapter
+    from vlmprune_jax.export.peft import write_adapter
 
     if args.tiny:
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -43,7 +43,7 @@ WRITERS = {
     ("export/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("export/vocabulary.py", "_write"): _NEW,
     ("hf/disk/tensors.py", "write_weights"): _NEW,
-    ("recovery/peft.py", "write_adapter"): _NEW,
+    ("export/peft.py", "write_adapter"): _NEW,
     ("evaluation/lmms/tasks.py", "write_tasks"): _NEW,
     ("evaluation/speed/process.py", "serve"): "standard output",
     ("core/console.py", "without_output"): "the null device",
@@ -183,9 +183,9 @@ def test_markup_is_made_where_it_is_escaped():
         "csv.writer": {"workdir/sweep.py"},
         "Environment": {"report/page.py"},
         "Markup": {"Markup(script)", "Markup(to_svg(drawn))"},
-        ".md": {"export/card.py", "recovery/peft.py"},
+        ".md": {"export/card.py", "export/peft.py"},
     }
-    for file in (PACKAGE / "export/card.py", PACKAGE / "recovery/peft.py", ROOT / "tools/study_page.py"):
+    for file in (PACKAGE / "export/card.py", PACKAGE / "export/peft.py", ROOT / "tools/study_page.py"):
         assert "from vlmprune_jax.core.markup import" in file.read_text(encoding="utf-8")
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.export.format import Contents, Format
     from vlmprune_jax.export.formats import FORMATS as formats
     from vlmprune_jax.export.hub import push
+    from vlmprune_jax.export.pruning import make_plan, prune_folder, prune_iteratively
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.batches import batches
     from vlmprune_jax.hf.read import load
@@ -63,9 +64,6 @@ if TYPE_CHECKING:
         apply_plan,
         compose,
         fingerprint,
-        make_plan,
-        prune_folder,
-        prune_iteratively,
         reconstruct,
         score,
     )
@@ -119,14 +117,14 @@ _HOMES = {
     "imatrix": "prune.gptq",
     "load": "hf.read",
     "losses": "recovery.losses",
-    "make_plan": "prune",
+    "make_plan": "export.pruning",
     "measure_questions": "evaluation.speed.measure",
     "measure_speed": "evaluation.speed.measure",
     "metrics": "evaluation.metrics:METRICS",
     "mixers": "models.mixers:MIXERS",
     "perplexity": "evaluation.runner",
-    "prune_folder": "prune",
-    "prune_iteratively": "prune",
+    "prune_folder": "export.pruning",
+    "prune_iteratively": "export.pruning",
     "push": "export.hub",
     "questions": "evaluation.answer",
     "reconstruct": "prune",

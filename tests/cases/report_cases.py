@@ -12,8 +12,9 @@ from stack_cases import decoder_layer
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import Scores, fingerprint, make_plan
+from vlmprune_jax.prune import Scores, fingerprint
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo

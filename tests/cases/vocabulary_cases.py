@@ -13,10 +13,10 @@ from hf_cases import LFM2_VL, LLAMA, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
 
+from vlmprune_jax.export.token_sources import choose_vocabulary
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import PrunePlan, VocabularyConfig, fingerprint, keep_everything
-from vlmprune_jax.prune.token_sources import choose_vocabulary
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 SPECIAL = {

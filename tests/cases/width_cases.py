@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from rounding import assert_same_sums
 
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, forward
-from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, compose, make_plan, score
+from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, compose, score
 
 # Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
 QUICK = (

@@ -138,7 +138,7 @@ def test_full_size_in_an_instant(tmp_path):
     assert "32 x (32 heads, 11,008 neurons)" in out
     assert read < 2e8  # bytes, of which the modules are nearly all
     imported = (tmp_path / "imports").read_text()
-    assert "vlmprune_jax.prune.describe" in imported
+    assert "vlmprune_jax.export.describe" in imported
     for slow in ("transformers", "torch", "orbax", "grain"):
         assert f" {slow}\n" not in imported
 

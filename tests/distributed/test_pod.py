@@ -20,10 +20,11 @@ from repository import HANG, WORKERS
 
 from vlmprune_jax.core.weight_files import read_header
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.export.pruning import make_plan, prune_folder
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.prune import make_plan, prune_folder, score
+from vlmprune_jax.prune import score
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config

@@ -15,11 +15,12 @@ from llama_cpp import llama_cpp
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.gguf_check import check_gguf
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import apply_plan, prune_folder
+from vlmprune_jax.prune import apply_plan
 
 pytest.importorskip("xllamacpp")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

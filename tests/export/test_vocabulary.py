@@ -11,11 +11,12 @@ from vocabulary_cases import FAMILIES, SPECIAL, TOPICS, texts_file, tokenized_fo
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.export.vocabulary import ids_in, trim_config
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.plans.kept import KeptVocabulary
-from vlmprune_jax.prune import apply_plan, prune_folder
+from vlmprune_jax.prune import apply_plan
 
 KEPT = KeptVocabulary(10, (0, 2, 3, 7), "x")
 

@@ -19,7 +19,9 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.export.cost import costs_of
 from vlmprune_jax.export.mtp import MtpCut
+from vlmprune_jax.export.peft import write_adapter
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.decoders import decoder_of
@@ -31,9 +33,7 @@ from vlmprune_jax.models.params import count_params, flatten, unflatten, unstack
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
-from vlmprune_jax.prune.cost import costs_of
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
-from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import add_lora, merge_lora
 
 MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")

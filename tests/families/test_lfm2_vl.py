@@ -20,10 +20,11 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.patch_rows import in_cells
-from vlmprune_jax.prune import KeptLayer, prune_folder
+from vlmprune_jax.prune import KeptLayer
 
 STOCK = {"class_name": "AutoModelForImageTextToText", "version": "5"}
 

@@ -14,12 +14,12 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import limited_files
 from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.export.token_sources import Source
 from vlmprune_jax.families.templates import VideoText, in_words
 from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.hf.batches import open_inputs, to_records
 from vlmprune_jax.models.patch_rows import in_cells, rejoined
 from vlmprune_jax.models.vlm import to_nnx
-from vlmprune_jax.prune.token_sources import Source
 from vlmprune_jax.recovery.feature_pass import compute_features
 from vlmprune_jax.recovery.flops import batch_flops
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.export.describe import describe
+from vlmprune_jax.export.token_sources import Source
 from vlmprune_jax.export.vocabulary import trim_files
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.prune.describe import describe
-from vlmprune_jax.prune.token_sources import Source
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
 FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa")

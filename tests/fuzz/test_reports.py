@@ -10,9 +10,9 @@ from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.planning.guide import FILE, read_guide
 from vlmprune_jax.planning.rules import Target, recommend
-from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.comparison import table_of
 from vlmprune_jax.report.comparison_plots import series_of, way_of

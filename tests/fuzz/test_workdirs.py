@@ -16,7 +16,8 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
+from vlmprune_jax.export.pruning import make_plan
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores
 from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.recovery.checkpoint import Checkpointer

@@ -8,11 +8,12 @@ from repository import ROOT
 from smollm2 import english_text, smollm2_folder
 from transformers import AutoTokenizer
 
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
-from vlmprune_jax.prune import apply_plan, make_plan, score
+from vlmprune_jax.prune import apply_plan, score
 
 pytestmark = pytest.mark.slow
 PROMPTS = (

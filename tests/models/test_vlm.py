@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hf_cases import copy_golden, edit_config, expanded_batch, mean_loss
 
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import stack_layers, unstack_layers
 from vlmprune_jax.models.projector import pixel_shuffle
 from vlmprune_jax.models.vision import bicubic
 from vlmprune_jax.models.vlm import Model, forward, to_nnx
-from vlmprune_jax.prune import make_plan, score
+from vlmprune_jax.prune import score
 
 close = dict(atol=1e-4, rtol=0)
 CAPTURE = ("hidden", "image_features", "inputs_embeds")

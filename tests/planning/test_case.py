@@ -13,11 +13,12 @@ from vlm_cases import gemma3_config
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning import case as tpu_case
 from vlmprune_jax.planning.ahead_of_time import make_slice
-from vlmprune_jax.prune import Scores, make_plan
+from vlmprune_jax.prune import Scores
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.recovery.config import LossConfig

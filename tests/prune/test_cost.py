@@ -20,11 +20,12 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec
+from vlmprune_jax.export.pruning import make_plan, prune_iteratively
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.flops import forward_flops, vision_flops
 from vlmprune_jax.models.params import count_params, param_shapes
-from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
+from vlmprune_jax.prune import PrunePlan, score
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.cost import make_measure, speed_limits
 from vlmprune_jax.workdir.artefact import write_artefact

@@ -11,7 +11,8 @@ from prune_cases import EQUAL, batch, config, depth_scores, kept_stack, kept_uni
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import PrunePlan, compose, keep_everything, make_plan, score
+from vlmprune_jax.export.pruning import make_plan
+from vlmprune_jax.prune import PrunePlan, compose, keep_everything, score
 
 shapes = st.builds(lambda kv, group, mlp: decoder_layer(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))
 

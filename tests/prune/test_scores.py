@@ -12,9 +12,10 @@ from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh, unit_scor
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import Scores, fingerprint, make_plan, score
+from vlmprune_jax.prune import Scores, fingerprint, score
 from vlmprune_jax.prune.fingerprints import shape_digest
 
 

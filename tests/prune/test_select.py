@@ -13,8 +13,9 @@ from prune_cases import (
 )
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import Scores, make_plan
+from vlmprune_jax.prune import Scores
 from vlmprune_jax.prune.fingerprints import shape_digest
 
 

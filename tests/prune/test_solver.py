@@ -8,8 +8,8 @@ from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b
 from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import count_params, param_shapes
-from vlmprune_jax.prune import make_plan
 from vlmprune_jax.prune.layer_costs import Polynomial, layer_costs
 from vlmprune_jax.prune.solver import BLOCKS, AxisUnits, Units, smallest_sparsity, widths_at
 

@@ -9,7 +9,8 @@ from prune_cases import EQUAL, config, depth_scores, width_scores
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import keep_everything, make_plan
+from vlmprune_jax.export.pruning import make_plan
+from vlmprune_jax.prune import keep_everything
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.tables import compare, explain

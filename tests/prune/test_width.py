@@ -12,9 +12,10 @@ from rounding import assert_same_sums
 from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.pruning import make_plan, prune_iteratively
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import apply, forward
-from vlmprune_jax.prune import apply_plan, make_plan, prune_iteratively, score
+from vlmprune_jax.prune import apply_plan, score
 
 CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from vlmprune_jax.core import console
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import PrunePlan, Scores, make_plan
+from vlmprune_jax.export.pruning import make_plan
+from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report

@@ -17,8 +17,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.prune import prune_folder
 from vlmprune_jax.stages import pipeline
 from vlmprune_jax.stages.work import Work
 

@@ -29,11 +29,12 @@ from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.pruning import make_plan, prune_folder
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.prune import make_plan, prune_folder, score
+from vlmprune_jax.prune import score
 from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.metrics import Recorder

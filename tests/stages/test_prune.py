@@ -9,9 +9,10 @@ import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.pruning import prune_iteratively
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import iterative, prune_iteratively
+from vlmprune_jax.prune import iterative
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.stages.prune import _check_integers

@@ -11,8 +11,9 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.export.pruning import make_plan, prune_folder
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.prune import make_plan, prune_folder, score
+from vlmprune_jax.prune import score
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config

@@ -16,9 +16,10 @@ from vlmprune_jax.data import cache
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows
+from vlmprune_jax.export.pruning import make_plan, prune_folder
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.prune import make_plan, prune_folder, score
+from vlmprune_jax.prune import score
 from vlmprune_jax.stages import recover
 from vlmprune_jax.stages.work import Work
 

@@ -33,7 +33,7 @@ from vlmprune_jax.prune import (
     fingerprint,
     keep_everything,
 )
-from vlmprune_jax.prune.token_sources import choose_vocabulary
+from vlmprune_jax.export.token_sources import choose_vocabulary
 
 _ROOT = Path(__file__).parents[2]
 _GOLDENS = _ROOT / "tests/goldens/families"

@@ -26,7 +26,7 @@ def run(flags: Any) -> None:
     import json
 
     from vlmprune_jax.core.errors import UserError
-    from vlmprune_jax.prune.describe import as_lines, describe
+    from vlmprune_jax.export.describe import as_lines, describe
 
     if len(flags.args) != 1:
         raise UserError("inspect takes one folder: vlmprune inspect HF_DIR")

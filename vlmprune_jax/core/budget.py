@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,11 @@ class Budget:
     other_bytes: int = setting(
         0, "Size of the weights that an export copies unchanged (part of `disk_bytes`).", unit="bytes", offered=False
     )
+    exported: Callable[..., Any] | None = setting(
+        None,
+        "Function from a pruned model's config to that of its export, whose layers may be wider (None = as wide).",
+        offered=False,
+    )
     curve: tuple[tuple[float, float], ...] = setting(
         (),
         "Measured decode times as pairs (number of parameters, milliseconds per token), instead of the file `bench`.",
@@ -126,4 +132,5 @@ class Budget:
         """Budget settings that differ from their defaults, as {setting name: JSON value}."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["curve"] = [list(point) for point in self.curve] or ()
-        return {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}
+        del values["exported"]
+        return {name: value for name, value in values.items() if value != getattr(Budget, name)}

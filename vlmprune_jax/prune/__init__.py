@@ -5,13 +5,10 @@ from vlmprune_jax.plans.plan import PrunePlan, compose, keep_everything
 from vlmprune_jax.prune.config import METHODS, PlanConfig, ScoreConfig, VocabularyConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprints import fingerprint
-from vlmprune_jax.prune.folder import prune_folder
-from vlmprune_jax.prune.iterative import prune_iteratively
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
-from vlmprune_jax.prune.select import make_plan
 from vlmprune_jax.prune.surgery import apply_plan
 
 __all__ = [
@@ -31,9 +28,6 @@ __all__ = [
     "compose",
     "fingerprint",
     "keep_everything",
-    "make_plan",
-    "prune_folder",
-    "prune_iteratively",
     "reconstruct",
     "score",
 ]

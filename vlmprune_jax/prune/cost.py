@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vlmprune_jax.core.budget import UNEVEN, Budget
+from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
-from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
-from vlmprune_jax.export.target import make_target
-from vlmprune_jax.export.uneven import padded_stacks
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.tensors import bytes_on_disk
-from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.flops import (
-    active_params,
     causal_flops,
     forward_flops,
     head_of,
@@ -49,7 +40,6 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     UserError for a workload that this model cannot have, or an unknown slice or dtype.
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
-    one_of("budget uneven", budget.uneven, UNEVEN)
     with error_context("prune.budget.slice"):
         chip, devices = slice_of(budget.slice)
     images = budget.images if cfg.vision is not None else 0
@@ -70,40 +60,26 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
         weights = sum(sizes["text"].active(layer, budget.batch) for layer in now.text.layers) + head // 2
         products_of = sum(products["text"].active(layer) for layer in now.text.layers)
         flops = 2 * products_of + head + _attention_of_token(now.text, context)
-        traffic = itemsize * (weights + budget.batch * _cache(now.text, context))
+        traffic = itemsize * (weights + budget.batch * cache_size(now.text, context))
         seconds = chip.seconds(budget.batch * flops / devices, traffic / devices, 0)
         return 1000 * max(seconds.values())
 
-    def on_disk(now: ModelConfig) -> int:
-        return _total(padded_stacks(now) if budget.uneven == "pad" else now, sizes)
+    exported = budget.exported or (lambda now: now)
+
+    def parameters(now: ModelConfig) -> int:
+        return beside + _total(now, sizes)
 
     measures: dict[str, Callable[[ModelConfig], float]] = {
-        "parameters": lambda now: beside + _total(now, sizes),
-        "disk_bytes": lambda now: itemsize * (beside + on_disk(now)) + budget.other_bytes,
-        "memory_bytes": lambda now: itemsize * (beside + _total(now, sizes) + budget.batch * _cache(now.text, context)),
+        "parameters": parameters,
+        "disk_bytes": lambda now: itemsize * parameters(exported(now)) + budget.other_bytes,
+        "memory_bytes": lambda now: itemsize * (parameters(now) + budget.batch * cache_size(now.text, context)),
         "flops": lambda now: forward + _forward_of_layers(now, products, context, slots, slot_tokens),
         "step_ms": step_ms,
-        "decode_ms": lambda now: _between(budget.curve, beside + _total(now, sizes)),
+        "decode_ms": lambda now: _between(budget.curve, parameters(now)),
     }
     if "decode_ms" in budget.limits:
         _check_curve(budget.curve, count_params(cfg))
     return lambda now: {name: measures[name](now) for name in budget.limits}
-
-
-def with_other_bytes(budget: Budget) -> Budget:
-    """Return the budget with `other_bytes` set to the size of weights that an export copies from `source_dir`.
-
-    Raises UserError if the folder cannot be read or exported.
-    """
-    if budget.source_dir is None or budget.disk_bytes is None:
-        return dataclasses.replace(budget, source_dir=None, vision_dir=None)
-    source = resolve(budget.source_dir)
-    model = open_model(source, None if budget.vision_dir is None else resolve(budget.vision_dir))
-    target = make_target(model.cfg, source, budget.layout, budget.uneven, budget.dtype)
-    tensors = make_tensors(model, target, Checkpoint(source), budget.dtype)
-    computed = costs_of(model.cfg, dtype=budget.dtype, uneven=budget.uneven, length=1, images=0)["file_bytes"]
-    other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - computed
-    return dataclasses.replace(budget, other_bytes=other, layout="source", source_dir=None, vision_dir=None)
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
@@ -126,24 +102,6 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
     return float(np.interp(size, sizes, times))
 
 
-def costs_of(
-    cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int, image_tokens: int = 0
-) -> dict[str, int]:
-    """Return a model's costs (parameters, bytes, FLOPs), computed from its layer shapes.
-
-    `active_parameters`: parameters that one token uses. `forward_flops`: see `models.flops.forward_flops`.
-    `kv_bytes_per_token`: bytes of the key/value cache per token of a row (less beyond a layer's window). `file_bytes`:
-    bytes of the exported weights.
-    """
-    itemsize, text, images = DTYPES[dtype].itemsize, cfg.text, images if cfg.vision is not None else 0
-    return {
-        "active_parameters": active_params(cfg),
-        "forward_flops": forward_flops(cfg, length=length, images=images, image_tokens=image_tokens),
-        "kv_bytes_per_token": itemsize * _cache(text, 1),
-        "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
-    }
-
-
 def speed_limits(
     before: ModelConfig, after: ModelConfig, *, length: int, images: int, batch: int
 ) -> tuple[float, float]:
@@ -158,7 +116,7 @@ def speed_limits(
         return [layers, weight_flops(cfg, head_of(cfg), (), False), vision_flops(cfg, (), images)]
 
     def weights(cfg: ModelConfig) -> list[int]:
-        layers = weight_flops(cfg, "text/layers/", (), False) // 2 + batch * _cache(cfg.text, length)
+        layers = weight_flops(cfg, "text/layers/", (), False) // 2 + batch * cache_size(cfg.text, length)
         return [layers, weight_flops(cfg, head_of(cfg), (), False) // 2]
 
     def largest(unpruned: Sequence[int], pruned: Sequence[int]) -> float:
@@ -172,7 +130,7 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs]) -> int:
     return sum(costs[name].of(shape) for name, stack in cfg.stacks.items() for shape in stack.layers)
 
 
-def _cache(text: Stack, context: int) -> int:
+def cache_size(text: Stack, context: int) -> int:
     """Return the number of values that generation caches per sequence (keys and values, or recurrent states)."""
     return sum(layer.mixer.state_size(context) for layer in text.layers)
 

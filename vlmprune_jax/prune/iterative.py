@@ -3,61 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Unpack
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.plan import PrunePlan
-from vlmprune_jax.prune.config import PlanConfig, PlanOptions, ScoreConfig
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.scoring import score
-from vlmprune_jax.prune.select import make_trim, plan_layers
+from vlmprune_jax.prune.select import Trim, plan_layers
 from vlmprune_jax.prune.surgery import apply_plan, plan_since_loading, trim_vocabulary
 
 
-def prune_iteratively(
+def prune_in_steps(
     model: Model,
     batches: Callable[[int], Iterable[Any]],
-    config: PlanConfig | None = None,
-    *,
-    criterion: str,
-    scores: Scores | None = None,
-    score_config: ScoreConfig | None = None,
-    score_options: Mapping[str, Any] | None = None,
-    **options: Unpack[PlanOptions],
+    config: PlanConfig,
+    trim: Trim,
+    score: Callable[[Model, Iterable[Any]], Scores],
+    scores: Scores | None,
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
-    """Prune heads and neurons to a target in equal steps, with new scores before every step.
+    """Return the pruned model, one plan for all steps, and the scores of every step.
 
     Step k of K aims at k/K of the target, always relative to the original model. Under a budget, it aims at k/K of the
-    ratio that satisfies the budget with the first scores, and the last step aims at the budget itself.
-
-    Args:
-      batches: function that returns the calibration batches of step k = 0, 1, ...
-      config, options: settings of `make_plan`, with the method "width"; `steps` is their number, `stack` the stack.
-      scores: scores of `model` for the first step (None = compute them).
-      score_config, score_options: settings of `score`: its arguments `config` and `options`.
-
-    Returns:
-      The pruned model, one plan that leads from `model` to it, and the scores of every step.
-
-    Raises UserError under the conditions of `score` and `make_plan`.
+    ratio that satisfies the budget with the first scores, and the last step aims at the budget itself. `batches`
+    returns the calibration batches of step k = 0, 1, ...; `scores` are those of `model` for the first step, if known.
     """
-    config = override(PlanConfig() if config is None else config, options, "prune_iteratively", offered=False)
-    config = dataclasses.replace(config, method="width")
-    config.check()
     steps = config.steps
-    trim, total = make_trim(config.vocabulary, model.cfg), config.parameters_total or count_params(model.cfg)
+    total = config.parameters_total or count_params(model.cfg)
     ratio = trim.share_left(config, total)
     current, used = model.replace(plan=None), list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
-            scores = score(
-                current, batches(k - 1), score_config, criterion=criterion, stack=config.stack, **(score_options or {})
-            )
+            scores = score(current, batches(k - 1))
         used.append(scores)
         if config.budget.limits and k == 1:
             ratio = plan_layers(scores, model.cfg, config, None, trim.cfg).actual_ratio

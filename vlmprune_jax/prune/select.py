@@ -5,80 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.limits import check_loads, keeps_heads
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model, config_of
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
-from vlmprune_jax.prune.config import METHOD_TARGETS, PlanConfig, PlanOptions, VocabularyConfig
-from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
+from vlmprune_jax.prune.config import METHOD_TARGETS, PlanConfig, VocabularyConfig
+from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores, fits_layers
-from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
 # Settings with layer numbers or counts, which fit one stack only.
 OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")
 
 
-def make_plan(
-    scores: Scores | tuple[Scores, Scores] | None,
-    cfg: ModelConfig | Model,
-    config: PlanConfig | None = None,
-    **options: Unpack[PlanOptions],
-) -> PrunePlan:
-    """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
-
-    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
-
-    Args:
-      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if only a
-        vocabulary is trimmed.
-      cfg: the model or its config; without scores, the model.
-      config: settings; `options` override single settings.
-      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
-        (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as satisfies
-        it, and records the cost in its options as `budget_reached`.
-
-    Raises:
-      UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
-        not use, or a ratio that the method cannot reach.
-    """
-    model, cfg = cfg, config_of(cfg)
-    for part in (part for layer in cfg.text.layers for part in layer.parts if part.why_fixed):
-        for axis in options.keys() & part.fixed_sizes.keys():
-            advice = "remove layers, heads or neurons"
-            raise UserError(f"make_plan: {axis} of {part.module} cannot be pruned ({part.why_fixed}): {advice}")
-    config = _configured(config, options)
-    config.check([name for name, value in options.items() if value is not None])
-    if scores is None:
-        return _plan_vocabulary(model, config)
-    if config.steps > 1:
-        raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
-    return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
-
-
-def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePlan:
+def plan_vocabulary(model: Model, config: PlanConfig, trim: Trim) -> PrunePlan:
     """Return a plan that only trims the vocabulary."""
-    if not config.only_vocabulary or not isinstance(model, Model):
-        raise UserError("make_plan: scores=None is allowed only if nothing but the vocabulary is trimmed: pass scores")
     cfg = model.cfg
-    whole, stacks = (
-        keep_everything(cfg, fingerprint(model), count_params(cfg)),
-        {"text": KeptStack.whole(cfg.text.layers)},
-    )
+    whole = keep_everything(cfg, fingerprint(model), count_params(cfg))
     engines = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel} if config.loads_in else {}
-    plan = dataclasses.replace(whole, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
-    plan = make_trim(config.vocabulary, cfg).attach(plan)
+    stacks = {"text": KeptStack.whole(cfg.text.layers)}
+    plan = trim.attach(dataclasses.replace(whole, method=VOCABULARY_ONLY, stacks=stacks, options=engines))
     check_loads(plan.apply_to(cfg), config.loads_in)
     return plan
 
@@ -161,45 +117,13 @@ class Trim:
         return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
 
 
-def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
-    """Choose the tokens that a trimmed vocabulary keeps.
-
-    Raises UserError under the conditions of `choose_vocabulary`, or if no folder with a tokenizer is passed.
-    """
-    if config.size is None:
-        return Trim.of(None, cfg)
-    if config.source_dir is None:
-        raise UserError(
-            'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
-            '"sources": ("train.json",), "source_dir": "DIR"}'
-        )
-    return Trim.of(choose_vocabulary(config.source_dir, cfg, config), cfg)
-
-
-def _configured(config: PlanConfig | None, options: Mapping[str, Any]) -> PlanConfig:
-    whole = {name: () for name in ("attn_layers", "mlp_layers") if options.get(name) == "all"}
-    options = {**options, **whole}
-    config = override(PlanConfig() if config is None else config, options, "make_plan", offered=False)
-    return dataclasses.replace(config, budget=with_other_bytes(config.budget))
-
-
 def plan_stacks(
-    scores: Sequence[Scores | tuple[Scores, Scores]],
-    cfg: ModelConfig,
-    config: PlanConfig | None = None,
-    **options: Unpack[PlanOptions],
+    scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, trim: Trim
 ) -> PrunePlan:
-    """Plan several stacks at once, removing the same share of layer parameters from each.
+    """Return a plan for several stacks at once, which removes the same share of layer parameters from each.
 
-    Args:
-      scores: scores for each stack, in the form of `make_plan`.
-      cfg, config, options: see `make_plan`.
-
-    Raises UserError under the conditions of `make_plan`, and with several stacks for a setting with layer numbers.
+    Raises UserError for a setting with layer numbers.
     """
-    if len(scores) == 1:
-        return make_plan(scores[0], cfg, config, **options)
-    config = _configured(config, options)
     named = [name for name in OF_ONE_STACK if getattr(config, name)]
     if named:
         raise UserError(
@@ -207,7 +131,7 @@ def plan_stacks(
             "the other"
         )
     config.check()
-    total, trim = config.parameters_total or count_params(cfg), make_trim(config.vocabulary, cfg)
+    total = config.parameters_total or count_params(cfg)
 
     def plan_at(share: float | None) -> PrunePlan:
         """Return the plan that removes this share of all parameters from the stacks together."""
@@ -234,7 +158,8 @@ def _plan_each(
     plans = {}
     for stack, stack_scores in zip(stacks, scores, strict=True):
         share = None if config.ratio is None else config.ratio * sizes[stack] / sum(sizes.values())
-        plans[stack] = make_plan(stack_scores, cfg, dataclasses.replace(config, ratio=share, parameters_total=total))
+        of_stack = dataclasses.replace(config, ratio=share, parameters_total=total)
+        plans[stack] = plan_beside(Trim.of(None, cfg), stack_scores, cfg, of_stack)
     first, *others = plans.values()
     return dataclasses.replace(
         first,

@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.variants import NO_RECOVERY
 from vlmprune_jax.export.card import model_name
-from vlmprune_jax.prune.describe import count_passthrough
+from vlmprune_jax.export.describe import count_passthrough
 from vlmprune_jax.stages.answers import evaluate_model, write_samples
 from vlmprune_jax.stages.evaluate import evaluation_works, names_of_sets
 from vlmprune_jax.stages.export import describe_export, export_folder

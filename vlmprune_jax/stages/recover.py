@@ -26,6 +26,7 @@ from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways, rows_of_process
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import affecting
+from vlmprune_jax.export.peft import check_adapters, write_adapter
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
@@ -36,7 +37,6 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
-from vlmprune_jax.recovery.peft import check_adapters, write_adapter
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged

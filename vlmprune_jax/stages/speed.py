@@ -16,7 +16,8 @@ from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype, image_tokens
 from vlmprune_jax.export.config import ExportSpec
-from vlmprune_jax.prune.cost import costs_of, speed_limits
+from vlmprune_jax.export.cost import costs_of
+from vlmprune_jax.prune.cost import speed_limits
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import content_key

@@ -19,13 +19,13 @@ from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.tfds import PREFIX as TFDS
 from vlmprune_jax.evaluation.runner import log_likelihoods
+from vlmprune_jax.export.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptVocabulary
 from vlmprune_jax.prune.config import VocabularyConfig
 from vlmprune_jax.prune.surgery import trim_vocabulary
 from vlmprune_jax.prune.tables import Table
-from vlmprune_jax.prune.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.vocabulary import TextSample, VocabularyReport
 

@@ -20,11 +20,11 @@ from hf_cases import (
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export import folder
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk import atomic
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import prune_folder
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from prune_cases import UNEQUAL, batch, config, model, on_mesh
 
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import encode
-from vlmprune_jax.prune import make_plan, score
+from vlmprune_jax.prune import score
 
 SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 

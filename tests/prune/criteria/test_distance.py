@@ -16,8 +16,9 @@ from prune_cases import (
     on_mesh,
 )
 
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import make_plan, score
+from vlmprune_jax.prune import score
 from vlmprune_jax.prune.criteria.activations import _sums
 from vlmprune_jax.prune.criteria.distance import cosine_distance
 

@@ -11,9 +11,10 @@ from prune_cases import batch, config, model, on_mesh
 from stack_cases import tower_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, apply, to_nnx
-from vlmprune_jax.prune import CRITERIA, Criterion, Scores, make_plan, score
+from vlmprune_jax.prune import CRITERIA, Criterion, Scores, score
 
 SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
 SHAPES = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(4, 4, 6))

@@ -19,11 +19,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import Extent
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.pruning import prune_folder
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
+from vlmprune_jax.prune import KeptLayer, fingerprint
 from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.stages import work as work_module
 from vlmprune_jax.stages.graph import task_of

@@ -17,10 +17,11 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.export.pruning import prune_folder
+from vlmprune_jax.export.token_sources import Source, choose_vocabulary, read_sample
 from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint, prune_folder
+from vlmprune_jax.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint
 from vlmprune_jax.prune.cost import make_measure
-from vlmprune_jax.prune.token_sources import Source, choose_vocabulary, read_sample
 
 
 @pytest.fixture(scope="module")
