@@ -20,6 +20,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec
+from vlmprune_jax.export.cost import with_export
 from vlmprune_jax.export.pruning import make_plan, prune_iteratively
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.read import read_config
@@ -71,7 +72,7 @@ def test_costs_are_those_of_the_config(before, after, options, work):
     chip = CHIPS["v6e"]
     seconds = max(work["batch"] * token / 4 / chip.flops, 4 * (layers + head + cache) / 4 / chip.hbm_bandwidth)
     assert found["step_ms"] == pytest.approx(1000 * seconds, rel=1e-12)
-    wide = make_measure(cfg, Budget(disk_bytes=1, dtype="float32", uneven="pad", other_bytes=-9))(now)
+    wide = make_measure(cfg, with_export(Budget(disk_bytes=1, dtype="float32", uneven="pad", other_bytes=-9)))(now)
     assert wide == {"disk_bytes": 4 * count_params(padded_stacks(now)) - 9}
 
 

@@ -8,11 +8,11 @@ from hf_cases import copy_llava
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export import pruning
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.pruning import prune_iteratively
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import iterative
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.stages.prune import _check_integers
@@ -40,10 +40,8 @@ def experiment(tmp_path, goldens):
 
 
 def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, monkeypatch, capsys):
-    scored, score = [], iterative.score
-    monkeypatch.setattr(
-        iterative, "score", lambda model, *rest, **more: scored.append(1) or score(model, *rest, **more)
-    )
+    scored, score = [], pruning.score
+    monkeypatch.setattr(pruning, "score", lambda model, *rest, **more: scored.append(1) or score(model, *rest, **more))
     assert main(["prune", *experiment]) == 2
     assert "scores.npz: no such file or folder: run `vlmprune score`" in capsys.readouterr().err
     assert main(["score", *experiment]) == 0

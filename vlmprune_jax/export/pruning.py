@@ -108,10 +108,9 @@ def prune_iteratively(
     """
     config = dataclasses.replace(_configured(config, options, "prune_iteratively"), method="width")
     config.check()
-    scored = functools.partial(
-        score, config=score_config, criterion=criterion, stack=config.stack, **score_options or {}
-    )
-    return prune_in_steps(model, batches, config, make_trim(config.vocabulary, model.cfg), scored, scores)
+    settings = {"criterion": criterion, "stack": config.stack, **(score_options or {})}
+    score_again = functools.partial(score, config=score_config, **settings)
+    return prune_in_steps(model, batches, config, make_trim(config.vocabulary, model.cfg), score_again, scores)
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any], function: str) -> PlanConfig:
