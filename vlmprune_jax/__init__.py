@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.speed.measure import measure_questions, measure_speed
     from vlmprune_jax.export.format import Contents, Format
     from vlmprune_jax.export.formats import FORMATS as formats
+    from vlmprune_jax.export.gptq import gptq, imatrix
     from vlmprune_jax.export.hub import push
     from vlmprune_jax.export.pruning import make_plan, prune_folder, prune_iteratively
     from vlmprune_jax.export.write import save
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
         score,
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
-    from vlmprune_jax.prune.gptq import gptq, imatrix
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -113,8 +113,8 @@ _HOMES = {
     "formats": "export.formats:FORMATS",
     "forward": "models.vlm",
     "generate": "models.generate",
-    "gptq": "prune.gptq",
-    "imatrix": "prune.gptq",
+    "gptq": "export.gptq",
+    "imatrix": "export.gptq",
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "export.pruning",

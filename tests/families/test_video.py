@@ -12,6 +12,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.data.feature_pass import compute_features
 from vlmprune_jax.data.images import limited_files
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.export.token_sources import Source
@@ -20,7 +21,6 @@ from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.hf.batches import open_inputs, to_records
 from vlmprune_jax.models.patch_rows import in_cells, rejoined
 from vlmprune_jax.models.vlm import to_nnx
-from vlmprune_jax.recovery.feature_pass import compute_features
 from vlmprune_jax.recovery.flops import batch_flops
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "smolvlm", "internvl3", "gemma4", "gemma4_dense")

@@ -23,6 +23,7 @@ from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data import cache as cache_module
 from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.data.feature_pass import check_frozen
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import read_records
@@ -36,7 +37,6 @@ from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import score
 from vlmprune_jax.recovery import loop
-from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.stages.graph import task_of
 from vlmprune_jax.stages.recover import cached_features, prepare

@@ -18,10 +18,10 @@ from vlmprune_jax.data.encoding import Encoder, Shape
 from vlmprune_jax.data.grouping import grouped_order
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
+from vlmprune_jax.recovery.program import BatchShapes
 
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
-Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
-    def kinds(self, first: int, last: int) -> list[Kind]:
+    def kinds(self, first: int, last: int) -> list[BatchShapes]:
         """Return the distinct array shapes and dtypes of batches `first` to `last` - 1, longest sequences first.
 
         The list is equal on all processes, and empty if the shapes depend on images that were not measured. Raises

@@ -28,9 +28,10 @@ from vlmprune_jax.families.experts import MERGED_EXPERTS, has_experts, with_sepa
 from vlmprune_jax.families.limits import how_known, why_not_in_transformers
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme, is_matrix
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
+from vlmprune_jax.hf.integers import matrices
 from vlmprune_jax.hf.layout import (
     Slot,
     block_number,
@@ -234,40 +235,6 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
     return tensors
 
 
-def make_storage(
-    cfg: ModelConfig, family: Family, quantize: str, group_size: int | None, symmetric: bool
-) -> CompressedTensors:
-    """Return the integer storage format for a checkpoint with layers of these widths.
-
-    Without `group_size`, 8-bit weights have one scale per row, and 4-bit weights have the largest group size that
-    divides every row. If no group size does, the smallest is used, and matrices whose rows it does not divide remain
-    unquantised.
-
-    Raises UserError if `group_size` does not divide every row, or no group size divides any row.
-    """
-    check_scheme(quantize, group_size, symmetric)
-    bits, activations = SCHEMES[quantize]
-    widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
-    largest = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
-    if group_size is not None:
-        instead = f"use {largest}" if largest else "leave it out (rows that do not divide stay plain)"
-        wrong = [name for name, width in widths.items() if width % group_size]
-        if wrong:
-            raise UserError(
-                f"group_size={group_size} does not divide the {widths[wrong[0]]} values of a row of {wrong[0]} "
-                f"({len(wrong)} matrices in total): {instead}, or prune with "
-                'align_to="int4"'
-            )
-    elif bits == 4:
-        group_size = largest or GROUPS[-1]
-        if all(width % group_size for width in widths.values()):
-            raise UserError(
-                f"w4a16: no row length of this model is a multiple of {group_size}: use w8a16, which has one scale "
-                "per row"
-            )
-    return CompressedTensors(bits, group_size or 0, symmetric, activations)
-
-
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
     """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
@@ -286,7 +253,7 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
             "Every expert has matrices of its own, as vLLM reads them (by its code; not tried). "
             f"Transformers 5.24 {f'computes them in {dtype}' if reads else 'does not read them'}."
         )
-    left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
+    left = [slot.key for slot in matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
         names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
         sentences.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
@@ -298,9 +265,3 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     if storage.activations:
         sentences.append("The engine rounds the inputs of these matrices to 8 bits, per token.")
     return " ".join(sentences)
-
-
-def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the checkpoint locations (`Slot`) of the decoder's matrices that integers may replace."""
-    slots = make_slots(cfg, with_separate_experts(family))
-    return [slot for slot in slots if is_matrix(slot.name, slot.hf_shape)]

@@ -57,9 +57,10 @@ class IntegerOptions(FolderOptions):
 
 def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     """Return the content of a quantised export; weights are quantised by GPTQ (`storage`) or by rounding to nearest."""
-    from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
+    from vlmprune_jax.export.folder import folder_contents, quantized_loading
     from vlmprune_jax.export.target import make_target
     from vlmprune_jax.families.experts import with_separate_experts
+    from vlmprune_jax.hf.integers import make_storage
 
     if options.rounding == "gptq" and options.storage is None:
         raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.models.layers import Product, contract
+
+# Rounding in training by the names of integer formats; the packages that know such formats add theirs.
+FAKE_QUANTS: dict[str, Callable[[ModelConfig], FakeQuant]] = {}
 
 
 def fake_quant_product(fake_quant: FakeQuant) -> Product:

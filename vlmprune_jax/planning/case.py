@@ -17,6 +17,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.limits import keeps_heads
 from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.feature_pass import check_frozen
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import length_buckets
 from vlmprune_jax.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
@@ -34,7 +35,6 @@ from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.select import Trim, plan_beside
 from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.objective import needs_teacher

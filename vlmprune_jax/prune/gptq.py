@@ -9,36 +9,24 @@ Layer by layer, the stream of the model rounded so far is on the hosts, and one 
 `reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
 weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
 
-`imatrix` passes the layers in the same way, for the quantiser of llama.cpp: mean squares of the inputs' channels.
+`squares` are the diagonals of the same sums without these divisors, for quantisers that weigh channels.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.core.weight_files import DTYPES
-from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.export.folder import make_storage
-from vlmprune_jax.export.format import Importance
-from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
-from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.context import READERS, WRITERS
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
@@ -53,109 +41,17 @@ _FLOOR = 1e-6  # smallest diagonal entry of G, as a share of the mean, for colum
 _BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Rounded(CompressedTensors):
-    """Quantised storage format whose integer codes GPTQ computed."""
+class IntegerGrid(Protocol):
+    """Integers that may stand for the weights of a matrix float32[rows, in]: code q stands for scale * (q - zero)."""
 
-    codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Return scales in `dtype` and zero points for a matrix, [rows, groups] each."""
 
-    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the quantised tensors that GPTQ computed for the weight called `name`; `values` are not used.
-
-        Raises UserError if GPTQ's model has no weight of this name.
-        """
-        tensors = self.codes.get(name, {})
-        if {suffix: part.shape for suffix, part in tensors.items()} != {
-            suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
-        }:
-            raise UserError(
-                f"vp.gptq rounded no weight {name} of shape {list(values.shape)}: save the model that was passed to "
-                'vp.gptq, without uneven="pad"'
-            )
-        return tensors | {"_scale": tensors["_scale"].astype(values.dtype)}
+    def round(self, values: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """Return the nearest integer codes, int8."""
 
 
-def gptq(
-    model: Model,
-    batches: Iterable[Any],
-    weights: TokenWeights | None = None,
-    *,
-    quantize: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str = "bfloat16",
-    progress: Callable[[int], None] | None = None,
-    cache: ArrayCache | None = None,
-    **options: Any,
-) -> Rounded:
-    """Quantise a decoder's matrices by GPTQ; pass the result to `save(..., storage=...)`.
-
-    Args:
-      model: the model to be saved, on one device or a mesh.
-      batches: calibration batches (see `score`); labels, if present, distinguish answers from prompts.
-      quantize, group_size, symmetric, dtype: as in `save`.
-      progress: called with the number of finished layers.
-      cache: keeps the codes of finished layers, to continue after an interruption.
-      weights: weights of the calibration tokens; `options` override single weights.
-      options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
-
-    Raises UserError for a group size that does not divide the rows, unreadable batches, or activations that are not
-    finite.
-    """
-    one_of("quantize", quantize, tuple(SCHEMES))
-    dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
-    one_of("dtype", dtype, tuple(DTYPES))
-    weights = override(TokenWeights() if weights is None else weights, options, "gptq")
-    storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
-    codes: dict[str, dict[str, np.ndarray]] = {}
-
-    def round_layer(layer: Layer, stream: LayerStream) -> Layer:
-        slots = by_key(_matrices(model.cfg, layer.number)).values()
-        held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
-        layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
-        codes.update(layer_codes)
-        return dataclasses.replace(layer, params=layer.params | params)
-
-    _walk_rows(model, batches, weights, round_layer, progress)
-    return Rounded(**vars(storage), codes=codes)
-
-
-def imatrix(
-    model: Model,
-    batches: Iterable[Any],
-    weights: TokenWeights | None = None,
-    *,
-    progress: Callable[[int], None] | None = None,
-    cache: ArrayCache | None = None,
-    **options: Any,
-) -> Importance:
-    """Return the importance matrix (mean squared inputs) of a decoder for `save(..., format="gguf", imatrix=...)`.
-
-    See `gptq` for arguments and errors.
-    """
-    weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
-    sums: dict[str, np.ndarray] = {}
-
-    def add_squares(layer: Layer, stream: LayerStream) -> Layer:
-        keys = {f"{layer.number}/{name}": name for name in READERS}
-
-        def compute() -> dict[str, np.ndarray]:
-            sums = finite_sums(_squares, layer, stream, "imatrix")
-            return {key: sums[name] for key, name in keys.items()}
-
-        arrays = recorded(cache, keys, compute)
-        for slot in _matrices(model.cfg, layer.number):
-            sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
-        return layer
-
-    calibration = _walk_rows(model, batches, weights, add_squares, progress)
-    weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in calibration)
-    rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in calibration)
-    tokens = sum(int((batch.weight > 0).sum()) for batch in calibration)
-    return Importance({name: total / weight for name, total in sums.items()}, rows, tokens)
-
-
-def _walk_rows(
+def walk_rows(
     model: Model,
     batches: Iterable[Any],
     weights: TokenWeights,
@@ -178,64 +74,25 @@ def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) 
     return LayerStream(model, "text", grouped)
 
 
-def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
-    """Return the checkpoint slots (see `Slot`) of the weight matrices in decoder layer `number`."""
-    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
-    return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
+def round_matrices(
+    layer: Layer, paths: Mapping[str, Sequence[tuple[str, int]]], stream: LayerStream, grid: IntegerGrid, dtype: Any
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Quantise the matrices of one layer; return {input: (codes, scales, zero points)} of all rows that read the input.
 
-
-def _round_layer(
-    layer: Layer,
-    held: Sequence[Sequence[Slot]],
-    stream: LayerStream,
-    storage: CompressedTensors,
-    dtype: np.dtype,
-    cache: ArrayCache | None,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
-    """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    by_input = {
-        hook: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == hook] for hook in READERS
-    }
-    # matrices with one input share its sums: one factor, one pass over the columns
-    slots_of = {
-        hook: [slot for matrix in matrices for slot in matrix] for hook, matrices in by_input.items() if matrices
-    }
-
-    def compute() -> dict[str, np.ndarray]:
-        sums, arrays = finite_sums(_sums, layer, stream, "gptq"), dict[str, np.ndarray]()
-        for hook, slots in slots_of.items():
-            values = np.concatenate(
-                [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
-            )
-            scale, zeros = storage.grid(values, dtype)
-            quantised = compensated(values, sums[hook], storage, scale, zeros), scale, zeros
-            arrays |= dict(zip(_keys(layer, hook), quantised, strict=True))
-        return arrays
-
-    keys = [key for hook in slots_of for key in _keys(layer, hook)]
-    arrays = recorded(cache, keys, compute)
-    codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for hook in slots_of:
-        matrices, (integers, scale, zeros) = by_input[hook], (arrays[key] for key in _keys(layer, hook))
-        size = integers.shape[1] // scale.shape[1]
-        values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
-        end = 0
-        for matrix in matrices:
-            start, end = end, end + matrix[0].hf_shape[0]
-            codes[matrix[0].name] = storage.parts(integers[start:end], scale[start:end], zeros[start:end])
-            for slot in matrix:
-                old = layer.params[inside(slot)]
-                new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
-                params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
-    return codes, params
-
-
-def _keys(layer: Layer, hook: str) -> tuple[str, str, str]:
-    return f"{layer.number}/{hook}/codes", f"{layer.number}/{hook}/scale", f"{layer.number}/{hook}/zeros"
+    `paths`: for each input that matrices read, the parameters (path within the layer, values of a row) in order.
+    Matrices with one input share its sums: one factor, one pass over the columns.
+    """
+    sums, rounded = finite_sums(input_sums, layer, stream, "gptq"), {}
+    for name, matrices in paths.items():
+        parts = [np.asarray(gather_to_host(layer.params[path])).reshape(-1, width) for path, width in matrices]
+        values = np.concatenate(parts)
+        scale, zeros = grid.grid(values, dtype)
+        rounded[name] = compensated(values, sums[name], grid, scale, zeros), scale, zeros
+    return rounded
 
 
 def compensated(
-    values: np.ndarray, gram: np.ndarray, storage: CompressedTensors, scale: np.ndarray, zeros: np.ndarray
+    values: np.ndarray, gram: np.ndarray, grid: IntegerGrid, scale: np.ndarray, zeros: np.ndarray
 ) -> np.ndarray:
     """Quantise weights float32[rows, in] to int8 codes by GPTQ, given X^T X float64[in, in] and the integer grid."""
     diagonal = np.diagonal(gram)
@@ -252,18 +109,13 @@ def compensated(
         aims = values[:, start:end] + error[:, end:] @ upper[start:end, end:].T
         for j in range(end - 1, start - 1, -1):
             aim = aims[:, j - start] + error[:, j + 1 : end] @ upper[j, j + 1 : end]
-            codes[:, j] = storage.round(aim, scale[:, j], zeros[:, j])
+            codes[:, j] = grid.round(aim, scale[:, j], zeros[:, j])
             error[:, j] = values[:, j] - (codes[:, j].astype(np.float32) - zeros[:, j]) * scale[:, j]
     return codes[:, np.argsort(order)]
 
 
-def inside(slot: Slot) -> str:
-    """Return a parameter's path within its layer."""
-    return slot.name.split("/", 3)[3]
-
-
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _sums(
+def input_sums(
     params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
 ) -> dict[str, jax.Array]:
     outs = {name: f"{name}_out" for name in WRITERS}
@@ -309,7 +161,7 @@ def finite_sums(
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _squares(
+def squares(
     params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
 ) -> dict[str, jax.Array]:
     _, _, values = run_block(stack, cfg, params, x, given, READERS)

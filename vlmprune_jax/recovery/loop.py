@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import Kind
 from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.models.inputs import check_inputs
@@ -28,7 +27,7 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.objective import reported_terms
-from vlmprune_jax.recovery.program import Programs, Run, describe, prepare, stand_in
+from vlmprune_jax.recovery.program import BatchShapes, Programs, Run, describe, prepare, stand_in
 from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora
 
@@ -116,7 +115,7 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
 class Foreseen(Protocol):
     """Interface of a batch iterator whose array shapes are all known in advance."""
 
-    def kinds(self, first: int, last: int) -> Sequence[Kind]:
+    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
         """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
 
 
@@ -135,7 +134,7 @@ def _train(
     config: RecoverConfig,
     state: TrainState,
     span: tuple[int, int],
-    kinds: Sequence[Kind],
+    kinds: Sequence[BatchShapes],
     saver: Checkpointer | None,
     recorder: Recorder,
 ) -> TrainState:
@@ -180,7 +179,7 @@ def _train(
 
 
 def _compile_ahead(
-    programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
+    programs: Programs, run: Run, state: TrainState, kinds: Sequence[BatchShapes], stop: StopSignal, recorder: Recorder
 ) -> None:
     """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM or SIGINT."""
     if kinds:

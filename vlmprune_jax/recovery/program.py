@@ -11,14 +11,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vlmprune_jax.core.channels import Experts
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.export.folder import make_storage
-from vlmprune_jax.families import family_of
-from vlmprune_jax.families.experts import has_experts
+from vlmprune_jax.models.fake_quant import FAKE_QUANTS
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model, Params
@@ -42,6 +41,8 @@ from vlmprune_jax.recovery.step import (
     step_context,
 )
 from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
+
+BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
 
 
 class Program(NamedTuple):
@@ -79,13 +80,13 @@ def make_program(
     if config.adapters is not None:
         cfg = with_lora(cfg, config.adapters)
     if config.quantize != "none":
-        if has_experts(cfg.text):
+        if any(isinstance(layer.channel, Experts) for layer in cfg.text.layers):
             raise UserError(
                 f"recover.quantize={config.quantize!r}: layers of experts are not rounded in training: "
                 'use "none", and export.quantize after it'
             )
-        storage = make_storage(cfg, family_of(cfg), config.quantize, None, True)
-        cfg = dataclasses.replace(cfg, fake_quant=FakeQuant(storage.bits, storage.group, storage.activations))
+        rounding = FAKE_QUANTS[one_of("recover.quantize", config.quantize, FAKE_QUANTS)]
+        cfg = dataclasses.replace(cfg, fake_quant=rounding(cfg))
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), config.trainable)
     teacher = None
@@ -204,7 +205,7 @@ def _key(batch: Mapping[str, Any]) -> Any:
     return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
 
 
-def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | None) -> dict[str, Any]:
+def stand_in(kind: BatchShapes, mesh: Mesh | None) -> dict[str, Any]:
     """Return a batch of zeros with the given shapes, placed on devices like a real batch."""
     return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 

@@ -19,11 +19,11 @@ from vlmprune_jax.export.card import loading_lines, model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.format import Calibration
 from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.export.gptq import gptq, imatrix
 from vlmprune_jax.export.hub import push
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.gptq import gptq, imatrix
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.ledger import Task, remove

@@ -16,11 +16,11 @@ from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.config import ExportSpec
-from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.export.pruning import make_plan, plan_stacks, prune_folder, prune_iteratively
 from vlmprune_jax.export.vllm_tpu import check_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
+from vlmprune_jax.hf.integers import make_storage
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores
 from vlmprune_jax.prune.config import PlanConfig, ScoreConfig

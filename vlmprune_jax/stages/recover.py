@@ -20,8 +20,10 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.data.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways, rows_of_process
 from vlmprune_jax.experiment.arguments import recover_config
@@ -34,11 +36,9 @@ from vlmprune_jax.prune import KeptVocabulary, PrunePlan
 from vlmprune_jax.prune.fingerprints import content_digest
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
 from vlmprune_jax.recovery.program import make_program
-from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.content import digest, plain

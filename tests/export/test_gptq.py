@@ -12,10 +12,10 @@ from prune_cases import on_mesh
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.export import gptq
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune import gptq
 from vlmprune_jax.prune.gptq import compensated
 
 TEXT = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,6 +107,7 @@ def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, functi
         return finite_sums(sums, layer, *rest)
 
     monkeypatch.setattr(gptq, "finite_sums", seen)
+    monkeypatch.setattr("vlmprune_jax.prune.gptq.finite_sums", seen)
 
     def stop(done):
         if done == 2:

@@ -20,6 +20,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.teacher_pass import teacher_top_k
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.models.params import flatten, unflatten
@@ -31,7 +32,6 @@ from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.losses import _top_k, term_weights, vocabulary_sums
 from vlmprune_jax.recovery.objective import check_losses, check_teacher
 from vlmprune_jax.recovery.program import place
-from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.recovery.terms import top_k_divergence, top_k_logprobs
 
 TEMPERATURE = 1.7

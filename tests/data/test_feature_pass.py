@@ -20,9 +20,11 @@ from vlm_cases import row_of
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.data import feature_pass
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
+from vlmprune_jax.data.feature_pass import compute_features, feature_identity
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
@@ -32,8 +34,6 @@ from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.features import tower_features
 from vlmprune_jax.models.vlm import Model, to_nnx
-from vlmprune_jax.recovery import feature_pass
-from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
 
 
 @pytest.fixture(scope="module")
