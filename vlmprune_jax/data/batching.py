@@ -65,7 +65,7 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
-    def kinds(self, first: int, last: int) -> list[BatchShapes]:
+    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
         """Return the distinct array shapes and dtypes of batches `first` to `last` - 1, longest sequences first.
 
         The list is equal on all processes, and empty if the shapes depend on images that were not measured. Raises
