@@ -15,8 +15,8 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
+from vlmprune_jax.core.journal import Journal, continued, is_of
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores

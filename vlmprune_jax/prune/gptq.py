@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from vlmprune_jax.core.cache import ArrayCache, recorded
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
-from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.export.folder import make_storage
@@ -43,7 +43,7 @@ from vlmprune_jax.models.context import READERS, WRITERS
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, row_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
+from vlmprune_jax.prune.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
 from vlmprune_jax.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.prune.walk import LayerStream, walk

@@ -1,8 +1,8 @@
 """Criteria that score layers, heads, neurons and experts, by name."""
 
-from vlmprune_jax.core.checks import Registry
+from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
+from vlmprune_jax.prune.config import CRITERIA
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
@@ -17,9 +17,7 @@ from vlmprune_jax.prune.criteria.reap import REAP
 from vlmprune_jax.prune.criteria.taylor import TAYLOR
 from vlmprune_jax.prune.criteria.weights import L1, L2, RANDOM, input_weights
 
-# A user's file adds its own by assignment: CRITERIA["mine"] = Criterion(...).
-CRITERIA = Registry(
-    "criteria",
+CRITERIA.fill(
     Criterion,
     {
         "block_influence": BLOCK_INFLUENCE,
