@@ -159,6 +159,14 @@ def test_foundations_do_without_jax():
     assert not wrong, wrong
 
 
+def test_running_an_experiment_computes_nothing_with_arrays():
+    files = [path for path in python_files("vlmprune_jax") if RANK.get(unit_of(path), 0) >= RANK["evaluation"]]
+    banned = {"jax.numpy", "flax", "optax"}
+    wrong = [where(path, node) for path in files for name, node in imports(path) if {name, name.split(".")[0]} & banned]
+    assert files
+    assert not wrong, wrong
+
+
 def plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
