@@ -11,29 +11,20 @@ from vlmprune_jax.core import processes
 from vlmprune_jax.core.errors import SharedError, UserError
 
 
-class _ThreeProcesses(processes.Processes):
-    """Process `number` of three; the messages of the others are known."""
-
-    def __init__(self, number, others):
-        self._number, self._others = number, others
-
-    def count(self):
-        return 3
-
-    def number(self):
-        return self._number
-
-    def broadcast(self, message):
-        return self.gather(message)[0]
-
-    def gather(self, message):
-        messages = [json.dumps(other).encode() for other in self._others]
-        return [*messages[: self._number], message, *messages[self._number :]]
-
-
 @pytest.fixture
 def process(monkeypatch):
-    return lambda number, *others: monkeypatch.setattr(processes, "_processes", _ThreeProcesses(number, others))
+    """Callable (number, messages of the two others): this is process `number` of three."""
+
+    def install(number, *others):
+        messages = [json.dumps(other).encode() for other in others]
+
+        def gather(message):
+            return [*messages[:number], message, *messages[number:]]
+
+        three = processes.Processes(lambda: 3, lambda: number, lambda message: gather(message)[0], gather)
+        monkeypatch.setattr(processes, "_processes", three)
+
+    return install
 
 
 class _Point(msgspec.Struct):

@@ -17,8 +17,6 @@ from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.core.video import VideoConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
-
-
 TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
 # Decoder and vision tower: names of the fields of a `ModelConfig` and of its params. Encoders have names of their own.
 STACKS = ("text", "vision")

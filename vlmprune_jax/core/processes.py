@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -11,31 +12,21 @@ import msgspec
 from vlmprune_jax.core.errors import SharedError, UserError
 
 
+@dataclass(frozen=True)
 class Processes:
-    """The processes of a run: here a single one; `distributed.mesh` installs those that jax connects."""
+    """Connection of a run's processes; by default, a single process."""
 
-    def count(self) -> int:
-        """Return the number of processes."""
-        return 1
-
-    def number(self) -> int:
-        """Return this process's number, from 0."""
-        return 0
-
-    def broadcast(self, message: bytes) -> bytes:
-        """Return process 0's message on every process (collective)."""
-        return message
-
-    def gather(self, message: bytes) -> list[bytes]:
-        """Return the messages of all processes, by process number (collective)."""
-        return [message]
+    count: Callable[[], int] = lambda: 1
+    number: Callable[[], int] = lambda: 0  # this process's, from 0
+    broadcast: Callable[[bytes], bytes] = lambda message: message  # collective: process 0's message
+    gather: Callable[[bytes], list[bytes]] = lambda message: [message]  # collective: all messages, by process number
 
 
 _processes = Processes()
 
 
 def install(processes: Processes) -> None:
-    """Let `processes` be the processes of this run."""
+    """Replace the single process, which is the default."""
     global _processes
     _processes = processes
 
@@ -69,8 +60,8 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
     """
     if process_count() == 1:
         return compute()
-    result, failure = _attempt(compute) if is_main_process() else ({}, None)
-    message = _processes.broadcast(_encoded(result))
+    result, failure = _attempt(compute) if is_main_process() else (b"", None)
+    message = _processes.broadcast(result)
     if failure is not None:
         raise failure
     return msgspec.convert(_value(message), kind)
@@ -84,24 +75,22 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
     if process_count() == 1:
         return [compute()]
     result, failure = _attempt(compute)
-    messages = _processes.gather(_encoded(result))
+    messages = _processes.gather(result)
     if failure is not None:
         raise failure
     return [_value(message) for message in messages]
 
 
-def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
-    """Call `compute()`; return its value or error as JSON, and the exception to raise on all processes together."""
+def _attempt(compute: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
+    """Call `compute()`; return its value or error as JSON, and the exception to raise once all processes have that."""
+    failure: BaseException | None = None
     try:
-        return {"value": compute()}, None
+        result = {"value": compute()}
     except UserError as error:
-        return {"error": str(error)}, None
+        result = {"error": str(error)}
     except BaseException as error:  # otherwise the others would wait for ever
-        return {"error": f"process {process_number()} failed ({type(error).__name__}: {error})"}, error
-
-
-def _encoded(result: dict[str, Any]) -> bytes:
-    return json.dumps(result, default=msgspec.to_builtins).encode()
+        result, failure = {"error": f"process {process_number()} failed ({type(error).__name__}: {error})"}, error
+    return json.dumps(result, default=msgspec.to_builtins).encode(), failure
 
 
 def _value(message: bytes) -> Any:

@@ -205,31 +205,27 @@ def _memory_of(device: jax.Device) -> float | None:
     return on_process_zero(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
 
 
-class _JaxProcesses(Processes):
-    """The processes that `jax.distributed` connects; a single one before that, and under Pathways."""
-
-    def count(self) -> int:
-        return jax.process_count() if jax.distributed.is_initialized() else 1
-
-    def number(self) -> int:
-        return jax.process_index() if jax.distributed.is_initialized() else 0
-
-    def broadcast(self, message: bytes) -> bytes:
-        array = np.frombuffer(message, np.uint8)
-        size = int(multihost_utils.broadcast_one_to_all(np.asarray(array.size, np.int32)))
-        padded = array if self.number() == 0 else np.zeros(size, np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
-
-    def gather(self, message: bytes) -> list[bytes]:
-        array = np.frombuffer(message, np.uint8)
-        lengths = np.asarray(multihost_utils.process_allgather(np.asarray(array.size, np.int32)))
-        padded = np.zeros(lengths.max(), np.uint8)
-        padded[: array.size] = array
-        rows = np.asarray(multihost_utils.process_allgather(padded))
-        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+def _count() -> int:
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-install(_JaxProcesses())
+def _number() -> int:
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def _broadcast(message: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(message), np.int32)))
+    padded = np.frombuffer(message.ljust(size)[:size], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
+
+
+def _gather(message: bytes) -> list[bytes]:
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(len(message), np.int32)))
+    rows = multihost_utils.process_allgather(np.frombuffer(message.ljust(lengths.max()), np.uint8))
+    return [row[:length].tobytes() for row, length in zip(np.asarray(rows), lengths, strict=True)]
+
+
+install(Processes(_count, _number, _broadcast, _gather))
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:

@@ -63,8 +63,6 @@ _LACKS = {
 }
 # Method -> axes whose units it removes; other methods remove units along the scored axes.
 METHOD_AXES = {"experts": ("experts",)}
-
-
 # Criteria by name; `prune.criteria`, which needs jax, fills it. A user's file adds its own by assignment.
 CRITERIA: Registry[Any] = Registry("criteria")
 

@@ -131,13 +131,11 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     types, room = list[np.ndarray](), _MOST_CHOICES // per_token
     with use_mesh(mesh):
         for number, arrays in enumerate(calibration_batches(batches, model.cfg, labels=False), start=1):
-            layers = _route(
-                params, place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg)), cfg=model.cfg
-            )
+            placed = place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg))
             row_types = arrays["token_types"]
             real = np.flatnonzero(row_types != PADDING)[: max(room - sum(map(len, types)), 0)]
             types.append(row_types.reshape(-1)[real].astype(np.uint8))
-            for i, (chosen, of_batch) in enumerate(layers):
+            for i, (chosen, of_batch) in enumerate(_route(params, placed, cfg=model.cfg)):
                 new = np.asarray(of_batch, np.float64)
                 sums[i] = _joined(sums[i], new) if i in sums else new
                 rows = np.asarray(chosen).reshape(-1, chosen.shape[-1])[real]

@@ -35,11 +35,10 @@ class Criterion:
         model, **options)` -> parts.
       routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
         `splits` -> (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts; the function makes a pass over checked batches
-        with
-        labels (for weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}).
-        With `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are
-        fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
+      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
+        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are fields of
+        `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
     `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
     function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".

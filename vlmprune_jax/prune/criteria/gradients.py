@@ -31,16 +31,7 @@ from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.vlm import Model, Params, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.batches import text_batch
-from vlmprune_jax.prune.calibration import (
-    ANSWER,
-    IMAGE,
-    PROMPT,
-    TOKEN_TYPES,
-    TYPES,
-    Arrays,
-    stack_rows,
-    types_in,
-)
+from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPES, TYPES, Arrays, stack_rows, types_in
 from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
