@@ -126,7 +126,7 @@ def test_arguments_of_another_type(call, line):
 def test_what_a_notebook_shows_is_short():
     cfg = config(UNEQUAL, vision=True)
     assert repr(cfg) == (
-        "ModelConfig(llava, transformers layout, 14,988 parameters; text: hidden size 20, 2 x (4/2 heads, 12 neurons), "
+        "ModelConfig(llava, transformers layout; text: hidden size 20, 2 x (4/2 heads, 12 neurons), "
         "1 x (8/2 heads, 10 neurons), 1 x (4 heads, 12 neurons); vision: hidden size 8, 2 x (2 heads, 10 neurons))"
     )
     widths = width_scores(cfg)

@@ -47,7 +47,7 @@ WRITERS = {
     ("evaluation/lmms/tasks.py", "write_tasks"): _NEW,
     ("evaluation/speed/process.py", "serve"): "standard output",
     ("core/console.py", "without_output"): "the null device",
-    ("distributed/journal.py", "add"): _REPLACED,
+    ("core/journal.py", "add"): _REPLACED,
     ("recovery/metrics.py", "__init__"): _REPLACED,
     ("recovery/metrics.py", "_list_skipped"): _REPLACED,
 }

@@ -19,9 +19,9 @@ from stack_cases import with_facts
 from vlm_cases import row_of
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data import feature_pass
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.feature_pass import compute_features, feature_identity

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_pass import teacher_top_k

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.media import image_key

@@ -15,6 +15,7 @@ import pytest
 from prune_cases import config
 from stack_cases import decoder_layer
 
+from vlmprune_jax.core import processes
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed import mesh
 from vlmprune_jax.recovery.step import place_rows
@@ -166,12 +167,6 @@ def test_gke_tells_in_the_environment(joined, tpu_vm, monkeypatch, variables, ex
     assert (joined, seen) == (expected, [])
 
 
-def test_what_process_0_finds_is_what_all_find():
-    assert mesh.on_process_zero(lambda: {"a": [1, None]}) == {"a": [1, None]}
-    with pytest.raises(UserError, match="wrong"):
-        mesh.on_process_zero(lambda: (_ for _ in ()).throw(UserError("wrong")))
-
-
 def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     """jax asserts that CUDA is there, without a message."""
     demo = [sys.executable, "-m", "vlmprune_jax", "demo", f"--workdir={tmp_path}"]
@@ -205,10 +200,10 @@ def test_rows_follow_the_devices_of_the_mesh(monkeypatch):
 def test_under_pathways_the_process_index_decides_nothing(monkeypatch):
     """One process controls all devices, and jax counts their hosts as processes: this process loads whole batches."""
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    assert (mesh.process_number(), mesh.process_count(), mesh.is_main_process()) == (0, 1, True)
+    assert (processes.process_number(), processes.process_count(), processes.is_main_process()) == (0, 1, True)
     devices = mesh.make_mesh(4, 2, 1)
     assert mesh.rows_of_process(devices, 16).tolist() == list(range(16))
-    assert mesh.from_all(lambda: 1) == [1]
+    assert processes.from_all(lambda: 1) == [1]
     whole = np.arange(16.0).reshape(16, 1)
     placed = place_rows({"x": whole}, devices)["x"]
     assert np.array_equal(mesh.gather_to_host(placed), whole)

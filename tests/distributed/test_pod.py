@@ -18,8 +18,8 @@ import pytest
 from hf_cases import copy_llava
 from repository import HANG, WORKERS
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.weight_files import read_header
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.export.pruning import make_plan, prune_folder
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load

@@ -16,7 +16,7 @@ from hf_cases import copy_llava
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.export import folder
 from vlmprune_jax.prune import Scores

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.evaluation import server as server_file
 from vlmprune_jax.evaluation.server import Server, ask_server
 

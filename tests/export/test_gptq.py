@@ -10,8 +10,8 @@ from hf_cases import LLAMA, LLAVA, keep_width, make_folder, random_ids
 from prune_cases import on_mesh
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.export import gptq
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors

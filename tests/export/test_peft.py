@@ -23,13 +23,13 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.experiment.arguments import recover_config
+from vlmprune_jax.export import peft
 from vlmprune_jax.export.peft import write_adapter
 from vlmprune_jax.export.tokenizer import vocabulary_digest
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward
-from vlmprune_jax.recovery import peft
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.trainable import add_lora, assign_groups, merge_lora
 

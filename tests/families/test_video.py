@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.feature_pass import compute_features
 from vlmprune_jax.data.images import limited_files

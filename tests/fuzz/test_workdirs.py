@@ -12,13 +12,13 @@ import recover_cases as cases
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads, scores_of
 from hypothesis import strategies as st
 
-from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.core.cache import ArrayCache
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
-from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
+from vlmprune_jax.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder

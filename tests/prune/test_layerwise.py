@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, config, missing, model, narrow, plan_for, rows
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.prune import apply_plan
 from vlmprune_jax.prune.reconstruction import reconstruct
 

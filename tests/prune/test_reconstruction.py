@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, kept_units, missing, model, on_mesh, plan_for, rows
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
 from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, walk
 from vlmprune_jax.prune.batches import row_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES

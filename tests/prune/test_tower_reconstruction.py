@@ -10,9 +10,9 @@ import pytest
 from prune_cases import EQUAL, config, kept_stack, kept_units, model
 from stack_cases import tower_layer, with_facts
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import PatchConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model, forward, to_nnx
 from vlmprune_jax.prune import KeptStack, PrunePlan, apply_plan, fingerprint

@@ -208,8 +208,8 @@ def test_products_that_do_not_fit_are_computed_again_to_the_bit(budget, monkeypa
 
 @pytest.mark.parametrize("ends", [1, 4, 5])
 def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
+    from vlmprune_jax.core.cache import ArrayCache
     from vlmprune_jax.core.errors import Stopped
-    from vlmprune_jax.data.cache import ArrayCache
 
     cfg, seen = config(EQUAL, vision=True), []
     batches = [batch(cfg), batch(cfg, seed=3)]

@@ -231,7 +231,7 @@ def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
     """Padding that is all zero must not turn into NaN, not even under the mask."""
     zero = jnp.zeros((1, 2, 3))
     value, gradient = jax.value_and_grad(lambda a: jnp.sum(losses["cosine"].value(a, zero)))(zero)
-    assert value == 2.0
+    assert value == 1.0  # 0.5 each, as in the criteria
     assert not np.any(gradient)
 
 

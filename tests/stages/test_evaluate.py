@@ -143,7 +143,7 @@ def test_records_that_a_metric_cannot_use_are_refused_before_the_model_is_asked(
 
 def test_a_text_is_continued_after_its_last_batch(evaluate, root, monkeypatch):
     """Its numbers are those of the pass that nothing stopped."""
-    from vlmprune_jax.distributed.journal import Journal
+    from vlmprune_jax.core.journal import Journal
 
     original, added = Journal.add, []
 

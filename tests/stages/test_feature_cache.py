@@ -18,10 +18,10 @@ from hf_cases import copy_golden, copy_llava, edit_weights
 from rich.console import Console
 from vlm_cases import row_of
 
+from vlmprune_jax.core import cache as cache_module
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.data import cache as cache_module
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.feature_pass import check_frozen
 from vlmprune_jax.data.images import ImageLoader

@@ -12,8 +12,8 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.data import cache
-from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.core import cache
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.export.pruning import make_plan, prune_folder

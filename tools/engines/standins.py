@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.export.token_sources import choose_vocabulary
 from vlmprune_jax.families import detect
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model
@@ -33,7 +34,6 @@ from vlmprune_jax.prune import (
     fingerprint,
     keep_everything,
 )
-from vlmprune_jax.export.token_sources import choose_vocabulary
 
 _ROOT = Path(__file__).parents[2]
 _GOLDENS = _ROOT / "tests/goldens/families"

@@ -131,7 +131,7 @@ def _report(flags: Any) -> None:
 
 def finish(workdir: Path, reporter: Reporter) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
-    from vlmprune_jax.distributed.mesh import is_main_process
+    from vlmprune_jax.core.processes import is_main_process
     from vlmprune_jax.report.build import build_report
     from vlmprune_jax.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.stages.export import describe_export

@@ -14,7 +14,8 @@ from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, re
 from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import initialize, is_main_process
+from vlmprune_jax.core.processes import is_main_process
+from vlmprune_jax.distributed.mesh import initialize
 from vlmprune_jax.experiment.arguments import export_in
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.stages.work import Work

@@ -26,9 +26,14 @@ _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"
 class Registry(dict[str, _T]):
     """Mapping {name: object of one class}; users add their own object with `vp.NAME["mine"] = ...`."""
 
-    def __init__(self, name: str, kind: type[_T], known: Mapping[str, _T]):
+    def __init__(self, name: str, kind: type = object, known: Mapping[str, _T] = types.MappingProxyType({})):
         super().__init__(known)
         self._name, self._kind = name, kind
+
+    def fill(self, kind: type[_T], known: Mapping[str, _T]) -> None:
+        """Set the class and the built-in objects of a registry that settings declare by its name alone."""
+        self._kind = kind
+        self.update(known)
 
     def __setitem__(self, key: str, value: _T) -> None:
         if not isinstance(key, str) or not isinstance(value, self._kind):

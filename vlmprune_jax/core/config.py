@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -18,8 +17,6 @@ from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.core.video import VideoConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
-
-
 TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
 # Decoder and vision tower: names of the fields of a `ModelConfig` and of its params. Encoders have names of their own.
 STACKS = ("text", "vision")
@@ -318,10 +315,8 @@ class ModelConfig:
             )
 
     def __repr__(self) -> str:
-        """Return family, layout, total size and layers of every stack as one line."""
-        size = importlib.import_module("vlmprune_jax.models.params").count_params(self)  # which loads jax
-        lines = [f"{self.family}, {self.layout} layout, {size:,} parameters", *self.stack_lines]
-        return f"ModelConfig({'; '.join(lines)})"
+        """Return family, layout and layers of every stack as one line."""
+        return f"ModelConfig({'; '.join([f'{self.family}, {self.layout} layout', *self.stack_lines])})"
 
     @property
     def stack_lines(self) -> list[str]:
@@ -349,6 +344,10 @@ class ModelConfig:
         changed: Any = self.stack(stack).with_layers(layers)
         encoders = tuple((name, changed if name == stack else encoder) for name, encoder in self.encoders)
         return dataclasses.replace(self, **{stack: changed} if stack in STACKS else {"encoders": encoders})
+
+    def input_of(self, stack: str) -> str:
+        """Return the name of the batch's array that a stack reads."""
+        return {"text": "input_ids", "vision": "pixel_values"}.get(stack) or dict(self.encoders)[stack].array
 
     def encoder_inputs(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arrays of a batch that the model's encoders read."""

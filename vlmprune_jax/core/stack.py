@@ -117,7 +117,7 @@ class Stack:
         return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
 
     def describe(self, most: int | None = None) -> str:
-        """Return the sizes of the layers as text (see `parts.describe_layers`)."""
+        """Return the sizes of the layers as text (see `describe_layers`)."""
         windows = [layer.mixer.window for layer in self.layers]
         return describe_layers([layer.sizes for layer in self.layers], windows, most)
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import GRIDS, ImageLoader
 from vlmprune_jax.data.media import image_key
 from vlmprune_jax.data.preparation import Preparation, Videos

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.core.processes import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.data.encoding import smallest
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.images import GRIDS
-from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count, process_number, rows_of_process
+from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.features import tower_features

@@ -18,6 +18,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
+from vlmprune_jax.core.processes import from_all, process_count, process_number
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.batching import Batch, TrainBatches, train_batches
@@ -35,7 +36,7 @@ from vlmprune_jax.data.records import Record, data_files, read_records, take_fra
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.video.frames import frame_loader
-from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, row_ways, rows_of_process
+from vlmprune_jax.distributed.mesh import row_ways, rows_of_process
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 

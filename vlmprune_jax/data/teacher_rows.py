@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.media import image_key
 from vlmprune_jax.data.records import Record, VideoSource, Visual
 

@@ -1,20 +1,18 @@
-"""Device mesh of a run, and cooperation of its processes: start, process numbers, exchange of values."""
+"""Device mesh of a run, and start of its processes."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -22,7 +20,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from vlmprune_jax.core.chips import chip_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import without_output
-from vlmprune_jax.core.errors import SharedError, UserError, reason
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.processes import Processes, install, on_process_zero, process_count, process_number
 from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES, check_divides, tensor_sizes
@@ -206,82 +205,27 @@ def _memory_of(device: jax.Device) -> float | None:
     return on_process_zero(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
 
 
-def process_count() -> int:
-    """Return the number of processes in the run, without initialising the accelerator in a single process."""
+def _count() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def process_number() -> int:
-    """Return this process's number in the run; 0 in a single process (also under Pathways)."""
+def _number() -> int:
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
-def is_main_process() -> bool:
-    """Return True in process 0, which writes exports, logs and progress; the accelerator is not initialised."""
-    return process_number() == 0
+def _broadcast(message: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(message), np.int32)))
+    padded = np.frombuffer(message.ljust(size)[:size], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
 
 
-def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
-    """Run `compute()` on process 0 and return its JSON value on every process (collective).
-
-    Workdir files are read and written by process 0 alone, since other processes could see them before a change.
-
-    Args:
-      compute: returns a JSON value, or an instance of `kind`.
-      kind: a type that msgspec converts from JSON, such as a Struct.
-
-    Raises:
-      SharedError: on every process, if `compute` raised a UserError.
-    """
-    if process_count() == 1:
-        return compute()
-    result, failure = _attempt(compute) if is_main_process() else ({}, None)
-    encoded = _encoded(result)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(encoded.size, np.int32)))
-    padded = encoded if is_main_process() else np.zeros(size, np.uint8)
-    padded = np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)
-    if failure is not None:
-        raise failure
-    return msgspec.convert(_value(padded), kind)
+def _gather(message: bytes) -> list[bytes]:
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(len(message), np.int32)))
+    rows = multihost_utils.process_allgather(np.frombuffer(message.ljust(lengths.max()), np.uint8))
+    return [row[:length].tobytes() for row, length in zip(np.asarray(rows), lengths, strict=True)]
 
 
-def from_all(compute: Callable[[], Any]) -> list[Any]:
-    """Run `compute()` on every process and return the JSON values of all processes (collective).
-
-    Raises SharedError on every process if `compute` raised a UserError on any process.
-    """
-    if process_count() == 1:
-        return [compute()]
-    result, failure = _attempt(compute)
-    encoded = _encoded(result)
-    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(encoded.size, np.int32)))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: encoded.size] = encoded
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    if failure is not None:
-        raise failure
-    return [_value(row[:length]) for row, length in zip(rows, lengths, strict=True)]
-
-
-def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
-    """Call `compute()`; return its value or error as JSON, and the exception to raise on all processes together."""
-    try:
-        return {"value": compute()}, None
-    except UserError as error:
-        return {"error": str(error)}, None
-    except BaseException as error:  # otherwise the others would wait for ever
-        return {"error": f"process {process_number()} failed ({type(error).__name__}: {error})"}, error
-
-
-def _encoded(result: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
-
-
-def _value(encoded: np.ndarray) -> Any:
-    result = json.loads(encoded.tobytes())
-    if "error" in result:
-        raise SharedError(result["error"])
-    return result["value"]
+install(Processes(_count, _number, _broadcast, _gather))
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:

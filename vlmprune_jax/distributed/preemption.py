@@ -12,7 +12,7 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.errors import Stopped
-from vlmprune_jax.distributed.mesh import process_count
+from vlmprune_jax.core.processes import process_count
 
 _calls = itertools.count(1)  # calls of `noticed` over all phases, by which processes agree where to stop
 

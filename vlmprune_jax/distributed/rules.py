@@ -13,7 +13,7 @@ from vlmprune_jax.core.part import AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Named axis -> mesh axis or axes; prunable axes declare theirs (`parts.Axis.mesh`), and axes that are not listed are
+# Named axis -> mesh axis or axes; prunable axes declare theirs (`Axis.mesh`), and axes that are not listed are
 # replicated. Parameters are split over `fsdp` along the residual width and over `tensor` along heads, neurons and
 # vocabulary; activations are split along the batch.
 RULES: dict[str, str | tuple[str, ...]] = {

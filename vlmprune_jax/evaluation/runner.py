@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
+from vlmprune_jax.core.journal import Journal, continued, is_of
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
@@ -25,13 +22,11 @@ from vlmprune_jax.evaluation.questions import ArrangedQuestions, QuestionBatch
 from vlmprune_jax.models.generate import generate, on_decoding_mesh
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.placement import mesh_of, place_batch
-from vlmprune_jax.models.vlm import Model, encode, head_of
-from vlmprune_jax.models.vocabulary import cross_entropy_sum
+from vlmprune_jax.models.vlm import Model, text_loss
 
 Progress = Callable[[int], None]
 Answers = list[tuple[str, Count]]  # texts and token counts in a journal
 _Windows = tuple[np.ndarray, np.ndarray]  # ids and mask, int32[batch, window]
-CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
 
 @dataclass(frozen=True)
@@ -286,7 +281,7 @@ def log_likelihoods(
     def measure(batch: _Windows) -> dict[str, float]:
         arrays = place_batch(dict(zip(("ids", "mask"), batch, strict=True)), mesh)
         with use_mesh(mesh):
-            nll = float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
+            nll = float(text_loss(model.params, model.cfg, arrays["ids"], arrays["mask"]))
         return {"nll": nll, "tokens": int(batch[1][:, 1:].sum())}
 
     def measures(batch: _Windows, entry: Any) -> bool:
@@ -311,9 +306,3 @@ def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterab
     padded = -(-rows // batch_size) * batch_size * window
     mask = (np.arange(padded) < len(ids)).astype(np.int32).reshape(-1, batch_size, window)
     return zip(np.pad(ids, (0, padded - len(ids))).reshape(-1, batch_size, window), mask, strict=True)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _nll(params: Any, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    final, _ = encode(params, cfg, ids, attention_mask=mask)
-    return cross_entropy_sum(final, head_of(params, cfg), jnp.where(mask > 0, ids, IGNORED), chunk=CHUNK)

@@ -23,10 +23,10 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import MAX_COPY_BYTES, checked, parse_json, read_bytes
+from vlmprune_jax.core.journal import Journal, continued, is_of
 from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.media import StoredImage, Video
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.evaluation.questions import with_suffix
 from vlmprune_jax.evaluation.runner import Answers, Progress, Reply
 

@@ -93,7 +93,7 @@ class Format:
     """Export format; `vp.formats["mine"] = vp.Format(...)` registers a user's format.
 
     Attributes:
-      options: frozen dataclass of `core.checks.setting` fields: keywords of `save`, and settings `export.NAME` of a
+      options: frozen dataclass of `core.settings.setting` fields: keywords of `save`, and settings `export.NAME` of a
         config (in `export.options` if `export` has no such name). The choices of `quantize` are the quantisations.
       prepare: (model, origin, options) -> `Contents`; raises UserError for a model that the format cannot hold.
       check: (model, folder, origin, options) -> `Comparison` of written folder and model; raises UserError if they

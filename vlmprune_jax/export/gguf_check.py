@@ -16,8 +16,9 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import parse_json
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
+from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.gguf_model import copy_of, spelled, under_names

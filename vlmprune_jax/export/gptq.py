@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache, recorded
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
-from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors

@@ -17,8 +17,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
+from vlmprune_jax.core.processes import is_main_process
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.families import Family, family_of

@@ -15,8 +15,9 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
-from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
+from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families import detect, family_of

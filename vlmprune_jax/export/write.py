@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.core.processes import is_main_process, on_process_zero
 from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
@@ -60,7 +60,7 @@ def save(
     Process 0 writes. If arrays are split over processes, every process must call this function.
 
     Args:
-      model: the model; adapters must be merged (`recovery.merge_lora`).
+      model: the model; adapters must be merged (`recovery.trainable.merge_lora`).
       out_dir: the new folder.
       source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).

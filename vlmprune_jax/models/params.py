@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.layer import layer_runs
+from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]
@@ -37,6 +39,15 @@ def param_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
 def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return {parameter path: shape} of a model config."""
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
+
+
+def abstract_params(cfg: ModelConfig, dtype: str, mesh: Mesh) -> Flat:
+    """Return the parameters of a model config as abstract arrays that are split over a mesh."""
+    axes = param_axes(cfg)
+    return {
+        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, axes[path], shape))
+        for path, shape in param_shapes(cfg).items()
+    }
 
 
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:

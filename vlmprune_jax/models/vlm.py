@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from vlmprune_jax.core.checks import suggest
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.distributed.mesh import use_mesh
@@ -34,7 +34,7 @@ from vlmprune_jax.models.positions import is_visual, with_images
 from vlmprune_jax.models.projector import Projector
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vision import VisionTower
-from vlmprune_jax.models.vocabulary import Head
+from vlmprune_jax.models.vocabulary import Head, cross_entropy_sum
 from vlmprune_jax.plans.plan import PrunePlan
 
 Params = dict[str, Any]
@@ -43,6 +43,7 @@ CAPTURE = ("hidden", "image_features", "inputs_embeds")
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 # Arrays that `forward` takes.
 INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
+_CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,13 @@ def head_of(params: Params, cfg: ModelConfig) -> Head:
     """Return the output head, which maps final hidden states to logits."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
     return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def text_loss(params: Params, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the summed cross-entropy, float32[], of the tokens (`mask` 1) after the first of each row."""
+    final, _ = encode(params, cfg, ids, attention_mask=mask)
+    return cross_entropy_sum(final, head_of(params, cfg), jnp.where(mask > 0, ids, IGNORED), chunk=_CHUNK)
 
 
 def apply(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,13 +21,12 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import length_buckets
 from vlmprune_jax.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
 from vlmprune_jax.distributed.mesh import make_mesh, row_ways
-from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import Variant
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
+from vlmprune_jax.models.params import abstract_params, count_params, unflatten
 from vlmprune_jax.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig
 from vlmprune_jax.prune.criteria.weights import random_scores
@@ -289,24 +287,17 @@ def _size(cfg: ModelConfig) -> PlannedModel:
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     """Return the training step's arguments as abstract arrays with shardings."""
 
-    def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-        axes = param_axes(cfg)
-        return {
-            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, axes[path], shape))
-            for path, shape in param_shapes(cfg).items()
-        }
-
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
 
-    student = leaves(program.cfg, case.dtype)
+    student = abstract_params(program.cfg, case.dtype, mesh)
     frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
     trained = {path: leaf for path, leaf in student.items() if path in program.groups}
     assert program.shardings is not None  # a mesh always has shardings
     state = abstract_state(trained, program.optimizer, program.shardings)
     teacher = None
     if program.teacher is not None:
-        teacher = unflatten(leaves(program.teacher.cfg, case.config.compute_dtype))
+        teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
     n_rows = case.config.batch_size
     batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
     vision, projector = case.cfg.vision, case.cfg.projector
@@ -321,7 +312,7 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     if vision is not None and projector is not None and case.images and not case.cfg.tower:
         tokens, features = case.cfg.feature_shape
         room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.dynamic_resolution else (images, tokens)
-        batch["vision_features"] = rows((packs, *room, features), jnp.dtype(case.config.compute_dtype))
+        batch["vision_features"] = rows((packs, *room, features), np.dtype(case.config.compute_dtype))
     elif vision is not None and projector is not None and case.images:
         room = (images, vision.channels, vision.image_size, vision.image_size)
         if vision.dynamic_resolution:
@@ -329,5 +320,5 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         batch["pixel_values"] = rows((packs, *room), np.float32)
     if top_k := case.config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
-        batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), jnp.dtype(case.config.compute_dtype))
+        batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), np.dtype(case.config.compute_dtype))
     return state, frozen, teacher, batch

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,7 +19,7 @@ from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.flops import head_of
 from vlmprune_jax.models.generate import decode, prefill
 from vlmprune_jax.models.mixers import MIXERS
-from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.models.params import abstract_params, count_params, flatten, unflatten
 from vlmprune_jax.planning.ahead_of_time import Slice, compile_for_tpu
 from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
 from vlmprune_jax.planning.traffic import hbm_bytes
@@ -50,7 +49,7 @@ class EvaluationCase:
     @property
     def itemsize(self) -> int:
         """Number of bytes per weight."""
-        return jnp.dtype(self.dtype).itemsize
+        return np.dtype(self.dtype).itemsize
 
     def make_mesh(self) -> Mesh:
         """Return the mesh for generation on the TPU slice's devices."""
@@ -80,7 +79,7 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
     rows = -(-case.rows // ways) * ways
     prompts = {name: prompt_of(case.cfg, case.preparation, question) for name, question in BENCHMARKS.items()}
     length, image = max(prompts.values(), key=lambda prompt: prompt[0])
-    params, arrays = _params(case, mesh), _arrays(case, rows, length, image, mesh)
+    params, arrays = unflatten(abstract_params(case.cfg, case.dtype, mesh)), _arrays(case, rows, length, image, mesh)
     with use_mesh(mesh):
         begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], _NEW_TOKENS, ()), params, arrays)
         first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
@@ -111,14 +110,6 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
         seconds={name: sum(phases[case.weights[0]][name].values()) for name in BENCHMARKS},
         phases=phases,
         compile_seconds=first.seconds + later.seconds,
-    )
-
-
-def _params(case: EvaluationCase, mesh: Mesh) -> Any:
-    axes, dtype = param_axes(case.cfg), jnp.dtype(case.dtype)
-    shapes = param_shapes(case.cfg).items()
-    return unflatten(
-        {p: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes[p], shape)) for p, shape in shapes}
     )
 
 

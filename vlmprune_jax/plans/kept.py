@@ -113,7 +113,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", 
 class KeptVocabulary:
     """Token ids (ascending) that stay in a vocabulary of `rows_before` rows; a kept token's new id is its index.
 
-    `tokenizer`: digest of the tokenizer that the ids belong to (`data.tokenizer_files.vocabulary_digest`).
+    `tokenizer`: digest of the tokenizer that the ids belong to (`export.tokenizer.vocabulary_digest`).
     """
 
     rows_before: int

@@ -11,8 +11,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.activations import input_of, real_images
-from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_token_types
+from vlmprune_jax.prune.calibration import Arrays, real_images, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
 
@@ -50,10 +49,7 @@ def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str
 
 
 def row_batches(
-    batches: Sequence[Arrays],
-    settings: Mapping[str, Any],
-    names: Sequence[str] | None = None,
-    cfg: ModelConfig | None = None,
+    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> list[CalibrationBatch]:
     """Group calibration rows into batches; rows for fitting and held-out rows never share a batch.
 
@@ -118,7 +114,7 @@ def tower_batches(
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
     size = len(batches[0]["token_types"])
     return [
-        _tower_batch(packs[at : at + size], (size, positions, most), held_out, input_of(cfg, stack))
+        _tower_batch(packs[at : at + size], (size, positions, most), held_out, cfg.input_of(stack))
         for packs, held_out in parts
         for at in range(0, len(packs), size)
     ]
@@ -126,7 +122,7 @@ def tower_batches(
 
 def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Yield a row's images as (pixels, patch grid or None), or a row's inputs of another encoder as (array, None)."""
-    pixels = arrays.get(input_of(cfg, stack))
+    pixels = arrays.get(cfg.input_of(stack))
     if pixels is None:
         return
     if stack != "vision":

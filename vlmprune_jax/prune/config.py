@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict
 import numpy as np
 
 from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.limits import ENGINES
@@ -62,13 +63,8 @@ _LACKS = {
 }
 # Method -> axes whose units it removes; other methods remove units along the scored axes.
 METHOD_AXES = {"experts": ("experts",)}
-
-
-def _criteria() -> Collection[str]:
-    """Return the names of the criteria, which import jax."""
-    from vlmprune_jax.prune.criteria import CRITERIA
-
-    return CRITERIA
+# Criteria by name; `prune.criteria`, which needs jax, fills it. A user's file adds its own by assignment.
+CRITERIA: Registry[Any] = Registry("criteria")
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,12 @@ class ScoreConfig:
     depth: str = score_setting(
         "block_influence",
         'Criterion that scores layers, for methods "depth" and "hybrid".',
-        choices=_criteria,
+        choices=CRITERIA,
     )
     width: str = score_setting(
         "taylor",
         'Criterion that scores heads, neurons or experts, for methods "width", "hybrid" and "experts".',
-        choices=_criteria,
+        choices=CRITERIA,
     )
     samples: int = score_setting(50, "Number of calibration records for scoring.", unit="records", least=1)
     batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)

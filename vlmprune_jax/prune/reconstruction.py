@@ -37,10 +37,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache, recorded
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.part import WRITERS as WRITERS_OF
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import WRITERS
@@ -50,7 +50,7 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, stack_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.expert_repair import has_experts, repair_experts, with_experts
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer

@@ -23,8 +23,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params
-from vlmprune_jax.prune.criteria.activations import batch_inputs, run_decoder
-from vlmprune_jax.prune.criteria.calibration import PADDING, TOKEN_TYPES, calibration_batches
+from vlmprune_jax.prune.calibration import PADDING, TOKEN_TYPES, batch_inputs, calibration_batches, run_decoder
 from vlmprune_jax.prune.fingerprints import fingerprint
 
 ROUTING = "routing.npz"  # file in a workdir
@@ -132,13 +131,11 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     types, room = list[np.ndarray](), _MOST_CHOICES // per_token
     with use_mesh(mesh):
         for number, arrays in enumerate(calibration_batches(batches, model.cfg, labels=False), start=1):
-            layers = _route(
-                params, place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg)), cfg=model.cfg
-            )
+            placed = place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg))
             row_types = arrays["token_types"]
             real = np.flatnonzero(row_types != PADDING)[: max(room - sum(map(len, types)), 0)]
             types.append(row_types.reshape(-1)[real].astype(np.uint8))
-            for i, (chosen, of_batch) in enumerate(layers):
+            for i, (chosen, of_batch) in enumerate(_route(params, placed, cfg=model.cfg)):
                 new = np.asarray(of_batch, np.float64)
                 sums[i] = _joined(sums[i], new) if i in sums else new
                 rows = np.asarray(chosen).reshape(-1, chosen.shape[-1])[real]
@@ -158,16 +155,15 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _route(params: Params, batch: Mapping[str, Any], *, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
     """Return (chosen experts int[batch, seq, k], sums float32[token types, sums, experts]) of every layer."""
-    run, token_types = run_decoder(params, cfg, batch)
 
     def hook(block: BlockValues) -> tuple[jax.Array, jax.Array]:
         experts, gates, norms = block.inputs["routed"][:3]
         g, f = gates.astype(jnp.float32), norms.astype(jnp.float32)
         values = jnp.stack([jnp.ones_like(f), g, f, f * f, g * f])
         zeros = jnp.zeros((len(TOKEN_TYPES) + 1, len(block.params["mlp"]["router"]["weight"])), jnp.float32)
-        places = token_types[..., None], experts  # padding, whose values may be anything, has a row of its own
+        places = batch["token_types"][..., None], experts  # padding, whose values may be anything, has a row of its own
         sums = [*jax.vmap(lambda value: zeros.at[places].add(value))(values), zeros.at[places].max(g * f)]
         return experts, jnp.stack(sums, axis=1)[1:]
 
-    layers = run(hook, ("routed",))
+    layers = run_decoder(params, cfg, batch, hook, ("routed",))
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), layers)

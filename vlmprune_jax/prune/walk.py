@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.processes import from_all
 from vlmprune_jax.distributed.machine import free_memory
-from vlmprune_jax.distributed.mesh import from_all, row_ways
+from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.models.lazy import to_device
@@ -33,7 +34,6 @@ from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_batch, place_inputs
 from vlmprune_jax.models.vlm import Model, to_nnx
 from vlmprune_jax.prune.batches import CalibrationBatch
-from vlmprune_jax.prune.criteria.activations import input_of
 from vlmprune_jax.prune.layers import Given, Layer, Rows, State, streamed, to_devices
 
 R = TypeVar("R")
@@ -164,7 +164,7 @@ def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any
         pixels = inputs["pixel_values"]
         x, _, embeds = module.embed(inputs["input_ids"], pixels, image_grid_thw=grid, encoder_inputs=items)
     else:
-        array = inputs[input_of(cfg, stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
+        array = inputs[cfg.input_of(stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
         x = getattr(module, stack).embed(array, **({} if grid is None else {"grid": grid}))
     apart = LayerEmbeds(*(None if stacked is None else tuple(stacked) for stacked in embeds))
     return jax.tree.map(lambda array: constrain(array.astype(dtype or array.dtype), STREAM), (x, apart))

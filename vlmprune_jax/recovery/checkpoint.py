@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from vlmprune_jax.core.errors import UserError, differences, reason
 from vlmprune_jax.core.files import checked, open_file, reading
-from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count, process_number
+from vlmprune_jax.core.processes import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"

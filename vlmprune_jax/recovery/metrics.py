@@ -18,7 +18,7 @@ from vlmprune_jax.core.chips import peak_flops
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.core.links import check_links
-from vlmprune_jax.distributed.mesh import from_all, is_main_process, process_number
+from vlmprune_jax.core.processes import from_all, is_main_process, process_number
 from vlmprune_jax.recovery.loggers import LOGGERS, Logger
 
 METRICS_FILE = "metrics.jsonl"

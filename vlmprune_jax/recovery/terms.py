@@ -12,11 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.vocabulary import cross_entropy
+from vlmprune_jax.prune.criteria.distance import cosine_distance
 
 # Inputs of terms: vocabulary terms get a chunk of positions, [batch, chunk, vocab], terms on hidden states all
 # positions, [batch, seq, embed]; all are float32 except the targets.
@@ -90,11 +90,6 @@ def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def squared_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     """Return the squared distance, float32[...], between states float32[..., embed]."""
     return jnp.sum(jnp.square(ours - theirs), axis=-1)
-
-
-def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    """Return 1 - cosine similarity, float32[...]; value and gradient stay finite for zero vectors."""
-    return 1.0 - optax.cosine_similarity(ours, theirs, epsilon=1e-16)
 
 
 def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:

@@ -11,9 +11,9 @@ from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, read_json_lines, reading
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
 from vlmprune_jax.evaluation.metrics import METRICS

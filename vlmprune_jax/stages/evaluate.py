@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import Count, Finite, read_text, reading
+from vlmprune_jax.core.journal import Journal
+from vlmprune_jax.core.processes import process_count
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.core.weight_files import DTYPES
@@ -29,8 +31,7 @@ from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.distributed.mesh import decoding_mesh, process_count, row_ways
+from vlmprune_jax.distributed.mesh import decoding_mesh, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.lmms.tasks import NOT_OF_TASKS, as_plain, ask_task, task_sources
 from vlmprune_jax.evaluation.metrics import METRICS

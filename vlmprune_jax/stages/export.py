@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.files import Finite
+from vlmprune_jax.core.processes import is_main_process
 from vlmprune_jax.data import inputs
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import export_options, image_tokens
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.card import loading_lines, model_name

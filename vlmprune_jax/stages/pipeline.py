@@ -9,7 +9,7 @@ from typing import Any
 from msgspec.structs import asdict, replace
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.core.processes import is_main_process, on_process_zero
 from vlmprune_jax.experiment.variants import NO_RECOVERY
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.describe import count_passthrough

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.processes import on_process_zero, process_count
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import remarks
 from vlmprune_jax.distributed.machine import free_memory, processor
-from vlmprune_jax.distributed.mesh import on_process_zero, process_count, row_ways, start_devices
+from vlmprune_jax.distributed.mesh import row_ways, start_devices
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.runner import check_answered

@@ -9,10 +9,10 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.config import ExportSpec

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig

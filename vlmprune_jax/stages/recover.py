@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import Stopped, UserError, error_context
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import train_batches
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader
@@ -25,7 +26,7 @@ from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.data.teacher_rows import TeacherRows
-from vlmprune_jax.distributed.mesh import on_process_zero, row_ways, rows_of_process
+from vlmprune_jax.distributed.mesh import row_ways, rows_of_process
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.peft import check_adapters, write_adapter

@@ -9,14 +9,14 @@ from typing import Any
 
 import msgspec
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
+from vlmprune_jax.core.processes import is_main_process
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, Scores, score

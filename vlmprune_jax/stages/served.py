@@ -7,7 +7,7 @@ import re
 import time
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import process_count
+from vlmprune_jax.core.processes import process_count
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.server import Server, ask_server

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
-from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import mesh_of
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.experiment.spec import Experiment

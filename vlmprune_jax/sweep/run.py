@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from vlmprune_jax.core.console import Reporter, make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.links import real_path
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.core.processes import is_main_process, on_process_zero
 from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting

@@ -16,8 +16,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, error_context, reason
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.core.processes import is_main_process, on_process_zero, process_count
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import CONTROL, check_experiment

@@ -10,7 +10,7 @@ import msgspec
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, replacing
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.core.processes import is_main_process
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -19,7 +19,8 @@ from msgspec.structs import replace
 
 from vlmprune_jax.core.errors import Stopped, UserError, differences, reason
 from vlmprune_jax.core.files import Finite, checked, read_json, replacing
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, start_devices
+from vlmprune_jax.core.processes import is_main_process, on_process_zero
+from vlmprune_jax.distributed.mesh import start_devices
 from vlmprune_jax.distributed.preemption import noticed
 from vlmprune_jax.workdir.content import MadeFrom, digest, made_from, plain
 from vlmprune_jax.workdir.provenance import MadeBy, made_by

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, config, kept_stack, model, on_mesh
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.models.vocabulary import cross_entropy
 from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, fingerprint, reconstruct, score

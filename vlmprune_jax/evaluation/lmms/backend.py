@@ -30,6 +30,7 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.data.batching import PREFETCH
@@ -39,7 +40,6 @@ from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.inputs import Inputs, load_inputs
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.records import Record, make_record
-from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arrange_questions

@@ -21,8 +21,8 @@ import jax
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import copy_file, read_text
+from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.data.inputs import Inputs
-from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.lmms.scores import sets_of
 from vlmprune_jax.models.vlm import Model

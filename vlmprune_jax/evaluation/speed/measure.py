@@ -12,8 +12,9 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.distributed.mesh import on_process_zero, use_mesh
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.evaluation.speed.clock import Measurement, QuestionTime, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.process import Program, Seconds, Stopwatch
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation

@@ -1,4 +1,4 @@
-"""Multi-layer perceptron: the channel mixer of `parts.Dense`."""
+"""Multi-layer perceptron: the channel mixer of `Dense` layers."""
 
 from __future__ import annotations
 

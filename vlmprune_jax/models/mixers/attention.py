@@ -1,4 +1,4 @@
-"""Grouped-query attention: the mixer of `parts.Attention`."""
+"""Grouped-query attention: the mixer of `Attention` layers."""
 
 from __future__ import annotations
 

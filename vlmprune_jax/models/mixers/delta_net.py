@@ -1,4 +1,4 @@
-"""Gated delta net: the mixer of `parts.DeltaNet`, a linear recurrence with a matrix per value head as its state.
+"""Gated delta net: the mixer of `DeltaNet` layers, a linear recurrence with a matrix per value head as its state.
 
 The recurrence runs in chunks: within one, a triangular system gives all its updates at once (Yang et al. 2024, arXiv
 2406.06484); between chunks only the matrices are carried. Numbers are float32 or wider, whatever the model's dtype.

@@ -1,4 +1,4 @@
-"""Gated short convolution: the mixer of `parts.ShortConv`, and causal convolutions whose state padding never reaches.
+"""Gated short convolution: the mixer of `ShortConv` layers, and causal convolutions whose state padding never reaches.
 
 Rows are computed with their real tokens first, so that the last inputs of a row are those of real tokens.
 """

@@ -1,25 +1,19 @@
 """Criteria that score layers, heads, neurons and experts, by name."""
 
-from vlmprune_jax.core.checks import Registry
+from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
+from vlmprune_jax.prune.config import CRITERIA
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
-from vlmprune_jax.prune.criteria.expert_frequency import EXPERT_FREQUENCY
-from vlmprune_jax.prune.criteria.expert_norm import EXPERT_NORM
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.prune.criteria.greedy import GREEDY_LOSS
 from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
-from vlmprune_jax.prune.criteria.man import MAN
-from vlmprune_jax.prune.criteria.msan import MSAN
-from vlmprune_jax.prune.criteria.reap import REAP
+from vlmprune_jax.prune.criteria.routed import EXPERT_FREQUENCY, EXPERT_NORM, MAN, MSAN, REAP
 from vlmprune_jax.prune.criteria.taylor import TAYLOR
 from vlmprune_jax.prune.criteria.weights import L1, L2, RANDOM, input_weights
 
-# A user's file adds its own by assignment: CRITERIA["mine"] = Criterion(...).
-CRITERIA = Registry(
-    "criteria",
+CRITERIA.fill(
     Criterion,
     {
         "block_influence": BLOCK_INFLUENCE,

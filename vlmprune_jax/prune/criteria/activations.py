@@ -15,13 +15,23 @@ import numpy as np
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.core.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import VALUES, BlockValues, Hook
 from vlmprune_jax.models.placement import mesh_of, place_inputs
-from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, TOKEN_TYPES, TYPES, Arrays, types_in
+from vlmprune_jax.models.vlm import Model, Params, to_nnx
+from vlmprune_jax.prune.calibration import (
+    IMAGE,
+    PADDING,
+    TOKEN_TYPES,
+    TYPES,
+    Arrays,
+    batch_inputs,
+    real_images,
+    run_decoder,
+    types_in,
+)
 
 
 class Tokens(NamedTuple):
@@ -125,15 +135,9 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
     return [leaf.shape for leaf in arrays] == shapes and all(leaf.dtype.kind in "if" for leaf in arrays)
 
 
-def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the arrays of a checked batch that a pass over a stack reads; absent arrays are None."""
-    names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
-    return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
-
-
 def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Iterator[Arrays]:
     """Yield the batches that contain inputs of a stack, such as images; raise UserError if none does."""
-    array, some = input_of(cfg, stack), False
+    array, some = cfg.input_of(stack), False
     for arrays in batches:
         if array in arrays:
             some = True
@@ -144,11 +148,6 @@ def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Itera
             if stack == "vision"
             else f"the calibration batches have no {array}, which scores of {stack} need: add batches with it"
         )
-
-
-def input_of(cfg: ModelConfig, stack: str) -> str:
-    """Return the name of the batch's array that a stack reads."""
-    return {"text": "input_ids", "vision": "pixel_values"}.get(stack) or dict(cfg.encoders)[stack].array
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
@@ -172,19 +171,8 @@ def _sums(
 Run = tuple[Callable[[Hook, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
 
 
-def run_decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    """Return a function that runs the decoder on one batch and calls a hook for every block, and all token types."""
-    mask = batch["attention_mask"]
-
-    def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
-        _, aux = encode(
-            params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
-            image_grid_thw=batch["image_grid_thw"], position_ids=batch["position_ids"], attention_mask=mask, hook=hook,
-            hook_inputs=inputs, encoder_inputs=cfg.encoder_inputs(batch),
-        )  # fmt: skip
-        return aux["hook"]
-
-    return run, batch["token_types"]
+def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
+    return functools.partial(run_decoder, params, cfg, batch), batch["token_types"]
 
 
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
@@ -225,13 +213,7 @@ def _by_position(hooked: Callable[..., Any]) -> Callable[[Hook, tuple[str, ...]]
     return run
 
 
-def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return bool[batch, images], True for images that are not padding."""
-    count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
-    return np.arange(slots)[None] < count[:, None]
-
-
 def _run_of(cfg: ModelConfig, stack: str) -> Callable[..., Run]:
     """Return the function that prepares a `Run` (a pass over all blocks on one batch) for this stack."""
     encoder = functools.partial(_encoder, stack=stack) if stack in dict(cfg.encoders) else None
-    return encoder or {"text": run_decoder, "vision": _tower}[stack]
+    return encoder or {"text": _decoder, "vision": _tower}[stack]

@@ -11,8 +11,8 @@ from typing import Any
 from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.calibration import TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.prune.config import ScoreConfig
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS
 
 NEEDS = ("weights", "activations", "routing", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
@@ -35,11 +35,10 @@ class Criterion:
         model, **options)` -> parts.
       routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
         `splits` -> (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts; the function makes a pass over checked batches
-        with
-        labels (for weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}).
-        With `journals`, it has a parameter `cache` (`data.cache.ArrayCache`, or None) to continue from. Parts are
-        fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
+      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
+        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are fields of
+        `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
     `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
     function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".

@@ -14,8 +14,8 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.calibration import positive
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.calibration import positive
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
@@ -42,15 +42,15 @@ def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
 
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return 1 - cosine similarity over the last axis in float32; 0.5 if a vector is zero.
+    """Return 1 - cosine similarity over the last axis in float32; 0.5, with gradient 0, if a vector is zero.
 
     It is computed as |a/|a| - b/|b||^2 / 2, which keeps its relative precision for the nearly equal states of deep
     layers; 1 - cos would cancel there.
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    norm_a, norm_b = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
-    zero = (norm_a == 0) | (norm_b == 0)
-    gap = a / jnp.where(zero, jnp.ones_like(norm_a), norm_a) - b / jnp.where(zero, jnp.ones_like(norm_b), norm_b)
+    square_a, square_b = (jnp.sum(x * x, axis=-1, keepdims=True) for x in (a, b))
+    zero = (square_a == 0) | (square_b == 0)
+    gap = a / jnp.sqrt(jnp.where(zero, 1, square_a)) - b / jnp.sqrt(jnp.where(zero, 1, square_b))
     return jnp.where(zero[..., 0], jnp.float32(0.5), 0.5 * jnp.sum(gap * gap, axis=-1))
 
 

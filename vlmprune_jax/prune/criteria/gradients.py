@@ -18,28 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.core.processes import from_all
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.machine import free_memory
-from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
+from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.vlm import Model, Params, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.batches import text_batch
-from vlmprune_jax.prune.criteria.calibration import (
-    ANSWER,
-    IMAGE,
-    PROMPT,
-    TOKEN_TYPES,
-    TYPES,
-    Arrays,
-    stack_rows,
-    types_in,
-)
+from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPES, TYPES, Arrays, stack_rows, types_in
 from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
+from vlmprune_jax.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.routing import SUMS, Routing
 
@@ -94,3 +94,10 @@ _COMBINATIONS: dict[str, Callable[[np.ndarray], Any]] = {
     "max": lambda scores: scores.max(axis=0),
     "floor": _in_turns,
 }
+
+EXPERT_FREQUENCY = expert_criterion(lambda sums: sums["tokens"])
+EXPERT_NORM = expert_criterion(lambda sums: sums["f"])  # EAN, compared in arXiv 2510.13999
+# Means over the tokens that an expert computes: of gate times norm of the output, of the norm, of the squared norm.
+REAP = expert_criterion(lambda sums: sums["gf"] / sums["tokens"])  # arXiv 2510.13999
+MAN = expert_criterion(lambda sums: sums["f"] / sums["tokens"])  # arXiv 2606.15716
+MSAN = expert_criterion(lambda sums: sums["ff"] / sums["tokens"])  # arXiv 2606.15716

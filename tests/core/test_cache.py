@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vlmprune_jax.core import cache as module
+from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data import cache as module
-from vlmprune_jax.data.cache import ArrayCache
 
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
 
@@ -232,7 +232,7 @@ WRITER = """
 import os, sys, time
 import numpy as np
 from pathlib import Path
-from vlmprune_jax.data import cache
+from vlmprune_jax.core import cache
 cache.SHARD_BYTES, plain, count = 100, os.fsync, 0
 def slow(descriptor):
     global count

@@ -8,7 +8,7 @@ import os
 
 from hostile import mutants
 
-from vlmprune_jax.distributed.journal import Journal, continued, is_of
+from vlmprune_jax.core.journal import Journal, continued, is_of
 
 
 def test_a_pass_continues_after_the_last_whole_line(tmp_path):

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from vlmprune_jax.core.errors import UserError, differences
 from vlmprune_jax.core.files import read_json, reading, replacing
+from vlmprune_jax.core.processes import from_all, is_main_process, on_process_zero, process_count
 from vlmprune_jax.core.weight_files import FILE_DTYPES, Entry, read_header
-from vlmprune_jax.distributed.mesh import from_all, is_main_process, on_process_zero, process_count
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
 VERSION = 1  # version of the file layout

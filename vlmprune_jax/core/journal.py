@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import checked, read_json_lines, replacing
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.core.processes import is_main_process, on_process_zero
 
 T = TypeVar("T")
 

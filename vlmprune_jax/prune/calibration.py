@@ -1,4 +1,4 @@
-"""Calibration batches, checked once on the host before anything is compiled for them."""
+"""Calibration batches: checked once on the host before anything is compiled for them; types of their tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.models.context import Hook
 from vlmprune_jax.models.inputs import TYPE_IDS, VisualInputs, split_encoder_inputs, visual_inputs
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.positions import with_images
+from vlmprune_jax.models.vlm import Params, encode
 from vlmprune_jax.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
@@ -66,6 +68,30 @@ def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
     for name, number in TOKEN_TYPES.items():
         weights[number] = options["image_weight" if number == VIDEO else f"{name}_weight"]
     return weights
+
+
+def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
+    """Return the arrays of a checked batch that a pass over a stack reads; absent arrays are None."""
+    names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
+    return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
+
+
+def run_decoder(
+    params: Params, cfg: ModelConfig, batch: Mapping[str, Any], hook: Hook, inputs: tuple[str, ...]
+) -> list[Any]:
+    """Run the decoder on one batch, and return the results of a hook that is called for every block."""
+    _, aux = encode(
+        params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
+        position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], hook=hook, hook_inputs=inputs,
+        encoder_inputs=cfg.encoder_inputs(batch),
+    )  # fmt: skip
+    return aux["hook"]
+
+
+def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
+    """Return bool[batch, images], True for images that are not padding."""
+    count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
+    return np.arange(slots)[None] < count[:, None]
 
 
 def types_in(counts: np.ndarray) -> list[str]:
