@@ -277,7 +277,7 @@ class Family:
 
 # All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment
 # (`vlmprune_jax.families["mine"] = Family(...)`); if several match a folder, the last one added is used.
-FAMILIES = Registry("families", Family, {})
+FAMILIES: Registry[Family] = Registry("families", Family, {})
 
 
 def family_of(cfg: ModelConfig) -> Family:
