@@ -132,7 +132,7 @@ def test_other_batches_do_not_resume(uninterrupted):
 def test_another_run_does_not_resume(uninterrupted, changes, message):
     changes = dict(changes)
     with pytest.raises(
-        UserError, match=rf"is a checkpoint of a run with other settings \(.*{message}.*use another workdir"
+        UserError, match=rf"is a checkpoint of a run with other settings \(.*{message}.*use another folder"
     ):
         train(mid_epoch_stream(), uninterrupted[2], changes.pop("config", SETTINGS), **changes)
 

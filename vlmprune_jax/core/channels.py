@@ -55,7 +55,7 @@ class Dense(ChannelMixer):
 
     @property
     def relative_width(self) -> int:
-        """Factor by which this MLP is wider than config.json states (2 in double-wide layers, else 1)."""
+        """Factor by which this MLP is wider than the checkpoint's config states (2 in double-wide layers, else 1)."""
         return self.wide
 
 

@@ -38,7 +38,7 @@ class TextConfig(Stack):
     """Number of positions that the model was trained with."""
 
     decoder: str
-    """`model_type` of the decoder in config.json."""
+    """`model_type` of the decoder in the checkpoint's config."""
 
     head_bias: bool = False
     """True if the output head has a bias."""
@@ -66,7 +66,7 @@ class TextConfig(Stack):
 
     @property
     def uniform(self) -> bool:
-        """True if all layers have equal widths, so that one number per width in config.json describes them."""
+        """True if all layers have equal widths, so that one number per width describes them."""
         sizes: dict[tuple[str, bool], set[float]] = {}
         for layer in self.layers:
             # full attention whose values are its keys has a number of key/value heads of its own

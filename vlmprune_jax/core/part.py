@@ -81,7 +81,7 @@ class Part:
 
     @property
     def relative_width(self) -> int:
-        """Factor by which this part is wider than config.json states (usually 1); pruning keeps this factor."""
+        """Factor by which this part is wider than the config states (usually 1); pruning keeps this factor."""
         return 1
 
     @property

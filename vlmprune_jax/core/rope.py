@@ -46,7 +46,7 @@ class RopeConfig:
                 f"{self.kind} rope with theta {self.theta:g}, original_max_position_embeddings "
                 f"{self.original_max_positions}, low and high_freq_factor {self.low_freq_factor:g} and "
                 f"{self.high_freq_factor:g}, beta_slow and beta_fast {self.beta_slow:g} and {self.beta_fast:g}: "
-                "inconsistent values: check rope_parameters in config.json"
+                "inconsistent values: check rope_parameters"
             )
 
     def check(self, rotary_dim: int) -> None:
@@ -59,6 +59,6 @@ class RopeConfig:
         for factors in (self.short_factors, self.long_factors):
             if self.kind == "longrope" and len(factors) != frequencies:
                 raise UserError(
-                    f"longrope: short_factor and long_factor in config.json have {len(factors)} numbers, expected "
+                    f"longrope: short_factor and long_factor have {len(factors)} numbers, expected "
                     f"{frequencies} (one per rotary frequency)"
                 )

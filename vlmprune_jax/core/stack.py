@@ -86,7 +86,7 @@ class Stack:
 
     @property
     def attention(self) -> Attention:
-        """Attention of the first layer without a window, or else of the first layer: config.json states its facts."""
+        """Attention of the first layer without a window, or else of the first layer; configs state its facts."""
         mixers = self.attentions
         return next((mixer for mixer in mixers if mixer.window is None), mixers[0])
 

@@ -14,7 +14,7 @@ ASPECT_RATIOS = ("auto", "pad", "square")
 GROUPINGS = ("none", "length", "modality_length")
 ON_ERROR = ("stop", "skip")
 
-_RECORDS = ("score", "reconstruct", "recover", "evaluate")  # stages that read records
+_RECORDS = ("score", "reconstruct", "recover", "evaluate")  # commands that read records
 records_setting = functools.partial(setting, affects=_RECORDS)
 rows_setting = functools.partial(setting, affects=(*_RECORDS, "teacher_cache"))
 _TRAINING = ("score", "reconstruct", "recover")
@@ -49,8 +49,8 @@ class DataSpec:
 
     source: str = setting(
         "files",
-        'Source of the records: the files below ("files"), or the demo data set, which vlmprune writes into the '
-        'workdir ("easyvqa").',
+        'Source of the records: the files below ("files"), or the demo data set, which vlmprune writes beside the '
+        'results ("easyvqa").',
         choices=("files", "easyvqa"),
     )
     train: str | None = training_setting(

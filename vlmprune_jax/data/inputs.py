@@ -46,7 +46,7 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tokenizer, prompt template and image loader of a model, shared by all stages and variants of an experiment.
+    """Tokenizer, prompt template and image loader of a model, shared by all that reads records of one experiment.
 
     `notes`: lines about settings that differ from the model folder's files.
     """

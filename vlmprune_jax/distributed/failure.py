@@ -36,7 +36,7 @@ def watch(number: int, count: int) -> None:
         thread.join()  # no thread may use the store when jax disconnects
         # jax would stop process 0's service as soon as all have disconnected, while it still answers the others; gRPC
         # aborted a finished process then ("Check failed: queue.Pop() == nullptr").
-        with contextlib.suppress(JaxRuntimeError):  # jax disconnects again, and reports errors
+        with contextlib.suppress(JaxRuntimeError):  # jax disconnects again, and may fail
             _store().shutdown()
         if number == 0:
             time.sleep(POLL_SECONDS)
@@ -98,7 +98,7 @@ def _watch(store: Any, number: int, count: int) -> None:
 def _leave_together(store: Any, number: int, count: int) -> None:
     """Wait until all processes have read the failure message; process 0, which hosts the key-value store, ends last.
 
-    Otherwise the others would report a broken connection, and jax aborts processes that lose the store.
+    Otherwise the others would see a broken connection, and jax aborts processes that lose the store.
     """
 
     def meet(key: str, expected: int) -> None:

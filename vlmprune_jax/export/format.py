@@ -75,11 +75,11 @@ class Importance:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistic that an export format needs from calibration records, computed by the export stage.
+    """Statistic that an export format needs from calibration records, computed before it writes.
 
     Attributes:
       option: the option that receives the statistic.
-      function: name of the function that computes the statistic, in `stages.export.CALIBRATIONS`.
+      function: name of the function that computes the statistic, such as "gptq".
       settings: arguments of the function, besides the model and the batches.
     """
 

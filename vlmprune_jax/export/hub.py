@@ -30,7 +30,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     """Upload an exported folder to the hub, after checking its model card.
 
     Args:
-      folder: a folder that `vp.save` or the stage `export` wrote.
+      folder: a folder that `vp.save` or `vlmprune export` wrote.
       repo_id: repository ORG/NAME, created if it does not exist.
       private: make a new repository private.
       dry_run: check everything that needs no network, and upload nothing.

@@ -19,6 +19,7 @@ from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.gguf_towers import tower_lacks, tower_misfit
 from vlmprune_jax.families.table import FAMILIES, family_of, target_of
+from vlmprune_jax.plans.plan import PrunePlan
 
 _VLLM_CPU_HEADS = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}  # head sizes of its attention kernels
 PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
@@ -202,3 +203,15 @@ def _fewer_layers(cfg: ModelConfig, name: str) -> list[Layer]:
     cuts = [[*layers[:i], *layers[i + 1 :]] for i in reversed(range(len(layers)))]
     fits = (left for left in cuts if left and (name != "text" or why_no_class(cfg.with_layers(left, name)) is None))
     return next(fits, cuts[0] or [*layers])
+
+
+def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
+    """Return a notice if engines serve the remaining number of some units by a slower path; None otherwise."""
+    for axis in (axis for axis in AXES.values() if axis.multiple):
+        count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
+        if count is not None and count % multiple:
+            return (
+                f"{count} {axis.title} per layer are not a multiple of {multiple}: vLLM serves them by a slower path, "
+                "and expert parallelism needs a number that is divisible by the number of devices"
+            )
+    return None

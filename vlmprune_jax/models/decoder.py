@@ -75,7 +75,7 @@ class Decoder(BlockStack):
     cfg: TextConfig
 
     def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, fake_quant: FakeQuant | None = None):
-        # parameters are named as in Hugging Face's classes: Llama's, or Phi's of parallel blocks
+        # parameters are named as in Hugging Face's classes, those of parallel blocks as in Phi's
         out, self.norm_name = ("dense", "final_layernorm") if cfg.block.parallel else ("o_proj", "norm")
         super().__init__(cfg, Names("embed", ("input_layernorm", "post_attention_layernorm"), out), lora)
         if fake_quant is not None:

@@ -59,7 +59,7 @@ def widen(x: jax.Array) -> jax.Array:
 class Norm(nnx.Module):
     """RMS norm (`kind` "rms") or layer norm ("layer"), with statistics in float32 or wider.
 
-    The result is cast back and then multiplied by the weight, as in Llama. With an `offset`, it is multiplied by weight
+    The result is cast back and then multiplied by the weight. With an `offset`, it is multiplied by weight
     + offset and then cast back, as in Gemma. A layer norm also has a bias.
     """
 

@@ -45,7 +45,7 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 GQA = ("groups", "q_heads")
 # Target -> number of which the inputs of `o_proj` and `down_proj` (heads * head_dim, neurons) should be a multiple:
-# lanes of a TPU's registers; groups of int4 weights that share a scale; blocks of llama.cpp's Q8_0, Q4_0 and K-quants
+# lanes of a TPU's registers; groups of int4 weights that share a scale; blocks of GGUF's Q8_0, Q4_0 and K-quants
 # along a row (a row that does not consist of whole blocks is stored in another type).
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
 _DEPTH = ("protect", "rounding", "deepstack", "producers")

@@ -120,8 +120,8 @@ def train_layer(
             lowest, stale, best = error, 0, {path: np.array(gather_to_host(leaf)) for path, leaf in params.items()}
         elif (stale := stale + 1) == PATIENCE:
             break
-    report = {"ridge": None if best is None else 0.0, "error_before": before, "error_after": lowest}
-    return None if best is None else np.concatenate([best[path].ravel() for path in sorted(best)]), report
+    row = {"ridge": None if best is None else 0.0, "error_before": before, "error_after": lowest}
+    return None if best is None else np.concatenate([best[path].ravel() for path in sorted(best)]), row
 
 
 def replaced(layer: Layer, vector: np.ndarray) -> Layer:

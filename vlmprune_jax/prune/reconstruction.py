@@ -61,8 +61,8 @@ from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.prune.walk import LayerStream
 
-SolveReport = dict[str, Any]
-# Numbers in a weight's report; experts alone report the last two themselves.
+RepairRow = dict[str, Any]
+# Numbers in the row of a weight; experts alone have the last two of their own.
 _NUMBERS = ("error_before", "error_after", "tokens", "unknowns")
 READ_BELOW = 0.4  # kept share of neurons above which repairing readers gains nothing (SmolLM2: 0.3 % at 0.49)
 
@@ -77,7 +77,7 @@ def reconstruct(
     progress: Callable[[int], None] | None = None,
     cache: ArrayCache | None = None,
     **options: Any,
-) -> tuple[Model, list[SolveReport]]:
+) -> tuple[Model, list[RepairRow]]:
     """Repair the output projections of pruned layers by least squares, towards the unpruned model's residual stream.
 
     The repaired weights are `down_proj` (fc2) of layers that lost neurons or precede removed layers, and `o_proj`
@@ -98,7 +98,7 @@ def reconstruct(
       options: settings by name, see `ReconstructConfig`. Held-out rows are chosen by their content.
 
     Returns:
-      The repaired model, and a report with one row per weight: stack, layer (original number), module ("o_proj",
+      The repaired model, and one row per weight: stack, layer (original number), module ("o_proj",
         "down_proj"; "self_attn" or "mlp" for input projections; "layer" for a trained layer), ridge (None = unchanged,
         0 = trained), error_before and error_after (relative error of the residual stream on held-out rows), tokens, and
         unknowns per output.
@@ -125,15 +125,15 @@ def reconstruct(
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
-    report, done = list[SolveReport](), itertools.count(1)
+    repairs, done = list[RepairRow](), itertools.count(1)
     with use_mesh(mesh):
         for stack in _stacks(plan):
             streams = _streams(teacher, pruned, stack, stack_batches(checked, settings, names, pruned.cfg, stack))
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, rows = _solve(plan.stacks[stack], *streams, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)
-            report += [{"stack": stack, **row} for row in rows]
-    return pruned, report
+            repairs += [{"stack": stack, **row} for row in rows]
+    return pruned, repairs
 
 
 def _streams(
@@ -173,12 +173,12 @@ def _solve(
     cache: ArrayCache | None,
     config: ReconstructConfig,
     tick: Callable[[], None],
-) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
-    """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight.
+) -> tuple[dict[int, dict[str, np.ndarray]], list[RepairRow]]:
+    """Solve for a stack's repaired weights; return {layer: {path: array}} and a row per weight.
 
     `unpruned`, `stream`: residual streams of the unpruned and of the pruned model.
     """
-    solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
+    solved, repairs, trains = dict[int, dict[str, np.ndarray]](), list[RepairRow](), False
     for number in range(kept.kept_layers[0]):
         unpruned.advance(unpruned.layer(number), number)
     for number, (first, end) in enumerate(_spans(kept)):
@@ -189,26 +189,26 @@ def _solve(
             if lost and has_experts(layer, module):
                 repair = functools.partial(repair_experts, layer, stream, number, targets.after)
                 change, row = _recorded(cache, key, repair)
-                report.append({"layer": first, "module": module, **row})
+                repairs.append({"layer": first, "module": module, **row})
                 layer, lost = layer if change is None else with_experts(layer, change), False
             elif targets.before and can_read(layer, READER_OF[module]):
                 read = functools.partial(_read, layer, module, stream, number, targets, lost, config.refits)
                 change, row = _recorded(cache, f"{key}/reader", read)
                 row |= _counts(layer, module, stream)
-                report.append({"layer": first, "module": READER_OF[module], **row})
+                repairs.append({"layer": first, "module": READER_OF[module], **row})
                 if change is not None:
                     layer, lost = layer.reading(READER_OF[module], change), True
             if lost:
                 solution = functools.partial(solve_for, layer, module, stream, number, targets, refit=config.refits)
                 change, row = _recorded(cache, key, solution)
-                report.append({"layer": first, "module": module, **row, **_counts(layer, module, stream)})
+                repairs.append({"layer": first, "module": module, **row, **_counts(layer, module, stream)})
                 if change is not None:
                     layer = layer.changed(module, change)
         trains = trains or (config.trains_layers and end - first > 1)
         if trains:
             train = functools.partial(train_layer, layer, stream, number, targets.after)
             vector, row = _recorded(cache, f"{stream.stack}/{number}/layer", train)
-            report.append({"layer": first, "module": "layer", **row, **_counts(layer, "down_proj", stream)})
+            repairs.append({"layer": first, "module": "layer", **row, **_counts(layer, "down_proj", stream)})
             if vector is not None:
                 layer = replaced(layer, vector)
         if layer.changed_paths:
@@ -216,7 +216,7 @@ def _solve(
         if number + 1 < len(kept.layers):
             stream.advance(layer, number)
         tick()
-    return solved, report
+    return solved, repairs
 
 
 def _targets(unpruned: LayerStream, first: int, end: int, modules: Sequence[str], *, reads: bool) -> Targets:
@@ -241,7 +241,7 @@ def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
 
 def _read(
     layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, lost: bool, refit: bool
-) -> tuple[np.ndarray | None, SolveReport]:
+) -> tuple[np.ndarray | None, RepairRow]:
     """Solve for a change of attention's or the MLP's input; return None unless the held-out error falls.
 
     The errors with and without the change are compared after least squares for the output projection. Without the
@@ -260,7 +260,7 @@ def _read(
     return None, {"ridge": None, "error_before": before, "error_after": before}
 
 
-def _counts(layer: Layer, module: str, stream: LayerStream) -> SolveReport:
+def _counts(layer: Layer, module: str, stream: LayerStream) -> RepairRow:
     path = layer.block.writers[module].projection
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
     return {"tokens": sum(int((batch.weight > 0).sum()) for batch in stream.batches), "unknowns": unknowns}
@@ -295,9 +295,9 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _recorded(
-    cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
-) -> tuple[np.ndarray | None, SolveReport]:
-    """Return a weight's correction (or None) and report, from the cache or newly computed (collective)."""
+    cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, RepairRow]]
+) -> tuple[np.ndarray | None, RepairRow]:
+    """Return a weight's correction (or None) and row, from the cache or newly computed (collective)."""
 
     def arrays() -> dict[str, np.ndarray]:
         change, row = solve()
@@ -306,7 +306,7 @@ def _recorded(
 
     stored = recorded(cache, [key, f"{key}/change"], arrays)
     ridge, *numbers = stored[key].tolist()
-    row: SolveReport = {name: value for name, value in zip(_NUMBERS, numbers, strict=False) if not math.isnan(value)}
+    row: RepairRow = {name: value for name, value in zip(_NUMBERS, numbers, strict=False) if not math.isnan(value)}
     row |= {name: int(row[name]) for name in _NUMBERS[2:] if name in row}
     row["ridge"] = None if math.isnan(ridge) else ridge
     return (None if row["ridge"] is None else stored[f"{key}/change"]), row
@@ -345,7 +345,7 @@ def _sums(
 
 def solve_for(
     layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, *, refit: bool = True
-) -> tuple[np.ndarray | None, SolveReport]:
+) -> tuple[np.ndarray | None, RepairRow]:
     """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
 
     `place`: the layer's number among the remaining layers. `refit`: solve again on all rows after choosing the penalty.

@@ -26,7 +26,7 @@ from vlmprune_jax.models.vlm import Model, Params
 from vlmprune_jax.prune.calibration import PADDING, TOKEN_TYPES, batch_inputs, calibration_batches, run_decoder
 from vlmprune_jax.prune.fingerprints import fingerprint
 
-ROUTING = "routing.npz"  # file in a workdir
+ROUTING = "routing.npz"  # name of the file
 SUMS = ("tokens", "g", "f", "ff", "gf", "largest")
 _TODO = "score again"
 _MOST_CHOICES = MAX_ARRAYS_BYTES // 2  # bytes

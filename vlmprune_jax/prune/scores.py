@@ -30,7 +30,7 @@ class _Version(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Criterion options in a scores file that plans and reports read."""
+    """Criterion options in a scores file that plans read."""
 
     variant: str | None
     gqa: Literal["groups", "q_heads"]

@@ -227,18 +227,6 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
     )
 
 
-def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """Return a notice if engines serve the remaining number of some units by a slower path; None otherwise."""
-    for axis in (axis for axis in AXES.values() if axis.multiple):
-        count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
-        if count is not None and count % multiple:
-            return (
-                f"{count} {axis.title} per layer are not a multiple of {multiple}: vLLM serves them by a slower path, "
-                "and expert parallelism needs a number that is divisible by the number of devices"
-            )
-    return None
-
-
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan records, as JSON values."""
     shares = any(shape.mixer.kv_shared for shape in cfg.text.layers)

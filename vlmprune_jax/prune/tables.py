@@ -142,7 +142,7 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
 
 
 def read_plan(place: str) -> PrunePlan:
-    """Read a prune plan from a file, workdir or model folder."""
+    """Read a prune plan from a file, or from a folder with a plan.json."""
     path = Path(place)
     return PrunePlan.from_json(path / "plan.json" if path.is_dir() else path)
 

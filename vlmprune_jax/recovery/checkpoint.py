@@ -115,7 +115,7 @@ class Checkpointer:
         if differs:
             raise UserError(
                 f"{self.folder}/{step}: is a checkpoint of a run with other settings ({'; '.join(differs[:5])}): "
-                "use another workdir, or "
+                "use another folder, or "
                 "remove that folder to start again"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))

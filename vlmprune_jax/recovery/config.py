@@ -143,10 +143,10 @@ class RecoverConfig:
         '"train" trains the pruned model (after its reconstruction, if there is one); "none" leaves it untrained.',
         choices=RECOVERIES,
     )
-    name: str = setting("recovered", "Name of this recovery setup in tables and reports.")
+    name: str = setting("recovered", "Name of this recovery setup in tables.")
     control: bool = setting(
         True,
-        "If the loss uses labels, also train the unpruned model in the same way, and report retention relative to "
+        "If the loss uses labels, also train the unpruned model in the same way, and give retention relative to "
         "this control, which excludes gains from training on the task. Costs one more training, shared by all prune "
         "variants and all runs of a sweep.",
     )

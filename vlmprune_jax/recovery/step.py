@@ -144,7 +144,7 @@ def make_step(
 ) -> Step:
     """Return the jitted step `(state, frozen, teacher params, batch) -> (state, metrics)`; `state` is donated.
 
-    `batch`: global arrays, rows split over (data, fsdp). `rates`: schedules to report, by metric name. Metrics are
+    `batch`: global arrays, rows split over (data, fsdp). `rates`: schedules to log, by metric name. Metrics are
     float32 scalars on the device; nothing in the step waits for the host.
     """
     replicated = None if shardings is None else shardings.step

@@ -19,6 +19,7 @@ from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.pruning import make_plan, plan_stacks, prune_folder, prune_iteratively
 from vlmprune_jax.export.vllm_tpu import check_storage
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.limits import unusual_counts
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
 from vlmprune_jax.hf.integers import make_storage
 from vlmprune_jax.models.params import count_params
@@ -28,7 +29,7 @@ from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.routing import ROUTING, Routing
-from vlmprune_jax.prune.select import moved_features, unusual_counts
+from vlmprune_jax.prune.select import moved_features
 from vlmprune_jax.prune.tables import Table, affected_tokens, explain
 from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
