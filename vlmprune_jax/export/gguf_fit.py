@@ -16,7 +16,9 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: no GGUF tensor names are known for its {cfg.text.decoder} decoder")
+        raise UserError(
+            f"family {cfg.family}: GGUF export does not support decoder {cfg.text.decoder!r}: use another format"
+        )
     able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
     if not able:
         first = decoder.gguf[0]
@@ -77,7 +79,7 @@ def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     wide = text.with_layers(padded(text.layers, whole))
     if architecture.misfit(wide) is not None:
         raise UserError(
-            f"llama.cpp's {architecture.name} has no {architecture.misfit(text)}, and no number of zero heads makes "
-            f"{whole} equal groups: keep the heads"
+            f"llama.cpp's {architecture.name} needs {whole} heads in equal groups in every layer, which zero "
+            "heads cannot make of these: prune without removing heads"
         )
     return wide

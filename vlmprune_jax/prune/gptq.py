@@ -162,7 +162,7 @@ def _walk_rows(
     visit: Callable[[Layer, LayerStream], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[CalibrationBatch]:
-    """Call `visit` for every decoder layer with all calibration rows at its input (see `walk`); return the batches."""
+    """Call `visit` for every decoder layer with all calibration rows at its input; return the calibration batches."""
     with use_mesh(mesh_of(model.params)):
         stream = decoder_stream(model, batches, weights)
         walk(stream, visit, progress)
@@ -179,7 +179,7 @@ def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) 
 
 
 def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
-    """Return the checkpoint slots (see `Slot`) of the weight matrices in decoder layer `number`."""
+    """Return the locations (`Slot`) in the checkpoint of the weight matrices in decoder layer `number`."""
     slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
     return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
 

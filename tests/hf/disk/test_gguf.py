@@ -84,7 +84,8 @@ def test_claims_are_compared_with_the_bytes_present(tmp_path, name):
         (7, 2, r"says 7 experts \(some\.expert_count\), but the router blk\.0\.ffn_gate_inp\.weight is 4 x 8"),
         (None, 2, "says 0 experts"), (2**32 - 1, 2, "says 4294967295 experts"),
         (8, 9, r"says that a token uses 9 of 8 experts \(some\.expert_used_count\)"),
-        (8, 0, "says that a token uses 0 of 8"), (8, None, "says that a token uses 0 of 8"), (8, [2, 9], r"says that a token uses \(2, 9\) of 8"),
+        (8, 0, "says that a token uses 0 of 8"), (8, None, "says that a token uses 0 of 8"),
+        (8, [2, 9], r"says that a token uses \(2, 9\) of 8"),
     ],
 )  # fmt: skip
 def test_numbers_of_experts(tmp_path, count, used, said):

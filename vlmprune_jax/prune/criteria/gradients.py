@@ -267,13 +267,13 @@ def _all_ones(weight_of: np.ndarray) -> bool:
 
 
 class _Budget:
-    """Device memory in bytes for stored matrix products: the setting, or half of the free memory."""
+    """Device memory (bytes) left for stored outputs of projections: `memory_budget`, or half of the free memory."""
 
     def __init__(self, asked: int | None):
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """Return the matrix products if they still fit in the memory budget; None otherwise."""
+        """Return the outputs of projections if they still fit in the memory budget; None otherwise."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
