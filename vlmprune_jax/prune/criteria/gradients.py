@@ -238,7 +238,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 
 
 def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
-    """Return each step's positions with a target, their target ids, and counts.
+    """Return, for each step, the positions of the tokens to predict, their target ids and their weights (`counts`).
 
     counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
@@ -282,7 +282,7 @@ class _Budget:
 
 
 def _forward(stream: LayerStream, budget: _Budget, n_layers: int) -> list[tuple[list[State], list[Products | None]]]:
-    """Run the first `n_layers`; return their inputs and products (None if they do not fit) for every batch."""
+    """Run the first `n_layers`; return their inputs and outputs of projections (None if too large) by batch."""
     saved = []
     for number in range(n_layers):
         layer, states, products = _layer(stream, number), list(stream.states), list[Products | None]()
