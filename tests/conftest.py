@@ -72,7 +72,9 @@ _SLOW_CASES = {
     "evaluation/speed/test_measure.py": ("that_of_generate",),
     "evaluation/test_questions.py": ("equal_rows_alone",),
     "export/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
-    "export/test_gguf_experts.py": ("[qwen3_vl_moe-all]", "[internvl_moe-all]"),
+    "export/test_gguf_experts.py": (
+        "[qwen3_vl_moe-all]", "[internvl_moe-all]", "[qwen3_5_moe-]", "[qwen3_5_moe-all]",
+    ),
     "export/test_gguf_hybrids.py": ("[qwen3_5_r1-all]", "[qwen3_5_r3-all]", "[qwen3_5_r3-value_heads_2]"),
     "export/test_support_matrix.py": ("[internvl-to-source]",),
     "families/test_experts.py": (

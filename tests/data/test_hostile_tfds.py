@@ -74,9 +74,9 @@ def test_a_class_that_a_file_names_is_not_imported(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fileFormat": "tfrecord"}, "does not describe"),
+        ({"fileFormat": "tfrecord"}, "as one split"),
         ({"fileFormat": 3}, "$.fileFormat"),
-        ({"splits": []}, "does not describe"),
+        ({"splits": []}, "as one split"),
         ({"splits": {}}, "$.splits"),
         ({"splits": [{"name": "train", "shardLengths": [2]}]}, "$.splits[0].shardLengths[0]"),
         ({"splits": [{"name": "train", "shardLengths": ["-1"]}]}, "$.splits[0].shardLengths[0]"),

@@ -221,7 +221,13 @@ def test_what_llama_cpp_does_not_compute(tmp_path):
     refused("qwen3 has no biases .qkv_bias, out_bias.", load(source), tmp_path / "out", source_dir=source)
     source = byte_tokenizer(make_folder(tmp_path / "c", {**PHI, "vocab_size": 260, "hidden_act": "gelu_new"}))
     # 6 heads of 12 channels in 48
-    refused("no number of zero heads makes 4", load(source), tmp_path / "out", source_dir=source, uneven="pad")
+    refused(
+        "needs 4 heads in equal groups in every layer, which zero heads cannot make",
+        load(source),
+        tmp_path / "out",
+        source_dir=source,
+        uneven="pad",
+    )
     silu = {**LLAVA["text_config"], "hidden_act": "silu"}
     source = make_folder(tmp_path / "d", {**LLAVA, "text_config": silu})
     refused("projector with activation relu", load(source), tmp_path / "out", source_dir=source)

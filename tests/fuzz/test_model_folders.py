@@ -242,6 +242,6 @@ def test_gguf_headers(tmp_path):
         found = reads(lambda: read_gguf_header(path), path.name)
         if found is not None:
             assert sum(found.types.values()) <= len(content)
-            assert all(isinstance(value, int | float | str) for value in found.fields.values())
+            assert all(isinstance(value, int | float | str | tuple) for value in found.fields.values())
 
     check()

@@ -7,14 +7,8 @@ import pytest
 from prune_cases import EQUAL, UNEQUAL, config, depth_scores, model, width_scores
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import (
-    KeptVocabulary,
-    PrunePlan,
-    compose,
-    keep_everything,
-    make_plan,
-    score,
-)
+from vlmprune_jax.export.pruning import make_plan
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan, compose, keep_everything, score
 
 
 def test_json_round_trip_is_exact(tmp_path):

@@ -10,15 +10,9 @@ from prune_cases import EQUAL, UNEQUAL, config, depth_scores, kept_units, unit_s
 from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import (
-    KeptStack,
-    PrunePlan,
-    Scores,
-    compose,
-    keep_everything,
-    make_plan,
-)
+from vlmprune_jax.prune import KeptStack, PrunePlan, Scores, compose, keep_everything
 from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.layer_costs import layer_costs
 
@@ -179,7 +173,7 @@ def test_hybrid_plans_refuse():
     cfg = config(EQUAL)
     pair = (depth_scores(cfg, [0, 1, 2, 3, 4]), width_scores(cfg))
     for scores, options, message in (
-        (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair \(depth scores, width scores\)"),
+        (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair of scores: pass scores="),
         (pair, {}, "'hybrid' needs exactly one of ratio and budget, got none"),
         (pair, {"ratio": 0.3, "depth_share": 1.5}, "depth_share=1.5 must be at least 0 and below 1"),
         (pair, {"ratio": 0.9, "layers_removed": 1}, "cannot be reached by width .* after removing layers: the most is"),

@@ -114,5 +114,5 @@ def test_scores_of_another_model_or_kind_are_refused():
         UserError, match="block_influence does not score heads and neurons: for width pruning, score with taylor"
     ):
         make_plan(depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, method="width", ratio=0.1)
-    with pytest.raises(UserError, match="method 'depth' needs one Scores, got tuple"):
+    with pytest.raises(UserError, match="method 'depth' needs one Scores object, got tuple"):
         make_plan((widths, widths), cfg, method="depth", layers_removed=1)

@@ -316,5 +316,5 @@ def test_a_hidden_term_of_a_user_that_fails(monkeypatch):
     monkeypatch.setitem(losses.data, "mine", LossTerm(lambda hidden: hidden, ("hidden",), "tokens"))
     cfg = cases.config(vision=False)
     batch = next(iter(cases.Stream(cfg)))
-    with pytest.raises(UserError, match=r"loss term 'mine': returned float32\[\d+, \d+, \d+\], expected"):
+    with pytest.raises(UserError, match=r"loss term 'mine': its function returned float32\[\d+, \d+, \d+\], expected"):
         losses(cases.model(cfg), batch, LossConfig(ce=0.0, l2_layers=(-1,), extra={"mine": 1.0}))

@@ -43,7 +43,7 @@ class Messages(logging.Handler):
             self.add(f"{record.getMessage()}{f' ({reason(error)})' if error is not None else ''}")
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
-        """Store a warning (replaces `warnings.showwarning`)."""
+        """Store a Python warning, to be printed when the command ends (replaces `warnings.showwarning`)."""
         library = {category.__module__.split(".")[0], *Path(filename).parts}
         if not issubclass(category, _NOISE) and not library.intersection(_SILENT):
             self.add(str(message))

@@ -139,7 +139,9 @@ class ArrayCache:
             if name != IDENTITY:
                 for key, entry in read_header(path, _AGAIN).items():
                     if entry.dtype not in FILE_DTYPES:
-                        raise UserError(f"{path}: {key} has the unknown dtype {entry.dtype}: {_AGAIN}")
+                        raise UserError(
+                            f"{path}: array {key} of this cache has the unknown dtype {entry.dtype}: {_AGAIN}"
+                        )
                     self._entries.setdefault(key, entry)
 
     def _flush(self) -> None:

@@ -355,5 +355,5 @@ class ModelConfig:
 
     @property
     def encoder_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that encoders read."""
+        """Names of the arrays of a batch that the model's encoders read."""
         return tuple(encoder.array for _, encoder in self.encoders)

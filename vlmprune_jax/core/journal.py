@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Return True if a journal entry has the type `kind`."""
+    """Return True if a JSON value in the journal has the type `kind`."""
     try:
         checked(entry, kind, "", "")
     except UserError:

@@ -55,7 +55,7 @@ class BlockConfig:
 
     @property
     def norm_facts(self) -> dict[str, Any]:
-        """Keyword arguments of the blocks' norms."""
+        """Keyword arguments (kind, eps, offset) with which blocks build their norms."""
         return {"kind": self.norm, "eps": self.norm_eps, "offset": self.norm_offset}
 
 
@@ -117,7 +117,7 @@ class Stack:
         return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
 
     def describe(self, most: int | None = None) -> str:
-        """Return the sizes of the layers as text (see `describe_layers`)."""
+        """Return the sizes of the layers as text, equal neighbours together."""
         windows = [layer.mixer.window for layer in self.layers]
         return describe_layers([layer.sizes for layer in self.layers], windows, most)
 

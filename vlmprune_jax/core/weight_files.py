@@ -52,7 +52,7 @@ def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Extent:
-    """Byte range [begin, end) of a file."""
+    """Byte range [begin, end) of a weight file, with the dtype and shape of the array stored there."""
 
     file: Path
     begin: int

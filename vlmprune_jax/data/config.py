@@ -168,13 +168,22 @@ class DataSpec:
     video_tokens: int | None = rows_setting(
         None, "Maximum number of tokens per video (None = the model folder's value).", unit="tokens", least=1
     )
-    max_video_megabytes: int = setting(1024, "Maximum size of a video file.", unit="MiB", least=1)
-    max_video_frames: int = setting(36_000, "Maximum number of frames in a video.", unit="frames", least=1)
-    max_video_seconds: int = setting(7200, "Maximum duration of a video.", unit="s", least=1)
-    max_video_pixels: int = setting(
-        500_000_000, "Maximum number of pixels in all sampled frames of a video.", unit="pixels", least=1
+    max_video_megabytes: int = setting(
+        1024, "Maximum size of a video file; larger files are refused.", unit="MiB", least=1
     )
-    video_timeout: int = setting(120, "Maximum time for decoding a video.", unit="s", least=1)
+    max_video_frames: int = setting(
+        36_000, "Maximum number of frames in a video file; longer videos are refused.", unit="frames", least=1
+    )
+    max_video_seconds: int = setting(7200, "Maximum duration of a video; longer videos are refused.", unit="s", least=1)
+    max_video_pixels: int = setting(
+        500_000_000,
+        "Maximum number of pixels in all sampled frames of a video; with more, it is refused.",
+        unit="pixels",
+        least=1,
+    )
+    video_timeout: int = setting(
+        120, "Maximum time for decoding a video; a video that takes longer is refused.", unit="s", least=1
+    )
     cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
     feature_cache: str | None = setting(
         None,

@@ -152,7 +152,7 @@ class _Split:
                             yield entry
                             row += 1
                     if row > MAX_ROWS:
-                        raise ValueError(f"more than {MAX_ROWS:,} rows")
+                        raise ValueError(f"the split has more than {MAX_ROWS:,} rows, the maximum that is read")
 
     def _rows(self, batch: pa.RecordBatch, first: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         texts = batch.select([name for name in batch.schema.names if name not in columns])
@@ -198,5 +198,5 @@ def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, lis
             if images:
                 row[name] = images
     if any(sum(map(len, row.values())) > _MOST_IMAGES for row in rows):
-        raise ValueError(f"a row has more than {_MOST_IMAGES} images")
+        raise ValueError(f"a row has more than {_MOST_IMAGES} images, the maximum per record")
     return rows

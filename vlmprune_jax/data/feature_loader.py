@@ -55,7 +55,7 @@ class FeatureLoader:
         return self.images.preparation
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return {name: (shape, dtype)} of a record's image arrays; see `ImageLoader.arrays`."""
+        """Return {name: (shape, dtype)} of the arrays with cached image features that a record has in a batch."""
         if not self.preparation.merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
         return {self.array: ((image_tokens, *self.shape), self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
@@ -66,7 +66,7 @@ class FeatureLoader:
         return self.images.videos
 
     def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
-        """Return the tile or patch grid of each image or video of a record; see `ImageLoader.shapes`."""
+        """Return the tile or patch grid of each image or video of a record."""
         return self.images.shapes(paths, record)
 
     def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:

@@ -29,7 +29,7 @@ class _Store(Protocol):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Image stored inside a data set (see data/tfds.py); `name` appears in error messages."""
+    """Image stored inside a data set instead of a file; `name` appears in error messages."""
 
     name: str
     number: int

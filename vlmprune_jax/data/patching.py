@@ -82,7 +82,7 @@ class Patching(FramePreparation):
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
     def for_video(self, video: VideoConfig) -> Patching | None:
-        """Return the preparation of a video's frames (see `Preparation`)."""
+        """Return the patch settings for videos; None if the video processor has no pixel limits."""
         if video.min_pixels is None or video.max_pixels is None:
             return None
         names = ("min_pixels", "max_pixels", "mean", "std", "resample")

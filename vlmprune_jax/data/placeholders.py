@@ -42,7 +42,7 @@ def expand_images(
     """
     ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:
-        raise UserError("expand_images: this model takes no images")
+        raise UserError("expand_images: this model takes no images: call it for vision-language models only")
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids) if attention_mask is None else attention_mask}
     inputs |= {} if labels is None else {"labels": labels}
     arrays = {name: np.asarray(array) for name, array in inputs.items()}

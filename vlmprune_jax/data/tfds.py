@@ -103,7 +103,7 @@ def write_tfds(
     if os.path.lexists(out_dir):
         raise UserError(f"{out_dir}: exists already: remove it or choose another folder")
     if not records:
-        raise UserError(f"{out_dir}: no records to write: check the data file")
+        raise UserError(f"{out_dir}: the data file has no records to write as a TFDS data set: check --data")
     video = next((record.id for record in records if record.videos), None)
     if video is not None:
         raise UserError(f"record {video}: has a video, which TFDS folders do not hold: train on the JSON file itself")
@@ -268,7 +268,7 @@ def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
     if info["fileFormat"] != FILE_FORMAT or len(lengths) != 1:
-        raise UserError(f"{file}: does not describe {name} in {FILE_FORMAT} files: {_TODO}")
+        raise UserError(f"{file}: must describe {name} as one split {SPLIT!r} in {FILE_FORMAT} files: {_TODO}")
     return lengths[0]
 
 

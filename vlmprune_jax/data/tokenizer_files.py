@@ -123,7 +123,8 @@ def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     texts = [text for part in suspects for text in part.values() if isinstance(text, str)]
     if max(map(len, texts), default=0) > _MAX_RULE:
         raise UserError(
-            f"{path}: a rule contains a text of more than {_MAX_RULE:,} characters: use the model's own tokenizer"
+            f"{path}: a rule for splitting or replacing text is longer than {_MAX_RULE:,} characters: use the model's "
+            "own tokenizer"
         )
     if not suspects:
         return

@@ -90,8 +90,8 @@ class EvaluateSpec:
     text_window: int = evaluate_setting(512, "Context window for perplexity.", unit="tokens", least=2)
     mesh: tuple[int, ...] = setting(
         (),
-        "Sizes (data, fsdp, tensor) of the device mesh for evaluation (() = a mesh for generation on the devices of "
-        "`mesh`: weights are split over `tensor` only, so that no chip gathers weights).",
+        "Numbers of devices (data, fsdp, tensor) that evaluation splits rows and weights over (() = all devices of the "
+        "run, with weights split over `tensor` only, so that no device gathers weights).",
         unit="devices",
         least=-1,
     )

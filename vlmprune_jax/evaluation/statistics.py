@@ -108,7 +108,7 @@ def _drawn_sums(pairs: np.ndarray, draws: int, random: np.random.Generator) -> n
 
 
 def _units(metric: Metric, records: Sequence[Record], count: int) -> list[Hashable]:
-    """Return the bootstrap unit of each question."""
+    """Return the unit (image, group or question) that the bootstrap draws for each question."""
     return [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(count))
 
 

@@ -59,7 +59,7 @@ def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     wide = text.with_layers(padded(text.layers, whole))
     if architecture.misfit(wide) is not None:
         raise UserError(
-            f"llama.cpp's {architecture.name} has no {architecture.misfit(text)}, and no number of zero heads makes "
-            f"{whole} equal groups: keep the heads"
+            f"llama.cpp's {architecture.name} needs {whole} heads in equal groups in every layer, which zero "
+            "heads cannot make of these: prune without removing heads"
         )
     return wide

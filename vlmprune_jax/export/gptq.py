@@ -132,7 +132,7 @@ def imatrix(
 
 
 def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
-    """Return the checkpoint slots (see `Slot`) of the weight matrices in decoder layer `number`."""
+    """Return the locations (`Slot`) in the checkpoint of the weight matrices in decoder layer `number`."""
     slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
     return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
 

@@ -255,7 +255,10 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{name}: {', '.join(sorted(map(str, info[name]))[:3])}" for name in lists if info.get(name)]
     if problems:
-        raise UserError(f"{folder}: transformers loads this folder with problems: {'; '.join(problems)}")
+        raise UserError(
+            f"{folder}: transformers loads this export with wrong or missing weights ({'; '.join(problems)}): do "
+            "not use it, and report the error"
+        )
     if family.stock.by_row and "pixel_values" in inputs:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id

@@ -84,7 +84,7 @@ class Source:
         return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
 
     def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
-        """Choose a kept vocabulary of this size by token frequency."""
+        """Choose the most frequent tokens as a kept vocabulary of this size."""
         always = {*self.needed, *listed}
         kept = choose_tokens(self.subwords, used, size=size, multiple=multiple, always=always)
         return KeptVocabulary(self.rows, kept, self.digest)

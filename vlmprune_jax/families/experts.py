@@ -23,10 +23,8 @@ def expert_count(config: Mapping[str, Any]) -> int:
     """Return the number of experts per layer, from either of two config fields; raise UserError if they disagree."""
     counts = {name: int(config[name]) for name in _COUNTS if config.get(name) is not None}
     if len(set(counts.values())) != 1:
-        raise UserError(
-            f"{' and '.join(f'{name} {count}' for name, count in counts.items()) or 'num_experts is missing'}: "
-            "set num_experts to the number of experts per layer"
-        )
+        values = " but ".join(f"{name} is {count}" for name, count in counts.items()) or "num_experts is missing"
+        raise UserError(f"{values}: set num_experts to the number of experts per layer in the weights")
     return next(iter(counts.values()))
 
 
@@ -112,7 +110,7 @@ def with_separate_experts(family: Family) -> Family:
 def qwen_expert_weights(
     text: TextConfig, prefix: str, head: str, layouts: tuple[str, str], keys: tuple[str, str, str]
 ) -> list[Weight]:
-    """Return the weight table of a Qwen decoder with experts; arguments as for `expert_weights`."""
+    """Return the weight table of a Qwen decoder with experts; `layouts` and `keys` describe the experts' tensors."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}.mlp"
     table = llama_like_weights(text, prefix, head)
     if not any("mlp" in layer.sizes for layer in text.layers):  # no dense layer

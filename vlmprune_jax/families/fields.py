@@ -159,6 +159,8 @@ def check_fields(config: Mapping[str, Any], location: str, prefix: str = "") -> 
         if not (test(value) or (nullable and value is None)):
             shown = repr(value)
             shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-            raise UserError(f"{location}: {prefix}{name} is {shown}, expected {text}: correct or restore the file")
+            raise UserError(
+                f"{location}: field {prefix}{name} is {shown}, expected {text}: correct or restore the file"
+            )
         if name in _SECTIONS and value is not None:
             check_fields(value, location, f"{prefix}{name}.")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vlmprune_jax.core.channels import Experts, ExpertsBesideDense
+from vlmprune_jax.core.channels import Experts, ExpertsAndShared, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer, ShortConv
@@ -165,8 +165,9 @@ _LLAMA_TENSORS = {
     "extra_inputs/project": "per_layer_model_proj",
     "extra_inputs/norm": "per_layer_proj_norm",
 }
-# GGUF layouts of the experts' tensors (a family's files may have others), and tensors that are never quantised.
+# GGUF layouts of tensors around experts (a family's files may have others), and tensors that are never quantised.
 LAYOUTS = {
+    "mlp/dense_gate": "embed",
     "mlp/experts/gate_proj": "experts expert_mlp embed",
     "mlp/experts/up_proj": "experts expert_mlp embed",
     "mlp/experts/down_proj": "experts embed expert_mlp",
@@ -212,6 +213,16 @@ _QWEN35_TENSORS = {
         },
     ),
 }
+_QWEN35MOE_TENSORS = {
+    **_QWEN35_TENSORS,
+    **block_tensors(
+        "blk",
+        {
+            "mlp/dense_gate": "ffn_gate_inp_shexp",
+            **{f"mlp/dense/{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+        },
+    ),
+}
 _LFM2_TENSORS = {
     **_LLAMA_TENSORS,
     "norm": "token_embd_norm",
@@ -242,6 +253,7 @@ QWEN3MOE = replace(QWEN3, name="qwen3moe", experts=Experts)
 QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
 QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
 QWEN35 = replace(QWEN3VL, name="qwen35", tensors=_QWEN35_TENSORS, partial=True, recurrent=DeltaNet, gated=True)
+QWEN35MOE = replace(QWEN35, name="qwen35moe", tensors=_QWEN35MOE_TENSORS, experts=ExpertsAndShared)
 LFM2 = Architecture("lfm2", _LFM2_TENSORS, recurrent=ShortConv)
 QWEN3VLMOE = replace(QWEN3VL, name="qwen3vlmoe", experts=Experts)
 PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
@@ -254,7 +266,8 @@ def width_fields(layers: Sequence[Layer]) -> dict[str, int | list[int]]:
     for layer in layers:
         part = layer.channel
         if "mlp" in part.sizes:
-            columns.setdefault("feed_forward_length", []).append(part.sizes["mlp"])
+            name = "expert_shared_feed_forward_length" if isinstance(part, ExpertsAndShared) else "feed_forward_length"
+            columns.setdefault(name, []).append(part.sizes["mlp"])
         if isinstance(part, Experts):
             values = {"count": part.experts, "used_count": part.top_k, "feed_forward_length": part.neurons}
             for name, value in values.items():

@@ -89,7 +89,9 @@ def architectures_of(cfg: ModelConfig) -> list[Architecture]:
     """
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: no GGUF tensor names are known for its {cfg.text.decoder} decoder")
+        raise UserError(
+            f"family {cfg.family}: GGUF export does not support decoder {cfg.text.decoder!r}: use another format"
+        )
     able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
     if not able:
         first = decoder.gguf[0]

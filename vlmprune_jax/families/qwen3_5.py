@@ -90,7 +90,7 @@ def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the weight table of a Qwen3.5 decoder with dense MLPs; arguments as for `llama_like_weights`."""
+    """Return the weight table of a Qwen3.5 decoder with dense MLPs; `prefix` begins keys, `head` is that of lm_head."""
     table = llama_like_weights(text, prefix, head)
     q_proj = "text/layers/{i}/self_attn/q_proj"
     gated = {f"{q_proj}/weight": "(q_heads gate head) embed", f"{q_proj}/bias": "(q_heads gate head)"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmprune_jax.core.channels import ExpertsAndShared
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.experts import expert_count, expert_sizes, expert_weights, with_channels
 from vlmprune_jax.families.qwen3_5 import IDS, MTP, hybrid_from_hf, hybrid_to_hf, hybrid_weights
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
@@ -67,7 +68,15 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 QWEN3_5_MOE = qwen3_vl_family(
     "qwen3_5_moe",
-    Decoder(_DECODER, "Qwen3_5MoeForConditionalGeneration", _from_hf, _to_hf, _weights, problem=hybrid_problem),
+    Decoder(
+        _DECODER,
+        "Qwen3_5MoeForConditionalGeneration",
+        _from_hf,
+        _to_hf,
+        _weights,
+        gguf=(gguf.QWEN35MOE,),
+        problem=hybrid_problem,
+    ),
     _TEXT,
     deepstack=False,
     mtp=MTP,

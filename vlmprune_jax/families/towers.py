@@ -217,7 +217,9 @@ def _side(size: Any, name: str) -> int:
     """Return the side length of a square image or patch, given as a number or a pair."""
     sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
     if len(sides) != 1:
-        raise UserError(f"vision tower: {name} {size} is not square")
+        raise UserError(
+            f"vision tower: {name} {size} has unequal height and width, but only square sizes are supported"
+        )
     return sides.pop()
 
 

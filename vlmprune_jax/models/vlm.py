@@ -297,7 +297,7 @@ def apply(
     """
     unknown = set(capture) - set(CAPTURE)
     if unknown:
-        raise UserError(f"capture={sorted(unknown)} is not one of {', '.join(CAPTURE)}")
+        raise UserError(f"capture={sorted(unknown)}: no such intermediate value (choose among {', '.join(CAPTURE)})")
     states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in capture else ()
     final, aux = encode(
         params,

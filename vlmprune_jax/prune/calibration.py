@@ -111,7 +111,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     wanted = ("input_ids", "attention_mask", "labels") if labels else ("input_ids", "attention_mask")
     missing = [name for name in wanted if name not in arrays]
     if missing:
-        raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)})")
+        raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)}): make batches with vp.batches")
     named = ("input_ids", "attention_mask", "labels")
     result: Arrays = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
     shape = result["input_ids"].shape

@@ -138,8 +138,8 @@ class ScoreConfig:
     )
     memory_budget: int | None = setting(
         None,
-        "Device memory for storing matrix products that the Taylor criterion would otherwise compute twice (None = "
-        "half of the free memory).",
+        "Device memory in which the Taylor criterion stores outputs of projections between forward and backward pass; "
+        "those that do not fit are computed twice (None = half of the free memory).",
         unit="bytes",
         least=0,
     )

@@ -58,7 +58,7 @@ def walk_rows(
     visit: Callable[[Layer, LayerStream], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[CalibrationBatch]:
-    """Call `visit` for every decoder layer with all calibration rows at its input (see `walk`); return the batches."""
+    """Call `visit` for every decoder layer with all calibration rows at its input; return the calibration batches."""
     with use_mesh(mesh_of(model.params)):
         stream = decoder_stream(model, batches, weights)
         walk(stream, visit, progress)

@@ -40,7 +40,7 @@ class Costs:
         return self.kinds[layer.kind]
 
     def of(self, layer: Layer) -> int:
-        """Return the number of parameters of a layer."""
+        """Return the number of parameters of a layer, from the sizes of its axes."""
         return int(self.at(layer)(layer.sizes))
 
     def active(self, layer: Layer, tokens: int = 1) -> int:

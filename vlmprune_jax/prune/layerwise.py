@@ -41,7 +41,12 @@ _error = functools.partial(jax.jit, static_argnames=("stack", "cfg"))(_loss)
 
 
 def stream_error(layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]) -> float:
-    """Return the error of the residual stream after a layer, on held-out rows; for the arguments, see `train_layer`."""
+    """Return the error of the residual stream after a pruned layer, on held-out rows.
+
+    Args:
+      place: the layer's number among the remaining layers.
+      targets: residual stream of the unpruned model after the layer, for each batch.
+    """
 
     def error(rows: Rows, target: jax.Array) -> jax.Array:
         return _error(layer.params, rows.x, target, rows.weight, rows.given, stack=layer.stack, cfg=layer.cfg)

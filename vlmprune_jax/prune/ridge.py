@@ -50,7 +50,7 @@ def add_into(totals: Any, terms: Any) -> Any:
 def total_sums(
     stream: LayerStream, place: int, held_out: bool, compute: Callable[..., Sums], *targets: Sequence[Any], what: str
 ) -> Sums:
-    """Return the sum of `compute(rows, *targets)` over fitted or held-out calibration batches, see `LayerStream.visit`.
+    """Return the sum of `compute(rows, *targets)` over calibration batches, fitted or held-out.
 
     Raises a UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
     """

@@ -117,7 +117,7 @@ def _array(array: np.ndarray, shape: tuple[int | None, ...], dtype: str) -> np.n
 
 
 def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[[int], None] | None = None) -> Routing:
-    """Run the decoder on all batches and return what its routers choose; batches are as for `vp.score`.
+    """Run the decoder on all batches and return which experts its routers choose.
 
     Raises UserError if a layer has no experts, or the batches do not fit the model.
     """

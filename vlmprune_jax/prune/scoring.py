@@ -76,7 +76,7 @@ def score(
     if routing is not None and routing.fingerprint != fingerprint(model):
         raise UserError("this routing is of another model: pass calibration batches")
     if chosen.needs_batches and batches is None and routing is None:
-        raise UserError(f"criterion {criterion!r} needs calibration batches")
+        raise UserError(f"criterion {criterion!r} needs calibration batches: pass batches")
     if chosen.needs == "routing" and routing is None:
         routing = measure_routing(model, batches or (), progress=progress)
     if not chosen.journals:
@@ -147,7 +147,10 @@ def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer])
         raise UserError(f"criterion {name!r} returns {', '.join(scores) or 'nothing'}, expected {', '.join(fields)}")
     importance = np.shape(scores.get("importance", np.empty(len(layers))))
     if importance != (len(layers),):
-        raise UserError(f"criterion {name!r} returns importance of shape {importance}, expected {(len(layers),)}")
+        raise UserError(
+            f"criterion {name!r} returns importance of shape {importance}, expected a number for each of the "
+            f"{len(layers)} layers"
+        )
     if "units" in fields and not (scores["units"] and fits_layers(scores["units"], layers)):
         shapes = {key: np.shape(part) for key, part in scores["units"].items()}
         sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}

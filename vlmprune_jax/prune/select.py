@@ -244,7 +244,7 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
     """Return (depth scores, width scores); a score that the pruning method does not use is None."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
-            raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
+            raise UserError("method 'hybrid' needs a pair of scores: pass scores=(depth_scores, width_scores)")
         depth, width = scores
         if depth.fingerprint != width.fingerprint:
             raise UserError("the depth scores and the width scores are for different models: score the same model")
@@ -255,6 +255,8 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
             )
     else:
         if not isinstance(scores, Scores):
-            raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")
+            raise UserError(
+                f"method {method!r} needs one Scores object, got {type(scores).__name__}: pass the result of vp.score"
+            )
         depth, width = (scores, None) if method == "depth" else (None, scores)
     return depth, width

@@ -148,7 +148,7 @@ class Units:
 
     @property
     def whole(self) -> dict[str, int]:
-        """Unit counts with which nothing is removed."""
+        """Number of units by axis in the unpruned layer."""
         return {units.axis: units.size for units in self.axes}
 
     def prunes(self, fine: bool) -> bool:
@@ -249,7 +249,9 @@ def widths_at(units: Sequence[Units], sparsity: float) -> Widths:
     for i, counts in enumerate(widths.counts):
         for axis, count in counts.items():
             if count < 1:
-                raise UserError(f"sparsity {sparsity:g} would remove all {AXES[axis].title} of layer {i}: lower it")
+                raise UserError(
+                    f"sparsity {sparsity:g} would remove all {AXES[axis].title} of layer {i}: lower the sparsity"
+                )
     return widths
 
 

@@ -187,7 +187,7 @@ def choose_tokens(
     if beyond:
         raise UserError(f"vocabulary: token id {beyond[0]} is not in the tokenizer, which has {len(known):,} tokens")
     if multiple < 1:
-        raise UserError(f"vocabulary.multiple={multiple} must be at least 1")
+        raise UserError(f"vocabulary.multiple={multiple}, to which the number of tokens is rounded, must be at least 1")
     counts = used if isinstance(used, Mapping) else dict.fromkeys(used, 1)
     kept = subwords.closure(always if size is not None else {*used, *always})
     least = -(-len(kept) // multiple) * multiple

@@ -90,7 +90,7 @@ class LayerStream:
         return other
 
     def given(self, at: int, place: int) -> Given:
-        """Return the inputs of a layer besides the residual stream, for batch number `at`; `place`: see `visit`."""
+        """Return the inputs of a layer besides the residual stream (masks, rotary tables), for batch number `at`."""
         return Given(self.batches[at].context, self.embeds[at].of_layer(place), self.states[at].shared)
 
     def visit(
@@ -117,7 +117,7 @@ class LayerStream:
             yield self.batches[at], result
 
     def advance(self, layer: Layer, place: int, capture: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """Run a layer on all batches; return the values named in `capture` (see `Layer.run`) for each."""
+        """Run a layer on all batches; return, for each batch, the intermediate values named in `capture`."""
         captured = list[dict[str, Any]]()
         for at, (_, (state, values)) in enumerate(self.visit(lambda rows: layer.run(rows, capture), place)):
             self.states[at] = State(state.x, {**self.states[at].shared, **state.shared})

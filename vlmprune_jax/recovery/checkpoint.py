@@ -123,7 +123,9 @@ class Checkpointer:
         with reading(location, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
-                raise UserError(f"{location}: contains step {int(state.step)}, expected step {step}: {_REMEDY}")
+                raise UserError(
+                    f"{location}: contains training step {int(state.step)}, expected step {step}: {_REMEDY}"
+                )
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
                 raise UserError(f"{location}: the arrays differ from the saved ones: {_REMEDY}")
             return state, self._own(step, meta["data"])

@@ -302,7 +302,9 @@ def _at_positions(
     if getattr(values, "shape", None) != positions.shape or jnp.iscomplexobj(values):
         output = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else repr(values)
         expected = f"a real number for each position, {list(positions.shape)}"
-        raise UserError(f"loss term {name!r}: returned {output}, expected {expected}: correct it")
+        raise UserError(
+            f"loss term {name!r}: its function returned {output}, expected {expected}: correct the function"
+        )
     return values
 
 

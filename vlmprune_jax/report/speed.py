@@ -137,7 +137,7 @@ def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, repo
 
 
 def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
-    """Measure and print the phases of a question in this process (`vlmprune bench --questions`)."""
+    """Measure and print the time of each phase of answering a question (`vlmprune bench --questions`)."""
     for name in ("backends", "engine_python", "threads"):
         if flags[name].present and not (name == "backends" and flags.backends == ["jax"]):
             raise UserError(f"--{name}: --questions measures jax alone, with all cores: leave --{name} out")

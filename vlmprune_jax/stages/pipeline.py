@@ -123,7 +123,9 @@ def measure_speed(root: Work) -> None:
     Raises UserError if the measurement is turned off, or there is no model.
     """
     if not root.experiment.speed.rounds:
-        raise UserError("speed.rounds is 0: set the number of rounds (--config.speed.rounds=5)")
+        raise UserError(
+            "speed.rounds is 0, so no speed would be measured: set the number of repeats (--config.speed.rounds=5)"
+        )
     models = {step.name: step.out for step in _models(root) if step.evaluated}
     if not models:
         raise UserError(f"{root.workdir}: no pruned or recovered model yet: run `vlmprune prune` first")

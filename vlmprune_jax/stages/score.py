@@ -135,7 +135,7 @@ def _score(
     made_from: Mapping[str, Any],
     **known: Any,
 ) -> Scores:
-    """Score one stack by one criterion, resuming an interrupted pass; `known`: further arguments of `vp.score`."""
+    """Score one stack by one criterion, resuming an interrupted pass; `known`: keyword arguments for `vp.score`."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
     if chosen.needs == "labels" and chosen.journals and stack == "text":

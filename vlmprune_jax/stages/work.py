@@ -211,5 +211,5 @@ def teacher_folder(spec: ModelSpec) -> Path:
         raise UserError("model.hf_dir is not set: name the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
     folder = Path(spec.hf_dir)
     if not folder.is_dir():
-        raise UserError(f"model.hf_dir={folder}: no such folder")
+        raise UserError(f"model.hf_dir={folder}: no such folder: set it to the folder of the model to prune")
     return folder

@@ -46,7 +46,7 @@ class MetricInfo(Part, frozen=True, kw_only=True):
 
 
 class Group(Part, frozen=True, kw_only=True):
-    """Metric values on one group of questions."""
+    """Metric values on one group of questions, such as a category of the benchmark."""
 
     questions: Count
     values: Values

@@ -59,7 +59,7 @@ class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings in the ledger that a result shows."""
+    """Settings of a stage, from its ledger entry, that `result.json` and reports show."""
 
     fraction: Finite = msgspec.field(name="data.fraction", default=0.0)
     method: str = msgspec.field(name="reconstruct.method", default="none")

@@ -55,7 +55,7 @@ class Store:
             yield
 
     def put(self, key: str, outputs: Sequence[Path], record: Mapping[str, Any]) -> None:
-        """Add a stage's outputs to the store."""
+        """Add a stage's outputs to the store that the runs of a sweep share."""
         with atomic_folder(self.folder / key) as entry:
             for path in outputs:
                 _link(path, entry / path.name)

@@ -16,6 +16,8 @@ def write_file(path):
     writer.add_context_length(64)
     writer.add_array("tokenizer.ggml.tokens", ["a", "", "ccc"])
     writer.add_array("x.floats", [1.5, 2.5])
+    writer.add_array("x.layers", [3, -1])
+    writer.add_array("x.long", [0] * 1001)
     writer.add_string("x.template", "t" * 5000)
     writer.add_bool("x.flag", True)
     writer.add_tensor("a", np.zeros((4, 32), np.float32))
@@ -29,7 +31,9 @@ def write_file(path):
 def test_header_is_that_of_the_writer(tmp_path):
     path = write_file(tmp_path / "a.gguf")
     header, theirs = read_gguf_header(path), GGUFReader(path)
-    assert header.fields == {"general.architecture": "llama", "llama.context_length": 64, "x.flag": True}
+    assert header.fields == {
+        "general.architecture": "llama", "llama.context_length": 64, "x.flag": True, "x.layers": (3, -1),
+    }  # fmt: skip
     assert header.types == {"F32": 512, "Q8_0": 68}
     assert header.weights == sum(int(tensor.n_elements) for tensor in theirs.tensors) == 128 + 64
 
@@ -71,6 +75,35 @@ def test_claims_are_compared_with_the_bytes_present(tmp_path, name):
     path.write_bytes(BOMBS[name])
     with pytest.raises(UserError, match=r"a\.gguf: cannot be read \(.*: export it again, or download it again"):
         read_gguf_header(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "used", "said"),
+    [
+        (8, 2, None), (8, [2, 8], None), (8, 8, None),
+        (7, 2, r"says 7 experts \(some\.expert_count\), but the router blk\.0\.ffn_gate_inp\.weight is 4 x 8"),
+        (None, 2, "says 0 experts"), (2**32 - 1, 2, "says 4294967295 experts"),
+        (8, 9, r"says that a token uses 9 of 8 experts \(some\.expert_used_count\)"),
+        (8, 0, "says that a token uses 0 of 8"), (8, None, "says that a token uses 0 of 8"),
+        (8, [2, 9], r"says that a token uses \(2, 9\) of 8"),
+    ],
+)  # fmt: skip
+def test_numbers_of_experts(tmp_path, count, used, said):
+    """llama.cpp aborts its process on those that contradict each other."""
+    writer = GGUFWriter(tmp_path / "a.gguf", "some")
+    if count is not None:
+        writer.add_expert_count(count)
+    if used is not None:
+        (writer.add_array if isinstance(used, list) else writer.add_uint32)("some.expert_used_count", used)
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((8, 4), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    if said is None:
+        assert read_gguf_header(tmp_path / "a.gguf").weights == 32
+    else:
+        with pytest.raises(UserError, match=rf"a\.gguf: cannot be read \({said}.*: export it again"):
+            read_gguf_header(tmp_path / "a.gguf")
 
 
 def test_a_sparse_file_and_a_fifo(tmp_path):

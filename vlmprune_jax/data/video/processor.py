@@ -95,5 +95,5 @@ def _from_file(file: Mapping[str, Any], location: str, default: VideoConfig) -> 
         values["size"] = sides(size, location)
     video = dataclasses.replace(default, **{name: value for name, value in values.items() if value is not None})
     if (video.min_pixels or 0) > (video.max_pixels or video.min_pixels or 0) or video.min_frames > video.max_frames:
-        raise UserError(f"{location}: a minimum of frames or pixels is above its maximum: {_TODO}")
+        raise UserError(f"{location}: the minimum number of frames or pixels is above the maximum: {_TODO}")
     return video

@@ -41,7 +41,9 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
     """
     folder = None if spec.tasks_path is None else Path(spec.tasks_path)
     if folder is not None and not folder.is_dir():
-        raise UserError(f"evaluate.tasks_path={folder}: no such folder")
+        raise UserError(
+            f"evaluate.tasks_path={folder}: no such folder: set it to a folder of lmms-eval tasks, or unset it"
+        )
     if folder is None or not (folder / f"{task}.yaml").is_file():
         return None, {}
     text = read_text(folder / f"{task}.yaml")

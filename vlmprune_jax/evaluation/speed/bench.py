@@ -98,7 +98,7 @@ def find_sides(
             raise UserError(f"--backends={name}: is not one of {', '.join(BACKENDS)}{suggest(name, BACKENDS)}")
     twice = sorted({name for name in models if models.count(name) > 1})
     if twice:
-        raise UserError(f"{twice[0]}: is listed twice: remove one of the two")
+        raise UserError(f"models to measure: {twice[0]} is listed twice: remove one of the two")
     pythons = dict(_engine_and_python(text) for text in engine_python)
     sides, remarks = list[Side](), dict[str, None]()
     for model in models:
@@ -276,7 +276,7 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
 def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
     fields, types, count = read_gguf_header(file)
     if not types:
-        raise UserError(f"{file}: has no tensors: export it again, or download it again")
+        raise UserError(f"{file}: this GGUF file has no tensors: export it again, or download it again")
     if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
         raise UserError(f"{file}: is the vision tower of a GGUF model (mmproj): name the file of its decoder instead")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []

@@ -65,7 +65,7 @@ def _nvml() -> list[Counter]:
                 try:
                     return nvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
                 except nvml.NVMLError as error:
-                    raise ValueError(f"no energy counter: {error}") from error
+                    raise ValueError(f"energy cannot be measured, since no counter is readable: {error}") from error
 
             with contextlib.suppress(ValueError):
                 read()

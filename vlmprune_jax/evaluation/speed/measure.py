@@ -51,7 +51,7 @@ def measure_speed(
 def measure_questions(
     models: Mapping[str, Model], config: SpeedConfig | None = None, *, batches: Sequence[int] = (1, 16), **options: Any
 ) -> dict[str, dict[int, QuestionTime]]:
-    """Measure the phases of a question (tower, projector, prefill, tokens) of several models in turns, by batch size.
+    """Measure how long several models take for each phase of a question (tower, projector, prefill, tokens), in turns.
 
     Args:
       models, config, options: as for `measure_speed`; tokens are timed over `new_tokens`.

@@ -71,7 +71,7 @@ class Stamps:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Do nothing: transformers calls this method after the last token."""
+        """Do nothing (transformers calls this method of a streamer after the last token)."""
 
     def seconds(self, tokens: int) -> Seconds:
         """Return the seconds to the first token, and from first to last; raise EngineError if tokens are missing."""

@@ -127,7 +127,7 @@ def unit(x: jax.Array) -> jax.Array:
 def recurrent(
     q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence for one token; arguments and results as in `chunked`, with one position.
+    """Run the recurrence for one token per sequence; return the token's outputs and the new state matrices.
 
     The old matrices are read once, for keys and queries together: S^T q = exp(g) S_old^T q + update (k^T q).
     """

@@ -116,6 +116,6 @@ def declared(*names: str) -> dict[str, Any]:
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are parameters of a function."""
+    """Return those of the criterion's options that a function has as parameters."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

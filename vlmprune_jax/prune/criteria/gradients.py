@@ -230,7 +230,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 
 
 def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
-    """Return each step's positions with a target, their target ids, and counts.
+    """Return, for each step, the positions of the tokens to predict, their target ids and their weights (`counts`).
 
     counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
@@ -259,13 +259,13 @@ def _all_ones(weight_of: np.ndarray) -> bool:
 
 
 class _Budget:
-    """Device memory in bytes for stored matrix products: the setting, or half of the free memory."""
+    """Device memory (bytes) left for stored outputs of projections: `memory_budget`, or half of the free memory."""
 
     def __init__(self, asked: int | None):
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """Return the matrix products if they still fit in the memory budget; None otherwise."""
+        """Return the outputs of projections if they still fit in the memory budget; None otherwise."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
@@ -274,7 +274,7 @@ class _Budget:
 
 
 def _forward(stream: LayerStream, budget: _Budget, n_layers: int) -> list[tuple[list[State], list[Products | None]]]:
-    """Run the first `n_layers`; return their inputs and products (None if they do not fit) for every batch."""
+    """Run the first `n_layers`; return their inputs and outputs of projections (None if too large) by batch."""
     saved = []
     for number in range(n_layers):
         layer, states, products = _layer(stream, number), list(stream.states), list[Products | None]()

@@ -44,7 +44,7 @@ def tower_channels(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """Return gradient scores of the layers of a tower, in the form of `gradients.gradient_channels`.
+    """Return {path: channel scores} of the weights pruned together, for each layer of a vision tower, from gradients.
 
     Batches without images are skipped, and their labels do not contribute to the loss. All layers finish together after
     the last step; after each step before, `progress` is called with 0.
