@@ -94,8 +94,11 @@ class Routing:
             np.savez(file, allow_pickle=False, meta=np.array(meta), token_types=self.token_types, **arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Routing:
-        """Read a file written by `save`; raise UserError if it is missing or malformed."""
+    def load(cls, path: str | os.PathLike[str], model: str | None = None) -> Routing:
+        """Read a file written by `save`.
+
+        Raises UserError if the file is missing or malformed, or is not for the model with the fingerprint `model`.
+        """
         arrays = read_arrays(Path(path), missing="no such file: run `vlmprune score` first", todo=_TODO)
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
@@ -106,6 +109,14 @@ class Routing:
             choices = {i: _array(arrays.pop(f"{i}/choices"), (len(types), None), "uint16") for i in layers}
             if arrays or not layers or any(choices[i].max(initial=0) >= sums[i].shape[2] for i in layers):
                 raise ValueError("the arrays of sums and of choices do not match")
+            if unknown := sorted({*types.tolist()} - {*TOKEN_TYPES.values()}):
+                raise ValueError(f"token_types has {unknown[0]}, expected one of {[*TOKEN_TYPES.values()]}")
+            if not len(types) or not all(array.any() for array in sums.values()):
+                raise ValueError("it has no tokens")
+        if model is not None and meta["fingerprint"] != model:
+            raise UserError(
+                f"{path}: is of another model (fingerprint {meta['fingerprint']}, expected {model}): {_TODO}"
+            )
         return cls(meta["fingerprint"], sums, choices, types, meta["made_from"])
 
 
