@@ -18,11 +18,11 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
+from vlmprune_jax.prune import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.prune.surgery import check_plan_is_for
-from vlmprune_jax.prune.tables import compare
+from vlmprune_jax.prune.tables import affected_tokens, compare
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
@@ -163,6 +163,32 @@ def test_routing(tmp_path):
         found = reads(lambda: Routing.load(path), path.name)
         if found is not None:
             reads(lambda: (found.occurring, [found.affected(layer, (0, 1)) for layer in found.choices]))
+
+    check()
+
+
+def test_routing_of_other_tokens_and_models(tmp_path):
+    """No tokens, types of tokens that do not exist, other layers, experts and fingerprints than the plan's."""
+    path, draw = tmp_path / "routing.npz", np.random.default_rng(0)
+    kept = [KeptLayer(i, {"experts": (0, 2), "expert_mlp": (0, 1, 4, 5)}) for i in range(2)]
+    stack = KeptStack(({"experts": 4, "expert_mlp": 8},) * 2, tuple(kept))
+    plan = PrunePlan("a", "experts", "reap", {"text": stack}, 10, 9, 10)
+    kinds = st.sampled_from([*TOKEN_TYPES.values()])
+    types = st.lists(kinds, max_size=9) | st.lists(kinds | st.integers(0, 255), max_size=9)
+
+    @fuzz(
+        60, types=types, layers=st.sampled_from([(0, 1), (0, 1), (0,), (1, 2), (0, 1, 2)]), name=st.sampled_from("aab"),
+        experts=st.sampled_from([4, 4, 3, 5]), full=st.sampled_from([1.0, 1.0, 0.0]),
+    )  # fmt: skip
+    def check(types, layers, name, experts, full):
+        sums = {i: full * draw.random((len(TOKEN_TYPES), len(SUMS), experts)) for i in layers}
+        choices = {i: draw.integers(0, experts, (len(types), 2)).astype(np.uint16) for i in layers}
+        Routing(name, sums, choices, np.array(types, np.uint8)).save(path)
+        routing = reads(lambda: Routing.of_plan(path, plan), path.name)
+        right = full and types and {*types} <= {*TOKEN_TYPES.values()}
+        assert (routing is not None) == bool(right and (name, layers, experts) == ("a", (0, 1), 4))
+        if routing is not None:
+            assert affected_tokens(plan, routing)
 
     check()
 

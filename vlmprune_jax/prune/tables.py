@@ -44,22 +44,16 @@ def explain(
         if not kept.is_whole or len(plan.stacks) == 1:
             of_component = [stack_scores for stack_scores in scores if stack_scores.stack == name]
             tables.append(_explain_stack(plan, cfg, spec, of_component, name))
-    affected = None if routing is None else affected_tokens(plan, routing)
-    return tables if affected is None else [*tables, affected]
+    return tables if routing is None else [*tables, affected_tokens(plan, routing)]
 
 
-def affected_tokens(plan: PrunePlan, routing: Routing) -> Table | None:
+def affected_tokens(plan: PrunePlan, routing: Routing) -> Table:
     """Return a table of the calibration tokens that lose an expert, by layer and token type, without a forward pass.
 
-    The result is None if the plan removes no experts. Raises UserError if the routing is not of the plan's model.
+    `routing` is that of the plan's model (`Routing.of_plan`).
     """
     before = plan.stacks["text"].sizes_before
     pruned = [x for x in plan.layers if len(x.kept.get("experts", ())) < before[x.index].get("experts", 0)]
-    if not pruned:
-        return None
-    shapes = {i: array.shape[2] for i, array in routing.sums.items()}
-    if plan.fingerprint != routing.fingerprint or shapes != {i: n["experts"] for i, n in enumerate(before)}:
-        raise UserError(
     shares = {layer.index: routing.affected(layer.index, layer.kept["experts"]) for layer in pruned}
     header = ["layer", *(f"{name} tokens" for name in routing.occurring)]
     rows = [[str(i), *(f"{100 * share:.1f} %" for share in of_layer.values())] for i, of_layer in shares.items()]
@@ -178,10 +172,10 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
 def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
     a, b = ({layer.index: layer.kept for layer in stack.layers} for stack in (first, second))
     axes = _shown(first.sizes_before)
-    rows, totals = [], np.zeros((len(axes), 3), int)
+    rows, totals = [], [(0, 0, 0)] * len(axes)
     for i in range(len(first.sizes_before)):
-        counts = np.array([_overlap(*(side.get(i, {}).get(axis, ()) for side in (a, b))) for axis in axes]).reshape(-1, 3)
-        totals += counts
+        counts = [_overlap(*(side.get(i, {}).get(axis, ()) for side in (a, b))) for axis in axes]
+        totals = [(x + n, y + m, z + both) for (x, y, z), (n, m, both) in zip(totals, counts, strict=True)]
         if i in a and i in b:
             rows.append([str(i), "both", *(cell for count in counts for cell in _cells(count))])
         else:
