@@ -1,6 +1,11 @@
 """Damaged model folders: whatever their files hold, reading them returns or raises one line."""
 
+import copy
+import dataclasses
+import functools
 import json
+import math
+import operator
 import shutil
 import struct
 import zipfile
@@ -9,7 +14,7 @@ import numpy as np
 import pytest
 from fuzz_cases import damaged, edited, fuzz, json_files, reads
 from gguf import GGMLQuantizationType, GGUFWriter
-from hf_cases import LLAMA, copy_golden, copy_llava, make_folder
+from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
 
 from vlmprune_jax.data.images import load_image_processor
@@ -119,6 +124,45 @@ def test_config(goldens, tmp_path, name):
     def check(content):
         path.write_bytes(content)
         reads(lambda: describe(folder, vision), path.name, str(folder))
+
+    check()
+
+
+NUMBERS = [-(2**31), -1, 0, 1, 3, 300, 5000, 10**9, 2**31 - 1, 10**400, -0.5, 1e-300, 1e308, float("nan"), float("inf")]
+
+
+def numbers_within(value, at=()):
+    """Paths to the numbers of a JSON value, outside lists."""
+    if isinstance(value, dict):
+        return [path for key, inner in value.items() for path in numbers_within(inner, (*at, key))]
+    return [at] * (type(value) in (int, float))
+
+
+def has_no_odd_number(value):
+    if dataclasses.is_dataclass(value) or isinstance(value, tuple):
+        return all(map(has_no_odd_number, value if isinstance(value, tuple) else vars(value).values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_moe", "lfm2_vl"])
+def test_numbers_of_experts_and_hybrids(goldens, tmp_path, name):
+    """Counts that no file of this size can hold, and numbers that no layer can compute with."""
+    folder = tmp_path / "model"
+    if name == "lfm2_vl":
+        make_folder(folder, {**LFM2_VL, "projector_hidden_size": 20})
+    else:
+        shutil.copytree(goldens / "families" / name / "ckpt", folder)
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+
+    @fuzz(40, places=st.lists(st.sampled_from(numbers_within(whole)), min_size=1, max_size=3), values=st.data())
+    def check(places, values):
+        changed = copy.deepcopy(whole)
+        for *outer, key in places:
+            functools.reduce(operator.getitem, outer, changed)[key] = values.draw(st.sampled_from(NUMBERS))
+        path.write_text(json.dumps(changed))
+        found = reads(lambda: (describe(folder), read_config(folder)[1]), path.name, str(folder))
+        assert found is None or has_no_odd_number(found[1])
 
     check()
 

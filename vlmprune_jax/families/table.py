@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.core.checks import Registry
+from vlmprune_jax.core.checks import Registry, check_returned
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families.gguf import Architecture
@@ -272,6 +272,13 @@ class Family:
         """Return the section of config.json that describes the decoder; {} if there is none."""
         part = config if self.text_section is None else config.get(self.text_section)
         return dict(part) if isinstance(part, Mapping) else {}
+
+
+def checked_table(function: Callable[..., list[Weight]], table: Any) -> list[Weight]:
+    """Return the weight table that a family's or decoder's `weights` returned; raise UserError for anything else."""
+    fits = isinstance(table, list | tuple) and all(isinstance(line, Weight) for line in table)
+    check_returned(function, table, fits, "a list of families.table.Weight")
+    return [*table]
 
 
 # All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment
