@@ -80,7 +80,7 @@ _KINDS: tuple[_Kind, ...] = (
         "a whole number from 0",
         lambda v: type(v) is int and 0 <= v <= _MAX,
         (),
-        ("num_kv_shared_layers", "hidden_size_per_layer_input"),
+        ("num_kv_shared_layers", "hidden_size_per_layer_input", "mtp_num_hidden_layers"),
     ),
     (
         "true, false or a name",

@@ -171,8 +171,10 @@ class Family:
     dropped: tuple[str, ...] = ()
     """Regexes of keys that exports leave out."""
 
-    mtp: tuple[str, str] = ("", "")
-    """Key prefix of the multi-token prediction module (not computed), and the decoder field with its layer count."""
+    mtp: tuple[str, str, Mapping[str, tuple[int, ...]]] = ("", "", {})
+    """Multi-token prediction module (not computed): key prefix, decoder field with its layer count, and the shapes of
+    tensors outside its layers in multiples of hidden_size.
+    """
 
     modules: tuple[tuple[str, str], ...] = ()
     """(regex, replacement) pairs that turn the weight table's keys into names of modules in transformers."""
