@@ -1,9 +1,6 @@
 """Llama that hears: an audio encoder beside the decoder, whose layers, heads and neurons are pruned like a tower's."""
 
 import dataclasses
-from dataclasses import dataclass
-
-import jax
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.channels import Dense
@@ -11,14 +8,15 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.stack import BlockConfig
+from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.families.llama import DEFAULTS
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Weight
-from vlmprune_jax.models.layers import Leaf, Projection
+from vlmprune_jax.models.layers import Leaf, Projection, activation
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Audio(vp.Encoder):
     """Facts of the encoder beside those of every encoder; an item is float[positions, channels]."""
 
@@ -39,7 +37,7 @@ class AudioEncoder(vp.EncoderModule):
         return self.frames(items) + self.places.weight.get_value()[None]
 
     def project(self, x):
-        return self.to_text(jax.nn.gelu(x))
+        return self.to_text(activation("gelu")(x))
 
 
 vp.encoders[Audio] = AudioEncoder
@@ -47,10 +45,11 @@ vp.encoders[Audio] = AudioEncoder
 
 def from_hf(config, vision):
     text, audio = llama_like({**DEFAULTS, **config["text"]}, "llama"), config["audio"]
+    check_fields(audio, "config.json", "audio.")  # bounds the depth before layers are made
     mixer = Attention(audio["heads"], audio["heads"], head_dim=audio["head_dim"])
     layer = Layer(mixer, Dense(audio["neurons"], gated=False, activation="gelu"))
     encoder = Audio(
-        audio["width"], (layer,) * audio["layers"], BlockConfig(1e-5), array="input_features", channels=audio["mels"],
+        audio["width"], (layer,) * audio["depth"], BlockConfig(1e-5), array="input_features", channels=audio["mels"],
         token_id=audio["token_id"], tokens=audio["frames"], positions=audio["frames"],
     )  # fmt: skip
     return ModelConfig("hearing", "transformers", text, encoders=(("audio", encoder),), **token_ids(config["text"]))
@@ -58,7 +57,7 @@ def from_hf(config, vision):
 
 def to_hf(cfg, source):
     layers = cfg.stack("audio").layers
-    sizes = {"layers": len(layers), "heads": layers[0].mixer.q_heads, "neurons": layers[0].sizes["mlp"]}
+    sizes = {"depth": len(layers), "heads": layers[0].mixer.q_heads, "neurons": layers[0].sizes["mlp"]}
     return {**source, "text": layers_to_hf(cfg.text, source["text"]), "audio": {**source["audio"], **sizes}}
 
 

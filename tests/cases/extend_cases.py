@@ -54,6 +54,15 @@ def documented_family(file: Path, folder: Path, config: dict[str, Any], *registr
         yield make_folder(folder, config)
 
 
+def returning(kind: type, name: str, value: Any) -> Any:
+    """Return a method of a class's file, with its name, that returns this value."""
+    method = getattr(kind, name)
+    code = compile(f"def {name}(*args, **kwargs): return value", method.__code__.co_filename, "exec")
+    exec(code, scope := {"value": value})
+    scope[name].__qualname__ = method.__qualname__
+    return scope[name]
+
+
 @contextlib.contextmanager
 def _forgotten(module: str, *registries: Any) -> Iterator[None]:
     before = [(registry, dict(registry)) for registry in registries]

@@ -1,12 +1,17 @@
 """The channel mixer that how-to/extend.md links: scored, pruned by group, reconstructed, saved and loaded."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from extend_cases import documented_family
+from extend_cases import documented_family, returning
 from repository import ROOT
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.part import AXES, WRITERS
+from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 
 FILE = ROOT / "docs/how-to/grouped_mlp.py"
@@ -73,3 +78,37 @@ def test_cut_models_are_mended_saved_and_generate(folder, tmp_path):
         logits, _ = vp.forward(again, greedy)
         greedy = np.concatenate([greedy, np.argmax(logits[:, -1:], axis=-1)], axis=1)
     np.testing.assert_array_equal(tokens, greedy[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"grouped_mlp.py: GroupedMlp.__call__ returned None, expected the pair \(output of shape \[4, 20, 24\]"),
+        ("text", "grouped_mlp.py: GroupedMlp.__call__ returned 'text', expected the pair"),
+        ((None, None), r"grouped_mlp.py: GroupedMlp.__call__ returned \(None, None\), expected the pair"),
+    ],
+)
+def test_a_module_that_returns_no_pair_is_named(folder, monkeypatch, value, message):
+    model, module = vp.load(folder), [*vp.channels.values()][-1]
+    monkeypatch.setattr(module, "__call__", returning(module, "__call__", value))
+    with pytest.raises(UserError, match=message):
+        vp.forward(model, IDS)
+
+
+@pytest.mark.parametrize("value", [None, "text", [None]])
+@pytest.mark.parametrize("name", ["weights", "from_hf"])
+def test_a_family_that_returns_no_table_or_config_is_named(folder, name, value):
+    family = vp.families["grouped"]
+    changed = returning(SimpleNamespace(**{name: getattr(family.decoder, name)}), name, value)
+    vp.families["grouped"] = decoder_family(dataclasses.replace(family.decoder, **{name: changed}))
+    expected = {"weights": "a list of families.table.Weight", "from_hf": "a core.config.TextConfig"}[name]
+    with pytest.raises(UserError, match=f"grouped_mlp.py: {name} returned .*, expected {expected}: correct it"):
+        vp.load(folder)
+
+
+@pytest.mark.parametrize("registry", ["channels", "mixers"])
+def test_parts_are_modules_of_configs(registry):
+    part, module = {"channels": vp.ChannelMixer, "mixers": vp.Mixer}[registry], next(iter(vp.channels.values()))
+    for key, value in (("mine", module), (dict, module), (part, None), (part, "text"), (part, dict)):
+        with pytest.raises(UserError, match=rf"vp.{registry}: the (key must be a subclass of vp|value .* flax)"):
+            getattr(vp, registry)[key] = value

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from extend_cases import documented_family
+from extend_cases import documented_family, returning
+from hf_cases import edit_config
 from repository import ROOT
 
 import vlmprune_jax as vp
@@ -14,7 +15,7 @@ AUDIO = 69
 CONFIG = {
     "architectures": ["Hearing"], "model_type": "hearing",
     "audio": {
-        "width": 24, "layers": 4, "heads": 4, "head_dim": 6, "neurons": 40, "mels": 5, "frames": 3, "token_id": AUDIO,
+        "width": 24, "depth": 4, "heads": 4, "head_dim": 6, "neurons": 40, "mels": 5, "frames": 3, "token_id": AUDIO,
     },
     "text": {
         "model_type": "llama", "vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -99,6 +100,36 @@ def test_depth_cuts_are_mended_saved_and_generate(folder, tmp_path):
         logits, _ = vp.forward(again, greedy, **inputs)
         greedy = np.concatenate([greedy, np.argmax(logits[:, -1:], axis=-1)], axis=1)
     np.testing.assert_array_equal(tokens, greedy[:, 20:])
+
+
+@pytest.mark.parametrize("depth", [0, 1001, 10**9, "4"])
+def test_layers_are_bounded_before_they_are_made(folder, depth):
+    edit_config(folder, audio={**CONFIG["audio"], "depth": depth})
+    with pytest.raises(UserError, match=r"config.json: audio.depth is .*, expected a whole number from 1 to 1000"):
+        vp.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("embed", None, r"AudioEncoder.embed returned None, expected an array of shape \[\d+, 3, 24\]"),
+        ("embed", "text", "AudioEncoder.embed returned 'text', expected an array"),
+        ("project", None, r"AudioEncoder.project returned None, expected an array \[\d+, 3, channels of the decoder\]"),
+    ],
+)
+def test_encoders_that_return_no_arrays_are_named(folder, monkeypatch, name, value, message):
+    model, encoder = vp.load(folder), next(iter(vp.encoders.values()))
+    monkeypatch.setattr(encoder, name, returning(encoder, name, value))
+    with pytest.raises(UserError, match=message):
+        vp.forward(model, IDS, **INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(dict, vp.encoders), ("Audio", dict), (vp.Encoder, None), (vp.Encoder, dict)]
+)
+def test_encoders_are_modules_of_configs(key, value):
+    with pytest.raises(UserError, match=r"vp.encoders: the (key|value) must be a subclass of vp.Encoder"):
+        vp.encoders[key] = value
 
 
 def test_tokens_see_their_own_items(folder):

@@ -281,9 +281,10 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
 
 
 def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
-    cfg = vp.load(goldens / "families/qwen3_5_moe/ckpt").cfg
+    folder = goldens / "families/qwen3_5_moe/ckpt"
+    cfg = vp.load(folder).cfg
     with pytest.raises(UserError, match=r'export\.mtp="cut": MTP layers with experts .* use mtp="drop"'):
-        MtpCut({}, family_of(cfg), cfg)
+        MtpCut(Checkpoint(folder), family_of(cfg), cfg)
 
 
 def keep_first(layer, experts):
@@ -315,7 +316,12 @@ def with_nan(array):
         ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
         ("qwen3_vl_moe", {"num_experts": 1}, None, "every token uses 2 experts, but the layer has 1"),
         ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts is 8 but num_local_experts is 6"),
-        ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number above 0"),
+        ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number from 1 to 4096"),
+        ("qwen3_vl_moe", {"num_experts": 10**9}, None, "num_experts is 1000000000, expected .* 1 to 4096"),
+        (
+            "internvl_moe", {"num_experts": 4096, "num_hidden_layers": 1000, "layer_types": None}, None,
+            "1000 layers have 4,096 experts each, more than any model .131,072 in all.: correct",
+        ),
         ("qwen3_vl_moe", {"moe_intermediate_size": 14}, None, r"has shape \[8, 28, 24\]"),
         ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
         ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),

@@ -234,6 +234,62 @@ def test_the_head_for_several_tokens_is_cut_alike(models, tmp_path, cut):
     np.testing.assert_array_equal(found[layer + "mlp.up_proj.weight"], whole[layer + "mlp.up_proj.weight"][units])
     np.testing.assert_array_equal(found["mtp.fc.weight"], whole["mtp.fc.weight"])
     assert vp.load(tmp_path / "cut").cfg == smaller.cfg
+    # a stage's folder has no head: it comes from the unpruned folder
+    staged = {"source_dir": tmp_path / "dropped", "mtp": "cut", "dtype": "float32"}
+    vp.save(vp.load(tmp_path / "dropped"), tmp_path / "staged", mtp_dir=golden.ckpt, **staged)
+    again = Checkpoint(tmp_path / "staged")
+    assert {key: again[key].tolist() for key in again} == {key: found[key].tolist() for key in found}
+    assert vp.load(tmp_path / "staged").cfg == smaller.cfg
+    with pytest.raises(UserError, match=r'dropped: export.mtp="cut": has no module for multi-token .* use mtp="drop"'):
+        vp.save(vp.load(tmp_path / "dropped"), tmp_path / "none", **staged)
+
+
+LAYER = "mtp.layers.0."
+
+
+def without(name):
+    return lambda held: {key: array for key, array in held.items() if not key.startswith(name)}
+
+
+def shaped(name, shape, value=0.5):
+    return lambda held: {**held, name: np.full(shape, value, np.float32)}
+
+
+def layers_called(*names):
+    """The head's layer under other numbers."""
+    return lambda held: without(LAYER)(held) | {
+        key.replace(LAYER, f"mtp.layers.{name}."): array
+        for key, array in held.items() if key.startswith(LAYER) for name in names
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("mtp."), r"has no module for multi-token prediction .mtp\.."),
+        (without(LAYER), "has layers none .0 in all., config.json says mtp_num_hidden_layers 1"),
+        (without(LAYER + "self_attn.o_proj"), "the tensor mtp.layers.0.self_attn.o_proj.weight is missing .1 in all"),
+        (without("mtp.fc"), "the tensor mtp.fc.weight is missing"),
+        (shaped("mtp.other", (2,)), "the tensor mtp.other is unknown"),
+        (layers_called("x"), "has layers x .1 in all., config.json says"),
+        (layers_called("99"), "has layers 99 .1 in all., config.json says"),
+        (layers_called(*range(300)), "has layers 0, 1, 10, .* .300 in all., config.json says"),
+        (shaped("mtp.fc.weight", (28, 28)), r"mtp.fc.weight has shape \[28, 28\], expected \[28, 56\]"),
+        (shaped(LAYER + "mlp.down_proj.weight", (28,)), r"down_proj.weight has shape \[28\], expected \[28, \d+\]"),
+        (shaped(LAYER + "mlp.up_proj.weight", (39, 28)), r"_proj.weight has shape .*, expected"),
+        (shaped(LAYER + "self_attn.k_proj.weight", (48, 28)), r"has shape .*, expected|4 query heads but 3 key/value"),
+        (shaped(LAYER + "mlp.down_proj.weight", (28, 40), np.nan), "down_proj.weight has 1120 NaN or infinite values"),
+        (shaped("mtp.norm.weight", (28,), np.inf), "mtp.norm.weight has 28 NaN or infinite values"),
+    ],
+)
+def test_damaged_heads_for_several_tokens_are_refused(models, tmp_path, damage, message):
+    golden, folder = models["qwen3_5"], tmp_path / "model"
+    shutil.copytree(golden.ckpt, folder)
+    edit_weights(folder, damage)
+    smaller, plan = prune(golden.model, kept_mixers(golden, "all"))
+    with pytest.raises(UserError, match=f"model: .*{message}"):
+        vp.save(smaller, tmp_path / "out", source_dir=folder, plan=plan, dtype="float32", mtp="cut")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):

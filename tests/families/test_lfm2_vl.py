@@ -172,12 +172,25 @@ def test_scores_plans_and_reconstruction(model):
         ({"layer_types": ["mamba"] * 5}, r"layer_types \['mamba'\] are not supported"),
         ({"full_attn_idxs": []}, "layer_types has no full_attention"),
         ({"conv_bias": True}, "conv_bias true is not supported"),
+        ({"conv_L_cache": -1}, "text_config.conv_L_cache is -1, expected a whole number above 0"),
+        ({"norm_eps": float("nan")}, "text_config.norm_eps is nan, expected a number"),
+        ({"norm_eps": float("inf")}, "text_config.norm_eps is inf, expected a number"),
+        ({"norm_eps": -1}, "text_config.norm_eps is -1, expected a number"),
+        ({"block_multiple_of": 0}, "text_config.block_multiple_of is 0, expected a whole number above 0"),
     ],
 )
 def test_wrong_configs_are_refused(tmp_path, changes, message):
     folder = make_folder(tmp_path / "model", LFM2_VL)
     edit_config(folder, text_config={**LFM2_VL["text_config"], **changes})
     with pytest.raises(UserError, match=message):
+        vp.load(folder)
+
+
+@pytest.mark.parametrize("field", ["projector_hidden_size", "downsample_factor"])
+def test_sizes_of_the_projector_are_refused(tmp_path, field):
+    folder = make_folder(tmp_path / "model", LFM2_VL)
+    edit_config(folder, **{field: -1})
+    with pytest.raises(UserError, match=f"config.json: {field} is -1, expected a whole number above 0"):
         vp.load(folder)
 
 

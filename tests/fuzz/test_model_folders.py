@@ -1,6 +1,11 @@
 """Damaged model folders: whatever their files hold, reading them returns or raises one line."""
 
+import copy
+import dataclasses
+import functools
 import json
+import math
+import operator
 import shutil
 import struct
 import zipfile
@@ -9,12 +14,14 @@ import numpy as np
 import pytest
 from fuzz_cases import damaged, edited, fuzz, json_files, reads
 from gguf import GGMLQuantizationType, GGUFWriter
-from hf_cases import LLAMA, copy_golden, copy_llava, make_folder
+from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.export.describe import describe
+from vlmprune_jax.export.mtp import mtp_tensors
 from vlmprune_jax.export.token_sources import Source
 from vlmprune_jax.export.vocabulary import trim_files
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -119,6 +126,93 @@ def test_config(goldens, tmp_path, name):
     def check(content):
         path.write_bytes(content)
         reads(lambda: describe(folder, vision), path.name, str(folder))
+
+    check()
+
+
+NUMBERS = [-(2**31), -1, 0, 1, 3, 300, 5000, 10**9, 2**31 - 1, 10**400, -0.5, 1e-300, 1e308, float("nan"), float("inf")]
+
+
+def numbers_within(value, at=()):
+    """Paths to the numbers of a JSON value, outside lists."""
+    if isinstance(value, dict):
+        return [path for key, inner in value.items() for path in numbers_within(inner, (*at, key))]
+    return [at] * (type(value) in (int, float))
+
+
+def has_no_odd_number(value):
+    if dataclasses.is_dataclass(value) or isinstance(value, tuple):
+        return all(map(has_no_odd_number, value if isinstance(value, tuple) else vars(value).values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl_moe", "lfm2_vl"])
+def test_numbers_of_experts_and_hybrids(goldens, tmp_path, name):
+    """Counts that no file of this size can hold, and numbers that no layer can compute with."""
+    folder = tmp_path / "model"
+    if name == "lfm2_vl":
+        make_folder(folder, {**LFM2_VL, "projector_hidden_size": 20})
+    else:
+        shutil.copytree(goldens / "families" / name / "ckpt", folder)
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+
+    @fuzz(40, places=st.lists(st.sampled_from(numbers_within(whole)), min_size=1, max_size=3), values=st.data())
+    def check(places, values):
+        changed = copy.deepcopy(whole)
+        for *outer, key in places:
+            functools.reduce(operator.getitem, outer, changed)[key] = values.draw(st.sampled_from(NUMBERS))
+        path.write_text(json.dumps(changed))
+        found = reads(lambda: (describe(folder), read_config(folder)[1]), path.name, str(folder))
+        assert found is None or has_no_odd_number(found[1])
+
+    check()
+
+
+@st.composite
+def damaged_heads(draw, tensors):
+    """The file of an MTP module's tensors: missing, renamed, repeated, of other shapes or dtypes, or not finite."""
+    changed = dict(tensors)
+    for key in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3)):
+        kind, array = draw(st.sampled_from(["missing", "name", "again", "shape", "dtype", "value"])), tensors[key]
+        name = key.replace("layers.0", draw(st.sampled_from(["layers.1", "layers.x", "layers", "layers.99", "0"])))
+        if kind in ("missing", "name"):
+            changed.pop(key, None)
+        if kind in ("name", "again"):
+            changed[name] = array
+        elif kind == "shape":
+            sizes = st.sampled_from([*array.shape, 0, 1, 8, 16, 48, 2 * array.shape[0]])
+            changed[key] = np.ones(draw(st.lists(sizes, max_size=3)), np.float32)
+        elif kind == "dtype":
+            changed[key] = array.astype(draw(st.sampled_from(["int8", "float16", "float64", "bool"])))
+        elif kind == "value":
+            changed[key] = np.where(draw(st.booleans()), np.roll(array, 1), np.float32(draw(st.floats(width=32))))
+    return save({key: np.ascontiguousarray(array) for key, array in changed.items()})
+
+
+def test_heads_for_several_tokens(goldens, tmp_path):
+    """A head that is cut has finite tensors of the decoder's widths, whatever the file holds."""
+    source = goldens / "families/qwen3_5/ckpt"
+    family, cfg = read_config(source)
+    whole, config = Checkpoint(source), json.loads((source / "config.json").read_text())
+    heads = {key: whole[key] for key in whole if key.startswith("mtp.")}
+    sizes = {"kv_heads": 1, "q_heads": 2, "delta_groups": 1, "delta_heads": 2, "mlp": 7}
+    cfg = cfg.with_layers([layer.resized(sizes) for layer in cfg.text.layers])
+
+    def cut():
+        tensors = mtp_tensors(Checkpoint(tmp_path), family, cfg, "float32")
+        return {tensor.key: tensor.fetch().view(np.float32).reshape(tensor.shape) for tensor in tensors}
+
+    @fuzz(80, content=damaged_heads(heads), count=st.sampled_from([1, 1, 1, 0, 2, None, 10**9, -1, "1"]))
+    def check(content, count):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        text = {**config["text_config"], "mtp_num_hidden_layers": count}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+        found = reads(cut, tmp_path.name)
+        if found is not None:
+            assert found["mtp.layers.0.mlp.up_proj.weight"].shape == (7, 28)
+            assert found["mtp.layers.0.self_attn.o_proj.weight"].shape == (28, 32)
+            assert all(np.isfinite(array).all() for array in found.values())
 
     check()
 

@@ -14,18 +14,24 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.journal import Journal
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, Scores
 from vlmprune_jax.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
+from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.prune.tables import affected_tokens, compare
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
+from vlmprune_jax.report.figures import removed_section
 from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.workdir import provenance
 from vlmprune_jax.workdir.ledger import Task, finished_stages, run_task, write_text
+from vlmprune_jax.workdir.steps import Variant
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -52,6 +58,53 @@ def test_plans(tmp_path):
                 )
             assert isinstance(plan.actual_ratio, float)
             plan.to_json()
+
+    check()
+
+
+AXIS_SIZES = st.integers(1, 12) | st.sampled_from([1000, 2**16, 2**24 + 1, 2**31 - 1])
+
+
+@st.composite
+def ranges_below(draw, size):
+    """Kept indices as the file lists them: nearly always ascending ranges below the size."""
+    edges = draw(st.lists(st.integers(0, size - 1 + draw(st.sampled_from([0, 0, 0, 1]))), min_size=1, max_size=6))
+    edges = sorted({*edges, *draw(st.sampled_from([(), (0, size - 1)]))})
+    pairs = [*zip(edges[::2], edges[1::2], strict=False)]
+    return ",".join(f"{low}-{high}" for low, high in pairs) or str(edges[0])
+
+
+@st.composite
+def layer_plans(draw):
+    """Sizes by axis of a layer, of any of the package's axes, and what is kept of it."""
+    sizes = draw(st.dictionaries(st.sampled_from([*AXES, "x"]), AXIS_SIZES, min_size=1))
+    return sizes, {axis: draw(ranges_below(size)) for axis, size in sizes.items()}
+
+
+def test_sizes_of_plans(tmp_path):
+    """Axes without their parent, of another kind of layer, sizes that do not divide, ranges of any length."""
+    plan = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1)
+    whole, path, variant = json.loads(plan.to_json()), tmp_path / "plan.json", Variant("", None, "plan.json", [])
+    like = st.lists(layer_plans(), max_size=4)
+    alike = st.builds(lambda layer, n: [layer] * n, layer_plans(), st.integers(1, 40))
+    tokens = st.none() | AXIS_SIZES.flatmap(lambda rows: st.tuples(st.just(rows), ranges_below(rows)))
+
+    @fuzz(60, layers=like | alike, name=st.sampled_from(["text", "vision"]), tokens=tokens)
+    def check(layers, name, tokens):
+        parts = {
+            "sizes_before": {str(i): before for i, (before, _) in enumerate(layers)},
+            "kept": {str(i): kept for i, (_, kept) in enumerate(layers)},
+        }
+        if tokens is not None:
+            parts["sizes_before"][""], parts["kept"][""] = {"vocab": tokens[0]}, {"vocab": tokens[1]}
+        components = {**whole["components"], name: parts}
+        path.write_text(json.dumps({**whole, "components": components, "tokenizer": tokens and "x"}))
+        plan = reads(lambda: PrunePlan.from_json(path), path.name)
+        if plan is not None:
+            assert repr(plan)
+            assert compare(plan, plan)
+            reads(lambda: [*removed_section(tmp_path, [variant])], "")
+            reads(lambda: check_plan_is_for(Model({}, CFG), plan), "plan of another model")
 
     check()
 
@@ -111,6 +164,32 @@ def test_routing(tmp_path):
         found = reads(lambda: Routing.load(path), path.name)
         if found is not None:
             reads(lambda: (found.occurring, [found.affected(layer, (0, 1)) for layer in found.choices]))
+
+    check()
+
+
+def test_routing_of_other_tokens_and_models(tmp_path):
+    """No tokens, types of tokens that do not exist, other layers, experts and fingerprints than the plan's."""
+    path, draw = tmp_path / "routing.npz", np.random.default_rng(0)
+    kept = [KeptLayer(i, {"experts": (0, 2), "expert_mlp": (0, 1, 4, 5)}) for i in range(2)]
+    stack = KeptStack(({"experts": 4, "expert_mlp": 8},) * 2, tuple(kept))
+    plan = PrunePlan("a", "experts", "reap", {"text": stack}, 10, 9, 10)
+    kinds = st.sampled_from([*TOKEN_TYPES.values()])
+    types = st.lists(kinds, max_size=9) | st.lists(kinds | st.integers(0, 255), max_size=9)
+
+    @fuzz(
+        60, types=types, layers=st.sampled_from([(0, 1), (0, 1), (0,), (1, 2), (0, 1, 2)]), name=st.sampled_from("aab"),
+        experts=st.sampled_from([4, 4, 3, 5]), full=st.sampled_from([1.0, 1.0, 0.0]),
+    )  # fmt: skip
+    def check(types, layers, name, experts, full):
+        sums = {i: full * draw.random((len(TOKEN_TYPES), len(SUMS), experts)) for i in layers}
+        choices = {i: draw.integers(0, experts, (len(types), 2)).astype(np.uint16) for i in layers}
+        Routing(name, sums, choices, np.array(types, np.uint8)).save(path)
+        routing = reads(lambda: Routing.of_plan(path, plan), path.name)
+        right = full and types and {*types} <= {*TOKEN_TYPES.values()}
+        assert (routing is not None) == bool(right and (name, layers, experts) == ("a", (0, 1), 4))
+        if routing is not None:
+            assert affected_tokens(plan, routing)
 
     check()
 

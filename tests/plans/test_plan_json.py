@@ -33,6 +33,13 @@ def plan_data():
     return data, data["components"]["text"]
 
 
+def widened(text, **sizes):
+    """Give every layer of a component other sizes, of which all but the last unit stay."""
+    for before, kept in zip(text["sizes_before"].values(), text["kept"].values(), strict=True):
+        before |= sizes
+        kept |= {axis: f"0-{size - 2}" for axis, size in sizes.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -68,6 +75,15 @@ def plan_data():
             lambda _, t: t.update(sizes_before={str(i): {} for i in range(10**5)}),
             "Expected `object` of length <= 10001",
         ),
+        (lambda _, t: t["sizes_before"]["0"].update(mlp=2**24 + 1), "Expected `int` <= 16777216 - at `.*sizes_before"),
+        (lambda _, t: widened(t, mlp=2**24 - 1), "have 83,886,105 heads, neurons, .* than the maximum of 33,554,432"),
+        (
+            lambda _, t: [layers["3"].pop("kv_heads") for layers in t.values()],
+            "layer 3 has 4 query heads but 0 key/value heads",
+        ),
+        (lambda _, t: widened(t, kv_heads=8), "layer 0 has 4 query heads but 8 key/value heads, expected a divisor of"),
+        (lambda _, t: widened(t, expert_mlp=8), "layer 0 has 8 neurons of experts but 0 experts, expected a divisor"),
+        (lambda _, t: widened(t, toes=8), "layer 0 has an unknown axis 'toes' .known: kv_heads, q_heads, "),
         (lambda d, _: d.update(asked=float("nan")), "Expected `float` >= .*asked"),
         (lambda d, _: d.update(parameters_total=0), "Expected `int` >= 1 - at `.*parameters_total`"),
         (lambda d, _: d.update(format=True), "Expected `int`, got `bool` - at `.*format`"),

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import RENAMED
 from vlmprune_jax.experiment.recipes import locate
 
 Flags = flags.FlagValues
@@ -109,6 +110,9 @@ def _check_path(names: Sequence[str], config: Any) -> None:
         if not isinstance(at, Mapping) and not hasattr(at, "keys"):
             raise UserError(f"--{section}.{part}: {section} is a setting, not a section of settings")
         bare = part.split("[")[0]
+        if bare not in at and RENAMED.get(bare) in at:
+            new = RENAMED[bare]
+            raise UserError(f"--{section}.{part}: the setting {bare} is now {new}: use --{section}.{new}")
         if bare not in at:
             raise UserError(f"--{section}.{part}: {section} has no setting {bare!r}{suggest(bare, list(at.keys()))}")
         at, section = at[bare], f"{section}.{part}"

@@ -41,6 +41,38 @@ class Registry(dict[str, _T]):
         super().__setitem__(key, value)
 
 
+class ModuleRegistry(dict[type, _T]):
+    """Mapping {config class: class of its NNX module}; users add their own with `vp.NAME[Mine] = MyModule`.
+
+    Args:
+      name: name of the mapping in the public API.
+      config, module: base class of the keys, and of the values.
+    """
+
+    def __init__(self, name: str, config: type, module: type, known: Mapping[Any, _T]):
+        super().__init__(known)
+        self._name, self._config, self._module = name, config, module
+
+    def __setitem__(self, key: type, value: _T) -> None:
+        for role, given, base in (("key", key, self._config), ("value", value, self._module)):
+            if not isinstance(given, type) or not issubclass(given, base):
+                raise UserError(
+                    f"vp.{self._name}: the {role} must be a subclass of {_public(base)}, got {given!r}: assign "
+                    f"vp.{self._name}[Mine] = MyModule"
+                )
+        super().__setitem__(key, value)
+
+    def __missing__(self, key: type) -> _T:
+        raise UserError(
+            f"vp.{self._name} has no module for {key.__name__}: assign vp.{self._name}[{key.__name__}] = ..."
+        )
+
+
+def _public(kind: type) -> str:
+    package, _, _ = kind.__module__.partition(".")
+    return f"{'vp' if package == _PACKAGE.name else package}.{kind.__name__}"
+
+
 def one_of(kind: str, value: Any, known: Collection[str]) -> str:
     """Return `value` if it is a known name; raise a UserError that suggests the most similar name otherwise."""
     if value in known:
@@ -92,6 +124,16 @@ def file_of_users(function: Any) -> Path | None:
     code = getattr(function, "__code__", None)
     path = Path("" if code is None else code.co_filename)
     return path if path.is_file() and _PACKAGE not in path.parents else None
+
+
+def check_returned(function: Any, value: Any, fits: bool, expected: str) -> None:
+    """Raise UserError naming a user's file and function unless the value that it returned `fits`."""
+    if not fits:
+        file, name = file_of_users(function), getattr(function, "__qualname__", repr(function))
+        shown = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else reason(TypeError(repr(value)))
+        raise UserError(
+            f"{'' if file is None else f'{file}: '}{name} returned {shown}, expected {expected}: correct it"
+        )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
 from vlmprune_jax.export.format import Contents, Origin
-from vlmprune_jax.export.mtp import MtpCut, with_mtp
+from vlmprune_jax.export.mtp import mtp_tensors, with_mtp
 from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
@@ -56,6 +56,10 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if origin.tpu_chips and isinstance(storage, CompressedTensors):
         check_storage(target.cfg, storage, origin.tpu_chips)
+    if target.mtp == "cut":
+        tensors += mtp_tensors(
+            Checkpoint(origin.mtp or origin.weights or origin.folder), target.family, target.cfg, dtype
+        )
     config = with_mtp(target.config, target.family, [tensor.key for tensor in tensors])
     target = dataclasses.replace(target, config=config)
     if storage is not None:
@@ -208,24 +212,18 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
     cfg = target.cfg
     ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
-    tensors, head = list[Tensor](), None
+    tensors = list[Tensor]()
     for key, entry in source.entries.items():
         name = family.canonical(key)
         if name in known or family.is_dropped(name) or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
-        is_mtp = bool(family.mtp[0]) and name.startswith(family.mtp[0])
-        if is_mtp and target.mtp == "drop":
-            continue
+        if family.mtp[0] and name.startswith(family.mtp[0]):
+            continue  # `mtp_tensors` prunes them
         numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
             continue
         stored = entry.dtype if dtype == "source" else file_name(dtype)
         written = name if family.respells else key
-        if is_mtp:
-            head = head or MtpCut(source, family, cfg)
-            array = _as_dtype(head.cut(key), stored)
-            tensors.append(weight(written, stored, array.shape, functools.partial(lambda array: array, array)))
-            continue
         if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
             extent = entry.extent(0, entry.n_bytes)
             tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))

@@ -27,6 +27,7 @@ class Origin:
       name: the name for the export.
       vision_dir: folder of a separate vision tower.
       weights: folder of the model's tensors, if it differs from `folder` (when the vocabulary is trimmed).
+      mtp: folder of the module for multi-token prediction, if it differs from that of the tensors.
       tpu_chips: tensor-parallel size if the plan was made for vLLM on TPUs (`loads_in`), else 0.
     """
 
@@ -34,6 +35,7 @@ class Origin:
     name: str
     vision_dir: Path | None = None
     weights: Path | None = None
+    mtp: Path | None = None
     tpu_chips: int = 0
 
 

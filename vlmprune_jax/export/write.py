@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def save(
     uneven: str = "per_layer",
     head_dim: int = 0,
     mtp: str = "drop",
+    mtp_dir: str | Path | None = None,
     dtype: str = "bfloat16",
     quantize: str = "none",
     group_size: int | None = None,
@@ -68,6 +70,7 @@ def save(
       uneven: layers of unequal width keep their sizes ("per_layer"), are padded ("pad") or refused ("refuse").
       head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
       mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it as the decoder; for folders.
+      mtp_dir: folder with the unpruned module for mtp="cut" (None = `source_dir`; folders of stages have none).
       dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
@@ -99,7 +102,10 @@ def save(
         raise UserError("vp.save: source_dir is not set, and the model was not loaded from a folder: pass source_dir=")
     source, chosen = resolve(source_dir), choose_format(format, options)
     with _files(source, plan, max_image_tokens, model) as files:
-        _write(model, Path(out_dir), source, files, *chosen, overwrite, plan, name, card)
+        origin = Origin(
+            files, name or model_name(source), weights=source, mtp=None if mtp_dir is None else resolve(mtp_dir)
+        )
+        _write(model, Path(out_dir), source, origin, *chosen, overwrite, plan, card)
 
 
 @contextlib.contextmanager
@@ -116,21 +122,20 @@ def _write(
     model: Model,
     out: Path,
     source: Path,
-    files: Path,
+    origin: Origin,
     chosen: Format,
     settings: Any,
     overwrite: bool,
     plan: PrunePlan | None,
-    name: str | None,
     card: Mapping[str, Any],
 ) -> None:
     """Write a model in the chosen export format; `card` holds the arguments of `write_card`."""
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
+    name, pruned = origin.name, plan is not None or os.path.lexists(source / "plan.json")
     options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
     chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
-    origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source, tpu_chips=chips)
+    origin = replace(origin, name=f"{name}-pruned" if pruned else name, tpu_chips=chips)
     contents = chosen.prepare(model, origin, settings)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 

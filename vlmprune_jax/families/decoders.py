@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune_jax.core.checks import check_returned
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.rope import for_both_versions
 from vlmprune_jax.families.shapes import token_ids
-from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
 
 
 def decoder_of(model_type: str) -> Decoder:
@@ -26,7 +27,7 @@ def decoder_of(model_type: str) -> Decoder:
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
-    return decoder_of(config.get("model_type", "llama")).from_hf(config)
+    return _config_of(decoder_of(config.get("model_type", "llama")), config)
 
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -45,7 +46,17 @@ def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> Json
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the decoder's weight table; its keys begin with `prefix`, and `head` is the key of lm_head."""
-    return decoder_of(text.decoder).weights(text, prefix, head)
+    return _table_of(decoder_of(text.decoder), text, prefix, head)
+
+
+def _config_of(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
+    text = decoder.from_hf(config)
+    check_returned(decoder.from_hf, text, isinstance(text, TextConfig), "a core.config.TextConfig")
+    return text
+
+
+def _table_of(decoder: Decoder, text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
 
 
 def decoder_family(decoder: Decoder) -> Family:
@@ -53,7 +64,7 @@ def decoder_family(decoder: Decoder) -> Family:
 
     def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
         del vision
-        text = dataclasses.replace(decoder.from_hf(config), head_bias=decoder.head_bias)
+        text = dataclasses.replace(_config_of(decoder, config), head_bias=decoder.head_bias)
         return ModelConfig(family=decoder.model_type, layout="transformers", text=text, **token_ids(config))
 
     return Family(
@@ -62,7 +73,7 @@ def decoder_family(decoder: Decoder) -> Family:
         model_types=(decoder.model_type,),
         from_hf=from_hf,
         to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
-        weights=lambda cfg: decoder.weights(cfg.text, "model.", "lm_head.weight"),
+        weights=lambda cfg: _table_of(decoder, cfg.text, "model.", "lm_head.weight"),
         # a tied output head that is stored in the file anyway is not read
         ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
         decoder=decoder,

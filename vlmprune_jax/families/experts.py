@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.core.channels import ChannelMixer, Experts, ExpertsBesideDense
-from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.families.llama_like import llama_like_weights
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
-from vlmprune_jax.families.table import Family, JsonDict, Weight
+from vlmprune_jax.families.table import Family, JsonDict, Weight, checked_table
 
 # Decoders whose quantised experts transformers 5.24 decodes and merges on loading (tried with w8a16).
 MERGED_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
@@ -104,7 +104,10 @@ def with_separate_experts(family: Family) -> Family:
         layout = "embed expert_mlp" if name == "down_proj" else "expert_mlp embed"
         return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", layout)
 
-    return dataclasses.replace(family, weights=lambda cfg: [separated(line) for line in family.weights(cfg)])
+    def weights(cfg: ModelConfig) -> list[Weight]:
+        return [separated(line) for line in checked_table(family.weights, family.weights(cfg))]
+
+    return dataclasses.replace(family, weights=weights)
 
 
 def qwen_expert_weights(

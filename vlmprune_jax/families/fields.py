@@ -9,6 +9,8 @@ from vlmprune_jax.core.errors import UserError
 
 # More layers than any real model has; a larger number in a file would allocate as many layer shapes.
 MAX_LAYERS = 1000
+# Experts of a layer, more than any real model has; every expert has places in the checkpoint (`hf.layout.make_slots`).
+MAX_EXPERTS = 4096
 # Pixels per side, more than any real tower has; images are resized before the config is compared with the weights.
 MAX_SIDE = 4096
 _MAX = 2**31 - 1
@@ -52,12 +54,19 @@ _KINDS: tuple[_Kind, ...] = (
          "num_channels", "scale_factor", "min_dynamic_patch", "max_dynamic_patch", "num_heads", "in_channels",
          "spatial_merge_size", "temporal_patch_size", "window_size", "out_hidden_size", "num_position_embeddings",
          "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
-         "linear_num_value_heads"),
+         "linear_num_value_heads", "conv_L_cache", "projector_hidden_size", "downsample_factor", "num_patches",
+         "block_multiple_of"),
         ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
          "sliding_window_pattern", "mm_tokens_per_image", "global_head_dim", "num_global_key_value_heads",
-         "vocab_size_per_layer_input", "pooling_kernel_size", "position_embedding_size", "num_experts",
-         "num_local_experts", "num_experts_per_tok", "top_k_experts", "moe_intermediate_size", "decoder_sparse_step",
+         "vocab_size_per_layer_input", "pooling_kernel_size", "position_embedding_size", "block_ff_dim",
+         "num_experts_per_tok", "top_k_experts", "moe_intermediate_size", "decoder_sparse_step",
          "full_attention_interval"),
+    ),
+    (
+        f"a whole number from 1 to {MAX_EXPERTS}",
+        lambda v: _whole(v, MAX_EXPERTS),
+        (),
+        ("num_experts", "num_local_experts"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers", "depth"), ()),
     (
@@ -66,12 +75,12 @@ _KINDS: tuple[_Kind, ...] = (
         ("image_size", "patch_size"),
         ("force_image_size",),
     ),
-    ("a number", _number, ("rms_norm_eps", "layer_norm_eps"), ("final_logit_softcapping",)),
+    ("a number", _number, ("rms_norm_eps", "layer_norm_eps", "norm_eps"), ("final_logit_softcapping",)),
     (
         "a whole number from 0",
         lambda v: type(v) is int and 0 <= v <= _MAX,
         (),
-        ("num_kv_shared_layers", "hidden_size_per_layer_input"),
+        ("num_kv_shared_layers", "hidden_size_per_layer_input", "mtp_num_hidden_layers"),
     ),
     (
         "true, false or a name",
@@ -90,7 +99,7 @@ _KINDS: tuple[_Kind, ...] = (
         _positive,
         ("rope_theta", "downsample_ratio", "factor", "low_freq_factor", "high_freq_factor"),
         ("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "rope_local_base_freq",
-         "query_pre_attn_scalar"),
+         "query_pre_attn_scalar", "block_ffn_dim_multiplier"),
     ),
     ("an integer", _integer, ("mm_vision_select_layer", "select_layer"), ("max_window_layers", "mm_hidden_size")),
     ("an integer", lambda v: _integer(v) or _list_of(_integer, v), ("vision_feature_layer",), ()),
@@ -105,7 +114,7 @@ _KINDS: tuple[_Kind, ...] = (
         "a list of whole numbers from 0",
         lambda v: _list_of(lambda number: type(number) is int and 0 <= number <= _MAX, v),
         ("deepstack_visual_indexes", "fullatt_block_indexes", "mrope_section"),
-        ("mlp_only_layers",),
+        ("mlp_only_layers", "full_attn_idxs"),
     ),
     ("a list of numbers above 0", lambda v: _list_of(_positive, v), ("short_factor", "long_factor"), ()),
     (
@@ -124,7 +133,8 @@ _KINDS: tuple[_Kind, ...] = (
          "multimodal_projector_bias", "use_s2", "qk_normalization", "use_qk_norm", "use_mean_pooling",
          "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square",
          "attention_k_eq_v", "use_double_wide_mlp", "use_clipped_linears", "standardize", "enable_moe_block",
-         "norm_topk_prob"),
+         "norm_topk_prob", "conv_bias", "tie_embedding", "projector_bias", "projector_use_layernorm",
+         "block_auto_adjust_ff_dim"),
     ),
     (
         "a text",

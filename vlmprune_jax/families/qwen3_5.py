@@ -36,7 +36,11 @@ _TEXT: JsonDict = {
     "linear_num_value_heads": 32,
 }
 IDS = {"image_token_id": 248056, "video_token_id": 248057}
-MTP = ("mtp.", "mtp_num_hidden_layers")
+MTP = (
+    "mtp.",
+    "mtp_num_hidden_layers",
+    {"fc.weight": (1, 2), "norm.weight": (1,), "pre_fc_norm_embedding.weight": (1,), "pre_fc_norm_hidden.weight": (1,)},
+)
 _SECTIONS = (11, 11, 10)
 _DELTA = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
     "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.core.checks import Registry
+from vlmprune_jax.core.checks import Registry, check_returned
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
@@ -172,8 +172,10 @@ class Family:
     dropped: tuple[str, ...] = ()
     """Regexes of keys that exports leave out."""
 
-    mtp: tuple[str, str] = ("", "")
-    """Key prefix of the multi-token prediction module (not computed), and the decoder field with its layer count."""
+    mtp: tuple[str, str, Mapping[str, tuple[int, ...]]] = ("", "", {})
+    """Multi-token prediction module (not computed): key prefix, decoder field with its layer count, and the shapes of
+    tensors outside its layers in multiples of hidden_size.
+    """
 
     modules: tuple[tuple[str, str], ...] = ()
     """(regex, replacement) pairs that turn the weight table's keys into names of modules in transformers."""
@@ -273,6 +275,13 @@ class Family:
         """Return the section of config.json that describes the decoder; {} if there is none."""
         part = config if self.text_section is None else config.get(self.text_section)
         return dict(part) if isinstance(part, Mapping) else {}
+
+
+def checked_table(function: Callable[..., list[Weight]], table: Any) -> list[Weight]:
+    """Return the weight table that a family's or decoder's `weights` returned; raise UserError for anything else."""
+    fits = isinstance(table, list | tuple) and all(isinstance(line, Weight) for line in table)
+    check_returned(function, table, fits, "a list of families.table.Weight")
+    return [*table]
 
 
 # All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment

@@ -20,10 +20,13 @@ from vlmprune_jax.core.layer import array_axes
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.families import Family
+from vlmprune_jax.families.table import checked_table
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.params import locate, param_axes, param_shapes
 
 PARTS = ("text", "projector", "vision")
+# Entries (experts) of all layers: each has slots of its own (Qwen3.5's 60 layers of 512 experts: 30,720).
+MAX_ENTRIES = 2**17
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
-    for weight in family.weights(cfg):
+    for weight in checked_table(family.weights, family.weights(cfg)):
         tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
         places = locate(cfg, weight.path)
         some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
@@ -139,6 +142,11 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             hf_shape = _grouped(tokens, size)
             rows, width = hf_shape[0] if hf_shape else 1, math.prod(hf_shape[1:])
             slot = Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows, width)
+            if entries and shape[0] * len(places) > MAX_ENTRIES:
+                raise UserError(
+                    f"config.json: {len(places)} layers have {shape[0]:,} {names[0]} each, more than any model "
+                    f"({MAX_ENTRIES:,} in all): correct or restore the file"
+                )
             slots += _entries(slot, tokens[-2:]) if entries else [slot]
     slots = _fused(slots)
     missing = sorted(set(shapes) - {slot.path for slot in slots})

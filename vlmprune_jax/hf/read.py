@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from vlmprune_jax.core.checks import check_returned
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import read_json, reading
@@ -137,6 +138,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         vision = read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
     with reading(path), error_context(path):
         cfg = family.from_hf(config, vision)
+        check_returned(family.from_hf, cfg, isinstance(cfg, ModelConfig), "a core.config.ModelConfig")
         channels = [layer.channel for stack in cfg.stacks.values() for layer in stack.layers]
         for part in {*channels, *([] if cfg.projector is None else [cfg.projector])}:
             activation(getattr(part, "activation", "silu"))  # refuses unknown ones

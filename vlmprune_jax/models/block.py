@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vlmprune_jax.core.checks import check_returned
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
@@ -24,6 +25,7 @@ from vlmprune_jax.models.context import (
     WRITERS,
     Context,
     LayerState,
+    Mixed,
     Names,
     Writer,
 )
@@ -137,14 +139,20 @@ class Block(nnx.Module):
         mixer, channel = (getattr(self, module) for module in self.modules)
         norms = [getattr(self, name, None) for name in self.names.norms]
         mixer_input = x if norms[0] is None else compute_once(norms[0](x))
-        mixed = mixer(mixer_input, ctx._replace(dropout_key=keys[0]), state)
+        mixed, shape = mixer(mixer_input, ctx._replace(dropout_key=keys[0]), state), list(x.shape)
+        fits = isinstance(mixed, Mixed) and getattr(mixed.out, "shape", None) == x.shape
+        check_returned(type(mixer).__call__, mixed, fits, f"a models.context.Mixed whose out has shape {shape}")
         middle = x + self.follow("o_proj", mixed.out)
         if self.parallel:
             channel_input = mixer_input
         else:
             middle = constrain(middle, STREAM)
             channel_input = middle if norms[1] is None else compute_once(norms[1](middle))
-        out, hidden = channel(channel_input, ctx._replace(dropout_key=keys[1], stream=middle))
+        pair = channel(channel_input, ctx._replace(dropout_key=keys[1], stream=middle))
+        fits = isinstance(pair, tuple) and len(pair) == 2 and getattr(pair[0], "shape", None) == x.shape
+        expected = f"the pair (output of shape {shape}, input of its projection {channel.writer})"
+        check_returned(type(channel).__call__, pair, fits, expected)
+        out, hidden = pair
         y = constrain(middle + self.follow("down_proj", out), STREAM)
         if self.extra is not None:
             y = constrain(y + self.extra(y, ctx.layer_input), STREAM)

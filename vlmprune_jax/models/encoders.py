@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlmprune_jax.core.checks import ModuleRegistry, check_returned
 from vlmprune_jax.core.stack import Encoder
 from vlmprune_jax.models.context import Context, Hook, Names
 from vlmprune_jax.models.stack import BlockStack
@@ -42,7 +43,8 @@ class EncoderModule(BlockStack):
 
     def hooked(self, items: jax.Array, hook: Hook | None, hook_inputs: tuple[str, ...] = ()) -> tuple[Any, list[Any]]:
         """Run the encoder; return the last block's output, and `hook(BlockValues)` of every block."""
-        x = self.embed(items)
+        x, shape = self.embed(items), (len(items), self.cfg.positions, self.cfg.hidden_size)
+        check_returned(type(self).embed, x, getattr(x, "shape", None) == shape, f"an array of shape {list(shape)}")
         passed = self.pass_through(x, self.context_of(x, {}), hook=hook, hook_inputs=hook_inputs)
         return passed.last, passed.hooks
 
@@ -50,9 +52,11 @@ class EncoderModule(BlockStack):
         """Encode items [rows, items, ...] of a batch as decoder tokens float[rows, items, tokens, text_size]."""
         dtype = jax.tree.leaves(self.layers)[0].dtype
         states, _ = self.hooked(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]), None)
-        tokens = self.project(states)
+        tokens, expected = self.project(states), f"an array [{len(states)}, {self.cfg.tokens}, channels of the decoder]"
+        fits = getattr(tokens, "ndim", 0) == 3 and tokens.shape[:2] == (len(states), self.cfg.tokens)
+        check_returned(type(self).project, tokens, fits, expected)
         return tokens.reshape(*items.shape[:2], *tokens.shape[1:])
 
 
 # Class of an `Encoder` config -> its module. Users add encoders by assignment (`vlmprune_jax.encoders[Mine] = ...`).
-ENCODERS: dict[type[Encoder], type[EncoderModule]] = {}
+ENCODERS: ModuleRegistry[type[EncoderModule]] = ModuleRegistry("encoders", Encoder, EncoderModule, {})

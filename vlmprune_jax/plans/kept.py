@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -176,27 +176,41 @@ def _inconsistency(before: Sequence[Sizes], layers: Sequence[KeptLayer]) -> str 
     indices = [layer.index for layer in layers]
     if not _increasing(indices, len(before)):
         return f"kept layers {_listed(indices)} are not increasing numbers below {len(before)}"
+    if problem := next((f"layer {i} {problem}" for i, sizes in enumerate(before) if (problem := _misfit(sizes))), None):
+        return problem
     for layer in layers:
         sizes = before[layer.index]
-        if layer.kept.keys() != sizes.keys() or not sizes.keys() <= AXES.keys():
+        if layer.kept.keys() != sizes.keys():
             return f"layer {layer.index} has axes {', '.join(layer.kept)}, expected {', '.join(sizes)}"
+        kept = {axis: np.asarray(layer.kept[axis]) for axis in sizes}
         for axis, size in sizes.items():
-            if not layer.kept[axis] or not _increasing(layer.kept[axis], size):
+            if not len(kept[axis]) or not _increasing(kept[axis], size):
                 return (
                     f"{AXES[axis].title} of layer {layer.index} are not increasing numbers below {size}, at least one"
                 )
             parent = AXES[axis].parent
-            problem = parent and _split_families(axis, layer.kept[axis], layer.kept[parent], size // sizes[parent])
+            problem = parent and _split_families(axis, kept[axis], kept[parent], size // sizes[parent])
             if problem:
                 return f"layer {layer.index} {problem}"
     return None
 
 
-def _split_families(axis: str, children: Sequence[int], parents: Sequence[int], group: int) -> str | None:
+def _misfit(sizes: Sizes) -> str | None:
+    """Return why no layer has these axes and sizes; None if a layer can."""
+    for name, size in sizes.items():
+        if name not in AXES:
+            return f"has an unknown axis {name[:64]!r} (known: {', '.join(AXES)})"
+        axis, parents = AXES[name], sizes.get(AXES[name].parent, 0)
+        if axis.parent and (not parents or size % parents):
+            owners = f"{parents:,} {AXES[axis.parent].title}"
+            return f"has {size:,} {axis.title} but {owners}, expected a divisor of {size:,}"
+    return None
+
+
+def _split_families(axis: str, children: np.ndarray, parents: np.ndarray, group: int) -> str | None:
     """Return why kept parents (key/value heads) own unequal numbers of kept children (query heads); None if equal."""
-    counts = Counter(child // group for child in children)
-    per_parent = [counts[parent] for parent in parents]
-    if len(set(per_parent)) == 1 and sum(per_parent) == len(children):
+    owners, counts = np.unique(children // group, return_counts=True)
+    if np.array_equal(owners, parents) and (counts == counts[0]).all():
         return None
     title, parent = AXES[axis].title, AXES[AXES[axis].parent].title
     return (
@@ -205,14 +219,14 @@ def _split_families(axis: str, children: Sequence[int], parents: Sequence[int], 
     )
 
 
-def _listed(indices: Sequence[int]) -> str:
+def _listed(indices: Sequence[int] | np.ndarray) -> str:
     """Format a list of numbers for messages; long lists are shortened to the first 64."""
-    return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
+    indices = np.asarray(indices).tolist()
+    return str(indices) if len(indices) <= 64 else f"{str(indices[:64])[:-1]}, ... {len(indices):,} in all]"
 
 
-def _increasing(indices: Sequence[int], size: int) -> bool:
-    edges = [-1, *indices, size]
-    return all(low < high for low, high in itertools.pairwise(edges))
+def _increasing(indices: Sequence[int] | np.ndarray, size: int) -> bool:
+    return bool((np.diff(indices, prepend=-1, append=size) > 0).all())
 
 
 def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:

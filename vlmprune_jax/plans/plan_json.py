@@ -16,7 +16,10 @@ WHOLE, VOCAB = "", "vocab"  # key of the vocabulary in place of a layer number, 
 TODO = "plan again"
 _FEW = msgspec.Meta(max_length=10_001)
 _Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+# Sizes of all kept layers together: ranges of any length take a few bytes, their indices 36 bytes each (Qwen3.5's 60
+# layers of 512 experts with 1,024 neurons: 31.5 million).
+MAX_UNITS = 2**25
 
 
 class _Version(TypedDict):
@@ -60,7 +63,7 @@ class _EarlierStack(TypedDict):
 
 
 class _EarlierVocabulary(TypedDict):
-    rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    rows_before: _Size
     tokenizer: str
     kept: Annotated[list[tuple[_Index, _Size]], msgspec.Meta(min_length=1, max_length=2**22)]
 
@@ -84,7 +87,23 @@ def as_plan(data: Any, location: str) -> PlanJson:
         raise UserError(f"prune plan: {unnamed[0][:64]!r} is no name of a component (text, vision): {TODO}")
     if "text" not in plan["components"]:
         raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them: {TODO}")
+    for name, component in plan["components"].items():
+        layers = component["sizes_before"].keys() - {WHOLE}
+        if layers != {*map(str, range(len(layers)))} or component["kept"].keys() - component["sizes_before"].keys():
+            raise UserError(f"prune plan: layers of the {name} stack are not numbered 0, 1, 2, ...: {TODO}")
+    units = sum(map(_units, plan["components"].values()))
+    if units > MAX_UNITS:
+        raise UserError(
+            f"prune plan: the kept layers have {units:,} heads, neurons, experts and tokens, more than the maximum of "
+            f"{MAX_UNITS:,}: {TODO}"
+        )
     return plan
+
+
+def _units(component: Component) -> int:
+    """Return how many indices the ranges of a component can have: the sizes of its kept layers."""
+    before = component["sizes_before"]
+    return sum(before[layer].get(axis, 0) for layer, axes in component["kept"].items() for axis in axes)
 
 
 def _upgraded(data: Any, location: str) -> dict[str, Any]:

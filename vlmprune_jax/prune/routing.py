@@ -23,6 +23,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.calibration import PADDING, TOKEN_TYPES, batch_inputs, calibration_batches, run_decoder
 from vlmprune_jax.prune.fingerprints import fingerprint
 
@@ -105,7 +106,34 @@ class Routing:
             choices = {i: _array(arrays.pop(f"{i}/choices"), (len(types), None), "uint16") for i in layers}
             if arrays or not layers or any(choices[i].max(initial=0) >= sums[i].shape[2] for i in layers):
                 raise ValueError("the arrays of sums and of choices do not match")
+            if unknown := sorted({*types.tolist()} - {*TOKEN_TYPES.values()}):
+                raise ValueError(f"token_types has {unknown[0]}, expected one of {[*TOKEN_TYPES.values()]}")
+            if not len(types) or not all(array.any() for array in sums.values()):
+                raise ValueError("it has no tokens")
         return cls(meta["fingerprint"], sums, choices, types, meta["made_from"])
+
+    @classmethod
+    def of_plan(cls, path: Path, plan: PrunePlan) -> Routing | None:
+        """Read the routing of the model that a plan is for; None if there is no file, or the plan removes no experts.
+
+        Raises UserError if the file is malformed or of another model.
+        """
+        stack = plan.stacks["text"]
+        before = {i: sizes["experts"] for i, sizes in enumerate(stack.sizes_before) if "experts" in sizes}
+        if not path.exists() or all(layer.sizes.get("experts") == before.get(layer.index) for layer in stack.layers):
+            return None
+        routing = cls.load(path)
+        if routing.fingerprint != plan.fingerprint:
+            raise UserError(
+                f"{path}: is of another model (fingerprint {routing.fingerprint}, the plan is for {plan.fingerprint}): "
+                "remove the file, and score again with --overwrite"
+            )
+        if before != {i: array.shape[2] for i, array in routing.sums.items()}:
+            raise UserError(
+                f"{path}: has other layers or numbers of experts than the plan's model: remove the file, and score "
+                "again with --overwrite"
+            )
+        return routing
 
 
 def _array(array: np.ndarray, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -43,19 +44,16 @@ def explain(
         if not kept.is_whole or len(plan.stacks) == 1:
             of_component = [stack_scores for stack_scores in scores if stack_scores.stack == name]
             tables.append(_explain_stack(plan, cfg, spec, of_component, name))
-    affected = None if routing is None else affected_tokens(plan, routing)
-    return tables if affected is None else [*tables, affected]
+    return tables if routing is None else [*tables, affected_tokens(plan, routing)]
 
 
-def affected_tokens(plan: PrunePlan, routing: Routing) -> Table | None:
+def affected_tokens(plan: PrunePlan, routing: Routing) -> Table:
     """Return a table of the calibration tokens that lose an expert, by layer and token type, without a forward pass.
 
-    The result is None if the plan removes no experts, or the routing is that of another model.
+    `routing` is that of the plan's model (`Routing.of_plan`).
     """
     before = plan.stacks["text"].sizes_before
     pruned = [x for x in plan.layers if len(x.kept.get("experts", ())) < before[x.index].get("experts", 0)]
-    if not pruned or plan.fingerprint != routing.fingerprint or {x.index for x in pruned} - {*routing.choices}:
-        return None
     shares = {layer.index: routing.affected(layer.index, layer.kept["experts"]) for layer in pruned}
     header = ["layer", *(f"{name} tokens" for name in routing.occurring)]
     rows = [[str(i), *(f"{100 * share:.1f} %" for share in of_layer.values())] for i, of_layer in shares.items()]
@@ -162,11 +160,11 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
     ]
     trimmed = [plan.vocabulary for plan in (first, second) if plan.vocabulary is not None]
     if trimmed:
-        whole = range(trimmed[0].rows_before)
+        whole = np.arange(trimmed[0].rows_before)
         kept = [whole if plan.vocabulary is None else plan.vocabulary.kept for plan in (first, second)]
         tables.append(
             ("vocabulary: tokens that both plans keep, as a share of what either keeps",
-             ["", "tokens A / B", "in both"], [["vocabulary", *_overlap(*kept)]])
+             ["", "tokens A / B", "in both"], [["vocabulary", *_cells(_overlap(*kept))]])
         )  # fmt: skip
     return tables
 
@@ -174,23 +172,28 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
 def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
     a, b = ({layer.index: layer.kept for layer in stack.layers} for stack in (first, second))
     axes = _shown(first.sizes_before)
-    rows = []
+    rows, totals = [], [(0, 0, 0)] * len(axes)
     for i in range(len(first.sizes_before)):
+        counts = [_overlap(*(side.get(i, {}).get(axis, ()) for side in (a, b))) for axis in axes]
+        totals = [(x + n, y + m, z + both) for (x, y, z), (n, m, both) in zip(totals, counts, strict=True)]
         if i in a and i in b:
-            cells = [cell for axis in axes for cell in _overlap(a[i].get(axis, ()), b[i].get(axis, ()))]
-            rows.append([str(i), "both", *cells])
+            rows.append([str(i), "both", *(cell for count in counts for cell in _cells(count))])
         else:
             rows.append([str(i), "A" if i in a else "B" if i in b else NONE, *[NONE] * 2 * len(axes)])
-    totals = [
-        _overlap(*([(i, unit) for i, kept in side.items() for unit in kept.get(axis, ())] for side in (a, b)))
-        for axis in axes
-    ]
-    rows.append(["all", f"both: {_overlap(a, b)[1]}", *(cell for cells in totals for cell in cells)])
+    layers = _cells(_overlap([*a], [*b]))[1]
+    rows.append(["all", f"both: {layers}", *(cell for count in totals for cell in _cells(count))])
     header = ["layer", "kept by", *(cell for axis in axes for cell in (f"{_heading(axis)} A / B", "in both"))]
     return f"{name}: what both plans keep, as a share of what either keeps", header, rows
 
 
-def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
+def _overlap(first: ArrayLike, second: ArrayLike) -> tuple[int, int, int]:
+    """Return how many units the first plan keeps, the second plan keeps, and both keep."""
+    a, b = np.asarray(first, np.int64), np.asarray(second, np.int64)
+    return len(a), len(b), len(np.intersect1d(a, b, assume_unique=True))
+
+
+def _cells(counts: Sequence[int]) -> list[str]:
     """Return table cells with the counts that two plans keep, and the Jaccard overlap of their choices."""
-    a, b = set(first), set(second)
-    return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %" if a | b else NONE]
+    first, second, both = counts
+    either = first + second - both
+    return [f"{first:,} / {second:,}", f"{100 * both / either:.1f} %" if either else NONE]

@@ -188,12 +188,11 @@ def affected_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sec
     """Yield a report section with the calibration tokens that lose an expert, for each plan that removes experts."""
     tables = dict[tuple[Any, ...], Table]()
     for plan, name in {(run.plan, name): None for run in variants if run.plan for name in run.scores}:
-        path = (workdir / name).with_name(ROUTING)
-        if path.exists():
-            table = affected_tokens(PrunePlan.from_json(workdir / plan), Routing.load(path))
-            if table is not None:
-                title, header, rows = table
-                tables.setdefault(tuple(map(tuple, rows)), Table(title, tuple(header), tuple(map(tuple, rows))))
+        kept = PrunePlan.from_json(workdir / plan)
+        routing = Routing.of_plan((workdir / name).with_name(ROUTING), kept)
+        if routing is not None:
+            title, header, rows = affected_tokens(kept, routing)
+            tables.setdefault(tuple(map(tuple, rows)), Table(title, tuple(header), tuple(map(tuple, rows))))
     if tables:
         yield Section("Tokens that lose an expert", tables=tuple(tables.values()), notes=(AFFECTED,))
 

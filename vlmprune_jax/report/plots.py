@@ -175,14 +175,17 @@ def removed_figure(
         colours = LinearSegmentedColormap.from_list("kept", [(*to_rgb(COLOURS[0]), opaque) for opaque in (0.08, 1.0)])
         for place, (axes, what) in enumerate(((top, "attention head"), (bottom, "MLP neuron"))):
             before = [width[place] for width in widths]
-            rows = min(max(before), MOST_CELLS)
+            widest = max(1, *before)
+            rows = min(widest, MOST_CELLS)
             shares = np.full((rows, len(widths)), np.nan)
             for layer, width in enumerate(before):
-                cells = max(1, rows * width // max(before))
+                if not width:  # such as the heads of a short convolution
+                    continue
+                cells = max(1, rows * width // widest)
                 edges = np.arange(cells + 1) * width // cells
                 there = np.searchsorted(kept[layer][place] if layer in kept else (), edges)
                 shares[:cells, layer] = np.diff(there) / np.diff(edges)
-            high = max(before) - 0.5
+            high = widest - 0.5
             axes.imshow(
                 shares, aspect="auto", cmap=colours, vmin=0, vmax=1, origin="lower", interpolation="nearest",
                 extent=(-0.5, len(widths) - 0.5, -0.5, high),

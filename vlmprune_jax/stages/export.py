@@ -89,6 +89,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         model,
         out,
         source_dir=work.start,
+        mtp_dir=work.teacher,
         plan=PrunePlan.from_json(work.start / "plan.json"),
         name=spec.base_model or model_name(work.teacher),
         license=spec.license,

@@ -25,9 +25,11 @@ from vlmprune_jax.export.card import license_of, model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.gguf_metadata import cut
 from vlmprune_jax.export.hub import check_upload
+from vlmprune_jax.export.mtp import MtpCut
 from vlmprune_jax.export.processor import limited_images
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
 from vlmprune_jax.stages.graph import makes_model, steps_of, task_of
@@ -165,6 +167,8 @@ def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     with limited_images(work.teacher, image_tokens(data, spec), cfg) as files:
         if spec.format == "gguf" and cfg.vision is not None:
             cut(family_of(cfg), files)
+    if spec.mtp == "cut":
+        MtpCut(Checkpoint(work.teacher), family_of(cfg), cfg)  # refuses a missing or damaged module
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:

@@ -83,6 +83,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
             plan = plan_stacks([*map(_of_stack, scores)], cfg, config)
     _check_integers(plan.apply_to(cfg), spec, export)
+    routing = Routing.of_plan(work.folder / ROUTING, plan)
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
     )
@@ -98,7 +99,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         f"{_percent(plan.target_ratio)} requested"
     )
     notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
-    for line in (*_budget_lines(plan), *_affected_lines(work, plan), *(f"  {notice}" for notice in notices)):
+    for line in (*_budget_lines(plan), *_affected_lines(plan, routing), *(f"  {notice}" for notice in notices)):
         work.say(line)
     work.say(
         f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"
@@ -190,22 +191,15 @@ def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table
     if spec.only_vocabulary:
         return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
-    return explain(work.plan, work.config(work.teacher), spec, scores, _routing(work))
+    routing = Routing.of_plan(work.folder / ROUTING, work.plan)
+    return explain(work.plan, work.config(work.teacher), spec, scores, routing)
 
 
-def _routing(work: Work) -> Routing | None:
-    """Return what routers chose for the calibration tokens; None if no criterion for experts was used."""
-    path = work.folder / ROUTING
-    return Routing.load(path) if path.exists() else None
-
-
-def _affected_lines(work: Work, plan: PrunePlan) -> list[str]:
+def _affected_lines(plan: PrunePlan, routing: Routing | None) -> list[str]:
     """Return a line with the calibration tokens that lose an expert, by type."""
-    routing = _routing(work)
-    table = None if routing is None else affected_tokens(plan, routing)
-    if table is None:
+    if routing is None:
         return []
-    _, (_, *names), (*_, (_, *means)) = table
+    _, (_, *names), (*_, (_, *means)) = affected_tokens(plan, routing)
     shares = ", ".join(f"{mean} of {name}" for name, mean in zip(names, means, strict=True))
     return [f"  in the mean over layers, {shares} lose an expert"]
 

@@ -19,7 +19,7 @@ from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import CRITERIA, Scores, score
+from vlmprune_jax.prune import CRITERIA, Scores, fingerprint, score
 from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.routing import ROUTING, Routing
 from vlmprune_jax.stages.work import Work, journal_path
@@ -89,7 +89,7 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
         model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
     batches, routes = None, any(CRITERIA[name].needs == "routing" for name in criteria.values())
     key = _routing_key(work, data, spec) if routes else ""
-    routing = _stored_routing(work, key) if routes else None
+    routing = _stored_routing(work, key, fingerprint(model)) if routes else None
     if _needs_records({name: c for name, c in criteria.items() if CRITERIA[c].needs != "routing" or routing is None}):
         batches = inputs.calibration_batches(work.model, data, spec, model.cfg, seed=spec.seed)
     settings = affecting("score", {"model": work.model, "data": data, "score": spec})
@@ -115,13 +115,13 @@ def _routing_key(work: Work, data: DataSpec, spec: ScoreConfig) -> str:
     return content_key(made_from(settings, {**work.model_files, **inputs.record_files(data, "train")}, 1))
 
 
-def _stored_routing(work: Work, key: str) -> Routing | None:
-    """Return the routing that an earlier run stored, from which other scores follow without a forward pass."""
+def _stored_routing(work: Work, key: str, model: str) -> Routing | None:
+    """Return the routing that an earlier run stored for the same records and the model with this fingerprint."""
     try:
         routing = Routing.load(work.folder / ROUTING)
     except UserError:
         return None
-    return routing if routing.made_from == key else None
+    return routing if (routing.made_from, routing.fingerprint) == (key, model) else None
 
 
 def _score(

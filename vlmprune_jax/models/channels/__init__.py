@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
-from vlmprune_jax.core.part import Part
+from flax import nnx
+
+from vlmprune_jax.core.channels import ChannelMixer, Dense, Experts, ExpertsAndShared, ExpertsBesideDense
+from vlmprune_jax.core.checks import ModuleRegistry
 from vlmprune_jax.models.channels import dense, moe
 
-CHANNELS: dict[type[Part], Any] = {
-    Dense: dense.Mlp,
-    Experts: moe.Moe,
-    ExpertsBesideDense: moe.MoeBesideDense,
-    ExpertsAndShared: moe.MoeAndShared,
-}
+CHANNELS: ModuleRegistry[Any] = ModuleRegistry(
+    "channels",
+    ChannelMixer,
+    nnx.Module,
+    {
+        Dense: dense.Mlp,
+        Experts: moe.Moe,
+        ExpertsBesideDense: moe.MoeBesideDense,
+        ExpertsAndShared: moe.MoeAndShared,
+    },
+)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.core.mixers import Attention, DeltaNet, ShortConv
-from vlmprune_jax.core.part import Part
+from flax import nnx
+
+from vlmprune_jax.core.checks import ModuleRegistry
+from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer, ShortConv
 from vlmprune_jax.models.mixers import attention, delta_net, short_conv
 
-MIXERS: dict[type[Part], Any] = {
-    Attention: attention.Attention,
-    DeltaNet: delta_net.DeltaNet,
-    ShortConv: short_conv.ShortConv,
-}
+MIXERS: ModuleRegistry[Any] = ModuleRegistry(
+    "mixers",
+    Mixer,
+    nnx.Module,
+    {Attention: attention.Attention, DeltaNet: delta_net.DeltaNet, ShortConv: short_conv.ShortConv},
+)
