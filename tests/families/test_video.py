@@ -11,11 +11,14 @@ import pytest
 import vlmprune_jax as vp
 from vlmprune_jax.core.cache import ArrayCache
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.feature_pass import compute_features
 from vlmprune_jax.data.images import limited_files
+from vlmprune_jax.data.video.processor import load_video_config
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.export.token_sources import Source
+from vlmprune_jax.families import find
 from vlmprune_jax.families.templates import VideoText, in_words
 from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.hf.batches import open_inputs, to_records
@@ -388,3 +391,54 @@ def test_a_mesh_computes_the_same(golden):
     found = np.asarray(vp.forward(vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1)), **batch)[0])
     real = batch["attention_mask"] == 1
     np.testing.assert_allclose(found[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("golden", "video", "message"),
+    [
+        (
+            "qwen3_vl",
+            {"patch_size": 8},
+            "returns patches of 384 values, 2 per side of a token, but .* takes patches of 96",
+        ),
+        ("qwen3_vl", {"merge_size": 4}, "returns patches of 96 values, 4 per side of a token, but the vision tower"),
+        ("qwen3_vl", {"temporal_patch_size": 3}, "returns patches of 144 values, .* takes patches of 96 values"),
+        ("qwen3_vl", {"do_sample_frames": False}, "processor_config.json: do_sample_frames false .* is not supported"),
+        ("gemma4", {"do_sample_frames": False}, "processor_config.json: do_sample_frames false .* is not supported"),
+        ("gemma4", {"pooling_kernel_size": 2}, "returns patches of 12 values, 2 per side of a token"),
+        ("gemma4", {"max_soft_tokens": 71}, "max_soft_tokens 71 is not one of 70, 140, 280, 560, 1120: restore"),
+        (
+            "smolvlm",
+            {"max_image_size": {"longest_edge": 48}},
+            "returns 48 x 48 pixels, but the vision tower takes 24 x 24",
+        ),
+        (
+            "qwen2_5_vl",
+            {"min_pixels": 2**27, "max_pixels": 2**27},
+            "more than a quarter of data.max_video_pixels=500,000,000",
+        ),
+    ],
+    indirect=["golden"],
+)
+def test_processors_that_do_not_fit(golden, tmp_path, video, message):
+    """Settings of the file that stock reads are read, and refused with the tower's size or before a frame is made."""
+    folder = shutil.copytree(golden.ckpt, tmp_path / "model")
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["video_processor"] |= video
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        golden.batches("single", folder=folder)
+
+
+@of_families("qwen2_5_vl", "internvl3")
+def test_all_frames_if_a_processor_does_not_sample(golden, tmp_path):
+    """With do_sample_frames false these classes take every frame, whatever rate or number the file has."""
+    path = tmp_path / "processor_config.json"
+    settings = json.loads((golden.ckpt / path.name).read_text())
+    settings["video_processor"] |= {"num_frames": 4, "do_sample_frames": False}
+    for sample, frames in ((False, 16), (True, 4)):
+        settings["video_processor"]["do_sample_frames"] = sample
+        path.write_text(json.dumps(settings))
+        video = load_video_config(tmp_path, find(json.loads((golden.ckpt / "config.json").read_text())).video)
+        assert len(frame_indices(video, 16, 8.0)) == frames

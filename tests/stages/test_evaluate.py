@@ -80,7 +80,8 @@ def test_a_set_more_repeats_no_other(evaluate):
     assert sorted(os.listdir(evaluate.folder)) == ["teacher.answers.jsonl", "teacher.json"]
     code, lines = evaluate("questions+short+wiki")
     assert code == 0, lines
-    assert "evaluate teacher: unchanged, skipped (eval/teacher.answers.jsonl is up to date)" in lines
+    media = "files of images and videos are not compared"
+    assert f"evaluate teacher: unchanged, skipped (eval/teacher.answers.jsonl is up to date; {media})" in lines
     assert {"evaluate teacher short ...", "evaluate teacher wiki ..."} <= set(lines)
     files = {f"teacher.{name}" for name in ("short.json", "short.answers.jsonl", "wiki.json", "wiki.answers.jsonl")}
     assert set(os.listdir(evaluate.folder)) == files | {"teacher.answers.jsonl", "teacher.json"}
@@ -102,7 +103,8 @@ def test_another_metric_asks_nothing(evaluate, monkeypatch):
     )
     code, lines = evaluate("short", "--config.evaluate.sets.short.metric=length")
     assert code == 0, lines
-    assert "evaluate teacher short: unchanged, skipped (eval/teacher.short.answers.jsonl is up to date)" in lines
+    compared = "eval/teacher.short.answers.jsonl is up to date; files of images and videos are not compared"
+    assert f"evaluate teacher short: unchanged, skipped ({compared})" in lines
     answers = (evaluate.folder / "teacher.short.answers.jsonl").read_text().splitlines()
     lengths = [len(json.loads(line)["prediction"]) for line in answers]
     assert values(evaluate.folder, "teacher.short") == {"letters": pytest.approx(sum(lengths) / 3)}

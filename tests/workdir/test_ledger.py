@@ -63,7 +63,8 @@ def test_unchanged_stage_is_skipped(work):
     assert first.facts.number == 1
     assert work() == first
     assert work.runs == 1
-    assert work.said == ["depth/prune ...", "depth/prune: unchanged, skipped (out.txt is up to date)"]
+    compared = "out.txt is up to date; files of images and videos are not compared"
+    assert work.said == ["depth/prune ...", f"depth/prune: unchanged, skipped ({compared})"]
 
 
 @pytest.mark.parametrize(

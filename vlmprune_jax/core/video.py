@@ -35,6 +35,12 @@ class VideoConfig:
     temporal_patch: int = 1
     """Frames in one patch of the vision tower."""
 
+    patch: int | None = None
+    """Pixels per side of a patch (None = the image processor's)."""
+
+    merge: int | None = None
+    """Patches per side of a token (None = the image processor's)."""
+
     min_pixels: int | None = None
     """Minimum pixels after resizing: of all frames together ("linspace") or of each ("steps")."""
 
@@ -145,7 +151,8 @@ def _trimmed(video: VideoConfig, request: _Request) -> list[int] | None:
         first, last = int(request.fps), min(int(request.total - request.fps), last)
     if first >= last:
         first, last = 0, request.total - 1
-    return np.unique(np.linspace(first, last, count, dtype=int)).tolist()
+    # more steps than frames would reach every frame as well
+    return np.unique(np.linspace(first, last, min(count, last - first + 1), dtype=int)).tolist()
 
 
 def _or_default(video: VideoConfig, request: _Request) -> tuple[float | None, int | None]:

@@ -158,12 +158,14 @@ class DataSpec:
         "Sampled frames per second of a video (None = the model folder's rate or number).",
         unit="frames/s",
         above=0,
+        most=1_000_000,
     )
     video_frames: int | None = rows_setting(
         None,
         "Sampled frames per video (None = the model folder's rate or number).",
         unit="frames",
         least=1,
+        most=100_000,
     )
     video_tokens: int | None = rows_setting(
         None, "Maximum number of tokens per video (None = the model folder's value).", unit="tokens", least=1
@@ -182,7 +184,11 @@ class DataSpec:
         least=1,
     )
     video_timeout: int = setting(
-        120, "Maximum time for decoding a video; a video that takes longer is refused.", unit="s", least=1
+        45,
+        "Maximum time for decoding a video; a video that takes longer is refused.",
+        unit="s",
+        least=1,
+        most=86_400,
     )
     cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
     feature_cache: str | None = setting(

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import io
 import logging
+import math
 import os
 import threading
 import warnings
@@ -32,6 +33,7 @@ from vlmprune_jax.data.image_processor import (
     way_of,
 )
 from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.memory import DECODING
 from vlmprune_jax.data.naflex import naflex_from_processor
 from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.data.preparation import Preparation, Videos, fixed_size
@@ -139,7 +141,7 @@ class ImageLoader:
         if isinstance(path, VideoSource):
             pixels = self._videos(record).load(path, record)
         else:
-            with self._open(path, record, sharing) as image:
+            with self._open(path, record, sharing) as image, DECODING.reserve(self._memory(image.size, sharing)):
                 pixels = self.preparation.prepare(_to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
@@ -183,6 +185,10 @@ class ImageLoader:
             with self._open(path, record, sharing) as image:
                 self._sizes[path] = image.size
         return self.preparation.image_shape(*self._sizes[path], sharing)
+
+    def _memory(self, size: tuple[int, int], sharing: int) -> int:
+        """Return the bytes that decoding and preparing an image takes: two copies in uint8, two in float32."""
+        return 6 * math.prod(size) + 24 * self.preparation.prepared_pixels(*size, sharing)
 
     def _videos(self, record: str) -> Videos:
         if self.videos is None:
@@ -298,7 +304,9 @@ def load_image_processor(
     if isinstance(preparation, WholeImage):
         with reading(location):  # try the settings on a small image, so that errors name this file and not a record
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=videos(preparation))
+    with error_context(folder):
+        frames = videos(preparation)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
 
 
 def _check_fits(

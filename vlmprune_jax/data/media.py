@@ -17,6 +17,7 @@ from vlmprune_jax.core.links import real_path
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 SHOWN = 200  # maximum characters of a value in a message
+_MAX_SECONDS = 1e9  # of the start and end of a video's part
 
 
 class _Store(Protocol):
@@ -84,7 +85,7 @@ def shown(value: Any) -> str:
     """Return a JSON value as text for an error message, shortened if it is long."""
     try:
         return repr(value)[:SHOWN]
-    except RecursionError:
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
         return f"a {type(value).__name__}"
 
 
@@ -111,7 +112,8 @@ def video_part(entry: Mapping[str, Any], videos: Sequence[Video], location: str)
         return None
     part = (0.0 if start is None else start, math.inf if end is None else end)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in part)
-    if len(videos) > 1 or isinstance(videos[0], tuple) or not numbers or not 0 <= part[0] < part[1]:
+    inside = numbers and 0 <= part[0] < part[1] and part[0] <= _MAX_SECONDS and (end or 0) <= _MAX_SECONDS
+    if len(videos) > 1 or isinstance(videos[0], tuple) or not inside:
         raise UserError(
             f"{location}: 'start' and 'end' must be seconds of the record's only video file, in this order, got "
             f"{shown(start)} and {shown(end)}: correct or remove them"

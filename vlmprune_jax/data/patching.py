@@ -88,7 +88,8 @@ class Patching(FramePreparation):
         names = ("min_pixels", "max_pixels", "mean", "std", "resample")
         fields: dict[str, Any] = {name: getattr(video, name) for name in names}
         kind = VideoPatching if video.sampling == "linspace" else Patching
-        return kind(patch=self.patch, temporal=video.temporal_patch, merge=self.merge, **fields)
+        patch, merge = video.patch or self.patch, video.merge or self.merge
+        return kind(patch=patch, temporal=video.temporal_patch, merge=merge, **fields)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         return self.frame_shape(1, width, height)

@@ -86,7 +86,11 @@ class FramePreparation(Preparation, Protocol):
 
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Convert a video's RGB frames to arrays like `prepare`, one frame after the other."""
-        return np.concatenate([self.prepare(frame, 1) for frame in frames])
+        first = self.prepare(frames[0], 1)
+        prepared = np.empty((len(frames), *first.shape), first.dtype)  # one array: the list and its sum would be two
+        for number, frame in enumerate(frames):
+            prepared[number] = first if number == 0 else self.prepare(frame, 1)
+        return prepared.reshape(-1, *first.shape[1:])
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> FramePreparation:
         """Return a copy with at most `tokens` tokens per image or temporal patch."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import check_steps
 from vlmprune_jax.data.preparation import FramePreparation
@@ -36,6 +36,11 @@ class TokenBudget(FramePreparation):
 
     shares = False
 
+    def __post_init__(self) -> None:
+        if self.tokens not in BUDGETS:
+            budgets = ", ".join(map(str, BUDGETS))
+            raise UserError(f"max_soft_tokens {self.tokens} is not one of {budgets}: restore the file")
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (3 * self.patch**2,)
@@ -58,8 +63,14 @@ class TokenBudget(FramePreparation):
         return dataclasses.replace(self, tokens=tokens)
 
     def for_video(self, video: VideoConfig) -> TokenBudget | None:
-        tokens = video.max_soft_tokens
-        return None if tokens is None else dataclasses.replace(self, tokens=tokens, resample=video.resample)
+        if video.max_soft_tokens is None:
+            return None
+        return TokenBudget(
+            patch=video.patch or self.patch,
+            merge=video.merge or self.merge,
+            tokens=video.max_soft_tokens,
+            resample=video.resample,
+        )
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         rows, columns = self._cells(width, height)
@@ -98,14 +109,11 @@ def token_budget_from_processor(config: Mapping[str, Any], location: str) -> Tok
             f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
             "set it to false"
         )
-    tokens, resample = config.get("max_soft_tokens") or DEFAULT_BUDGET, config.get("resample")
-    if tokens not in BUDGETS:
-        raise UserError(
-            f"{location}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore the file"
+    resample = config.get("resample")
+    with error_context(location):
+        return TokenBudget(
+            patch=config.get("patch_size") or 16,
+            merge=config.get("pooling_kernel_size") or 3,
+            tokens=config.get("max_soft_tokens") or DEFAULT_BUDGET,
+            resample=BICUBIC if resample is None else resample,
         )
-    return TokenBudget(
-        patch=config.get("patch_size") or 16,
-        merge=config.get("pooling_kernel_size") or 3,
-        tokens=tokens,
-        resample=BICUBIC if resample is None else resample,
-    )

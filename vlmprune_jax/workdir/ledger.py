@@ -221,7 +221,8 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
     if last and same and last.done and len(present) == len(task.outputs) and last.outputs == _digests(task.outputs):
         output = task.outputs[0] if task.outputs else task.record
         path = output.relative_to(task.workdir).as_posix() if output.is_relative_to(task.workdir) else output
-        say(f"{task.name}: unchanged, skipped ({path} is up to date)")
+        media = "; files of images and videos are not compared" if _names_media(task) else ""
+        say(f"{task.name}: unchanged, skipped ({path} is up to date{media})")
         _clear(task)  # left by a process that was killed just after it had noted the end
         return last
     resumes = last is not None and same and not last.done
@@ -231,6 +232,13 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
         remove(path)
     write_json(task.record, StageRecord(format=1, made_from=now, done=False))
     return None
+
+
+def _names_media(task: Task) -> bool:
+    """Return True if the task reads records from a file, which may name images and videos in other files."""
+    return any(
+        name.startswith("data.") and isinstance(path, Path) and path.is_file() for name, path in task.inputs.items()
+    )
 
 
 def _take(task: Task, key: str, say: Callable[[str], None]) -> StageRecord | None:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ import pytest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.memory import MemoryBudget
+from vlmprune_jax.data.records import VideoSource
+from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.data.video import process
+from vlmprune_jax.data.video.frames import FrameLoader
 from vlmprune_jax.data.video.process import Limits
 from vlmprune_jax.data.video.reader import VideoReader
 
@@ -139,6 +145,43 @@ def test_a_worker_that_hangs_or_dies_is_replaced(clips, monkeypatch):
     assert VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r").total == 3
     with pytest.raises(ProcessLookupError):
         os.kill(worker._process.pid, 0)
+
+
+def test_threads_decode_within_one_budget(clips, monkeypatch):
+    """Three clips of 147,456 bytes, and 48,000 or so of prepared frames, in a budget for one and for all."""
+    size = {
+        "size": 16,
+        "min_tiles": 1,
+        "max_tiles": 1,
+        "thumbnail": False,
+        "pad": False,
+        "resample": 3,
+        "shares": False,
+    }
+    tiles, reading, most = Tiling(**size, mean=(0.5,) * 3, std=(0.5,) * 3), [], []
+    reader = VideoReader(EVERY, LIMITS)
+    read = reader.read
+
+    def slow(*arguments):
+        reading.append(arguments)
+        most.append(len(reading))
+        time.sleep(0.2)
+        clip = read(*arguments)
+        reading.pop()
+        return clip
+
+    monkeypatch.setattr(reader, "read", slow)
+    loader = FrameLoader(reader, tiles, None, 1)
+    for budget, together in ((200_000, 1), (10**6, 3)):
+        monkeypatch.setattr("vlmprune_jax.data.video.frames.DECODING", MemoryBudget(budget))
+        loader.shape(VideoSource(clips / "main.mp4"), "r")
+        threads = [threading.Thread(target=loader.load, args=(VideoSource(clips / "main.mp4"), "r")) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert max(most) == together
+        most.clear()
 
 
 def test_without_pyav(clips, monkeypatch):

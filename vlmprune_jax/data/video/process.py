@@ -22,11 +22,12 @@ import numpy as np
 from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import parse_json
+from vlmprune_jax.core.files import checked, parse_json
 
 MEMORY = 2**32  # maximum address space of a worker (bytes)
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # no keys or tokens
 _LINE = 2**16
+_PIXELS_PER_SECOND = 2**29  # no decoder of a single thread is faster on frames that a camera made
 
 _Side = Annotated[int, Meta(ge=1, le=2**20)]
 _Positive = Annotated[float, Meta(gt=0, le=1e12)]
@@ -167,7 +168,7 @@ def describe(file: BinaryIO, name: str, limits: Limits) -> Described:
     _check_file(file, name, limits)
     with _asked(file, name, limits, {}) as (worker, deadline):
         reply = _checked(worker.line(deadline), name)
-    return msgspec.convert(reply, Described)
+    return msgspec.convert(checked(reply, Described, name, "encode the video again"), Described)
 
 
 def decode(
@@ -182,7 +183,8 @@ def decode(
     frames = np.empty((len(distinct), *size, 3), np.uint8)
     with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total}) as (worker, deadline):
         for frame in frames:
-            header = msgspec.convert(_checked(worker.line(deadline), name), _Frame)
+            reply = checked(_checked(worker.line(deadline), name), _Frame, name, "encode the video again")
+            header = msgspec.convert(reply, _Frame)
             if (header.height, header.width) != size:
                 raise UserError(f"{name}: its frames differ in size: encode it again with one size")
             worker.fill(frame, deadline)
@@ -193,11 +195,12 @@ def decode(
 @contextlib.contextmanager
 def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[tuple[_Worker, float]]:
     """Context that sends a request to a worker, and yields the worker and the time by which it must have answered."""
-    sent = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
+    sent: dict[str, float] = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
+    sent |= {"decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY, "wall": limits.wall}
     deadline = time.monotonic() + limits.wall
     try:
         with _borrowed() as worker:
-            worker.send({**request, "limits": {**sent, "memory": MEMORY, "wall": limits.wall}}, file)
+            worker.send({**request, "limits": sent}, file)
             yield worker, deadline
     except _Died as error:
         raise UserError(f"{name}: {error}") from None

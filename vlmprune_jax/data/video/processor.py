@@ -24,6 +24,8 @@ VIDEO_FILES = (
 _TODO = "restore it from the model's source"
 _Count = Annotated[int, Meta(ge=1, le=2**31)] | None
 _Rate = Annotated[float, Meta(gt=0, le=1e6)] | None
+# Rules of classes that sample unless do_sample_frames is false, and of classes that then take every frame.
+_SAMPLES_BY_DEFAULT, _TAKES_ALL_BY_DEFAULT = ("linspace", "starts"), ("steps", "middles")
 
 
 class _Size(TypedDict, total=False):
@@ -48,7 +50,11 @@ class VideoFile(ProcessorSteps, total=False):
     num_frames: _Count
     min_frames: _Count
     max_frames: _Count
+    do_sample_frames: bool | None
     temporal_patch_size: Annotated[int, Meta(ge=1, le=16)] | None
+    patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    merge_size: Annotated[int, Meta(ge=1, le=16)] | None
+    pooling_kernel_size: Annotated[int, Meta(ge=1, le=16)] | None
     min_pixels: _Count
     max_pixels: _Count
     max_soft_tokens: _Count
@@ -74,12 +80,21 @@ def load_video_config(folder: Path, default: VideoConfig) -> VideoConfig:
 
 def _from_file(file: Mapping[str, Any], location: str, default: VideoConfig) -> VideoConfig:
     check_steps(file, location, "videos", normalizes=any(default.mean))
+    if file.get("do_sample_frames") is False:
+        if default.sampling in _SAMPLES_BY_DEFAULT:
+            raise UserError(
+                f"{location}: do_sample_frames false (every frame of a clip) is not supported: set it to true"
+            )
+        if default.sampling in _TAKES_ALL_BY_DEFAULT:
+            file = {**file, "fps": None, "num_frames": None}
     sampling = file.get("video_sampling") or {}
     size = {name: value for name, value in (file.get("size") or sampling.get("video_size") or {}).items() if value}
     values: dict[str, Any] = {
         "fps": sampling.get("fps") or file.get("fps"),
         "num_frames": sampling.get("max_frames") or file.get("num_frames"),
         "temporal_patch": file.get("temporal_patch_size"),
+        "patch": file.get("patch_size"),
+        "merge": file.get("merge_size") or file.get("pooling_kernel_size"),
         "mean": file.get("image_mean") and tuple(file["image_mean"]),
         "std": file.get("image_std") and tuple(file["image_std"]),
         **{name: file.get(name) for name in ("min_frames", "max_frames", "max_soft_tokens", "resample")},

@@ -78,6 +78,11 @@ class VideoReader:
         self._video_fps, self._video_frames = video_fps, video_frames
         self._described: dict[tuple[Video, Part], ClipInfo] = {}
 
+    @property
+    def max_pixels(self) -> int:
+        """Maximum number of pixels in all sampled frames of a video (`data.max_video_pixels`)."""
+        return self._limits.kept_pixels
+
     @classmethod
     def from_settings(cls, video: VideoConfig, data: DataSpec) -> VideoReader:
         """Return a reader with the settings of the section `data`."""

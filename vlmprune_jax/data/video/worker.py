@@ -54,6 +54,12 @@ def describe(file: Any, limits: dict[str, Any]) -> dict[str, Any]:
                     last = max(last if total > 1 else start, start + (packet.duration or 0))
             if total > limits["frames"]:
                 raise Refused(f"has more than {limits['frames']:,} frames", "raise data.max_video_frames")
+            if total * stream.codec_context.width * stream.codec_context.height > limits["decoded_pixels"]:
+                size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+                raise Refused(
+                    f"has {total:,} or more frames of {size} pixels, which take more than {limits['wall']} s to decode",
+                    "raise data.video_timeout, or shorten or shrink the video",
+                )
             if frame is None:
                 frame = next(iter(packet.decode()), None)
         # Only this container's header has the exact number, in a table of all samples.
@@ -106,7 +112,7 @@ def _opened(file: Any, limits: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             size = f"{context.width}x{context.height}"
             raise Refused(f"has frames of {size} pixels, more than {limits['pixels']:,}", "raise data.max_image_pixels")
         context.thread_count, context.thread_type = 1, "NONE"
-        context.options = {"max_pixels": str(limits["pixels"])}
+        context.options = {"max_pixels": str(min(limits["pixels"], 2**31 - 1))}  # the largest value FFmpeg takes
         yield container, stream
 
 
