@@ -165,7 +165,7 @@ def _drawing() -> Iterator[None]:
 def stack_panels(figure: Figure) -> None:
     """Rearrange a figure's panels below each other, in a column as wide as a phone's screen."""
     panels = [axes for axes in figure.axes if axes.axison]
-    heights = [figure.get_figheight() / panels[0].get_gridspec().nrows] * len(panels)
+    rows = getattr(panels[0].get_gridspec(), "nrows", 1)
     grid = figure.add_gridspec(len(panels), 1)
     for axes in set(figure.axes) - set(panels):
         axes.remove()
@@ -180,8 +180,9 @@ def stack_panels(figure: Figure) -> None:
         labels = [text.get_text() for text in legend.get_texts()]
         legend.remove()
         columns = 1 if max(map(len, labels)) > LONGEST // 2 else 2
-        figure.legend(legend.legend_handles, labels, loc="outside lower center", ncols=columns)
-    figure.set_size_inches(NARROW, sum(heights))
+        handles = [handle for handle in legend.legend_handles if handle is not None]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.set_size_inches(NARROW, figure.get_figheight() * len(panels) / rows)
 
 
 def to_svg(figure: Figure) -> str:
