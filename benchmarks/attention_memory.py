@@ -3,7 +3,7 @@
     TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost JAX_PLATFORMS=cpu \
         python benchmarks/attention_memory.py
 
-Needs libtpu (`pip install vlmprune-jax[tpu]`). The first model has four frozen layers of LLaMA-7B's shape in bfloat16,
+Needs libtpu (`pip install -e '.[tpu]'`). The first model has four frozen layers of LLaMA-7B's shape in bfloat16,
 on v5e:2x2 with fsdp=4 and one row per chip. Its forward pass and its gradient at the embeddings are compiled, as for
 LoRA. The second model has four blocks of InternViT-300M's shape; its forward pass is compiled for 13 tiles per chip.
 Prints one JSON line per case with the temporary memory per chip in GiB.

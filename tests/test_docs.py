@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -145,8 +146,10 @@ def test_configs_of_pages_are_valid(tmp_path, page, file, methods):
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """A complete example, from scores to a dry run of the upload."""
+    """A complete example, from scores to a dry run of the upload; it leaves nothing where it is started."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     names: dict[str, Any] = {}
     for cell in cells:
@@ -154,6 +157,13 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     accuracy = names["accuracy"]
     assert accuracy["pruned"] < accuracy["reconstructed"] < accuracy["recovered"] < accuracy["unpruned"]
     assert vp.load(names["out"]).cfg == names["recovered"].cfg
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_install_lines_work_from_a_clone():
+    """The package is on no index."""
+    pages = [*PAGES, *OTHERS, NOTEBOOK]
+    assert [page_id(path) for path in pages if re.search("pip install ['\"]?vlmprune", path.read_text())] == []
 
 
 def commands(path):

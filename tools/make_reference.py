@@ -95,7 +95,7 @@ def settings_page() -> str:
 def _row(option: Option, listed: dict[tuple[str, ...], str]) -> str:
     """Return a setting's row; choices that another setting has listed are not repeated."""
     choices, unit, sentence = option.about.names(), option.about.unit, option.about.sentence
-    if unit and unit.lower() not in sentence.lower() and unit not in COUNTED:
+    if unit and unit not in COUNTED and not re.search(rf"(?<!\w){re.escape(unit)}(?!\w)", sentence, re.IGNORECASE):
         sentence += f" Unit: {unit}."
     if not all(f'"{name}"' in sentence for name in choices):
         same = listed.setdefault(choices, option.name) if len(choices) > 5 else option.name

@@ -47,15 +47,22 @@ def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
             'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"',
         ),
         (["{folder}", "{folder}/config.json", QUESTION], "config.json (record question): not a readable image"),
-        (["{folder}", "missing.png", QUESTION], "missing.png: no such folder"),
+        *[
+            (["{folder}", f"missing.{kind}", QUESTION], f"missing.{kind}: no such file: name an image or a video")
+            for kind in ("png", "jpg", "mp4", "mkv", "webm")
+        ],
+        (["{folder}", "{folder}-missing", "{image}", QUESTION], "llava-missing: no such folder"),
+        (["{folder}", "{image}"], 'img1.png, not a question: add one (vlmprune chat MODEL image.png "What is'),
+        (["{folder}", "missing.png"], "chat: the last argument is missing.png, not a question: add one"),
+        (["{folder}", "{folder}"], "llava, not a question: add one"),
     ],
 )
 def test_wrong_arguments(goldens, folder, capsys, argv, message):
     image = goldens / "data/images/img1.png"
     assert main(["chat", *[arg.format(folder=folder, image=image) for arg in argv]]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert message in err
-    assert err.count("\n") == 1
+    assert (out, err.count("\n")) == ("", 1)
 
 
 def test_a_model_in_memory_needs_the_folder_of_its_tokenizer(folder):

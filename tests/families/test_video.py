@@ -222,19 +222,26 @@ def test_batches_of_videos_images_and_texts(golden):
     np.testing.assert_allclose(np.asarray(logits)[0, -len(expected) :], expected, **CLOSE)
 
 
-@pytest.mark.slow
-def test_evaluation_answers_as_stock(golden):
-    rows = [golden.rows[case] for case in ("frames", "two", "mixed", "text")]
-    questions = vp.questions(
-        golden.ckpt,
-        [row["record"] for row in rows],
-        images=golden.clips,
-        max_images=2,
-        batch_size=2,
-        **rows[0]["setting"],
-    )
+def check_answers(golden, cases, batch_size):
+    rows = [golden.rows[case] for case in cases]
+    settings = {"images": golden.clips, "max_images": 2, **rows[0]["setting"]}
+    questions = vp.questions(golden.ckpt, [row["record"] for row in rows], batch_size=batch_size, **settings)
     answers = vp.evaluate(golden.model, questions, max_new_tokens=8).answers
     assert [answer.prediction for answer in answers] == [row["greedy_text"].strip() for row in rows]
+
+
+@of_families("qwen2_5_vl")
+def test_an_answer_after_a_video_longer_than_its_sides(golden):
+    """Temporal positions exceed those of the question, which follows as after an image."""
+    check_answers(golden, ["single"], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("cases", [["single"], ["frames", "two", "mixed", "text"]], ids=["by rate", "by number"])
+def test_evaluation_answers_as_stock(golden, cases, batch_size):
+    """Each record twice, so that questions share a beginning where a batch has room for both."""
+    check_answers(golden, cases * 2, batch_size)
 
 
 def test_scores_by_token_type(golden):

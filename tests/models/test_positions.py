@@ -14,6 +14,12 @@ def positions_of(ids, mask, grids, seconds=None, per_second=0.0):
     return mrope_positions(ids, mask, grids, seconds, **tokens)
 
 
+def rope_deltas(positions, deltas, mask):
+    """Offsets at which generation goes on: after the text, and after every temporal patch of a video."""
+    lengths = mask.sum(axis=1)
+    return np.maximum(lengths + deltas, positions.max(axis=(1, 2)) + 1) - lengths
+
+
 @pytest.mark.parametrize(("family", "per_second"), [("qwen3_vl", 0), ("qwen2_5_vl", 3)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_of_videos(goldens, family, per_second, side):
@@ -26,7 +32,7 @@ def test_positions_of_videos(goldens, family, per_second, side):
     positions, deltas = positions_of(ids, mask, grids, seconds, per_second)
     for found, expected, real in zip(positions, stored[f"batch_{side}_position_ids"].swapaxes(0, 1), mask, strict=True):
         np.testing.assert_array_equal(found[:, real == 1], expected[:, real == 1])
-    np.testing.assert_array_equal(deltas, stored[f"batch_{side}_rope_delta"])
+    np.testing.assert_array_equal(rope_deltas(positions, deltas, mask), stored[f"batch_{side}_rope_delta"])
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
@@ -41,11 +47,23 @@ def test_positions_of_transformers(goldens, family, case):
     real = np.ones(ids.shape, bool) if mask is None else mask != 0
     for found, stored, row in zip(positions, expected, real, strict=True):
         np.testing.assert_array_equal(found[:, row], stored[:, row])
-    np.testing.assert_array_equal(deltas, arrays[f"{case}_rope_delta"])
+    np.testing.assert_array_equal(rope_deltas(positions, deltas, real), arrays[f"{case}_rope_delta"])
     if case.startswith("batch"):  # the images of its rows, in slots
         slots = np.stack([[grids[0], [0] * 3], np.zeros((2, 3), int), grids[1:]])
         by_row, _ = positions_of(ids, mask, slots)
         np.testing.assert_array_equal(by_row, positions)
+
+
+@pytest.mark.parametrize("cut", [6, 8, 9])
+def test_a_row_continues_after_its_beginning(cut):
+    """Text after a beginning that ends in a video whose temporal positions are the largest, or in text."""
+    ids = np.array([[1, 1, *[VIDEO] * 4, 1, 1, 1, 1]])
+    grids, seconds = [[4, 2, 2]], [1.2]
+    whole, _ = positions_of(ids, None, grids, seconds, 3.0)
+    beginning, deltas = positions_of(ids[:, :cut], None, grids, seconds, 3.0)
+    np.testing.assert_array_equal(beginning, whole[:, :, :cut])
+    expected = np.arange(cut, ids.shape[1]) + deltas
+    np.testing.assert_array_equal(whole[0, :, cut:], np.stack([expected] * 3))
 
 
 ROWS = np.array([[1, IMAGE, IMAGE, 1, 1], [1, 1, IMAGE, IMAGE, IMAGE]])

@@ -232,6 +232,25 @@ def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monke
     assert [line["step"] for line in _metrics(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize(("keep", "count"), [(1, 2), (4, 4)])
+def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path, monkeypatch, keep, count):
+    """It has room for those that are kept and the one that replaces the oldest, before the first step."""
+    cfg, needed = cases.config(vision=False, layers=1), []
+    config = dataclasses.replace(cases.settings(), save_every=1, keep_checkpoints=keep, steps=4)
+
+    def check_space(folder, size):
+        needed.append(size)
+        raise UserError(f"{folder}: needs more")
+
+    monkeypatch.setattr("vlmprune_jax.recovery.checkpoint.check_space", check_space)
+    model = cases.model(cfg)
+    with pytest.raises(UserError, match="checkpoints: needs more"):
+        recover(model, cases.Stream(cfg), config, workdir=tmp_path, progress=False)
+    state = prepare(model, config, None, None, None, 4).state
+    assert needed == [count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))]
+    assert not _metrics(tmp_path)
+
+
 def test_a_half_written_checkpoint_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
     """Storage goes on with the other files of a save when one has failed."""
     half, remove, tries = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp", shutil.rmtree, []

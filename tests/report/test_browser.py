@@ -9,8 +9,10 @@ import subprocess
 import pytest
 from msgspec.structs import replace
 from report_cases import SPEED, write_answers, write_workdir
+from sweep_cases import write_sweep
 
 from vlmprune_jax.report.build import build_report
+from vlmprune_jax.report.comparison import build_comparison
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.result import read_result
 
@@ -64,7 +66,7 @@ def opened(page, profile):
         "--no-first-run",
         "--allow-file-access-from-files",
     ]
-    command += ["--window-size=1400,900", page.as_uri()]
+    command += ["--window-size=1500,900", page.as_uri()]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(profile)}
     )
@@ -82,6 +84,12 @@ def report(workdir):
     runs = [*(replace(run, speed=speed) for run in result.runs), *more]
     write_artefact(workdir / "result.json", replace(result, runs=runs))
     return build_report(workdir)
+
+
+def sweep_page(workdir):
+    """The page of twenty runs with four evaluation sets."""
+    write_sweep(workdir)
+    return build_comparison(workdir)
 
 
 @pytest.mark.slow
@@ -112,6 +120,32 @@ def test_page_renders_and_sorts(tmp_path):
     assert by_name["sorted"] == ["ascending", *[None] * (len(best["sorted"]) - 1)]
     assert by_name["names"] == ["unpruned", "depth 30 %", "depth 30 %, SFT", *widths]
     assert filtered["names"] == ["unpruned", "depth 30 %, SFT"]
+
+
+# Names the tables, and the plots that are not folded, of which a part lies outside a frame of a width.
+CUT = """<body><iframe src="{1}" style="width:{0}px;height:800px;border:0"></iframe><script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, pre = document.createElement("pre");
+  const parts = [...page.querySelectorAll("section .scroll, section .plot")];
+  const cut = parts.filter((part) => part.scrollWidth > part.clientWidth);
+  pre.id = "told";
+  pre.textContent = JSON.stringify(cut.map((part) => part.getAttribute("aria-label")));
+  document.body.append(pre);
+}});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("make", [report, sweep_page])
+def test_no_column_or_plot_is_cut(tmp_path, make, width):
+    page = make(tmp_path)
+    frame = page.with_name("frame.html")
+    frame.write_text(CUT.format(width, page.name))
+    shown, _ = opened(frame, tmp_path / "profile")
+    assert json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1)) == []
+    assert "<td></td>" not in page.read_text()
 
 
 @pytest.mark.slow

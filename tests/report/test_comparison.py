@@ -14,7 +14,6 @@ from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison
 from vlmprune_jax.report.comparison import build_comparison, table_of
-from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import evaluation_file
 from vlmprune_jax.workdir.sweep import as_csv, read_sweep
@@ -35,9 +34,9 @@ def test_page(tmp_path, sets, figures, radar):
     write_sweep(tmp_path, sets)
     page = build_comparison(tmp_path).read_text()
     # costs, speeds; over the ratio of 0, 5 and 20 % of the data; over the data of depth and of width; benchmarks
-    assert page.count("<svg") == figures
+    assert page.count('<div class="wide"><svg') == page.count('<div class="narrow"><svg') == figures
     assert ("Every benchmark" in page) is radar
-    assert page.count('role="img" aria-label="') == page.count("<svg")
+    assert page.count('role="img" aria-label="') == figures
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
     assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
     lead = html.unescape(page).replace("\u00a0", " ")
@@ -61,9 +60,9 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
     reason = "not measurable on this busy machine (repeats differ by 146 %)"
     assert f"fewer parameters and decoding speed {reason}." in page
     table = table_of(sweep, tmp_path)
-    assert {row[table.header.index("decoding, x")] for row in table.rows} == {"", "not measurable"}
+    assert {row[table.header.index("decoding, x")] for row in table.rows} == {"1.00", "not measurable"}
     assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 2 * 7
 
 
 def test_the_table_of_terminal_and_page(tmp_path):
@@ -137,8 +136,8 @@ def test_accuracy_over_the_tokens_per_image(tmp_path):
 
 @pytest.mark.parametrize(("seeds", "drawn"), [(2, False), (3, True)])
 def test_intervals_are_drawn_from_three_seeds_on(tmp_path, monkeypatch, seeds, drawn):
-    figures = []
-    monkeypatch.setattr(comparison, "figure_of", lambda figure, *of: figures.append(figure) or figure_of(figure, *of))
+    figures, figure_of = [], comparison._figure_of
+    monkeypatch.setattr(comparison, "_figure_of", lambda figure, *of: figures.append(figure) or figure_of(figure, *of))
     write_sweep(tmp_path, ("docs",), runs=image_runs((70, 140), range(seeds)))
     build_comparison(tmp_path)
     costs, *_, images = (figure.axes[0] for figure in figures)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hf_cases import copy_llava
@@ -131,6 +132,17 @@ def test_what_is_missing_is_told_before_the_first_model_call(run, tmp_path, flag
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "evaluate", "prune"])
+def test_truncated_weights(run, tmp_path, capsys, command):
+    """The line of `vlmprune inspect`."""
+    shard = max((tmp_path / "teacher").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-64])
+    assert main(["inspect", str(tmp_path / "teacher")]) == 2
+    _, refusal = capsys.readouterr()
+    assert f"{shard}: truncated: tensor " in refusal
+    assert run("--dry_run", command=command) == (2, refusal)
+
+
 def test_an_image_that_cannot_be_read(run, tmp_path):
     (tmp_path / "images/img3.png").write_bytes(b"no image")
     code, out = run("--config.data.eval=None", f"--config.evaluate.text={tmp_path / 'config.py'}")
@@ -151,3 +163,19 @@ def test_a_machine_that_is_too_small(run, monkeypatch):
     assert code == 2
     assert "w/models: needs " in out
     assert " MiB but only 1 MiB are free: make room or choose another disk" in out
+
+
+def test_a_disk_that_fills_up_meanwhile(run, monkeypatch):
+    """Space is checked again before every stage, and not only at the start."""
+    usage, begun = SimpleNamespace(free=2**40), []
+    monkeypatch.setattr("vlmprune_jax.hf.disk.atomic.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(pipeline, "evaluate_teacher", lambda root: {})
+
+    def run_task(task, **options):
+        begun.append(task.name)
+        usage.free = 2**20
+
+    monkeypatch.setattr(pipeline, "run_task", run_task)
+    code, out = run()
+    assert (code, begun) == (2, ["score"])
+    assert out.endswith(" MiB but only 1 MiB are free: make room or choose another disk\n")

@@ -7,6 +7,8 @@ Models are Hugging Face folders or hub ids; files are images and videos. Answers
 
 from __future__ import annotations
 
+import mimetypes
+import os
 from typing import Any
 
 from absl import flags as absl_flags
@@ -29,27 +31,40 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Print each model's answer to one question about images or videos (`vlmprune chat`)."""
-    import os
-
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.distributed.mesh import start_devices
     from vlmprune_jax.evaluation.answer import answer
-    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.hf.read import load, resolve
     from vlmprune_jax.models.params import count_params
 
     *names, question = flags.args or [""]
-    files = [name for name in names if os.path.isfile(name)]
+    files = [name for name in names if _is_file(name)]
     models = [name for name in names if name not in files]
+    usage = 'vlmprune chat MODEL image.png "What is this?"'
+    if os.path.exists(question) or (" " not in question and _is_file(question)):
+        raise UserError(f"chat: the last argument is {question}, not a question: add one ({usage})")
     if not models or not question:
-        raise UserError(
-            'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"'
-        )
+        raise UserError(f"chat takes models, images or videos and a question: {usage}")
+    for name in files:
+        if not os.path.isfile(name):
+            raise UserError(f"{name}: no such file: name an image or a video that exists")
+    for name in models:
+        resolve(name)
     start_devices()
     reporter = make_reporter(True)
     for name in models:
         model = load(name, vision_dir=flags.vision_dir, dtype=flags.dtype)
         options = {"source_dir": name, "vision_dir": flags.vision_dir, "max_new_tokens": flags.max_new_tokens}
         options |= {} if flags.video_frames is None else {"video_frames": flags.video_frames}
+        text = answer(model, files or None, question, **options)
         reporter.say(f"{name} ({count_params(model):,} parameters)")
-        reporter.say(f"  {answer(model, files or None, question, **options)}")
+        reporter.say(f"  {text}")
+
+
+def _is_file(name: str) -> bool:
+    """Return True for the name of a file, and of an image or video that may be missing; models are folders."""
+    from vlmprune_jax.data.media import is_video
+
+    kind, _ = mimetypes.guess_type(name, strict=False)
+    return os.path.isfile(name) or is_video(name) or (kind or "").startswith("image/")

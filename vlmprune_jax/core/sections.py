@@ -34,7 +34,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Sizes of the device mesh axes (-1 = all remaining devices, all 1 = a single device without a mesh)."""
+    """Arrangement of the devices in a grid (a mesh), which divides batches and weights among them.
+
+    The number of devices is the product of the three axes (-1 = all remaining devices; all 1 = a single device).
+    """
 
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(

@@ -88,7 +88,11 @@ class DataSpec:
         affects=(*_TRAINING, "teacher_cache"),
     )
     max_images: int = records_setting(
-        1, "Maximum number of images and videos per record.", unit="images", least=1, most=10_000
+        1,
+        "Maximum number of images and videos per record; records with more are refused.",
+        unit="images",
+        least=1,
+        most=10_000,
     )
     aspect_ratio: str = rows_setting(
         "auto",
@@ -168,29 +172,39 @@ class DataSpec:
         most=100_000,
     )
     video_tokens: int | None = rows_setting(
-        None, "Maximum number of tokens per video (None = the model folder's value).", unit="tokens", least=1
+        None,
+        "Maximum number of tokens per video; frames are shrunk to fit, or the video is refused if the model's frames "
+        "have one size (None = the model folder's value).",
+        unit="tokens",
+        least=1,
     )
     max_video_megabytes: int = setting(
         1024, "Maximum size of a video file; larger files are refused.", unit="MiB", least=1
     )
     max_video_frames: int = setting(
-        36_000, "Maximum number of frames in a video file; longer videos are refused.", unit="frames", least=1
+        36_000, "Maximum number of frames in a video file; videos with more are refused.", unit="frames", least=1
     )
     max_video_seconds: int = setting(7200, "Maximum duration of a video; longer videos are refused.", unit="s", least=1)
     max_video_pixels: int = setting(
         500_000_000,
-        "Maximum number of pixels in all sampled frames of a video; with more, it is refused.",
+        "Maximum number of pixels in all sampled frames of a video together; videos with more are refused.",
         unit="pixels",
         least=1,
     )
     video_timeout: int = setting(
         45,
-        "Maximum time for decoding a video; a video that takes longer is refused.",
+        "Maximum time for decoding one video; videos that take longer are refused.",
         unit="s",
         least=1,
         most=86_400,
     )
-    cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
+    cache_megabytes: int = setting(
+        512,
+        "Maximum memory for the cache of decoded and resized images; once it is full, old images are dropped and "
+        "decoded again when needed.",
+        unit="MiB",
+        least=0,
+    )
     feature_cache: str | None = setting(
         None,
         "Folder for a cache of the frozen vision tower's features of all training images; recovery then needs neither "

@@ -71,7 +71,9 @@ class EvaluateSpec:
         unit="tokens",
         least=1,
     )
-    max_new_tokens: int = evaluate_setting(16, "Maximum length of a generated answer.", unit="tokens", least=1)
+    max_new_tokens: int = evaluate_setting(
+        16, "Maximum length of a generated answer; longer answers are cut off.", unit="tokens", least=1
+    )
     questions: int | None = evaluate_setting(
         None, "Number of questions to ask, from the start of the set (None = all).", unit="questions", least=1
     )
@@ -90,8 +92,9 @@ class EvaluateSpec:
     text_window: int = evaluate_setting(512, "Context window for perplexity.", unit="tokens", least=2)
     mesh: tuple[int, ...] = setting(
         (),
-        "Numbers of devices (data, fsdp, tensor) that evaluation splits rows and weights over (() = all devices of the "
-        "run, with weights split over `tensor` only, so that no device gathers weights).",
+        "Numbers of devices along the axes (data, fsdp, tensor) of the device grid for evaluation (() = all devices of "
+        "the section `mesh`, arranged for generation: `tensor` alone splits the weights, so that no device gathers "
+        "them).",
         unit="devices",
         least=-1,
     )

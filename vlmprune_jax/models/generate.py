@@ -154,15 +154,20 @@ def _prompts(input_ids: Any, attention_mask: Any, pixel_values: Any, mask: Any) 
 def _patches(
     model: Model, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any, second_per_grid_ts: Any = None
 ) -> dict[str, Any]:
-    """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets."""
+    """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets.
+
+    "least", int32[batch, 1], is the least position of a generated token: it follows all temporal patches of a video.
+    """
     ids, valid = (host["prefix_" * ("rows" in host) + name] for name in ("ids", "valid"))
     packs = packed_rows(len(ids), mesh_of(model.params))
     image_arrays = patch_rows(model.cfg, ids, valid, pixel_values, image_grid_thw, second_per_grid_ts, packs=packs)
     placed = {"pixels": image_arrays["pixel_values"], "grid": image_arrays["image_grid_thw"]}
     if "deltas" not in image_arrays:
         return placed
-    deltas = image_arrays["deltas"] if "rows" not in host else image_arrays["deltas"][host["rows"]]
-    return {**placed, "positions": image_arrays["position_ids"], "delta": deltas[:, None]}
+    positions, deltas = image_arrays["position_ids"], image_arrays["deltas"]
+    rows = host.get("rows", np.arange(len(ids)))
+    least = positions.max(axis=(1, 2)) + 1
+    return {**placed, "positions": positions, "delta": deltas[rows, None], "least": least[rows, None]}
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
@@ -255,7 +260,7 @@ def prefill(
     n_real = positions[:, -1:] + 1
     query_positions = positions[:, start:]
     if "delta" in arrays:  # images take fewer positions than tokens
-        n_real = n_real + arrays["delta"]
+        n_real = jnp.maximum(n_real + arrays["delta"], arrays["least"])
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)

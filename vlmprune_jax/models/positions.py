@@ -23,14 +23,15 @@ def mrope_positions(
     merge: int,
     tokens_per_second: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets for generated tokens.
+    """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets of following text.
 
     A text token increases all three positions by 1. The merged cells of an image at position p have positions (p, p +
     row, p + column), and the next token follows after the longer side of the image. In Qwen3-VL, every temporal patch
     of a video is such an image, after its time as text. In Qwen2.5-VL, a video at position p has (p + floor(time *
     `tokens_per_second`), p + row, p + column), and the next token follows as after an image (reference: transformers
-    5.24; 5.2 continues after the last temporal position). The token after a row of n real tokens has position n + the
-    row's offset.
+    5.24; 5.2 continues after the last temporal position). A text token of the prompt that follows a row of n real
+    tokens has position n + the row's offset. Generated tokens start after the largest position of the prompt, which may
+    be that of a video's last temporal patch.
 
     Args:
       input_ids: int[batch, seq], with one token per feature of an image or video.
@@ -55,9 +56,8 @@ def mrope_positions(
         cells = [(grid // (1, merge, merge), next(seconds)) for grid in grids[row]]
         if not tokens_per_second:
             cells = [(np.array([1, *grid[1:]]), interval) for grid, interval in cells for _ in range(grid[0])]
-        row_positions = _row_positions(visual[row][real], cells)
-        positions[row][:, real] = row_positions
-        deltas[row] = (row_positions.max(initial=-1) + 1) - row_positions.shape[1]
+        positions[row][:, real], following = _row_positions(visual[row][real], cells)
+        deltas[row] = following - real.sum()
     return positions, deltas
 
 
@@ -143,8 +143,8 @@ def _seconds(grids: Any, second_per_grid_ts: Any, tokens_per_second: float) -> n
     return seconds[real].astype(np.float32) * np.float32(tokens_per_second)
 
 
-def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]) -> np.ndarray:
-    """Return one row's M-RoPE positions, int32[3, tokens].
+def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]) -> tuple[np.ndarray, int]:
+    """Return one row's M-RoPE positions, int32[3, tokens], and the position of a text token that follows.
 
     `grids`: sizes of its images and videos in merged patches, and temporal positions per temporal patch.
     """
@@ -164,5 +164,6 @@ def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]
         place[0] = place[0].astype(np.float32) * interval
         positions[:, at : at + tokens] = first + place
         at, first = at + tokens, first + int(max(grid[1:]))
-    positions[:, at:] = first + np.arange(len(is_image) - at)
-    return positions
+    rest = len(is_image) - at
+    positions[:, at:] = first + np.arange(rest)
+    return positions, first + rest

@@ -128,7 +128,7 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
         patches = image.rows * image.columns
         arrays |= {"pixels": array(patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
         if cfg.text.rope.sections:
-            arrays |= {"positions": array(3, length), "delta": array(1)}
+            arrays |= {"positions": array(3, length), "delta": array(1), "least": array(1)}
     elif vision is not None:
         side = vision.image_size
         arrays["pixels"] = array(image.slots, vision.channels, side, side, dtype=np.float32)

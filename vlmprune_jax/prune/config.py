@@ -138,8 +138,8 @@ class ScoreConfig:
     )
     memory_budget: int | None = setting(
         None,
-        "Device memory in which the Taylor criterion stores outputs of projections between forward and backward pass; "
-        "those that do not fit are computed twice (None = half of the free memory).",
+        "Maximum device memory for the outputs of a layer's projections, which the Taylor criterion reads again in its "
+        "backward pass; outputs beyond it are computed twice, with equal scores (None = half of the free memory).",
         unit="bytes",
         least=0,
     )

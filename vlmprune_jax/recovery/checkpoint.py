@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from vlmprune_jax.core.errors import UserError, differences, reason
 from vlmprune_jax.core.files import checked, open_file, reading
 from vlmprune_jax.core.processes import from_all, on_process_zero, process_count, process_number
+from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
@@ -48,7 +49,7 @@ class Checkpointer:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
-        self.folder = folder
+        self.folder, self.keep = folder, keep
         self.identity = json.loads(json.dumps(identity))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         on_process_zero(lambda: _prepare(folder))
@@ -71,8 +72,14 @@ class Checkpointer:
         with self._failing():
             self._manager.check_for_errors()
 
-    def prepare(self, state: TrainState) -> None:
-        """Compile the computations of `save` in advance, so that no training step waits for compilation."""
+    def prepare(self, state: TrainState, saves: int) -> None:
+        """Compile the computations of `save` in advance, so that no training step waits for compilation.
+
+        Raises UserError if the disk has no room for the checkpoints of `saves` calls: `keep`, and one in progress.
+        """
+        complete = sum(path.name.isdecimal() for path in self.folder.iterdir())
+        needed = min(saves, max(1, self.keep + 1 - complete)) * sum(leaf.nbytes for leaf in _tree(state).values())
+        on_process_zero(lambda: check_space(self.folder, needed))
         weights_digest(_tree(state))
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:

@@ -154,7 +154,7 @@ def _train(
         with recorder.compiling():
             _compile_ahead(programs, run, state, kinds, stop, recorder)
             if saver is not None:
-                saver.prepare(state)
+                saver.prepare(state, -(-(span[1] - span[0]) // (config.save_every or span[1])))
         for step in range(*span):
             begin = time.perf_counter()
             batch = _next(stream, run, config, step)

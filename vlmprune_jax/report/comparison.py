@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.statistics import holm, interval_of_mean, p_of_difference
@@ -25,9 +26,9 @@ from vlmprune_jax.report.comparison_table import (
     speedup_of,
     unpruned_names,
 )
-from vlmprune_jax.report.figures import figure_of
-from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.page import Figure, Section, Table, write_page
 from vlmprune_jax.report.speed import LIMITS, RULE
+from vlmprune_jax.report.style import stack_panels, to_svg
 from vlmprune_jax.report.tables import over
 from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.result import ModelEvaluation
@@ -177,7 +178,7 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         return
     models = [*sweep.unpruned.values()]
     figures = [
-        figure_of(
+        _figure_of(
             plots.pareto_figure(groups, models, COSTS),
             f"{len(drawn)} models: retained percent against parameters, bytes and FLOPs; the table has the numbers.",
             "Shape: pruning method; colour: recovery. The line is the Pareto front; the star is the unpruned model.",
@@ -191,8 +192,16 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
             "A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. The line "
             "leaves out models that are faster than a better one by less than this interval."
         )
-        figures.append(figure_of(figure, alt, caption))
+        figures.append(_figure_of(figure, alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
+
+
+def _figure_of(drawn: Any, alt: str, caption: str) -> Figure:
+    """Convert a matplotlib figure to a report `Figure`: panels side by side, and below each other on a phone."""
+    wide = to_svg(drawn)
+    stack_panels(drawn)
+    svg = Markup('<div class="wide">{}</div><div class="narrow">{}</div>')
+    return Figure(svg.format(Markup(wide), Markup(to_svg(drawn))), printable(alt), caption)
 
 
 def _asked(group: Group) -> Any:
@@ -211,7 +220,7 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
         training = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
         figure = plots.curves_figure(some, way_of, lambda group: series[group.name], REMOVED, "linear")
         figures.append(
-            figure_of(
+            _figure_of(
                 figure,
                 f"{training}: retained percent over the share of parameters removed, {len(some)} points.",
                 f"{training}. {BANDS}",
@@ -230,7 +239,7 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
         figure = plots.curves_figure(some, lambda group: shares[series[group.name], _asked(group)], way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
-        figures.append(figure_of(figure, alt, f"{name}. {BANDS}"))
+        figures.append(_figure_of(figure, alt, f"{name}. {BANDS}"))
     yield Section("Over the training data", figures=tuple(figures))
 
 
@@ -260,7 +269,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         }
         alt = f"{label} over the maximum number of tokens per image, {len(lines)} lines."
         caption = f"Percentages: removed share of the parameters. {BANDS}"
-        figures.append(figure_of(plots.images_figure(points, label), alt, caption))
+        figures.append(_figure_of(plots.images_figure(points, label), alt, caption))
     note = (
         "Models are trained and evaluated at the same limit; retention is relative to the unpruned model at that limit."
     )
@@ -295,7 +304,7 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
     figure = plots.radar_figure(panels, names)
     alt = f"Radar of retention on {', '.join(names)}, for the model of each method and ratio with the highest mean."
     caption = "The model of each method and ratio with the highest mean; dashed: the unpruned model."
-    yield Section("Every benchmark", figures=(figure_of(figure, alt, caption),))
+    yield Section("Every benchmark", figures=(_figure_of(figure, alt, caption),))
 
 
 def _kept(group: Group, name: str) -> float | None:

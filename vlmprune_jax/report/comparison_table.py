@@ -40,6 +40,8 @@ def models_table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     unpruned = sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0))
     rows = [_unpruned_row(key, model, sweep, names) for key, model in unpruned]
+    if any(speedup_of(group, DECODE) for group in groups):
+        rows = [{**row, "decoding, x": "1.00"} for row in rows]
     for group in groups:
         averages = [value for model in group.models if (value := model.evaluation.paper_average) is not None]
         before = sweep.unpruned[group.first.unpruned].parameters

@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   if (body.rows.length < 2) continue;
   const rows = [...body.rows].filter((row) => !row.classList.contains("pinned"));
   heads.forEach((head, column) => {
-    const text = (row) => row.cells[column].textContent.trim();
+    const text = (row) => row.cells[column].textContent.trim().replace(/^–$/, "");
     const number = (row) => parseFloat(text(row).replace(/[,<\s]/g, ""));
     const numeric = rows.every((row) => text(row) === "" || /^(< )?[-+]?[\d,]*\.?\d/.test(text(row)));
     const compare = numeric

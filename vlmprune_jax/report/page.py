@@ -20,8 +20,8 @@ from vlmprune_jax.core.files import replacing
 class Table:
     """Table of strings; the first column holds row names, and each other column has one unit.
 
-    `first`: number of columns that narrow screens show at first (0 = all). `ascending`: names of columns in which small
-    values are best, so that the first click sorts them in ascending order.
+    `first`: number of columns that narrow screens show at first (0 = all; wide screens show 14). `ascending`: names of
+    columns in which small values are best, so that the first click sorts them in ascending order.
     """
 
     title: str

@@ -30,6 +30,7 @@ from vlmprune_jax.workdir.result import WITHOUT, Run
 INK = "#3a3b3c"
 LARGEST = 1e100  # largest number that is drawn: axes need room around it
 MOST_NAMED = 24  # maximum entries of a legend
+NARROW = 4.4  # inches, width of a figure on a phone
 LONGEST, LONGEST_TITLE = 40, 80  # maximum characters of a name, and of a title
 _FONT = "DejaVu Sans"  # which comes with matplotlib
 # Okabe-Ito palette: distinguishable with any colour vision, on light and dark backgrounds.
@@ -159,6 +160,29 @@ def _drawing() -> Iterator[None]:
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
+
+
+def stack_panels(figure: Figure) -> None:
+    """Rearrange a figure's panels below each other, in a column as wide as a phone's screen."""
+    panels = [axes for axes in figure.axes if axes.axison]
+    rows = getattr(panels[0].get_gridspec(), "nrows", 1)
+    grid = figure.add_gridspec(len(panels), 1)
+    for axes in set(figure.axes) - set(panels):
+        axes.remove()
+    for place, axes in enumerate(panels):
+        axes.set_subplotspec(grid[place])
+        if axes.name == "rectilinear":
+            axes.tick_params(labelleft=True)
+            axes.set_ylabel(panels[0].get_ylabel())
+            if axes.get_xscale() == "linear":
+                axes.locator_params(axis="x", nbins=5)
+    for legend in [*figure.legends]:
+        labels = [text.get_text() for text in legend.get_texts()]
+        legend.remove()
+        columns = 1 if max(map(len, labels)) > LONGEST // 2 else 2
+        handles = [handle for handle in legend.legend_handles if handle is not None]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.set_size_inches(NARROW, figure.get_figheight() * len(panels) / rows)
 
 
 def to_svg(figure: Figure) -> str:

@@ -17,6 +17,7 @@ from vlmprune_jax.stages.answers import evaluate_model, write_samples
 from vlmprune_jax.stages.evaluate import evaluation_works, names_of_sets
 from vlmprune_jax.stages.export import describe_export, export_folder
 from vlmprune_jax.stages.graph import makes_model, record_of, steps_of, task_of
+from vlmprune_jax.stages.preflight import check_disk
 from vlmprune_jax.stages.prune import explain_plan
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.speed import costs_of_folder, workload_of
@@ -38,7 +39,8 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
     steps = [step for step in steps_of(root) if step.stage == name]
     if not steps:
         raise UserError(f"no model needs the stage {name}: {STAGES[name].off(root.sections)}")
-    for step in steps:
+    for number, step in enumerate(steps):
+        check_disk(root, steps[number:], exported=False)
         run_task(task_of(step), overwrite=root.overwrite, say=root.say)
         _note_steps(root)
         if explain:
@@ -64,7 +66,8 @@ def make_models(root: Work) -> Result:
     _note_steps(root)
     steps, finished = steps_of(root), set[Path | None]()
     evaluations, pending = dict[str, Evaluations](), list[Work]()
-    for step in steps:
+    for number, step in enumerate(steps):
+        check_disk(root, steps[number:], exported=False)
         run_task(task_of(step), overwrite=root.overwrite, say=root.say)
         finished.add(step.out)
         pending += [step] * (makes_model(step) and step.evaluated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,17 @@ def preflight(work: Work, command: str) -> None:
         work.say(f"  {line}")
     if {*stages} != {"prune"}:
         _check_memory(work)
-    on_process_zero(lambda: _check_disk(work, steps, exported="export" in stages))
+    check_disk(work, steps, exported="export" in stages)
 
 
 def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
     """Check model, input files and pruning targets without using devices.
 
-    Raises UserError if a file is missing, or no plan can reach the target.
+    Raises UserError if a file is missing, the weights are truncated or not those of config.json, or no plan can reach
+    the target.
     """
     experiment, teacher = work.experiment, teacher_folder(work.model)
+    work.open_model(teacher)
     sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
     for name, eval_set in sets.items():
         _check_files("evaluate", set_files(experiment.data, name, eval_set))
@@ -190,11 +192,12 @@ def _check_memory(work: Work) -> None:
         )
 
 
-def _check_disk(work: Work, steps: list[Work], *, exported: bool) -> None:
-    """Raise UserError if the disk cannot hold the models still to be written."""
+def check_disk(work: Work, steps: Sequence[Work], *, exported: bool) -> None:
+    """Raise UserError if the disk cannot hold the models that these steps, and the export, have yet to write."""
     size, needed = _weights(work), [0]
     for step in steps:
         ratio = step.sections["prune"].ratio if step.pruned else 0.0
         if makes_model(step) and not step.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
-    check_space(work.workdir / "models", sum(needed) + (max(needed) if exported else 0))
+    needed_bytes = sum(needed) + (max(needed) if exported else 0)
+    on_process_zero(lambda: check_space(work.workdir / "models", needed_bytes))
