@@ -2,6 +2,9 @@
 
 import vlmprune_jax as vp
 
+vp.prune("DIR/llava-1.5-7b-hf", "train.json", ratio=0.3, images="DIR").save("DIR/pruned")  # or step by step:
+
+batches = vp.batches("DIR/llava-1.5-7b-hf", "train.json", images="DIR", samples=50)
 model = vp.load("DIR/llava-1.5-7b-hf")
 scores = vp.score(model, batches, criterion="block_influence")
 plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
@@ -24,6 +27,9 @@ from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.families import Family
 from vlmprune_jax.stages.registry import STAGES as stages
 from vlmprune_jax.stages.stage import Stage
+
+importlib.import_module("vlmprune_jax.prune")
+del globals()["prune"]  # the subpackage; the function of this name is loaded at first use, because it imports jax
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
@@ -71,6 +77,7 @@ if TYPE_CHECKING:
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
     from vlmprune_jax.prune.gptq import gptq, imatrix
+    from vlmprune_jax.prune.one_call import prune
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -125,6 +132,7 @@ _HOMES = {
     "metrics": "evaluation.metrics:METRICS",
     "mixers": "models.mixers:MIXERS",
     "perplexity": "evaluation.runner",
+    "prune": "prune.one_call",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
     "push": "export.hub",
@@ -187,6 +195,7 @@ __all__ = [
     "metrics",
     "mixers",
     "perplexity",
+    "prune",
     "prune_folder",
     "prune_iteratively",
     "push",

@@ -17,7 +17,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
+from vlmprune_jax.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder

@@ -17,7 +17,7 @@ from vlmprune_jax.models.patch_rows import patch_rows, repacked
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
 from vlmprune_jax.prune.batches import row_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.prune.select import moved_features

@@ -19,7 +19,7 @@ from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
 from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, walk
 from vlmprune_jax.prune.batches import row_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES

@@ -11,8 +11,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.activations import input_of, real_images
-from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_token_types
+from vlmprune_jax.prune.activations import input_of, real_images
+from vlmprune_jax.prune.calibration import Arrays, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
 

@@ -43,7 +43,7 @@ from vlmprune_jax.models.context import READERS, WRITERS
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, row_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
+from vlmprune_jax.prune.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
 from vlmprune_jax.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.prune.walk import LayerStream, walk

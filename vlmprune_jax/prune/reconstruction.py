@@ -50,7 +50,7 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, stack_batches
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.expert_repair import has_experts, repair_experts, with_experts
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer

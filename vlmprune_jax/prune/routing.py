@@ -23,8 +23,8 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params
-from vlmprune_jax.prune.criteria.activations import batch_inputs, run_decoder
-from vlmprune_jax.prune.criteria.calibration import PADDING, TOKEN_TYPES, calibration_batches
+from vlmprune_jax.prune.activations import batch_inputs, run_decoder
+from vlmprune_jax.prune.calibration import PADDING, TOKEN_TYPES, calibration_batches
 from vlmprune_jax.prune.fingerprints import fingerprint
 
 ROUTING = "routing.npz"  # file in a workdir

@@ -19,15 +19,16 @@ from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.config import METHOD_TARGETS, PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
-from vlmprune_jax.prune.depth import choose_layers
+from vlmprune_jax.prune.depth import check_listed, choose_layers
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores, fits_layers
 from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
+LISTED = "listed layers"  # in place of a criterion, in plans that remove the layers of `prune.layers`
 # Settings with layer numbers or counts, which fit one stack only.
-OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")
+OF_ONE_STACK = ("layers_removed", "layers", "protect", "attn_layers", "mlp_layers")
 
 
 def make_plan(
@@ -38,16 +39,16 @@ def make_plan(
 ) -> PrunePlan:
     """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
 
-    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
+    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`, or `make_plan(None, model, layers=(3, 4))`
 
     Args:
-      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if only a
-        vocabulary is trimmed.
+      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if
+        `layers` lists the layers to remove, or only a vocabulary is trimmed.
       cfg: the model or its config; without scores, the model.
       config: settings; `options` override single settings.
-      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
-        (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as satisfies
-        it, and records the cost in its options as `budget_reached`.
+      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` and `layers` (depth),
+        `sparsity` (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as
+        satisfies it, and records the cost in its options as `budget_reached`.
 
     Raises:
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
@@ -60,25 +61,37 @@ def make_plan(
             raise UserError(f"make_plan: {axis} of {part.module} cannot be pruned ({part.why_fixed}): {advice}")
     config = _configured(config, options)
     config.check([name for name, value in options.items() if value is not None])
-    if scores is None:
-        return _plan_vocabulary(model, config)
+    if scores is None or config.layers:
+        if config.needs_scores or not isinstance(model, Model):
+            raise UserError(
+                "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
+                "or nothing but the vocabulary is trimmed: pass scores"
+            )
+        return plan_without_scores(make_trim(config.vocabulary, cfg), fingerprint(model), cfg, config)
     if config.steps > 1:
         raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
     return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
 
 
-def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePlan:
-    """Return a plan that only trims the vocabulary."""
-    if not config.only_vocabulary or not isinstance(model, Model):
-        raise UserError("make_plan: scores=None is allowed only if nothing but the vocabulary is trimmed: pass scores")
-    cfg = model.cfg
-    whole, stacks = (
-        keep_everything(cfg, fingerprint(model), count_params(cfg)),
-        {"text": KeptStack.whole(cfg.text.layers)},
-    )
+def plan_without_scores(trim: Trim, fingerprint: str, cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+    """Return a plan that trims the vocabulary and removes the layers in `config.layers`.
+
+    Raises UserError if one of these layers cannot be removed.
+    """
+    plan, stacks = keep_everything(cfg, fingerprint, count_params(cfg)), {"text": KeptStack.whole(cfg.text.layers)}
     engines = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel} if config.loads_in else {}
-    plan = dataclasses.replace(whole, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
-    plan = make_trim(config.vocabulary, cfg).attach(plan)
+    plan = dataclasses.replace(plan, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
+    if config.layers:
+        if config.stack == "both":
+            raise UserError('prune.layers lists layers of one stack: set prune.stack to "text" or "vision"')
+        check_listed(cfg, config)
+        layers = cfg.stack(config.stack).layers
+        kept = tuple(kept_layer(i, {}, layer) for i, layer in enumerate(layers) if i not in config.layers)
+        stacks = {**stacks, config.stack: KeptStack(tuple(layer.sizes for layer in layers), kept)}
+        options = _recorded(config, cfg)
+        plan = dataclasses.replace(plan, method=config.method, criterion=LISTED, stacks=stacks, options=options)
+        plan = dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(cfg)))
+    plan = trim.attach(plan)
     check_loads(plan.apply_to(cfg), config.loads_in)
     return plan
 

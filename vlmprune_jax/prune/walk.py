@@ -32,8 +32,8 @@ from vlmprune_jax.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_batch, place_inputs
 from vlmprune_jax.models.vlm import Model, to_nnx
+from vlmprune_jax.prune.activations import input_of
 from vlmprune_jax.prune.batches import CalibrationBatch
-from vlmprune_jax.prune.criteria.activations import input_of
 from vlmprune_jax.prune.layers import Given, Layer, Rows, State, streamed, to_devices
 
 R = TypeVar("R")

@@ -11,8 +11,8 @@ from prune_cases import EQUAL, batch, config, model
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import CRITERIA, Scores, score
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.criteria import gradients
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
 
 CFG = config(EQUAL, vision=True)
 OPTIONS = {"angular": {"layers_removed": 2}, "taylor": {"by_token_type": True, "variant": "vectorize"}}

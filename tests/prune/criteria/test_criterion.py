@@ -14,8 +14,8 @@ from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import encode, forward, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, score
+from vlmprune_jax.prune.calibration import calibration_batches
 from vlmprune_jax.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, input_weights, reduce_inputs
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
 
 PHI = {"parallel": True, "norm": "layer", "gated": False}
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPE_WEIGHTS, TOKEN_TYPES
 from vlmprune_jax.prune.config import COMBINATIONS
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPE_WEIGHTS, TOKEN_TYPES
 from vlmprune_jax.prune.criteria.reap import REAP
 from vlmprune_jax.prune.routing import SUMS, Routing, measure_routing
 from vlmprune_jax.prune.tables import affected_tokens

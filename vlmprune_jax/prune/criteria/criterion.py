@@ -11,8 +11,8 @@ from typing import Any
 from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.calibration import TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.prune.config import ScoreConfig
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS
 
 NEEDS = ("weights", "activations", "routing", "labels")
 # What a criterion scores -> the fields of Scores that it fills.

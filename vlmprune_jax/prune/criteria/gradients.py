@@ -30,7 +30,7 @@ from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.vlm import Model, Params, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.batches import text_batch
-from vlmprune_jax.prune.criteria.calibration import (
+from vlmprune_jax.prune.calibration import (
     ANSWER,
     IMAGE,
     PROMPT,

@@ -26,7 +26,7 @@ from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.vlm import Model, head_of, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.batches import row_batches
-from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.prune.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.layers import Layer, Rows, State
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig

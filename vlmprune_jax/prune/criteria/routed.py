@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
+from vlmprune_jax.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.routing import SUMS, Routing
 

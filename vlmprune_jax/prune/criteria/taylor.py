@@ -12,8 +12,8 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.calibration import Arrays, weight_of_token_types
 from vlmprune_jax.prune.config import VARIANTS
-from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_token_types
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.gradients import Found, gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups

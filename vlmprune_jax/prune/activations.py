@@ -21,7 +21,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import VALUES, BlockValues, Hook
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, TOKEN_TYPES, TYPES, Arrays, types_in
+from vlmprune_jax.prune.calibration import IMAGE, PADDING, TOKEN_TYPES, TYPES, Arrays, types_in
 
 
 class Tokens(NamedTuple):
