@@ -79,7 +79,8 @@ def choose_template(
     if missing:
         raise UserError(
             f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to "
-            f"auto, {', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
+            f"{'' if name == AUTO else 'auto or '}one of "
+            f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
         )
     return template
 
