@@ -92,7 +92,7 @@ def test_angular_plans_remove_the_nearest_free_block():
         ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no setting 'protekt'; did you mean 'protect'\?"),
         (
             {"ratio": 0.1, "method": "dept"},
-            r"method 'dept' is not one of depth, width, hybrid, experts; did you mean 'depth'\?",
+            r"method 'dept' is not one of depth, width, hybrid, experts, none; did you mean 'depth'\?",
         ),
     ],
 )
