@@ -134,7 +134,7 @@ def test_generated_pages_are_up_to_date(name):
     ("page", "file", "methods"),
     [
         ("tutorial.md", "my_run.py", ("width", "least_squares")),
-        ("how-to/own-data.md", "my_run.yaml", ("depth", "none")),
+        ("how-to/fine-tune-then-prune.md", "mine.yaml", ("depth", "least_squares")),
     ],
 )
 def test_configs_of_pages_are_valid(tmp_path, page, file, methods):

@@ -2,6 +2,9 @@
 
 import vlmprune_jax as vp
 
+vp.prune("DIR/llava-1.5-7b-hf", "train.json", ratio=0.3, images="DIR").save("DIR/pruned")  # or step by step:
+
+batches = vp.batches("DIR/llava-1.5-7b-hf", "train.json", images="DIR", samples=50)
 model = vp.load("DIR/llava-1.5-7b-hf")
 scores = vp.score(model, batches, criterion="block_influence")
 plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
@@ -25,6 +28,9 @@ from vlmprune_jax.families import Family
 from vlmprune_jax.stages.registry import STAGES as stages
 from vlmprune_jax.stages.stage import Stage
 
+importlib.import_module("vlmprune_jax.prune")
+del globals()["prune"]  # the subpackage; the function of this name is loaded at first use, because it imports jax
+
 if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.export.formats import FORMATS as formats
     from vlmprune_jax.export.gptq import gptq, imatrix
     from vlmprune_jax.export.hub import push
+    from vlmprune_jax.export.one_call import prune
     from vlmprune_jax.export.pruning import make_plan, prune_folder, prune_iteratively
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.batches import batches
@@ -123,6 +130,7 @@ _HOMES = {
     "metrics": "evaluation.metrics:METRICS",
     "mixers": "models.mixers:MIXERS",
     "perplexity": "evaluation.runner",
+    "prune": "export.one_call",
     "prune_folder": "export.pruning",
     "prune_iteratively": "export.pruning",
     "push": "export.hub",
@@ -185,6 +193,7 @@ __all__ = [
     "metrics",
     "mixers",
     "perplexity",
+    "prune",
     "prune_folder",
     "prune_iteratively",
     "push",

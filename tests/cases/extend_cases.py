@@ -20,11 +20,14 @@ PAGE = ROOT / "docs" / "how-to" / "extend.md"
 
 
 def printed_file(heading: str, folder: Path) -> Path:
-    """Write the first Python block below a heading of docs/how-to/extend.md into `folder` and return its path.
+    """Write the example below a heading of docs/how-to/extend.md into `folder` and return its path.
 
-    Its first line is a comment with the file name, `# my_criterion.py`.
+    The example is the first Python block, or else the linked file. Its first line is a comment with the file name,
+    `# my_criterion.py`.
     """
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    linked = re.search(r"\[(\w+\.py)\]\(\1\)", section)
+    section = section if linked is None else f"```python\n{(PAGE.parent / linked[1]).read_text(encoding='utf-8')}```"
     found = re.search(r"```python\n# (\w+\.py)\n(.*?)```", section, re.DOTALL)
     assert found, f"{PAGE}: no complete file below {heading!r}"
     name, source = found.groups()

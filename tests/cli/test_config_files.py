@@ -147,9 +147,27 @@ def test_wrong_yaml(tmp_path, monkeypatch, text, message):
     assert message in str(error.value)
 
 
-def test_a_sweep_needs_a_python_config(tmp_path):
-    with pytest.raises(UserError, match=r"my\.yaml: is a YAML file, which holds a single experiment: list the runs"):
+def test_a_sweep_in_yaml_is_all_combinations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("prune: {method: depth}\nsweep: {prune.ratio: [0.1, 0.3], recover.seed: [1, 2]}")
+    pairs = [(0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2)]
+    assert read_hyper("my.yaml") == [{"prune.ratio": ratio, "recover.seed": seed} for ratio, seed in pairs]
+    assert parse("run", StageCommand("run"), ["--config=my.yaml"]).config.prune.method == "depth"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: {ratio: 0.3}", "lists no values to sweep: add `sweep: {prune.ratio: [0.1, 0.3]}`"),
+        ("sweep: {prune.ratio: []}", "lists no values to sweep"),
+        ("sweep: {prune.ratio: 0.3}", "Expected `array`, got `float` - at `$.sweep[...]`"),
+    ],
+)
+def test_a_yaml_file_without_values_to_sweep(tmp_path, text, message):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
         read_hyper(str(tmp_path / "my.yaml"))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -246,10 +246,10 @@ def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str
 
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"lacks <\|im_start\|>, .*<img>, .*: set data.template to one of llava_v1, bunny"
-    ):
-        choose_template("auto", FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
+    for name, advice in ("auto", "one of llava_v1, bunny"), ("internvl3", "auto or one of llava_v1, bunny"):
+        message = rf"lacks <\|im_start\|>, .*<img>, .*: set data.template to {advice}"
+        with pytest.raises(UserError, match=message):
+            choose_template(name, FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 
 
 def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:

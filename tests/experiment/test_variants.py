@@ -82,7 +82,7 @@ def test_a_sweep_does_not_set_what_variants_set(config):
         (["--config.prune.ratio=-0.1"], "prune.ratio=-0.1 must be at least 0 and below 1"),
         (
             ["--config.prune.method=deep"],
-            "prune.method 'deep' is not one of depth, width, hybrid, experts; did you mean",
+            "prune.method 'deep' is not one of depth, width, hybrid, experts, none; did you mean",
         ),
         (["--config.prune_variants.depth.prune.ratio=3"], "prune.ratio=3.0 must be at least 0 and below 1"),
         (["--only=dept"], "--only=dept: matches no variant; did you mean 'depth'"),

@@ -91,3 +91,13 @@ def test_a_card_shows_no_command_that_cannot_work(tmp_path):
         assert ("- vllm: loads it (tried with vLLM 0.32: on CPUs, heads of 12 need export.head_dim)" in card) == (
             uneven == "pad"
         )
+
+
+def test_a_model_that_was_only_trained_is_not_called_pruned(folder):
+    out, cfg = folder
+    (out / "plan.json").unlink(missing_ok=True)
+    write_card(out, cfg, "org/base", out.parent, loading="here", library="transformers", recovered=True)
+    card = (out / "README.md").read_text()
+    assert "# org/base, trained\n" in card
+    assert "pruned" not in card.replace("trained and not pruned", "")
+    assert "tags: [vlmprune-jax]\n" in card

@@ -1,4 +1,4 @@
-"""The decoder family that how-to/extend.md prints, from a config on the command line, against stock transformers."""
+"""The decoder family that how-to/extend.md links, from a config on the command line, against stock transformers."""
 
 import json
 import shutil

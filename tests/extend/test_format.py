@@ -1,4 +1,4 @@
-"""The export format that docs/how-to/extend.md prints, from a config that imports it, through `vlmprune export`."""
+"""The export format that docs/how-to/extend.md links, from a config that imports it, through `vlmprune export`."""
 
 import json
 import sys

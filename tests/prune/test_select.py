@@ -86,14 +86,14 @@ def test_angular_plans_remove_the_nearest_free_block():
         ({"ratio": 30}, r"ratio=30.0 must be at least 0 and below 1 \(0.3 is 30 %\)"),
         ({"ratio": -0.1}, "ratio=-0.1 must be at least 0"),
         ({"layers_removed": 5}, r"layers_removed=5 must be between 0 and 4 \(5 layers, 0 protected\)"),
-        ({}, "needs exactly one of ratio, layers_removed and budget, got none"),
+        ({}, "needs exactly one of ratio, layers_removed, layers and budget, got none"),
         ({"ratio": 0.1, "layers_removed": 1}, "needs exactly one of .*, got ratio and layers_removed"),
         ({"ratio": 0.1, "protect": (7,)}, r"protect=\[7\] contains layers that do not exist: the model has 5 layers"),
         ({"ratio": 0.1, "rounding": "up"}, "rounding 'up' is not one of nearest, at_least"),
         ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no setting 'protekt'; did you mean 'protect'\?"),
         (
             {"ratio": 0.1, "method": "dept"},
-            r"method 'dept' is not one of depth, width, hybrid, experts; did you mean 'depth'\?",
+            r"method 'dept' is not one of depth, width, hybrid, experts, none; did you mean 'depth'\?",
         ),
     ],
 )

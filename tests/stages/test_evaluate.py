@@ -77,6 +77,8 @@ def test_a_set_more_repeats_no_other(evaluate):
     code, lines = evaluate("questions")
     assert code == 0, lines
     assert "evaluate teacher ..." in lines
+    [warning] = [line for line in lines if "warning: the unpruned model scores 0: compare its answers" in line]
+    assert "teacher.answers.jsonl; the prompt (data.template, data.system," in warning
     assert sorted(os.listdir(evaluate.folder)) == ["teacher.answers.jsonl", "teacher.json"]
     code, lines = evaluate("questions+short+wiki")
     assert code == 0, lines

@@ -248,6 +248,23 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     assert controls(prune_variants=two, recover_variants=variants) == ([shared, own], [shared, own])
 
 
+def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.settings import override
+    from vlmprune_jax.experiment.spec import Experiment
+    from vlmprune_jax.stages.graph import record_of, steps_of
+    from vlmprune_jax.stages.work import Work
+
+    def steps(**changes):
+        settings = {"model": {"hf_dir": "teacher"}, "prune": {"method": "none", "ratio": 0.3}, **changes}
+        return steps_of(Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)))
+
+    [trained] = map(record_of, steps(reconstruct={"method": "least_squares"}))
+    assert (trained.stage, trained.name, trained.pruned, trained.control) == ("recover", "unpruned-sft", False, False)
+    assert trained.compared_with == ""
+    assert steps(recover={"method": "none"}) == []
+
+
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,21 @@ def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, mon
     assert "prune: unchanged, skipped" in capsys.readouterr().out
 
 
+def test_listed_layers_need_no_scores(experiment, tmp_path, capsys):
+    listed = [*experiment, "--config.prune.method=depth", "--config.prune.steps=1", "--config.prune.ratio=None"]
+    assert main(["prune", *listed, "--config.prune.layers=(1,)"]) == 0
+    assert "depth: " in capsys.readouterr().out
+    plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
+    assert (plan.removed_layers, plan.criterion) == ((1,), "listed layers")
+    assert plan.parameters_after == count_params(vp.load(tmp_path / "w/pruned").cfg)
+    assert main(["score", *listed, "--config.prune.layers=(1,)"]) == 2
+    assert "prune.layers lists the layers to remove, so no scores are needed" in capsys.readouterr().err
+    assert main(["prune", *listed, "--config.prune.layers=(1,9)", "--overwrite"]) == 2
+    assert "prune.layers=[1, 9] contains layers that do not exist: the text stack has" in capsys.readouterr().err
+    assert main(["prune", *listed, "--config.prune.method=none"]) == 2
+    assert 'prune.method is "none": choose a method' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stack", ["vision", "both"])
 def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
     alone = [*experiment, "--config.prune.steps=1", f"--config.prune.stack={stack}", "--config.prune.ratio=0.05"]

@@ -195,12 +195,17 @@ def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -
 
 
 def read_hyper(config: str) -> Any:
-    """Return the runs of a sweep: the list that `get_hyper(hyper)` in the config file FILE.py:VARIANT returns."""
+    """Return the runs of a sweep: the list that `get_hyper(hyper)` in the config file FILE.py:VARIANT returns.
+
+    In a YAML file, the runs are all combinations of the values under `sweep`.
+    """
     if file_of(config).suffix in YAML:
-        raise UserError(
-            f"--config={config}: is a YAML file, which holds a single experiment: list the runs of a sweep in a Python "
-            "file with get_hyper(hyper), see configs/sweeps/"
-        )
+        source = f"--config={config}"
+        swept = checked(_read_yaml(file_of(config)), _Start, source, _SWEEP).get("sweep")
+        if not swept or not all(swept.values()):
+            raise UserError(f"{source}: lists no values to sweep: {_SWEEP}")
+        hyper = Hyper()
+        return hyper.product([hyper.sweep(setting, values) for setting, values in swept.items()])
     module = load_file(config)[0]
     if not hasattr(module, "get_hyper"):
         raise UserError(
@@ -275,11 +280,16 @@ _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
+_SWEEP = "add `sweep: {prune.ratio: [0.1, 0.3]}` (see docs/how-to/sweep.md), or use `vlmprune run`"
+_YAML_TODO = "write settings as in docs/how-to/own-data.md"
+
+
 class _Start(TypedDict, total=False):
-    """Keys of a YAML config that name its starting point instead of a setting; at most one may be used."""
+    """Keys of a YAML config that are no settings: its starting point (at most one of two), and values for a sweep."""
 
     recipe: str
     shipped_config: str
+    sweep: dict[str, list[Any]]
 
 
 def _load_yaml(file: Path) -> ConfigDict:
@@ -287,17 +297,9 @@ def _load_yaml(file: Path) -> ConfigDict:
 
     Raises UserError for a file that is not YAML, or for settings as `override` does.
     """
-    source, todo = f"--config={file}", "write settings as in docs/how-to/own-data.md"
-    content = read_text(file, _MAX_YAML_BYTES)
-    with reading(source, todo):
-        try:
-            loader = _YamlLoader(content)
-            loader.name = file.name  # for messages
-            text = json.dumps(loader.get_single_data())  # fails for what JSON does not have, such as dates
-        except yaml.MarkedYAMLError as error:
-            error.context = error.context_mark = None  # keep the problem and its place
-            raise
-    settings = checked(parse_json(text, source, todo), _Start, source, todo)
+    source = f"--config={file}"
+    settings = checked(_read_yaml(file), _Start, source, _YAML_TODO)
+    settings.pop("sweep", None)
     with error_context(source):
         name = settings.pop("shipped_config", None)
         if name is None:
@@ -307,6 +309,20 @@ def _load_yaml(file: Path) -> ConfigDict:
             config = shipped_config(name)
         start = getattr(config, _START)
         return _starting_with(start, _section(override(start, settings)))
+
+
+def _read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file, of JSON's types only; raise UserError if it has others or is not YAML."""
+    source, content = f"--config={file}", read_text(file, _MAX_YAML_BYTES)
+    with reading(source, _YAML_TODO):
+        try:
+            loader = _YamlLoader(content)
+            loader.name = file.name  # for messages
+            text = json.dumps(loader.get_single_data())  # fails for what JSON does not have, such as dates
+        except yaml.MarkedYAMLError as error:
+            error.context = error.context_mark = None  # keep the problem and its place
+            raise
+    return parse_json(text, source, _YAML_TODO)
 
 
 def shipped_config(name: str) -> ConfigDict:

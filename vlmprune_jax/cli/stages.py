@@ -137,6 +137,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     from vlmprune_jax.stages.export import describe_export
     from vlmprune_jax.workdir.ledger import finished_stages
     from vlmprune_jax.workdir.result import RESULT, read_result
+    from vlmprune_jax.workdir.steps import read_unfinished
 
     if not is_main_process():
         return
@@ -154,6 +155,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
                 reporter.say(line)
         numbers = f", plot: {workdir / 'report.png'}, numbers: {workdir / RESULT}"
     else:
-        numbers = ", of an unfinished run: the page lists what is missing"
+        unfinished = read_unfinished(workdir).missing
+        numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
     page = build_report(workdir, finished_stages(workdir))
     reporter.say(f"report: {page}{numbers}")

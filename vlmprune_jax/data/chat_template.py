@@ -78,7 +78,8 @@ def choose_template(
     missing = [token for token in (*template.special, *image) if token not in vocabulary]
     if missing:
         raise UserError(
-            f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to one of "
+            f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to "
+            f"{'' if name == AUTO else 'auto or '}one of "
             f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
         )
     return template
@@ -170,8 +171,13 @@ def with_marks(prompt: str, template: Template) -> str:
     return prompt.replace(next((form for form in forms if form in prompt), context), IMAGE_TOKEN)
 
 
-def other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
-    """Yield a warning if this run's prompts differ from prompts made by the folder's own chat template."""
+def other_prompt(template: Template, chat: str | None, *, has_image: bool, name: str = AUTO) -> Iterator[str]:
+    """Yield a warning if this run's prompts differ from prompts made by the folder's own chat template.
+
+    `name`: value of the setting `data.template`.
+    """
     mine = prompt_of(template, has_image=has_image)
     if chat is not None and with_marks(chat, template) != mine:
-        yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
+        yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}" + (
+            "" if name == AUTO else f'; a recipe or config sets data.template="{name}": set it to "auto" for the latter'
+        )

@@ -128,7 +128,7 @@ def _load_inputs(
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
-    loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None)]
+    loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None, name=data.template)]
     if tower is not None:
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")

@@ -106,7 +106,8 @@ def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
 def prune_runs(experiment: Experiment, workdir: Path) -> list[Variant]:
     """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
     if not experiment.prune_variants:
-        return [Variant(experiment.prune.method, experiment, workdir)]
+        method = experiment.prune.method
+        return [Variant("unpruned" if method == "none" else method, experiment, workdir)]
     return [
         Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
         for name, values in experiment.prune_variants.items()
@@ -151,8 +152,7 @@ def _check_criteria(spec: ScoreConfig) -> None:
 
 def _check_target(config: PlanConfig) -> None:
     """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
-    targets = (config.ratio, config.layers_removed, config.sparsity, config.experts)
-    if config.budget.limits or any(target is not None for target in targets):
+    if config.method != "none" and config.targets:
         config.check()
     if config.budget.limits:
         with error_context("prune.budget.slice"):

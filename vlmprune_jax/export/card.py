@@ -22,9 +22,11 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.plans.plan_json import WHOLE, PlanJson, as_plan
 
 TAGS = ("vlmprune-jax", "pruned")
+_PRUNED = " (structural pruning of the language model; arXiv 2604.24380)"
 _STEPS = {
     "reconstructed": "The remaining weights were reconstructed by least squares, without training.",
     "recovered": "It was trained after pruning.",
+    "trained": "It was trained and not pruned.",
 }
 _MAX_LANGUAGES = 100
 _DECODED = "CompressedTensorsConfig"
@@ -79,7 +81,8 @@ def write_card(
     """
     plan_file = folder / "plan.json"
     plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
-    steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
+    after = "recovered" if plan else "trained"
+    steps = [step for step, done in (("reconstructed", reconstructed), (after, recovered)) if done]
     all_steps = [*(["pruned"] if plan else []), *steps]
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
@@ -94,12 +97,12 @@ def write_card(
     layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
     card = f"""---
 {chr(10).join(metadata)}
-tags: [{", ".join(TAGS)}]
+tags: [{", ".join(TAGS if plan else TAGS[:1])}]
 ---
 
 # {", ".join([markdown(name), *all_steps])}
 
-Made from {code(name)} by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
+Made from {code(name)} by vlmprune-jax{_PRUNED if plan else ""}.\
 {"".join(f" {_STEPS[step]}" for step in steps)}{data}
 
 {removed}

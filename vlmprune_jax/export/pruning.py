@@ -20,10 +20,11 @@ from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune import select
 from vlmprune_jax.prune.config import PlanConfig, PlanOptions, ScoreConfig, VocabularyConfig
+from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.iterative import prune_in_steps
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
-from vlmprune_jax.prune.select import Trim, plan_beside, plan_vocabulary
+from vlmprune_jax.prune.select import Trim, plan_beside, plan_without_scores
 from vlmprune_jax.prune.surgery import apply_plan
 
 
@@ -35,16 +36,16 @@ def make_plan(
 ) -> PrunePlan:
     """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
 
-    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
+    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`, or `make_plan(None, model, layers=(3, 4))`
 
     Args:
-      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if only a
-        vocabulary is trimmed.
+      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if
+        `layers` lists the layers to remove, or only a vocabulary is trimmed.
       cfg: the model or its config; without scores, the model.
       config: settings; `options` override single settings.
-      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
-        (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as satisfies
-        it, and records the cost in its options as `budget_reached`.
+      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` and `layers` (depth),
+        `sparsity` (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as
+        satisfies it, and records the cost in its options as `budget_reached`.
 
     Raises:
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
@@ -58,10 +59,13 @@ def make_plan(
     whole = {name: () for name in ("attn_layers", "mlp_layers") if options.get(name) == "all"}
     config = _configured(config, {**options, **whole}, "make_plan")
     config.check([name for name, value in options.items() if value is not None])
-    if scores is None:
-        if config.only_vocabulary and isinstance(model, Model):
-            return plan_vocabulary(model, config, make_trim(config.vocabulary, cfg))
-        raise UserError("make_plan: scores=None is allowed only if nothing but the vocabulary is trimmed: pass scores")
+    if scores is None or config.layers:
+        if config.needs_scores or not isinstance(model, Model):
+            raise UserError(
+                "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
+                "or nothing but the vocabulary is trimmed: pass scores"
+            )
+        return plan_without_scores(make_trim(config.vocabulary, cfg), fingerprint(model), cfg, config)
     if config.steps > 1:
         raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
     return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -64,9 +66,11 @@ def batches(
     images: str | Path | None = None,
     vision_dir: str | Path | None = None,
     batch_size: int = 1,
+    samples: int | None = None,
+    seed: int = 42,
     **settings: Any,
 ) -> list[Batch]:
-    """Encode all records with the model's tokenizer, prompt template and image processor; return batches.
+    """Encode records with the model's tokenizer, prompt template and image processor; return batches.
 
     Args:
       hf_dir: the model's folder, or hub id; no weights are read.
@@ -75,21 +79,26 @@ def batches(
       images: root folder of the image paths.
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
+      samples: number of records to draw at random with `seed`, for calibration (None = all, in their order).
       settings: settings of the section `data` that affect single rows, such as max_length=2048 (see
         docs/reference/settings.md).
 
     Returns:
-      Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
+      Batches of one length; `.arrays` has input_ids, attention_mask and labels
       int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (for images of
       varying size, see `Batch`). For models with a video token, videos have separate arrays: pixel_values_videos,
       video_grid_thw and, for Qwen2.5-VL, second_per_grid_ts, by row.
 
-    Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
+    Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size or samples < 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
+    for name, number in (("batch_size", batch_size), ("samples", samples)):
+        if number is not None and number < 1:
+            raise UserError(f"{name}={number} must be at least 1")
     cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings, ("max_length", "truncate"))
     data, read, encoder = inputs.data, to_records(records, inputs), inputs.training_encoder(cfg)
+    if samples is not None:
+        drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(read))[:samples]  # as the stages draw
+        read = [read[index] for index in drawn]
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
         encoder = dataclasses.replace(encoder, max_length=longest)

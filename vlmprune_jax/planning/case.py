@@ -28,10 +28,10 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import abstract_params, count_params, unflatten
 from vlmprune_jax.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
-from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig, keep_everything
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprints import shape_digest
-from vlmprune_jax.prune.select import Trim, plan_beside
+from vlmprune_jax.prune.select import Trim, plan_beside, plan_without_scores
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.recovery.flops import step_flops
@@ -147,13 +147,18 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     `heads="auto"`, proportional heads are assumed.
     """
     config = plan_config(experiment.prune, experiment.model, experiment.data, experiment.export)
+    if config.method == "none":
+        return keep_everything(cfg, f"{shape_digest(cfg)}-", count_params(cfg))
     config.check()
+    trim = Trim.of(typical_vocabulary(config.vocabulary, cfg), cfg)
+    if config.layers:
+        return plan_without_scores(trim, f"{shape_digest(cfg)}-", cfg, config)
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if config.method == "hybrid" else scores
     if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")
-    return plan_beside(Trim.of(typical_vocabulary(config.vocabulary, cfg), cfg), pair, cfg, config)
+    return plan_beside(trim, pair, cfg, config)
 
 
 def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:

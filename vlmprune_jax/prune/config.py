@@ -26,7 +26,7 @@ from vlmprune_jax.core.settings import (
 METHODS = ("depth", "width", "hybrid", "experts")
 # Method -> settings that it takes as a target in place of a ratio.
 METHOD_TARGETS = {
-    "depth": ("layers_removed",),
+    "depth": ("layers_removed", "layers"),
     "width": ("sparsity",),
     "hybrid": (),
     "experts": ("experts", "sparsity"),
@@ -48,7 +48,7 @@ GQA = ("groups", "q_heads")
 # lanes of a TPU's registers; groups of int4 weights that share a scale; blocks of GGUF's Q8_0, Q4_0 and K-quants
 # along a row (a row that does not consist of whole blocks is stored in another type).
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
-_DEPTH = ("protect", "rounding", "deepstack", "producers")
+_DEPTH = ("layers", "protect", "rounding", "deepstack", "producers")
 _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "align_to", "tensor_parallel", "heads",
     "selection",
@@ -58,7 +58,7 @@ _EXPERTS = ("experts", "experts_multiple")
 _LACKS = {
     "depth": (*_WIDTH, *_EXPERTS, "sparsity", "base", "depth_share"),
     "width": (*_DEPTH, "layers_removed", "depth_share"),
-    "hybrid": ("sparsity", "base"),
+    "hybrid": ("layers", "sparsity", "base"),
     "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
 }
 # Method -> axes whose units it removes; other methods remove units along the scored axes.
@@ -150,6 +150,10 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_settings("score", self)
 
+    def criteria(self, method: str) -> tuple[str, ...]:
+        """Return the criteria that a pruning method needs, that of layers before that of widths."""
+        return {"depth": (self.depth,), "hybrid": (self.depth, self.width)}.get(method, (self.width,))
+
 
 @dataclass(frozen=True)
 class VocabularyConfig:
@@ -197,8 +201,9 @@ class PlanConfig:
     method: str = prune_setting(
         "depth",
         'Parts to remove: whole layers ("depth"), attention heads and neurons, also of experts ("width"), layers and '
-        'then heads and neurons ("hybrid"), or equally many experts of every layer ("experts").',
-        choices=METHODS,
+        'then heads and neurons ("hybrid"), equally many experts of every layer ("experts"), or nothing ("none"), to '
+        "train or evaluate the unpruned model.",
+        choices=(*METHODS, "none"),
     )
     ratio: float | None = prune_setting(
         None,
@@ -209,6 +214,12 @@ class PlanConfig:
     )
     layers_removed: int | None = prune_setting(
         None, 'Number of layers to remove, instead of `ratio` (methods "depth" and "hybrid").', unit="layers", least=0
+    )
+    layers: tuple[int, ...] = prune_setting(
+        (),
+        'Layers to remove, by original layer number, instead of `ratio` (method "depth"). No scores are computed.',
+        unit="layers",
+        least=0,
     )
     protect: tuple[int, ...] = prune_setting(
         (), "Layers that depth pruning never removes, by original layer number.", unit="layers", least=0
@@ -328,14 +339,24 @@ class PlanConfig:
         check_settings("prune", self)
 
     @property
+    def targets(self) -> list[str]:
+        """Names of the settings that say what or how much to remove, if they are set."""
+        names = ("ratio", "layers_removed", "layers", "sparsity", "experts")
+        return [name for name in names if getattr(self, name) not in (None, ())] + ["budget"] * bool(self.budget.limits)
+
+    @property
     def only_vocabulary(self) -> bool:
         """True if only the vocabulary is trimmed, and no layers, heads or neurons are removed."""
-        targets = {self.ratio, self.layers_removed, self.sparsity, self.experts}
-        return self.vocabulary.size is not None and targets == {None} and not self.budget.limits
+        return self.vocabulary.size is not None and not self.targets
+
+    @property
+    def needs_scores(self) -> bool:
+        """True if scores choose what is removed; False for listed layers, the vocabulary, or nothing."""
+        return not (self.layers or self.only_vocabulary or self.method == "none")
 
     def recorded(self) -> list[str]:
         """Return the names of the pruning method's settings that a plan records in its options."""
-        targets = ("method", "ratio", "layers_removed", "stack", "steps")
+        targets = ("method", "ratio", "layers_removed", "layers", "stack", "steps")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
@@ -346,6 +367,8 @@ class PlanConfig:
         so. The message names the setting or the targets.
         """
         check_settings("prune", self, elsewhere=True)
+        if self.method == "none":
+            raise UserError(f'prune.method="none" removes nothing, so there is no plan: use {", ".join(METHODS)}')
         for name in _LACKS[self.method]:
             changed = getattr(self, name) != settings_of(PlanConfig)[name].default
             if name in named or (changed and name != "heads"):
@@ -355,8 +378,7 @@ class PlanConfig:
                     "out, or change prune.method"
                 )
         names = ("ratio", *METHOD_TARGETS[self.method])
-        targets = [name for name in names if getattr(self, name) is not None]
-        targets += ["budget"] * bool(self.budget.limits)
+        targets = [name for name in self.targets if name in (*names, "budget")]
         if len(targets) > 1 or (not targets and self.vocabulary.size is None and self.experts is None):
             raise UserError(
                 f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
@@ -370,6 +392,7 @@ class PlanOptions(TypedDict, total=False):
     method: str
     ratio: float | None
     layers_removed: int | None
+    layers: Sequence[int]
     protect: Sequence[int]
     rounding: str
     deepstack: str

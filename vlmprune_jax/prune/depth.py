@@ -25,28 +25,14 @@ def choose_layers(
     stack: str,
 ) -> tuple[int, ...]:
     """Return the original numbers of the layers to remove, which have the lowest scores."""
-    stack_cfg = cfg.stack(stack)
-    if stack == "vision" and cfg.deepstack:
-        raise UserError(
-            f"layers of this vision tower cannot be removed, because features of {cfg.deepstack} of them enter decoder "
-            'layers (deepstack): use method "width", or prune the decoder'
-        )
-    shapes, n_layers = stack_cfg.layers, len(stack_cfg.layers)
-    features = cfg.deepstack if stack_cfg.causal else 0  # added to the outputs of this many first layers
-    protect, layers_removed = set(config.protect), config.layers_removed
-    if not protect <= set(range(n_layers)):
-        raise UserError(f"protect={sorted(protect)} contains layers that do not exist: the model has {n_layers} layers")
-    if config.deepstack == "keep":
-        protect |= set(range(features))
-    if config.producers == "keep" and isinstance(stack_cfg, TextConfig):
-        windows = {layer.mixer.window for layer in stack_cfg.layers} if stack_cfg.producers else ()
-        protect |= {i for i in map(stack_cfg.producer, windows) if i is not None}
+    protect, layers_removed = _protected(cfg, config, stack), config.layers_removed
+    shapes, n_layers = cfg.stack(stack).layers, len(cfg.stack(stack).layers)
     reason_of = functools.partial(_reason, cfg, stack, config.loads_in)
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed, reason_of)
     wanted = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
     order, reason = _legal(wanted, reason_of)
-    most = min(len(order), n_layers - max(1, features))
+    most = min(len(order), n_layers - max(1, _features(cfg, stack)))
     kept = f"{len(protect)} protected" + (f"; {reason}" if reason and most == len(order) else "")
     if layers_removed is not None:
         if not 0 <= layers_removed <= most:
@@ -63,6 +49,50 @@ def choose_layers(
             f"removing {most} of {n_layers} layers ({kept}) gives at most {sum(sizes) / total:.4f}"
         )
     return tuple(order[:count])
+
+
+def check_listed(cfg: ModelConfig, config: PlanConfig) -> None:
+    """Raise UserError if one of the layers listed in `config.layers` does not exist or cannot be removed."""
+    listed, stack = set(config.layers), config.stack
+    protect, n_layers = _protected(cfg, config, stack), len(cfg.stack(stack).layers)
+    if not listed <= set(range(n_layers)):
+        raise UserError(
+            f"prune.layers={sorted(listed)} contains layers that do not exist: the {stack} stack has layers 0 to "
+            f"{n_layers - 1}"
+        )
+    if protect & listed:
+        raise UserError(
+            f"prune.layers={sorted(listed)}: layers {sorted(protect & listed)} must stay (prune.protect, or "
+            'prune.deepstack="keep" or prune.producers="keep"): leave them out of the list, or change that setting'
+        )
+    reason = _reason(cfg, stack, config.loads_in, listed)
+    if reason is not None:
+        reason = reason or f"at least {max(1, _features(cfg, stack))} must remain"
+        raise UserError(f"prune.layers={sorted(listed)}: these layers cannot be removed ({reason}): list others")
+
+
+def _features(cfg: ModelConfig, stack: str) -> int:
+    """Return the number of first layers to whose outputs deepstack features are added."""
+    return cfg.deepstack if cfg.stack(stack).causal else 0
+
+
+def _protected(cfg: ModelConfig, config: PlanConfig, stack: str) -> set[int]:
+    """Return the layers that must stay; raise UserError for those that do not exist, or a tower of which all must."""
+    stack_cfg = cfg.stack(stack)
+    if stack == "vision" and cfg.deepstack:
+        raise UserError(
+            f"layers of this vision tower cannot be removed, because features of {cfg.deepstack} of them enter decoder "
+            'layers (deepstack): use method "width", or prune the decoder'
+        )
+    protect, n_layers = set(config.protect), len(stack_cfg.layers)
+    if not protect <= set(range(n_layers)):
+        raise UserError(f"protect={sorted(protect)} contains layers that do not exist: the model has {n_layers} layers")
+    if config.deepstack == "keep":
+        protect |= set(range(_features(cfg, stack)))
+    if config.producers == "keep" and isinstance(stack_cfg, TextConfig):
+        windows = {layer.mixer.window for layer in stack_cfg.layers} if stack_cfg.producers else ()
+        protect |= {i for i in map(stack_cfg.producer, windows) if i is not None}
+    return protect
 
 
 def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:

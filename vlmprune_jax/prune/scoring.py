@@ -15,10 +15,10 @@ from vlmprune_jax.core.journal import Journal
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.settings import present_name
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.activations import accumulate
 from vlmprune_jax.prune.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
 from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA
-from vlmprune_jax.prune.criteria.activations import accumulate
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.routing import Routing, measure_routing

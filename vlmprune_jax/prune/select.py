@@ -13,28 +13,40 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.limits import check_loads, keeps_heads
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.config import METHOD_TARGETS, PlanConfig, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure
-from vlmprune_jax.prune.depth import choose_layers
-from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
+from vlmprune_jax.prune.depth import check_listed, choose_layers
+from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores, fits_layers
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
+LISTED = "listed layers"  # in place of a criterion, in plans that remove the layers of `prune.layers`
 # Settings with layer numbers or counts, which fit one stack only.
-OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")
+OF_ONE_STACK = ("layers_removed", "layers", "protect", "attn_layers", "mlp_layers")
 
 
-def plan_vocabulary(model: Model, config: PlanConfig, trim: Trim) -> PrunePlan:
-    """Return a plan that only trims the vocabulary."""
-    cfg = model.cfg
-    whole = keep_everything(cfg, fingerprint(model), count_params(cfg))
+def plan_without_scores(trim: Trim, fingerprint: str, cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+    """Return a plan that trims the vocabulary and removes the layers in `config.layers`.
+
+    Raises UserError if one of these layers cannot be removed.
+    """
+    plan, stacks = keep_everything(cfg, fingerprint, count_params(cfg)), {"text": KeptStack.whole(cfg.text.layers)}
     engines = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel} if config.loads_in else {}
-    stacks = {"text": KeptStack.whole(cfg.text.layers)}
-    plan = trim.attach(dataclasses.replace(whole, method=VOCABULARY_ONLY, stacks=stacks, options=engines))
+    plan = dataclasses.replace(plan, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
+    if config.layers:
+        if config.stack == "both":
+            raise UserError('prune.layers lists layers of one stack: set prune.stack to "text" or "vision"')
+        check_listed(cfg, config)
+        layers = cfg.stack(config.stack).layers
+        kept = tuple(kept_layer(i, {}, layer) for i, layer in enumerate(layers) if i not in config.layers)
+        stacks = {**stacks, config.stack: KeptStack(tuple(layer.sizes for layer in layers), kept)}
+        options = _recorded(config, cfg)
+        plan = dataclasses.replace(plan, method=config.method, criterion=LISTED, stacks=stacks, options=options)
+        plan = dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(cfg)))
+    plan = trim.attach(plan)
     check_loads(plan.apply_to(cfg), config.loads_in)
     return plan
 

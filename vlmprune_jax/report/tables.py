@@ -127,9 +127,10 @@ def lead(result: Result) -> str:
         files = f"; {teacher.costs.file_bytes / 1e6:,.3g} to {run.costs.file_bytes / 1e6:,.3g} MB"
     speeds = ", ".join(f"{name} {speedup}" for name, speedup in _speedups(run).items())
     speed = speeds and f" Speed as a multiple of the unpruned model's: {speeds}."
+    smaller = f", with {size} ({teacher.parameters:,} to {run.parameters:,}{decoder}{files})"
     return (
-        f"{among}{result.labels[run.name]}{trained} {_scores(run, result)}, with {size} "
-        f"({teacher.parameters:,} to {run.parameters:,}{decoder}{files}).{speed}"
+        f"{among}{result.labels[run.name]}{trained} {_scores(run, result)}{'' if run.method == 'none' else smaller}."
+        f"{speed}"
     )
 
 

@@ -114,6 +114,12 @@ def measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> d
     evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
     size = f"{evaluated.parameters:,} parameters, " * bool(evaluated.parameters)  # of a server's model: unknown
     work.say(f"  {work.label}: {evaluated.main_line()} ({size}{evaluated.model_seconds:.1f} s)")
+    if work.subject == TEACHER and evaluated.metric.higher_is_better and not evaluated.values[evaluated.metric.main]:
+        work.say(
+            "  warning: the unpruned model scores 0: compare its answers with the references in "
+            f"{answers_file(path)}; the prompt (data.template, data.system, evaluate.prompt_suffix) or "
+            "evaluate.max_new_tokens may be wrong for this model, or it was not trained for these questions"
+        )
     return {work.part: evaluated}
 
 

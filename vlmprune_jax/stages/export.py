@@ -82,6 +82,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     """Export a model, reload it and compare logits; delete the export if they differ."""
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
+    plan_file = work.start / "plan.json"  # missing if nothing was pruned
     options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
     if calibration is not None:
         options[calibration.option] = _calibrate(calibration, work, data, repair, model)
@@ -90,7 +91,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         out,
         source_dir=work.start,
         mtp_dir=work.teacher,
-        plan=PrunePlan.from_json(work.start / "plan.json"),
+        plan=PrunePlan.from_json(plan_file) if plan_file.is_file() else None,
         name=spec.base_model or model_name(work.teacher),
         license=spec.license,
         datasets=[inputs.name_of_records(data.train)] if data.train and (work.recovered or work.reconstructed) else [],

@@ -87,6 +87,7 @@ def steps_of(root: Work) -> list[Work]:
             folder=pruned.folder,
             name=pruned.name,
             recovery=NO_RECOVERY,
+            pruned=pruned.experiment.prune.method != "none",
         )
         shared = _chain("variant", variant, last=not recoveries)
         steps += shared
@@ -98,6 +99,7 @@ def steps_of(root: Work) -> list[Work]:
                 name=run.name,
                 recovery=run.experiment.recover.name,
                 before=tuple(shared),
+                pruned=variant.pruned,
             )
             known, control = len(controls), _control(root, run, pruned, controls)
             steps += _chain("recovery", work.replace(control=None if control is None else control.out))
@@ -138,10 +140,11 @@ def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
 def _control(root: Work, run: Variant, pruned: Variant, known: dict[str, Work]) -> Work | None:
     """Return the step that trains the control (an unpruned model) for a recovery; None if not wanted.
 
-    `known`: the controls so far, by everything that they depend on, to which a new one is added.
+    A model that is not pruned needs none. `known`: the controls so far, by everything that they depend on, to which a
+    new one is added.
     """
     spec, below = run.experiment, run.folder.relative_to(pruned.folder)
-    if not (spec.recover.control and uses_labels(spec.recover.losses)):
+    if not (spec.recover.control and uses_labels(spec.recover.losses)) or spec.prune.method == "none":
         return None
     if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
         for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
@@ -163,6 +166,7 @@ def _control(root: Work, run: Variant, pruned: Variant, known: dict[str, Work]) 
             out=folder / "recovered",
             recovered=True,
             pruned=False,
+            is_control=True,
         )
 
     name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
@@ -192,6 +196,7 @@ def record_of(step: Work) -> StepRecord:
         outputs=list(stage.outputs),
         model=stage.model,
         evaluated=step.evaluated,
-        control=not step.pruned,
+        pruned=step.pruned,
+        control=step.is_control,
         compared_with="" if step.control is None else step.control.relative_to(step.workdir).as_posix(),
     )

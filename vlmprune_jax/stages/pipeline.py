@@ -48,8 +48,11 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
                 root.reporter.table(*table)
 
 
-def run_all(root: Work) -> Result:
-    """Run all stages of all variants and write `result.json`."""
+def run_all(root: Work) -> Result | None:
+    """Run all stages of all variants and write `result.json`; if no stage changes the model, only evaluate it."""
+    if not any(makes_model(step) for step in steps_of(root)):
+        evaluate(root)
+        return None
     result = make_models(root)
     done = _export_run(root, result.best_run, result)
     result = replace(result, export=Export(path="export", seconds=done.seconds, **asdict(done.facts)))
@@ -105,7 +108,8 @@ def evaluate(root: Work) -> None:
     evaluations = _evaluate(step for step in steps if makes_model(step) and step.evaluated and step.out.is_dir())
     on_process_zero(lambda: write_samples(root.workdir, spec.data, spec.evaluate, read_unfinished(root.workdir).runs))
     if not evaluations:
-        root.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
+        why = "no pruned or recovered model in this workdir yet" if steps else "nothing is pruned or trained"
+        root.say(f"{why}: only the unpruned model was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
         _renew(root, make_result(root.workdir, [*map(record_of, steps)], teacher, evaluations))
 
@@ -165,8 +169,8 @@ def export(root: Work, part: str = "") -> None:
 
 
 def _models(root: Work) -> Iterator[Work]:
-    """Yield the steps whose pruned models exist in the workdir."""
-    return (step for step in steps_of(root) if makes_model(step) and step.pruned and step.out.is_dir())
+    """Yield the steps whose models exist in the workdir, without controls."""
+    return (step for step in steps_of(root) if makes_model(step) and not step.is_control and step.out.is_dir())
 
 
 def _note_steps(root: Work) -> None:
@@ -182,7 +186,7 @@ def _note_steps(root: Work) -> None:
 
 def _evaluate(models: Iterable[Work]) -> dict[str, Evaluations]:
     """Evaluate models, controls first: other models are compared with the answers of their controls."""
-    ordered = sorted(models, key=lambda step: step.pruned)
+    ordered = sorted(models, key=lambda step: not step.is_control)
     return {step.path: evaluate_model(step, step.out, step.out.name) for step in ordered}
 
 

@@ -145,13 +145,13 @@ def _about(step: Work) -> Iterator[str]:
             config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
-            if steps < FEW_STEPS and step.pruned:
+            if steps < FEW_STEPS and not step.is_control:
                 counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
-    if not step.pruned:
+    if step.is_control:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
     yield f"{task.name}{counted}"
 

@@ -48,7 +48,7 @@ def prune_task(
 
     Raises UserError for pruning in several steps if more than one stack is pruned.
     """
-    criteria, iterative = criteria_of(score, spec), spec.steps > 1 and not spec.only_vocabulary
+    criteria, iterative = criteria_of(score, spec), spec.steps > 1 and spec.needs_scores
     if iterative and spec.stack == "both":
         raise UserError('prune.steps > 1 cannot prune both stacks at once: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
@@ -75,7 +75,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
     ]
     cfg, config = work.config(work.teacher), _plan_config(work, data, spec, export)
-    if spec.only_vocabulary:
+    if not spec.needs_scores:
         plan = make_plan(None, work.open_model(work.teacher), config)
     elif spec.steps > 1:
         plan = _plan_in_steps(work, data, score, config, scores[0][0])
@@ -116,6 +116,9 @@ def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig,
     cfg = work.config(work.teacher)
     check_size(spec.vocabulary.size, cfg.text.vocab_size)
     if spec.vocabulary.size is not None:
+        return
+    if not spec.needs_scores:
+        make_plan(None, work.open_model(work.teacher), _plan_config(work, data, spec, export))
         return
 
     def drawn(criterion: str, stack: str) -> Scores:
@@ -187,8 +190,8 @@ def _plan_config(work: Work, data: DataSpec, spec: PlanConfig, export: ExportSpe
 
 
 def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table]:
-    """Return tables of each layer's pruned widths with reasons; none if only the vocabulary is trimmed."""
-    if spec.only_vocabulary:
+    """Return tables of each layer's pruned widths with reasons; none if no scores are needed."""
+    if not spec.needs_scores:
         return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
     routing = Routing.of_plan(work.folder / ROUTING, work.plan)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.stages.stage import Stage
 
+if TYPE_CHECKING:
+    from vlmprune_jax.prune.config import PlanConfig
+
 
 def no_scores(sections: Mapping[str, Any]) -> str | None:
     """Return why the settings need no scores, with the command to run instead; None if they need scores."""
-    if not sections["prune"].only_vocabulary:
+    if sections["prune"].needs_scores:
         return None
-    return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
+    return f"{without_scores(sections['prune'])}, so no scores are needed: run `vlmprune prune`"
+
+
+def without_scores(prune: PlanConfig) -> str:
+    """Return why settings need no scores."""
+    if prune.method == "none":
+        return 'prune.method="none" removes nothing'
+    return "prune.layers lists the layers to remove" if prune.layers else "only the vocabulary is trimmed"
+
+
+def nothing_pruned(sections: Mapping[str, Any]) -> str | None:
+    """Return why there are no pruned weights to repair; None if there are some."""
+    return without_scores(sections["prune"]) if sections["prune"].method == "none" else None
 
 
 STAGES = Registry(
@@ -33,6 +48,7 @@ STAGES = Registry(
             outputs=("plan.json",),
             model="pruned",
             per="variant",
+            switch="prune.method",
         ),
         "reconstruct": Stage(
             "repair the pruned weights by least squares, without training -> reconstructed/",
@@ -42,6 +58,7 @@ STAGES = Registry(
             journals=(".reconstructed.parts",),
             per="variant",
             switch="reconstruct.method",
+            unneeded=nothing_pruned,
         ),
         "recover": Stage(
             "train the pruned model -> recovered/",

@@ -43,14 +43,12 @@ def stacks_of(prune: PlanConfig) -> tuple[str, ...]:
 
 
 def criteria_of(spec: ScoreConfig, prune: PlanConfig, stack: str | None = None) -> dict[str, str]:
-    """Return {scores file: criterion} that the pruning method needs; {} if only the vocabulary is trimmed."""
-    if prune.only_vocabulary:
+    """Return {scores file: criterion} that the pruning method needs; {} if it needs no scores."""
+    if not prune.needs_scores:
         return {}
-    files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}
-    if prune.method not in ("depth", "hybrid"):
-        files = {"": spec.width}
+    files = [*zip(("", "_width"), spec.criteria(prune.method), strict=False)]
     stacks = stacks_of(prune) if stack is None else (stack,)
-    return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files.items()}
+    return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files}
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:

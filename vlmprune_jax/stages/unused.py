@@ -26,7 +26,7 @@ from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
-from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.registry import STAGES, without_scores
 from vlmprune_jax.stages.score import criteria_of
 
 # (patterns of settings, separated by spaces; True if these have no effect; the reason)
@@ -67,7 +67,7 @@ def unused_settings(
         rules = itertools.chain(
             _scoring(run.score, run.prune),
             _pruning(run.prune, run.reconstruct, run.export, cfg),
-            _training(run.recover, run.data, cfg),
+            _training(run.recover, run.prune, run.data, cfg),
             _evaluation(run.evaluate, run.data, last=run.recover.method == run.reconstruct.method == "none"),
             _model(run.speed, cfg),
         )
@@ -106,7 +106,7 @@ def _scoring(score: ScoreConfig, prune: PlanConfig) -> Iterator[Rule]:
     method, criteria = prune.method, [*dict.fromkeys(criteria_of(score, prune).values())]
     used = {name for criterion in criteria for name in CRITERIA[criterion].options_in(score)}
     calibrates = any(CRITERIA[criterion].needs_batches for criterion in criteria)
-    yield "score.*", not criteria, "only the vocabulary is trimmed"
+    yield "score.*", not criteria, without_scores(prune)
     yield "score.depth", method == "width", 'prune.method="width" scores heads and neurons only'
     yield "score.width", method == "depth", 'prune.method="depth" scores layers only'
     subject = f"the criterion {' and '.join(criteria)}"
@@ -121,8 +121,10 @@ def _pruning(prune: PlanConfig, reconstruct: ReconstructConfig, export: ExportSp
     budget, method = prune.budget, reconstruct.method
     chosen, values = choose_format(export.format, export_options(export))
     of_rows = (budget.memory_bytes, budget.step_ms)
-    yield "prune.[!vl]*", prune.only_vocabulary, "only the vocabulary is trimmed"  # loads_in is checked nevertheless
+    yield "prune.[!m]* reconstruct.*", prune.method == "none", without_scores(prune)
+    yield "prune.[!vl]*", prune.only_vocabulary, without_scores(prune)  # loads_in is checked nevertheless
     yield "prune.rounding prune.depth_share", prune.layers_removed is not None, "prune.layers_removed is set"
+    yield "prune.rounding", bool(prune.layers), "prune.layers is set"
     yield "prune.attn_layers prune.heads_multiple", prune.heads == "keep", 'prune.heads="keep" removes no heads'
     yield "prune.deepstack", not cfg.deepstack, "vision features enter no decoder layer of this model"
     yield "prune.producers", not cfg.text.producers, "no layer of this model reuses keys and values of another layer"
@@ -137,7 +139,7 @@ def _pruning(prune: PlanConfig, reconstruct: ReconstructConfig, export: ExportSp
     yield "reconstruct.*", method == "none" and chosen.calibration(values) is None, off
 
 
-def _training(recover: RecoverConfig, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
+def _training(recover: RecoverConfig, prune: PlanConfig, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
     losses = recover.losses
     if recover.method == "none":
         yield "recover.*_cache data.*_cache data.fraction data.group_by", True, 'recover.method="none" trains nothing'
@@ -156,6 +158,7 @@ def _training(recover: RecoverConfig, data: DataSpec, cfg: ModelConfig) -> Itera
     yield "recover.losses.l2_layers", not on_hidden(losses), "no loss compares hidden states"
     yield "recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
     yield "recover.control", not uses_labels(losses), "no loss uses labels, so there is no control"
+    yield "recover.control", prune.method == "none", without_scores(prune)
     yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
 
 

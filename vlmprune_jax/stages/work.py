@@ -56,7 +56,8 @@ class Work:
     part: str = ""  # name of the evaluation set, lmms-eval task or additional export
     models: Mapping[str, Path] = field(default_factory=dict)  # all models of the run, for stages that compare them
     loaded: dict[Path, Model] | None = None  # models that several evaluations share
-    pruned: bool = True  # False for a control, the unpruned model that is trained like pruned ones
+    pruned: bool = True  # False with prune.method="none", and for a control
+    is_control: bool = False  # True for a control, the unpruned model that is trained like pruned ones
     control: Path | None = None  # model folder of the control of a recovered model
     reconstructed: bool = False  # this and the next two fields are for the model card
     recovered: bool = False
@@ -147,7 +148,7 @@ class Work:
 
     @property
     def plan(self) -> PrunePlan:
-        """Prune plan of the variant (for a control: a plan that removes nothing)."""
+        """Prune plan of the variant (for an unpruned model: a plan that removes nothing)."""
         if not self.pruned:
             whole = self.open_model(self.teacher)
             return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))

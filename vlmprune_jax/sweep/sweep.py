@@ -280,6 +280,6 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     for step in steps_of(sweep.work(run, reporter)):
         task = task_of(step)
         before = [keys[earlier.stage] for earlier in step.before]
-        stage = step.stage if step.pruned else CONTROL
+        stage = CONTROL if step.is_control else step.stage
         keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
     return keys

@@ -137,12 +137,12 @@ class Control(Trained, frozen=True, kw_only=True):
 
 
 class Run(Trained, frozen=True, kw_only=True):
-    """Entry of a pruned model in `result.json`: how it was made, and its scores.
+    """Entry of a model in `result.json`, pruned unless `method` is "none": how it was made, and its scores.
 
     `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
-    removed share of the decoder's parameters. `scores`: importance files. `metrics`: file of training metrics. `path`:
-    the model's folder. `recovery`: name of the recovery ("none" without training). `loss_terms`: {loss in `metrics`:
-    title}. `seconds`: time of scoring, pruning and training.
+    removed share of the decoder's parameters. `plan`: "" if nothing was pruned. `scores`: importance files.
+    `metrics`: file of training metrics. `path`: the model's folder. `recovery`: name of the recovery ("none" without
+    training). `loss_terms`: {loss in `metrics`: title}. `seconds`: time of scoring, pruning and training.
     """
 
     method: str
@@ -169,7 +169,7 @@ class Run(Trained, frozen=True, kw_only=True):
         """Readable name of the model, such as "width 30 %, reconstructed + SFT"."""
         ratio = self.actual_ratio if self.target_ratio is None else self.target_ratio
         after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
-        return f"{self.method} {100 * ratio:.3g} %{after}"
+        return f"{UNPRUNED if self.method == 'none' else f'{self.method} {100 * ratio:.3g} %'}{after}"
 
 
 class Export(Part, frozen=True, kw_only=True):

@@ -77,6 +77,7 @@ class StepRecord(Part, frozen=True, kw_only=True):
     outputs: list[str] = []  # patterns of file names in `folder`
     model: str = ""  # folder of the model in `folder`; "" if the stage makes none
     evaluated: bool = True  # True if the model is evaluated
+    pruned: bool = True  # False for an unpruned model that is trained
     control: bool = False  # True for a control: an unpruned model, trained for comparison
     compared_with: str = ""  # folder of the control of a recovered model; "" if there is none
 
@@ -163,7 +164,9 @@ def read_unfinished(workdir: Path) -> Unfinished:
     if not teacher and not any(step.is_done(workdir) for step in steps):
         raise UserError(f"{workdir}: contains no run: run `vlmprune run` first")
     planned = [
-        step for step in steps if step.model and (step.control or (workdir / step.variant / "plan.json").is_file())
+        step
+        for step in steps
+        if step.model and (step.control or not step.pruned or (workdir / step.variant / "plan.json").is_file())
     ]
     models = [step for step in planned if (workdir / step.path).is_dir()]
     evaluations = {step.path: evaluations_of((workdir / step.path).parent, step.model) for step in models}
@@ -217,7 +220,8 @@ def make_result(
         if step.control:
             controls.append(Control(**entry))
         else:
-            runs.append(Run(**entry, **_of_plan(step, chain, records, workdir)))
+            known = _of_plan(step, chain, records, workdir) if step.pruned else _unpruned(teacher)
+            runs.append(Run(**entry, **known))
     return Result(sets=sets, teacher=unpruned_of(teacher), runs=runs, controls=controls, best="")
 
 
@@ -283,6 +287,21 @@ def _of_plan(
     }
 
 
+def _unpruned(teacher: Evaluations) -> dict[str, Any]:
+    """Return the fields of a pruned model's entry in `result.json`, for an unpruned model that was trained."""
+    parameters = unpruned_of(teacher).parameters
+    return {
+        "method": "none",
+        "criterion": "none",
+        "target_ratio": None,
+        "actual_ratio": 0.0,
+        "decoder_ratio": 0.0,
+        "parameters": parameters,
+        "plan": "",
+        "scores": [],
+    }
+
+
 def _missing(
     steps: Sequence[StepRecord], teacher: bool, left: Sequence[str], workdir: Path
 ) -> Iterator[tuple[str, str]]:
@@ -296,4 +315,5 @@ def _missing(
             yield f"{step.name}: {step.about}", step.stage
     if left and teacher:
         yield f"the scores of {', '.join(left)}", "evaluate"
-    yield "the export of the best model, its comparison, and all other unfinished stages", "run"
+    if steps or not teacher:
+        yield "the export of the best model, its comparison, and all other unfinished stages", "run"

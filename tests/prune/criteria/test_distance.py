@@ -19,7 +19,7 @@ from prune_cases import (
 from vlmprune_jax.export.pruning import make_plan
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import score
-from vlmprune_jax.prune.criteria.activations import _sums
+from vlmprune_jax.prune.activations import _sums
 from vlmprune_jax.prune.criteria.distance import cosine_distance
 
 

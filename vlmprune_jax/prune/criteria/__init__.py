@@ -1,8 +1,8 @@
 """Criteria that score layers, heads, neurons and experts, by name."""
 
+from vlmprune_jax.prune.activations import Blocks, Tokens
 from vlmprune_jax.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.prune.config import CRITERIA
-from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE

@@ -18,8 +18,8 @@ import numpy as np
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.models.context import WRITERS, BlockValues
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.activations import Blocks, Tokens
 from vlmprune_jax.prune.calibration import positive
-from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import reduce_inputs
 from vlmprune_jax.prune.criteria.weights import input_weights

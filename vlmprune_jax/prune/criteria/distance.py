@@ -14,8 +14,8 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.activations import Blocks, Tokens
 from vlmprune_jax.prune.calibration import positive
-from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 

@@ -26,8 +26,8 @@ from vlmprune_jax.models.params import Flat, flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params, encode, head_of
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
+from vlmprune_jax.prune.activations import batches_of
 from vlmprune_jax.prune.calibration import Arrays
-from vlmprune_jax.prune.criteria.activations import batches_of
 from vlmprune_jax.prune.criteria.groups import summed_axes
 
 CHUNK = 256  # positions whose float32 logits exist at once
