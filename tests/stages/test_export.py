@@ -14,10 +14,11 @@ from PIL import Image
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.settings import nested, override
+from vlmprune_jax.experiment.arguments import with_rounding
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants
-from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.read import load, read_config
 from vlmprune_jax.prune import prune_folder
 from vlmprune_jax.stages import pipeline
 from vlmprune_jax.stages.work import Work
@@ -170,6 +171,7 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq"]) == 0
     assert "export: unchanged, skipped" in capsys.readouterr().out
     assert main([*command, "--config.data.train=None", "--overwrite"]) == 0
+    assert "4-bit weights are rounded to the nearest integer, which loses more" in capsys.readouterr().out
     nearest = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert len(nearest) == len(compensated)
     assert nearest != compensated
@@ -181,6 +183,70 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
     said = "rounding='gptq' is an option of format 'compressed-tensors', not of 'huggingface'"
     assert said in capsys.readouterr().err
+
+
+EVALUATED = CONFIG.replace(
+    "    return",
+    """    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images, config.data.system = "{images}", ""
+    config.evaluate.batch_size, config.evaluate.max_new_tokens = 8, 2
+    config.prune.method, config.score.depth = "depth", "magnitude"
+    return""",
+)
+
+
+@pytest.mark.slow
+def test_a_quantised_export_is_evaluated(goldens, tmp_path, capsys):
+    """Its card has its own scores and those before rounding; without comparable evaluations, the latter alone."""
+    source = copy_llava(goldens, tmp_path / "teacher")
+    prune_folder(source, keep_layers(load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
+    shutil.copy(tmp_path / "w/pruned/plan.json", tmp_path / "w/plan.json")
+    ask = {"from": "human", "value": "<image>\nIs one here?"}
+    records = [
+        {"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": [ask, {"from": "gpt", "value": "yes"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "config.py").write_text(EVALUATED.format(root=tmp_path, images=goldens / "data/images"))
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    assert main(["evaluate", *flags]) == 0, capsys.readouterr().err
+
+    def rows(name, *options):
+        assert main(["export", *flags, f"--format={name}", *options]) == 0, capsys.readouterr().err
+        card = (tmp_path / f"w/export-{name}/README.md").read_text()
+        return re.findall(r"^\| ((?:before rounding: )?questions) \(", card, re.M), card
+
+    for name in ("q4_0", "w8a8"):
+        titles, card = rows(name)
+        assert titles == ["questions", "before rounding: questions"]
+        assert re.search(r"Quantisation moves the model's logits by at most \d", card)
+    answers = [(tmp_path / f"w/eval/{name}.answers.jsonl").read_text() for name in ("pruned", "export-q4_0")]
+    assert answers[0] != answers[1]
+    capsys.readouterr()
+    assert rows("q4_0")[0] == titles
+    assert "export q4_0: unchanged, skipped" in capsys.readouterr().out
+    assert rows("q4_0", "--config.export.evaluate=False")[0] == titles[1:]
+    assert rows("w8a8", "--config.evaluate.max_new_tokens=3")[0] == titles[1:]  # others than those of the model
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounding"),
+    [
+        ({}, "gptq"),
+        ({"data.train": None}, "nearest"),
+        ({"export.head_dim": 64}, "nearest"),
+        ({"recover.quantize": "w4a16"}, "nearest"),
+        ({"export.rounding": "nearest"}, "nearest"),
+        ({"export.quantize": "w8a16"}, None),
+    ],
+)
+def test_four_bits_are_rounded_by_gptq_if_it_can_be(goldens, changes, rounding):
+    values = {"data.train": "records.json", "export.quantize": "w4a16", **changes}
+    experiment = override(Experiment(), nested(Experiment(), values))
+    for name, expected in (("ckpt/llava_hf", rounding), ("families/qwen3_vl_moe/ckpt", rounding and "nearest")):
+        text = read_config(goldens / name)[1].text
+        resolved = with_rounding(experiment.export, experiment.data, experiment.recover, text)
+        assert resolved.rounding == expected
 
 
 def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):

@@ -67,7 +67,15 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 QWEN3_5_MOE = qwen3_vl_family(
     "qwen3_5_moe",
-    Decoder(_DECODER, "Qwen3_5MoeForConditionalGeneration", _from_hf, _to_hf, _weights, problem=hybrid_problem),
+    Decoder(
+        _DECODER,
+        "Qwen3_5MoeForConditionalGeneration",
+        _from_hf,
+        _to_hf,
+        _weights,
+        problem=hybrid_problem,
+        reads_quantised_experts=True,
+    ),
     _TEXT,
     deepstack=False,
     mtp=MTP,
