@@ -149,18 +149,23 @@ def get_config():
 """
 
 
+def write_questions(folder, count):
+    """Write the demo's teacher and questions about pictures of noise; return the teacher's folder."""
+    draw = np.random.default_rng(0)
+    records = []
+    for number in range(count):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "records.json").write_text(json.dumps(records))
+    return shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), folder / "teacher")
+
+
 @pytest.mark.slow
 def test_integers_by_command(tmp_path, capsys):
     """Rounded by gptq on records with images, those of `reconstruct`; nearest rounding asks for no records."""
-    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
+    source = write_questions(tmp_path, 4)
     prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
-    draw = np.random.default_rng(0)
-    records = []
-    for number in range(4):
-        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "config.py").write_text(QUANTISED.format(root=tmp_path))
     command = ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main([*command, "--config.export.rounding=gptq"]) == 0
@@ -188,26 +193,20 @@ def test_integers_by_command(tmp_path, capsys):
 EVALUATED = CONFIG.replace(
     "    return",
     """    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.images, config.data.system = "{images}", ""
+    config.data.images, config.data.system = "{root}", ""
     config.evaluate.batch_size, config.evaluate.max_new_tokens = 8, 2
-    config.prune.method, config.score.depth = "depth", "magnitude"
+    config.prune.method = "depth"
     return""",
 )
 
 
 @pytest.mark.slow
-def test_a_quantised_export_is_evaluated(goldens, tmp_path, capsys):
+def test_a_quantised_export_is_evaluated(tmp_path, capsys):
     """Its card has its own scores and those before rounding; without comparable evaluations, the latter alone."""
-    source = copy_llava(goldens, tmp_path / "teacher")
-    prune_folder(source, keep_layers(load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
+    source = write_questions(tmp_path, 16)
+    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
     shutil.copy(tmp_path / "w/pruned/plan.json", tmp_path / "w/plan.json")
-    ask = {"from": "human", "value": "<image>\nIs one here?"}
-    records = [
-        {"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": [ask, {"from": "gpt", "value": "yes"}]}
-        for i in range(8)
-    ]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "config.py").write_text(EVALUATED.format(root=tmp_path, images=goldens / "data/images"))
+    (tmp_path / "config.py").write_text(EVALUATED.format(root=tmp_path))
     flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main(["evaluate", *flags]) == 0, capsys.readouterr().err
 
@@ -235,7 +234,7 @@ def test_a_quantised_export_is_evaluated(goldens, tmp_path, capsys):
         ({}, "gptq"),
         ({"data.train": None}, "nearest"),
         ({"export.head_dim": 64}, "nearest"),
-        ({"recover.quantize": "w4a16"}, "nearest"),
+        ({"recover.quantize": "w4a16", "recover.trainable": "all"}, "nearest"),
         ({"export.rounding": "nearest"}, "nearest"),
         ({"export.quantize": "w8a16"}, None),
     ],

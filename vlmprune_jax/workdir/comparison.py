@@ -212,7 +212,7 @@ def rounded_rows(
     Speeds are left out, because they are those of the model before rounding. `run`: the model before rounding.
     """
     run = msgspec.structs.replace(run, speed=None)
-    before = [(f"before rounding: {title}", *cells) for title, *cells in benchmark_rows(run, teacher, sets)]
+    before = [(f"before rounding: {row[0]}", *row[1:]) for row in benchmark_rows(run, teacher, sets)]
     if rounded is None:
         return before
     control = run.evaluation.control
