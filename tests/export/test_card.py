@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+from importlib import resources
 
 import pytest
 from hf_cases import LLAMA, LLAVA, keep_layers, make_folder, prune
@@ -73,6 +75,21 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     )
     counts = [int(row.replace(",", "")) for row in rows]
     assert counts[-1] == before == sum(counts[:-1])
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_code_on_a_card_runs_inside_the_folder(tmp_path, monkeypatch, capsys, template):
+    """Nothing is replaced: it loads ".", asks about an image of its own, and prints the answer."""
+    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
+    save(load(source), tmp_path / "out", source_dir=source, dtype="float32")
+    if not template:
+        (source / "chat_template.jinja").unlink()
+        save(load(source), tmp_path / "out", source_dir=source, dtype="float32", overwrite=True)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.S)
+    assert ("apply_chat_template" in code) == template
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, {})
+    assert len(capsys.readouterr().out.split()) == template  # the demo answers in a word, if its template asks
 
 
 def test_a_card_shows_no_command_that_cannot_work(tmp_path):

@@ -284,7 +284,10 @@ def test_model_card_names_the_hub_model(llama, tmp_path):
     assert "\n# llama, reconstructed, recovered\n" in text
     assert "reconstructed by least squares, without training." in text
     assert "It was trained after pruning." in text
-    assert "\n## Evaluation\n\n| evaluation set | unpruned | this model | retained, % | 95 % interval |\n|---|" in text
+    assert (
+        "\n## Evaluation\n\n| evaluation set | unpruned | this model | retained, % | 95 % interval of retained |\n|---|"
+        in text
+    )
     assert "\n| a\\|b: accuracy in %, 40 questions | 80.00 | 76.00 | 95.00 | 92.1 to 97.0 |\n| text |" in text
     assert "\n\n## Loading\n" in text
 

@@ -128,6 +128,10 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
     assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"
     assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
+    assert "tried with vLLM 0.32: layers, heads and neurons; " in how_known(cfg, "vllm")
+    hybrid, experts = (read_config(goldens / "families" / name / "ckpt")[1] for name in ("qwen3_5", "qwen3_vl_moe"))
+    assert how_known(hybrid, "vllm").startswith("tried with vLLM 0.32: on CPUs with `--dtype bfloat16` only")
+    assert how_known(experts, "vllm").startswith("tried with vLLM 0.32")
     assert how_known(cfg, "openvino") == "tried with optimum-intel 2.2: layers and heads"  # no other cut was run
 
 

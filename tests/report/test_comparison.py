@@ -68,15 +68,16 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
 def test_the_table_of_terminal_and_page(tmp_path):
     """Groups of seeds have one row with their spread; what a person looks for comes first."""
     table = table_of(write_sweep(tmp_path), tmp_path)
-    first = ("model", "retained, %", "of control, %", "size, %", "decoding, x", "95 % interval", "seeds")
-    assert table.header[:7] == first  # nothing is tested without evaluations
+    first = ("model", "retained, %", "of control, %", "size, %", "decoding, x", "seeds")
+    assert table.header[:6] == first  # nothing is tested without evaluations
     assert len(table.rows) == 13
     assert table.rows[0][:4] == ("unpruned", "100.00", "", "100.0")
-    assert (table.rows[1][0], table.rows[1][2], table.rows[1][5:7]) == ("depth 10 %", "", ("", "1"))
-    assert (table.rows[2][0], table.rows[2][6]) == ("depth 10 %, SFT, 5 % of the data", "2")
-    assert 0 < float(table.rows[2][2]) < float(table.rows[2][1])  # the control is better than the unpruned model
-    low, high = map(float, table.rows[2][5].split(" to "))
-    assert low < high
+    assert (table.rows[1][0], table.rows[1][2], table.rows[1][5]) == ("depth 10 %", "", "1")
+    assert (table.rows[2][0], table.rows[2][5]) == ("depth 10 %, SFT, 5 % of the data", "2")
+    retained, low, high = map(float, re.fullmatch(r"(.*) \((.*) to (.*)\)", table.rows[2][1]).groups())
+    assert low < retained < high
+    assert 0 < float(table.rows[2][2]) < retained  # the control is better than the unpruned model
+    assert "(95 % intervals of retained in brackets)" in table.title
 
 
 def test_the_best_is_told_as_in_the_report_of_one_run(tmp_path):
@@ -100,9 +101,9 @@ def test_the_best_is_told_as_in_the_report_of_one_run(tmp_path):
     assert "depth 10 % has the highest retention: 100.00 % (95 % interval 99.0 to 100.5) on docs" in page
     assert "Its lead over 1 of 11 other models could be chance." in page
     table = table_of(read_sweep(tmp_path), tmp_path)
-    place, ends = map(table.header.index, ("against the best", "95 % interval"))
+    place, ends = map(table.header.index, ("against the best", "retained, %"))
     assert [row[place] for row in table.rows[1:]] == ["", "could be chance", *["worse"] * 10]
-    assert table.rows[2][ends] == "98.6 to 100.1"
+    assert table.rows[2][ends] == "99.58 (98.6 to 100.1)"
     assert 'class="best"' not in page
     scores = [1.0] * 140 + [0.0] * 160
     (path,) = (tmp_path / sweep.models[1].found.path).parent.glob("eval/*.json")

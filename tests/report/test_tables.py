@@ -35,7 +35,8 @@ def test_retention_beside_a_control(workdir):
         name="control-sft", recovery="sft", data_fraction=0.05, seconds=9.5, path="control/sft/recovered",
         evaluation=compare(evaluations, teacher),
     )  # fmt: skip
-    recovered = compare({"questions": evaluated(0.76)}, teacher, evaluations)
+    scored = replace(evaluated(0.76), retained_interval=(94, 96), control_interval=(78, 82))
+    recovered = compare({"questions": scored}, teacher, evaluations)
     runs = [replace(run, evaluation=recovered) if run.name == "depth-sft" else run for run in result.runs]
     result = replace(result, controls=[control], runs=runs)
     write_artefact(workdir / "result.json", result)
@@ -44,8 +45,10 @@ def test_retention_beside_a_control(workdir):
     cells = {row[0]: (row[1], row[place]) for row in table.rows}
     assert cells["unpruned"] == ("100.00", "")
     assert cells["unpruned, SFT"] == ("118.75", "")
-    assert cells["depth 30 %, SFT"] == ("95.00", "80.00")
-    assert "retains 80.00 % of the score of the unpruned model after the same recovery, and 95.00 % of the" in lead(
+    assert cells["depth 30 %, SFT"] == ("95.00 (94.0 to 96.0)", "80.00 (78.0 to 82.0)")
+    assert table.title.endswith(" (95 % intervals of retained in brackets)")
+    said = "retains 80.00 % (95 % interval 78.0 to 82.0) of the score of the unpruned model after the same recovery"
+    assert f"{said}, and 95.00 % (95 % interval 94.0 to 96.0) of the unpruned score (accuracy 76.00 % on" in lead(
         result
     )
     assert ("of control", "80.00 %") in key_numbers(result)

@@ -14,12 +14,14 @@ from PIL import Image
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.settings import nested, override
+from vlmprune_jax.experiment.arguments import with_rounding
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants
 from vlmprune_jax.export.pruning import prune_folder
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.stages import pipeline
+from vlmprune_jax.hf.read import load, read_config
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.stages import evaluate, pipeline
 from vlmprune_jax.stages.work import Work
 
 CONFIG = """
@@ -148,18 +150,23 @@ def get_config():
 """
 
 
+def write_questions(folder, count):
+    """Write the demo's teacher and questions about pictures of noise; return the teacher's folder."""
+    draw = np.random.default_rng(0)
+    records = []
+    for number in range(count):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "records.json").write_text(json.dumps(records))
+    return shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), folder / "teacher")
+
+
 @pytest.mark.slow
 def test_integers_by_command(tmp_path, capsys):
     """Rounded by gptq on records with images, those of `reconstruct`; nearest rounding asks for no records."""
-    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
+    source = write_questions(tmp_path, 4)
     prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
-    draw = np.random.default_rng(0)
-    records = []
-    for number in range(4):
-        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "config.py").write_text(QUANTISED.format(root=tmp_path))
     command = ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main([*command, "--config.export.rounding=gptq"]) == 0
@@ -170,6 +177,7 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq"]) == 0
     assert "export: unchanged, skipped" in capsys.readouterr().out
     assert main([*command, "--config.data.train=None", "--overwrite"]) == 0
+    assert "4-bit weights are rounded to the nearest integer, which loses more" in capsys.readouterr().out
     nearest = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert len(nearest) == len(compensated)
     assert nearest != compensated
@@ -181,6 +189,68 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
     said = "rounding='gptq' is an option of format 'compressed-tensors', not of 'huggingface'"
     assert said in capsys.readouterr().err
+
+
+EVALUATED = CONFIG.replace(
+    "    return",
+    """    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images, config.data.system = "{root}", ""
+    config.evaluate.batch_size, config.evaluate.max_new_tokens = 8, 2
+    config.prune.method = "depth"
+    return""",
+)
+
+
+@pytest.mark.slow
+def test_a_quantised_export_is_evaluated(tmp_path, capsys, monkeypatch):
+    """Its card has its own scores and those before rounding; without comparable evaluations, the latter alone."""
+    source = write_questions(tmp_path, 16)
+    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
+    shutil.copy(tmp_path / "w/pruned/plan.json", tmp_path / "w/plan.json")
+    (tmp_path / "config.py").write_text(EVALUATED.format(root=tmp_path))
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    assert main(["evaluate", *flags]) == 0, capsys.readouterr().err
+    ask, asked, pruned = evaluate.ask, [], load(tmp_path / "w/pruned")
+    monkeypatch.setattr(
+        evaluate, "ask", lambda model, *args, **options: asked.append(model) or ask(model, *args, **options)
+    )
+
+    def rows(name, *options):
+        assert main(["export", *flags, f"--format={name}", *options]) == 0, capsys.readouterr().err
+        card = (tmp_path / f"w/export-{name}/README.md").read_text()
+        return re.findall(r"^\| ((?:before rounding: )?questions) \(", card, re.M), card
+
+    for name in ("q4_0", "w8a8"):
+        titles, card = rows(name)
+        assert titles == ["questions", "before rounding: questions"]
+        assert re.search(r"Quantisation moves the model's logits by at most \d", card)
+    before, *rounded = (flatten(model.params)["text/layers/0/mlp/up_proj/weight"] for model in (pruned, *asked[-2:]))
+    assert all(0 < np.abs(before - after).max() < 0.2 * np.abs(before).max() for after in rounded)
+    capsys.readouterr()
+    assert rows("q4_0")[0] == titles
+    assert "export q4_0: unchanged, skipped" in capsys.readouterr().out
+    assert rows("q4_0", "--config.export.evaluate=False")[0] == titles[1:]
+    assert rows("w8a8", "--config.evaluate.max_new_tokens=3")[0] == titles[1:]  # others than those of the model
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounding"),
+    [
+        ({}, "gptq"),
+        ({"data.train": None}, "nearest"),
+        ({"export.head_dim": 64}, "nearest"),
+        ({"recover.quantize": "w4a16", "recover.trainable": "all"}, "nearest"),
+        ({"export.rounding": "nearest"}, "nearest"),
+        ({"export.quantize": "w8a16"}, None),
+    ],
+)
+def test_four_bits_are_rounded_by_gptq_if_it_can_be(goldens, changes, rounding):
+    values = {"data.train": "records.json", "export.quantize": "w4a16", **changes}
+    experiment = override(Experiment(), nested(Experiment(), values))
+    for name, expected in (("ckpt/llava_hf", rounding), ("families/qwen3_vl_moe/ckpt", rounding and "nearest")):
+        text = read_config(goldens / name)[1].text
+        resolved = with_rounding(experiment.export, experiment.data, experiment.recover, text)
+        assert resolved.rounding == expected
 
 
 def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):

@@ -10,7 +10,15 @@ from report_cases import EXPORT, FACTS, result_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import benchmark_rows, best_run, compare, compare_again, describe_sets, unpruned_of
+from vlmprune_jax.workdir.comparison import (
+    benchmark_rows,
+    best_run,
+    compare,
+    compare_again,
+    describe_sets,
+    rounded_rows,
+    unpruned_of,
+)
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.workdir.result import Run, read_result
 
@@ -71,6 +79,26 @@ def test_a_recovered_run_beside_its_control():
     assert [row[1:] for row in rows] == [
         ("80.00", "72.00", "90.00", "85.0 to 95.0"),
         ("90.00", "72.00", "80.00", "75.0 to 85.0"),
+    ]
+
+
+def test_rows_of_a_quantised_export():
+    """Its own scores and intervals, then those before rounding; speeds are of the model before rounding."""
+    teacher, control = found(questions=0.8), found(questions=0.9)
+    entry = Run(**FACTS, name="depth", evaluation=compare(found(questions=0.72), teacher, control))
+    rounded = found(questions=0.6)
+    rounded["questions"] = replace(rounded["questions"], retained_interval=(70, 80), control_interval=(60, 70))
+    sets, unpruned = describe_sets(teacher), unpruned_of(teacher)
+    titles = [row[0] for row in benchmark_rows(entry, unpruned, sets)]
+    before = [
+        (f"before rounding: {title}", *cells[1:])
+        for title, cells in zip(titles, benchmark_rows(entry, unpruned, sets), strict=True)
+    ]
+    assert rounded_rows(entry, unpruned, sets, None) == before
+    assert rounded_rows(entry, unpruned, sets, rounded) == [
+        (titles[0], "80.00", "60.00", "75.00", "70.0 to 80.0"),
+        (titles[1], "90.00", "60.00", "66.67", "60.0 to 70.0"),
+        *before,
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import settings_of
@@ -18,6 +19,7 @@ from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.export.config import CardOptions, ExportSpec
 from vlmprune_jax.export.formats import FORMATS, quantizations
+from vlmprune_jax.families.experts import has_experts
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
@@ -50,6 +52,19 @@ def export_options(spec: ExportSpec) -> dict[str, Any]:
     """Return the keyword arguments of `save` for an export: its settings and `export.options`."""
     others = ("format", "options", "max_image_tokens", *CardOptions.__dataclass_fields__)
     return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
+
+
+def with_rounding(spec: ExportSpec, data: DataSpec, recover: RecoverConfig, text: TextConfig) -> ExportSpec:
+    """Return the export's settings, for 4-bit weights with the rounding that `rounding=None` stands for.
+
+    GPTQ needs training records, and rounds neither experts nor the zeros of padded layers. A model whose training
+    simulated rounding to the nearest (`recover.quantize`) is rounded so.
+    """
+    if spec.quantize != "w4a16" or spec.rounding is not None:
+        return spec
+    padded, simulated = spec.uneven == "pad" or spec.head_dim, recover.quantize != "none"
+    nearest = data.train is None or padded or simulated or has_experts(text)
+    return dataclasses.replace(spec, rounding="nearest" if nearest else "gptq")
 
 
 def export_in(spec: ExportSpec, name: str, explicit: Collection[str] = ()) -> ExportSpec:

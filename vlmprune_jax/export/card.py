@@ -29,6 +29,7 @@ _STEPS = {
     "trained": "It was trained and not pruned.",
 }
 _MAX_LANGUAGES = 100
+_LOADING = "\n## Loading\n\n"
 _DECODED = "CompressedTensorsConfig"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
@@ -110,11 +111,21 @@ Made from {code(name)} by vlmprune-jax{_PRUNED if plan else ""}.\
 {table}
 
 {layers}
-{_benchmarks(benchmarks)}
-## Loading
-
-{loading}
+{_evaluation(benchmarks)}{_LOADING}{loading}
 """
+    _write(folder, card)
+
+
+def add_evaluation(folder: Path, rows: Sequence[Sequence[str]], remark: str) -> None:
+    """Add the section "Evaluation" to the model card of an export that was evaluated after it was written.
+
+    `rows`: see `save`; () for the `remark` alone.
+    """
+    card = read_text(folder / "README.md", MAX_JSON_BYTES)
+    _write(folder, card.replace(_LOADING, _evaluation(rows, remark) + _LOADING, 1))
+
+
+def _write(folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
@@ -152,17 +163,20 @@ def _table(cfg: ModelConfig, plan: PlanJson | None) -> str:
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
 
 
-def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
-    """Return the model card's section "Evaluation"; "" without benchmark results."""
-    if not rows:
+def _evaluation(rows: Sequence[Sequence[str]], remark: str = "") -> str:
+    """Return the model card's section "Evaluation"; "" without benchmark results and remark."""
+    if not (rows or remark):
         return ""
-    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
-    header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
-    note = (
-        "Retained: share of the unpruned model's score on the same questions. Intervals cover other questions of the "
-        "same type; they do not cover other data or training runs."
-    )
-    return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
+    notes = [remark] if remark else []
+    if rows:
+        lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
+        title = "| evaluation set | unpruned | this model | retained, % | 95 % interval of retained |"
+        retained = (
+            "Retained: share of the unpruned model's score on the same questions. Intervals cover other questions of "
+            "the same type; they do not cover other data or training runs."
+        )
+        notes = ["\n".join([title, "|---|---|---|---|---|", *lines]), *notes, retained]
+    return "\n\n".join(["\n## Evaluation", *notes]) + "\n"
 
 
 def _shapes(layers: tuple[Layer, ...]) -> str:
@@ -176,21 +190,28 @@ def loading_lines(folder: Path) -> list[str]:
     """Return the lines on how to load an exported folder, from its model card: code with paths, or a sentence."""
     path = folder / "README.md"
     card = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
-    section = card.partition("\n## Loading\n\n")[2]
+    section = card.partition(_LOADING)[2]
     if not section.startswith("```"):
         return section.split("\n\n")[0].split("\n")
     code = section.split("\n```")[0].split("\n")[1:]
-    code = [line.replace('"FOLDER"', json.dumps(str(folder))) for line in code if line]
+    code = [line.replace('from_pretrained("."', f"from_pretrained({json.dumps(str(folder))}") for line in code if line]
     return [
         " ".join(str(folder / word) if (folder / word).is_file() else word for word in line.split()) for line in code
     ]
 
 
-def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    """Return the model card's section "Loading" for a Hugging Face folder."""
+def loading_of(
+    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], unreadable: str | None = None
+) -> str:
+    """Return the model card's section "Loading" for a Hugging Face folder.
+
+    `unreadable`: why transformers cannot read how the weights are stored; None if it can.
+    """
     paragraphs = []
     if written.layout == cfg.layout != "transformers":
         paragraphs.append(_hub_loading(written, config))
+    elif unreadable is not None:
+        paragraphs.append(f"PyTorch cannot load this folder: {unreadable}.")
     else:
         paragraphs.append(_transformers_loading(folder, written, config))
     if written.layout != cfg.layout:
@@ -225,12 +246,14 @@ def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, 
     if loader is not None:
         name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    reader = "AutoProcessor" if processor else "AutoTokenizer" if written.vision is None else ""
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     decoded = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
-    names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
+    names = ", ".join(filter(None, [reader, name, _DECODED if decoded else ""]))
     trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
-    lines = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
-    lines += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+    lines = ["from PIL import Image"] if processor else []
+    lines += [f"from transformers import {names}", "", f'model = {name}.from_pretrained("."{trust})']
+    lines += _generation(folder, processor) if reader else []
     snippet = "\n".join(["```python", *lines, "```"])
     if loader is None:
         return snippet
@@ -240,6 +263,41 @@ def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, 
         f"`trust_remote_code=True` runs `{LOADER_FILE}` from this folder, which cuts the layers of the stock "
         'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
     )
+
+
+def _generation(folder: Path, processor: bool) -> list[str]:
+    """Return the lines of Python code that answer a question with the loaded `model`, or continue a text."""
+    if not processor:
+        return [
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            'inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
+            "output = model.generate(**inputs, max_new_tokens=20)",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    question, chat = (
+        "What is in the image?",
+        [
+            'content = [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]',
+            'chat = [{"role": "user", "content": content}]',
+            "prompt = processor.apply_chat_template(chat, add_generation_prompt=True)",
+        ],
+    )
+    if not _has_template(folder):
+        chat = [f'prompt = f"{{processor.image_token}}\\n{question}"']
+    return [
+        'processor = AutoProcessor.from_pretrained(".")',
+        'image = Image.new("RGB", (336, 336), "blue")  # or Image.open("image.png")',
+        *chat,
+        'inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)',
+        "output = model.generate(**inputs, max_new_tokens=20)",
+        'print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _has_template(folder: Path) -> bool:
+    configs = [folder / f"{name}_config.json" for name in ("tokenizer", "processor")]
+    known = (read_json(path, dict[str, Any], todo="move it away") for path in configs if path.is_file())
+    return any(folder.glob("chat_template*")) or any("chat_template" in config for config in known)
 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:

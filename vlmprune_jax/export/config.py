@@ -26,6 +26,11 @@ class _FormatName:
 class CardOptions:
     """Settings of the model card and of the upload to the hub, shared by all export formats."""
 
+    evaluate: bool = export_setting(
+        True,
+        "Evaluate a quantised export on the evaluation sets of the run, for its model card (False: the card gives the "
+        "scores before rounding).",
+    )
     base_model: str | None = export_setting(
         None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is a hub id)."
     )

@@ -24,7 +24,8 @@ from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.experts import MERGED_EXPERTS, has_experts, with_separate_experts
+from vlmprune_jax.families.decoders import decoder_of
+from vlmprune_jax.families.experts import has_experts, with_separate_experts
 from vlmprune_jax.families.limits import how_known, why_not_in_transformers
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -75,8 +76,20 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
     return Contents(
         [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
         write,
-        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config) + _engines(target.cfg, storage, origin),
+        lambda folder: (
+            loading_of(folder, model.cfg, target.cfg, target.config, _unreadable(target.cfg, storage))
+            + _engines(target.cfg, storage, origin)
+        ),
     )
+
+
+def _unreadable(cfg: ModelConfig, storage: Storage | None) -> str | None:
+    """Return why transformers cannot read a quantised checkpoint; None if it can."""
+    if not (isinstance(storage, CompressedTensors) and has_experts(cfg.text)):
+        return None
+    if decoder_of(cfg.text.decoder).reads_quantised_experts and not storage.activations:
+        return None
+    return "transformers 5.24 does not read quantised experts, and leaves them random without an error"
 
 
 def _engines(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
@@ -237,20 +250,21 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
+    sentences.append(f"The weights were rounded {storage.rounding}.")
+    if storage.bits == 4 and storage.rounding == CompressedTensors.rounding:
+        sentences.append("With 4 bits, this usually loses more than GPTQ.")
     tried = storage.symmetric and (storage.bits == 4 or storage.activations)
     loads = why_not_in_transformers(cfg, loader=not cfg.text.uniform) is None
     if loads and not has_experts(cfg.text):
         sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
             "model is smaller on disk but not in memory. vLLM 0.32 loads "
-            f"them ({'tried on a CPU' if tried else 'on GPUs, by its code'})."
+            f"them ({'tried on a CPU, not with `--dtype float32`' if tried else 'on GPUs, by its code'})."
         )
     if has_experts(cfg.text):
-        reads = cfg.text.decoder in MERGED_EXPERTS and not storage.activations
-        sentences.append(
-            "Every expert has matrices of its own, as vLLM reads them (by its code; not tried). "
-            f"Transformers 5.24 {f'computes them in {dtype}' if reads else 'does not read them'}."
-        )
+        sentences.append("Every expert has matrices of its own, as vLLM reads them (by its code; not tried).")
+        if _unreadable(cfg, storage) is None:
+            sentences.append(f"Transformers 5.24 computes them in {dtype}.")
     left = [slot.key for slot in matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
         names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.core.files import Finite
@@ -56,11 +56,16 @@ class Contents:
 
 
 class Comparison(TypedDict):
-    """Result of comparing the logits of a written model with those of the model in memory."""
+    """Result of comparing the logits of a written model with those of the model in memory.
+
+    `moved_by_rounding`: largest logit difference between the model with rounded weights, with which a quantised export
+    is compared, and the model in memory.
+    """
 
     backend: str
     max_abs_logit_difference: Finite
     tolerance: Finite
+    moved_by_rounding: NotRequired[Finite]
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Format:
       prepare: (model, origin, options) -> `Contents`; raises UserError for a model that the format cannot hold.
       check: (model, folder, origin, options) -> `Comparison` of written folder and model; raises UserError if they
       differ.
+      read: (folder, exported model, options) -> model with the weights of a quantised export, to evaluate it; None if
+        `load` reads the folder.
       library: `library_name` of the model card.
       calibration: options -> the `Calibration` that these options need, or None.
       extends: name of a format that switches to this one for a quantisation that only this format has, or for a storage
@@ -109,6 +116,7 @@ class Format:
     options: type
     prepare: Callable[[Model, Origin, Any], Contents]
     check: Callable[[Model, Path, Origin, Any], Comparison]
+    read: Callable[[Path, Model, Any], Model] | None = None
     library: str = "transformers"
     calibration: Callable[[Any], Calibration | None] = lambda options: None
     extends: str | None = None

@@ -89,9 +89,18 @@ def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> C
     )
 
 
+def read(folder: Path, model: Model, options: GgufOptions) -> Model:
+    """Read written GGUF files as a float32 model, on the devices of the exported model."""
+    from vlmprune_jax.export.gguf_check import on_devices, read_gguf
+    from vlmprune_jax.models.placement import mesh_of
+
+    written, _ = read_gguf(folder, model.cfg, options.uneven, options.rolled_positions)
+    return on_devices(written, mesh_of(model.params))
+
+
 def calibration(options: GgufOptions) -> Calibration | None:
     """Return the calibration statistic that `imatrix=True` needs; None without it."""
     return Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None
 
 
-GGUF = Format(GgufOptions, prepare, check, library="gguf", calibration=calibration)
+GGUF = Format(GgufOptions, prepare, check, read, library="gguf", calibration=calibration)

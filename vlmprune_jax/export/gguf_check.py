@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -19,6 +20,7 @@ from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.core.processes import on_process_zero
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import gather_to_host
+from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.gguf_model import copy_of, spelled, under_names
@@ -30,7 +32,7 @@ from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.layout import by_key, make_slots, stacked
 from vlmprune_jax.hf.read import resolve
-from vlmprune_jax.models.params import unflatten
+from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.vlm import Model, forward
 
 # Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
@@ -105,6 +107,7 @@ def _compare(
     written, kinds = read()
     actual = np.asarray(forward(written, **inputs)[0])
     kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
+    quantised = kind[0] == "Q"
     difference, largest = float(np.abs(actual - expected).max()), float(np.abs(expected).max())
     tolerance = max(TOLERANCE, _ROUNDING[kind] * largest)
     if not difference <= tolerance:
@@ -114,8 +117,12 @@ def _compare(
             "do not use these files, and report the error with the model's config.json"
         )
     if importlib.util.find_spec(WHEEL) is None:
-        return {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
-    return _in_llama(written, _decoder(folder), source, _PLAIN_TOLERANCE if kind[0] != "Q" else _QUANTISED_TOLERANCE)
+        comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+    else:
+        comparison = _in_llama(
+            written, _decoder(folder), source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
+        )
+    return {**comparison, "moved_by_rounding": difference} if quantised else comparison
 
 
 def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
@@ -209,3 +216,15 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
             arrays.append((slot, array))
     flat = stacked(arrays, np.stack)
     return Model(unflatten(flat), wide), {tensor.tensor_type.name for tensor in tensors.values()}
+
+
+def on_devices(model: Model, mesh: Mesh | None) -> Model:
+    """Move parameters that every process has on its host to the devices, split over the mesh if there is one."""
+    axes, flat = param_axes(model.cfg), flatten(model.params)
+    for path, array in flat.items():
+        if mesh is None:
+            flat[path] = jax.device_put(array)
+        else:
+            split = sharding(mesh, axes[path], array.shape)
+            flat[path] = jax.make_array_from_callback(array.shape, split, array.__getitem__)
+    return model.replace(params=unflatten(flat))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class Rounded(CompressedTensors):
     """Quantised storage format whose integer codes GPTQ computed."""
 
     codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    rounding: ClassVar[str] = "by GPTQ on calibration records"
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the quantised tensors that GPTQ computed for the weight called `name`; `values` are not used.

@@ -34,10 +34,11 @@ class IntegerOptions(FolderOptions):
         least=1,
     )
     symmetric: bool = export_setting(True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).")
-    rounding: str = export_setting(
-        "nearest",
+    rounding: str | None = export_setting(
+        None,
         'Rounding of weights to integers: to the nearest ("nearest"), or by GPTQ, which minimises the error on the '
-        'calibration records of `reconstruct` ("gptq").',
+        'calibration records of `reconstruct` ("gptq"). None = "gptq" for w4a16 if `data.train` is set and GPTQ '
+        'supports the model, otherwise "nearest".',
         choices=ROUNDINGS,
     )
 

@@ -47,13 +47,15 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
 
     The folder is reloaded in PyTorch if torch is installed and stock transformers has the model's class, else in JAX.
     If weights were written in a narrower dtype or quantised, the reference is the model with weights rounded in the
-    same way. Every process must call this function; process 0 alone reloads in PyTorch.
+    same way; for quantised weights, `moved_by_rounding` compares the reference with the model. Every process must call
+    this function; process 0 alone reloads in PyTorch.
 
     `vision_dir` is the folder of the vision tower, for an original-layout LLaVA whose folder lacks it.
 
     Raises UserError if the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
+    moved, words = None, model.cfg.text.vocab_size
     config = read_fields(folder / "config.json")
     stock = detect(config, str(folder)).stock
     start = None if stock is None or stock.image_start is None else config.get(*stock.image_start)
@@ -63,9 +65,14 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         renamed = _renamed_images(inputs, model.cfg, folder, tower)
         if Checkpoint(folder).storage is None:
             written = _as_written(model, folder, tower)
+            expected = _logits(written, inputs, words)
         else:  # a storage may round as much as it needs
+            in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
+            unrounded = _logits(in_float32, inputs, words)
+            del in_float32
             written, inputs = _reloaded(model, folder, tower), renamed
-        expected = gather_to_host(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
+            expected = _logits(written, inputs, words)
+            moved = float(np.abs(expected - unrounded).max())
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             gaps = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
@@ -84,7 +91,13 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
             f"{folder}: after reloading in {backend}, logits differ from the model's by {difference:.2g} (tolerance "
             f"{allowed:.2g}): do not use this folder, and report the error with its config.json"
         )
-    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
+    comparison: Comparison = {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
+    return comparison if moved is None else {**comparison, "moved_by_rounding": moved}
+
+
+def _logits(model: Model, inputs: dict[str, Any], words: int) -> np.ndarray:
+    """Return the logits of the first `words` tokens of the vocabulary, float32[rows, tokens, words], on the host."""
+    return gather_to_host(forward(model, **inputs)[0])[..., :words]
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:

@@ -14,8 +14,6 @@ from vlmprune_jax.families.llama_like import llama_like_weights
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
 from vlmprune_jax.families.table import Family, JsonDict, Weight, checked_table
 
-# Decoders whose quantised experts transformers 5.24 decodes and merges on loading (tried with w8a16).
-MERGED_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
 _COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one that transformers 5 writes
 
 

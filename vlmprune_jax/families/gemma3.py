@@ -241,6 +241,6 @@ GEMMA3 = Family(
     ),
     stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
     runs_in=("vllm", "mlx", "openvino"),
-    tried={"vllm": f"layers and heads; {CAUSAL}", "mlx": "images differ", "openvino": "layers and heads"},
+    tried={"vllm": f"layers, heads and neurons; {CAUSAL}", "mlx": "images differ", "openvino": "layers and heads"},
     engine_problem=_engine_problem,
 )

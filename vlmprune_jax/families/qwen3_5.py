@@ -122,4 +122,5 @@ QWEN3_5 = qwen3_vl_family(
     ids=IDS,
     vllm_tpu="",
     runs_in=("vllm",),
+    tried={"vllm": "on CPUs with `--dtype bfloat16` only"},
 )

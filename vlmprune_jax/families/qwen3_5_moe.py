@@ -76,6 +76,7 @@ QWEN3_5_MOE = qwen3_vl_family(
         _weights,
         gguf=(gguf.QWEN35MOE,),
         problem=hybrid_problem,
+        reads_quantised_experts=True,
     ),
     _TEXT,
     deepstack=False,

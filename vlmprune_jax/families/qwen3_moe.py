@@ -53,5 +53,6 @@ QWEN3_MOE = decoder_family(
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",
         problem=experts_problem,
+        reads_quantised_experts=True,
     )
 )

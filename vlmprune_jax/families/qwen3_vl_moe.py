@@ -65,4 +65,5 @@ QWEN3_VL_MOE = qwen3_vl_family(
         problem=_problem,
     ),
     _TEXT,
+    tried={"vllm": ""},
 )

@@ -65,6 +65,9 @@ class Decoder:
     gguf: tuple[Architecture, ...] = ()
     """llama.cpp architectures that compute the decoder, in order of preference."""
 
+    reads_quantised_experts: bool = False
+    """True if transformers 5.24 decodes and merges quantised experts on loading (tried with w8a16)."""
+
     derives_head_dim: tuple[str, ...] = ()
     """Engines (of `core.limits.ENGINES`) that compute head_dim as hidden_size / heads, whatever config.json says."""
 

@@ -133,6 +133,11 @@ def _export(result: Result) -> Section:
         f"Exported: {result.export.path} ({result.labels[result.best]}), reloaded and compared: largest difference of "
         f"any logit {result.export.max_abs_logit_difference:.2g}."
     )
+    if result.export.moved_by_rounding is not None:
+        note += (
+            " All scores on this page are of the model before rounding, which moves its logits by at most "
+            f"{result.export.moved_by_rounding:.2g}: the model card of the export has the scores after it."
+        )
     return Section("Export", notes=(note,))
 
 

@@ -9,7 +9,7 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.report.comparison_plots import Cost, titles_of
 from vlmprune_jax.report.page import Table
-from vlmprune_jax.report.tables import OF_CONTROL
+from vlmprune_jax.report.tables import IN_BRACKETS, OF_CONTROL
 from vlmprune_jax.workdir.comparison import show_interval
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, UnprunedModel, unpruned_key
 
@@ -48,11 +48,10 @@ def models_table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[
         rows.append(
             {
                 "model": titles[group.name],
-                "retained, %": "" if group.retained is None else f"{group.retained[0]:.2f}",
+                "retained, %": _retained(group),
                 OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
                 "size, %": f"{100 * group.mean('parameters') / before:.1f}",
                 "decoding, x": "" if (speed := speedup_of(group, DECODE)) is None else speed.show(interval=False),
-                "95 % interval": interval_of(group),
                 "against the best": verdicts.get(group.name, ""),
                 "seeds": f"{len(group.models)}",
                 "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
@@ -70,7 +69,14 @@ def models_table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[
     smallest = ("size, %", "parameters", "MiB", "GFLOPs", "seconds", *lower)
     first = len({"model", "retained, %", OF_CONTROL, "size, %", "decoding, x"} & {*header})
     cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
-    return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)
+    title = f"{len(groups)} models, means over seeds{IN_BRACKETS if any(map(interval_of, groups)) else ''}"
+    return Table(title, tuple(header), cells, first=first, ascending=smallest)
+
+
+def _retained(group: Group) -> str:
+    """Return a group's mean retention as text, with its interval."""
+    ends = interval_of(group)
+    return "" if group.retained is None else f"{group.retained[0]:.2f}" + (ends and f" ({ends})")
 
 
 def unpruned_names(sweep: SweepResult) -> dict[str, str]:

@@ -12,6 +12,7 @@ from vlmprune_jax.workdir.evaluation import Group
 from vlmprune_jax.workdir.result import OfControl, Result, Run, RunEvaluation, Set, Unpruned
 
 SIZE, DECODE, PROMPT, OF_CONTROL = "size, %", "decoding, x", "prompt, x", "of control, %"
+IN_BRACKETS = " (95 % intervals of retained in brackets)"
 SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 
 
@@ -29,9 +30,12 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     columns = [(name, cells) for name, cells in columns if any(cells)]
     order = ["model", "retained, %", OF_CONTROL, SIZE, _score_label(sets)]
     columns.sort(key=lambda column: order.index(column[0]) if column[0] in order else len(order))
+    has_intervals = any(run.evaluation.retained_interval for run in result.runs)
     rows = tuple(zip(*(cells for _, cells in columns), strict=True))
     lower = tuple(metric.main for metric in sets.values() if not metric.higher_is_better)
-    what = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
+    what = "Models"
+    if len(sets) == 1:
+        what += f" on {next(iter(sets.values())).size}{IN_BRACKETS if has_intervals else ''}"
     header = tuple(name for name, _ in columns)
     summary = Table(what, header, rows, first=len({*order} & {*header}), ascending=(*SMALLEST_FIRST, *lower))
     if len(sets) == 1:
@@ -46,10 +50,9 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
         for run in result.runs
         if run.evaluation.control is not None
     ]
-    has_intervals = any(run.evaluation.retained_interval for run in result.runs)
     smallest = tuple(name for name, metric in sets.items() if not metric.higher_is_better)
     titles = ", ".join(f"{name}: {metric.label}" for name, metric in sets.items())
-    title = f"Retained of each, in %{', and 95 % intervals' if has_intervals else ''}"
+    title = f"Retained of each, in %{IN_BRACKETS if has_intervals else ''}"
     return [
         summary,
         Table(titles, ("model", *sets), tuple(scores), ascending=smallest),
@@ -58,23 +61,21 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
 
 
 def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield table columns of retention: with interval for one evaluation set, averages for several."""
-    models = [entry.evaluation for entry in result.entries]
-    yield "retained, %", [percent(value) for value in (100.0, *(model.mean_of_ratios for model in models))]
+    """Yield table columns of retention and score: with intervals for one evaluation set, averages for several."""
+    models, sets = [entry.evaluation for entry in result.entries], result.sets
     controls = [model.control for model in models]
-    yield OF_CONTROL, ["", *("" if control is None else percent(control.mean_of_ratios) for control in controls)]
-    if len(result.sets) > 1:
-        yield (
-            _score_label(result.sets),
-            [percent(value) for value in (100.0, *(model.paper_average for model in models))],
-        )
-        return
-    [(name, metric)] = result.sets.items()
-    scores = [metric.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
-    yield "95 % interval", ["", *(interval(model, name) for model in models)]
-    if any(controls):
-        yield "of control, 95 %", ["", *("" if control is None else interval(control, name) for control in controls)]
-    yield _score_label(result.sets), scores
+    if len(sets) > 1:
+        kept = [percent(model.mean_of_ratios) for model in models]
+        of_control = ["" if control is None else percent(control.mean_of_ratios) for control in controls]
+        scores = [percent(value) for value in (100.0, *(model.paper_average for model in models))]
+    else:
+        [(name, metric)] = sets.items()
+        kept = [_kept(model, name) for model in models]
+        of_control = ["" if control is None else _kept(control, name) for control in controls]
+        scores = [metric.show(model.evaluation.main(name, sets), unit=False) for _, model in result.models]
+    yield "retained, %", [percent(100.0), *kept]
+    yield OF_CONTROL, ["", *of_control]
+    yield _score_label(sets), scores
 
 
 def _score_label(sets: Mapping[str, Set]) -> str:
@@ -169,19 +170,25 @@ def parameter_note(teacher: Unpruned) -> str:
 
 
 def _scores(run: Run, result: Result) -> str:
-    sets, kept = result.sets, percent(run.evaluation.mean_of_ratios)
-    share = f"retains {kept} % of the unpruned score" if kept else "retains an unknown share of the score"
+    sets, kept = result.sets, _share(run.evaluation, result.sets)
+    share = f"retains {kept} of the unpruned score" if kept else "retains an unknown share of the score"
     control = run.evaluation.control
     if control is not None and control.mean_of_ratios is not None:
-        alike = f"{percent(control.mean_of_ratios)} % of the score of the unpruned model after the same recovery"
-        share = f"retains {alike}, and {kept} % of the unpruned score"
+        alike = f"{_share(control, sets)} of the score of the unpruned model after the same recovery"
+        share = f"retains {alike}, and {kept} of the unpruned score"
     if len(sets) > 1:
         return f"{share} {over(sets)}"
-    [(name, metric)] = sets.items()
-    ends = interval(run.evaluation, name)
-    ours, theirs = (metric.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
-    scores = f"{metric.main} {ours} on {metric.size}, unpruned {theirs}"
-    return f"{share} ({scores}{f', 95 % interval {ends}' if ends else ''})"
+    [metric] = sets.values()
+    ours, theirs = (metric.show(model.evaluation.main(name, sets)) for name in sets for model in (run, result.teacher))
+    return f"{share} ({metric.main} {ours} on {metric.size}, unpruned {theirs})"
+
+
+def _share(evaluation: RunEvaluation | OfControl, sets: Mapping[str, Set]) -> str:
+    """Return the mean retention as text, for one evaluation set with its interval; "" if unknown."""
+    kept, ends = percent(evaluation.mean_of_ratios), ""
+    if len(sets) == 1:
+        ends = interval(evaluation, next(iter(sets)))
+    return kept and f"{kept} %{f' (95 % interval {ends})' if ends else ''}"
 
 
 def over(sets: Mapping[str, Set]) -> str:

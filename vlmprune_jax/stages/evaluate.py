@@ -94,7 +94,7 @@ class Asking:
 def evaluation_works(work: Work, start: Path, subject: str) -> list[Work]:
     """Return a `Work` for evaluating the model in folder `start` on each set and task; `subject`: name of its files."""
     data, spec = work.experiment.data, work.experiment.evaluate
-    place: dict[str, Any] = {"stage": "evaluate", "start": start, "subject": subject, "loaded": {}}
+    place: dict[str, Any] = {"stage": "evaluate", "start": start, "subject": subject, "loaded": {**(work.loaded or {})}}
     return [work.replace(part=key, **place) for key in (*evaluation_sets(data, spec), *spec.tasks)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.speed import costs_of_folder, workload_of
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import benchmark_rows, best_run
+from vlmprune_jax.workdir.comparison import best_run
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated
 from vlmprune_jax.workdir.ledger import StageRecord, Task, differs_only_in, run_task
 from vlmprune_jax.workdir.result import RESULT, Evaluations, Export, Result, Run, read_result
@@ -162,8 +162,8 @@ def export(root: Work, part: str = "") -> None:
         # Without evaluations there may be a model alone.
         known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
         run = None if known is None else next((run for run in known.runs if run.path == last.path), None)
-        rows = () if run is None or known is None else benchmark_rows(run, known.teacher, known.sets)
-        label, done = last.path, _export(root, last.out, last.reconstructed, last.recovered, rows, part)
+        evaluation = None if run is None or known is None else (run, known)
+        label, done = last.path, _export(root, last.out, last.reconstructed, last.recovered, evaluation, part)
     for line in describe_export(export_folder(workdir, part), label, done.facts):
         root.say(line)
 
@@ -217,15 +217,15 @@ def _export_run(root: Work, run: Run, result: Result, part: str = "") -> StageRe
     """Export the model of one run in `result.json`."""
     reconstructed = run.recovery != NO_RECOVERY and run.reconstruct != "none"
     path, unrecovered = Path(run.path), [stage.model for stage in STAGES.values() if stage.per == "variant"]
-    rows = benchmark_rows(run, result.teacher, result.sets)
-    return _export(root, root.workdir / path, reconstructed, path.name not in unrecovered, rows, part)
+    return _export(root, root.workdir / path, reconstructed, path.name not in unrecovered, (run, result), part)
 
 
 def _export(
-    root: Work, model: Path, reconstructed: bool, recovered: bool, rows: Sequence[Any], part: str
+    root: Work, model: Path, reconstructed: bool, recovered: bool, evaluation: tuple[Run, Result] | None, part: str
 ) -> StageRecord:
-    card = {"reconstructed": reconstructed, "recovered": recovered, "benchmarks": rows}
-    task = task_of(root.replace(stage="export", start=model, part=part, **card))
+    card = {"reconstructed": reconstructed, "recovered": recovered, "evaluation": evaluation}
+    before = tuple(step for step in steps_of(root) if makes_model(step) and step.out == model)
+    task = task_of(root.replace(stage="export", start=model, part=part, before=before, **card))
     # With the same weights only the card is outdated.
-    overwrite = root.overwrite or on_process_zero(lambda: differs_only_in(task, "benchmarks"))
+    overwrite = root.overwrite or on_process_zero(lambda: differs_only_in(task, "benchmarks", "export.evaluate"))
     return run_task(task, overwrite=overwrite, say=root.say)

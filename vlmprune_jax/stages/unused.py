@@ -14,7 +14,7 @@ from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
-from vlmprune_jax.experiment.arguments import evaluation_sets, export_options
+from vlmprune_jax.experiment.arguments import evaluation_sets, export_options, with_rounding
 from vlmprune_jax.experiment.options import options
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
@@ -66,7 +66,7 @@ def unused_settings(
     for run, cfg in runs:
         rules = itertools.chain(
             _scoring(run.score, run.prune),
-            _pruning(run.prune, run.reconstruct, run.export, cfg),
+            _pruning(run.prune, run.reconstruct, with_rounding(run.export, run.data, run.recover, cfg.text), cfg),
             _training(run.recover, run.prune, run.data, cfg),
             _evaluation(run.evaluate, run.data, last=run.recover.method == run.reconstruct.method == "none"),
             _model(run.speed, cfg),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan, fingerprint, keep_everything
 from vlmprune_jax.workdir.evaluation import DEFAULT_SET
+from vlmprune_jax.workdir.result import Result, Run
 from vlmprune_jax.workdir.store import Store
 
 
@@ -61,7 +62,8 @@ class Work:
     control: Path | None = None  # model folder of the control of a recovered model
     reconstructed: bool = False  # this and the next two fields are for the model card
     recovered: bool = False
-    benchmarks: Sequence[Sequence[str]] = ()
+    evaluation: tuple[Run, Result] | None = None  # of the exported model, and the result that the entry is from
+    tokenizer: Path | None = None  # folder of the tokenizer if `start` has none (GGUF)
 
     @classmethod
     def at(cls, workdir: Path, experiment: Experiment, reporter: Reporter, **fields: Any) -> Work:
@@ -143,8 +145,9 @@ class Work:
     @property
     def tokens(self) -> ModelSpec:
         """Model settings with the tokenizer folder that belongs to the stage's input model."""
-        rows = [self.config(folder).text.vocab_size for folder in (self.start, self.teacher)]
-        return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(self.start))
+        start = self.tokenizer or self.start
+        rows = [self.config(folder).text.vocab_size for folder in (start, self.teacher)]
+        return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(start))
 
     @property
     def plan(self) -> PrunePlan:

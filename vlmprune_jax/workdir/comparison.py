@@ -204,6 +204,30 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
     return rows
 
 
+def rounded_rows(
+    run: Run, teacher: Unpruned, sets: Sets, rounded: Evaluations | None
+) -> list[tuple[str, str, str, str, str]]:
+    """Return benchmark rows for the card of a quantised export: scores after rounding, if evaluated, then before it.
+
+    Speeds are left out, because they are those of the model before rounding. `run`: the model before rounding.
+    """
+    run = msgspec.structs.replace(run, speed=None)
+    before = [(f"before rounding: {row[0]}", *row[1:]) for row in benchmark_rows(run, teacher, sets)]
+    if rounded is None:
+        return before
+    control = run.evaluation.control
+    if control is not None:
+        control = msgspec.structs.replace(control, retained_interval=_intervals(rounded, "control_interval"))
+    evaluation = msgspec.structs.replace(
+        run.evaluation,
+        scores=_values(rounded),
+        retained_interval=_intervals(rounded, "retained_interval"),
+        control=control,
+    )
+    evaluation = compare_again(evaluation, teacher.evaluation, sets)
+    return benchmark_rows(msgspec.structs.replace(run, evaluation=evaluation), teacher, sets) + before
+
+
 def percent(value: float | None) -> str:
     """Return a percentage as text without the sign; "" for None."""
     return "" if value is None else f"{value:.2f}"

@@ -315,15 +315,17 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     return [*inputs, *differences(old, new)]
 
 
-def differs_only_in(task: Task, setting: str) -> bool:
-    """Return True if outputs are unmodified and inputs differ from the last run in at most one setting."""
+def differs_only_in(task: Task, *settings: str) -> bool:
+    """Return True if outputs are unmodified and inputs equal those of the last run, except perhaps these settings."""
     last = _read(task.record, task.facts)
     if last is None or not last.done or not all(path.exists() for path in task.outputs):
         return False
     if last.outputs != _digests(task.outputs):
         return False
     now = made_from(task.settings, task.inputs, task.version)
-    before, after = ({k: v for k, v in origin.settings.items() if k != setting} for origin in (last.made_from, now))
+    before, after = (
+        {k: v for k, v in origin.settings.items() if k not in settings} for origin in (last.made_from, now)
+    )
     return (before, last.made_from.inputs, last.made_from.version) == (after, now.inputs, now.version)
 
 

@@ -173,12 +173,16 @@ class Run(Trained, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
-    """Result of checking the exported folder: largest logit difference after reloading, and tolerance."""
+    """Result of checking the exported folder: largest logit difference after reloading, and tolerance.
+
+    `moved_by_rounding`: largest logit difference between the quantised and the unquantised model.
+    """
 
     path: str
     backend: str
     max_abs_logit_difference: float
     tolerance: float
+    moved_by_rounding: float | None = None
     seconds: float
 
 

@@ -123,13 +123,14 @@ def test_what_config_and_card_say(int4):
     }
     card = (int4 / "README.md").read_text()
     assert "compressed-tensors (int4, a scale for every 64 values)" in card
+    assert "The weights were rounded to the nearest integer. With 4 bits, this loses more than GPTQ" in card
     assert "as well, since" not in card
-    assert 'from_pretrained("FOLDER")\n' in card
+    assert 'from_pretrained(".")\n' in card
     zeros = int4.with_name("zeros")
     vp.save(vp.load(int4), zeros, source_dir=int4, quantize="w4a16", symmetric=False)
     card = (zeros / "README.md").read_text()
     assert "import LlamaForCausalLM, CompressedTensorsConfig\n" in card
-    assert 'from_pretrained("FOLDER", quantization_config=CompressedTensorsConfig(dequantize=True))\n' in card
+    assert 'from_pretrained(".", quantization_config=CompressedTensorsConfig(dequantize=True))\n' in card
 
 
 def test_what_no_group_divides_is_named(tmp_path):
@@ -161,10 +162,14 @@ def test_inspect_names_it(int4, capsys):
     assert "weights in compressed-tensors (int4, a scale for every 64 values)" in capsys.readouterr().out
 
 
-def test_the_check_of_an_export_without_the_library(int4, monkeypatch):
+def test_the_check_of_an_export_without_the_library(source, int4, monkeypatch):
     monkeypatch.setattr("vlmprune_jax.export.reload.torch_loads", lambda *_: False)
     found = check_export(vp.load(int4), int4)
     assert (found["backend"], found["max_abs_logit_difference"]) == ("jax", 0)
+    assert found["moved_by_rounding"] == 0
+    before = check_export(vp.load(source), int4)  # the folder is still what it should be, and the rounding is told
+    assert before["max_abs_logit_difference"] == 0
+    assert before["moved_by_rounding"] > 0.01
 
 
 # In torch ------------------------------------------------------------------------------------------------------------

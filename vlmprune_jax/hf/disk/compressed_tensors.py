@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
 import numpy as np
 from msgspec import Meta
@@ -67,12 +67,14 @@ class CompressedTensors:
       group: number of values of a row that share a scale, or 0 for one scale per row.
       symmetric: True if there are no zero points.
       activations: True if engines round activations to 8 bits per token; weights are then plain int8, otherwise packed.
+      rounding: how weights are rounded, for model cards.
     """
 
     bits: int
     group: int = 0
     symmetric: bool = True
     activations: bool = False
+    rounding: ClassVar[str] = "to the nearest integer"
 
     @classmethod
     def from_config(cls, settings: JsonDict) -> CompressedTensors:
