@@ -46,9 +46,8 @@ def run(flags: Any) -> None:
         raise UserError(f"chat: the last argument is {question}, not a question: add one ({usage})")
     if not models or not question:
         raise UserError(f"chat takes models, images or videos and a question: {usage}")
-    for name in files:
-        if not os.path.isfile(name):
-            raise UserError(f"{name}: no such file: name an image or a video that exists")
+    if missing := [name for name in files if not os.path.isfile(name)]:
+        raise UserError(f"{missing[0]}: no such file: name an image or a video that exists")
     for name in models:
         resolve(name)
     start_devices()
@@ -58,5 +57,4 @@ def run(flags: Any) -> None:
         options = {"source_dir": name, "vision_dir": flags.vision_dir, "max_new_tokens": flags.max_new_tokens}
         options |= {} if flags.video_frames is None else {"video_frames": flags.video_frames}
         text = answer(model, files or None, question, **options)
-        reporter.say(f"{name} ({count_params(model):,} parameters)")
-        reporter.say(f"  {text}")
+        reporter.say(f"{name} ({count_params(model):,} parameters)\n  {text}")
