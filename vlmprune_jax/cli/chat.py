@@ -22,10 +22,9 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)
-    about = "maximum length of an answer (tokens)"
-    absl_flags.DEFINE_integer("max_new_tokens", 64, about, lower_bound=1, flag_values=values)
-    about = "frames to sample from a video (default: as the model folder says)"
-    absl_flags.DEFINE_integer("video_frames", None, about, lower_bound=1, flag_values=values)
+    options: Any = {"lower_bound": 1, "flag_values": values}
+    absl_flags.DEFINE_integer("max_new_tokens", 64, "maximum length of an answer (tokens)", **options)
+    absl_flags.DEFINE_integer("video_frames", None, "frames to sample from a video (default: the folder's)", **options)
 
 
 def run(flags: Any) -> None:
@@ -57,4 +56,5 @@ def run(flags: Any) -> None:
         options = {"source_dir": name, "vision_dir": flags.vision_dir, "max_new_tokens": flags.max_new_tokens}
         options |= {} if flags.video_frames is None else {"video_frames": flags.video_frames}
         text = answer(model, files or None, question, **options)
-        reporter.say(f"{name} ({count_params(model):,} parameters)\n  {text}")
+        reporter.say(f"{name} ({count_params(model):,} parameters)")
+        reporter.say(f"  {text}")
