@@ -7,7 +7,6 @@ Models are Hugging Face folders or hub ids; files are images and videos. Answers
 
 from __future__ import annotations
 
-import mimetypes
 import os
 from typing import Any
 
@@ -23,32 +22,31 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)
-    about = "maximum length of an answer (tokens)"
-    absl_flags.DEFINE_integer("max_new_tokens", 64, about, lower_bound=1, flag_values=values)
-    about = "frames to sample from a video (default: as the model folder says)"
-    absl_flags.DEFINE_integer("video_frames", None, about, lower_bound=1, flag_values=values)
+    options: Any = {"lower_bound": 1, "flag_values": values}
+    absl_flags.DEFINE_integer("max_new_tokens", 64, "maximum length of an answer (tokens)", **options)
+    absl_flags.DEFINE_integer("video_frames", None, "frames to sample from a video (default: the folder's)", **options)
 
 
 def run(flags: Any) -> None:
     """Print each model's answer to one question about images or videos (`vlmprune chat`)."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.data.media import is_file
     from vlmprune_jax.distributed.mesh import start_devices
     from vlmprune_jax.evaluation.answer import answer
     from vlmprune_jax.hf.read import load, resolve
     from vlmprune_jax.models.params import count_params
 
     *names, question = flags.args or [""]
-    files = [name for name in names if _is_file(name)]
+    files = [name for name in names if is_file(name)]
     models = [name for name in names if name not in files]
     usage = 'vlmprune chat MODEL image.png "What is this?"'
-    if os.path.exists(question) or (" " not in question and _is_file(question)):
+    if os.path.exists(question) or (" " not in question and is_file(question)):
         raise UserError(f"chat: the last argument is {question}, not a question: add one ({usage})")
     if not models or not question:
         raise UserError(f"chat takes models, images or videos and a question: {usage}")
-    for name in files:
-        if not os.path.isfile(name):
-            raise UserError(f"{name}: no such file: name an image or a video that exists")
+    if missing := [name for name in files if not os.path.isfile(name)]:
+        raise UserError(f"{missing[0]}: no such file: name an image or a video that exists")
     for name in models:
         resolve(name)
     start_devices()
@@ -60,11 +58,3 @@ def run(flags: Any) -> None:
         text = answer(model, files or None, question, **options)
         reporter.say(f"{name} ({count_params(model):,} parameters)")
         reporter.say(f"  {text}")
-
-
-def _is_file(name: str) -> bool:
-    """Return True for the name of a file, and of an image or video that may be missing; models are folders."""
-    from vlmprune_jax.data.media import is_video
-
-    kind, _ = mimetypes.guess_type(name, strict=False)
-    return os.path.isfile(name) or is_video(name) or (kind or "").startswith("image/")

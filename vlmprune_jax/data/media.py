@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import mimetypes
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,12 @@ class InlineStore:
 
     def identity(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
+
+
+def is_file(name: str) -> bool:
+    """Return True for the name of a file, and of an image or video that may be missing."""
+    kind, _ = mimetypes.guess_type(name, strict=False)
+    return os.path.isfile(name) or is_video(name) or (kind or "").startswith("image/")
 
 
 def is_video(name: str | Path) -> bool:
