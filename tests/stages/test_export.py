@@ -177,7 +177,7 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq"]) == 0
     assert "export: unchanged, skipped" in capsys.readouterr().out
     assert main([*command, "--config.data.train=None", "--overwrite"]) == 0
-    assert "4-bit weights are rounded to the nearest integer, which loses more" in capsys.readouterr().out
+    assert "4-bit weights are rounded to the nearest integer, which usually loses more" in capsys.readouterr().out
     nearest = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert len(nearest) == len(compensated)
     assert nearest != compensated
