@@ -159,10 +159,11 @@ def measured(cfg: ModelConfig, goal: str, ratio: float, as_asked: Callable[[floa
     share = ratio * count_params(cfg) / count_params(cfg, "text")
     pruned = [row for row in guide.speed if row.method != "none"]
     if not any(abs(row.removed - share) <= NEAR for row in pruned):
-        least, most = (as_asked(end([row.removed for row in pruned], default=0.0)) for end in (min, max))
+        shares = sorted((row.removed for row in pruned), reverse=as_asked(0).startswith("--bytes"))
+        limits = [as_asked(end) for end in (*shares[:1], *shares[-1:])]
         raise UserError(
             f"{as_asked(share)}: {100 * ratio:.3g} % of the model ({100 * share:.3g} % of the decoder) was not "
-            f"measured in {MEASURED_ON}: use a value between {least} and {most}"
+            f"measured in {MEASURED_ON}: use a value between {' and '.join(limits)}"
         )
     choices = []
     for row in guide.speed:
