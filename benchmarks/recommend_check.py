@@ -1,4 +1,4 @@
-"""Run the configs of three recommendations of `vlmprune recommend`; compare expected with measured retention.
+"""Run the configs of four recommendations of `vlmprune recommend`; compare expected with measured retention.
 
     python benchmarks/recommend_check.py [--model=DIR] [--workdir=runs/recommend_check] [FLAG_OF_VLMPRUNE_RUN ...]
 
@@ -21,25 +21,25 @@ from vlmprune_jax.workdir.result import read_result
 CASES = {
     "trained": {"ratio": 0.305, "data_fraction": 0.05, "compute": "full"},
     "untrained": {"ratio": 0.245, "data_fraction": 0.0, "compute": "none"},
+    "hybrid": {"ratio": 0.326, "data_fraction": 0.0, "compute": "none"},
     "projector": {"ratio": 0.15, "data_fraction": 0.05, "compute": "projector"},
 }
 
 
 def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, object]:
     """Run the config of one recommendation; return the expected and the measured retention in %."""
-    advice = advise(model, **CASES[name], speed=False, guide=read_guide())
+    advice = advise(model, **CASES[name], guide=read_guide())
     config = workdir / f"{name}.py"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(advice.config)
     if vlmprune(["run", f"--config={config}", f"--workdir={workdir / name}", *flags]):
         raise SystemExit(f"{name}: vlmprune run failed")
-    run, expected = read_result(workdir / name).best_run, advice.recommendation.expected
+    run, promise = read_result(workdir / name).best_run, advice.recommendation.promise
     retained = run.evaluation.mean_of_ratios
-    interval = None if expected is None else expected.interval
-    inside = None if interval is None or retained is None else interval[0] <= retained <= max(100.0, interval[1])
+    inside = None if promise is None or retained is None else promise[0] <= retained <= max(100.0, promise[1])
     return {
         **{"case": name, **CASES[name], "advice": summarize(advice.recommendation), "model": run.label},
-        **{"expected": expected and expected.value, "interval": interval, "retained": retained, "inside": inside},
+        **{"interval": promise, "retained": retained, "inside": inside},
     }
 
 

@@ -17,10 +17,11 @@ import numpy as np
 from pooling import Effect, Heterogeneity, Value, heterogeneity, pooled
 
 from vlmprune_jax.evaluation.statistics import holm
-from vlmprune_jax.planning.guide import METHODS, SOLVED, read_guide
+from vlmprune_jax.planning.guide import SOLVED, read_guide
 from vlmprune_jax.workdir.comparison import average_interval
 from vlmprune_jax.workdir.sweep import SweepResult, question_parts
 
+METHODS = ("depth", "width")  # methods that the insights compare
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 BY_SETTING = "by setting"
 AS_GOOD = 1.0  # points of retention by which a cheaper method may be behind and still counts as equally good

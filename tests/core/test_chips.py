@@ -20,5 +20,14 @@ def test_a_chip_of_tpu7x_is_two_devices():
 def test_unknown_slices_are_refused():
     with pytest.raises(UserError, match=r"unknown TPU \(known: v5e, v5p, v6e, tpu7x\): use for example v5e:8x8"):
         slice_of("v7x:2x2x1")
-    with pytest.raises(UserError, match="is not GENERATION:SIZES"):
-        slice_of("tpu7x:8")
+    long = "v5e:" + "x".join(["9999"] * 5000)  # its product has no float
+    for name in (
+        "tpu7x:8",
+        long,
+        "v5e:\N{ARABIC-INDIC DIGIT EIGHT}x8",
+        "v5e:8x\N{ARABIC-INDIC DIGIT EIGHT}",
+        long[:15] + "9" * 99,
+    ):
+        with pytest.raises(UserError, match="is not GENERATION:SIZES") as error:
+            slice_of(name)
+        assert len(str(error.value)) < 250

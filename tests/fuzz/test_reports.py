@@ -11,7 +11,7 @@ from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.planning.guide import FILE, read_guide
+from vlmprune_jax.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.planning.rules import Target, recommend
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.comparison import table_of
@@ -132,7 +132,13 @@ def test_guides(tmp_path):
     def advised():
         guide = read_guide(path)
         return [
-            recommend(Target(size, True, ratio, ratio), data_fraction=0.05, compute=compute, speed=True, guide=guide)
+            recommend(
+                Target(size, True, ratio, ratio, dict.fromkeys(METHODS, ratio)),
+                data_fraction=0.05,
+                compute=compute,
+                methods=["depth"],
+                guide=guide,
+            ).promise
             for ratio in (0.1, 0.3, 0.6)
             for compute in ("none", "full")
             for size in (1056576, 7 * 10**9)

@@ -54,10 +54,15 @@ def test_the_recipe_is_that_of_the_config_that_made_the_rows(source, config, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "written in format 1, this version reads 3"),
+        ({"version": 1}, "written in format 1, this version reads 4"),
         ({"sources": {"paper": GUIDE.sources["paper"]}}, "a row has the unknown source 'demo'"),
         ({"sources": {}}, "there must be a source 'paper'"),
-        ({"settings": {}}, "advises 'depth', which has no settings"),
+        ({"settings": {}}, "settings must include depth, width, hybrid"),
+        (
+            {"settings": {n: s for n, s in GUIDE.settings.items() if n != "none"}},
+            "advises 'none', which has no settings",
+        ),
+        ({"data": dataclasses.replace(GUIDE.data, steps=0)}, "data.steps is 0, but must be at least 1"),
         ({"rules": ()}, "no rule for compute 'none' covers all ratios"),
         ({"conflicts": {}}, "names an unknown conflict"),
         ({"speed": ()}, "speed must have rows, each with gains of decode, memory, question"),

@@ -94,10 +94,10 @@ def slice_of(name: str) -> tuple[Chip, int]:
     generation, _, grid = name.partition(":")
     examples = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
     if generation not in CHIPS:
-        raise UserError(f"topology {name!r}: unknown TPU (known: {', '.join(CHIPS)}): use for example {examples}")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+(:[1-9]\d?)?", grid):
+        raise UserError(f"topology {name[:40]!r}: unknown TPU (known: {', '.join(CHIPS)}): use for example {examples}")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}(:[1-9][0-9]?)?", grid):  # a torus of 2 or 3 dimensions
         raise UserError(
-            f"topology {name!r} is not GENERATION:SIZES or GENERATION:SIZES:SLICES: use for example {examples}"
+            f"topology {name[:40]!r} is not GENERATION:SIZES or GENERATION:SIZES:SLICES: use for example {examples}"
         )
     chip = CHIPS[generation]
     return chip, chip.halves * math.prod(map(int, re.findall(r"\d+", grid)))

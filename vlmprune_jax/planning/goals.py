@@ -6,8 +6,9 @@ Gains are computed from lower bounds on TPU chips, or were measured in llama.cpp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,31 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import Chip, slice_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families.gguf import ENGINE
-from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.planning.case import predict_plan, preparation_of, typical_vocabulary
-from vlmprune_jax.planning.guide import MEASURED, Guide, Speed
+from vlmprune_jax.planning.case import preparation_of, typical_vocabulary
+from vlmprune_jax.planning.guide import MEASURED, METHODS, NEAR, Guide
 from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, WEIGHT_FORMATS, bound, prompt_of, weight_bytes
+from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.config import VocabularyConfig
 
 MEASURED_ON = ENGINE.replace("_", ".")
-NEAR = 0.08  # maximum difference between requested and measured removed share of the decoder
 TPU = "v5e:2x4"  # slice of --on=tpu
-RATIO = 0.3  # share of the decoder that the compared plans remove, if none is given
+RATIO = 0.3  # share of the decoder to remove, if none is given
+UNCHANGED, UNQUANTISED = "as it is", ("bf16", "F16")
+SAME = 1.05  # gains within this factor of each other count as equal
 VOCABULARY = 32_768  # tokens of the compared smaller vocabulary
+
+NOTE = (
+    "lower bounds, computed from FLOPs and bytes for questions of nine benchmarks; nothing ran. They do not include "
+    "accuracy: the advice has what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
+)
+MEASURED_NOTE = (
+    "measured with {} in {} on {}, one question at a time; least is the range over repetitions. Accuracy is not "
+    "included: the advice has what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
+)
 
 
 @dataclass(frozen=True)
@@ -52,20 +62,76 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to make a model cheaper, with the resulting cost, and how many times lower that is than before.
+    """One way to make a model cheaper: its cost, and how many times lower that is than the unchanged model's.
 
-    `value`: cost in the goal's unit; None if the model does not fit on the slice. `gain`: cost of the unchanged model
-    divided by `value`; None if either model does not fit.
+    `method`: its pruning method, None if nothing is pruned. `form`: format of its weights. `cost`: as text. `gain`:
+    None if this model or the unchanged one does not fit.
     """
 
     name: str
-    value: float | None
+    method: str | None
+    form: str
+    cost: str
     gain: float | None
 
+
+@dataclass(frozen=True)
+class Ranking:
+    """Ways to make a model cheaper for a goal, the best first, with a title and a note on where they are from."""
+
+    title: str
+    note: str
+    choices: tuple[Choice, ...]
+
     @property
-    def least(self) -> str:
-        """Cost as text, or "does not fit"."""
-        return "does not fit" if self.value is None else f"{self.value:.3g}"
+    def gains(self) -> dict[str, float]:
+        """Largest gain of each pruning method with unquantised weights."""
+        pruned = (choice for choice in reversed(self.choices) if choice.method and choice.form in UNQUANTISED)
+        return {choice.method: choice.gain for choice in pruned if choice.method and choice.gain}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Pruning methods that gain the most; all if none could be compared."""
+        most = max(self.gains.values(), default=0.0)
+        return tuple(name for name in METHODS if self.gains.get(name, 0.0) * SAME >= most)
+
+    @property
+    def summary(self) -> str:
+        """Gains of the best pruning methods, and of quantising alone if that gains more."""
+        ways = [(f"{name} pruning", self.gains.get(name, 0.0)) for name in self.methods]
+        alone = max((choice for choice in self.choices if not choice.method), key=lambda choice: choice.gain or 0.0)
+        if (alone.gain or 0.0) > ways[0][1]:
+            ways.append((f"{alone.name} without pruning", alone.gain or 0.0))
+        return "; ".join(f"{name}: {gain:.3g} times less" if gain else f"{name}: unknown" for name, gain in ways)
+
+
+def rank(
+    cfg: ModelConfig,
+    folder: Path,
+    goal: str,
+    on: str,
+    plans: Mapping[str, PrunePlan],
+    ratio: float,
+    as_asked: Callable[[float], str],
+    guide: Guide,
+) -> Ranking:
+    """Return the ways to make a model cheaper for a goal, by measurements in llama.cpp or lower bounds on a TPU slice.
+
+    Args:
+      cfg, folder: the unpruned model, and its folder, which says how images are prepared.
+      goal: one of `GOALS`.
+      on: "llama.cpp", "tpu", or a TPU slice such as "v5e:2x4".
+      plans: plan of each pruning method, compared on TPUs.
+      ratio: share of all parameters that pruning removes, for measurements.
+      as_asked: converts a share of the decoder to the flag with which a user asks for it.
+
+    Raises UserError if the goal or slice is unknown, or no share near this one was measured.
+    """
+    check_goal(goal, on)
+    if on == MEASURED_ON:
+        return measured(cfg, goal, ratio, as_asked, guide)
+    topology = TPU if on == "tpu" else on
+    return Ranking(f"Lowest {GOALS[goal].unit}, on {topology}", NOTE, compare(cfg, folder, goal, topology, plans))
 
 
 def check_goal(goal: str, on: str) -> None:
@@ -85,94 +151,80 @@ def check_goal(goal: str, on: str) -> None:
         raise UserError(f"--for={goal}: {MEASURED_ON} was measured with single questions only: use --for=question")
 
 
-def measured(hf_dir: str, *, vision_dir: str | None, ratio: float | None, guide: Guide) -> list[Speed]:
+def measured(cfg: ModelConfig, goal: str, ratio: float, as_asked: Callable[[float], str], guide: Guide) -> Ranking:
     """Return gains measured in llama.cpp, for the unpruned model and for models with about this share removed.
 
-    Args:
-      hf_dir, vision_dir: see `load`.
-      ratio: share of all parameters that pruning removes; None: 30 % of the decoder.
-      guide: the decision guide, whose `speed` has the measurements.
-
-    Raises UserError if the model is missing, or no share near this one was measured.
+    Raises UserError if no share near this one was measured.
     """
-    _, cfg = read_config(resolve(hf_dir), None if vision_dir is None else resolve(vision_dir))
-    share = RATIO if ratio is None else ratio * count_params(cfg) / count_params(cfg, "text")
+    share = ratio * count_params(cfg) / count_params(cfg, "text")
     pruned = [row for row in guide.speed if row.method != "none"]
-    near = [row for row in pruned if abs(row.removed - share) <= NEAR]
-    if not near:
-        least, most = (100 * end([row.removed for row in pruned], default=0.0) for end in (min, max))
+    if not any(abs(row.removed - share) <= NEAR for row in pruned):
+        shares = sorted((row.removed for row in pruned), reverse=as_asked(0).startswith("--bytes"))
+        limits = [as_asked(end) for end in (*shares[:1], *shares[-1:])]
         raise UserError(
-            f"--ratio: {100 * share:.0f} % of the decoder was not measured in {MEASURED_ON}: use {least:.0f} to "
-            f"{most:.0f} %"
+            f"{as_asked(share)}: {100 * ratio:.3g} % of the model ({100 * share:.3g} % of the decoder) was not "
+            f"measured in {MEASURED_ON}: use a value between {' and '.join(limits)}"
         )
-    return [*(row for row in guide.speed if row.method == "none"), *near]
+    choices = []
+    for row in guide.speed:
+        gain, low, high = row.gains[goal]
+        method = None if row.method == "none" else row.method
+        cut = f"{row.method} {100 * row.removed:.3g} % of the decoder, " if method else ""
+        name = UNCHANGED if not method and row.format == "F16" else f"{cut}{row.format}"
+        if method is None or abs(row.removed - share) <= NEAR:
+            choices.append(Choice(name, method, row.format, f"{1 / high:.2f} to {1 / low:.2f}", gain))
+    choices.sort(key=lambda choice: -(choice.gain or 0.0))
+    first = guide.speed[0]
+    title = f"{goal}, as a share of the unpruned model in F16"
+    return Ranking(title, MEASURED_NOTE.format(first.model, MEASURED_ON, first.processor), tuple(choices))
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A model to compare: config, images, and whether its weights may be quantised in the comparison."""
+    """A model to compare: its name, pruning method (None if not pruned), config, and preparation of images."""
 
     name: str
+    method: str | None
     cfg: ModelConfig
     preparation: Preparation | None
 
 
-def compare(hf_dir: str, goal: str, topology: str, *, vision_dir: str | None, ratio: float | None) -> list[Choice]:
+def compare(
+    cfg: ModelConfig, folder: Path, goal: str, topology: str, plans: Mapping[str, PrunePlan]
+) -> tuple[Choice, ...]:
     """Return the estimated cost on a TPU slice after pruning, quantising or with fewer tokens, the cheapest first.
 
     Bounds: arithmetic at peak, weights and cache read once, mean of nine benchmarks' questions
-    (`planning.questions.BENCHMARKS`). Only JSON files of the model are read.
-
-    Args:
-      hf_dir, vision_dir: see `load`.
-      goal: one of `GOALS`.
-      topology: TPU slice, such as "v5e:2x4".
-      ratio: share of all parameters that pruning removes; None: 30 % of the decoder.
-
-    Raises UserError if the model is missing or the slice is unknown.
+    (`planning.questions.BENCHMARKS`). Raises UserError if the slice is unknown.
     """
-    folder = resolve(hf_dir)
-    _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
-    share = RATIO * count_params(cfg, "text") / count_params(cfg) if ratio is None else ratio
     chip, chips = slice_of(topology)
     forms = [name for name, form in WEIGHT_FORMATS.items() if chip.int8 or not form.int8]
-    values = dict[str, float | None]()
-    for case in _cases(cfg, folder, share):
-        for form in forms:
-            label = {"bf16": case.name}.get(form, f"{case.name}, {form}" if case.name else form)
-            values[label] = _value(GOALS[goal], goal, case, chip, chips, form)
-    own = values[""]
-    choices = [
-        Choice(name or "as it is", value, None if own is None or value is None else own / value)
-        for name, value in values.items()
-    ]
-    return sorted(choices, key=lambda choice: math.inf if choice.value is None else choice.value)
+    choices, own = [], None
+    for case, form in itertools.product(_cases(cfg, folder, plans), forms):
+        name = ", ".join(filter(None, (case.name, "" if form == "bf16" else form))) or UNCHANGED
+        value = _value(GOALS[goal], goal, case, chip, chips, form)
+        own = value if name == UNCHANGED else own
+        gain = None if own is None or value is None else own / value
+        cost = "does not fit" if value is None else f"{value:.3g}"
+        choices.append((math.inf if value is None else value, Choice(name, case.method, form, cost, gain)))
+    return tuple(choice for _, choice in sorted(choices, key=lambda pair: pair[0]))
 
 
-def _cases(cfg: ModelConfig, folder: Path, share: float) -> Iterator[_Case]:
+def _cases(cfg: ModelConfig, folder: Path, plans: Mapping[str, PrunePlan]) -> Iterator[_Case]:
     """Yield the model, pruned models, and models with half the image tokens or a smaller vocabulary."""
     data = Experiment().data
     preparation = preparation_of(data, cfg, folder)
-    yield _Case("", cfg, preparation)
-    percent = f"{100 * share * count_params(cfg) / count_params(cfg, 'text'):.0f} % of the decoder"
-    for name, settings in (("layers", {"method": "depth"}), ("widths", {"method": "width", "align_to": "tpu"})):
-        plan = _plan(cfg, {"ratio": share, **settings})
-        if plan is not None:
-            yield _Case(f"without {percent} by {name}", plan, preparation)
+    yield _Case("", None, cfg, preparation)
+    for method, plan in plans.items():
+        of_decoder = plan.actual_ratio * count_params(cfg) / count_params(cfg, "text")
+        name = f"{method} {100 * plan.actual_ratio:.3g} % ({100 * of_decoder:.3g} % of the decoder)"
+        yield _Case(name, method, plan.apply_to(cfg), preparation)
     half = _half_the_tokens(data, cfg, folder, preparation)
     if half is not None:
-        yield _Case("half the image tokens", cfg, half)
+        yield _Case("half the image tokens", None, cfg, half)
     trimmed = typical_vocabulary(VocabularyConfig(size=VOCABULARY), cfg)
     if trimmed is not None and cfg.text.vocab_size > VOCABULARY:
-        yield _Case(f"a vocabulary of {VOCABULARY:,}", trimmed.apply_to(cfg), preparation)
-
-
-def _plan(cfg: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig | None:
-    """Return the model config after predicted pruning with these settings; None if the model cannot be pruned so."""
-    try:
-        return predict_plan(override(Experiment(), {"prune": settings}), cfg).apply_to(cfg)
-    except UserError:
-        return None
+        yield _Case(f"a vocabulary of {VOCABULARY:,}", None, trimmed.apply_to(cfg), preparation)
 
 
 def _half_the_tokens(data: Any, cfg: ModelConfig, folder: Path, preparation: Preparation | None) -> Preparation | None:

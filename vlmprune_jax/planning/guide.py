@@ -6,8 +6,9 @@ contradictions between sources. `tools/study_guide.py` adds the rows of a sweep;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Finite, read_json
 
 FILE = Path(__file__).with_name("guide.json")
-VERSION, SOLVED = 3, "reconstruct"
+VERSION, SOLVED = 4, "reconstruct"
 COMPUTE = ("none", "projector", "full")
-METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # choices of recommendations
-ALWAYS = ("nominal", "average", "five_percent")  # contradictions between sources that concern every recommendation
+METHODS, RECOVERIES = ("depth", "width", "hybrid"), ("none", "projector", "sft_l2")  # choices of recommendations
+ALWAYS = ("nominal", "average", "five_percent", "speed")  # contradictions that do not depend on the rule
+NEAR = 0.08  # maximum difference between the removed shares of the decoder of a plan and a quoted measurement
 MEASURED = {"memory", "decode", "question"}  # goals with measured speeds
 PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
@@ -30,10 +32,11 @@ _TODO = "write it again with tools/study.py, or leave --guide out"
 class Source:
     """Source of measurements, such as the paper or our own study.
 
-    `measure`: name of the metric whose retention (in %) was measured. `vision`: True if the source's models have a
-    vision tower. `recipe`: partial experiment that made all rows of the source, without the settings of methods and
-    recoveries (for the paper, added to the recipe of each family). `task`: data and evaluation of the source, which are
-    recommended only for a model of the same shape.
+    `measure`: metric whose retention (in %) was measured, and the data it was measured on. `vision`: True if the
+    source's models have a vision tower. `recipe`: partial experiment that made all rows of the source, without the
+    settings of methods and recoveries (for the paper, added to the recipe of each family). `task`: data and evaluation
+    of the source, which are recommended only for a model of the same shape. `methods`: partial experiments of pruning
+    methods, such as {"width": {"prune": {"heads": "keep"}}}.
     """
 
     title: str
@@ -41,6 +44,7 @@ class Source:
     vision: bool
     recipe: dict[str, Any]
     task: dict[str, Any]
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,6 @@ class Evidence:
     of_control: Finite | None = None
 
     @property
-    def is_trained(self) -> bool:
-        """True if the measured model was trained after pruning."""
-        return self.recovery not in ("none", SOLVED)
-
-    @property
     def made_by(self) -> list[str]:
         """Names of the pruning method and recoveries with which the retention was measured."""
         return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
@@ -81,26 +80,35 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """Recommendation for training budget `compute`, valid for decoder ratios up to `up_to`.
+    """Recommendation for training budget `compute`, valid for decoder ratios up to `up_to`, and where it is from.
 
-    `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
-    recoveries whose rows predict the outcome; the first one with rows in a source is used. `source`: origin of the
-    advice. `supported`: True if any measurement supports it.
+    The pruned weights are reconstructed if the method is width or nothing is trained.
     """
 
     name: str
-    label: str
     compute: str
     up_to: Finite
-    speed: bool | None
     methods: tuple[str, ...]
-    reconstruct: bool
     recovery: str
-    evidence: tuple[str, ...]
-    supported: bool
     why: str
     source: str
     conflicts: tuple[str, ...]
+
+    @property
+    def supported(self) -> bool:
+        """True if any measurement supports the rule."""
+        return self.source != "nothing"
+
+    def words(self, method: str) -> list[str]:
+        """Return the pruning method and recoveries under their names in `Guide.settings`."""
+        return [method, self.recovery, *([SOLVED] if method == "width" or self.recovery == "none" else [])]
+
+    @property
+    def recoveries(self) -> list[str]:
+        """Names of measured recoveries that predict the outcome, the most alike first."""
+        if self.recovery == "none":
+            return [SOLVED, "none"]
+        return [f"{SOLVED}+{self.recovery}"] * ("width" in self.methods) + [self.recovery]
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Data:
-    """Advice on training data: the smallest measured share, `least`, is enough for ratios below `suffices_below`."""
+    """Advice on training data: the smallest measured share, `least`, is enough for ratios below `suffices_below`.
+
+    `steps`: the fewest optimizer steps of a measured training.
+    """
 
     least: Finite
     suffices_below: Finite
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -169,8 +181,10 @@ def _problems(guide: Guide) -> Iterator[str]:
             yield f"a row of {row.model!r} has {row.parameters} parameters"
         if row.source not in guide.sources:
             yield f"a row has the unknown source {row.source!r}"
+    if not {*METHODS} <= {*guide.settings}:
+        yield f"settings must include {', '.join(METHODS)}"
     for rule in guide.rules:
-        for name in (*rule.methods, rule.recovery, *([SOLVED] if rule.reconstruct else [])):
+        for name in itertools.chain(*map(rule.words, rule.methods)):
             if name not in guide.settings:
                 yield f"rule {rule.name!r} advises {name!r}, which has no settings"
         if not rule.methods or not {*rule.methods} <= {*METHODS} or rule.recovery not in RECOVERIES:
@@ -178,8 +192,10 @@ def _problems(guide: Guide) -> Iterator[str]:
         if any(name not in guide.conflicts for name in rule.conflicts):
             yield f"rule {rule.name!r} names an unknown conflict"
     for compute in COMPUTE:
-        if not any(rule.compute == compute and rule.up_to >= 1 and rule.speed is None for rule in guide.rules):
+        if not any(rule.compute == compute and rule.up_to >= 1 for rule in guide.rules):
             yield f"no rule for compute {compute!r} covers all ratios"
+    if guide.data.steps < 1:
+        yield f"data.steps is {guide.data.steps}, but must be at least 1"
     if not guide.speed or any({*row.gains} != MEASURED for row in guide.speed):
         yield f"speed must have rows, each with gains of {', '.join(sorted(MEASURED))}"
     if any(name not in guide.conflicts for name in ALWAYS):

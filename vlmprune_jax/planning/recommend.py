@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import keyword
 import math
-import re
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
+from vlmprune_jax.data.inputs import count_records
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.vllm_tpu import facts
@@ -28,17 +28,22 @@ from vlmprune_jax.families.limits import how_known
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
-from vlmprune_jax.planning.guide import SOLVED, Evidence, Guide
-from vlmprune_jax.planning.rules import LIKE, Expected, Recommendation, Target, is_better, merge, recommend
+from vlmprune_jax.planning.goals import MEASURED_ON, RATIO, Ranking, rank
+from vlmprune_jax.planning.guide import METHODS, SOLVED, Evidence, Guide
+from vlmprune_jax.planning.rules import Recommendation, Target, merge, recommend
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.stages.unused import unused_settings
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.speed import Bench
 
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
 LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _LARGE = 10**9  # parameters; larger models are loaded in bfloat16
-_PRUNING = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
+_PRUNING = {
+    "depth": "remove whole layers by Block Influence",
+    "width": "remove neurons and heads by Taylor importance",
+    "hybrid": "remove whole layers by Block Influence, and neurons and heads by Taylor importance",
+}
 DTYPE = "bfloat16"  # of the export, in which all sizes are counted
 _FOLDERS_OWN = ("template", "system", "aspect_ratio")  # `data` settings that the model folder determines
 PLACEHOLDERS = {"train": "TRAIN.json", "images": "IMAGES", "eval": "QUESTIONS.json"}  # for files not given
@@ -50,8 +55,9 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 class Advice:
     """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
-    `own_data`: True if the config names the user's files. `missing`: settings of `data` that the user still has to set.
-    `bench`: speeds measured on this machine. `most_bytes`: the requested maximum size.
+    `steps`: number of optimizer steps and records of the training, or why none is recommended. `own_data`: True if the
+    config names the user's files. `missing`: settings of `data` that the user still has to set. `bench`: speeds
+    measured on this machine. `most_bytes`: the requested maximum size. `ranking`: the compared methods for a goal.
     """
 
     folder: str
@@ -59,48 +65,12 @@ class Advice:
     recommendation: Recommendation
     plans: dict[str, PrunePlan]
     config: str
+    steps: str | None
     own_data: bool
     missing: tuple[str, ...]
     bench: Bench | None = None
     most_bytes: float | None = None
-
-
-def parse_bytes(text: str) -> float:
-    """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
-
-    Raises UserError for text of another form, or a number that is not above 0.
-    """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not 0 < number < math.inf:
-        raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
-    return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]
-
-
-def parse_share(name: str, text: str) -> float:
-    """Convert a share such as 5%, 0.05 or "none" (0) to a fraction.
-
-    Raises UserError for text of another form.
-    """
-    number = text.strip().removesuffix("%")
-    try:
-        return 0.0 if number == "none" else float(number) / (100 if "%" in text else 1)
-    except ValueError:
-        raise UserError(f"--{name}={text}: must be a share, such as 5% or 0.05") from None
-
-
-def saved_as(text: str | None, ratio: float = 0.0) -> Path:
-    """Return the path for the recommended config file (default: recommended_30.py for 30 %).
-
-    Raises UserError if the name is not that of a Python file.
-    """
-    path = Path(text or f"recommended_{100 * ratio:.3g}.py")
-    if path.suffix != ".py" or "\0" in path.name:
-        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.py")
-    return path
+    ranking: Ranking | None = None
 
 
 def advise(
@@ -109,9 +79,10 @@ def advise(
     vision_dir: str | None = None,
     ratio: float | None = None,
     most_bytes: float | None = None,
-    data_fraction: float,
-    compute: str,
-    speed: bool,
+    data_fraction: float | None = None,
+    compute: str = "full",
+    speed: bool = False,
+    goal: tuple[str, str] | None = None,
     guide: Guide,
     files: Mapping[str, str] | None = None,
     bench: Path | None = None,
@@ -121,8 +92,12 @@ def advise(
     Args:
       hf_dir, vision_dir: see `load`.
       ratio: share of all parameters to remove.
-      most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes`.
-      data_fraction, compute, speed, guide: see `recommend`.
+      most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes` (neither with `goal`: 30 % of
+        the decoder).
+      data_fraction: share of the training data that is available; None: all records of `files["train"]`, else 5 %.
+      compute, guide: see `recommend`.
+      speed: True to choose only pruning that speeds up decoding.
+      goal: (goal, machine) of `planning.goals.rank`, whose best pruning methods are the ones to choose from.
       files: values of `data.train`, `data.images` and `data.eval` for the config, instead of the evidence's data.
       bench: content of the file from `vlmprune bench --json`, shown with the recommendation.
 
@@ -130,38 +105,98 @@ def advise(
       UserError: the model or file is missing, none or both targets are set, no plan reaches the target (the message has
         the nearest), or `recommend` fails.
     """
-    if (ratio is None) == (most_bytes is None):
-        raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
+    files = dict(files or {})
     measured = None if bench is None else read_artefact(bench, Bench)
     folder = resolve(hf_dir)
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
-    whole = _bytes(count_params(cfg))
-    target: dict[str, Any] = {"ratio": ratio}
+    whole, of_decoder = _bytes(count_params(cfg)), count_params(cfg, "text") / count_params(cfg)
+    if goal is not None and ratio is most_bytes is None:
+        ratio = RATIO * of_decoder
+    if (ratio is None) == (most_bytes is None):
+        raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
+    flag, target = "--ratio", dict[str, Any](ratio=ratio)
     if most_bytes is not None:
         if most_bytes >= whole:
             raise UserError(
                 f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in {DTYPE}, so no "
                 "pruning is needed"
             )
-        ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
+        flag, ratio, target = "--bytes", 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
     assert ratio is not None
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector, use none or full")
-    decoder_ratio = ratio * count_params(cfg) / count_params(cfg, "text")
-    asked = Target(count_params(cfg), cfg.vision is not None, ratio, decoder_ratio)
-    recommendation = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
-    plans, export = {}, {"export": {"dtype": DTYPE}}
-    for method, variant in recommendation.variants.items():
-        with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
-            settings = merge(recommendation.recipe, variant, {"prune": target}, export)
-            plans[method] = predict_plan(override(Experiment(), settings), cfg)
+
+    def predict(*settings: Mapping[str, Any]) -> PrunePlan:
+        with error_context(flag):
+            merged = merge(*settings, {"prune": target, "export": {"dtype": DTYPE}})
+            return predict_plan(override(Experiment(), merged), cfg)
+
+    def as_asked(share: float) -> str:
+        """Return a share of the decoder as the value of the flag that the user set."""
+        size = _size(whole * (1 - share * of_decoder)).replace(" ", "")
+        return f"--ratio={share * of_decoder:.3g}" if most_bytes is None else f"--bytes={size}"
+
+    aligned = {} if goal is None or goal[1] == MEASURED_ON else {"prune": {"align_to": "tpu"}}
+    plans, align = dict[str, PrunePlan](), {"depth": {}, "width": aligned, "hybrid": aligned}
+    for method in METHODS:
+        with contextlib.suppress(UserError):
+            plans[method] = predict(guide.settings[method], align[method])
+    removed = {method: plan.actual_ratio / of_decoder for method, plan in plans.items()}
+    ranking = None if goal is None else rank(cfg, folder, *goal, plans, ratio, as_asked, guide)
+    methods = ("depth",) if speed else METHODS if ranking is None else ranking.methods
+    if data_fraction is None:
+        data_fraction = 1.0 if "train" in files else guide.data.least
+    asked = Target(count_params(cfg), cfg.vision is not None, ratio, ratio / of_decoder, removed)
+    own: dict[str, Any] = {"data": files} if files else {}
+    records = count_records(override(Experiment(), own).data)
+    recommendation, steps = _with_enough_steps(asked, cfg, records, data_fraction, compute, methods, guide)
+    variants = {method: merge(settings, align[method]) for method, settings in recommendation.variants.items()}
+    recommendation = dataclasses.replace(recommendation, variants=variants)
+    plans = {method: predict(recommendation.recipe, settings) for method, settings in variants.items()}
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
-    data = {"data": dict(files)} if files else recommendation.task
-    known = {"train", "images", "eval"} if "source" in data.get("data", {}) else {*(files or ())}
+    data = own or recommendation.task
+    known = {"train", "images", "eval"} if "source" in data.get("data", {}) else {*files}
     known |= {"images"} if files or cfg.vision is None else set()
-    config = _config_file(recommendation, cfg, merge({"model": model}, data, export, {"prune": target}))
+    settings = merge({"model": model}, data, {"export": {"dtype": DTYPE}, "prune": target})
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
-    return Advice(str(folder), cfg, recommendation, plans, config, bool(files), missing, measured, most_bytes)
+    config = _config_file(recommendation, cfg, settings)
+    return Advice(
+        str(folder), cfg, recommendation, plans, config, steps, bool(files), missing, measured, most_bytes, ranking
+    )
+
+
+def _with_enough_steps(
+    target: Target,
+    cfg: ModelConfig,
+    records: int | None,
+    available: float,
+    compute: str,
+    methods: Sequence[str],
+    guide: Guide,
+) -> tuple[Recommendation, str | None]:
+    """Return the recommendation, without training if the records are too few, and `Advice.steps`.
+
+    The share of the data is raised, up to `available`, until training has as many steps as the shortest measured one.
+    """
+    recommendation = recommend(target, data_fraction=available, compute=compute, methods=methods, guide=guide)
+    if not recommendation.data_fraction:
+        return recommendation, None
+    recover = _experiment(recommendation, cfg, *recommendation.variants.values())[2].recover
+    batch, passes = recover.batch_size, f"{recover.epochs:g} pass{'es' * (recover.epochs != 1)}"
+    least = math.ceil(guide.data.steps * batch / recover.epochs)
+    if records is None:
+        return recommendation, (
+            f"at least {guide.data.steps}, as in the shortest measured training: {least:,} records in batches of "
+            f"{batch} and {passes} (--train=FILE counts yours)"
+        )
+    share = min(max(recommendation.data_fraction, math.ceil(1e4 * least / records) / 1e4), available)
+    used = max(1, int(records * share))
+    steps = recover.num_steps(used)
+    counted = f"{steps:,} of {batch} records ({used:,} of {records:,} records in {passes})"
+    if steps >= guide.data.steps:
+        return dataclasses.replace(recommendation, data_fraction=share), counted
+    untrained = recommend(target, data_fraction=available, compute="none", methods=methods, guide=guide)
+    return untrained, f"do not train: too few: {counted}; the shortest measured training has {guide.data.steps} steps"
 
 
 def _bytes(parameters: int) -> int:
@@ -169,36 +204,44 @@ def _bytes(parameters: int) -> int:
 
 
 def _size(n_bytes: float) -> str:
-    unit = next((name for name in ("TB", "GB", "MB") if n_bytes >= UNITS[name]), "KB")
-    return f"{n_bytes / UNITS[unit]:.3g} {unit}"
+    unit, scale = next(((unit, scale) for unit, scale in _UNITS.items() if n_bytes >= scale), ("KB", 1e3))
+    return f"{n_bytes / scale:.3g} {unit}"
 
 
 def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of the recommended steps: how to prune and recover, and the size of the pruned model."""
     recommendation, cfg = advice.recommendation, advice.cfg
+    asked = recommendation.target
+    yield "asked", _shares(asked.ratio, asked.decoder_ratio)
     yield from _vocabulary(advice)
     yield from _integers(advice)
+    if advice.ranking is not None:
+        yield "goal", advice.ranking.summary
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
+    if advice.steps is not None:
+        yield "steps", advice.steps
     sizes = []
     for method, plan in advice.plans.items():
-        layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method == "depth" else ""
+        layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method != "width" else ""
         size = f"{_size(_bytes(plan.parameters_after))} of {_size(_bytes(count_params(cfg)))} in {DTYPE}"
-        sizes.append(f"{size}{layers}, {percent(plan.actual_ratio)} removed")
+        of_decoder = plan.actual_ratio * count_params(cfg) / count_params(cfg, "text")
+        sizes.append(f"{size}{layers}, {_shares(plan.actual_ratio, of_decoder)} removed")
     yield "size", "; ".join(sizes)
 
 
+def _shares(ratio: float, decoder_ratio: float) -> str:
+    return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
+
+
 def details(advice: Advice) -> list[str]:
-    """Return additional lines: the target, engines that load the pruned models, reasons, and where sources disagree."""
-    cfg, asked = advice.cfg, advice.recommendation.target
-    lines = [
-        f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
-        f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
-        f"asked: {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of the decoder)",
-    ]
+    """Return additional lines: the model, engines that load the pruned models, the rule, and where sources disagree."""
+    cfg, recommendation = advice.cfg, advice.recommendation
+    lines = [f"{advice.folder}: {count_params(cfg):,} parameters"]
     for method, plan in advice.plans.items():
         lines += [f"{method}: {plan.parameters_after:,} parameters", *_loading_lines(plan.apply_to(cfg))]
-    return [*lines, *reasons(advice.recommendation)]
+    rule = [] if recommendation.head else [f"rule: {recommendation.rule.why}"]
+    return [*lines, *rule, *(f"conflict: {text}" for text in recommendation.conflicts)]
 
 
 def _loading_lines(cfg: ModelConfig) -> list[str]:
@@ -210,55 +253,32 @@ def _loading_lines(cfg: ModelConfig) -> list[str]:
     return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
 
 
-def reasons(recommendation: Recommendation) -> list[str]:
-    """Return lines with the guide's rule, remarks, and where its sources disagree."""
-    rule = [] if recommendation.head else [f"rule: {recommendation.rule.why}", f"from: {recommendation.rule.source}"]
-    return [
-        *rule,
-        *(f"note: {note}" for note in recommendation.notes),
-        *(f"conflict: {text}" for text in recommendation.conflicts),
-    ]
+def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of the retention to expect, the measurements behind it, the reason, and warnings.
 
-
-def evidence(recommendation: Recommendation) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of the retention to expect, the measurements behind it, and why this is recommended."""
-    expected, head, rival = recommendation.expected, recommendation.head, recommendation.rival
-    if expected is None:
-        yield "expect", "unknown, as no model of like size was measured with these steps"
-    elif expected.interval is None:
-        yield "expect", f"about {expected.value:.1f} % retained (one measurement without an interval)"
+    `own_data`: True if the model is used with other data than the measurements, for which nothing is promised.
+    """
+    promise = None if own_data else recommendation.promise
+    if promise is None:
+        yield "expect", "unknown, as nothing was measured with this model, data and ratio: evaluate first"
     else:
-        other, (low, high) = "seed" if expected.same else "model, task and seed", expected.interval
-        yield "expect", f"{low:.1f} to {high:.1f} % retained (95 % interval for another {other})"
-    if expected is not None:
-        yield "measured", measured(expected)
-    if head is not None and rival is not None and rival != head:
-        data = f" on {percent(rival.data_fraction)} of data" if rival.data_fraction else ""
-        way = f"{rival.method} + {rival.recovery}{data}"
-        outside, chance = ("outside these options, ", "") if is_better(rival, head) else ("", " by chance at most")
-        yield "because", f"{outside}{way} is better{chance} ({rival.retained:.2f} %)"
-    elif head is not None:
-        yield "because", "nothing measured on this shape and ratio is better beyond chance"
-    elif recommendation.rule.supported:
-        yield "because", f"this is the guide's rule for {recommendation.rule.label} of the decoder"
-    else:
-        yield "because", f"nothing supports this; nearest rule: {recommendation.rule.label} of the decoder"
+        yield "expect", f"{promise[0]:.1f} to {promise[1]:.1f} % retained (95 % interval for another seed)"
+    for row in recommendation.rows:
+        yield "measured", _measured(row, guide)
+    yield "because", recommendation.because
+    for warning in recommendation.warnings:
+        yield "warning", warning
 
 
-def measured(expected: Expected) -> str:
-    """Return the measurements behind an expected retention as text, and the retention relative to the control."""
-    rows, models = expected.rows, dict.fromkeys(row.model for row in expected.rows)
-    control = "" if expected.of_control is None else f", {expected.of_control:.1f} % of control"
-    if expected.same:
-        row = rows[0]
-        ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
-        return f"{row.retained:.2f} % ({ends}{_seeds(row)}), same shape{control}"
-    basis = f"on {next(iter(models))}" if len(models) == 1 else f"on average of {len(models)} models"
-    return f"{expected.value:.1f} % {basis} within {LIKE} times this size{control}"
-
-
-def _seeds(row: Evidence) -> str:
-    return "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
+def _measured(row: Evidence, guide: Guide) -> str:
+    """Return a measurement as text: retention, interval, model, data, and what was removed."""
+    ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
+    seeds = "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
+    control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
+    return (
+        f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its decoder "
+        f"removed, {row.method} + {row.recovery}: {guide.sources[row.source].measure}"
+    )
 
 
 def summarize(recommendation: Recommendation) -> str:
@@ -268,10 +288,12 @@ def summarize(recommendation: Recommendation) -> str:
 
 def pruning_of(recommendation: Recommendation) -> str:
     """Return how to prune, and whether to reconstruct the pruned weights, as text."""
-    then = ", then reconstruct"
-    return "; beside it ".join(
-        f"{_PRUNING[name]}{then * (SOLVED in settings)}" for name, settings in recommendation.variants.items()
-    )
+    ways = []
+    for method, settings in recommendation.variants.items():
+        keeps_heads = settings.get("prune", {}).get("heads") == "keep"
+        way = _PRUNING[method].replace("neurons and heads", "neurons") if keeps_heads else _PRUNING[method]
+        ways.append(way + ", then reconstruct" * (SOLVED in settings))
+    return "; beside it ".join(ways)
 
 
 def recovery_of(recommendation: Recommendation) -> str:
@@ -333,15 +355,10 @@ def _config_file(recommendation: Recommendation, cfg: ModelConfig, settings: dic
 
     Prompts and images are prepared as the model folder says, and settings without effect are left out.
     """
-    named, changes = family_of(cfg).name, dict[str, Any]()
-    recipe = named if recommendation.of_family and named in recipes() else None
-    if count_params(cfg) >= _LARGE:
-        changes = {"model": {"dtype": "bfloat16"}, "mesh": {"fsdp": -1}}
     fraction = {"data": {"fraction": recommendation.data_fraction}} if recommendation.data_fraction else {}
     only = next(iter(recommendation.variants.values())) if len(recommendation.variants) == 1 else {}
-    changes = merge({"model": {}}, changes, recommendation.recipe, settings, fraction, only)
-    start = Experiment() if recipe is None else override(Experiment(), recipes()[recipe])
-    data, default = override(start, changes).data, Experiment().data
+    recipe, changes, start = _experiment(recommendation, cfg, settings, fraction, only)
+    data, default = start.data, Experiment().data
     folders = {name: getattr(default, name) for name in _FOLDERS_OWN if getattr(data, name) != getattr(default, name)}
     changes = merge(changes, {"data": folders})
     variants = {} if only else {"prune_variants": recommendation.variants}
@@ -370,6 +387,18 @@ def _config_file(recommendation: Recommendation, cfg: ModelConfig, settings: dic
             lines += [f"        {_literal(method)}: {{", *inner, "        },"]
         lines.append("    }")
     return "\n".join([*lines, "    return config", ""])
+
+
+def _experiment(
+    recommendation: Recommendation, cfg: ModelConfig, *settings: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any], Experiment]:
+    """Return the family's recipe by name if it is the start, all changes to it, and the resulting experiment."""
+    named = family_of(cfg).name
+    recipe = named if recommendation.of_family and named in recipes() else None
+    large = {"model": {"dtype": "bfloat16"}, "mesh": {"fsdp": -1}} if count_params(cfg) >= _LARGE else {}
+    changes = merge({"model": {}}, large, recommendation.recipe, *settings)
+    start = Experiment() if recipe is None else override(Experiment(), recipes()[recipe])
+    return recipe, changes, override(start, changes)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
-from vlmprune_jax.planning.goals import GOALS, MEASURED_ON, TPU, check_goal, compare, measured
-from vlmprune_jax.planning.guide import FILE, Evidence, read_guide
+from vlmprune_jax.planning.guide import METHODS, Evidence, Guide, read_guide
 from vlmprune_jax.planning.recommend import (
     Advice,
     command,
@@ -18,8 +17,6 @@ from vlmprune_jax.planning.recommend import (
     details,
     evidence,
     percent,
-    reasons,
-    saved_as,
     summarize,
 )
 from vlmprune_jax.planning.rules import Recommendation, Target, recommend
@@ -28,33 +25,29 @@ from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.result import Result
 
-NOTE = (
-    "lower bounds, computed from FLOPs and bytes for questions of nine benchmarks; nothing ran. They do not include "
-    "accuracy: --ratio prints what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
-)
-MEASURED_NOTE = (
-    "measured with {} in {} on {}, one question at a time; from and to are the range over repetitions. Accuracy is not "
-    "included: --ratio prints what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
-)
 WIDTH = 80  # characters per line of a recommendation
 
 
-def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
+def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
     """Print a recommendation, the command to run, and the evidence; with `save`, write the config to a file.
 
-    `given`: flags of this command; if `save` is None, the printed command repeats them and writes the config. `full`:
-    also print all evidence and the config.
+    `guide`: the guide of the recommendation. `given`: flags of this command; if `save` is None, the printed command
+    repeats them and writes the config. `full`: also print all measurements and the config.
     """
     recommendation = advice.recommendation
     path = saved_as(save, recommendation.target.ratio)
     if save is not None:
         _write(path, advice.config)
+    if (ranking := advice.ranking) is not None:
+        rows = [(way.name, way.cost, "" if way.gain is None else f"{way.gain:.2f}") for way in ranking.choices]
+        reporter.table(*Table(ranking.title, ("model", "least", "times less"), tuple(rows)).printed)
+        _say([("note", ranking.note)], reporter)
     _say(decision(advice), reporter)
     first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
     lines = [*_shell(first), *_shell(command(advice, str(path)))]
     for line in ["", *lines, ""]:
         reporter.say(line)
-    _say(evidence(recommendation), reporter)
+    _say(evidence(recommendation, guide, advice.own_data), reporter)
     if not full:
         data_hint = "" if advice.own_data else "--train, --images and --eval set your files; "
         _say([("more", f"{data_hint}--evidence prints all evidence and the config")], reporter)
@@ -69,27 +62,15 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
         reporter.say(line)
 
 
-def tell_goal(
-    hf_dir: str, goal: str, on: str, vision_dir: str | None, ratio: float | None, guide: str | None, reporter: Reporter
-) -> None:
-    """Print how much pruning, integer weights and fewer tokens help towards a goal, see `compare` and `measured`."""
-    check_goal(goal, on)
-    if on == MEASURED_ON:
-        rows = measured(hf_dir, vision_dir=vision_dir, ratio=ratio, guide=read_guide(Path(guide or FILE)))
-        rows.sort(key=lambda row: -row.gains[goal][0])
-        shown = tuple(
-            (row.method, percent(row.removed), row.format, *(f"{gain:.2f}" for gain in row.gains[goal])) for row in rows
-        )
-        header = ("prune", "of the decoder", "format", "times less", "from", "to")
-        table = Table(f"Unpruned model in F16, divided by this model: {goal}", header, shown)
-        note = MEASURED_NOTE.format(rows[0].model, on, rows[0].processor)
-    else:
-        topology = TPU if on == "tpu" else on
-        choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
-        lines = tuple((one.name, one.least, "" if one.gain is None else f"{one.gain:.2f}") for one in choices)
-        table, note = Table(f"Lowest {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), lines), NOTE
-    reporter.table(*table.printed)
-    _say([("note", note)], reporter)
+def saved_as(text: str | None, ratio: float = 0.0) -> Path:
+    """Return the path for the recommended config file (default: recommended_30.py for 30 %).
+
+    Raises UserError if the name is not that of a Python file.
+    """
+    path = Path(text or f"recommended_{100 * ratio:.3g}.py")
+    if path.suffix != ".py" or "\0" in path.name:
+        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.py")
+    return path
 
 
 def _write(path: Path, config: str) -> None:
@@ -123,7 +104,7 @@ def tables_of(recommendation: Recommendation) -> list[Table]:
     """Return a recommendation's tables: evidence, and other measurements at similar ratios."""
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
-        "Expected from": () if recommendation.expected is None else recommendation.expected.rows,
+        "Measured": recommendation.rows,
         "Other measurements at similar ratios (most similar models first)": recommendation.beside,
     }
     return [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
@@ -140,7 +121,7 @@ def _row(row: Evidence) -> tuple[str, ...]:
 
 def footnotes(recommendation: Recommendation) -> list[str]:
     """Return the notes below a recommendation's evidence table."""
-    rows = (*(() if recommendation.expected is None else recommendation.expected.rows), *recommendation.beside)
+    rows = (*recommendation.rows, *recommendation.beside)
     notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(notes))
 
@@ -150,10 +131,11 @@ def advice_section(result: Result) -> Iterator[Section]:
     run = result.best_run
     if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.actual_ratio:
         return
-    trained = run.data_fraction > 0
-    asked = Target(result.teacher.parameters, result.workload.images > 0, run.actual_ratio, run.decoder_ratio)
+    trained, guide = run.data_fraction > 0, read_guide()
+    removed = dict.fromkeys(METHODS, run.decoder_ratio)
+    asked = Target(result.teacher.parameters, result.workload.images > 0, run.actual_ratio, run.decoder_ratio, removed)
     data, compute = min(max(run.data_fraction, 0), 1), "full" if trained else "none"
-    recommendation = recommend(asked, data_fraction=data, compute=compute, speed=False, guide=read_guide())
+    recommendation = recommend(asked, data_fraction=data, compute=compute, guide=guide)
     about = (
         f"For the ratio of the best run, {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of "
         f"the decoder), {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
@@ -161,8 +143,8 @@ def advice_section(result: Result) -> Iterator[Section]:
     )
     lines = [
         f"recommended: {summarize(recommendation)}",
-        *(f"{label}: {text}" for label, text in evidence(recommendation)),
+        *(f"{label}: {text}" for label, text in evidence(recommendation, guide, own_data=True)),
+        *(f"conflict: {text}" for text in recommendation.conflicts),
     ]
-    lines += reasons(recommendation)
     notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(recommendation)))
     yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(recommendation)))
