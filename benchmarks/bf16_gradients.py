@@ -46,12 +46,12 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
     import jax.numpy as jnp
 
     import vlmprune_jax as vp
-    from vlmprune_jax.models.params import flatten, unflatten
-    from vlmprune_jax.recovery.config import LossConfig
-    from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, term_weights
-    from vlmprune_jax.recovery.objective import layer_pairs
-    from vlmprune_jax.recovery.step import step_context
-    from vlmprune_jax.recovery.trainable import partition
+    from vlmprune_jax.core.models.params import flatten, unflatten
+    from vlmprune_jax.core.recovery.config import LossConfig
+    from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, term_weights
+    from vlmprune_jax.core.recovery.objective import layer_pairs
+    from vlmprune_jax.core.recovery.step import step_context
+    from vlmprune_jax.core.recovery.trainable import partition
 
     student = base.adapted(vp.load(args.work / "student", dtype="bfloat16"), 0.0)
     trainable, frozen = partition(flatten(student.params), "lora")

@@ -25,9 +25,9 @@ import numpy as np
 from llama_cpp_answers import DATA, TEACHER, evaluate
 
 import vlmprune_jax as vp
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.plans.plan import compose
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.plans.plan import compose
+from vlmprune_jax.run.demo.easyvqa import write_dataset
 
 STEP = 0.15
 TARGETS = (0.45, 0.6)

@@ -23,7 +23,7 @@ from typing import Any
 
 SIDES = ("tower", "cached")
 CONFIG = """
-from vlmprune_jax.cli.config_files import shipped_config
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 def get_config(run):
     config = shipped_config("demo")
@@ -71,14 +71,14 @@ def _flops_ratio(family: str) -> float:
     from models import MODELS
     from plan import DATA, SETTINGS
 
-    from vlmprune_jax.core.settings import override
-    from vlmprune_jax.experiment.arguments import recover_config
-    from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.models.params import param_shapes
-    from vlmprune_jax.planning.case import predict_plan
-    from vlmprune_jax.recovery.flops import step_flops
-    from vlmprune_jax.recovery.trainable import assign_groups, with_lora
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.core.models.params import param_shapes
+    from vlmprune_jax.core.recovery.flops import step_flops
+    from vlmprune_jax.core.recovery.trainable import assign_groups, with_lora
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.run.experiment.arguments import recover_config
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.planning.case import predict_plan
 
     experiment = override(override(Experiment(), SETTINGS), {"prune": {"method": "depth", "ratio": 0.15}})
     if family == "internvl":  # as its recipe: the teacher looks at the images as well

@@ -33,10 +33,10 @@ DROPPED = 5  # removed layers of 32: middle layers with one kept between them, s
 
 def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint with random bfloat16 weights below 2, cut from the same 64 MiB of noise at random offsets."""
-    from vlmprune_jax.export.folder import MAX_SHARD_BYTES
-    from vlmprune_jax.hf.disk.tensors import Tensor, write_weights
-    from vlmprune_jax.hf.layout import make_slots
-    from vlmprune_jax.hf.read import read_config
+    from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_weights
+    from vlmprune_jax.io.checkpoints.layout import make_slots
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -59,10 +59,10 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
 
 def make_plans(folder: Path, work: Path) -> None:
     """Write a depth plan and a width plan for a checkpoint to `depth.json` and `width.json` in `work`."""
-    from vlmprune_jax.hf.lazy import open_model
-    from vlmprune_jax.models.params import count_params
-    from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
-    from vlmprune_jax.prune.width import kept_layer
+    from vlmprune_jax.core.models.params import count_params
+    from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
+    from vlmprune_jax.core.prune.width import kept_layer
+    from vlmprune_jax.io.checkpoints.lazy import open_model
 
     model = open_model(folder)
     sizes, draw = [layer.sizes for layer in model.cfg.text.layers], np.random.default_rng(1)
@@ -109,12 +109,12 @@ def child(args: argparse.Namespace) -> None:
     if step == "load":
         import jax
 
-        from vlmprune_jax.distributed.mesh import make_mesh
+        from vlmprune_jax.core.mesh.mesh import make_mesh
 
         model = vp.load(folder, dtype="bfloat16", mesh=make_mesh(1, DEVICES, 1))
         jax.block_until_ready(model.params)
     elif step == "inspect":
-        from vlmprune_jax.cli.main import main
+        from vlmprune_jax.run.cli.main import main
 
         sys.exit(main(["inspect", str(folder)]))
     else:

@@ -25,16 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.config_files import shipped_config
+from vlmprune_jax.core.models.features import tower_features
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.vlm import encode, head_of
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
-from vlmprune_jax.evaluation.questions import arranged_questions
-from vlmprune_jax.models.features import tower_features
-from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import encode, head_of
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.run.cli.config_files import shipped_config
+from vlmprune_jax.run.demo.easyvqa import write_dataset
+from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.run.evaluation.questions import arranged_questions
 
 TEACHER = Path(shipped_config("demo").model.hf_dir)
 LONGEST = 4  # tokens of an answer

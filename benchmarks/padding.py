@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.data import grouping
-from vlmprune_jax.data.encoding import Encoder, measure
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.families import templates
+from vlmprune_jax.io.data import grouping
+from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.families import templates
 
 RECORDS, BATCH, LONGEST, IMAGE = 665_298, 128, 2048, 576
 BUCKETS = (768, 1024, 1536, 2048)

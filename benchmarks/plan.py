@@ -97,13 +97,13 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from vlmprune_jax.core.settings import override
-    from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.planning.ahead_of_time import make_slice
-    from vlmprune_jax.planning.case import Shapes, estimate, make_case, predict_plan, preparation_of
-    from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
-    from vlmprune_jax.workdir.artefact import to_json
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.planning.ahead_of_time import make_slice
+    from vlmprune_jax.run.planning.case import Shapes, estimate, make_case, predict_plan, preparation_of
+    from vlmprune_jax.run.planning.evaluation import EvaluationCase, plan_evaluation
+    from vlmprune_jax.run.workdir.artefact import to_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")

@@ -40,7 +40,7 @@ STEPS = 8
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 ALONE_SECONDS = 300  # longest time that a process may outlive its peer
 CONFIG = f"""
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

@@ -31,13 +31,13 @@ from reconstruction import WINDOW
 from recover_quantized import trained
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.console import make_reporter
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.demo.topics import topics
-from vlmprune_jax.distributed.machine import cores
-from vlmprune_jax.evaluation.speed.bench import bench, find_sides
-from vlmprune_jax.evaluation.speed.clock import SpeedConfig
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.base.console import make_reporter
+from vlmprune_jax.core.mesh.machine import cores
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.run.demo.topics import topics
+from vlmprune_jax.run.evaluation.speed.bench import bench, find_sides
+from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 
 CUTS = ("unpruned", "depth 20 %", "width 20 %")
 REPAIRS = ("none", "reconstructed", "recovered")

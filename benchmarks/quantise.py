@@ -36,8 +36,8 @@ from reconstruction import WINDOW, batches  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
 import vlmprune_jax as vp  # noqa: E402
-from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
-from vlmprune_jax.demo.topics import topics  # noqa: E402
+from vlmprune_jax.io.data.prompts import load_tokenizer  # noqa: E402
+from vlmprune_jax.run.demo.topics import topics  # noqa: E402
 
 # Widths are whole blocks of every format here, so that all of a matrix is rounded.
 WIDTH = {"method": "width", "ratio": 0.2, "heads": "keep"}

@@ -26,9 +26,9 @@ import numpy as np
 from question_time import cut
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.cli.config_files import shipped_config
+from vlmprune_jax.run.demo.easyvqa import write_dataset
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 
 CUTS = ("unpruned", *(f"{method} {percent} %" for percent in (15, 30, 45, 60) for method in ("depth", "width")))
 FORMATS = {"float16": {"dtype": "float16"}, "w8a16": {"quantize": "w8a16"}, "w4a16": {"quantize": "w4a16"}}

@@ -36,11 +36,11 @@ from smollm2 import smollm2_folder  # noqa: E402
 from study_guide import as_json  # noqa: E402
 
 import vlmprune_jax as vp  # noqa: E402
-from vlmprune_jax.core.console import make_reporter  # noqa: E402
-from vlmprune_jax.distributed.machine import processor  # noqa: E402
-from vlmprune_jax.evaluation.speed.bench import bench, find_sides  # noqa: E402
-from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig  # noqa: E402
-from vlmprune_jax.planning.guide import FILE, Speed, read_guide  # noqa: E402
+from vlmprune_jax.base.console import make_reporter  # noqa: E402
+from vlmprune_jax.core.mesh.machine import processor  # noqa: E402
+from vlmprune_jax.run.evaluation.speed.bench import bench, find_sides  # noqa: E402
+from vlmprune_jax.run.evaluation.speed.clock import BenchSide, SpeedConfig  # noqa: E402
+from vlmprune_jax.run.planning.guide import FILE, Speed, read_guide  # noqa: E402
 
 FORMATS = {"F16": {"dtype": "float16"}, "Q8_0": {"quantize": "q8_0"}, "Q4_0": {"quantize": "q4_0"}}
 ANSWERS = (1, 16, 64)

@@ -31,11 +31,11 @@ FORMATS = ("bf16", "w8a8", "w4a16")
 
 def variants(name: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield (name of the pruning, pruned model config, image preparation) for every pruning of a model."""
-    from vlmprune_jax.core.settings import override
-    from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.models.params import count_params
-    from vlmprune_jax.planning.case import predict_plan, preparation_of
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.core.models.params import count_params
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.planning.case import predict_plan, preparation_of
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))
@@ -52,8 +52,8 @@ def variants(name: str) -> Iterator[tuple[str, Any, Any]]:
 
 def rows(name: str, topology: str) -> Iterator[dict[str, Any]]:
     """Yield a row per cut and format: mean chip-seconds of 1,000 questions by phase, seconds of a single question."""
-    from vlmprune_jax.core.chips import slice_of
-    from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
+    from vlmprune_jax.base.chips import slice_of
+    from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
 
     chip, chips = slice_of(topology)
     for cut, cfg, preparation in variants(name):

@@ -13,10 +13,10 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from vlmprune_jax.cli.main import main as vlmprune
-from vlmprune_jax.planning.guide import read_guide
-from vlmprune_jax.planning.recommend import advise, summarize
-from vlmprune_jax.workdir.result import read_result
+from vlmprune_jax.run.cli.main import main as vlmprune
+from vlmprune_jax.run.planning.guide import read_guide
+from vlmprune_jax.run.planning.recommend import advise, summarize
+from vlmprune_jax.run.workdir.result import read_result
 
 CASES = {
     "trained": {"ratio": 0.305, "data_fraction": 0.05, "compute": "full"},

@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT / "tests" / "cases"))
 from smollm2 import smollm2_folder  # noqa: E402
 
 import vlmprune_jax as vp  # noqa: E402
-from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
-from vlmprune_jax.demo.topics import topics  # noqa: E402
+from vlmprune_jax.io.data.prompts import load_tokenizer  # noqa: E402
+from vlmprune_jax.run.demo.topics import topics  # noqa: E402
 
 ROW, WINDOW, BATCH = 256, 512, 8
 

@@ -52,12 +52,12 @@ def layerwise(family: str, topology: str) -> str:
     import jax
     import jax.numpy as jnp
 
-    from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
-    from vlmprune_jax.distributed.rules import sharding
-    from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.models.params import layer_shapes
-    from vlmprune_jax.planning.ahead_of_time import compile_for_tpu, make_slice
-    from vlmprune_jax.prune import layers, layerwise
+    from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
+    from vlmprune_jax.core.mesh.rules import sharding
+    from vlmprune_jax.core.models.params import layer_shapes
+    from vlmprune_jax.core.prune import layers, layerwise
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
@@ -92,15 +92,15 @@ def row(family: str, topology: str) -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from vlmprune_jax.core.settings import override
-    from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
-    from vlmprune_jax.distributed.rules import sharding
-    from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.models.params import layer_axes, layer_shapes
-    from vlmprune_jax.planning.ahead_of_time import compile_for_tpu, make_slice
-    from vlmprune_jax.planning.case import predict_plan
-    from vlmprune_jax.prune import layers, reconstruction, ridge
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
+    from vlmprune_jax.core.mesh.rules import sharding
+    from vlmprune_jax.core.models.params import layer_axes, layer_shapes
+    from vlmprune_jax.core.prune import layers, reconstruction, ridge
+    from vlmprune_jax.io.checkpoints.read import read_config
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
+    from vlmprune_jax.run.planning.case import predict_plan
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))

@@ -21,10 +21,10 @@ import numpy as np
 from reconstruction import ROOT, WINDOW, batches, smollm2_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.demo.topics import topics
-from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.io.data.batching import Batch
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.run.demo.topics import topics
 
 ROWS = 4
 QUANTIZE = "w4a16"

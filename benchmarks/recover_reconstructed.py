@@ -19,10 +19,10 @@ from pathlib import Path
 
 from reconstruction import ROOT, smollm2_folder
 
-from vlmprune_jax.demo.topics import topics
+from vlmprune_jax.run.demo.topics import topics
 
 CONFIG = """
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 
 def get_config():

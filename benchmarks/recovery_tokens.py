@@ -29,12 +29,12 @@ import scipy.stats
 from reconstruction import ROOT, ROW, WINDOW, batches, docstrings, smollm2_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.demo.topics import topics
-from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.models.params import unflatten
-from vlmprune_jax.recovery.config import MAIN, LossConfig, RecoverConfig
-from vlmprune_jax.recovery.program import Programs, prepare
+from vlmprune_jax.core.models.params import unflatten
+from vlmprune_jax.core.recovery.config import MAIN, LossConfig, RecoverConfig
+from vlmprune_jax.core.recovery.program import Programs, prepare
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.run.demo.topics import topics
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 
 ROWS, CALIBRATION, WINDOWS = 2, 4096, 6
 MOST = 400_000  # tokens of the training text

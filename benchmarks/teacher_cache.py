@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 REMOVED = 8
 STEPS = """
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()
@@ -46,7 +46,7 @@ def get_config():
     return config
 """
 ACCURACY = """
-from vlmprune_jax.cli.config_files import shipped_config
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 def get_config():
     config = shipped_config("demo")
@@ -93,7 +93,7 @@ def steps(args: argparse.Namespace) -> None:
 
 def accuracy(args: argparse.Namespace) -> None:
     """Measure the accuracy of the demo after recovery in each variant; print one JSON line each."""
-    from vlmprune_jax.workdir.result import read_result
+    from vlmprune_jax.run.workdir.result import read_result
 
     config, workdir = args.work / "accuracy.py", args.work / "demo"
     config.write_text(ACCURACY.format(losses=LOSSES, work=args.work))
@@ -115,7 +115,7 @@ def with_cache(k: int | None, folder: Path) -> list[str]:
 def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float, float]:
     """Run a vlmprune command in a child process; return (peak memory in GiB, wall seconds)."""
     code = (
-        "import resource, sys; from vlmprune_jax.cli.main import main; code = main(sys.argv[1:]);"
+        "import resource, sys; from vlmprune_jax.run.cli.main import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     )
     argv = [sys.executable, "-c", code, command, f"--config={config}", f"--workdir={workdir}", *flags]
@@ -126,7 +126,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 def disk(folder: Path) -> dict[str, Any]:
     """Return the size of a teacher cache in bytes, in total and per position in the loss."""
-    from vlmprune_jax.core.weight_files import read_header
+    from vlmprune_jax.base.weight_files import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
     entries = {key: entry for shard in shards for key, entry in read_header(shard).items()}

@@ -51,7 +51,7 @@ Step = Callable[[], dict[str, float]]
 def make(args: argparse.Namespace) -> None:
     """Write the student's folder, the adapters' folder and the batch of token ids, made from the teacher's folder."""
     import vlmprune_jax as vp
-    from vlmprune_jax.export.peft import write_adapter
+    from vlmprune_jax.io.exports.peft import write_adapter
 
     if args.tiny:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,9 +84,9 @@ def adapted(student: Any, dropout: float) -> Any:
     """Return the student with float32 adapters; B is not zero, so that A has a gradient from the first step."""
     import jax
 
+    from vlmprune_jax.core.models.params import flatten, unflatten
+    from vlmprune_jax.core.recovery.trainable import LORA_SUFFIXES, add_lora
     from vlmprune_jax.core.sections import LoraConfig
-    from vlmprune_jax.models.params import flatten, unflatten
-    from vlmprune_jax.recovery.trainable import LORA_SUFFIXES, add_lora
 
     model = add_lora(student, LoraConfig(RANK, ALPHA, dropout, targets=()), jax.random.key(0))
     flat, draw = flatten(model.params), np.random.default_rng(1)
@@ -102,11 +102,11 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     import jax
 
     import vlmprune_jax as vp
-    from vlmprune_jax.models.params import flatten
-    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
-    from vlmprune_jax.recovery.losses import Teacher
-    from vlmprune_jax.recovery.objective import layer_pairs
-    from vlmprune_jax.recovery.step import (
+    from vlmprune_jax.core.models.params import flatten
+    from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.core.recovery.losses import Teacher
+    from vlmprune_jax.core.recovery.objective import layer_pairs
+    from vlmprune_jax.core.recovery.step import (
         StepConfig,
         init_state,
         learning_rates,
@@ -114,7 +114,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
         make_step,
         step_context,
     )
-    from vlmprune_jax.recovery.trainable import assign_groups, partition
+    from vlmprune_jax.core.recovery.trainable import assign_groups, partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)
     teacher = vp.load(args.folder, dtype=args.dtype)

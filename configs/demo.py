@@ -12,8 +12,8 @@ from importlib import resources
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 VARIANTS = ("", "full", "quick")
 # Share of the whole model: 6 of 10 layers, about 56 % of the decoder. With five layers removed 98.5 % of the answers

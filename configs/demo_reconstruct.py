@@ -10,8 +10,8 @@ vision tower, by three choices of criterion and heads. docs/explanation/results.
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 RATIOS = (0.155, 0.2, 0.25, 0.305)
 TOWER = 0.1341  # 30 % of the tower, which is 44.7 % of the model

@@ -21,8 +21,8 @@ numbers, from a folder DIR with config.json and processor_config.json (9 minutes
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.experiment.recipes import vocabulary_cut
+from vlmprune_jax.run.cli.config_files import experiment_config
+from vlmprune_jax.run.experiment.recipes import vocabulary_cut
 
 CUTS = {
     "layers": {"method": "depth"},

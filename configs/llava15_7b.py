@@ -33,8 +33,8 @@ with all rows of that length. Higher depth ratios need less. To compile it, with
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.experiment.recipes import paper_cut
+from vlmprune_jax.run.cli.config_files import experiment_config
+from vlmprune_jax.run.experiment.recipes import paper_cut
 
 
 def get_config(variant: str = "depth,0.3") -> ConfigDict:

@@ -16,8 +16,8 @@ KL distillation from the unpruned model.
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.experiment.recipes import vocabulary_cut
+from vlmprune_jax.run.cli.config_files import experiment_config
+from vlmprune_jax.run.experiment.recipes import vocabulary_cut
 
 CUTS = {
     "layers": {"method": "depth"},

@@ -19,8 +19,8 @@ A step has 128 rows of 2,048 tokens, images of up to 1,280 tokens, in two micro-
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.experiment.recipes import paper_cut
+from vlmprune_jax.run.cli.config_files import experiment_config
+from vlmprune_jax.run.experiment.recipes import paper_cut
 
 
 def get_config(variant: str = "depth,5layers") -> ConfigDict:

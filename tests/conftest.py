@@ -67,17 +67,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Cases of some seconds that nothing else in `make test` rests on, or whose like runs there: file -> ends of names.
 _SLOW_CASES = {
-    "demo/test_easyvqa.py": ("counts_and_images",),
-    "distributed/test_mesh.py": ("not_there_is_one_line",),
-    "evaluation/speed/test_measure.py": ("that_of_generate",),
-    "evaluation/test_questions.py": ("equal_rows_alone",),
-    "export/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
-    "export/test_gguf_experts.py": (
+    "run/demo/test_easyvqa.py": ("counts_and_images",),
+    "core/mesh/test_mesh.py": ("not_there_is_one_line",),
+    "run/evaluation/speed/test_measure.py": ("that_of_generate",),
+    "run/evaluation/test_questions.py": ("equal_rows_alone",),
+    "io/exports/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
+    "io/exports/test_gguf_experts.py": (
         "[qwen3_vl_moe-all]", "[internvl_moe-all]", "[qwen3_5_moe-]", "[qwen3_5_moe-all]",
     ),
-    "export/test_gguf_hybrids.py": ("[qwen3_5_r1-all]", "[qwen3_5_r3-all]", "[qwen3_5_r3-value_heads_2]"),
-    "export/test_support_matrix.py": ("[internvl-to-source]",),
-    "families/test_experts.py": (
+    "io/exports/test_gguf_hybrids.py": ("[qwen3_5_r1-all]", "[qwen3_5_r3-all]", "[qwen3_5_r3-value_heads_2]"),
+    "io/exports/test_support_matrix.py": ("[internvl-to-source]",),
+    "io/families/test_experts.py": (
         "autograd[qwen3_5_moe]", "autograd[gemma4_moe]", "autograd[internvl_moe]", "test_cuts[qwen3_5_moe-depth]",
         "test_cuts[qwen3_5_moe-neurons]", "test_cuts[gemma4_moe-depth]", "test_cuts[gemma4_moe-neurons]",
         "exports[gemma4_moe-experts]", "exports[qwen3_5_moe-experts]", "exports[qwen3_vl_moe-experts]",
@@ -85,13 +85,13 @@ _SLOW_CASES = {
         "exports[gemma4_moe-all]", "as_stock[qwen3_5_moe]", "as_stock[gemma4_moe]", "not_saved_apart",
         "kept_experts_are_unchanged", "test_cuts[qwen3_5_moe-experts]",
     ),
-    "families/test_goldens.py": ("autograd[gemma4]",),
-    "families/test_video.py": ("texts[gemma4]", "videos[gemma4_dense]"),
-    "prune/test_expert_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
-    "prune/test_reconstruction.py": ("on_the_device[qwen3_vl]",),
-    "prune/test_shared_layers.py": ("the_whole_model", "float64[4]"),
-    "report/test_figures.py": ("what_serves_vision",),
-    "stages/test_unused.py": ("[demo_reconstruct]", "[demo]"),
+    "io/families/test_goldens.py": ("autograd[gemma4]",),
+    "io/families/test_video.py": ("texts[gemma4]", "videos[gemma4_dense]"),
+    "core/prune/test_expert_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
+    "core/prune/test_reconstruction.py": ("on_the_device[qwen3_vl]",),
+    "core/prune/test_shared_layers.py": ("the_whole_model", "float64[4]"),
+    "run/report/test_figures.py": ("what_serves_vision",),
+    "run/stages/test_unused.py": ("[demo_reconstruct]", "[demo]"),
 }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, widt
 from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.models.vlm import INPUTS
-from vlmprune_jax.prune.config import PlanOptions
+from vlmprune_jax.core.models.vlm import INPUTS
+from vlmprune_jax.core.prune.config import PlanOptions
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 
 def test_every_public_name_loads():

@@ -11,11 +11,11 @@ from make_reference import PAGE_OF
 from repository import ROOT
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.config_files import read_hyper
-from vlmprune_jax.cli.flags import parse
-from vlmprune_jax.cli.stages import StageCommand
-from vlmprune_jax.experiment.options import sections
-from vlmprune_jax.experiment.recipes import shipped_configs
+from vlmprune_jax.run.cli.config_files import read_hyper
+from vlmprune_jax.run.cli.flags import parse
+from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.experiment.options import sections
+from vlmprune_jax.run.experiment.recipes import shipped_configs
 
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -63,7 +63,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
 def test_named_files_exist(path):
-    """`tests/prune/test_width.py`, `benchmarks/plan.py --flags`, and `prune/select.py` of the package."""
+    """`tests/core/prune/test_width.py`, `benchmarks/plan.py --flags`, and `core/prune/select.py` of the package."""
     names = {
         name
         for line in prose(path)

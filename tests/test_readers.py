@@ -1,4 +1,4 @@
-"""Files that anybody may have written come in at one place: core/files.py (weights: core/weight_files.py, hf/disk/)."""
+"""Files that anybody may have written come in at one place: base/files.py (weights: base/weight_files.py, hf/disk/)."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "vlmprune_jax"
-CHECKED = ("core/files.py", "core/links.py", "core/weight_files.py", "hf/disk/")
+CHECKED = ("base/files.py", "base/links.py", "base/weight_files.py", "hf/disk/")
 # Functions that open, read, copy or decode what a path, a file or a text holds. `copymode` reads no content.
 READERS = {
     "json.load", "json.loads", "msgspec.json.decode", "mmap.mmap", "zipfile.ZipFile", "zipfile.Path", "tarfile.open",
@@ -19,48 +19,48 @@ READERS = {
     "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copyfileobj", "shutil.copytree", "fileinput.input",
     "linecache.getlines", "runpy.run_path", "imageio.imread", "matplotlib.pyplot.imread", "yaml.load", "tomllib.load",
 }  # fmt: skip
-# Links are resolved by core/links.py: `Path.resolve` fails for a link to itself, `realpath` for a NUL character.
+# Links are resolved by base/links.py: `Path.resolve` fails for a link to itself, `realpath` for a NUL character.
 READERS |= {"os.path.realpath", "pathlib.Path.resolve"}
 METHODS = {"read_text", "read_bytes", "resolve"}  # of paths, of either library
 OPENERS = {"open", "io.open", "os.open", "os.fdopen", "builtins.open", "codecs.open"}
 WRITES = {"w", "a", "x"}
 _OWN = "what this process made a moment ago, as JSON would return it"
 _RUN = "what the processes of one run tell each other, never in a file"
-_STORED = "an image inside a data set, which data/tfds.py reads"
+_STORED = "an image inside a data set, which io/data/tfds.py reads"
 _BUCKET = "of a bucket, where no link, device or FIFO lies"
 # (file, function, what it uses) -> why that is no way in for a file that somebody else wrote.
 EXCEPTIONS = {
-    ("core/cache.py", "__init__", "json.loads"): _OWN,
-    ("data/datasets.py", "_rows", "json.loads"): _OWN,
-    ("core/journal.py", "__init__", "json.loads"): _OWN,
-    ("recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
-    ("workdir/content.py", "plain", "json.loads"): _OWN,
-    ("core/processes.py", "_value", "json.loads"): _RUN,
-    ("distributed/failure.py", "_watch", "json.loads"): _RUN,
-    ("distributed/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
-    ("evaluation/speed/process.py", "serve", "json.loads"): "a line of the process that started this one",
-    ("evaluation/speed/process.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
-    ("export/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
-    ("export/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
-    ("workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
-    ("workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
+    ("base/cache.py", "__init__", "json.loads"): _OWN,
+    ("io/data/datasets.py", "_rows", "json.loads"): _OWN,
+    ("base/journal.py", "__init__", "json.loads"): _OWN,
+    ("core/recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
+    ("run/workdir/content.py", "plain", "json.loads"): _OWN,
+    ("base/processes.py", "_value", "json.loads"): _RUN,
+    ("core/mesh/failure.py", "_watch", "json.loads"): _RUN,
+    ("core/mesh/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
+    ("run/evaluation/speed/process.py", "serve", "json.loads"): "a line of the process that started this one",
+    ("run/evaluation/speed/process.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
+    ("io/exports/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
+    ("io/exports/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
+    ("run/workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
+    ("run/workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
     (
-        "recovery/checkpoint.py",
+        "core/recovery/checkpoint.py",
         "_decode",
         "json.loads",
     ): "a text of a checkpoint that was checked; read within `reading`",
-    ("data/video/reader.py", "_opened", ".read_bytes"): "a video inside a record or data set",
-    ("data/video/worker.py", "main", "json.loads"): "a line of the process that started this one",
-    ("data/video/worker.py", "main", "os.fdopen"): "a file that the process which started this one has opened",
-    ("data/media.py", "find", "os.path.realpath"): "a file that is there; its root is resolved once for all images",
-    ("data/records.py", "_parse", "json.loads"): "a text that read_text has read; the message counts the lines",
-    ("data/images.py", "_opened", ".read_bytes"): _STORED,
-    ("data/tfds.py", "_picture", ".read_bytes"): _STORED,
-    ("evaluation/server.py", "_content", ".read_bytes"): _STORED,
-    ("evaluation/server.py", "_request", ".open"): "the server that --server names: bounded in bytes and time",
-    ("data/tfds.py", "_text", ".read_text"): _BUCKET,
-    ("data/tfds.py", "_on_this_machine", ".open"): _BUCKET,
-    ("data/tfds.py", "_on_this_machine", "shutil.copyfileobj"): _BUCKET,
+    ("io/data/video/reader.py", "_opened", ".read_bytes"): "a video inside a record or data set",
+    ("io/data/video/worker.py", "main", "json.loads"): "a line of the process that started this one",
+    ("io/data/video/worker.py", "main", "os.fdopen"): "a file that the process which started this one has opened",
+    ("io/data/media.py", "find", "os.path.realpath"): "a file that is there; its root is resolved once for all images",
+    ("io/data/records.py", "_parse", "json.loads"): "a text that read_text has read; the message counts the lines",
+    ("io/data/images.py", "_opened", ".read_bytes"): _STORED,
+    ("io/data/tfds.py", "_picture", ".read_bytes"): _STORED,
+    ("run/evaluation/server.py", "_content", ".read_bytes"): _STORED,
+    ("run/evaluation/server.py", "_request", ".open"): "the server that --server names: bounded in bytes and time",
+    ("io/data/tfds.py", "_text", ".read_text"): _BUCKET,
+    ("io/data/tfds.py", "_on_this_machine", ".open"): _BUCKET,
+    ("io/data/tfds.py", "_on_this_machine", "shutil.copyfileobj"): _BUCKET,
 }
 
 
@@ -155,7 +155,7 @@ def uses() -> dict[tuple[str, str, str], list[str]]:
 
 def test_files_are_read_by_the_checked_readers():
     unchecked = [place for use, places in uses().items() if use not in EXCEPTIONS for place in places]
-    assert not unchecked, "read these through core/files.py or hf/disk/:\n" + "\n".join(unchecked)
+    assert not unchecked, "read these through base/files.py or hf/disk/:\n" + "\n".join(unchecked)
 
 
 def test_no_exception_is_left_over():

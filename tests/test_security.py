@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.core import markup
+from vlmprune_jax.base import markup
 
 PACKAGE = ROOT / "vlmprune_jax"
 CHILDREN = {"subprocess.run", "subprocess.Popen", "multiprocessing.get_context"}
@@ -16,55 +16,55 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
             "os.fork", "pty.", "ProcessPoolExecutor", "webbrowser.")  # fmt: skip
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
-    ("evaluation/speed/bench.py", "start"): "-P",
-    ("evaluation/speed/backends.py", "installed"): "-I, with an interpreter that the command line names",
-    ("export/gguf_check.py", "_ask"): "-P",
-    ("data/tokenizer_files.py", "_try_rules"): "-P",
-    ("data/video/process.py", "__init__"): "-P",
-    ("data/chat_template.py", "chat_prompt"): "-P",
-    ("workdir/provenance.py", "commit"): "git, in the folder of this package",
-    ("sweep/workers.py", "__init__"): "_safe_path",
+    ("run/evaluation/speed/bench.py", "start"): "-P",
+    ("run/evaluation/speed/backends.py", "installed"): "-I, with an interpreter that the command line names",
+    ("io/exports/gguf_check.py", "_ask"): "-P",
+    ("io/data/tokenizer_files.py", "_try_rules"): "-P",
+    ("io/data/video/process.py", "__init__"): "-P",
+    ("io/data/chat_template.py", "chat_prompt"): "-P",
+    ("run/workdir/provenance.py", "commit"): "git, in the folder of this package",
+    ("run/sweep/workers.py", "__init__"): "_safe_path",
 }
 _NEW = "a new folder, which appears when it is complete"
 _REPLACED = "a file that was removed or replaced a moment ago"
 # (file, function) -> why no link is written through.
 WRITERS = {
-    ("core/files.py", "replacing"): "a new file, opened by x",
-    ("core/files.py", "copy_file"): _NEW,
-    ("workdir/store.py", "_link"): _NEW,
-    ("data/tfds.py", "_on_this_machine"): _NEW,
-    ("demo/easyvqa.py", "_build"): _NEW,
-    ("export/card.py", "write_card"): _NEW,
-    ("export/processor.py", "limited_images"): _NEW,
-    ("export/processor.py", "write_processor"): _NEW,
-    ("export/target.py", "write_files"): _NEW,
-    ("export/tokenizer.py", "write_tokenizer"): _NEW,
-    ("export/vllm_tpu.py", "write_config"): _NEW,
-    ("export/vocabulary.py", "_trim_tokenizer_files"): _NEW,
-    ("export/vocabulary.py", "_write"): _NEW,
-    ("hf/disk/tensors.py", "write_weights"): _NEW,
-    ("export/peft.py", "write_adapter"): _NEW,
-    ("evaluation/lmms/tasks.py", "write_tasks"): _NEW,
-    ("evaluation/speed/process.py", "serve"): "standard output",
-    ("core/console.py", "without_output"): "the null device",
-    ("core/journal.py", "add"): _REPLACED,
-    ("recovery/metrics.py", "__init__"): _REPLACED,
-    ("recovery/metrics.py", "_list_skipped"): _REPLACED,
+    ("base/files.py", "replacing"): "a new file, opened by x",
+    ("base/files.py", "copy_file"): _NEW,
+    ("run/workdir/store.py", "_link"): _NEW,
+    ("io/data/tfds.py", "_on_this_machine"): _NEW,
+    ("run/demo/easyvqa.py", "_build"): _NEW,
+    ("io/exports/card.py", "write_card"): _NEW,
+    ("io/exports/processor.py", "limited_images"): _NEW,
+    ("io/exports/processor.py", "write_processor"): _NEW,
+    ("io/exports/target.py", "write_files"): _NEW,
+    ("io/exports/tokenizer.py", "write_tokenizer"): _NEW,
+    ("io/exports/vllm_tpu.py", "write_config"): _NEW,
+    ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
+    ("io/exports/vocabulary.py", "_write"): _NEW,
+    ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
+    ("io/exports/peft.py", "write_adapter"): _NEW,
+    ("run/evaluation/lmms/tasks.py", "write_tasks"): _NEW,
+    ("run/evaluation/speed/process.py", "serve"): "standard output",
+    ("base/console.py", "without_output"): "the null device",
+    ("base/journal.py", "add"): _REPLACED,
+    ("core/recovery/metrics.py", "__init__"): _REPLACED,
+    ("core/recovery/metrics.py", "_list_skipped"): _REPLACED,
 }
 
 
 _USERS, _SYSTEM = "a file that the command line or the config names", "a file of the system"
 UNBOUNDED = {
-    ("data/records.py", "read_entries"): _USERS,
-    ("data/texts.py", "read_texts"): _USERS,
-    ("stages/evaluate.py", "_read_text"): _USERS,
-    ("evaluation/lmms/tasks.py", "task_sources"): _USERS,
-    ("evaluation/lmms/tasks.py", "write_tasks"): _USERS,
-    ("evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
-    ("export/gguf_file.py", "_header"): "what was written a moment ago",
-    ("distributed/machine.py", "_lines"): _SYSTEM,
-    ("sweep/sweep.py", "_forget_programs"): _SYSTEM,
-    ("evaluation/speed/energy.py", "_rapl"): _SYSTEM,
+    ("io/data/records.py", "read_entries"): _USERS,
+    ("io/data/texts.py", "read_texts"): _USERS,
+    ("run/stages/evaluate.py", "_read_text"): _USERS,
+    ("run/evaluation/lmms/tasks.py", "task_sources"): _USERS,
+    ("run/evaluation/lmms/tasks.py", "write_tasks"): _USERS,
+    ("run/evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
+    ("io/exports/gguf_file.py", "_header"): "what was written a moment ago",
+    ("core/mesh/machine.py", "_lines"): _SYSTEM,
+    ("run/sweep/sweep.py", "_forget_programs"): _SYSTEM,
+    ("run/evaluation/speed/energy.py", "_rapl"): _SYSTEM,
 }
 
 
@@ -180,21 +180,21 @@ def test_markup_is_made_where_it_is_escaped():
             if any(mark in text for mark in ("\n## ", "\n# ", "**", "|---")):
                 places[".md"].add(file)
     assert places == {
-        "csv.writer": {"workdir/sweep.py"},
-        "Environment": {"report/page.py"},
+        "csv.writer": {"run/workdir/sweep.py"},
+        "Environment": {"run/report/page.py"},
         "Markup": {"Markup(script)", "Markup(to_svg(drawn))"},
-        ".md": {"export/card.py", "export/peft.py"},
+        ".md": {"io/exports/card.py", "io/exports/peft.py"},
     }
-    for file in (PACKAGE / "export/card.py", PACKAGE / "export/peft.py", ROOT / "tools/study_page.py"):
-        assert "from vlmprune_jax.core.markup import" in file.read_text(encoding="utf-8")
+    for file in (PACKAGE / "io/exports/card.py", PACKAGE / "io/exports/peft.py", ROOT / "tools/study_page.py"):
+        assert "from vlmprune_jax.base.markup import" in file.read_text(encoding="utf-8")
 
 
 def test_matplotlib_starts_from_its_own_defaults():
     """Its style is set in one place, and its `matplotlibrc` is not looked for in the current folder."""
     styled = [(file, name) for file, name, node in uses() if "rc_context" in getattr(node, "attr", "")]
-    assert styled == [("report/style.py", "styled")]
+    assert styled == [("run/report/style.py", "styled")]
     importing = {file for file, _, node in uses() if isinstance(node, ast.Import | ast.ImportFrom)
                  for text in [ast.unparse(node)] if "matplotlib" in text}  # fmt: skip
     assert {Path(file).parent.as_posix() for file in importing} == {"report"}
-    assert "chdir" in inspect.getsource(__import__("vlmprune_jax.report", fromlist=[""]))
+    assert "chdir" in inspect.getsource(__import__("vlmprune_jax.run.report", fromlist=[""]))
     assert markup.__doc__

@@ -11,12 +11,12 @@ import yaml
 from hatchling.builders.wheel import WheelBuilder
 from repository import ROOT
 
-from vlmprune_jax.experiment.recipes import shipped_configs
+from vlmprune_jax.run.experiment.recipes import shipped_configs
 
 SCRIPT = """
 from pathlib import Path
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.experiment.recipes import shipped_configs
+from vlmprune_jax.run.cli.config_files import shipped_config
+from vlmprune_jax.run.experiment.recipes import shipped_configs
 print(*shipped_configs(), sep=",")
 print(next(iter(shipped_configs().values())).is_relative_to(Path.cwd()))
 print(shipped_config("llava15_7b:depth,0.3").prune.layers_removed, shipped_config("sweeps/demo_cut").recover.name)

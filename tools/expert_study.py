@@ -27,15 +27,15 @@ from pretrain import TEXT_LETTERS, make_encoder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.models.vlm import apply
+from vlmprune_jax.core.prune.routing import Routing, measure_routing
+from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.encoding import measure
-from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.topics import topic_records
-from vlmprune_jax.models.vlm import apply
-from vlmprune_jax.prune.routing import Routing, measure_routing
-from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.io.data.batching import Batch, train_batches
+from vlmprune_jax.io.data.encoding import measure
+from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.run.demo.easyvqa import write_dataset
+from vlmprune_jax.run.demo.topics import topic_records
 
 CRITERIA = ("reap", "man", "expert_frequency")
 CALIBRATIONS = ("text", "images", "both, pooled", "both, sum", "both, max", "both, floor")

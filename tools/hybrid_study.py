@@ -29,13 +29,13 @@ from pretrain import make_encoder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mixers import Attention
-from vlmprune_jax.data.records import read_records
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.plans.kept import KeptStack
-from vlmprune_jax.prune import PrunePlan, fingerprint, keep_everything
-from vlmprune_jax.prune.width import kept_layer
-from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.plans.kept import KeptStack
+from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
+from vlmprune_jax.core.prune.width import kept_layer
+from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.io.data.records import read_records
+from vlmprune_jax.run.demo.easyvqa import write_dataset
 
 DEPTHS = (1, 2, 3)  # layers removed by Block Influence
 UNITS = {"mlp": (0.25, 0.5), "delta_groups": (0.25, 0.5), "kv_heads": (0.5,)}  # axis -> removed shares of its units

@@ -15,17 +15,17 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, processors
 from vocabulary import SMOLVLM_CHAT, make_qwen_tokenizer, make_tokenizer
 
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import read_json
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_json
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.data.records import IMAGE_TOKEN
-from vlmprune_jax.data.tokenizer_files import TOKENIZER
-from vlmprune_jax.families import detect, family_of
-from vlmprune_jax.families.smolvlm import SMOLVLM
-from vlmprune_jax.hf.layout import by_key, join_tensor, make_slots
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten, init_params
+from vlmprune_jax.core.models.params import flatten, init_params
+from vlmprune_jax.io.checkpoints.layout import by_key, join_tensor, make_slots
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.records import IMAGE_TOKEN
+from vlmprune_jax.io.data.tokenizer_files import TOKENIZER
+from vlmprune_jax.io.families import detect, family_of
+from vlmprune_jax.io.families.smolvlm import SMOLVLM
 
 _ROWS = 64  # the vocabulary is padded to a multiple of this, as by `resize_token_embeddings` in LLaVA's conversion
 _JOINED = 2  # patches per side of an image token

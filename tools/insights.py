@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from pooling import Effect, Heterogeneity, Value, heterogeneity, pooled
 
-from vlmprune_jax.evaluation.statistics import holm
-from vlmprune_jax.planning.guide import SOLVED, read_guide
-from vlmprune_jax.workdir.comparison import average_interval
-from vlmprune_jax.workdir.sweep import SweepResult, question_parts
+from vlmprune_jax.run.evaluation.statistics import holm
+from vlmprune_jax.run.planning.guide import SOLVED, read_guide
+from vlmprune_jax.run.workdir.comparison import average_interval
+from vlmprune_jax.run.workdir.sweep import SweepResult, question_parts
 
 METHODS = ("depth", "width")  # methods that the insights compare
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"

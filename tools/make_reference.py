@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 
 import vlmprune_jax as vp
-from vlmprune_jax import workdir
-from vlmprune_jax.cli.main import COMMANDS, main
-from vlmprune_jax.experiment.options import Option, options, sections
-from vlmprune_jax.workdir.artefact import Artefact, Part
+from vlmprune_jax.run import workdir
+from vlmprune_jax.run.cli.main import COMMANDS, main
+from vlmprune_jax.run.experiment.options import Option, options, sections
+from vlmprune_jax.run.workdir.artefact import Artefact, Part
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 COUNTED = ("fraction", "images", "rows", "weight")  # units that a setting's sentence implies

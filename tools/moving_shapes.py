@@ -27,10 +27,10 @@ import numpy as np
 from absl import flags as absl_flags
 from PIL import Image, ImageDraw
 
-from vlmprune_jax.cli.flags import Flags
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.console import make_reporter
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.console import make_reporter
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.flags import Flags
+from vlmprune_jax.run.cli.main import main
 
 TAKES_ARGUMENTS = True
 SIDE, STEPS, FPS, RADIUS = 64, 8, 8, 12  # pixels, pairs of frames, frames per second, pixels

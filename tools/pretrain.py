@@ -30,26 +30,26 @@ from initial import write_joined, write_random, write_upcycled
 from PIL import Image
 from pretraining_data import write_pretraining_data
 
-from vlmprune_jax.cli.config_files import to_workdir
-from vlmprune_jax.cli.flags import Flags, common
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError, reason
+from vlmprune_jax.base.files import replacing
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError, reason
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.encoding import Encoder, measure
-from vlmprune_jax.data.images import GRIDS
-from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.demo.topics import topic_records
-from vlmprune_jax.distributed.mesh import initialize
-from vlmprune_jax.export.write import save
-from vlmprune_jax.hf.batches import open_inputs
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten, stack_layers, unflatten, unstack_layers
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.core.mesh.mesh import initialize
+from vlmprune_jax.core.models.params import flatten, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.recovery.config import RecoverConfig
+from vlmprune_jax.core.recovery.loop import recover
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.batches import open_inputs
+from vlmprune_jax.io.data.batching import Batch, train_batches
+from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.images import GRIDS
+from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.run.cli.config_files import to_workdir
+from vlmprune_jax.run.cli.flags import Flags, common
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.demo.topics import topic_records
 
 CACHE_MEGABYTES = 512  # all 5,000 processed images of easy-VQA
 TEXT_TOKENS, TEXT_LETTERS = 96, 500  # maximum tokens and characters of a text row; longer texts are truncated

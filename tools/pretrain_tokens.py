@@ -13,7 +13,7 @@ from importlib import resources
 from ml_collections import ConfigDict
 from pretrain_easyvqa import get_config as llava_config
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 
 SIDES = (64, 48, 32)
 LAYERS = 6

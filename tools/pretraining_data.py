@@ -10,8 +10,8 @@ from pathlib import Path
 import easy_vqa
 import numpy as np
 
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.demo.easyvqa import JsonRecord, Questions, single_turn_records, to_record, write_dataset
+from vlmprune_jax.base.files import replacing
+from vlmprune_jax.run.demo.easyvqa import JsonRecord, Questions, single_turn_records, to_record, write_dataset
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

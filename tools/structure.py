@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "vlmprune_jax", ROOT / "tests"
 RIDDLES = ("What", "Whether", "Of", "How", "Where")  # openings of docstrings that english.md replaces
 LONG = 60  # lines of a function
+ROOMS = ("base", "core", "io", "run")
 EMPTY = ("found", "one", "of", "own", "told", "said", "made", "parts", "where")  # variables that name nothing
 
 
@@ -54,6 +55,15 @@ def bindings(tree: ast.Module) -> Iterator[str]:
             yield node.arg
 
 
+def print_rooms() -> None:
+    """Print lines, files and functions of every room; tests/test_architecture.py has the budgets of lines."""
+    for room in ROOMS:
+        texts = [path.read_text(encoding="utf-8") for path in sorted((PACKAGE / room).rglob("*.py"))]
+        trees = [ast.parse(text) for text in texts]
+        lines, every = sum(text.count("\n") for text in texts), sum(len(list(functions(tree))) for tree in trees)
+        print(f"{room:<5} {lines:>7,} lines {len(texts):>4} files {every:>6,} functions")
+
+
 def main() -> None:
     """Compute and print all measures of the package's structure, one per line."""
     paths = sorted(PACKAGE.rglob("*.py"))
@@ -73,6 +83,7 @@ def main() -> None:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     words = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
     named, modules = tests_by_name(paths)
+    print_rooms()
     print(f"lines of the package                         {sum(text.count(chr(10)) for text in texts):,}")
     tests = sum(path.read_text(encoding="utf-8").count("\n") for path in TESTS.rglob("*.py"))
     classes = sum(isinstance(node, ast.ClassDef) for tree in trees for node in ast.walk(tree))

@@ -15,9 +15,9 @@ from absl import flags as absl_flags
 from study_guide import update_guide
 from study_page import as_markdown, read_studies, update_page
 
-from vlmprune_jax.cli.flags import Flags
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.base.console import make_reporter
+from vlmprune_jax.run.cli.flags import Flags
+from vlmprune_jax.run.cli.main import main
 
 TAKES_ARGUMENTS = True
 

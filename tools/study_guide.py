@@ -13,12 +13,12 @@ import numpy as np
 from insights import Point, points_of
 from study_page import measured
 
-from vlmprune_jax.cli.config_files import read_experiment, shipped_config
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.planning.guide import FILE, Evidence, Guide, Source, read_guide
-from vlmprune_jax.workdir.sweep import SweepResult
+from vlmprune_jax.base.files import replacing
+from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.planning.guide import FILE, Evidence, Guide, Source, read_guide
+from vlmprune_jax.run.workdir.sweep import SweepResult
 
 
 def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:

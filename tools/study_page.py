@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 from msgspec.structs import replace
 from pooling import Effect
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_text, replacing
-from vlmprune_jax.core.markup import markdown
-from vlmprune_jax.evaluation.metrics import METRICS
-from vlmprune_jax.evaluation.statistics import interval_of_mean, retained_interval
-from vlmprune_jax.planning.guide import SOLVED
-from vlmprune_jax.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
-from vlmprune_jax.report.style import write_png
-from vlmprune_jax.workdir.comparison import averaged_sets
-from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
-from vlmprune_jax.workdir.result import WITHOUT, Set, recovery_label
-from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import read_text, replacing
+from vlmprune_jax.base.markup import markdown
+from vlmprune_jax.run.evaluation.metrics import METRICS
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean, retained_interval
+from vlmprune_jax.run.planning.guide import SOLVED
+from vlmprune_jax.run.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
+from vlmprune_jax.run.report.style import write_png
+from vlmprune_jax.run.workdir.comparison import averaged_sets
+from vlmprune_jax.run.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.run.workdir.result import WITHOUT, Set, recovery_label
+from vlmprune_jax.run.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # reserved name of a source, not allowed for sweeps

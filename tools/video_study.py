@@ -25,9 +25,9 @@ from moving_shapes import TEMPORAL
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.io.data.batching import Batch
 
 FRAMES, BATCH, CALIBRATION, TRAINING = (8, 4), 32, 96, 480
 METHODS = {"depth": "block_influence", "width": "activation"}

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.families.templates import LLAVA_V1
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.families.templates import LLAVA_V1
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # ids 0..4
 MAX_VOCABULARY = 512

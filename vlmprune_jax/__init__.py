@@ -19,48 +19,22 @@ import importlib
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from vlmprune_jax.core.checks import checked_call
-from vlmprune_jax.core.errors import UserError
-
-# Imported eagerly: the subpackages of the same names would otherwise shadow them. These import no jax.
-from vlmprune_jax.families import FAMILIES as families
-from vlmprune_jax.families import Family
-from vlmprune_jax.stages.registry import STAGES as stages
-from vlmprune_jax.stages.stage import Stage
-
-importlib.import_module("vlmprune_jax.prune")
-del globals()["prune"]  # the subpackage; the function of this name is loaded at first use, because it imports jax
+from vlmprune_jax.base.checks import checked_call
+from vlmprune_jax.base.errors import UserError
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.core.mixers import Mixer
+    from vlmprune_jax.core.models.channels import CHANNELS as channels
+    from vlmprune_jax.core.models.encoders import ENCODERS as encoders
+    from vlmprune_jax.core.models.encoders import EncoderModule
+    from vlmprune_jax.core.models.generate import generate
+    from vlmprune_jax.core.models.mixers import MIXERS as mixers
+    from vlmprune_jax.core.models.params import count_params
+    from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
     from vlmprune_jax.core.part import Axis
-    from vlmprune_jax.core.stack import Encoder
-    from vlmprune_jax.data.placeholders import expand_images
-    from vlmprune_jax.evaluation.answer import answer, questions
-    from vlmprune_jax.evaluation.metrics import METRICS as metrics
-    from vlmprune_jax.evaluation.metrics import Metric
-    from vlmprune_jax.evaluation.runner import evaluate, perplexity
-    from vlmprune_jax.evaluation.speed.clock import SpeedConfig
-    from vlmprune_jax.evaluation.speed.measure import measure_questions, measure_speed
-    from vlmprune_jax.export.format import Contents, Format
-    from vlmprune_jax.export.formats import FORMATS as formats
-    from vlmprune_jax.export.gptq import gptq, imatrix
-    from vlmprune_jax.export.hub import push
-    from vlmprune_jax.export.one_call import prune
-    from vlmprune_jax.export.pruning import make_plan, prune_folder, prune_iteratively
-    from vlmprune_jax.export.write import save
-    from vlmprune_jax.hf.batches import batches
-    from vlmprune_jax.hf.read import load
-    from vlmprune_jax.models.channels import CHANNELS as channels
-    from vlmprune_jax.models.encoders import ENCODERS as encoders
-    from vlmprune_jax.models.encoders import EncoderModule
-    from vlmprune_jax.models.generate import generate
-    from vlmprune_jax.models.mixers import MIXERS as mixers
-    from vlmprune_jax.models.params import count_params
-    from vlmprune_jax.models.vlm import Model, forward, to_nnx
-    from vlmprune_jax.prune import (
+    from vlmprune_jax.core.prune import (
         Criterion,
         KeptLayer,
         PlanConfig,
@@ -75,71 +49,96 @@ if TYPE_CHECKING:
         reconstruct,
         score,
     )
-    from vlmprune_jax.prune.criteria import CRITERIA as criteria
-    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
-    from vlmprune_jax.recovery.loop import recover
-    from vlmprune_jax.recovery.losses import losses
-    from vlmprune_jax.recovery.terms import LossTerm
+    from vlmprune_jax.core.prune.criteria import CRITERIA as criteria
+    from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.core.recovery.loop import recover
+    from vlmprune_jax.core.recovery.losses import losses
+    from vlmprune_jax.core.recovery.terms import LossTerm
+    from vlmprune_jax.core.stack import Encoder
+    from vlmprune_jax.io.checkpoints.read import load
+    from vlmprune_jax.io.data.batches import batches
+    from vlmprune_jax.io.data.placeholders import expand_images
+    from vlmprune_jax.io.exports.format import Contents, Format
+    from vlmprune_jax.io.exports.formats import FORMATS as formats
+    from vlmprune_jax.io.exports.gptq import gptq, imatrix
+    from vlmprune_jax.io.exports.hub import push
+    from vlmprune_jax.io.exports.one_call import prune
+    from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_iteratively
+    from vlmprune_jax.io.exports.write import save
+    from vlmprune_jax.io.families import FAMILIES as families
+    from vlmprune_jax.io.families import Family
+    from vlmprune_jax.run.evaluation.answer import answer, questions
+    from vlmprune_jax.run.evaluation.metrics import METRICS as metrics
+    from vlmprune_jax.run.evaluation.metrics import Metric
+    from vlmprune_jax.run.evaluation.runner import evaluate, perplexity
+    from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+    from vlmprune_jax.run.evaluation.speed.measure import measure_questions, measure_speed
+    from vlmprune_jax.run.stages.registry import STAGES as stages
+    from vlmprune_jax.run.stages.stage import Stage
 
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
 # `import vlmprune_jax` takes milliseconds and imports no jax.
 _HOMES = {
+    "Family": "io.families",
+    "Stage": "run.stages.stage",
+    "families": "io.families:FAMILIES",
+    "stages": "run.stages.registry:STAGES",
     "Axis": "core.part",
     "ChannelMixer": "core.channels",
-    "Contents": "export.format",
-    "Criterion": "prune",
+    "Contents": "io.exports.format",
+    "Criterion": "core.prune",
     "Encoder": "core.stack",
-    "EncoderModule": "models.encoders",
-    "Format": "export.format",
-    "KeptLayer": "prune",
-    "LossConfig": "recovery.config",
-    "LossTerm": "recovery.terms",
-    "Metric": "evaluation.metrics",
+    "EncoderModule": "core.models.encoders",
+    "Format": "io.exports.format",
+    "KeptLayer": "core.prune",
+    "LossConfig": "core.recovery.config",
+    "LossTerm": "core.recovery.terms",
+    "Metric": "run.evaluation.metrics",
     "Mixer": "core.mixers",
-    "Model": "models.vlm",
+    "Model": "core.models.vlm",
     "ModelConfig": "core.config",
-    "PlanConfig": "prune",
-    "PrunePlan": "prune",
-    "ReconstructConfig": "prune",
-    "ScoreConfig": "prune",
-    "RecoverConfig": "recovery.config",
-    "Scores": "prune",
-    "SpeedConfig": "evaluation.speed.clock",
-    "VocabularyConfig": "prune",
-    "answer": "evaluation.answer",
-    "apply_plan": "prune",
-    "batches": "hf.batches",
-    "channels": "models.channels:CHANNELS",
-    "compose": "prune",
-    "count_params": "models.params",
-    "criteria": "prune.criteria:CRITERIA",
-    "encoders": "models.encoders:ENCODERS",
-    "evaluate": "evaluation.runner",
-    "expand_images": "data.placeholders",
-    "fingerprint": "prune",
-    "formats": "export.formats:FORMATS",
-    "forward": "models.vlm",
-    "generate": "models.generate",
-    "gptq": "export.gptq",
-    "imatrix": "export.gptq",
-    "load": "hf.read",
-    "losses": "recovery.losses",
-    "make_plan": "export.pruning",
-    "measure_questions": "evaluation.speed.measure",
-    "measure_speed": "evaluation.speed.measure",
-    "metrics": "evaluation.metrics:METRICS",
-    "mixers": "models.mixers:MIXERS",
-    "perplexity": "evaluation.runner",
-    "prune": "export.one_call",
-    "prune_folder": "export.pruning",
-    "prune_iteratively": "export.pruning",
-    "push": "export.hub",
-    "questions": "evaluation.answer",
-    "reconstruct": "prune",
-    "recover": "recovery.loop",
-    "save": "export.write",
-    "score": "prune",
-    "to_nnx": "models.vlm",
+    "PlanConfig": "core.prune",
+    "PrunePlan": "core.prune",
+    "ReconstructConfig": "core.prune",
+    "ScoreConfig": "core.prune",
+    "RecoverConfig": "core.recovery.config",
+    "Scores": "core.prune",
+    "SpeedConfig": "run.evaluation.speed.clock",
+    "VocabularyConfig": "core.prune",
+    "answer": "run.evaluation.answer",
+    "apply_plan": "core.prune",
+    "batches": "io.data.batches",
+    "channels": "core.models.channels:CHANNELS",
+    "compose": "core.prune",
+    "count_params": "core.models.params",
+    "criteria": "core.prune.criteria:CRITERIA",
+    "encoders": "core.models.encoders:ENCODERS",
+    "evaluate": "run.evaluation.runner",
+    "expand_images": "io.data.placeholders",
+    "fingerprint": "core.prune",
+    "formats": "io.exports.formats:FORMATS",
+    "forward": "core.models.vlm",
+    "generate": "core.models.generate",
+    "gptq": "io.exports.gptq",
+    "imatrix": "io.exports.gptq",
+    "load": "io.checkpoints.read",
+    "losses": "core.recovery.losses",
+    "make_plan": "io.exports.pruning",
+    "measure_questions": "run.evaluation.speed.measure",
+    "measure_speed": "run.evaluation.speed.measure",
+    "metrics": "run.evaluation.metrics:METRICS",
+    "mixers": "core.models.mixers:MIXERS",
+    "perplexity": "run.evaluation.runner",
+    "prune": "io.exports.one_call",
+    "prune_folder": "io.exports.pruning",
+    "prune_iteratively": "io.exports.pruning",
+    "push": "io.exports.hub",
+    "questions": "run.evaluation.answer",
+    "reconstruct": "core.prune",
+    "recover": "core.recovery.loop",
+    "save": "io.exports.write",
+    "score": "core.prune",
+    "to_nnx": "core.models.vlm",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from vlmprune_jax.cli.main import main
+from vlmprune_jax.run.cli.main import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ and with a few training steps. 16 runs on 256 questions; the numbers are not mea
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import shipped_config
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 RECOVERIES = {
     "none": {"recover.method": "none"},

@@ -10,8 +10,8 @@ A model is trained and evaluated at one budget and compared with the unpruned mo
 from ml_collections import ConfigDict
 from study_easyvqa import TRAINED, WITHOUT_RECOVERY, named, of_decoder, seeded
 
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 TOKENS, SHARES, SEEDS = (16, 9, 4), (30, 45), (1, 2, 3)
 PARTS = ("score", "data", "recover")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.models.params import count_params
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.run.cli.config_files import shipped_config
 
 METHODS = ("depth", "width", "hybrid")
 SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, with embeddings and head

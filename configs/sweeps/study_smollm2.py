@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.demo.topics import topic_entries, write_shared, write_topics
-from vlmprune_jax.prune.criteria import CRITERIA
+from vlmprune_jax.core.prune.criteria import CRITERIA
+from vlmprune_jax.run.cli.config_files import experiment_config
+from vlmprune_jax.run.demo.topics import topic_entries, write_shared, write_topics
 
 RATIOS = (0.1, 0.2, 0.3)
 BLOCKS = {0.1: 4, 0.2: 8, 0.3: 11}  # layers removed at each ratio

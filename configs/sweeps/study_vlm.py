@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from study_easyvqa import TRAINED, WITHOUT_RECOVERY, named, of_decoder, seeded
 from study_smollm2 import LETTERS, TEXTS
 
-from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.demo.topics import write_topics
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.config_files import shipped_config
+from vlmprune_jax.run.demo.topics import write_topics
 
 SHARES, SEEDS = (15, 30, 45), (1, 2, 3)
 RECOVERIES = {name: TRAINED[name] for name in ("sft_l2", "reconstruct_sft_l2")}

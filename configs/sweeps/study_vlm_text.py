@@ -14,9 +14,9 @@ import study_vlm
 from ml_collections import ConfigDict
 from study_easyvqa import RECONSTRUCTED, of_decoder
 
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.topics import topic_entries
+from vlmprune_jax.base.files import replacing
+from vlmprune_jax.run.demo.easyvqa import write_dataset
+from vlmprune_jax.run.demo.topics import topic_entries
 
 DATA = Path("runs/easyvqa")
 LETTERS = 500  # characters per piece, about 130 tokens

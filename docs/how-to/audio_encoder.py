@@ -7,13 +7,13 @@ from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.models.layers import Leaf, Projection, activation
 from vlmprune_jax.core.stack import BlockConfig
-from vlmprune_jax.families.fields import check_fields
-from vlmprune_jax.families.llama import DEFAULTS
-from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Weight
-from vlmprune_jax.models.layers import Leaf, Projection, activation
+from vlmprune_jax.io.families.fields import check_fields
+from vlmprune_jax.io.families.llama import DEFAULTS
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.io.families.table import Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 
 import vlmprune_jax as vp
-from vlmprune_jax.families.decoders import decoder_family
-from vlmprune_jax.families.llama import DEFAULTS
-from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.table import Decoder, Weight
-from vlmprune_jax.models.context import lora_of
-from vlmprune_jax.models.layers import Leaf, Projection
+from vlmprune_jax.core.models.context import lora_of
+from vlmprune_jax.core.models.layers import Leaf, Projection
+from vlmprune_jax.io.families.decoders import decoder_family
+from vlmprune_jax.io.families.llama import DEFAULTS
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.table import Decoder, Weight
 
 
 @dataclass(frozen=True)

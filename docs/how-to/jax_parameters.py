@@ -7,11 +7,11 @@ import numpy as np
 from safetensors.flax import load_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.settings import setting
-from vlmprune_jax.core.weight_files import DTYPES, file_name
-from vlmprune_jax.hf.disk.tensors import weight, write_weights
-from vlmprune_jax.hf.lazy import to_host
-from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.base.settings import setting
+from vlmprune_jax.base.weight_files import DTYPES, file_name
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.io.checkpoints.disk.tensors import weight, write_weights
+from vlmprune_jax.io.checkpoints.lazy import to_host
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.families.decoders import decoder_family
-from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.shapes import layers_to_hf
-from vlmprune_jax.families.table import Decoder
+from vlmprune_jax.io.families.decoders import decoder_family
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.shapes import layers_to_hf
+from vlmprune_jax.io.families.table import Decoder
 
 # Defaults of transformers' SeedOssConfig for fields missing in config.json.
 DEFAULTS = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.families import templates
+from vlmprune_jax.io.data.encoding import Encoder
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.io.families import templates
 
 # Options of `train_batches`: whole batches in random order.
 ORDERED: dict[str, Any] = {"batch_size": 4, "seed": 3, "drop_remainder": True}

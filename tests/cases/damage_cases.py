@@ -8,8 +8,8 @@ import struct
 import pytest
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.main import main
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""A folder as `save_to_disk` of datasets writes it, made with pyarrow alone; tests/data/test_datasets.py compares."""
+"""A folder as `save_to_disk` of datasets writes it, made with pyarrow alone; test_datasets.py compares."""
 
 from __future__ import annotations
 

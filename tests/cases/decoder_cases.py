@@ -11,9 +11,9 @@ import numpy as np
 from hf_cases import LLAMA
 from safetensors.numpy import save_file
 
-from vlmprune_jax.core.files import read_json
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.base.files import read_json
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 
 BASE = {key: value for key, value in LLAMA.items() if key not in ("attention_bias", "mlp_bias")}
 FACTORS = {

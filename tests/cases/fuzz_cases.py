@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from repository import HANG
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import Scores
-from vlmprune_jax.prune.fingerprints import shape_digest
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.prune import Scores
+from vlmprune_jax.core.prune.fingerprints import shape_digest
 
 TIMES = int(os.environ.get("VLMPRUNE_FUZZ", "1"))
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202eevil\r\n\x00"

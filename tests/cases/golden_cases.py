@@ -6,7 +6,7 @@ import numpy as np
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mixers import DeltaNet
-from vlmprune_jax.prune import KeptLayer
+from vlmprune_jax.core.prune import KeptLayer
 
 CASES = ("single", "two", "text", "tiny")
 MORE_CASES = {"gemma3": ("adjacent", "crops"), "gemma4": ("adjacent",), "gemma4_dense": ("adjacent",)}

@@ -12,12 +12,12 @@ import numpy as np
 from prune_cases import kept_stack, kept_units
 from safetensors.numpy import load_file, save_file
 
-from vlmprune_jax.families import detect
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.models.params import count_params, flatten
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.core.models.params import count_params, flatten
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.layout import make_slots
+from vlmprune_jax.io.families import detect
 
 # Every hyper-parameter differs from its default.
 LLAMA = {

@@ -1,7 +1,7 @@
 """Questions and the values of metrics on their answers."""
 
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.evaluation.metrics import METRICS
 
 
 def asked(*references, name="q", **fields):

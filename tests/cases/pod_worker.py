@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.data.images import ImageLoader
-from vlmprune_jax.recovery import loop
+from vlmprune_jax.core.recovery import loop
+from vlmprune_jax.io.data.images import ImageLoader
+from vlmprune_jax.run.cli.main import main
 
 
 def list_writes(workdir: Path, file: Path) -> None:

@@ -13,17 +13,17 @@ from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.models.params import count_params, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
+from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
-from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
-from vlmprune_jax.models.vlm import Model, forward
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
-from vlmprune_jax.prune.fingerprints import shape_digest
+from vlmprune_jax.io.checkpoints.read import load
 
 UNEQUAL = (decoder_layer(4, 2, 12), decoder_layer(4, 2, 12), decoder_layer(8, 2, 10), decoder_layer(4, 4, 12))
 EQUAL = (decoder_layer(4, 2, 12),) * 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from hf_cases import edit_weights, make_folder
 
-from vlmprune_jax.hf.read import load
+from vlmprune_jax.io.checkpoints.read import load
 
 FAMILIES = Path(__file__).parents[1] / "goldens/families"
 LIMITS = {"longest_edge": 40_000, "shortest_edge": 100}  # pixels of an image

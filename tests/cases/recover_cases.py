@@ -11,10 +11,10 @@ import numpy as np
 from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
 from vlmprune_jax.core.config import LoraConfig, ModelConfig, ProjectorConfig
-from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.models.params import flatten, init_params
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.core.models.params import flatten, init_params
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.recovery.config import RecoverConfig
+from vlmprune_jax.io.data.batching import Batch
 
 IMAGE = 62
 LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "down_proj"))

@@ -14,8 +14,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).parent))
 import recover_cases as cases
 
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.recovery.loop import recover
 
 STEPS = 24
 CFG = cases.config(vision=False)

@@ -9,19 +9,19 @@ from msgspec.structs import replace
 from prune_cases import EQUAL, config, model, unit_scores
 from stack_cases import decoder_layer
 
-from vlmprune_jax.evaluation.metrics import Metric
-from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
-from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
-from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import Scores, fingerprint
-from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
-from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
-from vlmprune_jax.workdir.result import Export, Result, Run, read_result
-from vlmprune_jax.workdir.speed import Bench, Pair, Speed, SpeedWorkload
-from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
-from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.prune import Scores, fingerprint
+from vlmprune_jax.io.exports.pruning import make_plan
+from vlmprune_jax.run.evaluation.metrics import Metric
+from vlmprune_jax.run.evaluation.metrics.texts import EXACT_MATCH
+from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
+from vlmprune_jax.run.workdir.evaluation import Evaluated, Group, MetricInfo
+from vlmprune_jax.run.workdir.result import Export, Result, Run, read_result
+from vlmprune_jax.run.workdir.speed import Bench, Pair, Speed, SpeedWorkload
+from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps
+from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
 CFG = config((decoder_layer(4, 4, 12),) * len(EQUAL))
 SIZE = count_params(CFG)

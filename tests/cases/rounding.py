@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmprune_jax.models.vlm import Model, forward
+from vlmprune_jax.core.models.vlm import Model, forward
 
 
 def double_logits(model: Model, **inputs: Any) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from PIL import Image
 from report_cases import FACTS, evaluated
 
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.workdir.comparison import compare
-from vlmprune_jax.workdir.result import Run
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.workdir.comparison import compare
+from vlmprune_jax.run.workdir.result import Run
 
 SCORES = {"questions": evaluated(0.8)}
 RUNS = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set
-from vlmprune_jax.workdir.sweep import Entry, SweepResult, SweptModel, UnprunedModel
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.result import ModelEvaluation, RunEvaluation, Set
+from vlmprune_jax.run.workdir.sweep import Entry, SweepResult, SweptModel, UnprunedModel
 
 SETS = {
     "questions": Set(

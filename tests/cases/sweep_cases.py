@@ -8,17 +8,17 @@ from unittest import mock
 from msgspec.structs import replace
 from report_cases import METRICS, found
 
-from vlmprune_jax.core.settings import override
-from vlmprune_jax.evaluation.speed.ratio import SpeedUp
-from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.sweep import run as stages
-from vlmprune_jax.sweep.hyper import Hyper, SweepRun, sweep_runs
-from vlmprune_jax.sweep.run import Sweep, collect
-from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
-from vlmprune_jax.workdir.result import Costs, Result, Run
-from vlmprune_jax.workdir.speed import MedianSpeed
-from vlmprune_jax.workdir.sweep import SweepResult
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.sweep import run as stages
+from vlmprune_jax.run.sweep.hyper import Hyper, SweepRun, sweep_runs
+from vlmprune_jax.run.sweep.run import Sweep, collect
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
+from vlmprune_jax.run.workdir.result import Costs, Result, Run
+from vlmprune_jax.run.workdir.speed import MedianSpeed
+from vlmprune_jax.run.workdir.sweep import SweepResult
 
 TEACHER, CONTROL = found(0.8, 1500.0, 1.0), found(1.0, 1500.0, 1.0)
 COSTS = {"forward_flops": 2_000_000_000, "kv_bytes_per_token": 40, "file_bytes": 8_000_000}

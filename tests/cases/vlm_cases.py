@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from hf_cases import edit_weights, make_folder
 
-from vlmprune_jax.data.encoding import Encoder, Shape
-from vlmprune_jax.data.records import Record
+from vlmprune_jax.io.data.encoding import Encoder, Shape
+from vlmprune_jax.io.data.records import Record
 
 # Every hyper-parameter differs from its default.
 _COMMON = {

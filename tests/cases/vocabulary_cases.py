@@ -13,10 +13,10 @@ from hf_cases import LFM2_VL, LLAMA, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
 
-from vlmprune_jax.export.token_sources import choose_vocabulary
-from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import PrunePlan, VocabularyConfig, fingerprint, keep_everything
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.prune import PrunePlan, VocabularyConfig, fingerprint, keep_everything
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.exports.token_sources import choose_vocabulary
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 SPECIAL = {
@@ -32,7 +32,7 @@ SPECIAL = {
     "internvl_chat": ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<img>", "</img>", "<IMG_CONTEXT>"),
 }  # fmt: skip
 FAMILIES = tuple(SPECIAL)
-# compared with stock code in tests/families/test_lfm2_vl.py
+# compared with stock code in tests/io/families/test_lfm2_vl.py
 SPECIAL["lfm2_vl"] = ("<|im_start|>", "<|im_end|>", "<pad>", "<image>", "<|image_start|>", "<|image_end|>",
                       "<|img_thumbnail|>")  # fmt: skip
 LEARNT, ROWS = 600, 640  # learnt tokens and rows of the embedding: the special tokens follow, then padding

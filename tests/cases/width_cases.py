@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from rounding import assert_same_sums
 
-from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model, forward
-from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, compose, score
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.core.prune import PrunePlan, Scores, apply_plan, compose, score
+from vlmprune_jax.io.exports.pruning import make_plan
 
 # Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
 QUICK = (

@@ -9,10 +9,10 @@ from extend_cases import documented_family, returning
 from repository import ROOT
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.core.part import AXES, WRITERS
-from vlmprune_jax.families.decoders import decoder_family
-from vlmprune_jax.models.params import flatten, param_axes, unflatten
+from vlmprune_jax.io.families.decoders import decoder_family
 
 FILE = ROOT / "docs/how-to/grouped_mlp.py"
 CONFIG = {

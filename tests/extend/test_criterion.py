@@ -10,14 +10,14 @@ from extend_cases import flags_of, registered
 from prune_cases import UNEQUAL, batch, config, model
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.models.params import unstack_layers
-from vlmprune_jax.models.vlm import encode
+from vlmprune_jax.core.models.params import unstack_layers
+from vlmprune_jax.core.models.vlm import encode
+from vlmprune_jax.run.cli.main import main
 
 CONFIG = """
 import my_criterion  # registers "wanda"
 
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

@@ -7,8 +7,8 @@ from hf_cases import edit_config
 from repository import ROOT
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.params import flatten, param_axes, unflatten
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
 
 FILE = ROOT / "docs/how-to/audio_encoder.py"
 AUDIO = 69

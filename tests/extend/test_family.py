@@ -13,14 +13,14 @@ from torch_compat import VERSIONS
 from vlm_cases import llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.families.decoders import decoder_family
-from vlmprune_jax.workdir.result import read_result
+from vlmprune_jax.io.families.decoders import decoder_family
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.workdir.result import read_result
 
 CONFIG = """
 import seed_oss  # registers "seed_oss"
 
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

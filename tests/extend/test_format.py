@@ -10,12 +10,12 @@ from hf_cases import copy_llava, keep_layers
 from safetensors.flax import load_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.models.params import flatten
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.run.cli.main import main
 
 CONFIG = """
 import jax_parameters
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 
 def get_config():

@@ -9,13 +9,13 @@ import recover_cases as cases
 from extend_cases import flags_of, registered
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.models.vlm import apply
+from vlmprune_jax.core.models.vlm import apply
+from vlmprune_jax.run.cli.main import main
 
 CONFIG = """
 import my_loss  # registers "jsd"
 
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

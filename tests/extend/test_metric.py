@@ -7,13 +7,13 @@ import pytest
 from extend_cases import registered
 from hf_cases import copy_llava
 
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.evaluation.metrics import METRICS
-from vlmprune_jax.workdir.evaluation import read_evaluated
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.evaluation.metrics import METRICS
+from vlmprune_jax.run.workdir.evaluation import read_evaluated
 
 CONFIG = """
 import my_metric
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 
 def get_config():

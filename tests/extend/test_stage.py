@@ -9,13 +9,13 @@ import pytest
 from extend_cases import flags_of, registered
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.workdir.result import read_result
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.workdir.result import read_result
 
 CONFIG = """
 import wise_ft  # registers the stage
 
-from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.run.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

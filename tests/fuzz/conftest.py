@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune_jax.data import tokenizer_files
-from vlmprune_jax.data.video import process
+from vlmprune_jax.io.data import tokenizer_files
+from vlmprune_jax.io.data.video import process
 
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "webbrowser.open"}
 NAMED = ("/secret", "/dev/zero")  # by the values that fuzz_cases puts into files

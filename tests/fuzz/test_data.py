@@ -13,10 +13,10 @@ from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmprune_jax.data.datasets import read_datasets
-from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.records import data_files, read_records
-from vlmprune_jax.data.tfds import read_tfds, write_tfds
+from vlmprune_jax.io.data.datasets import read_datasets
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.records import data_files, read_records
+from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 
 RECORDS = [
     {

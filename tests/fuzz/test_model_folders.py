@@ -18,15 +18,15 @@ from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.export.describe import describe
-from vlmprune_jax.export.mtp import mtp_tensors
-from vlmprune_jax.export.token_sources import Source
-from vlmprune_jax.export.vocabulary import trim_files
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.gguf import read_gguf_header
-from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.exports.describe import describe
+from vlmprune_jax.io.exports.mtp import mtp_tensors
+from vlmprune_jax.io.exports.token_sources import Source
+from vlmprune_jax.io.exports.vocabulary import trim_files
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
 FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa")

@@ -8,30 +8,30 @@ import sweep_cases
 from fuzz_cases import fuzz, json_files, json_lines, reads, scores_of
 from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
-from vlmprune_jax.core.files import read_json
-from vlmprune_jax.evaluation.config import EvaluationSetSpec
-from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.planning.guide import FILE, METHODS, read_guide
-from vlmprune_jax.planning.rules import Target, recommend
-from vlmprune_jax.report.answers import comparison_section
-from vlmprune_jax.report.comparison import table_of
-from vlmprune_jax.report.comparison_plots import series_of, way_of
-from vlmprune_jax.report.samples import shown_samples
-from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
-from vlmprune_jax.report.tables import tables_of
-from vlmprune_jax.report.vocabulary import vocabulary_section
-from vlmprune_jax.stages import answers
-from vlmprune_jax.stages.evaluate import AnswerFacts
-from vlmprune_jax.sweep.run import Sweep, read_error, read_run
-from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
-from vlmprune_jax.workdir.comparison import best_run
-from vlmprune_jax.workdir.result import read_result
-from vlmprune_jax.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
-from vlmprune_jax.workdir.speed import Bench, Speed
-from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
-from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
-from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
-from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
+from vlmprune_jax.base.files import read_json
+from vlmprune_jax.io.exports.pruning import make_plan
+from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
+from vlmprune_jax.run.planning.rules import Target, recommend
+from vlmprune_jax.run.report.answers import comparison_section
+from vlmprune_jax.run.report.comparison import table_of
+from vlmprune_jax.run.report.comparison_plots import series_of, way_of
+from vlmprune_jax.run.report.samples import shown_samples
+from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
+from vlmprune_jax.run.report.tables import tables_of
+from vlmprune_jax.run.report.vocabulary import vocabulary_section
+from vlmprune_jax.run.stages import answers
+from vlmprune_jax.run.stages.evaluate import AnswerFacts
+from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
+from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.run.workdir.comparison import best_run
+from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
+from vlmprune_jax.run.workdir.speed import Bench, Speed
+from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
+from vlmprune_jax.run.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 CFG = cases.config()
 PRUNE = StepRecord(

@@ -7,12 +7,12 @@ from fuzz_cases import ESCAPES, damaged, edited, fuzz, reads
 from hypothesis import strategies as st
 from repository import ROOT
 
-from vlmprune_jax.cli.config_files import read_experiment
-from vlmprune_jax.cli.flags import parse
-from vlmprune_jax.cli.stages import StageCommand
-from vlmprune_jax.core.settings import override
-from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.run.cli.config_files import read_experiment
+from vlmprune_jax.run.cli.flags import parse
+from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.variants import check_experiment
 
 WHOLE = json.loads(json.dumps(dataclasses.asdict(Experiment())))
 YAML = b"recipe: llava\nmodel: {hf_dir: DIR}\nrecover:\n  epochs: 2.5e-1\n  losses: {l2_layers: [-1, 2]}\n"

@@ -14,20 +14,20 @@ import pytest
 from fuzz_cases import _ODD, damaged, edited, fuzz, reads
 from hypothesis import strategies as st
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import override
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.video import SAMPLING, VideoConfig, frame_indices
-from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.media import video_part
-from vlmprune_jax.data.memory import MemoryBudget
-from vlmprune_jax.data.records import VideoSource
-from vlmprune_jax.data.video import process
-from vlmprune_jax.data.video.frames import frame_loader
-from vlmprune_jax.data.video.process import Limits
-from vlmprune_jax.data.video.processor import load_video_config
-from vlmprune_jax.data.video.reader import VideoReader
-from vlmprune_jax.families import find
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.media import video_part
+from vlmprune_jax.io.data.memory import MemoryBudget
+from vlmprune_jax.io.data.records import VideoSource
+from vlmprune_jax.io.data.video import process
+from vlmprune_jax.io.data.video.frames import frame_loader
+from vlmprune_jax.io.data.video.process import Limits
+from vlmprune_jax.io.data.video.processor import load_video_config
+from vlmprune_jax.io.data.video.reader import VideoReader
+from vlmprune_jax.io.families import find
 
 pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 CLIPS = ("main.mp4", "second.webm", "ntsc.mp4", "minutes.mkv", "audio.webm", "rotated.mp4", "no_video.m4a")

@@ -12,26 +12,26 @@ import recover_cases as cases
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads, scores_of
 from hypothesis import strategies as st
 
-from vlmprune_jax.core.cache import ArrayCache
-from vlmprune_jax.core.journal import Journal
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
-from vlmprune_jax.export.pruning import make_plan
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, Scores
-from vlmprune_jax.prune.calibration import TOKEN_TYPES
-from vlmprune_jax.prune.routing import SUMS, Routing
-from vlmprune_jax.prune.surgery import check_plan_is_for
-from vlmprune_jax.prune.tables import affected_tokens, compare
-from vlmprune_jax.recovery.checkpoint import Checkpointer
-from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
-from vlmprune_jax.recovery.step import TrainState
-from vlmprune_jax.report.figures import removed_section
-from vlmprune_jax.report.provenance import provenance_section
-from vlmprune_jax.workdir import provenance
-from vlmprune_jax.workdir.ledger import Task, finished_stages, run_task, write_text
-from vlmprune_jax.workdir.steps import Variant
+from vlmprune_jax.core.prune import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, Scores
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
+from vlmprune_jax.core.prune.routing import SUMS, Routing
+from vlmprune_jax.core.prune.surgery import check_plan_is_for
+from vlmprune_jax.core.prune.tables import affected_tokens, compare
+from vlmprune_jax.core.recovery.checkpoint import Checkpointer
+from vlmprune_jax.core.recovery.metrics import METRICS_FILE, Recorder
+from vlmprune_jax.core.recovery.step import TrainState
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
+from vlmprune_jax.io.exports.pruning import make_plan
+from vlmprune_jax.run.report.figures import removed_section
+from vlmprune_jax.run.report.provenance import provenance_section
+from vlmprune_jax.run.workdir import provenance
+from vlmprune_jax.run.workdir.ledger import Task, finished_stages, run_task, write_text
+from vlmprune_jax.run.workdir.steps import Variant
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.write import save
-from vlmprune_jax.hf.read import load
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.run.cli.main import main
 
 sys.path.append(str(Path(__file__).parents[2] / "tools/engines"))
 import standins

@@ -17,12 +17,12 @@ from repository import ROOT
 from rounding import assert_same_function, double_logits
 from vlm_cases import images_of
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.chat_template import chat_prompt, prompt_of
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.features import tower_features
-from vlmprune_jax.models.params import flatten
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.features import tower_features
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.chat_template import chat_prompt, prompt_of
+from vlmprune_jax.io.data.records import Record
 
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 

@@ -11,9 +11,9 @@ import moving_shapes
 import video_study
 
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.data.records import read_records
-from vlmprune_jax.data.video.process import Limits
-from vlmprune_jax.data.video.reader import VideoReader
+from vlmprune_jax.io.data.records import read_records
+from vlmprune_jax.io.data.video.process import Limits
+from vlmprune_jax.io.data.video.reader import VideoReader
 
 LIMITS = Limits(file_bytes=2**20, frames=16, seconds=2, pixels=64 * 64, kept_pixels=2**17, wall=60)
 ANSWERS = (

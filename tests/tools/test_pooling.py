@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pooling import Value, heterogeneity, pooled
 
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 
 
 def cell(values, questions=None):

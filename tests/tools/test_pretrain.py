@@ -13,17 +13,17 @@ import pytest
 from pretrain import Stage, describe, flip_shift, mixed_in, resized, split_conversations, stage_records
 from repository import ROOT
 
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.data.images import GRIDS
-from vlmprune_jax.data.patching import Patching
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.demo.topics import topic_records, topics
-from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.metrics import read_metrics
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.recovery.config import RecoverConfig
+from vlmprune_jax.core.recovery.metrics import read_metrics
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.batching import Batch
+from vlmprune_jax.io.data.images import GRIDS
+from vlmprune_jax.io.data.patching import Patching
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.demo.topics import topic_records, topics
 
 CONFIG = ROOT / "tools/pretrain_easyvqa.py"
 TURNS = (("human", "<image>\nis it red?"), ("gpt", "yes"), ("human", "is it blue?"), ("gpt", "no"))

@@ -15,7 +15,7 @@ from pretraining_data import (
     write_pretraining_data,
 )
 
-from vlmprune_jax.data.records import read_records
+from vlmprune_jax.io.data.records import read_records
 
 RGB = {
     "black": (0, 0, 0),

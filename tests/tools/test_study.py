@@ -17,10 +17,10 @@ from study_cases import changed, row, rows, sweep, write_sweep
 from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
 
-from vlmprune_jax.cli.main import main
-from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.planning.guide import FILE, read_guide
-from vlmprune_jax.workdir.result import OfControl
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.planning.guide import FILE, read_guide
+from vlmprune_jax.run.workdir.result import OfControl
 
 
 def concluded(models):

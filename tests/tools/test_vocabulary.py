@@ -12,11 +12,11 @@ from PIL import Image
 from pretraining_data import write_pretraining_data
 from vocabulary import make_tokenizer
 
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
-from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.families import templates
+from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.io.families import templates
 
 BARE = dataclasses.replace(templates()["llava_v1"], system="")
 

@@ -19,13 +19,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.export.token_sources import choose_vocabulary
-from vlmprune_jax.families import detect
-from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import (
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune import (
     KeptLayer,
     KeptStack,
     PrunePlan,
@@ -34,6 +31,9 @@ from vlmprune_jax.prune import (
     fingerprint,
     keep_everything,
 )
+from vlmprune_jax.io.checkpoints.layout import make_slots
+from vlmprune_jax.io.exports.token_sources import choose_vocabulary
+from vlmprune_jax.io.families import detect
 
 _ROOT = Path(__file__).parents[2]
 _GOLDENS = _ROOT / "tests/goldens/families"

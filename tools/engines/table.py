@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from standins import CUTS, STANDINS, STORAGES, write_cells
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 
 _HERE = Path(__file__).parent
 ENGINES = ("vllm", "mlx", "openvino")

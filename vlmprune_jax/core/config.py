@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
@@ -144,7 +144,7 @@ class VisionConfig(Stack):
     """Number of channels of an image."""
 
     kind: str
-    """Name of the tower's table of weights (families/towers.py)."""
+    """Name of the tower's table of weights (io/families/towers.py)."""
 
     class_token: bool = True
     """True if a class token stands before the patches."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
 
 
 @dataclass(frozen=True)

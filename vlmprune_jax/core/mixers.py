@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.part import Axis, Part
 from vlmprune_jax.core.rope import RopeConfig
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 
 
 @dataclass(frozen=True)

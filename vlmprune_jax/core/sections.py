@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmprune_jax.core.settings import STAGES, check_settings, setting
-from vlmprune_jax.core.weight_files import DTYPES
+from vlmprune_jax.base.settings import STAGES, check_settings, setting
+from vlmprune_jax.base.weight_files import DTYPES
 
 
 @dataclass(frozen=True)

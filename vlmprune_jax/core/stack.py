@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer, describe_layers
 from vlmprune_jax.core.mixers import Attention
 
@@ -19,7 +19,7 @@ def stack_title(name: str) -> str:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Norms and residual sums around the mixers and channel mixers of all blocks of a stack (`models/block.py`)."""
+    """Norms and residual sums around the mixers and channel mixers of all blocks of a stack (models/block.py)."""
 
     norm_eps: float
     """Number added to the mean of squares (variance) in norms."""

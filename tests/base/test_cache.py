@@ -1,0 +1,264 @@
+"""Arrays by key on disk: what is there is read back exactly, what is not is known, and nothing wrong is read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from vlmprune_jax.base import cache as module
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+
+MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
+
+
+def array(number: int, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(number).standard_normal((2, 3, 5)).astype(dtype)
+
+
+def filled(folder, numbers, **changes) -> ArrayCache:
+    cache = ArrayCache(folder, {**MADE_FROM, **changes})
+    for number in numbers:
+        cache.add({f"k{number}": array(number)})
+    cache.publish()
+    return cache
+
+
+def shards(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+
+
+def test_arrays_come_back_as_they_were(tmp_path):
+    given = {
+        "bfloat16": array(1, ml_dtypes.bfloat16),
+        "float16": array(2, np.float16),
+        "ids": np.arange(12, dtype=np.int32).reshape(3, 4),
+        "transposed": array(3).T,
+        "nothing": np.zeros((0, 4), np.float32),
+    }
+    first = ArrayCache(tmp_path / "new/cache", MADE_FROM)
+    assert first.missing(["ids", "other", "ids"]) == ["ids", "other"]
+    first.add(given)
+    first.publish()
+    for cache in (first, ArrayCache(tmp_path / "new/cache", MADE_FROM)):
+        assert cache.missing(["ids", "other"]) == ["other"]
+        for key, expected in given.items():
+            assert cache[key].dtype == expected.dtype
+            assert np.array_equal(cache[key], expected), key
+    with pytest.raises(UserError, match="has no array for other: run the same command again"):
+        first["other"]
+
+
+def test_shards_fill_up_and_only_what_is_missing_is_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 3 * array(0).nbytes)
+    filled(tmp_path, range(7))
+    assert len(shards(tmp_path)) == 3
+    names = shards(tmp_path)
+    again = filled(tmp_path, range(7, 9))
+    assert set(names) < set(shards(tmp_path))
+    assert again.missing(f"k{i}" for i in range(10)) == ["k9"]
+    assert all(np.array_equal(again[f"k{i}"], array(i)) for i in range(9))
+
+
+def test_runs_that_share_a_folder_do_not_replace_each_others_shards(tmp_path):
+    """Both begin with the same key."""
+    runs = [ArrayCache(tmp_path, MADE_FROM) for _ in range(2)]
+    for run, numbers in zip(runs, ((0, 1, 2), (0, 3)), strict=True):
+        run.add({f"k{number}": array(number) for number in numbers})
+        run.publish()
+    assert not ArrayCache(tmp_path, MADE_FROM).missing(f"k{number}" for number in range(4))
+
+
+def test_many_threads_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 10 * array(0).nbytes)
+    cache, together = filled(tmp_path, range(50)), threading.Barrier(4)
+
+    def read(seed: int) -> bool:
+        together.wait()
+        return all(np.array_equal(cache[f"k{i}"], array(i)) for i in np.random.default_rng(seed).permutation(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+
+
+def test_identity_is_readable_and_another_one_is_refused(tmp_path):
+    filled(tmp_path, [1])
+    assert json.loads((tmp_path / "cache.json").read_text()) == {"version": 1, **MADE_FROM}
+    with pytest.raises(
+        UserError, match=r'computed from other inputs \(tower.weights was "a1", now "b2"\): use another fold'
+    ):
+        ArrayCache(tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}})
+    with pytest.raises(UserError, match=r'\(dtype was "float32", now "bfloat16"; tiles was null, now 4\)'):
+        ArrayCache(tmp_path, {**MADE_FROM, "dtype": "bfloat16", "tiles": 4})
+
+
+def test_folders_that_cannot_be_a_cache(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder, reason in (
+        (tmp_path, "is neither empty nor a cache"),
+        (tmp_path / "thesis.tex", "cannot be used as a cache .*: use another"),
+        (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: use another"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            ArrayCache(folder, MADE_FROM)
+        assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_whose_first_run_was_killed_at_once_is_a_new_one(tmp_path):
+    (tmp_path / ".cache.json.host-1.partial").write_text("{")
+    assert filled(tmp_path, [1]).missing(["k1", "k2"]) == ["k2"]
+
+
+def test_damaged_files(tmp_path):
+    filled(tmp_path, range(3))
+    (shard,) = (tmp_path / name for name in shards(tmp_path))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(
+        UserError,
+        match=f"{shard.name}: truncated: .*: remove the file, and run the command again to recompute it",
+    ):
+        ArrayCache(tmp_path, MADE_FROM)
+    shard.unlink()
+    assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache.json: is not valid JSON .*: use another folder or remove this one"):
+        ArrayCache(tmp_path, MADE_FROM)
+
+
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        (10**9).to_bytes(8, "little") + b"{}",
+        header()[:-1],
+        header(a=3),
+        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}) + bytes(4),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [1] * 400_000, "data_offsets": [0, 4]}) + bytes(4),
+        header(a={"dtype": "O", "shape": [1], "data_offsets": [0, 4]}) + bytes(4),
+        header(a={"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}),
+        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + bytes(5),
+    ],
+)
+def test_shards_that_lie(tmp_path, content):
+    filled(tmp_path, [1])
+    shard = tmp_path / "0.safetensors"
+    shard.write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"{shard}: .*: remove the file, and run the command again to recompute it"
+    ) as caught:
+        ArrayCache(tmp_path, MADE_FROM)
+    assert "\n" not in str(caught.value)
+
+
+def test_strange_files(tmp_path):
+    filled(tmp_path, [1])
+    os.mkfifo(tmp_path / "0.safetensors")
+    with pytest.raises(UserError, match=r"0\.safetensors: is a FIFO, expected a file"):
+        ArrayCache(tmp_path, MADE_FROM)
+    (tmp_path / "cache.json").unlink()
+    os.mkfifo(tmp_path / "cache.json")
+    with pytest.raises(UserError, match=r"cache\.json: is a FIFO, expected a file"):
+        ArrayCache(tmp_path, MADE_FROM)
+    (tmp_path / "cache.json").unlink()
+    (tmp_path / "cache.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    with pytest.raises(UserError, match=r"cache\.json: .*deep|computed from other inputs"):
+        ArrayCache(tmp_path, MADE_FROM)
+
+
+def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
+    """Of a mapped file the process would end."""
+    cache = filled(tmp_path, [1])
+    (shard,) = (tmp_path / name for name in shards(tmp_path))
+    os.truncate(shard, shard.stat().st_size - 4)
+    with pytest.raises(UserError, match=r"became shorter while it was read"):
+        cache["k1"]
+    shard.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        cache["k1"]
+
+
+def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
+    cache = filled(tmp_path, range(3))
+    cache.add({"k3": array(3)})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): free disk space"):
+        cache.publish()
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache.json", *shards(tmp_path)])
+    assert ArrayCache(tmp_path, MADE_FROM).missing(f"k{i}" for i in range(4)) == ["k3"]
+
+
+def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
+    """Process 1 wrote a shard that this one cannot open; a new folder has none yet, but it is not there either."""
+    cache = filled(tmp_path, [1])
+    monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
+    with pytest.raises(
+        UserError,
+        match=r"0123\.safetensors: written by process 1 of .* use a folder on a disk that all processes share",
+    ):
+        cache.publish()
+    monkeypatch.setattr(module, "on_process_zero", lambda begin: [])
+    with pytest.raises(UserError, match=r"new/cache\.json: written by process 0 of .* but not visible to this process"):
+        ArrayCache(tmp_path / "new", MADE_FROM)
+
+
+WRITER = """
+import os, sys, time
+import numpy as np
+from pathlib import Path
+from vlmprune_jax.core import cache
+cache.SHARD_BYTES, plain, count = 100, os.fsync, 0
+def slow(descriptor):
+    global count
+    count += 1
+    if count == 4:  # cache.json and two shards are there
+        print("writing", flush=True)
+        time.sleep(600)
+    plain(descriptor)
+cache.os.fsync = slow
+made = cache.ArrayCache(Path(sys.argv[1]), {"a": 1})
+for i in range(9):
+    made.add({f"k{i}": np.full(50, i, np.float32)})
+"""
+
+
+def test_a_killed_writer_leaves_whole_shards(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+    left = [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+    assert len(left) == 1
+    assert left[0].name.endswith(f"-{writer.pid}.partial")  # nobody else writes to it
+    cache = ArrayCache(tmp_path, {"a": 1})
+    assert cache.missing(f"k{i}" for i in range(4)) == ["k2", "k3"]
+    assert np.array_equal(cache["k1"], np.full(50, 1, np.float32))
+    assert left[0].exists()  # perhaps another run writes it at this moment
+    os.utime(left[0], (0, 0))
+    ArrayCache(tmp_path, {"a": 1})
+    assert not left[0].exists()

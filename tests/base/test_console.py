@@ -1,0 +1,71 @@
+"""What stages print is inert whatever names stand in it, and keeps its shape."""
+
+import io
+
+from rich.console import Console
+
+from vlmprune_jax.base import console
+from vlmprune_jax.base.console import Reporter
+
+NAME = "[/red][bold]x :smile: \x1b[2J\x1b]0;t\x07\u202e\udcff\nnext"
+INERT = "[/red][bold]x :smile: \\x1b[2J\\x1b]0;t\\x07\\u202e\\udcff next"
+
+
+def said(do, *, terminal=False):
+    out = io.StringIO()
+    do(Reporter(Console(file=out, width=120, force_terminal=terminal, color_system=None)))
+    return out.getvalue()
+
+
+def test_lines():
+    assert said(lambda reporter: reporter.say(f"  {NAME}")) == f"  {INERT}\n"
+    assert len(said(lambda reporter: reporter.say("a" * 10**6))) < 1000
+
+
+def test_bars(monkeypatch):
+    def draw(reporter):
+        with reporter.bar(NAME, 3) as update:
+            update(2)
+
+    assert INERT in said(draw, terminal=True)
+    monkeypatch.setattr(console, "PAUSE_SECONDS", 0)
+    assert said(draw) == f"  {INERT}: 2 of 3\n"
+
+
+def test_tables_keep_their_columns():
+    """Wide letters take two columns each, long names fold and end in an ellipsis, and numbers stay in line."""
+    rows = [(NAME, "1.0"), ("深度剪枝", "22.0"), ("long" * 10**5, "333.0"), ("a", "4.0")]
+    lines = said(lambda reporter: reporter.table(NAME, ("model", NAME[:8]), rows)).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert lines[0].strip() == INERT
+    ends = {
+        console.Text(line[: line.index(number) + len(number)]).cell_len
+        for (_, number), line in zip(rows, [line for line in lines if "." in line], strict=True)
+    }
+    assert len(ends) == 1
+    assert max(map(len, lines)) <= 120
+
+
+def test_narrow_terminals_lose_columns_and_no_digits():
+    """At 80 columns names fold, then the last columns go, which a line names; every number that is shown is whole."""
+    out = io.StringIO()
+    header = ("model", "retained, %", "95 % interval", "size, %", "decoding, x", "prompt, x", "parameters", "seconds")
+    row = ("width 30.5 %, reconstructed + SFT + L2", "99.02", "98.8 to 99.3", "69.5", "1.14", "1.34", "734,016", "38.0")
+    Reporter(Console(file=out, width=80, color_system=None)).table("t", header, [row, row])
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [name for name, number in zip(header, row, strict=True) if any(number in line for line in lines)]
+    assert shown == list(header[1:6])
+    assert "reconstructed" in out.getvalue()
+    assert lines[-1] == "  (no room for: parameters; seconds)"
+    wide = io.StringIO()
+    Reporter(Console(file=wide, width=130, color_system=None)).table("t", header, [row])
+    assert row[0] in wide.getvalue()
+    assert "38.0" in wide.getvalue()
+
+
+def test_large_tables_are_cut(monkeypatch):
+    monkeypatch.setattr(console, "MOST_ROWS", 2)
+    out = said(lambda reporter: reporter.table("t", ["a"] * 30, [["b"] * 30] * 3))
+    assert out.count("b") == 2 * console.MOST_COLUMNS
+    assert out.endswith("  (shortened from 3 rows and 30 columns)\n")

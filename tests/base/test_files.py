@@ -1,0 +1,173 @@
+"""The ways in for foreign files: what is no regular file, too large, badly linked or something else is one line."""
+
+import os
+import zipfile
+from typing import TypedDict
+
+import numpy as np
+import pytest
+
+from vlmprune_jax.base import files as checked_files
+from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.files import (
+    checked,
+    copy_file,
+    open_file,
+    parse_json,
+    read_arrays,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    reading,
+)
+
+MISSING, TODO = "no such scores", "score again"
+
+
+def refused(read, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        read(*args, **kwargs)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, "is a FIFO, expected a file"),
+        (os.mkdir, "is a folder, expected a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device, expected a file"),
+        (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
+        (lambda path: path.symlink_to(path.name), "is a link to itself"),
+        (lambda path: None, "no such file"),
+    ],
+)
+def test_what_is_no_file(tmp_path, make, message):
+    make(tmp_path / "x")
+    assert refused(open_file, tmp_path / "x") == f"{tmp_path}/x: {message}"
+
+
+def test_names_that_no_file_has(tmp_path):
+    assert "File name too long" in refused(open_file, tmp_path / ("x" * 300))
+    assert "path contains an invalid character" in refused(open_file, tmp_path / "a\0b")
+    assert "a\\x1b[31m\\udcff: no such file" in refused(open_file, tmp_path / "a\x1b[31m\udcff")
+
+
+def test_sizes(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "x", 5) == b"12345"
+    assert "has 5 bytes, more than the maximum of 4" in refused(read_bytes, tmp_path / "x", 4)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    assert "bytes, more than" in refused(read_json, tmp_path / "sparse")
+    assert "bytes, more than" in refused(read_json_lines, tmp_path / "sparse", dict)
+    assert "bytes, more than" in refused(read_arrays, tmp_path / "sparse", missing=MISSING, todo=TODO)
+    assert "bytes, more than" in refused(read_bytes, checked_files.Path("/proc/self/maps"), 100)  # says it has 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "too deeply nested"),
+        ('{"a": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
+        ("[1]", "Expected `object`, got `array`"),
+        ("", "is not valid JSON"),
+    ],
+)
+def test_json(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert message in refused(read_json, path, todo=TODO)
+    if text:
+        assert message in refused(read_json_lines, path, dict)
+
+
+def test_half_a_surrogate_pair_as_a_name():
+    class Kind(TypedDict):
+        a: int
+
+    assert "does not have the expected content" in refused(checked, {"a": 1, "\ud800": 2}, Kind, "x.json", TODO)
+    for unicode in (True, False):
+        assert "surrogates not allowed" in refused(parse_json, '["\\ud800"]', "x.json", TODO, unicode=unicode)
+    assert os.fsencode(parse_json('"\\udcff"', "x.json", TODO, unicode=False)) == b"\xff"  # the name of a file
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n{"a')
+    assert read_json_lines(path, dict[str, int], cut=True) == [{"a": 1}, {"a": 2}]
+    assert f"{path}, line 4: is not valid JSON" in refused(read_json_lines, path, dict[str, int])
+    path.write_text('{"a": 1}\n{"a": true}\n')
+    assert "line 2: does not have the expected content" in refused(read_json_lines, path, dict[str, int], cut=True)
+
+
+def test_everything_a_library_raises():
+    class Panic(BaseException):
+        pass
+
+    for error in (RecursionError(), MemoryError(), Panic("no entry"), SystemExit(3), KeyError("x"), ValueError("\x1b")):
+
+        def read(error=error):
+            with reading("x.bin"):
+                raise error
+
+        assert refused(read).startswith("x.bin: cannot be read (")
+    with pytest.raises(KeyboardInterrupt), reading("x.bin"):
+        raise KeyboardInterrupt
+
+
+def header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000,)}"),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"12345678",
+        header("{'descr': '<U0', 'fortran_order': False, 'shape': (5,)}"),
+        header("__import__('os').abort()"),
+        header("(" * 9000),
+        b"nothing",
+    ],
+)
+def test_arrays_that_are_none(tmp_path, content):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", content)
+    assert "x.npz" in refused(read_arrays, tmp_path / "x.npz", missing=MISSING, todo=TODO)
+
+
+def test_arrays(tmp_path):
+    path, given = tmp_path / "x.npz", {"a": np.arange(6.0).reshape(2, 3).T, "b": np.array("text")}
+    np.savez_compressed(path, **given)
+    found = read_arrays(path, missing=MISSING, todo=TODO)
+    assert {name: array.tolist() for name, array in found.items()} == {k: v.tolist() for k, v in given.items()}
+    np.savez_compressed(path, a=np.zeros(10**7))
+    assert "unpacks to 80,000,128 bytes" in refused(read_arrays, path, missing=MISSING, todo=TODO)
+    assert MISSING in refused(read_arrays, tmp_path / "y.npz", missing=MISSING, todo=TODO)
+
+
+def test_links_in_a_folder_that_is_copied(tmp_path):
+    blobs, folder = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1"
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    (blobs / "0f").write_text("licence")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "LICENSE").symlink_to("../../blobs/0f")
+    (folder / "COPY").symlink_to("LICENSE")
+    (folder / "README").symlink_to(tmp_path / "secret")
+    for name in ("LICENSE", "COPY"):
+        copy_file(folder / name, tmp_path / "copy", folder)
+        assert (tmp_path / "copy").read_text() == "licence"
+    assert "outside the folder" in refused(copy_file, folder / "README", tmp_path / "copy", folder)
+    assert (tmp_path / "copy").read_text() == "licence"
+
+
+def test_lines_for_a_terminal():
+    assert printable("a\x1b[2J\r\nb\u202ec\ud800\0") == "a\\x1b[2J b\\u202ec\\ud800\\x00"
+    assert len(printable("x" * 10**6)) < 500
+    assert len(printable("x " * 10**6)) < 2100
+    assert parse_json("[1]", "here", TODO) == [1]
+    for text in ("x" * 10**5, "x " * 10**4, "\x1b" * 3000):
+        assert printable(printable(text)) == printable(text)

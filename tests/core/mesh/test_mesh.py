@@ -1,0 +1,209 @@
+"""How the processes of a run find each other: by name, by the slice's metadata, or not at all."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from prune_cases import config
+from stack_cases import decoder_layer
+
+from vlmprune_jax.base import processes
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.mesh import mesh
+from vlmprune_jax.core.recovery.step import place_rows
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax.distributed.initialize is called with; nothing in the environment names other processes."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **timeouts: calls.append(args))
+    for name in (*mesh.VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+    """Callable (status, text): this machine has libtpu, and a metadata server that answers so."""
+    answers, seen = [], []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers["Metadata-Flavor"]))
+            status, text = answers[-1]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: name == "libtpu")
+    yield lambda status, text: (answers.append((status, text)), seen)[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "gib", "memory", "expected"),
+    [
+        ((1, 8, 1), 32, 12.6, 15.75, (2, 1, 4)),  # LLaVA-1.5-7B on v5e:2x4
+        ((8, 1, 1), 32, 3.9, 15.75, (8, 1, 1)),
+        ((1, 8, 1), 32, 100, 15.75, (1, 1, 8)),
+        ((1, 8, 1), 6, 12.6, 15.75, (4, 1, 2)),  # 6 heads divide no further
+        ((2, 4, 1), 32, 1, None, (2, 1, 4)),  # unknown memory: as many chips share the weights as before
+        ((2, 4, 1), 6, 1, None, (4, 1, 2)),
+    ],
+)
+def test_weights_stay_on_their_chips_while_decoding(monkeypatch, sizes, heads, gib, memory, expected):
+    monkeypatch.setattr(mesh, "_memory_of", lambda device: memory and memory * 2**30)
+    cfg = config((decoder_layer(heads, heads, 96),), vocab_size=64)
+    found = mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), gib * 2**30)
+    assert tuple(found.shape.values()) == expected
+    assert mesh.decoding_mesh(cfg, None, gib * 2**30) is None
+    assert mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (4, 2, 1)).shape["fsdp"] == 2
+    with pytest.raises(UserError, match=r"needs 9 devices but there are 8"):
+        mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (3, 3, 1))
+
+
+def test_alone_nothing_is_joined(joined):
+    mesh.initialize(None, None, None)
+    assert joined == []
+
+
+def test_named_processes_are_joined(joined, monkeypatch):
+    mesh.initialize("host:1234", 4, 0)
+    monkeypatch.setenv("VLMPRUNE_COORDINATOR", "other:99")
+    monkeypatch.setenv("VLMPRUNE_NUM_PROCESSES", "2")
+    monkeypatch.setenv("VLMPRUNE_PROCESS_ID", "1")
+    mesh.initialize(None, None, None)
+    mesh.initialize(None, None, 0)
+    assert joined == [("host:1234", 4, 0), ("other:99", 2, 1), ("other:99", 2, 0)]
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    mesh.initialize("host:1234", 4, 0)
+    assert len(joined) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("host:1", 2, None), "set --coordinator=HOST:PORT"),
+        ((None, None, 0), "num_processes None, process_id 0"),
+        (("host", 2, 0), "coordinator 'host' must be HOST:PORT"),
+        (("host:port", 2, 0), "coordinator 'host:port' must be HOST:PORT"),
+        (("host:1", 2, 2), "process 2 of 2: process_id must be between 0 and num_processes - 1"),
+        (("host:1", 2, -1), "process -1 of 2"),
+    ],
+)
+def test_impossible_places_are_refused(joined, place, message):
+    with pytest.raises(UserError, match=message):
+        mesh.initialize(*place)
+    assert joined == []
+
+
+def test_failing_to_join_names_the_place(joined, monkeypatch):
+    def fails(*args, **timeouts):
+        raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: cannot join .*DEADLINE_EXCEEDED: barrier timed"):
+        mesh.initialize("host:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "expected"),
+    [
+        (200, "a:1:10.0.0.1,b:2:10.0.0.2", [()]),  # the workers of a slice of several hosts
+        (200, "a:1:10.0.0.1", []),  # one host
+        (404, "", []),  # a machine of Google Cloud without TPUs that has libtpu to compile for them
+    ],
+)
+def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expected):
+    seen = tpu_vm(status, text)
+    mesh.initialize(None, None, None)
+    assert joined == expected
+    assert seen == [("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")]
+
+
+def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
+    tpu_vm(503, "")
+    with pytest.raises(UserError, match="HTTP error 503, so the workers of the slice are unknown"):
+        mesh.initialize(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "w0,w1"}, [()]),
+        ({"TPU_PROCESS_ADDRESSES": "w0:1,w1:1"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "w0", "MEGASCALE_COORDINATOR_ADDRESS": "w0:1"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "w0"}, []),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "w0,w1", "JAX_PLATFORMS": "cpu"}, []),
+    ],
+)
+def test_gke_tells_in_the_environment(joined, tpu_vm, monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    seen = tpu_vm(200, "a,b,c")
+    mesh.initialize(None, None, None)
+    assert (joined, seen) == (expected, [])
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    """jax asserts that CUDA is there, without a message."""
+    demo = [sys.executable, "-m", "vlmprune_jax", "demo", f"--workdir={tmp_path}"]
+    run = subprocess.run(demo, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "vlmprune: error: JAX_PLATFORMS=cuda: jax cannot start this platform (no such device, or jax is installed "
+        "without its plugin): unset JAX_PLATFORMS, or install vlmprune-jax[cuda] (with a GPU) or vlmprune-jax[tpu] "
+        "(on a TPU VM)\n"
+    )
+
+
+def test_rows_follow_the_devices_of_the_mesh(monkeypatch):
+    """Of eight devices on four hosts, data 2 x fsdp 2 x tensor 2; hosts lie along `tensor`, or across rows."""
+
+    def rows(hosts, local):
+        devices = np.asarray([f"{host}-{place}" for place, host in enumerate(hosts)]).reshape(2, 2, 2)
+        mine = [device for device in devices.flat if device[0] in local]
+        shape = {"data": 2, "fsdp": 2, "tensor": 2}
+        return mesh.rows_of_process(SimpleNamespace(devices=devices, local_devices=mine, shape=shape), 8).tolist()
+
+    assert [rows("aabbccdd", host) for host in "abcd"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [rows("aabbaabb", host) for host in "ab"] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [rows("abababab", host) for host in "ab"] == [list(range(8))] * 2  # each row is on both
+    assert rows("aabbccdd", "abcd") == list(range(8))  # one process with the devices of all hosts: Pathways
+    assert mesh.rows_of_process(None, 3).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"batch size 6 must be a positive multiple of mesh.data x mesh.fsdp = 4"):
+        mesh.rows_of_process(mesh.make_mesh(2, 2, 2), 6)
+
+
+def test_under_pathways_the_process_index_decides_nothing(monkeypatch):
+    """One process controls all devices, and jax counts their hosts as processes: this process loads whole batches."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert (processes.process_number(), processes.process_count(), processes.is_main_process()) == (0, 1, True)
+    devices = mesh.make_mesh(4, 2, 1)
+    assert mesh.rows_of_process(devices, 16).tolist() == list(range(16))
+    assert processes.from_all(lambda: 1) == [1]
+    whole = np.arange(16.0).reshape(16, 1)
+    placed = place_rows({"x": whole}, devices)["x"]
+    assert np.array_equal(mesh.gather_to_host(placed), whole)

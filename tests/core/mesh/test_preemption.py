@@ -1,0 +1,185 @@
+"""SIGTERM or SIGINT in every long phase of a command: one line, nothing half written, and it is continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_cases import copy_llava
+from repository import ROOT
+
+from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.core.mesh.preemption import StopSignal
+from vlmprune_jax.core.prune import Scores
+from vlmprune_jax.io.exports import folder
+from vlmprune_jax.run.cli.main import main
+
+CONFIG = """
+from vlmprune_jax.run.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{images}"
+    config.data.system = ""
+    config.score.samples = 6
+    config.score.batch_size = 2
+    config.prune.ratio = 0.2
+    config.evaluate.batch_size = 2
+    config.evaluate.max_new_tokens = 2
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, goldens):
+    """Callable (workdir) -> flags."""
+    root = tmp_path_factory.mktemp("stopping")
+    copy_llava(goldens, root / "teacher")
+    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
+    (root / "records.json").write_text(json.dumps(records))
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    return lambda workdir: [f"--config={root / 'config.py'}", f"--workdir={root / workdir}"]
+
+
+@pytest.fixture(scope="module")
+def straight(experiment):
+    """The workdir of a run that nothing disturbed, scored, pruned and evaluated."""
+    flags = experiment("straight")
+    for command in ("score", "prune", "evaluate"):
+        assert main([command, *flags]) == 0
+    return flags[1].removeprefix("--workdir=")
+
+
+@pytest.fixture
+def interrupts():
+    """SIGINT as a terminal sends it, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def added(monkeypatch, request):
+    """Numbers of the batches whose results were noted; a signal, SIGTERM by default, comes during the second."""
+    numbers, original, number = [], Journal.add, getattr(request, "param", signal.SIGTERM)
+
+    def add(self, entry):
+        original(self, entry)
+        numbers.append(len(numbers))
+        if len(numbers) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", add)
+    return numbers
+
+
+def stopped(capsys, *argv: str, code: int = 143) -> str:
+    """The one line of a command that a signal ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    capsys.readouterr()
+    assert main(argv) == code
+    assert signal.getsignal(signal.SIGTERM) is before
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_scoring_continues_after_its_last_batch(straight, experiment, added, capsys):
+    flags = experiment("scoring")
+    line = stopped(capsys, "score", *flags)
+    assert line == "vlmprune: score (block_influence) stopped on SIGTERM after 2 of 3; the same command continues"
+    workdir = flags[1].removeprefix("--workdir=")
+    assert sorted(os.listdir(workdir)) == [".stages", "scores.npz.journal"]
+    assert main(["score", *flags]) == 0
+    assert len(added) == 3
+    assert sorted(os.listdir(workdir)) == [".stages", "scores.npz"]
+    scores, expected = (Scores.load(f"{folder}/scores.npz").importance for folder in (workdir, straight))
+    np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.parametrize("added", [signal.SIGINT], indirect=True)
+def test_evaluation_continues_after_its_last_batch(straight, experiment, added, capsys, interrupts):
+    flags = experiment("evaluation")
+    line = stopped(capsys, "evaluate", *flags, code=130)
+    assert line == "vlmprune: evaluate teacher stopped on SIGINT after 2 of 3; the same command continues"
+    workdir = flags[1].removeprefix("--workdir=")
+    assert os.listdir(f"{workdir}/eval") == ["teacher.json.journal"]
+    assert main(["evaluate", *flags]) == 0
+    assert len(added) == 3
+    answers = [Path(folder, "eval/teacher.answers.jsonl").read_text() for folder in (workdir, straight)]
+    assert answers[0] == answers[1]
+    assert sorted(os.listdir(f"{workdir}/eval")) == ["teacher.answers.jsonl", "teacher.json"]
+
+
+def test_a_journal_is_not_continued_with_other_settings_nor_in_the_way(straight, experiment, added, capsys):
+    flags = experiment("other")
+    stopped(capsys, "score", *flags)
+    assert main(["score", *flags, "--config.score.samples=4"]) == 0
+    assert len(added) == 2 + 2
+
+
+def test_outside_the_main_thread_signals_stay_what_they_are():
+    """Where a notebook or a server calls `recover`."""
+
+    def entered() -> bool:
+        with StopSignal() as stop:
+            return signal.getsignal(signal.SIGTERM) is before and not stop.requested()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(entered).result()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_stops_at_once_and_ignored_signals_stay_so(interrupts):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        assert str(stop.stopped("work", "after 1")) == "work stopped on SIGINT after 1"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.requested()
+
+
+def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, capsys):
+    original, once = folder.write_files, []
+
+    def interrupted(*args):
+        original(*args)
+        if not once:
+            once.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(folder, "write_files", interrupted)
+    flags = experiment("straight")
+    before = sorted(os.listdir(straight))
+    assert stopped(capsys, "export", *flags) == "vlmprune: stopped on SIGTERM; the same command continues the work"
+    assert sorted(os.listdir(straight)) == before
+    assert main(["export", *flags, "--config.export.dtype=float32"]) == 0
+    assert sorted(os.listdir(straight)) == sorted([*before, "export"])
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(tmp_path):
+    """The benchmark's run of two processes, whose every byte is compared with an undisturbed one's.
+
+    By the seed it is the second checkpoint being written; results.md has 20 moments of all kinds.
+    """
+    script = ROOT / "benchmarks/preemption.py"
+    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=1", "--seed=9", "--no-alone"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["phases"] == {"save": 1}

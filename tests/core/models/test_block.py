@@ -1,0 +1,159 @@
+"""The block against the same computation in jnp: every place of norms, `1 + w`, parallel branches, scales."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prune_cases import EQUAL, batch, config, model
+from stack_cases import decoder_layer, with_facts
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.context import VALUES
+from vlmprune_jax.core.models.generate import generate
+from vlmprune_jax.core.models.layers import rope_tables
+from vlmprune_jax.core.models.params import init_params, unstack_layers
+from vlmprune_jax.core.models.vlm import encode, forward, stack_module, to_nnx
+
+CASES = {
+    "before": {},
+    "after": {"norm_place": "after"},
+    "sandwich": {"norm_place": "both", "norm_offset": 1.0, "qk_norm": True},
+    "layer norms": {"norm_place": "both", "norm": "layer"},
+    "parallel": {"parallel": True, "norm": "layer", "gated": False, "norm_place": "both"},
+    "scaled": {"norm_place": "both", "layer_scale": True},
+}
+
+NAMES = tuple(name for name in VALUES if name != "routed")  # of layers with a dense MLP
+
+
+def norm(cfg, params, name, x, kind=None):
+    """The norm of these parameters, or x where the block has none of this name."""
+    if f"{name}/weight" not in params:
+        return x
+    if (kind or cfg.block.norm) == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    y = (
+        x
+        / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.block.norm_eps)
+        * (params[f"{name}/weight"] + cfg.block.norm_offset)
+    )
+    return y + params.get(f"{name}/bias", 0.0)
+
+
+def plain_block(cfg, params, x, cos, sin):
+    """One block over full rows: float[batch, seq, embed] -> its values by name, "after" among them."""
+
+    def project(name, x, sum_over=1):
+        weight, bias = params[f"{name}/weight"], params[f"{name}/bias"]
+        return jnp.tensordot(x, weight, [list(range(-sum_over, 0))] * 2) + bias
+
+    def turned(x):
+        first, second = jnp.split(x, 2, axis=-1)
+        c, s = cos[:, :, None], sin[:, :, None]
+        return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+
+    def follow(branch, index):
+        added = norm(cfg, params, f"{('attention', 'mlp')[index]}_output_norm", branch)
+        return added * params.get(f"layer_scale{index + 1}/weight", 1.0)
+
+    found = {"self_attn": norm(cfg, params, "input_layernorm", x)}
+    q, k, v = (project(f"self_attn/{name}_proj", found["self_attn"]) for name in "qkv")
+    q, k = (
+        turned(norm(cfg, params, "self_attn/q_norm", q, "rms")),
+        turned(norm(cfg, params, "self_attn/k_norm", k, "rms")),
+    )
+    k, v = (jnp.repeat(one, q.shape[2] // k.shape[2], axis=2) for one in (k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * cfg.attention.head_dim**-0.5
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    found["o_proj"] = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+    out, down = ("dense", "fc2") if cfg.block.parallel else ("o_proj", "down_proj")
+    found["o_proj_out"] = project(f"self_attn/{out}", found["o_proj"], 2)
+    found["middle"] = x + follow(found["o_proj_out"], 0)
+    parallel = cfg.block.parallel
+    found["mlp"] = found["self_attn"] if parallel else norm(cfg, params, "post_attention_layernorm", found["middle"])
+    act = jax.nn.gelu
+    if down == "fc2":
+        found["down_proj"] = act(project("mlp/fc1", found["mlp"]))
+    else:
+        found["down_proj"] = act(project("mlp/gate_proj", found["mlp"])) * project("mlp/up_proj", found["mlp"])
+    found["down_proj_out"] = project(f"mlp/{down}", found["down_proj"])
+    return found | {"after": found["middle"] + follow(found["down_proj_out"], 1)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_equal_the_same_in_jnp(case):
+    one = model(config(EQUAL[:2], **CASES[case]))
+    text, ids = one.cfg.text, batch(one.cfg)["input_ids"]
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    params = jax.tree.map(jnp.asarray, one.params)
+    logits, aux = jax.jit(
+        lambda params: encode(params, one.cfg, ids, hook=lambda block: block, hook_inputs=NAMES, states=(0, 1))
+    )(params)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        after = []
+        # Every block starts from the model's own state: rounding of the blocks before it is not compared again.
+        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], aux["hook"], aux["states"], strict=True):
+            expected = plain_block(text, layer, x, *rope_tables(text.rope, text.attention.rotated, positions))
+            for name in NAMES:
+                np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)
+            for name, scale in block.scales.items():
+                out = expected[f"{name}_out"]
+                spread = out.var(-1) if text.block.norm == "layer" else (out**2).mean(-1)
+                np.testing.assert_allclose(scale[..., 0], (spread + text.block.norm_eps) ** -0.5, rtol=1e-4)
+            assert set(block.scales) == (set() if text.block.norm_place == "before" else {"o_proj", "down_proj"})
+            after.append(expected["after"])
+        final_norm = to_nnx(one.replace(params=params)).text.final_norm
+        np.testing.assert_allclose(aux["states"][1], after[0], atol=5e-5)
+        np.testing.assert_allclose(logits, final_norm(after[1]), atol=5e-5)
+
+
+def test_generation_with_sandwich_norms_equals_full_forwards():
+    one = model(config(EQUAL[:2], **CASES["sandwich"]))
+    ids = batch(one.cfg)["input_ids"]
+    tokens = generate(one, ids, max_new_tokens=3, eos_token_ids=())
+    for step in range(3):
+        logits, _ = forward(one, np.concatenate([ids, tokens[:, :step]], axis=1))
+        np.testing.assert_array_equal(np.asarray(logits)[:, -1].argmax(-1), tokens[:, step])
+
+
+def test_an_unknown_kind_of_norm_is_refused():
+    with pytest.raises(UserError, match="norm_place 'around' of a layer is not one of before, after, both"):
+        config(EQUAL, norm_place="around")
+
+
+@pytest.mark.parametrize("case", ["before", "sandwich", "scaled"])
+def test_follow_at_given_statistics_is_affine_with_the_gain_as_its_slope(case):
+    one = model(config(EQUAL[:1], **CASES[case]))
+    block = to_nnx(one).text.layers["0"]
+    draw = np.random.default_rng(0)
+    like, a, b = (jnp.asarray(draw.standard_normal((1, 2, 3, 20)), jnp.float32) for _ in range(3))
+    norm_after, gain = block.norm_after("down_proj"), block.gain("down_proj")
+    statistics = None if norm_after is None else norm_after.statistics(like)
+    with jax.numpy_rank_promotion("allow"):
+        slope = block.follow("down_proj", a, statistics) - block.follow("down_proj", b, statistics)
+        rate = 1.0 if statistics is None else statistics[..., 1:]
+        np.testing.assert_allclose(slope, (a - b) * rate * (1.0 if gain is None else gain), atol=1e-5)
+        if norm_after is not None:
+            np.testing.assert_allclose(norm_after(like, statistics), norm_after(like), atol=1e-5)
+
+
+def test_blocks_name_what_writes_to_the_stream():
+    decoder = stack_module("text", config(EQUAL).text).layers["0"]
+    phi = stack_module("text", config(EQUAL, **CASES["parallel"]).text).layers["0"]
+    vision = with_facts(config(EQUAL, vision=True).vision, layer_scale=True)
+    tower = stack_module("vision", vision).layers["0"]
+    assert [tuple(one) for block in (decoder, phi, tower) for one in block.writers.values()] == [
+        ("self_attn/o_proj", None, None), ("mlp/down_proj", None, None),
+        ("self_attn/dense", "attention_output_norm", None), ("mlp/fc2", "mlp_output_norm", None),
+        ("self_attn/out_proj", None, "layer_scale1"), ("mlp/fc2", None, "layer_scale2"),
+    ]  # fmt: skip
+    paths = ("self_attn/k_proj", "self_attn/dense", "mlp/fc1", "mlp/fc2")
+    assert [phi.reader_of(f"{path}/weight") for path in paths] == ["self_attn", "o_proj", "mlp", "down_proj"]
+
+
+def test_new_norms_start_as_the_identity():
+    cfg = config((decoder_layer(4, 2, 12),), norm_place="both", norm_offset=1.0)
+    params = init_params(cfg, jax.random.key(0), jnp.float32)
+    for name in ("input_layernorm", "post_attention_layernorm", "attention_output_norm", "mlp_output_norm"):
+        assert not params["text"]["layers"]["0"][name]["weight"].any()
+    assert not params["text"]["norm"]["weight"].any()

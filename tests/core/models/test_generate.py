@@ -1,0 +1,176 @@
+"""Greedy generation against the reference's tokens, and against repeated full forwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from stack_cases import decoder_layer, text_config
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models import kernels
+from vlmprune_jax.core.models.generate import SharedPrefix, generate, prefill
+from vlmprune_jax.core.models.params import init_params, param_shapes, unflatten
+from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.io.checkpoints.read import load
+
+IMAGE, PATCHES = 400, 16
+
+
+@pytest.fixture(scope="module")
+def llava(goldens):
+    return load(goldens / "ckpt/llava_hf")
+
+
+def expand(ids):
+    return [i for token in ids for i in ([IMAGE] * PATCHES if token == -200 else [int(token)])]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_tokens_of_the_reference(llava, goldens, row, padding):
+    golden = np.load(goldens / "forward/llava.npz")
+    ids = expand(golden["input_ids"][row][: golden["gen_prompt_len"][row]])
+    mask = [1] * len(ids)
+    if padding == "right":
+        ids, mask = ids + [0] * 3, mask + [0] * 3
+    if padding == "left":
+        ids, mask = [0] * 3 + ids, [0] * 3 + mask
+    tokens = generate(
+        llava,
+        np.array([ids]),
+        pixel_values=golden["pixel_values"][row : row + 1],
+        attention_mask=np.array([mask]),
+        max_new_tokens=8,
+        eos_token_ids=(),
+    )
+    np.testing.assert_array_equal(tokens[0], golden["gen_tokens"][row])
+
+
+def test_text_only_and_grouped_queries(llava, goldens):
+    golden = np.load(goldens / "forward/llava.npz")
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"])
+    golden = np.load(goldens / "forward/llama_gqa.npz")
+    prompt = golden["input_ids"][0][golden["attention_mask"][0] == 1]
+    tokens = generate(load(goldens / "ckpt/llama_gqa"), prompt[None], max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_tokens"])
+
+
+@pytest.mark.parametrize(("lanes", "count"), [(8, 7), (14, 6), (128, 5)])  # no other test compiles for as many tokens
+def test_a_cache_as_on_tpus_gives_the_same_tokens(lanes, count, llava, goldens, monkeypatch):
+    """Eight heads of 6 channels: one, two and all of them in each padded row."""
+    golden, compiled_for = np.load(goldens / "forward/llava.npz"), []
+    monkeypatch.setattr(kernels, "for_tpu", lambda: compiled_for.append("tpu") or True)
+    monkeypatch.setattr(kernels, "LANES", lanes)
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=count, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"][:count])
+    assert compiled_for
+
+
+def test_shared_prefix_equals_whole_prompts(llava, goldens):
+    rng = np.random.default_rng(0)
+    pixels = np.load(goldens / "forward/llava.npz")["pixel_values"]
+    prefix = np.concatenate([rng.integers(5, 390, (3, 2)), np.full((3, PATCHES), IMAGE), [[7], [8], [9]]], axis=1)
+    prefix_mask = np.ones_like(prefix)
+    prefix_mask[1, 0] = 0
+    rest = rng.integers(5, 390, (7, 5))
+    mask = np.ones_like(rest)
+    mask[2, :2] = 0
+    mask[4, 3:] = 0
+    rows = np.array([0, 0, 1, 2, 1, 2, 0])
+    options = {"max_new_tokens": 6, "eos_token_ids": ()}
+    shared = generate(
+        llava, rest, attention_mask=mask, pixel_values=pixels, prefix=SharedPrefix(prefix, prefix_mask, rows), **options
+    )
+    whole = generate(
+        llava,
+        np.concatenate([prefix[rows], rest], axis=1),
+        attention_mask=np.concatenate([prefix_mask[rows], mask], axis=1),
+        pixel_values=pixels[rows],
+        **options,
+    )
+    np.testing.assert_array_equal(shared, whole)
+
+
+def test_end_token_is_kept_then_padding(llava, goldens):
+    golden = np.load(goldens / "forward/llava.npz")
+    expected = golden["gen_text_tokens"]
+    end = int(expected[2])
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=(end,))[0]
+    np.testing.assert_array_equal(tokens[:3], expected[:3])
+    assert set(tokens[3:]) == {llava.cfg.pad_token_id}
+
+
+@pytest.mark.slow
+def test_sliding_window_equals_full_forwards():
+    text = text_config((decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20)), max_positions=64)
+    cfg = ModelConfig("llama", "transformers", text)
+    model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
+    ids = np.random.default_rng(0).integers(0, 50, (2, 9))
+    tokens = generate(model, ids, max_new_tokens=5, eos_token_ids=())
+    for _ in range(5):
+        logits, _ = forward(model, ids)
+        ids = np.concatenate([ids, np.asarray(logits)[:, -1].argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(tokens, ids[:, 9:])
+    one = model.params["text"]["layers"]
+    stack = {"0": jax.tree.map(lambda *layers: jnp.concatenate(layers), one["0"], one["1"])}
+    wide = {"text": {**model.params["text"], "layers": stack}}
+    wide = Model(wide, cfg.with_layers((decoder_layer(4, 2, 20),) * 2))
+    assert (np.asarray(forward(wide, ids)[0]) != np.asarray(forward(model, ids)[0])).any()
+
+
+def test_sliding_window_across_a_shared_prefix():
+    """Padding between the prefix and its rows takes no place in a window: 4 keys are seen, however far they are."""
+    text = text_config((decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20, window=6)), max_positions=64)
+    cfg = ModelConfig("llama", "transformers", text)
+    model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
+    draw = np.random.default_rng(1)
+    prefix, rest = draw.integers(0, 50, (2, 7)), draw.integers(0, 50, (4, 5))
+    prefix_mask, mask, rows = np.ones_like(prefix), np.ones_like(rest), np.array([0, 1, 1, 0])
+    prefix_mask[1, :2] = 0
+    mask[1, :3] = mask[2, 1:] = 0  # 3 empty slots behind the prefix; 4, once the row is moved to the right
+    shared = SharedPrefix(prefix, prefix_mask, rows)
+    tokens = generate(model, rest, attention_mask=mask, prefix=shared, max_new_tokens=6, eos_token_ids=())
+    for row, first in enumerate(rows):
+        whole = [*prefix[first][prefix_mask[first] == 1], *rest[row][mask[row] == 1]]
+        for token in tokens[row]:
+            ids = np.array([whole + [0] * (18 - len(whole))])  # padding behind all of it is never looked at
+            assert np.asarray(forward(model, ids)[0])[0, len(whole) - 1].argmax() == token
+            whole.append(int(token))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"attention_mask": np.zeros((1, 3), int)}, "row 0 of the prompts contains only padding"),
+        ({"input_ids": np.array([[1, 2, 99999]])}, "outside the vocabulary of 416"),
+        ({"input_ids": np.array([[1, IMAGE, 2]])}, "pixel_values is missing"),
+    ],
+)
+def test_bad_input(llava, change, message):
+    arguments = {"input_ids": np.array([[1, 2, 3]]), "max_new_tokens": 2, **change}
+    with pytest.raises(UserError, match=message):
+        generate(llava, arguments.pop("input_ids"), **arguments)
+
+
+def test_layers_are_read_from_the_stack_of_all():
+    """A scan over repetitions of a pattern does not slice their weights, which would be a copy for every token."""
+    layers = (decoder_layer(2, 2, 64), decoder_layer(2, 2, 64), decoder_layer(2, 2, 32)) * 2
+    cfg = ModelConfig("llama", "transformers", text_config(layers))
+    params = unflatten({path: jax.ShapeDtypeStruct(size, np.float32) for path, size in param_shapes(cfg).items()})
+    arrays = {name: jax.ShapeDtypeStruct((1, 5), np.int32) for name in ("ids", "valid")}
+    arrays |= {"ended": jax.ShapeDtypeStruct((1,), bool), "pixels": None, "pixel_mask": None}
+    traced = prefill.trace(params, cfg, arrays, 4, ()).jaxpr
+    scans = _scans(traced.jaxpr)
+    sliced = [x for eqn in scans for x in eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]]
+    assert len(scans) == 2  # repetitions, and equal neighbours
+    assert sliced
+    assert max(x.aval.ndim for x in sliced) <= 2  # numbers of layers
+
+
+def _scans(jaxpr):
+    inner = [sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] + [eqn for sub in inner for eqn in _scans(sub)]

@@ -1,0 +1,141 @@
+"""Block Influence and the angular variant: the reference's numbers, and what does not change them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prune_cases import (
+    EQUAL,
+    UNEQUAL,
+    batch,
+    config,
+    expanded,
+    golden_llava,
+    model,
+    on_mesh,
+)
+
+from vlmprune_jax.core.models.vlm import forward
+from vlmprune_jax.core.prune import score
+from vlmprune_jax.core.prune.activations import _sums
+from vlmprune_jax.core.prune.criteria.distance import cosine_distance
+from vlmprune_jax.io.exports.pruning import make_plan
+
+
+def golden_samples(goldens):
+    arrays = np.load(goldens / "block_influence" / "llava.npz")
+    names = ("input_ids", "attention_mask", "labels", "pixel_values")
+    return [expanded(*(arrays[f"s{n}_{name}"] for name in names)) for n in range(6)], arrays
+
+
+def test_block_influence_equals_the_reference(goldens):
+    samples, arrays = golden_samples(goldens)
+    recorded = json.loads((goldens / "block_influence" / "llava.json").read_text())
+    one = golden_llava(goldens)
+    seen = []
+    scores = score(one, samples, criterion="block_influence", reference_compat=True, progress=seen.append)
+    np.testing.assert_allclose(scores.importance, arrays["importances"], rtol=1e-5)
+    assert seen == [1, 2, 3, 4, 5, 6]
+    for n, removed in recorded["removed"].items():
+        plan = make_plan(scores, one.cfg, method="depth", layers_removed=int(n))
+        assert list(plan.removed_layers) == sorted(removed)
+        assert list(plan.kept_layers) == recorded["kept"][n]
+
+
+def as_one_batch(samples):
+    """All samples in one batch, padded on the right."""
+    length = max(one["input_ids"].shape[1] for one in samples)
+    result = {"pixel_values": np.concatenate([one["pixel_values"] for one in samples])}
+    for name in ("input_ids", "attention_mask"):
+        result[name] = np.concatenate([np.pad(s[name], ((0, 0), (0, length - s[name].shape[1]))) for s in samples])
+    return result
+
+
+def test_angular_distance_equals_the_reference(goldens):
+    samples, arrays = golden_samples(goldens)
+    samples = [as_one_batch(samples)]
+    recorded = json.loads((goldens / "block_influence" / "llava.json").read_text())
+    one = golden_llava(goldens)
+    for n in (2, 3, 4, 5):
+        scores = score(one, samples, criterion="angular", layers_removed=n, reference_compat=True)
+        starts = 6 - n + 1
+        np.testing.assert_allclose(scores.importance[:starts], arrays[f"angular_importances_k{n}"][:starts], rtol=1e-5)
+        assert np.isinf(scores.importance[starts:]).all()
+        plan = make_plan(scores, one.cfg, method="depth", layers_removed=n)
+        assert list(plan.removed_layers) == recorded["angular"][str(n)]["removed"]
+
+
+def straight(cfg, arrays, seed=0):
+    """Mean over real tokens of 1 - cos between consecutive hidden states, the plain way."""
+    _, aux = forward(
+        model(cfg, seed), arrays["input_ids"], pixel_values=arrays.get("pixel_values"),
+        attention_mask=arrays["attention_mask"], capture=("hidden",),
+    )  # fmt: skip
+    hidden = np.stack([np.asarray(h, np.float64) for h in aux["hidden"]])
+    a, b = hidden[:-1], hidden[1:]
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    return 1 - cosine
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_default_is_the_mean_over_real_tokens(vision):
+    cfg = config(UNEQUAL, vision=vision)
+    arrays = batch(cfg)
+    distance, mask = straight(cfg, arrays), arrays["attention_mask"] == 1
+    scores = score(model(cfg), [arrays], criterion="block_influence")
+    np.testing.assert_allclose(scores.importance, distance[:, mask].mean(axis=1), rtol=1e-5)
+    compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
+    np.testing.assert_allclose(compat.importance, distance.sum(axis=(1, 2)), rtol=1e-5)
+
+
+def test_padding_and_batching_do_not_change_the_scores():
+    cfg = config(EQUAL)
+    arrays = batch(cfg)
+    expected = score(model(cfg), [arrays], criterion="block_influence").importance
+    apart = [{name: array[i : i + 2] for name, array in arrays.items()} for i in (0, 2)]
+    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").importance, expected, rtol=1e-5)
+    lengths = arrays["attention_mask"].sum(axis=1)
+    left = {n: np.stack([np.roll(row, 9 - k) for row, k in zip(a, lengths, strict=True)]) for n, a in arrays.items()}
+    filler = {name: np.zeros_like(array) for name, array in arrays.items()}
+    for criterion, options in (("block_influence", {}), ("angular", {"layers_removed": 2})):
+        plain = score(model(cfg), [arrays], criterion=criterion, **options).importance
+        np.testing.assert_allclose(
+            score(model(cfg), [left, filler], criterion=criterion, **options).importance, plain, rtol=1e-5
+        )
+
+
+def test_angular_is_the_mean_angle_at_the_last_real_token():
+    cfg = config(EQUAL)
+    arrays = batch(cfg)
+    _, aux = forward(model(cfg), arrays["input_ids"], attention_mask=arrays["attention_mask"], capture=("hidden",))
+    last = arrays["attention_mask"].sum(axis=1) - 1
+    states = np.stack([np.asarray(h, np.float64)[np.arange(4), last] for h in aux["hidden"]])
+    a, b = states[:-3], states[3:]
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    scores = score(model(cfg), [arrays], criterion="angular", layers_removed=3)
+    np.testing.assert_allclose(scores.importance[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_scores():
+    cfg = config(EQUAL, vision=True)
+    batches = [batch(cfg, rows=8), batch(cfg, rows=3, seed=1)]
+    expected = score(model(cfg), batches, criterion="block_influence")
+    sharded = score(on_mesh(model(cfg), 2, 2, 2), batches, criterion="block_influence")
+    np.testing.assert_allclose(sharded.importance, expected.importance, rtol=1e-5)
+    assert sharded.fingerprint == expected.fingerprint
+
+
+def test_cosine_distance_of_zero_opposite_and_nearly_equal_vectors():
+    a = jnp.asarray([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [3.0, 4.0], [1.0, 0.0]])
+    b = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [-2.0, -4.0], [6.0, 8.0], [1.0, 1e-4]])
+    np.testing.assert_allclose(cosine_distance(a, b), [0.5, 0.5, 2.0, 0.0, 5e-9], rtol=1e-4, atol=1e-12)
+
+
+def test_the_model_is_not_traced_again_for_every_batch():
+    cfg = config(EQUAL)
+    score(model(cfg), [batch(cfg)], criterion="block_influence")
+    before = _sums._cache_size()
+    score(model(cfg), [batch(cfg, seed=s) for s in range(3)], criterion="block_influence")
+    assert _sums._cache_size() == before

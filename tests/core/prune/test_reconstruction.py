@@ -1,0 +1,323 @@
+"""Reconstruction against normal equations solved in float64, and what it must never do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_cases import keep_layers, prune, random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prune_cases import EQUAL, UNEQUAL, config, kept_units, missing, model, on_mesh, plan_for, rows
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import count_params, flatten, unflatten
+from vlmprune_jax.core.models.vlm import encode
+from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, walk
+from vlmprune_jax.core.prune.batches import row_batches
+from vlmprune_jax.core.prune.calibration import calibration_batches
+from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
+from vlmprune_jax.core.prune.reconstruction import reconstruct
+from vlmprune_jax.core.prune.ridge import RIDGES
+from vlmprune_jax.io.checkpoints.lazy import open_model
+
+SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
+NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
+
+
+def hybrid(teacher):
+    """Layer 2 goes whole, the others lose heads, neurons, or nothing."""
+    heads, keys = tuple(range(4)), (0, 1)
+    return plan_for(teacher, [
+        (0, (0, 1), (0,), tuple(range(12))), (1, heads, keys, tuple(range(8))), (3, heads, keys, tuple(range(12))),
+        (4, (2, 3), (1,), tuple(range(3, 12))),
+    ])  # fmt: skip
+
+
+def heads_of(shape):
+    return tuple(range(shape.mixer.q_heads)), tuple(range(shape.mixer.kv_heads))
+
+
+def streams(model, batch):
+    """Hidden states before each layer and behind the last, and what o_proj and down_proj read, of one batch."""
+    inputs = ("o_proj", "down_proj")
+    ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+    _, aux = encode(
+        jax.tree.map(jnp.asarray, model.params), model.cfg, ids, attention_mask=mask, hook_inputs=inputs,
+        hook=lambda block: (block.before, block.inputs["o_proj"], block.inputs["down_proj"]),
+    )  # fmt: skip
+    return [[np.asarray(part, np.float64) for part in hooked] for hooked in aux["hook"]]
+
+
+@pytest.mark.parametrize("shape", NAMES)
+def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
+    teacher = model(config(EQUAL, **SHAPES[shape]))
+    whole = [KeptLayer.whole(i, one) for i, one in enumerate(teacher.cfg.text.layers)]
+    plan = plan_for(teacher, [whole[i] for i in (0, 1, 3, 4)])
+    pruned, batches = apply_plan(teacher, plan), rows()
+    solved, (told,) = reconstruct(pruned, plan, teacher, batches)
+    assert (told["layer"], told["module"]) == (1, "down_proj")
+    assert told["ridge"] in RIDGES
+    gram, cross = 0.0, 0.0
+    for batch in batches:
+        dense, ours = streams(teacher, batch), streams(pruned, batch)
+        real = batch["attention_mask"] == 1
+        # of the pruned model, layer 2 is the teacher's layer 3: before it should be what the teacher has there
+        target, residual = dense[3][0][real], (dense[3][0] - ours[2][0])[real]
+        x = np.concatenate([ours[1][2][real], np.ones((real.sum(), 1))], axis=1)
+        weighted = x / np.mean(target**2, axis=1, keepdims=True)
+        gram, cross = gram + weighted.T @ x, cross + weighted.T @ residual
+    change = np.linalg.solve(gram + told["ridge"] * np.diag(np.diag(gram)), cross)
+    name = "mlp/down_proj" if shape == "sequential" else "mlp/fc2"
+    before, after = (flatten(one.params["text"]["layers"]["0"]) for one in (pruned, solved))
+    found = {part: np.asarray(after[f"{name}/{part}"])[1] - np.asarray(before[f"{name}/{part}"])[1] for part in
+             ("weight", "bias")}  # fmt: skip
+    scale = np.abs(change).max()
+    np.testing.assert_allclose(found["weight"].T, change[:-1], atol=1e-4 * scale, rtol=0)
+    np.testing.assert_allclose(found["bias"], change[-1], atol=1e-4 * scale, rtol=0)
+    others = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert others == {f"{name}/weight", f"{name}/bias"}
+
+
+@pytest.mark.parametrize("shape", NAMES)
+def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
+    teacher = model(config(EQUAL, **SHAPES[shape]))
+    plan = hybrid(teacher)
+    pruned, batches = apply_plan(teacher, plan), rows(64)
+    unchanged, reports = reconstruct(pruned, plan, teacher, batches, method="none")
+    assert (unchanged is pruned, reports) == (True, [])
+    solved, report = reconstruct(pruned, plan, teacher, batches)
+    assert [(one["layer"], one["module"]) for one in report] == [
+        (0, "o_proj"), (1, "down_proj"), (4, "o_proj"), (4, "down_proj")
+    ]  # fmt: skip
+    assert all(one["error_after"] <= one["error_before"] for one in report)
+    assert any(one["ridge"] is not None for one in report)
+    new = rows(16, seed=1)
+    errors = [sum(missing(one, teacher, batch) for batch in new) for one in (solved, pruned)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_held_out_rows_stay_unseen_without_a_refit():
+    """The reported error is of the fit without them; by default the weight is solved again with them."""
+    teacher = model(config(EQUAL))
+    plan = plan_for(teacher, [KeptLayer.whole(i, teacher.cfg.text.layers[i]) for i in (0, 1, 3, 4)])
+    pruned, batches = apply_plan(teacher, plan), rows()
+    found = {refit: reconstruct(pruned, plan, teacher, batches, refit=refit) for refit in (None, True, False)}
+    assert found[None][1] == found[True][1] == found[False][1]
+    leaves = {refit: jax.tree.leaves(one.params) for refit, (one, _) in found.items()}
+    assert all(map(np.array_equal, leaves[None], leaves[True]))
+    assert not all(map(np.array_equal, leaves[None], leaves[False]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_removed_is_nothing_changed(shape):
+    teacher = model(config(UNEQUAL, **SHAPES[shape]))
+    plan = keep_everything(teacher.cfg, fingerprint(teacher), count_params(teacher.cfg))
+    solved, report = reconstruct(teacher, plan, teacher, rows(4))
+    assert report == []
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (solved, teacher)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(order=st.permutations(range(16)), batch=st.sampled_from((2, 5, 16)), garbage=st.integers(0, 60))
+def test_order_batches_and_padding_are_immaterial(order, batch, garbage):
+    teacher = model(config(EQUAL))
+    plan = hybrid(teacher)
+    pruned, (given_,) = apply_plan(teacher, plan), rows(batch=16)
+    shuffled = {name: array[np.array(order)] for name, array in given_.items()}
+    padded = np.where(shuffled["attention_mask"] == 0, garbage, shuffled["input_ids"])
+    cut = [
+        {"input_ids": padded[at : at + batch], "attention_mask": shuffled["attention_mask"][at : at + batch]}
+        for at in range(0, 16, batch)
+    ]
+    # rows are held out by their content, of which padding is none
+    expected, told = reconstruct(pruned, plan, teacher, [given_])
+    found, same = reconstruct(pruned, plan, teacher, cut)
+    assert [one["ridge"] for one in told] == [one["ridge"] for one in same]
+    assert_near(found, expected, 1e-4)
+
+
+def assert_near(found, expected, tolerance):
+    for a, b in zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same():
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), rows(16, batch=8)
+    expected, told = reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    sharded = on_mesh(teacher, 4, 2, 1)
+    found, same = reconstruct(apply_plan(sharded, plan), plan, sharded, batches)
+    assert [one["ridge"] for one in told] == [one["ridge"] for one in same]
+    assert_near(found, expected, 1e-5)
+
+
+def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), rows()
+    pruned = apply_plan(teacher, plan)
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+
+    def stop(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
+    cache = ArrayCache(tmp_path / "parts", {"of": 1})
+    assert cache.missing(["text/0/o_proj", "text/1/down_proj", "text/3/o_proj"]) == ["text/3/o_proj"]
+    found, again = reconstruct(pruned, plan, teacher, batches, cache=cache)
+    assert again == told
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
+    """As on accelerators, where only a few steps are on the devices; more steps than may be there at a time."""
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), [{name: one[at : at + 1] for name, one in batch.items()}
+                                      for batch in rows() for at in range(2)]  # fmt: skip
+    pruned = apply_plan(teacher, plan)
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+    moved = _on_hosts(monkeypatch)
+    found, again = reconstruct(pruned, plan, teacher, batches)
+    assert again == told
+    assert moved
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _on_hosts(monkeypatch):
+    """Keep streams in host memory as on full accelerators; return a list with "in" or "out" for each that moves."""
+    moved, to_devices = [], layers.to_devices
+
+    def count(x, way, kind):
+        moved.extend([way] * (x.ndim == 3 and x.sharding.memory_kind == kind))
+
+    def out(x):
+        count(x, "out", "device")
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    def back(x):
+        count(x, "in", "pinned_host")
+        return to_devices(x)
+
+    monkeypatch.setattr(walk, "free_memory", lambda: 0)
+    monkeypatch.setattr(layers, "to_hosts", out)
+    for module in (layers, walk):
+        monkeypatch.setattr(module, "to_devices", back)
+    return moved
+
+
+def test_streams_of_both_models_come_back_once_per_layer(monkeypatch):
+    """Two programs read either stream: its layer, and the sums."""
+    teacher = model(config(EQUAL))
+    heads, n_layers = (tuple(range(4)), (0, 1)), 5
+    plan = plan_for(teacher, [(layer, *heads, tuple(range(8))) for layer in range(n_layers)])
+    batches = rows(8)
+    moved = _on_hosts(monkeypatch)
+    with monkeypatch.context() as roomy:
+        roomy.setattr(walk, "free_memory", lambda: 2**30)
+        reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    assert moved == []
+    reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    checked, defaults = list(calibration_batches(batches, teacher.cfg, labels=False)), ReconstructConfig()
+    n_steps = len(row_batches(checked, {**defaults.by_name, "held_out": defaults.held_out}))
+    embedded, last = 2 * n_steps, n_steps  # nothing reads what the pruned model's last layer adds
+    assert moved.count("in") == 4 * n_layers * n_steps - last
+    assert moved.count("out") == embedded + 2 * n_layers * n_steps - last
+
+
+@pytest.mark.parametrize(
+    ("family", "kept"), [("qwen3_vl", (0, 1, 3, 4)), ("gemma4", (0, 1, 2, 3, 5, 7, 8))], ids=["qwen3_vl", "gemma4"]
+)  # features in the decoder; per-layer inputs
+def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkeypatch, family, kept):
+    """The weights are those of loaded models, byte by byte; of one model the tower is cut as well."""
+    folder = goldens / f"families/{family}/ckpt"
+    teacher = vp.load(folder, dtype="bfloat16")
+    pruned, plan = keep_layers(teacher, kept)
+    if family == "qwen3_vl":
+        tower = [kept_units(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
+        stacks = {**plan.stacks, "vision": prune(teacher, tower, "vision")[1].stacks["vision"]}
+        after = count_params(dataclasses.replace(plan, stacks=stacks).apply_to(teacher.cfg))
+        plan = dataclasses.replace(plan, stacks=stacks, parameters_after=after)
+        pruned = apply_plan(teacher, plan)
+    vp.prune_folder(folder, plan, tmp_path / "pruned")
+    batches = [
+        {**(ids := random_ids(teacher, seed)), "attention_mask": np.ones_like(ids["input_ids"])} for seed in (0, 1)
+    ]
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+    del pruned, teacher
+    files = [open_model(one, dtype="bfloat16") for one in (tmp_path / "pruned", folder)]
+    leaves = [pair for one in files for pair in flatten(one.params).items()]
+    stacked = {
+        leaf.shape for path, leaf in leaves if "/mlp/" in path and path.startswith("text/") and len(leaf.shape) == 3
+    }
+    known, found_on_device = {id(array) for array in jax.live_arrays()}, []
+
+    def look(done):
+        found_on_device.extend(one for one in jax.live_arrays() if id(one) not in known and one.shape in stacked)
+
+    embed = walk._embed
+    monkeypatch.setattr(walk, "_embed", lambda *arguments, **options: look(0) or embed(*arguments, **options))
+    found, again = reconstruct(files[0], plan, files[1], batches, progress=look)
+    assert (again, found_on_device) == (told, [])
+    vp.save(found, tmp_path / "files", source_dir=tmp_path / "pruned", plan=plan)
+    vp.save(expected, tmp_path / "loaded", source_dir=tmp_path / "pruned", plan=plan)
+    assert len({(tmp_path / one / "model.safetensors").read_bytes() for one in ("files", "loaded")}) == 1
+    assert len(told) > 1
+
+
+def test_copies_are_a_few_steps_behind(monkeypatch):
+    """The third step is computed before the first is waited for, in any number of steps; results keep their order."""
+    events = []
+    monkeypatch.setattr(layers, "to_hosts", lambda x: events.append(f"copy {x}") or x)
+    monkeypatch.setattr(layers.jax, "block_until_ready", lambda x: events.append(f"wait {x}") or x)
+    assert list(layers.streamed(lambda x: x, range(4))) == [0, 1, 2, 3]
+    assert events == ["copy 0", "copy 1", "copy 2", "wait 0", "copy 3", *(f"wait {x}" for x in (1, 2, 3))]
+    assert list(layers.streamed(lambda x: x, [])) == []
+
+
+def test_images_count_less(monkeypatch):
+    teacher = model(config(EQUAL, vision=True))
+    plan = hybrid(teacher)
+    pruned, draw = apply_plan(teacher, plan), np.random.default_rng(2)
+    ids = draw.integers(0, 61, (8, 12))
+    ids[:, 2:6] = 61
+    pixels = draw.standard_normal((8, 3, 6, 6)).astype(np.float32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
+    first, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
+    second, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=0.1)
+    third, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
+    leaves = [jax.tree.leaves(one.params) for one in (first, second, third)]
+    assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+
+
+def test_bad_input():
+    teacher = model(config(EQUAL))
+    plan = hybrid(teacher)
+    pruned = apply_plan(teacher, plan)
+    with pytest.raises(UserError, match="plan of another model: shapes are equal, but fingerprints differ"):
+        reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
+    with pytest.raises(UserError, match="was not made with this plan from this teacher"):
+        reconstruct(teacher, plan, teacher, rows())
+    with pytest.raises(UserError, match="at least 2 calibration rows"):
+        reconstruct(pruned, plan, teacher, rows(1, batch=1))
+    with pytest.raises(UserError, match=r"reconstruct has no setting 'image_wait'; did you mean 'image_weight'"):
+        reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
+    with pytest.raises(UserError, match=r"no token of the .*records has a weight above 0: raise prompt_weight"):
+        reconstruct(pruned, plan, teacher, rows(), prompt_weight=0.0, image_weight=0.0, answer_weight=0.0)
+    flat = {path: np.array(leaf) for path, leaf in flatten(teacher.params).items()}
+    flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
+    broken = teacher.replace(params=unflatten(flat))
+    own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
+    with pytest.raises(UserError, match=r"o_proj in layer 0 are not finite in row 2 of"):
+        reconstruct(apply_plan(broken, own), own, broken, rows()[:1])

@@ -1,0 +1,252 @@
+"""Scores files, fingerprints, and what scoring refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh, unit_scores
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune import Scores, fingerprint, score
+from vlmprune_jax.core.prune.fingerprints import shape_digest
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.io.exports.pruning import make_plan
+
+
+def test_scores_survive_the_file_bit_for_bit(tmp_path):
+    scores = score(model(config(UNEQUAL)), criterion="random", seed=3, gqa="q_heads")
+    scores.save(tmp_path / "deep" / "scores.npz")
+    again = Scores.load(tmp_path / "deep" / "scores.npz")
+    assert (again.criterion, again.fingerprint, again.options) == (
+        "random",
+        scores.fingerprint,
+        {"seed": 3, "gqa": "q_heads"},
+    )
+    assert again.importance.dtype == np.float64
+    np.testing.assert_array_equal(again.importance, scores.importance)
+    for mine, theirs in zip(again.heads + again.mlp, scores.heads + scores.mlp, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert [h.size for h in again.heads] == [4, 4, 8, 4]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["scores.npz"]
+
+
+def test_depth_scores_have_no_widths(tmp_path):
+    scores = Scores("block_influence", "a-b", {}, importance=np.arange(3.0))
+    scores.save(tmp_path / "s.npz")
+    again = Scores.load(tmp_path / "s.npz")
+    assert again.heads is None
+    assert again.mlp is None
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    old = Scores("l1", "a-b", {}, importance=np.arange(3.0))
+    old.save(tmp_path / "s.npz")
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Scores("l2", "c-d", {}, importance=np.arange(4.0)).save(tmp_path / "s.npz")
+    assert Scores.load(tmp_path / "s.npz").criterion == "l1"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.npz: no such scores file"):
+        Scores.load(tmp_path / "nowhere.npz")
+    (tmp_path / "text.npz").write_text("not numbers")
+    with pytest.raises(UserError, match=r"text.npz: cannot be read \(File is not a zip file\): score again"):
+        Scores.load(tmp_path / "text.npz")
+    Scores("l1", "a-b", {}, importance=np.arange(3.0)).save(tmp_path / "cut.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cut.npz: cannot be read .*: score again"):
+        Scores.load(tmp_path / "cut.npz")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(UserError, match=r"other.npz: cannot be read \('meta' is missing\): score again"):
+        Scores.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
+    with pytest.raises(UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 2"):
+        Scores.load(tmp_path / "new.npz")
+
+
+META = {"format": 2, "criterion": "l1", "fingerprint": "a-b", "options": {"gqa": "groups"}}
+ARRAYS = {"0/kv_heads": np.ones(2), "0/mlp": np.ones(3)}
+EARLIER = {"heads_0": np.ones(2), "mlp_0": np.arange(3.0)}
+
+
+@pytest.mark.parametrize(("gqa", "axis"), [("groups", "kv_heads"), ("q_heads", "q_heads")])
+def test_scores_of_format_1_are_read(tmp_path, gqa, axis):
+    arrays = EARLIER | {f"image/{name}": 2 * part for name, part in EARLIER.items()}
+    meta = META | {"format": 1, "layers": 1, "kinds": ["image"], "options": {"gqa": gqa}}
+    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta)), **arrays)
+    scores = Scores.load(tmp_path / "s.npz")
+    for units, times in ((scores.units, 1), (scores.by_token_type["image"]["units"], 2)):
+        assert list(units) == [(0, axis), (0, "mlp")]
+        np.testing.assert_array_equal(units[0, "mlp"], times * EARLIER["mlp_0"])
+    scores.save(tmp_path / "again.npz")
+    assert repr(Scores.load(tmp_path / "again.npz")) == repr(scores)
+    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta | {"layers": 2})), **arrays)
+    with pytest.raises(UserError, match="its arrays do not match the 2 layers"):
+        Scores.load(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("meta", "arrays", "message"),
+    [
+        ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
+        ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
+        ({"format": 1, "layers": 0}, {}, "its arrays do not match the 0 layers"),
+        ({"kinds": ["image"]}, {}, "scores by token type and total scores have different shapes"),
+        ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
+        ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
+        ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
+        ({"format": True}, {}, "Expected `int`, got `bool`"),
+        (
+            {},
+            {"0/mlp": np.ones((3, 1))},
+            r"0/mlp is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
+        ),
+        ({}, {"0/mlp": np.ones(3, complex)}, r"0/mlp is complex128\[3\], expected a one-dim"),
+        ({}, {"0/mlp": np.array(["a"])}, r"0/mlp is <U1\[1\], expected a one-dim"),
+        ({}, {"0/mlp": np.ones(0)}, r"0/mlp is float64\[0\], expected a one-dim"),
+        ({}, {"0/mlp": np.array([np.nan])}, r"hostile.npz: l1 scores 0/mlp contain NaN"),
+        ({}, {"extra": np.ones(1)}, "its arrays do not match the layers and axes"),
+    ],
+)
+def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
+    np.savez(tmp_path / "hostile.npz", meta=np.array(json.dumps(META | meta)), **(ARRAYS | arrays))
+    with pytest.raises(UserError, match=message) as error:
+        Scores.load(tmp_path / "hostile.npz")
+    assert str(error.value).startswith(f"{tmp_path}/hostile.npz: ")
+
+
+def test_scores_of_other_widths_plan_nothing():
+    cfg = config(UNEQUAL)
+    mlp = tuple(np.ones(shape.channel.mlp) for shape in cfg.text.layers)
+    scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, units=unit_scores((np.ones(1),) * len(mlp), mlp))
+    with pytest.raises(UserError, match="do not match the text stack of this model"):
+        make_plan(scores, cfg, method="width", ratio=0.1)
+
+
+def test_nan_scores_are_refused():
+    with pytest.raises(UserError, match="l1 scores importance contain NaN: check weights and calibration records"):
+        Scores("l1", "a-b", {}, importance=np.array([1.0, np.nan]))
+
+
+def test_fingerprint_ignores_dtype_host_and_sharding():
+    one = model(config(vision=True))
+    expected = fingerprint(one)
+    halves = one.replace(params=jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), one.params))
+    assert fingerprint(halves) == expected
+    assert fingerprint(one.replace(params=jax.tree.map(jnp.asarray, one.params))) == expected
+    assert fingerprint(on_mesh(one, 2, 2, 2)) == expected
+    assert len(expected) == 12 + 1 + 16
+
+
+@pytest.mark.parametrize(
+    "path", ["text/layers/0/self_attn/k_proj/weight", "vision/class_embedding/weight", "text/norm/weight"]
+)
+def test_fingerprint_sees_every_tensor(path):
+    one = model(config(vision=True))
+    flat = flatten(one.params)
+    changed = Model(unflatten({**flat, path: flat[path] * 1.1}), one.cfg)
+    assert fingerprint(changed) != fingerprint(one)
+    assert fingerprint(changed)[:12] == fingerprint(one)[:12]
+
+
+def test_fingerprint_sees_one_layer_and_the_shapes():
+    one = model(config())
+    flat = flatten(one.params)
+    weight = flat["text/layers/0/mlp/up_proj/weight"].copy()
+    weight[3] = weight[3] * 1.1
+    assert fingerprint(Model(unflatten({**flat, "text/layers/0/mlp/up_proj/weight": weight}), one.cfg)) != fingerprint(
+        one
+    )
+    assert fingerprint(model(config(UNEQUAL)))[:12] != fingerprint(one)[:12]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            {"criterion": "block_influense"},
+            r"criterion 'block_influense' is not one of .*did you mean 'block_influence'\?",
+        ),
+        (
+            {"criterion": "l1", "reductoin": "sum"},
+            r"criterion 'l1' has no option 'reductoin' .*did you mean 'reduction'\?",
+        ),
+        ({"criterion": "l2", "reduction": "median"}, r"reduction 'median' is not one of sum, mean, max, prod, first"),
+        ({"criterion": "l2", "gqa": "heads"}, r"gqa 'heads' is not one of groups, q_heads; did you mean 'q_heads'\?"),
+        ({"criterion": "random", "gqa": "head"}, "gqa 'head' is not one of groups, q_heads"),
+        ({"criterion": "taylor", "variant": "param"}, "taylor variant 'param' is not one of vectorize, param_first"),
+        (
+            {"criterion": "taylor", "variant": "param_mix", "rows_per_step": 2},
+            "rows_per_step=2 must be 1 for taylor param_mix",
+        ),
+        ({"criterion": "angular"}, "criterion 'angular' needs layers_removed="),
+        ({"criterion": "angular", "layers_removed": 5}, "layers_removed=5 must be between 1 and 4 for 5 layers"),
+        ({"criterion": "block_influence", "batches": None}, "criterion 'block_influence' needs calibration batches"),
+        ({"criterion": "block_influence", "batches": []}, "there are no calibration batches: pass at least one"),
+        ({"criterion": "taylor", "batches": iter([])}, "there are no calibration batches: pass at least one"),
+    ],
+)
+def test_score_refuses(request_, message):
+    cfg = config(EQUAL)
+    with pytest.raises(UserError, match=message):
+        score(model(cfg), **{"batches": [batch(cfg)], **request_})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": None}, r"calibration batch 1: a batch lacks attention_mask \(found input_ids,"),
+        ({"labels": None}, "calibration batch 1: a batch lacks labels"),
+        (
+            {"labels": np.zeros((4, 3))},
+            r"calibration batch 1: labels has shape \(4, 3\), but input_ids has shape \(4, 9\)",
+        ),
+        (
+            {"labels": np.full((4, 9), 62)},
+            r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor below 62",
+        ),
+        (
+            {"input_ids": np.full((4, 9), 70)},
+            r"calibration batch 1: input_ids\[0, 0\] = 70 is outside the vocabulary of 62",
+        ),
+        (
+            {"pixel_values": np.zeros((4, 3, 6, 6))},
+            "calibration batch 1: pixel_values is not for a model without a vision",
+        ),
+        (
+            {"pixel_values": np.zeros((4, 1, 3, 6, 6))},
+            "calibration batch 1: pixel_values is not for a model without a vision",
+        ),
+    ],
+)
+def test_calibration_batches_refuse(change, message):
+    cfg = config(EQUAL)
+    good = batch(cfg)
+    bad = {name: array for name, array in {**good, **change}.items() if array is not None}
+    with pytest.raises(UserError, match=message):
+        score(model(cfg), [good, bad], criterion="taylor")
+
+
+def test_no_label_and_no_token_are_refused():
+    cfg = config(EQUAL)
+    blank = {**batch(cfg), "labels": np.full((4, 9), -100)}
+    with pytest.raises(UserError, match="have no labels"):
+        score(model(cfg), [blank], criterion="taylor")
+    empty = {**batch(cfg), "attention_mask": np.zeros((4, 9), int)}
+    with pytest.raises(UserError, match="contain only padding: every attention_mask is 0"):
+        score(model(cfg), [empty], criterion="block_influence")
+
+
+def test_lora_models_must_be_merged_for_widths():
+    cfg = dataclasses.replace(config(EQUAL), lora=LoraConfig(2, 4.0, 0.0, ("q_proj",)))
+    with pytest.raises(UserError, match="criterion 'l1' needs a model without LoRA adapters"):
+        score(model(cfg), criterion="l1")
+    assert score(model(cfg), [batch(cfg)], criterion="block_influence").importance.shape == (5,)

@@ -1,0 +1,62 @@
+"""`score` with criteria of a user's that fail, or return something else than they declare."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prune_cases import EQUAL, batch, config, model
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.prune.criteria import CRITERIA
+from vlmprune_jax.core.prune.criteria.criterion import Criterion
+
+LAYERS = len(EQUAL)
+
+
+def wrong(*arguments, **options):
+    raise KeyError("my mistake")
+
+
+RETURNED = {
+    "nothing": lambda model: None,
+    "a list": lambda model: [1.0] * LAYERS,
+    "a text": lambda model: {"importance": "high"},
+    "texts": lambda model: {"importance": np.array(["a"] * LAYERS)},
+    "objects": lambda model: {"importance": [None] * LAYERS},
+    "too few": lambda model: {"importance": np.zeros(2)},
+    "too much": lambda model: {"importance": np.zeros(LAYERS), "heads": ()},
+    "not a number": lambda model: {"importance": np.full(LAYERS, np.nan)},
+}
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Callable: a criterion "mine" of these arguments, for the time of a test."""
+    return lambda *arguments, **more: monkeypatch.setitem(CRITERIA, "mine", Criterion(*arguments, **more))
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_criterion_returns(add, name):
+    add(("layers",), "weights", RETURNED[name])
+    with pytest.raises(UserError, match=r"criterion 'mine'|importance|mine"):
+        vp.score(model(config()), criterion="mine")
+
+
+@pytest.mark.parametrize("needs", ["weights", "activations", "labels"])
+def test_a_criterion_that_fails(add, needs):
+    finish = {"finish": lambda sums, model: {"importance": np.zeros(LAYERS)}} if needs == "activations" else {}
+    add(("layers",), needs, wrong, **finish)
+    batches = None if needs == "weights" else [batch(config())]
+    with pytest.raises(
+        UserError, match=r"criterion 'mine' failed at .*test_scoring.py:\d+ with KeyError: 'my mistake'"
+    ):
+        vp.score(model(config()), batches, criterion="mine")
+
+
+def test_sums_and_an_end_that_do_not_fit(add):
+    add(("layers",), "activations", lambda blocks, tokens: jnp.zeros(3), finish=wrong)
+    with pytest.raises(UserError, match=r"criterion 'mine' failed at .* with KeyError"):
+        vp.score(model(config()), [batch(config())], criterion="mine")
+    add(("layers",), "activations", lambda blocks, tokens: "text", finish=lambda sums, model: sums)
+    with pytest.raises(UserError, match="criterion 'mine' failed"):
+        vp.score(model(config()), [batch(config())], criterion="mine")

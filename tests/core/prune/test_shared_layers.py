@@ -1,0 +1,171 @@
+"""Decoders whose layers share keys and values, have inputs of their own and are scaled (Gemma 4), layer by layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_cases import keep_layers
+from prune_cases import config, missing, model, plan_for, rows, width_scores
+from stack_cases import decoder_layer
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
+from vlmprune_jax.core.models.vlm import encode, forward
+from vlmprune_jax.core.models.vocabulary import cross_entropy
+from vlmprune_jax.core.prune import apply_plan
+from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
+
+HEADS, KEYS, NEURONS = tuple(range(4)), (0, 1), tuple(range(12))
+LAYERS = (
+    decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, True),
+    decoder_layer(4, 2, 12, None, True),
+)  # fmt: skip
+TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "scale": 1.0, "layer_scalar": True}
+VALUES = ("o_proj", "down_proj", "down_proj_out", "middle")
+
+
+def shared_model(extra=4):
+    """Random weights; branch norms and scales of the size that trained models have."""
+    made = model(config(LAYERS, layer_inputs=extra, **TRAITS))
+    flat = {path: np.array(leaf) for path, leaf in flatten(made.params).items()}
+    for path, leaf in flat.items():
+        if "layer_scalar" in path:
+            flat[path] = 0.7 + 0.4 * np.abs(leaf)
+        elif "extra/norm" in path:
+            flat[path] = 0.1 * leaf
+    return made.replace(params=unflatten(flat))
+
+
+def labelled(number=4):
+    return [{**one, "labels": np.where(one["attention_mask"] == 1, one["input_ids"], -100)} for one in rows(number)]
+
+
+def raw_gradient(weight, gradient, squared, axis):
+    return gradient
+
+
+@functools.cache
+def _hooked(cfg):
+    def run(params, ids, mask):
+        hook = lambda block: {"after": block.after, **block.inputs}  # noqa: E731
+        return encode(params, cfg, ids, attention_mask=mask, hook=hook, hook_inputs=VALUES)[1]["hook"]
+
+    return jax.jit(run)
+
+
+def values(one, arrays):
+    """Per layer the values of a batch's real tokens, float64[tokens, ...]."""
+    ids, mask = arrays["input_ids"], arrays["attention_mask"]
+    hooks = _hooked(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
+    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in hooks]
+
+
+def test_gradients_equal_those_of_the_whole_model():
+    """A producer's keys and values get the gradients of all layers that reuse them."""
+    one, batches = shared_model(), labelled(8)
+    count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+
+    def loss(params):
+        total = 0.0
+        for b in batches:
+            logits = forward(one.replace(params=params), b["input_ids"], attention_mask=b["attention_mask"])[0]
+            wanted = jnp.asarray(b["labels"][:, 1:])
+            total += jnp.where(wanted == -100, 0.0, cross_entropy(logits[:, :-1], wanted)).sum()
+        return total / count
+
+    expected = unstack_layers(jax.grad(loss)(jax.tree.map(jnp.asarray, one.params)), one.cfg)[0]
+    typed = [{**b, "token_types": np.where(b["attention_mask"] == 1, 3, 0)} for b in batches]
+    found, _ = gradient_channels(
+        one, typed, raw_gradient, squares=False,
+        rows_per_step=None, memory_budget=None, weight_of=np.ones(4, np.float32), by_token_type=False, progress=None,
+        cache=None,
+    )  # fmt: skip
+    assert "self_attn/k_proj/weight" in found[2]
+    assert "self_attn/k_proj/weight" not in found[3]
+    for layer, other in zip(found, expected, strict=True):
+        for name, gradient in layer.items():
+            np.testing.assert_allclose(gradient, other[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [4, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_weight_before_the_per_layer_branch_equals_least_squares_in_float64(extra):
+    """down_proj is fitted to the stream from which branch and scale make the dense one."""
+    teacher = shared_model(extra)
+    plan = plan_for(teacher, [(0, HEADS, KEYS, NEURONS[:7]), *((i, HEADS, KEYS, NEURONS) for i in range(1, 5))])
+    pruned, batches = apply_plan(teacher, plan), rows(64)
+    solved, (told,) = vp.reconstruct(pruned, plan, teacher, batches, held_out=0.25)
+    assert told["ridge"] is not None
+    layer = unstack_layers(teacher.params, teacher.cfg)[0][0]
+    gain, scale = np.float64(layer["mlp_output_norm/weight"]), np.float64(layer["layer_scalar/weight"])
+    gram = cross = 0.0
+    for arrays in batches:
+        dense, ours = values(teacher, arrays)[0], values(pruned, arrays)[0]
+        out = dense["down_proj_out"]
+        rate = ((out**2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
+        residual = scale * gain * rate * (out - ours["down_proj_out"])
+        x = scale * rate * np.concatenate([ours["down_proj"], np.ones((len(out), 1))], axis=1)
+        weighted = x / (dense["after"] ** 2).mean(1, keepdims=True)
+        gram, cross = gram + weighted.T @ x, cross + weighted.T @ residual
+    change = np.linalg.lstsq(gram + told["ridge"] * np.diag(np.diag(gram)), cross, rcond=None)[0] / gain
+    before, after = (unstack_layers(one.params, one.cfg)[0][0] for one in (pruned, solved))
+    weight, bias = (np.asarray(after[f"mlp/down_proj/{p}"] - before[f"mlp/down_proj/{p}"]) for p in ("weight", "bias"))
+    np.testing.assert_allclose(weight.T, change[:-1], atol=2e-3 * np.abs(change).max(), rtol=0)
+    np.testing.assert_allclose(bias, change[-1], atol=2e-3 * np.abs(change).max(), rtol=0)
+    errors = [sum(missing(one, teacher, b) for b in rows(16, seed=1)) for one in (solved, pruned)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_streams_layer_by_layer_are_those_of_the_model():
+    """Only a neuron of a layer goes, which uses the keys of another: the reported error is the model's."""
+    teacher = shared_model()
+    plan = plan_for(teacher, [(i, HEADS, KEYS, NEURONS[: 11 if i == 3 else 12]) for i in range(5)])
+    pruned = apply_plan(teacher, plan)
+    batches = [{name: np.repeat(array[:1], 4, axis=0) for name, array in rows(4)[0].items()}]  # so are held-out rows
+    _, (told,) = vp.reconstruct(pruned, plan, teacher, batches)
+    assert (told["layer"], told["module"]) == (3, "down_proj")
+    total = tokens = 0.0
+    for arrays in batches:
+        target, ours = values(teacher, arrays)[3]["after"], values(pruned, arrays)[3]["after"]
+        total += (((target - ours) ** 2).mean(1) / (target**2).mean(1)).sum()
+        tokens += len(target)
+    np.testing.assert_allclose(told["error_before"], total / tokens, rtol=1e-3)
+
+
+def test_a_cut_producer_is_closed_and_its_consumers_redirected(goldens):
+    """Depth plans of the golden E2B kind, with a producer and a consumer removed."""
+    teacher = vp.load(goldens / "families/gemma4/ckpt")
+    pruned, plan = keep_layers(teacher, [0, 1, 2, 3, 5, 7, 8])
+    solved, report = vp.reconstruct(pruned, plan, teacher, rows(16, vocabulary=400))
+    assert [(one["layer"], one["module"]) for one in report] == [(3, "down_proj"), (5, "down_proj")]
+    assert any(one["ridge"] is not None for one in report)
+    errors = [sum(missing(one, teacher, b) for b in rows(8, vocabulary=400, seed=1)) for one in (solved, pruned)]
+    assert errors[0] < errors[1]
+
+
+def test_greedy_loss_is_that_of_the_stock_model_that_results(goldens):
+    one, (arrays,) = vp.load(goldens / "families/gemma4/ckpt"), labelled(4)
+
+    def loss(cut):
+        logits = forward(cut, arrays["input_ids"], attention_mask=arrays["attention_mask"])[0][:, :-1]
+        wanted = jnp.asarray(arrays["labels"][:, 1:])
+        return float(jnp.where(wanted == -100, 0.0, cross_entropy(logits, wanted)).sum())
+
+    costs = {i: loss(keep_layers(one, [j for j in range(9) if j != i])[0]) for i in range(9) if i not in (2, 8)}
+    first = min(costs, key=costs.get)
+    found = vp.score(one, [arrays], criterion="greedy_loss", search=1).importance
+    assert found[first] == 0
+    assert set(found[[2, 8]]) == {7, 8}  # no class holds the model without them
+
+
+def test_layers_that_share_keys_lose_the_same_groups():
+    cfg = config(LAYERS, **TRAITS)
+    scores = width_scores(cfg)
+    plan = vp.make_plan(scores, cfg, method="width", sparsity=0.5, heads="proportional")
+    kept = [layer.kept["kv_heads"] for layer in plan.stacks["text"].layers]
+    assert kept[2] == kept[3]
+    assert kept[1] == kept[4]
+    together = scores.heads[2] + scores.heads[3]
+    assert kept[2] == (int(np.argmax(together)),)
+    assert plan.apply_to(cfg).text.layers[3].mixer.kv_heads == 1

@@ -1,0 +1,230 @@
+"""From a ratio to widths: the reference's tables, costs, and whole blocks of what the projections read."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
+from stack_cases import decoder_layer, tower_layer
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import count_params, param_shapes
+from vlmprune_jax.core.prune.layer_costs import Polynomial, layer_costs
+from vlmprune_jax.core.prune.solver import BLOCKS, AxisUnits, Units, smallest_sparsity, widths_at
+from vlmprune_jax.io.exports.pruning import make_plan
+
+# heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
+ARCHITECTURES = {
+    "llava": (32, 11008, 2_097_152, 12_288, 128, REFERENCE_TOTAL),
+    "bunny": (32, 10240, 819_440, 5_121, 80, 3_182_254_624),
+    "internvl": (32, 8192, 1_179_648, 9_216, 96, 4_146_855_936),
+}
+TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
+RANGES = {"A": (range(3, 21), range(3, 20)), "B": (range(3, 31), range(4, 30)), "C": (range(4, 30), range(4, 30))}
+
+
+def reference_units(name, ranges):
+    heads, neurons, per_head, per_neuron, head_dim, total = ARCHITECTURES[name]
+    attn, mlp = RANGES[ranges]
+    layer, cost = decoder_layer(heads, heads, neurons), Polynomial(((("kv_heads",), per_head), (("mlp",), per_neuron)))
+    units = [
+        Units(
+            layer,
+            cost,
+            (AxisUnits("kv_heads", heads, 1, head_dim, 1, i in attn), AxisUnits("mlp", neurons, 1, 1, 1, i in mlp)),
+        )
+        for i in range(32)
+    ]
+    return units, total
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "heads", "neurons"),
+    [
+        ("llava", 0.2, 6, 2202), ("llava", 0.3, 9, 3303), ("llava", 0.4, 12, 4404), ("llava", 0.6, 19, 6605),
+        ("llava", 0.8, 25, 8807), ("bunny", 0.28, 8, 2868), ("bunny", 0.8, 25, 8193), ("internvl", 0.25, 8, 2048),
+        ("internvl", 0.3, 9, 2458),
+    ],
+)  # fmt: skip
+def test_sparsity_truncates_as_the_reference(name, s, heads, neurons):
+    units, _ = reference_units(name, "C")
+    widths, whole = widths_at(units, s), units[5].whole
+    assert {axis: whole[axis] - kept for axis, kept in widths.counts[5].items()} == {"kv_heads": heads, "mlp": neurons}
+    assert widths.counts[2] == whole
+
+
+@pytest.mark.parametrize(
+    ("ranges", "name", "percents"),
+    [
+        ("A", "llava", (9.72, 12.42, 14.58, 19.44, 29.69, 39.41)),
+        ("A", "bunny", (8.38, 10.71, 12.58, 16.77, 25.61, 34.00)),
+        ("A", "internvl", (9.26, 11.83, 13.89, 18.53, 28.30, 37.56)),
+        ("B", "llava", (14.95, 19.10, 22.42, 29.90, 45.67, 60.62)),
+        ("B", "bunny", (12.89, 16.48, 19.34, 25.79, 39.41, 52.30)),
+        ("B", "internvl", (14.25, 18.21, 21.37, 28.49, 43.54, 57.78)),
+        ("C", "llava", (14.59, 18.62, 21.89, 29.19, 44.55, 59.14)),
+        ("C", "bunny", (12.59, 16.07, 18.88, 25.17, 38.43, 51.02)),
+        ("C", "internvl", (13.91, 17.75, 20.86, 27.81, 42.46, 56.36)),
+    ],
+)
+def test_sparsity_to_total_ratio_table(ranges, name, percents):
+    units, total = reference_units(name, ranges)
+    reached = [100 * widths_at(units, s).removed / total for s in (0.2, 0.25, 0.3, 0.4, 0.6, 0.8)]
+    assert [round(r, 2) for r in reached] == list(percents)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranges", "target", "s", "heads", "neurons"),
+    [
+        ("llava", "A", 0.15, 0.3123, 10, 3438),
+        ("llava", "B", 0.15, 0.2011, 6, 2214),
+        ("llava", "C", 0.15, 0.2083, 6, 2293),
+        ("bunny", "A", 0.15, 0.3535, 11, 3620),
+        ("bunny", "C", 0.30, 0.4684, 15, 4797),
+        ("llava", "A", 0.30, 0.6095, 19, 6710),
+        ("llava", "B", 0.60, 0.7876, 25, 8670),
+        ("bunny", "B", 0.60, 0.9124, 29, 9343),
+        ("internvl", "C", 0.45, 0.6381, 20, 5228),
+        ("internvl", "B", 0.60, 0.8300, 26, 6800),
+    ],
+)
+def test_smallest_sparsity_table(name, ranges, target, s, heads, neurons):
+    units, total = reference_units(name, ranges)
+    widths, whole = smallest_sparsity(units, target * total), units[0].whole
+    gone = {axis: whole[axis] - kept for axis, kept in widths.counts[10].items()}
+    assert (widths.sparsity, gone) == (s, {"kv_heads": heads, "mlp": neurons})
+
+
+def test_llava_7b_costs_and_sparsity_from_the_config():
+    cfg = llava_7b()
+    costs = layer_costs(cfg)
+    layer = cfg.text.layers[0]
+    assert (costs.price(layer, "kv_heads"), costs.price(layer, "mlp")) == (2_097_152, 12_288)
+    assert costs.of(layer) == 202_383_360
+    options = {"attn_layers": (3, 31), "mlp_layers": (4, 30), "parameters_total": REFERENCE_TOTAL}
+    plan = make_plan(width_scores(cfg), cfg, method="width", sparsity=0.4, **options)
+    assert round(100 * plan.actual_ratio, 2) == 29.90
+    assert plan.layers[10].sizes == {"kv_heads": 20, "q_heads": 20, "mlp": 11008 - 4404}
+    assert plan.layers[2].sizes == layer.sizes
+    assert plan.target_ratio is None
+    with pytest.raises(
+        UserError,
+        match=r"ratio 0.6 cannot be reached by width .*attn_layers=\(3, 21\), mlp_layers=\(3, 20\)",
+    ):
+        make_plan(width_scores(cfg), cfg, method="width", ratio=0.6, attn_layers=(3, 21), mlp_layers=(3, 20))
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.45, 0.6])
+def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
+    cfg = llava_7b()
+    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio)
+    assert plan.target_ratio == ratio
+    assert abs(plan.actual_ratio - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
+    assert all(
+        layer.sizes == plan.layers[0].sizes for layer in plan.layers
+    )  # equal widths: a stock loader takes the folder
+    assert plan.parameters_after == count_params(plan.apply_to(cfg))
+    snapped = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio, heads_multiple=4, neurons_multiple=128)
+    assert abs(snapped.actual_ratio - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
+    multiples = {"q_heads": 4, "kv_heads": 4, "mlp": 128}
+    assert all(layer.sizes[axis] % n == 0 for layer in snapped.layers for axis, n in multiples.items())
+
+
+def test_costs_of_the_tower():
+    cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
+    shapes = {path: np.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith("vision/layers/")}
+    assert sum(map(layer_costs(cfg, "vision").of, TOWER)) == sum(shapes.values())
+    narrow = cfg.with_layers([tower_layer(1, 1, 3)] * 2, "vision")
+    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(tower_layer(1, 1, 3))
+    assert count_params(cfg) - count_params(narrow) == gone
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "neurons"),
+    [
+        ({"align_to": "tpu"}, 1, 128),
+        ({"align_to": "int4", "tensor_parallel": 2}, 2, 256),
+        ({"align_to": "gguf"}, 1, 32),
+        ({"align_to": "gguf_k"}, 2, 256),
+        ({"tensor_parallel": 4}, 4, 4),
+        ({"align_to": "gguf", "neurons_multiple": 64}, 1, 64),
+    ],
+)
+def test_multiples_of_llava_7b(options, heads, neurons):
+    cfg = llava_7b()
+    scores = width_scores(cfg)
+    plan = make_plan(scores, cfg, method="width", ratio=0.2, **options)
+    by_hand = make_plan(scores, cfg, method="width", ratio=0.2, heads_multiple=heads, neurons_multiple=neurons)
+    assert plan.stacks == by_hand.stacks
+    assert (plan.options["heads_multiple"], plan.options["neurons_multiple"]) == (heads, neurons)
+    assert plan.options["align_to"] == options.get("align_to")
+
+
+@given(
+    kv=st.integers(1, 12),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 32, 64, 96]),
+    gqa=st.sampled_from(["groups", "q_heads"]),
+    target=st.sampled_from([None, *BLOCKS]),
+    devices=st.sampled_from([1, 2, 3]),
+    ratio=st.floats(0.05, 0.6),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices, ratio):
+    cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim)
+    try:
+        plan = make_plan(
+            width_scores(cfg, gqa=gqa), cfg, method="width", ratio=ratio, align_to=target, tensor_parallel=devices
+        )
+    except UserError:  # too few heads for one block, or more than can go
+        assume(False)
+    block = BLOCKS.get(target, 1)
+    for layer in plan.layers:
+        sizes = layer.sizes
+        for channels in (sizes["q_heads"] * head_dim, sizes["mlp"]):
+            assert channels % devices == 0
+            assert channels // devices % block == 0
+        assert sizes["q_heads"] % devices == sizes["kv_heads"] % devices == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"align_to": "tpus"}, "align_to 'tpus' is not one of tpu, gguf, gguf_k, int4; did you mean 'tpu'"),
+        ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
+        (
+            {"align_to": "tpu", "neurons_multiple": 100},
+            "neurons_multiple=100 is not a multiple of 128, as align_to='tpu' needs: leave it out",
+        ),
+        (
+            {"align_to": "tpu"},
+            "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0: .* keep .*heads='keep'",
+        ),
+        (
+            {"align_to": "int4", "tensor_parallel": 16, "heads": "keep"},
+            "align_to='int4' with tensor_parallel=16: neurons_multiple=2048 is more than the 1024 neurons of layer 0",
+        ),
+        ({"tensor_parallel": 4, "heads": "keep"}, "layer 0 keeps 2 key/value heads, which tensor_parallel=4 does not"),
+        ({"align_to": "gguf", "selection": "global"}, 'selection="global" .* no multiples'),
+        (
+            {"align_to": "tpu", "method": "depth"},
+            "prune.align_to: method 'depth' has no such setting, only width and hybrid",
+        ),
+    ],
+)
+def test_targets_that_do_not_suit_are_refused(options, message):
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
+    options = {"method": "width", "ratio": 0.1, **options}
+    scores = width_scores(cfg) if options["method"] == "width" else depth_scores(cfg, [0.0, 1, 2])
+    with pytest.raises(UserError, match=message):
+        make_plan(scores, cfg, **options)
+
+
+def test_heads_that_are_kept_need_not_fill_blocks():
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
+    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, align_to="tpu", heads="keep")
+    assert {(layer.sizes["q_heads"], layer.sizes["mlp"] % 128) for layer in plan.layers} == {(4, 0)}
+    budget = {"parameters": plan.parameters_before * 0.7}
+    within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, align_to="tpu", heads="keep")
+    assert within.layers[0].sizes["mlp"] % 128 == 0
+    assert within.parameters_after <= budget["parameters"]

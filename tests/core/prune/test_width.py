@@ -1,0 +1,290 @@
+"""Width scores: the reference's numbers, and plain gradients of the whole loss."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prune_cases import EQUAL, UNEQUAL, batch, config, expanded, golden_llava, model, on_mesh
+from rounding import assert_same_sums
+from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import unstack_layers
+from vlmprune_jax.core.models.vlm import apply, forward
+from vlmprune_jax.core.prune import apply_plan, score
+from vlmprune_jax.io.exports.pruning import make_plan, prune_iteratively
+
+CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
+
+
+@functools.cache
+def width_goldens(goldens):
+    cases = json.loads((goldens / "width" / "llama.json").read_text())
+    with np.load(goldens / "width" / "llama.npz") as file:
+        arrays = dict(file)
+    with np.load(goldens / "forward" / "llava.npz") as file:
+        spliced = expanded(*(file[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")))
+        np.testing.assert_array_equal(spliced["labels"], file["merged_labels"])
+    ids = arrays["calib_input_ids"]
+    return (
+        cases,
+        arrays,
+        {"text": {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, "vlm": spliced},
+    )
+
+
+@functools.cache
+def first_step_scores(goldens, calib, criterion, options):
+    batches = [width_goldens(goldens)[2][calib]]
+    return score(golden_llava(goldens), batches, criterion=criterion, **dict(options))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_width_equals_the_reference(goldens, case):
+    cases, arrays, calibration = width_goldens(goldens)
+    want, original = cases[case], golden_llava(goldens)
+    first = first_step_scores(goldens, want["calib"], want["pruner"], tuple(sorted(options_of(want).items())))
+    plan = replayed(want, case, arrays, original, calibration[want["calib"]], first)
+    check_pruned(case, arrays, original, plan)
+
+
+def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
+    cases, _, calibration = width_goldens(goldens)
+    want, original, asked = cases["l2_iter2_r25"], golden_llava(goldens), []
+    settings = {"steps": 2, "criterion": "l2", "sparsity": 0.25, "attn_layers": (1, 5), "mlp_layers": (1, 5)}
+
+    def batches(step):
+        asked.append(step)
+        return [calibration["text"]]
+
+    pruned, plan, scores = prune_iteratively(original, batches, **settings)
+    assert asked == [0, 1]
+    first, second = scores
+    assert len(second.mlp[1]) < len(first.mlp[1])
+    assert prune_iteratively(original, batches, scores=first, **settings)[1] == plan
+    assert asked == [0, 1, 1]
+    assert [list(layer.kept["q_heads"]) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
+    assert [list(layer.kept["mlp"]) for layer in plan.layers] == [want["kept_neurons"][str(i)] for i in range(6)]
+    assert (pruned.cfg, pruned.plan, pruned.source) == (plan.apply_to(original.cfg), plan, original.source)
+    np.testing.assert_array_equal(
+        forward(apply_plan(original, plan), calibration["text"]["input_ids"])[0],
+        forward(pruned, calibration["text"]["input_ids"])[0],
+    )
+    _, by_ratio, _ = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
+    assert by_ratio.target_ratio == 0.2
+    assert abs(by_ratio.actual_ratio - 0.2) < 0.5 * 6 * 3 * 48 / by_ratio.parameters_before
+
+
+@functools.cache
+def plain_gradients(cfg):
+    """Per layer and weight: W, the gradient of the mean over all labels, the mean of the rows' squared gradients."""
+    arrays, one = batch(cfg), model(cfg)
+
+    def loss(params, rows):
+        data = {name: jnp.asarray(array)[rows] for name, array in arrays.items()}
+        logits, _ = apply(
+            params, cfg, data["input_ids"], pixel_values=data.get("pixel_values"), attention_mask=data["attention_mask"]
+        )
+        logs, wanted = jax.nn.log_softmax(logits[:, :-1]), data["labels"][:, 1:]
+        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
+        keep = (wanted != -100).astype(jnp.float32)
+        return -(picked * keep).sum() / keep.sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    whole = unstack_layers(gradient(one.params, np.arange(4)), cfg)[0]
+    rows = [unstack_layers(gradient(one.params, np.array([j])), cfg)[0] for j in range(4)]
+    weights = unstack_layers(one.params, cfg)[0]
+
+    def squared(i, name):
+        return sum(np.asarray(row[i][name], np.float64) ** 2 for row in rows) / 4
+
+    return [
+        {
+            name: (np.asarray(w, np.float64), np.asarray(whole[i][name], np.float64), squared(i, name))
+            for name, w in layer.items()
+        }
+        for i, layer in enumerate(weights)
+    ]
+
+
+def channel(variant, w, g, a, axis):
+    terms = {"vectorize": w * g, "param_first": w * g, "param_second": w * a * w, "param_mix": w * g - 0.5 * w * a * w}
+    return np.abs(terms[variant].sum(axis)) if variant == "vectorize" else np.abs(terms[variant]).sum(axis)
+
+
+def expected_widths(cfg, variant, gqa):
+    heads, neurons = [], []
+    for layer, shape in zip(plain_gradients(cfg), cfg.text.layers, strict=True):
+        q, k, v = (channel(variant, *layer[f"self_attn/{n}_proj/weight"], -1).sum(-1) for n in "qkv")
+        o = channel(variant, *layer["self_attn/o_proj/weight"], 0).sum(-1)
+        if gqa == "groups" or shape.mixer.q_heads == shape.mixer.kv_heads:
+            heads.append((q + o).reshape(shape.mixer.kv_heads, -1).sum(1) + k + v)
+        else:
+            heads.append(q + o)
+        rows = [channel(variant, *layer[f"mlp/{n}_proj/weight"], -1) for n in ("gate", "up")]
+        neurons.append(rows[0] + rows[1] + channel(variant, *layer["mlp/down_proj/weight"], 0))
+    return heads, neurons
+
+
+@pytest.mark.parametrize("variant", ["vectorize", "param_first", "param_second", "param_mix"])
+@pytest.mark.parametrize("gqa", ["groups", "q_heads"])
+def test_taylor_equals_plain_gradients(variant, gqa):
+    cfg = config(UNEQUAL, vision=True)
+    scores = score(model(cfg), [batch(cfg)], criterion="taylor", variant=variant, gqa=gqa)
+    heads, neurons = expected_widths(cfg, variant, gqa)
+    sizes = expected_widths(cfg, "param_first" if variant == "vectorize" else variant, gqa)
+    for mine, plain, size in zip(scores.heads + scores.mlp, heads + neurons, sizes[0] + sizes[1], strict=True):
+        assert_same_sums(mine, plain, size)
+
+
+def test_taylor_does_not_depend_on_how_the_rows_are_cut():
+    cfg = config(EQUAL, vision=True)
+    arrays = batch(cfg)
+    expected = score(model(cfg), [arrays], criterion="taylor")
+    text_only = {name: array[3:] for name, array in arrays.items() if name != "pixel_values"}
+    filler = {**{name: np.zeros_like(array) for name, array in arrays.items()}, "labels": np.full((4, 9), -100)}
+    cuts = [
+        ([arrays], {"rows_per_step": 3}),  # the last step is filled up
+        ([{n: a[:3] for n, a in arrays.items()}, text_only, filler], {"rows_per_step": 1}),
+    ]
+    for batches, options in cuts:
+        again = score(model(cfg), batches, criterion="taylor", **options)
+        for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+            np.testing.assert_allclose(mine, whole, rtol=1e-4)
+
+
+def test_second_order_ignores_filler_rows():
+    cfg = config(EQUAL)
+    arrays = batch(cfg)
+    filler = {**{name: np.zeros_like(array) for name, array in arrays.items()}, "labels": np.full((4, 9), -100)}
+    expected = score(model(cfg), [arrays], criterion="taylor", variant="param_second")
+    again = score(model(cfg), [arrays, filler], criterion="taylor", variant="param_second")
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-5)
+
+
+def test_long_rows_are_unembedded_in_chunks(monkeypatch):
+    from vlmprune_jax.core.prune.criteria import gradients as module
+
+    cfg = config(EQUAL)
+    expected = score(model(cfg), [batch(cfg)], criterion="taylor")
+    monkeypatch.setattr(module, "CHUNK", 4)  # 8 positions of 4 rows: one of each at a time
+    module._loss_gradient.clear_cache()
+    again = score(model(cfg), [batch(cfg)], criterion="taylor")
+    module._loss_gradient.clear_cache()
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("criterion", "options"), [("taylor", {"variant": "param_mix"}), ("l2", {})])
+def test_a_mesh_gives_the_same_widths(criterion, options):
+    cfg = config(EQUAL, vision=True)
+    expected = score(model(cfg), [batch(cfg, rows=8)], criterion=criterion, **options)
+    sharded = score(on_mesh(model(cfg), 2, 2, 2), [batch(cfg, rows=8)], criterion=criterion, **options)
+    for mine, one in zip(sharded.heads + sharded.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_allclose(mine, one, rtol=2e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 60_000])
+def test_products_that_do_not_fit_are_computed_again_to_the_bit(budget, monkeypatch):
+    from vlmprune_jax.core.prune.criteria import gradients as module
+
+    cfg, made = config(EQUAL, vision=True), []
+    block = module._block
+    monkeypatch.setattr(module, "_block", lambda *args, **kwargs: made.append(args) or block(*args, **kwargs))
+    batches = [batch(cfg), batch(cfg, seed=3)]
+    expected = score(model(cfg), batches, criterion="taylor")
+    assert len(made) == 10  # layers x steps
+    again = score(model(cfg), batches, criterion="taylor", memory_budget=budget)
+    assert len(made) - 10 == (20 if budget == 0 else 17)  # three of the ten fit
+    assert "memory_budget" not in again.options
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_array_equal(mine, whole)
+
+
+@pytest.mark.parametrize("ends", [1, 4, 5])
+def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
+    from vlmprune_jax.base.cache import ArrayCache
+    from vlmprune_jax.base.errors import Stopped
+
+    cfg, seen = config(EQUAL, vision=True), []
+    batches = [batch(cfg), batch(cfg, seed=3)]
+    expected = score(model(cfg), batches, criterion="taylor", by_token_type=True)
+
+    def stop(done):
+        if done == ends:
+            raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        score(
+            model(cfg), batches, criterion="taylor", by_token_type=True, progress=stop, cache=ArrayCache(tmp_path, {})
+        )
+    again = score(
+        model(cfg),
+        batches,
+        criterion="taylor",
+        by_token_type=True,
+        progress=seen.append,
+        cache=ArrayCache(tmp_path, {}),
+    )
+    assert seen == list(range(ends + 1, 6))
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_array_equal(mine, whole)
+    for kind, parts in expected.by_token_type.items():
+        for mine, whole in zip(again.by_token_type[kind]["units"].values(), parts["units"].values(), strict=True):
+            np.testing.assert_array_equal(mine, whole)
+
+
+def test_taylor_reports_progress_per_layer():
+    cfg, seen = config(EQUAL), []
+    score(model(cfg), [batch(cfg)], criterion="taylor", progress=seen.append)
+    assert seen == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first"])
+def test_reductions_are_over_the_tensors_of_a_group_channel_by_channel(reduction):
+    cfg = config(UNEQUAL)
+    layer = unstack_layers(model(cfg).params, cfg)[0][3]  # 4 heads, 4 key/value heads
+    q, k, v = (np.abs(layer[f"self_attn/{n}_proj/weight"]).sum(-1) for n in "qkv")
+    attention = np.stack([q, np.abs(layer["self_attn/o_proj/weight"]).sum(0), v, k])
+    mlp = np.stack([*(np.abs(layer[f"mlp/{n}_proj/weight"]).sum(-1) for n in ("gate", "up")),
+                    np.abs(layer["mlp/down_proj/weight"]).sum(0)])  # fmt: skip
+    reduce = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod, "first": lambda x, axis: x[0]}[reduction]
+    scores = score(model(cfg), criterion="l1", reduction=reduction)
+    np.testing.assert_allclose(scores.heads[3], reduce(attention, axis=0).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(scores.mlp[3], reduce(mlp, axis=0), rtol=1e-5)
+
+
+def test_biases_do_not_count():
+    cfg = config(UNEQUAL)
+    one = model(cfg)
+    changed = jax.tree.map_with_path(lambda path, x: x * 3 if path[-1].key == "bias" else x, one.params)
+    for mine, other in zip(
+        score(one, criterion="l2").heads, score(one.replace(params=changed), criterion="l2").heads, strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_random_scores_follow_their_seed():
+    cfg = config(UNEQUAL)
+    first, again, other = (score(model(cfg), criterion="random", seed=seed) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first.importance, again.importance)
+    assert all((a == b).all() for a, b in zip(first.heads + first.mlp, again.heads + again.mlp, strict=True))
+    assert (first.importance != other.importance).all()
+    assert [h.size for h in first.heads] == [2, 2, 2, 4]
+    assert all((m >= 0).all() and (m < 1).all() for m in first.mlp)
+    assert max(h.max() for h in first.heads) > 1  # a head is the sum of its 6 channels' draws
+
+
+def test_all_layers_by_word():
+    """Ranges are (start, stop) or "all", which is the default."""
+    whole = model(config(UNEQUAL))
+    scores = score(whole, None, criterion="l2")
+    named = make_plan(scores, whole.cfg, method="width", ratio=0.2, attn_layers="all", mlp_layers="all")
+    assert named == make_plan(scores, whole.cfg, method="width", ratio=0.2)
+    with pytest.raises(UserError, match="steps=2 need new scores before each: use prune_iteratively"):
+        make_plan(scores, whole.cfg, method="width", ratio=0.2, steps=2)

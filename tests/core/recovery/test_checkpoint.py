@@ -1,0 +1,406 @@
+"""Checkpoints: a run that stopped, was killed or went wrong continues to the same bytes, and only as the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import recover_cases as cases
+from jax.sharding import NamedSharding, PartitionSpec
+from repository import WORKERS
+
+from vlmprune_jax.base.errors import Stopped, UserError
+from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.recovery.checkpoint import Checkpointer, weights_digest
+from vlmprune_jax.core.recovery.config import LossConfig
+from vlmprune_jax.core.recovery.loop import recover
+from vlmprune_jax.core.recovery.program import prepare
+
+CFG = cases.config()
+SETTINGS = cases.settings(
+    trainable="lora",
+    lora=dataclasses.replace(cases.LORA, dropout=0.2),
+    losses=LossConfig(ce=0.5, l2=0.5),
+    save_every=1,
+    keep_checkpoints=3,
+)
+
+
+def train(stream, workdir, config=SETTINGS, **options):
+    options = {"teacher": cases.model(CFG, 9), "progress": False, **options}
+    return recover(options.pop("model", cases.model(CFG)), stream, config, workdir=workdir, **options)
+
+
+def mid_epoch_stream() -> grain.IterDataset:
+    """Shuffled epochs of 5 batches: step 3 of 6 lies inside the first one."""
+    rows = cases.Stream(CFG)
+    batches = [next(rows) for _ in range(5)]
+    return grain.MapDataset.source(batches).shuffle(seed=4).repeat().to_iter_dataset()
+
+
+class Stopping:
+    """A stream whose process gets SIGTERM while batch `at` is handed out."""
+
+    def __init__(self, inner, at: int):
+        self.inner, self.at, self.handed = iter(inner), at, 0
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+    def __next__(self):
+        if self.handed == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.handed += 1
+        return next(self.inner)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    model, summary = train(mid_epoch_stream(), folder)
+    return model, summary, folder
+
+
+def test_resuming_after_sigterm_is_bitwise_the_same(uninterrupted, tmp_path, capsys):
+    """Half way, in the middle of an epoch, with adapter dropout; a new stream, state and step function go on."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"SIGTERM after step 3 of 6; saved in .*checkpoints"):
+        train(Stopping(mid_epoch_stream(), 2), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3]
+    model, summary = train(mid_epoch_stream(), tmp_path, progress=True)
+    assert summary["resumed_from"] == 3
+    assert f"train: continues after step 3 of 6, saved in {tmp_path}/checkpoints\n" in capsys.readouterr().out
+    cases.assert_bitwise(model, uninterrupted[0])
+    same = ("step", "loss", "ce", "l2", "grad_norm", "learning_rate", "padding")
+    ours, straight = ([{k: line[k] for k in same} for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
+    assert ours == straight
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
+
+
+def _metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted):
+    model, summary = train(mid_epoch_stream(), uninterrupted[2])
+    assert (summary["resumed_from"], summary["tokens"]) == (6, 0)
+    assert summary["last"]["loss"] == uninterrupted[1]["last"]["loss"]
+    cases.assert_bitwise(model, uninterrupted[0])
+
+
+def test_only_the_last_checkpoints_are_kept(uninterrupted):
+    assert {path.name for path in (uninterrupted[2] / "checkpoints").iterdir()} == {"4", "5", "6"}
+    assert list((uninterrupted[2] / "tensorboard").glob("events*"))
+
+
+def test_other_batches_do_not_resume(uninterrupted):
+    with pytest.raises(UserError, match=r"the saved data position is not one of these batches \(KeyError\('at'\)\)"):
+        train(cases.Stream(CFG), uninterrupted[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": dataclasses.replace(SETTINGS, learning_rate=1.0)}, r"config.learning_rate was 0.003, now 1.0"),
+        ({"config": dataclasses.replace(SETTINGS, steps=9)}, r"config.steps was 6, now 9; num_steps was 6, now 9"),
+        ({"model": cases.model(CFG, 5)}, r"model.weights was \"\w+\", now"),
+        ({"teacher": cases.model(CFG, 5)}, r"teacher.weights was"),
+    ],
+)
+def test_another_run_does_not_resume(uninterrupted, changes, message):
+    changes = dict(changes)
+    with pytest.raises(
+        UserError, match=rf"is a checkpoint of a run with other settings \(.*{message}.*use another folder"
+    ):
+        train(mid_epoch_stream(), uninterrupted[2], changes.pop("config", SETTINGS), **changes)
+
+
+def test_settings_without_influence_may_change(uninterrupted):
+    free = dataclasses.replace(SETTINGS, save_every=3, log_every=5, keep_checkpoints=1, merge_lora=False)
+    model, _ = train(mid_epoch_stream(), uninterrupted[2], free)
+    assert model.cfg.lora == SETTINGS.lora
+
+
+@pytest.mark.slow
+def test_another_mesh_continues_within_rounding(uninterrupted, tmp_path):
+    """Steps 1-3 on 2 x 2 x 2, 4-6 on 1 x 4 x 2: the batches, losses and parameters of one device."""
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        train(Stopping(mid_epoch_stream(), 2), tmp_path, mesh=make_mesh(2, 2, 2))
+    model, summary = train(mid_epoch_stream(), tmp_path, mesh=make_mesh(1, 4, 2))
+    assert summary["resumed_from"] == 3
+    assert cases.largest_difference(model, uninterrupted[0]) < 1e-5
+    for name in ("step", "loss", "ce", "l2", "grad_norm"):
+        ours, straight = ([line[name] for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
+        np.testing.assert_allclose(ours, straight, rtol=1e-5)
+
+
+def test_data_states_of_other_processes(uninterrupted, tmp_path):
+    """Saved by three processes: in one place all of them, any number continues; in their own places, only three."""
+    shutil.copytree(uninterrupted[2] / "checkpoints/6", tmp_path / "checkpoints/6")
+    file = tmp_path / "checkpoints/6/meta/metadata"
+    meta = json.loads(file.read_text())
+    own = meta["data"][0]
+    file.write_text(json.dumps({**meta, "data": [own] * 3}))
+    assert train(mid_epoch_stream(), tmp_path)[1]["resumed_from"] == 6
+    file.write_text(json.dumps({**meta, "data": [own, own, "jnull"]}))
+    with pytest.raises(
+        UserError,
+        match="was saved by 3 processes at different positions in their data, but now there are 1: continue with 3",
+    ):
+        train(mid_epoch_stream(), tmp_path)
+
+
+class Full:
+    """A stream that fills the disk as soon as step `at` is saved: no file can grow beyond 4 KiB any more."""
+
+    def __init__(self, inner, at: int, folder: Path):
+        self.inner, self.left, self.saved = iter(inner), at, folder / f"checkpoints/{at}"
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+    def __next__(self):
+        if self.left == 0:
+            while not self.saved.exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        self.left -= 1
+        return next(self.inner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 5])  # one in the middle, and the last one, which no later save looks at
+def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
+    """Saves go on in the background; a failed one is fatal, and the last good checkpoint is continued from."""
+    config = dataclasses.replace(SETTINGS, log_every=100)
+    try:
+        with pytest.raises(
+            UserError,
+            match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: free disk space or repair the disk",
+        ):
+            train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    model, summary = train(mid_epoch_stream(), tmp_path, dataclasses.replace(config, save_every=0))
+    assert summary["resumed_from"] == at
+    cases.assert_bitwise(model, uninterrupted[0])
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # the half-written one is gone
+
+
+def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monkeypatch):
+    """Not only the next save, which may be hours away."""
+    cfg, looks = cases.config(vision=False, layers=1), []
+
+    def look(manager):
+        looks.append(manager)
+        if len(looks) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", look)
+    with pytest.raises(
+        UserError, match=r"cannot save a checkpoint \(No space .*no complete checkpoint: free disk space or repair"
+    ):
+        recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
+    assert [line["step"] for line in _metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(("keep", "count"), [(1, 2), (4, 4)])
+def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path, monkeypatch, keep, count):
+    """It has room for those that are kept and the one that replaces the oldest, before the first step."""
+    cfg, needed = cases.config(vision=False, layers=1), []
+    config = dataclasses.replace(cases.settings(), save_every=1, keep_checkpoints=keep, steps=4)
+
+    def check_space(folder, size):
+        needed.append(size)
+        raise UserError(f"{folder}: needs more")
+
+    monkeypatch.setattr("vlmprune_jax.core.recovery.checkpoint.check_space", check_space)
+    model = cases.model(cfg)
+    with pytest.raises(UserError, match="checkpoints: needs more"):
+        recover(model, cases.Stream(cfg), config, workdir=tmp_path, progress=False)
+    state = prepare(model, config, None, None, None, 4).state
+    assert needed == [count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))]
+    assert not _metrics(tmp_path)
+
+
+def test_a_half_written_checkpoint_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
+    """Storage goes on with the other files of a save when one has failed."""
+    half, remove, tries = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp", shutil.rmtree, []
+    (half / "state").mkdir(parents=True)
+
+    def rmtree(path, *args, **kwargs):
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with Checkpointer(tmp_path / "checkpoints", {}, 1):
+        assert tries == [half, half]
+        assert not half.exists()
+
+
+def test_what_went_wrong_first_is_told(tmp_path, monkeypatch):
+    """A disk that fails in a step fails when the last save is waited for as well."""
+    saver = Checkpointer(tmp_path / "checkpoints", {}, 1)
+    close = saver._manager.close
+
+    def failing():
+        close()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(saver._manager, "close", failing)
+    with pytest.raises(UserError, match="the step"), saver:
+        raise UserError("the step")
+    with (
+        pytest.raises(UserError, match=r"cannot save a checkpoint \(the disk is gone\); no complete checkpoint"),
+        saver,
+    ):
+        pass
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path / "checkpoints")
+    for part in (tmp_path / "checkpoints/6/state").rglob("*"):
+        if part.is_file() and part.parent.name == "d":
+            part.write_bytes(part.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"checkpoints/6: cannot be read \(.*\): remove that folder, and run"):
+        train(mid_epoch_stream(), tmp_path)
+
+
+def _junk(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("meta/metadata", Path.unlink, r"/6: cannot be read \("),
+        ("meta/metadata", _junk(b"[]"), r"/6: (does not have the expected content|cannot be read)"),
+        ("meta/metadata", _junk(b'{"identity": 1, "data": ["j1"]}'), r"/6: does not have the expected content"),
+        ("meta/metadata", _fifo, r"meta/metadata: is a FIFO, expected a file"),
+        ("state/_METADATA", _junk(b"\xff{"), r"/6: cannot be read \("),
+        ("state/_METADATA", _junk(b'{"tree_metadata": {}}'), r"/6: cannot be read \("),
+        ("state/manifest.ocdbt", Path.unlink, r"/6: cannot be read \("),
+        ("state/d/*", _flipped, r"/6: (cannot be read \(|the arrays differ from the saved ones)"),
+    ],
+)  # fmt: skip
+def test_damage_of_any_file_of_a_checkpoint(uninterrupted, tmp_path, file, damage, message):
+    """In a line that says what to remove."""
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    run = prepare(cases.model(CFG), SETTINGS, cases.model(CFG, 9), None, None, 6)
+    damaged = [path for path in (tmp_path / "6").glob(file) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        damage(path)
+    with pytest.raises(UserError, match=message) as error, Checkpointer(tmp_path, run.identity, 3) as saver:
+        saver.restore(run.state)
+    assert str(error.value).isprintable()
+
+
+def test_folders_of_absurd_names_are_no_checkpoints(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    for name in ("-1", "0x", "1.5", "²", "a\nb"):
+        (tmp_path / name).mkdir()
+    with (
+        pytest.raises(UserError, match="/6: is a checkpoint of a run with other settings"),
+        Checkpointer(tmp_path, {}, 3) as saver,
+    ):
+        saver.restore(None)
+
+
+def test_any_change_of_weights_changes_their_digest():
+    """A number, their order along any axis, two leaves in each other's place; but not where they lie."""
+    draw = np.random.default_rng(0)
+    params = {name: draw.standard_normal((8, 6)).astype(np.float32) for name in "ab"} | {"c": np.ones(3, np.float16)}
+    digest = weights_digest(jax.tree.map(jnp.asarray, params))
+    spread = NamedSharding(make_mesh(2, 4, 1), PartitionSpec("fsdp", "data"))
+    assert weights_digest({**params, "a": jax.device_put(params["a"], spread)}) == digest
+    changed = [{"a": params["a"][::-1]}, {"a": params["a"][:, ::-1]}, {"a": params["b"], "b": params["a"]}]
+    changed += [{"a": np.where(params["a"] == params["a"][1, 1], 0, params["a"])}, {"c": -params["c"]}]
+    changed += [{"a": params["a"].reshape(6, 8)}, {"b": params["a"], "a": params["a"]}]
+    assert len({digest, *(weights_digest({**params, **change}) for change in changed)}) == 8
+
+
+def test_a_stream_without_state_needs_no_workdir(tmp_path):
+    batches = [next(cases.Stream(CFG))]
+    with pytest.raises(UserError, match="no get_state/set_state"):
+        train(batches, tmp_path)
+
+
+def _worker(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, str(WORKERS / "recover_worker.py"), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _finish(folder: Path) -> bytes:
+    process = _worker(folder)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert output.endswith("done\n")
+    return (folder / "trained.bin").read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_resumes_bitwise(tmp_path):
+    """Every step starts a save, so kills at random delays fall before, during and after saves."""
+    expected = _finish(tmp_path / "straight")
+    draw, folder, resumed = np.random.default_rng(0), tmp_path / "killed", []
+    for _ in range(2):
+        process = _worker(folder)
+        assert process.stdout is not None
+        first = int(process.stdout.readline().split()[1])
+        resumed.append(first)
+        for _ in range(int(draw.integers(3, 9))):
+            process.stdout.readline()
+        try:
+            process.wait(timeout=float(draw.uniform(0, 0.05)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        assert process.returncode == -signal.SIGKILL
+    assert resumed[0] == 0
+    assert resumed == sorted(resumed)
+    assert resumed[-1] > 0  # checkpoints survived the kills
+    assert _finish(folder) == expected

@@ -1,0 +1,320 @@
+"""Losses: the reference's distillation numbers and gradients, chunked vocabulary losses, layer alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recover_cases as cases
+import torch
+from prune_cases import kept_stack, kept_units
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.vlm import apply
+from vlmprune_jax.core.models.vocabulary import Head
+from vlmprune_jax.core.plans.kept import KeptLayer
+from vlmprune_jax.core.plans.plan import PrunePlan
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.core.prune.surgery import apply_plan
+from vlmprune_jax.core.recovery.config import LossConfig
+from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
+from vlmprune_jax.core.recovery.objective import check_losses, layer_pairs, reported_terms
+from vlmprune_jax.core.recovery.terms import LossTerm
+from vlmprune_jax.io.checkpoints.read import load
+
+# Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
+FAMILIES = {
+    "llava": ("llava_orig", "clip_tower", "student"),
+    "bunny": ("bunny", "siglip_tower", "student"),
+    "internvl": ("internvl", None, "own"),
+}
+# End of the reference's parameter name -> path in params, and the index of its layer in the stack.
+GRADIENTS = {
+    "model.mm_projector.2.bias": ("projector/linear_2/bias", None),
+    "mlp1.3.bias": ("projector/linear_2/bias", None),
+    "model.norm.weight": ("text/norm/weight", None),
+    "model.final_layernorm.weight": ("text/final_layernorm/weight", None),
+    "model.layers.0.input_layernorm.weight": ("text/layers/0/input_layernorm/weight", 0),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def distill(goldens, request):
+    """The teacher, the two students, and the batch of distill/<family>.npz with images expanded."""
+    checkpoint, tower, inputs = FAMILIES[request.param]
+    teacher = load(goldens / "ckpt" / checkpoint, vision_dir=tower and goldens / "ckpt" / tower)
+    facts = json.loads((goldens / f"distill/{request.param}.json").read_text())["students"]
+    students = {kind: apply_plan(teacher, _plan(teacher, facts[kind])) for kind in ("layer", "width")}
+    arrays = np.load(goldens / f"distill/{request.param}.npz")
+    batch = _expand(arrays, teacher.cfg.tokens_per_image) if inputs == "student" else _tiles(arrays, teacher.cfg)
+    assert batch["attention_mask"].sum() < batch["attention_mask"].size  # padding takes part in the reference's losses
+    measure = LossConfig(1.0, 1.0, 1.0, 1.0, temperature=2.0, teacher_inputs=inputs, reference_compat=True, chunk=7)
+    return teacher, students, facts, arrays, batch, measure
+
+
+def _of_trainer(strategy: str, alpha: float, *, kl_norm: float, **options) -> LossConfig:
+    """Return the settings for options of the paper's trainers (`dist_strategy`, `dist_alpha`, `dist_norm`)."""
+    weights = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in strategy.split("+")}
+    return LossConfig(ce=1 - alpha, **weights, **options)
+
+
+def _plan(teacher, facts) -> PrunePlan:
+    shapes = teacher.cfg.text.layers
+    layers = []
+    for i, shape in enumerate(shapes):
+        if i in facts.get("removed_layers", ()):
+            continue
+        whole = KeptLayer.whole(i, shape)
+        if "kept_heads" in facts:
+            heads, neurons = tuple(facts["kept_heads"][str(i)]), tuple(facts["kept_neurons"][str(i)])
+            whole = kept_units(i, heads, heads, neurons)
+        layers.append(whole)
+    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": kept_stack(shapes, layers)}, 1, 1, 1)
+
+
+def _expand(arrays, n: int) -> dict[str, jax.Array]:
+    """The batch after splicing: image positions repeated, padded to one length (the reference pads after splicing)."""
+    length = arrays["teacher_hidden_-1"].shape[1]
+    rows = len(arrays["input_ids"])
+    batch = {
+        "input_ids": np.zeros((rows, length), np.int32),
+        "attention_mask": np.zeros((rows, length), np.int32),
+        "labels": np.full((rows, length), -100, np.int32),
+    }
+    for r in range(rows):
+        real = arrays["attention_mask"][r] == 1
+        ids, labels = arrays["input_ids"][r][real], arrays["labels"][r][real]
+        repeats = np.where(ids == -200, n, 1)
+        ids, labels = np.repeat(ids, repeats), np.repeat(np.where(ids == -200, -100, labels), repeats)
+        batch["input_ids"][r, : len(ids)], batch["labels"][r, : len(ids)] = ids, labels
+        batch["attention_mask"][r, : len(ids)] = 1
+    batch["pixel_values"] = arrays["pixel_values"][:, None]
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def _tiles(arrays, cfg) -> dict[str, jax.Array]:
+    """InternVL's batch: ids are expanded, tiles of all rows come one after the other."""
+    counts = (arrays["input_ids"] == cfg.image_token_id).sum(axis=1) // cfg.tokens_per_image
+    pixels = np.zeros((len(counts), counts.max(), *arrays["pixel_values"].shape[1:]), np.float32)
+    pixels[np.arange(counts.max()) < counts[:, None]] = arrays["pixel_values"]
+    batch = {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
+    return {name: jnp.asarray(array) for name, array in {**batch, "pixel_values": pixels}.items()}
+
+
+def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
+    """Sums of the terms, and the weights; `flat` are the student's parameters."""
+    ours, theirs = layer_pairs(loss, student.cfg, teacher.cfg, kept)
+    sums = loss_sums(
+        unflatten(flat),
+        student.cfg,
+        batch,
+        loss,
+        teacher=Teacher(teacher.cfg, ours, theirs),
+        teacher_params=teacher.params,
+        remat="none",
+        dropout_key=None,
+    )
+    return sums, term_weights(loss, student.cfg, batch["labels"], batch["attention_mask"])
+
+
+@pytest.mark.parametrize("kind", ["layer", "width"])
+@pytest.mark.parametrize("layers", [pytest.param((-1,), marks=pytest.mark.slow), (-1, 2)])
+def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tuple[int, ...]):
+    teacher, students, facts, _, batch, measure = distill
+    student, every = students[kind], dataclasses.replace(measure, l2_layers=layers)
+    sums, weights = jax.jit(lambda flat: _sums(student, teacher, batch, every, flat))(flatten(student.params))
+    components = facts[kind]["components"]
+    reported = {"ce": "xe", "l2": "l2_last" if layers == (-1,) else "l2_list", "kl": "kl", "rkl": "rkl"}
+    for term, name in reported.items():
+        if name in components:  # InternVL's trainer has no KL
+            np.testing.assert_allclose(sums[term] / weights[term], components[name], rtol=1e-5, err_msg=name)
+    checked = 0
+    for name, expected in facts[kind]["losses"].items():
+        strategy, *rest = name.split("|")
+        options = dict(part.split("=") for part in rest)
+        if options["layers"] not in ("-", ",".join(map(str, layers))):
+            continue
+        norm = float(options.get("norm", 1))
+        loss = _of_trainer(strategy, float(options["alpha"]), kl_norm=norm, l2_layers=layers)
+        value = combine({term: sums[term] for term in reported_terms(loss)}, weights, loss)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
+        checked += 1
+    assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["layer", "width"])
+def test_distillation_gradients_equal_the_reference(distill, kind: str):
+    teacher, students, facts, arrays, batch, measure = distill
+    student = students[kind]
+    flat = flatten(student.params)
+
+    def terms(some):
+        """Mean of every term, and of L2 over two layers."""
+        everything, values = {**flat, **some}, {}
+        for layers in ((-1,), (-1, 2)):
+            loss = dataclasses.replace(measure, l2_layers=layers, chunk=9)
+            sums, weights = _sums(student, teacher, batch, loss, everything)
+            values |= {(name, layers): sums[name] / weights[name] for name in sums}
+        return values
+
+    jacobian = jax.jit(jax.jacrev(terms))({path: flat[path] for path, _ in GRADIENTS.values() if path in flat})
+    for case in facts[kind]["grads"]:
+        layers = tuple(case["layers"])
+        loss = _of_trainer(case["strategy"], case["alpha"], kl_norm=case["norm"], l2_layers=layers)
+        counted = {(term, layers): weight for term, weight in loss.weights().items() if weight}
+        stored = [name for name in arrays if name.startswith(f"{case['key']}__")]
+        assert len(stored) == 3
+        for name in stored:
+            end = next(end for end in GRADIENTS if name.endswith(end))
+            path, layer = GRADIENTS[end]
+            ours = sum(weight * np.asarray(jacobian[term][path]) for term, weight in counted.items())
+            ours, expected = ours if layer is None else ours[layer], arrays[name]
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(ours / scale, expected / scale, atol=1e-5, err_msg=name)
+
+
+def test_layers_are_aligned_by_the_plan():
+    teacher, student = cases.config(layers=6), cases.config(layers=3)
+    kept = (0, 3, 5)
+    loss = LossConfig(l2=1.0, l2_layers=(0, 1, 2, -1, -2))
+    assert layer_pairs(loss, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 4, 6, 4))
+    compat = dataclasses.replace(loss, reference_compat=True)
+    assert layer_pairs(compat, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 2, 6, 5))
+    assert layer_pairs(loss, student, student, None) == ((0, 1, 2, 3, 2), (0, 1, 2, 3, 2))
+    with pytest.raises(UserError, match="pass plan, or use -1"):
+        layer_pairs(loss, student, teacher, None)
+    with pytest.raises(UserError, match="plan keeps 2 layers"):
+        layer_pairs(loss, student, teacher, (0, 3))
+    with pytest.raises(UserError, match="l2_layers: 4 is outside the student's 4 hidden states"):
+        layer_pairs(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
+
+
+def test_masked_terms_equal_plain_formulas():
+    """Default measure: L2, cosine and KL over real tokens, cross-entropy over labelled ones; any chunk size."""
+    cfg, other = cases.config(layers=3), cases.config(layers=2)
+    student, teacher = cases.model(other, 1), cases.model(cfg, 2)
+    arrays = next(cases.Stream(cfg, rows=3)).arrays
+    batch = {name: jnp.asarray(x) for name, x in arrays.items()}
+    logits, aux = _apply(student, batch, ("hidden",))
+    taught, teacher_aux = _apply(teacher, batch, ("hidden",))
+    valid, labels = arrays["attention_mask"] == 1, arrays["labels"][:, 1:]
+    log_p = jax.nn.log_softmax(logits)[:, :-1]
+    picked = np.take_along_axis(np.asarray(log_p), np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    ours, theirs = (np.asarray(jax.nn.log_softmax(x / 1.7), np.float64) for x in (logits, taught))
+    hidden = [
+        [torch.from_numpy(np.array(x[valid], np.float64)) for x in pair]
+        for pair in ((aux["hidden"][1], teacher_aux["hidden"][2]), (aux["hidden"][2], teacher_aux["hidden"][3]))
+    ]
+    expected = {
+        "ce": -picked[labels != -100].mean(),
+        "kl": 1.7**2 * (np.exp(theirs) * (theirs - ours)).sum(-1)[valid].mean(),
+        "rkl": 1.7**2 * (np.exp(ours) * (ours - theirs)).sum(-1)[valid].mean(),
+        "l2": np.mean([torch.nn.functional.mse_loss(a, b) for a, b in hidden]),
+        "cosine": np.mean([(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).mean() for a, b in hidden]),
+    }
+    for chunk in (1, 4, 100):
+        loss = LossConfig(1.0, 1.0, 1.0, 1.0, (1, -1), 1.7, "own", False, chunk, cosine=1.0)
+        flat = flatten(student.params)
+        sums, weights = jax.jit(lambda flat, loss=loss: _sums(student, teacher, batch, loss, flat, (1, 2)))(flat)
+        assert sums.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(sums[name] / weights[name], value, rtol=2e-5, err_msg=f"{name}, chunk {chunk}")
+
+
+def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
+    """Padding that is all zero must not turn into NaN, not even under the mask."""
+    zero = jnp.zeros((1, 2, 3))
+    value, gradient = jax.value_and_grad(lambda a: jnp.sum(losses["cosine"].value(a, zero)))(zero)
+    assert value == 1.0  # 0.5 each, as in the criteria
+    assert not np.any(gradient)
+
+
+def _apply(model, batch, want):
+    inputs = {"pixel_values": batch["pixel_values"], "attention_mask": batch["attention_mask"]}
+    return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], capture=want, **inputs))(model.params)
+
+
+@pytest.mark.parametrize("seq", [12, 13, 300])
+def test_no_array_of_batch_by_sequence_by_vocabulary(seq: int):
+    """Neither in the forward nor in the gradient of all vocabulary losses, whatever the chunk."""
+    rows, embed, vocab = 3, 5, 997
+    loss = LossConfig(1.0, 0.0, 1.0, 1.0)
+    table = jnp.ones((vocab, embed))
+
+    def total(hidden, table, labels, mask):
+        head = Head(table, None)
+        return sum(vocabulary_sums(hidden, head, labels, mask, loss, 2 * hidden, head).values())
+
+    labels = jnp.zeros((rows, seq), jnp.int32)
+    step = jax.jit(jax.grad(total, argnums=(0, 1)))
+    hidden = jnp.ones((rows, seq, embed))
+    sizes = [aval.size for aval in _avals(jax.make_jaxpr(step)(hidden, table, labels, labels).jaxpr)]
+    assert max(sizes) < rows * seq * vocab
+    assert rows * min(loss.chunk, -(-seq // 8)) * vocab in sizes  # the test sees the chunked logits
+    text = step.lower(hidden, table, labels, labels).compile().as_text()
+    assert f"[{rows},{seq},{vocab}]" not in text
+    assert f"[{rows * seq},{vocab}]" not in text
+
+
+def _avals(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _avals(inner)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
+        ({"ce": 0.0}, "set at least one above 0"),
+        ({"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
+        ({"l2": float("inf")}, "recover.losses.l2=inf must be at least 0"),
+        ({"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
+        ({"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
+        ({"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
+        ({"extra": {"kl": 1.0}}, "kl is a built-in term: set recover.losses.kl instead"),
+        ({"extra": {"jsd": -1.0}}, "recover.losses.extra={'jsd': -1.0} must be at least 0"),
+        ({"teacher_inputs": "both"}, "'both' is not one of student, own"),
+    ],
+)
+def test_bad_loss_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_losses(LossConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (lambda logits, targets: [][0], r"failed at .*test_losses.py:\d+ with IndexError"),
+        (lambda logits, targets: None, "returned None, expected a real number for each position"),
+        (lambda logits, targets: 1.0, r"returned 1\.0, expected"),
+        (lambda logits, targets: logits, r"returned float32\[\d+, \d+, \d+\], expected"),
+        (lambda logits, targets: logits[..., 0].astype("complex64"), r"returned complex64\[\d+, \d+\], expected"),
+        (lambda logits, targets: np.asarray(logits), r"failed at .* with TracerArrayConversionError"),
+        (lambda logits: logits, r"failed with TypeError: .*positional argument"),
+    ],
+)
+def test_a_term_of_a_user_that_fails(monkeypatch, value, told):
+    monkeypatch.setitem(losses.data, "mine", LossTerm(value, ("logits", "targets"), "positions"))
+    cfg = cases.config(vision=False)
+    batch = next(iter(cases.Stream(cfg)))
+    with pytest.raises(UserError, match=f"loss term 'mine'.*{told}"):
+        losses(cases.model(cfg), batch, LossConfig(ce=0.0, extra={"mine": 1.0}))
+
+
+def test_a_hidden_term_of_a_user_that_fails(monkeypatch):
+    monkeypatch.setitem(losses.data, "mine", LossTerm(lambda hidden: hidden, ("hidden",), "tokens"))
+    cfg = cases.config(vision=False)
+    batch = next(iter(cases.Stream(cfg)))
+    with pytest.raises(UserError, match=r"loss term 'mine': its function returned float32\[\d+, \d+, \d+\], expected"):
+        losses(cases.model(cfg), batch, LossConfig(ce=0.0, l2_layers=(-1,), extra={"mine": 1.0}))

@@ -1,0 +1,375 @@
+"""Folders of 4- and 8-bit integers in the compressed-tensors format: written, read back, loaded in torch, refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hf_cases import LLAMA, LLAVA, assert_equal, edit_config, edit_weights, keep_layers, keep_width, make_folder
+from hf_cases import random_ids as ids_for
+from safetensors.numpy import load_file
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.exports.reload import check_export
+from vlmprune_jax.run.cli.main import main
+
+WIDE = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE |= {"intermediate_size": 128, "num_hidden_layers": 3}
+VLM = {**LLAVA, "text_config": {k: v for k, v in WIDE.items() if k not in ("torch_dtype", "a_field_of_the_future")}}
+OPTIONS = {
+    "w8a16": {"quantize": "w8a16"},
+    "w8a16_zeros": {"quantize": "w8a16", "group_size": 32, "symmetric": False},
+    "w4a16": {"quantize": "w4a16"},
+    "w4a16_zeros": {"quantize": "w4a16", "group_size": 32, "symmetric": False},
+    "w8a8": {"quantize": "w8a8"},
+}
+BITS = {"w8a16": 8, "w8a16_zeros": 8, "w4a16": 4, "w4a16_zeros": 4, "w8a8": 8}
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_folder(tmp_path / "source", WIDE)
+
+
+@pytest.fixture
+def int4(source, tmp_path):
+    vp.save(vp.load(source), tmp_path / "int4", source_dir=source, dtype="float32", quantize="w4a16")
+    return tmp_path / "int4"
+
+
+def bits_of(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Codes of rows of packed words, one bit after the other: what the format's definition says."""
+    stream = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")[:, : count * bits]
+    return stream.reshape(len(words), count, bits) @ (1 << np.arange(bits)) - 2 ** (bits - 1)
+
+
+def decoded(folder: Path) -> dict[str, np.ndarray]:
+    """Every weight of a folder in float64, worked out from its files and config.json alone."""
+    tensors = {k: v for shard in folder.glob("*.safetensors") for k, v in load_file(shard).items()}
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    bits = settings["config_groups"]["group_0"]["weights"]["num_bits"]
+    found = {key: value.astype(np.float64) for key, value in tensors.items() if re.search(r"weight$|bias$", key)}
+    for key in [key for key in tensors if key.endswith("_scale")]:
+        base, scale = key.removesuffix("_scale"), tensors[key].astype(np.float64)
+        if f"{base}_packed" in tensors:
+            rows, columns = tensors[f"{base}_shape"].tolist()
+            codes = bits_of(tensors[f"{base}_packed"], bits, columns)
+            if f"{base}_zero_point" in tensors:
+                zeros = bits_of(np.ascontiguousarray(tensors[f"{base}_zero_point"].T), bits, rows).T
+                codes = codes - np.repeat(zeros, columns // scale.shape[1], axis=1)
+        else:
+            codes = tensors[base]
+        found[base] = codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
+    return found
+
+
+# Written and read back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_weight_is_rounded_to_the_nearest(source, tmp_path, case, dtype):
+    model, out = vp.load(source), tmp_path / "out"
+    vp.save(model, out, source_dir=source, dtype=dtype, **OPTIONS[case])
+    expected, original, checkpoint = decoded(out), Checkpoint(source), Checkpoint(out)
+    assert set(expected) == set(checkpoint) == set(original)
+    # a scale of 16 bits moves the outermost values, and those of rounded zero points, by up to half a step each
+    coarse, most = (2**-8, 1.5) if dtype == "bfloat16" else (2**-23, 0.5001)
+    for key, value in original.items():
+        np.testing.assert_allclose(checkpoint[key].astype(np.float64), expected[key], rtol=coarse, err_msg=key)
+        if ".layers." in key and value.ndim == 2:
+            group = OPTIONS[case].get("group_size") or (64 if BITS[case] == 4 else value.shape[1])
+            parts = value.reshape(len(value), -1, group)
+            reach = parts.max(axis=2) - np.minimum(parts.min(axis=2), 0) if "zeros" in case else 2 * abs(parts).max(2)
+            step = np.repeat(reach / (2 ** BITS[case] - 1), group, axis=1)
+            assert (np.abs(value - expected[key]) <= most * step).all(), key
+        else:
+            np.testing.assert_array_equal(checkpoint[key], value.astype(checkpoint[key].dtype), err_msg=key)
+    assert_equal(vp.load(out), vp.load(out, dtype="float32"))
+    narrow = Checkpoint(out).tensors[f"{KEY}_scale"].dtype
+    assert narrow == {"float32": "F32", "bfloat16": "BF16"}[dtype]
+
+
+def test_any_rows_are_decoded_alike(source, tmp_path):
+    """Zero points are packed along the rows, eight of them in a word."""
+    out = tmp_path / "out"
+    vp.save(vp.load(source), out, source_dir=source, dtype="float32", **OPTIONS["w4a16_zeros"])
+    entry = Checkpoint(out).entries[KEY]
+    whole = entry.array()
+    for first, count in ((0, 1), (3 * 64 + 5, 70), (64 * 9, 64 * 20), (64 * 127 + 63, 1)):
+        np.testing.assert_array_equal(entry.values(first, count), whole.reshape(-1)[first : first + count])
+
+
+def test_what_config_and_card_say(int4):
+    settings = json.loads((int4 / "config.json").read_text())["quantization_config"]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "strategy": "group", "group_size": 64}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    assert settings == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [r"re:.*\blm_head\b.*", r"re:.*\bembed_tokens\b.*"],
+        "kv_cache_scheme": None,
+    }
+    card = (int4 / "README.md").read_text()
+    assert "compressed-tensors (int4, a scale for every 64 values)" in card
+    assert "The weights were rounded to the nearest integer. With 4 bits, this usually loses more than GPTQ" in card
+    assert "as well, since" not in card
+    assert 'from_pretrained(".")\n' in card
+    zeros = int4.with_name("zeros")
+    vp.save(vp.load(int4), zeros, source_dir=int4, quantize="w4a16", symmetric=False)
+    card = (zeros / "README.md").read_text()
+    assert "import LlamaForCausalLM, CompressedTensorsConfig\n" in card
+    assert 'from_pretrained(".", quantization_config=CompressedTensorsConfig(dequantize=True))\n' in card
+
+
+def test_what_no_group_divides_is_named(tmp_path):
+    source = make_folder(tmp_path / "source", {**WIDE, "intermediate_size": 120})
+    vp.save(vp.load(source), tmp_path / "out", source_dir=source, quantize="w4a16")
+    held = {key for key in Checkpoint(tmp_path / "out").tensors if key.endswith("down_proj.weight")}
+    assert held == {f"model.layers.{number}.mlp.down_proj.weight" for number in range(3)}
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for key in held:
+        assert rf"re:.*\b{re.escape(key.removeprefix('model.').removesuffix('.weight'))}\b.*" in settings["ignore"]
+        assert f"`{key}`" in (tmp_path / "out" / "README.md").read_text()
+    assert settings["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert_equal(vp.load(tmp_path / "out"), vp.load(tmp_path / "out"))
+
+
+def test_pruning_it_writes_plain_weights(int4, tmp_path):
+    model = vp.load(int4)
+    pruned, plan = keep_width(model, [0], range(0, 128, 2))
+    vp.prune_folder(int4, plan, tmp_path / "cut")
+    assert "quantization_config" not in json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert_equal(vp.load(tmp_path / "cut"), pruned)
+    vp.prune_folder(int4, plan, tmp_path / "again", quantize="w4a16")
+    vp.save(pruned, tmp_path / "saved", source_dir=int4, dtype="float32", quantize="w4a16", plan=plan)
+    assert_equal(vp.load(tmp_path / "again"), vp.load(tmp_path / "saved"))
+
+
+def test_inspect_names_it(int4, capsys):
+    assert main(["inspect", str(int4)]) == 0
+    assert "weights in compressed-tensors (int4, a scale for every 64 values)" in capsys.readouterr().out
+
+
+def test_the_check_of_an_export_without_the_library(source, int4, monkeypatch):
+    monkeypatch.setattr("vlmprune_jax.io.exports.reload.torch_loads", lambda *_: False)
+    found = check_export(vp.load(int4), int4)
+    assert (found["backend"], found["max_abs_logit_difference"]) == ("jax", 0)
+    assert found["moved_by_rounding"] == 0
+    before = check_export(vp.load(source), int4)  # the folder is still what it should be, and the rounding is told
+    assert before["max_abs_logit_difference"] == 0
+    assert before["moved_by_rounding"] > 0.01
+
+
+# In torch ------------------------------------------------------------------------------------------------------------
+
+MODELS = {"llama": WIDE, "tied": {**WIDE, "tie_word_embeddings": True}, "llava": VLM}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_code_of_the_library_is_ours(source, tmp_path, case):
+    """compressed-tensors rounds, packs and decodes the same weights to the same bits."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    vp.save(vp.load(source), tmp_path / "out", source_dir=source, dtype="float32", **OPTIONS[case])
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig(**settings).config_groups["group_0"]
+    weight = torch.from_numpy(load_file(source / "model.safetensors")[KEY])
+    groups = weight.reshape(len(weight), -1, scheme.weights.group_size or weight.shape[1])
+    scale, zeros = calculate_qparams(groups.amin(2), groups.amax(2), scheme.weights)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zeros}
+    theirs = BaseCompressor.get_value_from_registry(settings["format"]).compress(state, scheme)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert {f"{KEY.removesuffix('weight')}{name}" for name in theirs} == {k for k in ours if k.startswith(KEY)}
+    for name, value in theirs.items():
+        found = ours[f"{KEY.removesuffix('weight')}{name}"]
+        np.testing.assert_array_equal(found, value.numpy(), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("config", MODELS)
+def test_stock_transformers_computes_the_same(tmp_path, config, uneven):
+    """As `check_export` loads it, decoded at once, and by default, decoded on the first forward.
+
+    By default activations are rounded as well (w8a8), and compressed-tensors 0.20 has no room for packed zero points.
+    """
+    source = make_folder(tmp_path / "source", MODELS[config])
+    model = vp.load(source)
+    if uneven:
+        model, _ = keep_width(model, [1], range(0, 128, 2), only=[1])
+    for case, options in OPTIONS.items():
+        out = tmp_path / case
+        vp.save(model, out, source_dir=source, dtype="float32", **options)
+        found = check_export(model, out)
+        assert found["backend"] == "torch", case
+        inputs = ids_for(model)
+        expected = np.asarray(vp.forward(vp.load(out), **inputs)[0])
+        if case in ("w8a16", "w4a16"):
+            np.testing.assert_allclose(torch_logits(out, inputs), expected, atol=1e-4, rtol=0, err_msg=case)
+
+
+def torch_logits(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    import torch
+    import transformers
+
+    from vlmprune_jax.io.checkpoints.read import read_config, read_fields
+    from vlmprune_jax.io.exports.reload import _torch_class
+
+    family, _ = read_config(folder)
+    made = _torch_class(read_fields(folder / "config.json"), family.stock)
+    transformers.utils.logging.disable_progress_bar()
+    loaded = made.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return loaded(**{key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in inputs.items()}).logits.numpy()
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"quantize": "w4a16", "group_size": 128}, "group_size=128 does not divide the 64 values of a row of text/"),
+        ({"quantize": "w4a16", "group_size": 48}, "group_size=48 is not one of 128, 64, 32"),
+        ({"quantize": "w8a8", "group_size": 32}, "w8a8 has one scale per row"),
+        ({"quantize": "w8a8", "symmetric": False}, "w8a8 has one scale per row"),
+        ({"group_size": 32}, "group_size=32 is an option of format 'compressed-tensors', not of 'huggingface'"),
+        ({"quantize": "q8_0"}, "quantize 'q8_0' is not supported by format 'huggingface'"),
+        ({"quantize": "w4a16", "format": "gguf"}, "quantize 'w4a16' is not supported by format 'gguf'"),
+    ],
+)
+def test_options_that_do_not_fit(source, tmp_path, options, said):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        vp.save(vp.load(source), tmp_path / "out", source_dir=source, **options)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_rows_that_no_group_divides(tmp_path):
+    source = make_folder(tmp_path / "source", LLAMA | {"intermediate_size": 56, "num_attention_heads": 3})
+    with pytest.raises(UserError, match="no row length of this model is a multiple of 32: use w8a16"):
+        vp.save(vp.load(source), tmp_path / "out", source_dir=source, quantize="w4a16")
+
+
+def test_an_existing_folder_and_a_full_disk(source, int4, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in int4.iterdir()}
+    with pytest.raises(UserError, match="exists"):
+        vp.save(vp.load(source), int4, source_dir=source, quantize="w4a16")
+    assert before == {path.name: path.read_bytes() for path in int4.iterdir()}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8192))
+    with pytest.raises(UserError, match="disk"):
+        vp.save(vp.load(source), tmp_path / "out", source_dir=source, quantize="w4a16")
+    assert not (tmp_path / "out").exists()
+
+
+def without(*keys):
+    return lambda tensors: {name: value for name, value in tensors.items() if name not in keys}
+
+
+def replaced(key, edit):
+    return lambda tensors: tensors | {key: edit(tensors[key])}
+
+
+DAMAGE = {
+    "no_scale": (without(f"{KEY}_scale"), f" has no {KEY}_scale beside it"),
+    "no_shape": (without(f"{KEY}_shape"), f" has no {KEY}_shape beside it"),
+    "all_gone": (without(*(f"{KEY}_{part}" for part in ("packed", "scale", "shape"))), f"missing key {KEY}"),
+    "twice": (lambda t: t | {KEY: t["lm_head.weight"]}, f"{KEY}: the weight is stored twice, unquantised"),
+    "order": (lambda t: t | {f"{KEY}_g_idx": np.zeros(64, np.int32)}, f"unknown key {KEY}_g_idx"),
+    "scales": (replaced(f"{KEY}_scale", lambda it: it[:, :0]), f"{KEY}_scale is F32 [128, 0], expected F32 [128, 1]"),
+    "words": (replaced(f"{KEY}_packed", lambda it: it[:, 1:]), f"{KEY}_packed is I32 [128, 7], expected I32 [128, 8]"),
+    "huge": (replaced(f"{KEY}_shape", lambda it: it * 2**40), f"expected I32 [{128 * 2**40}, "),
+    "negative": (replaced(f"{KEY}_shape", lambda it: -it), "shape [-128, -64], expected rows of groups of 64"),
+    "scalar": (replaced(f"{KEY}_shape", lambda it: it[:1]), f"{KEY}_shape is I64 [1], expected I64 [2]"),
+    "other": (
+        lambda t: t | {f"{KEY}_packed": t[f"{KEY}_packed"][:9], f"{KEY}_scale": t[f"{KEY}_scale"][:9],
+                       f"{KEY}_shape": np.asarray([9, 64])},
+        f"{KEY} has shape [9, 64], config.json says [128, 64]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders_are_refused_by_name(int4, tmp_path, damage):
+    edit, said = DAMAGE[damage]
+    plan = keep_layers(vp.load(int4), [1, 2])[1]
+    edit_weights(int4, edit)
+    for call in (lambda: vp.load(int4), lambda: vp.prune_folder(int4, plan, tmp_path / "out")):
+        with pytest.raises(UserError, match=re.escape(said)) as error:
+            call()
+        assert str(int4) in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_are_not_finite(int4, tmp_path):
+    edit_weights(int4, lambda tensors: tensors[f"{KEY}_scale"].__setitem__((3, 0), np.inf))
+    for call in (
+        lambda: vp.load(int4),
+        lambda: vp.save(open_model(int4), tmp_path / "out", source_dir=int4, quantize="w4a16"),
+    ):
+        with pytest.raises(UserError, match=f"tensor {KEY}.* NaN or infinite"):
+            call()
+
+
+def changed(**weights):
+    def edit(settings):
+        settings["config_groups"]["group_0"]["weights"] |= weights
+
+    return edit
+
+
+SETTINGS = {
+    "fp8": lambda s: s.update(format="float-quantized"),
+    "fp4": changed(type="float"),
+    "three_bits": changed(num_bits=3),
+    "act_order": changed(actorder="group"),
+    "no_group": changed(group_size=None),
+    "text_for_bits": changed(num_bits="4"),
+    "activations": lambda s: s["config_groups"]["group_0"].update(input_activations={"num_bits": 8, "dynamic": True}),
+    "cache": lambda s: s.update(kv_cache_scheme={"num_bits": 8}),
+    "two_groups": lambda s: s["config_groups"].update(group_1=s["config_groups"]["group_0"]),
+    "no_groups": lambda s: s.update(config_groups={}),
+    "a_list": lambda s: s.update(config_groups=[1]),
+    "not_packed": lambda s: s.update(format="int-quantized"),
+    "unfinished": lambda s: s.update(quantization_status="calibration"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_other_ways_to_quantise_are_refused(int4, case):
+    settings = json.loads((int4 / "config.json").read_text())["quantization_config"]
+    SETTINGS[case](settings)
+    edit_config(int4, quantization_config=settings)
+    with pytest.raises(UserError, match=r"config.json: .*compressed-tensors.*use the checkpoint before") as error:
+        vp.load(int4)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_read_as_they_are_written():
+    for one in (CompressedTensors(4, 64), CompressedTensors(8), CompressedTensors(8, activations=True)):
+        assert CompressedTensors.from_config(one.to_config({})) == one
+    by_default = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
+    assert CompressedTensors.from_config(by_default) == CompressedTensors(8)
+
+
+def test_layers_without_integers_do_not_hide_others():
+    storage = CompressedTensors(4, 32)
+    plain, packed = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"
+    shapes = {plain: (8, 8), packed + "_packed": (8, 4), packed + "_scale": (8, 1)}
+    assert storage.to_config(shapes)["ignore"] == [r"re:.*\blm_head\b.*", r"re:.*\blayers\.0\b.*"]

@@ -1,0 +1,182 @@
+"""Folders that `save_to_disk` wrote: rows become the questions that benchmarks ask, images are read one by one."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from datasets_cases import write_split
+from PIL import Image
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.run.evaluation.metrics import METRICS
+
+
+def picture(seed):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+A, B, C = picture(0), picture(1), picture(2)
+POPE = [
+    {"question_id": i, "question": f"A dog {i}?", "answer": ("yes", "no")[i % 2], "category": "random", "image": image}
+    for i, image in enumerate((A, B, A, A, C))
+]
+
+
+@pytest.mark.parametrize(("files", "batch"), [(1, 10), (2, 2), (1, 1)])
+def test_rows_are_records_and_images_are_read_where_they_are(tmp_path, files, batch):
+    records = read_datasets(write_split(tmp_path / "test", POPE, files=files, batch=batch))
+    assert [record.id for record in records] == ["0", "1", "2", "3", "4"]
+    assert records[1].turns == (("human", "<image>\nA dog 1?"), ("gpt", "no"))
+    assert records[1].fields == {"question_id": 1, "question": "A dog 1?", "answer": "no", "category": "random"}
+    assert [record.images[0].read_bytes() for record in records] == [A, B, A, A, C]
+    assert records[0].images == records[2].images == records[3].images  # prepared once
+    scores = METRICS["pope"].score_all(["yes"] * 5, records)
+    assert METRICS["pope"].values(scores, records)["accuracy"] == 0.6
+
+
+def test_two_folders_of_equal_numbers_are_told_apart(tmp_path):
+    first = read_datasets(write_split(tmp_path / "a", POPE))
+    second = read_datasets(write_split(tmp_path / "b", [{**row, "image": C} for row in POPE]))
+    assert first[0].images[0].store.identity() != second[0].images[0].store.identity()
+    assert first[0].images != second[0].images
+
+
+def test_pixels_reach_the_model(tmp_path, goldens):
+    (tmp_path / "a.png").write_bytes(A)
+    loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    stored = read_datasets(write_split(tmp_path / "test", POPE))[0]
+    np.testing.assert_array_equal(loader.load(stored.images[0], "0"), loader.load(tmp_path / "a.png", "0"))
+
+
+# The rows as the benchmarks have them, and what of them becomes a record: text, answer, images.
+ROWS = {
+    "scienceqa": (
+        {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": "See it.", "image": A},
+        ("<image>\nContext: See it.\nWhich?\nA. red\nB. blue", "B", [A]),
+    ),
+    "ai2d": (
+        {"question": "How many?", "options": ["3", "2", "1"], "answer": "2", "image": A},
+        ("<image>\nHow many?\nA. 3\nB. 2\nC. 1", "C", [A]),
+    ),
+    "mmmu": (
+        {
+            "id": "validation_Art_1",
+            "question": "Between <image 2> and <image 1>?",
+            "options": "['<image 1>', 'none']",
+            "answer": "B",
+            "question_type": "multiple-choice",
+            "image_1": A,
+            "image_2": B,
+            "image_3": C,
+        },
+        ("<image>\nBetween <image> and <image>?\nA. <image>\nB. none", "B", [C, B, A, A]),
+    ),
+    "mathvista": (
+        {
+            "question": "How long?",
+            "choices": ["2", "1"],
+            "answer": "1",
+            "question_type": "multi_choice",
+            "answer_type": "text",
+            "image": A,
+        },
+        ("<image>\nHow long?\nA. 2\nB. 1", "1", [A]),
+    ),
+    "anls": ({"question": "Who?", "answers": ["Ann", "ann b"], "image": A}, ("<image>\nWho?", None, [A])),
+    "gqa": ({"question": "Is it <image> red?", "answer": "no", "image": A}, ("Is it <image> red?", "no", [A])),
+}
+
+
+@pytest.mark.parametrize("metric", ROWS)
+def test_rows_of_benchmarks(tmp_path, metric):
+    row, (text, answer, images) = ROWS[metric]
+    pictures = [name for name in row if name.startswith("image")]
+    (record,) = read_datasets(write_split(tmp_path / "test", [row], pictures))
+    assert record.turns == (("human", text), *((("gpt", answer),) if answer is not None else ()))
+    assert [image.read_bytes() for image in record.images] == images
+    (score,) = METRICS[metric].score_all([record.references[0]], [record])
+    assert next(iter(score.values())) == 1.0
+
+
+def test_records_in_llavas_format(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "yes"}]
+    (record,) = read_datasets(write_split(tmp_path / "test", [{"id": "x", "conversations": turns, "image": A}]))
+    assert (record.id, record.turns) == ("x", (("human", "<image>\nHi"), ("gpt", "yes")))
+
+
+def test_the_only_split_need_not_be_named(tmp_path):
+    write_split(tmp_path / "set/test", POPE)
+    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["test"]}))
+    assert datasets_folder(f"datasets:{tmp_path}/set") == tmp_path / "set/test"
+    assert datasets_folder(f"datasets:{tmp_path}/set/test") == tmp_path / "set/test"
+    assert datasets_state(tmp_path / "set/test") != ""
+    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"has the splits a, b: use datasets:.*/set/SPLIT"):
+        datasets_folder(f"datasets:{tmp_path}/set")
+    for outside in ("..", "../x", "a/b"):
+        (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": [outside]}))
+        with pytest.raises(UserError, match="has the splits"):
+            datasets_folder(f"datasets:{tmp_path}/set")
+
+
+@pytest.mark.parametrize(
+    ("rows", "state", "message"),
+    [
+        (POPE, {"_data_files": [{"filename": "../data-00000-of-00001.arrow"}]}, "is not a file of this folder"),
+        (POPE, {"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow: no such file"),
+        (POPE, {"files": []}, "state.json: does not have the expected content"),
+        (POPE, {"_data_files": []}, "contains no rows"),
+        ([{"text": "no question"}], None, "record 0: 'conversations' must be a non-empty list"),
+        (
+            [{"question": "a <image> <image>", "answer": "x", "image": A}],
+            None,
+            "2 <image> placeholder.s. for 1",
+        ),
+    ],
+)
+def test_wrong_folders(tmp_path, rows, state, message):
+    folder = write_split(tmp_path / "test", rows)
+    if state is not None:
+        (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=message):
+        read_datasets(folder)
+
+
+def test_an_image_that_is_only_a_path_is_refused(tmp_path):
+    import pyarrow as pa
+
+    folder = write_split(tmp_path / "test", POPE)
+    image = [{"bytes": None, "path": "/etc/hostname"}]
+    table = pa.table({"question": ["a"], "answer": ["b"], "image": image})
+    with (folder / "data-00000-of-00001.arrow").open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match="column 'image' has an image path instead of its bytes"):
+        read_datasets(folder)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_in_a_line(tmp_path):
+    folder = write_split(tmp_path / "test", POPE, batch=1)
+    records = read_datasets(folder)
+    file = folder / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes()[:1200])
+    with pytest.raises(UserError, match="row 4: cannot be read"):
+        records[4].images[0].read_bytes()
+
+
+def test_what_the_library_itself_writes(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    images = [Image.open(io.BytesIO(row["image"])) for row in POPE]
+    columns = {name: [row[name] for row in POPE] for name in POPE[0] if name != "image"}
+    whole = datasets.Dataset.from_dict({**columns, "image": images, "pair": [images[:2]] * 5})
+    whole = whole.cast_column("pair", datasets.Sequence(datasets.Image()))
+    datasets.DatasetDict({"test": whole}).save_to_disk(tmp_path / "set")
+    (record, *_) = read_datasets(datasets_folder(f"datasets:{tmp_path}/set"))
+    assert record.turns == (("human", "<image>\n<image>\n<image>\nA dog 0?"), ("gpt", "yes"))
+    for stored, image in zip(record.images, (images[0], *images[:2]), strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored.read_bytes()))), np.asarray(image))

@@ -1,0 +1,190 @@
+"""From data settings to batches: which template, which images and which image slots a model's folder gives."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vlm_cases import row_of
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.prune.config import ScoreConfig
+from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data import inputs
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.encoding import Shape
+from vlmprune_jax.io.data.inputs import load_inputs
+from vlmprune_jax.io.data.preparation import within_row
+from vlmprune_jax.io.data.tiling import Tiling
+from vlmprune_jax.io.families import detect
+from vlmprune_jax.run.evaluation.config import EvaluateSpec
+from vlmprune_jax.run.evaluation.questions import arranged_questions
+from vlmprune_jax.run.experiment.arguments import evaluation_sets
+from vlmprune_jax.run.experiment.spec import Experiment
+
+
+@pytest.fixture(scope="module")
+def cfg(goldens: Path) -> ModelConfig:
+    """Some model with images; only its family, image size and positions matter here."""
+    config = json.loads((goldens / "ckpt/llava_hf/config.json").read_text())
+    return detect(config, "config.json").from_hf(config, None)
+
+
+def folder_of(tmp_path: Path, goldens: Path, checkpoint: str, tokenizer: str) -> str:
+    shutil.copytree(goldens / "tokenizers" / tokenizer, tmp_path / checkpoint)
+    for file in (goldens / "ckpt" / checkpoint).glob("*config.json"):
+        shutil.copy(file, tmp_path / checkpoint)
+    return str(tmp_path / checkpoint)
+
+
+def data(goldens: Path, **changes: Any) -> DataSpec:
+    file = str(goldens / "data/samples.json")
+    return DataSpec(train=file, eval=file, images=str(goldens / "data/images"), **changes)
+
+
+@pytest.fixture
+def internvl(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> tuple[ModelSpec, ModelConfig]:
+    folder = folder_of(tmp_path, goldens, "internvl", "internvl")
+    assert cfg.vision is not None
+    vision = dataclasses.replace(cfg.vision, image_size=56, patch_size=28)  # 4 positions a tile
+    return ModelSpec(hf_dir=folder), dataclasses.replace(cfg, family="internvl", image_token_id=393, vision=vision)
+
+
+def test_image_processor_of_another_model(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    folder = Path(folder_of(tmp_path, goldens, "llava_hf", "llava"))
+    shutil.copy(goldens / "ckpt/siglip_tower/preprocessor_config.json", folder)
+    with pytest.raises(UserError, match="returns 45 x 45 pixels, but the vision tower takes 28 x 28"):
+        load_inputs(ModelSpec(hf_dir=str(folder)), data(goldens), cfg)
+
+
+def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    loaded = load_inputs(model, data(goldens), cfg)
+    assert loaded.template.name == "phi3-chat"
+    assert isinstance(loaded.image_loader.preparation, Tiling)
+    assert loaded.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 13)
+    other = load_inputs(dataclasses.replace(model, vision_dir=str(goldens / "ckpt/clip_tower")), data(goldens), cfg)
+    assert other.image_loader.preparation == loaded.image_loader.preparation
+    two = load_inputs(model, data(goldens, max_images=2, max_tiles=6), cfg)
+    assert two.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 8)  # two images of three tiles and a thumbnail each
+    plain = load_inputs(model, data(goldens, max_tiles=1), cfg)
+    assert plain.encoder(cfg, 10).tile_buckets == (1,)
+    chosen = load_inputs(model, data(goldens, tile_buckets=(3, 5), template="bunny", system="Hi."), cfg)
+    assert chosen.encoder(cfg, 10).tile_buckets == (3, 5)
+    assert (chosen.template.name, chosen.template.system) == ("bunny", "Hi.")
+    for wrong in ((5, 3), (0, 2), (2, 2)):
+        with pytest.raises(UserError, match=r"data\.tile_buckets.* must be (positive numbers|at least 1)"):
+            load_inputs(model, data(goldens, tile_buckets=wrong), cfg).encoder(cfg, 10)
+
+
+def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    experiment = Experiment(
+        model=model,
+        data=data(goldens, max_tiles=6),
+        score=ScoreConfig(samples=5, batch_size=2, longest_text=240),
+        evaluate=EvaluateSpec(batch_size=4),
+    )
+    batches = inputs.calibration_batches(experiment.model, experiment.data, experiment.score, cfg, seed=0)
+    assert len(batches) == 3
+    assert {batch.arrays["input_ids"].shape for batch in batches} == {batches[0].arrays["input_ids"].shape}
+    stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]["samples"]
+    names = [record["id"] for record in json.loads((goldens / "data/samples.json").read_text())]
+    for batch in batches:
+        for row, name in enumerate(batch.record_ids):
+            if name:
+                real = batch.arrays["attention_mask"][row] == 1
+                assert batch.arrays["input_ids"][row][real].tolist() == stored[names.index(name)]["input_ids"]
+    questions = evaluation_sets(experiment.data, experiment.evaluate)["questions"]
+    arranged = arranged_questions(experiment.model, experiment.data, experiment.evaluate, questions, cfg, multiple=1)
+    batches = arranged.batches(threads=1, prefetch=1)
+    assert sorted(place for batch in batches for place in batch.places[batch.valid]) == [*range(14)]
+
+
+def test_internvl_records_may_leave_the_mark_out(
+    goldens: Path, internvl: tuple[ModelSpec, ModelConfig], tmp_path: Path, cfg: ModelConfig
+) -> None:
+    model, internvl_cfg = internvl
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    (tmp_path / "d.json").write_text(json.dumps([{"id": "r1", "image": "img2.png", "conversations": talk}]))
+    spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
+    loaded = load_inputs(model, spec, internvl_cfg)
+    records = inputs.training_records(spec, loaded.template)
+    row = row_of(loaded.encoder(internvl_cfg, 4096), records[0])
+    assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
+    llava = ModelSpec(
+        hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")
+    )
+    with pytest.raises(UserError, match=r"record r1: text has 0 <image> placeholder\(s\)"):
+        inputs.training_records(spec, load_inputs(llava, spec, cfg).template)
+
+
+def test_images_of_any_size(goldens: Path) -> None:
+    """Buckets that hold every image, as the folder or the user caps them; nothing like it for other models."""
+    model = ModelSpec(hf_dir=str(goldens / "families/qwen3_vl/ckpt"))
+    _, qwen = read_config(Path(model.hf_dir), None)
+    encoder = load_inputs(model, data(goldens), qwen).encoder(qwen, 10)
+    assert encoder.image_loader.preparation.max_pixels == 1300
+    assert (encoder.tile_buckets, encoder.image_buckets) == (None, (64,))  # 1300 / 8**2 are 21, thin images make more
+    capped = load_inputs(model, data(goldens, max_image_tokens=6, image_buckets=(4, 6)), qwen)
+    assert capped.image_loader.preparation.max_pixels == 6 * 8**2
+    assert capped.encoder(qwen, 10).shape_of([]) == Shape(10, 1, 4)
+    with pytest.raises(UserError, match=r"data\.image_buckets=\(6, 4\) must be positive numbers in ascending order"):
+        load_inputs(model, data(goldens, image_buckets=(6, 4)), qwen).encoder(qwen, 10)
+    assert [within_row((64, 128, 256), length) for length in (10, 64, 65, 999)] == [(64,)] * 2 + [
+        (64, 128),
+        (64, 128, 256),
+    ]
+
+
+def test_budgets_of_tokens(goldens: Path) -> None:
+    """Every budget of Gemma 4 shapes training and evaluation rows alike."""
+    model = ModelSpec(hf_dir=str(goldens / "families/gemma4/ckpt"))
+    _, gemma = read_config(Path(model.hf_dir), None)
+    for budget in (70, 140, 280, 560, 1120):
+        loaded = load_inputs(model, data(goldens, max_image_tokens=budget), gemma)
+        for encoder in (loaded.encoder(gemma, 10), loaded.training_encoder(gemma)):
+            assert encoder.image_buckets == (budget,)
+        (shape,) = loaded.image_loader.shapes([goldens / "data/images/img1.png"], "r")
+        assert budget / 2 < shape.tokens <= budget
+
+
+def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    assert cfg.vision is not None
+    vision = dataclasses.replace(cfg.vision, image_size=45)
+    bunny = dataclasses.replace(cfg, family="bunny", layout="original", image_token_id=-200, vision=vision)
+    folder = folder_of(tmp_path, goldens, "bunny", "bunny")
+    stored = np.load(goldens / "data/images.npz")["siglip_pad"]
+    path = goldens / "data/images/img1.png"
+    for vision_dir in (None, str(goldens / "ckpt/siglip_tower")):
+        loaded = load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), bunny)
+        assert loaded.template.name == "bunny"
+        assert loaded.encoder(bunny, 10).tile_buckets is None
+        np.testing.assert_allclose(loaded.image_loader.load(path, "r")[0], stored[1], atol=1e-5, rtol=0)
+    llava = dataclasses.replace(bunny, family="llava", layout="transformers")
+    assert load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), llava).template.name == "bunny"
+
+
+def test_wrong_template_names(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    with pytest.raises(UserError, match=r"data\.template 'phi3_chat' is not one of auto, .*; did you mean 'phi3-chat'"):
+        load_inputs(model, data(goldens, template="phi3_chat"), cfg)
+
+
+def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    folder = folder_of(tmp_path, goldens, "llava_hf", "llava")
+    model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
+    with pytest.raises(UserError, match=r"does not cut images into tiles by their aspect ratio: unset data\.thumbnail"):
+        load_inputs(model, data(goldens, thumbnail=True), cfg)
+    with pytest.raises(UserError, match=r"data\.max_image_tokens=9: every image of this model has \d+ tokens"):
+        load_inputs(model, data(goldens, max_image_tokens=9), cfg)
+    with pytest.raises(UserError, match=r"data\.image_buckets=\(9,\) is set, but this model's images have one size"):
+        load_inputs(model, data(goldens, image_buckets=(9,)), cfg).encoder(cfg, 10)
+    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).shape_of([]) == Shape(10, 3)
+    by_images = load_inputs(model, data(goldens, max_images=3, tile_buckets=(1, 3)), cfg).encoder(cfg, 10)
+    assert by_images.shape_of([]) == Shape(10, 1)  # other models' images are one tile each

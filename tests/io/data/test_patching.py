@@ -1,0 +1,233 @@
+"""Images of any size: what stock transformers makes of them, rows and batches of several sizes, and refusals."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vlm_cases import images_of
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.io.data.batching import train_batches
+from vlmprune_jax.io.data.encoding import Encoder, Shape, measure
+from vlmprune_jax.io.data.images import ImageLoader
+from vlmprune_jax.io.data.patching import Patching, patching_from_processor
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.families.templates import QWEN2_5_VL, QWEN3_VL
+
+TEMPLATES = {"qwen3_vl": QWEN3_VL, "qwen2_5_vl": QWEN2_5_VL}
+CASES = ("single", "two", "text", "tiny")
+TRAIN: dict[str, Any] = {
+    "batch_size": 2,
+    "epochs": 1,
+    "drop_remainder": False,
+    "threads": 1,
+}
+
+
+class Golden:
+    """One family's images and chats, and what the processor of transformers makes of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        with np.load(folder / "golden.npz") as stored:
+            self.arrays = dict(stored)
+        self.facts = json.loads((folder / "golden.json").read_text())
+        self.config = json.loads((folder / "ckpt/config.json").read_text())
+        saved = json.loads((folder / "ckpt/processor_config.json").read_text())
+        self.patching = patching_from_processor(saved["image_processor"], "processor_config.json")
+        self.encoder = Encoder(
+            tokenizer=load_tokenizer(folder / "ckpt"),
+            template=TEMPLATES[folder.name],
+            max_length=0,
+            image_loader=ImageLoader(self.patching, max_pixels=10**6, cache_bytes=10**7),
+            image_token_id=self.config["image_token_id"],
+            tokens_per_image=0,
+            max_images=2,
+            truncate=False,
+            image_buckets=(5, 15, 20, 40),
+        )
+
+    def record(self, case: str, behind: str = "\n") -> Record:
+        """The chat with LLaVA's placeholders, and white space behind them that the processor's chat has not."""
+        facts, turns = self.facts["cases"][case], []
+        for message in facts["messages"]:
+            parts = [f"<image>{behind}" if part["type"] == "image" else part["text"] for part in message["content"]]
+            turns.append(("human" if message["role"] == "user" else "gpt", "".join(parts)))
+        images = tuple(self.folder / self.facts["images"][k]["file"] for k in facts["images"])
+        return Record(case, (*turns, ("gpt", facts["answer"])), images)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def golden(goldens: Path, request: Any) -> Golden:
+    return Golden(goldens / "families" / request.param)
+
+
+def test_patches_equal_the_processors(golden: Golden) -> None:
+    hub = json.loads((golden.folder / "preprocessor_config_hub_style.json").read_text())
+    assert patching_from_processor(hub, "x") == golden.patching
+    per_value = golden.patching.temporal * golden.patching.patch**2
+    mean, std = (np.repeat(np.float32(v), per_value) for v in (golden.patching.mean, golden.patching.std))
+    for k, facts in enumerate(golden.facts["images"]):
+        with Image.open(golden.folder / facts["file"]) as image:
+            shape = golden.patching.image_shape(*image.size, 1)
+            found = golden.patching.prepare(image, 1)
+        levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
+        assert np.array_equal(found, (levels / 255 - mean) / std)
+        assert list(shape.grids[0]) == facts["grid_thw"] == golden.arrays[f"image{k}_grid_thw"].tolist()
+        assert (shape.slots, shape.tokens) == (1, facts["image_tokens"])
+
+
+@pytest.mark.parametrize("behind", ["\n", ""])
+def test_ids_labels_and_positions_equal_the_processors(golden: Golden, behind: str) -> None:
+    for case in CASES:
+        record, stored = golden.record(case, behind), golden.arrays[f"{case}_input_ids"]
+        row = dataclasses.replace(golden.encoder, max_length=len(stored)).training_row(record)
+        answer = golden.arrays[f"{case}_labels"]
+        last = np.arange(len(stored)) >= np.flatnonzero(answer != IGNORED)[0]  # stored is the last answer's alone
+        assert row["input_ids"].tolist() == stored.tolist(), case
+        assert row["labels"][last].tolist() == answer[last].tolist(), case
+        assert (row["labels"][stored == golden.encoder.image_token_id] == IGNORED).all()
+        assert np.array_equal(row["position_ids"], golden.arrays[f"{case}_position_ids"]), case
+        prompt = golden.encoder.prompt_ids(record)
+        assert prompt.tolist() == stored[: golden.facts["cases"][case]["prompt_len"]].tolist()
+
+
+def test_images_stay_where_they_are(golden: Golden) -> None:
+    """As Qwen's own fine-tuning has it: each image a part of the chat, and so is the stripped text between two."""
+    images = golden.record("two").images
+    turns = (("human", "See <image>\n and\n<image> now"), ("gpt", "Yes."))
+    text = golden.encoder.tokenizer.decode(golden.encoder.prompt_ids(Record("r", turns, images)))
+    pads = ["<|image_pad|>" * golden.facts["images"][k]["image_tokens"] for k in (1, 2)]
+    marked = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
+    assert f"<|im_start|>user\nSee{marked[0]}and{marked[1]}now<|im_end|>\n" in text
+    assert text.startswith(
+        "<|im_start|>system\nYou are a helpful" if golden.name == "qwen2_5_vl" else "<|im_start|>user"
+    )
+
+
+def test_a_batch_of_several_sizes(golden: Golden) -> None:
+    """Rows have the smallest bucket that holds their images; two processes agree on it from headers."""
+    records = [golden.record(case) for case in ("tiny", "two", "tiny", "text", "single")]
+    encoder = dataclasses.replace(golden.encoder, max_length=80, tile_buckets=(1, 2))
+    batches = list(train_batches(records, encoder, **TRAIN))
+    merge, values = golden.patching.merge**2, golden.patching.shape[0]
+    shapes = [(2, 40 * merge, values), (2, 5 * merge, values), (2, 15 * merge, values)]
+    assert [batch.arrays["pixel_values"].shape for batch in batches] == shapes
+    packed, facts = list(train_batches(records, encoder, **TRAIN, packs=1)), golden.facts["images"]
+    assert -(-sum(facts[k]["image_tokens"] for k in (3, 1, 2)) // 2) > 15
+    assert packed[0].arrays["pixel_values"].shape == (1, 2 * 20 * merge, values)  # 20 on average
+    for batch, other in zip(batches, packed, strict=True):
+        for pixels, row in zip(batch.arrays["pixel_values"], batch.arrays["image_grid_thw"], strict=True):
+            size = row.prod(axis=1).sum()
+            front = other.arrays["pixel_values"][0]
+            assert np.array_equal(front[:size], pixels[:size])
+            other.arrays["pixel_values"] = front[None, size:]
+        assert not other.arrays["pixel_values"].any()
+        grids = [grid for grid in batch.arrays["image_grid_thw"].reshape(-1, 3) if grid.any()]
+        assert np.array_equal(other.arrays["image_grid_thw"][0, : len(grids)], np.reshape(grids, (-1, 3)))
+    parts = [list(train_batches(records, encoder, **TRAIN, mine=np.array([row]))) for row in range(TRAIN["batch_size"])]
+    sized = train_batches(records, encoder, **TRAIN, sizes=measure(records, encoder, on_error="stop", threads=1))
+    for number, batch in enumerate(batches):
+        for name, array in batch.arrays.items():
+            assert np.array_equal(np.concatenate([part[number].arrays[name] for part in parts]), array)
+    for batch, other in zip(batches, sized, strict=True):
+        assert all(np.array_equal(array, other.arrays[name]) for name, array in batch.arrays.items())
+    two = {name: array[1] for name, array in batches[0].arrays.items()}
+    grids = np.stack([golden.arrays[f"image{k}_grid_thw"] for k in (1, 2)])
+    assert np.array_equal(two["image_grid_thw"], grids)
+    np.testing.assert_array_equal(two["pixel_values"].any(axis=1), np.arange(40 * merge) < grids.prod(axis=1).sum())
+    assert np.array_equal(two["position_ids"][:, two["attention_mask"] == 1], golden.arrays["two_position_ids"])
+    padding = batches[2].arrays  # its second row
+    assert not any(padding[name][1].any() for name in ("pixel_values", "image_grid_thw", "position_ids"))
+
+
+def test_sizes_and_prompts(golden: Golden) -> None:
+    records = [golden.record(case) for case in CASES]
+    sizes = measure(records, golden.encoder, on_error="stop", threads=1)
+    counts = [image["image_tokens"] for image in golden.facts["images"]]
+    assert sizes[:, 0].tolist() == [golden.facts["cases"][case]["tokens"] for case in CASES]
+    assert sizes[:, 1].tolist() == [1, 2, 0, 1]
+    assert sizes[:, 2].tolist() == [counts[0], sum(counts[1:3]), 0, counts[3]]
+    for case, record in zip(CASES, records, strict=True):
+        assert len(golden.encoder.prompt_ids(record)) == golden.facts["cases"][case]["prompt_len"]
+
+
+# --- sizes of one's own -----------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, width: int, height: int) -> Record:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    return Record("r7", (("human", "<image>\nWhat?"), ("gpt", "It.")), (folder / "a.png",))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 150), (3000, 17)])
+def test_odd_sizes_become_what_the_processor_makes_of_them(golden: Golden, tmp_path: Path, size: Any) -> None:
+    from transformers import Qwen2VLImageProcessorPil
+
+    record, patching = save(tmp_path, *size), golden.patching
+    saved = json.loads((golden.folder / "ckpt/processor_config.json").read_text())["image_processor"]
+    with Image.open(record.images[0]) as image:
+        expected = Qwen2VLImageProcessorPil.from_dict(saved)(image, return_tensors="np")
+    row = images_of(golden.encoder, record, Shape(0, 1, 100))
+    count = len(expected["pixel_values"])
+    assert row["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    np.testing.assert_allclose(row["pixel_values"][:count], expected["pixel_values"], atol=1e-5, rtol=0)
+    assert count <= patching.image_buckets[-1] * patching.merge**2
+
+
+def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"a.png \(record r7\): image of 1x20000 pixels: the long side is more than 200 times"
+    ):
+        golden.encoder.shape_of([save(tmp_path, 1, 20_000)])
+    record = golden.record("two")
+    few = dataclasses.replace(golden.encoder, image_buckets=(4, 10))
+    with pytest.raises(
+        UserError, match=r"record two: needs \d+ image tokens, more than the largest bucket \(10\): raise"
+    ):
+        next(iter(train_batches([record], dataclasses.replace(few, max_length=80), **TRAIN)))
+    tokens = golden.facts["cases"]["two"]["tokens"]
+    short = dataclasses.replace(golden.encoder, max_length=30)
+    with pytest.raises(
+        UserError, match=f"record two: has {tokens} tokens with its images, more than the maximum length 30"
+    ):
+        next(iter(train_batches([record], short, **TRAIN)))
+    with pytest.raises(UserError, match=r"record two: an image ends at token .*, beyond the maximum length 30: raise"):
+        dataclasses.replace(short, truncate=True).training_row(record)
+    moving = dataclasses.replace(record, turns=(("human", "<image><image><|video_pad|>"), ("gpt", "It.")))
+    with pytest.raises(UserError, match=r"record two: its text contains <\|video_pad\|>, the placeholder token"):
+        measure([moving], golden.encoder, on_error="stop", threads=1)
+    large = dataclasses.replace(short, max_length=80, image_buckets=(10**10,))
+    with pytest.raises(
+        UserError, match=r"batches of 2 rows of 80 tokens and 2 images of 10000000000 tokens together: 5 batches"
+    ):
+        train_batches([record], large, **TRAIN)
+    with pytest.raises(UserError, match=r"batches of 2 rows .* lower batch_size, data.max_image_tokens"):
+        next(iter(train_batches([record], dataclasses.replace(large, image_buckets=(1, 10**9)), **TRAIN)))
+
+
+def test_the_users_cap(golden: Golden) -> None:
+    capped = golden.patching.with_most_tokens(9, 0)
+    assert capped.image_shape(300, 200, 1).tokens <= 9 < golden.patching.image_shape(300, 200, 1).tokens
+    assert golden.patching.with_most_tokens(10**6, 0) == golden.patching
+    with pytest.raises(UserError, match=r"must be at least [34], the number of tokens of the smallest image"):
+        golden.patching.with_most_tokens(1, 0)
+
+
+def test_no_image_has_more_tokens_than_the_last_bucket() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(2000):
+        side, least = int(draw.integers(1, 17)), int(draw.integers(1, 5000))
+        zeros, ones = (0.0,) * 3, (1.0,) * 3
+        one = Patching(side, 2, 2, least, least + int(draw.integers(0, 50_000)), zeros, ones, 3)
+        height, width = np.exp(draw.uniform(0, 8, 2)).astype(int).tolist()
+        width = min(max(width, math.ceil(height / 200)), 200 * height)
+        assert 1 <= one.image_shape(width, height, 1).tokens <= one.image_buckets[-1]

@@ -1,0 +1,340 @@
+"""Forward KL against a teacher's k likeliest tokens: its value, its gradient, and training with k = vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recover_cases as cases
+
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.models.vocabulary import Head
+from vlmprune_jax.core.recovery.config import LossConfig
+from vlmprune_jax.core.recovery.flops import step_flops
+from vlmprune_jax.core.recovery.loop import recover
+from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
+from vlmprune_jax.core.recovery.objective import check_losses, check_teacher
+from vlmprune_jax.core.recovery.program import place
+from vlmprune_jax.core.recovery.terms import top_k_divergence, top_k_logprobs
+from vlmprune_jax.io.data.media import StoredImage
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.teacher_pass import teacher_top_k
+from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
+
+TEMPERATURE = 1.7
+VOCAB = 64
+KL = LossConfig(ce=0.3, kl=0.7, temperature=TEMPERATURE, teacher_inputs="own", chunk=4)
+
+
+# --- the divergence ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [
+        (1, 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)),
+        (2, 0.5 * math.log(0.5 / 0.25) + 0.3 * math.log(0.3 / 0.25) + 0.2 * math.log(0.2 / 0.5)),
+        (4, math.log(4) + 0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.1 * math.log(0.1) * 2),
+    ],
+)
+def test_by_hand(k: int, expected: float):
+    """Teacher (0.1, 0.5, 0.1, 0.3) at the temperature, student uniform."""
+    teacher = 2.0 * jnp.log(jnp.array([0.1, 0.5, 0.1, 0.3]))
+    ids, logprobs = top_k_logprobs(teacher, 2.0, k)
+    assert ids[:2].tolist() == [1, 3][:k]
+    assert float(top_k_divergence(jnp.zeros(4), ids, logprobs, 2.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def _logits(seed: int, spread: float) -> np.ndarray:
+    return spread * np.random.default_rng(seed).standard_normal((3, 5, VOCAB)).astype(np.float32)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits.astype(np.float64) / TEMPERATURE - logits.max(-1, keepdims=True) / TEMPERATURE)
+    return e / e.sum(-1, keepdims=True)
+
+
+def _by_numpy(student: np.ndarray, teacher: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divergence and its gradient with respect to the student's logits: (q - p) / T among the k, and outside them
+    q - p(rest) q / q(rest).
+    """
+    p, q = _softmax(teacher), _softmax(student)
+    chosen = np.zeros(p.shape, bool)
+    np.put_along_axis(chosen, np.argsort(-p, axis=-1)[..., :k], True, axis=-1)
+    value = np.where(chosen, p * np.log(p / q), 0).sum(-1)
+    rest_p, rest_q = (np.where(chosen, 0, x).sum(-1, keepdims=True) for x in (p, q))
+    target = p
+    if k < VOCAB:
+        value = value + (rest_p * np.log(rest_p / rest_q))[..., 0]
+        target = np.where(chosen, p, rest_p * q / rest_q)
+    return value, (q - target) / TEMPERATURE
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize("spread", [1.0, 12.0])
+def test_value_and_gradient_equal_numpy(k: int, spread: float):
+    """Also for distributions so sharp that float32 cannot tell 1 minus the probability of the k from 0."""
+    student, teacher = _logits(0, spread), _logits(1, spread)
+    ids, logprobs = top_k_logprobs(jnp.asarray(teacher), TEMPERATURE, k)
+    np.testing.assert_allclose(np.exp(logprobs).sum(-1), 1.0, rtol=1e-6)
+    found = top_k_divergence(jnp.asarray(student), ids, logprobs, TEMPERATURE)
+    gradient = jax.grad(lambda x: jnp.sum(top_k_divergence(x, ids, logprobs, TEMPERATURE)))(jnp.asarray(student))
+    value, expected = _by_numpy(student, teacher, k)
+    # Float32 rounds the terms of a sum that may be much smaller than they are.
+    np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_a_lower_bound_that_grows_with_k():
+    student, teacher = jnp.asarray(_logits(0, 3.0)), jnp.asarray(_logits(1, 3.0))
+    values = [
+        top_k_divergence(student, *top_k_logprobs(teacher, TEMPERATURE, k), TEMPERATURE) for k in (1, 2, 8, 32, 63, 64)
+    ]
+    assert all(np.all(a <= b * (1 + 1e-6)) for a, b in itertools.pairwise(values))
+    assert np.all(values[0] < values[-1])
+    assert np.all(values[0] > 0)
+
+
+def test_log_probabilities_of_less_precision_are_normalised():
+    """Bfloat16 changes their sum by 1e-3, which would show as a divergence from oneself (or one below 0)."""
+    student = jnp.asarray(_logits(0, 3.0))
+    ids, logprobs = top_k_logprobs(student, TEMPERATURE, 5)
+    rounded = logprobs.astype(jnp.bfloat16)
+    assert np.abs(np.exp(rounded.astype(jnp.float32)).sum(-1) - 1).max() > 1e-3
+    divergence = top_k_divergence(student, ids, rounded, TEMPERATURE)
+    assert divergence.min() > -1e-6
+    assert divergence.max() < 1e-4
+
+
+# --- in the step ------------------------------------------------------------------------------------------------------
+
+
+class Taught(cases.Stream):
+    """The stream with what the teacher gave at the positions that count, through the cache on disk."""
+
+    def __init__(self, folder, teacher: Model, loss: LossConfig, mesh):
+        super().__init__(teacher.cfg)
+        cache = ArrayCache(folder, {})
+        self.kept = TeacherRows(
+            cache, loss.teacher_top_k, loss.kl_positions, np.dtype("float32"), teacher.cfg.text.vocab_size
+        )
+        self.pass_over = functools.partial(teacher_top_k, teacher, loss=loss, compute_dtype="float32", mesh=mesh)
+
+    def __next__(self):
+        batch = super().__next__()
+        ((_, ids, logprobs),) = self.pass_over([batch])
+        rows = [{name: array[row] for name, array in batch.arrays.items()} for row in range(self.rows)]
+        for name, row, *found in zip(batch.record_ids, rows, ids, logprobs, strict=True):
+            self.kept.keep(Record(name, (), ()), row, *found)
+        self.kept.cache.publish()
+        for name, row in zip(batch.record_ids, rows, strict=True):
+            self.kept.fill(row, Record(name, (), ()))
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return dataclasses.replace(batch, arrays=arrays)
+
+
+@pytest.mark.parametrize("positions", ["all", "labels"])
+def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions: str):
+    """Value and gradients within 1e-6, with padding and some labels ignored, whatever the chunk."""
+    rng, loss = np.random.default_rng(0), dataclasses.replace(KL, kl_positions=positions)
+    table, hidden, taught = (
+        jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((VOCAB, 8), (3, 11, 8), (3, 11, 8))
+    )
+    mask = (np.arange(11) < np.array([[11], [7], [9]])).astype(np.int32)
+    labels = jnp.asarray(np.where(mask * (np.arange(11) % 3) > 0, 5, -100))
+
+    def head(states, weight):
+        return jnp.einsum("...d,vd->...v", states, weight)
+
+    ids, logprobs = top_k_logprobs(head(taught, 2 * table), TEMPERATURE, VOCAB)
+    beside = {"teacher_hidden": taught, "teacher_head": Head(2 * table, None)}
+    cached = {"teacher_hidden": None, "teacher_head": None, "top": {"ids": ids, "logprobs": logprobs}}
+
+    def kl(hidden, table, given):
+        weights = term_weights(loss, cases.config(), labels, jnp.asarray(mask))
+        sums = vocabulary_sums(hidden, Head(table, None), labels, jnp.asarray(mask), loss, **given)
+        return sums["kl"] / weights["kl"]
+
+    (expected, gradients), (found, ours) = (
+        jax.jit(jax.value_and_grad(lambda h, t, given=given: kl(h, t, given), argnums=(0, 1)))(hidden, table)
+        for given in (beside, cached)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for one, other in zip(ours, gradients, strict=True):
+        np.testing.assert_allclose(one / jnp.abs(other).max(), other / jnp.abs(other).max(), atol=1e-6)
+    counted = np.flatnonzero(np.abs(ours[0]).max(axis=(0, 2)))
+    assert counted.tolist() == ([*range(11)] if positions == "all" else [0, 1, 3, 4, 6, 7, 9])
+
+
+def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only():
+    teacher, loss = cases.model(cases.config(vision=False, layers=1)), dataclasses.replace(KL, teacher_top_k=VOCAB)
+    batch = next(cases.Stream(teacher.cfg))
+    exact, half = (
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype=dtype, mesh=None))[1:]
+        for dtype in ("float32", "bfloat16")
+    )
+    logprobs = [
+        np.take_along_axis(found, np.argsort(ids), -1)
+        for ids, found in ((ids, lp[..., :-1]) for ids, lp in (exact, half))
+    ]
+    assert 1e-4 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
+    batch.arrays["input_ids"][0, 0] = VOCAB
+    with pytest.raises(UserError, match=f"outside the vocabulary of {VOCAB}"):
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype="float32", mesh=None))
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training_is_what_it_is_beside_a_teacher(tmp_path):
+    """Six steps with micro-batches on one device with a teacher, and cached on eight, the vocabulary split over two."""
+    teacher, student = (cases.model(cases.config(layers=n, vision=False), n) for n in (2, 1))
+    mesh, loss = make_mesh(2, 2, 2), dataclasses.replace(KL, kl_positions="labels")
+    cached, split = dataclasses.replace(loss, teacher_top_k=VOCAB), Model(unflatten(place(teacher, mesh)), teacher.cfg)
+    runs = {
+        "beside": (loss, cases.Stream(teacher.cfg), {"teacher": teacher}),
+        "cached": (cached, Taught(tmp_path / "cache", split, cached, mesh), {"mesh": mesh}),
+    }
+    models, lines = [], []
+    for name, (measure, data, options) in runs.items():
+        config = cases.settings(losses=measure, accumulation=2)
+        models.append(recover(student, data, config, workdir=tmp_path / name, progress=False, **options)[0])
+        lines.append(_lines(tmp_path / name))
+    for name in ("loss", "ce", "kl", "grad_norm"):
+        np.testing.assert_allclose(*([line[name] for line in run] for run in lines), rtol=1e-5, err_msg=name)
+    assert lines[0][0]["kl"] > lines[0][-1]["kl"]
+    assert cases.largest_difference(*models) < 1e-5
+    labels = int(np.sum(next(cases.Stream(teacher.cfg)).arrays["labels"][:, 1:] != IGNORED))
+    sizes = {"rows": 8, "length": 11, "images": 0, "looked_at": labels}  # no logits of other positions
+    flops = step_flops(student.cfg, None, cached, list(flatten(student.params)), **sizes)
+    assert 0 < labels < 88
+    assert flops.teacher == 0
+    assert lines[1][0]["model_flops_per_second"] * lines[1][0]["seconds"] == pytest.approx(flops.total)
+    assert lines[0][0]["model_flops_per_second"] * lines[0][0]["seconds"] > 1.2 * flops.total
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rkl": 0.5},
+            "rkl cannot be computed from cached top-k logits of a teacher \\(only kl can\\): set rkl=0, or train",
+        ),
+        ({"l2": 0.5, "cosine": 0.1}, "l2 and cosine cannot be computed .* set l2=0 and cosine=0"),
+        ({"kl": 0.0}, "teacher_top_k=5 needs a term that uses it: set kl above 0"),
+        ({"teacher_top_k": -1}, "teacher_top_k=-1 must be at least 0"),
+        ({"teacher_inputs": "student"}, 'a cached teacher needs teacher_inputs="own"'),
+        ({"reference_compat": True}, "and reference_compat=False"),
+        ({"kl_positions": "label"}, "'label' is not one of all, labels; did you mean 'labels'"),
+        ({"kl_positions": "labels", "reference_compat": True, "teacher_top_k": 0}, 'needs kl_positions="all"'),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_losses(dataclasses.replace(KL, **{"teacher_top_k": 5, **changes}))
+
+
+def test_more_tokens_than_there_are_and_batches_without_any():
+    cfg = cases.config(vision=False)
+    with pytest.raises(UserError, match="teacher_top_k=65 must be at most the vocabulary size, 64"):
+        check_teacher(dataclasses.replace(KL, teacher_top_k=65), cfg, None)
+    with pytest.raises(UserError, match="teacher_top_k=5 needs batches with 5 teacher_ids and 6 teacher_logprobs"):
+        _top_k({"teacher_ids": jnp.zeros((1, 2, 5), jnp.int32)}, dataclasses.replace(KL, teacher_top_k=5))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_keep_the_positions_that_count(tmp_path):
+    """Position t counts for label t + 1; what is read back stands there, for records that share an id as well."""
+    rows = TeacherRows(ArrayCache(tmp_path, {}), 2, "labels", np.dtype("bfloat16"), 80_000)
+    records = [Record("same", (("human", "a"), ("gpt", text)), ()) for text in "bcd"]
+    row = {"labels": np.array([-100, -100, 7, 8, -100, 9]), "attention_mask": np.array([1, 1, 1, 1, 1, 1])}
+    nothing = {"labels": np.full(6, -100), "attention_mask": row["attention_mask"]}
+    ids = np.arange(12).reshape(6, 2) + 70_000
+    logprobs = -np.arange(18, dtype=np.float32).reshape(6, 3)
+    assert not rows.has(records[0])
+    for record, labels, at in zip(records, (row, row, nothing), (ids, ids - 70_000, ids), strict=True):
+        rows.keep(record, labels, at, logprobs)
+    rows.cache.publish()
+    for number, base in ((0, 70_000), (1, 0)):
+        found = dict(row)
+        rows.fill(found, records[number])
+        assert rows.has(records[number])
+        kept = [rows.cache[f"{record_key(records[number])}.{name}"].dtype for name in ("ids", "logprobs")]
+        assert kept == [np.int32 if base else np.uint16, rows.dtype]
+        assert found["teacher_ids"].tolist() == [[0, 0], [base + 2, base + 3], [base + 4, base + 5], [0, 0],
+                                                 [base + 8, base + 9], [0, 0]]  # fmt: skip
+        assert found["teacher_logprobs"].dtype == rows.dtype
+        assert found["teacher_logprobs"].astype(np.float32).tolist() == [[0] * 3, [-3, -4, -5], [-6, -7, -8], [0] * 3,
+                                                                         [-12, -13, -14], [0] * 3]  # fmt: skip
+    empty, padding = dict(nothing), dict(nothing)
+    rows.fill(empty, records[2])
+    rows.fill(padding, None)
+    for found in (empty, padding):
+        assert not found["teacher_ids"].any()
+        assert not found["teacher_logprobs"].any()
+    with pytest.raises(UserError, match=r"record same: .* has 3 positions, expected 0: remove that folder"):
+        rows.fill(dict(nothing), records[0])
+    with pytest.raises(UserError, match="record same: the teacher's logits are not finite"):
+        rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
+    with pytest.raises(UserError, match="has no array for"):
+        rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))
+
+
+class Store:
+    """A data set of images."""
+
+    def __init__(self, name: str):
+        self.identity = lambda: name
+
+
+def test_a_record_is_known_by_what_it_says_and_shows(tmp_path, monkeypatch):
+    """Runs share a cache: from several working directories, with several data sets, after an image was replaced."""
+    turns, found = (("human", "a"), ("gpt", "b")), []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "image.png").write_bytes(b"image")
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(record_key(Record("r", turns, (Path("image.png"),))))
+        assert record_key(Record("r", turns, (tmp_path / folder / "image.png",))) == found[-1]
+    Path("image.png").write_bytes(b"another one")
+    images = [StoredImage("image.png", n, Store(name)) for n, name in ((0, "one"), (1, "one"), (0, "two"))]
+    others = [(turns, (image,)) for image in (Path("image.png"), *images)] + [(turns, ()), (turns[:1], ())]
+    found += [record_key(Record("r", *given)) for given in others]
+    assert len(set(found)) == 8
+
+
+def test_padding_is_not_kept_where_all_positions_count(tmp_path):
+    """A longer bucket has more of it."""
+    rows, record = TeacherRows(ArrayCache(tmp_path, {}), 1, "all", np.dtype("float32"), 100), Record("r", (), ())
+    rows.keep(record, _row(3, 4), np.arange(1, 5)[:, None], np.arange(8, dtype=np.float32).reshape(4, 2))
+    rows.cache.publish()
+    found = _row(3, 6)
+    rows.fill(found, record)
+    assert found["teacher_ids"].tolist() == [[1], [2], [3], [0], [0], [0]]
+    assert found["teacher_logprobs"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 0], [0, 0], [0, 0]]
+    with pytest.raises(UserError, match=r"record r: .* has 3 positions, expected 2"):
+        rows.fill(_row(2, 6), record)
+
+
+def _row(real: int, length: int) -> dict[str, np.ndarray]:
+    return {"labels": np.full(length, 5), "attention_mask": (np.arange(length) < real).astype(np.int32)}

@@ -1,0 +1,191 @@
+"""Tiles equal the reference's byte for byte, grids exactly, and those of a transformers folder its own processor's."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.io.data.tiling import Tiling, closest_grid
+from vlmprune_jax.io.families.tiles import ImageShape
+from vlmprune_jax.io.families.towers import PIXELS
+
+SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC), True)
+FULL = dataclasses.replace(SMALL, size=448, max_tiles=12)
+
+
+def folder_with(tmp_path: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def load(folder: Path, **options: Any) -> ImageLoader:
+    return load_image_processor(folder, **{"aspect_ratio": "pad", "max_pixels": 10**6, "cache_bytes": 10**6, **options})
+
+
+def test_grids_equal_the_reference(goldens: Path) -> None:
+    stored = json.loads((goldens / "data/internvl_grids.json").read_text())
+    assert len(stored["images"]) == 8
+    for name, expected in stored["images"].items():
+        image, _, most = name.partition("_max")
+        with Image.open(goldens / f"data/images/{image}.png") as opened:
+            size = opened.size
+        tiling = dataclasses.replace(SMALL, max_tiles=int(most))
+        assert tiling.grid(*size, 1) == (expected["cols"], expected["rows"]), name
+        assert tiling.image_shape(*size, 1).slots == expected["tiles"], name
+    rows = stored["grid_table_448"]["rows"]
+    assert len(rows) > 100
+    for width, height, most, columns, lines in rows:
+        assert closest_grid(width, height, 448, 1, most) == (columns, lines), (width, height, most)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid", "tiles"),
+    [
+        (448, 448, (1, 1), 1),
+        (800, 600, (4, 3), 13),
+        (1920, 1080, (4, 2), 9),
+        (1000, 500, (2, 1), 3),  # a tie of 2x1, 4x2: not more than half the pixels of the larger
+        (2000, 1000, (4, 2), 9),
+        (640, 426, (3, 2), 7),
+        (1200, 1200, (3, 3), 10),
+        (3000, 200, (12, 1), 13),
+        (300, 100, (3, 1), 4),
+    ],
+)
+def test_known_cases(width: int, height: int, grid: tuple[int, int], tiles: int) -> None:
+    assert FULL.grid(width, height, 1) == grid
+    assert FULL.image_shape(width, height, 1) == ImageShape(grid[1], grid[0], tiles)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_tiles_equal_the_reference(goldens: Path, number: int) -> None:
+    stored = np.load(goldens / "data/images.npz")
+    with Image.open(goldens / f"data/images/img{number}.png") as opened:
+        image = opened.convert("RGB")
+    cut = np.stack([np.asarray(tile) for tile in SMALL.cut(image, 1)])
+    assert np.array_equal(cut, stored[f"internvl_img{number}_tiles_uint8"])
+    pixels = SMALL.prepare(image, 1)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, stored[f"internvl_img{number}_pixel_values"], atol=1e-5, rtol=0)
+    whole = dataclasses.replace(SMALL, max_tiles=1, pad=True).prepare(image, 1)
+    np.testing.assert_allclose(whole[0], stored[f"internvl_img{number}_pad2square"], atol=1e-5, rtol=0)
+
+
+def test_chat_folder_says_how_to_cut(goldens: Path, tmp_path: Path) -> None:
+    chat = load(goldens / "ckpt/internvl").preparation
+    assert chat == dataclasses.replace(SMALL, size=56, max_tiles=12)
+    config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
+    # The hub's folder has a CLIP processor too, which its code does not use for tiles.
+    clip = json.loads((goldens / "ckpt/clip_tower/preprocessor_config.json").read_text())
+    folder_with(tmp_path, config={**config, "max_dynamic_patch": 5, "use_thumbnail": False}, preprocessor_config=clip)
+    assert load(tmp_path).preparation == dataclasses.replace(SMALL, size=56, max_tiles=5, thumbnail=False)
+    folder_with(tmp_path, config={**config, "dynamic_image_size": False, "pad2square": True})
+    still = load(tmp_path)
+    assert still.preparation == dataclasses.replace(SMALL, size=56, max_tiles=1, thumbnail=False, pad=True)
+    assert still.load(goldens / "data/images/img3.png", "r").shape == (1, 3, 56, 56)
+    changed = load(goldens / "ckpt/internvl", tiling={"max_tiles": 6, "thumbnail": None, "min_tiles": 2})
+    assert changed.preparation == dataclasses.replace(SMALL, size=56, min_tiles=2)
+
+
+def test_transformers_folder_equals_its_own_processor(goldens: Path, tmp_path: Path) -> None:
+    from transformers import GotOcr2ImageProcessorPil
+
+    config = {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "crop_to_patches": False,  # as in the hub's InternVL folders: their processor turns it on
+        "size": {"height": 28, "width": 28},
+        "min_patches": 2,
+        "max_patches": 7,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.25],
+    }
+    own = GotOcr2ImageProcessorPil.from_dict(config)
+    loader = load(folder_with(tmp_path, processor_config={"image_processor": config}))
+    for number in range(4):
+        path = goldens / f"data/images/img{number}.png"
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+        expected = own(rgb, crop_to_patches=True, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(loader.load(path, "r"), expected, atol=1e-5, rtol=0)
+
+
+def test_images_of_one_record_share_the_tiles(goldens: Path) -> None:
+    assert FULL.grid(800, 600, 1) == (4, 3)
+    assert FULL.grid(800, 600, 2) == (3, 2)  # at most 6 each
+    assert FULL.grid(800, 600, 5) == (1, 1)  # at most 2 each
+    assert FULL.image_shape(3000, 200, 30) == ImageShape()
+    assert [FULL.most(images) for images in (1, 2, 3, 12, 30)] == [13, 14, 15, 18, 30]
+    assert dataclasses.replace(FULL, min_tiles=4).grid(448, 448, 6) == (1, 1)  # the share is below the least
+    loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=10**6)
+    paths = [goldens / f"data/images/img{n}.png" for n in (0, 3)]
+    counts = [image.slots for image in loader.shapes(paths, "r")]
+    assert counts == [len(loader.load(path, "r", 2)) for path in paths]
+    assert counts != [len(loader.load(path, "r", 1)) for path in paths]  # and the cache keeps them apart
+
+
+def test_headers_are_enough_to_count(goldens: Path, tmp_path: Path) -> None:
+    whole = (goldens / "data/images/img0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=0)
+    assert loader.shapes([tmp_path / "half.png"], "r")[0].slots == 7
+    with pytest.raises(UserError, match=r"half\.png \(record r\): not a readable image"):
+        loader.load(tmp_path / "half.png", "r")
+    (tmp_path / "no.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"no\.png \(record r3\): not a readable image \(none of JPEG, PNG"):
+        loader.shapes([tmp_path / "no.png"], "r3")
+    Image.new("L", (1100, 1000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match=r"large\.png \(record r3\): image of 1100x1000 pixels exceeds the limit"):
+        loader.shapes([tmp_path / "large.png"], "r3")
+    few = ImageLoader(FULL, max_pixels=448 * 448 * 11, cache_bytes=0)
+    Image.new("L", (80, 60)).save(tmp_path / "grows.png")
+    with pytest.raises(UserError, match="image of 80x60 pixels exceeds the limit of 2207744 pixels after preparation"):
+        few.load(tmp_path / "grows.png", "r")
+    Image.new("RGB", (5000, 1)).save(tmp_path / "thin.png")  # a strip becomes twelve tiles, not 5,000 x 5,000 pixels
+    thin = ImageLoader(FULL, max_pixels=448 * 448 * 12, cache_bytes=0).shapes([tmp_path / "thin.png"], "r")
+    assert thin == [ImageShape(1, 12, 13)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"force_image_size": None, "vision_config": {}}, "force_image_size is None"),
+        ({"force_image_size": "448"}, "force_image_size is '448'"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected a whole number of at least 1"),
+        ({"min_dynamic_patch": 9, "max_dynamic_patch": 4}, "config.json: image tiles: min_tiles 9 and max_tiles 4"),
+        ({"max_dynamic_patch": 10**9}, "must be 1 <= min <= max <= 1000"),
+    ],
+)
+def test_bad_chat_configs(goldens: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
+    with pytest.raises(UserError) as caught:
+        load(folder_with(tmp_path, config={**config, **change}))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"do_normalize": False}, "do_normalize false is not supported"),
+        ({"size": {"height": 28, "width": 56}}, "must be square"),
+        ({"size": {"shortest_edge": 28}}, "must be square"),
+        ({"rescale_factor": 0.1}, "rescale_factor 0.1 is not supported"),
+        ({"max_patches": "many"}, "Expected `int | null`, got `str` - at `$.max_patches`"),
+    ],
+)
+def test_bad_tile_processors(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    config = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28, "width": 28}, **change}
+    with pytest.raises(UserError) as caught:
+        load(folder_with(tmp_path, preprocessor_config=config))
+    assert words in str(caught.value)
+
+
+def test_tile_options_of_a_model_without_tiles(goldens: Path) -> None:
+    with pytest.raises(UserError, match=r"does not cut images into tiles by their aspect ratio: unset data\.max_tiles"):
+        load(goldens / "ckpt/clip_tower", tiling={"max_tiles": 3, "thumbnail": None})

@@ -1,0 +1,120 @@
+"""Model cards whose names and plans come from anywhere."""
+
+import dataclasses
+import json
+import re
+import shutil
+from importlib import resources
+
+import pytest
+from hf_cases import LLAMA, LLAVA, keep_layers, make_folder, prune
+
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.prune import KeptLayer, keep_everything
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.exports.card import model_name, write_card
+from vlmprune_jax.io.exports.write import save
+
+EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = make_folder(tmp_path / "source", LLAMA)
+    model, plan = keep_layers(load(source), [0, 3])
+    save(model, tmp_path / "out", source_dir=source, plan=plan)
+    path = tmp_path / "out/plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": EVIL, "criterion": EVIL, "fingerprint": EVIL}))
+    return tmp_path / "out", model.cfg
+
+
+def test_names_are_text(folder):
+    out, cfg = folder
+    (out.parent / "from").mkdir()
+    (out.parent / "from/README.md").write_text("---\nlicense: a]: [b\nlicense_link: # c\n---\n")
+    told = {"loading": "here", "library": "transformers", "benchmarks": [[EVIL] * 5], "datasets": [f"org/{EVIL}"]}
+    write_card(out, cfg, f"org/{EVIL}", out.parent / "from", recovered=True, **told)
+    card = (out / "README.md").read_text()
+    _, front, text = re.split(r"^---$", card, maxsplit=2, flags=re.M)
+    assert [line.partition(":")[0] for line in front.strip().splitlines()] == [
+        "library_name", "pipeline_tag", "base_model", "license", "license_link", "datasets", "tags"
+    ]  # fmt: skip
+    assert 'license: "a]: [b"' in front.splitlines()
+    assert [line.partition(" ")[0] for line in text.splitlines() if line.startswith("#")] == ["#", "##", "##"]
+    plain = re.sub(r"`[^`\n]*`", "", text.replace("\\`", ""))
+    assert not re.search(r"(?<!\\)[<\[]|(?<!\\)\*\*|^---$", plain, re.M)
+    (row,) = [line for line in text.splitlines() if line.startswith("| a")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6
+
+
+def test_a_hub_id_is_the_name_and_stays_one_line(tmp_path):
+    folder = tmp_path / "models--org--a\nb/snapshots/1"
+    folder.mkdir(parents=True)
+    assert model_name(folder) == "org/a\nb"
+
+
+def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
+    """Widths alone do not tell that a layer shares its keys and values, or has heads of another size."""
+    model = open_model(goldens / "families/gemma4/ckpt")
+    before = count_params(model.cfg)
+    plan = dataclasses.replace(keep_everything(model.cfg, "0" * 64, before), method="depth")
+    kept = dataclasses.replace(plan.stacks["text"], layers=plan.layers[:1] + plan.layers[2:])
+    plan = dataclasses.replace(plan, stacks={**plan.stacks, "text": kept})
+    plan.to_json(tmp_path / "plan.json")
+    write_card(
+        tmp_path,
+        plan.apply_to(model.cfg),
+        "base",
+        goldens / "families/gemma4/ckpt",
+        loading="here",
+        library="transformers",
+    )
+    rows = re.findall(
+        r"\| (?:language model|projector|vision.*?|total) \| ([\d,]+) \|", (tmp_path / "README.md").read_text()
+    )
+    counts = [int(row.replace(",", "")) for row in rows]
+    assert counts[-1] == before == sum(counts[:-1])
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_code_on_a_card_runs_inside_the_folder(tmp_path, monkeypatch, capsys, template):
+    """Nothing is replaced: it loads ".", asks about an image of its own, and prints the answer."""
+    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
+    save(load(source), tmp_path / "out", source_dir=source, dtype="float32")
+    if not template:
+        (source / "chat_template.jinja").unlink()
+        save(load(source), tmp_path / "out", source_dir=source, dtype="float32", overwrite=True)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.S)
+    assert ("apply_chat_template" in code) == template
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, {})
+    assert len(capsys.readouterr().out.split()) == template  # the demo answers in a word, if its template asks
+
+
+def test_a_card_shows_no_command_that_cannot_work(tmp_path):
+    """A tower without some of its heads loads in no PyTorch class, padded it does."""
+    source = make_folder(tmp_path / "source", LLAVA)
+    model = load(source)
+    layers = [
+        KeptLayer(i, {**KeptLayer.whole(i, shape).kept, "q_heads": (0,), "kv_heads": (0,)})
+        for i, shape in enumerate(model.cfg.vision.layers)
+    ]
+    pruned, plan = prune(model, layers, "vision")
+    for uneven in ("per_layer", "pad"):
+        save(pruned, tmp_path / uneven, source_dir=source, plan=plan, uneven=uneven)
+        card = (tmp_path / uneven / "README.md").read_text()
+        assert ("from_pretrained" in card) == (uneven == "pad")
+        assert ("- vllm: loads it (tried with vLLM 0.32: on CPUs, heads of 12 need export.head_dim)" in card) == (
+            uneven == "pad"
+        )
+
+
+def test_a_model_that_was_only_trained_is_not_called_pruned(folder):
+    out, cfg = folder
+    (out / "plan.json").unlink(missing_ok=True)
+    write_card(out, cfg, "org/base", out.parent, loading="here", library="transformers", recovered=True)
+    card = (out / "README.md").read_text()
+    assert "# org/base, trained\n" in card
+    assert "pruned" not in card.replace("trained and not pruned", "")
+    assert "tags: [vlmprune-jax]\n" in card

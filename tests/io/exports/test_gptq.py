@@ -1,0 +1,154 @@
+"""GPTQ against the published algorithm in float64, and folders that it writes against nearest rounding."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from decoder_cases import PHI3
+from hf_cases import LLAMA, LLAVA, keep_width, make_folder, random_ids
+from prune_cases import on_mesh
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.prune.gptq import compensated
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.exports import gptq
+
+TEXT = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"vocab_size": 96, "intermediate_size": 128, "num_hidden_layers": 3}
+VLM = {**LLAVA, "text_config": {k: v for k, v in TEXT.items() if k not in ("torch_dtype", "a_field_of_the_future")}}
+FUSED = {key: value for key, value in PHI3.items() if key != "rope_scaling"}
+FUSED |= {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+MODELS = {"llama": TEXT, "llava": VLM, "phi3": FUSED}
+
+
+def rows(model, number=12):
+    """Calibration batches; every row ends in padding."""
+    batches = []
+    for seed in range(number // 2):
+        batch = random_ids(model, seed)
+        mask = np.ones_like(batch["input_ids"])
+        mask[:, -2:] = 0
+        batches.append({**batch, "attention_mask": mask})
+    return batches
+
+
+def published(values, gram, storage, scale, zeros, order):
+    """Algorithm 1 of the paper with the columns in `order`: by the Cholesky factor of the inverse, column by column."""
+    values, codes = values[:, order].astype(np.float64), np.empty(values.shape, np.int8)
+    upper = np.linalg.cholesky(np.linalg.inv(gram[np.ix_(order, order)])).T
+    size = values.shape[1] // scale.shape[1]
+    for j, column in enumerate(order):
+        s, z = scale[:, column // size], zeros[:, column // size]
+        codes[:, column] = storage.round(values[:, j], s, z)
+        error = (values[:, j] - (codes[:, column] - z.astype(float)) * s) / upper[j, j]
+        values[:, j:] -= error[:, None] * upper[j, j:]
+    return codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_codes_are_those_of_the_paper(symmetric):
+    draw = np.random.default_rng(0)
+    mix = draw.standard_normal((320, 320)) * draw.uniform(0.1, 3, 320)
+    gram, values = mix.T @ mix, draw.standard_normal((24, 320)).astype(np.float32)
+    storage = CompressedTensors(4, 64, symmetric)
+    scale, zeros = storage.grid(values, np.dtype(np.float32))
+    found = compensated(values, gram, storage, scale, zeros)
+    damped = gram + np.diag(0.01 * np.diagonal(gram))
+    expected = published(values, damped, storage, scale, zeros, np.argsort(np.diagonal(gram))[::-1])
+    assert (found != expected).mean() < 2e-3  # ties, in float32
+    nearest = storage.round(values, np.repeat(scale, 64, axis=1), np.repeat(zeros, 64, axis=1))
+
+    def loss(codes):
+        error = (codes - np.repeat(zeros, 64, 1).astype(float)) * np.repeat(scale, 64, 1) - values
+        return float(np.einsum("ri,ij,rj->", error, gram, error))
+
+    assert loss(found) < 0.5 * loss(nearest)
+
+
+def divergence(model, other, batches):
+    """Mean squared difference of the logits of real tokens."""
+    found = []
+    for batch in batches:
+        logits = [np.asarray(vp.forward(one, **batch)[0])[:, :-2] for one in (model, other)]
+        found.append(np.mean((logits[0] - logits[1]) ** 2))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_is_nearer_to_the_model(tmp_path, name):
+    source = make_folder(tmp_path / "source", MODELS[name])
+    model = vp.load(source)
+    storage = vp.gptq(model, rows(model), quantize="w4a16", dtype="float32", image_weight=1.0)
+    vp.save(model, tmp_path / "gptq", source_dir=source, dtype="float32", storage=storage)
+    vp.save(model, tmp_path / "nearest", source_dir=source, dtype="float32", quantize="w4a16")
+    rounded, nearest = (Checkpoint(tmp_path / one).tensors for one in ("gptq", "nearest"))
+    assert {k: (v.dtype, v.shape) for k, v in rounded.items()} == {k: (v.dtype, v.shape) for k, v in nearest.items()}
+    errors = [divergence(model, vp.load(tmp_path / one), rows(model)) for one in ("gptq", "nearest")]
+    assert errors[0] < 0.7 * errors[1]
+    assert "compressed-tensors (int4" in (tmp_path / "gptq" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [("gptq", {"quantize": "w4a16", "symmetric": False}), ("imatrix", {})]
+)
+def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, function, options):
+    """With the weights in their files as well."""
+    model = vp.load(make_folder(tmp_path / "source", TEXT))
+    run = functools.partial(getattr(gptq, function), batches=rows(model, 4), **options)
+    expected, visited, finite_sums = run(model), [], gptq.finite_sums
+
+    def seen(sums, layer, *rest):
+        visited.append(layer.number)
+        return finite_sums(sums, layer, *rest)
+
+    monkeypatch.setattr(gptq, "finite_sums", seen)
+    monkeypatch.setattr("vlmprune_jax.core.prune.gptq.finite_sums", seen)
+
+    def stop(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, progress=stop, cache=ArrayCache(tmp_path / "parts", {}))
+    found = run(open_model(tmp_path / "source"), cache=ArrayCache(tmp_path / "parts", {}))
+    assert visited == [0, 1, 2]
+    name = "codes" if function == "gptq" else "means"
+    ours, theirs = (jax.tree.flatten(getattr(one, name)) for one in (found, expected))
+    assert ours[1] == theirs[1]
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(ours[0], theirs[0], strict=True))
+
+
+@pytest.mark.slow
+def test_unequal_layers_and_a_mesh(tmp_path):
+    source = make_folder(tmp_path / "source", TEXT)
+    model, _ = keep_width(vp.load(source), [0, 1], range(0, 128, 2), only=[1])
+    folders = {"one": model, "mesh": on_mesh(model, 2, 2, 2)}
+    for name, one in folders.items():
+        storage = vp.gptq(one, rows(model), quantize="w4a16", group_size=32, symmetric=False)
+        vp.save(one, tmp_path / name, source_dir=source, storage=storage)
+    one, mesh = (vp.load(tmp_path / name) for name in folders)
+    same = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b))), one.params, mesh.params)
+    assert min(jax.tree.leaves(same)) > 0.98  # sums in another order move a code here and there
+    with pytest.raises(UserError, match="rounded no weight"):
+        vp.save(model, tmp_path / "pad", source_dir=source, uneven="pad", storage=storage)
+    assert not (tmp_path / "pad").exists()
+
+
+def test_what_cannot_be_rounded(tmp_path):
+    model = vp.load(make_folder(tmp_path / "source", TEXT))
+    with pytest.raises(UserError, match="quantize 'q8_0' is not one of w8a16, w4a16, w8a8"):
+        vp.gptq(model, rows(model), quantize="q8_0")
+    with pytest.raises(UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
+        vp.gptq(model, rows(model), quantize="w4a16", answer_wieght=2)
+    with pytest.raises(UserError, match="there are no calibration batches"):
+        vp.gptq(model, [], quantize="w4a16")
+    with pytest.raises(UserError, match="contain only padding"):
+        vp.gptq(model, [one | {"attention_mask": 0 * one["attention_mask"]} for one in rows(model)], quantize="w4a16")
+    broken = model.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), model.params))
+    with pytest.raises(UserError, match=r"gptq: activations in layer 0 are not finite in row \d"):
+        vp.gptq(broken, rows(model), quantize="w4a16")

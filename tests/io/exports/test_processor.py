@@ -1,0 +1,171 @@
+"""Limits of tokens per image in the files of an export: stock image processors make of images what ours make."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data.encoding import Encoder
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.exports.processor import limited_images
+from vlmprune_jax.run.cli.main import main
+
+SIZES = ((90, 31), (40, 170), (64, 64), (300, 260))
+# Limits that change what each golden folder's files say, and last one that does not.
+LIMITS = {
+    "gemma4": (140, 280, 70),
+    "qwen3_vl": (4, 9, 10**6),
+    "qwen2_5_vl": (4, 9, 10**6),
+    "internvl3": (9, 27, 36),
+    "smolvlm": (4, 19, 20),
+    "gemma3": (16, 32, 48, 64),
+}
+CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 3,
+         "pan_and_scan_min_ratio_to_activate": 1.2}  # fmt: skip
+OPTIONS = {"aspect_ratio": "pad", "max_pixels": 10**7, "cache_bytes": 0}
+
+
+def pictures(folder):
+    for number, (width, height) in enumerate(SIZES):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        yield folder / f"{number}.png"
+
+
+def stock(folder, path, merge, slot_tokens):
+    """Pixels of one image from the class that the folder names, and its number of tokens."""
+    import transformers
+
+    name = "preprocessor_config.json" if (folder / "preprocessor_config.json").exists() else "processor_config.json"
+    settings = json.loads((folder / name).read_text())
+    settings = settings.get("image_processor", settings)
+    processor = getattr(transformers, f"{settings['image_processor_type']}Pil").from_dict(settings)
+    tiles = {"crop_to_patches": True} if "GotOcr2" in settings["image_processor_type"] else {}  # as InternVLProcessor
+    with Image.open(path) as image:
+        found = processor(image, return_tensors="np", **tiles)
+    pixels = np.asarray(found["pixel_values"])
+    if "num_soft_tokens_per_image" in found:
+        (tokens,) = found["num_soft_tokens_per_image"]
+        return pixels[0][: tokens * merge**2], tokens
+    if "image_grid_thw" in found:
+        return pixels, int(np.prod(found["image_grid_thw"])) // merge**2
+    pixels = pixels[0] if pixels.ndim == 5 else pixels
+    return pixels, len(pixels) * slot_tokens
+
+
+@pytest.mark.parametrize(("name", "most"), [(name, most) for name, limits in LIMITS.items() for most in limits])
+def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
+    ckpt = goldens / "families" / name / "ckpt"
+    source = tmp_path / "source"
+    shutil.copytree(ckpt, source, ignore=shutil.ignore_patterns("*.safetensors"))
+    if name == "gemma3":
+        add(source, **CROPS)
+    _, cfg = read_config(source, None)
+    ours = load_image_processor(source, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)
+    whole = load_image_processor(source, **OPTIONS)
+    merge, others = ours.preparation.merge, 0
+    with limited_images(source, most, cfg) as folder:
+        for path in pictures(tmp_path):
+            pixels, tokens = stock(folder, path, merge, cfg.tokens_per_image)
+            (shape,), (before,) = ours.shapes([path], "r"), whole.shapes([path], "r")
+            assert shape.positions(cfg.tokens_per_image) == tokens <= most
+            others += tokens != before.positions(cfg.tokens_per_image)
+            mine = ours.load(path, "r")
+            if name == "gemma4":  # its patches lie row by row, ours by token
+                columns = shape.columns // merge
+                mine = mine.reshape(-1, columns, merge, merge, mine.shape[-1]).swapaxes(1, 2)
+                mine = mine.reshape(1, -1, mine.shape[-1])
+            np.testing.assert_allclose(mine.reshape(pixels.shape), pixels, atol=1e-5, rtol=0)
+    assert bool(others) == (most != LIMITS[name][-1])
+
+
+CONFIG = """
+from vlmprune_jax.run.cli.config_files import experiment_config
+
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/source"
+    config.data.eval = "{root}/records.json"
+    config.data.images = "{root}"
+    config.evaluate.batch_size = 2
+    config.evaluate.max_new_tokens = 1
+    return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITS)
+def test_evaluation_has_the_tokens_that_stock_processors_make_of_the_export(goldens, tmp_path, monkeypatch, name):
+    """At every limit; the highest of Gemma 4's budgets, 1,120, exceeds the golden model's positions."""
+    source = shutil.copytree(goldens / "families" / name / "ckpt", tmp_path / "source")
+    if name == "gemma3":
+        add(source, **CROPS)
+    paths, turns = [*pictures(tmp_path)], [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": path.stem, "image": path.name, "conversations": turns} for path in paths]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "run.py").write_text(CONFIG.format(root=tmp_path))
+    model, rows = vp.load(source), {}
+    prompt_ids = Encoder.prompt_ids
+    monkeypatch.setattr(Encoder, "prompt_ids", lambda one, record: rows.setdefault(record.id, prompt_ids(one, record)))
+    for most in LIMITS[name] if name != "gemma4" else (*LIMITS[name], 560):
+        rows.clear()
+        flags = [f"--config={tmp_path / 'run.py'}", f"--config.data.max_image_tokens={most}"]
+        assert main(["evaluate", *flags, f"--workdir={tmp_path / f'w{most}'}"]) == 0
+        vp.save(model, tmp_path / f"out{most}", source_dir=source, max_image_tokens=most)
+        merge = model.cfg.projector.downsample if model.cfg.dynamic_resolution else 0
+        for path in paths:
+            tokens = stock(tmp_path / f"out{most}", path, merge, model.cfg.tokens_per_image)[1]
+            assert (rows[path.stem] == model.cfg.image_token_id).sum() == tokens <= most
+
+
+def add(folder, **settings):
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"].update(settings)
+    path.write_text(json.dumps(config))
+
+
+def test_exports_have_the_limit(goldens, tmp_path):
+    """InternVL's own folder has it in config.json, from where a conversion takes it."""
+    source = shutil.copytree(goldens / "ckpt/internvl", tmp_path / "source")
+    shutil.copytree(goldens / "tokenizers/internvl", source, dirs_exist_ok=True)
+    model = vp.load(source)
+    tokens = model.cfg.tokens_per_image
+    vp.save(model, tmp_path / "same", source_dir=source, max_image_tokens=5 * tokens)
+    assert json.loads((tmp_path / "same/config.json").read_text())["max_dynamic_patch"] == 4  # and a thumbnail
+    vp.save(model, tmp_path / "stock", source_dir=source, layout="transformers", max_image_tokens=5 * tokens)
+    ours = load_image_processor(source, **OPTIONS, max_image_tokens=5 * tokens, slot_tokens=tokens)
+    for path in pictures(tmp_path):
+        pixels, count = stock(tmp_path / "stock", path, 1, tokens)
+        assert count == ours.shapes([path], "r")[0].positions(tokens) <= 5 * tokens
+        np.testing.assert_allclose(ours.load(path, "r"), pixels, atol=1e-5, rtol=0)
+
+
+def test_refusals(goldens):
+    source = goldens / "ckpt/llava_hf"
+    _, cfg = read_config(source, None)
+    limit = r"max_image_tokens=9: every image of this model has \d+ tokens.*: unset this limit, or use a model"
+    with pytest.raises(UserError, match=f"export.{limit}"), limited_images(source, 9, cfg):
+        pass
+    tower = goldens / "ckpt/clip_tower"
+    with pytest.raises(UserError, match=f"data.{limit}"):
+        load_image_processor(tower, **OPTIONS, max_image_tokens=9, slot_tokens=cfg.tokens_per_image)
+    _, text = read_config(goldens / "ckpt/llama_gqa", None)
+    with pytest.raises(UserError, match="takes no images: unset the limit"), limited_images(source, 9, text):
+        pass
+    for name, most, told in (
+        ("gemma4", 100, "must be one of 70, 140, 280, 560, 1120, with which the model was trained"),
+        ("internvl3", 8, "must be at least 9, because a tile has 9"),
+        ("smolvlm", 3, "must be at least 4, "),
+        ("gemma3", 15, "must be at least 16, "),
+    ):
+        folder = goldens / "families" / name / "ckpt"
+        _, cfg = read_config(folder, None)
+        with pytest.raises(UserError, match=f"data.max_image_tokens={most}: tokens per image {told}"):
+            load_image_processor(folder, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)

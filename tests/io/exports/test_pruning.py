@@ -1,0 +1,360 @@
+"""File surgery: the bytes of load, apply and save without the model in memory, checked on the disk, all or nothing."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
+from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, prune
+from prune_cases import on_mesh
+
+import vlmprune_jax as vp
+from vlmprune_jax.base import verified
+from vlmprune_jax.base.console import make_reporter
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.verified import CheckedFile
+from vlmprune_jax.base.weight_files import Extent
+from vlmprune_jax.core.prune import KeptLayer, fingerprint
+from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.io.checkpoints.disk.tensors import write_weights
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.exports.pruning import prune_folder
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.stages import work as work_module
+from vlmprune_jax.run.stages.graph import task_of
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.workdir.ledger import run_task
+
+SOURCES = {"llava_hf": None, "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower", "llama_gqa": None}
+DECODERS = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3}
+CUTS = {
+    "depth": lambda model: keep_layers(model, [0, 2]),
+    "width": lambda model: keep_width(model, [1], range(3, 56, 2)),
+    "uneven": lambda model: keep_width(model, [0, 1], range(3, 56, 3), [1, 2]),
+}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return make_folder(tmp_path / "llama", LLAMA)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same_bytes(tmp_path, source, cut, tower=None, **options):
+    model = vp.load(source, vision_dir=tower)
+    pruned, plan = cut(model)
+    options = {"dtype": "source", **options}
+    vp.save(pruned, tmp_path / "saved", source_dir=source, plan=plan, **options)
+    prune_folder(source, plan, tmp_path / "cut", vision_dir=tower, **options)
+    saved, written = contents(tmp_path / "saved"), contents(tmp_path / "cut")
+    assert list(saved) == list(written)
+    assert {"config.json", "plan.json", "README.md"} < set(saved)
+    assert [name for name in saved if saved[name] != written[name]] == []
+
+
+# The same bytes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_bytes_of_load_apply_and_save(goldens, tmp_path, name, cut):
+    tower = SOURCES[name] and goldens / "ckpt" / SOURCES[name]
+    same_bytes(tmp_path, goldens / "ckpt" / name, CUTS[cut], tower)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder(tmp_path, name):
+    """Plain MLPs, biases, norms of heads, windows; in Phi-3, tensors that hold several weights."""
+    source = make_folder(tmp_path / "source", DECODERS[name])
+    model = vp.load(source)
+    assert fingerprint(open_model(source)) == fingerprint(model)
+    for number, (cut, uneven) in enumerate(((keep_some, "per_layer"), (keep_mixed, "per_layer"), (keep_mixed, "pad"))):
+        (tmp_path / str(number)).mkdir()
+        same_bytes(tmp_path / str(number), source, cut, uneven=uneven)
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen2"])
+def test_what_the_plan_leaves_whole_is_copied_and_not_read(tmp_path, monkeypatch, name):
+    source = make_folder(tmp_path / "source", DECODERS[name])
+    plan = keep_some(vp.load(source))[1]
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.lazy.FileArray.read", None)
+    prune_folder(source, plan, tmp_path / "out")
+    monkeypatch.undo()
+    vp.load(tmp_path / "out")
+
+
+def keep_some(model):
+    return keep_layers(model, [0, 2])
+
+
+def keep_mixed(model):
+    """Layer 1 whole, 2 gone, the first without half its neurons, the last without its first group of heads."""
+    shape = model.cfg.text.layers[0]
+    group = shape.mixer.q_heads // shape.mixer.kv_heads
+    heads = {"q_heads": tuple(range(group, shape.mixer.q_heads)), "kv_heads": tuple(range(1, shape.mixer.kv_heads))}
+    whole = KeptLayer.whole(1, shape)
+    first = KeptLayer(0, {**whole.kept, "mlp": tuple(range(1, shape.channel.mlp, 2))})
+    return prune(model, [first, whole, KeptLayer(3, {**whole.kept, **heads})])
+
+
+@pytest.mark.parametrize("options", [{"uneven": "pad"}, {"dtype": "bfloat16"}, {"dtype": "float16", "uneven": "pad"}])
+def test_the_same_options(goldens, tmp_path, options):
+    same_bytes(tmp_path, goldens / "ckpt/llava_hf", CUTS["uneven"], **options)
+
+
+def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
+    """Norms in float32 among float16 weights, carried tensors, several shards, and block ends inside tensors."""
+    source = make_folder(tmp_path / "llava", LLAVA)
+    edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
+    monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(verified, "BLOCK", 4096)
+    for number, cut in enumerate(CUTS.values()):
+        (tmp_path / str(number)).mkdir()
+        same_bytes(tmp_path / str(number), source, cut)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_fingerprint_is_that_of_the_loaded_model(goldens, name):
+    folder, tower = goldens / "ckpt" / name, SOURCES[name] and goldens / "ckpt" / SOURCES[name]
+    expected = fingerprint(open_model(folder, tower))
+    model = vp.load(folder, vision_dir=tower)
+    assert fingerprint(model) == expected
+    assert fingerprint(vp.load(folder, vision_dir=tower, dtype="bfloat16")) == expected
+    if name == "llava_hf":
+        assert fingerprint(on_mesh(model, 2, 2, 2)) == expected
+
+
+def test_a_plan_of_another_model_is_refused(llama, tmp_path):
+    plan = keep_layers(vp.load(llama), [0, 3])[1]
+    other = make_folder(tmp_path / "other", LLAMA, seed=1)
+    with pytest.raises(UserError, match="shapes are equal, but fingerprints differ"):
+        prune_folder(other, plan, tmp_path / "out")
+    narrow = make_folder(tmp_path / "narrow", {**LLAMA, "intermediate_size": 40})
+    with pytest.raises(UserError, match="plan of another model"):
+        prune_folder(narrow, plan, tmp_path / "out")
+    assert names(tmp_path) == ["llama", "narrow", "other"]
+
+
+def test_weights_that_are_not_finite_are_not_copied(llama, tmp_path):
+    for key, cut in (("model.layers.2.mlp.up_proj.weight", "depth"), ("model.layers.1.mlp.down_proj.weight", "width")):
+        source = make_folder(tmp_path / cut, LLAMA)
+        plan = CUTS[cut](vp.load(source))[1]
+        edit_weights(source, lambda tensors, key=key: tensors[key].__setitem__((5, 5), np.inf))
+        with pytest.raises(UserError, match=f"model.safetensors: tensor {key}, .*1 NaN or infinite"):
+            prune_folder(source, plan, tmp_path / "out")
+        assert names(tmp_path) == sorted({"llama", "depth", cut})
+
+
+# Memory and devices ---------------------------------------------------------------------------------------------------
+
+ALONE = """
+import sys
+import resource
+import vlmprune_jax as vp
+plan = vp.PrunePlan.from_json(sys.argv[2])
+vp.prune_folder
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+vp.prune_folder(sys.argv[1], plan, sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["depth", "uneven"])
+def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
+    """180 MB of weights, the largest tensor 12 MB, in a process where starting any accelerator is an error."""
+    config = {**LLAMA, "intermediate_size": 60_000, "num_hidden_layers": 5}
+    source = make_folder(tmp_path / "wide", config)
+    size = (source / "model.safetensors").stat().st_size
+    assert size > 170e6
+    CUTS[cut](vp.load(source))[1].to_json(tmp_path / "plan.json")
+    command = [sys.executable, "-c", ALONE, str(source), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    environment = {**os.environ, "JAX_PLATFORMS": "none_such"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 90_000  # KiB: four blocks of 8 MiB, a tensor and its picked copy, file maps
+    vp.load(tmp_path / "out")
+
+
+# The disk -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "page_cache"])
+def test_checked_file(tmp_path, monkeypatch, direct):
+    """Any sequence of writes and copies gives their bytes, at any distance from the ends of blocks."""
+    monkeypatch.setattr(verified, "BLOCK", 8192)
+    if not direct:
+        monkeypatch.setattr(verified, "_DIRECT", 0)
+    draw = np.random.default_rng(0)
+    source = draw.integers(0, 256, 100_000, np.uint8)
+    (tmp_path / "source").write_bytes(source.tobytes())
+    for last in (0, 1, 4095, 4096, 8191, 8192, 50_000):
+        expected, seen = b"", b""
+        with CheckedFile(tmp_path / "out") as file:
+            for size in (0, 3, 8189, 20_000, 8192):
+                begin = int(draw.integers(0, 50_000))
+                file.write(source[begin : begin + size])
+                parts = []
+                file.copy(
+                    Extent(tmp_path / "source", begin, begin + last), lambda block, to=parts: to.append(block.copy())
+                )
+                seen += b"".join(part.tobytes() for part in parts)
+                expected += source[begin : begin + size].tobytes() + source[begin : begin + last].tobytes()
+        assert (tmp_path / "out").read_bytes() == expected
+        assert len(seen) == 5 * last
+
+
+def test_a_disk_that_gives_back_other_bytes(llama, tmp_path, monkeypatch):
+    plan = keep_layers(vp.load(llama), [0, 3])[1]
+    write = os.pwrite
+
+    def lossy(descriptor, data, offset):
+        data = bytearray(data)
+        data[1000] ^= 1
+        return write(descriptor, bytes(data), offset)
+
+    monkeypatch.setattr(verified, "_DIRECT", 0)  # direct writes need aligned memory
+    monkeypatch.setattr(verified.os, "pwrite", lossy)
+    with pytest.raises(UserError, match=r"model.safetensors: bytes 0 to .* differ from what was written"):
+        prune_folder(llama, plan, tmp_path / "out")
+    assert names(tmp_path) == ["llama"]
+
+
+def test_a_file_system_that_refuses_direct_writes_late(llama, tmp_path, monkeypatch):
+    plan, write, refused = keep_layers(vp.load(llama), [0, 3])[1], os.pwrite, []
+
+    def picky(descriptor, data, offset):
+        if verified._DIRECT and verified.fcntl.fcntl(descriptor, verified.fcntl.F_GETFL) & verified._DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(verified.os, "pwrite", picky)
+    prune_folder(llama, plan, tmp_path / "out")
+    assert len(refused) <= 1
+    vp.load(tmp_path / "out")
+
+
+def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):
+    plan = keep_layers(vp.load(llama), [0, 3])[1]
+
+    def shrink_and_write(*args):
+        os.truncate(llama / "model.safetensors", 20_000)
+        write_weights(*args)
+
+    monkeypatch.setattr("vlmprune_jax.io.exports.folder.write_weights", shrink_and_write)
+    with pytest.raises(UserError, match=r"model.safetensors: became shorter"):
+        prune_folder(llama, plan, tmp_path / "out")
+    assert names(tmp_path) == ["llama"]
+
+
+def test_a_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
+    plan = keep_layers(vp.load(llama), [0, 3])[1]
+    usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
+    monkeypatch.setattr("vlmprune_jax.base.atomic.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs .* MiB .* free"):
+        prune_folder(llama, plan, tmp_path / "new/out")
+    assert names(tmp_path) == ["llama"]
+
+
+LIMITED = """
+import resource, sys
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+plan = vp.PrunePlan.from_json(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    vp.prune_folder(sys.argv[1], plan, sys.argv[3], overwrite=True)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_disk_that_fills_up_all_the_same(llama, tmp_path, existing):
+    """A real failure of a real write, in the middle of the weights (a limit on file sizes)."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    keep_layers(vp.load(llama), [0, 2, 3])[1].to_json(plan)
+    if existing:
+        prune_folder(llama, vp.PrunePlan.from_json(plan), out)
+    before = existing and contents(out)
+    command = [sys.executable, "-c", LIMITED, str(llama), str(plan), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{out}: File too large: nothing was written, make room" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert names(tmp_path) == sorted({"llama", "plan.json", *(["out"] if existing else [])})
+    assert not existing or contents(out) == before
+
+
+KILLED = """
+import sys, time
+import vlmprune_jax as vp
+from vlmprune_jax.io.checkpoints.disk import verified
+source, plan, out = sys.argv[1:]
+verified.BLOCK = 4096
+put, count = verified.CheckedFile._put, 0
+def slow(*args):
+    global count
+    count += 1
+    if count == 5:
+        print("writing", flush=True)
+        time.sleep(600)
+    return put(*args)
+verified.CheckedFile._put = slow
+vp.prune_folder(source, vp.PrunePlan.from_json(plan), out, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_kill_in_the_middle(llama, tmp_path, existing):
+    plan, out = keep_layers(vp.load(llama), [0, 3])[1], tmp_path / "out"
+    plan.to_json(tmp_path / "plan.json")
+    if existing:
+        prune_folder(llama, plan, out)
+    before = existing and contents(out)
+    command = [sys.executable, "-c", KILLED, str(llama), str(tmp_path / "plan.json"), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial")]
+    assert len(left) == 1
+    assert 0 < (left[0] / "model.safetensors").stat().st_size < (llama / "model.safetensors").stat().st_size
+    assert contents(out) == before if existing else not out.exists()
+    prune_folder(llama, plan, out, overwrite=existing)  # the next run cleans up and succeeds
+    assert names(tmp_path) == ["llama", "out", "plan.json"]
+    assert len(vp.load(out).cfg.text.layers) == 2
+
+
+# The prune stage ------------------------------------------------------------------------------------------------------
+
+
+def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
+    model, work = vp.load(llama), tmp_path / "work"
+    scores = vp.score(model, None, criterion="random", seed=3)
+    (work / "depth").mkdir(parents=True)
+    scores.save(work / "scores.npz")
+    experiment = Experiment(
+        model=ModelSpec(hf_dir=str(llama)), score=ScoreConfig(depth="random"), prune=PlanConfig(layers_removed=2)
+    )
+    monkeypatch.setattr(work_module, "load", None)
+    place = Work.at(work, experiment, make_reporter(False), stage="prune", out=work / "pruned")
+    facts = run_task(task_of(place), overwrite=False, say=place.say).facts
+    plan = vp.PrunePlan.from_json(work / "plan.json")
+    vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
+    assert contents(work / "pruned") == contents(tmp_path / "saved")
+    assert facts.parameters == plan.parameters_after
+    assert len(plan.layers) == 2

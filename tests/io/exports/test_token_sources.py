@@ -1,0 +1,233 @@
+"""Tokens that a vocabulary keeps, and plans that trim it beside layers, heads and neurons."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_cases import edit_config
+from prune_cases import unit_scores
+from rounding import assert_same_function, double_logits
+from smollm2 import smollm2_folder
+from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.budget import Budget
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint
+from vlmprune_jax.core.prune.cost import make_measure
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.exports.pruning import prune_folder
+from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tokenized_folder(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return texts_file(tmp_path_factory.mktemp("sources") / "sources.json", [TOPICS[0][:3000]])
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return vp.load(folder)
+
+
+def settings(folder, sources, size=440, **changes):
+    return VocabularyConfig(size=size, sources=(str(sources),), multiple=8, source_dir=str(folder), **changes)
+
+
+def scores_of(model, width=False):
+    draw = np.random.default_rng(0)
+    shapes = model.cfg.text.layers
+    values = {}
+    if width:
+        heads, neurons = ([draw.random(layer.sizes[axis]) for layer in shapes] for axis in ("kv_heads", "mlp"))
+        values["units"] = unit_scores(heads, neurons)
+    else:
+        values["importance"] = draw.random(len(shapes))
+    return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, **values)
+
+
+def test_frequent_tokens_come_first(folder, model):
+    """A size below what the sources use keeps the most frequent tokens."""
+    source = Source.of(folder, model.cfg)
+    often, rare = (next(iter(source.tokens([text])))[0] for text in (" statement", " exception"))
+    least = len(source.keep({}, (), 320, 1).kept)
+    room = len({*source.subwords.needs(often), often} - {*source.subwords.closure(source.needed)})
+    forced = len(source.subwords.closure(source.needed))
+    assert least == 320 > forced
+    kept = source.keep({rare: 1, often: 9}, (), forced + room, 1).kept
+    assert (often in kept, rare in kept) == (True, False)
+
+
+def test_listed_ids_and_records_are_kept(folder, model, tmp_path):
+    (tmp_path / "ids.json").write_text("[599, 598]")
+    entry = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " statement"}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps({**entry, "choices": [" exception"]}) + "\n")
+    (tmp_path / "t.txt").write_text(" module")
+    config = dataclasses.replace(
+        settings(folder, ""),
+        sources=tuple(str(tmp_path / name) for name in ("ids.json", "r.jsonl", "t.txt")),
+        size=None,
+    )
+    kept = choose_vocabulary(folder, model.cfg, config).kept
+    tokenizer = load_tokenizer(folder)
+    for text in (" statement", " exception", " module"):
+        assert tokenizer(text)["input_ids"][0] in kept
+    assert {599, 598} <= {*kept}
+
+
+def test_a_tenth_is_held_back(folder, model, tmp_path):
+    texts = [f"text {i}" for i in range(40)]
+    source = Source.of(folder, model.cfg)
+    sample = read_sample(source, settings(folder, texts_file(tmp_path / "s.json", texts)))
+    assert sample.held_out == ("text 9", "text 19", "text 29", "text 39")
+    assert sample.used.total() == sum(len(ids) for ids in source.tokens([t for t in texts if not t.endswith("9")]))
+    own = settings(folder, tmp_path / "s.json", held_out=(str(texts_file(tmp_path / "h.json", ["b"])),))
+    assert read_sample(source, own).held_out == ("b",)
+
+
+def test_one_plan_of_layers_and_tokens(folder, model, sources):
+    plan = vp.make_plan(scores_of(model), model, layers_removed=1, vocabulary=settings(folder, sources))
+    pruned = vp.apply_plan(model, plan)
+    assert pruned.cfg == plan.apply_to(model.cfg)
+    assert (len(pruned.cfg.text.layers), pruned.cfg.text.vocab_size) == (len(model.cfg.text.layers) - 1, 440)
+    assert vp.count_params(pruned.cfg) == plan.parameters_after
+    assert PrunePlan.from_json(plan.to_json()) == plan
+    one = vp.make_plan(scores_of(model), model, layers_removed=1)
+    tokens = dataclasses.replace(
+        vocabulary_plan(folder, sources, 440), fingerprint=fingerprint(vp.apply_plan(model, one))
+    )
+    first = dataclasses.replace(one, vocabulary=None)
+    second = dataclasses.replace(
+        tokens,
+        stacks={"text": dataclasses.replace(tokens.stacks["text"], sizes_before=first.stacks["text"].sizes,
+                                            layers=tokens.stacks["text"].layers[:-1])},
+        parameters_before=first.parameters_after,
+        parameters_after=plan.parameters_after,
+    )  # fmt: skip
+    both = compose(first, second)
+    assert (both.stacks, both.vocabulary) == (plan.stacks, plan.vocabulary)
+
+
+def test_the_vocabulary_alone(folder, model, sources):
+    plan = vp.make_plan(scores_of(model), model, vocabulary=settings(folder, sources))
+    assert plan.removed_layers == ()
+    assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
+    with pytest.raises(UserError, match=r"vocabulary.source_dir must name the model folder"):
+        vp.make_plan(scores_of(model), model, vocabulary={"size": 440, "sources": (str(sources),)})
+
+
+@pytest.mark.parametrize("limit", ["parameters", "disk_bytes", "memory_bytes", "flops", "step_ms"])
+def test_budgets_count_the_rows(folder, model, sources, limit):
+    """Costs are those of the model without the dropped rows, so less is removed from layers."""
+    whole = vp.make_plan(scores_of(model, True), model, method="width", ratio=0, vocabulary=settings(folder, sources))
+    budget = {limit: 1e30, "context": 64, "images": 0}
+    cost = make_measure(whole.apply_to(model.cfg), Budget(**budget))(whole.apply_to(model.cfg))[limit]
+    assert cost < make_measure(model.cfg, Budget(**budget))(model.cfg)[limit]
+    plan = vp.make_plan(
+        scores_of(model, True), model, method="width", budget={**budget, limit: 0.97 * cost},
+        vocabulary=settings(folder, sources),
+    )  # fmt: skip
+    reached = make_measure(plan.apply_to(model.cfg), Budget(**budget))(plan.apply_to(model.cfg))[limit]
+    assert 0.9 * cost < reached <= 0.97 * cost
+    assert plan.options["budget_reached"][limit] == pytest.approx(reached)
+
+
+def test_the_ratio_is_of_everything(folder, model, sources):
+    rows = vocabulary_plan(folder, sources, 440).actual_ratio
+    plan = vp.make_plan(
+        scores_of(model, True), model, method="width", ratio=rows + 0.1, vocabulary=settings(folder, sources)
+    )
+    assert plan.actual_ratio == pytest.approx(rows + 0.1, abs=0.02)
+    less = vp.make_plan(
+        scores_of(model, True), model, method="width", ratio=rows / 2, vocabulary=settings(folder, sources)
+    )
+    assert less.actual_ratio == pytest.approx(rows)
+
+
+def test_rounds_of_pruning(folder, model, sources):
+    pruned, plan, _ = vp.prune_iteratively(
+        model, lambda step: [], steps=2, criterion="l1", ratio=0.3, vocabulary=settings(folder, sources)
+    )
+    assert pruned.cfg == plan.apply_to(model.cfg)
+    assert plan.parameters_after == vp.count_params(pruned.cfg)
+    assert plan.actual_ratio == pytest.approx(0.3, abs=0.03)
+
+
+def without(vocabulary, *dropped):
+    return dataclasses.replace(vocabulary, kept=tuple(i for i in vocabulary.kept if i not in dropped))
+
+
+def test_kept_lists_made_by_hand_are_checked(folder, model, sources, tmp_path):
+    plan = vocabulary_plan(folder, sources, 440)
+    tokenizer = load_tokenizer(folder)
+    text = next(tokenizer.convert_ids_to_tokens(i) for i in plan.vocabulary.kept if i in range(500, 600))
+    parts = Source.of(folder, model.cfg).subwords.derivation(text)
+    part = tokenizer.convert_tokens_to_ids(next(pair[0] + pair[1] for pair in parts))
+    for dropped, message in (
+        (tokenizer.convert_tokens_to_ids("Ã"), r"1 token\(s\) that the model needs.*'Ã': texts would lose"),
+        (tokenizer.convert_tokens_to_ids("<pad>"), r"token 602, the model's pad_token_id, is not kept"),
+        (part, "from which kept tokens are merged"),
+    ):
+        wrong = dataclasses.replace(plan, vocabulary=without(plan.vocabulary, dropped))
+        with pytest.raises(UserError, match=message):
+            prune_folder(folder, wrong, tmp_path / "out")
+
+
+def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ ' statement' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
+    token = load_tokenizer(folder)(" statement")["input_ids"][0]
+    plan = vocabulary_plan(tmp_path / "model", sources, 440)
+    assert token in plan.vocabulary.kept
+    wrong = dataclasses.replace(plan, vocabulary=without(plan.vocabulary, token))
+    with pytest.raises(UserError, match=r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"):
+        prune_folder(tmp_path / "model", wrong, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    edit_config(tmp_path / "model", vocab_size=500)
+    cfg = dataclasses.replace(
+        open_model(folder).cfg, text=dataclasses.replace(open_model(folder).cfg.text, vocab_size=500)
+    )
+    with pytest.raises(UserError, match="the tokenizer has token id 602, but the model has 500 tokens"):
+        choose_vocabulary(tmp_path / "model", cfg, settings(folder, sources))
+    listed = tmp_path / "ids.json"
+    listed.write_text("[640]")
+    with pytest.raises(UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
+        choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed))
+    with pytest.raises(UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
+        choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed, size=641))
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_its_promise(tmp_path):
+    """16,384 of 49,152 tokens from half of Python's reference: no promise broken in the other half."""
+    folder = smollm2_folder(Path(__file__).parents[3])
+    plan = vocabulary_plan(folder, texts_file(tmp_path / "s.json", TOPICS[0::2]), 16384, multiple=64)
+    assert (plan.parameters_before, plan.parameters_after) == (134_515_008, 115_640_640)
+    prune_folder(folder, plan, tmp_path / "out", dtype="float32")
+    full, new, kept = load_tokenizer(folder), load_tokenizer(tmp_path / "out"), np.array(plan.vocabulary.kept)
+    held_out = TOPICS[1::2]
+    words = sorted({word for text in held_out for word in text.split()})
+    for text in (*held_out, *words):
+        before, after = (one(text, add_special_tokens=False)["input_ids"] for one in (full, new))
+        assert new.decode(after) == text
+        if {*before} <= {*plan.vocabulary.kept}:
+            assert kept[after].tolist() == before
+    tokens = [sum(len(one(text)["input_ids"]) for text in held_out) for one in (full, new)]
+    assert tokens[1] <= 1.025 * tokens[0]
+    rows = np.array([[300, 5000, 12000, 16000]])
+    expected = double_logits(vp.load(folder), input_ids=kept[rows])[..., kept]
+    assert_same_function(double_logits(vp.load(tmp_path / "out"), input_ids=rows), expected)

@@ -1,0 +1,153 @@
+"""vLLM on TPUs: which models and integers load, and the settings file of an export."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from decoder_cases import QWEN2
+from hf_cases import LLAMA, keep_layers, make_folder
+from stack_cases import with_facts
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.limits import why_not
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts, write_config
+from vlmprune_jax.io.families import FAMILIES
+
+WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE |= {"intermediate_size": 256, "num_hidden_layers": 2}
+CONFIGS = {
+    "llama": WIDE,
+    "mistral": {**WIDE, "model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+    "qwen2": {**QWEN2, **{name: WIDE[name] for name in ("hidden_size", "head_dim", "intermediate_size")}},
+}
+LOADS = {"llama": {"w4a16"}, "mistral": {"w8a8"}, "qwen2": set()}
+GOLDENS = {"qwen3_vl": {"w8a8"}, "qwen2_5_vl": set(), "gemma4": set(), "smolvlm": None}
+STORED = {
+    "w8a8": CompressedTensors(8, activations=True),
+    "w8a16": CompressedTensors(8),
+    "w4a16": CompressedTensors(4, 64),
+}
+
+
+def config_of(name):
+    family = FAMILIES[name]
+    return family.from_hf(CONFIGS[name], None)
+
+
+def loading(cfg):
+    def loads(name):
+        try:
+            check_storage(cfg, STORED[name], 1)
+        except UserError:
+            return False
+        return True
+
+    return {name for name in SCHEMES if loads(name)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_integers_that_load(name):
+    cfg = config_of(name)
+    assert loading(cfg) == LOADS[name]
+    assert f"integers: {', '.join(LOADS[name]) or 'none'}" in facts(cfg)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_families(goldens, name):
+    _, cfg = read_config(goldens / "families" / name / "ckpt")
+    if GOLDENS[name] is None:
+        assert why_not(cfg, "vllm_tpu") == f"tpu-inference 0.32 has no class for {name}: serve it with another engine"
+    else:
+        assert why_not(cfg, "vllm_tpu") is None
+        assert loading(cfg) == GOLDENS[name]
+
+
+def test_fewer_heads_of_llama_are_written_as_mistral():
+    cfg = config_of("llama")
+    cfg = cfg.with_layers([shape.resized({"q_heads": 3, "kv_heads": 1}) for shape in cfg.text.layers])
+    assert loading(cfg) == {"w8a8"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "said"),
+    [
+        ((4, 2), 64, "tensor-parallel sizes 1, 2, 4; integers"),  # of two chips, each copies one key/value head
+        ((8, 8), 64, "tensor-parallel sizes 1, 2, 4, 8; integers"),
+        ((12, 6), 128, "tensor-parallel sizes 1, 2; integers"),  # four do not divide six, nor six four
+        ((4, 2), 96, "heads of 96 channels padded to 128; integers: none"),
+    ],
+)
+def test_heads(heads, head_dim, said):
+    cfg = config_of("llama")
+    text = with_facts(cfg.text, head_dim=head_dim, hidden_size=heads[0] * head_dim)
+    cfg = dataclasses.replace(cfg, text=text)
+    assert said in facts(
+        cfg.with_layers(
+            [shape.resized(dict(zip(("q_heads", "kv_heads"), heads, strict=True))) for shape in text.layers]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("storage", "tensor", "said"),
+    [
+        (CompressedTensors(8), 1, "w8a16 loads in no class: use symmetric w4a16"),
+        (CompressedTensors(4, 64, symmetric=False), 1, "zero points do not load: use symmetric w4a16"),
+        (CompressedTensors(4, 128), 4, "each of 4 chips needs whole key/value heads and groups of 128: use a smaller"),
+        (
+            CompressedTensors(8, activations=True),
+            1,
+            "w8a8 does not load in the JAX class of llama: use symmetric w4a16",
+        ),
+    ],
+)
+def test_refused_integers(storage, tensor, said):
+    with pytest.raises(UserError, match="loads_in='vllm_tpu'") as error:
+        check_storage(config_of("llama"), storage, tensor)
+    assert said in str(error.value)
+
+
+def test_wide_groups_need_a_wide_mxu():
+    assert facts(config_of("llama"), CompressedTensors(4, 128)).endswith("groups of 128 need v6e or newer")
+    assert facts(config_of("llama"), CompressedTensors(4, 64)).endswith("these integers load")
+
+
+def test_export(tmp_path):
+    source = make_folder(tmp_path / "source", WIDE)
+    model, plan = keep_layers(vp.load(source), [0])
+    vp.save(model, tmp_path / "plain", source_dir=source, plan=plan)
+    assert not (tmp_path / "plain/vllm_config.yaml").exists()
+    assert "tensor-parallel sizes 1, 2, 4; integers: w4a16." in (tmp_path / "plain/README.md").read_text()
+    asked = dataclasses.replace(plan, options={"loads_in": ["vllm_tpu"], "tensor_parallel": 2})
+    vp.save(model, tmp_path / "out", source_dir=source, plan=asked, quantize="w4a16", group_size=64)
+    assert yaml.safe_load((tmp_path / "out/vllm_config.yaml").read_text()) == {
+        "model": ".",
+        "dtype": "bfloat16",
+        "max-model-len": WIDE.get("max_position_embeddings", 2048),
+        "tensor-parallel-size": 2,
+    }
+    card = (tmp_path / "out/README.md").read_text()
+    assert "these integers load. Run `vllm serve --config vllm_config.yaml` in this folder." in card
+    with pytest.raises(UserError, match="w8a16 loads in no class"):
+        vp.save(model, tmp_path / "no", source_dir=source, plan=asked, quantize="w8a16")
+
+
+def test_images(goldens, tmp_path):
+    source = goldens / "families/qwen3_vl/ckpt"
+    model, plan = keep_layers(vp.load(source), range(4))
+    plan = dataclasses.replace(plan, options={"loads_in": ["vllm_tpu"]})
+    vp.save(model, tmp_path / "out", source_dir=source, plan=plan)
+    found = yaml.safe_load((tmp_path / "out/vllm_config.yaml").read_text())
+    assert json.loads(found["limit-mm-per-prompt"]) == {"image": 1, "video": 0}
+    size = json.loads((source / "processor_config.json").read_text())["image_processor"]["size"]["longest_edge"]
+    side = model.cfg.vision.patch_size * model.cfg.vision.merge
+    assert json.loads(found["mm-processor-kwargs"]) == {"max_pixels": min(size, found["max-model-len"] // 2 * side**2)}
+    short = dataclasses.replace(model.cfg, text=dataclasses.replace(model.cfg.text, max_positions=8))
+    write_config(tmp_path / "out", short, "source", 1)
+    found = yaml.safe_load((tmp_path / "out/vllm_config.yaml").read_text())
+    assert (found["dtype"], found["max-model-len"]) == ("auto", 8)
+    assert json.loads(found["mm-processor-kwargs"]) == {"max_pixels": 4 * side**2}

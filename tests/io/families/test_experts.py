@@ -1,0 +1,409 @@
+"""Layers of experts against stock transformers: routers, gradients, cuts by hand, and exports of them."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CLOSE, Golden, kept_layers
+from hf_cases import assert_same_tensors, edit_weights, prune
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Experts
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.models.channels.moe import Moe
+from vlmprune_jax.core.models.context import Context, Names
+from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
+from vlmprune_jax.core.models.stack import fill
+from vlmprune_jax.core.models.vlm import Model, encode
+from vlmprune_jax.core.prune import KeptLayer
+from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.lazy import FileArray, open_model
+from vlmprune_jax.io.exports.cost import costs_of
+from vlmprune_jax.io.exports.mtp import MtpCut
+from vlmprune_jax.io.exports.peft import write_adapter
+from vlmprune_jax.io.exports.reload import check_export
+from vlmprune_jax.io.families import family_of
+from vlmprune_jax.io.families.decoders import decoder_of
+
+MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")
+CUTS = ("experts", "neurons", "depth", "all")
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def golden(goldens, request):
+    return Golden(goldens / "families" / request.param)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts(golden, cut):
+    smaller, plan = prune(golden.model, kept_layers(golden, cut))
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    for case in ("single", "text"):
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        logits, _ = vp.forward(smaller, **golden.inputs(case))
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+
+
+def routed(golden, case):
+    """The choices of every layer's router for a case without images, as a hook sees them."""
+    model, ids = golden.model, golden.arrays[f"{case}_input_ids"][None]
+    hook = {"hook": lambda block: block.inputs["routed"], "hook_inputs": ("routed",)}
+    return encode(model.params, model.cfg, ids, **hook)[1]["hook"]
+
+
+def test_routers_choose_as_stock(golden):
+    for layer, choices in enumerate(routed(golden, "text")):
+        np.testing.assert_array_equal(choices.experts[0], golden.arrays["text_router_experts"][layer])
+        np.testing.assert_allclose(choices.gates[0], golden.arrays["text_router_gates"][layer], atol=1e-5)
+        for expert in range(golden.model.cfg.text.layers[layer].channel.experts):
+            norms = np.asarray(choices.norms[0])[np.asarray(choices.experts[0]) == expert]
+            np.testing.assert_allclose(norms.sum(), golden.arrays["text_sum_f"][layer, 0, expert], rtol=1e-4)
+
+
+def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
+    """The gradient of the loss in every weight of the decoder against stock transformers."""
+    inputs, model, labels = golden.inputs("single"), golden.model, golden.arrays["single_labels"][None]
+    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+    theirs = torch_outputs(golden.ckpt, {**inputs, "labels": labels}, **auto, want=("gradients",))
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    edit_weights(
+        tmp_path / "model", lambda held: {k: np.zeros_like(x) for k, x in held.items()} | on_hub(golden, theirs)
+    )
+    expected = flatten(vp.load(tmp_path / "model").params)
+
+    def loss(params):
+        logits = jax.nn.log_softmax(vp.forward(Model(params, model.cfg), **inputs)[0][:, :-1])
+        picked = np.maximum(labels[:, 1:], 0)[..., None]
+        return -jnp.mean(jnp.take_along_axis(logits, picked, axis=-1)[labels[:, 1:] != IGNORED])
+
+    gradients = jax.grad(loss)(model.params)
+    for path, gradient in flatten(gradients).items():
+        if path.startswith("text/") and not path.endswith("layer_scalar/weight"):  # which is a buffer in the class
+            scale = float(np.abs(expected[path]).max())
+            assert scale > 1e-4, path
+            np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * scale, rtol=1e-4, err_msg=path)
+    if golden.folder.name == "qwen3_vl_moe":
+        check_taylor(
+            model, gradients, {name: inputs[name] for name in inputs if "type" not in name} | {"labels": labels}
+        )
+
+
+def check_taylor(model, gradients, batch):
+    """An expert's score sums |weight x gradient| over its matrices and its router row; without tokens it is near 0."""
+    units = vp.score(model, [batch], criterion="taylor").units
+    with pytest.raises(UserError, match="gradients of experts cannot be weighted or split by token type"):
+        vp.score(model, [batch], criterion="taylor", image_weight=0.5)
+    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients))
+    for i, layer in enumerate(weights):
+        names = ("router", "experts/gate_proj", "experts/up_proj", "experts/down_proj")
+        router, gate, up, down = (
+            np.abs(np.asarray(layer[path] * grads[i][path])) for path in (f"mlp/{name}/weight" for name in names)
+        )
+        neurons = gate.sum(axis=2) + up.sum(axis=2) + down.sum(axis=1)
+        np.testing.assert_allclose(units[i, "expert_mlp"].reshape(8, -1), neurons, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(units[i, "experts"], router.sum(axis=1) + neurons.sum(axis=1), rtol=1e-4, atol=1e-6)
+
+
+def on_hub(golden, tensors):
+    """Tensors by their names in memory in transformers, as the tensors of the hub's files."""
+    hub = {}
+    for name, array in tensors.items():
+        place = golden.keys[name]["hub"] if name in golden.keys else None
+        if isinstance(place, str):
+            hub[place] = array
+        elif place is not None and "transposed" in place:
+            hub[place["transposed"]] = np.ascontiguousarray(array.swapaxes(1, 2))
+        elif place is not None:
+            keys = place["per_expert"]
+            for expert, rows in enumerate(array):
+                for key, part in zip(keys, np.split(rows, len(keys)), strict=True):
+                    hub[key.replace("{expert}", str(expert))] = np.ascontiguousarray(part)
+    return hub
+
+
+@pytest.mark.parametrize("cut", ["experts", "all"])
+def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, monkeypatch, cut):
+    """From file to file: experts are read and written one by one, in the hub's layout and under its keys."""
+    opened = open_model(golden.ckpt)
+    smaller, _ = prune(opened, kept_layers(golden, cut))
+    read, keys = FileArray.read, list[str]()
+    monkeypatch.setattr(FileArray, "read", lambda array: keys.append(array.source.key) or read(array))
+    vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    assert any("experts" in key for key in keys) == (cut == "all")  # whole experts are copied as they are
+    in_memory, _ = prune(golden.model, kept_layers(golden, cut))
+    vp.save(in_memory, tmp_path / "same", source_dir=golden.ckpt, dtype="float32")
+    assert_same_tensors(tmp_path / "same", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
+    assert config["num_experts"] == 5
+    assert "num_local_experts" not in config
+    for case in ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        options = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+        logits = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    assert check_export(in_memory, tmp_path / "out")["backend"] == "torch"
+
+
+def test_plans_of_experts(golden):
+    """The same number in every layer, by count, ratio and budget; what a token uses is unchanged."""
+    model, cfg = golden.model, golden.model.cfg
+    scores, before = vp.score(model, criterion="l2"), costs_of(cfg, dtype="float32", uneven="pad", length=9, images=0)
+    plan = vp.make_plan(scores, model, method="experts", experts=5)
+    smaller = vp.apply_plan(model, plan)
+    assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {5}
+    assert count_params(smaller.cfg) == plan.parameters_after == sum(x.size for x in flatten(smaller.params).values())
+    for layer in plan.layers:
+        values = scores.units[layer.index, "experts"]
+        assert set(layer.kept["experts"]) == set(np.argsort(values)[-5:])
+    after = costs_of(smaller.cfg, dtype="float32", uneven="pad", length=9, images=0)
+    routers = sum(layer.sizes["experts"] - 5 for layer in cfg.text.layers)
+    hidden, per_expert = cfg.text.hidden_size, 1 if cfg.family == "gemma4" else 0
+    assert before["active_parameters"] - after["active_parameters"] == routers * (hidden + per_expert)
+    assert before["forward_flops"] - after["forward_flops"] == 9 * 2 * routers * hidden
+    assert vp.make_plan(scores, model, method="experts", ratio=plan.actual_ratio).layers == plan.layers
+    budget = {"parameters": plan.parameters_after}
+    assert vp.make_plan(scores, model, method="experts", budget=budget).layers == plan.layers
+
+
+def test_plans_of_neurons_in_experts(golden):
+    """Method "width" takes equally many neurons from every expert, those of the lowest scores."""
+    model = golden.model
+    for criterion in ("l2", "random"):
+        scores = vp.score(model, criterion=criterion)
+        plan = vp.make_plan(scores, model, method="width", ratio=0.15, heads="keep", neurons_multiple=4)
+        for layer in plan.layers:
+            part, kept = model.cfg.text.layers[layer.index].channel, np.asarray(layer.kept["expert_mlp"])
+            values = scores.units[layer.index, "expert_mlp"].reshape(part.experts, -1)
+            rows = kept.reshape(part.experts, -1) - np.arange(part.experts)[:, None] * part.neurons
+            assert 0 < rows.shape[1] < part.neurons
+            for row, own in zip(rows, values, strict=True):
+                assert set(row) == set(np.argsort(own, kind="stable")[-len(row) :])
+        smaller = vp.apply_plan(model, plan)
+        assert count_params(smaller.cfg) == plan.parameters_after
+        assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {part.experts}
+
+
+def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path):
+    """One plan removes a layer, experts by number, then groups of heads and neurons inside experts, and tokens."""
+    folder = goldens / "families/qwen3_vl_moe/ckpt"
+    (tmp_path / "words.txt").write_text("a red box")
+    model = vp.load(folder)
+    scores = vp.score(model, criterion="random")
+    tokens = {"size": 288, "multiple": 32, "sources": (str(tmp_path / "words.txt"),), "source_dir": str(folder)}
+    options = {"method": "hybrid", "experts": 6, "layers_removed": 1, "neurons_multiple": 4}
+    fewer = vp.make_plan((scores, scores), model, **options)  # without heads and neurons
+    assert {tuple(sizes.values()) for sizes in fewer.stacks["text"].sizes} == {(2, 4, 6, 72)}
+    plan = vp.make_plan((scores, scores), model, ratio=0.4, heads="proportional", vocabulary=tokens, **options)
+    assert abs(plan.actual_ratio - 0.4) < 0.03
+    for layer, same in zip(plan.layers, fewer.layers, strict=True):
+        assert layer.kept["experts"] == same.kept["experts"]
+        assert set(same.kept["experts"]) == set(np.argsort(scores.units[layer.index, "experts"])[-6:])
+        assert len(layer.kept["kv_heads"]) < 2
+        values = scores.units[layer.index, "expert_mlp"].reshape(8, 12)
+        rows = np.reshape(layer.kept["expert_mlp"], (6, -1)) - 12 * np.array(layer.kept["experts"])[:, None]
+        assert [set(row) for row in rows] == [
+            set(np.argsort(values[e])[-rows.shape[1] :]) for e in layer.kept["experts"]
+        ]
+    limit = {"parameters": plan.parameters_after}
+    same = vp.make_plan((scores, scores), model, budget=limit, heads="proportional", vocabulary=tokens, **options)
+    assert same.options["budget_reached"] == {"parameters": count_params(plan.apply_to(model.cfg))}
+    smaller = vp.apply_plan(model, plan)
+    vp.save(smaller, tmp_path / "out", source_dir=folder, dtype="float32")
+    ids = {"input_ids": np.arange(20)[None]}
+    stock = torch_outputs(tmp_path / "out", ids, class_name="AutoModelForImageTextToText", version="5")["logits"]
+    np.testing.assert_allclose(vp.forward(smaller, **ids)[0], stock, **CLOSE)
+    with pytest.raises(UserError, match=r"ratio 0\.9 cannot be reached .* after removing experts: the most is 0\.4"):
+        vp.make_plan(scores, model, method="width", experts=6, ratio=0.9)
+    with pytest.raises(UserError, match=r'selection="global" needs .* a model without experts'):
+        vp.make_plan(scores, model, method="width", selection="global", ratio=0.2)
+
+
+def test_impossible_plans_of_experts(golden):
+    model = golden.model
+    scores = vp.score(model, criterion="random")
+    for experts in (1, 9):
+        with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the number of experts in"):
+            vp.make_plan(scores, model, method="experts", experts=experts)
+    with pytest.raises(UserError, match=r"every token uses . experts, but the layer has 1: keep at least"):
+        prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])
+    uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
+    with pytest.raises(UserError, match=r"one width for all layers|equal numbers of experts and heads per layer"):
+        prune(model, [KeptLayer(i, kept) for i, kept in enumerate(uneven)])
+    with pytest.raises(UserError, match="a single input of down_proj, but a layer has experts"):
+        vp.score(model, [golden.batch("right")], criterion="activation")
+
+
+@pytest.mark.parametrize("neurons", [14, 28])
+def test_widths_by_which_transformers_cannot_tell_transposed_experts(goldens, neurons):
+    text = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
+    resized = text.with_layers([layer.resized({"expert_mlp": 8 * neurons}) for layer in text.layers])
+    assert "it tells transposed experts by their shape" in decoder_of(resized.decoder).problem(resized)
+    assert decoder_of(text.decoder).problem(text) is None
+
+
+@pytest.mark.parametrize("quantize", ["w8a16", "w8a8"])
+def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
+    """Integers are near the weights, routers stay floats, and the folder saves back in the hub's layout."""
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, quantize=quantize, dtype="float32")
+    held, whole = Checkpoint(tmp_path / "out"), flatten(golden.model.params)
+    rounded = flatten(vp.load(tmp_path / "out").params)
+    for path, weight in whole.items():
+        error = np.abs(np.asarray(rounded[path]) - np.asarray(weight)).max()
+        if re.search(r"text/layers/.*(_proj|qkv|in_proj_.|out_proj)/weight", path):
+            assert 0 < error < 0.01 * np.abs(weight).max(), path
+        elif "/router/" in path or "dense_gate" in path:
+            assert error == 0, path
+    experts = [key for key in held.entries if re.search(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$", key)]
+    text = golden.model.cfg.text
+    assert len(experts) == 3 * sum(layer.channel.experts for layer in text.layers)
+    ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    assert not any(re.fullmatch(pattern[3:], key) for pattern in ignored for key in experts)
+    card = (tmp_path / "out/README.md").read_text()
+    reads = quantize == "w8a16" and text.decoder in ("qwen3_moe", "qwen3_5_moe_text")  # the others load at random
+    assert "Every expert has matrices of its own" in card
+    assert ("from_pretrained" in card) == reads
+    vp.save(vp.load(tmp_path / "out"), tmp_path / "back", source_dir=tmp_path / "out", dtype="float32")
+    assert set(Checkpoint(tmp_path / "back").entries) == set(Checkpoint(golden.ckpt).entries)
+    for path, weight in flatten(vp.load(tmp_path / "back").params).items():
+        np.testing.assert_array_equal(weight, rounded[path], err_msg=path)
+    config = RecoverConfig(trainable="all", quantize="w4a16", losses=LossConfig(ce=1.0))
+    with pytest.raises(UserError, match=r"recover\.quantize='w4a16': layers of experts are not rounded in training"):
+        vp.recover(golden.model, [], config, num_steps=1)
+
+
+def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
+    folder = goldens / "families/qwen3_5_moe/ckpt"
+    cfg = vp.load(folder).cfg
+    with pytest.raises(UserError, match=r'export\.mtp="cut": MTP layers with experts .* use mtp="drop"'):
+        MtpCut(Checkpoint(folder), family_of(cfg), cfg)
+
+
+def keep_first(layer, experts):
+    kept = dict(KeptLayer.whole(0, layer).kept)
+    return kept | {"experts": tuple(range(experts)), "expert_mlp": tuple(range(experts * layer.channel.neurons))}
+
+
+def damaged(name, edit):
+    """An edit of tensors that replaces those of layer 2 whose key ends in `name`."""
+    return lambda held: {k: edit(v) if "layers.2." in k and k.endswith(name) else v for k, v in held.items()}
+
+
+def saved_by_transformers(held, neurons):
+    """The tensors in the order in memory, of experts of which one of two tensors has the same shape in both orders."""
+    shapes = {"gate_up_proj": (8, 2 * neurons, 28), "experts.down_proj": (8, 28, neurons)}
+    ends = {key: next((shape for end, shape in shapes.items() if key.endswith(end)), None) for key in held}
+    return {key: held[key] if shape is None else np.ones(shape, np.float32) for key, shape in ends.items()}
+
+
+def with_nan(array):
+    array = array.copy()
+    array[5, 3, 2] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "edit", "message"),
+    [
+        ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
+        ("qwen3_vl_moe", {"num_experts": 1}, None, "every token uses 2 experts, but the layer has 1"),
+        ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts is 8 but num_local_experts is 6"),
+        ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number from 1 to 4096"),
+        ("qwen3_vl_moe", {"num_experts": 10**9}, None, "num_experts is 1000000000, expected .* 1 to 4096"),
+        (
+            "internvl_moe", {"num_experts": 4096, "num_hidden_layers": 1000, "layer_types": None}, None,
+            "1000 layers have 4,096 experts each, more than any model .131,072 in all.: correct",
+        ),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, None, r"has shape \[8, 28, 24\]"),
+        ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
+        ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
+        ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, lambda held: saved_by_transformers(held, 14),
+         r"down_proj has shape \[8, 28, 14\], .* \(transformers 5 saves experts transposed: use the folder"),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 28}, lambda held: saved_by_transformers(held, 28),
+         r"gate_up_proj has shape \[8, 56, 28\], .* \(transformers 5 saves experts transposed: use the folder"),
+        ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
+        ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: set num_experts"),
+        ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
+        ("internvl_moe", {}, lambda held: {k: v for k, v in held.items() if "layers.2.mlp.experts.3.up" not in k},
+         r"missing key \S+layers\.2\.mlp\.experts\.3\.up_proj\.weight"),
+        ("internvl_moe", {"num_experts": 6}, None, r"unknown key \S+experts\.6"),
+    ],
+)  # fmt: skip
+def test_bad_files(goldens, tmp_path, family, fields, edit, message):
+    shutil.copytree(goldens / "families" / family / "ckpt", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["text_config"].update(fields)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    if edit is not None:
+        edit_weights(tmp_path / "model", edit)
+    with pytest.raises(UserError, match=message) as caught:
+        vp.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_the_dense_sibling(goldens):
+    dense, mixture = (vp.load(goldens / "families" / name / "ckpt") for name in ("qwen3_vl", "qwen3_vl_moe"))
+    plan = vp.make_plan(vp.score(dense, criterion="l2"), dense, method="width", ratio=0.1)
+    with pytest.raises(UserError, match=r"plan of another model: .* 8 experts of 12 neurons"):
+        vp.apply_plan(mixture, plan)
+    with pytest.raises(UserError, match="has no scores of experts, which method 'experts' removes"):
+        vp.make_plan(vp.score(dense, criterion="l2"), dense, method="experts", experts=5)
+
+
+def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):
+    model, draw = vp.load(goldens / "families/qwen3_5_moe/ckpt"), np.random.default_rng(0)
+    added = add_lora(model, LoraConfig(rank=2, targets=("gate_proj", "down_proj")), jax.random.key(0))
+    flat = flatten(added.params)
+    adapters = [path for path in flat if path.endswith("experts/down_proj/lora_b")]
+    assert {flat[path].shape for path in adapters} == {(1, 8, 28, 2), (2, 8, 28, 2)}  # by run of equal layers
+    random = {p: jnp.asarray(draw.standard_normal(x.shape) / 10, x.dtype) for p, x in flat.items() if "lora_b" in p}
+    adapted = added.replace(params=unflatten(flat | random))
+    merged, ids = merge_lora(adapted), {"input_ids": np.arange(4, 24)[None]}
+    assert merged.cfg == model.cfg
+    whole, before, after = (np.asarray(vp.forward(each, **ids)[0]) for each in (model, adapted, merged))
+    np.testing.assert_array_equal(vp.forward(added, **ids)[0], whole)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert np.abs(after - whole).max() > 1e-2
+    with pytest.raises(UserError, match=r"adapters on experts \(down_proj, gate_proj\): export the merged model"):
+        write_adapter(adapted, tmp_path / "out", base_dir=tmp_path, trained=[])
+
+
+@given(seed=st.integers(0, 2**16), kept=st.integers(2, 8))
+@example(seed=30121, kept=2)
+@settings(max_examples=10, deadline=None)
+def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
+    """With gates divided by their sum, removing experts changes the tokens that had chosen one of them only."""
+    draw = np.random.default_rng(seed)
+    cfg = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
+    x = draw.standard_normal((1, 20, cfg.hidden_size)).astype(np.float32)
+    weights = {"router/weight": (8, 28), "experts/gate_proj/weight": (8, 3, 28), "experts/up_proj/weight": (8, 3, 28)}
+    weights = {k: draw.standard_normal(s).astype(np.float32) for k, s in weights.items()}
+    weights["router/weight"] /= 5  # gates below 1e-7 would hide that an expert is gone
+    weights["experts/down_proj/weight"] = draw.standard_normal((8, 28, 3)).astype(np.float32)
+    chosen = np.sort(draw.choice(8, kept, replace=False))
+    outs = []
+    for count, arrays in ((8, weights), (kept, {k: v[chosen] for k, v in weights.items()})):
+        layer = Layer(cfg.layers[0].mixer, Experts(count, count * 3, 2))
+        sizes = {"embed": 28, **layer.sizes}
+        module = fill(
+            Moe(cfg, layer, sizes, Names("embed", ("", ""), ""), None), jax.tree.map(jnp.asarray, unflatten(arrays))
+        )
+        outs.append(module(jnp.asarray(x), Context(masks={})))
+    (whole, routed), (cut, _) = outs
+    unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)
+    np.testing.assert_allclose(cut[unaffected], whole[unaffected], atol=1e-4, rtol=1e-5)
+    if kept < 8:
+        differs = np.abs(np.asarray(cut) - np.asarray(whole)).max(axis=-1) > 0
+        assert differs[~unaffected].all()

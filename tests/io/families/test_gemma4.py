@@ -1,0 +1,85 @@
+"""Gemma 4: what its class cannot hold is refused with reason and alternative; what is left is the stock model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hf_cases import edit_config, keep_layers
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.io.checkpoints.lazy import open_model
+
+
+@pytest.fixture(scope="module")
+def folder(goldens):
+    return goldens / "families/gemma4/ckpt"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return vp.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("gone", "reason"), [(2, "no layer with full attention has keys"), (8, "last layer of Gemma 4 must have full")]
+)
+def test_illegal_cuts(model, gone, reason):
+    with pytest.raises(vp.UserError, match=reason):
+        keep_layers(model, [i for i in range(9) if i != gone])
+
+
+def test_depth_plans_are_legal(model):
+    """Producers (2, 4) stay by default; the last layer, and one that makes keys for each type, stay always."""
+    scores = vp.Scores(criterion="by hand", fingerprint=fingerprint(model), importance=np.arange(9.0)[::-1])
+    assert vp.make_plan(scores, model, method="depth", layers_removed=3).removed_layers == (5, 6, 7)
+    moved = vp.make_plan(scores, model, method="depth", layers_removed=6, producers="redirect")
+    assert moved.removed_layers == (1, 3, 4, 5, 6, 7)
+    with pytest.raises(vp.UserError, match="between 0 and 6"):
+        vp.make_plan(scores, model, method="depth", layers_removed=7)
+
+
+def test_a_cut_writes_one_config_for_every_version(model, folder, tmp_path):
+    shorter, _ = keep_layers(model, [0, 1, 2, 3, 5, 7, 8])
+    # layers that share keys and values are twice as wide, which zeros need not make equal
+    vp.save(shorter, tmp_path / "out", source_dir=folder, dtype="float32", uneven="pad", max_image_tokens=140)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    text = config["text_config"]
+    assert config["vision_config"]["default_output_length"] == 140  # vLLM counts the tokens of an image by it
+    assert "per_layer_config" not in text
+    assert (text["num_kv_shared_layers"], text["global_head_dim"], len(text["layer_types"])) == (3, 20, 7)
+    assert vp.load(tmp_path / "out").cfg == shorter.cfg
+
+
+def test_double_wide_layers_stay_twice_as_wide(model):
+    scores = vp.score(model, criterion="l2")
+    pruned = vp.apply_plan(model, vp.make_plan(scores, model, method="width", ratio=0.07))
+    widths = {shape.mixer.kv_shared: shape.channel.mlp for shape in pruned.cfg.text.layers}
+    assert widths[True] == 2 * widths[False] < 112
+    assert pruned.cfg.text.uniform
+
+
+@pytest.mark.parametrize(("layer", "reason"), [("1", "layer 1"), ("9", "layers that do not exist")])
+def test_stale_entries_of_per_layer_config(folder, tmp_path, layer, reason):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    entries = {**config["per_layer_config"], layer: {"head_dim": 20}}
+    edit_config(tmp_path / "model", text_config={**config, "per_layer_config": entries})
+    with pytest.raises(vp.UserError, match=f"out of date.*{reason}"):
+        vp.load(tmp_path / "model")
+
+
+def test_large_tables_are_cut_in_parts(model, folder, tmp_path, monkeypatch):
+    """The per-layer table by layers and by tokens, in files: the same bytes as in memory."""
+    pruned, plan = keep_layers(model, [0, 1, 2, 3, 4, 5, 7, 8])
+    kept = tuple(range(0, 422, 2))
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.lazy.BLOCK", 4000)
+    vp.save(pruned, tmp_path / "memory", source_dir=folder, dtype="float32", plan=plan)
+    vp.prune_folder(folder, plan, tmp_path / "files")
+    memory, files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files"))
+    assert memory == files
+    lazy = open_model(folder).params["text"]["extra_inputs"]["table"]["weight"]
+    rows = lazy.take(np.asarray(kept), axis=0).take(np.asarray([1, 4]), axis=1)
+    whole = np.asarray(model.params["text"]["extra_inputs"]["table"]["weight"])
+    np.testing.assert_array_equal(np.concatenate([*rows.blocks()]), whole[list(kept)][:, [1, 4]])

@@ -1,0 +1,352 @@
+"""Vision-language families against what stock transformers computes: weights, forward, answers, prompts, images."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CLOSE, Golden
+from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from rounding import assert_same_sums
+from torch_compat import VERSIONS
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.params import flatten, unstack_layers
+from vlmprune_jax.core.models.patch_rows import in_cells
+from vlmprune_jax.core.models.vlm import to_nnx
+from vlmprune_jax.core.prune.criteria.groups import reduce_groups, summed_axes
+from vlmprune_jax.io.data.chat_template import choose_template
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.exports.reload import check_export
+from vlmprune_jax.io.families import detect
+
+FAMILIES = ("internvl3", "smolvlm", "gemma3")
+PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
+POSITIONED = ("gemma4", "gemma4_dense")  # patches with the position of each
+MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")  # of experts, with fewer stored outputs
+
+
+@pytest.fixture(scope="module", params=FAMILIES + PATCHED + POSITIONED)
+def golden(goldens, request):
+    return Golden(goldens / "families" / request.param)
+
+
+of_every_family = pytest.mark.parametrize("golden", [*FAMILIES, *PATCHED, *POSITIONED, *MIXTURES], indirect=True)
+
+
+@of_every_family
+def test_forward(golden):
+    stored = golden.arrays
+    for case in golden.cases:
+        inputs, want = golden.inputs(case), ("hidden", "image_features") if case in ("single", "text") else ()
+        logits, aux = vp.forward(golden.model, **inputs, capture=want)
+        logits = np.asarray(logits)
+        expected = stored[f"{case}_logits"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+        loss = mean_loss(logits, stored[f"{case}_labels"][None])
+        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
+        if want:
+            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
+        if case == "single":
+            features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
+            np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
+
+
+def test_tower(golden):
+    states = golden.arrays["single_vision_states"]
+    tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
+    if golden.positioned:
+        pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
+        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
+        rows, columns = grid[0, 1:]
+        merge = golden.model.cfg.vision.merge
+        order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
+        order = order.transpose(0, 2, 1, 3).reshape(-1)  # stored row by row of patches
+        found = [(before[:, order], after[:, order]) for before, after in found]
+    elif golden.patched:  # with padding behind the image
+        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
+        pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
+        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=grid)
+        if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
+            windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].mixer.window]
+            order = np.argsort(windows[0, :-4], kind="stable")
+        found = [(before[:, order], after[:, order]) for before, after in found]
+    else:
+        _, found = tower.hooked(pixels[:1], lambda block: (block.before, block.after))
+    np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
+
+
+def test_deepstack(goldens):
+    golden = Golden(goldens / "families/qwen3_vl")
+    module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
+    levels = module.projector.deepstack_features(
+        module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid)
+    )
+    np.testing.assert_allclose(levels[:, 0], golden.arrays["single_deepstack"], **CLOSE)
+
+
+@pytest.mark.slow
+@of_every_family
+def test_answers_of_a_padded_batch(golden):
+    prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in golden.cases]
+    ids, mask = (np.zeros((len(prompts), max(map(len, prompts))), np.int32) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    found = vp.generate(
+        golden.model,
+        ids,
+        **golden.shown(golden.cases),
+        attention_mask=mask,
+        max_new_tokens=8,
+        eos_token_ids=(),
+    )
+    np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in golden.cases])
+
+
+@pytest.mark.slow
+@of_every_family
+def test_a_mesh_computes_the_same(golden):
+    batch = golden.batch("left")
+    batch.pop("labels")
+    expected, _ = vp.forward(golden.model, **batch)
+    spread = vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1))
+    found, _ = vp.forward(spread, **batch)
+    np.testing.assert_allclose(np.asarray(found)[:, -8:], np.asarray(expected)[:, -8:], atol=1e-5, rtol=1e-5)
+    stored = golden.arrays["batch_left_last_logits"]
+    np.testing.assert_allclose(np.asarray(found)[:, -stored.shape[1] :], stored, **CLOSE)
+
+
+@pytest.mark.slow
+def test_layers_by_block_influence(golden):
+    scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
+    np.testing.assert_allclose(scores.importance, golden.arrays["batch_right_block_influence"], rtol=1e-4)
+    shorter, _ = keep_layers(golden.model, golden.without_1_3)
+    for case in ("single", "text"):
+        logits, _ = vp.forward(shorter, **golden.inputs(case))
+        expected = golden.arrays[f"{case}_logits_without_1_3"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gemma4_dense"))],
+    indirect=True,
+)
+def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
+    """Taylor scores of decoder and tower against |weight x gradient| of stock transformers."""
+    types = "mm_token_type_ids" if golden.positioned else "token_type_ids"
+    batch, shared = golden.batch("right"), golden.model.cfg
+    inputs = {**batch, types: golden.arrays[f"batch_right_{types}"]}
+    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+    found = torch_outputs(golden.ckpt, inputs, **auto, want=("gradients",))
+    saved = {names["saved_by_5.24"]: name for name, names in golden.keys.items()}
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    edit_weights(
+        tmp_path / "model",
+        lambda held: {key: found.get(saved[key], np.zeros_like(tensor)) for key, tensor in held.items()},
+    )
+    gradient = vp.load(tmp_path / "model")
+    for stack in ("text", "vision"):
+        axes = summed_axes(shared, stack)
+        layers = [unstack_layers(one.params, shared, stack)[0] for one in (golden.model, gradient)]
+        for variant in ("param_first", "vectorize"):
+            scores = vp.score(golden.model, [batch], criterion="taylor", variant=variant, gqa="groups", stack=stack)
+            channels = [
+                {name: _saliency(variant, w[name] * g[name], axis) for name, axis in axes.items() if name in w}
+                for w, g in zip(*layers, strict=True)
+            ]
+            expected = reduce_groups(channels, shared, reduction="sum", gqa="groups", stack=stack)
+            theirs = expected["units"].values()
+            if variant == "param_first":
+                sizes = theirs
+            for mine, sums, size in zip(scores.units.values(), theirs, sizes, strict=True):
+                assert_same_sums(mine, sums, size, f"{stack} {variant}")
+
+
+def _saliency(variant, products, axis):
+    products = np.asarray(products, np.float64)
+    return np.abs(products.sum(axis)) if variant == "vectorize" else np.abs(products).sum(axis)
+
+
+@of_every_family
+def test_there_and_back(golden, tmp_path):
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="source")
+    assert vp.load(tmp_path / "out").cfg == golden.model.cfg
+    shutil.copytree(golden.ckpt, tmp_path / "hub")
+    if golden.respelled:
+        saved = {names["saved_by_5.24"]: names["hub"] for names in golden.keys.values()}
+        edit_weights(tmp_path / "hub", lambda tensors: {saved[key]: value for key, value in tensors.items()})
+    assert_same_tensors(tmp_path / "hub", tmp_path / "out")
+
+
+@pytest.mark.parametrize("spelling", ["memory", "hub"])
+def test_every_spelling(golden, tmp_path, spelling):
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    hub = "hub" if golden.respelled else "hub_4.x"
+    saved = {
+        names["saved_by_5.24"]: name if spelling == "memory" else names[hub] for name, names in golden.keys.items()
+    }
+    edit_weights(tmp_path / "model", lambda tensors: {saved[key]: value for key, value in tensors.items()})
+    if spelling != "memory":
+        shutil.copy(golden.folder / "config_hub_style.json", tmp_path / "model/config.json")
+    model = vp.load(tmp_path / "model")
+    ends = {"eos_token_ids": golden.model.cfg.eos_token_ids}
+    assert dataclasses.replace(model.cfg, **ends) == golden.model.cfg
+    for path, leaf in flatten(model.params).items():
+        assert np.array_equal(leaf, flatten(golden.model.params)[path]), path
+
+
+def as_record(golden, case):
+    """The golden chat with LLaVA's placeholders; a system message leads the first turn, as in Gemma 3's template."""
+    facts, turns, system = golden.facts["cases"][case], [], ""
+    for message in facts["messages"]:
+        text = "".join(part.get("text", "<image>\n") for part in message["content"])
+        if message["role"] == "system":
+            system = f"{text}\n\n"
+        else:
+            turns.append(("human" if message["role"] == "user" else "gpt", system + text))
+            system = ""
+    paths = tuple(golden.folder / golden.facts["images"][k]["file"] for k in facts["images"])
+    return Record(case, (*turns, ("gpt", facts["answer"])), paths)
+
+
+def test_a_cut_producer_redirects_its_consumers(goldens):
+    """Layers that shared its keys and values take those of the layer before it, as in the stock model that is left."""
+    golden = Golden(goldens / "families/gemma4")
+    shorter, _ = keep_layers(golden.model, [0, 1, 2, 3, 5, 7, 8])
+    logits, _ = vp.forward(shorter, **golden.inputs("single"))
+    expected = golden.arrays["single_logits_without_4_6"]
+    np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("budget", [70, 140, 280, 560, 1120])
+def test_budgets_of_tokens(goldens, tmp_path, budget):
+    golden = Golden(goldens / "families/gemma4")
+    config = json.loads((golden.ckpt / "processor_config.json").read_text())
+    config["image_processor"]["max_soft_tokens"] = budget
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, patches=(12, 3))
+    for facts in golden.facts["images"]:
+        (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
+        assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
+    if budget in (140, 280):
+        pixels = images.load(golden.folder / "images/0.png", "record")
+        levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
+        expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
+        np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
+        module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
+        features = module.projector(module.vision_features(expected[None], grid=grid))
+        np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
+
+
+@pytest.mark.parametrize("golden", [*FAMILIES, "gemma4", "gemma4_dense"], indirect=True)
+@pytest.mark.parametrize("processor", ["", "_hub_style"])
+def test_prompts_labels_and_images(golden, tmp_path, processor):
+    for path in golden.ckpt.iterdir():
+        shutil.copy(path, tmp_path)
+    if processor and golden.positioned:
+        shutil.copy(golden.folder / "processor_config_hub_style.json", tmp_path / "processor_config.json")
+    elif processor:
+        (tmp_path / "processor_config.json").unlink()
+        shutil.copy(golden.folder / "preprocessor_config_hub_style.json", tmp_path / "preprocessor_config.json")
+    config, tokenizer = json.loads((tmp_path / "config.json").read_text()), load_tokenizer(tmp_path)
+    family, cfg = detect(config, "config.json"), golden.model.cfg
+    template = choose_template("auto", family, tokenizer, config=config, has_vision=True)
+    load = functools.partial(load_image_processor, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    if golden.positioned:
+        images = load(tmp_path, patches=(cfg.vision.patch_values, cfg.vision.merge))
+    else:
+        images = load(tmp_path, image_size=cfg.vision.image_size)
+    mean, std = np.float32(0), np.float32(1)
+    if not golden.positioned:
+        mean, std = (np.float32(p).reshape(3, 1, 1) for p in (images.preparation.mean, images.preparation.std))
+    for case in golden.cases:
+        record, one_level = as_record(golden, case), 0
+        messages = golden.facts["cases"][case]["messages"]
+        system = next((m["content"][0]["text"] for m in messages if m["role"] == "system"), "")
+        used = template
+        if golden.positioned and system:  # a turn of its own
+            turns = [(speaker, text.removeprefix(f"{system}\n\n")) for speaker, text in record.turns]
+            record, used = dataclasses.replace(record, turns=turns), dataclasses.replace(template, system=system)
+        if case == "crops":  # their stored pixels are torchvision's, which differ by a level
+            write_crops(golden, tmp_path)
+            images, one_level = load(tmp_path, image_size=cfg.vision.image_size), 1 / 255
+        shapes = images.shapes(record.images, case)
+        options = {"image_token_id": cfg.image_token_id, "tokens_per_image": cfg.tokens_per_image, "images": shapes}
+        ids, labels = tokenize_training(record, tokenizer, used, **options, cut_text_at=None)
+        stored, answer = golden.arrays[f"{case}_input_ids"], golden.arrays[f"{case}_labels"]
+        assert ids.tolist() == stored.tolist(), case
+        prompt = tokenize_prompt(record, tokenizer, used, **options)
+        assert prompt.tolist() == stored[: golden.facts["cases"][case]["prompt_len"]].tolist()
+        last = np.arange(len(ids)) >= np.flatnonzero(answer != IGNORED)[0]  # stored is the last answer's alone
+        assert labels[last].tolist() == answer[last].tolist()
+        for path, k, shape in zip(record.images, golden.images(case), shapes, strict=True):
+            pixels = images.load(path, case, len(record.images))
+            assert len(pixels) == (shape.rows * shape.columns if golden.positioned else shape.slots)
+            levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
+            if golden.positioned:
+                places = golden.arrays[f"image{k}_position_ids"][None]
+                levels = in_cells(cfg, levels, None, places)[0]
+            expected = golden.arrays[f"image{k}_crops_pixel_values"] if one_level else (levels / 255 - mean) / std
+            atol = one_level / std.min() + 1e-5
+            np.testing.assert_allclose(pixels, expected, atol=atol, rtol=0, err_msg=str(path))
+
+
+def write_crops(golden, folder):
+    """Switch pan and scan on in a folder's file, as the golden's processor was called."""
+    name = "processor_config.json" if (folder / "processor_config.json").exists() else "preprocessor_config.json"
+    config = json.loads((folder / name).read_text())
+    (config.get("image_processor") or config).update(golden.facts["cases"]["crops"]["processor_arguments"])
+    (folder / name).write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
+    """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
+    shorter, _ = keep_layers(golden.model, golden.without_1_3)
+    vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    options = {"class_name": "AutoModelForImageTextToText", "version": version}
+    if golden.positioned and version == "4.57":
+        return  # has no such class
+    # and Gemma 3's windows that are smaller than an image
+    wrong = (golden.by_row or golden.folder.name == "gemma3") and version == "4.57"
+    for case in ("text",) if wrong else ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        found = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        expected = golden.arrays[f"{case}_logits_without_1_3"]
+        np.testing.assert_allclose(found[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    if version == "5":
+        assert check_export(shorter, tmp_path / "out")["backend"] == "torch"
+
+
+def test_the_pipeline_answers(goldens, torch_outputs, tmp_path):
+    """What transformers' processor makes of a chat about two images, and the model's answer, in text."""
+    golden = Golden(goldens / "families/internvl3")  # SmolVLM's processor wants num2words, which nothing else does
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    files = [str(golden.folder / golden.facts["images"][k]["file"]) for k in golden.images("two")]
+    content = [{"type": "image", "path": file} for file in files] + [
+        {"type": "text", "text": "Compare the two pictures."}
+    ]
+    made, text = torch_outputs.chat(
+        tmp_path / "out", [{"role": "user", "content": content}], version="5", max_new_tokens=8
+    )
+    stored = golden.arrays["two_input_ids"][: golden.facts["cases"]["two"]["prompt_len"]]
+    assert made["input_ids"][0].tolist() == stored.tolist()
+    tokenizer = load_tokenizer(golden.ckpt)
+    answer = vp.generate(golden.model, made["input_ids"], pixel_values=made["pixel_values"], max_new_tokens=8)
+    assert text == tokenizer.decode(answer[0], skip_special_tokens=True)
+
+
+def test_no_check_in_versions_that_compute_something_else(goldens, tmp_path, monkeypatch):
+    golden = Golden(goldens / "families/smolvlm")
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    assert check_export(golden.model, tmp_path / "out")["backend"] == "jax"

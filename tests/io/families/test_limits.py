@@ -1,0 +1,145 @@
+"""What loads where: the descriptions' word, and plans that are held to it."""
+
+import dataclasses
+
+import pytest
+from decoder_cases import PHI, QWEN2, QWEN3
+from hf_cases import LLAMA, keep_width, make_folder
+from transformers import AutoModelForCausalLM
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.limits import ENGINES, why_not
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.exports.uneven import with_head_dim
+from vlmprune_jax.io.families.limits import how_known, what_loads
+
+# Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
+WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 48}
+MODELS = {
+    "llama": {**LLAMA, "hidden_act": "silu", "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {**{k: v for k, v in QWEN2.items() if k != "head_dim"}, **WHOLE, "hidden_act": "silu"},
+    "qwen3": {**QWEN3, "attention_bias": False, "hidden_act": "silu"},
+    "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
+}
+HEADS = {
+    "llama": tuple(ENGINES), "qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "qwen3": tuple(ENGINES),
+    "phi": ("transformers", "openvino"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    found = {name: make_folder(tmp_path_factory.mktemp("loads") / name, config) for name, config in MODELS.items()}
+    return {name: (folder, vp.load(folder)) for name, folder in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_descriptions_say(models, name):
+    _, model = models[name]
+    found = {target: stacks["text"] for target, stacks in what_loads(model.cfg).items()}
+    assert {target for target, kinds in found.items() if kinds["heads"] is None} == set(HEADS[name])
+    for target, kinds in found.items():
+        assert kinds["fewer layers"] is None
+        assert kinds["neurons"] is None
+        wide = target == "gguf" and name in ("llama", "qwen2")
+        assert (kinds["unequal widths"] is None) == wide, target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_fewer_heads(models, tmp_path, name):
+    """In the stock class, without code of the folder's."""
+    folder, model = models[name]
+    pruned, _ = keep_width(model, range(1, model.cfg.text.layers[0].mixer.kv_heads), range(20))
+    vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
+    assert not list((tmp_path / "out").glob("*.py"))
+    stock, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["mismatched_keys"]
+    assert not told["missing_keys"]
+    assert sum(one.numel() for one in stock.parameters()) == vp.count_params(pruned.cfg)
+
+
+def test_plans_are_held_to_targets(models):
+    _, model = models["qwen2"]
+    scores = vp.score(model, [], criterion="l2")
+    # attention that weighs nothing is what "auto" removes first
+    scores = dataclasses.replace(scores, units={key: part * (key[1] == "mlp") for key, part in scores.units.items()})
+
+    total, (shape, *_) = vp.count_params(model.cfg), model.cfg.text.layers
+    fewer = shape.resized({"q_heads": shape.mixer.q_heads // 2, "kv_heads": shape.mixer.kv_heads // 2})
+    ratio = (
+        1.01 - vp.count_params(model.cfg.with_layers([fewer] * len(model.cfg.text.layers))) / total
+    )  # a group of heads of every layer, and a few neurons
+
+    def plan(**options):
+        made = vp.make_plan(scores, model.cfg, method="width", **{"ratio": ratio, **options})
+        return made.stacks["text"]
+
+    full = shape.mixer.q_heads
+    assert plan(heads="auto").sizes[0]["q_heads"] < full
+    assert plan(heads="auto", loads_in=("transformers", "gguf")).sizes[0]["q_heads"] < full
+    assert plan(heads="auto", loads_in=("vllm",)).sizes[0]["q_heads"] == full
+    for options, said in (
+        (
+            {"ratio": None, "sparsity": 0.5, "heads": "proportional", "loads_in": ("vllm",)},
+            r"loads_in='vllm'.*hidden_size / heads: use heads=\"keep\"",
+        ),
+        (
+            {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},
+            r"one width for all layers: .*uneven=\"pad\"",
+        ),
+        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, vllm_tpu, mlx, openvino, gguf"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(**options)
+
+
+@pytest.mark.parametrize(("family", "heads", "blocks"), [("qwen3_vl", True, False), ("qwen2_5_vl", False, True)])
+def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, heads, blocks):
+    """Fewer heads where the class takes their size from a field, and no block of a tower that feeds the decoder."""
+    found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
+    assert (found["text"]["heads"] is None) == heads
+    assert (found["vision"]["fewer layers"] is None) == blocks
+
+
+def test_what_serving_engines_compute_otherwise(goldens):
+    """mlx-vlm takes Gemma 3's windows from the layer's number, and the size of LLaVA's heads from their number."""
+    cfg = read_config(goldens / "families/gemma3/ckpt")[1]
+    full, sliding = (
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=window))
+        for layer, window in ((cfg.text.layers[0], None), (cfg.text.layers[0], 7))
+    )
+    layers = [full if i % 6 == 5 else sliding for i in range(12)]
+    assert why_not(cfg.with_layers(layers), "mlx") is None
+    assert why_not(cfg.with_layers(layers[:11]), "mlx") is None
+    assert "every sixth layer of Gemma 3 full attention" in why_not(cfg.with_layers(layers[1:]), "mlx")
+    assert why_not(cfg.with_layers(layers[1:]), "vllm") is None
+    llava = read_config(goldens / "ckpt/llava_hf")[1]
+    fewer = [
+        layer.resized({"q_heads": layer.mixer.q_heads // 2, "kv_heads": layer.mixer.kv_heads // 2})
+        for layer in llava.text.layers
+    ]
+    assert "head size of llama as hidden_size / heads" in why_not(llava.with_layers(fewer), "mlx")
+    bunny = read_config(goldens / "ckpt/bunny", goldens / "ckpt/siglip_tower")[1]
+    assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
+    small = "on CPUs, heads of 6 need export.head_dim"
+    assert how_known(llava, "vllm") == f"tried with vLLM 0.32: {small}"
+    assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
+    assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"
+    assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
+    assert "tried with vLLM 0.32: layers, heads and neurons; " in how_known(cfg, "vllm")
+    hybrid, experts = (read_config(goldens / "families" / name / "ckpt")[1] for name in ("qwen3_5", "qwen3_vl_moe"))
+    assert how_known(hybrid, "vllm").startswith("tried with vLLM 0.32: on CPUs with `--dtype bfloat16` only")
+    assert how_known(experts, "vllm").startswith("tried with vLLM 0.32")
+    assert how_known(cfg, "openvino") == "tried with optimum-intel 2.2: layers and heads"  # no other cut was run
+
+
+def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):
+    """The last layer stays, and shared layers stay twice as wide."""
+    cfg = read_config(goldens / "families/gemma4/ckpt")[1]
+    found = what_loads(cfg)
+    for target in ("transformers", "vllm"):
+        assert [found[target]["text"][kind] for kind in ("fewer layers", "neurons")] == [None, None]
+    assert "last two layers with their own" in found["gguf"]["text"]["neurons"]
+    assert "one width for all layers" in found["gguf"]["text"]["unequal widths"]  # llama.cpp has it, but no plan

@@ -1,0 +1,451 @@
+"""Videos against what stock transformers computes: rows, pixels, positions, logits, answers, features, scores."""
+
+import functools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.patch_rows import in_cells, rejoined
+from vlmprune_jax.core.models.vlm import to_nnx
+from vlmprune_jax.core.recovery.flops import batch_flops
+from vlmprune_jax.core.video import frame_indices
+from vlmprune_jax.io.data.batches import open_inputs, to_records
+from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.feature_pass import compute_features
+from vlmprune_jax.io.data.images import limited_files
+from vlmprune_jax.io.data.video.processor import load_video_config
+from vlmprune_jax.io.exports.token_sources import Source
+from vlmprune_jax.io.families import find
+from vlmprune_jax.io.families.templates import VideoText, in_words
+from vlmprune_jax.io.families.tiles import VideoShape
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "smolvlm", "internvl3", "gemma4", "gemma4_dense")
+CLOSE = {"atol": 1e-4, "rtol": 0}
+NAMES = (
+    *("video_grid_thw", "image_grid_thw", "second_per_grid_ts", "video_position_ids", "image_position_ids"),
+    "num_frames_per_video",
+)
+
+
+class Golden:
+    """One family's stored outputs and its checkpoint."""
+
+    def __init__(self, folder):
+        self.name, self.ckpt, self.clips = folder.name, folder / "ckpt", folder.parent / "clips"
+        self.facts = json.loads((folder / "golden.json").read_text())
+        self.arrays = np.load(folder / "golden.npz")
+        self.rows = {name: case for name, case in self.facts["cases"].items() if "record" in case}
+        self.images = json.loads((self.ckpt / "processor_config.json").read_text())["image_processor"]
+
+    @functools.cached_property
+    def model(self):
+        return vp.load(self.ckpt)
+
+    def batches(self, *cases, folder=None, rows=None, **settings):
+        rows = rows or [self.rows[case]["record"] for case in cases]
+        settings = {"max_images": 3, **self.rows[cases[0]]["setting"], **settings}
+        return vp.batches(folder or self.ckpt, rows, images=self.clips, **settings)
+
+    def pixels(self, levels, config):
+        """Pixel values of stored levels, with the mean and deviation of a processor."""
+        values = levels.astype(np.float32) / np.float32(255)
+        if self.name.startswith("gemma"):
+            return values
+        shape = (len(values), 3, -1)
+        mean, std = (np.array(config[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
+        return ((values.reshape(shape) - mean) / std).reshape(values.shape)
+
+    def inputs(self, case):
+        """What the stock processor returns for a row."""
+        stored, video = self.arrays, self.facts["video_processor"]
+        inputs = {name: stored[f"{case}_{name}"] for name in NAMES if f"{case}_{name}" in stored}
+        inputs["input_ids"] = stored[f"{case}_input_ids"][None]
+        if f"{case}_mm_token_type_ids" in stored:
+            inputs["mm_token_type_ids"] = stored[f"{case}_mm_token_type_ids"][None]
+        if f"{case}_pixel_values_videos_levels" in stored:
+            inputs["pixel_values_videos"] = self.pixels(stored[f"{case}_pixel_values_videos_levels"], video)
+        if f"{case}_pixel_values_levels" in stored:
+            levels = stored[f"{case}_pixel_values_levels"]
+            inputs["pixel_values"] = self.pixels(levels, self.images)
+            if f"{case}_is_frame" in stored:
+                frames = stored[f"{case}_is_frame"].reshape(-1)[: len(levels)]
+                inputs["pixel_values"][frames] = self.pixels(levels[frames], video)
+        return inputs
+
+    def batch(self, side):
+        rows = [self.inputs(case) for case in self.facts["cases"][f"batch_{side}"]["rows"]]
+        names = {name for row in rows for name in row} - {"input_ids", "mm_token_type_ids"}
+        joined = {name: np.concatenate([row[name] for row in rows if name in row]) for name in names}
+        stored = {name: self.arrays[f"batch_{side}_{name}"] for name in ("input_ids", "attention_mask")}
+        return joined | stored
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def golden(goldens, request):
+    return Golden(goldens / "video" / request.param)
+
+
+def of_families(*names):
+    return pytest.mark.parametrize("golden", names, indirect=True)
+
+
+def test_rows_are_those_of_the_processor(golden):
+    stored = golden.arrays
+    for name, case in golden.rows.items():
+        if golden.name == "smolvlm" and name == "uneven":  # stock states the padded number of frames for both videos
+            continue
+        expected = f"{name}_input_ids" if f"{name}_input_ids" in stored else f"{name}_every_frame_input_ids"
+        if expected not in stored and case.get("error") and name == "one":
+            with pytest.raises(UserError, match="record 0: its video: a video of 1 frame"):
+                golden.batches(name)
+            continue
+        arrays = golden.batches(name)[0].arrays
+        spoken = {"messages": [*case["messages"], {"role": "assistant", "content": case["answer"]}]}
+        ids = golden.batches(name, rows=[spoken])[0].arrays["input_ids"]
+        np.testing.assert_array_equal(ids, arrays["input_ids"], err_msg=name)
+        if expected not in stored:  # stock refuses videos with unequal numbers of frames
+            assert name == "uneven"
+            continue
+        np.testing.assert_array_equal(arrays["input_ids"][0], stored[expected], err_msg=name)
+        for array, values in (("labels", "labels"), ("position_ids", "position_ids")):
+            if f"{name}_{values}" in stored:
+                np.testing.assert_array_equal(arrays[array][0], stored[f"{name}_{values}"], err_msg=name)
+        for grid in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts"):
+            if f"{name}_{grid}" in stored:
+                values = arrays[grid][0]
+                np.testing.assert_array_equal(values[values.any(-1)] if values.ndim > 1 else values[values > 0],
+                                              stored[f"{name}_{grid}"], err_msg=name)  # fmt: skip
+
+
+def test_pixels_are_pillows(golden):
+    arrays, stored = golden.batches("single")[0].arrays, golden.arrays
+    expected = golden.pixels(stored["single_levels_pillow"], golden.facts["video_processor"])
+    if "single_video_position_ids" in stored:
+        expected, _ = in_cells(golden.model.cfg, expected, None, stored["single_video_position_ids"])
+    pixels = next(arrays[name] for name in ("pixel_values_videos", "pixel_values") if name in arrays)[0]
+    np.testing.assert_allclose(pixels[: len(expected)], expected, rtol=2e-6, atol=1e-7)
+    assert not pixels[len(expected) :].any()
+
+
+def test_sizes_of_frames(golden):
+    """The stock processor's size, grid and tokens of every number and size of frames."""
+    preparation = open_inputs(golden.ckpt, None, None, {})[1].image_loader.videos.preparation
+    for case in golden.facts["sizes"]:
+        if case["values"] != "folder":
+            continue
+        frames, size = case["frames"], (case["width"], case["height"])
+        if "error" in case:
+            with pytest.raises(UserError, match=r"too short|long side"):
+                preparation.frame_shape(frames, *size)
+            continue
+        shape = preparation.frame_shape(frames, *size)
+        if "grid_thw" in case:
+            assert [-(-frames // 2), shape.rows, shape.columns] == case["grid_thw"], case
+            assert shape.tokens * case["grid_thw"][0] == case["tokens"], case
+        elif "tokens_per_frame" in case:
+            assert shape.tokens == case["tokens_per_frame"], case
+        elif golden.name == "smolvlm":
+            assert list(preparation._resized(*size)[::-1]) == case["resized"], case
+
+
+def test_numbers_and_times_as_text(goldens):
+    facts = Golden(goldens / "video/smolvlm").facts
+    assert {number: in_words(int(number)) for number in facts["number_words"]} == facts["number_words"]
+    text = VideoText("", "", start="{duration}")
+    assert {n: text.write(VideoShape(duration=int(n))) for n in facts["durations"]} == facts["durations"]
+
+
+@of_families("qwen3_vl", "qwen2_5_vl", "smolvlm", "internvl3", "gemma4")
+def test_hub_files_describe_the_same(golden, tmp_path):
+    shutil.copytree(golden.ckpt, tmp_path / "hub")
+    (tmp_path / "hub/processor_config.json").unlink()
+    for file in golden.ckpt.parent.glob("*_hub_style.json"):
+        shutil.copy(file, tmp_path / "hub" / file.name.replace("_hub_style", ""))
+    expected, found = (golden.batches("mixed", folder=folder)[0].arrays for folder in (None, tmp_path / "hub"))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def close(golden, case, inputs, **options):
+    logits, aux = vp.forward(golden.model, **inputs, **options)
+    expected = golden.arrays[f"{case}_logits"]
+    np.testing.assert_allclose(np.asarray(logits)[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    return aux
+
+
+def test_forward_of_the_processors_arrays(golden):
+    aux = close(golden, "single", golden.inputs("single"), capture=("image_features",))
+    features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
+    np.testing.assert_allclose(features, golden.arrays["single_features"], **CLOSE)
+    batch = golden.batch("left")
+    logits, expected = np.asarray(vp.forward(golden.model, **batch)[0]), golden.arrays["batch_left_last_logits"]
+    np.testing.assert_allclose(logits[:, -expected.shape[1] :], expected, **CLOSE)
+
+
+@pytest.mark.slow
+def test_forward_and_answers_of_all_cases(golden):
+    for case in golden.rows:
+        if f"{case}_logits" not in golden.arrays:
+            continue
+        inputs = golden.inputs(case)
+        close(golden, case, inputs)
+        names = {"input_ids", "mm_token_type_ids"} & inputs.keys()
+        prompt = {name: inputs[name][:, : golden.rows[case]["prompt_len"]] for name in names}
+        tokens = vp.generate(golden.model, **inputs | prompt, max_new_tokens=8, eos_token_ids=())
+        np.testing.assert_array_equal(tokens[0], golden.arrays[f"{case}_generated"], err_msg=case)
+
+
+def test_batches_of_videos_images_and_texts(golden):
+    """Rows of different visual inputs in one batch of `vp.batches` have the logits of the rows alone."""
+    batch = golden.batches("frames", "mixed", "text", "two", batch_size=4)[0].arrays
+    names = {*NAMES, "input_ids", "attention_mask", "pixel_values", "pixel_values_videos"}
+    logits = np.asarray(vp.forward(golden.model, **{name: batch[name] for name in names & batch.keys()})[0])
+    for row, case in enumerate(("frames", "mixed", "text", "two")):
+        expected = golden.arrays[f"{case}_logits"]
+        last = int(batch["attention_mask"][row].sum())
+        # pixels are Pillow's, of which up to 0.6 % are a level from stock's: near stock, equal to the row alone
+        np.testing.assert_allclose(logits[row, last - len(expected) : last], expected, atol=0.05, err_msg=case)
+        alone = golden.batches(case)[0].arrays
+        alone = vp.forward(golden.model, **{name: alone[name] for name in names & alone.keys()})[0]
+        np.testing.assert_allclose(logits[row, :last], np.asarray(alone)[0, :last], **CLOSE, err_msg=case)
+    single = golden.batches("single")[0].arrays
+    expected = golden.arrays["single_logits_pillow"]
+    logits = vp.forward(golden.model, **{name: single[name] for name in names & single.keys()})[0]
+    np.testing.assert_allclose(np.asarray(logits)[0, -len(expected) :], expected, **CLOSE)
+
+
+def check_answers(golden, cases, batch_size):
+    rows = [golden.rows[case] for case in cases]
+    settings = {"images": golden.clips, "max_images": 2, **rows[0]["setting"]}
+    questions = vp.questions(golden.ckpt, [row["record"] for row in rows], batch_size=batch_size, **settings)
+    answers = vp.evaluate(golden.model, questions, max_new_tokens=8).answers
+    assert [answer.prediction for answer in answers] == [row["greedy_text"].strip() for row in rows]
+
+
+@of_families("qwen2_5_vl")
+def test_an_answer_after_a_video_longer_than_its_sides(golden):
+    """Temporal positions exceed those of the question, which follows as after an image."""
+    check_answers(golden, ["single"], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("cases", [["single"], ["frames", "two", "mixed", "text"]], ids=["by rate", "by number"])
+def test_evaluation_answers_as_stock(golden, cases, batch_size):
+    """Each record twice, so that questions share a beginning where a batch has room for both."""
+    check_answers(golden, cases * 2, batch_size)
+
+
+def test_scores_by_token_type(golden):
+    inputs = golden.inputs("single")
+    inputs |= {"attention_mask": np.ones_like(inputs["input_ids"]), "labels": golden.arrays["single_labels"][None]}
+    scores = vp.score(golden.model, [inputs], criterion="block_influence")
+    np.testing.assert_allclose(scores.importance, golden.arrays["single_block_influence"], rtol=1e-4)
+    visual = "image" if golden.model.cfg.video_token_id is None else "video"
+    assert set(scores.by_token_type) == {visual, "prompt", "answer"}
+
+
+@of_families("qwen3_vl", "qwen2_5_vl", "smolvlm", "internvl3", "gemma4")
+def test_a_budget_of_tokens(golden):
+    """Frames shrink to `data.video_tokens`; models whose frames have one size say what to lower."""
+    tokens = golden.model.cfg.visual_token_ids
+    whole = int(np.isin(golden.batches("slow")[0].arrays["input_ids"], tokens).sum())
+    if golden.name.startswith("qwen"):
+        arrays = golden.batches("slow", video_tokens=2 * whole // 3 if golden.name == "qwen3_vl" else whole - 1)[
+            0
+        ].arrays
+        assert 0 < np.isin(arrays["input_ids"], tokens).sum() < whole
+    else:
+        with pytest.raises(UserError, match=f"tokens, more than data.video_tokens={whole - 1}: raise it, or lower"):
+            golden.batches("slow", video_tokens=whole - 1)
+
+
+def test_white_space_around_videos_follows_the_folder(goldens, tmp_path):
+    """Some chat templates of Gemma 4 write videos between blank lines, others bare."""
+    golden = Golden(goldens / "video/gemma4")
+    folder = shutil.copytree(golden.ckpt, tmp_path / "bare")
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(re.sub(r"'\s*<\|video\|>\s*'", "'<|video|>'", text))
+    inputs = [open_inputs(path, None, None, {})[1] for path in (golden.ckpt, folder)]
+    assert [(i.template.video.start, i.template.video.end) for i in inputs] == [("\n\n", "\n\n"), ("", "")]
+
+
+@pytest.mark.parametrize("folder", ["families/gemma3/ckpt", "ckpt/llava_hf"])
+def test_models_of_images_refuse_videos(goldens, tmp_path, folder):
+    for name in ("main.mp4", "frame_0.png"):
+        shutil.copy(goldens / "video/clips" / name, tmp_path)
+    if folder.startswith("families"):
+        _, inputs = open_inputs(goldens / folder, None, tmp_path, {})
+        record = {"video": "main.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat?"}]}
+        with pytest.raises(UserError, match="record 0: has a video, but this model takes images only: pass frames"):
+            inputs.encoder(vp.load(goldens / folder).cfg, 0).prompt_ids(to_records([record], inputs)[0])
+
+
+def test_frames_as_images_of_gemma3(goldens):
+    folder, facts = goldens / "video/gemma3", json.loads((goldens / "video/gemma3/golden.json").read_text())
+    stored, ckpt = np.load(folder / "golden.npz"), goldens / "families/gemma3/ckpt"
+    arrays = vp.batches(ckpt, [facts["record"]], images=folder.parent / "clips", max_images=4)[0].arrays
+    np.testing.assert_array_equal(arrays["input_ids"][0], stored["single_input_ids"])
+    mean, std = (np.array(facts[f"image_{name}"], np.float32)[:, None, None] for name in ("mean", "std"))
+    pixels = (stored["single_pixel_values_levels"].astype(np.float32) / np.float32(255) - mean) / std
+    logits, _ = vp.forward(vp.load(ckpt), arrays["input_ids"], pixel_values=pixels)
+    np.testing.assert_allclose(np.asarray(logits)[0, -6:], stored["single_logits"], **CLOSE)
+
+
+@of_families("qwen3_vl", "smolvlm")
+def test_features_are_cached_by_temporal_patch(golden, tmp_path):
+    cfg, inputs = open_inputs(golden.ckpt, None, golden.clips, golden.rows["single"]["setting"])
+    records, cfg = to_records([golden.rows["single"]["record"]], inputs), golden.model.cfg
+    shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
+    loader = FeatureLoader(inputs.image_loader, ArrayCache(tmp_path, {"weights": "x"}), shape, np.dtype(np.float32))
+    missing = loader.missing(records)
+    assert len(missing) == {"qwen3_vl": 4, "smolvlm": 6}[golden.name]  # pairs, and frames
+    options = {"batch_size": 2, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
+    compute_features(golden.model.params["vision"], cfg, loader, missing, **options)
+    assert not loader.missing(records)
+    visual = records[0].visuals[0]
+    pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
+    tower = to_nnx(golden.model)
+    if cfg.dynamic_resolution:
+        expected = tower.vision_features(pixels[None], grid=np.array([[grid]], np.int32))[0]
+    else:
+        expected = tower.vision_features(pixels)
+    np.testing.assert_allclose(loader.load(visual, "r"), expected, atol=1e-5, rtol=0)
+
+
+def test_flops_of_a_video_are_those_of_its_patches(goldens):
+    cfg = Golden(goldens / "video/qwen3_vl").model.cfg
+    count = batch_flops(cfg, None, vp.LossConfig(ce=1.0), [], rows=1)
+    rows = {"input_ids": np.zeros((1, 60), np.int32), "pixel_values": np.zeros((1, 192, 96), np.float32)}
+    rows["labels"] = np.zeros((1, 60), np.int32)
+    video, images = (count({**rows, "image_grid_thw": np.array([grid])}) for grid in ([[4, 6, 8]], [[1, 6, 8]] * 4))
+    assert video == images > 0
+
+
+@of_families("qwen3_vl", "smolvlm", "internvl3", "gemma4")
+def test_exports_keep_what_videos_need(golden, tmp_path):
+    """Processor files, and the tokens of times and numbers when the vocabulary is trimmed."""
+    golden.model.save(tmp_path / "out")
+    expected, found = (golden.batches("mixed", folder=folder)[0].arrays for folder in (None, tmp_path / "out"))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    source = Source.of(golden.ckpt, golden.model.cfg)
+    for case in ("single", "minutes", "slow"):
+        ids = golden.arrays[f"{case}_input_ids"]
+        question = next(source.tokens([golden.rows[case]["record"]["conversations"][0]["value"].split("\n")[1]]))
+        video = set(ids[: golden.rows[case]["prompt_len"]].tolist()) - set(question)
+        assert video <= source.needed.keys(), case
+
+
+@of_families("qwen2_5_vl", "gemma4_dense")
+def test_losses_and_recovery_take_batches_with_videos(golden):
+    batches = golden.batches("frames", "mixed", "two", "text", batch_size=2)
+    means = [vp.losses(golden.model, batch, vp.LossConfig(ce=1.0))["total"] for batch in golden.batches("frames")]
+    assert means[0] == pytest.approx(float(golden.arrays["frames_loss"]), rel=1e-2)  # Pillow's pixels
+    config = vp.RecoverConfig(steps=2, batch_size=2, learning_rate=1e-3, losses=vp.LossConfig(ce=1.0))
+    student, _ = vp.recover(golden.model, batches, config)
+    assert vp.losses(student, batches[0], vp.LossConfig(ce=1.0))["total"] > 0
+
+
+def test_a_limit_on_images_leaves_videos(goldens, tmp_path):
+    """Without a file of its own the video processor reads that of images, whose limit the export changes."""
+    golden = Golden(goldens / "video/qwen2_5_vl")
+    folder = shutil.copytree(golden.ckpt, tmp_path / "hub")
+    (folder / "processor_config.json").unlink()
+    file = golden.ckpt.parent / "preprocessor_config_hub_style.json"
+    shutil.copy(file, folder / "preprocessor_config.json")
+    changed = limited_files(folder, 5, 0)
+    assert changed["preprocessor_config.json"]["max_pixels"] == 5 * 10**2
+    assert changed["video_preprocessor_config.json"] == json.loads(file.read_text())
+
+
+@of_families("qwen2_5_vl", "gemma4")
+def test_a_video_before_an_image_keeps_its_place(golden):
+    """Arrays of images and of videos are joined in the order of their tokens, whatever their types."""
+    turns = [{"from": "human", "value": "<video>\n<image>\n<video>\nWhich?"}, {"from": "gpt", "value": "Both."}]
+    record = {"videos": ["main.mp4", "few.mp4"], "image": "still.png", "conversations": turns}
+    settings = {"video_frames": 2, "max_images": 3, "max_length": 400}
+    public = golden.batches("frames", rows=[record], **settings)[0].arrays
+    cfg, inputs = open_inputs(golden.ckpt, None, golden.clips, settings, ("max_length",))
+    (record,) = to_records([record], inputs)
+    encoder = inputs.training_encoder(cfg)
+    images = encoder.packed([encoder.images(record)], encoder.shape_of([record]), 1)
+    joined = rejoined(cfg, public)
+    grids = images["image_grid_thw"][0, :3]
+    np.testing.assert_array_equal(joined["image_grid_thw"][0, :3], grids)
+    patches = int(grids.prod(axis=1).sum())
+    np.testing.assert_array_equal(joined["pixel_values"][0, :patches], images["pixel_values"][0, :patches])
+    if "position_ids" in public:
+        np.testing.assert_array_equal(joined["position_ids"], public["position_ids"])
+
+
+@pytest.mark.slow
+@of_families("qwen3_vl", "gemma4_dense")
+def test_a_mesh_computes_the_same(golden):
+    cases = ("frames", "mixed", "text", "two") * 2
+    batch = golden.batches(*cases, batch_size=8)[0].arrays
+    names = {*NAMES, "input_ids", "attention_mask", "pixel_values", "pixel_values_videos"} & batch.keys()
+    batch = {name: batch[name] for name in names}
+    expected = np.asarray(vp.forward(golden.model, **batch)[0])
+    found = np.asarray(vp.forward(vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1)), **batch)[0])
+    real = batch["attention_mask"] == 1
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("golden", "video", "message"),
+    [
+        (
+            "qwen3_vl",
+            {"patch_size": 8},
+            "returns patches of 384 values, 2 per side of a token, but .* takes patches of 96",
+        ),
+        ("qwen3_vl", {"merge_size": 4}, "returns patches of 96 values, 4 per side of a token, but the vision tower"),
+        ("qwen3_vl", {"temporal_patch_size": 3}, "returns patches of 144 values, .* takes patches of 96 values"),
+        ("qwen3_vl", {"do_sample_frames": False}, "processor_config.json: do_sample_frames false .* is not supported"),
+        ("gemma4", {"do_sample_frames": False}, "processor_config.json: do_sample_frames false .* is not supported"),
+        ("gemma4", {"pooling_kernel_size": 2}, "returns patches of 12 values, 2 per side of a token"),
+        ("gemma4", {"max_soft_tokens": 71}, "max_soft_tokens 71 is not one of 70, 140, 280, 560, 1120: restore"),
+        (
+            "smolvlm",
+            {"max_image_size": {"longest_edge": 48}},
+            "returns 48 x 48 pixels, but the vision tower takes 24 x 24",
+        ),
+        (
+            "qwen2_5_vl",
+            {"min_pixels": 2**27, "max_pixels": 2**27},
+            "more than a quarter of data.max_video_pixels=500,000,000",
+        ),
+    ],
+    indirect=["golden"],
+)
+def test_processors_that_do_not_fit(golden, tmp_path, video, message):
+    """Settings of the file that stock reads are read, and refused with the tower's size or before a frame is made."""
+    folder = shutil.copytree(golden.ckpt, tmp_path / "model")
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["video_processor"] |= video
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        golden.batches("single", folder=folder)
+
+
+@of_families("qwen2_5_vl", "internvl3")
+def test_all_frames_if_a_processor_does_not_sample(golden, tmp_path):
+    """With do_sample_frames false these classes take every frame, whatever rate or number the file has."""
+    path = tmp_path / "processor_config.json"
+    settings = json.loads((golden.ckpt / path.name).read_text())
+    settings["video_processor"] |= {"num_frames": 4, "do_sample_frames": False}
+    for sample, frames in ((False, 16), (True, 4)):
+        settings["video_processor"]["do_sample_frames"] = sample
+        path.write_text(json.dumps(settings))
+        video = load_video_config(tmp_path, find(json.loads((golden.ckpt / "config.json").read_text())).video)
+        assert len(frame_indices(video, 16, 8.0)) == frames

@@ -1,0 +1,164 @@
+"""`vlmprune inspect`: what it says of every family, from headers alone and at full size; and the benchmark."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_cases import LLAMA, keep_width, make_folder
+from repository import ROOT, full_size_models
+
+import vlmprune_jax as vp
+from vlmprune_jax.base.weight_files import Entry
+from vlmprune_jax.core.limits import ENGINES
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.layout import make_slots
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.run.cli.main import main
+
+# Golden folder, its tower's -> layout, parameters (tests/goldens/README.md has the sizes), and what exports become.
+GOLDENS = {
+    ("llava_hf", None): ("llava, transformers layout", "loads in stock transformers"),
+    ("llava_orig", "clip_tower"): (
+        "llava, original layout",
+        "layout=transformers: folder for the stock class LlavaFor",
+    ),
+    ("bunny", "siglip_tower"): ("bunny, original layout", "layout=transformers: folder for the stock class LlavaFor"),
+    ("internvl", None): ("internvl, original layout", "layout=transformers: folder for the stock class InternVLFor"),
+    ("llama_gqa", None): ("llama, transformers layout", "uneven=per_layer: true size, loads in this package, and in"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS, ids=lambda name: name[0])
+def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
+    folder, tower = goldens / "ckpt" / name[0], name[1] and goldens / "ckpt" / name[1]
+    model = vp.load(folder, vision_dir=tower)
+    for read in ("raw", "pieces"):
+        monkeypatch.setattr(Entry, read, None)  # a weight that is looked at is an error
+    options = [f"--vision_dir={tower}"] if tower else []
+    assert main(["inspect", str(folder), *options]) == 0
+    out = capsys.readouterr().out
+    for part in GOLDENS[name]:
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 120 + len(str(folder))
+    assert main(["inspect", str(folder), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == sum(leaf.size for leaf in flatten(model.params).values())
+    assert found["text"]["layers"] == len(model.cfg.text.layers)
+    assert found["shards"] == len(list(folder.glob("*.safetensors")))
+    assert found["bytes"] == sum(entry.end - entry.begin for entry in Checkpoint(folder).entries.values())
+    assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
+    wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
+    assert f"unequal widths {wide}" in found["export"]["format=gguf"]
+    assert set(found["loads"]) == set(found["evidence"]) == set(ENGINES)
+    if found["family"] == "bunny":
+        cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
+        assert f"  loads in    transformers: {cuts} (tried with transformers 5.24)\n" in out
+        cuts = cuts.replace(", heads", "")
+        assert f"              vllm: {cuts} (tried with vLLM 0.32: on CPUs, heads of 5 need export.head_dim" in out
+        assert "              mlx: nothing: mlx-vlm's LLaVA has no phi decoder" in out
+        assert "              vllm_tpu: nothing: tpu-inference 0.32 has no class for bunny: serve it" in out
+        assert (
+            'its class computes the head size of phi as hidden_size / heads: use heads="keep"'
+            in found["loads"]["vllm"]["text"]["heads"]
+        )
+    assert ("  on TPUs     tensor-parallel sizes" in out) == (found["family"] == "llama")
+    assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
+    assert ("if all heads are kept" in found["export"]["equal widths"]) == (found["layout"] == "original")
+
+
+def test_layers_of_unequal_width(tmp_path, capsys):
+    source = make_folder(tmp_path / "llama", LLAMA)
+    plan = keep_width(vp.load(source), [0, 2], range(0, 50), [1, 2])[1]
+    vp.prune_folder(source, plan, tmp_path / "out")
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "1 x (6/3 heads, 56 neurons), 2 x (4/2 heads, 50 neurons), 1 x (6/3 heads, 56 neurons)" in out
+    assert "unequal width already" in out
+
+
+def test_unequal_widths_that_no_export_holds(goldens, capsys):
+    assert main(["inspect", str(goldens / "families/gemma4_dense/ckpt")]) == 0
+    out = capsys.readouterr().out
+    assert "unequal widths: refused: its class has one width for all layers: prune them alike" in out
+    assert "format=gguf: llama.cpp's gemma4; fewer heads at true size (gemma4); tower: all heads" in out
+    assert "uneven=per_layer" not in out
+
+
+def sparse_folder(config, folder):
+    """A folder with true headers, whose shards of 5 GB are holes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    family, cfg = read_config(folder)
+    shards, size, weight_map = [{}], 0, {}
+    for slot in make_slots(cfg, family):
+        n_bytes = 2
+        for length in slot.hf_shape:
+            n_bytes *= length
+        if slot.start:
+            continue
+        if size + n_bytes > 5 * 10**9:
+            shards.append({})
+            size = 0
+        entry = {"dtype": "BF16", "shape": list(slot.hf_shape), "data_offsets": [size, size + n_bytes]}
+        shards[-1][slot.key], size = entry, size + n_bytes
+    for number, header in enumerate(shards, start=1):
+        name, text = f"model-{number:05d}-of-{len(shards):05d}.safetensors", json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+        weight_map |= dict.fromkeys(header, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_full_size_in_an_instant(tmp_path):
+    """LLaVA-1.5-7B, 14 GB: 0.9 s on an idle machine, since no weight is read, and no slow package imported.
+
+    No device is started, which takes a TPU ten seconds and fails where another process holds it.
+    """
+    folder = sparse_folder(full_size_models()["llava"], tmp_path / "llava")
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 14e9
+    command = [sys.executable, "-X", "importtime", "-m", "vlmprune_jax", "inspect", str(folder)]
+    environment = {**os.environ, "JAX_PLATFORMS": "no_such_device"}
+    with (tmp_path / "imports").open("w") as imports:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=imports, text=True, cwd=ROOT, env=environment
+        )
+    with process.stdout:
+        out = process.stdout.read()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its counters are still there
+    read = int(Path(f"/proc/{process.pid}/io").read_text().split()[1])
+    assert process.wait() == 0
+    # the reference's 7,062,902,784, with 64 more words twice, without the tower's last block and final norm
+    assert "parameters  7,050,828,800: decoder 6,738,939,904 (95.6 %)" in out
+    assert "32 x (32 heads, 11,008 neurons)" in out
+    assert read < 2e8  # bytes, of which the modules are nearly all
+    imported = (tmp_path / "imports").read_text()
+    assert "vlmprune_jax.io.exports.describe" in imported
+    for slow in ("transformers", "torch", "orbax", "grain"):
+        assert f" {slow}\n" not in imported
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/full_size.py"),
+        "--tiny",
+        "--model=internvl",
+        f"--work={tmp_path}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = {line["step"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(lines) == ["cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "ratios"]
+    assert lines["cp_input"]["output_bytes"] == lines["cp_input"]["input_bytes"]
+    assert lines["cp_output"]["output_bytes"] == lines["depth"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert lines["width"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert 0.05 < lines["depth"]["peak_rss_gib"] < 1
+    assert lines["ratios"]["depth_to_cp_of_input_and_output"] > 0
+    assert list(tmp_path.iterdir()) == []

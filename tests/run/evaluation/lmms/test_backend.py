@@ -1,0 +1,222 @@
+"""lmms-eval's model `vlmprune_jax`: its answers are those of single forwards, and what it cannot do it refuses."""
+
+import dataclasses
+import io
+import shutil
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+from vlm_cases import images_of
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.generate import generate
+from vlmprune_jax.io.data.encoding import Shape
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install -e '.[eval]'")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+GREEDY = {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def made(goldens, tmp_path_factory):
+    """Callable (**model_args) -> the model as lmms-eval makes it from `--model_args`."""
+    from hf_cases import copy_llava
+    from lmms_eval import models
+
+    folder = copy_llava(goldens, tmp_path_factory.mktemp("backend") / "llava")
+
+    def make(arguments="system=", **additional):
+        text = f"pretrained={folder},{arguments}".rstrip(",")
+        return models.get_model("vlmprune_jax").create_from_arg_string(text, {"batch_size": 4, **additional})
+
+    return make
+
+
+def picture(goldens, number):
+    with Image.open(goldens / f"data/images/img{number}.png") as image:
+        return image.convert("RGB")
+
+
+def asked(backend, contents, **kwargs):
+    """Requests of a task whose documents are lists of texts and pictures."""
+
+    def messages(doc):
+        parts = [part if isinstance(part, dict) else text_or_image(part) for part in doc]
+        return [{"role": "user", "content": parts}]
+
+    def text_or_image(part):
+        return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": part}
+
+    backend.task_dict["t"] = {"test": contents}
+    given = {**GREEDY, **kwargs}
+    return [types.SimpleNamespace(args=("", messages, given, i, "t", "test")) for i in range(len(contents))]
+
+
+def test_answers_are_those_of_single_rows(made, goldens):
+    """Mixed lengths and numbers of images; two questions share an image; each is asked alone as well."""
+    backend = made()
+    first, second = picture(goldens, 0), picture(goldens, 1)
+    contents = [
+        [first, "Is it red?"],
+        ["Hello there, " * 20 + "is it?"],
+        [first, "A dog? " * 12],
+        ["Compare", first, "with", second, "now."],
+        [second, "Is it red?"],
+        [first, "What?"],
+    ]
+    answers = backend.generate_until(asked(backend, contents))
+    answering = backend._answering
+    for place, (answer, reply) in enumerate(zip(answers, backend.replies.values(), strict=True)):
+        record = reply.record
+        encoder = answering.inputs.encoder(answering.model.cfg, 0)
+        encoder = dataclasses.replace(encoder, max_images=2)
+        ids = encoder.prompt_ids(record)
+        pixels = None
+        if record.images:
+            pixels = images_of(encoder, record, Shape(0, len(record.images)))["pixel_values"]
+            paths = [
+                goldens / f"data/images/img{int(part is second)}.png"
+                for part in contents[place]
+                if part is first or part is second
+            ]
+            for ours, path in zip(pixels, paths, strict=True):
+                np.testing.assert_array_equal(ours, encoder.image_loader.load(path, "r", len(paths))[0])
+        tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
+        text = encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+        assert answer.text == text, place
+        assert answer.token_counts.output_tokens == reply.tokens > 0
+
+
+def test_images_come_first_where_the_family_has_them_there(made, goldens):
+    backend = made()
+    contents = [["Compare", picture(goldens, 0), "with", picture(goldens, 1)]]
+    backend.generate_until(asked(backend, contents))
+    (reply,) = backend.replies.values()
+    assert reply.record.turns == (("human", "Compare\n<image>\nwith\n<image>"),)
+    encoder = backend._answering.inputs.encoder(backend._answering.model.cfg, 0)
+    encoder = dataclasses.replace(encoder, max_images=2)
+    marks = np.flatnonzero(encoder.prompt_ids(reply.record) == encoder.image_token_id)
+    assert marks[-1] - marks[0] < 2 * encoder.tokens_per_image + 3  # nothing but a line break between them
+
+
+def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_path):
+    """InternVL: an image is cut into tiles, here one each, between the words around it; answers are those of rows."""
+    from hf_cases import copy_golden
+
+    from vlmprune_jax.run.evaluation.lmms.backend import VlmpruneJax
+
+    folder = copy_golden(goldens, "internvl", tmp_path / "internvl")
+    shutil.copytree(goldens / "tokenizers/internvl", folder, dirs_exist_ok=True)
+    backend = VlmpruneJax(str(folder), batch_size=2, max_tiles=1)
+    first, second = picture(goldens, 0), picture(goldens, 1)
+    answers = backend.generate_until(asked(backend, [["Compare", first, "with", second, "now"], [first, "?"], ["Hi"]]))
+    answering, records = backend._answering, [reply.record for reply in backend.replies.values()]
+    for record, answer in zip(records, answers, strict=True):
+        encoder = answering.inputs.encoder(answering.model.cfg, 0)
+        encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
+        ids = encoder.prompt_ids(record)
+        pixels = images_of(encoder, record, Shape(0, len(record.images)))["pixel_values"] if record.images else None
+        tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
+        assert answer.text == encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+        if record is records[0]:
+            marks = np.flatnonzero(ids == encoder.image_token_id)
+            between = encoder.tokenizer.decode(ids[marks[0] : marks[-1]])
+            assert "with" in between
+            assert "now" not in between
+
+
+def test_answers_about_videos_are_those_of_questions(goldens):
+    """Tasks name files; rows of a video, of an image and of a text are mixed."""
+    import vlmprune_jax as vp
+    from vlmprune_jax.run.evaluation.lmms.backend import VlmpruneJax
+
+    folder, clips = goldens / "video/qwen3_vl/ckpt", goldens / "video/clips"
+    backend = VlmpruneJax(str(folder), batch_size=2, video_frames=4)
+    clip = {"type": "video", "url": str(clips / "main.mp4")}
+    contents = [[clip, "What moves?"], [picture(goldens, 0), "What?"], ["Hi"]]
+    answers = [answer.text for answer in backend.generate_until(asked(backend, contents))]
+    record = {"video": "main.mp4", "question": "What moves?", "answers": ["x"]}
+    questions = vp.questions(folder, [record], images=clips, video_frames=4)
+    (expected,) = vp.evaluate(vp.load(folder), questions, max_new_tokens=3).answers
+    assert answers[0] == expected.prediction
+    assert len(answers) == 3
+
+
+def test_pictures_are_read_without_loss(made, goldens):
+    from vlmprune_jax.run.evaluation.lmms.backend import _Pictures
+
+    backend = made()
+    for mode in ("RGB", "L", "P", "CMYK"):
+        image = picture(goldens, 0).convert(mode)
+        (request,) = asked(backend, [[image, "?"]])
+        pictures = _Pictures(backend.task_dict)
+        record = pictures.record(request)
+        (stored,) = record.images
+        with Image.open(io.BytesIO(stored.read_bytes())) as read:
+            np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(image.convert("RGB")))
+
+
+def test_answers_end_at_the_models_positions(made, goldens):
+    backend = made()
+    cfg = backend._answering.model.cfg
+    backend.generate_until(asked(backend, [["Hi"]], max_new_tokens=16_384))
+    assert backend.replies["t", 0].tokens <= max(cfg.text.max_positions, 128)
+
+
+@pytest.mark.parametrize(
+    ("contents", "kwargs", "message"),
+    [
+        (["a"], {"temperature": 0.7}, "task t: generation_kwargs temperature=0.7, but vlmprune_jax decodes greedily"),
+        (["a"], {"temperature": None, "do_sample": True}, "generation_kwargs do_sample=True"),
+        (["a"], {"num_beams": 4}, "generation_kwargs num_beams=4"),
+        (["a <image> b"], {}, "t/0: its text contains the token <image>"),
+        ([{"type": "audio", "url": "x.wav"}], {}, "t/0: contains audio, which this model does not take"),
+        ([{"type": "video", "url": "http://x.mp4"}], {}, "t/0: its video is 'http://x.mp4', expected the path"),
+        ([{"type": "video", "url": "x.mp4", "start_time": 1.0, "end_time": 0.5}], {}, "t/0: 'start' and 'end' must be"),
+        ([{"type": "image", "url": 3}], {}, "t/0: its image is a int, expected a Pillow image"),
+    ],
+)
+def test_what_is_refused(made, contents, kwargs, message):
+    backend = made()
+    with pytest.raises(UserError) as error:
+        backend.generate_until(asked(backend, [contents], **kwargs))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sistem=x", "vlmprune_jax has no argument 'sistem'; did you mean 'system'?"),
+        ("template=lava", "data.template 'lava' is not one of"),
+        ("dtype=float8", "dtype"),
+        ("data=3", "needs 3 devices"),
+        ("data=x", "--model_args.data='x' must be a whole number"),
+        ("max_image_pixels=0", "max_image_pixels=0 must be at least 1"),
+    ],
+)
+def test_wrong_model_args(made, arguments, message):
+    with pytest.raises(UserError) as error:
+        made(arguments)
+    assert message in str(error.value)
+
+
+def test_without_a_folder_or_with_a_device():
+    from vlmprune_jax.run.evaluation.lmms.backend import VlmpruneJax
+
+    with pytest.raises(UserError, match="needs pretrained=DIR"):
+        VlmpruneJax()
+    with pytest.raises(UserError, match="jax chooses the devices"):
+        VlmpruneJax("x", device="cuda")
+    with pytest.raises(UserError, match="no such folder"):
+        VlmpruneJax("/no/such/folder")
+    with pytest.raises(UserError, match="batch_size"):
+        VlmpruneJax("x", batch_size="auto:4")
+
+
+def test_on_a_mesh(made, goldens):
+    contents = [[picture(goldens, i % 2), f"Is it red? {i}"] for i in range(5)]
+    alone, split = made(), made("system=,data=2,fsdp=2,tensor=2")
+    texts = [[a.text for a in backend.generate_until(asked(backend, contents))] for backend in (alone, split)]
+    assert texts[0] == texts[1]

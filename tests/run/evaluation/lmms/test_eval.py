@@ -1,0 +1,322 @@
+"""Benchmarks' metrics against lmms-eval's own functions, on 200 generated answers each; skipped without it.
+
+`pip install lmms-eval==0.7.3 'filelock<4' Levenshtein`, then `API_TYPE=dummy pytest PATH` of this file
+(its MathVista needs a judge named to be imported; none is asked here).
+"""
+
+import importlib
+import os
+import random
+
+import pytest
+
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.evaluation.metrics import METRICS
+
+NUMBER = 200
+OPTIONS = [
+    ["cat", "a dog", "mouse"],
+    ["3/11", "8/11", "6/11", "3/5"],
+    ["Yes", "no"],
+    ["red", "Red fox", "fox", "ox", "x"],
+]
+SUFFIXES = ("", "", "", ".", "!", ",", " ", "'s", "\n", " because it is so")
+MAPPED = "the a an two ten none dont couldnt've youd somebody'd lets ow's'at 'twas 1,000 3.5 T-shirt x/y a.m. [b] c-d"
+
+
+@pytest.fixture(scope="module")
+def lmms():
+    """Callable name -> lmms-eval's module of that name."""
+    os.environ.setdefault("API_TYPE", "dummy")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    return lambda name: importlib.import_module(f"lmms_eval.{name}")
+
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+@pytest.fixture
+def draw():
+    return random.Random(11)
+
+
+def of_choices(draw, options, right):
+    """An answer to a question with options, as models give them: never empty, no white space around it."""
+    other = draw.choice("ABCDE"[: len(options)])
+    letter = draw.choice((right, right, other))
+    option = options["ABCDE".index(letter)]
+    forms = (
+        letter, letter, letter.lower(), f"{letter}.", f"{letter}. {option}", f"({letter})", f"{letter}) {option}",
+        option, option.upper(), f"{letter}:", f"{letter}, {option}", f"DN{letter} is it",
+        f"The answer is {letter}", f"The answer is ({letter}), not ({other})", f"{letter} or {other}",
+        f"I would say that it must be {option}", f"({letter.lower()}) {option}", f"See {letter}.1 and {other}.2 there",
+        f"either {option} or else {draw.choice(options)}, hard to tell",
+    )  # fmt: skip
+    return (draw.choice(forms) + draw.choice(SUFFIXES)).strip()
+
+
+def words(draw, of, most):
+    return (draw.choice((" ", "  ", ", ", "; ", "\n")).join(draw.choices(of, k=draw.randint(1, most)))).strip() or "x"
+
+
+def number(draw):
+    value = draw.choice((3, 14, 1234, 0.5, 2.718, -7, 1e5))
+    return draw.choice((f"{value}", f"{value:,}", f"{value:.2f}", f"{value:e}", f"${value}", f".{draw.randint(1, 9)}"))
+
+
+def differences(name, cases):
+    """Those of (prediction, references, fields, lmms-eval's score, id) on which the metric scores otherwise."""
+    metric = METRICS[name]
+    records = [Record(key, (("human", "?"),), (), None, tuple(refs), fields) for _, refs, fields, _, key in cases]
+    scores = metric.score_all([case[0] for case in cases], records)
+    ours = [next(iter(one.values())) for one in scores]
+    theirs = [case[3] for case in cases]
+    assert len(cases) == NUMBER
+    assert 0.05 < sum(theirs) / NUMBER < 0.95, "generated answers that are nearly all right or wrong tell little"
+    return [(case, one) for case, one in zip(cases, ours, strict=True) if abs(one - case[3]) > 1e-12]
+
+
+def choices_cases(draw, score):
+    for _ in range(NUMBER):
+        options = draw.choice(OPTIONS)
+        right = draw.randrange(len(options))
+        said = of_choices(draw, options, "ABCDE"[right])
+        yield said, ["ABCDE"[right]], {"options": options, "choices": options}, score(said, options, right), "q"
+
+
+def test_scienceqa(lmms, draw):
+    theirs = lmms("tasks.scienceqa.utils").sqa_process_results
+
+    def score(said, options, right):
+        return theirs({"choices": options, "answer": right}, [said])["exact_match"]
+
+    assert differences("scienceqa", list(choices_cases(draw, score))) == []
+
+
+def test_ai2d(lmms, draw):
+    filtered = lmms("tasks.ai2d.utils").MultiChoiceRegexFilter()
+    same = lmms("api.metrics").exact_match_hf_evaluate
+
+    def score(said, options, right):
+        del options
+        kept = filtered.apply([[said]], [{}])
+        options_of_task = {"ignore_case": True, "ignore_punctuation": True}
+        return float(same(predictions=kept, references=["ABCDE"[right]], **options_of_task)["exact_match"])
+
+    assert differences("ai2d", list(choices_cases(draw, score))) == []
+
+
+def test_gqa(lmms, draw):
+    same = lmms("api.metrics").exact_match_hf_evaluate
+    cases = []
+    for _ in range(NUMBER):
+        right = draw.choice(("cat", "T-shirt", "yes", "a dog", "on the left"))
+        said = draw.choice((right, right.upper(), right.replace("-", ""), f"({right})", f"the {right}", "cat"))
+        said = (said + draw.choice(SUFFIXES)).strip()
+        found = same(predictions=[said], references=[right], ignore_case=True, ignore_punctuation=True)["exact_match"]
+        cases.append((said, [right], {}, float(found), "q"))
+    assert differences("gqa", cases) == []
+
+
+def test_anls(lmms, draw):
+    theirs, cases = lmms("api.metrics").anls, []
+    for _ in range(NUMBER):
+        references = ["".join(draw.choices("abcß  1/", k=draw.randint(1, 9))) + "x" for _ in range(draw.randint(1, 3))]
+        said = list(draw.choice(references))
+        for _ in range(draw.randint(0, 5)):
+            said[draw.randrange(len(said))] = draw.choice(("", "q", "B", " ", "ab"))
+        text = "".join(said).strip() or "y"
+        cases.append((text, references, {}, float(theirs(references, [text])["anls"]), "q"))
+    assert differences("anls", cases) == []
+
+
+def test_vqa_accuracy(lmms, draw):
+    theirs, cases = lmms("tasks.vqav2.utils").vqav2_process_results, []
+    for _ in range(NUMBER):
+        people = [words(draw, MAPPED.split(), 2) for _ in range(3)]
+        references = draw.choices(people, weights=(5, 3, 2), k=10)
+        said = draw.choice(people) if draw.random() < 0.7 else words(draw, MAPPED.split(), 2)
+        doc = {"question_id": 1, "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(references)]}
+        cases.append((said, references, {}, theirs(doc, [said])["exact_match"], "q"))
+    assert differences("vqa_accuracy", cases) == []
+
+
+def test_contractions_of_vqa(lmms):
+    theirs = lmms("tasks._task_utils.vqa_eval_metric").EvalAIAnswerProcessor.CONTRACTIONS
+    ours = importlib.import_module("vlmprune_jax.run.evaluation.metrics.texts")._CONTRACTIONS
+    assert {wrong: right for wrong, right in theirs.items() if wrong == wrong.lower() and wrong != right} == ours
+
+
+def test_mmmu_letters(lmms, draw, monkeypatch):
+    utils = lmms("tasks.mmmu.utils")
+    drawn = importlib.import_module("vlmprune_jax.run.evaluation.metrics.choices").SEED
+
+    def score(said, options, right):
+        doc = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "ABCDE"[right]}
+        found = utils.mmmu_process_results({**doc, "options": str(options)}, [said])["mmmu_acc"]
+        return float(utils.evaluate_mmmu([found])[1]["acc"])
+
+    shared = lmms("tasks._task_utils.mmmu_mcq_utils")
+    monkeypatch.setattr(shared.random, "choice", lambda letters: random.Random(f"{drawn} q").choice(letters))
+    asked = [
+        (said, refs, {**of, "question_type": "multiple-choice"}, s, key)
+        for said, refs, of, s, key in choices_cases(draw, score)
+    ]
+    assert differences("mmmu", asked) == []
+
+
+def test_mmmu_open(lmms, draw):
+    utils, cases = lmms("tasks.mmmu.utils"), []
+    for _ in range(NUMBER):
+        right = draw.choice((number(draw), "Dark Blue", "b", "Newton's law"))
+        other = draw.choice((number(draw), "blue", "e = mc", right, right))
+        forms = (
+            right, "so .", f"The answer is {right}.", f"x = {other}\ny = {right}",
+            f"So {other}. Therefore {right}",
+            f"It could be {right} or {other}", f"{other}, {right}", f"is {other}\nresult",
+            f"final answer : {right}", other,
+        )  # fmt: skip
+        said, kind = (draw.choice(forms) + draw.choice(SUFFIXES)).strip(), {"question_type": "open"}
+        found = utils.mmmu_process_results({"id": "validation_Art_1", "answer": right, **kind}, [said])["mmmu_acc"]
+        cases.append((said, [right], kind, float(utils.evaluate_mmmu([found])[1]["acc"]), "q"))
+    assert differences("mmmu", cases) == []
+
+
+def yes_or_no(draw):
+    said = (
+        "yes",
+        "Yes",
+        "no",
+        "No",
+        "Yes.",
+        "No.",
+        "Nope",
+        "none",
+        "maybe",
+        "eyes",
+        "I know",
+        "well yes",
+        "y",
+        "n",
+        "N.",
+        "?",
+    )
+    return draw.choice(said), draw.choice(("yes", "no"))
+
+
+def test_pope(lmms, draw):
+    utils = lmms("tasks.pope.utils")
+    said, right = zip(*(yes_or_no(draw) for _ in range(NUMBER)), strict=True)
+    splits = [draw.choice(("random", "popular", "adversarial")) for _ in said]
+    theirs = [
+        utils.pope_process_results({"question_id": 1, "answer": a}, [s])["pope_accuracy"]
+        for s, a in zip(said, right, strict=True)
+    ]
+    cases = [(s, [a], {"category": c}, t["score"], "q") for s, a, c, t in zip(said, right, splits, theirs, strict=True)]
+    assert differences("pope", cases) == []
+    records = [Record("q", (), (), None, (a,), {"category": c}) for a, c in zip(right, splits, strict=True)]
+    scores = METRICS["pope"].score_all(said, records)
+    values, groups = METRICS["pope"].values(scores, records), METRICS["pope"].values_of_groups(scores, records)
+    for name in ("accuracy", "precision", "recall", "f1_score"):
+        aggregate = getattr(utils, f"pope_aggregate_{name}")
+        ours = {"f1_score": "f1_pooled"}.get(name, name)
+        assert values[ours] == pytest.approx(aggregate(theirs), abs=1e-12)
+        for split, of in groups.items():
+            mine = [one for one, where in zip(theirs, splits, strict=True) if where == split]
+            assert of[ours] == pytest.approx(aggregate(mine), abs=1e-12)
+    assert values["f1"] == pytest.approx(sum(of["f1_pooled"] for of in groups.values()) / 3, abs=1e-12)
+
+
+def test_mme(lmms, draw):
+    utils = lmms("tasks.mme.utils")
+    names = [*utils.eval_type_dict["Perception"], *utils.eval_type_dict["Cognition"]]
+    cases, results = [], {"mme_perception_score": [], "mme_cognition_score": []}
+    for place in range(NUMBER):
+        said, right = yes_or_no(draw)
+        said = draw.choice((said, right, right))
+        fields = {"category": names[place // 2 % len(names)], "question_id": f"{place // 2}.png"}
+        ((key, found),) = utils.mme_process_results({**fields, "answer": right.title()}, [said]).items()
+        results[key].append(found)
+        cases.append((said, [right], fields, found["score"], "q"))
+    assert differences("mme", cases) == []
+    records = [Record("q", (), (), None, tuple(refs), fields) for _, refs, fields, _, _ in cases]
+    values = METRICS["mme"].values([{"right": case[3]} for case in cases], records)
+    for name in ("perception", "cognition"):
+        theirs = utils.mme_aggregate_results(results[f"mme_{name}_score"])
+        assert values[name] == pytest.approx(theirs, abs=1e-9)
+
+
+def test_mathvista_with_a_judge_that_repeats_the_answer(lmms, draw, monkeypatch):
+    evaluator = lmms("tasks.mathvista.mathvista_evals").MathVistaEvaluator()
+    cases = []
+    for _ in range(NUMBER):
+        kind = draw.choice(("text", "integer", "float", "list"))
+        options = draw.choice(OPTIONS)
+        fields = {"question_type": "multi_choice" if kind == "text" else "free_form", "answer_type": kind}
+        fields |= {"precision": draw.choice((1, 2)), "choices": options, "query": "?"}
+        letter = draw.choice("ABCDE"[: len(options)])
+        right = {"text": options["ABCDE".index(letter)], "list": "[1, 2]", "integer": "14", "float": "0.5"}[kind]
+        forms = (right, right, f" {right}", f"{right}1", f"It is {right}", number(draw), "1e400", "nan")
+        said = of_choices(draw, options, letter) if kind == "text" else draw.choice(forms)
+        said = said.strip()
+        monkeypatch.setattr(evaluator, "get_chat_response", lambda *_, said=said, **__: said)
+        extraction = evaluator.extract_answer(said, fields)
+        read = evaluator.normalize_extracted_answer(
+            extraction, options, fields["question_type"], kind, fields["precision"]
+        )
+        cases.append((said, [right], fields, float(evaluator.safe_equal(read, right)), "q"))
+    assert differences("mathvista", cases) == []
+
+
+@pytest.mark.parametrize("name", ["videomme", "mvbench", "tempcompass", "longvideobench", "nextqa"])
+def test_video_benchmarks(lmms, draw, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    utils, cases = lmms(f"tasks.{name}.utils"), []
+    seed = importlib.import_module("vlmprune_jax.run.evaluation.metrics.choices").SEED
+    monkeypatch.setattr(random, "choice", lambda letters: random.Random(f"{seed} q").choice(letters))
+    monkeypatch.setattr(utils, "get_eval_result", lambda prompt: (None, 0), raising=False)  # the judge
+    for _ in range(NUMBER):
+        options = OPTIONS[3] if name == "nextqa" else draw.choice(OPTIONS)
+        right = draw.randrange(len(options))
+        letter = "ABCDE"[right]
+        said, text = of_choices(draw, options, letter), f"{letter}. {options[right]}"
+        doc = {
+            "videomme": dict.fromkeys(
+                ("domain", "sub_category", "task_type", "question_id", "duration", "videoID"), "x"
+            ),
+            "mvbench": {"candidates": options},
+            "tempcompass": {"dim": "speed", "video_id": "x", "question": "?"},
+            "longvideobench": {f"option{i}": option for i, option in enumerate([*options, *["N/A"] * 5][:5])}
+            | {"id": "q", "duration_group": 15, "question_category": "x", "correct_choice": right},
+            "nextqa": {f"a{i}": option for i, option in enumerate(options)},
+        }[name]
+        answer = {"videomme": letter, "mvbench": options[right], "tempcompass": text, "nextqa": right}.get(name)
+        doc, reference = {**doc, "answer": answer}, text if name == "tempcompass" else letter
+        process = {"tempcompass": "process_results_multi_choice", "nextqa": "mc_process_results"}
+        ((_, entry), *_) = getattr(utils, f"{name}_{process.get(name, 'process_results')}")(doc, [said]).items()
+        score = {
+            "videomme": lambda entry: entry["score"],
+            "mvbench": lambda entry: entry["score"],
+            "tempcompass": lambda entry: entry["rating"],
+            "longvideobench": lambda entry: entry["answer"] == entry["parsed_pred"],
+            "nextqa": float,
+        }[name](entry)
+        fields = {"options": options, "duration": "short", "dim": "speed", "duration_group": 15}
+        cases.append((said, [reference], fields, float(score), "q"))
+    assert differences(name, cases) == []
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_mlvu(lmms, draw, part):
+    utils, metric = lmms("tasks.mlvu.utils"), METRICS[f"mlvu_{part}"]
+    names = importlib.import_module("vlmprune_jax.run.evaluation.metrics.videos")
+    tasks = [draw.choice(getattr(names, f"_MLVU_{part.upper()}")[:-1]) for _ in range(NUMBER)]
+    answers = [(of_choices(draw, OPTIONS[1], right), right) for right in draw.choices("ABCD", k=NUMBER)]
+    docs = [{"question": "?", "task_type": task, "answer": a} for task, (_, a) in zip(tasks, answers, strict=True)]
+    entries = [utils.mlvu_process_results(doc, [said]) for doc, (said, _) in zip(docs, answers, strict=True)]
+    theirs = getattr(utils, f"mlvu_aggregate_results_{part}")([entry["mlvu_percetion_score"] for entry in entries])
+    records = [
+        Record("q", (), (), None, (a,), {"task_type": task}) for task, (_, a) in zip(tasks, answers, strict=True)
+    ]
+    ours = metric.values(metric.score_all([said for said, _ in answers], records), records)
+    assert 100 * ours["accuracy"] == pytest.approx(theirs, abs=1e-9)

@@ -1,0 +1,137 @@
+"""Questions with choices: cases computed by hand, most of which lmms-eval 0.7.3 was seen to score the same."""
+
+import pytest
+from metric_cases import asked, measured, value
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.evaluation.metrics import METRICS
+from vlmprune_jax.run.evaluation.metrics.choices import parse_letter, parse_open
+
+ANIMALS = {"choices": ["cat", "dog", "mouse"], "options": ["cat", "dog", "mouse"], "question_type": "multiple-choice"}
+
+
+def maths(kind, question="free_form", **fields):
+    return {"question_type": question, "answer_type": kind, **fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "reference", "fields", "expected"),
+    [
+        *((("scienceqa", said, "B", ANIMALS, 1)) for said in ("B", "b", "B.", "B. y")),
+        *((("scienceqa", said, "B", ANIMALS, 0)) for said in ("(B)", "B y", "b. y", "B,", "The answer is B", "A", "")),
+        *((("ai2d", said, "B", ANIMALS, 1)) for said in ("B", "b", "B.", "B. text", " B. text", "(B)")),
+        *((("ai2d", said, "B", ANIMALS, 0)) for said in ("B) x", " b. x", "b. x", "The answer is B.", "C. text", "")),
+        ("mathvista", "dog", "dog", ANIMALS | maths("text", "multi_choice"), 1),
+        ("mathvista", "B", "dog", ANIMALS | maths("text", "multi_choice"), 1),
+        ("mathvista", "it is (b), not (a)", "dog", ANIMALS | maths("text", "multi_choice"), 1),
+        (
+            "mathvista",
+            "b",
+            "dog",
+            ANIMALS | maths("text", "multi_choice"),
+            0,
+        ),  # nearest in three edits: cat is the first
+        ("mathvista", "mouses", "mouse", ANIMALS | maths("text", "multi_choice"), 1),
+        ("mathvista", "", "cat", ANIMALS | maths("text", "multi_choice"), 0),
+        ("mathvista", "14.7", "14", maths("integer"), 1),
+        ("mathvista", "The number is 14", "14", maths("integer"), 0),
+        ("mathvista", "inf", "14", maths("integer"), 0),
+        ("mathvista", "1.449", "1.45", maths("float", precision=2), 1),
+        ("mathvista", "2", "2.0", maths("float", precision=1.0), 1),
+        ("mathvista", "[1, 2]", "[1, 2]", maths("list"), 1),
+        ("mathvista", "[1,2]", "[1, 2]", maths("list"), 0),
+        ("mmmu", "B) dog", "B", ANIMALS, parse_letter("B) dog", "xyz", "q") == "B"),
+        ("mmmu", "the answer is B", "B", ANIMALS, 1),
+        ("mmmu", "", "A", ANIMALS, 0),
+        ("mmmu", "x = 1,234 m", "1234", {"question_type": "open"}, 1),
+        ("mmmu", "x = 1,234.5 m", "1234.5", {"question_type": "open"}, 0),  # read as 1,234 and as 234.5
+        ("mmmu", "It is red.\nSo the final answer is dark blue.", "Blue", {"question_type": "open"}, 1),
+        ("mmmu", "blue", "dark blue", {"question_type": "open"}, 0),
+        ("mmmu", "about 3.14159", "3.1416", {"question_type": "open"}, 1),
+        ("mmmu", "because", "b", {"question_type": "open"}, 0),  # a lone letter needs a blank beside it
+        ("mmmu", "", "b", {"question_type": "open"}, 0),
+    ],
+)
+def test_one_answer(name, prediction, reference, fields, expected):
+    assert value(name, prediction, asked(reference, **fields)) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("the answer is B", "B"),
+        ("A or B", "B"),
+        ("(A) or (C)", "C"),
+        ("A cat B", "B"),
+        ("B and not DNA now", "B"),
+        ("DNA is it", "A"),
+        ("C.", "C"),
+        ("see A.1 or B.2 there", "A"),  # both by `X.`, neither stands alone: the first
+        ("(B), and then C was said", "B"),
+        ("so I say it is dog", "B"),  # six words; five are not read
+        ("it looks like cat and then dog", "B"),
+    ],
+)
+def test_letters_of_mmmu(said, letter):
+    assert {parse_letter(said, ANIMALS["options"], str(name)) for name in range(9)} == {letter}  # nothing is drawn
+
+
+def test_an_answer_without_letter_is_drawn_by_question():
+    choices = ["cat", "dog", "mouse", "fish"]
+    drawn = {name: parse_letter("dog", choices, name) for name in map(str, range(400))}
+    assert drawn == {name: parse_letter("I say it is dog", choices, name) for name in drawn}
+    counts = [list(drawn.values()).count(letter) for letter in "ABCD"]
+    assert min(counts) > 70  # of 100 expected, with a standard deviation of 9
+    assert [drawn[str(name)] for name in range(8)] == list("CBBADDBA")  # in every run, on every machine
+
+
+def test_open_answers_of_mmmu():
+    assert parse_open("The result is 1,000 or 2e3") == {"1,000 or 2e3", 1000.0, 2000.0, 0.0, 3.0}  # also 000, and 3
+    assert parse_open("x = 5") == {5.0}
+    assert parse_open("a = 1\nb = 2") == {2.0}  # an equation counts in the last line alone
+    assert parse_open("It is .") == {"it is"}
+    assert parse_open("Nothing to see") == {"nothing to see"}
+    assert parse_open("y") == {" y", "y "}
+
+
+def test_subjects_of_mmmu():
+    fields = {"question_type": "open"}
+    names = ("validation_Art_Theory_1", "validation_Art_Theory_2", "validation_Music_1", "17")
+    answers = [(said, asked("5", name=name, **fields)) for said, name in zip("5675", names, strict=True)]
+    values, groups = measured("mmmu", *answers)
+    assert values == {"accuracy": 0.5}
+    assert {name: of["accuracy"] for name, of in groups.items()} == {"Art_Theory": 0.5, "Music": 0.0, "other": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "message"),
+    [
+        ("scienceqa", asked("B"), "record q: has no field 'choices', which the metric needs"),
+        ("ai2d", asked("B", options="cat, dog"), "record q: field 'options' must list 1 to 26 texts, got 'cat, dog'"),
+        ("ai2d", asked("D", **ANIMALS), "record q: answer 'D' must be one of the letters A to C of its 3 options"),
+        ("mmmu", asked("B"), "record q: has no field 'question_type'"),
+        ("mmmu", asked("B", question_type="multiple-choice"), "record q: has no field 'options'"),
+        ("mmmu", asked("B", question_type="closed"), "field 'question_type' 'closed' must be multiple-choice or open"),
+        ("mathvista", asked("1"), "record q: has no field 'answer_type'"),
+        ("mathvista", asked("1", **maths("float")), "record q: has no field 'precision'"),
+        ("mathvista", asked("1", **maths("float", precision=0.5)), "'precision' must be an integer number of decimals"),
+        ("mathvista", asked("1", **maths("bool")), "'answer_type' 'bool' must be integer, float, list or text"),
+        (
+            "mathvista",
+            asked("x", **ANIMALS | maths("text", "multi_choice")),
+            "answer 'x' is not one of the record's choices",
+        ),
+    ],
+)
+def test_records_that_a_metric_cannot_use(name, record, message):
+    with pytest.raises(UserError) as error:
+        measured(name, ("yes", record))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f'metric "{METRICS[name].main}": ')
+
+
+def test_choices_as_the_text_of_a_list():
+    assert value("mmmu", "B", asked("B", question_type="multiple-choice", options="['cat', \"dog's\"]")) == 1
+    deep = asked("B", question_type="multiple-choice", options="[" * 100_000)
+    with pytest.raises(UserError, match="field 'options' must list"):
+        value("mmmu", "B", deep)

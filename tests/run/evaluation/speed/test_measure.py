@@ -1,0 +1,112 @@
+"""Speed by the clock: what is computed of readings, whose turn it is, and that the program is the one of `generate`."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from prune_cases import config, model
+from stack_cases import decoder_layer
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.generate import compile_generation, generate
+from vlmprune_jax.core.models.vlm import encode
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.run.evaluation.speed import measure as speed
+from vlmprune_jax.run.evaluation.speed import process
+from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
+from vlmprune_jax.run.evaluation.speed.measure import measure_questions, measure_speed
+
+
+class Timed:
+    """A program that takes known seconds to the first token and after it, in turn."""
+
+    peak_bytes = 7
+
+    def __init__(self, name, ran, *seconds):
+        self.name, self.ran, self.seconds = name, ran, itertools.cycle(seconds)
+
+    def run(self):
+        self.ran.append(self.name)
+        return next(self.seconds)
+
+
+def measured(monkeypatch, programs, **workload):
+    monkeypatch.setattr(speed, "_compile", lambda model, _: programs[model])
+    return measure_speed({name: name for name in programs}, **workload)
+
+
+def test_tokens_per_second_and_turns(monkeypatch):
+    ran = []
+    programs = {"slow": Timed("slow", ran, (0.5, 2.0)), "fast": Timed("fast", ran, (0.25, 1.0))}
+    found = measured(monkeypatch, programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
+    assert found["slow"] == Measurement(prefill=(800.0,) * 3, decode=(20.0,) * 3, first_token=(0.5,) * 3, peak_bytes=7)
+    assert found["fast"].decode == (40.0,) * 3
+    turns = ran[2:][:: process.MIN_RUNS]
+    assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
+
+
+def test_a_reading_is_the_fastest_of_its_runs(monkeypatch):
+    """Each run is disturbed at another place: prompt and tokens have their best runs apart."""
+    runs = ((0.5, 3.0), (9.0, 1.0), (0.6, 2.0))
+    program = Timed("a", [], *runs)
+    found = measured(monkeypatch, {"a": program}, prompt_tokens=10, new_tokens=10, batch_size=1, rounds=2)
+    assert found["a"].prefill == pytest.approx((20.0, 20.0))
+    assert found["a"].decode == pytest.approx((10.0, 10.0))
+
+
+def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
+    ran = []
+    program = Timed("a", ran, (0.01, 0.04))
+    measured(monkeypatch, {"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
+    assert len(ran) == 1 + round(process.MIN_SECONDS / 0.05)
+
+
+def test_what_no_clock_can_tell_is_refused(monkeypatch):
+    monkeypatch.setattr(process, "MIN_SECONDS", 0)
+    with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
+        measured(monkeypatch, {"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
+    with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):
+        measure_speed({}, rounds=0)
+
+
+def test_phases_of_a_question(monkeypatch):
+    """Prefill is what tower and projector leave of the time to the first token; text models have no image."""
+    seeing, reading = (model(config(vision=vision)) for vision in (True, False))
+    ran = []
+    monkeypatch.setattr(speed, "_compile", lambda model, run: Timed("answer", ran, (0.5, 0.2 * run.batch_size)))
+    monkeypatch.setattr(speed, "_Images", lambda model, run: Timed("image", ran, (0.125, 0.25)))
+    times = measure_questions({"vlm": seeing, "lm": reading}, batches=(1, 4), new_tokens=2, rounds=2)
+    assert times["vlm"][1].prefill == (0.125,) * 2
+    assert times["lm"][4].prefill == (0.5,) * 2
+    assert times["vlm"][4].answer(3) == pytest.approx((1.3,) * 2)
+    assert "image" in ran
+
+
+def test_the_program_is_that_of_generate(goldens):
+    llava = load(goldens / "ckpt/llava_hf")
+    ids, images = speed.make_prompts(llava.cfg, SpeedConfig(prompt_tokens=24, batch_size=2))
+    pixels = images["pixel_values"]
+    assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
+    made = compile_generation(llava, ids, pixel_values=pixels, max_new_tokens=5)
+    tokens, *_ = made.decode(made.params, *made.prefill(made.params, made.arrays))
+    wanted = generate(llava, ids, pixel_values=pixels, max_new_tokens=5, eos_token_ids=())
+    np.testing.assert_array_equal(tokens, wanted)
+    features = speed._project(llava.params, llava.cfg, speed._encode(llava.params, llava.cfg, pixels))
+    _, aux = encode(llava.params, llava.cfg, ids, pixel_values=pixels[:, 0])
+    np.testing.assert_allclose(features, aux["image_features"], atol=1e-5)
+    assert min(made.run()) > 0
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
+    assert weights < made.peak_bytes < 100 * weights
+    found = measure_speed({"a": llava}, prompt_tokens=24, new_tokens=8, batch_size=2, rounds=1, image=True)["a"]
+    assert min(*found.prefill, *found.decode, *found.first_token) > 0
+
+
+def test_workloads_that_no_model_can_have(goldens):
+    cfg = config((decoder_layer(4, 4, 12),))
+    SpeedConfig(prompt_tokens=8, new_tokens=1).check(cfg)  # without an image: this model takes none
+    with pytest.raises(UserError, match=r"speed\.prompt_tokens \+ new_tokens \+ 1=\d+ is more than 4 times"):
+        measure_speed({"a": model(cfg)}, prompt_tokens=10**6)
+    llava = load(goldens / "ckpt/llava_hf").cfg
+    with pytest.raises(UserError, match=r"speed\.prompt_tokens=16 must be more than the 16 tokens of an image"):
+        SpeedConfig(prompt_tokens=16).check(llava)

@@ -1,0 +1,312 @@
+"""The rules of the decision guide at the true shapes of the paper's models, and evidence of the same model."""
+
+import dataclasses
+import json
+import math
+
+import prune_cases
+import pytest
+from repository import full_size_models
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, read_guide
+from vlmprune_jax.run.planning.recommend import evidence
+from vlmprune_jax.run.planning.rules import Target, is_better, merge, recommend
+
+GUIDE = read_guide()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The configs of the paper's models, by family."""
+    found = {}
+    for name in ("llava", "bunny", "internvl", "llama"):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(full_size_models()[name]))
+        found[name] = read_config(folder)[1]
+    return found
+
+
+OTHER = 1.01  # times the parameters of a model that was measured, so that it is another
+
+
+def target(cfg, ratio, size=OTHER):
+    decoder = ratio * count_params(cfg) / count_params(cfg, "text")
+    removed = dict.fromkeys(METHODS, decoder)
+    return Target(round(size * count_params(cfg)), cfg.vision is not None, ratio, decoder, removed)
+
+
+def advised(cfg, ratio, compute="full", data=0.05, methods=METHODS, guide=GUIDE, size=OTHER):
+    return recommend(target(cfg, ratio, size), data_fraction=data, compute=compute, methods=methods, guide=guide)
+
+
+CASES = {
+    # model, ratio, compute: methods, recovery, what the paper's models retain at such a ratio, the most similar first
+    ("llava", 0.15, "none"): (("width",), "none", [90.87, 94.74, 90.87]),
+    ("llava", 0.15, "projector"): (("depth",), "projector", []),
+    ("llava", 0.15, "full"): (("depth",), "sft_l2", [98.10, 98.98]),
+    ("llava", 0.2, "full"): (("depth",), "sft_l2", [98.10, 98.98]),
+    ("llava", 0.3, "full"): (("depth",), "sft_l2", [96.38, 94.37]),
+    ("llava", 0.45, "full"): (("width",), "sft_l2", [83.99, 90.48]),
+    ("llava", 0.6, "full"): (("width",), "sft_l2", [78.13, 83.86]),
+    ("llava", 0.7, "full"): (("width",), "sft_l2", []),  # beyond the last row nothing is known
+    ("internvl", 0.3, "full"): (("depth",), "sft_l2", [94.37, 96.38]),
+}
+
+
+@pytest.mark.parametrize(("name", "ratio", "compute"), CASES)
+def test_rules(shapes, name, ratio, compute):
+    methods, recovery, retained = CASES[name, ratio, compute]
+    found = advised(shapes[name], ratio, compute)
+    assert (found.rule.methods, found.rule.recovery) == (methods, recovery)
+    assert found.rule.supported == (ratio < 0.7)
+    assert [row.retained for row in found.rows] == retained
+    assert found.promise is None  # of other models on other data
+    assert any("evaluate first" in warning for warning in found.warnings) == (not retained)
+    assert found.data_fraction == (0.0 if recovery == "none" else 0.05)
+    assert found.of_family
+
+
+def test_retention_is_also_told_relative_to_the_unpruned_model_trained_alike(shapes):
+    """Where no such model was trained, a warning says what the number may contain."""
+    found = advised(shapes["llava"], 0.3)
+    assert any("no unpruned model was trained alike" in warning for warning in found.warnings)
+    assert not any("trained alike" in warning for warning in advised(shapes["llava"], 0.3, "none").warnings)
+    rows = tuple(dataclasses.replace(row, of_control=0.99 * row.retained) for row in GUIDE.evidence)
+    found = advised(shapes["llava"], 0.3, guide=dataclasses.replace(GUIDE, evidence=rows))
+    assert (
+        "96.38 % (1 seed, 95.4 % of control) with LLaVA-1.5-7B"
+        in dict([*evidence(found, GUIDE, False)][:2])["measured"]
+    )
+    assert not any("trained alike" in warning for warning in found.warnings)
+
+
+# --- evidence of the same model ---------------------------------------------------------------------------------------
+
+
+def teacher(ratio=0.305, size=1, **removed):
+    share = ratio * 1056576 / 573888
+    return Target(size * 1056576, True, ratio, share, {**dict.fromkeys(METHODS, share), **removed})
+
+
+def demo_advice(ratio=0.305, data=0.05, compute="full", guide=GUIDE):
+    return recommend(teacher(ratio), data_fraction=data, compute=compute, guide=guide)
+
+
+def test_evidence_of_the_same_model_comes_first():
+    """The demo's teacher: the guide's rule would take widths, and one seed of the demo retained 99.88 %."""
+    found = demo_advice()
+    assert found.rule.methods == ("width",)
+    head = found.head
+    assert (head.source, head.method, head.recovery, head.seeds) == ("study_easyvqa", "depth", "sft", 6)
+    assert found.rows == (head,)
+    half = (head.interval[1] - head.interval[0]) / 2 * math.sqrt(7)  # for one seed more
+    assert found.promise == pytest.approx((head.retained - half, min(100.0, head.retained + half)))
+    none = demo_advice(data=0.0)
+    assert (none.head.method, none.head.recovery) == ("depth", "reconstruct")
+    assert none.variants["depth"]["recover"] == {"method": "none"}
+    assert "needs data" in none.warnings[0]
+
+
+def test_rows_are_matched_by_what_a_plan_removes():
+    """Layers come in tenths of the demo: 60 % asked is 55.8 % removed, and the row of 55.8 % is measured."""
+    asked = {"data_fraction": 0.0, "compute": "none", "guide": GUIDE}
+    best = recommend(teacher(0.326), **asked)
+    assert (best.head.method, best.head.retained) == ("hybrid", 98.08)
+    assert "depth + reconstruct" not in best.because  # no plan of 60 % by layers alone
+    assert best.promise[0] < 95.54 < best.promise[1]  # followed to the end
+    with_layers = recommend(teacher(0.326, depth=0.558), **asked)
+    ways = [row for row in GUIDE.evidence if row.method == "depth" and row.decoder_ratio == 0.558 and row.seeds == 12]
+    assert {row.recovery for row in ways} == {"none", "reconstruct"}
+    assert not {*ways} & {*best.beside}
+    assert {*ways} <= {*with_layers.beside}
+    only = recommend(teacher(0.326, depth=0.558), **asked, methods=("depth",))
+    assert (only.head.retained, only.head.decoder_ratio) == (97.73, 0.558)
+
+
+@pytest.mark.parametrize("percent", range(3, 55, 2))
+@pytest.mark.parametrize("data", [0.0, 0.05])
+def test_no_option_of_a_like_budget_was_measured_to_be_better(percent, data):
+    """Hybrid is an option like any other: nothing within the options is better beyond chance than what is advised."""
+    found = demo_advice(percent / 100, data)
+    if found.head is not None:
+        rows = [row for row in found.beside if row.parameters == 1056576 and row.counts and (row.seeds or 1) > 1]
+        rows = [row for row in rows if (row.data_fraction or 0.0) <= data]
+        assert not any(is_better(row, found.head) for row in rows)
+
+
+def test_other_data_than_that_of_the_evidence_is_promised_nothing():
+    found = demo_advice()
+    assert found.promise is not None
+    assert dict(evidence(found, GUIDE, own_data=False))["expect"].endswith("(95 % interval for another seed)")
+    lines = dict(evidence(found, GUIDE, own_data=True))
+    assert lines["expect"] == "unknown, as nothing was measured with this model, data and ratio: evaluate first"
+    assert lines["measured"].endswith("depth + sft: accuracy on easy-VQA, 2,000 questions")
+
+
+def rows_of(*rows):
+    """Return the guide with only these rows (method, recovery, retained, half an interval, seeds) of the teacher."""
+    like = next(row for row in GUIDE.evidence if row.source == "study_easyvqa")
+    evidence = [
+        dataclasses.replace(
+            like,
+            **{"method": method, "recovery": recovery, "retained": retained, "seeds": seeds, "decoder_ratio": 0.5},
+            **{"interval": half and (retained - half, retained + half), "note": f"{seeds}"},
+            data_fraction=0.0 if recovery in ("none", "reconstruct") else 0.05,
+        )
+        for method, recovery, retained, half, seeds in rows
+    ]
+    return dataclasses.replace(GUIDE, evidence=tuple(evidence))
+
+
+NONE, RECONSTRUCT = ("depth", "none", 96.0, 0.5, 6), ("width", "reconstruct", 99.0, 0.3, 6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen", "because"),
+    [
+        (
+            [NONE, RECONSTRUCT, ("depth", "sft_l2", 99.3, 0.3, 6)],
+            1,
+            "depth + sft_l2 on 5 % of data (99.30 %) is better by chance at most, and is more work",
+        ),
+        ([NONE, RECONSTRUCT, ("depth", "sft_l2", 99.6, 0.3, 6)], 2, "best of "),
+        ([RECONSTRUCT, ("depth", "sft_l2", 99.9, None, 1)], 0, "best of "),  # one seed does not decide
+        ([("depth", "none", 98.0, 9.0, 2), RECONSTRUCT], 1, "best of "),  # nor what is known badly
+        ([("depth", "sft", 99.0, 0.3, 6), ("depth", "sft_l2", 99.1, 0.3, 6)], 0, "by chance at most"),
+        ([("width", "reconstruct", 99.5, None, 1), RECONSTRUCT], 1, "best of "),  # most seeds, not the highest
+        ([RECONSTRUCT, ("hybrid", "reconstruct", 99.9, 0.1, 6)], 1, "next is width + reconstruct (99.00 %)"),
+        (
+            [RECONSTRUCT, ("depth", "lora", 99.9, 0.1, 6)],
+            0,
+            "outside them, depth + lora on 5 % of data (99.90 %) is better",
+        ),
+        ([("width", "none", 80.0, None, 1), ("width", "reconstruct", 90.0, None, 1)], 1, "best of "),
+    ],
+)
+def test_ties_go_to_less_work(rows, chosen, because):
+    guide = rows_of(*rows)
+    found = demo_advice(0.5 * 573888 / 1056576, guide=guide)
+    assert found.head == guide.evidence[chosen]
+    assert because in found.because
+
+
+def test_what_is_advised_for_the_demo_is_its_own_arm():
+    """Section by section the experiment that measured the evidence."""
+    found = demo_advice(
+        guide=dataclasses.replace(GUIDE, evidence=[one for one in GUIDE.evidence if one.source == "demo"])
+    )
+    ours = merge(found.recipe, found.task, found.variants["depth"], {"data": {"fraction": 0.05}})
+    ours, demo = override(Experiment(), ours), read_experiment(shipped_config("demo"))
+    demo = override(demo, merge(demo.prune_variants["depth"], demo.recover_variants["sft_l2"]))
+    for section in ("data", "score", "reconstruct", "evaluate", "speed", "export"):
+        assert getattr(ours, section) == getattr(demo, section), section
+    assert dataclasses.replace(ours.recover, name="") == dataclasses.replace(demo.recover, name="")
+
+
+def test_evidence_of_a_million_parameters_never_heads_advice_for_a_large_model(shapes):
+    for name in ("llava", "bunny", "internvl", "llama"):
+        for compute in ("none", "full"):
+            for ratio in (0.1, 0.2, 0.3, 0.45, 0.6):
+                found = advised(shapes[name], ratio, compute)
+                assert {row.source for row in found.rows} <= {"paper"}
+                assert found.task == {}
+    other = recommend(teacher(size=3), data_fraction=0.05, compute="full", guide=GUIDE)
+    assert other.head is other.promise is None
+    assert {row.parameters for row in other.rows} == {1056576}
+
+
+@pytest.mark.parametrize(("ratio", "compute"), [(0.3, "none"), (0.4, "projector"), (0.7, "full")])
+def test_what_nothing_supports_says_so(shapes, ratio, compute):
+    found = advised(shapes["llava"], ratio, compute)
+    assert not found.rule.supported
+    assert found.rule.source == "nothing"
+
+
+def test_speed_takes_layers(shapes):
+    for compute in ("none", "full"):
+        for ratio in (0.1, 0.3, 0.36, 0.5):
+            found = advised(shapes["llava"], ratio, compute, methods=("depth",))
+            assert {*found.variants} == {"depth"}
+            assert ("reconstruct" in found.variants["depth"]) == (compute == "none")
+
+
+def test_what_is_solved_for(shapes):
+    """Without training always, with it where widths go."""
+    assert "reconstruct" in advised(shapes["llava"], 0.1, "none").variants["width"]
+    gap = advised(shapes["llava"], 0.36).variants
+    assert {name: "reconstruct" in settings for name, settings in gap.items()} == {"depth": False, "width": True}
+    assert "reconstruct" not in advised(shapes["llava"], 0.3).variants["depth"]
+
+
+def test_data(shapes):
+    cfg = shapes["llava"]
+    assert advised(cfg, 0.3, data=1.0).data_fraction == 0.05  # suffices by the guide
+    assert advised(cfg, 0.3, data=0.01).data_fraction == 0.01
+    assert any("less than 5 %" in warning for warning in advised(cfg, 0.3, data=0.01).warnings)
+    deep = advised(cfg, 0.6, data=0.2)
+    assert deep.data_fraction == 0.2
+    assert any("recommends all training data; 20 % are available" in warning for warning in deep.warnings)
+    none = advised(cfg, 0.15, data=0.0)
+    assert none.rule.compute == "none"
+    assert any("training needs data" in warning for warning in none.warnings)
+
+
+def test_conflicts_are_named(shapes):
+    told = " ".join(advised(shapes["llava"], 0.36).conflicts)
+    for what in ("nominal", "AVG-%", "Between 30 and 45 %", "5 % of the data"):
+        assert what in told
+    assert any("up to 30 % in its Figure 1" in one for one in advised(shapes["llava"], 0.2, "projector").conflicts)
+
+
+def test_a_decoder_alone_has_its_own_rows(shapes):
+    decoder = Target(134515008, False, 0.2, 0.2, dict.fromkeys(METHODS, 0.2))
+    found = recommend(decoder, data_fraction=0.05, compute="none", guide=GUIDE)
+    assert (found.head.model, found.head.retained) == ("SmolLM2-135M", 76.41)  # of two single seeds, not the higher one
+    assert found.variants["width"]["prune"] == {"method": "width", "heads": "keep"}  # as measured
+    assert found.promise is None  # nobody else has these texts
+    trained = advised(shapes["llama"], 0.2)
+    assert not any("round first" in one for one in trained.conflicts)
+    assert not any("AVG-%" in one for one in trained.conflicts)
+    assert any("no model of this kind within 10 times its size" in one for one in trained.warnings)
+    assert any("round first" in one for one in advised(shapes["llama"], 0.2, "none").conflicts)
+
+
+def test_ratios_are_compared_by_the_share_of_the_decoder():
+    """A decoder that is half of a model loses twice the ratio."""
+    cfg = prune_cases.config(vision=True)
+    found = advised(cfg, 0.2)
+    assert found.target.decoder_ratio > 0.2
+    assert found.rule.name != advised(cfg, 0.2 * 0.2 / found.target.decoder_ratio / 2).rule.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 0.0}, "ratio=0 must be above 0"),
+        ({"ratio": 1.5}, "ratio=1.5 must be at least 0 and below 1"),
+        ({"ratio": float("nan")}, "ratio=nan must be"),
+        ({"data": 1.5}, "data=1.5 must be a share"),
+        ({"data": float("nan")}, "data=nan must be a share"),
+        (
+            {"compute": "projektor"},
+            "compute 'projektor' is not one of none, projector, full; did you mean 'projector'?",
+        ),
+    ],
+)
+def test_what_cannot_be_asked(shapes, changes, message):
+    with pytest.raises(UserError) as error:
+        advised(shapes["llava"], **{"ratio": 0.3, **changes})
+    assert message in str(error.value)
+
+
+def test_some_rule_fits_whatever_is_asked(shapes):
+    for cfg in shapes.values():
+        for compute in COMPUTE if cfg.projector is not None else ("none", "full"):
+            for percent in range(1, 100, 7):
+                assert advised(cfg, percent / 100, compute, methods=METHODS[: 1 + percent % 3]).variants

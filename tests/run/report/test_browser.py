@@ -1,0 +1,166 @@
+"""The page in a real browser: it renders without a complaint, its own script runs and no other, tables sort."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from msgspec.structs import replace
+from report_cases import SPEED, write_answers, write_workdir
+from sweep_cases import write_sweep
+
+from vlmprune_jax.run.report.build import build_report
+from vlmprune_jax.run.report.comparison import build_comparison
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.result import read_result
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Clicks the retention twice, then the model's name, filters, and says what the first table then shows.
+CLICKS = """
+<script>
+const table = document.querySelector("table.sortable"), told = [];
+const nameOf = (cell) => [...cell.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data).join("");
+const tell = () => {
+  const sorted = [...table.tHead.rows[0].cells].map((head) => head.getAttribute("aria-sort"));
+  const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
+  told.push({ sorted, names: rows.map((row) => nameOf(row.cells[0]).replaceAll("\u00a0", " ")) });
+};
+for (const column of [1, 1, 0]) {
+  table.tHead.rows[0].cells[column].querySelector("button").click();
+  tell();
+}
+const filter = document.querySelector("input[type=search]");
+filter.value = "DEPTH sft";
+filter.dispatchEvent(new Event("input"));
+tell();
+const pre = document.createElement("pre");
+pre.id = "told";
+pre.textContent = JSON.stringify(told);
+document.body.append(pre);
+</script>
+"""
+# Says how high the page is in a frame of a width, and which cells of the first row can be seen without scrolling.
+FRAME = """<body><iframe src="report.html" style="width:{0}px;height:800px;border:0"></iframe><script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, pre = document.createElement("pre");
+  const heads = [...page.querySelector("table.sortable").tHead.rows[0].cells];
+  const seen = heads.filter((head) => head.getBoundingClientRect().width && head.getBoundingClientRect().right <= {0});
+  pre.id = "told";
+  const [points, rows] = [...page.querySelectorAll(".plot svg")].map((panel) => panel.getBoundingClientRect());
+  const below = rows.top >= points.bottom && rows.right <= {0};
+  const names = seen.map((head) => head.textContent);
+  pre.textContent = JSON.stringify([page.documentElement.scrollHeight, names, below]);
+  document.body.append(pre);
+}});
+</script>"""
+
+
+def opened(page, profile):
+    """(the page as the browser has it after scripts ran, what its console said)."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [
+        f"--user-data-dir={profile}",
+        "--disable-extensions",
+        "--no-first-run",
+        "--allow-file-access-from-files",
+    ]
+    command += ["--window-size=1500,900", page.as_uri()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(profile)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+
+def report(workdir):
+    """The page of six models with speeds."""
+    write_workdir(workdir)
+    write_answers(workdir)
+    write_artefact(workdir / "speed.json", SPEED)
+    result, speed = read_result(workdir), SPEED.medians()["depth"]
+    more = [replace(result.runs[2], name=f"w{n}", recovery=f"sft_{n}", speed=speed) for n in range(3)]
+    runs = [*(replace(run, speed=speed) for run in result.runs), *more]
+    write_artefact(workdir / "result.json", replace(result, runs=runs))
+    return build_report(workdir)
+
+
+def sweep_page(workdir):
+    """The page of twenty runs with four evaluation sets."""
+    write_sweep(workdir)
+    return build_comparison(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_page_renders_and_sorts(tmp_path):
+    page = report(tmp_path)
+    shown, console = opened(page, tmp_path / "profile")
+    assert console == []
+    assert shown.count("<svg") == 7
+    assert shown.count('<button type="button">') > 20  # which our script made, under the page's own policy
+
+    text = page.read_text()
+    other = page.with_name("other.html")
+    other.write_text(text.replace("</body>", f"{CLICKS}</body>"))
+    shown, console = opened(other, tmp_path / "profile")
+    assert 'id="told"' not in shown.split("<script>const table")[0]
+    assert any("Content Security Policy" in line for line in console)  # no script but ours
+
+    clicking = re.sub(r"script-src &#39;[^&]+&#39;", "script-src &#39;unsafe-inline&#39;", text)
+    other.write_text(clicking.replace("</body>", f"{CLICKS}</body>"))
+    shown, console = opened(other, tmp_path / "profile")
+    assert console == []
+    best, worst, by_name, filtered = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    widths = ["width 30 %", *(f"width 30 %, sft_{n}" for n in range(3))]
+    assert best["names"] == ["unpruned", "depth 30 %, SFT", *widths, "depth 30 %"]  # best first, unpruned stays
+    assert worst["names"] == ["unpruned", "depth 30 %", *widths, "depth 30 %, SFT"]
+    assert (best["sorted"][1], worst["sorted"][1]) == ("descending", "ascending")
+    assert by_name["sorted"] == ["ascending", *[None] * (len(best["sorted"]) - 1)]
+    assert by_name["names"] == ["unpruned", "depth 30 %", "depth 30 %, SFT", *widths]
+    assert filtered["names"] == ["unpruned", "depth 30 %, SFT"]
+
+
+# Names the tables, and the plots that are not folded, of which a part lies outside a frame of a width.
+CUT = """<body><iframe src="{1}" style="width:{0}px;height:800px;border:0"></iframe><script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, pre = document.createElement("pre");
+  const parts = [...page.querySelectorAll("section .scroll, section .plot")];
+  const cut = parts.filter((part) => part.scrollWidth > part.clientWidth);
+  pre.id = "told";
+  pre.textContent = JSON.stringify(cut.map((part) => part.getAttribute("aria-label")));
+  document.body.append(pre);
+}});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("make", [report, sweep_page])
+def test_no_column_or_plot_is_cut(tmp_path, make, width):
+    page = make(tmp_path)
+    frame = page.with_name("frame.html")
+    frame.write_text(CUT.format(width, page.name))
+    shown, _ = opened(frame, tmp_path / "profile")
+    assert json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1)) == []
+    assert "<td></td>" not in page.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_seen_without_scrolling(tmp_path, width):
+    """On a phone a table of four columns, and plots below each other; on a desktop every column, and a short page."""
+    page = report(tmp_path)
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(width))
+    shown, _ = opened(frame, tmp_path / "profile")
+    height, heads, below = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    assert below == (width == 390)
+    if width == 390:
+        assert heads == ["model", "retained, %", "size, %", "accuracy, %"]
+    else:
+        assert height < 6000
+        assert heads[-1] == "run"

@@ -1,0 +1,194 @@
+"""The report page: what it says, that it is one file, and what it does with a damaged workdir."""
+
+import html
+import html.parser
+import os
+import re
+import struct
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+from msgspec.structs import replace
+from report_cases import PLANNED, change
+from repository import HANG
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.report.build import build_report
+from vlmprune_jax.run.report.tables import tables_of
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.content import MadeFrom
+from vlmprune_jax.run.workdir.ledger import StageRecord
+from vlmprune_jax.run.workdir.provenance import MadeBy
+from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.steps import STEPS, Steps
+from vlmprune_jax.run.workdir.tpu_plan import Planned, TpuPlan
+
+
+def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
+    """`text.usetex` starts LaTeX; a FIFO would be waited for."""
+    (tmp_path / "here").mkdir()
+    os.mkfifo(tmp_path / "here/matplotlibrc")
+    code = "import vlmprune_jax.run.report.plots"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path / "here", check=True, timeout=HANG)
+    first = build_report(workdir).read_text()
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "none"}):
+        assert build_report(workdir).read_text() == first
+
+
+class _Links(html.parser.HTMLParser):
+    """Whatever a browser might fetch of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        self.found += [link for name, value in attrs for link in re.findall(r"url\(([^)]*)", value or "")]
+        if tag in ("link", "iframe", "object", "embed", "base", "form"):
+            self.found.append(tag)
+
+    def handle_data(self, data):
+        self.found += re.findall(r"url\(([^)]*)|@import", data)
+
+
+def outside_of(page):
+    """What of it is neither on the page nor in it."""
+    links = _Links()
+    links.feed(page)
+    return [link for link in links.found if not link.startswith(("#", "data:image/"))]
+
+
+def test_links_are_found():
+    page = '<img src="https://a.b/c.png"><a href="#x">x</a><style>p { background: url(//d.e) }</style><link rel="x">'
+    assert outside_of(page) == ["https://a.b/c.png", "//d.e", "link"]
+
+
+def test_page_tells_the_numbers_and_is_one_file(workdir):
+    page = build_report(workdir).read_text()
+    for text in ("depth-<wbr>sft", "76.00", "95.00", "5 %", "12.3", "3.2e-06", "Best of 3 models"):
+        assert text in page
+    assert page.count("<svg") == 7  # accuracy (two panels), what two plans removed, two importances, losses
+    assert outside_of(page) == []
+    assert page.count("<script") == 1
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        used = re.findall(r'href="#([^"]+)|url\(#([^)]+)', svg)
+        assert {one or other for one, other in used} <= set(re.findall(r'\bid="([^"]+)', svg)) != set()
+    best = re.search(r'<tr class="best">(.*?)</tr>', page, re.S).group(1)
+    assert "depth-<wbr>sft" in best
+    assert "&lt;b&gt;" in page  # an answer is text, not markup
+    assert "<b>" not in page
+    assert list(workdir.glob(".*")) == [workdir / ".stages"]
+
+
+def test_what_was_planned_for_a_slice_is_shown(workdir):
+    assert "TPU" not in build_report(workdir).read_text()
+    search = Planned(problem="12 GiB too many", search={"slice": PLANNED})
+    plan = TpuPlan(recoveries={"depth-sft": Planned(step=PLANNED), "<width>": search})
+    write_artefact(workdir / "tpu_plan.json", plan)
+    page = build_report(workdir).read_text()
+    section = page[page.index("Recovery on a TPU slice") :]
+    told = {
+        html.unescape(what): value for what, value in re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', section)
+    }
+    assert told["HBM per chip"] == "2.00 GiB arguments + 1.50 GiB temporaries, 12.00 GiB free"
+    assert told["FLOPs"].startswith("3.26e+15 executed, 2.51e+15 of the model")
+    assert told["received"] == "per chip, in GiB: all-gather 37.00"
+    assert told["step time"].endswith("(compute 0.258, memory 0.020, interconnect 0.190); MFU at most 77.1 %")
+    assert told["buckets"] == "the largest of 768, 2048 tokens; smaller ones need less"
+    assert told["run"].startswith(
+        "520 steps: at least 0.04 hours, 2.4 chip-hours if every batch is of the largest bucket"
+    )
+    assert told["does not fit"] == "12 GiB too many"
+    assert told["best slice"] == (
+        "64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free, at least 0.258 s a step, 254,000 tokens/s"
+    )
+    assert "<h3>&lt;width&gt;</h3>" in section
+    (workdir / "tpu_plan.json").write_text("[]")
+    with pytest.raises(
+        UserError,
+        match=r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again",
+    ):
+        build_report(workdir)
+
+
+def test_plot_is_a_png_of_its_size(workdir):
+    build_report(workdir)
+    data = (workdir / "report.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (1840, 780)
+
+
+def test_the_same_result_gives_the_same_page(workdir):
+    first = build_report(workdir).read_bytes()
+    assert build_report(workdir).read_bytes() == first
+
+
+def test_the_title_names_model_sets_and_day(workdir):
+    """The day on which the last stage finished, not that of the report."""
+    assert "<h1>Structural pruning report</h1>" in build_report(workdir).read_text()
+    write_artefact(workdir / STEPS, Steps(model="org/<model>", sets="pope, mme", steps=[]))
+    by = MadeBy(finished="2026-11-02 10:00:00 UTC", command="", processor="", versions={}, commit=None)
+    made = MadeFrom(settings={}, inputs={}, version=1)
+    first = StageRecord(format=1, made_from=made, done=True, seconds=1.0, facts={}, outputs={}, by=by)
+    later = replace(first, by=replace(by, finished="2026-11-10 09:00:00 UTC"))
+    page = build_report(workdir, {"score": first, "recover": later, "prune": first}).read_text()
+    assert page.count("Pruning of org/&lt;model&gt;, evaluated on pope, mme (2026-11-10)</") == 2
+
+
+def test_names_break_at_separators(workdir):
+    change(workdir, 0, name="width_reconstructed-sft/a-")
+    assert ">width_<wbr>reconstructed-<wbr>sft/<wbr>a-</td>" in build_report(workdir).read_text()
+
+
+def test_a_model_that_two_variants_share_is_shown_once(workdir):
+    """Width before reconstruction is the same model as width: one row, one answer, one figure."""
+    result = read_result(workdir)
+    twin = replace(result.runs[2], name="width_solved", reconstruct="least_squares", seconds=1.0)
+    write_artefact(workdir / "result.json", replace(result, runs=[*result.runs, twin]))
+    shown = read_result(workdir).distinct()
+    assert [run.name for run in shown.runs] == ["depth", "depth-sft", "width"]
+    assert list(shown.labels.values()) == ["unpruned", "depth 30 %", "depth 30 %, SFT", "width 30 %"]
+    page = build_report(workdir).read_text()
+    assert "(width_solved)" not in page
+    assert "Best of 3 models" in page
+    other = replace(twin, evaluation=replace(twin.evaluation, mean_of_ratios=60.0))
+    write_artefact(workdir / "result.json", replace(result, runs=[*result.runs, other]))
+    assert read_result(workdir).distinct().labels["width_solved"] == "width 30 % (width_solved)"
+    best = replace(result, runs=[*result.runs, twin], best="width_solved").distinct()
+    assert [run.name for run in best.runs] == ["depth", "depth-sft", "width_solved"]
+
+
+def test_page_of_several_sets(several):
+    page = build_report(several).read_text()
+    assert (
+        page.count("<svg") == 13
+    )  # the average and three sets (two panels each), what two plans removed, two importances, losses
+    for text in (
+        "retains 82.50 % of the unpruned score on average over 2 evaluation sets",
+        "Lower is better",
+    ):
+        assert text in page
+    assert "accuracy" not in page.lower().split("<summary>")[0]
+
+
+def test_no_ratio_and_nothing_retained(workdir):
+    evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None)
+    change(workdir, 0, target_ratio=None, evaluation=evaluation)
+    (table,) = tables_of(read_result(workdir))
+    assert table.rows[1][0] == "depth 34 %"  # by what was reached
+    assert table.rows[1][1] == ""
+    build_report(workdir)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is not valid JSON"), ("{", "is not valid JSON"), ('{"format": 1, "sets": {}}', "sets")],
+)
+def test_damaged_result(workdir, text, message):
+    (workdir / "result.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        build_report(workdir)

@@ -1,0 +1,192 @@
+"""The comparison of a sweep: intervals, what is drawn together, the page with one set and with several, damage."""
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from report_cases import evaluated
+from sweep_cases import image_runs, some_runs, with_models, write_sweep
+
+from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.report import comparison
+from vlmprune_jax.run.report.comparison import build_comparison, table_of
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.evaluation import evaluation_file
+from vlmprune_jax.run.workdir.sweep import as_csv, read_sweep
+
+
+def test_interval_over_seeds():
+    """Student's t by hand: 2 degrees of freedom, 4.3027 * sqrt(1) / sqrt(3)."""
+    mean, low, high = interval_of_mean([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert interval_of_mean([5.0]) == (5.0, 5.0, 5.0)
+    draws = np.random.default_rng(0).normal(size=(2000, 4))
+    inside = np.mean([low < 0 < high for _, low, high in map(interval_of_mean, draws)])
+    assert inside == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(("sets", "figures", "radar"), [(("docs",), 7, False), (("docs", "mme", "wiki"), 8, True)])
+def test_page(tmp_path, sets, figures, radar):
+    write_sweep(tmp_path, sets)
+    page = build_comparison(tmp_path).read_text()
+    # costs, speeds; over the ratio of 0, 5 and 20 % of the data; over the data of depth and of width; benchmarks
+    assert page.count('<div class="wide"><svg') == page.count('<div class="narrow"><svg') == figures
+    assert ("Every benchmark" in page) is radar
+    assert page.count('role="img" aria-label="') == figures
+    outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
+    assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
+    lead = html.unescape(page).replace("\u00a0", " ")
+    assert "depth 10 %, SFT, 5 % of the data has the highest retention" in lead
+    assert "Its lead over 11 of 11 is not tested" in lead
+    assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
+    assert "fewer parameters and 1.33 (1.28 to 1.39) times the decoding speed" in page
+    assert "20 of 20 runs are done: 20 models." in page
+    assert "The smallest model that retains 95 % is" not in page or "fewer parameters" in page
+    if not radar:
+        assert "of the unpruned model" not in page or "on docs" in page
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
+    """Of rounds that differ by 146 % no ratio is in table, sentences, figures and CSV."""
+    busy = SpeedUp(5.1, 4.77, 5.43, 1.46)
+    sweep = with_models(write_sweep(tmp_path), decode_speedup=busy)
+    write_artefact(tmp_path / "sweep.json", sweep)
+    page = build_comparison(tmp_path).read_text().replace("\u00a0", " ")
+    reason = "not measurable on this busy machine (repeats differ by 146 %)"
+    assert f"fewer parameters and decoding speed {reason}." in page
+    table = table_of(sweep, tmp_path)
+    assert {row[table.header.index("decoding, x")] for row in table.rows} == {"1.00", "not measurable"}
+    assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
+    assert page.count("<svg") == 2 * 7
+
+
+def test_the_table_of_terminal_and_page(tmp_path):
+    """Groups of seeds have one row with their spread; what a person looks for comes first."""
+    table = table_of(write_sweep(tmp_path), tmp_path)
+    first = ("model", "retained, %", "of control, %", "size, %", "decoding, x", "seeds")
+    assert table.header[:6] == first  # nothing is tested without evaluations
+    assert len(table.rows) == 13
+    assert table.rows[0][:4] == ("unpruned", "100.00", "", "100.0")
+    assert (table.rows[1][0], table.rows[1][2], table.rows[1][5]) == ("depth 10 %", "", "1")
+    assert (table.rows[2][0], table.rows[2][5]) == ("depth 10 %, SFT, 5 % of the data", "2")
+    retained, low, high = map(float, re.fullmatch(r"(.*) \((.*) to (.*)\)", table.rows[2][1]).groups())
+    assert low < retained < high
+    assert 0 < float(table.rows[2][2]) < retained  # the control is better than the unpruned model
+    assert "(95 % intervals of retained in brackets)" in table.title
+
+
+def test_the_best_is_told_as_in_the_report_of_one_run(tmp_path):
+    """One question of 300 more is chance, a hundred are not; intervals are over questions where there is one seed."""
+    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,)))
+    right = dict.fromkeys((entry.name for entry in sweep.models), 140)
+    right |= {sweep.models[0].name: 240, sweep.models[1].name: 239}
+    for entry in sweep.models:
+        scores = [1.0] * right[entry.name] + [0.0] * (300 - right[entry.name])
+        path = tmp_path / entry.found.path
+        write_artefact(evaluation_file(path.parent, path.name, "docs"), evaluated(0.8, scores={"anls": scores}))
+
+    def measured(entry):
+        kept = right[entry.name] / 2.4
+        changes = {"retained": {"docs": kept}, "mean_of_ratios": kept, "control": None}
+        scores, interval = {"docs": {"anls": right[entry.name] / 300}}, {"docs": (kept - 1, kept + 0.5)}
+        return replace(entry.found.evaluation, **changes, scores=scores, retained_interval=interval)
+
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=measured))
+    page = html.unescape(build_comparison(tmp_path).read_text()).replace("\u00a0", " ")
+    assert "depth 10 % has the highest retention: 100.00 % (95 % interval 99.0 to 100.5) on docs" in page
+    assert "Its lead over 1 of 11 other models could be chance." in page
+    table = table_of(read_sweep(tmp_path), tmp_path)
+    place, ends = map(table.header.index, ("against the best", "retained, %"))
+    assert [row[place] for row in table.rows[1:]] == ["", "could be chance", *["worse"] * 10]
+    assert table.rows[2][ends] == "99.58 (98.6 to 100.1)"
+    assert 'class="best"' not in page
+    scores = [1.0] * 140 + [0.0] * 160
+    (path,) = (tmp_path / sweep.models[1].found.path).parent.glob("eval/*.json")
+    right[sweep.models[1].name] = 140
+    write_artefact(path, evaluated(0.8, scores={"anls": scores}))
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=measured))
+    page = html.unescape(build_comparison(tmp_path).read_text()).replace("\u00a0", " ")
+    assert "depth 10 % retains most: 100.00 % (95 % interval 99.0 to 100.5) on docs" in page
+    assert re.search(r'<tr class="best"><th scope="row">depth 10 %<', page)
+    path.unlink()
+    page = build_comparison(tmp_path).read_text()
+    assert "Its lead over 1 of 11 is not tested" in page
+    assert "retains most" not in page
+
+
+def test_accuracy_over_the_tokens_per_image(tmp_path):
+    """Each limit has its own unpruned model; the figure has a line of them and one per method."""
+    sweep = write_sweep(tmp_path, runs=image_runs())
+    assert [one.image_tokens for one in sweep.done] == [70, 140, 280]
+    assert sorted(sweep.unpruned) == sorted(f" at {one} tokens per image" for one in (70, 140, 280))
+    unpruned = [row[0] for row in table_of(sweep, tmp_path).rows[:3]]
+    assert unpruned == [f"unpruned, {tokens} image tokens" for tokens in (280, 140, 70)]
+    page = build_comparison(tmp_path).read_text()
+    assert "Over the tokens per image" in page
+    assert "over the maximum number of tokens per image, 2 lines." in page
+    assert "depth 10 %, 140 image tokens" in html.unescape(page).replace("\u00a0", " ")
+    assert "image_tokens" in as_csv(sweep).splitlines()[0].split(",")
+    one = replace(sweep, unpruned={" at 70 tokens per image": sweep.unpruned[" at 70 tokens per image"]})
+    assert "there are no results of ' at 140 tokens per image'" in one.problems(tmp_path)
+
+
+@pytest.mark.parametrize(("seeds", "drawn"), [(2, False), (3, True)])
+def test_intervals_are_drawn_from_three_seeds_on(tmp_path, monkeypatch, seeds, drawn):
+    figures, figure_of = [], comparison._figure_of
+    monkeypatch.setattr(comparison, "_figure_of", lambda figure, *of: figures.append(figure) or figure_of(figure, *of))
+    write_sweep(tmp_path, ("docs",), runs=image_runs((70, 140), range(seeds)))
+    build_comparison(tmp_path)
+    costs, *_, images = (figure.axes[0] for figure in figures)
+    assert [bool(band.get_paths()) for band in images.collections] == [False, drawn]  # the unpruned model has one seed
+    bars = [line for line in costs.lines if len(line.get_xdata()) == 2 and len({*line.get_xdata()}) == 1]
+    assert len(bars) == 2 * drawn  # a bar per limit
+
+
+def test_names_of_anybody_are_text(tmp_path):
+    write_sweep(tmp_path, runs=some_runs(seeds=(1,)))
+    found = (tmp_path / "sweep.json").read_text()
+    hostile = found.replace('"sft"', json.dumps("<b>$x^</b>\x1b[2J")).replace(
+        "method=depth", "<script>alert(1)</script>"
+    )
+    (tmp_path / "sweep.json").write_text(hostile.replace("made_up.py", "<img src=http://x>"))
+    page = build_comparison(tmp_path).read_text()
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert "\x1b" not in page
+
+
+def test_failed_and_pending_runs_are_told(tmp_path):
+    sweep = write_sweep(tmp_path, ("docs",))
+    for place, status in ((0, "failed"), (1, "pending")):
+        error = "no <such> thing" if status == "failed" else None
+        sweep.models[place] = replace(sweep.models[place], found=None, error=error)
+    write_artefact(tmp_path / "sweep.json", sweep)
+    page = build_comparison(tmp_path).read_text()
+    assert "18 of 20 runs are done (1 failed, 1 pending): 18 models." in page
+    assert "no &lt;such&gt; thing" in page
+    lines = as_csv(sweep).splitlines()
+    assert len(lines) == 21
+    assert ",failed,no <such> thing," in lines[1]
+
+
+def test_models_of_which_nothing_can_be_said(tmp_path):
+    """The unpruned model scores 0 where these have no share of it, or one that no axis has a place for."""
+    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,)))
+    values = {sweep.models[0].name: None, sweep.models[1].name: 1e200}
+
+    def averaged(one):
+        return replace(one.found.evaluation, mean_of_ratios=values.get(one.name, one.found.evaluation.mean_of_ratios))
+
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=averaged))
+    build_comparison(tmp_path)
+    values = dict.fromkeys(one.name for one in sweep.models)
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=averaged))
+    page = build_comparison(tmp_path).read_text()
+    assert "<svg" not in page
+    assert "method=width,ratio=0.3" in page

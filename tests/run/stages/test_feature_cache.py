@@ -1,0 +1,280 @@
+"""Recovery from cached features of the frozen tower: the numbers of a run with the tower, without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import recover_cases as cases
+from hf_cases import copy_golden, copy_llava, edit_weights
+from rich.console import Console
+from vlm_cases import row_of
+
+from vlmprune_jax.base import cache as cache_module
+from vlmprune_jax.base.console import Reporter
+from vlmprune_jax.base.errors import Stopped, UserError
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.models.inputs import check_inputs
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.prune import score
+from vlmprune_jax.core.recovery import loop
+from vlmprune_jax.core.recovery.metrics import Recorder
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.feature_pass import check_frozen
+from vlmprune_jax.io.data.images import ImageLoader
+from vlmprune_jax.io.data.inputs import load_inputs
+from vlmprune_jax.io.data.records import read_records
+from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
+from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
+from vlmprune_jax.run.experiment.arguments import recover_config
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.stages.graph import task_of
+from vlmprune_jax.run.stages.recover import cached_features, prepare
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.workdir.ledger import run_task
+
+RECOVER = {
+    "trainable": "decoder",
+    "steps": 4,
+    "batch_size": 4,
+    "accumulation": 2,
+    "remat": "none",
+    "save_every": 1,
+    "log_every": 1,
+    "learning_rate": 1e-2,
+    "losses": {"ce": 0.5, "l2": 0.5, "teacher_inputs": "own"},
+}
+
+
+def make_records(folder: Path, images: Path) -> None:
+    """Twelve records of five images, one of which no decoder reads, and of texts of several lengths."""
+    shutil.copytree(images, folder / "images")
+    (folder / "images/broken.png").write_bytes(b"no image")
+    records = []
+    for number in range(12):
+        image = ("img0.png", "img1.png", None, "img2.png", "img3.png", "broken.png")[number % 6]
+        turns = [("human", ("<image>\n" if image else "") + "Is it a dog? " * (1 + number % 4)), ("gpt", "yes")]
+        record = {"id": f"r{number}", "conversations": [{"from": who, "value": text} for who, text in turns]}
+        records.append({**record, "image": image} if image else record)
+    (folder / "records.json").write_text(json.dumps(records))
+
+
+def make_experiment(root: Path, goldens: Path, **sections: Any) -> Experiment:
+    """A pruned model in root/pruned, and how to recover it; `root/teacher` is there."""
+    make_records(root, goldens / "data/images")
+    tower = sections.get("model", {}).get("vision_dir")
+    teacher = load(root / "teacher", vision_dir=tower)
+    plan = make_plan(score(teacher, None, criterion="random"), teacher.cfg, method="depth", layers_removed=1)
+    prune_folder(root / "teacher", plan, root / "pruned", vision_dir=tower, dtype="float32")
+    (root / "plan.json").write_text(plan.to_json())
+    data = {"train": str(root / "records.json"), "images": str(root / "images"), "on_error": "skip", "system": ""}
+    changes = {"model": {"hf_dir": str(root / "teacher")}, "data": data, "recover": RECOVER}
+    for name, values in sections.items():
+        changes[name] = {**changes.get(name, {}), **values}
+    return override(Experiment(), changes)
+
+
+def quiet(root: Path, experiment: Experiment, **place: Any) -> Work:
+    """Nothing is printed."""
+    return Work.at(root, experiment, Reporter(Console(file=io.StringIO())), **place)
+
+
+def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None = None, **recover: Any) -> Path:
+    """The folder of one recovery."""
+    data = {"feature_cache": None if cache is None else str(cache)}
+    changed = override(experiment, {"data": data, "recover": recover})
+    place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
+    work = quiet(root, changed, stage="recover", **place)
+    run_task(task_of(work), overwrite=False, say=work.say)
+    return root / name
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Every step's numbers, without times."""
+    lines = [json.loads(line) for line in (folder / "training/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def assert_same(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    """The same losses and gradients, and the same folder, bit by bit or within a relative tolerance."""
+    for ours, theirs in zip(metrics(first), metrics(second), strict=True):
+        assert ours == (theirs if not tolerance else pytest.approx(theirs, rel=tolerance))
+    one, two = (Checkpoint(folder / "recovered") for folder in (first, second))
+    assert set(one) == set(two)
+    for key in one:
+        assert one.entries[key].dtype == two.entries[key].dtype
+        np.testing.assert_allclose(one[key], two[key], rtol=0, atol=tolerance, err_msg=key)
+    files = [sorted(path.name for path in (folder / "recovered").iterdir()) for folder in (first, second)]
+    assert files[0] == files[1]
+    skipped = [(folder / "training/skipped-0.jsonl").read_text() for folder in (first, second)]
+    assert skipped[0] == skipped[1]
+    assert "broken.png" in skipped[0]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory, goldens: Path) -> tuple[Experiment, Path]:
+    root = tmp_path_factory.mktemp("llava")
+    copy_llava(goldens, root / "teacher")
+    return make_experiment(root, goldens, data={"max_length": 96}), root
+
+
+# --- the model without its tower --------------------------------------------------------------------------------------
+
+
+def test_inputs_of_a_model_without_its_tower():
+    cfg = dataclasses.replace(cases.config(), tower=False)
+    ids = np.full((2, 5), cases.IMAGE)
+    check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
+    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
+        with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
+            check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
+    with pytest.raises(UserError, match="otherwise pass pixel_values"):
+        check_inputs(cases.config(), ids, None, np.zeros((2, 1, *cfg.feature_shape)))
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -> FeatureLoader | None:
+    """The stage's part before training."""
+    data = {"feature_cache": str(cache), **sections.pop("data", {})}
+    changed = override(experiment, {"data": data, **sections})
+    return cached_features(prepare(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover))
+
+
+def test_what_is_refused(llava, goldens, tmp_path):
+    experiment, root = llava
+    cache = tmp_path / "cache"
+    assert prepared(experiment, root, cache) is not None
+    identity = json.loads((cache / "cache.json").read_text())
+    assert len(identity["tower"]["layers"]) == 3
+    assert identity["images"]["aspect_ratio"] == "square"  # as the folder's processor does
+    for changes, reason in (
+        ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
+        ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
+        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* must be a multiple of mesh.data x mesh.fsdp = 8 devices"),
+        ({"recover": {"compute_dtype": "bfloat16"}}, 'computed from other inputs .dtype was "float32", now "bfloat16"'),
+        ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
+        ({"data": {"aspect_ratio": "pad"}}, 'images.aspect_ratio was "square", now "pad"'),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            prepared(experiment, root, cache, **changes)
+        assert "\n" not in str(error.value)
+    shutil.copytree(root / "pruned", tmp_path / "pruned")
+    shutil.copy(root / "plan.json", tmp_path)
+    for file in (tmp_path / "pruned").glob("*.safetensors"):
+        edit_weights(tmp_path / "pruned", _other_tower, file.name)
+    with pytest.raises(UserError, match="have different vision towers: unset feature_cache"):
+        prepared(experiment, tmp_path, cache)
+    with pytest.raises(UserError, match=r'weights.digest was "\w+", now "\w+"'):
+        prepared(experiment, tmp_path, cache, recover={"losses": {"teacher_inputs": "student"}})
+    with pytest.raises(UserError, match="this model has no vision tower"):
+        check_frozen(cases.config(vision=False), recover_config(experiment.recover))
+
+
+def _other_tower(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: value * 1.5 if "vision" in key else value for key, value in tensors.items()}
+
+
+def test_images_of_a_tfds_data_set(llava, tmp_path):
+    """Their features are those of the files, under names that a copy of the data set keeps, and fill the same rows."""
+    experiment, root = llava
+    files = prepared(experiment, root, tmp_path / "files")
+    assert files is not None
+    records = read_records(root / "records.json", root / "images")
+    write_tfds(records, tmp_path / "set", image_root=root / "images")
+    stored = prepared(experiment, root, tmp_path / "cache", data={"train": f"tfds:{tmp_path / 'set'}"})
+    assert stored is not None
+    again = read_tfds(tmp_path / "set")
+    inputs = load_inputs(experiment.model, experiment.data, load(root / "teacher").cfg)
+    encoder = inputs.training_encoder(load(root / "teacher").cfg)
+    ours, theirs = (dataclasses.replace(encoder, image_loader=loader) for loader in (stored, files))
+    reasons = [ours.problem(record) for record in again]
+    assert [number for number, reason in enumerate(reasons) if reason] == [5, 11]
+    assert (
+        reasons[5]
+        == "broken.png (record r5): not a readable image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF): replace the file"
+    )
+    for one, other, reason in zip(again, records, reasons, strict=True):
+        if not reason:
+            row, wanted = row_of(ours, one), row_of(theirs, other)
+            assert row.keys() == wanted.keys() >= {"vision_features"}
+            assert all(np.array_equal(row[name], wanted[name]) for name in row)
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    assert not stored.missing(read_tfds(tmp_path / "copy"))
+    with pytest.raises(UserError, match="has no array for"):
+        stored.load(records[0].images[0], "r0")
+
+
+FAMILIES = {
+    "bunny": {"model": {"vision_dir": "siglip_tower"}},
+    "internvl": {"data": {"max_tiles": 6, "max_length": 256}, "recover": {"trainable": "projector"}},
+    "llava": {"data": {"group_by": "modality_length", "length_buckets": (48, 96)}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internvl", "llava"])
+def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeypatch):
+    """Stopped in the pass, killed while it trains: another tower, tiles and uneven slots, length buckets, adapters.
+
+    The tower is neither on the devices nor in the step.
+    Bit by bit where the pass takes as many images at a time as a micro-batch. Batches of tiles have several sizes, and
+    matrix products of other sizes are rounded in another order.
+    """
+    sections = {part: dict(values) for part, values in FAMILIES[name].items()}
+    if name == "llava":
+        copy_llava(goldens, tmp_path / "teacher")
+        adapters = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+        sections["recover"] = {"trainable": "lora", "lora": adapters, "save_adapter": True}
+    else:
+        copy_golden(goldens, name, tmp_path / "teacher")
+        shutil.copytree(goldens / "tokenizers" / name, tmp_path / "teacher", dirs_exist_ok=True)
+    if name == "bunny":
+        sections["model"]["vision_dir"] = str(goldens / "ckpt/siglip_tower")
+    sections["recover"] = {**RECOVER, **sections.get("recover", {})}
+    experiment = make_experiment(tmp_path, goldens, **sections)
+    with_tower = recovered(experiment, tmp_path, "with_tower")
+    decode, record, wanted = ImageLoader.load, Recorder.step, iter(range(10))
+
+    def stopped(self, path, *args):
+        if next(wanted, 0) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(self, path, *args)
+
+    def killed(self, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        record(self, step, *args)
+
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+    monkeypatch.setattr(ImageLoader, "load", stopped)
+    with pytest.raises(Stopped, match=r"features stopped on SIGTERM after . of 5; the same command continues"):
+        recovered(experiment, tmp_path, "cached", tmp_path / "cache")
+    monkeypatch.setattr(ImageLoader, "load", decode)
+    monkeypatch.setattr(Recorder, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(experiment, tmp_path, "cached", tmp_path / "cache")
+    monkeypatch.setattr(Recorder, "step", record)
+    train, held = loop._train, list[str]()
+
+    def looked(run, *args):
+        held.extend(path for path in (*run.frozen, *run.state.params, *flatten(run.teacher_params)))
+        return train(run, *args)
+
+    monkeypatch.setattr(loop, "_train", looked)
+    cached = recovered(experiment, tmp_path, "cached", tmp_path / "cache")
+    assert held
+    assert not [path for path in held if path.startswith("vision")]
+    assert json.loads((tmp_path / ".stages/cached.recover.json").read_text())["facts"]["resumed_from"] == 2
+    assert_same(cached, with_tower, tolerance=1e-5 if name == "internvl" else 0.0)

@@ -1,0 +1,322 @@
+"""The whole run on the golden LLaVA from the command line: interrupted, resumed, skipped, refused; how it prints."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hf_cases import copy_llava
+
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.run.stages import pipeline
+from vlmprune_jax.run.workdir.artefact import read_artefact
+from vlmprune_jax.run.workdir.evaluation import Evaluated
+from vlmprune_jax.run.workdir.result import Workload, read_result
+from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
+from vlmprune_jax.run.workdir.speed import SPEED, Speed
+
+GRID = """
+from vlmprune_jax.run.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{images}"
+    config.data.system = ""
+    config.data.fraction = 0.5
+    config.score.samples = 4
+    config.score.batch_size = 2
+    config.prune.ratio = 0.2
+    config.evaluate.batch_size = 4
+    config.evaluate.max_new_tokens = 2
+    config.export.dtype = "float32"
+    config.recover.trainable = "projector"
+    config.recover.batch_size = 2
+    config.recover.steps = 4
+    config.recover.save_every = 1
+    config.recover.log_every = 1
+    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
+    config.reconstruct.samples = 4
+    config.speed.rounds = 1
+    config.speed.prompt_tokens, config.speed.new_tokens = 24, 8
+    config.prune_variants = {{
+        "depth": {{"prune": {{"method": "depth"}}}},
+        "width": {{"prune": {{"method": "width"}}, "reconstruct": {{"method": "least_squares"}}}},
+    }}
+    config.recover_variants = {{"sft_l2": {{}}}}
+    return config
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, goldens):
+    teacher = tmp_path / "teacher"
+    copy_llava(goldens, teacher)
+    records = [
+        {
+            "id": f"r{i}",
+            "image": f"img{i % 4}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nIs {'a dog' if i % 2 else 'one'} here?"},
+                {"from": "gpt", "value": "yes" if i % 3 else "no"},
+            ],
+        }
+        for i in range(10)
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    file = tmp_path / "grid.py"
+    file.write_text(GRID.format(root=tmp_path, images=goldens / "data/images"))
+    return [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+
+
+@pytest.mark.slow
+def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
+    from vlmprune_jax.core.models.vlm import forward
+    from vlmprune_jax.core.recovery.metrics import Recorder
+    from vlmprune_jax.io.checkpoints.read import load
+
+    workdir = tmp_path / "w"
+    record = Recorder.step
+
+    def killed(self, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        record(self, step, *args)
+
+    monkeypatch.setattr(Recorder, "step", killed)
+    assert main(["run", *experiment]) == 130
+    assert not (workdir / "depth/sft_l2/recovered").exists()
+    assert not (workdir / "result.json").exists()
+    monkeypatch.undo()
+    assert main(["run", *experiment]) == 0
+    out = capsys.readouterr().out
+    assert "depth/prune: unchanged, skipped" in out
+    assert "Loading weights" not in out
+    facts = json.loads((workdir / ".stages/depth.sft_l2.recover.json").read_text())["facts"]
+    assert facts["resumed_from"] == 2
+    assert facts["steps"] == 4
+
+    result = read_result(workdir)
+    assert result.sets["questions"].size == "10 questions"
+    assert [run.name for run in result.runs] == [
+        "depth", "depth-sft_l2", "width", "width-reconstructed", "width-sft_l2"
+    ]  # fmt: skip
+    (control,) = result.controls
+    assert (control.name, control.path) == ("control-sft_l2", "control/sft_l2/recovered")
+    assert (control.label, control.training_steps, control.data_fraction) == ("unpruned, SFT + L2", 4, 0.5)
+    assert {run.name for run in result.runs if run.evaluation.control} == {"depth-sft_l2", "width-sft_l2"}
+    for run in result.runs:
+        if run.evaluation.control is not None:
+            assert run.evaluation.control.scores == control.evaluation.scores
+    unpruned, trained = (load(folder).params["projector"] for folder in (tmp_path / "teacher", workdir / control.path))
+    assert not all(map(np.array_equal, tree_leaves(unpruned), tree_leaves(trained)))
+    for run in result.runs:
+        assert sum(x.size for x in tree_leaves(load(workdir / run.path).params)) == run.parameters
+        assert run.actual_ratio == pytest.approx(1 - run.parameters / result.teacher.parameters)
+    assert [run.recovery for run in result.runs] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
+    assert [run.data_fraction for run in result.runs] == [0.0, 0.5, 0.0, 0.0, 0.5]
+    assert result.export.max_abs_logit_difference <= 1e-4
+    best = result.best_run
+    card = (workdir / "export/README.md").read_text()
+    assert "Made from `teacher` by" in card
+    assert ("trained after pruning" in card) == (best.recovery == "sft_l2")
+    retained, accuracy = (
+        best.evaluation.retained["questions"],
+        result.teacher.evaluation.scores["questions"]["accuracy"],
+    )
+    assert f"| questions (exact_match): accuracy in %, 10 questions | {100 * accuracy:.2f} |" in card
+    assert ("" if retained is None else f" {retained:.2f} |") in card
+    ids = np.array([[1, 5, 9, 12]])
+    exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best.path))
+    np.testing.assert_array_equal(exported, chosen)
+    answers = [json.loads(line) for line in (workdir / "eval/teacher.answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [f"r{i}" for i in range(10)]
+
+    # What the report needs beside: costs and speed of every model, sample questions, and who made it.
+    assert result.workload == Workload(length=24, images=1, dtype="float32")
+    for model in (result.teacher, *result.runs):
+        assert min(model.speed.prefill, model.speed.decode, model.speed.first_token) > 0
+        assert model.costs.file_bytes == 4 * model.parameters
+    assert [pair.models for pair in read_artefact(workdir / SPEED, Speed).pairs] == [
+        ["depth", "depth-sft_l2"], ["width", "width-reconstructed", "width-sft_l2"]
+    ]  # fmt: skip
+    chosen = read_artefact(workdir / SAMPLES, Samples).sets["questions"]
+    assert sum(chosen.counts.values()) == chosen.questions == 10
+    sample = chosen.samples[0]
+    assert [answer.model for answer in sample.answers] == ["unpruned", *(run.name for run in result.runs)]
+    assert sample.images[0].uri.startswith("data:image/")
+    made = json.loads((workdir / ".stages/depth.prune.json").read_text())["by"]
+    assert made["versions"]["jax"]
+    page = (workdir / "report.html").read_text()
+    for text in (made["processor"], "data.seed", "depth.sft_l2.recover", "Questions and what every model answers"):
+        assert text in page
+
+    # Again: nothing is done. With other settings: refused, and nothing is touched.
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
+    assert main(["run", *experiment]) == 0
+    out = capsys.readouterr().out
+    assert out.count("unchanged, skipped") == 17
+    assert "..." not in out
+    assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
+    line = capsys.readouterr().err
+    assert "depth/prune: " in line
+    assert "(prune.ratio was 0.2, now 0.25): add --overwrite" in line
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")} == before
+
+    # Another metric: nothing is asked, and the export is made again unasked, for its card tells the scores.
+    assert main(["run", *experiment, "--config.evaluate.metric=gqa"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.endswith(" ...")] == ["export ..."]
+    assert "| questions (gqa): accuracy in %, 10 questions |" in (workdir / "export/README.md").read_text()
+
+
+# What a clock says differs between two runs, and so do the page that shows it and TensorBoard's file.
+CLOCK = re.compile(rb'"(?:[a-z_]*seconds|[a-z_]*_per_second|finished)": [^,}\n]+')
+
+
+@pytest.mark.slow
+def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experiment):
+    """Repeating a finished command changes no byte; a run that was killed after its control ends with equal files."""
+    monkeypatch.setitem(METRICS, "letters", Metric("letters", lambda said, *_: {"letters": 1.0 + len(said)}))
+    command = ["run", *experiment, "--only=depth", "--config.speed.rounds=0", "--config.evaluate.metric=letters"]
+    workdir, evaluate_model = tmp_path / "w", pipeline.evaluate_model
+
+    def files():
+        return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+    def timeless():
+        untimed = {name: of for name, of in files().items() if name != "report.html" and "tensorboard" not in name}
+        return {name: CLOCK.sub(b"", of) if "json" in name else of for name, of in untimed.items()}
+
+    def killed(work, start, subject):
+        evaluations = evaluate_model(work, start, subject)
+        if not work.pruned:
+            raise KeyboardInterrupt
+        return evaluations
+
+    assert main(command) == 0
+    assert read_artefact(workdir / "depth/sft_l2/eval/recovered.json", Evaluated).control_interval is not None
+    first, expected = files(), timeless()
+    assert main(command) == 0
+    assert files() == first
+    shutil.rmtree(workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate_model", killed)
+        assert main(command) == 130
+    assert (workdir / "control/sft_l2/eval/recovered.json").exists()
+    assert main(command) == 0
+    assert timeless() == expected
+    assert {"plan.json", "README.md", "model.safetensors"} <= {path.name for path in (workdir / "export").iterdir()}
+
+
+def tree_leaves(params):
+    import jax
+
+    return jax.tree.leaves(params)
+
+
+def test_a_control_is_trained_once_for_each_recovery(tmp_path):
+    """Equal recoveries of two prune variants share it; another number of epochs, or no labels, do not."""
+    from vlmprune_jax.base.console import make_reporter
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.stages.graph import steps_of
+    from vlmprune_jax.run.stages.work import Work
+
+    def controls(**changes):
+        experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
+        steps = steps_of(Work.at(tmp_path, experiment, make_reporter(False)))
+        assert all(step.control is None for step in steps if step.stage != "recover")
+        found = [step.control and step.control.relative_to(tmp_path).as_posix() for step in steps]
+        trained = [step.path for step in steps if not step.pruned]
+        return trained, [path for step, path in zip(steps, found, strict=True) if step.stage == "recover" and path]
+
+    assert controls() == (["control/recovered"], ["control/recovered"])
+    assert controls(recover={"control": False}) == ([], [])
+    assert controls(recover={"losses": {"ce": 0.0, "kl": 1.0}}) == ([], [])
+    two, longer = {"depth": {}, "width": {"prune": {"method": "width"}}}, {"recover": {"epochs": 2.0}}
+    variants = {"sft": {}, "kl": {"recover": {"losses": {"ce": 0.0, "kl": 1.0}}}}
+    shared = "control/sft/recovered"
+    assert controls(prune_variants=two, recover_variants=variants) == ([shared], [shared] * 2)
+    two["width"] |= longer
+    own = "width/control/sft/recovered"
+    assert controls(prune_variants=two, recover_variants=variants) == ([shared, own], [shared, own])
+
+
+def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
+    from vlmprune_jax.base.console import make_reporter
+    from vlmprune_jax.base.settings import override
+    from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.stages.graph import record_of, steps_of
+    from vlmprune_jax.run.stages.work import Work
+
+    def steps(**changes):
+        settings = {"model": {"hf_dir": "teacher"}, "prune": {"method": "none", "ratio": 0.3}, **changes}
+        return steps_of(Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)))
+
+    [trained] = map(record_of, steps(reconstruct={"method": "least_squares"}))
+    assert (trained.stage, trained.name, trained.pruned, trained.control) == ("recover", "unpruned-sft", False, False)
+    assert trained.compared_with == ""
+    assert steps(recover={"method": "none"}) == []
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def reporter(width, terminal):
+    from rich.console import Console
+
+    from vlmprune_jax.base.console import Reporter
+
+    return Reporter(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
+
+
+def test_bars_only_on_a_terminal():
+    for terminal in (True, False):
+        shown = reporter(80, terminal)
+        with shown.bar("evaluate teacher", 4) as progress:
+            progress(2)
+        text = shown.console.file.getvalue()
+        assert ("evaluate teacher" in text) is terminal
+        assert terminal or not text
+
+
+def test_lines_are_neither_wrapped_nor_markup():
+    shown = reporter(20, False)
+    shown.say("[bold] a line of more than twenty columns")
+    assert shown.console.file.getvalue() == "[bold] a line of more than twenty columns\n"
+    quiet = dataclasses.replace(shown, enabled=False)
+    quiet.say("x")
+    quiet.table("t", ["a"], [["b"]])
+    with quiet.bar("x", 1) as progress:
+        progress(1)
+    assert "x" not in shown.console.file.getvalue()
+
+
+def test_the_demo_table_fits_80_columns():
+    from report_cases import FACTS, evaluated, result_of
+
+    from vlmprune_jax.run.report.tables import tables_of
+    from vlmprune_jax.run.workdir.comparison import compare
+    from vlmprune_jax.run.workdir.result import Run
+
+    teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
+    facts = {**FACTS, "actual_ratio": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}
+    runs = [
+        Run(**{**facts, "name": name, "recovery": recovery}, evaluation=compare(teacher, teacher))
+        for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
+    ]
+    shown = reporter(80, False)
+    (table,) = tables_of(result_of(teacher, runs))
+    shown.table(table.title, table.header, table.rows)
+    text = shown.console.file.getvalue()
+    assert "depth 30 %, SFT + L2" in text
+    assert "  80.0  " in text
+    assert "98.71" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

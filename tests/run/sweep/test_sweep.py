@@ -1,0 +1,292 @@
+"""Runs of a sweep: skipped, shared, failed, killed, spread over shards and processes; and what is told of them."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import sweep_cases as cases
+from msgspec.structs import replace
+from study_cases import row
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.main import main
+from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.report import comparison
+from vlmprune_jax.run.sweep import run as sweep_run
+from vlmprune_jax.run.sweep import sweep as stages
+from vlmprune_jax.run.sweep.hyper import sweep_runs
+from vlmprune_jax.run.sweep.run import Sweep
+from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.sweep import read_sweep
+
+CONFIG = """
+from vlmprune_jax.run.cli.config_files import experiment_config
+
+def get_config(variant=""):
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.evaluate.unrecovered = False
+    config.recover.method = "none"
+    return config
+
+def get_hyper(hyper):
+    {body}
+"""
+BODY = 'return hyper.sweep("config.prune.ratio", [0.1, 0.2, 0.3, 0.4])'
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Callable (*flags, body=...) -> exit code of `vlmprune sweep` with made-up models; `.ran`, `.fail`, `.pages`."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text("{}")
+    (tmp_path / "records.json").write_text("[]")
+    workdir = tmp_path / "w"
+
+    def made(experiment, context):
+        call.ran.append(experiment.prune.ratio)
+        for ratio, error in call.fail.items():
+            if experiment.prune.ratio == ratio:
+                raise error
+        return cases.make_models(experiment, context)
+
+    def call(*flags, body=BODY):
+        (tmp_path / "sweep.py").write_text(CONFIG.format(root=tmp_path, body=body))
+        call.ran.clear()
+        return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
+
+    call.ran, call.fail, call.pages, call.checked, call.workdir = [], {}, [], [], workdir
+    monkeypatch.setattr(sweep_run, "make_models", lambda work: made(work.experiment, work))
+    monkeypatch.setattr(sweep_run, "preflight", lambda work, command: call.checked.append(command))
+    monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
+    return call
+
+
+def states(workdir):
+    return {one.run: one.status for one in read_sweep(workdir).models}
+
+
+def test_every_run_once(sweep, capsys):
+    assert sweep() == 0
+    assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+    assert sweep.checked == ["run"] * 4  # before the first model call of each
+    out = capsys.readouterr().out
+    assert "run 2 of 4: ratio=0.2" in out
+    assert "unpruned" in out
+    found = read_sweep(sweep.workdir)
+    assert [one.name for one in found.models] == ["ratio=0.1", "ratio=0.2", "ratio=0.3", "ratio=0.4"]
+    assert found.models[1].overrides == {"prune.ratio": 0.2}
+    one = found.models[1].found
+    assert (one.recovery, one.reconstruct, one.parameters) == ("none", "none", 800)
+    assert (one.bytes, one.forward_flops) == (6_400_000, 1_600_000_000)
+    assert (one.prefill_tokens_per_second, one.decode_tokens_per_second) == (1.25, 10.0)
+    assert one.prefill_speedup == SpeedUp(2.5, 2.375, 2.625, 0.05)
+    assert one.evaluation.retained["docs"] == pytest.approx(80)
+    assert (sweep.workdir / one.path).is_dir()
+    lines = list(csv.DictReader((sweep.workdir / "sweep.csv").read_text().splitlines()))
+    assert [line["run"] for line in lines] == [one.run for one in found.models]
+    assert float(lines[1]["docs.retained"]) == pytest.approx(80)
+    assert lines[1]["label.ratio"] == "0.2"
+    assert [lines[1][f"prefill_speedup{end}"] for end in ("", "_low", "_high")] == ["2.5", "2.375", "2.625"]
+    assert sweep.pages == [sweep.workdir]
+    assert read_result(sweep.workdir / "runs/ratio=0.2").best == "depth"
+
+    assert sweep() == 0
+    assert sweep.ran == []
+    assert "4 of 4 runs are done and unchanged, skipped" in capsys.readouterr().out
+    assert sweep("--config.score.samples=7") == 0  # of other settings none is done
+    assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+    (sweep.workdir.parent / "records.json").write_text("[1]")
+    assert sweep("--config.score.samples=7") == 0
+    assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_failed_run_is_listed_and_tried_again(sweep, capsys):
+    sweep.fail = {0.1: UserError("no such thing"), 0.3: ZeroDivisionError("a defect")}
+    assert sweep() == 2
+    assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+    out, err = capsys.readouterr()
+    assert "  failed: no such thing" in out
+    assert "failed: ratio=0.3: ZeroDivisionError: a defect" in out
+    assert err == (
+        "vlmprune: error: 2 of 4 runs failed, first ratio=0.1: no such thing: run the same command to retry\n"
+    )
+    found = read_sweep(sweep.workdir).models
+    assert [one.status for one in found] == ["failed", "done", "failed", "done"]
+    assert found[2].error == "ZeroDivisionError: a defect"
+    sweep.fail = {}
+    assert sweep() == 0
+    assert sweep.ran == [0.1, 0.3]
+    assert set(states(sweep.workdir).values()) == {"done"}
+
+
+def test_what_failed_before_is_tried_last(sweep):
+    sweep.fail = {0.1: UserError("no such thing"), 0.2: KeyboardInterrupt()}
+    assert sweep() == 130
+    assert sweep.ran == [0.1, 0.2]
+    sweep.fail = {}
+    assert sweep() == 0
+    assert sweep.ran == [0.2, 0.3, 0.4, 0.1]
+
+
+def test_all_that_fail_leave_no_page(sweep, capsys):
+    sweep.fail = dict.fromkeys((0.1, 0.2, 0.3, 0.4), UserError("no"))
+    assert sweep() == 2
+    assert set(states(sweep.workdir).values()) == {"failed"}
+    assert sweep.pages == []
+
+
+def test_shards_are_a_partition(sweep, capsys):
+    ran = []
+    for shard in ("1/3", "2/3"):
+        assert sweep(f"--shard={shard}") == 0
+        ran += sweep.ran
+    assert ran == [0.1, 0.4, 0.2]
+    assert list(states(sweep.workdir).values()) == ["done", "done", "pending", "done"]
+    assert sweep("--shard=3/3") == 0
+    assert sweep.ran == [0.3]
+    runs = cases.some_runs()
+    for count in (1, 2, 3, 7, 40):
+        shards = [stages.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
+        assert sorted(run.name for shard in shards for run in shard) == sorted(run.name for run in runs)
+    for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 5000, "²/2"):
+        with pytest.raises(UserError, match=r"--shard=.*: must be i/n with i from 1 to n"):
+            stages.shard_of(runs, shard)
+
+
+def test_runs_are_chosen_by_their_names(sweep, capsys):
+    assert sweep("--only=ratio=0.[23]") == 0
+    assert sweep.ran == [0.2, 0.3]
+    assert list(states(sweep.workdir).values()) == ["pending", "done", "done", "pending"]
+    assert sweep("--only=*0.[34]", "--shard=2/2") == 0
+    assert sweep.ran == [0.4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "body", "told"),
+    [
+        ((), "return [{'prune.rato': 0.1}]", "config.prune has no setting 'rato'; did you mean 'ratio'?"),
+        ((), "return 1 / 0", " with ZeroDivisionError: division by zero: correct it (--debug shows more)"),
+        ((), "return [{'prune.ratio': 0.1}] * 2", "lists only twice"),
+        ((), "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),
+        (
+            (),
+            "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]",
+            "its evaluation sets differ from those of",
+        ),
+        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting too"),
+        (
+            ("--config.recover.lora.rank=4",),
+            "return [{'recover.lora': {'rank': 3}}]",
+            "--config.recover.lora.rank: get_hyper sets this setting too",
+        ),
+        (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
+        (("--shard=5",), BODY, "--shard=5: must be i/n"),
+        (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, body, told):
+    assert sweep(*flags, body=body) == 2
+    assert told in capsys.readouterr().err
+    assert sweep.ran == []
+    assert not sweep.workdir.exists()
+
+
+def test_runs_with_other_tasks_cannot_be_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmprune_jax.run.experiment.arguments.importlib.util.find_spec", lambda _: True)
+    runs = sweep_runs(Experiment(), [{"evaluate.tasks": ("pope",)}, {"evaluate.tasks": ("pope", "mme")}])
+    stages.check_runs(runs[:1], Sweep(tmp_path, "x.py", False), 1)
+    with pytest.raises(UserError, match="run tasks=pope-mme: its evaluation sets differ from those of tasks=pope"):
+        stages.check_runs(runs, Sweep(tmp_path, "x.py", False), 1)
+
+
+def test_a_config_without_runs(sweep, tmp_path, capsys):
+    file = tmp_path / "plain.py"
+    file.write_text(CONFIG.format(root=tmp_path, body=BODY).split("def get_hyper")[0])
+    assert main(["sweep", f"--config={file}", f"--workdir={sweep.workdir}"]) == 2
+    assert "has no get_hyper(hyper), which lists the runs of a sweep" in capsys.readouterr().err
+    assert main(["sweep", f"--workdir={sweep.workdir}"]) == 2
+    assert "no config given: add --config=FILE.py" in capsys.readouterr().err
+    assert main(["sweep", f"--config={file}"]) == 2
+    assert "no workdir given: add --workdir=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_settings_without_effect_in_any_run_are_named_once(sweep, goldens, capsys, flags):
+    shutil.copy(goldens / "ckpt/llava_hf/config.json", sweep.workdir.parent / "teacher")
+    body = """return hyper.product([
+        hyper.sweep("prune.method", ["depth", "width"]), hyper.sweep("data.fraction", [0.1, 0.2]),
+        hyper.fixed("prune.ratio", 0.1), hyper.fixed("score.width", "l1"), hyper.fixed("reconstruct.refit", True),
+    ])"""
+    assert sweep(*flags, body=body) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "no effect" in line] == [
+        'no effect: data.fraction, because recover.method="none" trains nothing',
+        'no effect: reconstruct.refit, because reconstruct.method="none" repairs no weights',
+        "no effect: evaluate.unrecovered, because nothing is reconstructed or trained after pruning",
+    ]  # but score.width has an effect in the runs of width
+    assert out.index("no effect") < out.index("4 runs" if flags else "run 1 of 4")
+
+
+def test_a_dry_run_tells_what_is_shared(sweep, capsys):
+    body = """return hyper.product([
+        hyper.sweep("prune.ratio", [0.1, 0.2]),
+        hyper.named("recovery", {"none": {}, "solved": {"reconstruct.method": "least_squares"},
+                                 "sft": {"recover.method": "train"}}),
+    ])"""
+    assert sweep("--dry_run", body=body) == 0
+    out = capsys.readouterr().out
+    assert "6 runs: score 1 times, prune 2 times, reconstruct 2 times, recover 2 times" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit() and "0." in line]
+    assert rows[0] == ["1", "0.1", "none", "makes", "makes"]
+    assert rows[4] == ["5", "0.2", "solved", "of", "1", "of", "4", "makes"]
+    assert sweep.ran == []
+    assert not sweep.workdir.exists()
+
+
+def test_equal_models_of_several_runs_are_listed_once(tmp_path):
+    """What recovery starts from is the same folder in both; the last one is listed in any case."""
+    runs, seen = cases.some_runs(seeds=(1, 2))[:2], set()
+    names = []
+    for run in runs:
+        one = row("depth", 0.15, "none", 50.0, digest="same")
+        models = [replace(one.found, path=f"runs/{run.name}/{name}") for name in ("pruned", "recovered")]
+        entry = replace(one, name=run.name, run=run.name, group=run.group, found=None)
+        names += [one.name for one in sweep_run._entries(run, entry, models, seen)]
+    assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
+
+
+@pytest.mark.parametrize("path", ["runs/other/pruned", "elsewhere", "/tmp/x", "{}/../../../x"])
+def test_a_run_whose_model_lies_elsewhere_is_done_again(tmp_path, path):
+    runs = cases.some_runs(seeds=(1,))[:1]
+    cases.write_sweep(tmp_path, runs=runs)
+    sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
+    record = sweep.folder(runs[0]) / sweep_run.RUN
+    assert sweep_run.read_run(runs[0], sweep) is not None
+    found = json.loads(record.read_text())
+    found["models"][0]["path"] = path.format(f"runs/{runs[0].name}")
+    record.write_text(json.dumps(found))
+    assert sweep_run.read_run(runs[0], sweep) is None
+
+
+def test_caches_are_shared_by_those_that_can():
+    def caches(**changes):
+        from vlmprune_jax.base.settings import override
+
+        base = {"recover": {"teacher_cache": "t"}, "data": {"feature_cache": "f"}}
+        found = sweep_run.with_caches(override(override(Experiment(), base), changes))
+        assert found.recover.teacher_cache.startswith("t/")
+        assert found.data.feature_cache.startswith("f/")
+        return found.recover.teacher_cache, found.data.feature_cache
+
+    first = caches()
+    assert caches(prune={"ratio": 0.3, "method": "width"}, recover={"seed": 3}, data={"fraction": 0.5}) == first
+    assert caches(recover={"teacher_top_k": 8})[0] != first[0]
+    assert caches(model={"hf_dir": "other"})[0] != first[0]
+    assert caches(model={"hf_dir": "other"})[1] != first[1]
+    assert caches(prune={"stack": "vision", "ratio": 0.1})[1] != caches(prune={"stack": "vision", "ratio": 0.2})[1]
+    plain = sweep_run.with_caches(Experiment())
+    assert plain == Experiment()

@@ -1,0 +1,306 @@
+"""Stages that are skipped, refused, resumed and written whole, by what their ledger says."""
+
+import fcntl
+import json
+import os
+
+import msgspec
+import pytest
+from hostile import mutants
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.workdir import ledger
+from vlmprune_jax.run.workdir.ledger import Task, run_task
+
+
+class Facts(msgspec.Struct):
+    number: int
+
+
+class Other(msgspec.Struct):
+    number: str
+
+
+class Work:
+    """A stage that writes one file, and what happened."""
+
+    def __init__(self, folder):
+        self.folder, self.runs, self.said, self.fail = folder, 0, [], False
+        (folder / "in.txt").write_text("input")
+
+    def __call__(self, overwrite=False, **parts):
+        return run_task(self.task(**parts), overwrite=overwrite, say=self.said.append)
+
+    def task(self, scratch=(), journals=(), version=1, inputs=None, facts=Facts, **settings):
+        return Task(
+            name="depth/prune",
+            function=self.body,
+            version=version,
+            workdir=self.folder,
+            settings={"ratio": 0.3, **settings},
+            inputs={"data.train": self.folder / "in.txt", **(inputs or {})},
+            outputs=[self.folder / "out.txt"],
+            scratch=scratch,
+            journals=journals,
+            facts=facts,
+        )
+
+    def body(self):
+        self.runs += 1
+        if self.fail:
+            raise KeyboardInterrupt
+        ledger.write_text(self.folder / "out.txt", f"run {self.runs}")
+        return Facts(self.runs)
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+def test_unchanged_stage_is_skipped(work):
+    first = work()
+    assert first.facts.number == 1
+    assert work() == first
+    assert work.runs == 1
+    compared = "out.txt is up to date; files of images and videos are not compared"
+    assert work.said == ["depth/prune ...", f"depth/prune: unchanged, skipped ({compared})"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda work: {"ratio": 0.4}, "was made from other inputs (ratio was 0.3, now 0.4)"),
+        (lambda work: {"version": 2}, "was made from other inputs (version was 1, now 2)"),
+        (lambda work: (work.folder / "in.txt").write_text("other") and {}, "other inputs (data.train changed)"),
+        (lambda work: (work.folder / "out.txt").write_text("mine") and {}, "was changed since this stage made it"),
+    ],
+)
+def test_other_inputs_are_refused_unless_overwritten(work, change, message):
+    work()
+    settings = change(work)
+    with pytest.raises(UserError) as error:
+        work(**settings)
+    assert message in str(error.value)
+    assert "add --overwrite to replace it, or use another --workdir" in str(error.value)
+    assert work.runs == 1
+    assert work(overwrite=True, **settings).facts.number == 2
+    assert work(**settings).facts.number == 2
+
+
+def test_only_one_setting_differs(work):
+    """So a stage may replace its own output where that setting is no reason to ask; by hand changed ones it may not."""
+    work()
+    changed = work.task(card=[("a", 1)])
+    assert ledger.differs_only_in(changed, "card")
+    assert not ledger.differs_only_in(changed, "ratio")
+    assert not ledger.differs_only_in(work.task(card=[("a", 1)], ratio=0.4), "card")
+    assert not ledger.differs_only_in(work.task(card=[("a", 1)], version=2), "card")
+    (work.folder / "out.txt").write_text("by hand")
+    assert not ledger.differs_only_in(changed, "card")
+
+
+def test_an_input_that_is_not_there_is_named(work):
+    (work.folder / "in.txt").unlink()
+    with pytest.raises(UserError, match=r"depth/prune: data.train is .*in.txt: no such file or folder"):
+        work()
+
+
+def test_two_runs_of_a_stage_at_once(work, monkeypatch):
+    """The second is refused and changes nothing, whatever its settings; nothing is left in the way afterwards."""
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.01)
+    body, refused = work.body, []
+
+    def both():
+        work.body = body
+        for settings in ({}, {"ratio": 0.4}):
+            with pytest.raises(
+                UserError, match=r"depth/prune: another run is computing this stage in .*: wait"
+            ) as error:
+                work(overwrite=True, **settings)
+            refused.append(error)
+        return body()
+
+    work.body = both
+    assert work().facts.number == 1
+    assert len(refused) == 2
+    assert work().facts.number == 1
+
+
+def test_a_run_waits_for_the_end_of_the_one_it_replaces(work, monkeypatch):
+    lock, waited = work.folder / ".stages/depth.prune.lock", []
+    lock.parent.mkdir()
+    held = lock.open("a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(ledger.time, "sleep", lambda seconds: waited.append(seconds) or held.close())
+    assert work().facts.number == 1
+    assert waited == [1.0]
+    assert "waiting up to 100 s for another run to finish it" in work.said[0]
+
+
+def test_a_new_input_is_named(work):
+    work()
+    (work.folder / "more.txt").write_text("more")
+    with pytest.raises(UserError, match=r"was made from other inputs \(data.eval changed\)"):
+        work(inputs={"data.eval": work.folder / "more.txt"})
+
+
+def test_a_missing_output_is_made_again(work):
+    work()
+    (work.folder / "out.txt").unlink()
+    assert work().facts.number == 2
+    assert (work.folder / "out.txt").read_text() == "run 2"
+
+
+def test_output_of_unknown_origin_is_refused(work):
+    (work.folder / "out.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out.txt exists and was not made by this stage: add --overwrite"):
+        work()
+    assert (work.folder / "out.txt").read_text() == "mine"
+
+
+def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
+    """Whatever a record says: the facts are those of the run, or the output is refused and stays."""
+    assert work(facts=Facts).facts.number == 1
+    record = work.folder / ".stages/depth.prune.json"
+    good, taken, refused = json.loads(record.read_text()), 0, []
+    for where, value in mutants(good):
+        record.write_text(json.dumps(value))
+        try:
+            assert type(work(facts=Facts).facts.number) is int, where
+            taken += 1
+        except UserError as error:
+            refused.append(str(error))
+        assert (work.runs, (work.folder / "out.txt").read_text()) == (1, "run 1"), where
+    assert all("add --overwrite to replace it" in line for line in refused)
+    assert min(taken, len(refused)) > 2
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"out.txt exists, but its record .*depth.prune.json is damaged, or of another"):
+        work()
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(UserError, match="is damaged"):
+        work()
+    assert work(overwrite=True).facts.number == 2
+
+
+def test_facts_of_another_kind_are_not_reported(work):
+    work()
+    with pytest.raises(UserError, match=r"its record .* is damaged"):
+        work(facts=Other)
+
+
+def test_nothing_is_written_through_links(work, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    for name in ("out.txt", ".out.txt.partial", ".stages/depth.prune.json", ".stages/.depth.prune.json.partial"):
+        (work.folder / name).parent.mkdir(exist_ok=True)
+        (work.folder / name).symlink_to(outside / "there")
+    assert work().facts.number == 1
+    assert list(outside.iterdir()) == []
+    (work.folder / ".stages/depth.prune.lock").unlink()
+    (work.folder / ".stages/depth.prune.lock").symlink_to(outside / "there")
+    with pytest.raises(OSError, match=r"depth.prune.lock"):
+        work()
+    (work.folder / ".stages/depth.prune.lock").unlink()
+    os.mkfifo(work.folder / ".stages/depth.prune.lock")  # is not waited for
+    assert work().facts.number == 1
+
+
+def test_names_that_are_no_text(work):
+    name = os.fsdecode(b"\xff.txt")
+    (work.folder / name).write_text("a")
+    assert work(inputs={"folder": work.folder / name}).facts.number == 1
+    ledger.write_json(work.folder / "x.json", {"file": name})
+    assert json.loads((work.folder / "x.json").read_text()) == {"file": name}
+    ledger.write_text(work.folder / "x.json", json.dumps({"file": name}, ensure_ascii=False))
+    assert json.loads((work.folder / "x.json").read_text()) == {"file": name}
+
+
+def test_interrupted_stage_starts_again(work):
+    work.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert sorted(p.name for p in work.folder.iterdir()) == [".stages", "in.txt"]
+    work.fail = False
+    assert work(ratio=0.5).facts.number == 2  # nothing was left that other settings could clash with
+
+
+def test_a_failure_after_the_output_was_written_leaves_the_record(work):
+    """As a broken pipe of a print, a plot that fails: the same command runs the stage again and is not refused."""
+    body = work.body
+
+    def fail():
+        body()
+        raise BrokenPipeError
+
+    for _ in range(2):
+        work.body = fail
+        with pytest.raises(BrokenPipeError):
+            work()
+        assert json.loads((work.folder / ".stages/depth.prune.json").read_text())["done"] is False
+    work.body = body
+    with pytest.raises(UserError, match=r"out.txt was made from other inputs \(ratio was 0.3, now 0.4\): add --overw"):
+        work(ratio=0.4)
+    assert work().facts.number == 3
+    assert work().facts.number == 3
+    assert "unchanged, skipped" in work.said[-1]
+
+
+def test_scratch_is_kept_for_the_same_inputs_only(work):
+    scratch = work.folder / "checkpoints"
+    (scratch / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoints exists and was not made by this stage"):
+        work(scratch=[scratch])
+    (scratch / "1").rmdir()  # an empty folder is nothing to lose
+
+    def stopped():
+        (scratch / "1").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    body, work.body = work.body, stopped
+    with pytest.raises(KeyboardInterrupt):
+        work(scratch=[scratch])
+    work.body = body
+    with pytest.raises(UserError, match=r"checkpoints was made from other inputs \(ratio was 0.3, now 0.4\)"):
+        work(scratch=[scratch], ratio=0.4)
+    seen = []
+    work.body = lambda: seen.append(scratch.exists()) or body()
+    work(scratch=[scratch])
+    assert seen == [True]
+    assert not scratch.exists()  # the result is there: its checkpoints are no longer needed
+    (scratch / "1").mkdir(parents=True)  # as if killed before they were removed
+    work(scratch=[scratch])
+    assert (seen, scratch.exists()) == ([True], False)
+
+
+def test_journals_are_kept_for_the_same_inputs_and_never_in_the_way(work):
+    journal, seen, body = work.folder / "out.journal", [], work.body
+
+    def stopped():
+        seen.append(journal.exists())
+        journal.write_text("half")
+        raise KeyboardInterrupt
+
+    work.body = stopped
+    for ratio in (0.3, 0.3, 0.4):
+        with pytest.raises(KeyboardInterrupt):
+            work(journals=[journal], ratio=ratio)
+    work.body = lambda: seen.append(journal.exists()) or body()
+    work(journals=[journal], ratio=0.4)
+    assert seen == [False, True, False, True]
+    assert not journal.exists()
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "x.json"
+    ledger.write_json(path, {"a": (1, 2)})
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.write_json(path, {"a": 3})
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+    assert json.loads(path.read_text()) == {"a": [1, 2]}

@@ -1,0 +1,220 @@
+"""`result.json`: averages, the best model, what is written and read back."""
+
+import json
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from report_cases import EXPORT, FACTS, result_of
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.comparison import (
+    benchmark_rows,
+    best_run,
+    compare,
+    compare_again,
+    describe_sets,
+    rounded_rows,
+    unpruned_of,
+)
+from vlmprune_jax.run.workdir.evaluation import Evaluated, Group, MetricInfo
+from vlmprune_jax.run.workdir.result import Run, read_result
+
+F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
+
+
+def found(groups=None, **values):
+    """Evaluations by set; all but "questions" and "pope" are texts."""
+    metrics = {"questions": ("exact_match", METRICS["exact_match"]), "pope": ("pope", F1)}
+    reported = {}
+    for name, value in values.items():
+        key, metric = metrics.get(name, ("perplexity", METRICS["perplexity"]))
+        reported[name] = Evaluated(
+            metric=MetricInfo(name=key, **metric.describe()),
+            values={metric.main: value},
+            groups=groups or {},
+            counted="tokens" if name == "text" else "questions",
+            count=40,
+            parameters=100,
+            seconds=1.25,
+        )
+    return reported
+
+
+def run(name, model, teacher, parameters=60):
+    facts = {**FACTS, "name": name, "parameters": parameters, "path": f"{name}/pruned"}
+    return Run(**facts, evaluation=compare(model, teacher))
+
+
+def test_a_run_beside_the_unpruned_model():
+    groups = {"yes": Group(questions=40, values={"accuracy": 0.5})}
+    teacher = found(groups, questions=0.8, text=10.0)
+    made = compare(found(groups, questions=0.6, text=12.5), teacher)
+    assert msgspec.to_builtins(made) == {
+        "scores": {"questions": {"accuracy": 0.6}, "text": {"perplexity": 12.5}},
+        "retained": {"questions": pytest.approx(75.0), "text": pytest.approx(80.0)},
+        "mean_of_ratios": pytest.approx(75.0),  # of benchmarks; perplexity has no full score
+        "paper_average": pytest.approx(75.0),
+        "groups": {name: {"yes": {"questions": 40, "values": {"accuracy": 0.5}}} for name in ("questions", "text")},
+        "seconds": 2.5,
+    }
+
+
+def test_a_recovered_run_beside_its_control():
+    """Unpruned 0.8, trained 0.9, pruned and trained alike 0.72: 90 % of the one, 80 % of the other."""
+    teacher, control, recovered = found(questions=0.8), found(questions=0.9), found(questions=0.72)
+    recovered["questions"] = replace(recovered["questions"], retained_interval=(85, 95), control_interval=(75, 85))
+    made = compare(recovered, teacher, control)
+    assert made.mean_of_ratios == pytest.approx(90)
+    assert made.control.mean_of_ratios == made.control.retained["questions"] == pytest.approx(80)
+    assert (made.control.scores, made.control.retained_interval) == (
+        {"questions": {"accuracy": 0.9}},
+        {"questions": (75, 85)},
+    )
+    assert compare(recovered, teacher, found(pope=0.9)).control is None  # evaluated on another set
+    run = Run(**FACTS, name="depth", evaluation=made)
+    rows = benchmark_rows(run, unpruned_of(teacher), describe_sets(teacher))
+    assert [row[1:] for row in rows] == [
+        ("80.00", "72.00", "90.00", "85.0 to 95.0"),
+        ("90.00", "72.00", "80.00", "75.0 to 85.0"),
+    ]
+
+
+def test_rows_of_a_quantised_export():
+    """Its own scores and intervals, then those before rounding; speeds are of the model before rounding."""
+    teacher, control = found(questions=0.8), found(questions=0.9)
+    entry = Run(**FACTS, name="depth", evaluation=compare(found(questions=0.72), teacher, control))
+    rounded = found(questions=0.6)
+    rounded["questions"] = replace(rounded["questions"], retained_interval=(70, 80), control_interval=(60, 70))
+    sets, unpruned = describe_sets(teacher), unpruned_of(teacher)
+    titles = [row[0] for row in benchmark_rows(entry, unpruned, sets)]
+    before = [
+        (f"before rounding: {title}", *cells[1:])
+        for title, cells in zip(titles, benchmark_rows(entry, unpruned, sets), strict=True)
+    ]
+    assert rounded_rows(entry, unpruned, sets, None) == before
+    assert rounded_rows(entry, unpruned, sets, rounded) == [
+        (titles[0], "80.00", "60.00", "75.00", "70.0 to 80.0"),
+        (titles[1], "90.00", "60.00", "66.67", "60.0 to 70.0"),
+        *before,
+    ]
+
+
+def test_sets_say_how_large_they_are():
+    sets = describe_sets(found(pope=0.5, text=10.0))
+    assert [of.size for of in sets.values()] == ["40 questions", "40 tokens"]
+    assert [of.label for of in sets.values()] == ["f1 in %", "perplexity"]
+
+
+def test_perplexities_of_different_vocabularies_are_not_compared():
+    """If one model splits a text into other tokens, all are compared by bits per byte."""
+
+    def text(perplexity, bits, tokens):
+        made = found(text=perplexity)["text"]
+        return {"text": replace(made, values={"perplexity": perplexity, "bits_per_byte": bits}, count=tokens)}
+
+    teacher, same, trimmed = text(10.0, 1.0, 100), text(12.5, 1.1, 100), text(9.0, 1.25, 120)
+    assert describe_sets(teacher, [same])["text"].main == "perplexity"
+    sets = describe_sets(teacher, [same, trimmed])
+    assert sets["text"].main == "bits_per_byte"
+    assert compare(same, teacher).retained == {"text": 80.0}
+    assert compare(trimmed, teacher).retained == {"text": 80.0}
+    alike = compare_again(compare(same, teacher, teacher), unpruned_of(teacher).evaluation, sets)
+    assert alike.retained["text"] == alike.control.retained["text"] == pytest.approx(100 / 1.1)
+    assert (alike.scores, alike.mean_of_ratios) == (compare(same, teacher).scores, pytest.approx(100 / 1.1))
+
+
+def test_averages_leave_out_what_cannot_be_retained():
+    teacher = found(questions=0.0, pope=0.5)
+    kept = compare(found(questions=0.1, pope=0.25), teacher)
+    assert (kept.retained, kept.mean_of_ratios) == ({"questions": None, "pope": 50.0}, 50.0)
+    nothing = compare(found(questions=0.1), found(questions=0.0))
+    assert (nothing.mean_of_ratios, nothing.paper_average) == (None, None)
+    text = compare(found(text=12.5), found(text=10.0))
+    assert (text.mean_of_ratios, text.paper_average) == (pytest.approx(80.0), None)
+    json.dumps(msgspec.to_builtins([kept, nothing, text]), allow_nan=False)
+
+
+def test_intervals_are_written_where_there_are_any_and_read_back(tmp_path):
+    teacher, pruned = found(questions=0.8, pope=0.5, text=9.0), found(questions=0.6, pope=0.25, text=9.0)
+    pruned["questions"] = replace(pruned["questions"], retained_interval=(70.5, 80.0))
+    made = run("depth", pruned, teacher)
+    assert made.evaluation.retained_interval == {"questions": (70.5, 80.0)}
+    path = tmp_path / "result.json"
+    write_artefact(path, result_of(teacher, [made], export=EXPORT))
+    assert read_result(tmp_path).runs == [made]
+    plain = json.loads(path.read_text())
+    plain["runs"][0]["evaluation"]["retained_interval"]["pope"] = [1.0]
+    path.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"result\.json: .*retained_interval"):
+        read_result(tmp_path)
+
+
+def test_many_groups_stay_in_eval():
+    groups = {str(i): Group(questions=1, values={"f1": 0.5}) for i in range(41)}
+    assert compare(found(groups, pope=0.5), found(groups, pope=0.5)).groups == {}
+
+
+def test_best():
+    teacher = found(questions=0.8, pope=0.5)
+    runs = [
+        run("a", found(questions=0.8, pope=0.30), teacher),  # 80 % on average, more answers right
+        run("b", found(questions=0.6, pope=0.45), teacher, 70),  # 82.5 %
+        run("c", found(questions=0.6, pope=0.45), teacher, 60),  # the same, smaller
+    ]
+    assert best_run(runs, describe_sets(teacher)).name == "c"
+    teacher = found(questions=0.0)
+    runs = [run("a", found(questions=0.0), teacher, 10), run("b", found(questions=0.1), teacher, 90)]
+    assert best_run(runs, describe_sets(teacher)).name == "b"
+    teacher = found(text=10.0)
+    runs = [run("a", found(text=20.0), teacher, 10), run("b", found(text=15.0), teacher, 90)]
+    assert best_run(runs, describe_sets(teacher)).name == "b"
+    with pytest.raises(UserError, match="no model was evaluated"):
+        best_run([], {})
+
+
+def test_reading(tmp_path):
+    path = tmp_path / "result.json"
+    with pytest.raises(UserError, match=r"result\.json: no such file: run `vlmprune run` first"):
+        read_result(tmp_path)
+    made = result_of(found(pope=0.5), [run("depth", found(pope=0.5), found(pope=0.5))], export=EXPORT)
+    write_artefact(path, made)
+    assert read_result(tmp_path) == made
+    good = json.loads(path.read_text())
+    for edit, told in (
+        ({"format": 7}, "written by a newer vlmprune"),
+        ({"sets": None}, "Expected `object`, got `null`"),
+        ({"best": "width"}, "its best run 'width' is not among its runs: run `vlmprune run` again"),
+        ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' has no score of this model"),
+    ):
+        path.write_text(json.dumps({**good, **edit}))
+        with pytest.raises(UserError, match=rf"result\.json: .*{told}"):
+            read_result(tmp_path)
+
+
+def test_values_are_shown_as_their_metric_says():
+    of = describe_sets(found(pope=0.5, text=10.0))
+    assert (of["pope"].show(0.5), of["pope"].show(0.5, unit=False)) == ("50.00 %", "50.00")
+    assert (of["text"].show(12.345), of["text"].show(None)) == ("12.35", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "depth 30 %"),
+        ({"target_ratio": None}, "depth 31 %"),
+        ({"recovery": "reconstructed", "reconstruct": "least_squares"}, "depth 30 %, reconstructed"),
+        ({"reconstruct": "least_squares"}, "depth 30 %"),  # the model before its reconstruction
+        ({"recovery": "sft_l2", "reconstruct": "least_squares"}, "depth 30 %, reconstructed + SFT + L2"),
+        ({"recovery": "mine"}, "depth 30 %, mine"),
+    ],
+)
+def test_models_in_the_words_of_readers(changes, label):
+    teacher = found(pope=0.5)
+    one = replace(run("a", teacher, teacher), **changes)
+    assert one.label == label
+    assert result_of(teacher, [one]).labels == {"unpruned": "unpruned", "a": label}
+    twice = result_of(teacher, [one, replace(one, name="b")])
+    assert list(twice.labels.values()) == ["unpruned", f"{label} (a)", f"{label} (b)"]

@@ -1,8 +1,0 @@
-"""The registry of stages: each is declared."""
-
-from vlmprune_jax.core.settings import STAGES
-from vlmprune_jax.stages.registry import STAGES as DECLARED
-
-
-def test_every_stage_is_declared():
-    assert set(STAGES) - {"teacher_cache"} == set(DECLARED)

@@ -1,0 +1,166 @@
+"""Transformer block of decoder and vision tower: norms around a mixer and a channel mixer, and their sums."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vlmprune_jax.base.checks import check_returned
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.channels import CHANNELS
+from vlmprune_jax.core.models.context import (
+    BRANCHES,
+    KEYS,
+    STREAM,
+    VALUES,
+    WRITERS,
+    Context,
+    LayerState,
+    Mixed,
+    Names,
+    Writer,
+)
+from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, activation, compute_once
+from vlmprune_jax.core.models.mixers import MIXERS
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack
+
+FIXED_POINT_STEPS = 16
+
+
+class LayerInput(nnx.Module):
+    """Per-layer embeddings (Gemma): add norm(project(act(gate(x)) * layer input)) to the residual stream."""
+
+    def __init__(self, cfg: Stack, sizes: Mapping[str, int]):
+        sizes = {**sizes, "extra": cfg.block.layer_inputs}
+        self.gate = Projection(sizes, ("extra",), ("embed",), bias=False)
+        self.project = Projection(sizes, ("embed",), ("extra",), bias=False)
+        self.norm = Norm(sizes, "embed", **cfg.block.norm_facts)
+        self.activation = cfg.channel.activation
+
+    def __call__(self, x: jax.Array, layer_input: jax.Array | None) -> jax.Array:
+        assert layer_input is not None
+        return self.norm(self.project(activation(self.activation)(self.gate(x)) * layer_input))
+
+
+class Block(nnx.Module):
+    """Transformer block; its parameters are stacked along a leading axis for a scan over `length` equal blocks.
+
+    With `norm_place` "both" (sandwich norms):
+    h = x + norm(attention(norm(x))), then h + norm(mlp(norm(h))).
+    """
+
+    def __init__(self, cfg: Stack, layer: Layer, length: int, names: Names, lora: LoraConfig | None = None):
+        sizes = {"layer": length, names.axis: cfg.hidden_size, **layer.sizes, **layer.fixed_sizes}
+        self.names, self.parallel = names, cfg.block.parallel
+        self.modules = tuple(part.module for part in layer.parts)
+        self.hidden, self.lacks = layer.channel.hidden, layer.channel.lacks
+        for part, kinds in zip(layer.parts, (MIXERS, CHANNELS), strict=True):
+            setattr(self, part.module, kinds[type(part)](cfg, layer, sizes, names, lora))
+        before = names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ()
+        after = ("attention_output_norm", "mlp_output_norm") if cfg.block.norm_place != "before" else ()
+        for name in (*before, *after):
+            norm = Norm(sizes, names.axis, **cfg.block.norm_facts)
+            setattr(self, name, norm)
+        scales = ("layer_scale1", "layer_scale2") if cfg.block.layer_scale else ()
+        for name in scales:
+            setattr(self, name, Leaf(sizes, (names.axis,)))
+        self.extra = LayerInput(cfg, sizes) if cfg.block.layer_inputs else None
+        self.layer_scalar = Leaf({**sizes, "unit": 1}, ("unit",)) if cfg.block.layer_scalar else None
+        projections = [f"{module}/{getattr(self, module).writer}" for module in self.modules]
+        following = zip(projections, after or (None, None), scales or (None, None), strict=True)
+        self._writers = tuple(Writer(*parts) for parts in following)
+
+    @property
+    def writers(self) -> dict[str, Writer]:
+        """{name: projection} of the block's projections whose output is added to the residual stream."""
+        return dict(zip(WRITERS, self._writers, strict=True))
+
+    def reader_of(self, path: str) -> str:
+        """Return the input (one of `READERS`) that the block's weight at `path` multiplies; "" if there is none."""
+        module = path.removesuffix("/weight")
+        names = dict(zip(self.modules, BRANCHES, strict=True))
+        names |= {writer.projection: name for name, writer in self.writers.items()}
+        return names.get(module, names.get(module.split("/")[0], ""))
+
+    def norm_after(self, name: str) -> Norm | None:
+        """Return the norm applied to the output of projection `name` before the residual sum; None if there is none."""
+        path = self.writers[name].norm
+        return None if path is None else getattr(self, path)
+
+    def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
+        """Apply the norm and scale after projection `name` to its output; the result is added to the residual stream.
+
+        `statistics`: see `Norm.__call__`.
+        """
+        norm, scale = self.norm_after(name), self.writers[name].scale
+        out = out if norm is None else norm(out, statistics)
+        return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
+
+    def gain(self, name: str) -> jax.Array | None:
+        """Return the constant factors on a projection's output channels (norm weights, scale); None if all are 1.
+
+        The factors are float[embed], with a leading layer axis if the block's parameters are stacked.
+        """
+        norm, scale = self.norm_after(name), self.writers[name].scale
+        factors = [] if norm is None else [norm.gain]
+        factors += [] if scale is None else [getattr(self, scale).weight.get_value()]
+        return functools.reduce(operator.mul, factors) if factors else None
+
+    @property
+    def scalar(self) -> jax.Array | None:
+        """Learned factor on the block's output, float[1, 1, 1]; None means 1."""
+        return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
+
+    def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
+        """Recover the residual stream to which per-layer embeddings (Gemma) were added, from the block's output `y`.
+
+        It is found by fixed-point iteration that begins at `start`. The norm in the per-layer branch limits the size of
+        what the branch adds, whatever its input.
+        """
+        y = y if self.scalar is None else y / self.scalar
+        if self.extra is None:
+            return y
+        extra = self.extra
+        return jax.lax.fori_loop(0, FIXED_POINT_STEPS, lambda _, x: y - extra(x, layer_input), start)
+
+    def __call__(
+        self, x: jax.Array, ctx: Context, state: LayerState | None = None, capture: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        """Run the block; return (output, the mixer's state, {name: intermediate value} for the names in `capture`)."""
+        keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
+        mixer, channel = (getattr(self, module) for module in self.modules)
+        norms = [getattr(self, name, None) for name in self.names.norms]
+        mixer_input = x if norms[0] is None else compute_once(norms[0](x))
+        mixed, shape = mixer(mixer_input, ctx._replace(dropout_key=keys[0]), state), list(x.shape)
+        fits = isinstance(mixed, Mixed) and getattr(mixed.out, "shape", None) == x.shape
+        check_returned(type(mixer).__call__, mixed, fits, f"a models.context.Mixed whose out has shape {shape}")
+        middle = x + self.follow("o_proj", mixed.out)
+        if self.parallel:
+            channel_input = mixer_input
+        else:
+            middle = constrain(middle, STREAM)
+            channel_input = middle if norms[1] is None else compute_once(norms[1](middle))
+        pair = channel(channel_input, ctx._replace(dropout_key=keys[1], stream=middle))
+        fits = isinstance(pair, tuple) and len(pair) == 2 and getattr(pair[0], "shape", None) == x.shape
+        expected = f"the pair (output of shape {shape}, input of its projection {channel.writer})"
+        check_returned(type(channel).__call__, pair, fits, expected)
+        out, hidden = pair
+        y = constrain(middle + self.follow("down_proj", out), STREAM)
+        if self.extra is not None:
+            y = constrain(y + self.extra(y, ctx.layer_input), STREAM)
+        if self.scalar is not None:
+            y = y * self.scalar
+        arrays = (mixer_input, channel_input, mixed.written, hidden, mixed.out, out, middle)
+        values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=False)), KEYS: mixed.shared}
+        values[self.hidden] = values.pop("down_proj")
+        if not values.keys() >= {*capture}:
+            raise UserError(self.lacks)
+        return y, mixed.state, {name: values[name] for name in capture}

@@ -1,0 +1,201 @@
+"""Types that the parts of a layer share: inputs of a forward pass, names of intermediate values, LoRA dropout.
+
+A block adds two branches to its residual stream, a mixer (attention) and a channel mixer (MLP). The names of what they
+read and write are the same in every family: "o_proj" is the projection with which the mixer writes to the stream, and
+"down_proj" that of the channel mixer, whatever a family calls them (`Block.writers`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.layers import Projection, compute_once, saveable
+from vlmprune_jax.core.models.random import bernoulli
+from vlmprune_jax.core.sections import LoraConfig
+
+STREAM = ("batch", "sequence", None)
+WRITERS = ("o_proj", "down_proj")  # projections that write to the residual stream, in this order
+BRANCHES = ("self_attn", "mlp")  # names of mixer and channel mixer, whatever their type
+READERS = (*BRANCHES, *WRITERS)  # groups of matrices that read the same input
+# "self_attn", "mlp": float[batch, seq, embed], inputs of both branches; "o_proj" float[batch, seq, q_heads, head] and
+# "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before norm
+# and scale (`Block.follow`); "middle": float[batch, seq, embed], the residual stream between attention and MLP.
+# "routed": `Routed`, for layers with experts, which have one "down_proj" input per expert instead.
+VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle", "routed")
+KEYS = "keys"
+
+# Mixer state of one run of equal layers (a scan); every array has a leading layer axis. The state of attention is
+# (keys, values), [layer, slots, kv_heads, batch, head] each. TPUs read them in this order for a token; with another
+# order, XLA copies the cache before and after the loop. On TPUs, heads share padded rows (`kernels.cache_rows`).
+RunCache = tuple[jax.Array, jax.Array]
+Cache = dict[str, RunCache]
+CACHE_AXES = (None, None, "kv_heads", "batch", None)
+
+
+class Context(NamedTuple):
+    """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
+
+    Keys of the mappings are sliding-window sizes (0 = full attention). Kernels use `valid` and `segments` instead of
+    `masks`, unless `ahead` is set.
+    """
+
+    masks: Mapping[int, jax.Array | None]
+    """bool[batch, 1, seq, slots], True if a query attends to a key; absent or None: to all keys."""
+
+    ropes: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    """Rotary (cos, sin), float32[batch, seq, rotary / 2] each; None: no rotation."""
+
+    ahead: jax.Array | None = None
+    """bool[batch, seq, seq], later keys to which queries attend (image tokens of the same image)."""
+
+    valid: jax.Array | None = None
+    """bool[batch, slots], True for keys that are not padding."""
+
+    segments: Mapping[int, jax.Array] | None = None
+    """int32[batch, seq], segment of each position; a position attends to its own segment only."""
+
+    slot: Any = 0
+    """First cache slot that this call writes: int32[], or an int while prefilling."""
+
+    dropout_key: jax.Array | None = None
+    """Random key for LoRA dropout; None: no dropout."""
+
+    shared: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    """(keys, values) of an earlier layer, for layers that reuse them."""
+
+    layer_input: jax.Array | None = None
+    """float[batch, seq, n], per-layer embeddings of the current layer (`LayerEmbeds.per_layer_embeds`)."""
+
+    stream: jax.Array | None = None
+    """float[batch, seq, embed], residual stream whose norm is the channel mixer's input."""
+
+
+class LayerEmbeds(NamedTuple):
+    """Additional embeddings of single layers, besides the residual stream (None: no such embeddings).
+
+    `of_layer` removes the first axis of both fields.
+    """
+
+    deepstack_embeds: Any = None
+    """float[n, batch, seq, embed], image features added to the outputs of the first n layers (DeepStack)."""
+
+    per_layer_embeds: Any = None
+    """float[layers, batch, seq, n], an additional input of each layer (Gemma)."""
+
+    def of_layer(self, number: int) -> LayerEmbeds:
+        """Return the embeddings of one layer."""
+        return LayerEmbeds(*(None if embeds is None or number >= len(embeds) else embeds[number] for embeds in self))
+
+
+class BlockValues(NamedTuple):
+    """Intermediate values of one transformer block, as passed to a hook.
+
+    `before`, `after`: float[batch, seq, embed], the residual stream before and after the block.
+    """
+
+    before: jax.Array
+    after: jax.Array
+
+    inputs: dict[str, jax.Array]
+    """The requested intermediate values, by name (`VALUES`)."""
+
+    params: dict[str, Any]
+    """Parameters of the block, nested."""
+
+    scales: dict[str, jax.Array]
+    """float32[batch, seq, 1] for each writer in `inputs` with a norm after it: the norm's factor on the output."""
+
+
+Hook = Callable[[BlockValues], Any]
+
+
+class LayerState(NamedTuple):
+    """Cached mixer states (such as keys and values) of a run of equal layers, and the index of the current layer."""
+
+    stacked: Any
+    """Mixer states, as `empty_state` of the mixer's module returns them: a pytree with a leading layer axis."""
+
+    layer: jax.Array
+    """Index of the layer on this axis, int32[]."""
+
+
+class Routed(NamedTuple):
+    """Experts that a router chose for each token, and values of these experts: [batch, seq, experts per token]."""
+
+    experts: jax.Array
+    """int32, numbers of the chosen experts, best first."""
+
+    gates: jax.Array
+    """Factors by which the chosen experts' outputs are multiplied."""
+
+    norms: jax.Array
+    """float32, Euclidean norms of the chosen experts' outputs before the gates."""
+
+    read: jax.Array
+    """float[batch, seq, embed], input of the experts."""
+
+    shared: jax.Array | None = None
+    """float[batch, seq, mlp], input of the shared expert's down projection times its gate; None if there is none."""
+
+
+class Mixed(NamedTuple):
+    """Results of a mixer: output, input of its output projection, updated state, and keys and values to reuse."""
+
+    out: jax.Array
+    """float[batch, seq, embed], the output of the mixer's output projection."""
+
+    written: jax.Array
+    """float[batch, seq, ...], the input of the mixer's output projection."""
+
+    state: Any
+    """The updated state of all layers of the group; None without a cache."""
+
+    shared: Any
+    """Values that later layers may reuse, such as keys and values."""
+
+
+class Writer(NamedTuple):
+    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale that follow it."""
+
+    projection: str
+    norm: str | None
+    scale: str | None
+
+
+class Names(NamedTuple):
+    """Names that differ between decoder and towers: the residual stream's axis, input norms, and output projection."""
+
+    axis: str
+    norms: tuple[str, str]
+    out: str
+
+
+def lora_of(lora: LoraConfig | None, name: str) -> LoraConfig | None:
+    """Return the LoRA settings of a projection; None if it gets no adapter."""
+    return lora if lora is not None and name in lora.targets else None
+
+
+def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
+    """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False drops an input.
+
+    All masks are drawn at once, behind an optimisation barrier. XLA would otherwise copy the generator's 20 rounds into
+    every consumer (30 copies in a step of a 7B model, whose compilation for TPUs then took 241 CPU seconds; without
+    dropout it took 80).
+    """
+    sizes = [math.prod(module.inputs) if key is not None and module.dropout else 0 for module in projections]
+    if key is None or not any(sizes):
+        return [None] * len(projections)
+    rate = max(module.dropout for module in projections)
+    drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
+    parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    return [
+        part.reshape(*x.shape[:2], *module.inputs) if size else None
+        for part, size, module in zip(parts, sizes, projections, strict=True)
+    ]

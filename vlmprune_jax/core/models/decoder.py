@@ -1,0 +1,196 @@
+"""Decoder: embedding, causal blocks with rotary embedding, final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.layer import layer_runs
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.context import Cache, Context, Hook, LayerEmbeds, Names
+from vlmprune_jax.core.models.fake_quant import fake_quant_product
+from vlmprune_jax.core.models.kernels import attention_mask, windowed
+from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, rope_tables
+from vlmprune_jax.core.models.mixers import MIXERS
+from vlmprune_jax.core.models.stack import BlockStack
+from vlmprune_jax.core.models.vocabulary import Head
+from vlmprune_jax.core.sections import FakeQuant, LoraConfig
+
+
+class Table(nnx.Module):
+    """Matrix [vocab, embed] that serves as token embedding or output head; a head may have a bias."""
+
+    def __init__(self, cfg: TextConfig, bias: bool = False):
+        self.scale, self.cap = cfg.embed_scale, cfg.logit_cap
+        sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}
+        self.weight = declare(sizes, ("vocab", "embed"))
+        self.bias = declare(sizes, ("vocab",)) if bias else None
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """Return the scaled embeddings of int[...] token ids; ids outside the vocabulary get arbitrary values."""
+        rows = jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return the logits [..., vocab] for hidden states [..., embed]."""
+        bias = None if self.bias is None else self.bias.get_value()
+        return Head(self.weight.get_value(), bias, self.cap).logits(hidden)
+
+
+class LayerInputs(nnx.Module):
+    """Per-layer embeddings (Gemma): an additional input of every layer, from a token table and the first layer's input.
+
+    One table holds the embeddings of all layers; pruning a layer also removes its entries on the table's axis `depth`.
+    """
+
+    def __init__(self, cfg: TextConfig):
+        sizes = {
+            "vocab": cfg.vocab_size,
+            "depth": len(cfg.layers),
+            "extra": cfg.block.layer_inputs,
+            "embed": cfg.hidden_size,
+        }
+        self.table = Leaf(sizes, ("vocab", "depth", "extra"))
+        self.project = Projection(sizes, ("depth", "extra"), ("embed",), bias=False)
+        self.norm = Norm(sizes, "extra", **cfg.block.norm_facts)
+        self.scales = cfg.block.layer_inputs**0.5, cfg.hidden_size**-0.5
+
+    def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
+        # each device looks up its share of the channels for all rows; only results are exchanged, never the table
+        rows = constrain(constrain(rows, ("rows", None, None, "extra")), ("batch", "sequence", None, None))
+        rows = rows * jnp.asarray(self.scales[0], rows.dtype)
+        both = self.norm(self.project(x) * self.scales[1]) + rows
+        return jnp.moveaxis(both * 2**-0.5, 2, 0)
+
+
+class Decoder(BlockStack):
+    """Language-model decoder: token embedding, transformer blocks, final norm and output head."""
+
+    cfg: TextConfig
+
+    def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, fake_quant: FakeQuant | None = None):
+        # parameters are named as in Hugging Face's classes, those of parallel blocks as in Phi's
+        out, self.norm_name = ("dense", "final_layernorm") if cfg.block.parallel else ("o_proj", "norm")
+        super().__init__(cfg, Names("embed", ("input_layernorm", "post_attention_layernorm"), out), lora)
+        if fake_quant is not None:
+            for _, part in nnx.iter_modules(self.layers):
+                if isinstance(part, Projection):
+                    part.product = fake_quant_product(fake_quant)
+        self.embed_tokens = Table(cfg)
+        sizes = {"embed": cfg.hidden_size}
+        setattr(self, self.norm_name, Norm(sizes, "embed", **cfg.block.norm_facts))
+        self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
+        self.extra_inputs = LayerInputs(cfg) if cfg.block.layer_inputs else None
+
+    def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
+        """Return the per-layer embeddings, float[layers, batch, seq, n]; None for decoders without them.
+
+        `x`: the residual stream before the first layer. `ids`: int[batch, seq], with padding ids at image tokens.
+        """
+        return None if self.extra_inputs is None else self.extra_inputs(x, ids)
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Apply the decoder's final norm to `x`."""
+        return getattr(self, self.norm_name)(x)
+
+    def context(
+        self,
+        mask: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        slot: Any = 0,
+        dropout_key: jax.Array | None = None,
+    ) -> Context:
+        """Return masks and rotary tables for queries at `positions`, whose keys are cached from `slot` on.
+
+        `mask`: [batch, slots], 1 = real key; without a cache, the slots are the positions of the sequence. `positions`:
+        int[batch, seq], by default counted along the mask; or int[batch, 3, seq], see `rope_tables`; or int[batch, 2,
+        seq], with the number of each token's image (0: none) as second row, if image tokens attend to later tokens of
+        their image (`Attention.sees_images`).
+        """
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        valid, ahead = mask.astype(bool), None
+        seen = attention_mask(valid, positions.shape[-1], slot)
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # mixers of one window size are alike
+        if positions.shape[1:-1] == (2,):  # image numbers are passed even if no layer of this stack needs them
+            positions, image = positions[:, 0], positions[:, 1]
+            keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
+            ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
+        masks = {size: windowed(seen, size)[:, None] for size in mixers}
+        if ahead is not None:  # sliding windows limit earlier keys only
+            masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if mixers[s].sees_images}
+        turned = {size: (mixer.rope or self.cfg.rope, mixer.rotated) for size, mixer in mixers.items()}
+        tables = {key: rope_tables(*key, positions) for key in dict.fromkeys(turned.values())}
+        ropes = {size: tables[key] for size, key in turned.items()}
+        return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
+
+    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
+        """Return masks and rotary tables for a batch with "attention_mask" and optionally "position_ids"."""
+        return self.context(arrays["attention_mask"], arrays.get("position_ids"))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        *,
+        states: Sequence[int] = (),
+        hook: Hook | None = None,
+        hook_inputs: tuple[str, ...] = (),
+        cache: Cache | None = None,
+        remat: str = "none",
+        layer_embeds: LayerEmbeds = LayerEmbeds(),
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
+
+        `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
+        aux["states"]. `hook` -> aux["hook"], a list of the hook's results, one per block; for the last block, `after`
+        is the state after the final norm. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
+        """
+        n_layers = len(self.cfg.layers)
+        keep = [i - 1 for i in states if 0 < i < n_layers]
+        passed = self.pass_through(
+            x, ctx, keep=keep, hook=hook, hook_inputs=hook_inputs, final=self.final_norm, cache=cache, remat=remat,
+            layer_embeds=layer_embeds,
+        )  # fmt: skip
+        aux: dict[str, Any] = {"cache": passed.cache} if cache is not None else {}
+        if states:
+            hidden_states = {0: x, n_layers: passed.last}
+            if passed.kept is not None:
+                hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
+            aux["states"] = tuple(hidden_states[i] for i in states)
+        if hook is not None:
+            aux["hook"] = passed.hooks
+        return passed.last, aux
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return the logits [..., vocab] for hidden states after the final norm."""
+        return (self.lm_head or self.embed_tokens).logits(hidden)
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
+        """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
+        states = {
+            str(run): MIXERS[type(layer.mixer)].empty_state(
+                self.cfg, layer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
+            )
+            for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers))
+        }
+        return {run: state for run, state in states.items() if state is not None}
+
+    def cache_rows(self, cache: Cache, rows: jax.Array) -> Cache:
+        """Select the batch rows `rows`, int32[rows], from the cached states of all layers."""
+        return {run: mixer.rows_of(cache[run], rows) for run, mixer in self._mixers.items() if run in cache}
+
+    def extended_cache(self, cache: Cache, empty: Cache) -> Cache:
+        """Return a longer cache: the cached states of all layers, followed by the empty slots of `empty`."""
+        return {run: mixer.extended(cache[run], empty[run]) for run, mixer in self._mixers.items() if run in cache}
+
+    @property
+    def _mixers(self) -> dict[str, Any]:
+        return {str(run): MIXERS[type(x.mixer)] for run, (_, x) in enumerate(layer_runs(self.cfg.layers))}

@@ -1,0 +1,354 @@
+"""Attention over `[batch, seq, heads, head]`: XLA's on any device, the splash kernel on TPUs.
+
+Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the chip; XLA writes float32 scores
+[batch, heads, seq, seq] to memory, which at 4,096 tokens are 2 GiB a row and layer of a 7B model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from vlmprune_jax.core.mesh.mesh import row_ways
+from vlmprune_jax.core.mesh.rules import spec
+from vlmprune_jax.core.models.layers import SAVEABLE, saveable
+
+# Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
+LANES, _LARGEST_BLOCK = 128, 512
+# A score that softmax turns to 0, finite so that a query that sees no key has an arbitrary finite output.
+_HIDDEN = float(-0.7 * np.finfo(np.float32).max)
+
+
+def for_tpu() -> bool:
+    """Return True if the function being traced is compiled for a TPU.
+
+    The mesh in use (`jax.set_mesh`) decides, because it may be a topology for which programs are only compiled. Without
+    a mesh, the default backend decides.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def heads_per_row(kv_heads: int, head: int) -> int:
+    """Return how many key/value heads of `head` channels share one row of `LANES` channels in a TPU's cache.
+
+    This is the largest number that fits and lets rows divide evenly over the mesh axis `tensor`.
+    """
+    rows = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
+
+
+def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
+    """Return (rows, channels per row) that a cache needs for one token's key or value heads.
+
+    On TPUs, small heads share a row, and rows are padded to a full vector. The compiler would store unpadded rows in a
+    different order than decoding reads them, and copy the cache before and after decoding.
+    """
+    if not for_tpu():
+        return kv_heads, head
+    in_row = heads_per_row(kv_heads, head)
+    return kv_heads // in_row, -(-in_row * head // LANES) * LANES
+
+
+def heads_of_rows(x: jax.Array, heads: int, head: int) -> jax.Array:
+    """Unpack cache rows, which hold one or more heads and padding, to keys or values [batch, slots, heads, head]."""
+    return x[..., : heads // x.shape[2] * head].reshape(*x.shape[:2], heads, head)
+
+
+def xla_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, in_row: int = 1
+) -> jax.Array:
+    """Return softmax attention computed with XLA operations, with float32 scores.
+
+    `mask`: bool[batch, 1, queries, keys], True if a query attends to a key. `k` and `v` may be the rows of a cache,
+    each with `in_row` heads and padding; queries are then 0 at the channels of other heads.
+
+    The small arrays (queries, keys, values) are scaled and transposed, so that only softmax passes over the large
+    scores. With jax.nn's attention, XLA:CPU transposes the scores, forward and backward (6 % of a step of
+    SmolLM2-135M).
+    """
+    batch, queries, heads, head = q.shape
+    scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
+    places = (batch, k.shape[2], in_row, -1, queries)
+    eye = np.eye(in_row, dtype=bool)[:, None, None, :, None]
+    if in_row > 1:
+        scaled = jnp.where(eye, scaled.reshape(*places, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
+    if k.shape[-1] > scaled.shape[-1]:
+        scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - scaled.shape[-1]),))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    dtype = np.promote_types(k.dtype, np.float32)
+    scores = jnp.einsum("bkgth,bksh->bkgts", scaled, k, preferred_element_type=dtype)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    mixed = mixed[..., : in_row * head]
+    if in_row > 1:
+        mixed = jnp.where(eye, mixed.reshape(*places, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
+    return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    causal: bool,
+    window: int = 0,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return softmax attention computed by the TPU splash kernel, with float32 scores per tile.
+
+    `q`: the queries of the last `queries` of `seq` slots (all slots, or the slots after a prefix in a cache). `valid`:
+    bool[batch, seq], keys that are not padding; a query without any such key has an arbitrary finite output. `causal`:
+    a query attends to no later key, and with a `window` only to that many slots, its own included. (`windowed` counts
+    real keys instead, which is the same if padding is at the ends of a row.) Heads are split over `tensor`, and rows
+    over (data, fsdp) of the mesh in use if their number is divisible. `interpret` runs the kernel on a CPU.
+    """
+    batch, queries, seq = *q.shape[:2], k.shape[1]
+    blocks = _block(queries), _block(seq)
+    n_queries, n_keys = (-(-n // block) * block for n, block in zip((queries, seq), blocks, strict=True))
+    pad = n_keys - seq
+    if valid is None and pad:
+        valid = jnp.ones((batch, seq), bool)
+    keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
+
+    def per_head(x: jax.Array, length: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
+        shape = (q.shape[2], k.shape[2])
+        kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
+
+        def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
+            # All queries, padding included, get the same segment number: the result then equals xla_attention's.
+            ones = jnp.ones(q.shape[1], jnp.int32)
+            return kernel(q, k, v, None if keys is None else splash.SegmentIds(ones, keys))
+
+        return jax.vmap(row)(q, k, v, keys)
+
+    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
+    out = _on_devices(local, per_head(scaled, n_queries), per_head(k, n_keys), per_head(v, n_keys), keys)
+    return out.swapaxes(1, 2)[:, :queries]
+
+
+def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any) -> jax.Array:
+    """Run the function `attention` on every device for its rows and heads; q, k, v: [batch, heads, positions, head]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = "batch" if len(q) % row_ways(mesh) == 0 else None
+        heads, pairs = spec((rows, "q_heads", None, None)), spec((rows, "kv_heads", None, None))
+        specs = (heads, pairs, pairs, spec((rows, None)))
+        attention = jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)
+    return attention(q, k, v, keys)
+
+
+def in_blocks(positions: int) -> bool:
+    """Return True if attention within segments is computed in blocks, without a mask, for rows of this length."""
+    return positions > _LARGEST_BLOCK
+
+
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Return softmax attention of every position to the positions of its own segment, with float32 scores.
+
+    `segments`: int[batch, seq], ascending except for windows within one image. Scores are computed for one block of
+    queries and one block of keys at a time, and only for blocks that may share a segment. Time therefore grows with the
+    squared lengths of the segments, and memory with the length of the row. TPUs run the splash kernel, which
+    `interpret` runs on a CPU.
+    """
+    positions, in_kernel = q.shape[1], interpret or for_tpu()
+    block = _block(positions) if in_kernel else _LARGEST_BLOCK
+    pad = -positions % block
+    ids = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=np.iinfo(np.int32).max)
+
+    def per_head(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
+            q, k, v, ids = arrays
+            if in_kernel:
+                return _segment_kernel(ids, block, interpret)(q, k, v, splash.SegmentIds(ids, ids))
+            grouped = q.reshape(len(k), -1, *q.shape[1:])
+            return _row_attention(block, grouped, k, v, ids).reshape(q.shape)
+
+        return jax.lax.map(row, (q, k, v, ids))
+
+    out = _on_devices(local, per_head(q * q.shape[-1] ** -0.5), per_head(k), per_head(v), ids)
+    return out.swapaxes(1, 2)[:, :positions]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return attention within the segments of one row: q [kv_heads, group, seq, head], k and v [kv_heads, seq, head].
+
+    As in flash attention (Dao et al. 2022), softmax is accumulated over blocks of keys, and the backward pass computes
+    the scores again from the stored logarithm of their sum.
+    """
+    return _row_forward(block, q, k, v, ids)[0]
+
+
+def _row_forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+    first, end = _shared_blocks(ids, block)
+
+    def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_i = _block_of(q, i, block)
+
+        def add(j: jax.Array, carry: Any) -> Any:
+            top, total, out = carry
+            scores = _scores(q_i, _block_of(k, j, block), ids, i, j, block)
+            higher = jnp.maximum(top, scores.max(axis=-1))
+            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            values = _block_of(v, j, block)
+            mixed = jnp.einsum("kgts,ksh->kgth", weights.astype(v.dtype), values, preferred_element_type=out.dtype)
+            return higher, total * fade + weights.sum(axis=-1), out * fade[..., None] + mixed
+
+        start = jnp.full(q_i.shape[:-1], _HIDDEN, _sum_dtype(q)), jnp.zeros(q_i.shape[:-1], _sum_dtype(q))
+        top, total, out = jax.lax.fori_loop(first[i], end[i], add, (*start, jnp.zeros(q_i.shape, _sum_dtype(q))))
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, sums = jax.lax.map(queries, jnp.arange(len(first)))
+    out = saveable(jnp.moveaxis(out, 0, 2).reshape(q.shape))
+    return out, (q, k, v, ids, out, saveable(jnp.moveaxis(sums, 0, 2).reshape(q.shape[:-1])))
+
+
+def _row_backward(block: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, ids, out, sums = saved
+    first, end = _shared_blocks(ids, block)
+    inner = jnp.sum(out.astype(sums.dtype) * gradient.astype(sums.dtype), axis=-1)
+
+    def queries(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+        q_i, gradient_i, inner_i, sums_i = (_block_of(x, i, block, 2) for x in (q, gradient, inner, sums))
+
+        def add(j: jax.Array, carry: Any) -> Any:
+            d_q, d_k, d_v = carry
+            k_j, v_j = _block_of(k, j, block), _block_of(v, j, block)
+            weights = jnp.exp(_scores(q_i, k_j, ids, i, j, block) - sums_i[..., None])
+            d_weights = jnp.einsum("kgth,ksh->kgts", gradient_i, v_j, preferred_element_type=sums.dtype)
+            d_scores = (weights * (d_weights - inner_i[..., None])).astype(q.dtype)
+            d_q += jnp.einsum("kgts,ksh->kgth", d_scores, k_j, preferred_element_type=sums.dtype)
+            of_keys = jnp.einsum("kgts,kgth->ksh", d_scores, q_i, preferred_element_type=sums.dtype)
+            mixed = jnp.einsum("kgts,kgth->ksh", weights.astype(q.dtype), gradient_i, preferred_element_type=sums.dtype)
+            at = (0, j * block, 0)
+            added = ((d, _block_of(d, j, block) + new) for d, new in ((d_k, of_keys), (d_v, mixed)))
+            return (d_q, *(jax.lax.dynamic_update_slice(d, new, at) for d, new in added))
+
+        d_q, *rest = jax.lax.fori_loop(first[i], end[i], add, (jnp.zeros(q_i.shape, sums.dtype), *carry))
+        return tuple(rest), d_q
+
+    zeros = tuple(jnp.zeros(x.shape, sums.dtype) for x in (k, v))
+    (d_k, d_v), d_q = jax.lax.scan(queries, zeros, jnp.arange(len(first)))
+    d_q = jnp.moveaxis(d_q, 0, 2).reshape(q.shape)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_row_attention.defvjp(_row_forward, _row_backward)
+
+
+def _sum_dtype(x: jax.Array) -> Any:
+    return np.promote_types(x.dtype, np.float32)
+
+
+def _block_of(x: jax.Array, number: jax.Array, block: int, axis: int = -2) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis)
+
+
+def _scores(q: jax.Array, k: jax.Array, ids: jax.Array, i: jax.Array, j: jax.Array, block: int) -> jax.Array:
+    """Return attention scores [kv_heads, group, queries, keys] of two blocks, masked between different segments."""
+    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=_sum_dtype(q))
+    same = _block_of(ids, i, block, 0)[:, None] == _block_of(ids, j, block, 0)[None]
+    return jnp.where(same[None, None], scores, _HIDDEN)
+
+
+def _meeting_blocks(ids: jax.Array, block: int) -> jax.Array:
+    """Return bool[blocks, blocks]: True if two blocks of positions in a row may have a segment in common."""
+    low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
+    return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
+
+
+def _shared_blocks(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Return for each block of a row the range [first, end) of blocks that may share a segment with it."""
+    meets = _meeting_blocks(ids, block)
+    return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
+
+
+def _block(n: int) -> int:
+    """Return the kernel's tile size for `n` positions: equal tiles, multiples of a register's lanes."""
+    return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
+
+
+def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
+    """Return the splash kernel for one row that skips blocks without a common segment: the mask is per block."""
+    meets = _meeting_blocks(ids, block)[None]
+    number, marks = jnp.arange(meets.shape[1], dtype=jnp.int32), jnp.where(meets, 2, 0).astype(jnp.int32)
+    by_keys, by_queries = (
+        MaskInfo(jnp.where(meets, blocks, 0), None, marks, None, None) for blocks in (number, number[:, None])
+    )
+    return SplashAttentionKernel(
+        by_keys,
+        by_keys,
+        by_queries,
+        block_sizes=splash.BlockSizes(*(block,) * 8),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=_HIDDEN,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=SAVEABLE,
+        mask_function=None,
+        interpret=interpret,
+    )
+
+
+def _kernel(
+    heads: int, shape: tuple[int, int], blocks: tuple[int, int], causal: bool, window: int, offset: int, interpret: bool
+) -> Any:
+    """Return the splash kernel for one sequence: (q, k, v `[heads, positions, head]`, segment ids) -> attention output.
+
+    `shape`: numbers of queries and keys; query i is in slot i + `offset` of the keys.
+    """
+    mask: Any = splash.FullMask(shape)
+    if causal and 0 < window < shape[1]:
+        mask = splash.LocalMask(shape, (window - 1, 0), offset)
+    elif causal:
+        mask = splash.CausalMask(shape, offset)
+    block, keys = blocks
+    sizes = splash.BlockSizes(block, keys, keys, block, keys, keys, block, keys)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVEABLE,  # else the backward pass runs the kernel once more (remat "dots")
+        interpret=interpret,
+    )
+
+
+def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
+    """Return the causal mask bool[batch, queries, keys]: True where a query attends to a key that is not padding.
+
+    `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
+    """
+    queries = (start + jnp.arange(n_queries))[:, None]
+    slots = jnp.arange(valid_keys.shape[1])[None, :]
+    return valid_keys[:, None, :] & (slots <= queries)[None]
+
+
+def windowed(mask: jax.Array, size: int) -> jax.Array:
+    """Restrict an attention mask bool[batch, queries, keys] to the last `size` keys per query (0 = no restriction).
+
+    The window counts keys that are not padding, so it is also right with padding between a shared prefix and its rows.
+    """
+    if size == 0 or size >= mask.shape[-1]:
+        return mask
+    from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)
+    return mask & (from_here <= size)

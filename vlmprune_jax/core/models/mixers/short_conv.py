@@ -1,0 +1,144 @@
+"""Gated short convolution: the mixer of `ShortConv` layers, and causal convolutions whose state padding never reaches.
+
+Rows are computed with their real tokens first, so that the last inputs of a row are those of real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
+from vlmprune_jax.core.models.layers import Leaf, Projection
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack
+
+
+class RealFirst(NamedTuple):
+    """Reordering of each row's positions that puts padding last; both fields are None if there is no padding."""
+
+    order: jax.Array | None
+    """int[batch, seq], the original position of each entry."""
+
+    valid: jax.Array | None
+    """bool[batch, seq], True for real tokens, in the new order."""
+
+    @classmethod
+    def of(cls, ctx: Context, length: int) -> RealFirst:
+        """Return the reordering for a call that computes `length` positions (None fields in decoding: no padding)."""
+        if ctx.valid is None or length == 1:
+            return cls(None, None)
+        valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
+        order = jnp.argsort(~valid, axis=1, stable=True)
+        return cls(order, jnp.take_along_axis(valid, order, axis=1))
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Reorder the positions of x [batch, seq, embed] so that padding comes last."""
+        return x if self.order is None else jnp.take_along_axis(x, self.order[:, :, None], axis=1)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """Return the positions of x [batch, seq, ...] to their original order (undoes `take`)."""
+        if self.order is None:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.argsort(self.order, axis=1).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), axis=1
+        )
+
+    def tail(self, inputs: jax.Array, count: int) -> jax.Array:
+        """Return the convolution's inputs at the last `count` tokens that are not padding, for the next call.
+
+        `inputs`: [batch, count + seq, channels]; the first `count` are kept from the previous call.
+        """
+        if self.valid is None:
+            return inputs[:, inputs.shape[1] - count :]
+        at = self.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        return jnp.take_along_axis(inputs, at[:, :, None], axis=1)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the causal depthwise convolution of x [batch, seq, channels], and x preceded by the earlier inputs.
+
+    `kernel`: [channels, taps], the last tap for the current position. `before`: [batch, taps - 1, channels], the
+    earlier inputs (None: zeros).
+    """
+    channels, taps = kernel.shape
+    if before is None:
+        before = jnp.zeros((x.shape[0], taps - 1, channels), x.dtype)
+    inputs = jnp.concatenate([before, x], axis=1)
+    mixed = sum(inputs[:, i : i + x.shape[1]] * kernel[None, None, :, i] for i in range(taps))
+    assert not isinstance(mixed, int)
+    return mixed, inputs
+
+
+class ConvState(NamedTuple):
+    """Cached last inputs of the convolutions in a run of equal layers, with a leading layer axis."""
+
+    tail: jax.Array
+    """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
+
+
+class ShortConv(nnx.Module):
+    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input."""
+
+    writer = "out_proj"
+    state_axes = ((None, "batch", None, None),)
+
+    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
+        self.facts = layer.mixer
+        self.b_proj, self.c_proj, self.x_proj = (
+            Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name))
+            for name in ("b_proj", "c_proj", "x_proj")
+        )
+        self.conv = Leaf(sizes, ("conv", "tap"))
+        self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
+
+    def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
+        """Run the gated convolution on its input float[batch, seq, embed], and update the cached state."""
+        rows = RealFirst.of(ctx, x.shape[1])
+        x = rows.take(x)
+        projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
+        *masks, last = dropout_masks(ctx.dropout_key, x, projections)
+        b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
+        before = None if state is None else at_layer(state).tail
+        mixed, inputs = convolve(b * values, self.conv.weight.get_value(), before)
+        updated = None
+        if state is not None:
+            updated = write_layer(state, ConvState(rows.tail(inputs, self.facts.taps - 1)))
+        mixed = rows.restore(c * mixed)
+        return Mixed(self.out_proj(mixed, last), mixed, updated, None)
+
+    @classmethod
+    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
+        """Return the initial cached state (zeros) of `length` equal convolutions; it does not depend on `slots`."""
+        del cfg, slots
+        return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
+
+    @staticmethod
+    def rows_of(state: ConvState, rows: jax.Array) -> ConvState:
+        """Select the batch rows `rows` from the convolution's cached inputs."""
+        return ConvState(state.tail[:, rows])
+
+    @staticmethod
+    def extended(state: ConvState, empty: ConvState) -> ConvState:
+        """Return the cached state unchanged; its size does not depend on the sequence length."""
+        del empty
+        return state
+
+
+def at_layer(state: LayerState) -> Any:
+    """Return the current layer's state from the stacked states of a run of equal layers."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, state.layer, keepdims=False), state.stacked)
+
+
+def write_layer(state: LayerState, new: Any) -> Any:
+    """Return the stacked states of a run of equal layers, with the current layer's state replaced by `new`."""
+    return jax.tree.map(
+        lambda leaf, values: jax.lax.dynamic_update_index_in_dim(leaf, values.astype(leaf.dtype), state.layer, axis=0),
+        state.stacked,
+        new,
+    )

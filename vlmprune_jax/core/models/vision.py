@@ -1,0 +1,221 @@
+"""Vision towers: CLIP, SigLIP, InternViT, and the towers of SmolVLM, Qwen-VL and Gemma."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import VisionConfig
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.context import Context, Hook, Names
+from vlmprune_jax.core.models.kernels import in_blocks
+from vlmprune_jax.core.models.layers import Leaf, Norm, declare
+from vlmprune_jax.core.models.patches import Places, antialiased, axial_angles, places_of, resampled, windows_of
+from vlmprune_jax.core.models.stack import BlockStack
+
+# Parameter a of the cubic convolution kernel (Keys 1981), as in torch (jax.image.resize uses -0.5).
+_CUBIC = -0.75
+
+
+class PatchEmbedding(nnx.Module):
+    """Patch embedding: a convolution with stride = kernel size; incomplete patches at the edges are ignored."""
+
+    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
+        frames = ("temporal",) if cfg.dynamic_resolution else ()
+        axes = ("channel", *frames, "patch_row", "patch_column")
+        axes = ("patch_row", "patch_column", "channel") if cfg.patches.channels_last else axes
+        self.weight = declare(sizes, ("vision", *axes))
+        self.bias = declare(sizes, ("vision",)) if cfg.patches.bias else None
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Return the patch embeddings float[images, rows * columns, vision] of pixels [images, channel, height, width].
+
+        Inputs [images, patches, channel * temporal * row * column] are already split into patches.
+        """
+        weight = self.weight.get_value()
+        if pixels.ndim == 3:
+            x = pixels @ weight.reshape(len(weight), -1).T
+            return x if self.bias is None else x + self.bias.get_value()[None, None]
+        width, channels, patch = weight.shape[:3]
+        n, rows, columns = pixels.shape[0], pixels.shape[2] // patch, pixels.shape[3] // patch
+        pixels = pixels[:, :, : rows * patch, : columns * patch]
+        patches = pixels.reshape(n, channels, rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
+        x = patches.reshape(n, rows * columns, -1) @ weight.reshape(width, -1).T
+        return x if self.bias is None else x + self.bias.get_value()[None, None]
+
+
+class VisionTower(BlockStack):
+    """Vision tower up to the layer whose features are used; later layers are not loaded."""
+
+    cfg: VisionConfig
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__(cfg, Names("vision", ("layer_norm1", "layer_norm2"), "out_proj"))
+        self.by_axis = by_axis = 0 if cfg.positions is None else cfg.positions.by_axis
+        sizes = {
+            "vision": cfg.hidden_size,
+            "channel": cfg.channels,
+            "temporal": cfg.patches.temporal,
+            "patch_row": cfg.patch_size,
+            "patch_column": cfg.patch_size,
+            "position": by_axis or cfg.position_grid**2 + cfg.class_token,
+            "axis": 2,
+        }
+        self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
+        self.patch_embedding = PatchEmbedding(cfg, sizes)
+        axes = ("axis", "position", "vision") if by_axis else ("position", "vision")
+        self.position_embedding = Leaf(sizes, axes) if cfg.positions is not None else None
+        norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.block.norm_eps)
+        self.pre_layrnorm = norm() if cfg.pre_norm else None
+        self.post_layernorm = norm() if cfg.post_norm else None
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Apply the vision tower's final norm; return `x` unchanged in towers without one."""
+        return x if self.post_layernorm is None else self.post_layernorm(x)
+
+    def _table(self) -> jax.Array:
+        assert self.position_embedding is not None
+        return self.position_embedding.weight.get_value()
+
+    def positions(self, rows: int, columns: int) -> jax.Array:
+        """Return the position embeddings for an image of rows x columns patches, class token first.
+
+        Raises UserError if the tower was trained with a different grid and does not resize its table (only InternViT
+        does).
+        """
+        table, cfg = self._table(), self.cfg
+        if (rows, columns) == (cfg.position_grid, cfg.position_grid):
+            return table
+        if cfg.positions is None or not cfg.positions.resizes:
+            raise UserError(
+                f"an image has {rows} x {columns} patches, but the {cfg.kind} vision tower takes {cfg.position_grid} "
+                f"per side: resize images to {cfg.image_size} pixels per side"
+            )
+        patches = table[int(cfg.class_token) :].astype(jnp.float32)
+        patches = patches.reshape(cfg.position_grid, cfg.position_grid, -1)
+        down, across = bicubic(cfg.position_grid, rows), bicubic(cfg.position_grid, columns)
+        resized = jnp.einsum("ri,cj,ijd->rcd", jnp.asarray(down), jnp.asarray(across), patches)
+        resized = resized.reshape(rows * columns, -1).astype(table.dtype)
+        return jnp.concatenate([table[: int(cfg.class_token)], resized])
+
+    def spread(self, patches: jax.Array) -> jax.Array:
+        """Return position embeddings float[images, positions, vision] for images that fill only part of their pixels.
+
+        Patch i of n real patches in a row or column takes the position at i / n of the table's length, as if the real
+        patches covered the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose
+        float32 boundaries equal these integers).
+        """
+        table, grid = self._table(), self.cfg.position_grid
+
+        def places(real: jax.Array) -> jax.Array:
+            count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)[:, None]
+            return jnp.minimum(jnp.arange(real.shape[1], dtype=jnp.int32)[None] * grid // count, grid - 1)
+
+        down, across = places(patches[:, :, 0]), places(patches[:, 0])
+        index = down[:, :, None] * grid + across[:, None]
+        return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
+
+    def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
+        """Return row and column of every patch of packed rows [packs, patches, ...]; `grid`: int[packs, images, 3]."""
+        return places_of(grid, pixels.shape[1], self.cfg.merge)
+
+    def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
+        """Return masks and rotary tables for hidden states float[images, positions, ...]."""
+        if grid is None:
+            real = None if patches is None else patches.reshape(len(patches), -1)
+            return Context({} if real is None else {0: real[:, None, None]}, valid=real)
+        cfg, places = self.cfg, self.places(x, grid)
+        sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
+        segments = {side: windows_of(places, cfg.merge, side) if side else places.image for side in sides}
+        whole = {} if in_blocks(x.shape[1]) else segments
+        masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in whole.items()}
+        facts = cfg.attention
+        if facts.rope is None:
+            return Context(masks, segments=segments)
+        rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
+        return Context(masks, dict.fromkeys(sides, rope), segments=segments)
+
+    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
+        """Return masks and rotary tables, for unpadded images or images of varying size ("image_grid_thw")."""
+        return self.context(x, grid=arrays.get("image_grid_thw"))
+
+    def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
+        """Embed pixels [images, channel, height, width] as the first block's input float[images, positions, vision].
+
+        The class token (if any) comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
+        """
+        n, patch = pixels.shape[0], self.cfg.patch_size
+        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.centres else pixels)
+        if grid is not None and self.by_axis:
+            (columns, rows), places = self._table(), self.places(pixels, grid)
+            return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
+        if grid is not None:
+            if self.position_embedding is not None:
+                table = constrain(self._table(), (None, None))  # replicated, since any device reads any row
+                positions = self.cfg.positions
+                interpolate = antialiased if positions is not None and positions.antialiased else resampled
+                x = x + interpolate(table, self.places(pixels, grid))
+            return constrain(x, ("batch", None, None))
+        if self.class_embedding is not None:
+            cls = self.class_embedding.weight.get_value()[None, None]
+            x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, x.shape[-1])), x], axis=1)
+        if patches is None:
+            x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
+        else:
+            x = x + self.spread(patches)
+        if self.pre_layrnorm is not None:
+            x = self.pre_layrnorm(x)
+        return constrain(x, ("batch", None, None))
+
+    def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
+        """Run the vision tower; return the hidden states after the last block and after the final norm."""
+        return self.hooked(pixels, None, patches=patches, grid=grid)[0]
+
+    def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
+        """Return hidden states float[packs, patches, vision] after the last block and each block in `deepstack`."""
+        x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
+        passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
+        return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
+
+    def hooked(
+        self,
+        pixels: jax.Array,
+        hook: Hook | None,
+        hook_inputs: tuple[str, ...] = (),
+        patches: jax.Array | None = None,
+        grid: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any]]:
+        """Run the vision tower; return the states after the final norm, and `hook(BlockValues)` of every block.
+
+        Args:
+          pixels: float[images, channel, height, width].
+          hook, hook_inputs: see `BlockStack.pass_through`.
+          patches: bool[images, rows, columns], True for patches that are not padding (None: all); for `spread`
+          positions.
+          grid: int[packs, images, 3], frames, rows and columns of patches of images of varying size; `pixels` are then
+            packed rows of patches [packs, patches, values], see `patch_rows`.
+        """
+        x = self.embed(pixels, patches, grid)
+        passed = self.pass_through(x, self.context(x, patches, grid), hook=hook, hook_inputs=hook_inputs)
+        return self.final_norm(passed.last), passed.hooks
+
+
+def bicubic(n_in: int, n_out: int) -> np.ndarray:
+    """Return the weights float32[n_out, n_in] of torch's bicubic interpolation (align_corners=False)."""
+    a = _CUBIC
+    weights = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        center = (i + 0.5) * n_in / n_out - 0.5
+        for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            t = abs(center - j)
+            near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+            far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+            weights[i, min(max(j, 0), n_in - 1)] += near if t <= 1 else far if t < 2 else 0.0
+    return weights.astype(np.float32)

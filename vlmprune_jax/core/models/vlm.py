@@ -1,0 +1,374 @@
+"""Vision-language model: pure functions of parameters and config, and the NNX module that declares the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlmprune_jax.base.checks import suggest
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.context import Hook, LayerEmbeds
+from vlmprune_jax.core.models.decoder import Decoder
+from vlmprune_jax.core.models.encoders import ENCODERS
+from vlmprune_jax.core.models.features import features_of, splice
+from vlmprune_jax.core.models.inputs import VisualInputs, split_encoder_inputs, visual_inputs
+from vlmprune_jax.core.models.patch_rows import patch_rows, real_features
+from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
+from vlmprune_jax.core.models.positions import is_visual, with_images
+from vlmprune_jax.core.models.projector import Projector
+from vlmprune_jax.core.models.stack import BlockStack
+from vlmprune_jax.core.models.vision import VisionTower
+from vlmprune_jax.core.models.vocabulary import Head, cross_entropy_sum
+from vlmprune_jax.core.plans.plan import PrunePlan
+from vlmprune_jax.core.stack import Encoder, Stack
+
+Params = dict[str, Any]
+CAPTURE = ("hidden", "image_features", "inputs_embeds")
+# Arrays of a batch's images, beside ids and mask, by the names of `encode`.
+IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
+# Arrays that `forward` takes.
+INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
+_CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: a nested dict of parameter arrays, and the ModelConfig that describes the model."""
+
+    params: Params
+    cfg: ModelConfig
+    _: KW_ONLY
+    # Defaults of `save`, without effect on computation or equality: the folder that the model was loaded from, and
+    # what `vp.apply_plan` has pruned since then.
+    source: Path | None = field(default=None, compare=False)
+    plan: PrunePlan | None = field(default=None, compare=False)
+
+    def __call__(self, batch: Mapping[str, Any], *, capture: Collection[str] = ()) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the logits of a batch, and the intermediate values named in `capture`, see `vp.forward`.
+
+        `batch`: arrays by the argument names of `vp.forward`, such as the outputs of a Hugging Face processor.
+
+        Raises UserError for inputs that `vp.forward` refuses, or for an array with an unknown name.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise UserError("model(batch): batch must be a mapping with input_ids: pass the outputs of a processor")
+        for name in batch:
+            if name not in (known := (*INPUTS, *self.cfg.encoder_arrays)):
+                raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, known)}: leave it out")
+        return forward(self, **batch, capture=capture)
+
+    def generate(self, input_ids: Any, *, max_new_tokens: int, **inputs: Any) -> np.ndarray:
+        """Return the greedy continuation of every prompt, int32[batch, max_new_tokens], see `vp.generate`."""
+        return _public("generate")(self, input_ids, max_new_tokens=max_new_tokens, **inputs)
+
+    def save(self, out_dir: str | Path, **options: Any) -> None:
+        """Write the model to a new folder, see `vp.save`."""
+        _public("save")(self, out_dir, **options)
+
+    def __repr__(self) -> str:
+        """Return family, size, dtype and layers of every stack as text, without the arrays."""
+        leaves, cfg = jax.tree.leaves(self.params), self.cfg
+        size, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
+        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}", *cfg.stack_lines]
+        return "\n  ".join(lines) + ")"
+
+    def replace(self, **changes: Any) -> Model:
+        """Return a copy of the model with new `params` or a new `cfg`; it still refers to the same model folder."""
+        return dataclasses.replace(self, **changes)
+
+
+def _public(name: str) -> Any:
+    """Return the function `vlmprune_jax.NAME`, looked up late because that package imports this module."""
+    return getattr(sys.modules["vlmprune_jax"], name)
+
+
+def config_of(model: Model | ModelConfig) -> ModelConfig:
+    """Return a model's config; a ModelConfig is returned unchanged."""
+    return model.cfg if isinstance(model, Model) else model
+
+
+class VisionLanguageModel(nnx.Module):
+    """Vision-language model (tower -> projector -> decoder), or a decoder alone if the config has no tower."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        self.text = Decoder(cfg.text, cfg.lora, cfg.fake_quant)
+        for name, encoder in cfg.encoders:
+            setattr(self, name, ENCODERS[type(encoder)](encoder, cfg.text.hidden_size))
+        if cfg.vision is not None and cfg.projector is not None:
+            if cfg.tower:
+                self.vision = VisionTower(cfg.vision)
+            self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
+
+    def vision_features(
+        self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the images' features float[images, tokens, features], the input of the projector.
+
+        `pixels`: float[images, channel, height, width]. `mask`: int[images, height, width], 1 = no padding. With
+        `grid`, int[packs, images, 3], pixels are [packs, patches, values], and the result has the features of all
+        levels.
+        """
+        assert self.cfg.vision is not None
+        return features_of(self.vision, self.cfg, pixels, mask, grid)
+
+    def embed(
+        self,
+        input_ids: jax.Array,
+        pixel_values: jax.Array | None,
+        vision_features: jax.Array | None = None,
+        pixel_attention_mask: jax.Array | None = None,
+        image_grid_thw: jax.Array | None = None,
+        encoder_inputs: Mapping[str, jax.Array] | None = None,
+    ) -> Embedded:
+        """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
+
+        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [packs, slots, 3, H, W] with one
+        packed row for each of `packs` equal groups of rows, so that every device inserts the features of its own rows
+        without communication. `pixel_attention_mask`: the same shape without the channels. For images of varying size,
+        pixels are [packs, patches, values], with `image_grid_thw` int[packs, images, 3]. `vision_features`: the tower's
+        features instead of pixels, [packs, slots, tokens, features], or [packs, tokens, features] with
+        `image_grid_thw`. `encoder_inputs`: the arrays in `cfg.encoder_arrays` that the batch has.
+        """
+        x = self.text.embed_tokens.lookup(input_ids)
+        for name, encoder in self.cfg.encoders:
+            if encoder_inputs and encoder.array in encoder_inputs:
+                tokens = getattr(self, name)(encoder_inputs[encoder.array])
+                x = splice(x, input_ids == encoder.token_id, tokens.astype(x.dtype), len(tokens))
+        grid, mask = image_grid_thw, pixel_attention_mask
+        if vision_features is not None:
+            packs, states = len(vision_features), vision_features.reshape(-1, *vision_features.shape[-2:])
+            states = states.astype(x.dtype)
+        elif pixel_values is not None:
+            each = 3 if grid is None else 2  # axes of an image, or a packed row of patches
+            packs = len(pixel_values) if pixel_values.ndim == 5 or grid is not None else 1
+            states = self.vision_features(
+                pixel_values.reshape(-1, *pixel_values.shape[-each:]).astype(x.dtype),
+                None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
+                grid,
+            )
+        else:
+            return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
+        features = self.projector(states)
+        is_image = is_visual(input_ids, self.cfg.visual_token_ids)
+        deepstack = self.projector.deepstack_features(states)
+        if deepstack is not None:
+            deepstack = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in deepstack])
+            deepstack = constrain(deepstack, (None, "batch", "sequence", None))
+        x = splice(x, is_image, features, packs)
+        return Embedded(x, features, LayerEmbeds(deepstack, self.layer_inputs(x, input_ids)))
+
+    def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
+        """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
+        return self.text.layer_inputs(
+            x, jnp.where(is_visual(input_ids, self.cfg.visual_token_ids), self.cfg.pad_token_id or 0, input_ids)
+        )
+
+
+class Embedded(NamedTuple):
+    """Decoder's input embeddings after inserting image features, and these features.
+
+    `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed].
+    """
+
+    x: jax.Array
+    features: jax.Array | None
+    layer_embeds: LayerEmbeds
+
+
+def stack_module(stack: str, cfg: Stack) -> Any:
+    """Return the abstract NNX module of the decoder or a tower, without allocating parameters."""
+    kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
+    return nnx.eval_shape(lambda: ENCODERS[type(cfg)](cfg, 1) if isinstance(cfg, Encoder) else kinds[stack](cfg))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return graph and abstract state of a config's NNX module, without allocating parameters."""
+    return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(cfg)))
+
+
+def to_nnx(model: Model) -> VisionLanguageModel:
+    """Return an NNX module that holds the model's arrays, for your own training loop."""
+    graph, state = abstract(model.cfg)
+    if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
+        raise UserError("params do not have the structure that cfg describes: change params and cfg together")
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, model.params)
+    return nnx.merge(graph, filled)
+
+
+def encode(
+    params: Params,
+    cfg: ModelConfig,
+    input_ids: jax.Array,
+    *,
+    pixel_values: jax.Array | None = None,
+    pixel_attention_mask: jax.Array | None = None,
+    vision_features: jax.Array | None = None,
+    image_grid_thw: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    inputs_embeds: jax.Array | None = None,
+    layer_embeds: LayerEmbeds = LayerEmbeds(),
+    position_ids: jax.Array | None = None,
+    encoder_inputs: Mapping[str, jax.Array] | None = None,
+    states: tuple[int, ...] = (),
+    hook: Hook | None = None,
+    hook_inputs: tuple[str, ...] = (),
+    remat: str = "none",
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
+
+    `encoder_inputs`, `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds`,
+    together with `layer_embeds`, replaces the embedding of tokens and images (for example, to run the teacher on the
+    student's embeddings). `position_ids`: int[batch, seq], by default counted along `attention_mask`; int[batch, 3,
+    seq] with images of varying size (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see
+    `Decoder.__call__`. aux always has "inputs_embeds" and "layer_embeds" and, with images, "image_features".
+
+    Raises UserError for images of varying size without `position_ids`.
+    """
+    module = to_nnx(Model(params, cfg))
+    features = None
+    if inputs_embeds is None:
+        inputs_embeds, features, layer_embeds = module.embed(
+            input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw, encoder_inputs
+        )
+    elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
+        layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
+    x = constrain(inputs_embeds, ("batch", "sequence", None))
+    if attention_mask is None:
+        attention_mask = jnp.ones(input_ids.shape, jnp.int32)
+    if image_grid_thw is not None and position_ids is None and cfg.text.rope.sections:
+        raise UserError("image_grid_thw needs position_ids by row and column: compute them with models.positions")
+    if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
+        position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
+    context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
+    final, aux = module.text(
+        x, context, states=states, hook=hook, hook_inputs=hook_inputs, remat=remat, layer_embeds=layer_embeds
+    )
+    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "layer_embeds": layer_embeds}
+
+
+def head_of(params: Params, cfg: ModelConfig) -> Head:
+    """Return the output head, which maps final hidden states to logits."""
+    head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
+    return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def text_loss(params: Params, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the summed cross-entropy, float32[], of the tokens (`mask` 1) after the first of each row."""
+    final, _ = encode(params, cfg, ids, attention_mask=mask)
+    return cross_entropy_sum(final, head_of(params, cfg), jnp.where(mask > 0, ids, IGNORED), chunk=_CHUNK)
+
+
+def apply(
+    params: Params,
+    cfg: ModelConfig,
+    input_ids: jax.Array,
+    *,
+    pixel_values: jax.Array | None = None,
+    pixel_attention_mask: jax.Array | None = None,
+    image_grid_thw: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
+    encoder_inputs: Mapping[str, jax.Array] | None = None,
+    capture: Collection[str] = (),
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
+
+    aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final norm (as in Hugging Face).
+    """
+    unknown = set(capture) - set(CAPTURE)
+    if unknown:
+        raise UserError(f"capture={sorted(unknown)}: no such intermediate value (choose among {', '.join(CAPTURE)})")
+    states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in capture else ()
+    final, aux = encode(
+        params,
+        cfg,
+        input_ids,
+        pixel_values=pixel_values,
+        pixel_attention_mask=pixel_attention_mask,
+        image_grid_thw=image_grid_thw,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        encoder_inputs=encoder_inputs,
+        states=states,
+    )
+    aux["hidden"] = aux.get("states")
+    return head_of(params, cfg).logits(final), {name: aux[name] for name in capture}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "capture"))
+def _forward(
+    params: Params, cfg: ModelConfig, arrays: Any, capture: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, Any]]:
+    arrays = dict(arrays)
+    return apply(params, cfg, arrays.pop("input_ids"), **arrays, capture=capture)
+
+
+def forward(
+    model: Model,
+    input_ids: Any,
+    *,
+    attention_mask: Any = None,
+    capture: Collection[str] = (),
+    want: Collection[str] | None = None,
+    **visuals: Unpack[VisualInputs],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Return the logits for token ids with one id per image feature, and intermediate values on request.
+
+    Args:
+      model: the model; sharded parameters give a sharded computation.
+      input_ids: int[batch, seq]; `model.cfg.image_token_id` once per image feature, and `model.cfg.video_token_id` (if
+        the model has this token) once per video feature.
+      attention_mask: int[batch, seq], 1 = real token.
+      capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
+      want: deprecated name of `capture`.
+      visuals: arrays of a processor's images and videos, see `vlmprune_jax.core.models.inputs.VisualInputs`.
+
+    Returns:
+      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with the values
+      named in `capture`. "hidden": tuple of n_layers + 1 arrays [batch, seq, embed], from the embeddings to the state
+      after the final norm (the Hugging Face convention). "image_features": [images, tokens, embed], or [tokens of all
+      images, embed] for images of varying size (None without images). "inputs_embeds": [batch, seq, embed].
+
+    Raises:
+      UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the
+        images.
+    """
+    if want is not None:
+        warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
+        capture = want
+    items, visuals = split_encoder_inputs(model.cfg, input_ids, visuals)
+    images, mask = visual_inputs(model.cfg, input_ids, attention_mask, visuals)
+    arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
+    mesh = mesh_of(model.params)
+    if model.cfg.dynamic_resolution:
+        packs = packed_rows(len(input_ids), mesh)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, **images, packs=packs)
+        arrays.pop("deltas", None)
+    else:
+        arrays["pixel_values"] = images["pixel_values"]
+    with use_mesh(mesh):
+        placed = {**place_batch(arrays, mesh), "encoder_inputs": place_batch(items, mesh)}
+        logits, aux = _forward(model.params, model.cfg, placed, tuple(capture))
+    if model.cfg.dynamic_resolution and aux.get("image_features") is not None:
+        aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
+    return logits, aux

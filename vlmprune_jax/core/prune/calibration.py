@@ -1,0 +1,179 @@
+"""Calibration batches: checked once on the host before anything is compiled for them; types of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.models.context import Hook
+from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, split_encoder_inputs, visual_inputs
+from vlmprune_jax.core.models.patch_rows import patch_rows
+from vlmprune_jax.core.models.positions import with_images
+from vlmprune_jax.core.models.vlm import Params, encode
+from vlmprune_jax.core.prune.config import ScoreConfig
+
+Arrays = dict[str, np.ndarray]
+# Token types; an answer is a token with a label. Frames of models without a video token are images.
+TYPES = PADDING, PROMPT, IMAGE, ANSWER, VIDEO = tuple(range(5))
+TOKEN_TYPES = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER, "video": VIDEO}
+_FILLS = {"input_ids": 0, "attention_mask": 0, "token_types": PADDING, "labels": IGNORED}
+TOKEN_TYPE_WEIGHTS = {name: getattr(ScoreConfig(), name) for name in ("image_weight", "prompt_weight", "answer_weight")}
+
+
+def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
+    """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels.
+
+    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
+    pixel_values are returned by row, float32[batch, images, 3, H, W]. Pixels in the form of processors, [images, 3, H,
+    W] in order of appearance, are assigned to the rows with the images' tokens. Images of varying size are returned in
+    the form of `patch_rows`, one packed row for each row, with image_grid_thw and position_ids. Raises UserError if
+    there is no batch, an array is missing, or the model cannot read the shapes, ids, images or labels.
+    """
+    number = -1
+    for number, batch in enumerate(batches):
+        arrays = getattr(batch, "arrays", batch)
+        with error_context(f"calibration batch {number}"):
+            if not isinstance(arrays, Mapping):
+                raise UserError(f"must be a mapping of arrays, got {type(batch).__name__}: make it with vp.batches")
+            yield _checked({name: array for name, array in arrays.items() if array is not None}, cfg, labels)
+    if number < 0:
+        raise UserError("there are no calibration batches: pass at least one")
+
+
+def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
+    """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
+
+    The result always has ids, mask, token types and labels; other arrays are there only if a row has them.
+    """
+    arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
+    others = dict.fromkeys(name for row in rows for name in row if name not in (*_FILLS, "name"))
+    for name in (*_FILLS, *others):
+        pairs = [(at, row[name]) for at, row in enumerate(rows) if name in row]
+        if pairs or name in _FILLS:
+            sizes = np.max([part.shape for _, part in pairs], axis=0) if pairs else (longest,)
+            shape = (*sizes[:-1], longest) if name in (*_FILLS, "position_ids") else sizes
+            arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), pairs[0][1].dtype if pairs else np.int32)
+        for at, part in pairs:
+            arrays[name][at][tuple(map(slice, part.shape))] = part
+    return arrays
+
+
+def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
+    """Return the weight of each token type, float32[types], from a criterion's options; padding has weight 0."""
+    weights = np.zeros(len(TYPES), np.float32)
+    for name, number in TOKEN_TYPES.items():
+        weights[number] = options["image_weight" if number == VIDEO else f"{name}_weight"]
+    return weights
+
+
+def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
+    """Return the arrays of a checked batch that a pass over a stack reads; absent arrays are None."""
+    names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
+    return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
+
+
+def run_decoder(
+    params: Params, cfg: ModelConfig, batch: Mapping[str, Any], hook: Hook, inputs: tuple[str, ...]
+) -> list[Any]:
+    """Run the decoder on one batch, and return the results of a hook that is called for every block."""
+    _, aux = encode(
+        params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
+        position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], hook=hook, hook_inputs=inputs,
+        encoder_inputs=cfg.encoder_inputs(batch),
+    )  # fmt: skip
+    return aux["hook"]
+
+
+def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
+    """Return bool[batch, images], True for images that are not padding."""
+    count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
+    return np.arange(slots)[None] < count[:, None]
+
+
+def types_in(counts: np.ndarray) -> list[str]:
+    """Return the names of the token types that occur, given their counts int[types]; () if only one type occurs."""
+    names = [name for name, number in TOKEN_TYPES.items() if counts[number]]
+    return names if len(names) > 1 else []
+
+
+def positive(count: Any) -> Any:
+    """Return `count`; raise UserError if it is zero, since a score needs at least one token."""
+    if count == 0:
+        raise UserError("the calibration batches contain only padding: every attention_mask is 0")
+    return count
+
+
+def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
+    wanted = ("input_ids", "attention_mask", "labels") if labels else ("input_ids", "attention_mask")
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)}): make batches with vp.batches")
+    named = ("input_ids", "attention_mask", "labels")
+    result: Arrays = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
+    shape = result["input_ids"].shape
+    for name, array in result.items():
+        if array.shape != shape:
+            raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
+    ids, mask = result["input_ids"], result["attention_mask"]
+    given = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
+    items, _ = split_encoder_inputs(cfg, ids, arrays)
+    visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, given))
+    if pixel_mask is not None:
+        raise UserError(
+            "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
+        )
+    if "labels" in result:
+        _check_labels(result["labels"], cfg)
+    if cfg.dynamic_resolution:
+        image_arrays = patch_rows(cfg, ids, mask, **visuals, packs=len(ids))
+        result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}
+    elif visuals["pixel_values"] is not None:
+        images = np.asarray(visuals["pixel_values"], np.float32)
+        result["pixel_values"] = images if images.ndim == 5 else _per_row(images, ids, cfg)
+    if cfg.text.sees_images:
+        result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
+    return {**result, **items, "token_types": _token_types(result, cfg)}
+
+
+def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= cfg.text.vocab_size))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORED} (ignored) nor below "
+            f"{cfg.text.vocab_size}"
+        )
+
+
+def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """Distribute images [images, 3, H, W] over rows: [batch, images, 3, H, W], padded with zeros."""
+    positions = (ids == cfg.image_token_id).sum(axis=1)
+    counts, rest = np.divmod(positions, cfg.tokens_per_image)
+    if rest.any():
+        row = int(np.argmax(rest > 0))
+        raise UserError(
+            f"row {row} of input_ids has {positions[row]} image positions, not a multiple of the "
+            f"{cfg.tokens_per_image} tokens of an image"
+        )
+    if counts.sum() != len(pixels):
+        raise UserError(f"pixel_values has {len(pixels)} images, but input_ids has positions for {counts.sum()}")
+    rows = np.zeros((len(ids), max(counts.max(), 1), *pixels.shape[1:]), np.float32)
+    rows[np.arange(rows.shape[1]) < counts[:, None]] = pixels
+    return rows
+
+
+def _token_types(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
+    """Return the type of every token (padding, prompt, image, answer, video) as int32[batch, seq]."""
+    types = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
+    if "labels" in arrays:
+        types[arrays["labels"] != IGNORED] = ANSWER
+    encoders = ((encoder.token_id, IMAGE) for _, encoder in cfg.encoders)
+    for token, name in ((cfg.image_token_id, IMAGE), (cfg.video_token_id, VIDEO), *encoders):
+        if token is not None:
+            types[arrays["input_ids"] == token] = name
+    types[arrays["attention_mask"] == 0] = PADDING
+    return types

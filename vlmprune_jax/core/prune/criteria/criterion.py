@@ -1,0 +1,121 @@
+"""Description of a criterion, which scoring, settings checks and commands read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.checks import file_of_users, one_of
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS
+from vlmprune_jax.core.prune.config import ScoreConfig
+
+NEEDS = ("weights", "activations", "routing", "labels")
+# What a criterion scores -> the fields of Scores that it fills.
+FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
+Parts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Importance criterion that scores layers, or heads and neurons.
+
+    `scores`: what the criterion scores, of "layers", "widths" (heads and neurons) and "experts". `options`: defaults by
+    name; each function receives the options for which it has parameters. The value of an option `variant` is part of
+    the criterion's name; `gqa` and `layers_removed` define the units that are scored (see `Scores`).
+
+    The signature of `function` depends on `needs`:
+      weights: function(model, **options) -> parts.
+      activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
+        device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
+        model, **options)` -> parts.
+      routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
+        `splits` -> (parts, {token type: parts}).
+      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
+        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are fields of
+        `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
+
+    `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
+    function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".
+    `journals`: the sums of every batch are kept on disk, so that an interrupted pass continues (for sums of few
+    numbers). `splits`: all sums are weighted by `tokens.weight`, so that they can be restricted to tokens of one type;
+    the criterion then also returns scores by token type (`Scores.by_token_type`). Raises UserError for contradictory
+    fields, or an option that is no parameter of a function.
+    """
+
+    scores: tuple[str, ...]
+    needs: str
+    function: Callable[..., Any]
+    finish: Callable[..., Parts] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    counts: str = "batches"
+    journals: bool = False
+    stacks: tuple[str, ...] = ("text",)
+    splits: bool = False
+
+    def __post_init__(self) -> None:
+        for what in self.scores:
+            one_of("a criterion's scores:", what, tuple(FIELDS))
+        for stack in self.stacks:
+            one_of("a criterion's stacks:", stack, STACKS)
+        one_of("a criterion's needs:", self.needs, NEEDS)
+        one_of("a criterion's counts:", self.counts, ("batches", "layers"))
+        streams = self.needs == "activations"
+        resumes = streams or taken(self.function, {"cache": None})
+        if streams != (self.finish is not None) or (self.journals and not resumes):
+            raise UserError(
+                'a criterion with finish= (or journals=True without a parameter cache) must have needs="activations"'
+            )
+        if self.splits and not self.needs_batches:
+            raise UserError(
+                'a criterion with needs="weights" reads no tokens, so it cannot have splits=True: leave splits out'
+            )
+        for name in self.options:
+            if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
+                raise UserError(
+                    f"a criterion: option {name!r} is not a parameter of any of its functions: add the parameter, or "
+                    "remove the option"
+                )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Default options of the criterion, including token weights."""
+        return {**self.options, **(TOKEN_TYPE_WEIGHTS if self.splits else {})}
+
+    def options_in(self, config: ScoreConfig) -> dict[str, Any]:
+        """Return the criterion's options: score settings of the same name, and the entries of `config.options`."""
+        settings = self.settings
+        if not self.splits:  # an option with the name of a token weight is the criterion's own
+            settings = {name: value for name, value in settings.items() if name not in TOKEN_TYPE_WEIGHTS}
+        given = {name: value for name, value in vars(config).items() if name in settings and value is not None}
+        return {**given, **{name: value for name, value in config.options.items() if name in self.settings}}
+
+    @property
+    def needs_batches(self) -> bool:
+        """True if the criterion reads calibration data."""
+        return self.needs != "weights"
+
+    @property
+    def file(self) -> Path | None:
+        """Source file of a user's criterion; None for built-in criteria."""
+        return file_of_users(self.finish or self.function)
+
+    def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
+        """Return the total number of layers or batches for the progress bar."""
+        return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
+
+
+def declared(*names: str) -> dict[str, Any]:
+    """Return {name: default} of the settings in `ScoreConfig` that a criterion accepts as options."""
+    return {name: getattr(ScoreConfig(), name) for name in names}
+
+
+def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the criterion's options that a function has as parameters."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}

@@ -1,0 +1,109 @@
+"""Taylor scores: estimated change of the loss without a head or a neuron (LLM-Pruner, arXiv 2305.11627)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import STACKS
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune.calibration import Arrays, weight_of_token_types
+from vlmprune_jax.core.prune.config import VARIANTS
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.gradients import Found, gradient_channels
+from vlmprune_jax.core.prune.criteria.groups import reduce_groups
+from vlmprune_jax.core.prune.criteria.tower_gradients import tower_channels
+
+
+def taylor(
+    model: Model,
+    batches: Iterable[Arrays],
+    progress: Callable[[int], None] | None,
+    *,
+    variant: str,
+    reduction: str,
+    gqa: str,
+    rows_per_step: int | None,
+    stack: str,
+    memory_budget: int | None,
+    by_token_type: bool,
+    image_weight: float,
+    prompt_weight: float,
+    answer_weight: float,
+    cache: ArrayCache | None,
+) -> tuple[Parts, dict[str, Parts]]:
+    """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
+
+    With W a weight, g its gradient and A = sum_j g_j^2 / N, where g_j is the gradient of sample j's own mean loss, the
+    channel score is a sum over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second
+    sum |W A W|, param_mix sum |W g - W A W / 2|.
+
+    Args:
+      batches, progress, memory_budget, cache: see `gradient_channels`; for a tower, see `tower_channels`.
+      rows_per_step: rows differentiated at once, by default those of the first batch (second order: one row).
+      by_token_type: also return scores by token type, from each type's share of the gradients; this costs one more
+        product per type and weight.
+      image_weight, prompt_weight, answer_weight: weights of the token types' shares in the gradient.
+
+    Raises UserError if there is no label, or for rows_per_step with second order.
+    """
+    squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
+    if squares and rows_per_step not in (None, 1):
+        raise UserError(
+            f"rows_per_step={rows_per_step} must be 1 for taylor {variant}, which squares the gradient of each record"
+        )
+
+    def reduced(layers: list[Found]) -> Parts:
+        channels = [{name: scores[variant] for name, scores in layer.items()} for layer in layers]
+        return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
+
+    if not model.cfg.stack(stack).causal:  # a tower: all of its positions are of one type
+        layers = tower_channels(
+            model, batches, _saliencies, stack=stack, squares=squares, rows_per_step=rows_per_step, progress=progress
+        )
+        return reduced(layers), {}
+    weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
+    layers, by_type = gradient_channels(
+        model,
+        batches,
+        _saliencies,
+        squares=squares,
+        rows_per_step=rows_per_step,
+        memory_budget=memory_budget,
+        weight_of=weight_of_token_types(weights),
+        by_token_type=by_token_type,
+        progress=progress,
+        cache=cache,
+    )
+    return reduced(layers), {name: reduced(type_layers) for name, type_layers in by_type.items()}
+
+
+def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
+    """Return {variant: channel scores}: first-order variants, or second-order ones if squared gradients are passed."""
+    if a is None:
+        return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
+    return {
+        "param_second": jnp.sum(jnp.abs(w * a * w), axis=axis),
+        "param_mix": jnp.sum(jnp.abs(w * g - 0.5 * w * a * w), axis=axis),
+    }
+
+
+TAYLOR = Criterion(
+    scores=("widths",),
+    needs="labels",
+    function=taylor,
+    options={
+        **declared("variant", "gqa", "memory_budget", "by_token_type"),
+        "reduction": "sum",
+        "rows_per_step": None,
+    },
+    counts="layers",
+    stacks=STACKS,
+    journals=True,
+    splits=True,
+)

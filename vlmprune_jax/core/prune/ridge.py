@@ -1,0 +1,192 @@
+"""Ridge regression from sums over tokens.
+
+sum_t w_t |r_t - D^T x_t|^2 over changes D of a weight depends on the tokens through G = sum w x x^T and C = sum w x r^T
+alone: D = (G + ridge diag G)^-1 C, and the error on other tokens, with their G and C, differs from that of D = 0 by <D,
+G D> - 2 <D, C>. A ridge relative to the diagonal has no scale; one relative to its mean would depend on the few largest
+entries.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.mesh.mesh import gather_to_host
+from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.prune.walk import LayerStream
+
+# Ridge penalties to try. With 4,096 tokens and 1,000 unknowns, 0.3 to 3 have the lowest held-out error; with more
+# tokens or fewer unknowns, smaller penalties do. An unchanged weight is always a candidate as well.
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+_FLOOR = 1e-6  # smallest diagonal entry of G, as a share of the mean, for neurons that are never active
+_BLOCK = 256
+_PARTS = 4  # parts into which rows and columns are divided, so that products skip most zeros of a triangular factor
+_PRODUCT: Any = {"precision": "highest"}
+
+
+class Sums(NamedTuple):
+    """Sums over weighted tokens for least squares: w x x^T [in, in], w x r^T [in, embed], and w |r|^2 per row."""
+
+    gram: jax.Array
+    cross: jax.Array
+    energy: Any
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_into(totals: Any, terms: Any) -> Any:
+    """Add two pytrees of arrays, in place in the first."""
+    return jax.tree.map(jnp.add, totals, terms)
+
+
+def total_sums(
+    stream: LayerStream, place: int, held_out: bool, compute: Callable[..., Sums], *targets: Sequence[Any], what: str
+) -> Sums:
+    """Return the sum of `compute(rows, *targets)` over calibration batches, fitted or held-out.
+
+    Raises a UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
+    """
+    totals, energy = None, np.float32(0)
+
+    def add(*arguments: Any) -> jax.Array:
+        nonlocal totals
+        sums = compute(*arguments)
+        products = sums.gram, sums.cross
+        totals = products if totals is None else add_into(totals, products)
+        return sums.energy
+
+    for batch, energies in stream.visit(add, place, *targets, held_out=held_out):
+        pairs = zip(batch.names, np.asarray(energies), strict=False)
+        wrong = [name for name, value in pairs if not math.isfinite(value)]
+        if wrong:
+            raise UserError(
+                f"reconstruct: {what} are not finite in {', '.join(sorted(wrong)[:5])} of the calibration batches: "
+                "check these records and the weights"
+            )
+        energy += np.asarray(energies).sum()
+    assert totals is not None
+    return Sums(*totals, energy)
+
+
+def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
+    """Return the ridge penalty with the lowest held-out error, and the error's change; None if no penalty lowers it."""
+    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
+    best = int(np.nanargmin(np.append(errors, 0.0)))
+    return None if best == len(RIDGES) else (RIDGES[best], float(errors[best]))
+
+
+@jax.jit
+def change(sums: Sums, ridge: Any) -> jax.Array:
+    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed]; G, C: `gram` and `cross`.
+
+    The columns of C are split over the devices of a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _solved(sums.gram, sums.cross, ridge)
+    columns, whole = PartitionSpec(None, mesh.axis_names), PartitionSpec()
+    shared = jax.shard_map(_solved, in_specs=(whole, columns, whole), out_specs=columns, check_vma=False)
+    width = sums.cross.shape[1]
+    cross = jnp.pad(sums.cross, ((0, 0), (0, -width % mesh.size)))
+    return constrain(shared(sums.gram, cross, jnp.float32(ridge))[:, :width], ())
+
+
+def _solved(gram: jax.Array, cross: jax.Array, ridge: Any) -> jax.Array:
+    diagonal = jnp.diagonal(gram)
+    diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
+    matrix = gram + jnp.diag(ridge * diagonal)
+    return jax.lax.platform_dependent(matrix, cross, cpu=_by_lapack, default=in_blocks)
+
+
+@jax.jit
+def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
+    """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if the solve fails.
+
+    The penalties (and the columns of C, if there are more devices than penalties) are split over the devices of a mesh.
+    """
+    mesh, width = jax.sharding.get_abstract_mesh(), fit.cross.shape[1]
+    n_slices = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
+    size = -(-width // n_slices)
+
+    def errors(ridges: jax.Array, fit: Sums, held: Sums) -> jax.Array:
+        index = jax.lax.axis_index(mesh.axis_names) % n_slices if n_slices > 1 else 0
+
+        def own_columns(cross: jax.Array) -> jax.Array:
+            padded = jnp.pad(cross, ((0, 0), (0, n_slices * size - width)))
+            return jax.lax.dynamic_slice_in_dim(padded, index * size, size, axis=1)
+
+        def error(ridge: jax.Array) -> jax.Array:
+            changed = _solved(fit.gram, own_columns(fit.cross), ridge)
+            bent = jnp.einsum("ij,je->ie", held.gram, changed, **_PRODUCT)
+            return jnp.sum(changed * (bent - 2 * own_columns(held.cross)))
+
+        return jax.lax.map(error, ridges)
+
+    if mesh.empty:
+        return errors(ridges, fit, held)
+    every, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    shared = jax.shard_map(errors, in_specs=(every, whole, whole), out_specs=every, check_vma=False)
+    repeated = jnp.repeat(ridges, n_slices)
+    padded = jnp.resize(repeated, -(-len(repeated) // mesh.size) * mesh.size)
+    changes = shared(padded, fit, held)[: len(repeated)]
+    return constrain(jnp.sum(changes.reshape(len(ridges), n_slices), axis=1), (None,))
+
+
+def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), right)
+
+
+def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """Solve A x = b for positive definite float32[n, n], by blocked Cholesky factorisation.
+
+    XLA unrolls its own Cholesky for TPUs: compiling takes minutes for 2,048 rows, and never ends for the 11,008 rows of
+    a 7B model. Here, loops run over blocks of one size, and all blocks except diagonal ones are matrix products.
+    """
+    n, width = len(matrix), right.shape[1]
+    rest = -n % _BLOCK
+    matrix = jnp.pad(matrix, ((0, rest), (0, rest))) + jnp.diag(jnp.arange(n + rest) >= n).astype(matrix.dtype)
+    right = jnp.pad(right, ((0, rest), (0, 0)))
+    rows = jnp.arange(n + rest)[:, None]
+    steps = (n + rest) // _BLOCK
+
+    lower = jnp.zeros_like(matrix)
+    for first, last in itertools.pairwise(steps * part // _PARTS for part in range(_PARTS + 1)):
+        # the factor's columns up to here are known, and its rows above are finished
+        top, known = first * _BLOCK, last * _BLOCK
+
+        def factor(step: Any, lower: jax.Array, top: int = top, known: int = known) -> jax.Array:
+            start = step * _BLOCK
+            above = jax.lax.dynamic_slice(lower, (start, 0), (_BLOCK, known))
+            column = jax.lax.dynamic_slice(matrix, (top, start), (n + rest - top, _BLOCK))
+            column -= jnp.einsum("ik,jk->ij", lower[top:, :known], above, **_PRODUCT)
+            corner = jnp.linalg.cholesky(jax.lax.dynamic_slice(column, (start - top, 0), (_BLOCK, _BLOCK)))
+            column = jax.scipy.linalg.solve_triangular(corner, column.T, lower=True).T
+            return jax.lax.dynamic_update_slice(lower, jnp.where(rows[top:] >= start, column, 0.0), (top, start))
+
+        lower = jax.lax.fori_loop(first, last, factor, lower)
+
+    def substitute(step: Any, solution: jax.Array, transposed: bool) -> jax.Array:
+        start = step * _BLOCK
+        axis = (0, start) if transposed else (start, 0)
+        shape = (n + rest, _BLOCK) if transposed else (_BLOCK, n + rest)
+        strip = jax.lax.dynamic_slice(lower, axis, shape)
+        strip = strip.T if transposed else strip
+        corner = jax.lax.dynamic_slice(strip, (0, start), (_BLOCK, _BLOCK))
+        wanted = jax.lax.dynamic_slice(solution, (start, 0), (_BLOCK, width))
+        # the block's own rows of `solution` still hold the right-hand side
+        others = jax.lax.dynamic_update_slice(strip, jnp.zeros_like(corner), (0, start))
+        wanted -= jnp.einsum("ik,ke->ie", others, solution, **_PRODUCT)
+        solved = jax.scipy.linalg.solve_triangular(corner, wanted, lower=not transposed)
+        return jax.lax.dynamic_update_slice(solution, solved, (start, 0))
+
+    down = jax.lax.fori_loop(0, steps, lambda step, x: substitute(step, x, False), right)
+    up = jax.lax.fori_loop(0, steps, lambda step, x: substitute(steps - 1 - step, x, True), down)
+    return up[:n]

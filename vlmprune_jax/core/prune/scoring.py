@@ -1,0 +1,157 @@
+"""`score`: one entry point for all criteria."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.checks import blaming, one_of, with_defaults
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.base.settings import present_name
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune.activations import accumulate
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
+from vlmprune_jax.core.prune.config import ScoreConfig
+from vlmprune_jax.core.prune.criteria import CRITERIA
+from vlmprune_jax.core.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.core.prune.routing import Routing, measure_routing
+from vlmprune_jax.core.prune.scores import Scores, fits_layers
+
+# Options that change how scores are computed, but not the scores.
+OPERATIONAL = ("memory_budget",)
+
+
+def score(
+    model: Model,
+    batches: Iterable[Any] | None = None,
+    config: ScoreConfig | None = None,
+    *,
+    criterion: str,
+    stack: str = "text",
+    routing: Routing | None = None,
+    progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
+    cache: ArrayCache | None = None,
+    **options: Any,
+) -> Scores:
+    """Score the layers, or the heads and neurons, of one stack by a criterion in `vp.criteria`.
+
+    Args:
+      model: the model, on one device or on a mesh; scores are the same.
+      batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
+        int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
+        float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 = ignored) for criteria
+        that need labels. None for criteria that only read weights, or with a `routing`.
+      stack: "text" for the decoder, or "vision" for the tower (on the images of the batches).
+      routing: `Scores.routing` of an earlier call, from which criteria for experts are computed without a forward pass.
+      progress: called with the number of finished batches or layers (`Criterion.counts`).
+      journal: keeps the sums of each batch, to continue after an interruption, if the criterion supports this.
+      cache: keeps the sums of each layer (for criteria that need labels), likewise.
+      config: settings; each criterion uses the settings that it has, and `options` override single settings.
+      options: settings of the criterion by name (`vp.criteria[name].settings`, see `ScoreConfig`).
+
+    Raises:
+      UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
+        criterion does not score, or batches that the model cannot read.
+    """
+    chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
+    given = {} if config is None else chosen.options_in(config)
+    options = {present_name(name, chosen.settings): value for name, value in options.items()}
+    settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
+    model.cfg.stack(stack)
+    if (stack if stack == "text" else "vision") not in chosen.stacks:  # encoders are scored as towers
+        others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
+        raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
+    if "layers" not in chosen.scores and model.cfg.lora is not None:
+        raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
+    if routing is not None and chosen.needs != "routing":
+        raise UserError(f"criterion {criterion!r} does not score experts by a routing: pass calibration batches")
+    if routing is not None and routing.fingerprint != fingerprint(model):
+        raise UserError("this routing is of another model: pass calibration batches")
+    if chosen.needs_batches and batches is None and routing is None:
+        raise UserError(f"criterion {criterion!r} needs calibration batches: pass batches")
+    if chosen.needs == "routing" and routing is None:
+        routing = measure_routing(model, batches or (), progress=progress)
+    if not chosen.journals:
+        journal = cache = None
+    score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
+    with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
+        scores, by_token_type = _measure(
+            chosen, model, routing or batches or (), settings, stack, progress, journal, cache
+        )
+        for arrays in (scores, *by_token_type.values()):
+            _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
+        return Scores(
+            criterion,
+            fingerprint(model),
+            score_settings,
+            **scores,
+            stack=stack,
+            by_token_type=by_token_type,
+            routing=routing,
+        )
+
+
+def _measure(
+    chosen: Criterion,
+    model: Model,
+    batches: Iterable[Any] | Routing,
+    settings: Mapping[str, Any],
+    stack: str,
+    progress: Callable[[int], None] | None,
+    journal: Journal | None,
+    cache: ArrayCache | None,
+) -> tuple[Parts, Mapping[str, Parts]]:
+    """Compute scores over all tokens, and scores by token type."""
+    options = taken(chosen.function, {**settings, "stack": stack})
+    if not chosen.needs_batches:
+        return chosen.function(model, **options), {}
+    if isinstance(batches, Routing):
+        result = chosen.function(batches, **options)
+        return result if chosen.splits else (result, {})
+    checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
+    if chosen.finish is None:
+        kept = {"cache": cache} if chosen.journals else {}
+        result = chosen.function(model, checked, progress, **options, **kept)
+        return result if chosen.splits else (result, {})
+    splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
+    weight_of = weight_of_token_types({**TOKEN_TYPE_WEIGHTS, **(settings if splits else {})})
+    # the paper's sums include padding: they do not split by token type
+    splits = splits and not settings.get("reference_compat")
+    sums, by_token_type = accumulate(
+        model,
+        checked,
+        chosen.function,
+        options,
+        stack=stack,
+        weight_of=weight_of,
+        splits=splits,
+        progress=progress,
+        journal=journal,
+    )
+    finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
+    return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
+
+
+def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer]) -> None:
+    """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
+    fields = {field for what in chosen.scores for field in FIELDS[what]}
+    if scores.keys() != fields:
+        raise UserError(f"criterion {name!r} returns {', '.join(scores) or 'nothing'}, expected {', '.join(fields)}")
+    importance = np.shape(scores.get("importance", np.empty(len(layers))))
+    if importance != (len(layers),):
+        raise UserError(
+            f"criterion {name!r} returns importance of shape {importance}, expected a number for each of the "
+            f"{len(layers)} layers"
+        )
+    if "units" in fields and not (scores["units"] and fits_layers(scores["units"], layers)):
+        shapes = {key: np.shape(part) for key, part in scores["units"].items()}
+        sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
+        raise UserError(f"criterion {name!r} returns units {shapes}, expected scores of shapes among {sizes}")

@@ -1,0 +1,155 @@
+"""Application of a plan: pure indexing along the named axes that each weight declares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.mesh.rules import check_divides, sharding
+from vlmprune_jax.core.models.lazy import LazyStack
+from vlmprune_jax.core.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.core.models.placement import mesh_of
+from vlmprune_jax.core.models.vlm import Model, Params
+from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.plans.kept import KeptLayer, KeptVocabulary, Sizes
+from vlmprune_jax.core.plans.plan import PrunePlan, compose
+from vlmprune_jax.core.prune.fingerprints import fingerprint, shape_digest
+
+
+def apply_plan(model: Model, plan: PrunePlan) -> Model:
+    """Apply a prune plan: return the pruned model, leaving the input model unchanged.
+
+    The model may have host or device arrays, or arrays outside memory (core/models/lazy.py). On a mesh, every
+    parameter keeps its named-axis sharding. Raises UserError if the plan is for another model, or the mesh does not
+    divide the remaining widths.
+    """
+    check_plan_is_for(model, plan)
+    cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)
+    if mesh is not None:
+        check_divides(cfg, mesh)
+    params = model.params
+    for name, stack in plan.stacks.items():
+        axes = layer_axes(model.cfg, name)
+        layers, rest = unstack_layers(params, model.cfg, name)
+        kept = []
+        for layer in stack.layers:
+            flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
+            kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
+        rest = _keep_depth(rest, param_axes(model.cfg), name, stack.kept_layers)
+        params = stack_layers(kept, rest, cfg, name)
+    if plan.vocabulary is not None:
+        params = _keep_tokens(params, plan.vocabulary, cfg)
+    if mesh is not None:
+        axes = param_axes(cfg)
+        params = unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
+    return model.replace(params=params, cfg=cfg, plan=plan_since_loading(model, plan))
+
+
+def plan_since_loading(model: Model, plan: PrunePlan) -> PrunePlan:
+    """Return a plan for the model combined with the plans that were applied to it before."""
+    return plan if model.plan is None else compose(model.plan, plan)
+
+
+def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
+    """Return the model with only the kept tokens; an already trimmed model is returned unchanged.
+
+    The trimmed model's probabilities are those of the whole model, renormalised over the kept tokens. Such a model is
+    the teacher of a trimmed student.
+    """
+    if vocabulary is None or model.cfg.text.vocab_size == len(vocabulary.kept):
+        return model
+    cfg, mesh = vocabulary.apply_to(model.cfg), mesh_of(model.params)
+    if mesh is not None:
+        check_divides(cfg, mesh)
+    params = flatten(_keep_tokens(model.params, vocabulary, cfg))
+    axes = param_axes(cfg)
+    return model.replace(
+        params=unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in params.items()}), cfg=cfg
+    )
+
+
+def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:
+    """Select the kept tokens' rows in all parameters with a vocabulary axis (embedding, output head, its bias)."""
+    axes, rows = param_axes(cfg), np.asarray(vocabulary.kept)
+    flat = flatten(params)
+    named = {path: axes[path].index("vocab") for path in flat if "vocab" in axes[path]}
+    return unflatten(flat | {path: flat[path].take(rows, axis=axis) for path, axis in named.items()})
+
+
+def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
+    """Raise UserError if a plan was made for another model (compares widths, then weight samples)."""
+    stacks = {name: tuple(layer.sizes for layer in stack.layers) for name, stack in model.cfg.stacks.items()}
+    others = {name: kept.sizes_before for name, kept in plan.stacks.items() if kept.sizes_before != stacks.get(name)}
+    if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
+        if not others:
+            tokens = "" if plan.vocabulary is None else f", the plan's {plan.vocabulary.rows_before:,}"
+            raise UserError(
+                "plan of another model: the layers match, but other weights have different shapes, perhaps the "
+                f"vocabulary (this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
+            )
+        name, planned = next(iter(others.items()))
+        raise UserError(
+            f"plan of another model: the plan's {name} stack has {_describe(planned)}, this model's "
+            f"{_describe(stacks.get(name, ()))}: score and plan this model"
+        )
+    actual = fingerprint(model)
+    if plan.fingerprint != actual:
+        raise UserError(
+            f"plan of another model: shapes are equal, but fingerprints differ (plan {plan.fingerprint}, model "
+            f"{actual}): "
+            "score and plan this model"
+        )
+
+
+def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
+    """Return one layer's parameter restricted to the kept units.
+
+    A tensor that is kept completely is returned unchanged, without a copy.
+    """
+    for position, axis in enumerate(axes):
+        indices = layer.kept.get(axis)
+        parents = layer.kept.get(AXES[axis].parent) if axis in AXES and AXES[axis].parent in axes[:position] else None
+        if indices is None or len(indices) == leaf.shape[position] * (1 if parents is None else len(parents)):
+            continue
+        if parents is None:
+            leaf = leaf.take(np.asarray(indices), axis=position)
+        else:  # of every parent its own, and the parents were taken before
+            own = np.reshape(indices, (len(parents), -1)) % leaf.shape[position]
+            leaf = _take_each(leaf, own, position)
+    return leaf
+
+
+def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+    """Select units along an axis separately for each parent: entry i of the array [parents, ...] keeps `indices[i]`."""
+    if isinstance(leaf, LazyStack):
+        return leaf.take_each(indices, axis)
+    shape = [1] * leaf.ndim
+    shape[0], shape[axis] = indices.shape
+    take = np.take_along_axis if isinstance(leaf, np.ndarray) else jnp.take_along_axis
+    return take(leaf, indices.reshape(shape), axis=axis)
+
+
+def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:
+    """Select the kept layers in parameters that have an entry per layer."""
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        names = axes[path] if path.startswith(f"{stack}/") else ()
+        if "depth" in names and len(layers) < leaf.shape[names.index("depth")]:
+            flat[path] = leaf.take(np.asarray(layers), axis=names.index("depth"))
+    return unflatten(flat)
+
+
+def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
+    return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes, leaf.shape))
+
+
+def _describe(layers: Sequence[Sizes]) -> str:
+    return f"{len(layers)} layers ({describe_layers(layers, most=3)})" if layers else "no layers"

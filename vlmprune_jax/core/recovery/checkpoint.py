@@ -1,0 +1,225 @@
+"""Resumable training state on disk: trained parameters, optimizer, step, random key and data position."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vlmprune_jax.base.atomic import check_space
+from vlmprune_jax.base.errors import UserError, differences, reason
+from vlmprune_jax.base.files import checked, open_file, reading
+from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
+from vlmprune_jax.core.recovery.step import TrainState
+
+STATE, META = "state", "meta"
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # suffix that orbax gives to incomplete checkpoints
+_REMEDY = "remove that folder, and run the same command"
+
+
+class _Meta(TypedDict):
+    """Metadata of a training checkpoint: every process's data position (`data`), and a checksum (`digest`)."""
+
+    identity: dict[str, Any]
+    data: Annotated[list[str], msgspec.Meta(min_length=1)]
+    digest: NotRequired[str]
+
+
+class Checkpointer:
+    """Training checkpoints in one folder, written in the background; only the newest `keep` checkpoints remain.
+
+    A complete checkpoint is renamed into place, so a process that is killed while saving leaves the previous
+    checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes may differ:
+    arrays are restored onto the current mesh.
+
+    As a context manager, the object waits at the end for the save in progress.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
+        self.folder, self.keep = folder, keep
+        self.identity = json.loads(json.dumps(identity))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        on_process_zero(lambda: _prepare(folder))
+        with reading(folder, _REMEDY):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            with self._failing():
+                self._manager.close()
+        else:  # the user should read the first error
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def check(self) -> None:
+        """Raise UserError if a background save has failed."""
+        with self._failing():
+            self._manager.check_for_errors()
+
+    def prepare(self, state: TrainState, saves: int) -> None:
+        """Compile the computations of `save` in advance, so that no training step waits for compilation.
+
+        Raises UserError if the disk has no room for the checkpoints of `saves` calls: `keep`, and one in progress.
+        """
+        complete = sum(path.name.isdecimal() for path in self.folder.iterdir())
+        needed = min(saves, max(1, self.keep + 1 - complete)) * sum(leaf.nbytes for leaf in _tree(state).values())
+        on_process_zero(lambda: check_space(self.folder, needed))
+        weights_digest(_tree(state))
+
+    def save(self, step: int, state: TrainState, data_state: Any) -> None:
+        """Start saving a checkpoint in the background; return once the arrays are copied to host memory.
+
+        Raises UserError if this save or the previous one cannot be written.
+        """
+        meta = {"identity": self.identity, "data": _gather(data_state), "digest": weights_digest(_tree(state))}
+        args = ocp.args.Composite(
+            **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
+        )
+        with self._failing():  # force: otherwise orbax checks for preemption on its own
+            self._manager.save(step, args=args, force=True)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Context that converts exceptions of orbax and tensorstore to a one-line UserError naming the folder."""
+        try:
+            yield
+        except Exception as error:
+            complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+            last = f"last complete checkpoint: step {complete[-1]}" if complete else "no complete checkpoint"
+            raise UserError(
+                f"{self.folder}: cannot save a checkpoint ({_why(error)}); {last}: "
+                "free disk space or repair the disk, and run the same command"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
+        """Return the newest complete checkpoint and this process's data position; None if there is none.
+
+        `like` is the state at step 0, with the shapes, dtypes and shardings to restore. Raises UserError if the
+        checkpoint is damaged or belongs to another run; the message lists the fields that differ.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        location = f"{self.folder}/{step}"
+        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, location, _REMEDY)
+        differs = differences(meta["identity"], self.identity)
+        if differs:
+            raise UserError(
+                f"{self.folder}/{step}: is a checkpoint of a run with other settings ({'; '.join(differs[:5])}): "
+                "use another folder, or "
+                "remove that folder to start again"
+            )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
+        tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
+        with reading(location, _REMEDY):
+            state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
+            if int(state.step) != step:
+                raise UserError(
+                    f"{location}: contains training step {int(state.step)}, expected step {step}: {_REMEDY}"
+                )
+            if "digest" in meta and weights_digest(tree) != meta["digest"]:
+                raise UserError(f"{location}: the arrays differ from the saved ones: {_REMEDY}")
+            return state, self._own(step, meta["data"])
+
+    def _own(self, step: int, states: list[str]) -> Any:
+        """Return this process's data position, from the saved positions of all processes.
+
+        Streams over global batches (`data.batching`) have the same position on every process, so any number of
+        processes can continue them.
+        """
+        if len(states) != process_count() and len(set(states)) > 1:
+            raise UserError(
+                f"{self.folder}/{step}: was saved by {len(states)} processes at different positions in their data, "
+                "but now "
+                f"there are {process_count()}: continue with {len(states)} processes"
+            )
+        return _decode(states[process_number() if len(states) == process_count() else 0])
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        with reading(f"{self.folder}/{step}", _REMEDY):
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _prepare(folder: Path) -> None:
+    """Create the checkpoint folder and remove incomplete checkpoints; raise UserError for FIFOs and devices in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*" + _HALF_WRITTEN):
+        _discard(path)
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            open_file(path).close()
+
+
+def _discard(path: Path) -> None:
+    """Remove an incomplete checkpoint, retrying while a failed save still writes files to it."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return shutil.rmtree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or time.monotonic() > until:
+                raise UserError(f"{path}: cannot be removed ({error.strerror}): {_REMEDY}") from error
+        time.sleep(0.1)
+
+
+def _why(error: Exception) -> str:
+    """Return the reason why saving failed, extracted from tensorstore's long message."""
+    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    return next((text for text in full if text in str(error)), reason(error))
+
+
+def _tree(state: TrainState) -> dict[str, jax.Array]:
+    """Return the training state as {index: leaf}, independent of how optax nests it."""
+    return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _gather(data_state: Any) -> list[str]:
+    """Return the data positions of all processes, as strings."""
+    if isinstance(data_state, bytes):
+        text = "b" + base64.b64encode(data_state).decode()
+    else:
+        text = "j" + json.dumps(data_state)
+    return from_all(lambda: text)
+
+
+def _decode(text: str) -> Any:
+    return base64.b64decode(text[1:]) if text[0] == "b" else json.loads(text[1:])
+
+
+@jax.jit
+def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Return a checksum uint32[] per array: the wrapping sum of its bits weighted by position."""
+    sums = []
+    for leaf in leaves:
+        width = jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+        for axis in range(bits.ndim):
+            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            bits = bits * (jnp.uint32(2) * place + jnp.uint32(1 + 2 * axis))
+        sums.append(jnp.sum(bits, dtype=jnp.uint32))
+    return sums
+
+
+def weights_digest(params: Any) -> str:
+    """Return a fingerprint that changes whenever any weight changes, computed on the devices."""
+    sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
+    mixed = np.uint64(1469598103934665603)
+    for value in sums:
+        mixed = np.uint64((int(mixed) ^ int(value)) * 1099511628211 % 2**64)
+    return f"{int(mixed):016x}"

@@ -1,0 +1,126 @@
+"""Model FLOPs of one optimizer step, for MFU and the planner."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.recovery.config import LossConfig
+from vlmprune_jax.core.recovery.objective import compares_logits, needs_logits, needs_teacher, only_at_labels
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one optimizer step by model part, summed over all devices (a multiply-add counts as two).
+
+    `student`, `teacher`: matrix products of decoder and output head. `attention`: scores and weighted sums in both
+    decoders. `vision`: towers and projectors.
+    """
+
+    student: int
+    teacher: int
+    attention: int
+    vision: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the FLOPs of all model parts."""
+        return self.student + self.teacher + self.attention + self.vision
+
+
+def step_flops(
+    cfg: ModelConfig,
+    teacher_cfg: ModelConfig | None,
+    loss: LossConfig,
+    trained: Collection[str],
+    *,
+    rows: int,
+    length: int,
+    images: int,
+    image_tokens: int = 0,
+    looked_at: int | None = None,
+) -> StepFlops:
+    """Return the model FLOPs of a training step: 6 N_student + 2 N_teacher per token, plus attention and vision.
+
+    FLOPs are counted as in PaLM (arXiv 2204.02311, B): recomputation in the backward pass is excluded and padding is
+    included, so that MFU describes the program and the metric `padding` describes the data. Logits are included only at
+    positions that a loss uses. N counts the weights of matrix products, including the output head but not lookup
+    tables. Of the 6 N, 2 N are the forward pass, 2 N the gradients of activations (always computed in the decoder), and
+    2 N the gradients of trained weights: a frozen weight above an adapter costs 4 N. Attention counts only keys that a
+    query attends to (causal, within its window), three times if gradients pass.
+
+    Args:
+      cfg: the student, with its adapters.
+      teacher_cfg: the teacher; None if no loss needs one.
+      loss: loss terms.
+      trained: paths of the trained parameters.
+      rows, length: rows and sequence length of the global batch of one optimizer step (all micro-batches).
+      images: number of images or tiles in this batch, padding included.
+      image_tokens: tokens per image, for images of varying size.
+      looked_at: number of positions whose logits are needed; None = all.
+    """
+    tokens = rows * length
+    looked_at = tokens if looked_at is None else looked_at
+    student = weight_flops(cfg, "text/layers/", trained, True) * tokens
+    logits = needs_logits(loss)
+    student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * looked_at
+    attention = 3 * causal_flops(cfg, length) * rows
+    vision = vision_flops(cfg, trained, images, image_tokens)
+    teacher = 0
+    if teacher_cfg is not None and needs_teacher(loss):
+        teacher = weight_flops(teacher_cfg, "text/layers/", (), False) * tokens
+        if compares_logits(loss):
+            teacher += weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) * looked_at
+        attention += causal_flops(teacher_cfg, length) * rows
+        vision += vision_flops(teacher_cfg, (), images, image_tokens) if loss.teacher_inputs == "own" else 0
+    return StepFlops(student, teacher, attention, vision)
+
+
+def batch_flops(
+    cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
+) -> Callable[[Mapping[str, Any]], int]:
+    """Return a function that computes the FLOPs of a training step from a process's batch arrays.
+
+    The rows of other processes are assumed to have equally many image tokens and, if losses use only labelled
+    positions, equally many labels. Padding after the images of packed rows is not counted.
+    """
+
+    @functools.cache
+    def count(rows: int, length: int, images: int, tokens: int, looked_at: int | None) -> int:
+        sizes = {"rows": rows, "length": length, "images": images, "image_tokens": tokens}
+        return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
+
+    def of_images(arrays: Mapping[str, Any]) -> int:
+        images, grids = arrays.get("pixel_values", arrays.get("vision_features")), arrays.get("image_grid_thw")
+        if images is None or cfg.projector is None:
+            return 0
+        if grids is None:
+            return count(0, 0, images.shape[0] * images.shape[1], 0, 0)
+        cells = grids[..., 1:].prod(axis=-1) // cfg.projector.downsample**2
+        sizes = zip(grids[..., 0].ravel().tolist(), cells.ravel().tolist(), strict=True)
+        return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
+
+    def of(arrays: Mapping[str, Any]) -> int:
+        mine, length = arrays["input_ids"].shape
+        vision = of_images(arrays) * rows // mine
+        if not only_at_labels(loss):
+            return vision + count(rows, length, 0, 0, None)
+        labels = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
+        without = count(rows, length, 0, 0, 0)
+        return vision + without + labels * (count(rows, length, 0, 0, 1) - without)
+
+    return of
+
+
+def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
+    """Return the image tokens of a packed row, padding included, from the pixels or features of a batch."""
+    assert cfg.projector is not None
+    if "vision_features" in arrays:
+        return int(arrays["vision_features"].shape[1])
+    return int(arrays["pixel_values"].shape[1]) // cfg.projector.downsample**2

@@ -1,0 +1,260 @@
+"""The training loop, for recovery of a pruned model and for pretraining; methods differ only in their config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.mesh.mesh import rows_of_process
+from vlmprune_jax.core.mesh.preemption import StopSignal
+from vlmprune_jax.core.models.inputs import check_inputs
+from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.patch_rows import rejoined
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.plans.plan import PrunePlan
+from vlmprune_jax.core.recovery.checkpoint import Checkpointer
+from vlmprune_jax.core.recovery.config import RecoverConfig
+from vlmprune_jax.core.recovery.flops import batch_flops
+from vlmprune_jax.core.recovery.metrics import Recorder
+from vlmprune_jax.core.recovery.objective import reported_terms
+from vlmprune_jax.core.recovery.program import BatchShapes, Programs, Run, describe, prepare, stand_in
+from vlmprune_jax.core.recovery.step import Metrics, TrainState, place_rows, step_context
+from vlmprune_jax.core.recovery.trainable import merge_lora
+
+
+def recover(
+    model: Model,
+    batches: Iterable[Any],
+    config: RecoverConfig,
+    *,
+    teacher: Model | None = None,
+    plan: PrunePlan | None = None,
+    workdir: str | Path | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    num_steps: int | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Train `model` on `batches`; return the trained model and a summary of the run.
+
+    Args:
+      model: the pruned model, or a new model (`init_params`) to pretrain; its arrays are not modified.
+      batches: this process's rows as `Batch`es, endless or at least `num_steps` batches. With `workdir`, the iterator
+        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method `kinds`
+        (`TrainBatches.kinds`), all programs are compiled before the first step.
+      config: trainable parameters, losses and optimizer.
+      teacher: the unpruned model, for distillation.
+      plan: the prune plan that turned `teacher` into `model` (its `kept_layers` align hidden states).
+      workdir: folder for checkpoints, metrics.jsonl and loggers. A stopped run continues from this folder; results are
+        bitwise equal on the same devices and processes, and equal within rounding on others.
+      mesh: devices to train on (default: those of the model's arrays).
+      progress: show a progress bar.
+      num_steps: optimizer steps (default: `config.steps`).
+
+    Raises:
+      UserError: settings contradict the model, mesh or checkpoint; a loss or gradient is not finite (the message names
+        the records); the data ends early; a checkpoint cannot be written.
+      Stopped: on SIGTERM or SIGINT, after saving the state.
+    """
+    total = num_steps or config.steps
+    if total is None:
+        raise UserError(
+            "recover: config.epochs needs the number of steps: pass num_steps=config.num_steps(number of training "
+            "records)"
+        )
+    run = prepare(model, config, teacher, plan, mesh, total)
+    stream = iter(batches)
+    folder = None if workdir is None else Path(workdir)
+    saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
+    with saver if saver is not None else contextlib.nullcontext():
+        state, first = _resume(run, stream, saver)
+        kinds = batches.kinds(first, total) if isinstance(batches, Foreseen) else []
+        context = step_context(run.mesh, config.compute_dtype)
+        devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
+        with Recorder(folder, first, total, config.log_every, progress, devices, config.loggers) as recorder, context:
+            if saver is not None and 0 < first < total:
+                recorder.say(f"continues after step {first:,} of {total:,}, saved in {saver.folder}")
+            state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
+            terms = {name: term.label or name for name, term in reported_terms(config.losses).items()}
+            summary = {**_summary(run, recorder, first, total), "terms": terms}
+    return _finish(run, state, model, config.merge_lora), summary
+
+
+def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
+    """Return the training state and step to start from, after moving the batches to the same position."""
+    if saver is None:
+        return run.state, 0
+    if not (hasattr(stream, "get_state") and hasattr(stream, "set_state")):
+        raise UserError(
+            "recover: batches cannot be resumed (no get_state/set_state): use a grain dataset, or leave out workdir"
+        )
+    restored = saver.restore(run.state)
+    if restored is None:
+        return run.state, 0
+    state, data_state = restored
+    try:
+        stream.set_state(data_state)
+    except Exception as error:  # a stream may raise anything
+        raise UserError(
+            f"{saver.folder}: the saved data position is not one of these batches ({error!r}): use the same data, or "
+            "remove that folder to start again"
+        ) from error
+    return state, int(state.step)
+
+
+@runtime_checkable
+class Foreseen(Protocol):
+    """Interface of a batch iterator whose array shapes are all known in advance."""
+
+    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
+        """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: dict[str, jax.Array]
+    record_ids: Sequence[str]
+    data_seconds: float
+    skipped: Sequence[tuple[str, str]]
+    flops: int
+
+
+def _train(
+    run: Run,
+    stream: Iterator[Any],
+    config: RecoverConfig,
+    state: TrainState,
+    span: tuple[int, int],
+    kinds: Sequence[BatchShapes],
+    saver: Checkpointer | None,
+    recorder: Recorder,
+) -> TrainState:
+    """Run the training steps in `span`; metrics are read one step late so that devices never wait for the host."""
+    pending: deque[_Pending] = deque()
+    trained = run.state.params.keys()
+    programs = Programs(run.step)
+    flops = batch_flops(run.cfg, run.teacher_cfg, config.losses, trained, rows=config.batch_size)
+
+    def settle(upto: int) -> None:
+        while len(pending) > upto:
+            done = pending.popleft()
+            metrics = jax.device_get(done.metrics)
+            recorder.step(done.step, metrics, done.record_ids, done.data_seconds, done.skipped, done.flops)
+
+    with StopSignal() as stop:
+        with recorder.compiling():
+            _compile_ahead(programs, run, state, kinds, stop, recorder)
+            if saver is not None:
+                saver.prepare(state, -(-(span[1] - span[0]) // (config.save_every or span[1])))
+        for step in range(*span):
+            begin = time.perf_counter()
+            batch = _next(stream, run, config, step)
+            waited = time.perf_counter() - begin
+            unforeseen = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
+            state, metrics = _run_step(programs, run, state, batch.arrays, unforeseen, recorder)
+            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
+            settle(1)
+            if saver is not None:
+                saver.check()
+            stopping = stop.requested()
+            due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)
+            if saver is not None and (due or stopping):
+                settle(0)  # save a state only after its loss and gradient proved finite
+                saver.save(step + 1, state, stream.get_state())  # type: ignore[attr-defined]
+                recorder.saved = step + 1
+            if stopping:
+                remark = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
+                raise stop.stopped("training", f"after step {step + 1} of {span[1]}; {remark}")
+        settle(0)
+    return state
+
+
+def _compile_ahead(
+    programs: Programs, run: Run, state: TrainState, kinds: Sequence[BatchShapes], stop: StopSignal, recorder: Recorder
+) -> None:
+    """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM or SIGINT."""
+    if kinds:
+        batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
+        recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
+    for kind in kinds:
+        batch = stand_in(kind, run.mesh)
+        programs.compile(state, run.frozen, run.teacher_params, batch)
+        if stop.requested():
+            raise stop.stopped("training", "while compiling, before its first step; nothing is lost")
+
+
+def _run_step(
+    programs: Programs,
+    run: Run,
+    state: TrainState,
+    arrays: Mapping[str, Any],
+    unforeseen: str,
+    recorder: Recorder,
+) -> tuple[TrainState, Metrics]:
+    """Run one training step; a batch shape that is not compiled yet is announced and compiled."""
+    arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
+    if not programs.has(arguments[-1]):
+        recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
+        with recorder.compiling():
+            programs.compile(*arguments)
+    return programs(*arguments)
+
+
+def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
+    """Return the next batch; raise UserError if there is none or its size is wrong."""
+    batch = next(stream, None)
+    if batch is None:
+        raise UserError(
+            f"recover: the training data ended after {step} steps: set fewer steps, or pass more epochs of data"
+        )
+    if not hasattr(batch, "arrays"):
+        raise UserError(
+            f"recover: batch of step {step + 1} must be a Batch, got {type(batch).__name__}: make it with vp.batches"
+        )
+    rows = len(rows_of_process(run.mesh, config.batch_size))
+    ids = batch.arrays["input_ids"]
+    if len(ids) != rows:
+        raise UserError(
+            f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
+        )
+    arrays = rejoined(run.cfg, batch.arrays)
+    check_inputs(
+        run.cfg,
+        ids,
+        arrays.get("pixel_values"),
+        arrays.get("vision_features"),
+        arrays.get("image_grid_thw"),
+        arrays["attention_mask"],
+    )
+    return batch if "pixel_values_videos" not in batch.arrays else dataclasses.replace(batch, arrays=arrays)
+
+
+def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, Any]:
+    def count(arrays: Iterable[Any]) -> int:
+        return sum(int(np.prod(x.shape)) for x in arrays)
+
+    return {
+        "steps": total,
+        "resumed_from": first,
+        "trained_parameters": count(run.state.params.values()),
+        "frozen_parameters": count(run.frozen.values()),
+        **recorder.summary(),
+    }
+
+
+def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
+    """Return the trained model in its original dtypes; frozen parameters are the original arrays, not copies."""
+    original = flatten(model.params)
+    trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
+    frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
+    result = model.replace(params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.cfg, fake_quant=None))
+    return merge_lora(result) if merge else result

@@ -1,0 +1,240 @@
+"""Metrics of a training run: progress bar, metrics.jsonl, loggers, and the check for non-finite values."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vlmprune_jax.base.chips import peak_flops
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import Count, checked, read_json_lines, replacing
+from vlmprune_jax.base.links import check_links
+from vlmprune_jax.base.processes import from_all, is_main_process, process_number
+from vlmprune_jax.core.recovery.loggers import LOGGERS, Logger
+
+METRICS_FILE = "metrics.jsonl"
+LISTED_IDS = 16
+_Row = dict[str, float]  # a line of metrics.jsonl
+PAUSE_SECONDS = 60.0  # seconds between progress lines if no bar can be drawn (such as in a pod's log)
+
+
+class _Step(TypedDict):
+    step: Count
+
+
+class _Skipped(_Step):
+    """One line of skipped-N.jsonl, the list of records that training skipped."""
+
+    record: str
+    reason: str
+
+
+class Recorder:
+    """Writer of training metrics: files and progress bar on process 0.
+
+    `devices`: devices of the run; `mfu` is recorded if their peak FLOP/s are known. `loggers`: names in `LOGGERS`.
+    `saved`: the last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Process N
+    lists its skipped records in the file skipped-N.jsonl.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        first: int,
+        total: int,
+        log_every: int,
+        progress: bool,
+        devices: Sequence[jax.Device],
+        loggers: Sequence[str] = ("tensorboard",),
+    ):
+        self.saved, self.last = first, {}
+        self._folder, self._first, self._total, self._log_every = folder, first, total, log_every
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = None if peak is None else peak * len(devices)
+        self._tokens = self._counted = self._flops = self._compiling = 0.0
+        self._begin = self._mark = time.perf_counter()
+        self._steady: float | None = None
+        self._file, self._loggers = None, list[Logger]()
+        self._skipped = 0
+        self._skipped_file = None if folder is None else folder / f"skipped-{process_number()}.jsonl"
+        if folder is not None:
+            check_links(folder)  # TensorBoard writes through them
+        if self._skipped_file is not None:
+            self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
+        if folder is not None and is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._loggers = [LOGGERS[name](folder, first) for name in loggers]
+            kept = _keep_until(folder / METRICS_FILE, first, _Step)
+            self.last = kept[-1] if kept else {}
+            self._file = (folder / METRICS_FILE).open("a")
+        self._bar = _bar() if progress and is_main_process() and first < total else None
+        self._said = self._begin
+
+    def __enter__(self) -> Recorder:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=self._total, completed=self._first, loss="", rate="")
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        loggers = [(logger, "close") for logger in self._loggers]
+        for resource, close in ((self._bar, "stop"), (self._file, "close"), *loggers):
+            # On a full disk closing fails as well; the user should read the first error.
+            with contextlib.suppress(*(() if error is None else (OSError,))):
+                if resource is not None:
+                    getattr(resource, close)()
+
+    def say(self, text: str) -> None:
+        """Print a text as a line above the progress bar."""
+        if self._bar is not None:
+            print(f"  train: {text}", flush=True)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Context whose duration is added to `compile_seconds` instead of step time."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._mark += seconds
+        self._compiling += seconds
+        if self._steady is not None:
+            self._steady += seconds
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        record_ids: Sequence[str],
+        data_seconds: float,
+        skipped: Sequence[tuple[str, str]],
+        flops: int,
+    ) -> None:
+        """Record a finished training step: metrics, skipped records (id, reason), and FLOPs over all devices.
+
+        Raises UserError, with the step and records, if the loss or gradient norm is not finite.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        self._list_skipped(step, skipped)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._refuse(step, values, record_ids)
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        tokens = values.pop("tokens")
+        if self._steady is None:
+            self._steady = now  # the first step includes reading the first batch
+        else:
+            self._counted += tokens
+            self._flops += flops
+        self._tokens += tokens
+        times = {**self._speeds(tokens, flops, seconds), "seconds": seconds, "data_seconds": data_seconds}
+        self.last = {"step": step, **values, **times}
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, **_shown(self.last))
+            if self._bar.disable and now - self._said >= PAUSE_SECONDS:
+                self._said = now
+                self.say(f"step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}")
+        if step % self._log_every == 0 or step == self._total:
+            self._log()
+
+    def _list_skipped(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
+        self._skipped += len(skipped)
+        if skipped and self._skipped_file is not None:
+            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._skipped_file.open("a") as file:
+                for record, reason in skipped:
+                    file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
+
+    def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        """Return tokens/s (without padding), model FLOP/s, and model FLOPs utilisation (share of peak bfloat16)."""
+        speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
+        return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
+
+    def _log(self) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(self.last) + "\n")
+            self._file.flush()
+        for logger in self._loggers:
+            logger.log(self.last["step"], {name: value for name, value in self.last.items() if name != "step"})
+
+    def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
+        ids = [name for name in record_ids if name]
+        listed = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more" if len(ids) > LISTED_IDS else "")
+        remark = ""
+        if self._folder is not None:
+            path = self._folder / f"nonfinite-{process_number()}.json"
+            metrics = {name: str(value) for name, value in values.items()}
+            with replacing(path) as file:
+                file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())
+            remark = f" (all in {path}); last checkpoint: step {self.saved}"
+        loss, norm = values["loss"], values["grad_norm"]
+        raise UserError(
+            f"step {step}: loss {loss} or gradient norm {norm} is not finite; records {listed}{remark}: check these "
+            "records, or lower the learning rate"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's totals, the metrics of its last step, and the number of skipped records."""
+        now = time.perf_counter()
+        steady = now - self._steady if self._steady is not None else 0.0
+        return {
+            "seconds": now - self._begin,
+            "compile_seconds": self._compiling,
+            "tokens": self._tokens,
+            "skipped_rows": sum(from_all(lambda: self._skipped)),
+            **self._speeds(self._counted, self._flops, steady or 1.0),
+            "last": self.last,
+        }
+
+
+def _shown(last: Mapping[str, float]) -> dict[str, Any]:
+    """Return a step's metrics as texts for the progress bar."""
+    rate = f"{last['tokens_per_second']:,.0f} tok/s"
+    if "mfu" in last:
+        rate += f"  MFU {100 * last['mfu']:.0f} %"
+    return {"loss": f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}", "rate": rate}
+
+
+def _bar() -> Progress:
+    console = get_console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file as rows {name: number}, ignoring a last line that a crash truncated.
+
+    Raises UserError if the file is damaged.
+    """
+    rows = read_json_lines(path, _Row, cut=True)
+    for number, row in enumerate(rows, start=1):
+        checked(row, _Step, f"{path}, row {number}", "remove it, and run the same command")
+    return rows
+
+
+def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
+    """Truncate a metrics file after step `step` and return the remaining lines."""
+    if not path.exists():
+        if path.is_symlink():
+            path.unlink()  # a dangling link, through which writes would follow
+        return []
+    kept = [line for line in read_json_lines(path, kind, cut=True) if line["step"] <= step]
+    # A process killed here keeps the old file.
+    with replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept

@@ -1,0 +1,180 @@
+"""Writing of safetensors shards with little memory: bytes are fetched one tensor at a time and streamed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.verified import CheckedFile, Look
+from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file
+from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE
+from vlmprune_jax.io.checkpoints.disk.storage import Storage
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
+
+    If a file has the same bytes at `extent`, they are copied in blocks, and `look` receives every block. For a large
+    tensor, `pieces` may yield the bytes in order instead, as arrays or as byte ranges to copy.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    fetch: Callable[[], np.ndarray]
+    extent: Extent | None = None
+    look: Look = lambda block: None
+    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None
+
+    def blocks(self) -> Iterator[np.ndarray | Extent]:
+        """Yield the tensor's bytes in order, as arrays or byte ranges of files."""
+        if self.extent is not None:
+            yield self.extent
+        elif self.pieces is not None:
+            yield from self.pieces()
+        else:
+            yield self.fetch()
+
+
+def weight(
+    key: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    fetch: Callable[[], np.ndarray],
+    extent: Extent | None = None,
+    check: Callable[[np.ndarray], None] = lambda array: None,
+    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None,
+) -> Tensor:
+    """Return a tensor to write; `fetch` returns the values in the right dtype, in any shape.
+
+    `extent`: byte range of a file that has the same bytes, if any. `check`: receives all written values. `pieces`:
+    yields the array in parts.
+    """
+
+    def look(block: np.ndarray) -> None:
+        check(block.view(WEIGHT_DTYPES[dtype]))
+
+    def to_bytes(array: np.ndarray) -> np.ndarray:
+        check(array)
+        return _bytes_of(array)
+
+    def to_blocks(pieces: Iterator[np.ndarray | Extent]) -> Iterator[np.ndarray | Extent]:
+        return (piece if isinstance(piece, Extent) else to_bytes(piece) for piece in pieces)
+
+    blocks = None if pieces is None else lambda: to_blocks(pieces())
+    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), lambda: to_bytes(fetch()), extent, look, blocks)
+
+
+def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
+    """Return the tensors to write for weights (path in `params`, tensor), quantised by `storage` where it holds them.
+
+    A weight is fetched and encoded when its first tensor is written. It is fetched again for tensors that are written
+    after tensors of other weights (`split_shards` puts wide dtypes first).
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def encode(name: str, plain: Tensor) -> dict[str, np.ndarray]:
+        return storage.encode(name, plain.fetch().view(WEIGHT_DTYPES[plain.dtype]).reshape(plain.shape))
+
+    def fetch(name: str, plain: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = encode(name, plain)[suffix]
+        actual = (array.dtype, array.shape)
+        assert actual == (FILE_DTYPES[dtype], shape), f"{plain.key}{suffix}: {actual}, {dtype} {shape} announced"
+        return _bytes_of(array)
+
+    tensors = []
+    for name, plain in weights:
+        if not storage.holds(name, plain.shape):
+            tensors.append(plain)
+            continue
+        for suffix, (dtype, shape) in storage.tensors(plain.dtype, plain.shape).items():
+            part = functools.partial(fetch, name, plain, suffix, dtype, shape)
+            tensors.append(Tensor(plain.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
+    return tensors
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    # Made contiguous, since a transposed view's buffer is not in the order of its elements.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """Split tensors into consecutive shards of at most `max_bytes`; a larger tensor gets a shard of its own.
+
+    Within a shard, wide dtypes come first (like in the safetensors library), so that every tensor is aligned.
+    """
+    shards: list[list[Tensor]] = [[]]
+    size, item_bytes = 0, {name: dtype.itemsize for name, dtype in FILE_DTYPES.items()}
+    for tensor in tensors:
+        if shards[-1] and size + tensor.n_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.n_bytes
+    return [sorted(shard, key=lambda tensor: -item_bytes.get(tensor.dtype, 1)) for shard in shards]
+
+
+def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
+    """Write `model.safetensors`, or numbered shards with their index."""
+    shards = split_shards(tensors, max_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with CheckedFile(folder / name) as file:
+            write_safetensors(shard, file)
+        weight_map.update({tensor.key: name for tensor in shard})
+    if len(shards) > 1:
+        total = sum(tensor.n_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
+    """Return the total size in bytes of the safetensors files that `write_weights` would write."""
+    return sum(
+        len(_header(shard)) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
+    )
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """Return a safetensors file's header as bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        header[tensor.key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.n_bytes],
+        }
+        end += tensor.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
+    """Write a safetensors file with one tensor in memory at a time (the library's writer needs all tensors)."""
+    file.write(_header(tensors))
+    for tensor in tensors:
+        write_tensor(tensor, file)
+
+
+def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
+    """Append the bytes of a tensor to a file."""
+    written = 0
+    for data in tensor.blocks():
+        if isinstance(data, Extent):
+            file.copy(data, tensor.look)
+            written += data.end - data.begin
+        else:
+            file.write(data)
+            written += data.nbytes
+    assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"

@@ -1,0 +1,347 @@
+"""Mapping of checkpoint tensors to `params`, derived from the family's table and the modules' axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import array_axes
+from vlmprune_jax.core.models.params import locate, param_axes, param_shapes
+from vlmprune_jax.core.part import AXES
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.families import Family
+from vlmprune_jax.io.families.table import checked_table
+
+PARTS = ("text", "projector", "vision")
+# Entries (experts) of all layers: each has slots of its own (Qwen3.5's 60 layers of 512 experts: 30,720).
+MAX_ENTRIES = 2**17
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Location of one parameter: tensor and rows in the checkpoint, and path in `params`.
+
+    Attributes:
+      key: canonical key of the tensor in files.
+      name: path of the parameter, with the layer's number instead of group and index.
+      hf_shape: shape of the whole tensor in files.
+      path: path in `params`.
+      index: position in a group of stacked layers.
+      shape: shape of the array: the shape in files with the named `axes` split, so that conversion is a reshape.
+      layer: number of the block in its stack.
+      start, stop: first row and end of the parameter's rows; several parameters share a tensor if files fuse them.
+      width: number of values of a row of the tensor, including values of other parameters.
+      columns: values of a row that belong to the parameter; None if all do.
+      entry: index on the parameter's first axis; None if the slot covers the whole axis. Weights with an axis and its
+        parent axis (neurons and their experts) have a slot per parent.
+      turned: True if the two axes of an entry are transposed in files.
+    """
+
+    key: str
+    name: str
+    hf_shape: tuple[int, ...]
+    path: str
+    index: int | None
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    layer: int | None
+    start: int
+    stop: int
+    width: int
+    columns: tuple[int, int] | None = None
+    entry: int | None = None
+    turned: bool = False
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Index of the slot's array in the stacked parameter: layer and entry, if the parameter has these axes."""
+        return tuple(number for number in (self.index, self.entry) if number is not None)
+
+    @property
+    def axes_in_params(self) -> tuple[tuple[str, int], ...]:
+        """Axes of the parameter's array, with their sizes, in the order of `params`."""
+        axes = tuple(zip(self.axes, self.shape, strict=True))
+        return axes[::-1] if self.turned else axes
+
+    @property
+    def stride(self) -> int:
+        """Distance in the file, in values, between consecutive indices of the array's first axis."""
+        return math.prod(self.shape[1:]) if self.columns is None else self.width
+
+    def array_of(self, tensor: np.ndarray) -> np.ndarray:
+        """Extract the parameter's array from the whole checkpoint tensor."""
+        rows = tensor.reshape(-1, self.width)[self.start : self.stop]
+        array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
+        return array.T if self.turned else array
+
+    @property
+    def part(self) -> str:
+        """Part of the model that the parameter is loaded with, one of `PARTS`; that of an encoder is "text"."""
+        return part if (part := self.path.split("/")[0]) in PARTS else "text"
+
+
+@dataclass
+class Match:
+    """Result of matching checkpoint keys with a model: {canonical key: key in the files}, and mismatches.
+
+    `passthrough`: known keys of tensors that no computation uses. `tied`: key of the copy of the embedding that some
+    checkpoints with tied embeddings store as output head.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    passthrough: list[str] = field(default_factory=list)
+    tied: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
+    """Return the checkpoint location (`Slot`) of every parameter, layer by layer, in the order of the weight table.
+
+    Raises UserError if the family's table does not match the model's parameters.
+    """
+    axes, shapes = param_axes(cfg), param_shapes(cfg)
+    slots = []
+    for weight in checked_table(family.weights, family.weights(cfg)):
+        tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
+        places = locate(cfg, weight.path)
+        some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
+        for i, path, index in places:
+            line = weight if i is None else weight.at(i)
+            if path not in axes:
+                if some:
+                    continue
+                raise UserError(
+                    f"family {family.name}: its weight table lists {line.path}, which is not a parameter of this model"
+                )
+            names, shape = axes[path], shapes[path]
+            if index is not None:
+                names, shape = names[1:], shape[1:]
+            unnamed = () if "unit" in tokens else ("unit",)  # single numbers have no axis in files
+            entries = array_axes(names) != names
+            stored = [t for t in tokens if t not in "()1"]
+            if entries:  # entries (experts) share a tensor or have one each; the order of axes is free
+                stored = sorted({*stored, *re.findall("{(.*?)}", line.key)}, key=names.index)
+            if stored != [name for name in names if name not in unnamed]:
+                raise UserError(
+                    f"family {family.name}: layout {line.layout!r} of {line.path} does not match the parameter's "
+                    f"axes {names}"
+                )
+            size = {"1": 1, **dict(zip(names, shape, strict=True))}
+            hf_shape = _grouped(tokens, size)
+            rows, width = hf_shape[0] if hf_shape else 1, math.prod(hf_shape[1:])
+            slot = Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows, width)
+            if entries and shape[0] * len(places) > MAX_ENTRIES:
+                raise UserError(
+                    f"config.json: {len(places)} layers have {shape[0]:,} {names[0]} each, more than any model "
+                    f"({MAX_ENTRIES:,} in all): correct or restore the file"
+                )
+            slots += _entries(slot, tokens[-2:]) if entries else [slot]
+    slots = _fused(slots)
+    missing = sorted(set(shapes) - {slot.path for slot in slots})
+    if missing:
+        raise UserError(f"family {family.name}: its weight table lacks {', '.join(missing[:3])}")
+    return slots
+
+
+def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
+    """Split a slot into one per entry of the parameter's first axis (experts); `axes`: an entry's axes in files."""
+    (count, *inner), (parent, *names) = slot.shape, slot.axes
+    turned = list(axes) != names
+    shape = tuple(reversed(inner)) if turned else tuple(inner)
+    one = dataclasses.replace(slot, shape=shape, axes=tuple(axes), turned=turned, width=shape[1], stop=shape[0])
+    return [
+        dataclasses.replace(one, entry=e, key=slot.key.replace(f"{{{parent}}}", str(e)), name=f"{slot.name}/{e}")
+        for e in range(count)
+    ]
+
+
+def _fused(slots: Sequence[Slot]) -> list[Slot]:
+    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows.
+
+    Entries that share a tensor lie side by side along the axis with a parent (the neurons of an expert).
+    """
+    rows: Counter[str] = Counter()
+    placed, entries = [], dict[tuple[str, int], list[Slot]]()
+    for slot in slots:
+        if slot.entry is not None:
+            entries.setdefault((slot.key, slot.entry), []).append(slot)
+            continue
+        start = rows[slot.key]
+        rows[slot.key] += slot.stop
+        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
+    whole = [
+        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
+        for slot in placed
+    ]
+    return whole + [slot for group in entries.values() for slot in _side_by_side(group)]
+
+
+def _side_by_side(group: Sequence[Slot]) -> Iterator[Slot]:
+    """Yield one expert's slots that share a tensor (such as gate and up), with row and column ranges assigned."""
+    first = group[0]
+    child = next(i for i, name in enumerate(first.axes) if name in AXES and AXES[name].parent)
+    edges = [0, *itertools.accumulate(slot.shape[child] for slot in group)]
+    shape = [edges[-1] if i == child else size for i, size in enumerate(first.shape)]
+    outer = first.hf_shape[:-2]
+    begin = (first.entry or 0) * shape[0] if outer else 0
+    for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
+        low_row, high_row = (low, high) if child == 0 else (0, shape[0])
+        yield dataclasses.replace(
+            slot,
+            hf_shape=(*outer, *shape),
+            start=begin + low_row,
+            stop=begin + high_row,
+            width=shape[1],
+            columns=(low, high) if child == 1 and len(group) > 1 else None,
+        )
+
+
+def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    """Group slots by checkpoint tensor, in the order of their rows and columns."""
+    tensors: dict[str, list[Slot]] = {}
+    for slot in slots:
+        tensors.setdefault(slot.key, []).append(slot)
+    return {key: sorted(group, key=lambda slot: (slot.start, slot.columns or ())) for key, group in tensors.items()}
+
+
+def row_groups(slots: Sequence[Any], slot_of: Callable[[Any], Slot] = lambda item: item) -> list[list[Any]]:
+    """Split a tensor's slots (or items with a slot each) into groups with the same rows, in order."""
+    return [[*group] for _, group in itertools.groupby(slots, key=lambda item: slot_of(item).start)]
+
+
+def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarray:
+    """Concatenate the arrays of the parameters that form one checkpoint tensor, or some rows of it (flat)."""
+    turned = [array.T if slot.turned else array for array, slot in zip(arrays, slots, strict=True)]
+    if len(turned) == 1:
+        return turned[0]
+    pairs = row_groups([*zip(slots, turned, strict=True)], operator.itemgetter(0))
+    rows = [np.concatenate([array for _, array in group], axis=1) if len(group) > 1 else group[0][1] for group in pairs]
+    return np.concatenate([array.reshape(-1) for array in rows])
+
+
+def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
+    found: dict[str, dict[tuple[int, ...], Any]] = {}
+    for slot, array in arrays:
+        found.setdefault(slot.path, {})[slot.place] = array
+
+    def join(parts: dict[tuple[int, ...], Any]) -> Any:
+        if () in parts:
+            return parts[()]
+        groups: dict[int, dict[tuple[int, ...], Any]] = {}
+        for (first, *rest), array in sorted(parts.items()):
+            groups.setdefault(first, {})[tuple(rest)] = array
+        return stack([join(group) for group in groups.values()])
+
+    return {path: join(parts) for path, parts in found.items()}
+
+
+def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
+    """Return the tensor shape that an einops layout gives: `( q_heads head ) embed` -> (q_heads * head, embed)."""
+    shape: list[int] = []
+    inside: list[int] | None = None
+    for token in tokens:
+        if token == "(":
+            inside = []
+        elif token == ")":
+            shape.append(math.prod(inside or ()))
+            inside = None
+        else:
+            (shape if inside is None else inside).append(size[token])
+    return tuple(shape)
+
+
+def match_keys(
+    slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
+) -> Match:
+    """Match checkpoint keys with the slots of the model's `parts`; report mismatches as problems.
+
+    Keys of other parts are ignored, because these parts may come from another checkpoint.
+    """
+    known = {slot.key: slot for slot in slots}
+    wanted = {key: slot for key, slot in known.items() if slot.part in parts}
+    match, head, blocks = Match(), tied_head(cfg, family), block_prefix("vision", cfg, family)
+    for key, entry in checkpoint.entries.items():
+        name = family.canonical(key)
+        slot = wanted.get(name)
+        if slot is None and name in known:
+            continue
+        if slot is None and name == head:
+            match.tied, slot = key, next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
+        elif slot is None:
+            if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
+                match.passthrough.append(key)
+            else:
+                match.problems.append(f"unknown key {key}")
+            continue
+        elif name in match.keys:
+            match.problems.append(f"{key} and {match.keys[name]} are the same weight")
+            continue
+        else:
+            match.keys[name] = key
+        if entry.shape != slot.hf_shape:
+            swapped = slot.entry is not None and entry.shape == (*slot.hf_shape[:-2], *slot.hf_shape[:-3:-1])
+            note = " (transformers 5 saves experts transposed: use the folder it was loaded from)" if swapped else ""
+            match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}{note}")
+        if entry.dtype not in WEIGHT_DTYPES:
+            match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
+    match.problems += [f"missing key {key}" for key in wanted if key not in match.keys]
+    return match
+
+
+def refuse(problems: Sequence[str], family: Family, location: object) -> None:
+    """Raise one UserError that lists all mismatches between checkpoint and config, if there are any."""
+    if not problems:
+        return
+    order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
+    more = f"; and {len(order) - 8} more" if len(order) > 8 else ""
+    raise UserError(
+        f"{location}: the weights do not match config.json ({'; '.join(order[:8])}{more}): use a complete, "
+        f"unquantised {family.name} checkpoint in {family.layout} layout"
+    )
+
+
+def tied_head(cfg: ModelConfig, family: Family) -> str | None:
+    """Return the output head's checkpoint key if embeddings are tied (the key is then optional), otherwise None."""
+    if not cfg.text.tie_embeddings:
+        return None
+    untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
+    return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
+
+
+def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
+    """Return True if a tower block is computed or does not exist; False above the feature layer and outside blocks."""
+    if number is None or cfg.vision is None:
+        return False
+    return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
+
+
+def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
+    """Return the prefix of a model part's checkpoint keys up to the block number; None if the part has no blocks."""
+    keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
+    return next((key.split("{i}")[0] for key in keys), None)
+
+
+def block_number(name: str, prefix: str | None) -> int | None:
+    """Return the block number in a checkpoint key; None outside blocks, -1 if it is not a number."""
+    if prefix is None or not name.startswith(prefix):
+        return None
+    number = name[len(prefix) :].partition(".")[0]
+    return int(number) if re.fullmatch("[0-9]{1,9}", number) else -1
+
+
+def template(key: str) -> str:
+    """Return a checkpoint key with its block number replaced by `{}`."""
+    return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

@@ -1,0 +1,292 @@
+"""Loading of a Hugging Face folder: every device reads its own slice of the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from vlmprune_jax.base.checks import check_returned
+from vlmprune_jax.base.errors import UserError, error_context, reason
+from vlmprune_jax.base.files import read_json, reading
+from vlmprune_jax.base.weight_files import DTYPES
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.rules import check_divides, sharding
+from vlmprune_jax.core.models.layers import activation
+from vlmprune_jax.core.models.lazy import check_finite
+from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
+from vlmprune_jax.core.models.vlm import Model, Params
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
+from vlmprune_jax.io.checkpoints.disk.storage import StoredWeight, find_storage
+from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.io.data.tokenizer_files import added_tokens
+from vlmprune_jax.io.data.video.processor import load_video_config
+from vlmprune_jax.io.families import Family, detect
+from vlmprune_jax.io.families.experts import with_separate_experts
+from vlmprune_jax.io.families.fields import check_fields
+
+# XLA on CPU uses a host buffer of this alignment without a copy.
+_ALIGNMENT = 64
+_PART = 2**26  # elements of a tensor that one thread reads
+_PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
+# Reading waits for the disk; copying and checking release Python's lock.
+_THREADS = min(4, os.cpu_count() or 1)
+# Files to download besides the weights (safetensors, or else `pytorch_model*.bin`).
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+# {canonical key: stored weight}.
+Sources = dict[str, StoredWeight]
+# (start, stop) along every axis of the slice of a parameter that a device holds.
+Bounds = tuple[tuple[int, int], ...]
+
+
+def load(
+    hf_dir: str | Path,
+    *,
+    vision_dir: str | Path | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | Callable[[ModelConfig], Mesh | None] | None = None,
+    parts: Collection[str] = PARTS,
+) -> Model:
+    """Load a model from a Hugging Face folder or hub id.
+
+    Args:
+      hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`), or a hub id.
+      vision_dir: folder of the vision tower (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it takes precedence
+        over a tower in `hf_dir`.
+      dtype: data type of all parameters: "float32", "bfloat16" or "float16".
+      mesh: device mesh, or a function that chooses it for the model's config; parameters are split by
+        `distributed.rules`. None uses the default device.
+      parts: parts to load: "text", "projector", "vision". Without "vision", the model takes image features as input.
+
+    Raises:
+      UserError: unknown family, missing or damaged files, weights that do not match config.json or are not finite, or a
+        mesh that does not divide the model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = resolve(hf_dir)
+    tower = None if vision_dir is None else resolve(vision_dir)
+    family, cfg = read_config(folder, tower)
+    devices = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(cfg)
+    if devices is not None:
+        check_divides(cfg, devices)
+    slots = make_slots(cfg, family)
+    sources = find_weights(slots, cfg, family, folder, tower)
+    read = [slot for slot in slots if slot.part in parts]
+    params = read_params(cfg, read, sources, DTYPES[dtype], devices)
+    return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
+
+
+def resolve(name: str | Path) -> Path:
+    """Return the path of a local folder, or of the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
+
+    Raises UserError if the folder does not exist, and the hub has no such model or cannot be reached.
+    """
+    folder, text = Path(name), str(name)
+    inside = folder.glob("*.gguf") if os.path.isdir(folder) and not os.path.lexists(folder / "config.json") else ()
+    if any(inside) or (text.endswith(".gguf") and os.path.isfile(folder)):
+        raise UserError(f"{name}: is a GGUF file for llama.cpp: name the Hugging Face folder of the model instead")
+    if os.path.isdir(folder):
+        return folder
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or os.path.lexists(folder):
+        raise UserError(f"{name}: no such folder (give a Hugging Face model folder or a hub id like org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if not has_weights(snapshot):
+            snapshot = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
+    except Exception as error:  # the hub client raises its own, its transport's and OS errors
+        raise UserError(f"{name}: no such folder, and not available from the hub ({reason(error)})") from error
+    return snapshot
+
+
+def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
+    """Return the family and ModelConfig of a folder, from its JSON files only.
+
+    generation_config.json supplies the ids of begin, end and padding tokens that config.json lacks. Raises UserError
+    for an unknown family, unsupported settings or quantisation, or invalid fields.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    config = read_fields(path)
+    family = detect(config, str(path))
+    if find_storage(config, str(path)) is not None:  # refuses unknown quantisation
+        family = with_separate_experts(family)
+    if os.path.lexists(generation):
+        ids = {
+            k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        nested = family.text_config(config)
+        known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
+        config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
+    if family.token_names:
+        tokens = added_tokens(folder)
+        config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
+    vision = None
+    if family.separate_vision:
+        vision = read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
+    with reading(path), error_context(path):
+        cfg = family.from_hf(config, vision)
+        check_returned(family.from_hf, cfg, isinstance(cfg, ModelConfig), "a core.config.ModelConfig")
+        channels = [layer.channel for stack in cfg.stacks.values() for layer in stack.layers]
+        for part in {*channels, *([] if cfg.projector is None else [cfg.projector])}:
+            activation(getattr(part, "activation", "silu"))  # refuses unknown ones
+    if family.video is not None and cfg.vision is not None:
+        cfg = dataclasses.replace(cfg, video=load_video_config(folder, family.video))
+    return family, cfg
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return the content of config.json or generation_config.json, with all known fields checked.
+
+    Raises UserError if the file cannot be read (`read_json`) or a field is invalid (`check_fields`).
+    """
+    config: dict[str, Any] = read_json(path)
+    check_fields(config, str(path))
+    return config
+
+
+def find_weights(
+    slots: list[Slot],
+    cfg: ModelConfig,
+    family: Family,
+    folder: Path,
+    vision_dir: Path | None,
+    parts: Collection[str] = PARTS,
+) -> Sources:
+    """Return the checkpoint weights of the model's `parts`; `vision_dir` has the tower of an original LLaVA or Bunny.
+
+    Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
+    """
+    holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
+    if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
+        holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
+    matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
+    location = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
+    refuse([problem for _, match in matches for problem in match.problems], family, location)
+    checkpoint, match = matches[0]
+    if match.tied is not None:
+        embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
+        if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
+            raise UserError(
+                f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
+                "set it to false in config.json, or remove the wrong tensor"
+            )
+    return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
+
+
+def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
+    """Return True if two weights of equal shape are bitwise equal; they are read in pieces."""
+    size = math.prod(weight.shape)
+    cuts = [*range(0, size, _PIECE), size]
+    pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
+    return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+
+
+def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
+    """Read the parameters at these slots with several threads, each of which reads one block of a file at a time."""
+    members: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        members[slot.path].append(slot)
+    axes, flat = param_axes(cfg), {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for path, shape in param_shapes(cfg).items():
+            if path in members:
+                placement = None if mesh is None else sharding(mesh, axes[path], shape)
+                flat[path] = _read_param(members[path], shape, placement, sources, dtype, pool)
+    return unflatten(flat)
+
+
+def _read_param(
+    slots: list[Slot],
+    shape: tuple[int, ...],
+    placement: NamedSharding | None,
+    sources: Sources,
+    dtype: np.dtype,
+    pool: ThreadPoolExecutor,
+) -> jax.Array:
+    def bounds(index: Any) -> Bounds:
+        return tuple((part.start or 0, part.stop or size) for part, size in zip(index, shape, strict=True))
+
+    slices = (
+        [(slice(None),) * len(shape)]
+        if placement is None
+        else placement.addressable_devices_indices_map(shape).values()
+    )
+    # Devices that hold the same slice share one buffer.
+    blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
+    row_ranges = [(slot, rows) for slot in slots for rows in _parts(slot)]
+    filled = pool.map(lambda part: _fill(part[0], part[1], sources[part[0].key], blocks), row_ranges)
+    list(filled)  # raises what a thread raised
+    if placement is None:
+        (whole,) = blocks.values()
+        return jax.device_put(whole)
+    return jax.make_array_from_callback(shape, placement, lambda index: blocks[bounds(index)])
+
+
+def _parts(slot: Slot) -> Iterator[range]:
+    """Yield row ranges of a checkpoint tensor that threads read in parallel."""
+    step = max(1, _PART // slot.stride)
+    for begin in range(0, slot.shape[0], step):
+        yield range(begin, min(begin + step, slot.shape[0]))
+
+
+def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
+    """Copy rows of a checkpoint tensor to the blocks of its parameter, in cache-sized pieces.
+
+    Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
+    """
+    targets = []
+    for bounds, block in blocks.items():
+        for number in slot.place:
+            (first, last), *inner = bounds
+            if not first <= number < last:
+                break
+            bounds, block = tuple(inner), block[number - first]
+        else:
+            if slot.turned:
+                bounds, block = bounds[::-1], block.T
+            targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
+    if not targets:
+        return
+    entry = "" if slot.entry is None or str(slot.entry) in source.key.split(".") else f"[{slot.entry}]"
+    location, dtype = f"{source.file.parent}: tensor {source.key}{entry}", targets[0][2].dtype
+    start = max(part.start, min(rows[0] for rows, _, _ in targets))
+    stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
+    if start >= stop:
+        return
+    row = slot.stride
+    step = max(1, _PIECE // row)
+    rows = [*range(start, stop, step), stop]
+    offset = slot.start * slot.width
+    pieces = source.pieces([offset + n * row for n in rows])
+    for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
+        check_finite(piece, location)
+        if piece.dtype != dtype:
+            with np.errstate(over="ignore"):  # reported with the tensor's name instead
+                piece = piece.astype(dtype)
+            check_finite(piece, f"{location} as {dtype.name}")
+        piece = piece.reshape(-1, row)[:, slice(*(slot.columns or (None,)))].reshape(-1, *slot.shape[1:])
+        for (first, last), columns, block in targets:
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                block[low - first : high - first] = piece[(slice(low - begin, high - begin), *columns)]
+
+
+def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    shape = [stop - start for start, stop in bounds]
+    n_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)

@@ -1,0 +1,253 @@
+"""Fixed-shape batches of records, shuffled and resumable."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grain
+import numpy as np
+
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.recovery.program import BatchShapes
+from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
+from vlmprune_jax.io.data.encoding import Encoder, Shape
+from vlmprune_jax.io.data.grouping import grouped_order
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.teacher_rows import TeacherRows
+
+PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
+_PADDING_ROW = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of one padded batch for training or scoring; all rows have the same shape.
+
+    `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
+    pixel_values float32[packs, slots, 3, height, width], or from a feature cache vision_features [packs, slots, tokens,
+    features]: a packed row has the images and video frames of batch / packs neighbouring rows, then zeros. For images
+    of varying size, pixel_values are float32[packs, patches, values] with the patches of a token next to each other,
+    vision_features [packs, tokens, features], image_grid_thw int32[packs, slots, 3] (temporal patches, rows and columns
+    of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
+    `TeacherRows`.
+
+    A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, replaced by
+    padding.
+    """
+
+    arrays: dict[str, np.ndarray]
+    record_ids: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
+
+    Like grain's iterators, its iterators have `get_state` and `set_state`. `batches` are made from `rows`, see
+    `_batch_rows`. `local`: rows of each batch that this process loads. `packs`: packed rows of images in each batch,
+    over all processes.
+    """
+
+    batches: grain.IterDataset[Batch]
+    rows: grain.MapDataset[np.ndarray]
+    encoder: Encoder
+    sizes: np.ndarray | None
+    teacher: TeacherRows | None
+    local: int
+    packs: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
+        """Return the distinct array shapes and dtypes of batches `first` to `last` - 1, longest sequences first.
+
+        The list is equal on all processes, and empty if the shapes depend on images that were not measured. Raises
+        UserError if a batch needs more memory than this machine has.
+        """
+        kinds = []
+        for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
+            packs = self.packs * self.local // len(self.rows[0])
+            check_memory(self.local, shape, self.encoder, 0, packs)
+            row = _padding_row(self.encoder, shape, self.teacher)
+            kind = {name: ((self.local, *array.shape), array.dtype) for name, array in row.items()}
+            kinds.append(kind | dict(self.encoder.packed_arrays(shape, self.local, packs)))
+        return kinds
+
+    def _shapes(self, first: int, last: int) -> set[Shape]:
+        if first >= last or (self.sizes is None and self.encoder.images_decide):
+            return set()
+        if self.sizes is None:
+            return {self.encoder.least_shape}
+        shapes: set[Shape] = set()
+        most = self.encoder.count_shapes(self.sizes)
+        # 50 microseconds per record: LLaVA's 665k take half a minute, unless all shapes occur earlier
+        for place in range(first, last):
+            shapes.add(self.encoder.shape(_sizes_of(self.rows[place], self.sizes), self.packs))
+            if len(shapes) == most:
+                break
+        return shapes
+
+
+def train_batches(
+    records: Sequence[Record],
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    threads: int,
+    seed: int | None = None,
+    epochs: int | None = 1,
+    drop_remainder: bool = False,
+    mine: np.ndarray | None = None,
+    packs: int | None = None,
+    sizes: np.ndarray | None = None,
+    group_by: str = "none",
+    on_error: str = "stop",
+    teacher: TeacherRows | None = None,
+) -> TrainBatches:
+    """Return an iterator over this process's share of every global batch of `batch_size` records.
+
+    The order of records depends only on `seed` (None: the order of the file) and the epoch, and with `group_by` on
+    `sizes`. With epochs=None the batches never end; batches continue across epoch borders. `mine`, int[local], are the
+    rows that this process loads (`mesh.rows_of_process`; None: all). The rows of all processes together are the batch
+    that a single process would read. A last short batch is dropped or filled with padding rows. The iterator's state
+    resumes exactly. `packs`: packed rows of images in a global batch, each from a single process (None: one per row).
+
+    `sizes`, int[records, 3] (`encoding.measure`), must be equal on all processes and determine the shape of each batch.
+    They are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which
+    replaces unreadable records by padding rows. `teacher` adds its arrays to every row.
+    """
+    one_of("group_by", group_by, GROUPINGS)
+    one_of("on_error", on_error, ON_ERROR)
+    if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
+        raise UserError(
+            "group_by, length buckets and on_error='skip' need record sizes: pass sizes=measure(records, encoder, ...)"
+        )
+    if not records:
+        raise UserError("no records to batch: check the data file")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} must be at least 1")
+    if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
+        raise UserError(
+            f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"
+        )
+    mine, packs = np.arange(batch_size) if mine is None else mine, packs or batch_size
+    check_memory(len(mine), encoder.least_shape, encoder, PREFETCH, packs * len(mine) // batch_size)
+    indices, order = grain.MapDataset.range(len(records)), None
+    if sizes is not None and group_by != "none":
+        grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed or 0)
+        order = functools.lru_cache(maxsize=2)(grouped)  # a batch may span two epochs
+    elif seed is not None:
+        indices = indices.shuffle(seed=seed)
+    rows = _batch_rows(indices, batch_size, epochs, drop_remainder, order)
+    load = functools.partial(
+        _load_rows,
+        records=records,
+        encoder=encoder,
+        mine=mine,
+        packs=packs,
+        sizes=sizes,
+        skip=on_error == "skip",
+        teacher=teacher,
+    )
+    batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH))
+    return TrainBatches(batches, rows, encoder, sizes, teacher, len(mine), packs)
+
+
+def _load_rows(
+    batch: np.ndarray,
+    *,
+    records: Sequence[Record],
+    encoder: Encoder,
+    mine: np.ndarray,
+    packs: int,
+    sizes: np.ndarray | None,
+    skip: bool,
+    teacher: TeacherRows | None,
+) -> Batch:
+    """Load this process's share (`mine`) of a global batch of record indices, padded to the batch's shape."""
+    if sizes is None:
+        every = [None if index == _PADDING_ROW else records[index] for index in batch.tolist()]
+        shape = encoder.shape_of(every, packs)
+    else:
+        shape = encoder.shape(_sizes_of(batch, sizes), packs)
+    local = packs * len(mine) // len(batch)
+    check_memory(len(mine), shape, encoder, 0, local)
+    rows, pictures, names, skipped = [], [], [], []
+    for index in batch[mine].tolist():
+        row, images, name = None, [], ""
+        if index != _PADDING_ROW:
+            record = records[index]
+            try:
+                if sizes is not None and not sizes[index, 0]:
+                    raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
+                training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
+                if teacher is not None:
+                    teacher.fill(training_row, record)
+                row, name = training_row, record.id
+            except UserError as error:
+                if not skip:
+                    raise
+                skipped.append((record.id, str(error)))
+        rows.append(_padding_row(encoder, shape, teacher) if row is None else row)
+        pictures.append([] if row is None else images)
+        names.append(name)
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Batch(arrays | encoder.packed(pictures, shape, local), tuple(names), skipped=tuple(skipped))
+
+
+def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the sizes of a batch's records, int[rows, 3]; 0 for rows of padding."""
+    return np.where(batch[:, None] == _PADDING_ROW, 0, sizes[batch])
+
+
+def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) -> dict[str, np.ndarray]:
+    row = encoder.padding_row(shape.tokens)
+    if teacher is not None:
+        teacher.fill(row, None)
+    return row
+
+
+def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int, packs: int) -> None:
+    """Raise UserError if a batch and the batches read ahead need more memory than this machine has."""
+    arrays = encoder.packed_arrays(shape, rows, packs)
+    image_bytes = sum(math.prod(size) * dtype.itemsize for _, (size, dtype) in arrays)
+    needed = (prefetch + 1) * (rows * 3 * 4 * shape.tokens + image_bytes)
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        images, setting = "images", "data.max_images"
+        if shape.image_tokens:
+            images, setting = f"images of {shape.image_tokens} tokens together", "data.max_image_tokens"
+        raise UserError(
+            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} {images}: {prefetch + 1} batches take "
+            f"{needed / 2**30:,.0f} GiB, more than this machine has: lower batch_size, {setting} or data.max_length"
+        )
+
+
+def _batch_rows(
+    indices: grain.MapDataset[int],
+    batch_size: int,
+    epochs: int | None,
+    drop_remainder: bool,
+    order: Callable[..., np.ndarray] | None,
+) -> grain.MapDataset[np.ndarray]:
+    """Return the record indices int64[batch_size] of every global batch; _PADDING_ROW marks empty rows.
+
+    `order(epoch=n)` returns an epoch's record indices in order. Global batches hold numbers only, so that a process
+    decodes only its own images (for tile buckets it also reads the headers of the others, since all processes must
+    agree on the shape).
+    """
+    count = len(indices)
+
+    def record_of(place: int, index: int) -> np.int64:
+        return np.int64(index if order is None else order(epoch=place // count)[index])
+
+    def fill(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([rows, np.full(batch_size - len(rows), _PADDING_ROW, np.int64)])
+
+    return indices.repeat(epochs).map_with_index(record_of).batch(batch_size, drop_remainder=drop_remainder).map(fill)

@@ -1,0 +1,202 @@
+"""Records from folders written by `save_to_disk` of Hugging Face datasets, read with pyarrow image by image.
+
+A folder is one split: Arrow streams, `state.json` that lists them, and `dataset_info.json`. Texts are read at once, an
+image's bytes when it is decoded, so that at most one Arrow record batch is in memory. Files are not memory-mapped, so
+that a truncated file raises an error instead of killing the process. Rows and sizes that a file claims are bounded
+before anything is decoded (`arrow.py`), and only types are read whose values lie in the file one by one.
+
+Rows have one of the forms of JSON entries (forms.py). All columns except images become fields, which metrics read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import open_file, read_json, reading
+from vlmprune_jax.io.data.arrow import MAX_ROWS, bounded_messages, check_schema
+from vlmprune_jax.io.data.forms import to_entry
+from vlmprune_jax.io.data.media import StoredImage
+from vlmprune_jax.io.data.records import Record, make_record
+
+PREFIX = "datasets:"  # prefix in data.train and data.eval: datasets:FOLDER
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_TODO = "save it again with save_to_disk"
+_MOST_IMAGES = 1000  # maximum images per row
+_AT_ONCE = 1000  # rows that are converted to Python values together
+
+
+class _File(TypedDict):
+    filename: str
+
+
+class _State(TypedDict):
+    """Fields of state.json that are read from a split saved by Hugging Face datasets."""
+
+    _data_files: list[_File]
+
+
+class _Dict(TypedDict):
+    splits: list[str]
+
+
+def datasets_folder(text: str) -> Path:
+    """Return the split folder that `datasets:FOLDER` names; the name of the only split may be omitted.
+
+    Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
+    """
+    folder = Path(text.removeprefix(PREFIX))
+    if text == PREFIX or "://" in text:
+        raise UserError(f"{text}: is not a folder: use {PREFIX}DIR with a folder written by save_to_disk")
+    if not (folder / _SPLITS).exists():
+        return folder
+    splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
+    if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
+        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {PREFIX}{folder}/SPLIT")
+    return folder / splits[0]
+
+
+def datasets_state(folder: Path) -> str:
+    """Return a fingerprint of the saved splits, which changes when any split is saved again; "" without splits."""
+    state = folder / _STATE
+    return str(state.stat().st_mtime_ns) if state.is_file() else ""
+
+
+def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
+    """Return the records of a split that Hugging Face datasets saved to disk.
+
+    Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
+    become records with a `problem`, as in `read_records`.
+    """
+    split = _Split(folder)
+    records = [
+        make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
+    ]
+    if not records:
+        raise UserError(f"{folder}: contains no rows: {_TODO}")
+    return records
+
+
+class _Split:
+    """Reader of a saved split's rows by record batch; safe for concurrent image reads from threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        missing = f"no such file: use {PREFIX}DIR or {PREFIX}DIR/SPLIT with a folder written by save_to_disk"
+        state = read_json(folder / _STATE, _State, missing=missing, todo=_TODO)
+        self._files = [folder / file["filename"] for file in state["_data_files"]]
+        outside = [file.name for file in self._files if file.parent != folder]
+        if len(set(self._files)) < len(self._files):
+            raise UserError(f"{folder / _STATE}: lists a file twice: {_TODO}")
+        if outside:
+            raise UserError(f"{folder / _STATE}: lists {outside[0]!r}, which is not a file of this folder: {_TODO}")
+        self._firsts: list[int] = []  # number of the first row of each batch
+        self._places: list[tuple[Path, int]] = []  # file and offset of each batch
+        self._schemas: dict[Path, pa.Schema] = {}
+        self._numbers: dict[str, int] = {}  # digest of an image's bytes -> its number
+        self._batch: tuple[int, pa.RecordBatch | None] = (-1, None)  # number and content of the record batch read last
+        self._lock = threading.Lock()
+
+    def identity(self) -> str:
+        """Return a digest of all images in the split."""
+        return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
+
+    def find(self, name: str, location: str) -> StoredImage:
+        """Return the stored image with this digest; rows with equal images share one stored image."""
+        del location
+        return StoredImage(name, self._numbers[name], self)
+
+    def read(self, number: int) -> bytes:
+        """Return the encoded bytes (such as JPEG) of an image; raise UserError for a damaged folder."""
+        row, place = divmod(number, _MOST_IMAGES)
+        batch = bisect.bisect_right(self._firsts, row) - 1
+        with self._lock, reading(f"{self.folder}, row {row}", _TODO):
+            if self._batch[0] != batch:
+                self._batch = (batch, self._read_batch(batch))
+            _, rows = self._batch
+            assert rows is not None
+            images = _images(rows.slice(row - self._firsts[batch], 1), _image_columns(rows.schema))[0]
+            return list(itertools.chain(*images.values()))[place]
+
+    def _read_batch(self, number: int) -> pa.RecordBatch:
+        path, offset = self._places[number]
+        with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+            source.seek(offset)
+            return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield every row of the split as an entry of a JSON data file."""
+        row = 0
+        for path in self._files:
+            with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+                messages = bounded_messages(file)
+                source.seek(next(messages, 0))
+                self._schemas[path] = schema = check_schema(pa.ipc.read_schema(pa.ipc.read_message(source)))
+                images = _image_columns(schema)
+                for offset in messages:
+                    source.seek(offset)
+                    batch = _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
+                    self._firsts.append(row)
+                    self._places.append((path, offset))
+                    for start in range(0, batch.num_rows, _AT_ONCE):
+                        for entry in self._rows(batch.slice(start, _AT_ONCE), row, images):
+                            yield entry
+                            row += 1
+                    if row > MAX_ROWS:
+                        raise ValueError(f"the split has more than {MAX_ROWS:,} rows, the maximum that is read")
+
+    def _rows(self, batch: pa.RecordBatch, first: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        texts = batch.select([name for name in batch.schema.names if name not in columns])
+        of_rows = zip(texts.to_pylist(), _images(batch, columns), strict=True)
+        for row, (values, pictures) in enumerate(of_rows, start=first):
+            named: dict[str, list[str]] = {}
+            number = row * _MOST_IMAGES
+            for column, contents in pictures.items():
+                named[column] = [hashlib.sha256(content).hexdigest()[:20] for content in contents]
+                for name in named[column]:
+                    self._numbers.setdefault(name, number)
+                    number += 1
+            yield to_entry(json.loads(json.dumps(values, default=str)), named)
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return an Arrow record batch after checking its offsets and texts, which pyarrow does not check."""
+    batch.validate(full=True)
+    return batch
+
+
+def _image_columns(schema: pa.Schema) -> list[str]:
+    """Return the names of the columns whose feature type is `Image` or a list of `Image`."""
+    kinds = {field.name: field.type for field in schema}
+    lists = pa.types.is_list, pa.types.is_large_list
+    items = {name: kind.value_type if any(is_list(kind) for is_list in lists) else kind for name, kind in kinds.items()}
+    structs = {name: kind for name, kind in items.items() if pa.types.is_struct(kind)}
+    return [name for name, kind in structs.items() if {field.name for field in kind} == {"bytes", "path"}]
+
+
+def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:
+    """Return {column: encoded images} for every row, without columns that have no image.
+
+    Raises ValueError if an image is a path, which may point to any file; or a row has too many images.
+    """
+    rows: list[dict[str, list[bytes]]] = [{} for _ in range(batch.num_rows)]
+    for name in columns:
+        for row, value in zip(rows, batch.column(name).to_pylist(), strict=True):
+            items = value if isinstance(value, list) else [value]
+            images = [item["bytes"] for item in items if item is not None]
+            if any(image is None for image in images):
+                raise ValueError(f"column {name!r} has an image path instead of its bytes")
+            if images:
+                row[name] = images
+    if any(sum(map(len, row.values())) > _MOST_IMAGES for row in rows):
+        raise ValueError(f"a row has more than {_MOST_IMAGES} images, the maximum per record")
+    return rows

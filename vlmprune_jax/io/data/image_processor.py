@@ -1,0 +1,224 @@
+"""Image processor settings of a model folder: every field is checked, then the `transformers` class is created."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+from msgspec import Meta
+from PIL import Image
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import checked, read_json, reading
+from vlmprune_jax.io.families import FAMILIES
+from vlmprune_jax.io.families.tiles import BICUBIC, MAX_SIDE
+
+# Values of `Family.images` for which the transformers classes are not used.
+_CUT = ("tiles", "splits", "crops", "budget", "patches", "naflex")
+_SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
+# Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
+PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that many classes have by default
+_TODO = "restore it from the model's source"
+
+Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+_Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
+# The range also allows values that are not rescaled to 0..1.
+_Means = Annotated[list[Annotated[float, Meta(ge=-255, le=255)]], Meta(min_length=3, max_length=3)]
+_Deviations = Annotated[list[Annotated[float, Meta(ge=1e-6, le=255)]], Meta(min_length=3, max_length=3)]
+_Count = Annotated[int, Meta(ge=1)] | None
+_Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # pixels; far above any model's maximum (4096 x 4096)
+
+
+class _Size(TypedDict, total=False):
+    height: Side | None
+    width: Side | None
+    shortest_edge: Side | None
+    longest_edge: Side | None
+
+
+_AnySize = Side | _Sides | _Size | None
+
+
+class ProcessorSteps(TypedDict, total=False):
+    """Fields of preprocessor_config.json that are checked for every type of image processor."""
+
+    image_processor_type: str | None
+    feature_extractor_type: str | None
+    do_resize: bool | None
+    resample: Annotated[int, Meta(ge=0, le=5)] | None
+    do_rescale: bool | None
+    rescale_factor: Annotated[float, Meta(gt=0, le=1)] | None
+    do_normalize: bool | None
+    image_mean: _Means | None
+    image_std: _Deviations | None
+
+
+class ProcessorFile(ProcessorSteps, total=False):
+    """Fields of preprocessor_config.json that are read for images of one size; for others, see `PatchFile`."""
+
+    size: _AnySize
+    do_center_crop: bool | None
+    crop_size: _AnySize
+    default_to_square: bool | None
+    crop_to_patches: bool | None
+    do_image_splitting: bool | None
+    max_image_size: _AnySize
+    min_patches: _Count
+    max_patches: _Count
+    do_pan_and_scan: bool | None
+    pan_and_scan_min_crop_size: _Count
+    pan_and_scan_max_num_crops: Annotated[int, Meta(ge=2, le=100)] | None
+    pan_and_scan_min_ratio_to_activate: Annotated[float, Meta(ge=1, le=1000)] | None
+    patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    pooling_kernel_size: Annotated[int, Meta(ge=1, le=16)] | None
+    max_soft_tokens: _Count
+    encoder_patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    downsample_factor: Annotated[int, Meta(ge=1, le=16)] | None
+    tile_size: Side | None
+    min_tiles: _Count
+    max_tiles: _Count
+    use_thumbnail: bool | None
+    min_image_tokens: _Count
+    max_image_tokens: Annotated[int, Meta(ge=1, le=MAX_SIDE**2)] | None
+    max_pixels_tolerance: Annotated[float, Meta(gt=0, le=1000)] | None
+
+
+class _Areas(TypedDict, total=False):
+    shortest_edge: _Area
+    longest_edge: _Area
+
+
+class PatchFile(ProcessorSteps, total=False):
+    """Fields of preprocessor_config.json that are read for images of varying size; `size` has both area limits."""
+
+    size: _Areas | None
+    min_pixels: _Area
+    max_pixels: _Area
+    patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    temporal_patch_size: Annotated[int, Meta(ge=1, le=16)] | None
+    merge_size: Annotated[int, Meta(ge=1, le=16)] | None
+
+
+# Fields passed to the processor classes. Padding is not among them, since the reference pads images before.
+_USED_FIELDS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "default_to_square",
+)  # fmt: skip
+
+
+def checked_processor(config: Any, location: str) -> dict[str, Any]:
+    """Return an image processor's settings; raise UserError if they are unsupported."""
+    way = way_of(checked(config, ProcessorSteps, location, _TODO))
+    return checked(config, PatchFile if way == "patches" else ProcessorFile, location, _TODO)
+
+
+def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """Read a folder's image processor settings; return (settings, file name), or None if it has none.
+
+    Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
+    Raises UserError for settings that `checked_processor` refuses.
+    """
+    for name, key in PROCESSOR_FILES:
+        path = folder / name
+        config = read_json(path) if os.path.lexists(path) else None
+        config = config if key is None or config is None else config.get(key)
+        if config is not None:
+            return checked_processor(config, str(path)), str(path)
+    return None
+
+
+def check_steps(config: Mapping[str, Any], location: str, images: str, *, normalizes: bool = True) -> None:
+    """Raise UserError if an image processor skips resizing, rescaling by 1/255 or (`normalizes`) normalisation."""
+    for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
+        if config.get(step) is False:
+            raise UserError(f"{location}: {step} false is not supported for {images}: set it to true")
+    if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
+        raise UserError(
+            f"{location}: rescale_factor {config['rescale_factor']} is not supported for {images}: set 1/255"
+        )
+
+
+def pixel_fields(
+    config: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF, resample: int = BICUBIC
+) -> dict[str, Any]:
+    """Return an image processor's mean, standard deviation and resampling filter; the arguments are the defaults."""
+    chosen = config.get("resample")
+    return {
+        "mean": tuple(config.get("image_mean") or mean),
+        "std": tuple(config.get("image_std") or std),
+        "resample": resample if chosen is None else chosen,
+    }
+
+
+def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalise uint8[..., 3] pixels to float32: divide by 255, subtract mean, divide by std."""
+    values = pixels.astype(np.float32)
+    values /= np.float32(255)
+    values -= np.array(mean, np.float32)
+    values /= np.array(std, np.float32)
+    return values
+
+
+def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
+    """Cut an image into tiles of `size` x `size` pixels, row by row; `size` must divide its sides."""
+    places = [(left, top) for top in range(0, image.height, size) for left in range(0, image.width, size)]
+    return [image.crop((left, top, left + size, top + size)) for left, top in places]
+
+
+def way_of(config: Mapping[str, Any]) -> str:
+    """Return the kind of image preparation (see `Family.images`) that an image processor's settings imply."""
+    return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
+
+
+def make_processor(config: Mapping[str, Any], location: str) -> Any:
+    """Return the transformers image processor object for checked settings.
+
+    Only NumPy/PIL classes are used: their values equal the reference's, while transformers 5's torchvision classes
+    differ in the last bits and need torch. Raises UserError if the type is unknown, or rejects the settings.
+    """
+    import transformers
+
+    name, classes = _type_of(config), _processors("whole")
+    if name not in classes:
+        known = ", ".join(sorted({*classes, *(name for way in _CUT for name in _processors(way))}))
+        raise UserError(f"{location}: image processor {name!r} is not supported (supported: {known})")
+    for class_name in classes[name]:
+        try:
+            processor_class = getattr(transformers, class_name)
+        except (AttributeError, ImportError):  # transformers 4: the name without Pil is the NumPy class
+            continue
+        with reading(location, _TODO):
+            return processor_class.from_dict({field: config[field] for field in _USED_FIELDS if field in config})
+    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}: use >= 4.57")
+
+
+def sides(size: Any, location: str) -> tuple[int, int]:
+    """Return the (height, width) in an image processor's `size` or `crop_size`.
+
+    Raises UserError if neither height and width nor the shortest edge is set.
+    """
+    if isinstance(size, int | list):
+        height, width = [size] * 2 if isinstance(size, int) else size
+        return height, width
+    size = {name: value for name, value in dict(size or {}).items() if value is not None}
+    if "shortest_edge" in size:
+        side = min(size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
+        return side, side
+    if "height" not in size or "width" not in size:
+        raise UserError(f"{location}: size {size} must have height and width, or shortest_edge: {_TODO}")
+    return size["height"], size["width"]
+
+
+def _processors(way: str) -> dict[str, tuple[str, str]]:
+    """Return {image_processor_type: transformers classes to try} for one kind of image preparation."""
+    kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
+    suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
+    return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
+
+
+def _type_of(config: Mapping[str, Any]) -> str | None:
+    return config.get("image_processor_type") or config.get("feature_extractor_type")

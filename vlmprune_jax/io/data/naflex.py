@@ -1,0 +1,174 @@
+"""LFM2-VL's image preparation: images near their own size, large ones also as square tiles before an overview."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.patch_rows import padded_tokens
+from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, normalize, pixel_fields
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.tiling import closest_grid
+from vlmprune_jax.io.families.tiles import MAX_TILES, ImageShape
+
+_BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
+_SMALLEST_BUCKET = 64  # tokens
+
+
+@dataclass(frozen=True)
+class NaFlex(Preparation):
+    """Image preparation of LFM2-VL (reference: transformers' `Lfm2VlImageProcessor`).
+
+    An image is resized to `min_tokens` to `max_tokens` tokens; a token is `merge` x `merge` patches of `patch` x
+    `patch` pixels. An image that originally has more than `tolerance` x `max_tokens` tokens is also divided into
+    `min_tiles` to `max_tiles` tiles of `size` x `size` pixels, which come before the resized image (`thumbnail`).
+    `mean` and `std` normalise pixels. `resample` is PIL's number of the resampling filter.
+    """
+
+    patch: int
+    merge: int
+    size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    min_tokens: int
+    max_tokens: int
+    tolerance: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    shares = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3 * self.patch**2,)
+
+    @property
+    def _tile_side(self) -> int:
+        """Number of tokens along each side of a tile."""
+        return self.size // (self.patch * self.merge)
+
+    @property
+    def _most_tokens(self) -> int:
+        tiles = self.max_tiles if self.max_tiles > 1 else 0
+        # rounding up small sides may exceed the limit
+        return tiles * self._tile_side**2 + max(self.max_tokens, 4 * self.min_tokens)
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
+        buckets = [_SMALLEST_BUCKET]
+        while buckets[-1] < self._most_tokens:
+            buckets.append(padded_tokens(buckets[-1] + 1))
+        return tuple(buckets)
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Usual numbers of tiles per image, the resized whole image included."""
+        most = self.max_tiles + self.thumbnail if self.max_tiles > 1 else 1
+        return (*(n for n in (1, 3, 5, 7) if n < most), most)
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        names = {"min_tiles": self.min_tiles, "max_tiles": self.max_tiles, "max_image_tokens": self.max_tokens}
+        return {**names, "do_image_splitting": self.max_tiles > 1}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> NaFlex:
+        """Return a copy of the preparation with at most `tokens` tokens per image.
+
+        Raises UserError if the smallest images have more tokens.
+        """
+        if tokens < self.min_tokens:
+            raise UserError(
+                f"tokens per image must be at least {self.min_tokens}, the number of tokens of the smallest image: "
+                "raise the limit"
+            )
+        tiles = min((tokens - self.max_tokens) // self._tile_side**2, self.max_tiles)
+        if tiles >= self.min_tiles:
+            return dataclasses.replace(self, max_tiles=tiles)
+        return dataclasses.replace(self, min_tiles=1, max_tiles=1, max_tokens=min(tokens, self.max_tokens))
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        columns, rows = self._tiles(width, height)
+        side, whole = self._tile_side * self.merge, self._grid(width, height)
+        tiled = rows * columns > 1
+        pieces = [(side, side)] * (rows * columns) * tiled + [whole] * (self.thumbnail or not tiled)
+        tokens = sum(r * c for r, c in pieces) // self.merge**2
+        return ImageShape(rows, columns, len(pieces), tokens, tuple(pieces))
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        (columns, rows), whole = self._tiles(width, height), self._grid(width, height)
+        return max(columns * rows * self.size**2, math.prod(whole) * self.patch**2)
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        shape, (columns, rows) = self.image_shape(*image.size, sharing), self._tiles(*image.size)
+        pieces = list[Image.Image]()
+        if rows * columns > 1:
+            tiled = image.resize((columns * self.size, rows * self.size), self.resample)
+            pieces = crop_grid(tiled, self.size)
+        for across, down in [(c, r) for r, c in shape.pieces[len(pieces) :]]:
+            pieces.append(image.resize((across * self.patch, down * self.patch), self.resample))
+        return np.concatenate([self._patches(piece) for piece in pieces])
+
+    def _patches(self, image: Image.Image) -> np.ndarray:
+        """Return the normalised patches of a resized image in merged cells, float32[patches, values]."""
+        pixels, m, p = normalize(np.asarray(image), self.mean, self.std), self.merge, self.patch
+        rows, columns = (side // (m * p) for side in pixels.shape[:2])
+        cells = pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+        return cells.reshape(rows * columns * m * m, -1)
+
+    def _tiles(self, width: int, height: int) -> tuple[int, int]:
+        """Return (columns, rows) of tiles; (1, 1) for an image that is not cut."""
+        side = self.patch * self.merge
+        rounded = [max(self.patch, round(length / side) * side) for length in (width, height)]
+        if self.max_tiles == 1 or math.prod(rounded) <= self.max_tokens * side**2 * self.tolerance:
+            return 1, 1
+        return closest_grid(width, height, self.size, self.min_tiles, self.max_tiles)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (rows, columns) of patches of the whole image, both multiples of `merge`."""
+        side = self.patch * self.merge
+        rows, columns = (max(1, round(length / side)) for length in (height, width))
+        if rows * columns > self.max_tokens:
+            shrink = math.sqrt(height * width / (self.max_tokens * side**2))
+            rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
+        elif rows * columns < self.min_tokens:
+            grow = math.sqrt(self.min_tokens * side**2 / (height * width))
+            rows, columns = (math.ceil(length * grow / side) for length in (height, width))
+        return rows * self.merge, columns * self.merge
+
+
+def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
+    """Return the image preparation that an LFM2-VL folder's image processor describes.
+
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
+    off, tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
+    """
+    check_steps(config, location, "images in tiles before an overview")
+    values: dict[str, Any] = {
+        name: config.get(name) or default
+        for name, default in {
+            "encoder_patch_size": 16, "downsample_factor": 2, "tile_size": 512, "min_tiles": 2, "max_tiles": 10,
+            "min_image_tokens": 64, "max_image_tokens": 256, "max_pixels_tolerance": 2.0,
+        }.items()
+    }  # fmt: skip
+    patch, merge, size, min_tiles, max_tiles, min_tokens, max_tokens, tolerance = values.values()
+    if config.get("do_image_splitting") is False:
+        min_tiles = max_tiles = 1
+    if size % (patch * merge) or not 1 <= min_tiles <= max_tiles <= MAX_TILES or min_tokens > max_tokens:
+        raise UserError(
+            f"{location}: tile_size {size}, {min_tiles} to {max_tiles} tiles, {min_tokens} to {max_tokens} tokens and "
+            f"{merge} x {merge} patches of {patch} pixels per token contradict each other: restore the file from the "
+            "model's source"
+        )
+    thumbnail = config.get("use_thumbnail") is not False
+    limits = (min_tiles, max_tiles, thumbnail, min_tokens, max_tokens, tolerance)
+    return NaFlex(patch, merge, size, *limits, **pixel_fields(config, resample=_BILINEAR))

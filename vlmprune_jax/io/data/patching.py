@@ -1,0 +1,204 @@
+"""Qwen-VL's image preparation: images are resized to whole patches near their own size."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.patch_rows import padded_tokens
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.data.image_processor import check_steps, normalize, pixel_fields
+from vlmprune_jax.io.data.preparation import FramePreparation
+from vlmprune_jax.io.families.tiles import ImageShape
+
+_THINNEST = 200  # maximum ratio of long to short side, as in the reference
+_SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
+
+
+@dataclass(frozen=True)
+class Patching(FramePreparation):
+    """Image preparation that makes patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
+
+    The image is resized so that its sides are whole tokens and its area is between `min_pixels` and `max_pixels`. A
+    patch has `temporal` frames of each channel (an image is repeated). `mean` and `std` normalise pixels. `resample` is
+    PIL's number of the resampling filter (reference: transformers' `Qwen2VLImageProcessor`).
+    """
+
+    patch: int
+    temporal: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    shares, turns = False, True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3 * self.temporal * self.patch**2,)
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
+        buckets = [_SMALLEST_BUCKET]
+        while buckets[-1] < self._most_tokens:
+            buckets.append(padded_tokens(buckets[-1] + 1))
+        return (*buckets[:-1], self._most_tokens)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Upper bound on tokens per image, allowing for thin images and rounding up of small ones."""
+        side = self.patch * self.merge
+        most, least = self.max_pixels / side**2, self.min_pixels / side**2
+        rounded_up = least + math.sqrt(least) * (math.sqrt(_THINNEST) + 1 / math.sqrt(_THINNEST)) + 1
+        return math.ceil(max(most, math.sqrt(_THINNEST * most), rounded_up))
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        least, most = self.min_pixels, self.max_pixels
+        return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
+        """Return a copy of the preparation with at most `tokens` tokens per image.
+
+        Raises UserError if images of `min_pixels` have more tokens.
+        """
+        pixels = tokens * (self.patch * self.merge) ** 2
+        if pixels < self.min_pixels:
+            least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
+            raise UserError(
+                f"tokens per image must be at least {least}, the number of tokens of the smallest image "
+                f"that the model reads ({self.min_pixels} pixels): raise the limit"
+            )
+        return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
+
+    def for_video(self, video: VideoConfig) -> Patching | None:
+        """Return the patch settings for videos; None if the video processor has no pixel limits."""
+        if video.min_pixels is None or video.max_pixels is None:
+            return None
+        names = ("min_pixels", "max_pixels", "mean", "std", "resample")
+        fields: dict[str, Any] = {name: getattr(video, name) for name in names}
+        kind = VideoPatching if video.sampling == "linspace" else Patching
+        patch, merge = video.patch or self.patch, video.merge or self.merge
+        return kind(patch=patch, temporal=video.temporal_patch, merge=merge, **fields)
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        return self.frame_shape(1, width, height)
+
+    def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
+        """Return the grid and number of tokens of one temporal patch of a video with `frames` frames."""
+        rows, columns = self._grid(width, height, frames)
+        return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        rows, columns = self._grid(width, height)
+        return rows * columns * self.temporal * self.patch**2
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        return self.prepare_frames([image])
+
+    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        """Convert frames to temporal patches; the last frame is repeated to fill the last temporal patch."""
+        rows, columns = self._grid(*frames[0].size, len(frames))
+        m, p, t = self.merge, self.patch, self.temporal
+        patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
+        for number in range(len(patches) * t):
+            if number < len(frames):
+                resized = frames[number].resize((columns * p, rows * p), self.resample)
+                pixels = normalize(np.asarray(resized), self.mean, self.std)
+                cells = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+            patches[number // t, :, :, number % t] = cells.reshape(rows * columns, 3, p, p)
+        return patches.reshape(-1, *self.shape)
+
+    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
+        """Return the (rows, columns) of an image or of a video's frames in patches, both multiples of `merge`."""
+        return self._limited(width, height)
+
+    def _limited(self, width: int, height: int, frames: int = 1, whole: int = 1) -> tuple[int, int]:
+        """Return (rows, columns) in patches; the limits are for `frames` frames, which become `whole` frames."""
+        if max(width, height) > _THINNEST * min(width, height):
+            raise UserError(
+                f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
+                "crop it"
+            )
+        side = self.patch * self.merge
+        # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
+        rows, columns = round(height / side), round(width / side)
+        if whole * rows * columns * side**2 > self.max_pixels:
+            shrink = math.sqrt(frames * height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
+        elif whole * rows * columns * side**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (frames * height * width))
+            rows, columns = (math.ceil(length * grow / side) for length in (height, width))
+        return rows * self.merge, columns * self.merge
+
+
+@dataclass(frozen=True)
+class VideoPatching(Patching):
+    """Preparation of a video's frames with pixel limits for all frames together (`Qwen3VLVideoProcessor`)."""
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
+        """Return the preparation of frames with at most `tokens` tokens per temporal patch.
+
+        The result limits each temporal patch separately, not all frames together.
+        """
+        if not tokens:
+            raise UserError("a temporal patch has at least 1 token: use fewer frames")
+        fields = {name: value for name, value in vars(self).items() if name not in ("min_pixels", "max_pixels")}
+        return Patching(min_pixels=1, max_pixels=tokens * (self.patch * self.merge) ** 2, **fields)
+
+    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
+        side = self.patch * self.merge
+        if frames < self.temporal:
+            raise UserError(
+                f"a video of {frames} frame(s) is too short, because the model reads {self.temporal} frames together: "
+                "pass an image instead, or set data.video_frames, so that frames are repeated"
+            )
+        if min(width, height) < side:
+            scale = max(side / height, side / width)
+            width, height = int(width * scale), int(height * scale)
+        return self._limited(width, height, frames, round(frames / self.temporal) * self.temporal)
+
+
+def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
+    """Return the patching that a Qwen-VL folder's image processor describes.
+
+    `config`: result of `image_processor.checked_processor`. Missing settings are refused, because several models share
+    the class, and its defaults suit only one of them. Raises UserError if resizing, rescaling or normalisation is off,
+    or a setting is missing or contradicts another.
+    """
+    check_steps(config, location, "images of any size (Qwen-VL)")
+    size = config.get("size") or {}
+    fields: dict[str, Any] = {
+        "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+        **{
+            name: config.get(name)
+            for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        },
+    }
+    missing = [name for name, value in fields.items() if value is None]
+    if missing:
+        raise UserError(f"{location}: has no {', '.join(missing)}: restore the file from the model's source")
+    least, most, patch, temporal, merge, *_ = fields.values()
+    if least > most:
+        raise UserError(
+            f"{location}: min_pixels {least} is above max_pixels {most}: restore the file from the model's source"
+        )
+    return Patching(
+        patch=patch,
+        temporal=temporal,
+        merge=merge,
+        min_pixels=least,
+        max_pixels=most,
+        **pixel_fields(config),
+    )

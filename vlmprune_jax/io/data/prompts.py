@@ -1,0 +1,335 @@
+"""Conversations to token ids and labels, in the same way for all templates."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlmprune_jax.base.console import without_output
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import reading
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.tokenizer_files import TOKENIZER, check_tokenizer_files
+from vlmprune_jax.io.families.templates import Template
+from vlmprune_jax.io.families.tiles import ImageShape
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the fast tokenizer of a Hugging Face folder, without network access.
+
+    Label masks need the character offsets of a fast tokenizer. A `tokenizer.json` is loaded unchanged, because
+    transformers 5's LlamaTokenizer replaces its normalisation (Phi-3 loses a space symbol after `</img>`). Without this
+    file, tokenizer_config.json names the class; the model's config.json is not read, because it may name remote code.
+    """
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+    check_tokenizer_files(folder)
+    todo = "use a folder with tokenizer.json (or pip install sentencepiece protobuf if these are missing)"
+    with reading(f"{folder}: its tokenizer", todo), without_output():
+        if os.path.lexists(folder / TOKENIZER):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        else:
+            options = {"config": PretrainedConfig(), "trust_remote_code": False, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+            _mark_every_piece(tokenizer)
+        if not tokenizer.is_fast:
+            raise UserError(f"{folder}: has no tokenizer.json: convert its slow tokenizer to a fast one")
+        tokenizer.model_max_length = sys.maxsize  # long records raise errors elsewhere; no warning
+        # the first call switches off stored truncation and padding, before several threads use the tokenizer
+        tokenizer("A word, 1 é\n")
+    return tokenizer
+
+
+def _mark_every_piece(tokenizer: Any) -> None:
+    """Make the tokenizer put a space symbol before every text segment, as SentencePiece does with `legacy` (Phi-3).
+
+    transformers 5's LlamaTokenizer omits the mark before a piece that begins with a space: `<img> z` loses one.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    metaspace = backend.pre_tokenizer
+    if isinstance(metaspace, pre_tokenizers.Metaspace) and metaspace.prepend_scheme == "always":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+
+
+def render(
+    turns: Sequence[tuple[str, str]],
+    template: Template,
+    *,
+    has_image: bool,
+    has_video: bool = False,
+    generation: bool = False,
+) -> str:
+    """Format a conversation as prompt text; with `generation`, the prompt ends where the assistant's answer begins.
+
+    A turn without text consists only of its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty
+    system text omits its start and end as well, as in `llava-hf` chat templates. In conversations with a video, all
+    placeholders stay at their positions.
+    """
+    placeholder = _placeholder(has_image, has_video)
+    text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
+    if has_image and template.image_lead:
+        turns = _lead_with_image(turns)
+    for speaker, content in turns:
+        if has_image and template.image_first and not has_video:
+            content = move_images_first(content, template.behind_image)
+        content = content.strip() if template.strips else content
+        if placeholder and template.tight_image:
+            content = re.sub(rf"\s*({placeholder})\s*", r"\1", content)
+        role, end = (
+            (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
+        )
+        gap = "" if template.tight_image and has_image and content.startswith(IMAGE_TOKEN) else template.gap
+        text += role + gap + content + end if content or template.by_turn else role
+    return text + template.assistant if generation else text
+
+
+def _placeholder(has_image: bool, has_video: bool) -> str:
+    """Return the regular expression of a placeholder in the text of a record with images or videos; "" without."""
+    return "|".join([IMAGE_TOKEN] * has_image + [VIDEO_TOKEN] * has_video)
+
+
+def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """Return the turns with an image placeholder in the first turn (reference: InternVL `multi_modal_get_item`).
+
+    Applies to records with one image; a placeholder in a later turn is then plain text.
+    """
+    (speaker, first), *rest = turns
+    if IMAGE_TOKEN in first or sum(content.count(IMAGE_TOKEN) for _, content in rest) > 1:
+        return turns
+    return [(speaker, f"{IMAGE_TOKEN}\n{first}"), *rest]
+
+
+def move_images_first(content: str, behind: str = "\n") -> str:
+    """Move the `<image>` placeholders of a turn's text to its front, each followed by the text `behind`."""
+    images = content.count(IMAGE_TOKEN)
+    if not images:
+        return content
+    return (f"{IMAGE_TOKEN}{behind}" * images + content.replace(IMAGE_TOKEN, "").strip()).strip()
+
+
+def tokenize_training(
+    record: Record,
+    tokenizer: Any,
+    template: Template,
+    *,
+    image_token_id: int,
+    tokens_per_image: int,
+    cut_text_at: int | None,
+    images: Sequence[ImageShape] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise a conversation to ids and labels, int32[tokens] each; only answers and their end tokens have labels.
+
+    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 in the reference) for each tile of
+    its shape in `images` (None = whole images), or as many copies as the shape's `tokens`. `images` also has the shapes
+    of videos, which become times as text and copies of the template's video token. `cut_text_at` (the reference's
+    model_max_length) truncates a record without images at this length (None = never); a malformed turn beyond this
+    length does not remove the record's labels. If the turns cannot be parsed (an empty turn, a separator inside a
+    text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
+    """
+    images = _shapes(record, images)
+    prompt = _training_prompt(record, template, images)
+    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
+    spans, covered = _turn_spans(record, template, images) if template.by_turn else _answer_spans(prompt, template)
+    keep = np.zeros(len(tokens.ids), bool)
+    for start, stop in spans:
+        # a token of the role may include the white space that begins the answer: it starts before the answer
+        keep |= (tokens.ends > start) & (tokens.starts >= start) & (tokens.starts < stop)
+    repeats = _repeats(tokens.is_image, tokens_per_image, template, images)
+    padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
+    if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
+        keep[:] = False
+    keep &= tokens.ids != (IGNORED if padding is None else padding)
+    labels = np.where(keep & ~tokens.is_image, tokens.ids, IGNORED).astype(np.int32)
+    ids, labels = np.repeat(tokens.ids, repeats), np.repeat(labels, repeats)
+    return (ids, labels) if record.visuals else (ids[:cut_text_at], labels[:cut_text_at])
+
+
+def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
+    """Return the text segments between `<image>` placeholders, which `tokenize_training` tokenises separately."""
+    return _pieces(_training_prompt(record, template, images), record, template)
+
+
+def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
+    """Return the number of tokens of each prompt, int64[prompts], with a BOS token and without images; uses all cores.
+
+    Counting is faster than tokenising for training, which needs character offsets.
+    """
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast([piece for pieces in prompts for piece in pieces])
+    lengths = iter([len(encoding) for encoding in encoded])
+    bos = len(tokenizer("")["input_ids"])
+    return np.array([sum(next(lengths) for _ in p) - bos * (len(p) - 1) for p in prompts], np.int64)
+
+
+def tokenize_prompt(
+    record: Record,
+    tokenizer: Any,
+    template: Template,
+    *,
+    image_token_id: int,
+    tokens_per_image: int,
+    images: Sequence[ImageShape] | None = None,
+) -> np.ndarray:
+    """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
+    turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
+    images = _shapes(record, images)
+    prompt = render(turns, template, has_image=bool(record.images), has_video=bool(record.videos), generation=True)
+    prompt = _write_images(prompt, record, template, images)
+    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
+    return np.repeat(tokens.ids, _repeats(tokens.is_image, tokens_per_image, template, images))
+
+
+def _is_mismatched(
+    tokens: _Tokens, repeats: np.ndarray, covered: int, prompt: str, padding: int | None, cut_text_at: int | None
+) -> bool:
+    """Return True if LLaVA's code would ignore this record's labels because of a "tokenization mismatch".
+
+    A mismatch beyond `cut_text_at` does not count. `padding` is the id that the reference's phi3-chat mask takes for
+    padding; that mask counts every image position, and an end token after an empty answer. LLaVA's and Bunny's masks
+    count one token per image.
+    """
+    parsed = tokens.starts < covered
+    if padding is None:
+        return covered != len(prompt) and (cut_text_at is None or int(np.count_nonzero(parsed)) < cut_text_at)
+    counted = int(repeats[parsed].sum()) + (covered > len(prompt))
+    real = np.repeat(tokens.ids != padding, repeats)[:cut_text_at]
+    return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
+
+
+def _shapes(record: Record, images: Sequence[ImageShape] | None) -> Sequence[ImageShape]:
+    return [ImageShape()] * len(record.visuals) if images is None else images
+
+
+def _training_prompt(record: Record, template: Template, images: Sequence[ImageShape]) -> str:
+    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos))
+    return _write_images(prompt, record, template, images)
+
+
+def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
+    """Return the prompt text with the placeholder of each image and video replaced by its text."""
+    if template.image_tokens is None:
+        return prompt
+    placeholder = _placeholder(bool(record.images), bool(record.videos))
+    first, *rest = re.split(placeholder, prompt, maxsplit=len(record.visuals)) if placeholder else [prompt]
+    for context in {template.image_tokens[1], *([] if template.video is None else [template.video.token])}:
+        if any(context in text for text in (first, *rest)):
+            raise UserError(
+                f"record {record.id}: its text contains {context}, the placeholder token of images or videos: remove "
+                "it from the text"
+            )
+    return first + "".join(template.image_text(image) + text for image, text in zip(images, rest, strict=False))
+
+
+def _repeats(
+    is_image: np.ndarray, tokens_per_image: int, template: Template, images: Sequence[ImageShape]
+) -> np.ndarray:
+    """Return the number of decoder positions per token (image tokens are repeated)."""
+    repeats = np.ones(len(is_image), np.int64)
+    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
+    per_token = [positions for marks in per_image for positions in marks]
+    repeats[is_image] = per_token[: int(np.count_nonzero(is_image))]
+    return repeats
+
+
+def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
+    return prompt.split(IMAGE_TOKEN) if record.images and template.image_tokens is None else [prompt]
+
+
+class _Tokens(NamedTuple):
+    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has no span), and flags of visual tokens."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    is_image: np.ndarray
+
+
+def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, image_token_id: int) -> _Tokens:
+    """Tokenise a prompt; without a special image token, the texts between images are tokenised separately.
+
+    Images have `image_token_id`. A leading BOS is kept once and dropped from later pieces (reference:
+    `tokenizer_image_token`).
+    """
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+    is_image: list[bool] = []
+    offset = 0
+    for number, piece in enumerate(_pieces(prompt, record, template)):
+        if number:
+            ids.append(image_token_id)
+            places.append((offset, offset + len(IMAGE_TOKEN)))
+            is_image.append(True)
+            offset += len(IMAGE_TOKEN)
+        with reading(f"record {record.id}: its text", "drop the record or use another tokenizer"):
+            encoded = tokenizer(piece, return_offsets_mapping=True, return_attention_mask=False)
+        piece_ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id and spans[0][1] == 0
+        if has_bos and not number:
+            ids.append(piece_ids[0])
+            places.append((-1, -1))
+        ids += piece_ids[has_bos:]
+        places += [(offset + start, offset + end) for start, end in spans[has_bos:]]
+        is_image += [False] * (len(ids) - len(is_image))
+        offset += len(piece)
+    starts, ends = np.array(places, np.int64).reshape(-1, 2).T
+    # ids beyond int32 are clipped, and refused later as outside the vocabulary
+    values, flags = np.minimum(np.array(ids, np.int64), 2**31 - 1).astype(np.int32), np.array(is_image, bool)
+    if record.visuals and template.image_tokens is not None:
+        flags = values == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
+        values = np.where(flags, np.int32(image_token_id), values)
+        if record.videos and template.video is not None and template.video.token != template.image_tokens[1]:
+            flags |= values == tokenizer.convert_tokens_to_ids(template.video.token)
+    return _Tokens(values, starts, ends, flags)
+
+
+def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]) -> tuple[list[tuple[int, int]], int]:
+    """Return the character spans of all answers with their end tokens, and the prompt's length in characters."""
+    has_image, has_video = bool(record.images), bool(record.videos)
+    turns: Sequence[tuple[str, str]] = record.turns
+    if has_image and template.image_lead:
+        turns, template = _lead_with_image(turns), replace(template, image_lead=False)
+    lengths = [
+        len(
+            _write_images(
+                render(turns[:n], template, has_image=has_image, has_video=has_video), record, template, images
+            )
+        )
+        for n in range(len(turns) + 1)
+    ]
+    role, space = len(template.assistant), len(template.assistant_end) - len(template.assistant_end.rstrip())
+    answers = [n for n, (speaker, _) in enumerate(turns) if speaker != "human"]
+    return [(lengths[n] + role, lengths[n + 1] - space) for n in answers], lengths[-1]
+
+
+def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:
+    """Return the character spans to label, and where the last parsed question-answer round ends.
+
+    A round ends with the assistant's end token, which may also end the system text and the question; it must contain
+    the assistant's role exactly once.
+    """
+    end = template.assistant_end
+    role = template.user_end + template.assistant + template.gap
+    ends = 1 + (template.user_end == end)  # end tokens per round
+    pieces = prompt.split(end)
+    spans: list[tuple[int, int]] = []
+    covered = 0
+    first = ends + (template.system_end == end and bool(template.system))
+    for begin in (0, *range(first, len(pieces), ends)):
+        text = end.join(pieces[begin : begin + ends if begin else first])
+        if text.count(role) != 1:  # the empty rest after the last end token, or a malformed round
+            break
+        start = covered + text.index(role) + len(role) - len(template.gap)
+        covered += len(text) + len(end)
+        spans.append((start, covered))
+    return spans, covered

@@ -1,0 +1,115 @@
+"""Cached top-k tokens of a teacher for training rows: stored once per record, read into the rows of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.io.data.media import image_key
+from vlmprune_jax.io.data.records import Record, VideoSource, Visual
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """Cache of a teacher's top-k log-probabilities per record, stored only at positions that contribute to the loss.
+
+    The cache adds `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` to a row (see
+    `recovery.terms.top_k_logprobs`), with zeros at other positions. `positions` is "all" (real tokens) or "labels"
+    (tokens before a label). Ids are below `vocab_size`.
+    """
+
+    cache: ArrayCache
+    top_k: int
+    positions: str
+    dtype: np.dtype
+    vocab_size: int
+
+    def has(self, record: Record) -> bool:
+        """Return True if the teacher's outputs for this record are cached."""
+        return not self.cache.missing(_keys(record))
+
+    def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Store the teacher's outputs for one record; they become readable after `cache.publish`.
+
+        Raises UserError if a log-probability is NaN.
+        """
+        counted = self._counted(row)
+        ids, logprobs = ids[counted], logprobs[counted].astype(self.dtype)
+        if np.isnan(logprobs).any():
+            raise UserError(
+                f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
+            )
+        arrays = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
+        self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
+
+    def bytes_of(self, labels: np.ndarray) -> int:
+        """Return the number of bytes that the cache needs for a record with these labels, int[tokens]."""
+        counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
+        per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
+        return int(counted) * per_position
+
+    def fill(self, row: Row, record: Record | None) -> None:
+        """Add the cached teacher outputs of a record to its batch arrays; a padding row (record None) gets zeros.
+
+        Raises UserError if the record is not in the cache, or has changed.
+        """
+        tokens = len(row["labels"])
+        row["teacher_ids"] = np.zeros((tokens, self.top_k), np.int32)
+        row["teacher_logprobs"] = np.zeros((tokens, self.top_k + 1), self.dtype)
+        if record is None:
+            return
+        counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
+        if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
+            raise UserError(
+                f"record {record.id}: the cache {self.cache.folder} does not have the teacher's top {self.top_k} "
+                "tokens: remove that folder, or use another recover.teacher_cache"
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise UserError(
+                f"record {record.id}: the cache {self.cache.folder} has token ids from {ids.min()} to {ids.max()}, but "
+                f"the vocabulary has 0 to {self.vocab_size - 1}: remove that folder, or use another "
+                "recover.teacher_cache"
+            )
+        if len(ids) != counted.sum():
+            raise UserError(
+                f"record {record.id}: the cache {self.cache.folder} has {len(ids)} positions, expected "
+                f"{counted.sum()}: remove that folder, or use another recover.teacher_cache"
+            )
+        row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
+
+    def _counted(self, row: Row) -> np.ndarray:
+        """Return bool[tokens], True at positions that contribute to the loss (position t predicts label t + 1)."""
+        if self.positions == "all":
+            return row["attention_mask"] == 1
+        return np.append(row["labels"][1:] != IGNORED, False)
+
+
+def _narrow(largest: int) -> np.dtype:
+    return np.dtype(np.uint16 if largest <= np.iinfo(np.uint16).max else np.int32)
+
+
+def record_key(record: Record) -> str:
+    """Return a hash of a record's content (32 hex digits); ids are not unique in LLaVA's data mix."""
+    content = json.dumps([record.id, record.turns, [*map(_visual_key, record.visuals)]])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _visual_key(visual: Visual) -> Any:
+    if not isinstance(visual, VideoSource):
+        return image_key(visual)
+    files = visual.source if isinstance(visual.source, tuple) else (visual.source,)
+    return [*map(image_key, files), *([] if visual.part is None else visual.part)]
+
+
+def _keys(record: Record) -> tuple[str, str]:
+    key = record_key(record)
+    return f"{key}.ids", f"{key}.logprobs"

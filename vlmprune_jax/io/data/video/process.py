@@ -1,0 +1,224 @@
+"""Requests to worker processes that decode videos; a worker that takes too long or dies is replaced."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import checked, parse_json
+
+MEMORY = 2**32  # maximum address space of a worker (bytes)
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # no keys or tokens
+_LINE = 2**16
+_PIXELS_PER_SECOND = 2**29  # no decoder of a single thread is faster on frames that a camera made
+
+_Side = Annotated[int, Meta(ge=1, le=2**20)]
+_Positive = Annotated[float, Meta(gt=0, le=1e12)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on a video, checked before its memory is taken; settings of the section `data` have their names."""
+
+    file_bytes: int
+    """Size of the file (`max_video_megabytes`)."""
+
+    frames: int
+    """Frames in the file (`max_video_frames`)."""
+
+    seconds: float
+    """Duration (`max_video_seconds`)."""
+
+    pixels: int
+    """Pixels of a frame (`max_image_pixels`)."""
+
+    kept_pixels: int
+    """Pixels of all sampled frames together (`max_video_pixels`)."""
+
+    wall: int
+    """Seconds that decoding may take (`video_timeout`)."""
+
+
+class Described(msgspec.Struct, frozen=True):
+    """Facts about a video file: its frames, frames per second, seconds, and the size of an upright frame."""
+
+    total: Annotated[int, Meta(ge=1)]
+    fps: _Positive
+    duration: _Positive
+    height: _Side
+    width: _Side
+
+
+class _Frame(msgspec.Struct):
+    height: _Side
+    width: _Side
+
+
+class _Died(Exception):
+    """Error if the worker closed its connection or did not answer in time; the message says which."""
+
+
+class _Worker:
+    """Process that runs worker.py, and the connection to it."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**environment, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def kill(self) -> None:
+        """Kill the worker process immediately."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def send(self, request: dict[str, Any], file: BinaryIO) -> None:
+        """Send a request with an open file."""
+        try:
+            line = json.dumps(request).encode() + b"\n"
+            sent = socket.send_fds(self._connection, [line], [file.fileno()])
+            self._connection.sendall(line[sent:])
+        except OSError:
+            raise _Died("the decoder stopped: run the same command again") from None
+
+    def line(self, deadline: float) -> dict[str, Any]:
+        """Return the next line of the answer, as JSON."""
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            if len(line) > _LINE:
+                raise _Died("the decoder's answer is too long: replace the file")
+            self._receive(byte := bytearray(1), deadline)
+            line += byte
+        return dict(parse_json(bytes(line), "decoder", "run the same command again"))
+
+    def fill(self, array: np.ndarray, deadline: float) -> None:
+        """Fill an array with the next bytes of the answer."""
+        self._receive(array.data.cast("B"), deadline)
+
+    def _receive(self, buffer: bytearray | memoryview, deadline: float) -> None:
+        view = memoryview(buffer)
+        while view:
+            try:
+                self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+                count = self._connection.recv_into(view)
+            except TimeoutError:
+                raise _Died("takes too long to decode: raise data.video_timeout, or encode the file again") from None
+            except OSError:
+                count = 0
+            if not count:
+                raise _Died("the decoder stopped at this file: replace the file, or encode it again")
+            view = view[count:]
+
+
+_IDLE: list[_Worker] = []  # idle workers, at most one per thread that has read videos
+_LOCK = threading.Lock()
+
+
+@atexit.register
+def _end_all() -> None:
+    while _IDLE:
+        _IDLE.pop().kill()
+
+
+@contextlib.contextmanager
+def _borrowed() -> Iterator[_Worker]:
+    """Context that lends an idle worker; after any error the worker is killed, since its state is unknown."""
+    with _LOCK:
+        worker = _IDLE.pop() if _IDLE else _Worker()
+    try:
+        yield worker
+    except BaseException:
+        worker.kill()
+        raise
+    with _LOCK:
+        _IDLE.append(worker)
+
+
+def describe(file: BinaryIO, name: str, limits: Limits) -> Described:
+    """Return frame count, frame rate, duration and frame size of an open video file.
+
+    Raises UserError, which begins with `name`, if PyAV is missing, or the file is not a readable video or exceeds a
+    limit.
+    """
+    _check_file(file, name, limits)
+    with _asked(file, name, limits, {}) as (worker, deadline):
+        reply = _checked(worker.line(deadline), name)
+    return msgspec.convert(checked(reply, Described, name, "encode the video again"), Described)
+
+
+def decode(
+    file: BinaryIO, name: str, limits: Limits, indices: Sequence[int], total: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Return the frames uint8[frames, height, width, 3] of an open video file that have these indices.
+
+    `total` frames must decode, and all have `size` (height, width). Raises UserError as `describe` does.
+    """
+    _check_file(file, name, limits)
+    distinct, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+    frames = np.empty((len(distinct), *size, 3), np.uint8)
+    with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total}) as (worker, deadline):
+        for frame in frames:
+            reply = checked(_checked(worker.line(deadline), name), _Frame, name, "encode the video again")
+            header = msgspec.convert(reply, _Frame)
+            if (header.height, header.width) != size:
+                raise UserError(f"{name}: its frames differ in size: encode it again with one size")
+            worker.fill(frame, deadline)
+        _checked(worker.line(deadline), name)
+    return frames if len(distinct) == len(indices) else frames[places]
+
+
+@contextlib.contextmanager
+def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[tuple[_Worker, float]]:
+    """Context that sends a request to a worker, and yields the worker and the time by which it must have answered."""
+    sent: dict[str, float] = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
+    sent |= {"decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY, "wall": limits.wall}
+    deadline = time.monotonic() + limits.wall
+    try:
+        with _borrowed() as worker:
+            worker.send({**request, "limits": sent}, file)
+            yield worker, deadline
+    except _Died as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _checked(reply: dict[str, Any], name: str) -> dict[str, Any]:
+    if "error" in reply:
+        raise UserError(f"{name}: {reply['error']}")
+    return reply
+
+
+def _check_file(file: BinaryIO, name: str, limits: Limits) -> None:
+    if importlib.util.find_spec("av") is None:
+        raise UserError(f"{name}: reading videos needs PyAV: pip install 'vlmprune-jax[video]'")
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise UserError(f"{name}: is empty: replace the file")
+    if size > limits.file_bytes:
+        raise UserError(
+            f"{name}: has {size:,} bytes, more than data.max_video_megabytes={limits.file_bytes >> 20}: raise it"
+        )

@@ -1,0 +1,273 @@
+"""Describe a Hugging Face folder from its headers: its model, the parts that can be pruned, and its exports."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.errors import printable
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.limits import ENGINES, why_not
+from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.models.flops import active_params
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.prune.layer_costs import layer_costs
+from vlmprune_jax.core.prune.solver import most_removable, units_of
+from vlmprune_jax.core.stack import Stack, stack_title
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
+from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
+from vlmprune_jax.io.exports.gguf_fit import support
+from vlmprune_jax.io.exports.vllm_tpu import facts
+from vlmprune_jax.io.families import Family, target_of
+from vlmprune_jax.io.families.limits import how_known, uneven_problem, what_loads
+
+PARTS = ("text", "vision", "projector")
+
+
+def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return the content of `vlmprune inspect` as JSON values, without reading weights.
+
+    Raises UserError for an unknown family, missing or truncated shards, or keys or shapes that contradict config.json.
+    """
+    folder = resolve(hf_dir)
+    tower = None if vision_dir is None else resolve(vision_dir)
+    family, cfg = read_config(folder, tower)
+    find_weights(make_slots(cfg, family), cfg, family, folder, tower)
+    own = Checkpoint(folder)
+    entries = own.tensors.values()
+    return {
+        "folder": str(folder),
+        "family": cfg.family,
+        "layout": cfg.layout,
+        "dtypes": dict(Counter(entry.dtype for entry in entries).most_common()),
+        "bytes": sum(entry.n_bytes for entry in entries),
+        "shards": len(own.shards),
+        "tensors": len(own.tensors),
+        "storage": None if own.storage is None else own.storage.name,
+        "text": _text(cfg),
+        "vision": None if cfg.vision is None else _vision(cfg.vision),
+        "tokens_per_image": cfg.tokens_per_image,
+        "parameters": {
+            "total": count_params(cfg),
+            **{part: count_params(cfg, part) for part in (*PARTS, *dict(cfg.encoders))},
+        },
+        "active_parameters": active_params(cfg),
+        "passthrough": count_passthrough(folder, tower),
+        "prunable": _prunable(cfg, "text"),
+        "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
+        "export": _export(cfg, family),
+        "loads": what_loads(cfg),
+        "evidence": {target: how_known(cfg, target) for target in ENGINES},
+        "vllm_tpu": None if why_not(cfg, "vllm_tpu") else facts(cfg),
+    }
+
+
+def count_passthrough(folder: Path, vision_dir: Path | None) -> int:
+    """Count checkpoint parameters that no forward pass uses, such as tower layers after the used features."""
+    (family, cfg), checkpoint = read_config(folder, vision_dir), Checkpoint(folder)
+    keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).passthrough
+    buffers = ("position_ids", "inv_freq")
+    return sum(math.prod(checkpoint.entries[key].shape) for key in keys if not key.endswith(buffers))
+
+
+def _stack(stack: Stack) -> dict[str, Any]:
+    layers = stack.layers
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
+    return {
+        "layers": len(layers),
+        "runs": [
+            {"first": start, "layers": stop - start, **layers[start].sizes, "window": layers[start].mixer.window}
+            | ({"shared": True} if layers[start].mixer.kv_shared else {})
+            for start, stop in itertools.pairwise([*starts, len(layers)])
+        ],
+        "hidden_size": stack.hidden_size,
+        "head_dim": stack.attention.head_dim,
+    }
+
+
+def _vision(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in dataclasses.asdict(vision).items() if name not in ("layers", "block")},
+        **_stack(vision),
+    }
+
+
+def _text(cfg: ModelConfig) -> dict[str, Any]:
+    text = cfg.text
+    return {
+        **_stack(text),
+        "vocab_size": text.vocab_size,
+        "tied_embeddings": text.tie_embeddings,
+        "max_positions": text.max_positions,
+    }
+
+
+def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
+    """Return the model shares of one layer, head or neuron, and the maximum that each pruning method can remove.
+
+    The maximum is None if features of a tower's blocks enter the decoder, so that nothing can be removed.
+    """
+    total, costs, layers = count_params(cfg), layer_costs(cfg, stack), cfg.stack(stack).layers
+    sizes = [costs.of(shape) for shape in layers]
+    everywhere = range(len(layers))
+    most_by_depth = sum(sorted(sizes)[max(1, cfg.deepstack) :]) / total  # features enter as many decoder layers
+    kinds = {type(layer.mixer): layer for layer in reversed(layers) if layer.mixer.axes}
+    attention, parts = kinds.pop(Attention), [part for layer in layers for part in layer.parts]
+    units = units_of(
+        cfg.stack(stack),
+        costs,
+        {part.root for part in parts},
+        ranges={part.settings[0]: everywhere for part in parts},
+        multiples={axis.multiple or part.settings[1]: 1 for part in parts for axis in part.axes},
+    )
+    return {
+        "layer": max(sizes) / total,
+        "head_group": costs.price(attention, attention.mixer.root) / total,
+        "query_heads_per_group": attention.mixer.group,
+        "other_groups": {
+            f"{AXES[layer.mixer.root].title.removesuffix('s')} ({layer.mixer.group} heads)": (
+                costs.price(layer, layer.mixer.root) / total
+            )
+            for layer in kinds.values()
+        },
+        "neuron": costs.price(layers[0], layers[0].channel.root) / total,
+        "unit": AXES[layers[0].channel.root].title.removesuffix("s"),
+        "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
+        "most_by_width": most_removable(units) / total,
+    }
+
+
+def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
+    """Return {pruning method or export option: exported size and programs that can load it} as text."""
+    stock, target = family.layout == "transformers", target_of(family)
+    loader = "stock transformers" if stock else "this package and the hub's own code"
+    # the hub's own code computes the head size as hidden_size / heads
+    heads = loader if stock else "this package, and in the hub's own code if all heads are kept"
+    per_layer = "this package" + (", and in transformers by the PyTorch file it ships" if stock else "")
+    found = {"depth": f"true size, loads in {loader}", "equal widths": f"true size, loads in {heads}"}
+    problem = uneven_problem(cfg.text)
+    if problem is None:
+        found["uneven=per_layer"] = f"true size, loads in {per_layer}"
+        found["uneven=pad"] = f"padded with zeros to the widest layer, loads in {heads}"
+    else:
+        found["unequal widths"] = f"refused: {problem}"
+    if target is not None and target.stock is not None:
+        found["layout=transformers"] = f"folder for the stock class {target.stock.name}, vision tower included"
+    if family.separate_vision:
+        found["tower"] = "not part of an export in this layout: it stays in its own folder (--vision_dir)"
+    elif cfg.vision is not None:
+        found["tower"] = (
+            "fewer layers and neurons load as above; fewer heads in this package only, or as above with uneven=pad; "
+            "unequal widths need uneven=pad"
+        )
+    found["format=gguf"] = support(cfg)
+    if not cfg.text.uniform:
+        found["now"] = "this folder has layers of unequal width already"
+    return found
+
+
+def _images(found: dict[str, Any]) -> str:
+    vision, tokens = found["vision"], found["tokens_per_image"]
+    patch, side = vision["patch_size"], vision["merge"]
+    if vision["patches"]["temporal"]:
+        return f"images of any size, a token for {side} x {side} patches of {patch}"
+    return f"images of {vision['image_size']} in patches of {patch}: {tokens} tokens each"
+
+
+def as_lines(found: dict[str, Any]) -> list[str]:
+    """Return the content of `vlmprune inspect` as lines of text."""
+    text, parts, prunable = found["text"], found["parameters"], found["prunable"]
+    total, passthrough = parts["total"], parts["total"] + found["passthrough"]
+    lines = [
+        f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
+        f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
+        + printable(", ".join(f"{n} x {kind}" for kind, n in found["dtypes"].items()))
+        + (f", weights in {found['storage']}" if found["storage"] else ""),
+        f"  parameters  {total:,}: "
+        + ", ".join(
+            f"{stack_title(part)} {parts[part]:,} ({100 * parts[part] / total:.1f} %)"
+            for part in parts
+            if part != "total" and parts[part]
+        ),
+        *(
+            [f"              {found['active_parameters']:,} of them are active for one token (some of the experts)"]
+            if found["active_parameters"] < total
+            else []
+        ),
+        *(
+            [
+                f"              num_parameters() in transformers is {passthrough:,}: it includes unused tower layers "
+                "or an audio tower"
+            ]
+            if found["passthrough"]
+            else []
+        ),
+        f"  decoder     {text['layers']} layers: {_runs(text)}",
+        f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
+        f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
+    ]
+    vision = found["vision"]
+    if vision is not None:
+        lines += [
+            f"  vision      {vision['layers']} of {vision['n_layers_total']} layers are computed: {_runs(vision)}",
+            f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, {_images(found)}",
+        ]
+    lines += _prunable_lines(f"  prunable    a {'decoder ' if vision else ''}layer", prunable)
+    if vision is not None:
+        lines += _prunable_lines("              a layer of the vision tower", found["prunable_tower"])
+    exports = enumerate(found["export"].items())
+    lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
+    targets = enumerate(found["loads"].items())
+    on_tpus = found["vllm_tpu"]
+    return (
+        lines
+        + [
+            f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks, found['evidence'][name])}"
+            for i, (name, stacks) in targets
+        ]
+        + ([f"  on TPUs     {on_tpus}"] if on_tpus else [])
+    )
+
+
+def _what_loads(stacks: dict[str, dict[str, str | None]], known: str) -> str:
+    """Return text on the types of pruning after which an engine can load the model; `known`: how this is known."""
+    reasons = [*dict.fromkeys(why for kinds in stacks.values() for why in kinds.values())]
+    if None not in reasons:
+        return f"nothing{' pruned' if len(reasons) > 1 else ''}: {reasons[0]}"
+    said = []
+    for stack, kinds in stacks.items():
+        loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"
+        said.append(loads if stack == "text" else f"tower: {loads}")
+    return f"{'; '.join(said)} ({known})"
+
+
+def _prunable_lines(layer: str, prunable: dict[str, Any]) -> list[str]:
+    group = prunable["query_heads_per_group"]
+    unit = "head" if group == 1 else f"head group ({group} query heads)"
+    depth = prunable["most_by_depth"]
+    by_depth = "no layer can be removed; at most" if depth is None else f"at most {_percent(depth)} by depth,"
+    article = "an" if prunable["unit"][0] in "aeiou" else "a"
+    return [
+        f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
+        f"{_percent(prunable['head_group'])}, "
+        + "".join(f"a {name} {_percent(share)}, " for name, share in prunable["other_groups"].items())
+        + f"{article} {prunable['unit']} {_percent(prunable['neuron'])}",
+        f"              {by_depth} {_percent(prunable['most_by_width'])} by width",
+    ]
+
+
+def _runs(stack: dict[str, Any]) -> str:
+    layers = [run for run in stack["runs"] for _ in range(run["layers"])]
+    sizes = [{name: size for name, size in layer.items() if name in AXES} for layer in layers]
+    return describe_layers(sizes, [layer["window"] for layer in layers])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

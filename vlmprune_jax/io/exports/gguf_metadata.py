@@ -1,0 +1,278 @@
+"""Metadata of GGUF files, and remarks for their users on differences in llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.mixers import Attention, DeltaNet
+from vlmprune_jax.io.checkpoints.read import read_fields
+from vlmprune_jax.io.data.image_processor import processor_settings
+from vlmprune_jax.io.data.patching import Patching, patching_from_processor
+from vlmprune_jax.io.data.splitting import splitting_from_processor
+from vlmprune_jax.io.data.tiling import tiling_from_processor
+from vlmprune_jax.io.data.token_budget import token_budget_from_processor
+from vlmprune_jax.io.exports.gguf_tokenizer import drops_white_space
+from vlmprune_jax.io.families import Family, family_of
+from vlmprune_jax.io.families.gguf import (
+    DROPPING_NAME,
+    Architecture,
+    full_attention_period,
+    recurrent_fields,
+    width_fields,
+)
+from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
+from vlmprune_jax.io.families.table import JsonDict
+from vlmprune_jax.io.families.tiles import TilingConfig
+from vlmprune_jax.io.families.towers import PIXELS, projector_of, vision_of
+
+_BLOCK = 32  # values of a row per block in kernels of llama.cpp
+_PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
+
+
+def file_type(label: str) -> JsonDict:
+    """Return the GGUF metadata field for the data type of most tensors."""
+    from gguf import LlamaFileType
+
+    name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
+    return {"file_type": int(LlamaFileType[name]), "quantization_version": 2}
+
+
+def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
+    """Return GGUF metadata of the decoder: layer shapes and hyper-parameters."""
+    text = cfg.text
+
+    def widths(name: str) -> int | list[int]:
+        column = [layer.sizes[name] for layer in text.layers if name in layer.sizes]
+        return column[0] if len(set(column)) == 1 else column
+
+    rope = text.rope
+    fields: JsonDict = {
+        "context_length": architecture.context_length(text),
+        "embedding_length": text.hidden_size,
+        "block_count": len(text.layers),
+        "vocab_size": text.vocab_size,
+        "head_count": widths("q_heads"),
+        "head_count_kv": widths("kv_heads"),
+        **width_fields(text.layers),
+        **recurrent_fields(text, architecture.name),
+        "key_length": text.attention.head_dim,
+        "value_length": text.attention.head_dim,
+        "rope_dimension_count": text.attention.rotated,
+        "rope_freq_base": rope.theta,
+        "layer_norm_rms_eps" if text.block.norm == "rms" else "layer_norm_eps": text.block.norm_eps,
+    }
+    if architecture.windows is not None:
+        fields |= _window_fields(text)
+    if rope.sections:
+        fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and an unused section
+    if cfg.deepstack:
+        fields["num_deepstack_layers"] = cfg.deepstack
+    if rope.kind in ("linear", "yarn", "longrope"):
+        fields["rope_scaling_type"] = rope.kind
+    if rope.kind in ("linear", "yarn"):
+        fields["rope_scaling_factor"] = rope.factor
+    if rope.kind in ("yarn", "longrope"):
+        fields["rope_scaling_orig_ctx_len"] = rope.original_max_positions
+    if rope.kind == "longrope":
+        fields["rope_scaling_attn_factors"] = rope.attention_factor
+    if rope.kind == "yarn":
+        fields |= {"rope_scaling_yarn_beta_fast": rope.beta_fast, "rope_scaling_yarn_beta_slow": rope.beta_slow}
+        # llama.cpp multiplies by 1 + 0.1 log(factor) itself
+        fields["rope_scaling_attn_factors"] = rope.attention_factor / (1 + 0.1 * float(np.log(rope.factor)))
+    return fields
+
+
+def _window_fields(text: TextConfig) -> JsonDict:
+    """Return GGUF metadata of sliding windows, shared keys and values, and per-layer embeddings."""
+    windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
+    fields: JsonDict = {
+        "sliding_window": max(windows, default=text.max_positions),
+        "sliding_window_pattern": full_attention_period(text.layers),
+        "rope_freq_base_swa": (text.local_attention.rope or text.rope).theta,
+    }
+    if text.attention.head_dim != text.local_attention.head_dim:
+        fields |= {
+            "sliding_window_pattern": [shape.mixer.window is not None for shape in text.layers],
+            "key_length_swa": text.local_attention.head_dim,
+            "value_length_swa": text.local_attention.head_dim,
+            "rope_dimension_count_swa": text.local_attention.rotated,
+            "shared_kv_layers": sum(shape.mixer.kv_shared for shape in text.layers),
+            "embedding_length_per_layer_input": text.block.layer_inputs,
+        }
+    return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
+
+
+def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
+    """Return the pixel mean and standard deviation from the folder's image processor, or the family's defaults."""
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
+    if family.images == "budget":  # the tower centres them
+        return {"vision_image_mean": [0.0] * 3, "vision_image_std": [1.0] * 3}
+    mean, std = PIXELS[vision_of(cfg).kind]
+    processor = None if family.tiling is not None else processor_settings(source)
+    if processor is not None:
+        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
+    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}
+
+
+def cut(family: Family, source: Path) -> JsonDict:
+    """Return GGUF metadata that limits image size or tiles, for families that divide images into tiles.
+
+    Raises UserError if images have only one tile.
+    """
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
+    if family.tiling is not None:
+        location = str(source / "config.json")
+        return _tiles(family.tiling(read_fields(source / "config.json"), location))
+    processor = None if family.images in ("whole", "crops", "budget", "naflex") else processor_settings(source)
+    if processor is None:
+        return {}
+    if family.images == "splits":
+        splitting = splitting_from_processor(*processor)
+        if splitting.most(1) == 1:
+            raise _one_tile()
+        return {"vision_preproc_image_size": splitting.longest}
+    return _tiles(tiling_from_processor(*processor))
+
+
+def _tiles(tiling: TilingConfig) -> JsonDict:
+    if tiling.max_tiles == 1:
+        raise _one_tile()
+    return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+
+
+def _one_tile() -> UserError:
+    return UserError(
+        'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
+        "(export.max_image_tokens)"
+    )
+
+
+def image_options(family: Family, source: Path) -> str:
+    """Return llama.cpp command-line options that limit image tokens like the image processor.
+
+    If tokens of an image attend to each other, the options also enlarge llama.cpp's physical batch to hold them all.
+    """
+    if family.images == "patches":
+        patching = _patching(source)
+        area = (patching.patch * patching.merge) ** 2
+        return f" --image-min-tokens {-(-patching.min_pixels // area)} --image-max-tokens {patching.max_pixels // area}"
+    processor = processor_settings(source) if family.images == "budget" else None
+    if processor is None:
+        return ""
+    most = token_budget_from_processor(*processor).tokens
+    return f" --image-max-tokens {most}" + (f" --ubatch-size {most}" if most > _PHYSICAL_BATCH else "")
+
+
+def _patching(source: Path) -> Patching:
+    """Return the patch settings of a folder whose model takes images of any size."""
+    processor = processor_settings(source)
+    if processor is None:
+        raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
+    return patching_from_processor(*processor)
+
+
+def title(name: str, tokenizer: Any) -> str:
+    """Return the model name for GGUF metadata; for a name with "Phi-3", llama.cpp treats spaces as in Phi-3."""
+    if drops_white_space(tokenizer):
+        return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
+    return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
+
+
+def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
+    """Return notes for the model card on how llama.cpp's decoder differs from the model's."""
+    remarks = []
+    longest = architecture.context_length(text)
+    if longest < text.max_positions:
+        remarks.append(
+            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
+            "context length in the file."
+        )
+    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
+    widths = sorted(width for width in neurons if width % _BLOCK)
+    if widths:
+        listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
+        remarks.append(
+            f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
+            '`prune.align_to="gguf"` plans multiples of it.'
+        )
+    if architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None:
+        listed = ", ".join(str(i) for i, layer in enumerate(text.layers) if isinstance(layer.mixer, Attention))
+        remarks.append(
+            f"Full attention is in layers {listed} of {len(text.layers)}. Builds of llama.cpp before September 2026 "
+            "expect it in every fourth layer (#28207), and compute nonsense without an error."
+        )
+    if text.rope.kind == "longrope":
+        remarks.append(
+            "LongRoPE: llama.cpp uses the long factors if the context size (`-c`) is above "
+            f"{text.rope.original_max_positions:,} tokens, transformers if the text is that long."
+        )
+    return tuple(remarks)
+
+
+# All builds up to October 2026.
+_FAULT = "builds of llama.cpp that put the class token after the patches (#25814, #25844)"
+
+
+def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ...]:
+    """Return notes for the model card on how llama.cpp's vision tower and image processing differ from the model's.
+
+    `source` is the folder with the image processor.
+    """
+    remarks = []
+    processor = processor_settings(source) if family_of(cfg).images == "crops" else None
+    if processor is not None and processor[0].get("do_pan_and_scan"):
+        remarks.append(
+            "llama.cpp has no pan and scan: it encodes every image whole, without the crops that the processor of this "
+            "model adds, so answers about wide and tall images differ."
+        )
+    if vision_of(cfg).class_token and rolled:
+        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
+    elif vision_of(cfg).class_token:
+        remarks.append(
+            f"In {_FAULT}, every patch gets its neighbour's position, so answers about images differ. This file is for "
+            "corrected builds. `rolled_positions=True` writes a file for the others, in which each patch has its own "
+            "position and only the class token is misplaced: compare the answers of both."
+        )
+    vision, template = vision_of(cfg), family_of(cfg).templates[0]
+    if projector_of(cfg).pools and vision.dynamic_resolution:
+        side = vision.merge * vision.patch_size
+        advice = (
+            f"sides that are multiples of {side} pixels and give {LEAST_TOKENS} tokens up to the maximum need no "
+            "resizing; smaller images are not enlarged to the token budget of the processor. The audio tower is left "
+            "out."
+        )
+        if not cfg.text.local_attention.sees_images:
+            remarks.append(
+                "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
+                "of the family; in this model they only see those before them, so answers about images differ."
+            )
+    elif vision.dynamic_resolution:
+        side = vision.merge * vision.patch_size
+        advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
+    else:
+        advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
+    if vision.dynamic_resolution:
+        remarks.append("The file cannot hold the limits of tokens per image: use the options above in every program.")
+    remarks.append(
+        f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
+    )
+    if template.image_tokens is not None and template.image_tokens[0].startswith("\n\n"):
+        remarks.append(
+            "The chat interface of llama.cpp writes no empty lines around an image, with which this model was trained: "
+            'put "\\n\\n" before and after it.'
+        )
+    elif template.behind_image:
+        remarks.append(
+            "The chat interface of llama.cpp joins an image and the text after it without a newline, with which this "
+            'model was trained: begin the text with "\\n".'
+        )
+    return tuple(remarks)

@@ -1,0 +1,376 @@
+"""GGUF files from a model: one of the decoder with its tokenizer, and one of tower and projector."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import DeltaNet
+from vlmprune_jax.core.models.layers import inverse_frequencies
+from vlmprune_jax.core.models.lazy import check_finite, location_of, to_host
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots, row_groups
+from vlmprune_jax.io.checkpoints.lazy import blocks_of
+from vlmprune_jax.io.exports.card import TAGS, languages_of, license_of
+from vlmprune_jax.io.exports.gguf_fit import fit
+from vlmprune_jax.io.exports.gguf_metadata import (
+    cut,
+    file_type,
+    image_options,
+    pixels,
+    text_fields,
+    text_remarks,
+    title,
+    tower_remarks,
+)
+from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
+from vlmprune_jax.io.exports.uneven import pad_tensor
+from vlmprune_jax.io.families import Family, family_of
+from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
+from vlmprune_jax.io.families.gguf_towers import (
+    TOWER,
+    WITHOUT_LEAF,
+    projector_tensors,
+    tower_fields,
+    tower_tensors,
+)
+from vlmprune_jax.io.families.table import JsonDict, Weight
+from vlmprune_jax.io.families.towers import vision_of
+
+# Values of a row that share a scale, in all quantised types.
+BLOCK = 32
+_CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
+_FILTERS = "v.patch_embd.weight"
+_STILL = 1e-30  # frequency of channels that do not rotate
+_EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+# Tensors whose rows some architectures interleave (rotary pairs).
+ROTATED = ("attn_q", "attn_k")
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """Tensors and metadata of one GGUF file to write.
+
+    Attributes:
+      fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
+      layers: widths of the layers in the file.
+      remarks: how llama.cpp computes differently, as messages for the user.
+      options: command-line options that llama.cpp's programs need for this file, each after a space.
+    """
+
+    name: str
+    architecture: str
+    fields: JsonDict
+    tensors: list[Tensor]
+    layers: tuple[Layer, ...]
+    remarks: tuple[str, ...] = ()
+    options: str = ""
+
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Names of decoder matrices that stay F16 because their rows are not a multiple of the quantisation block."""
+        quantised = any(tensor.dtype.startswith("Q") for tensor in self.tensors)
+        return tuple(tensor.key for tensor in self.tensors if quantised and tensor.dtype == "F16")
+
+
+def make_gguf(
+    model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
+) -> list[GgufFile]:
+    """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
+
+    `source` is the model's folder, for tokenizer, template, image statistics and licence; others: see `save`.
+
+    Raises UserError if llama.cpp does not support the model's architecture, vision tower or tokenizer.
+    """
+    family, cfg = family_of(model.cfg), model.cfg
+    architecture, wide = fit(cfg, uneven)
+    dtype = flatten(model.params)["text/embed_tokens/weight"].dtype.name if dtype == "source" else dtype
+    plain = file_name(dtype)
+    label = plain if quantize == "none" else quantize.upper()
+    vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
+    about = {"name": title(name, vocabulary.fast), **_name_parts(name), **license_of(source), "tags": list(TAGS)}
+    about |= {"languages": languages} if (languages := languages_of(source)) else {}
+    fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
+    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture)
+    tensors += _constants(wide.text, architecture, tensors)
+    fields |= _size_label(tensors)
+    stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
+    remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
+    files = [
+        GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),
+    ]
+    if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
+        raise UserError(
+            f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of a "
+            "split image: this model cannot be exported to GGUF"
+        )
+    if cfg.vision is not None:
+        files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
+    return files
+
+
+def _name_parts(name: str) -> JsonDict:
+    """Return the GGUF metadata "basename" and "finetune": a model's name before and after its size."""
+    from gguf import Metadata
+
+    _, _, basename, finetune, _, _ = Metadata.get_model_id_components(name)
+    return {"basename": basename or name.rpartition("/")[2], "finetune": f"{finetune}-pruned" if finetune else "pruned"}
+
+
+def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
+    """Return the GGUF metadata "size_label": a weight count in short form, such as "1.3B"."""
+    from gguf.utility import size_label
+
+    return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
+
+
+def _tower(
+    model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
+) -> GgufFile:
+    """Return the GGUF file of vision tower and projector, in F16 or F32 (the types that its convolution supports)."""
+    vision = vision_of(wide)
+    plain = plain if plain == "F32" else "F16"
+    fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
+    fields |= tower_fields(wide, cut(family, source))
+    tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
+    if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
+        place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
+        table = tensors[place]
+        rolled_table = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
+        tensors[place] = dataclasses.replace(table, fetch=rolled_table, pieces=None)
+    if vision.patches.channels_last:
+        tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
+    if vision.patches.temporal > 1:
+        tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
+    tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
+    fields |= _size_label(tensors)
+    about_tower = tower_remarks(wide, rolled, source), image_options(family, source)
+    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, *about_tower)
+
+
+def _copies(filters: Tensor) -> list[Tensor]:
+    """Split video patch filters [vision, channel, frame, row, column] into one tensor per frame."""
+    vision, channels, copies, *sides = filters.shape
+
+    def filters_of(number: int) -> Tensor:
+        fetch = lambda: np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number])  # noqa: E731
+        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
+
+    return [filters_of(number) for number in range(copies)]
+
+
+def _channels_first(filters: Tensor, channels: int) -> Tensor:
+    """Reorder patch filters [vision, row x column x channel] to [vision, channel, row, column]."""
+    vision, values = filters.shape
+    side = math.isqrt(values // channels)
+
+    def fetch() -> np.ndarray:
+        channel_bytes = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
+        return np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
+
+    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch, pieces=None)
+
+
+def copy_of(number: int) -> str:
+    """Return the GGUF key of the patch filters for one video frame."""
+    return f"{_FILTERS}.{number}" if number else _FILTERS
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    model: Model,
+    wide: ModelConfig,
+    family: Family,
+    part: str,
+    names: Mapping[str, str],
+    plain: str,
+    quantize: str = "none",
+    architecture: Architecture | None = None,
+) -> list[Tensor]:
+    """Return the tensors of one model part under llama.cpp's names, zero-padded to the widths of `wide`."""
+    flat, here = flatten(model.params), under_names(family, part, names)
+    before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
+    tensors = []
+    for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
+        pairs, kind = [(before[slot.name], slot) for slot in slots], _type_of(key, slots[0].hf_shape, plain, quantize)
+        tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, architecture))
+    return tensors
+
+
+def spelled(
+    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
+) -> np.ndarray:
+    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets.
+
+    `back=True` undoes this. `architecture`: llama.cpp's architecture of the decoder (needed for decoder parameters).
+    """
+    module, text = slot.path.split("/")[-2], cfg.text
+    if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
+        return neighbours(array, back)
+    if DeltaNet.module in slot.path.split("/"):
+        return _delta_spelled(array, slot, text, back)
+    if "norm" not in module or slot.part == "vision":
+        return array
+    offset = (
+        cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.block.norm_offset
+    )
+    gain = architecture.query_gain(text) if architecture is not None and module == "q_norm" else 1.0
+    if offset == 0 and gain == 1:
+        return array
+    array = array.astype(np.float32)
+    return array / gain - offset if back else (array + offset) * gain
+
+
+def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) -> np.ndarray:
+    """Convert a delta net's parameter to llama.cpp's form: decays -exp(a), and heads reordered (see `tiled`)."""
+    if slot.path.endswith("/decay/weight"):
+        array = array.astype(np.float32)
+        array = np.log(-array) if back else -np.exp(array)
+    assert slot.layer is not None
+    return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer], back)
+
+
+def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
+    """Reorder "delta_heads" so that the first heads of all groups precede the second ones; `back=True` undoes it."""
+    at, mixer = axes.index("delta_heads"), layer.mixer
+    counts = (mixer.group, mixer.delta_groups) if back else (mixer.delta_groups, mixer.group)
+    split = array.reshape(*array.shape[:at], *counts, *array.shape[at + 1 :])
+    return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
+
+
+def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
+    """Return a copy of the model family whose weight table has llama.cpp's tensor names."""
+
+    def weights(cfg: ModelConfig) -> list[Weight]:
+        lines = []
+        for line in family.weights(cfg):
+            inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
+            if line.path.startswith(f"{part}/"):
+                whole = names[inside].endswith(WITHOUT_LEAF)
+                key = names[inside] if whole else f"{names[inside]}.{leaf}"
+                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
+                line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
+            lines.append(line)
+        return lines
+
+    return dataclasses.replace(family, weights=weights)
+
+
+def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
+    """Return a tensor's GGML type: F32 for vectors, routers and positions, at least 8 bits for embedding and head."""
+    if len(shape) <= 1 or key.startswith("v.position_embd") or key.endswith(UNQUANTISED):
+        return "F32"
+    if quantize == "none":
+        return plain
+    if shape[-1] % BLOCK:
+        return "F16"
+    return "Q8_0" if key in _EMBEDDINGS else quantize.upper()
+
+
+def _tensor(
+    key: str,
+    kind: str,
+    pairs: Sequence[tuple[Slot, Slot]],
+    old: ModelConfig,
+    new: ModelConfig,
+    flat: Mapping[str, Any],
+    architecture: Architecture | None,
+) -> Tensor:
+    """Return one GGUF tensor, joined from the model parameters that it contains."""
+
+    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
+        array = to_host(flat[before.path], before.place)
+        if before.shape != after.shape:
+            assert before.layer is not None
+            array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
+        return spelled(array, after, new, architecture)
+
+    before, after = pairs[0]
+    array, whole = (flat[before.path], before.place), len(pairs) == 1 and before.shape == after.shape
+    whole = whole and after.axes[0] != "delta_heads"  # whose rows are reordered
+    blocks = blocks_of(*array) if whole else None
+
+    def pieces() -> Iterator[np.ndarray]:
+        if blocks is None:
+            for group in [pairs] if before.entry is None else row_groups(pairs, operator.itemgetter(1)):
+                yield join_tensor([fetch_part(*pair) for pair in group], [slot for _, slot in group])
+        else:
+            yield from (spelled(block, after, new, architecture) for block in blocks())
+
+    what = f"{location_of(*array) or key}, to be written as {kind},"
+    return _encoded(key, kind, after.hf_shape or (1,), pieces, what)
+
+
+def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
+    """Interleave the two halves of each head in an array [heads, head, ...]; `back=True` undoes this."""
+    heads, head, *rest = array.shape
+    halves = (head // 2, 2) if back else (2, head // 2)
+    return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
+
+
+def _encoded(
+    key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[np.ndarray]], what: str
+) -> Tensor:
+    """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    width, (block, block_bytes) = shape[-1], GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+    def encode() -> Iterator[np.ndarray]:
+        step = max(1, _CHUNK // width)
+        for piece in pieces():
+            values = piece.reshape(-1, width)
+            check_finite(values, what=what)
+            yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
+
+    size = math.prod(shape) // block * block_bytes
+    return Tensor(key, kind, shape, size, lambda: np.concatenate([*encode()]), pieces=encode)
+
+
+def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
+    """Quantise float[rows, width] to a GGML type; return the bytes."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    if kind in WEIGHT_DTYPES:
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            narrow = values.astype(WEIGHT_DTYPES[kind], copy=False)
+        check_finite(narrow, what=what)
+        return np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
+    return quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind]).reshape(-1)
+
+
+def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that llama.cpp needs but the model lacks: rotary factors, and an untied output head."""
+    arrays: dict[str, np.ndarray] = {}
+    if text.rope.kind in ("llama3", "proportional"):
+        plain, dim = dataclasses.replace(text.rope, kind="default"), text.attention.rotated
+        scaled = np.maximum(inverse_frequencies(text.rope, dim), _STILL)
+        arrays["rope_freqs.weight"] = np.minimum(inverse_frequencies(plain, dim) / scaled, 1 / _STILL)
+    if text.rope.kind == "longrope":
+        arrays["rope_factors_long.weight"] = np.asarray(text.rope.long_factors, np.float32)
+        arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
+    if architecture.own_head and not text.head_bias:
+        arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
+    constants = [_encoded(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
+    if architecture.own_head and text.tie_embeddings:
+        embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
+        constants.append(dataclasses.replace(embedding, key="output.weight"))
+    return constants

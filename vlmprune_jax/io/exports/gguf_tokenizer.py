@@ -1,0 +1,281 @@
+"""Conversion of tokenizer.json to GGUF: tokens, merges or scores, and the name of the pre-tokenizer.
+
+llama.cpp has its pre-tokenizers built in, by name (`tokenizer.ggml.pre`). A wrong name changes token ids silently, so a
+name is written only if tokenizer.json has exactly its rules; other tokenizers are refused.
+tests/export/test_gguf_tokenizer.py tokenises with both sides under every name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.files import parse_json
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.io.checkpoints.read import read_fields
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.tokenizer_files import SLOW, TOKENIZER
+from vlmprune_jax.io.exports.processor import chat_template
+from vlmprune_jax.io.exports.tokenizer import token_id
+from vlmprune_jax.io.families import Family, template_of
+from vlmprune_jax.io.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
+from vlmprune_jax.io.families.table import JsonDict
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, gguf.TokenType
+_SPACE = "▁"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_METASPACE = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+# splits at spaces, of which the normalizer leaves none
+_NEVER = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+# Rules of SentencePiece-like tokenizers: normalizer, pre_tokenizer, and True if a text gets a space mark in front.
+_SPACED: tuple[tuple[Any, Any, bool], ...] = (
+    ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, _REPLACE]}, None, True),
+    (_REPLACE, None, False),
+    (_REPLACE, _NEVER, False),
+    *((None, _METASPACE | {"prepend_scheme": scheme}, scheme != "never") for scheme in ("first", "always", "never")),
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokenizer in GGUF's form: token texts, scores, types, merges and special tokens.
+
+    Attributes:
+      fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
+      fast: the same tokenizer as a transformers object.
+      remarks: how llama.cpp tokenizes differently, as messages for the user.
+    """
+
+    fields: JsonDict
+    fast: Any
+    remarks: tuple[str, ...]
+
+
+def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_model: str = "") -> Vocabulary:
+    """Convert a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
+
+    `tokenizer_model`: llama.cpp's name for the architecture's tokenizer (SentencePiece's rules and a list of merges).
+
+    Raises:
+      UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
+    """
+    if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
+        raise UserError(f"{folder}: has no tokenizer files, which llama.cpp needs: add them")
+    fast, rows = load_tokenizer(folder), cfg.text.vocab_size
+    # normalised by the library, whatever version wrote the file
+    content = parse_json(
+        fast.backend_tokenizer.to_str(), str(folder / TOKENIZER), "use the tokenizer of the source model"
+    )
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"{folder}: tokenizer type {model.get('type')!r} cannot be exported to GGUF, only BPE: use another format"
+        )
+    spaced = bool(model.get("byte_fallback"))
+    tokens, kinds = _tokens(content, rows, str(folder))
+    fields: JsonDict = {"token_list": tokens, "token_types": kinds}
+    merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
+    if spaced:
+        prefix = _check_spaced(content, str(folder))
+        pre = tokenizer_model or "default"
+        fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
+        fields["token_scores"] = _scores(tokens, merges)
+        if tokenizer_model:
+            _check_lines(merges, str(folder))
+            fields["token_merges"] = [" ".join(pair) for pair in merges]
+    else:
+        pre = _pre(content, fast, str(folder))
+        fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
+        # gguf omits an empty list, and llama.cpp then refuses the file: write a merge that never applies.
+        specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
+        fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
+    fields |= _special_tokens(cfg, content, fast, str(folder))
+    fields["chat_template"] = _chat_template(folder, family, fast)
+    return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
+
+
+def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], list[int]]:
+    """Return text and type of every token id; ids without a token stand for unused embedding rows."""
+    vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
+    added = {token["id"]: token for token in content.get("added_tokens") or ()}
+    texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
+    if max(texts) >= rows:
+        raise UserError(
+            f"{location}: the tokenizer has token id {max(texts):,}, but the vocabulary has {rows:,} rows: use the "
+            "model's tokenizer"
+        )
+    unknown, tokens, kinds = content["model"].get("unk_token"), [], []
+    for number in range(rows):
+        text = texts.get(number)
+        if text is None:
+            text, kind = f"[PAD{number}]", UNUSED
+        elif number in added:
+            kind = CONTROL if added[number].get("special") else USER_DEFINED
+        else:
+            kind = BYTE if spaced and len(text) == 6 and text.startswith("<0x") else NORMAL
+        tokens.append(text)
+        kinds.append(UNKNOWN if spaced and text == unknown else kind)
+    return tokens, kinds
+
+
+def _check_lines(merges: list[list[str]], location: str) -> None:
+    """Raise UserError for merges across line ends, where llama.cpp's tokenizer always splits text."""
+    crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
+    if crossing is not None:
+        raise UserError(
+            f"{location}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, which "
+            "llama.cpp never does: this model cannot be exported to GGUF"
+        )
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Return token scores for SentencePiece, which applies the highest-scoring merge first: minus the merge rank."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _check_spaced(content: JsonDict, location: str) -> bool:
+    """Return True if a SentencePiece tokenizer puts a space mark before each text; refuse other variants."""
+    rules = [content.get("normalizer"), content.get("pre_tokenizer")]
+    for *known, prefix in _SPACED:
+        if rules == known:
+            return prefix
+    raise UserError(
+        f"{location}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
+        f"{json.dumps(rules, sort_keys=True)[:200]}): this model cannot be exported to GGUF"
+    )
+
+
+def _rules(step: JsonDict | None) -> Iterator[str]:
+    """Yield the pre-tokenizer's steps as text, for comparison with the rules that llama.cpp knows."""
+    kind = None if step is None else step.get("type")
+    if step is None:
+        yield "none"
+    elif kind == "Sequence":
+        for inner in step.get("pretokenizers") or ():
+            yield from _rules(inner)
+    elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+        yield WORDS if step.get("use_regex", True) else BYTES
+    elif kind == "Digits" and step.get("individual_digits"):
+        yield "Digits"
+    elif kind == "Split" and (step.get("behavior"), bool(step.get("invert"))) in (
+        ("Isolated", False),
+        ("Removed", True),
+    ):
+        yield str((step.get("pattern") or {}).get("Regex"))
+    else:
+        yield json.dumps(step, sort_keys=True)
+
+
+def _pre(content: JsonDict, fast: Any, location: str) -> str:
+    """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer rules."""
+    rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
+    normalizer = content.get("normalizer")
+    pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
+    if pre is None:
+        raise UserError(
+            f"{location}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
+            f"{' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}): this model cannot be exported to GGUF"
+        )
+    if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
+        return pre
+    if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
+        return OF_WORDS
+    raise UserError(
+        f"{location}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
+        f"llama.cpp's {pre}: this model cannot be exported to GGUF"
+    )
+
+
+def _same_words(content: JsonDict, fast: Any) -> bool:
+    """Return True if a tokenizer without merges gives the same ids under llama.cpp's rules for whole words."""
+    from tokenizers import Tokenizer
+
+    split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
+    steps = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    other = Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}))
+    words = [fast.decode([number]) for number in content["model"]["vocab"].values()]
+    texts = [*words, " ".join(words), "".join(words), *(f"{word}'s 12 {word}." for word in words)]
+    return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
+
+
+def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: str) -> JsonDict:
+    """Return GGUF metadata with special token ids, and flags for tokens that are added to every text."""
+    ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
+    bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
+    unknown = content["model"].get("unk_token")
+    ids = {
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if ends else None,
+        "eot_token_id": ends[1] if len(ends) > 1 else None,
+        "pad_token_id": cfg.pad_token_id,
+        "unk_token_id": None if unknown is None else token_id(content, unknown),
+    }
+    outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
+    if outside:
+        raise UserError(
+            f"{location}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
+            "use the model's tokenizer"
+        )
+    bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    adds = {(): (False, False), (bos,): (True, False), (bos, ids["eos_token_id"]): (True, True)}
+    added = tuple(marked[: len(marked) - len(bare)]) if marked[len(marked) - len(bare) :] == bare else None
+    if added is None and marked[1:-1] == bare:
+        added = (marked[0], marked[-1])
+    if added not in adds:
+        raise UserError(
+            f"{location}: the tokenizer adds other special tokens than begin and end: "
+            "this model cannot be exported to GGUF"
+        )
+    fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
+    return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
+
+
+def drops_white_space(tokenizer: Any) -> bool:
+    """Return True if a tokenizer strips spaces after the same special tokens as Phi-3's."""
+    strips = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values() if token.special}
+    keeping = {name for name, strip in strips.items() if not strip}
+    return set(strips) >= KEEPING_MARKS | {"</s>"} and keeping == KEEPING_MARKS
+
+
+def _chat_template(folder: Path, family: Family, fast: Any) -> str:
+    """Return the chat template of a transformers folder, or the family's, with image tokens removed.
+
+    llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
+    """
+    source_template = fast.chat_template
+    source_template = source_template.get("default") if isinstance(source_template, dict) else source_template
+    if isinstance(source_template, str) and family.layout == "transformers":
+        return source_template
+    template = template_of(family, read_fields(folder / "config.json"), fast.eos_token)
+    drops = [token.content for token in fast.added_tokens_decoder.values() if token.rstrip]
+    marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
+    bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
+    return chat_template(dataclasses.replace(template, **bare), "")
+
+
+def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
+    if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
+        yield "llama.cpp does not normalise texts to Unicode NFC, as this tokenizer does: send normalised texts."
+    if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        yield (
+            "llama.cpp puts a space mark before every text. This tokenizer does not if the text begins with a space or "
+            "follows a special token or an image. Prompts of one turn are the same."
+        )
+    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
+    if drops and not drops_white_space(fast):
+        yield (
+            f"This tokenizer drops white space after {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
+            "write none there (the chat template in the file has none)."
+        )

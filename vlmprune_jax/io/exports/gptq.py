@@ -1,0 +1,186 @@
+"""GPTQ and importance matrices for exports: the numbers of `prune.gptq`, by the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from vlmprune_jax.base.cache import ArrayCache, recorded
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.base.weight_files import DTYPES
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.context import READERS
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune.gptq import finite_sums, round_matrices, squares, walk_rows
+from vlmprune_jax.core.prune.layers import Layer
+from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
+from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
+from vlmprune_jax.io.checkpoints.integers import make_storage
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
+from vlmprune_jax.io.exports.format import Importance
+from vlmprune_jax.io.families import family_of
+
+
+@dataclass(frozen=True)
+class Rounded(CompressedTensors):
+    """Quantised storage format whose integer codes GPTQ computed."""
+
+    codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    rounding: ClassVar[str] = "by GPTQ on calibration records"
+
+    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the quantised tensors that GPTQ computed for the weight called `name`; `values` are not used.
+
+        Raises UserError if GPTQ's model has no weight of this name.
+        """
+        tensors = self.codes.get(name, {})
+        if {suffix: part.shape for suffix, part in tensors.items()} != {
+            suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
+        }:
+            raise UserError(
+                f"vp.gptq rounded no weight {name} of shape {list(values.shape)}: save the model that was passed to "
+                'vp.gptq, without uneven="pad"'
+            )
+        return tensors | {"_scale": tensors["_scale"].astype(values.dtype)}
+
+
+def gptq(
+    model: Model,
+    batches: Iterable[Any],
+    weights: TokenWeights | None = None,
+    *,
+    quantize: str,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    dtype: str = "bfloat16",
+    progress: Callable[[int], None] | None = None,
+    cache: ArrayCache | None = None,
+    **options: Any,
+) -> Rounded:
+    """Quantise a decoder's matrices by GPTQ; pass the result to `save(..., storage=...)`.
+
+    Args:
+      model: the model to be saved, on one device or a mesh.
+      batches: calibration batches (see `score`); labels, if present, distinguish answers from prompts.
+      quantize, group_size, symmetric, dtype: as in `save`.
+      progress: called with the number of finished layers.
+      cache: keeps the codes of finished layers, to continue after an interruption.
+      weights: weights of the calibration tokens; `options` override single weights.
+      options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
+
+    Raises UserError for a group size that does not divide the rows, unreadable batches, or activations that are not
+    finite.
+    """
+    one_of("quantize", quantize, tuple(SCHEMES))
+    dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
+    one_of("dtype", dtype, tuple(DTYPES))
+    weights = override(TokenWeights() if weights is None else weights, options, "gptq")
+    storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
+    codes: dict[str, dict[str, np.ndarray]] = {}
+
+    def round_layer(layer: Layer, stream: LayerStream) -> Layer:
+        slots = by_key(_matrices(model.cfg, layer.number)).values()
+        held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
+        layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
+        codes.update(layer_codes)
+        return dataclasses.replace(layer, params=layer.params | params)
+
+    walk_rows(model, batches, weights, round_layer, progress)
+    return Rounded(**vars(storage), codes=codes)
+
+
+def imatrix(
+    model: Model,
+    batches: Iterable[Any],
+    weights: TokenWeights | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    cache: ArrayCache | None = None,
+    **options: Any,
+) -> Importance:
+    """Return the importance matrix (mean squared inputs) of a decoder for `save(..., format="gguf", imatrix=...)`.
+
+    See `gptq` for arguments and errors.
+    """
+    weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
+    sums: dict[str, np.ndarray] = {}
+
+    def add_squares(layer: Layer, stream: LayerStream) -> Layer:
+        keys = {f"{layer.number}/{name}": name for name in READERS}
+
+        def compute() -> dict[str, np.ndarray]:
+            sums = finite_sums(squares, layer, stream, "imatrix")
+            return {key: sums[name] for key, name in keys.items()}
+
+        arrays = recorded(cache, keys, compute)
+        for slot in _matrices(model.cfg, layer.number):
+            sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
+        return layer
+
+    calibration = walk_rows(model, batches, weights, add_squares, progress)
+    weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in calibration)
+    rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in calibration)
+    tokens = sum(int((batch.weight > 0).sum()) for batch in calibration)
+    return Importance({name: total / weight for name, total in sums.items()}, rows, tokens)
+
+
+def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
+    """Return the locations (`Slot`) in the checkpoint of the weight matrices in decoder layer `number`."""
+    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
+    return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
+
+
+def _round_layer(
+    layer: Layer,
+    held: Sequence[Sequence[Slot]],
+    stream: LayerStream,
+    storage: CompressedTensors,
+    dtype: np.dtype,
+    cache: ArrayCache | None,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
+    """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
+    by_input = {
+        hook: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == hook] for hook in READERS
+    }
+    slots_of = {
+        hook: [slot for matrix in matrices for slot in matrix] for hook, matrices in by_input.items() if matrices
+    }
+
+    def compute() -> dict[str, np.ndarray]:
+        paths = {hook: [(inside(slot), slot.hf_shape[1]) for slot in slots] for hook, slots in slots_of.items()}
+        rounded = round_matrices(layer, paths, stream, storage, dtype)
+        return {key: array for hook in rounded for key, array in zip(_keys(layer, hook), rounded[hook], strict=True)}
+
+    keys = [key for hook in slots_of for key in _keys(layer, hook)]
+    arrays = recorded(cache, keys, compute)
+    codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
+    for hook in slots_of:
+        matrices, (integers, scale, zeros) = by_input[hook], (arrays[key] for key in _keys(layer, hook))
+        size = integers.shape[1] // scale.shape[1]
+        values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
+        end = 0
+        for matrix in matrices:
+            start, end = end, end + matrix[0].hf_shape[0]
+            codes[matrix[0].name] = storage.parts(integers[start:end], scale[start:end], zeros[start:end])
+            for slot in matrix:
+                old = layer.params[inside(slot)]
+                new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
+                params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
+    return codes, params
+
+
+def _keys(layer: Layer, hook: str) -> tuple[str, str, str]:
+    return f"{layer.number}/{hook}/codes", f"{layer.number}/{hook}/scale", f"{layer.number}/{hook}/zeros"
+
+
+def inside(slot: Slot) -> str:
+    """Return a parameter's path within its layer."""
+    return slot.name.split("/", 3)[3]

@@ -1,0 +1,237 @@
+"""Export of trained adapters as a folder that `peft` loads onto the pruned model's Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlmprune_jax.base.atomic import atomic_folder
+from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.links import real_path
+from vlmprune_jax.base.markup import code, markdown, yaml
+from vlmprune_jax.base.processes import is_main_process
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.lazy import to_host
+from vlmprune_jax.core.models.params import flatten, layer_axes
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.recovery.trainable import LORA_SUFFIXES, projection_names
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.io.checkpoints.read import read_fields
+from vlmprune_jax.io.exports.card import model_name
+from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
+from vlmprune_jax.io.families import Family, family_of
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_ROOT = "base_model.model."  # prefix of the wrapped model in peft
+
+
+class _Adapter(NamedTuple):
+    """LoRA adapter of one Hugging Face module, which may fuse several of vlmprune's projections (`members`)."""
+
+    a: np.ndarray  # float32[members * rank, in]
+    b: np.ndarray  # float32[out, members * rank]
+    members: int
+
+
+def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
+    """Write trained LoRA adapters in peft's format, with a model card on how to load them.
+
+    The config has the base model's path relative to `out_dir`, so that a folder with both can be moved. In a
+    multi-process run, every process must call this function; process 0 writes.
+
+    Args:
+      model: the model with its adapters, not merged.
+      out_dir: the new folder.
+      base_dir: folder of the model that was trained.
+      trained: flat paths of all trained parameters; other trained modules (the projector) are written in full.
+
+    Raises UserError if the model has no adapters, the vision tower was trained, or `base_dir` has no config.
+    """
+    lora = model.cfg.lora
+    if lora is None:
+        raise UserError(f"{out_dir}: the model has no LoRA adapters to write: train with merge_lora=False")
+    plain = ModelConfig(**{**vars(model.cfg), "lora": None})
+    check_adapters(plain, lora.targets)
+    family, flat = family_of(plain), flatten(model.params)
+    slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
+    adapters = _adapters(slots, flat, family)
+    for module, adapter in adapters.items():
+        tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
+    whole = _whole_modules(slots, trained, family)
+    for module, members in whole.items():
+        for key, pieces in by_key(members).items():
+            arrays = [to_host(flat[slot.path], slot.place).astype(np.float32) for slot in pieces]
+            value = join_tensor(arrays, pieces)
+            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(pieces[0].hf_shape)
+    if is_main_process():
+        base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
+        config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
+        with atomic_folder(Path(out_dir)) as folder:
+            contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+            save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"} | _vocabulary(base_dir))
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            card = _card(config, model_name(base_dir), "auto_map" in stock)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+            shutil.copymode(
+                folder / CONFIG_FILE, folder / WEIGHTS_FILE
+            )  # safetensors creates files without group permissions
+
+
+def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:
+    """Raise UserError if these projections (() = all) include experts, whose LoRA adapters no engine can load."""
+    on_experts = [path for path in layer_axes(cfg) if path.startswith("mlp/experts/")]
+    names = {path.split("/")[-2] for path in on_experts} & {*(targets or projection_names(cfg))}
+    if names:
+        raise UserError(
+            f"recover.save_adapter: vLLM drops or refuses adapters on experts ({', '.join(sorted(names))}): export the "
+            "merged model, or set recover.lora.targets to projections of the attention"
+        )
+
+
+def _vocabulary(base_dir: Path) -> dict[str, str]:
+    """Return a digest of the base model's tokens, since an adapter fits only bases with the same vocabulary."""
+    content = read_tokenizer(base_dir)
+    return {} if content is None else {"vocabulary": vocabulary_digest(content)}
+
+
+def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
+    """Return {module name: LoRA adapter}, in checkpoint order."""
+    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
+    adapters = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
+    return {module: adapter for module, adapter in adapters.items() if adapter is not None}
+
+
+def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
+    """Fuse LoRA adapters of projections that share a tensor: stacked A, block-diagonal B (same function)."""
+    pairs: list[tuple[Slot, np.ndarray, np.ndarray]] = []
+    for slot in members:
+        owner = slot.path.rpartition("/")[0]
+        if f"{owner}/lora_a" in flat:
+            a, b = (to_host(flat[f"{owner}/{suffix}"], slot.index).astype(np.float32) for suffix in LORA_SUFFIXES)
+            pairs.append((slot, a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])))
+    if not pairs:
+        return None
+    stacked = np.concatenate([a for _, a, _ in pairs])
+    blocks, column = np.zeros((members[0].hf_shape[0], len(stacked)), np.float32), 0
+    for slot, a, b in pairs:
+        blocks[slot.start : slot.stop, column : column + len(a)] = b
+        column += len(a)
+    return _Adapter(stacked, blocks, len(pairs))
+
+
+def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Family) -> dict[str, list[Slot]]:
+    """Return {module name: tensors} of all modules with trained parameters other than adapters."""
+    plain = {path for path in trained if not path.endswith(LORA_SUFFIXES)}
+    vision = sorted(path for path in plain if path.startswith("vision/"))
+    if vision:
+        raise UserError(
+            f"adapter: cannot contain a trained vision tower ({vision[0]}): export the merged model instead"
+        )
+    modules: dict[str, list[Slot]] = {}
+    for slot in slots:
+        modules.setdefault(_module(slot.key, family), []).append(slot)
+    return {name: members for name, members in modules.items() if any(slot.path in plain for slot in members)}
+
+
+def _module(key: str, family: Family) -> str:
+    """Return the name that stock transformers gives to a tensor's module."""
+    name = key.rpartition(".")[0]
+    for pattern, replacement in family.modules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
+    """Return the transformers class name for a base model; None if the model needs remote code."""
+    if cfg.vision is None:
+        return "AutoModelForCausalLM"
+    autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
+    stock = config.get("architectures") or [] if cfg.layout == "transformers" else []
+    return next(iter([*autos, *stock]), None)
+
+
+def _config(
+    adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, base: str, loader: str | None
+) -> dict[str, Any]:
+    """Return peft's adapter_config.json; target modules are a regex over full names.
+
+    The Auto classes of peft find the class of a decoder by `task_type`, and that of a vision-language model by
+    `auto_mapping`.
+    """
+    targets = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module)) for module in adapters)
+    members = {module.rpartition(".")[2]: adapter.members for module, adapter in adapters.items()}
+    fused = {name: count for name, count in members.items() if count > 1}
+    causal = loader == "AutoModelForCausalLM"
+    mapping = None if causal or loader is None else {"base_model_class": loader, "parent_library": "transformers"}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "auto_mapping": mapping,
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": "|".join(targets),
+        "modules_to_save": list(whole) or None,
+        # The scale is alpha / r: both are multiplied by the number of fused projections.
+        "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
+        "alpha_pattern": {name: count * lora.alpha for name, count in fused.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
+    """Return an adapter's model card (README.md) for the base model `name`."""
+    base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
+    mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
+    loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None
+    if loader is None:
+        load = (
+            f"Load {code(base)} with the code of its hub page, and pass the model to `peft.PeftModel.from_pretrained`."
+        )
+    else:
+        auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
+        load = f"""In this folder (the path of the base model, {code(base)}, is relative to it):
+
+```python
+from peft import {auto}
+
+model = {auto}.from_pretrained("."{trust})
+```
+
+In another folder, with the paths of both:
+
+```python
+from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained({json.dumps(printable(base))}{trust})
+model = PeftModel.from_pretrained(base, ".")
+```"""
+    return f"""---
+library_name: peft
+base_model: {yaml(name)}
+tags: [vlmprune-jax, lora]
+---
+
+# Adapters for {markdown(name)}
+
+LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for {code(name)}, trained by vlmprune-jax.\
+{" Also trained, and stored here in full: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
+
+## Loading
+
+{load}
+"""

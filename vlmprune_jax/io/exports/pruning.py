@@ -1,0 +1,174 @@
+"""Plans and pruning in which files take part: tokenizers to trim, exports to count, checkpoints to cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.vlm import Model, config_of
+from vlmprune_jax.core.plans.plan import PrunePlan
+from vlmprune_jax.core.prune import select
+from vlmprune_jax.core.prune.config import PlanConfig, PlanOptions, ScoreConfig, VocabularyConfig
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.core.prune.iterative import prune_in_steps
+from vlmprune_jax.core.prune.scores import Scores
+from vlmprune_jax.core.prune.scoring import score
+from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_scores
+from vlmprune_jax.core.prune.surgery import apply_plan
+from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import resolve
+from vlmprune_jax.io.exports.cost import with_export
+from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary
+from vlmprune_jax.io.exports.write import save
+
+
+def make_plan(
+    scores: Scores | tuple[Scores, Scores] | None,
+    cfg: ModelConfig | Model,
+    config: PlanConfig | None = None,
+    **options: Unpack[PlanOptions],
+) -> PrunePlan:
+    """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
+
+    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`, or `make_plan(None, model, layers=(3, 4))`
+
+    Args:
+      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if
+        `layers` lists the layers to remove, or only a vocabulary is trimmed.
+      cfg: the model or its config; without scores, the model.
+      config: settings; `options` override single settings.
+      options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` and `layers` (depth),
+        `sparsity` (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as
+        satisfies it, and records the cost in its options as `budget_reached`.
+
+    Raises:
+      UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
+        not use, or a ratio that the method cannot reach.
+    """
+    model, cfg = cfg, config_of(cfg)
+    for part in (part for layer in cfg.text.layers for part in layer.parts if part.why_fixed):
+        for axis in options.keys() & part.fixed_sizes.keys():
+            advice = "remove layers, heads or neurons"
+            raise UserError(f"make_plan: {axis} of {part.module} cannot be pruned ({part.why_fixed}): {advice}")
+    whole = {name: () for name in ("attn_layers", "mlp_layers") if options.get(name) == "all"}
+    config = _configured(config, {**options, **whole}, "make_plan")
+    config.check([name for name, value in options.items() if value is not None])
+    if scores is None or config.layers:
+        if config.needs_scores or not isinstance(model, Model):
+            raise UserError(
+                "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
+                "or nothing but the vocabulary is trimmed: pass scores"
+            )
+        return plan_without_scores(make_trim(config.vocabulary, cfg), fingerprint(model), cfg, config)
+    if config.steps > 1:
+        raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
+    return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
+
+
+def plan_stacks(scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+    """Plan one or several stacks at once, removing the same share of layer parameters from each.
+
+    `scores`: those of each stack, as `make_plan` takes them. Raises UserError under the conditions of `make_plan`, and
+    with several stacks for a setting with layer numbers.
+    """
+    if len(scores) == 1:
+        return make_plan(scores[0], cfg, config)
+    config = _configured(config, {}, "make_plan")
+    return select.plan_stacks(scores, cfg, config, make_trim(config.vocabulary, cfg))
+
+
+def prune_iteratively(
+    model: Model,
+    batches: Callable[[int], Iterable[Any]],
+    config: PlanConfig | None = None,
+    *,
+    criterion: str,
+    scores: Scores | None = None,
+    score_config: ScoreConfig | None = None,
+    score_options: Mapping[str, Any] | None = None,
+    **options: Unpack[PlanOptions],
+) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
+    """Prune heads and neurons to a target in equal steps, with new scores before every step.
+
+    Step k of K aims at k/K of the target, always relative to the original model. Under a budget, it aims at k/K of the
+    ratio that satisfies the budget with the first scores, and the last step aims at the budget itself.
+
+    Args:
+      batches: function that returns the calibration batches of step k = 0, 1, ...
+      config, options: settings of `make_plan`, with the method "width"; `steps` is their number, `stack` the stack.
+      scores: scores of `model` for the first step (None = compute them).
+      score_config, score_options: settings of `score`: its arguments `config` and `options`.
+
+    Returns:
+      The pruned model, one plan that leads from `model` to it, and the scores of every step.
+
+    Raises UserError under the conditions of `score` and `make_plan`.
+    """
+    config = dataclasses.replace(_configured(config, options, "prune_iteratively"), method="width")
+    config.check()
+    settings = {"criterion": criterion, "stack": config.stack, **(score_options or {})}
+    score_again = functools.partial(score, config=score_config, **settings)
+    return prune_in_steps(model, batches, config, make_trim(config.vocabulary, model.cfg), score_again, scores)
+
+
+def _configured(config: PlanConfig | None, options: Mapping[str, Any], function: str) -> PlanConfig:
+    config = override(PlanConfig() if config is None else config, options, function, offered=False)
+    return dataclasses.replace(config, budget=with_export(config.budget))
+
+
+def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
+    """Choose the tokens that a trimmed vocabulary keeps.
+
+    Raises UserError under the conditions of `choose_vocabulary`, or if no folder with a tokenizer is passed.
+    """
+    if config.size is None:
+        return Trim.of(None, cfg)
+    if config.source_dir is None:
+        raise UserError(
+            'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
+            '"sources": ("train.json",), "source_dir": "DIR"}'
+        )
+    return Trim.of(choose_vocabulary(config.source_dir, cfg, config), cfg)
+
+
+def prune_folder(
+    source_dir: str | Path,
+    plan: PrunePlan,
+    out_dir: str | Path,
+    *,
+    vision_dir: str | Path | None = None,
+    dtype: str = "source",
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Prune a checkpoint file by file without loading it; bytes equal `save(apply_plan(load(...), plan), ...)`.
+
+    The plan is applied to arrays that stay in their files. Tensors that the plan does not change are copied in blocks;
+    other tensors are read, indexed and written one at a time. Every block is read back and compared. No array is put on
+    a device, and no accelerator is started.
+
+    In a multi-process run, every process must call this function; the first process writes.
+
+    Args:
+      source_dir: the folder (or hub id) of the model that the plan is for.
+      plan: the prune plan; its fingerprint is compared with weights sampled from the files.
+      out_dir: the new folder, which appears only once it is complete.
+      vision_dir: folder of a separate vision tower, as in `load`.
+      dtype: data type of the weights; "source" keeps the data type of every tensor.
+      overwrite, **options: as in `save`, for example format, layout, uneven and quantize.
+
+    Raises UserError under the conditions of `load`, `apply_plan` and `save`, and if a disk returns other bytes than
+    were written.
+    """
+    source = resolve(source_dir)
+    model = open_model(source, None if vision_dir is None else resolve(vision_dir))
+    pruned = apply_plan(model, plan)
+    if plan.vocabulary is not None:
+        Source.of(source, model.cfg).check(plan.vocabulary)
+    save(pruned, out_dir, dtype=dtype, overwrite=overwrite, **options)

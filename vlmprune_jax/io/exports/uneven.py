@@ -1,0 +1,168 @@
+"""Padding of layers and attention heads with zeros, and the PyTorch loader file of layers with unequal true sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.io.families import Family
+from vlmprune_jax.io.families.decoders import decoder_of
+from vlmprune_jax.io.families.table import JsonDict
+
+LOADER_FILE = "modeling_per_layer.py"
+_LOADER = Path(__file__).parent / "remote" / LOADER_FILE
+_PREFIX = "PerLayer"
+_PADDED_ROPES = ("default", "linear", "llama3")  # rotary types whose frequencies depend only on channel / head_dim
+
+
+def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ...]:
+    """Return all layers after zero-padding to equal sizes: the smallest sizes that hold every layer.
+
+    With `heads`, layers have that many query heads if a group size of at least the largest one divides this number.
+    """
+    axes = {axis.name: axis for layer in layers for axis in layer.axes}
+    sizes = {name: max(layer.sizes[name] for layer in layers if name in layer.sizes) for name in axes}
+    for name, axis in axes.items():
+        if axis.parent:  # counts of parents and of children per parent are padded separately
+            per_parent = max(x.sizes[name] // x.sizes[axis.parent] for x in layers if name in x.sizes)
+            if heads is not None and name == "q_heads":
+                fits = [n for n in range(sizes[axis.parent], heads // per_parent + 1) if heads % n == 0]
+                sizes[axis.parent], per_parent = (
+                    (fits[0], heads // fits[0]) if fits else (sizes[axis.parent], per_parent)
+                )
+            sizes[name] = sizes[axis.parent] * per_parent
+    return tuple(layer.resized(sizes) for layer in layers)
+
+
+def padded_stacks(cfg: ModelConfig) -> ModelConfig:
+    """Return the config with every stack zero-padded to equal widths; a vision tower regains all its heads."""
+    for name, stack in cfg.stacks.items():
+        heads = stack.hidden_size // stack.attention.head_dim
+        layers = stack.layers
+        if (
+            not stack.uniform or len({tuple(layer.sizes.items()) for layer in layers}) == 1
+        ):  # Gemma 4's class knows two widths
+            layers = padded(layers, heads if name == "text" and cfg.text.whole_heads else None)
+        if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads
+            layers = tuple(layer.resized({"q_heads": heads, "kv_heads": heads}) for layer in layers)
+        cfg = cfg.with_layers(layers, name)
+    return cfg
+
+
+def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
+    """Return the config with decoder heads zero-padded to `head_dim` channels (0 = unchanged).
+
+    Raises UserError if the padded heads would compute a different function.
+    """
+    layers = []
+    for layer in cfg.text.layers:
+        heads = layer.mixer
+        if head_dim and (not isinstance(heads, Attention) or heads.head_dim != head_dim):
+            rope = getattr(heads, "rope", None)
+            plain = rope is not None and rope.kind in _PADDED_ROPES and not rope.sections and not heads.rotary_dim
+            if not plain or heads.qk_norm or heads.v_norm or heads.scale or cfg.text.whole_heads:
+                raise UserError(
+                    f"head_dim={head_dim}: heads of {cfg.text.decoder} with this rotary embedding, norm or scale "
+                    "cannot be padded with zeros: leave head_dim out"
+                )
+            if head_dim not in (4 * heads.head_dim, 16 * heads.head_dim):  # doubled or quadrupled queries round nothing
+                raise UserError(
+                    f"head_dim={head_dim}: expected 4 or 16 times the model's {heads.head_dim} channels: set head_dim "
+                    f"to {4 * heads.head_dim} or {16 * heads.head_dim}"
+                )
+            layer = dataclasses.replace(layer, mixer=dataclasses.replace(heads, head_dim=head_dim))
+        layers.append(layer)
+    return cfg.with_layers(layers)
+
+
+def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
+    """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
+
+    A zero value head or neuron adds nothing to the residual stream, and the queries of a head with zero output weights
+    do not matter. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately. In
+    heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i of n
+    * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
+    """
+    layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
+    before, after = layer_before.sizes, layer_after.sizes
+    for axis in layer_before.axes:
+        if axis.name not in axes:
+            continue
+        at, size = axes.index(axis.name), after[axis.name]
+        if axis.parent:
+            old, new = before[axis.parent], after[axis.parent]
+            array = array.reshape(*array.shape[:at], old, before[axis.name] // old, *array.shape[at + 1 :])
+            array = _extend(_extend(array, at, new), at + 1, size // new)
+            array = array.reshape(*array.shape[:at], size, *array.shape[at + 2 :])
+        else:
+            array = _extend(array, at, size)
+    times = layer_after.mixer.head_dim // layer_before.mixer.head_dim
+    if "head" not in axes or times == 1:
+        return array
+    at = axes.index("head")
+    wide = np.zeros((*array.shape[:at], times * array.shape[at], *array.shape[at + 1 :]), array.dtype)
+    wide[(slice(None),) * at + (slice(None, None, times),)] = array
+    return wide * array.dtype.type(math.isqrt(times)) if axes[0] == "q_heads" else wide
+
+
+def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)
+
+
+def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
+    """Return config.json for a model with unequal layers: per-layer widths, and the model's class in the loader file.
+
+    Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
+    factor per frequency of hidden_size / heads. The nominal counts, to which no layer is wider, are therefore the next
+    valid numbers.
+    """
+    assert family.stock is not None
+    inner = family.text_config(config)
+    if decoder_of(inner["model_type"]).heads_divide:
+        fits = [n for n in range(inner["num_attention_heads"], text.hidden_size + 1) if text.hidden_size % n == 0]
+        whole = text.hidden_size // text.attention.head_dim
+        inner["num_attention_heads"] = heads = whole if whole in fits else fits[0]
+        if heads % inner["num_key_value_heads"]:
+            inner["num_key_value_heads"] = heads
+    config = dict(inner) if family.text_section is None else {**config, family.text_section: inner}
+    auto, stock = family.stock.auto, _PREFIX + family.stock.name
+    others = {name: value for name, value in (config.get("auto_map") or {}).items() if name != auto}
+    auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{stock}"}
+    return {**config, "architectures": [stock], "auto_map": auto_map}
+
+
+def without_loader(config: JsonDict) -> JsonDict:
+    """Return config.json for the stock class (undoes `with_loader`)."""
+    module = LOADER_FILE.removesuffix(".py") + "."
+    result = dict(config)
+    remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
+    if remaining:
+        result["auto_map"] = remaining
+    elif len(remaining) != len(config.get("auto_map") or {}):
+        del result["auto_map"]
+    if config.get("architectures"):
+        result["architectures"] = [name.removeprefix(_PREFIX) for name in config["architectures"]]
+    return result
+
+
+def write_loader(folder: Path) -> None:
+    """Copy the PyTorch file that loads layers of unequal width into the exported folder."""
+    shutil.copyfile(_LOADER, folder / LOADER_FILE)
+
+
+def loader_class(config: JsonDict) -> str | None:
+    """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
+    module = LOADER_FILE.removesuffix(".py") + "."
+    classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
+    return classes[0].removeprefix(module) if classes else None

@@ -1,0 +1,290 @@
+"""Files of a folder with a trimmed vocabulary: the tokenizer, and token ids in every config file."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text, reading
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.plans.kept import KeptVocabulary
+from vlmprune_jax.io.checkpoints.read import read_fields
+from vlmprune_jax.io.data.tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
+from vlmprune_jax.io.exports.tokenizer import read_tokenizer, token_ids, vocabulary_digest
+from vlmprune_jax.io.families import family_of
+from vlmprune_jax.io.families.table import JsonDict
+
+CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.npz", "*.index.json")
+# Fields with a token id, a list of ids, or lists of lists of ids.
+_ID = re.compile(r".*token_ids?|.*token_index|(begin_)?suppress_tokens|bad_words_ids|force_words_ids")
+_MAY_DROP = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # of tokens that no longer exist
+_ROWS = ("vocab_size", "vocab_size_per_layer_input")
+
+
+@contextlib.contextmanager
+def trimmed_files(source: Path, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
+    """Context that yields a folder with tokenizer and configs: `source`, or a copy with only the plan's tokens.
+
+    Args:
+      source: the folder from which the model was loaded.
+      vocabulary: the plan's vocabulary; with None, or if `source` already has this vocabulary, files are unchanged.
+      cfg: config of the model to write.
+
+    Raises UserError if the files cannot be trimmed (see `trim_files`).
+    """
+    section = family_of(cfg).text_config(read_fields(source / "config.json"))
+    if vocabulary is None or section.get("vocab_size", vocabulary.rows_before) != vocabulary.rows_before:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="vlmprune-") as folder:
+        trim_files(source, Path(folder), vocabulary, cfg)
+        yield Path(folder)
+
+
+def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: ModelConfig) -> None:
+    """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
+
+    Raises:
+      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
+    """
+    content = read_tokenizer(source)
+    if content is None:
+        raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
+    if vocabulary_digest(content) != vocabulary.tokenizer:
+        raise UserError(f"{source}: its tokenizer differs from the one that the plan was made with: plan again")
+    copy_without_weights(source, folder)
+    with reading(f"{source}: its tokenizer"):
+        _trim_tokenizer_files(source, folder, content, vocabulary)
+    for name in CONFIGS:
+        if os.path.lexists(source / name):
+            config = trim_config(read_json(source / name), vocabulary, str(source / name))
+            _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
+
+
+def copy_without_weights(source: Path, folder: Path) -> None:
+    """Copy all files of a model folder except its weights."""
+    for name in sorted(os.listdir(source)):
+        if os.path.isdir(source / name):
+            if name == "additional_chat_templates":
+                copy_folder(source / name, folder / name, source)
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+            copy_file(source / name, folder / name, source)
+
+
+def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: KeptVocabulary) -> None:
+    """Write the tokenizer files with only the kept tokens."""
+    old, kept = token_ids(content), set(vocabulary.kept)
+    texts = {text for text, i in old.items() if i in kept}
+    fast = os.path.lexists(source / TOKENIZER)
+    if fast:
+        _write(folder / TOKENIZER, trim_tokenizer(content, vocabulary.kept), indent=None)
+    elif os.path.lexists(source / "tokenizer.tiktoken"):
+        raise UserError(f"{source}: tokenizer.tiktoken cannot be trimmed: convert the tokenizer to tokenizer.json")
+    if os.path.lexists(source / "tokenizer.model"):
+        pieces = read_bytes(source / "tokenizer.model", MAX_JSON_BYTES)
+        trimmed = trim_pieces(pieces, kept, vocabulary.new_ids, str(source / "tokenizer.model"))
+        (folder / "tokenizer.model").write_bytes(trimmed)
+    for name in ("vocab.json", "merges.txt"):
+        if fast:
+            (folder / name).unlink(missing_ok=True)
+        elif os.path.lexists(source / name):
+            (folder / name).write_text(_trim_legacy(source / name, texts, vocabulary), encoding="utf-8")
+    if os.path.lexists(source / ADDED_TOKENS):
+        added = {text: vocabulary.new_ids[i] for text, i in read_json(source / ADDED_TOKENS).items() if i in kept}
+        _write(folder / ADDED_TOKENS, added)
+    dropped = set(old) - texts
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if os.path.lexists(source / name):
+            _write(folder / name, _without(read_json(source / name), dropped, vocabulary.new_ids))
+
+
+def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], location: str) -> bytes:
+    """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
+
+    `kept`: old ids; ids beyond the last piece are added tokens from other files. `new_ids`: old id -> new id; a removed
+    special token gets id -1 ("none"). `location`: name of the file, for messages.
+    """
+    from google.protobuf.message import DecodeError
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise UserError(f"{location}: is no SentencePiece model, or is damaged: restore it from its source") from None
+    pieces = [piece for number, piece in enumerate(model.pieces) if number in kept]
+    if not pieces:
+        raise UserError(f"{location}: contains none of the tokens that the plan keeps: restore it from its source")
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    if model.HasField("trainer_spec"):
+        model.trainer_spec.vocab_size = len(pieces)
+        for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+            setattr(model.trainer_spec, name, new_ids.get(getattr(model.trainer_spec, name), -1))
+    trimmed: bytes = model.SerializeToString()
+    return trimmed
+
+
+def _trim_legacy(path: Path, texts: set[str], vocabulary: KeptVocabulary) -> str:
+    """Return the content of vocab.json or merges.txt with only the kept tokens."""
+    if path.name == "vocab.json":
+        ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
+        return json.dumps(ids, ensure_ascii=False)
+    lines = read_text(path, MAX_JSON_BYTES).splitlines()
+    kept = [line for line in lines if line.startswith("#version") or all(part in texts for part in _parts(line))]
+    return "\n".join(kept) + "\n"
+
+
+def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
+    """Return tokenizer_config.json with the kept tokens' new ids, and without removed special tokens."""
+    trimmed = dict(config)
+    for name, value in config.items():
+        if name.endswith("special_tokens") and isinstance(value, list):
+            texts = [token.get("content") if isinstance(token, dict) else token for token in value]
+            trimmed[name] = [token for token, text in zip(value, texts, strict=True) if text not in dropped]
+    listed = trimmed.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        trimmed["added_tokens_decoder"] = {
+            str(new_ids[int(i)]): token for i, token in listed.items() if int(i) in new_ids
+        }
+    return trimmed
+
+
+def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
+    """Return a config file's JSON value with every token id replaced by `change(field, id)`.
+
+    Ids that become None are left out of lists that may name removed tokens; so are sequences of bad words with such an
+    id.
+    """
+    if isinstance(value, dict):
+        return {key: map_ids(part, change, key) for key, part in value.items()}
+    if isinstance(value, list):
+        items = [map_ids(part, change, name) for part in value]
+        if name == "bad_words_ids" and None in items and not any(isinstance(part, list) for part in value):
+            return None
+        return [part for part in items if part is not None] if name in _MAY_DROP else items
+    if not _ID.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return change(name, value)
+
+
+def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> JsonDict:
+    """Return a config file's content with the new token ids and vocabulary size.
+
+    Raises UserError if the file contains the id of a removed token.
+    """
+
+    def change(name: str, old: int) -> int | None:
+        new = vocabulary.new_ids.get(old)
+        if new is None and 0 <= old < vocabulary.rows_before and name not in _MAY_DROP:
+            raise UserError(
+                f"{location}: {name} is token {old}, which the plan removes: make a plan that keeps this token"
+            )
+        return new if new is not None or name in _MAY_DROP else old
+
+    rows = len(vocabulary.kept)
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: rows if name in _ROWS and part == vocabulary.rows_before else resized(part)
+            for name, part in value.items()
+        }
+
+    changed: JsonDict = resized(map_ids(config, change))
+    return changed
+
+
+def ids_in(config: JsonDict) -> dict[int, str]:
+    """Return {token id: field} of the ids in a config file, except ids that may be removed."""
+    fields: dict[int, str] = {}
+
+    def note(name: str, i: int) -> int:
+        if name not in _MAY_DROP:
+            fields.setdefault(i, name)
+        return i
+
+    map_ids(config, note)
+    return fields
+
+
+def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
+    """Add the vocabulary size and token ids that config.json omits because they are class defaults."""
+    changed, section = dict(config), family_of(cfg).text_section
+    for name, fields in (
+        ("image_token_id", ("image_token_id", "image_token_index")),
+        ("video_token_id", ("video_token_id", "video_token_index")),
+    ):
+        value = getattr(cfg, name)
+        if value is not None and value >= 0 and not any(field in changed for field in fields):
+            changed[name] = value
+    if section is None:
+        changed.setdefault("vocab_size", cfg.text.vocab_size)
+    elif isinstance(changed.get(section), dict):
+        names = _ROWS if cfg.text.block.layer_inputs else _ROWS[:1]
+        changed[section] = {**dict.fromkeys(names, cfg.text.vocab_size), **changed[section]}
+    return changed
+
+
+def _write(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def trim_tokenizer(content: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the content of tokenizer.json with only the kept tokens, renumbered in their old order."""
+    new = {old: i for i, old in enumerate(kept)}
+    model = dict(content["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [vocab[old] for old in kept if old < len(vocab)]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new[model["unk_id"]]
+    else:
+        model["vocab"] = {text: new[old] for text, old in sorted(vocab.items(), key=lambda item: item[1]) if old in new}
+    if model.get("merges"):
+        there = model["vocab"]
+        model["merges"] = [merge for merge in model["merges"] if all(part in there for part in _parts(merge))]
+    added = [{**token, "id": new[token["id"]]} for token in content.get("added_tokens") or () if token["id"] in new]
+    trimmed = {
+        **content,
+        "model": model,
+        "added_tokens": added,
+        "post_processor": _renumbered(content.get("post_processor"), new),
+    }
+    if isinstance(content.get("padding"), dict) and content["padding"].get("pad_id") in new:
+        trimmed["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
+    return trimmed
+
+
+def _parts(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
+    return left, right, left + right
+
+
+def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
+    """Return tokenizer.json's post_processor with the kept tokens' new ids."""
+    if isinstance(step, list):
+        return [_renumbered(part, new) for part in step]
+    if not isinstance(step, dict):
+        return step
+    changed = {name: _renumbered(part, new) for name, part in step.items()}
+    if isinstance(step.get("special_tokens"), dict):
+        changed["special_tokens"] = {
+            name: {**token, "ids": [new[i] for i in token["ids"]]}
+            for name, token in step["special_tokens"].items()
+            if all(i in new for i in token["ids"])
+        }
+    for name in ("cls", "sep"):
+        if isinstance(step.get(name), list) and len(step[name]) == 2:
+            changed[name] = [step[name][0], new[step[name][1]]]
+    return changed

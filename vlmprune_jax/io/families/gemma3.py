@@ -1,0 +1,246 @@
+"""Gemma 3: a SigLIP tower, pooled to few tokens that see each other, and a decoder with windows in most layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llava import RECIPE
+from vlmprune_jax.io.families.rope import rope_from_hf
+from vlmprune_jax.io.families.shapes import layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
+from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.templates import Template
+from vlmprune_jax.io.families.towers import vision_from_hf, vision_of, vision_to_hf, vision_weights
+
+CAUSAL = "on CPUs, images are masked causally"  # vLLM's attention there ignores where images are
+_DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Defaults of the config classes in transformers, which hub files leave out.
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+THETA = {_FULL: 1e6, _SLIDING: 1e4}
+# Names of a layer's norms in `params`, and in checkpoint files.
+NORMS = {
+    "post_attention_layernorm": "pre_feedforward_layernorm",  # the norm of the MLP's input
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+
+_TEMPLATE = Template(
+    name="gemma3",
+    start="<bos>",
+    system="",
+    system_end="",
+    user="<start_of_turn>user\n",
+    user_end="<end_of_turn>\n",
+    assistant="<start_of_turn>model\n",
+    assistant_end="<end_of_turn>\n",
+    gap="",
+    image_first=False,
+    tight_image=True,
+    strips=True,
+    image_tokens=("\n\n<start_of_image>", "<image_soft_token>", "<end_of_image>\n\n"),
+    crops="Here is the original image {image} and here are some crops to help you see better {crops}",
+    by_turn=True,
+    special=("<start_of_turn>", "<end_of_turn>"),
+)
+
+
+def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
+    """Return Gemma 3's `rope_parameters` by layer type, from a config of transformers 4 or 5."""
+    nested = config.get("rope_parameters") or {}
+    older = {
+        _FULL: {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})},
+        _SLIDING: {"rope_theta": config.get("rope_local_base_freq")},
+    }
+    stated = {kind: {k: v for k, v in (nested.get(kind) or older[kind]).items() if v is not None} for kind in older}
+    return {kind: {"rope_type": "default", "rope_theta": THETA[kind], **fields} for kind, fields in stated.items()}
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    n_layers, pattern = int(config["num_hidden_layers"]), int(config.get("sliding_window_pattern") or 6)
+    types = config.get("layer_types") or [_SLIDING if (i + 1) % pattern else _FULL for i in range(n_layers)]
+    return windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_TEXT, **config}
+    if config.get("use_bidirectional_attention"):
+        raise UserError("use_bidirectional_attention true of Gemma 3 is not supported: such a model is an encoder")
+    bias, ropes = bool(config.get("attention_bias", False)), _ropes(config)
+    return llama_like(
+        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
+        _DECODER,
+        windows=_windows(config),
+        attention={
+            "bias": bias,
+            "out_bias": bias,
+            "qk_norm": True,
+            "scale": float(config["query_pre_attn_scalar"]) ** -0.5,
+            "sees_images": True,
+        },
+        local={"rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]})},
+        block={"norm_place": "both", "norm_offset": 1.0},
+        embed_scale=math.sqrt(int(config["hidden_size"])),
+    )
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Gemma 3 config with updated layers that transformers 4 and 5 can both read."""
+    config, ropes = layers_to_hf(text, source), _ropes(source)
+    config.pop("sliding_window_pattern", None)
+    scaling = {name: value for name, value in ropes[_FULL].items() if name != "rope_theta"}
+    return {
+        **config,
+        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
+        "rope_parameters": ropes,
+        "rope_theta": ropes[_FULL]["rope_theta"],
+        "rope_local_base_freq": ropes[_SLIDING]["rope_theta"],
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+    }
+
+
+def _problem(text: TextConfig) -> str | None:
+    """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
+    heads = {shape.mixer.q_heads for shape in text.layers}
+    wrong = sorted(count for count in heads if text.uniform and text.hidden_size % count)
+    if not wrong:
+        return None
+    group = text.layers[0].mixer.q_heads // text.layers[0].mixer.kv_heads
+    fits = [n for n in range(1, text.layers[0].mixer.kv_heads + 1) if text.hidden_size % (n * group) == 0]
+    return (
+        f"transformers 5 refuses {wrong[0]} heads in Gemma 3: hidden_size {text.hidden_size} is not a multiple: keep "
+        f"{' or '.join(f'{n * group}/{n}' for n in fits[-3:])} (heads_multiple={max(fits)}), or all (heads='keep')"
+    )
+
+
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    """Return why mlx-vlm, which ignores config.json's windows, would use wrong ones, with advice; None otherwise."""
+    if engine != "mlx" or all((layer.mixer.window is None) == (i % 6 == 5) for i, layer in enumerate(cfg.text.layers)):
+        return None
+    return (
+        "mlx-vlm gives every sixth layer of Gemma 3 full attention, whatever config.json says: remove layers so that "
+        "this stays true (the last ones, or six in a row)"
+    )
+
+
+def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    table, layer, key = llama_like_weights(text, prefix, head), "text/layers/{i}", prefix + "layers.{i}"
+    norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in NORMS.items()]
+    return [line for line in table if line.path not in {norm.path for norm in norms}] + norms
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section = {**_TEXT, **(config.get("text_config") or {})}
+    text = text_from_hf({**section, "tie_word_embeddings": tied_embeddings(config, section, default=True)})
+    tower = dataclasses.replace(vision_from_hf(config.get("vision_config") or {}, -1, _TOWER), post_norm=True)
+    tokens, grid = int(config.get("mm_tokens_per_image") or 256), tower.grid
+    side = math.isqrt(tokens)
+    if side**2 != tokens or grid % side:
+        raise UserError(
+            f"mm_tokens_per_image {tokens} must be the square of a divisor of {grid}, the vision tower's number of "
+            "patches per side"
+        )
+    projector = ProjectorConfig(
+        activation="gelu",
+        bias=False,
+        kind="pool",
+        norm="rms",
+        norm_eps=tower.block.norm_eps,
+        norm_offset=1.0,
+        inputs_first=True,
+        downsample=grid // side,
+    )
+    return ModelConfig(
+        family="gemma3",
+        layout="transformers",
+        text=text,
+        vision=tower,
+        projector=projector,
+        image_token_id=int(config.get("image_token_id") or config.get("image_token_index") or 262144),
+        feature_select="full",
+        **vlm_token_ids(config, section),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = vision_to_hf(vision_of(cfg), source, _TOWER, None)
+    return vlm_text_to_hf(cfg.text, config, {**_TEXT, **(source.get("text_config") or {})})
+
+
+# The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.
+GEMMA3 = Family(
+    name="gemma3",
+    layout="transformers",
+    model_types=("gemma3",),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=lambda cfg: [
+        *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
+        Weight("projector/pool_norm/weight", "multi_modal_projector.mm_soft_emb_norm.weight", "vision"),
+        Weight("projector/linear/weight", "multi_modal_projector.mm_input_projection_weight", "vision embed"),
+        *vision_weights(vision_of(cfg), "vision_tower.vision_model."),
+    ],
+    renames=(
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    ),
+    respells=True,
+    modules=(
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head", "lm_head"),
+        (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    ),
+    ignored=(
+        r".*\.rotary_emb\.inv_freq",
+        r"language_model\.lm_head\.weight",
+        r"vision_tower\.vision_model\.(head\..*|embeddings\.position_ids)",
+    ),
+    templates=(_TEMPLATE,),
+    image_processors=("Gemma3",),
+    images="crops",
+    recipe={**RECIPE, "data": {"max_length": 4096}},
+    decoder=Decoder(
+        _DECODER,
+        "Gemma3ForCausalLM",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        heads_divide=True,
+        gguf=(gguf.GEMMA3,),
+        problem=_problem,
+    ),
+    stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={"vllm": f"layers, heads and neurons; {CAUSAL}", "mlx": "images differ", "openvino": "layers and heads"},
+    engine_problem=_engine_problem,
+)

@@ -1,0 +1,320 @@
+"""Gemma 4 (E2B, E4B, 26B-A4B, dense): a tower for images of any aspect, and layers that share keys and values.
+
+The audio tower is not computed; exports copy its tensors unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
+from vlmprune_jax.io.families.gemma3 import CAUSAL, NORMS, THETA
+from vlmprune_jax.io.families.gemma4_tower import tower_weights, vision_from_hf
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llava import RECIPE
+from vlmprune_jax.io.families.rope import rope_from_hf
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
+from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.templates import Template, VideoText
+from vlmprune_jax.io.families.towers import equal_shape, vision_of
+
+_DECODER = "gemma4_text"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Defaults of the config classes in transformers.
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "global_head_dim": 512,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+_ROPE: JsonDict = {
+    _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
+    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
+}
+_TEMPLATE = Template(
+    name="gemma4",
+    start="<bos>",
+    system_start="<|turn>system\n",
+    system="",
+    system_end="<turn|>\n",
+    user="<|turn>user\n",
+    user_end="<turn|>\n",
+    assistant="<|turn>model\n",
+    assistant_end="<turn|>\n",
+    gap="",
+    image_first=False,
+    tight_image=True,
+    strips=True,
+    image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
+    by_turn=True,
+    special=("<|turn>", "<turn|>"),
+    video=VideoText("<|video|>", "{clock} <|image><|video|><image|>", start="\n\n", joint=" ", end="\n\n"),
+)
+
+
+def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
+    """Return (head_dim, key/value heads) of full-attention layers, from the hub's or transformers' field names.
+
+    Raises UserError if `per_layer_config` gives layers of one type different heads, as stale entries do.
+    """
+    kv_heads, other = int(config["num_key_value_heads"]), config.get("num_global_key_value_heads")
+    if "per_layer_config" not in config:
+        return int(config["global_head_dim"]), int(other or kv_heads) if config.get("attention_k_eq_v") else kv_heads
+    usual, full_heads = {"head_dim": int(config["head_dim"]), "num_key_value_heads": kv_heads}, set[tuple[int, int]]()
+    entries = {int(name): entry for name, entry in (config["per_layer_config"] or {}).items()}
+    for layer, window in enumerate(windows):
+        layer_heads = {**usual, **entries.pop(layer, {})}
+        if layer_heads.keys() != usual.keys() or (window is not None and layer_heads != usual):
+            raise UserError(
+                f"per_layer_config is out of date (it gives layer {layer}, which has windowed attention, "
+                f"{layer_heads}): remove it and set global_head_dim"
+            )
+        if window is None:
+            full_heads.add((int(layer_heads["head_dim"]), int(layer_heads["num_key_value_heads"])))
+    if entries or len(full_heads) > 1:
+        raise UserError(
+            "per_layer_config is out of date (it has "
+            f"{'entries for layers that do not exist' if entries else 'different layers with full attention'}): "
+            "remove it and set global_head_dim"
+        )
+    return full_heads.pop() if full_heads else (usual["head_dim"], kv_heads)
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_TEXT, **config}
+    if config.get("use_bidirectional_attention") == "all":
+        raise UserError("use_bidirectional_attention 'all' of Gemma 4 is not supported")
+    n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
+    types = config.get("layer_types") or [_SLIDING if (i + 1) % 6 else _FULL for i in range(n_layers)]
+    windows = windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
+    full_head_dim, full_kv_heads = _full_heads(config, windows)
+    extra, double = int(config["hidden_size_per_layer_input"] or 0), bool(config.get("use_double_wide_mlp"))
+    if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
+        raise UserError("vocab_size_per_layer_input must equal vocab_size: trim both embedding tables alike")
+    bias = bool(config.get("attention_bias", False))
+    text = llama_like(
+        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
+        _DECODER,
+        windows=windows,
+        attention={
+            "head_dim": full_head_dim,
+            "bias": bias,
+            "out_bias": bias,
+            "qk_norm": True,
+            "v_norm": True,
+            "scale": 1.0,
+            "keys_as_values": bool(config.get("attention_k_eq_v")),
+        },
+        local={
+            "head_dim": int(config["head_dim"]),
+            "rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
+            "keys_as_values": False,
+            "sees_images": config.get("use_bidirectional_attention") == "vision",
+        },
+        block={"norm_place": "both", "layer_inputs": extra, "layer_scalar": True},
+        embed_scale=math.sqrt(int(config["hidden_size"])),
+        logit_cap=float(config.get("final_logit_softcapping") or 0.0),
+    )
+    first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
+    stated = config.get(PER_LAYER)
+
+    def shape(i: int, layer: Layer) -> Layer:
+        shared = i >= first_shared
+        wide = 2 if double and shared else 1
+        kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
+        neurons = layer.sizes["mlp"] * (1 if stated else wide)
+        mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared)
+        if config.get("enable_moe_block"):
+            return Layer(mixer, beside_dense(config, neurons, activation=config["hidden_activation"]))
+        return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
+
+    text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
+    problem = _problem(text)
+    if problem is not None:
+        raise UserError(f"transformers' Gemma 4 class does not support these layers: {problem}")
+    return text
+
+
+def _problem(text: TextConfig) -> str | None:
+    """Return why transformers' Gemma 4 class does not support these layers, with advice; None if it does."""
+    if text.layers[-1].mixer.window is not None:
+        return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
+    lacking = {shape.mixer.window for shape in text.layers} - {
+        shape.mixer.window for shape in text.layers if not shape.mixer.kv_shared
+    }
+    if lacking:
+        kind = "full" if None in lacking else "sliding"
+        return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
+    sharing = [shape.mixer.kv_shared for shape in text.layers]
+    if sharing != sorted(sharing):
+        return "layers that share keys and values must follow all others"
+    return None if text.uniform else "its class has one width for all layers: prune them alike, with selection local"
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Gemma 4 config with updated layers that all transformers versions read alike."""
+    config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
+    full = [shape for shape in text.layers if shape.mixer.window is None]
+    local = [shape for shape in text.layers if shape.mixer.window is not None] or full
+    return {
+        **config,
+        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
+        "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
+        "intermediate_size": max(layer.sizes["mlp"] // layer.channel.relative_width for layer in text.layers),
+        "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
+        "global_head_dim": text.attention.head_dim,
+        "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.attention.keys_as_values else None,
+        **(expert_sizes(text) if has_experts(text) else {}),
+    }
+
+
+# Parameters of layers with experts, apart from the experts' own, and their names in checkpoint files.
+_MOE = {
+    "dense_output_norm": ("post_feedforward_layernorm_1.weight", "embed"),
+    "experts_norm": ("pre_feedforward_layernorm_2.weight", "embed"),
+    "experts_output_norm": ("post_feedforward_layernorm_2.weight", "embed"),
+    "router": ("router.proj.weight", "experts embed"),
+    "router_scale": ("router.scale", "embed"),
+    "expert_scale": ("router.per_expert_scale", "experts"),
+}
+
+
+def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    layer, key = "text/layers/{i}", prefix + "layers.{i}"
+    lines = {f"{layer}/{path}": (f"{key}.{name}", "embed") for path, name in NORMS.items()}
+    lines[f"{layer}/layer_scalar"] = (f"{key}.layer_scalar", "unit")
+    if text.block.layer_inputs:
+        lines |= {
+            f"{layer}/extra/gate": (f"{key}.per_layer_input_gate", "extra embed"),
+            f"{layer}/extra/project": (f"{key}.per_layer_projection", "embed extra"),
+            f"{layer}/extra/norm": (f"{key}.post_per_layer_input_norm", "embed"),
+            "text/extra_inputs/table": (f"{prefix}embed_tokens_per_layer", "vocab (depth extra)"),
+            "text/extra_inputs/project": (f"{prefix}per_layer_model_projection", "(depth extra) embed"),
+            "text/extra_inputs/norm": (f"{prefix}per_layer_projection_norm", "extra"),
+        }
+    weights = [
+        Weight(f"{path}/weight", name if name.endswith("scalar") else f"{name}.weight", layout)
+        for path, (name, layout) in lines.items()
+    ]
+    paths = {line.path for line in weights}
+    table = [line for line in llama_like_weights(text, prefix, head) if line.path not in paths]
+    if has_experts(text):
+        layouts = ("experts expert_mlp embed", "experts embed expert_mlp")
+        files = ("gate_up_proj", "gate_up_proj", "down_proj")
+        weights += expert_weights(layer, f"{key}.experts.", layouts, files)
+        weights += [Weight(f"{layer}/mlp/{path}/weight", f"{key}.{name}", axes) for path, (name, axes) in _MOE.items()]
+        table = [dataclasses.replace(line, path=line.path.replace("/mlp/", "/mlp/dense/")) for line in table]
+    return table + weights
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section, tower = {**_TEXT, **(config.get("text_config") or {})}, config.get("vision_config")
+    if tower is None:
+        raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")
+    seen = vision_from_hf(tower)
+    return ModelConfig(
+        family="gemma4",
+        layout="transformers",
+        text=text_from_hf({**section, "tie_word_embeddings": tied_embeddings(config, section, default=True)}),
+        vision=seen,
+        projector=ProjectorConfig(
+            activation="gelu",
+            bias=False,
+            kind="pool",
+            norm="rms",
+            norm_eps=seen.block.norm_eps,
+            plain_norm=True,
+            downsample=seen.merge,
+            feature_scale=math.sqrt(seen.hidden_size),
+            standardizes=bool(tower.get("standardize")),
+        ),
+        image_token_id=int(config.get("image_token_id") or 258880),
+        video_token_id=int(config.get("video_token_id") or 258884),
+        feature_select="full",
+        **vlm_token_ids(config, section),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    vision, old = vision_of(cfg), source.get("vision_config") or {}
+    if vision_from_hf(old).layers != vision.layers:
+        shape = equal_shape(vision)
+        new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.mixer.q_heads}
+        new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.sizes["mlp"]}
+        source = {**source, "vision_config": {**old, **new}}
+    return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
+
+
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    if engine == "openvino" and cfg.text.block.layer_inputs:
+        return "optimum-intel 2.2 did not convert an E model of Gemma 4: serve it with another engine"
+    if engine == "openvino" and has_experts(cfg.text):
+        return "optimum-intel 2.2 was not tried with experts of Gemma 4: serve it with another engine"
+    return None
+
+
+GEMMA4 = Family(
+    name="gemma4",
+    layout="transformers",
+    model_types=("gemma4",),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=lambda cfg: text_weights(cfg.text, "model.language_model.", "lm_head.weight") + tower_weights(cfg),
+    ignored=(
+        r".*\.rotary_emb\.inv_freq",
+        r"lm_head\.weight",
+        r"model\.(audio_tower|embed_audio)\..*",
+    ),
+    dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
+    templates=(_TEMPLATE,),
+    image_processors=("Gemma4",),
+    images="budget",
+    budget_field="default_output_length",
+    video=VideoConfig("starts", num_frames=32, max_soft_tokens=70, mean=(0.0,) * 3, std=(1.0,) * 3),
+    recipe={**RECIPE, "data": {"max_length": 4096}},
+    decoder=Decoder(
+        _DECODER,
+        "Gemma4ForCausalLM",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        gguf=(gguf.GEMMA4,),
+        problem=_problem,
+    ),
+    stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
+    vllm_tpu="jax",
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={
+        "vllm": f"layers and heads; of dense models, {CAUSAL}",
+        "mlx": "images of dense models differ",
+        "openvino": "unpruned",
+    },
+    engine_problem=_engine_problem,
+)

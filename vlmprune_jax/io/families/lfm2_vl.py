@@ -1,0 +1,215 @@
+"""LFM2-VL: SigLIP 2's tower for images of any size, pixel unshuffle, and a decoder of short convolutions (LFM2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.mixers import ShortConv
+from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.decoders import decoder_family, text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llava import RECIPE
+from vlmprune_jax.io.families.patch_towers import square_side
+from vlmprune_jax.io.families.shapes import (
+    hybrid_layers,
+    hybrid_layers_to_hf,
+    hybrid_problem,
+    tied_embeddings,
+    vlm_token_ids,
+)
+from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.templates import QWEN3_VL
+from vlmprune_jax.io.families.towers import (
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_to_hf,
+    vision_weights,
+)
+
+# Defaults of the config classes in transformers.
+_TEXT: JsonDict = {
+    "model_type": "lfm2",
+    "vocab_size": 65536,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "conv_L_cache": 3,
+    "block_multiple_of": 256,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": True,
+}
+_THETA = 1e6
+_TOWER = "siglip2_vision_model"
+# Names in files that differ from Llama's.
+_NAMES = {
+    ".input_layernorm.": ".operator_norm.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+    ".self_attn.o_proj.": ".self_attn.out_proj.",
+    ".self_attn.q_norm.": ".self_attn.q_layernorm.",
+    ".self_attn.k_norm.": ".self_attn.k_layernorm.",
+    ".mlp.gate_proj.": ".feed_forward.w1.",
+    ".mlp.up_proj.": ".feed_forward.w3.",
+    ".mlp.down_proj.": ".feed_forward.w2.",
+}
+_CONV = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
+    "b_proj/weight": ("in_proj.weight", "conv embed"),
+    "c_proj/weight": ("in_proj.weight", "conv embed"),
+    "x_proj/weight": ("in_proj.weight", "conv embed"),
+    "conv/weight": ("conv.weight", "conv 1 tap"),
+    "out_proj/weight": ("out_proj.weight", "embed conv"),
+}
+
+
+def _neurons(config: Mapping[str, Any]) -> int:
+    """Return the MLP neurons per layer, computed from `block_ff_dim` or `intermediate_size` as transformers does."""
+    stated = config.get("block_ff_dim")
+    neurons = int(config["intermediate_size"] if stated is None else stated)
+    if not config["block_auto_adjust_ff_dim"]:
+        return neurons
+    neurons, factor, multiple = int(2 * neurons / 3), config["block_ffn_dim_multiplier"], config["block_multiple_of"]
+    return neurons if factor is None else -(-int(factor * neurons) // multiple) * multiple
+
+
+def _tied(config: Mapping[str, Any]) -> JsonDict:
+    """Return the config with `tie_word_embeddings` set from LFM2's own field `tie_embedding`, which has priority."""
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
+    return {**config, "tie_word_embeddings": tied}
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = _tied({**_TEXT, **config})
+    if config.get("conv_bias"):
+        raise UserError("conv_bias true is not supported (no released model has it)")
+    n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
+    attention = range(n_layers) if attention is None else attention
+    kinds = config.get("layer_types") or ["full_attention" if i in attention else "conv" for i in range(n_layers)]
+    fields = {"intermediate_size": _neurons(config), "rms_norm_eps": config["norm_eps"], "hidden_act": "silu"}
+    if not config.get("rope_parameters"):
+        fields["rope_theta"] = config.get("rope_theta") or _THETA
+    text = llama_like({**config, **fields}, "lfm2", attention={"qk_norm": True})
+    return hybrid_layers(text, ShortConv(text.hidden_size, int(config["conv_L_cache"])), kinds)
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return an LFM2 config with updated layers, which states the number of neurons itself."""
+    config = hybrid_layers_to_hf(text, source) | {"block_auto_adjust_ff_dim": False}
+    return {name: value for name, value in config.items() if name not in ("block_ff_dim", "full_attn_idxs")}
+
+
+def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    table = []
+    for line in llama_like_weights(text, prefix, head):
+        key = line.key if line.path != "text/norm/weight" else f"{prefix}embedding_norm.weight"
+        for llama, name in _NAMES.items():
+            key = key.replace(llama, name)
+        table.append(dataclasses.replace(line, key=key))
+    if any(isinstance(layer.mixer, ShortConv) for layer in text.layers):
+        layer, key = "text/layers/{i}/short_conv", prefix + "layers.{i}.conv"
+        table += [Weight(f"{layer}/{path}", f"{key}.{name}", layout) for path, (name, layout) in _CONV.items()]
+    return table
+
+
+LFM2 = decoder_family(
+    Decoder(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        gguf=(gguf.LFM2,),
+        runs_in=("vllm", "mlx"),
+        vllm_tpu="",
+        problem=hybrid_problem,
+    )
+)
+
+_TEMPLATE = dataclasses.replace(
+    QWEN3_VL,
+    name="lfm2_vl",
+    image_tokens=("<|image_start|>", "<image>", "<|image_end|>"),
+    tile_start="<|img_row_{row}_col_{column}|>",
+    overview="<|img_thumbnail|>",
+    video=None,
+)
+
+
+def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
+    full = {"num_patches": 256, "patch_size": 16, **{name: x for name, x in config.items() if x is not None}}
+    side, patch = square_side(int(full["num_patches"])), int(full["patch_size"])
+    tower = {**full, "model_type": _TOWER, "image_size": side * patch}
+    return dataclasses.replace(vision_from_hf(tower, -1, _TOWER, max(side // merge, 1) * merge * patch), merge=merge)
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section, merge = _tied({**_TEXT, **(config.get("text_config") or {})}), int(config.get("downsample_factor", 2))
+    tied = tied_embeddings(_tied(config), section, default=True)
+    return ModelConfig(
+        family="lfm2_vl",
+        layout="transformers",
+        text=text_from_hf({**section, "tie_embedding": tied}),
+        vision=_vision_from_hf(config.get("vision_config") or {}, merge),
+        projector=ProjectorConfig(
+            activation=config.get("projector_hidden_act", "gelu"),
+            bias=bool(config.get("projector_bias", True)),
+            kind="pixel_shuffle",
+            input_norm=bool(config.get("projector_use_layernorm", True)),
+            norm_eps=1e-5,
+            downsample=merge,
+            hidden_size=int(config.get("projector_hidden_size", 2560)),
+        ),
+        image_token_id=int(config.get("image_token_id", 396)),
+        feature_select="full",
+        **vlm_token_ids(config, section),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    vision, old = vision_of(cfg), source.get("vision_config") or {}
+    read = {**source, "vision_config": {**old, "model_type": _TOWER, "image_size": vision.image_size}}
+    tower = {**vision_to_hf(vision, read, _TOWER, None)["vision_config"], "vision_use_head": False}
+    tower = {name: value for name, value in tower.items() if name != "image_size" or name in old}
+    config = {**source, "vision_config": tower}
+    return vlm_text_to_hf(cfg.text, config, {**_TEXT, **(source.get("text_config") or {})})
+
+
+def _weights(cfg: ModelConfig) -> list[Weight]:
+    vision, projector = vision_of(cfg), projector_of(cfg)
+    names = ("layer_norm", "linear_1", "linear_2")[not projector.input_norm :]
+    return [
+        *text_weights(cfg.text, "model.language_model.", "lm_head.weight"),
+        *projector_weights(projector, "model.multi_modal_projector.", names),
+        *vision_weights(vision, "model.vision_tower."),
+    ]
+
+
+LFM2_VL = Family(
+    name="lfm2_vl",
+    layout="transformers",
+    model_types=("lfm2_vl", "lfm2-vl"),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=_weights,
+    renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
+    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    dropped=(r"model\.vision_tower\.head\..*",),
+    templates=(_TEMPLATE,),
+    image_processors=("Lfm2Vl",),
+    images="naflex",
+    recipe={**RECIPE, "data": {"max_length": 4096}},
+    runs_in=("vllm", "mlx"),
+    stock=Stock("Lfm2VlForConditionalGeneration", "AutoModelForImageTextToText"),
+)

@@ -1,0 +1,219 @@
+"""Engines that load exported models, and their limits for every family: transformers, vLLM, MLX, OpenVINO, llama.cpp.
+
+The limits come from the declarations of families, decoders and architectures. `how_known` says which of them were tried
+(tools/engines/table.py) and which were read from an engine's code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.limits import ENGINES, Engine, Limit, first_unmet, why_no_class, why_not
+from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.plans.plan import PrunePlan
+from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.io.families.decoders import decoder_of
+from vlmprune_jax.io.families.gguf import Architecture
+from vlmprune_jax.io.families.gguf_towers import tower_lacks, tower_misfit
+from vlmprune_jax.io.families.table import FAMILIES, family_of, target_of
+
+_VLLM_CPU_HEADS = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}  # head sizes of its attention kernels
+PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
+_ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {PAD}"
+
+
+def limits_of(cfg: ModelConfig, engine: str, *, loader: bool = False) -> Iterator[Limit]:
+    """Yield the limits of an engine that loads Hugging Face folders, most general first.
+
+    `loader`: the model's folder has the PyTorch file that gives each decoder layer its own widths.
+    """
+    family = family_of(cfg)
+    if family.layout != "transformers" and target_of(family) is None:
+        yield never(engine, f"transformers has no class for {family.name}: leave out {engine!r}")
+        return
+    family = target_of(family) or family
+    has_class = implementation(cfg) if engine == "vllm_tpu" else engine in ("transformers", *family.runs_in)
+    if not has_class:
+        yield never(engine, f"{ENGINES[engine].version} has no class for {cfg.family}: serve it with another engine")
+    if (problem := family.engine_problem(engine, cfg)) is not None:
+        yield never(engine, problem)
+    yield from _of_class(cfg)
+    if not loader:
+        yield Limit(engine, f"its class has one width for all layers: {_ALIKE}", equal=True)
+        if engine in (*decoder_of(cfg.text.decoder).derives_head_dim, *family.derives_head_dim):
+            heads = f"its class computes the head size of {cfg.text.decoder} as hidden_size / heads"
+            yield Limit(engine, f'{heads}: use heads="keep"', axes=("q_heads",), allowed=_whole_heads(cfg.text))
+    if cfg.vision is not None and cfg.tower:
+        heads = f'its class computes the head size of the tower as hidden_size / heads: use heads="keep", or {PAD}'
+        yield Limit(engine, f"its class has one width for all layers of the tower: {_ALIKE}", "vision", equal=True)
+        yield Limit(engine, heads, "vision", axes=("q_heads",), allowed=_whole_heads(cfg.vision))
+
+
+def never(engine: str, why: str) -> Limit:
+    """Return the limit of an engine that cannot load a model in any size."""
+    return Limit(engine, why, allowed=())
+
+
+def _whole_heads(stack: Stack) -> set[int]:
+    """Return the numbers of query heads with which heads x head_dim is the hidden size."""
+    return {stack.hidden_size // mixer.head_dim for mixer in stack.attentions}
+
+
+def _of_class(cfg: ModelConfig) -> Iterator[Limit]:
+    """Yield what transformers' decoder class says against layers of these shapes."""
+    decoders = [f.decoder for f in FAMILIES.values() if f.decoder is not None]
+    known = [decoder for decoder in decoders if decoder.model_type == cfg.text.decoder]
+    if known and (problem := known[-1].problem(cfg.text)) is not None:
+        yield never("transformers", problem)
+
+
+def implementation(cfg: ModelConfig) -> str:
+    """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
+    family, text = family_of(cfg), cfg.text
+    backend = (target_of(family) or family).vllm_tpu
+    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.attention.q_heads
+    return "torchax" if backend and mistral else backend
+
+
+# llama.cpp ----------------------------------------------------------------------------------------------------------
+
+
+def architectures_of(cfg: ModelConfig) -> list[Architecture]:
+    """Return llama.cpp's architectures that compute a model, in order of preference.
+
+    Raises UserError if there is none, or llama.cpp cannot compute the vision tower.
+    """
+    decoder = decoder_of(cfg.text.decoder)
+    if not decoder.gguf:
+        raise UserError(
+            f"family {cfg.family}: GGUF export does not support decoder {cfg.text.decoder!r}: use another format"
+        )
+    able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
+    if not able:
+        first = decoder.gguf[0]
+        raise UserError(
+            f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: this model cannot be exported to GGUF"
+        )
+    misplaced = None if able[0].windows is None else able[0].windows(cfg.text)
+    if misplaced is not None:
+        raise UserError(f"llama.cpp's {able[0].name} cannot run these layers, since it has no {misplaced}")
+    if cfg.vision is not None:
+        if (lacks := tower_lacks(cfg)) is not None:
+            raise UserError(f"llama.cpp has no {lacks}: this model cannot be exported to GGUF")
+        if not cfg.tower:
+            raise UserError("the model was loaded without its vision tower: load the tower too for an export to GGUF")
+    return able
+
+
+def misfit(architecture: Architecture, lacking: str) -> str:
+    """Return the message for layers of sizes that llama.cpp's architecture lacks."""
+    return f"llama.cpp's {architecture.name} has no {lacking}: prune all layers alike and keep the heads, or {PAD}"
+
+
+def _gguf_limits(cfg: ModelConfig) -> Iterator[Limit]:
+    try:
+        able = architectures_of(cfg)
+    except UserError as error:
+        yield never("gguf", str(error))
+        return
+    lacking = next((None for candidate in able if candidate.misfit(cfg.text) is None), able[0].misfit(cfg.text))
+    if cfg.vision is not None and lacking is None:
+        lacking = tower_misfit(cfg.vision)
+    if lacking is not None:
+        yield never("gguf", misfit(able[0], lacking))
+
+
+ENGINES.update(
+    {
+        "transformers": Engine("transformers 5.24", functools.partial(limits_of, engine="transformers"), _of_class),
+        "vllm": Engine("vLLM 0.32", functools.partial(limits_of, engine="vllm")),
+        "vllm_tpu": Engine("tpu-inference 0.32", functools.partial(limits_of, engine="vllm_tpu")),
+        "mlx": Engine("mlx-vlm 0.7.10", functools.partial(limits_of, engine="mlx")),
+        "openvino": Engine("optimum-intel 2.2", functools.partial(limits_of, engine="openvino")),
+        "gguf": Engine("llama.cpp of October 2026", _gguf_limits),
+    }
+)
+
+
+# Reading the rows ---------------------------------------------------------------------------------------------------
+
+
+def why_not_in_transformers(cfg: ModelConfig, *, loader: bool) -> str | None:
+    """Return why transformers cannot load a folder; `loader`: it has the PyTorch file for layers of unequal width."""
+    return first_unmet(limits_of(cfg, "transformers", loader=loader), cfg)
+
+
+def how_known(cfg: ModelConfig, engine: str) -> str:
+    """Return the evidence that an engine supports a model's family: tried, or read from the engine's code."""
+    family, version = target_of(family_of(cfg)) or family_of(cfg), ENGINES[engine].version
+    remarks = {"transformers": "", "gguf": "", **family.tried}
+    if engine not in remarks:
+        return f"by the code of {version}"
+    remark, refused = remarks[engine], {mixer.head_dim for mixer in cfg.text.attentions} - _VLLM_CPU_HEADS
+    if engine == "vllm" and refused:
+        heads = f"on CPUs, heads of {max(refused)} need export.head_dim"
+        remark = f"{remark}; {heads}" if remark else heads
+    return f"tried with {version}" + (f": {remark}" if remark else "")
+
+
+def uneven_problem(text: TextConfig) -> str | None:
+    """Return why no export format can store this decoder with layers of unequal width; None if one can."""
+    first, *others = text.layers
+    wider = first.completed({first.channel.root: first.sizes[first.channel.root] + 1})
+    return decoder_of(text.decoder).problem(text.with_layers([first.resized(wider), *others]))
+
+
+def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
+    """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
+    copies = {name: _copies(cfg, name) for name in cfg.stacks}
+    return {
+        engine: {
+            stack: {kind: _why_not_copy(cfg, stack, layers, engine) for kind, layers in kinds.items()}
+            for stack, kinds in copies.items()
+        }
+        for engine in ENGINES
+    }
+
+
+def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], engine: str) -> str | None:
+    """Return why an engine cannot load the model with these layers, or why no class allows them; None if it can."""
+    try:
+        changed = cfg.with_layers(layers, stack)
+    except UserError as error:
+        return str(error)
+    return why_no_class(changed) or why_not(changed, engine)
+
+
+def _copies(cfg: ModelConfig, name: str) -> dict[str, list[Layer]]:
+    """Return {type of pruning: the stack's layers after the smallest pruning of this type}."""
+    first, *others = layers = cfg.stack(name).layers
+    return {
+        "fewer layers": _fewer_layers(cfg, name),
+        AXES[first.channel.root].title: [layer.smaller(layer.channel.root) for layer in layers],
+        "heads": [layer.smaller(layer.mixer.root) if layer.mixer.root else layer for layer in layers],
+        "unequal widths": [first.smaller(first.channel.root, 1), *others],
+    }
+
+
+def _fewer_layers(cfg: ModelConfig, name: str) -> list[Layer]:
+    """Remove one layer: the last one without which the model's class still supports the others."""
+    layers = cfg.stack(name).layers
+    cuts = [[*layers[:i], *layers[i + 1 :]] for i in reversed(range(len(layers)))]
+    fits = (left for left in cuts if left and (name != "text" or why_no_class(cfg.with_layers(left, name)) is None))
+    return next(fits, cuts[0] or [*layers])
+
+
+def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
+    """Return a notice if engines serve the remaining number of some units by a slower path; None otherwise."""
+    for axis in (axis for axis in AXES.values() if axis.multiple):
+        count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
+        if count is not None and count % multiple:
+            return (
+                f"{count} {axis.title} per layer are not a multiple of {multiple}: vLLM serves them by a slower path, "
+                "and expert parallelism needs a number that is divisible by the number of devices"
+            )
+    return None

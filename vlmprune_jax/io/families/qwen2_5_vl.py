@@ -1,0 +1,174 @@
+"""Qwen2.5-VL: a tower for images of any size, with windowed attention in most blocks, and a Qwen2 decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.patch_towers import (
+    check_out_size,
+    model_from_hf,
+    patch_family,
+    tower_from_hf,
+    tower_to_hf,
+    tower_weights,
+    typical_size,
+    window_side,
+    windows_of_blocks,
+    with_sections,
+)
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
+from vlmprune_jax.io.families.table import Decoder, JsonDict
+from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
+from vlmprune_jax.io.families.towers import PIXELS, vision_of
+
+# Defaults of the config classes in transformers.
+_DECODER = "qwen2_5_vl_text"
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1000000.0,
+}
+_SECTIONS = (16, 24, 24)
+_VISION: JsonDict = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_TOKENS_PER_SECOND = 4  # temporal positions per second of video
+_TYPICAL_WINDOWS = 4  # windows per side of a typical image, for estimates
+# Fields of a hub's config.json that describe the whole model; the others describe the decoder.
+_OUTER = (
+    "architectures", "auto_map", "model_type", "vision_config", "transformers_version", "torch_dtype", "dtype",
+    "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id",
+    "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    """Return the decoder's TextConfig; head_dim is hidden_size / heads, as in the transformers class."""
+    config = {**_TEXT, **config}
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    if hidden % heads:
+        raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
+    config["head_dim"] = hidden // heads
+    windows = windows_from_hf(config, int(config["num_hidden_layers"]))
+    text = llama_like(config, _DECODER, windows=windows, attention={"bias": True}, whole_heads=True)
+    return with_sections(text, _SECTIONS, interleaved=False)
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    config, heads = layers_to_hf(text, source), text.hidden_size // text.attention.head_dim
+    del config["head_dim"]  # the class does not read it
+    if PER_LAYER not in config and config["num_attention_heads"] != heads:
+        raise UserError(
+            f"Qwen2.5-VL: transformers cannot load {config['num_attention_heads']} of {heads} heads, because it "
+            "computes "
+            'head_dim from the number of heads: prune with heads="keep", or export with uneven="pad" (same function, '
+            "no savings in heads)"
+        )
+    return {**config, "num_attention_heads": heads}
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
+    side = window_side(full)
+    return tower_from_hf(
+        full,
+        kind="qwen2_5_vl",
+        windows=windows_of_blocks(full, side),
+        image_size=typical_size(full, _TYPICAL_WINDOWS * side),
+        positions=None,
+        norm="rms",
+        gated=True,
+    )
+
+
+def _nested(config: Mapping[str, Any]) -> JsonDict:
+    """Return a Qwen2.5-VL config.json in transformers 5's form, with the decoder's fields in `text_config`."""
+    if config.get("text_config") is not None:
+        return dict(config)
+    outer = {name: value for name, value in config.items() if name in _OUTER}
+    inner = {name: value for name, value in config.items() if name not in _OUTER}
+    tied = {name: value for name, value in config.items() if name == "tie_word_embeddings"}
+    return {**outer, "text_config": {"model_type": _DECODER, **inner, **tied}}
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    config = _nested(config)
+    section = config["text_config"]
+    # transformers 5 reads the outer flag first, transformers 4 the decoder's
+    flags = (section, config) if str(config.get("transformers_version", "5")).startswith("4.") else (config, section)
+    tied = next((flag["tie_word_embeddings"] for flag in flags if "tie_word_embeddings" in flag), False)
+    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": bool(tied)})
+    tower = config.get("vision_config") or {}
+    check_out_size({**_VISION, **tower}, text)
+    seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
+    return model_from_hf("qwen2_5_vl", config, text, _vision_from_hf(tower), seconds)
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = tower_to_hf(vision_of(cfg), _nested(source), _vision_from_hf)
+    config = vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
+    # mlx-vlm reads the decoder's fields at the top level, as on the hub; transformers and vLLM read text_config
+    return {name: value for name, value in config["text_config"].items() if name not in _OUTER} | config
+
+
+QWEN2_5_VL = patch_family(
+    "qwen2_5_vl",
+    Decoder(
+        _DECODER,
+        "Qwen2_5_VLForConditionalGeneration",
+        _text_from_hf,
+        _text_to_hf,
+        llama_like_weights,
+        derives_head_dim=("transformers", "vllm", "vllm_tpu", "mlx", "openvino"),
+        gguf=(gguf.QWEN2VL,),
+    ),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
+    ),
+    # in files of transformers 4 and 5, and in memory in transformers 5
+    renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
+    templates=(TEMPLATE,),
+    video=VideoConfig(
+        "steps",
+        min_frames=4,
+        max_frames=768,
+        temporal_patch=2,
+        min_pixels=128 * 28**2,
+        max_pixels=768 * 28**2,
+        mean=PIXELS["clip"][0],
+        std=PIXELS["clip"][1],
+    ),
+    vllm_tpu="jax",
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
+)

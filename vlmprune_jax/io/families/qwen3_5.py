@@ -1,0 +1,126 @@
+"""Qwen3.5 and 3.6, dense: gated delta nets, gated attention between them, and Qwen3-VL's tower without DeepStack."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.mixers import DeltaNet
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.patch_towers import with_sections
+from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family
+from vlmprune_jax.io.families.rope import rotary_dim
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+
+# Defaults of the config classes in transformers.
+_DECODER = "qwen3_5_text"
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+IDS = {"image_token_id": 248056, "video_token_id": 248057}
+MTP = (
+    "mtp.",
+    "mtp_num_hidden_layers",
+    {"fc.weight": (1, 2), "norm.weight": (1,), "pre_fc_norm_embedding.weight": (1,), "pre_fc_norm_hidden.weight": (1,)},
+)
+_SECTIONS = (11, 11, 10)
+_DELTA = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
+    "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
+    "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
+    "v_proj/weight": ("in_proj_qkv.weight", "(delta_heads delta_value) embed"),
+    "z_proj/weight": ("in_proj_z.weight", "(delta_heads delta_value) embed"),
+    "b_proj/weight": ("in_proj_b.weight", "delta_heads embed"),
+    "a_proj/weight": ("in_proj_a.weight", "delta_heads embed"),
+    "q_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
+    "k_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
+    "v_conv/weight": ("conv1d.weight", "(delta_heads delta_value) 1 tap"),
+    "decay/weight": ("A_log", "delta_heads"),
+    "step/weight": ("dt_bias", "delta_heads"),
+    "norm/weight": ("norm.weight", "delta_value"),
+    "out_proj/weight": ("out_proj.weight", "embed (delta_heads delta_value)"),
+}
+
+
+def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
+    """Return the TextConfig of a decoder of delta nets and gated attention, with dense MLPs."""
+    config = {**_TEXT, **config}
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UserError(f"hidden_act {activation!r} is not supported (delta nets: silu)")
+    n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
+    ]
+    bias, head_dim = bool(config.get("attention_bias", False)), int(config["head_dim"])
+    rotated = rotary_dim(config, head_dim, default=0.25)
+    attention = {"bias": bias, "out_bias": bias, "qk_norm": True, "gated": True, "rotary_dim": rotated}
+    sections = (config.get("rope_parameters") or {}).get("mrope_section") or _SECTIONS
+    text = llama_like(config, decoder, attention=attention, block={"norm_offset": 1.0})
+    text = with_sections(text, tuple(map(int, sections)), interleaved=True)
+    delta = DeltaNet(
+        int(config["linear_num_value_heads"]),
+        int(config["linear_num_key_heads"]),
+        key_dim=int(config["linear_key_head_dim"]),
+        value_dim=int(config["linear_value_head_dim"]),
+        taps=int(config["linear_conv_kernel_dim"]),
+    )
+    return hybrid_layers(text, delta, kinds)
+
+
+def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Qwen3.5 config with layer types, layer counts and widths updated from a TextConfig."""
+    delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
+    config = {name: value for name, value in source.items() if name != "full_attention_interval"}
+    if delta:
+        config |= {"linear_num_value_heads": delta[0].delta_heads, "linear_num_key_heads": delta[0].delta_groups}
+    return hybrid_layers_to_hf(text, config)
+
+
+def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    """Return the weight table of a Qwen3.5 decoder with dense MLPs; `prefix` begins keys, `head` is that of lm_head."""
+    table = llama_like_weights(text, prefix, head)
+    q_proj = "text/layers/{i}/self_attn/q_proj"
+    gated = {f"{q_proj}/weight": "(q_heads gate head) embed", f"{q_proj}/bias": "(q_heads gate head)"}
+    table = [dataclasses.replace(line, layout=gated.get(line.path, line.layout)) for line in table]
+    if any(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
+        layer, key = "text/layers/{i}/linear_attn", prefix + "layers.{i}.linear_attn"
+        table += [Weight(f"{layer}/{path}", f"{key}.{name}", layout) for path, (name, layout) in _DELTA.items()]
+    return table
+
+
+QWEN3_5 = qwen3_vl_family(
+    "qwen3_5",
+    Decoder(
+        _DECODER,
+        "Qwen3_5ForConditionalGeneration",
+        lambda config: hybrid_from_hf(config, _DECODER),
+        hybrid_to_hf,
+        hybrid_weights,
+        gguf=(gguf.QWEN35,),
+        problem=hybrid_problem,
+    ),
+    _TEXT,
+    deepstack=False,
+    mtp=MTP,
+    ids=IDS,
+    vllm_tpu="",
+    runs_in=("vllm",),
+    tried={"vllm": "on CPUs with `--dtype bfloat16` only"},
+)

@@ -1,0 +1,1 @@
+"""Experiments, folders, results and commands."""

@@ -1,0 +1,155 @@
+"""Flags of the commands: absl flags, and one ml_collections config whose fields are flags as well."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vlmprune_jax.base.checks import suggest
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import RENAMED
+from vlmprune_jax.run.experiment.recipes import locate
+
+Flags = flags.FlagValues
+_SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
+# Positional arguments, settings given as --config.x.y, and the path of the config file.
+_HIDDEN = ("args", "explicit", "config_file")
+
+
+def config_flag(values: Flags) -> None:
+    """Define the flag `--config`, unless the command has already defined it."""
+    if "config" not in values:
+        text = "FILE.yaml, FILE.py or FILE.py:VARIANT, or the name of a shipped config such as llava15_7b:depth,0.3"
+        flags.DEFINE_string("config", None, text, flag_values=values)
+
+
+def only_flag(values: Flags) -> None:
+    """Define the flag --only, which selects variants or runs by name."""
+    text = "run only variants whose names match patterns such as 'width*,depth*'; in a sweep: runs, by one pattern"
+    flags.DEFINE_string("only", "", text, flag_values=values)
+
+
+def common(values: Flags) -> None:
+    """Define the flags that all stage commands share, such as `--workdir`."""
+    config_flag(values)
+    flags.DEFINE_string("workdir", None, "folder for all files of this run", flag_values=values)
+    only_flag(values)
+    flags.DEFINE_bool("overwrite", False, "replace outputs whose inputs or settings have changed", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "check everything and print the steps without running them", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (TPU slices detect it)", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "number of processes that run this command", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=values)
+
+
+def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
+    """Parse a command line into flags; `values.config` is a locked ConfigDict, `values.args` the other arguments.
+
+    Raises UserError for an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
+    """
+    values, loaded, unset = _define(command), None, dict[str, None]()
+    explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]
+    config, others = split_flag(argv, "config")
+    config = getattr(command, "CONFIG", None) if config is None else config
+    if "config" in values and config is not None:
+        from vlmprune_jax.run.cli.config_files import load_config
+
+        config = locate(config)
+        loaded = load_config(config)
+        for setting in explicit:
+            _check_path(setting.split("."), loaded)
+        unset = {match[1]: None for arg in others if (match := _UNSET.fullmatch(arg))}
+        argv = [arg for arg in others if not _UNSET.fullmatch(arg)]
+    elif "config" in values and explicit:
+        raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
+    try:
+        values = _define(command, loaded, argv)
+        rest = values([name, *argv])[1:]
+        if loaded is not None:  # ml_collections reads None as a text
+            flag: Any = values["config"]
+            texts = flag.override_values
+            values.config.update_from_flattened_dict(unset | {name: None for name in texts if texts[name] == "None"})
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(
+            f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
+        ) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"vlmprune {name}: {error}") from None
+    values["args"].value, values["explicit"].value, values["config_file"].value = rest, explicit, config
+    if rest and not getattr(command, "TAKES_ARGUMENTS", False):
+        raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: write settings with --, as --config.{rest[0]}")
+    return values
+
+
+def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
+    """Define the command's flags and, if a config is passed, one flag per config field that the arguments set."""
+    values = Flags()
+    if config is not None:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
+    flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
+    for name in _HIDDEN:
+        flags.DEFINE_list(name, [], "", flag_values=values)
+    if hasattr(command, "define"):  # it has flags of its own
+        command.define(values)
+    return values
+
+
+def _setting_of(arg: str) -> str | None:
+    """Return the setting `x.y` that an argument `--config.x.y=value` or `--noconfig.x.y` sets, or None."""
+    match = _SETTING.match(arg)
+    return None if match is None else match[1]
+
+
+def _check_path(names: Sequence[str], config: Any) -> None:
+    at, section = config, "config"
+    for part in names:
+        if not isinstance(at, Mapping) and not hasattr(at, "keys"):
+            raise UserError(f"--{section}.{part}: {section} is a setting, not a section of settings")
+        bare = part.split("[")[0]
+        if bare not in at and RENAMED.get(bare) in at:
+            new = RENAMED[bare]
+            raise UserError(f"--{section}.{part}: the setting {bare} is now {new}: use --{section}.{new}")
+        if bare not in at:
+            raise UserError(f"--{section}.{part}: {section} has no setting {bare!r}{suggest(bare, list(at.keys()))}")
+        at, section = at[bare], f"{section}.{part}"
+
+
+def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Split the flag `--name=value` off the arguments; return (its last value or None, the other arguments)."""
+    value, others, left = None, list[str](), iter(argv)
+    for arg in left:
+        flag, equals, text = arg.partition("=")
+        if flag not in (f"--{name}", f"-{name}"):
+            others.append(arg)
+        elif equals:
+            value = text
+        elif (following := next(left, None)) is not None:
+            value = following
+        else:  # the parser says that its value is missing
+            others.append(arg)
+    return value, others
+
+
+def switch(argv: Sequence[str], name: str) -> bool:
+    """Return True if a yes/no flag is set; works even if parsing the other flags has failed."""
+    return f"--{name}" in argv or f"--{name}=true" in argv
+
+
+def _names(values: Flags) -> list[str]:
+    return sorted(name for name in values if name not in (*_HIDDEN, "help"))
+
+
+def help_of(name: str, command: Any) -> str:
+    """Return the help text of a command: its docstring and its flags."""
+    values = _define(command)
+    lines = [inspect.cleandoc(command.__doc__ or ""), "", "flags:"]
+    for flag in _names(values):
+        shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
+        lines.append(f"  {shown:<18} {values[flag].help}")
+    if "config" in values:
+        lines.append(f"  {'--config.x.y=...':<18} value of the setting x.y of the config (None = unset)")
+    return "\n".join(lines)

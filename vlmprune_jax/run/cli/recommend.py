@@ -1,0 +1,92 @@
+"""vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
+
+Uses the guide of arXiv 2604.24380 and measurements; reads no weights. --for=GOAL --on=MACHINE ranks pruning methods
+for a goal, and recommends the best one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.run.cli.flags import Flags
+
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def define(values: Flags) -> None:
+    """Define the command-line flags of `vlmprune recommend`."""
+    text = absl_flags.DEFINE_string
+    text("model", None, "Hugging Face folder or hub id of the model to prune", flag_values=values)
+    text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
+    text("ratio", None, "share of all parameters to remove, as 0.3 or 30%", flag_values=values)
+    text("bytes", None, "maximum size of the bfloat16 weights, instead of --ratio: 2e9, 2GB, 2GiB", flag_values=values)
+    text("data", None, "share of the training data to use at most, as 5%, 0.05 or none", flag_values=values)
+    text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
+    absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
+    text("for", None, "goal that chooses the method: memory, decode, question or throughput", flag_values=values)
+    text("on", "v5e:2x4", "machine for --for: a TPU slice (estimated) or llama.cpp (measured)", flag_values=values)
+    text("train", None, "value of data.train in the config, whose records are counted", flag_values=values)
+    for name in ("images", "eval"):
+        text(name, None, f"value of data.{name} in the config", flag_values=values)
+    text("bench", None, "file of `vlmprune bench --json=FILE`, whose speeds are printed too", flag_values=values)
+    text("guide", None, "guide file with your own measurements", flag_values=values)
+    text("save", None, "output file FILE.py for the config", flag_values=values)
+    absl_flags.DEFINE_bool("evidence", False, "print all measurements and the config as well", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Print a recommended pruning method and recovery, and the command that follows it; write its config to a file."""
+    from vlmprune_jax.base.console import make_reporter
+    from vlmprune_jax.run.planning.guide import FILE, read_guide
+    from vlmprune_jax.run.planning.recommend import PLACEHOLDERS, advise
+    from vlmprune_jax.run.report.advice import tell
+
+    if not flags.model:
+        raise UserError("no model given: add --model=DIR")
+    guide, goal = read_guide(Path(flags.guide or FILE)), flags["for"].value
+    given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
+    advice = advise(
+        flags.model, vision_dir=flags.vision_dir,
+        ratio=None if flags.ratio is None else parse_share("ratio", flags.ratio),
+        most_bytes=None if flags.bytes is None else parse_bytes(flags.bytes),
+        data_fraction=None if flags.data is None else parse_share("data", flags.data),
+        compute=flags.compute, speed=flags.speed, goal=None if goal is None else (goal, flags.on),
+        files={name: flags[name].value for name in PLACEHOLDERS if flags[name].value},
+        bench=Path(flags.bench) if flags.bench else None, guide=guide,
+    )  # fmt: skip
+    tell(advice, guide, flags.save, given, flags.evidence, make_reporter(True))
+
+
+def parse_bytes(text: str) -> float:
+    """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
+
+    Raises UserError for text of another form, or a number that is not above 0.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not 0 < number < math.inf:
+        raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
+    return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]
+
+
+def parse_share(name: str, text: str) -> float:
+    """Convert a share such as 5%, 0.05 or "none" (0) to a fraction.
+
+    Raises UserError for text of another form.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        return 0.0 if number == "none" else float(number) / (100 if "%" in text else 1)
+    except ValueError:
+        raise UserError(f"--{name}={text}: must be a share, such as 5% or 0.05") from None

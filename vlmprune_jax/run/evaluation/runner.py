@@ -1,0 +1,308 @@
+"""Evaluation of a model: greedy answers to questions or log-likelihoods of text, and the metric's values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import Count
+from vlmprune_jax.base.journal import Journal, continued, is_of
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
+from vlmprune_jax.core.models.generate import generate, on_decoding_mesh
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.models.placement import mesh_of, place_batch
+from vlmprune_jax.core.models.vlm import Model, text_loss
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.evaluation.metrics import Metric, metric_named
+from vlmprune_jax.run.evaluation.metrics.metric import Scores
+from vlmprune_jax.run.evaluation.metrics.texts import PERPLEXITY
+from vlmprune_jax.run.evaluation.questions import ArrangedQuestions, QuestionBatch
+
+Progress = Callable[[int], None]
+Answers = list[tuple[str, Count]]  # texts and token counts in a journal
+_Windows = tuple[np.ndarray, np.ndarray]  # ids and mask, int32[batch, window]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer to one question: text, and number of generated tokens including the end token."""
+
+    record: Record
+    prediction: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A scored answer to one question; `tokens` is the number of generated tokens, including the end token."""
+
+    id: str
+    prediction: str
+    references: tuple[str, ...]
+    scores: Scores
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metric values of one model over all questions; `seconds` includes the time to compile.
+
+    `values`: values of the metric. `groups`: {group: {questions, **values}} if the metric defines groups.
+    """
+
+    values: Mapping[str, float]
+    groups: Mapping[str, Mapping[str, float]]
+    questions: int
+    parameters: int
+    seconds: float
+    mean_generated_tokens: float
+    answers: tuple[Answer, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Value of the metric "accuracy"; raise KeyError if the metric does not define it."""
+        return self.values["accuracy"]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the evaluation as JSON values, without the answers to single questions."""
+        return {name: value for name, value in vars(self).items() if name != "answers"}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a text: exp of the mean negative log-likelihood per predicted token."""
+
+    perplexity: float
+    tokens: int
+    parameters: int
+    seconds: float
+
+
+def evaluate(
+    model: Model,
+    batches: Iterable[QuestionBatch],
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int,
+    metric: Metric | str = "exact_match",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> Evaluation:
+    """Generate a model's greedy answers and score them with a metric (default: exact match with a reference answer).
+
+    Args:
+      model, batches, max_new_tokens, progress, journal: see `ask`.
+      tokenizer: see `ask`; None = the tokenizer of `vp.questions`.
+      metric: a metric, or the name of a metric in `vp.metrics`.
+
+    Raises UserError if there is no question, a question has no reference answer, or the metric is unknown or fails.
+    """
+    start = time.perf_counter()
+    metric = metric_named(metric) if isinstance(metric, str) else metric
+    tokenizer = batches.encoder.tokenizer if tokenizer is None and isinstance(batches, ArrangedQuestions) else tokenizer
+    replies = ask(
+        on_decoding_mesh(model),
+        _with_answers(batches),
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        journal=journal,
+    )
+    records = [reply.record for reply in replies]
+    scores = metric.score_all([reply.prediction for reply in replies], records)
+    return Evaluation(
+        values=metric.values(scores, records),
+        groups=metric.values_of_groups(scores, records),
+        questions=len(replies),
+        parameters=count_params(model.cfg),
+        seconds=round(time.perf_counter() - start, 3),
+        mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
+        answers=tuple(
+            Answer(reply.record.id, reply.prediction, reply.record.references, score, reply.tokens)
+            for reply, score in zip(replies, scores, strict=True)
+        ),
+    )
+
+
+def ask(
+    model: Model,
+    batches: Iterable[QuestionBatch],
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[Reply]:
+    """Generate the greedy answers to all questions; return them in the records' order.
+
+    Args:
+      model: the model; sharded parameters split every batch over their mesh (see `on_decoding_mesh`).
+      batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
+        image once; rows with `valid` False are ignored.
+      tokenizer: tokenizer that decodes the answers.
+      max_new_tokens: maximum length of an answer in tokens; longer answers are truncated and usually wrong.
+      progress: called with the number of batches done.
+      journal: stores the answers of each batch, to continue after an interruption (`seconds` then counts the time
+        since the restart).
+
+    Raises UserError if there is no question.
+    """
+    asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
+    answers: list[tuple[str, int]] = []
+
+    def noted() -> Iterator[QuestionBatch]:
+        for batch in batches:
+            rows = np.flatnonzero(batch.valid).tolist()
+            asked.extend(zip(batch.places[rows].tolist(), [batch.records[row] for row in rows], strict=True))
+            yield batch
+
+    def answer(batch: QuestionBatch) -> list[tuple[str, int]]:
+        tokens = generate(
+            model,
+            batch.arrays["input_ids"],
+            pixel_values=batch.arrays.get("pixel_values"),
+            image_grid_thw=batch.arrays.get("image_grid_thw"),
+            second_per_grid_ts=batch.arrays.get("second_per_grid_ts"),
+            attention_mask=batch.arrays["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            prefix=batch.prefix,
+        )
+        return _decoded(batch, tokens, tokenizer, model.cfg)
+
+    def answers_all(batch: QuestionBatch, entry: Any) -> bool:
+        return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
+
+    for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
+        answers += answered
+        if progress is not None:
+            progress(done)
+    if not answers:
+        raise UserError("evaluation: no questions found: check the evaluation records")
+    replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, answers, strict=True)]
+    return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
+
+
+def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
+    """Return (text, number of tokens) of every generated row that holds a question."""
+    is_end = np.isin(tokens, cfg.eos_token_ids)
+    lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
+    rows = [row for row in range(len(tokens)) if batch.valid[row]]
+    texts = tokenizer.batch_decode([tokens[row, : lengths[row]].tolist() for row in rows], skip_special_tokens=True)
+    return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
+
+
+def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
+    """Yield question batches; raise UserError if a question has no reference answer."""
+    for batch in batches:
+        if not isinstance(batch, QuestionBatch):
+            raise UserError(f"evaluate: a batch must be a QuestionBatch, got {type(batch).__name__}: use vp.questions")
+        check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
+        yield batch
+
+
+def check_answered(records: Iterable[Record]) -> None:
+    """Raise UserError if a question has no reference answer."""
+    for record in records:
+        if not any(text.strip() for text in record.references):
+            raise UserError(
+                f"record {record.id}: has no reference answer (the last turn is not from gpt): add an answer, or "
+                "drop the record"
+            )
+
+
+def perplexity(
+    model: Model,
+    token_ids: Sequence[int] | np.ndarray,
+    *,
+    window: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Compute a model's perplexity on a text.
+
+    Arguments and errors: see `log_likelihoods`.
+    """
+    start = time.perf_counter()
+    scores = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)
+    value = PERPLEXITY.values(scores, ())["perplexity"]
+    tokens = int(sum(score["tokens"] for score in scores))
+    return Perplexity(value, tokens, count_params(model.cfg), round(time.perf_counter() - start, 3))
+
+
+class _LogLikelihood(TypedDict):
+    nll: float
+    tokens: Count
+
+
+def log_likelihoods(
+    model: Model,
+    token_ids: Sequence[int] | np.ndarray,
+    *,
+    window: int,
+    batch_size: int,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[dict[str, float]]:
+    """Return {"nll": nats, "tokens": predicted tokens} per batch of non-overlapping windows of a text.
+
+    The first token of each window is not predicted.
+
+    Args:
+      token_ids: int[tokens], the whole text.
+      window: length of a window in tokens; the last window may be shorter.
+      batch_size: maximum number of windows per forward pass.
+      progress: called with the number of batches done.
+      journal: stores the values of each batch, to continue after an interruption.
+
+    Raises UserError if there are fewer than two tokens, or the window or batch size is too small.
+    """
+    if isinstance(token_ids, str):
+        raise UserError("token_ids: must be the ids of a text's tokens, got a text: tokenize it")
+    ids = np.asarray(token_ids, np.int32).reshape(-1)
+    if len(ids) < 2 or window < 2 or batch_size < 1:
+        raise UserError(
+            f"perplexity needs at least 2 tokens, a window of 2 and a batch size of 1 (got {len(ids)}, {window} and "
+            f"{batch_size})"
+        )
+    if ids.min() < 0 or ids.max() >= model.cfg.text.vocab_size:
+        raise UserError(
+            f"perplexity: token ids from {ids.min()} to {ids.max()} for a vocabulary of {model.cfg.text.vocab_size}: "
+            "use the tokenizer of this model"
+        )
+
+    mesh, scores = mesh_of(model.params), []
+
+    def measure(batch: _Windows) -> dict[str, float]:
+        arrays = place_batch(dict(zip(("ids", "mask"), batch, strict=True)), mesh)
+        with use_mesh(mesh):
+            nll = float(text_loss(model.params, model.cfg, arrays["ids"], arrays["mask"]))
+        return {"nll": nll, "tokens": int(batch[1][:, 1:].sum())}
+
+    def measures(batch: _Windows, entry: Any) -> bool:
+        return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
+
+    windows = _windows(ids, window, batch_size, row_ways(mesh))
+    for done, score in enumerate(continued(measure, windows, journal, measures), start=1):
+        scores.append(score)
+        if progress is not None:
+            progress(done)
+    return scores
+
+
+def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[_Windows]:
+    """Cut a text into windows; return batches (ids, mask), int32[batch, window] each, padded at the right.
+
+    Uses as few batches as `batch_size` allows, of rows that split evenly into `ways`.
+    """
+    rows = -(-len(ids) // window)
+    even = -(-rows // -(-rows // batch_size))
+    batch_size = min(batch_size, -(-even // ways) * ways)
+    padded = -(-rows // batch_size) * batch_size * window
+    mask = (np.arange(padded) < len(ids)).astype(np.int32).reshape(-1, batch_size, window)
+    return zip(np.pad(ids, (0, padded - len(ids))).reshape(-1, batch_size, window), mask, strict=True)

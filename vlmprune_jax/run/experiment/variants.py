@@ -1,0 +1,198 @@
+"""The variants of an experiment: every way to prune with every way to recover, each in its own folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.checks import one_of, suggest, with_defaults
+from vlmprune_jax.base.chips import slice_of
+from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.base.settings import check_settings, override
+from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
+from vlmprune_jax.io.exports.config import ExportSpec
+from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.run.experiment.arguments import (
+    check_tasks,
+    evaluation_sets,
+    export_options,
+    plan_config,
+    recover_config,
+)
+from vlmprune_jax.run.experiment.spec import Experiment
+
+NO_RECOVERY = "none"
+CONTROL = "control"  # folder and name of the unpruned model after a recovery
+# Names of other files and folders beside the folders of variants.
+_TAKEN = (
+    *("", ".", "..", NO_RECOVERY, CONTROL, "adapter", "eval", "export", "pruned", "reconstructed", "recovered"),
+    "training",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One prune variant, or one recovery variant of a pruned model: name, experiment and output folder."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+
+
+def choose_variants(experiment: Experiment, only: str) -> Experiment:
+    """Return the experiment with only the variants whose names match `only` (shell patterns, comma-separated).
+
+    If no prune variant matches, all prune variants are kept; likewise for recover variants.
+    """
+    patterns = [pattern for pattern in only.split(",") if pattern]
+    kinds = ("prune_variants", "recover_variants")
+    names = [name for kind in kinds for name in getattr(experiment, kind)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            known = suggest(pattern, names) if names else " (this config has no variants)"
+            raise UserError(f"--only={pattern}: matches no variant{known}")
+    changes: dict[str, Any] = {}
+    for kind in kinds:
+        variants = getattr(experiment, kind)
+        chosen = {n: v for n, v in variants.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+        changes[kind] = chosen or variants
+    return dataclasses.replace(experiment, **changes)
+
+
+def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
+    """Return the experiment with settings from the command line also applied to its variants, which may set them too.
+
+    Args:
+      settings: full names of settings, such as `prune.ratio`; the experiment already has their values.
+      given_by: prefix of the names in messages, such as `--config.`.
+
+    Raises:
+      UserError: there are several variants, and at least one sets the same setting.
+    """
+    for kind in ("prune_variants", "recover_variants"):
+        variants = getattr(experiment, kind)
+        for setting in settings:
+            path = setting.split(".")
+            names = [name for name, values in variants.items() if _sets(values, path)]
+            if not names:
+                continue
+            if len(variants) > 1:
+                raise UserError(
+                    f"{given_by}{setting}: the variants {', '.join(names)} also set {setting}: set "
+                    f"{kind}.NAME.{setting}{', or --only=NAME' if given_by == '--config.' else ''}"
+                )
+            variants = {name: _without(values, path) for name, values in variants.items()}
+        changes: dict[str, Any] = {kind: variants}
+        experiment = dataclasses.replace(experiment, **changes)
+    return experiment
+
+
+def _sets(values: Any, path: Sequence[str]) -> bool:
+    """Return True if a partial config sets the setting or section at `path`."""
+    return not path or (isinstance(values, Mapping) and path[0] in values and _sets(values[path[0]], path[1:]))
+
+
+def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    others = {name: value for name, value in values.items() if name != first}
+    return {**others, first: _without(values[first], rest)} if rest else others
+
+
+def prune_runs(experiment: Experiment, workdir: Path) -> list[Variant]:
+    """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
+    if not experiment.prune_variants:
+        method = experiment.prune.method
+        return [Variant("unpruned" if method == "none" else method, experiment, workdir)]
+    return [
+        Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
+        for name, values in experiment.prune_variants.items()
+    ]
+
+
+def recover_runs(pruned: Variant) -> list[Variant]:
+    """Return the recovery variants of one pruned model that train it."""
+    experiment = pruned.experiment
+    runs = [Variant(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder)]
+    if experiment.recover_variants:
+        runs = []
+    for name, values in experiment.recover_variants.items():
+        changed = override(experiment, values, f"recover_variants.{name}")
+        changed = override(changed, {"recover": {"name": name}})
+        runs.append(Variant(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name))
+    return [run for run in runs if run.experiment.recover.method != NO_RECOVERY]
+
+
+def _checked(name: str) -> str:
+    """Return a variant's name; raise UserError if it cannot be a folder name."""
+    if name in _TAKEN or name.startswith("export-") or set(name) & set("/\\\0"):
+        raise UserError(f"variant name {name!r} cannot be the name of a folder in the workdir: choose another name")
+    return name
+
+
+def _check_criteria(spec: ScoreConfig) -> None:
+    """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
+    options: dict[str, Any] = {}
+    needed: tuple[tuple[str, str, tuple[str, ...]], ...]
+    needed = (("depth", spec.depth, ("layers",)), ("width", spec.width, ("widths", "experts")))
+    for name, criterion, kinds in needed:
+        chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
+        if not {*kinds} & {*chosen.scores}:
+            raise UserError(
+                f"score.{name}={criterion!r} scores {' and '.join(chosen.scores)}, not {kinds[0]}: use "
+                f"{scoring(kinds[0])}"
+            )
+        options |= chosen.options
+    with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
+
+
+def _check_target(config: PlanConfig) -> None:
+    """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
+    if config.method != "none" and config.targets:
+        config.check()
+    if config.budget.limits:
+        with error_context("prune.budget.slice"):
+            slice_of(config.budget.slice)
+
+
+def _check_rounding(quantize: str, export: ExportSpec) -> None:
+    """Raise UserError if the exported integer format differs from the rounding in training (`recover.quantize`)."""
+    same = export.quantize == quantize and export.group_size is None and export.symmetric
+    if quantize != "none" and export.quantize != "none" and not same:
+        raise UserError(
+            f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group size and '
+            f'symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
+            f"symmetric={export.symmetric}: make them equal"
+        )
+
+
+def check_experiment(experiment: Experiment, workdir: Path) -> None:
+    """Raise UserError for settings that would otherwise fail only hours into a run."""
+    sets, tasks = evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks
+    check_tasks(experiment.data, experiment.evaluate)
+    for pruned in prune_runs(experiment, workdir):
+        spec, recoveries = pruned.experiment, recover_runs(pruned)
+        for resolved in (spec, *(run.experiment for run in recoveries)):
+            for name, section in resolved.sections.items():
+                check_settings(name, section, elsewhere=True)
+        if spec.prune.steps > 1 and spec.prune.method != "width":
+            raise UserError(
+                f"prune.steps={spec.prune.steps} is only for prune.method='width': remove it, since depth and "
+                "hybrid pruning take one step"
+            )
+        _check_criteria(spec.score)
+        _check_target(plan_config(spec.prune, spec.model, spec.data, spec.export))
+        choose_format(spec.export.format, export_options(spec.export))
+        for run in recoveries:
+            changed = run.experiment
+            recover_config(changed.recover)
+            _check_rounding(changed.recover.quantize, changed.export)
+            if evaluation_sets(changed.data, changed.evaluate) != sets or changed.evaluate.tasks != tasks:
+                raise UserError(
+                    f"variant {run.name} has other evaluation sets than the first variant: use the same sets in all "
+                    "variants"
+                )

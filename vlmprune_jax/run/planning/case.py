@@ -1,0 +1,329 @@
+"""One recovery on a TPU slice: its training step, compiled ahead of time without weights or TPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.limits import keeps_heads
+from vlmprune_jax.core.mesh.mesh import make_mesh, row_ways
+from vlmprune_jax.core.models.params import abstract_params, count_params, unflatten
+from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig, keep_everything
+from vlmprune_jax.core.prune.criteria.weights import random_scores
+from vlmprune_jax.core.prune.fingerprints import shape_digest
+from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_scores
+from vlmprune_jax.core.recovery.config import RecoverConfig
+from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
+from vlmprune_jax.core.recovery.flops import step_flops
+from vlmprune_jax.core.recovery.objective import needs_teacher
+from vlmprune_jax.core.recovery.program import Program, make_program
+from vlmprune_jax.core.recovery.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.feature_pass import check_frozen
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.inputs import length_buckets
+from vlmprune_jax.io.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
+from vlmprune_jax.io.families import family_of
+from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
+from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.variants import Variant
+from vlmprune_jax.run.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
+from vlmprune_jax.run.stages.work import teacher_folder
+from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
+
+_VIDEO = 1920, 1080  # width and height of planned videos
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
+
+    `lengths`, `slots`, `image_tokens`: buckets (ascending) of tokens, of images or tiles, and of image tokens per row
+    (empty unless image sizes vary). The planned step uses the largest bucket of each. `patches`: number of images, or
+    temporal patches of videos, that share the image tokens of a row. `records`: number of training records; None if
+    unknown.
+    """
+
+    cfg: ModelConfig
+    teacher_cfg: ModelConfig | None
+    kept_layers: tuple[int, ...]
+    config: RecoverConfig
+    dtype: str
+    mesh: tuple[int, int, int]
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+    slice: Slice
+    image_tokens: tuple[int, ...] = ()
+    records: int | None = None
+    patches: int = 1
+
+    @property
+    def length(self) -> int:
+        """Sequence length in tokens of the largest length bucket."""
+        return self.lengths[-1]
+
+    @property
+    def images(self) -> int:
+        """Number of images or tiles per sequence in the largest image bucket."""
+        return self.slots[-1]
+
+    @property
+    def image_tokens_per_row(self) -> int:
+        """Image tokens per sequence in the largest image bucket, for models with dynamic resolution; 0 otherwise."""
+        return self.image_tokens[-1] if self.image_tokens else 0
+
+    def make_mesh(self) -> Mesh:
+        """Return the device mesh over the TPU slice."""
+        return make_mesh(*self.mesh, devices=self.slice.devices)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Layer shapes for planning: folder and config of the unpruned model, and its prune plan."""
+
+    folder: Path
+    cfg: ModelConfig
+    plan: PrunePlan
+
+
+def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: int | None = None) -> Case:
+    """Return the planning inputs for a recovery of the pruned model.
+
+    Raises UserError if the topology is unknown, or the settings do not determine the shapes of rows.
+    """
+    target = make_slice(topology)
+    cfg, plan = shapes.cfg, shapes.plan
+    config = recover_config(experiment.recover)
+    lengths = length_buckets(experiment.data, cfg)
+    if not lengths:
+        raise UserError(
+            "data.max_length is not set, but planning needs the sequence length: add --config.data.max_length=2048"
+        )
+    slots, image_tokens, patches = _image_slots(experiment.data, cfg, shapes.folder)
+    if experiment.data.feature_cache is not None:
+        check_frozen(cfg, config)
+        cfg = dataclasses.replace(cfg, tower=False)
+    teacher = cfg if plan.vocabulary is None else plan.vocabulary.apply_to(cfg)
+    return Case(
+        cfg=plan.apply_to(cfg),
+        teacher_cfg=teacher if needs_teacher(config.losses) else None,
+        kept_layers=plan.kept_layers,
+        config=config,
+        dtype=experiment.model.dtype,
+        mesh=dataclasses.astuple(experiment.mesh),
+        lengths=lengths,
+        slots=slots,
+        slice=target,
+        image_tokens=within_row(image_tokens, lengths[-1]),
+        records=records,
+        patches=patches,
+    )
+
+
+def read_shapes(run: Variant, pruned: bool) -> Shapes:
+    """Read an unpruned model's config and its plan; if the run has not `pruned` yet, predict the plan."""
+    model, file = run.experiment.model, run.folder / "plan.json"
+    hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
+    _, cfg = read_config(hf_dir, tower)
+    plan = PrunePlan.from_json(file) if pruned and file.is_file() else predict_plan(run.experiment, cfg)
+    return Shapes(hf_dir, cfg, plan)
+
+
+def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
+    """Return a prune plan made from random scores, as a prediction of the config's real plan.
+
+    The number of layers and equal widths do not depend on scores, so they are as in the real plan. The choice of
+    layers, widths with `selection="global"`, and the share of heads with `heads="auto"` do depend on scores; for
+    `heads="auto"`, proportional heads are assumed.
+    """
+    config = plan_config(experiment.prune, experiment.model, experiment.data, experiment.export)
+    if config.method == "none":
+        return keep_everything(cfg, f"{shape_digest(cfg)}-", count_params(cfg))
+    config.check()
+    trim = Trim.of(typical_vocabulary(config.vocabulary, cfg), cfg)
+    if config.layers:
+        return plan_without_scores(trim, f"{shape_digest(cfg)}-", cfg, config)
+    gqa = experiment.score.gqa
+    scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
+    pair = (scores, scores) if config.method == "hybrid" else scores
+    if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
+        config = dataclasses.replace(config, heads="proportional")
+    return plan_beside(trim, pair, cfg, config)
+
+
+def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
+    """Return a kept vocabulary of the planned size (the lowest token ids); None if the vocabulary is not trimmed."""
+    rows = cfg.text.vocab_size
+    if config.size is None:
+        return None
+    special = {cfg.bos_token_id, *cfg.eos_token_ids, cfg.pad_token_id, cfg.image_token_id, cfg.video_token_id}
+    needed = sorted(i for i in special if i is not None and 0 <= i < rows)
+    size = min(-(-config.size // config.multiple) * config.multiple, rows)
+    others = (i for i in range(rows) if i not in needed)
+    kept = sorted([*needed, *itertools.islice(others, size - len(needed))])
+    return KeptVocabulary(rows, tuple(kept), "")
+
+
+def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
+    """Return how a model divides images into tiles or patches; None if images stay whole."""
+    if cfg.vision is None:
+        return None
+    if family_of(cfg).images == "whole":
+        if data.max_image_tokens is not None:
+            with error_context(f"data.max_image_tokens={data.max_image_tokens}"):
+                raise fixed_size(cfg.tokens_per_image)
+        return None
+    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
+    return load_image_processor(
+        folder,
+        aspect_ratio="pad",
+        max_pixels=data.max_image_pixels,
+        cache_bytes=0,
+        tiling=tiling,
+        max_image_tokens=data.max_image_tokens,
+        slot_tokens=cfg.tokens_per_image,
+    ).preparation
+
+
+def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return the possible image or tile counts per sequence, its image tokens if images have any size, and `patches`.
+
+    With `data.video_frames` the largest of them hold `data.max_images` videos of `_VIDEO` pixels.
+    """
+    if cfg.vision is None:
+        return (0,), (), 1
+    preparation = preparation_of(data, cfg, folder)
+    slots, tokens = tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
+    frames = None if preparation is None or cfg.video is None else preparation.for_video(cfg.video)
+    if cfg.video is None or frames is None or data.video_frames is None:
+        return slots, tokens, 1
+    patches = -(-data.video_frames // cfg.video.temporal_patch)
+    size = frames.frame_shape(data.video_frames, *_VIDEO).tokens
+    if not size:
+        return (*slots, data.max_images * patches) if slots[-1] < data.max_images * patches else slots, (), 1
+    most = data.max_images * min(size * patches, data.video_tokens or size * patches)
+    return slots, (*tokens, most) if tokens[-1] < most else tokens, data.max_images * patches
+
+
+def estimate(case: Case) -> PlannedStep:
+    """Compile the training step of a planned recovery and return its cost.
+
+    Raises:
+      DoesNotFit: the step needs more HBM than a chip has.
+      UserError: the settings contradict the model or the slice.
+    """
+    mesh = case.make_mesh()
+    config = case.config
+    steps = config.steps or 1000  # length of the schedule: any number gives the same operations
+    program = make_program(
+        case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
+    )
+    arguments = _arguments(case, program, mesh)
+    with step_context(mesh, config.compute_dtype):
+        compiled = compile_for_tpu(program.step, *arguments)
+    model = step_flops(
+        program.cfg,
+        case.teacher_cfg,
+        config.losses,
+        program.groups,
+        rows=config.batch_size,
+        length=case.length,
+        images=config.batch_size * (case.patches if case.image_tokens_per_row else case.images),
+        image_tokens=case.image_tokens_per_row // case.patches,
+    )
+    return planned_step(case, compiled, model)
+
+
+def planned_step(case: Case, compiled: Compiled, model: ModelFlops) -> PlannedStep:
+    """Return a compiled training step's cost: bytes per chip, FLOPs, and throughput of all chips.
+
+    The step time is a roofline estimate from arithmetic, memory traffic and links between chips. For memory traffic,
+    arguments are read once, and temporaries and received data are written and read once. MFU is model FLOPs / (peak
+    FLOP/s of all chips x step time).
+    """
+    config, chip, devices = case.config, case.slice.chip, len(case.slice.devices)
+    received = sum(compiled.received.values())
+    traffic = compiled.arguments + 2 * (compiled.temporaries + received)
+    seconds = chip.seconds(compiled.flops / devices, traffic, received)
+    step = max(seconds.values())
+    free = int(chip.hbm - compiled.arguments - compiled.temporaries)
+    known = config.steps is not None or case.records is None
+    return PlannedStep(
+        topology=case.slice.name,
+        chips=devices // chip.halves,
+        mesh=dict(case.make_mesh().shape),
+        student=_size(case.cfg),
+        teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        remat=config.remat,
+        tokens_per_row=case.length,
+        images_per_row=case.images,
+        tokens_buckets=list(case.lengths),
+        images_buckets=list(case.slots),
+        image_tokens_buckets=list(case.image_tokens),
+        feature_cache=not case.cfg.tower,
+        teacher_top_k=config.losses.teacher_top_k,
+        hbm=Hbm(arguments=compiled.arguments, temporaries=compiled.temporaries, free=free),
+        flops=StepFlops(executed=compiled.flops, model=model.total, **dataclasses.asdict(model)),
+        received=dict(compiled.received),
+        seconds=StepSeconds(step=step, **seconds),
+        mfu=model.total / (step * devices * chip.flops),
+        tokens_per_second=config.batch_size * case.length / step,
+        steps=config.steps if known else config.num_steps(case.records or 0),
+        compile_seconds=compiled.seconds,
+    )
+
+
+def _size(cfg: ModelConfig) -> PlannedModel:
+    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
+
+
+def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
+    """Return the training step's arguments as abstract arrays with shardings."""
+
+    def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
+
+    student = abstract_params(program.cfg, case.dtype, mesh)
+    frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
+    trained = {path: leaf for path, leaf in student.items() if path in program.groups}
+    assert program.shardings is not None  # a mesh always has shardings
+    state = abstract_state(trained, program.optimizer, program.shardings)
+    teacher = None
+    if program.teacher is not None:
+        teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
+    n_rows = case.config.batch_size
+    batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
+    vision, projector = case.cfg.vision, case.cfg.projector
+    packs = case.config.accumulation * row_ways(mesh)
+    each = n_rows // packs  # rows of a packed row of images
+    images = each * case.images
+    if vision is not None and vision.dynamic_resolution:
+        if case.cfg.text.rope.sections:
+            batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
+        if case.images:
+            batch["image_grid_thw"] = rows((packs, images, 3), np.int32)
+    if vision is not None and projector is not None and case.images and not case.cfg.tower:
+        tokens, features = case.cfg.feature_shape
+        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.dynamic_resolution else (images, tokens)
+        batch["vision_features"] = rows((packs, *room, features), np.dtype(case.config.compute_dtype))
+    elif vision is not None and projector is not None and case.images:
+        room = (images, vision.channels, vision.image_size, vision.image_size)
+        if vision.dynamic_resolution:
+            room = (each * case.image_tokens_per_row * projector.downsample**2, vision.patch_values)
+        batch["pixel_values"] = rows((packs, *room), np.float32)
+    if top_k := case.config.losses.teacher_top_k:
+        batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
+        batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), np.dtype(case.config.compute_dtype))
+    return state, frozen, teacher, batch

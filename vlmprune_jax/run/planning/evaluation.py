@@ -1,0 +1,158 @@
+"""Planning of evaluation on a TPU slice: memory, bytes per token and minimum times, compiled without TPUs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import layer_runs
+from vlmprune_jax.core.mesh.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
+from vlmprune_jax.core.mesh.rules import sharding
+from vlmprune_jax.core.models.flops import head_of
+from vlmprune_jax.core.models.generate import decode, prefill
+from vlmprune_jax.core.models.mixers import MIXERS
+from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, unflatten
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.families.tiles import ImageShape
+from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu
+from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
+from vlmprune_jax.run.planning.traffic import hbm_bytes
+from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedEvaluation, PlannedModel
+
+_NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """Inputs for planning the evaluation of one model on a TPU slice.
+
+    `preparation`: how the model prepares images (None: images of one size, or no images). `mesh`: sizes (data, fsdp,
+    tensor), or () for the sizes that `decoding_mesh` chooses. `rows`: rows of a batch, rounded up so that devices share
+    them evenly. `weights`: weight formats for which minimum times are computed; the compiled programs have weights of
+    `dtype`.
+    """
+
+    cfg: ModelConfig
+    dtype: str
+    slice: Slice
+    preparation: Preparation | None
+    rows: int
+    mesh: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ("bf16",)
+
+    @property
+    def itemsize(self) -> int:
+        """Number of bytes per weight."""
+        return np.dtype(self.dtype).itemsize
+
+    def make_mesh(self) -> Mesh:
+        """Return the mesh for generation on the TPU slice's devices."""
+        every = make_mesh(1, -1, 1, devices=self.slice.devices)
+        mesh = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
+        assert mesh is not None
+        return mesh
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Memory per chip in bytes: all weights, the weights read per token, and the state of the mixers per row."""
+
+    weights: float
+    read: float
+    cache: float
+
+
+def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
+    """Compile prefill and decoding for the benchmark with the longest prompts; return memory and minimum times.
+
+    Raises:
+      DoesNotFit: a batch needs more HBM than a chip has.
+    """
+    mesh, chip = case.make_mesh(), case.slice.chip
+    ways = row_ways(mesh)
+    rows = -(-case.rows // ways) * ways
+    prompts = {name: prompt_of(case.cfg, case.preparation, question) for name, question in BENCHMARKS.items()}
+    length, image = max(prompts.values(), key=lambda prompt: prompt[0])
+    params, arrays = unflatten(abstract_params(case.cfg, case.dtype, mesh)), _arrays(case, rows, length, image, mesh)
+    with use_mesh(mesh):
+        begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], _NEW_TOKENS, ()), params, arrays)
+        first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
+        later = compile_for_tpu(decode, params, case.cfg, *_placed(case.cfg, begun, mesh), _NEW_TOKENS, ())
+    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params, length)
+    needed = max(program.arguments + program.temporaries for program in (first, later))
+    largest = int((chip.hbm - memory.weights) / max(needed - memory.weights, 1) * rows / ways) * ways
+    received = sum(later.received.values()) / steps
+    phases = {
+        form: {
+            name: bound(case.cfg, chip, mesh.size, form, *prompts[name], question.answer).phases(BATCH, mesh.size)
+            for name, question in BENCHMARKS.items()
+        }
+        for form in case.weights
+    }
+    return PlannedEvaluation(
+        topology=case.slice.name,
+        chips=mesh.size,
+        mesh=dict(mesh.shape),
+        model=PlannedModel(layers=len(case.cfg.text.layers), parameters=count_params(case.cfg)),
+        rows=rows,
+        tokens_per_row=length,
+        hbm=Hbm(arguments=memory.weights, temporaries=needed - memory.weights, free=chip.hbm - needed),
+        largest_batch=largest,
+        resident=memory.read + memory.cache * rows,
+        read=hbm_bytes(later.text) / steps,
+        received=received,
+        seconds={name: sum(phases[case.weights[0]][name].values()) for name in BENCHMARKS},
+        phases=phases,
+        compile_seconds=first.seconds + later.seconds,
+    )
+
+
+def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mesh: Mesh) -> dict[str, Any]:
+    """Return the inputs of `prefill` as abstract arrays."""
+    cfg = case.cfg
+
+    def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        axes = ("batch", *(None,) * len(shape))
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding(mesh, axes))
+
+    arrays: dict[str, Any] = {"ids": array(length), "valid": array(length), "ended": array(dtype=bool)}
+    arrays |= {"pixels": None, "pixel_mask": None}
+    vision = cfg.vision
+    if vision is not None and vision.dynamic_resolution:
+        patches = image.rows * image.columns
+        arrays |= {"pixels": array(patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
+        if cfg.text.rope.sections:
+            arrays |= {"positions": array(3, length), "delta": array(1), "least": array(1)}
+    elif vision is not None:
+        side = vision.image_size
+        arrays["pixels"] = array(image.slots, vision.channels, side, side, dtype=np.float32)
+    return arrays
+
+
+def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
+    """Add shardings to the abstract cache and decoding state: rows over (data, fsdp), heads over `tensor`."""
+
+    def place(leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
+
+    cache, state = begun
+    axes_of = {str(run): MIXERS[type(x.mixer)].state_axes for run, (_, x) in enumerate(layer_runs(cfg.text.layers))}
+    placed = {
+        run: jax.tree.unflatten(jax.tree.structure(leaves), map(place, jax.tree.leaves(leaves), axes_of[run]))
+        for run, leaves in cache.items()
+    }
+    return placed, jax.tree.map(lambda leaf: place(leaf, ("batch", *(None,) * (leaf.ndim - 1))), state)
+
+
+def _memory(case: EvaluationCase, mesh: Mesh, params: Any, length: int) -> _Memory:
+    cfg, size = case.cfg, case.itemsize
+    flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
+    read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
+    cache = sum(layer.mixer.state_bytes(length, size) for layer in cfg.text.layers)
+    return _Memory(sum(flat.values()), read, cache / mesh.size)

@@ -1,0 +1,167 @@
+"""Lower bound on the time of benchmark questions on TPU chips, by phase and format of the weights; compiles nothing.
+
+A question is the vision tower's pass over its image, the prefill of the prompt, and an answer of some tokens. A phase
+takes at least the longer of its arithmetic at the chip's peak and of reading its weights and cache once from HBM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmprune_jax.base.chips import Chip
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.flops import active_params, causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.families.tiles import ImageShape
+
+BATCH = 1000  # number of questions in the estimate; as many run at once as fit
+_CACHE = 2  # bytes per number: bfloat16
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Typical question of a benchmark: image size in pixels, text tokens, and tokens of the longest answer."""
+
+    width: int
+    height: int
+    text: int
+    answer: int
+
+
+BENCHMARKS = {
+    "MMMU": Questions(900, 500, 160, 16),
+    "ScienceQA": Questions(500, 300, 120, 4),
+    "MathVista": Questions(700, 500, 140, 256),
+    "AI2D": Questions(700, 500, 70, 4),
+    "MME-C": Questions(900, 600, 50, 4),
+    "MME-P": Questions(1000, 700, 50, 4),
+    "POPE": Questions(640, 480, 40, 4),
+    "DocVQA": Questions(1700, 2200, 45, 32),
+    "GQA": Questions(500, 400, 40, 8),
+}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Storage of the matrices in the decoder's layers: bytes per weight with scales, and whether products are int8.
+
+    Embeddings, output head, projector and tower stay in bfloat16, as in exports.
+    """
+
+    bytes: float
+    int8: bool = False
+
+
+WEIGHT_FORMATS = {
+    "bf16": WeightFormat(2.0),
+    "w8a8": WeightFormat(1.0, int8=True),  # one scale per row, which is negligible
+    "w4a16": WeightFormat(0.5 + 2 / 128),  # a bfloat16 scale per group of 128
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Lower bounds (s) on the phases tower, prefill and decode, for `rows` questions at once on one group of chips.
+
+    `chips`: number of chips in the group, a power of two; other groups answer other questions.
+    """
+
+    chips: int
+    rows: int
+    tower: float
+    prefill: float
+    decode: float
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound on the seconds for all `rows` questions."""
+        return self.tower + self.prefill + self.decode
+
+    def phases(self, questions: int, chips: int) -> dict[str, float]:
+        """Return the seconds of each phase for answering `questions` questions on all groups of `chips` chips."""
+        batches = questions / self.rows / (chips // self.chips)
+        return {name: batches * getattr(self, name) for name in ("tower", "prefill", "decode")}
+
+
+def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:
+    """Return a question's prompt length in tokens and its image's shape (0 tiles for text models).
+
+    `preparation`: how the model prepares images (None: images have one size).
+    """
+    if cfg.vision is None:
+        return question.text, ImageShape(slots=0)
+    image = ImageShape()
+    if preparation is not None:
+        image = preparation.image_shape(question.width, question.height, 1)
+    return question.text + image.positions(cfg.tokens_per_image), image
+
+
+def bound(
+    cfg: ModelConfig,
+    chip: Chip,
+    chips: int,
+    weights: str,
+    length: int,
+    image: ImageShape,
+    answer: int,
+    rows: int | None = None,
+) -> Bound:
+    """Return a lower bound on the time of questions with prompts of `length` and answers of `answer` tokens.
+
+    The chips are split into equal groups; each group holds a copy of the weights and answers its own questions.
+    `rows`: questions that a group answers at once (None: as many as fit in memory, at most `BATCH` over all chips).
+    The group size is the fastest one if `rows` is given, otherwise the one with the most questions per second.
+
+    Raises UserError if the weights do not fit on the chips, or the chip has no int8 units.
+    """
+    if WEIGHT_FORMATS[weights].int8 and not chip.int8:
+        raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
+    sizes = weight_bytes(cfg, weights)
+    total = sum(sizes.values())
+    groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
+    if not groups:
+        raise UserError(f"{total / 2**30:.1f} GiB of weights do not fit on {chips} chips: use a larger slice")
+    cache, mean = (
+        sum(layer.mixer.state_bytes(tokens, _CACHE) for layer in cfg.text.layers)
+        for tokens in (length + answer, length + answer // 2)
+    )
+    layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
+    rate = chip.int8 if WEIGHT_FORMATS[weights].int8 else chip.flops
+
+    def on(group: int) -> Bound:
+        n = rows or max(1, min(-(-BATCH * group // chips), int((group * chip.hbm - total) / cache)))
+
+        def at_least(of_layers: float, others: float, n_bytes: float) -> float:
+            """Return seconds per group: the longer of arithmetic (layers, other FLOPs) and memory traffic."""
+            return max(of_layers / rate + others / chip.flops, n_bytes / chip.hbm_bandwidth) / group
+
+        return Bound(
+            chips=group,
+            rows=n,
+            tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), sizes["vision"]),
+            # the output head is needed for the last token alone
+            prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), sizes["layers"]),
+            decode=max(answer - 1, 0) * at_least(n * layers, n * head, sizes["layers"] + sizes["head"] + n * mean),
+        )
+
+    return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))
+
+
+def weight_bytes(cfg: ModelConfig, weights: str) -> dict[str, float]:
+    """Return the weight bytes in a format, by part: layers, output head, vision tower with projector, and the rest.
+
+    All experts count, since the tokens of a batch choose all of them.
+    """
+    layers = weight_flops(cfg, "text/layers/", (), False) / 2
+    layers += count_params(cfg) - active_params(cfg)  # experts that a token does not use
+    head = weight_flops(cfg, head_of(cfg), (), False) / 2
+    vision = sum(count_params(cfg, part) for part in ("vision", "projector")) if cfg.vision is not None else 0
+    rest = count_params(cfg) - layers - head - vision
+    return {
+        "layers": layers * WEIGHT_FORMATS[weights].bytes,
+        "head": 2 * head,
+        "vision": 2.0 * vision,
+        "rest": 2 * rest,
+    }

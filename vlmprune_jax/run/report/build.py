@@ -1,0 +1,217 @@
+"""From a workdir to `report.html` and `report.png`: of a finished run, or what an unfinished one has so far."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vlmprune_jax.base.errors import printable
+from vlmprune_jax.base.files import MAX_JSON_BYTES, read_text
+from vlmprune_jax.run.report import figures
+from vlmprune_jax.run.report.advice import advice_section
+from vlmprune_jax.run.report.answers import comparison_section, length_section
+from vlmprune_jax.run.report.page import Section, Table, write_page
+from vlmprune_jax.run.report.provenance import provenance_section
+from vlmprune_jax.run.report.samples import shown_samples
+from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
+from vlmprune_jax.run.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
+from vlmprune_jax.run.report.vocabulary import vocabulary_section
+from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
+from vlmprune_jax.run.workdir.ledger import StageRecord
+from vlmprune_jax.run.workdir.result import RESULT, Costs, Result, read_result
+from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
+from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
+from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
+from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
+
+NOTES = (
+    "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
+    "measured speed, as a multiple of the unpruned model's. Removed: share of all parameters, and of the decoder's. "
+    "Data: share of "
+    "the training records. Seconds: scoring, pruning and training, without evaluation."
+)
+AVERAGES = (
+    ", the mean over sets. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
+    "unpruned model's sum"
+)
+CONTROLS = (
+    " Of control: share of the score of the unpruned model after the same recovery, without the gain from training "
+    "on the task."
+)
+INTERVALS = (
+    " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
+    "by a paired bootstrap for other scores."
+)
+COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
+
+
+def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None) -> Path:
+    """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
+
+    Args:
+      workdir: workdir of a run, finished or not.
+      records: finished stages in the ledger, for the date in the title and the section on provenance.
+
+    Returns:
+      The page's path.
+
+    Raises UserError if the workdir has no file of a run, or a file is damaged.
+    """
+    path = workdir / RESULT
+    if path.exists() or path.is_symlink():
+        known: Result | None = read_result(workdir)
+        unfinished, missing = None, []
+    else:
+        unfinished = read_unfinished(workdir)
+        known, missing = unfinished.result, unfinished.missing
+    finished = unfinished is None
+    result = None if known is None else known.distinct()
+    variants = _variants(known) if unfinished is None else unfinished.variants
+    done = result if finished else None
+    return write_page(
+        workdir / "report.html",
+        _title(find_artefact(workdir / STEPS, Steps), records or {}),
+        [*_sections(workdir, result, variants, finished), *([provenance_section(records)] if records else [])],
+        lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
+        numbers=() if done is None else key_numbers(done),
+        missing=missing,
+        best="" if done is None else done.labels[done.best],
+        result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
+    )
+
+
+def _title(steps: Steps | None, records: Mapping[str, StageRecord]) -> str:
+    """Return the page's title: model, evaluation sets, and the day on which the last stage finished."""
+    dates = sorted(record.by.finished[:10] for record in records.values())
+    title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"
+    sets = "" if steps is None or not steps.sets else f", evaluated on {steps.sets}"
+    return printable(f"{title}{sets}{f' ({dates[-1]})' if dates else ''}")
+
+
+def _variants(result: Result | None) -> list[Variant]:
+    return [] if result is None else [Variant(run.name, run.method, run.plan, run.scores) for run in result.runs]
+
+
+def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
+    labels = {} if result is None else result.labels
+    if result is not None:
+        yield Section("Models", tables=tuple(tables_of(result, names=True)), notes=_notes(result), folded=False)
+    if result is not None and result.runs:
+        yield from figures.score_sections(workdir, result)
+    yield from _costs(workdir, result, finished)
+    if result is not None:
+        yield from length_section(workdir, result)
+    yield from _samples(workdir, labels, finished)
+    if result is not None and result.runs:
+        yield from comparison_section(workdir, result)
+        groups = tuple(groups_of(result))
+        if groups:
+            yield Section("By group of questions", tables=groups)
+    yield from vocabulary_section(workdir, variants)
+    yield from figures.removed_section(workdir, variants)
+    yield from figures.importance_section(workdir, variants)
+    yield from figures.kinds_section(workdir, variants)
+    yield from figures.affected_section(workdir, variants)
+    if result is not None:
+        yield from figures.loss_section(workdir, result)
+    planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
+    if planned is not None and planned.recoveries:
+        facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.recoveries.items())
+        yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
+    if finished and result is not None:
+        yield from advice_section(result)
+        yield _export(result)
+
+
+def _export(result: Result) -> Section:
+    if result.export is None:  # a run of a sweep
+        missing = f"Nothing is exported, the best model is {result.labels[result.best]}"
+        return Section("Export", missing=missing, command="vlmprune export")
+    note = (
+        f"Exported: {result.export.path} ({result.labels[result.best]}), reloaded and compared: largest difference of "
+        f"any logit {result.export.max_abs_logit_difference:.2g}."
+    )
+    if result.export.moved_by_rounding is not None:
+        note += (
+            " All scores on this page are of the model before rounding, which moves its logits by at most "
+            f"{result.export.moved_by_rounding:.2g}: the model card of the export has the scores after it."
+        )
+    return Section("Export", notes=(note,))
+
+
+def _notes(result: Result) -> tuple[str, ...]:
+    notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "")
+    notes += CONTROLS if result.controls else ""
+    notes += INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else ""
+    return tuple(filter(None, (notes, parameter_note(result.teacher))))
+
+
+def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
+    """Yield one report section of sample questions per evaluation set."""
+    artefact = find_artefact(workdir / SAMPLES, Samples)
+    sets = {} if artefact is None else artefact.sets
+    title = "Questions and what every model answers"
+    if not sets and finished:
+        command = COMMAND.format(workdir, "").replace(" run ", " evaluate ")
+        yield Section(title, missing="No questions were kept for this page", command=command)
+    for name, samples in sets.items():
+        shown = tuple(shown_samples(samples, labels))
+        if shown:
+            notes = () if any(sample.images for _, mine in shown for sample in mine) else ("These have no images.",)
+            yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
+
+
+def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
+    """Yield the report section with costs and measured speed per layer shape."""
+    measured, tables, notes = find_artefact(workdir / SPEED, Speed), list[Table](), list[str]()
+    labels = None if result is None else result.labels
+    if result is not None and result.teacher.costs is not None and result.workload is not None:
+        workload = result.workload
+        tables.append(_cost_table(result, result.teacher.costs))
+        notes.append(
+            f"FLOPs: a forward pass of {workload.length:,} tokens, those of {workload.images} image(s) among them"
+            f"{f', with images at {workload.image_tokens:,} tokens' if workload.image_tokens else ''}; a multiply-add "
+            f"is two. Cache and file as {workload.dtype}."
+        )
+    if measured is not None:
+        tables += speed_tables(measured, labels)
+        notes += speed_notes(measured)
+    if os.path.lexists(workdir / BENCH):
+        bench = read_artefact(workdir / BENCH, Bench)
+        tables += bench_tables(bench)
+        notes += bench_notes(bench)
+    if tables or finished:
+        yield Section(
+            "Cost and speed",
+            notes=tuple(notes),
+            tables=tuple(tables),
+            missing="" if measured is not None else "Speed was not measured",
+            command="" if measured is not None else COMMAND.format(workdir, " --config.speed.rounds=5"),
+            folded=False,
+        )
+
+
+def _cost_table(result: Result, unpruned: Costs) -> Table:
+    teacher, labels = result.teacher, result.labels
+    sparse = unpruned.active_parameters not in (None, teacher.parameters)  # a token uses some of the experts
+
+    def row(parameters: int, costs: Costs) -> tuple[str, ...]:
+        cells = [f"{parameters:,}", f"{100 * parameters / teacher.parameters:.1f}"]
+        cells += [f"{costs.active_parameters or parameters:,}"] if sparse else []
+        for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
+            ours, theirs = getattr(costs, key), getattr(unpruned, key)
+            value, share = ours / scale, 100 * ours / theirs if theirs else 100.0
+            cells += [f"{value:,.2f}" if scale > 1 else f"{value:,.0f}", f"{share:.1f}"]
+        return tuple(cells)
+
+    shapes = dict[tuple[str, ...], list[str]]()
+    for run in result.runs:
+        if run.costs is not None:
+            shapes.setdefault(row(run.parameters, run.costs), []).append(labels[run.name])
+    active = ("active per token",) if sparse else ()
+    header = ("model", "parameters", "%", *active, "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
+    rows = [("unpruned", *row(teacher.parameters, unpruned))]
+    rows += [(together(names), *cells) for cells, names in shapes.items()]
+    return Table("Cost by shape, and in % of the unpruned model's", header, tuple(rows))

@@ -1,0 +1,324 @@
+"""Figures that compare the models of a sweep: retention by cost, ratio, data and benchmark."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from vlmprune_jax.base.errors import printable
+from vlmprune_jax.run.report.style import (
+    COLOURS,
+    INK,
+    LARGEST,
+    LONGEST_TITLE,
+    MOST_NAMED,
+    MUTED,
+    UNRECOVERED,
+    legend_entries,
+    legible,
+    marker,
+    retention_axis,
+    styled,
+)
+from vlmprune_jax.run.workdir.result import WITHOUT, recovery_label
+from vlmprune_jax.run.workdir.sweep import Group, UnprunedModel
+
+MOST_PANELS = 9
+LABEL = "retained (%)"
+LINE_LETTERS = 110  # characters per row of a legend
+FEW_SEEDS = 2  # number of seeds whose interval is too uncertain to draw (with one seed, it is over questions)
+BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
+_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
+
+Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cost of models (`rising`: True if larger is better), with its figure labels.
+
+    `range_of`: function that returns the lowest and highest measured value; None if the cost is exact.
+    """
+
+    title: str
+    label: str
+    value_of: Callable[[Any], float]
+    rising: bool = False
+    range_of: Callable[[Any], tuple[float, float]] | None = None
+
+    def of_group(self, group: Group) -> tuple[float, float, float]:
+        """Return a group's (mean, low, high) cost over its seeds."""
+        values = [self.value_of(model) for model in group.models]
+        mean = float(np.mean(values))
+        if self.range_of is None:
+            return mean, mean, mean
+        lows, highs = zip(*map(self.range_of, group.models), strict=True)
+        return mean, min(lows), max(highs)
+
+
+REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.actual_ratio)
+DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
+
+
+def way_of(group: Group) -> str:
+    """Return a group's recovery in words, such as "reconstructed + SFT"."""
+    return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
+
+
+def titles_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Return readable group names such as "width 30 %, reconstructed + SFT", made unique by labels."""
+    words = {}
+    for group in groups:
+        ratio = group.mean("actual_ratio") if group.first.target_ratio is None else group.first.target_ratio
+        way = "" if way_of(group) == WITHOUT else f", {way_of(group)}"
+        data = f", {100 * group.first.data_fraction:g} % of the data" if group.first.data_fraction else ""
+        images = f", {group.first.image_tokens} image tokens" if group.first.image_tokens else ""
+        words[group.name] = printable(f"{group.first.method} {100 * ratio:.3g} %{way}{data}{images}")
+    counts = Counter(words.values())
+    return {name: title if counts[title] == 1 else f"{title} ({printable(name)})" for name, title in words.items()}
+
+
+def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
+    """Return {group: name of its line in plots}, usually the pruning method.
+
+    `by_images`: models with different limits of tokens per image have different lines.
+    """
+    criteria = {(group.first.method, group.first.criterion) for group in groups}
+    several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
+    models, limits = {group.first.model for group in groups}, {group.first.image_tokens for group in groups}
+    series, places = dict[str, str](), dict[tuple[Any, ...], list[Group]]()
+    for group in groups:
+        first = group.first
+        name = f"{first.method}, {first.criterion}" if first.method in several else first.method
+        name = f"{name} of {first.model.rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
+        if by_images and len(limits) > 1:
+            name = f"{name}, {first.image_tokens or 'all'} image tokens"
+        series[group.name] = name
+        asked = first.target_ratio  # None if the target was a number of layers
+        share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
+        places.setdefault((name, way_of(group), first.data_fraction, share, first.image_tokens), []).append(group)
+    extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
+    for group in groups:
+        values = (group.labels[label] for label in extra if label in group.labels)
+        series[group.name] = ", ".join((series[group.name], *values))
+    return series
+
+
+def _differing(groups: Sequence[Group]) -> list[str]:
+    labels = dict.fromkeys(label for group in groups for label in group.labels)
+    return [label for label in labels if len({group.labels.get(label) for group in groups}) > 1]
+
+
+def drawable(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups whose retention is known and within the plot's axis."""
+    return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return {line name: line style}; "without recovery" is grey."""
+    others = [name for name in dict.fromkeys(names) if name != WITHOUT]
+    styles = {WITHOUT: {"color": UNRECOVERED, "linestyle": "-", "marker": "o"}}
+    for i, name in enumerate(others):
+        dashes, marker = _LINES[i // len(COLOURS) % len(_LINES)]
+        styles[name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker}
+    return styles
+
+
+def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
+    """Plot retention against each cost in its own panel, with a line through the Pareto-optimal models.
+
+    `unpruned`: None if costs are multiples of the unpruned model's.
+    """
+    groups = drawable(groups)
+    ways = [way_of(group) for group in groups]
+    styles = _styles(ways)
+    with styled(*(group.first.method for group in groups), *ways):
+        figure, panels = _panels(len(costs), 3.3)
+        for axes, cost in zip(panels, costs, strict=True):
+            axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
+            for x in [1.0] if unpruned is None else map(cost.value_of, unpruned):
+                axes.plot(x, 100, "*", color=INK, markersize=12, zorder=3)
+            places = [cost.of_group(group) for group in groups]
+            front = _front(places, groups, rising=cost.rising)
+            if front:
+                axes.plot(*np.transpose(front), color=INK, linewidth=1, alpha=0.5, zorder=1)
+            for place, group, way in zip(places, groups, ways, strict=True):
+                _point(axes, place, group, styles[way]["color"])
+            axes.set_title(cost.title)
+            axes.set_xlabel(cost.label)
+            axes.margins(x=0.1)
+            retention_axis(axes, "y", [group.retained[0] for group in groups if group.retained])
+        colours = {way: styles[way]["color"] for way in dict.fromkeys(ways)}
+        _add_legend(figure, legend_entries((group.first.method for group in groups), colours))
+        return figure
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels, at most three per row; only the leftmost have a y label."""
+    columns = 2 if count in (2, 4) else min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(9.2, height * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(LABEL)
+    for axes in list(grid.flat)[count:]:
+        axes.set_axis_off()
+    return figure, list(grid.flat)[:count]
+
+
+def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: str) -> None:
+    assert group.retained is not None
+    (mean, low, high), (x, left, right) = group.retained, place
+    bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
+    if _is_drawn(group.retained, len(group.models)):
+        axes.plot([x, x], [low, high], **bar)
+    if left < right:
+        axes.plot([left, right], [mean, mean], **bar)
+    axes.plot(x, mean, **{**marker(group.first.method, colour), "markersize": 5.5, "markeredgewidth": 1.3})
+
+
+def _front(
+    places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
+) -> list[tuple[float, float]]:
+    """Return the Pareto-optimal points, cheapest first.
+
+    `places`: the mean and the range of each group's cost. A model is not cheaper than one that retains more if their
+    ranges overlap: that difference is noise.
+    """
+    sign = -1 if rising else 1
+    points = [
+        (sign * x, *sorted((sign * low, sign * high)), group.retained[0])
+        for (x, low, high), group in zip(places, groups, strict=True)
+        if group.retained
+    ]
+    best = [
+        (sign * x, value)
+        for x, _, high, value in points
+        if not any((other > value and low <= high) or (other == value and y < x) for y, low, _, other in points)
+    ]
+    return sorted(set(best), key=lambda point: sign * point[0])
+
+
+def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Add a legend below the panels, in as few rows as fit."""
+    rows = -(-sum(len(str(handle.get_label())) + 8 for handle in handles) // LINE_LETTERS)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // max(rows, 1)))
+
+
+def curves_figure(
+    groups: Sequence[Group], panel_of: Callable[[Group], str], line_of: Callable[[Group], str], x: Cost, scale: str
+) -> Figure:
+    """Plot retention against `x`, one panel per value of `panel_of` and one line per value of `line_of`.
+
+    Bands are 95 % intervals over seeds and questions, except at points of `FEW_SEEDS`.
+    """
+    panels: dict[str, dict[str, list[Group]]] = {}
+    for group in drawable(groups):
+        panels.setdefault(panel_of(group), {}).setdefault(line_of(group), []).append(group)
+    panels = dict(list(panels.items())[:MOST_PANELS])
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))[:MOST_NAMED]
+    styles = _styles(names)
+    with styled(*panels, *names):
+        figure, drawn = _panels(len(panels), 2.7)
+        for axes, (title, lines) in zip(drawn, panels.items(), strict=True):
+            axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
+            for name in names:
+                if name in lines:
+                    _curve(axes, lines[name], x, styles[name])
+            if scale == "log":
+                _log_ticks(axes, sorted({round(x.value_of(group.first), 6) for group in groups}), "g")
+            axes.set_title(legible(title, LONGEST_TITLE))
+            axes.set_xlabel(x.label)
+            retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
+        handles = [Line2D([], [], markersize=4, label=legible(name), **styles[name]) for name in names]
+        _add_legend(figure, handles)
+        return figure
+
+
+def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
+    points = [
+        (float(np.mean([x.value_of(model) for model in group.models])), group.retained, len(group.models))
+        for group in groups
+        if group.retained is not None
+    ]
+    _band(axes, points, look)
+
+
+def _is_drawn(ends: tuple[float, float, float], seeds: int) -> bool:
+    """Return True if an interval is drawn: over three or more seeds, or over questions for one seed."""
+    return seeds > FEW_SEEDS or (seeds < FEW_SEEDS and ends[1] < ends[2])
+
+
+def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
+    """Draw a line through mean values, and a band between their interval ends where enough seeds are known."""
+    rows = [(x, *(ends if _is_drawn(ends, seeds) else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
+    places, means, lows, highs = np.transpose(rows)
+    axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
+    axes.plot(places, means, markersize=4, linewidth=1.4, **look)
+
+
+def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
+    """Make the x axis logarithmic with exactly these ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def images_figure(lines: Mapping[str, Sequence[Point]], label: str) -> Figure:
+    """Plot a metric against tokens per image, given as {line: points}."""
+    lines = {name: points for name, points in list(lines.items())[:MOST_NAMED] if points}
+    styles = _styles(lines)
+    with styled(label, *lines):
+        figure, [axes] = _panels(1, 3.6)
+        for name, points in lines.items():
+            _band(axes, points, styles[name])
+        _log_ticks(axes, sorted({tokens for points in lines.values() for tokens, *_ in points}), ",")
+        axes.set_xlabel("maximum number of tokens per image")
+        axes.set_ylabel(legible(label))
+        _add_legend(figure, [Line2D([], [], markersize=4, label=legible(n), **styles[n]) for n in lines])
+        return figure
+
+
+def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
+    """Draw a radar chart of retention with one spoke per evaluation set.
+
+    `panels`: title -> model -> set -> retained in %.
+    """
+    panels = dict(list(panels.items())[:MOST_PANELS])
+    names = list(dict.fromkeys(name for models in panels.values() for name in models))
+    styles = _styles(names)
+    angles = np.linspace(0, 2 * np.pi, len(sets), endpoint=False)
+    top = max([100.0, *(value for models in panels.values() for model in models.values() for value in model.values())])
+    top = min(top, 150.0)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    with styled(*panels, *names, *sets):
+        figure = Figure(figsize=(9.2, 3.6 * rows + 0.5), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat)
+        for axes, (title, models) in zip(grid, panels.items(), strict=False):
+            axes.set_theta_offset(np.pi / 2)
+            axes.set_theta_direction(-1)
+            around = np.append(angles, angles[0])
+            axes.plot(around, np.full(len(around), 100.0), color=MUTED, linestyle="--", linewidth=1)
+            for name, model in models.items():
+                values = np.clip([model[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
+                axes.plot(around, values, linewidth=1.5, markersize=3, **styles[name])
+                axes.fill(around, values, color=styles[name]["color"], alpha=0.08)
+            axes.set_xticks(angles, [legible(name, 14) for name in sets])
+            axes.set_ylim(0, 1.05 * top)
+            axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100"])
+            axes.spines["polar"].set_visible(False)
+            axes.set_title(legible(title, LONGEST_TITLE), loc="center", pad=14)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles = [Line2D([], [], markersize=3, label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
+        _add_legend(figure, handles)
+        return figure

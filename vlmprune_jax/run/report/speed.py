@@ -1,0 +1,194 @@
+"""Tables and sentences about measured speed (`speed.json`, `bench.json`)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.console import Reporter
+from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.core.mesh.machine import processor
+from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, QuestionTime, SpeedConfig
+from vlmprune_jax.run.evaluation.speed.measure import measure_questions
+from vlmprune_jax.run.evaluation.speed.ratio import STEADY, speedup, spread
+from vlmprune_jax.run.report.page import Table
+from vlmprune_jax.run.workdir.artefact import to_json, write_artefact
+from vlmprune_jax.run.workdir.evaluation import UNPRUNED
+from vlmprune_jax.run.workdir.ledger import write_text
+from vlmprune_jax.run.workdir.speed import Bench, Speed
+
+_Row = tuple[str, ...]
+ANSWERS = (1, 16, 64)  # tokens of the answers of measured questions
+RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
+LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
+
+
+def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
+    """Return tables of speed-ups over the unpruned model and of measured speeds, one row per layer shape.
+
+    `labels`: {model: readable name}.
+    """
+    rows, times = list[_Row](), list[_Row]()
+    for pair in measured.pairs:
+        name = _shape_name(pair.models, labels)
+        beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
+        rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
+        times.append((name, str(pair.prefill_speedup), str(pair.decode_speedup)))
+    header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
+    return (
+        Table("Speed as a multiple of the unpruned model's: ratio of medians (interval over rounds)",
+              ("model", "prefill", "decoding"), tuple(times)),
+        Table("Measured speed: median (range) of all rounds", header, tuple(rows), ascending=header[3:]),
+    )  # fmt: skip
+
+
+def together(names: Sequence[str]) -> str:
+    """Return one name for models of equal layer shape: the shortest of their names."""
+    first = min(names, key=len)
+    return first if len(names) == 1 else f"{first} (and {len(names) - 1} of its shape)"
+
+
+def _shape_name(models: Sequence[str], labels: Mapping[str, str] | None) -> str:
+    named = models if labels is None else [labels[name] for name in models if name in labels] or models
+    return together([printable(name) for name in named])
+
+
+def _cells(speed: Measurement) -> _Row:
+    milliseconds = [1000 * second for second in speed.first_token]
+    memory = "" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**20:,.1f}"
+    return _range(speed.prefill), _range(speed.decode), _range(milliseconds), memory
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def speed_notes(measured: Speed) -> list[str]:
+    """Return notes on the machine, workload and spread of speed measurements."""
+    workload = measured.workload
+    images = ", an image first" if workload.image else ""
+    lines = [
+        f"Measured on {printable(measured.processor)} (load {measured.load:.1f} before) in "
+        f"{printable(workload.dtype)}: {workload.batch_size:,} row(s) of {workload.prompt_tokens:,} tokens{images}, "
+        f"then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns. Memory is that "
+        "of the compiled program on one device. Measured in vlmprune's JAX forward pass, not in another engine.",
+    ]
+    if measured.pairs:
+        speeds = [speed for pair in measured.pairs for speed in (pair.unpruned, pair.pruned)]
+        lines.append(f"{_spread_note(speeds)} {RULE}{LIMITS}.")
+    return lines
+
+
+def _spread_note(speeds: Sequence[Measurement]) -> str:
+    """Return a note on how much measured speeds vary between rounds."""
+    prefill, decode = (max(spread(getattr(speed, name)) for speed in speeds) for name in ("prefill", "decode"))
+    busy = "; other work disturbed them: measure on a quiet machine" if decode > STEADY else ""
+    return (
+        f"Repeated measurements of a model differ by up to {100 * prefill:.1f} % in prefill, "
+        f"{100 * decode:.1f} % in decoding{busy}."
+    )
+
+
+def bench_tables(bench: Bench) -> list[Table]:
+    """Return benchmark tables: speed and size, and speed-ups over the first model in the same engine."""
+    speeds, sizes, times, first = list[_Row](), list[_Row](), list[_Row](), dict[str, BenchSide]()
+    for side in bench.sides:
+        name = _path_end(side.model)
+        shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
+        prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
+        rounds = zip(side.first_token, side.decode, strict=True)
+        tokens = bench.workload.batch_size * bench.workload.new_tokens
+        answers = [1000 * (first + tokens / rate) for first, rate in rounds]
+        speeds.append((name, side.backend, prefill, decode, _range(answers)))
+        sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
+        before = first.setdefault(side.backend, side)
+        if before is not side:
+            speedups = speedup(before.prefill, side.prefill), speedup(before.decode, side.decode)
+            times.append((name, side.backend, _path_end(before.model, 24), *(speedup.show() for speedup in speedups)))
+    tables = [
+        Table("Speed: median (range) of all rounds",
+              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "question, ms"), tuple(speeds),
+              ascending=("question, ms",)),
+        Table("Size",
+              ("model", "engine", "weights", "prompt, tokens", "on disk, MiB", "peak memory, MiB"), tuple(sizes)),
+    ]  # fmt: skip
+    if times:
+        header = ("model", "engine", "than", "prefill", "decoding")
+        tables.append(Table("Times as fast: ratio of medians (interval over rounds)", header, tuple(times)))
+    return tables
+
+
+def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, reporter: Reporter) -> None:
+    """Print a benchmark's tables and notes; write its numbers to a file if one is named."""
+    if json_file is not None:
+        write_artefact(Path(json_file), bench)
+    for table in bench_tables(bench):
+        reporter.table(*table.printed)
+    for line in (*bench_notes(bench), *remarks):
+        reporter.say(line)
+
+
+def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
+    """Measure and print the time of each phase of answering a question (`vlmprune bench --questions`)."""
+    for name in ("backends", "engine_python", "threads"):
+        if flags[name].present and not (name == "backends" and flags.backends == ["jax"]):
+            raise UserError(f"--{name}: --questions measures jax alone, with all cores: leave --{name} out")
+    models = {
+        name: load(name, vision_dir=flags.vision_dir, dtype=flags.dtype) for name in (flags.model, *flags.against)
+    }
+    batches = {"batches": (config.batch_size,)} if flags["batch_size"].present else {}
+    times = measure_questions(models, config, **batches)
+    if flags.json is not None:
+        write_text(Path(flags.json), json.dumps({"processor": processor(), "models": to_json(times)}, indent=1) + "\n")
+    reporter.table(*question_table(times).printed)
+    reporter.say(
+        f"Measured on {processor()}: {config.rounds} rounds in turns, prompts of {config.prompt_tokens} tokens."
+    )
+
+
+def question_table(times: Mapping[str, Mapping[int, QuestionTime]]) -> Table:
+    """Return a table of question times, by phase and in total, with one row per model and batch size."""
+    rows = tuple(
+        (
+            _path_end(name, 20),
+            str(batch),
+            *(f"{1000 * statistics.median(phase):,.1f}" for phase in (time.tower, time.projector, time.prefill)),
+            *(f"{1000 * statistics.median(time.answer(tokens)):,.1f}" for tokens in ANSWERS),
+            f"{100 * spread(time.answer(ANSWERS[-1])):.0f}",
+        )
+        for name, by_batch in times.items()
+        for batch, time in by_batch.items()
+    )
+    answers = tuple(f"{tokens} token{'s' * (tokens > 1)}" for tokens in ANSWERS)
+    header = ("model", "at once", "tower", "projector", "prefill", *answers, "spread, %")
+    return Table("Milliseconds of each phase, and of questions with answers of some tokens", header, rows)
+
+
+def bench_notes(bench: Bench) -> list[str]:
+    """Return notes on machine, prompt and number of repetitions of a benchmark."""
+    workload, versions = bench.workload, dict[str, str]()
+    for side in bench.sides:
+        versions |= side.versions
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [
+        f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
+        f"{workload.batch_size:,} prompt(s) at once, then {workload.new_tokens:,} tokens generated for each (together "
+        f"a question), {workload.rounds:,} rounds in turns.",
+        f"{_spread_note(bench.sides)} {RULE}.",
+        f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
+        f"included: {named}.",
+    ]
+
+
+def _path_end(name: str, longest: int = 26) -> str:
+    """Return the last part of a path, short enough for a table."""
+    name = printable(name)
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"

@@ -1,0 +1,202 @@
+"""Order of the stages of all variants of an experiment, and conversion of one stage to a ledger task."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import typing
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.checks import file_of_users
+from vlmprune_jax.core.recovery.objective import uses_labels
+from vlmprune_jax.io.data.inputs import record_files
+from vlmprune_jax.run.experiment.spec import affecting
+from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
+from vlmprune_jax.run.stages.registry import STAGES, functions_of
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.workdir.content import content_key
+from vlmprune_jax.run.workdir.ledger import NoFacts, Task
+from vlmprune_jax.run.workdir.steps import StepRecord
+
+
+def task_of(work: Work) -> Task:
+    """Return the task of `work`: the stage's settings, inputs and outputs for this variant and folder."""
+    stage, sections, (run, complete) = STAGES[work.stage], work.sections, functions_of(work.stage)
+    arguments = [sections[section] for section in stage.sections]
+    below, title = work.folder.relative_to(work.workdir).as_posix(), f"{work.stage} {work.label}".strip()
+    files = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
+    inputs = _inputs(work)
+    task = Task(
+        name=title if below == "." else f"{below}/{title}",
+        function=functools.partial(run, work, *arguments),
+        workdir=work.workdir,
+        settings=affecting(work.stage, {section: sections[section] for section in ("model", *stage.sections)}),
+        inputs=inputs,
+        outputs=[work.folder / name for name in files],
+        version=stage.version,
+        facts=typing.get_type_hints(run).get("return", NoFacts),
+        scratch=[work.folder / name for name in stage.scratch],
+        journals=[work.folder / name for name in stage.journals],
+        kind=work.stage,
+        store=work.store,
+        beside=stage.beside,
+    )
+    task = task if complete is None else complete(task, work, *arguments)
+    user_file = file_of_users(run)
+    task = task if user_file is None else task.add(inputs={f"stage {work.stage}": user_file})
+    return dataclasses.replace(task, makers={name: maker for name in task.inputs if (maker := _maker(task, name))})
+
+
+def _inputs(work: Work) -> dict[str, Path | str]:
+    """Return the files that a stage declares: the unpruned model, records, and models or files of earlier stages."""
+    inputs: dict[str, Path | str] = {**work.model_files}
+    for source in STAGES[work.stage].inputs:
+        section, _, which = source.partition(".")
+        if section == "data":
+            inputs |= record_files(work.experiment.data, which)
+        else:
+            path = work.start if source == "start" else work.folder / source
+            inputs[path.name] = path
+    return inputs
+
+
+def _maker(task: Task, name: str) -> str | None:
+    """Return the name of the stage that makes the input `name` of a task; None if no stage makes it."""
+    if name in task.outside:
+        return None
+    for stage, declared in STAGES.items():
+        for pattern in (*declared.outputs, declared.model):
+            if fnmatch.fnmatchcase(Path(task.inputs[name]).name, pattern):
+                return stage
+    return None
+
+
+def steps_of(root: Work) -> list[Work]:
+    """Return the stages to run for every prune variant and its recovery variants, in order.
+
+    A recovery's control comes after the first model with this recovery. `root`: the `Work` of the command.
+    """
+    steps, controls = list[Work](), dict[str, Work]()
+    for pruned in prune_runs(root.experiment, root.workdir):
+        recoveries = recover_runs(pruned)
+        variant = root.replace(
+            experiment=pruned.experiment,
+            variant=pruned.folder,
+            folder=pruned.folder,
+            name=pruned.name,
+            recovery=NO_RECOVERY,
+            pruned=pruned.experiment.prune.method != "none",
+        )
+        shared = _chain("variant", variant, last=not recoveries)
+        steps += shared
+        for run in recoveries:
+            work = root.replace(
+                experiment=run.experiment,
+                variant=pruned.folder,
+                folder=run.folder,
+                name=run.name,
+                recovery=run.experiment.recover.name,
+                before=tuple(shared),
+                pruned=variant.pruned,
+            )
+            known, control = len(controls), _control(root, run, pruned, controls)
+            steps += _chain("recovery", work.replace(control=None if control is None else control.out))
+            steps += [control] if control is not None and len(controls) > known else []
+    return steps
+
+
+def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
+    """Return the stages of one variant that change the model, in order; `place` is the `Work` of the variant's folder.
+
+    `last`: True if no recovery follows, so that the last model is evaluated in any case.
+    """
+    steps, settings = list[Work](), place.sections
+    stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.off(settings) is None}
+    final = [name for name, stage in stages.items() if stage.model and last][-1:]
+    for name, stage in stages.items():
+        chain, title, recovery = (*place.before, *steps), place.name, place.recovery
+        starts = [step.out for step in (place.before or steps) if makes_model(step)]
+        if any(makes_model(step) for step in steps):
+            title = f"{title}-{stage.model}"
+            recovery = stage.model if recovery == NO_RECOVERY else f"{recovery}-{stage.model}"
+        steps.append(
+            place.replace(
+                stage=name,
+                name=title,
+                recovery=recovery,
+                evaluated=scope == "recovery" or place.experiment.evaluate.unrecovered or name in final,
+                before=chain,
+                start=starts[-1] if starts else place.start,
+                out=place.folder / stage.model,
+                reconstructed="reconstruct" in (name, *(step.stage for step in chain)),
+                recovered=scope == "recovery",
+            )
+        )
+    return steps
+
+
+def _control(root: Work, run: Variant, pruned: Variant, known: dict[str, Work]) -> Work | None:
+    """Return the step that trains the control (an unpruned model) for a recovery; None if not wanted.
+
+    A model that is not pruned needs none. `known`: the controls so far, by everything that they depend on, to which a
+    new one is added.
+    """
+    spec, below = run.experiment, run.folder.relative_to(pruned.folder)
+    if not (spec.recover.control and uses_labels(spec.recover.losses)) or spec.prune.method == "none":
+        return None
+    if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
+        for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
+            folder = getattr(spec.sections[section], cache)
+            if folder is not None:
+                changed: dict[str, Any] = {cache: str(Path(folder) / CONTROL)}
+                changed = {section: dataclasses.replace(spec.sections[section], **changed)}
+                spec = dataclasses.replace(spec, **changed)
+
+    def step(folder: Path, title: str) -> Work:
+        return root.replace(
+            stage="recover",
+            experiment=spec,
+            name=title,
+            recovery=spec.recover.name,
+            evaluated=True,
+            variant=folder,
+            folder=folder,
+            out=folder / "recovered",
+            recovered=True,
+            pruned=False,
+            is_control=True,
+        )
+
+    name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
+    first, settings = step(root.workdir / CONTROL / below, name), affecting("recover", spec.sections)
+    key = content_key(settings, [spec.data.train, spec.data.images, spec.model.hf_dir])
+    taken = any(other.folder == first.folder for other in known.values())
+    control = step(pruned.folder / CONTROL / below, f"{pruned.name}-{name}") if taken else first
+    return known.setdefault(key, control)
+
+
+def makes_model(work: Work) -> bool:
+    """Return True if the stage writes a model folder."""
+    return bool(STAGES[work.stage].model)
+
+
+def record_of(step: Work) -> StepRecord:
+    """Return the record of a step for the workdir's list of steps."""
+    stage = STAGES[step.stage]
+    variant, folder = (place.relative_to(step.workdir).as_posix() for place in (step.variant, step.folder))
+    return StepRecord(
+        stage=step.stage,
+        name=step.name,
+        recovery=step.recovery,
+        about=stage.help,
+        variant=variant,
+        folder=folder,
+        outputs=list(stage.outputs),
+        model=stage.model,
+        evaluated=step.evaluated,
+        pruned=step.pruned,
+        control=step.is_control,
+        compared_with="" if step.control is None else step.control.relative_to(step.workdir).as_posix(),
+    )

@@ -1,0 +1,247 @@
+"""Scores -> `plan.json` and the pruned model's folder `pruned/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.base.processes import on_process_zero
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.prune import CRITERIA, KeptStack, PrunePlan, Scores
+from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.core.prune.cost import amount
+from vlmprune_jax.core.prune.criteria.weights import random_scores
+from vlmprune_jax.core.prune.fingerprints import shape_digest
+from vlmprune_jax.core.prune.routing import ROUTING, Routing
+from vlmprune_jax.core.prune.select import moved_features
+from vlmprune_jax.core.prune.tables import Table, affected_tokens, explain
+from vlmprune_jax.core.prune.vocabulary import check_size
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES
+from vlmprune_jax.io.checkpoints.integers import make_storage
+from vlmprune_jax.io.data import inputs
+from vlmprune_jax.io.data.batching import Batch
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.exports.config import ExportSpec
+from vlmprune_jax.io.exports.pruning import make_plan, plan_stacks, prune_folder, prune_iteratively
+from vlmprune_jax.io.exports.vllm_tpu import check_storage
+from vlmprune_jax.io.families import family_of
+from vlmprune_jax.io.families.limits import unusual_counts
+from vlmprune_jax.run.experiment.arguments import plan_config
+from vlmprune_jax.run.experiment.spec import affecting
+from vlmprune_jax.run.stages.score import criteria_of, criterion_files, stacks_of
+from vlmprune_jax.run.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.ledger import Task, write_text
+from vlmprune_jax.run.workdir.steps import PruneFacts
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY
+
+
+def prune_task(
+    task: Task, work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec
+) -> Task:
+    """Add the prune stage's inputs: scores, and measured speeds if the budget needs them.
+
+    Raises UserError for pruning in several steps if more than one stack is pruned.
+    """
+    criteria, iterative = criteria_of(score, spec), spec.steps > 1 and spec.needs_scores
+    if iterative and spec.stack == "both":
+        raise UserError('prune.steps > 1 cannot prune both stacks at once: set prune.stack to "text" or "vision"')
+    sections = {"model": work.model, "data": data, "score": score, "export": export}
+    needs_records = iterative and CRITERIA[score.width].needs_batches
+    return task.add(
+        inputs={
+            **{name: work.folder / name for name in criteria},
+            **(inputs.record_files(data, "train") if needs_records else {}),
+            **(criterion_files(criteria.values()) if iterative else {}),
+            **({} if spec.budget.bench is None else {"prune.budget.bench": Path(spec.budget.bench)}),
+            **vocabulary_files(spec.vocabulary, data),
+        },
+        settings={
+            **(affecting("export", sections) if spec.budget.limits else {}),
+            **(affecting("score", sections) if iterative else {}),
+        },
+        outputs=[] if spec.vocabulary.size is None else [work.folder / VOCABULARY],
+    )
+
+
+def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> PruneFacts:
+    """Make a plan from scores; write the plan and the pruned model."""
+    scores = [
+        [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
+    ]
+    cfg, config = work.config(work.teacher), _plan_config(work, data, spec, export)
+    if not spec.needs_scores:
+        plan = make_plan(None, work.open_model(work.teacher), config)
+    elif spec.steps > 1:
+        plan = _plan_in_steps(work, data, score, config, scores[0][0])
+    else:
+        with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
+            plan = plan_stacks([*map(_of_stack, scores)], cfg, config)
+    _check_integers(plan.apply_to(cfg), spec, export)
+    routing = Routing.of_plan(work.folder / ROUTING, plan)
+    on_process_zero(
+        lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
+    )
+    write_text(work.folder / "plan.json", plan.to_json())
+    if plan.vocabulary is not None:
+        report = report_vocabulary(work, sources_of(spec.vocabulary, data), plan.vocabulary)
+        write_artefact(work.folder / VOCABULARY, report)
+        for line in vocabulary_lines(report):
+            work.say(f"  {line}")
+    facts = plan_facts(plan, cfg)
+    work.say(
+        f"  {plan.method}: {_percent(plan.actual_ratio)} of all parameters removed ({_of_parts(facts)}), "
+        f"{_percent(plan.target_ratio)} requested"
+    )
+    notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
+    for line in (*_budget_lines(plan), *_affected_lines(plan, routing), *(f"  {notice}" for notice in notices)):
+        work.say(line)
+    work.say(
+        f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"
+        + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
+    )
+    return facts
+
+
+def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> None:
+    """Raise UserError for a target that no plan can reach, found by planning with random scores.
+
+    If the vocabulary is trimmed, only its size is checked, because choosing tokens would read all source texts.
+    """
+    cfg = work.config(work.teacher)
+    check_size(spec.vocabulary.size, cfg.text.vocab_size)
+    if spec.vocabulary.size is not None:
+        return
+    if not spec.needs_scores:
+        make_plan(None, work.open_model(work.teacher), _plan_config(work, data, spec, export))
+        return
+
+    def drawn(criterion: str, stack: str) -> Scores:
+        options: dict[str, Any] = {"gqa": score.gqa}
+        arrays = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
+        if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
+            options["layers_removed"] = span
+            arrays = {**arrays, "importance": arrays["importance"][: max(0, len(arrays["importance"]) + 1 - span)]}
+        return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **arrays)
+
+    scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
+    spec = dataclasses.replace(spec, steps=1)
+    plan_stacks([*map(_of_stack, scores)], cfg, _plan_config(work, data, spec, export))
+
+
+def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
+    """Return a stack's scores for `plan_stacks` (a pair if layers and widths have different criteria)."""
+    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
+
+
+def _load(path: Path, stack: str) -> Scores:
+    scores = Scores.load(path)
+    if scores.stack != stack:
+        raise UserError(f"{path}: has scores for the {scores.stack} stack, expected the {stack} stack: score again")
+    return scores
+
+
+def _plan_in_steps(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, scores: Scores) -> PrunePlan:
+    """Score and prune in several rounds; return one plan for all of them."""
+    model = work.load(work.teacher)
+
+    def batches(step: int) -> list[Batch]:
+        if not CRITERIA[score.width].needs_batches:
+            return []
+        return inputs.calibration_batches(work.model, data, score, model.cfg, seed=score.seed + step)
+
+    _, plan, _ = prune_iteratively(
+        model,
+        batches,
+        spec,
+        criterion=score.width,
+        scores=scores,
+        score_config=score,
+    )
+    return plan
+
+
+def _check_integers(cfg: ModelConfig, spec: PlanConfig, export: ExportSpec) -> None:
+    """Raise UserError for an `export.quantize` that an engine in `prune.loads_in` cannot load."""
+    if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
+        storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
+        check_storage(cfg, storage, spec.tensor_parallel)
+
+
+def _plan_config(work: Work, data: DataSpec, spec: PlanConfig, export: ExportSpec) -> PlanConfig:
+    """Return the plan's settings; a limit on exported bytes counts all exported weights."""
+    config = plan_config(spec, work.model, data, export)
+    if config.budget.disk_bytes is not None:
+        if export.format != "huggingface" or export.quantize != "none":
+            raise UserError(
+                "prune.budget.disk_bytes is only for unquantised Hugging Face exports, but export.format or "
+                "export.quantize selects another format: unset disk_bytes"
+            )
+        source, tower = str(work.teacher), work.model.vision_dir
+        budget = dataclasses.replace(config.budget, layout=export.layout, source_dir=source, vision_dir=tower)
+        config = dataclasses.replace(config, budget=budget)
+    vocabulary = dataclasses.replace(sources_of(spec.vocabulary, data), source_dir=str(work.teacher))
+    return dataclasses.replace(config, vocabulary=vocabulary)
+
+
+def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table]:
+    """Return tables of each layer's pruned widths with reasons; none if no scores are needed."""
+    if not spec.needs_scores:
+        return []
+    scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
+    routing = Routing.of_plan(work.folder / ROUTING, work.plan)
+    return explain(work.plan, work.config(work.teacher), spec, scores, routing)
+
+
+def _affected_lines(plan: PrunePlan, routing: Routing | None) -> list[str]:
+    """Return a line with the calibration tokens that lose an expert, by type."""
+    if routing is None:
+        return []
+    _, (_, *names), (*_, (_, *means)) = affected_tokens(plan, routing)
+    shares = ", ".join(f"{mean} of {name}" for name, mean in zip(names, means, strict=True))
+    return [f"  in the mean over layers, {shares} lose an expert"]
+
+
+def _budget_lines(plan: PrunePlan) -> list[str]:
+    """Return a line per budget limit with the cost that the plan reaches."""
+    limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
+    return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
+
+
+def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
+    """Return a plan's numbers for tables and reports."""
+    lost = {}
+    for name in plan.stacks:
+        before, after = (count_params(config, name) for config in (cfg, plan.apply_to(cfg)))
+        lost[name] = (before - after) / before
+    return PruneFacts(
+        method=plan.method,
+        criterion=plan.criterion,
+        target_ratio=plan.target_ratio,
+        actual_ratio=plan.actual_ratio,
+        decoder_ratio=lost["text"],
+        tower_ratio=lost.get("vision"),
+        parameters=plan.parameters_after,
+        parameters_before=plan.parameters_before,
+        removed_layers=list(plan.removed_layers),
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "no ratio" if value is None else f"{100 * value:.2f} %"
+
+
+def _of_parts(facts: PruneFacts) -> str:
+    """Return text such as "30 % of the decoder" for a plan's removed shares."""
+    decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
+    return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
+
+
+def _layers_gone(name: str, stack: KeptStack) -> str:
+    suffix = "" if name == "text" else " of the tower"
+    return f"; without layers {', '.join(map(str, stack.removed_layers))}{suffix}" if stack.removed_layers else ""

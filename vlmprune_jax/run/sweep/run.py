@@ -1,0 +1,244 @@
+"""One run of a sweep: its workdir in `runs/`, shared results in `shared/`, and its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from vlmprune_jax.base.console import Reporter, make_reporter
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.links import real_path
+from vlmprune_jax.base.processes import is_main_process, on_process_zero
+from vlmprune_jax.run.evaluation.metrics.texts import BITS
+from vlmprune_jax.run.experiment.arguments import evaluation_sets
+from vlmprune_jax.run.experiment.spec import Experiment, affecting
+from vlmprune_jax.run.stages.pipeline import make_models, tasks_of
+from vlmprune_jax.run.stages.preflight import preflight
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.sweep.hyper import SweepRun
+from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.run.workdir.comparison import compare_again
+from vlmprune_jax.run.workdir.content import content_key, digest
+from vlmprune_jax.run.workdir.ledger import remove
+from vlmprune_jax.run.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.store import Store
+from vlmprune_jax.run.workdir.sweep import (
+    Entry,
+    RunError,
+    RunRecord,
+    SweepResult,
+    SweptModel,
+    UnprunedModel,
+    unpruned_key,
+)
+
+RUNS, SHARED = "runs", "shared"
+_QUIET = make_reporter(False)
+RUN, ERROR = "run.json", "error.json"  # results of a run, or the error that stopped it
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep: its workdir and config file, and whether to overwrite results."""
+
+    workdir: Path
+    config: str
+    overwrite: bool
+
+    def folder(self, run: SweepRun) -> Path:
+        """Return the workdir of one run of the sweep."""
+        return self.workdir / RUNS / run.name
+
+    def work(self, run: SweepRun, reporter: Reporter) -> Work:
+        """Return the `Work` of one run; all runs of the sweep share one result store."""
+        data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
+        # Image folders are inputs of no stage, as they hold many files.
+        images = [data.images, *(eval_set.images for eval_set in sets.values())]
+        store = Store(self.workdir / SHARED, {"images": [path and str(real_path(path)) for path in images]})
+        return Work.at(self.folder(run), run.experiment, reporter, overwrite=self.overwrite, store=store)
+
+
+def with_caches(experiment: Experiment) -> Experiment:
+    """Return the experiment with its own cache folders, shared only with runs whose caches have equal content.
+
+    A cache of logits or features refuses entries from another teacher, tower or preprocessing.
+    """
+    teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
+    model, sections = experiment.model, experiment.sections
+    shared = affecting("teacher_cache", sections)
+    if teacher is not None:
+        recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
+        experiment = dataclasses.replace(experiment, recover=recover)
+    if features is not None:
+        stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
+        tower = [affecting(stage, sections) for stage in stages]
+        data = [shared, experiment.data.max_images, experiment.data.images, experiment.recover.compute_dtype]
+        cache = _below(features, [vars(model), data, tower])
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=cache))
+    return experiment
+
+
+def _below(folder: str, made_from: Any) -> str:
+    return str(Path(folder) / content_key(made_from)[:16])
+
+
+def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
+    """Run all stages of one sweep run and write `run.json`; an interrupted run resumes.
+
+    Raises UserError if a stage refuses its settings or inputs.
+    """
+    folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
+    on_process_zero(lambda: remove(folder / ERROR))
+    work = sweep.work(run, reporter)
+    preflight(work, "run")
+    result = make_models(work)
+    if not is_main_process():
+        return
+    write_artefact(folder / RESULT, result)
+    unpruned, costs = result.teacher, _costs(result.teacher)
+    model, image_tokens = run.experiment.model.hf_dir, run.experiment.data.max_image_tokens
+    known = UnprunedModel(
+        image_tokens=image_tokens,
+        parameters=unpruned.parameters,
+        bytes=costs.file_bytes,
+        forward_flops=costs.forward_flops,
+        evaluation=unpruned.evaluation,
+    )
+    models = [_swept(run, model, sweep) for model in result.runs]
+    unpruned_models = {unpruned_key(model, image_tokens): known}
+    write_artefact(
+        folder / RUN, RunRecord(made_from=made_from, sets=result.sets, unpruned=unpruned_models, models=models)
+    )
+
+
+def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
+    path, costs = sweep.folder(run) / model.path, _costs(model)
+    shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
+    fields = {
+        "model": run.experiment.model.hf_dir,
+        "image_tokens": run.experiment.data.max_image_tokens,
+        "bytes": costs.file_bytes,
+        "forward_flops": costs.forward_flops,
+        "recovery": "none" if model.data_fraction == 0 else model.recovery,
+        "digest": digest(path, every_byte=True),
+        "path": path.relative_to(sweep.workdir).as_posix(),
+    }
+    return SweptModel(**{**shared, **fields, **_speeds(model)})
+
+
+def _costs(model: Run | Unpruned) -> Costs:
+    assert model.costs is not None  # `make_models` adds them to every model
+    return model.costs
+
+
+def _speeds(model: Run) -> dict[str, Any]:
+    """Return a model's tokens per second, and its speed-ups over the unpruned model."""
+    if model.speed is None:
+        return {}
+    phases = ("prefill", "decode")
+    speeds = {f"{part}_tokens_per_second": getattr(model.speed, part) for part in phases}
+    return speeds | {f"{part}_speedup": getattr(model.speed, f"{part}_speedup") for part in phases}
+
+
+def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
+    """Record the error that stopped a sweep run."""
+    write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
+
+
+def is_done(run: SweepRun, sweep: Sweep) -> bool:
+    """Return True if a sweep run is complete, with unchanged settings and inputs."""
+    record = read_run(run, sweep)
+    return record is not None and record.made_from == made_from_of(run, sweep)
+
+
+def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
+    """Return a sweep run's results; None if its file is missing or damaged."""
+    try:
+        record = read_artefact(sweep.folder(run) / RUN, RunRecord)
+    except UserError:
+        return None
+    paths = [Path(model.path) for model in record.models]
+    inside = all(path.is_relative_to(Path(RUNS) / run.name) and ".." not in path.parts for path in paths)
+    return record if inside and paths else None
+
+
+def read_error(run: SweepRun, sweep: Sweep) -> str | None:
+    """Return the error message that stopped a sweep run; None if there is none."""
+    try:
+        return read_artefact(sweep.folder(run) / ERROR, RunError).error
+    except UserError:
+        return None
+
+
+def made_from_of(run: SweepRun, sweep: Sweep) -> str:
+    """Return a hash of all inputs of a sweep run: settings, versions and outside files."""
+    experiment, tasks = run.experiment, dict[str, Any]()
+    for task in tasks_of(sweep.work(run, _QUIET)):
+        files = {name: digest_once(path) for name, path in task.outside.items()}
+        tasks[task.name] = (task.settings, files, task.version)
+    sections, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
+    results = [
+        {name: eval_set.metric for name, eval_set in sets.items()},
+        experiment.evaluate.unrecovered,
+        experiment.recover.name,
+    ]
+    variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
+    return content_key(tasks, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
+
+
+@functools.cache
+def digest_once(path: Path | str) -> str:
+    """Return `digest(path)`, which is computed only once per path and command."""
+    return digest(path)
+
+
+def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
+    """Collect the results of all complete runs as the content of `sweep.json`."""
+    sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
+    seen = set[str]()
+    for run in runs:
+        settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
+        entry = Entry(name=run.name, run=run.name, **settings)
+        record = read_run(run, sweep)
+        if record is None or record.made_from != made_from_of(run, sweep):
+            models.append(replace(entry, error=read_error(run, sweep)))
+            continue
+        # perplexities of different vocabularies are compared by bits per byte, in all runs
+        sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in record.sets.items()}
+        unpruned = {**record.unpruned, **unpruned}
+        models += _entries(run, entry, record.models, seen)
+    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=_alike(models, unpruned, sets))
+
+
+def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets: Sets) -> list[Entry]:
+    """Return sweep entries with retention recomputed from the same main metric per evaluation set."""
+    return [
+        entry
+        if (model := entry.found) is None
+        else replace(
+            entry,
+            found=replace(model, evaluation=compare_again(model.evaluation, unpruned[model.unpruned].evaluation, sets)),
+        )
+        for entry in models
+    ]
+
+
+def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
+    """Yield the models of a sweep run that no earlier run contains."""
+    several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
+    for number, model in enumerate(models, start=1):
+        last, known = number == len(models), model.digest in seen
+        seen.add(model.digest)
+        if known and not last:
+            continue
+        if last and not several:
+            yield replace(entry, found=model)
+        else:
+            relative = Path(model.path).relative_to(Path(RUNS) / run.name).as_posix()
+            yield replace(entry, name=f"{entry.name}/{relative}", group=f"{entry.group}/{relative}", found=model)

@@ -1,0 +1,264 @@
+"""`result.json`: comparison of all models of a run with the unpruned model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vlmprune_jax.base.errors import printable
+from vlmprune_jax.base.files import Count, Finite, Positive
+from vlmprune_jax.base.links import is_inside
+from vlmprune_jax.run.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.run.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
+from vlmprune_jax.run.workdir.speed import MedianSpeed
+
+RESULT = "result.json"
+NOT_TRAINED = ("none", "reconstructed")  # recoveries without training
+WITHOUT = "without recovery"
+RECOVERIES = {"sft": "SFT", "sft_l2": "SFT + L2", "sft_kl": "SFT + KL"}  # labels of common names of recoveries
+Evaluations = Mapping[str, Evaluated]  # set -> evaluation of one model
+
+
+class Set(MetricInfo, frozen=True, kw_only=True):
+    """Metric and size of an evaluation set."""
+
+    counted: Literal["questions", "tokens"]
+    count: Count
+
+    @property
+    def size(self) -> str:
+        """Size of the evaluation set as text, such as "9,673 questions"."""
+        return f"{self.count:,} {self.counted}"
+
+
+Sets = Mapping[str, Set]
+
+
+class ModelEvaluation(Part, frozen=True, kw_only=True):
+    """A model's metric values by evaluation set, also for groups of questions."""
+
+    scores: dict[str, Values]
+    groups: dict[str, dict[str, Group]] = {}
+
+    def main(self, name: str, sets: Sets) -> float | None:
+        """Return the model's main metric value on a set; None if it was not evaluated."""
+        return self.scores.get(name, {}).get(sets[name].main)
+
+
+class OfControl(Part, frozen=True, kw_only=True):
+    """Retention relative to the control: the unpruned model after the same training.
+
+    `scores`: the control's metric values by set and name. For the other fields, see `RunEvaluation`.
+    """
+
+    scores: dict[str, Values]
+    retained: dict[str, float | None]
+    retained_interval: dict[str, tuple[float, float]] = {}
+    mean_of_ratios: float | None
+
+
+class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
+    """Metric values of a pruned model, and its retention relative to the unpruned model and the control.
+
+    `retained`: 100 * value / the unpruned model's value, by set (inverted if lower is better; None for a zero divisor).
+    `retained_interval`: see `Evaluated`. `mean_of_ratios`: mean of `retained`. `paper_average`: AVG-% of arXiv
+    2604.24380, which is 100 * sum of value / full over the same sum of the unpruned model. Both averages use sets whose
+    metric has a full score (perplexity only if no set has a full score) and on which the unpruned model does not score
+    0; None if there is no such set. `control`: None if no control was trained.
+    """
+
+    retained: dict[str, float | None]
+    retained_interval: dict[str, tuple[float, float]] = {}
+    mean_of_ratios: float | None
+    paper_average: float | None
+    seconds: float
+    control: OfControl | None = None
+
+
+class Costs(Part, frozen=True, kw_only=True):
+    """Costs of a model, computed from its layer shapes."""
+
+    forward_flops: Finite
+    kv_bytes_per_token: Count
+    file_bytes: Count
+    active_parameters: Count | None = None  # parameters that one token uses; None in results of earlier versions
+
+
+class Workload(Part, frozen=True, kw_only=True):
+    """Prompt for which costs are computed: tokens, images and tokens per image, and data type of the cache."""
+
+    length: Count
+    images: Count
+    dtype: str
+    image_tokens: Count = 0
+
+
+class Unpruned(Part, frozen=True, kw_only=True):
+    """Entry of the unpruned model in `result.json`: evaluation, costs and speed.
+
+    `parameters`: number of parameters that a forward pass uses. `passthrough`: number of all other parameters in the
+    checkpoint, such as vision tower layers after the feature layer.
+    """
+
+    parameters: Positive
+    passthrough: Count = msgspec.field(default=0, name="carried")
+    evaluation: ModelEvaluation
+    costs: Costs | None = None
+    speed: MedianSpeed | None = None
+
+
+class Trained(Part, frozen=True, kw_only=True):
+    """Fields that entries of pruned models and of controls share in `result.json`."""
+
+    name: str
+    recovery: str
+    data_fraction: Finite = 0.0
+    training_records: Count | None = None
+    training_steps: Count | None = None
+    loss_terms: dict[str, str] = {}
+    seconds: float | None
+    metrics: str | None = None
+    path: str
+    evaluation: RunEvaluation
+
+
+class Control(Trained, frozen=True, kw_only=True):
+    """Entry of a control in `result.json`: the unpruned model after the same training as pruned models."""
+
+    @property
+    def label(self) -> str:
+        """Readable name of the control, such as "unpruned, SFT"."""
+        return f"{UNPRUNED}, {recovery_label(self.recovery, reconstructed=False)}"
+
+
+class Run(Trained, frozen=True, kw_only=True):
+    """Entry of a model in `result.json`, pruned unless `method` is "none": how it was made, and its scores.
+
+    `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
+    removed share of the decoder's parameters. `plan`: "" if nothing was pruned. `scores`: importance files.
+    `metrics`: file of training metrics. `path`: the model's folder. `recovery`: name of the recovery ("none" without
+    training). `loss_terms`: {loss in `metrics`: title}. `seconds`: time of scoring, pruning and training.
+    """
+
+    method: str
+    criterion: str
+    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # field name in files of version 0.1.0
+    actual_ratio: Finite = msgspec.field(name="ratio_reached")
+    decoder_ratio: Finite | None = None
+    parameters: Count
+    removed_layers: list[Count] = []
+    reconstruct: str = "none"
+    plan: str
+    scores: list[str]
+    costs: Costs | None = None
+    speed: MedianSpeed | None = None
+
+    @property
+    def after_pruning(self) -> str:
+        """Recovery in words, such as "reconstructed + SFT" or "without recovery"."""
+        repaired = self.recovery == "reconstructed" or (self.recovery != "none" and self.reconstruct != "none")
+        return recovery_label(self.recovery, reconstructed=repaired)
+
+    @property
+    def label(self) -> str:
+        """Readable name of the model, such as "width 30 %, reconstructed + SFT"."""
+        ratio = self.actual_ratio if self.target_ratio is None else self.target_ratio
+        after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
+        return f"{UNPRUNED if self.method == 'none' else f'{self.method} {100 * ratio:.3g} %'}{after}"
+
+
+class Export(Part, frozen=True, kw_only=True):
+    """Result of checking the exported folder: largest logit difference after reloading, and tolerance.
+
+    `moved_by_rounding`: largest logit difference between the quantised and the unquantised model.
+    """
+
+    path: str
+    backend: str
+    max_abs_logit_difference: float
+    tolerance: float
+    moved_by_rounding: float | None = None
+    seconds: float
+
+
+class Result(Artefact, frozen=True, kw_only=True, tag=1):
+    """File `result.json`: all models of a run; `best` names the run that is exported."""
+
+    HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
+    MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
+    sets: Annotated[dict[str, Set], Meta(min_length=1, max_length=1000)]
+    teacher: Unpruned
+    runs: Annotated[list[Run], Meta(min_length=1, max_length=10_000)]
+    controls: Annotated[list[Control], Meta(max_length=10_000)] = []
+    best: str
+    export: Export | None = None
+    workload: Workload | None = None
+
+    def problems(self, folder: Path) -> str | None:
+        """Return an error message for an unknown name or a path outside the workdir; None if there is none."""
+        if all(run.name != self.best for run in self.runs):
+            return f"its best run {self.best!r} is not among its runs"
+        for name, model in self.models:
+            missing = [key for key in self.sets if model.evaluation.main(key, self.sets) is None]
+            unknown = [key for key in model.evaluation.groups if key not in self.sets]
+            if missing or unknown:
+                return f"{name}: set {(missing + unknown)[0]!r} has no score of this model, or is not listed in sets"
+        named = [path for run in self.runs for path in (run.plan, *run.scores)]
+        named += [path for entry in self.entries for path in (entry.path, entry.metrics) if path is not None]
+        named += [] if self.export is None else [self.export.path]
+        for path in dict.fromkeys(named):
+            if not is_inside(folder / path, folder):
+                return f"{path!r} lies outside the workdir"
+        return None
+
+    @property
+    def entries(self) -> list[Control | Run]:
+        """Entries of all controls and pruned models."""
+        return [*self.controls, *self.runs]
+
+    @property
+    def models(self) -> list[tuple[str, Unpruned | Control | Run]]:
+        """Entries of all models by name, including the unpruned one."""
+        return [(UNPRUNED, self.teacher), *((entry.name, entry) for entry in self.entries)]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Readable names of all models by name, made unique."""
+        counts = Counter(entry.label for entry in self.entries)
+        labels = {
+            entry.name: entry.label + ("" if counts[entry.label] == 1 else f" ({entry.name})") for entry in self.entries
+        }
+        return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
+
+    def distinct(self) -> Result:
+        """Return the result without duplicate models, such as one pruned model before several recoveries."""
+        shown: dict[object, Run] = {}
+        for run in sorted(self.runs, key=lambda run: run.name != self.best):
+            evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))
+            key = (run.label, run.criterion, run.parameters, tuple(run.removed_layers), run.data_fraction, evaluation)
+            shown.setdefault(key, run)
+        return msgspec.structs.replace(self, runs=[run for run in self.runs if run in shown.values()])
+
+    @property
+    def best_run(self) -> Run:
+        """Entry of the run named in `best`."""
+        return next(run for run in self.runs if run.name == self.best)
+
+
+def recovery_label(recovery: str, *, reconstructed: bool) -> str:
+    """Return a recovery in words, such as "reconstructed + SFT"."""
+    trained = RECOVERIES.get(recovery, recovery) if recovery not in NOT_TRAINED else ""
+    return " + ".join(filter(None, ("reconstructed" if reconstructed else "", trained))) or WITHOUT
+
+
+def read_result(workdir: Path) -> Result:
+    """Read and check the file `result.json` of a workdir.
+
+    Raises UserError if the file cannot be read (see `read_artefact`), or has a path outside the workdir.
+    """
+    return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")
