@@ -39,8 +39,8 @@ from vlmprune_jax.core.models.params import flatten, stack_layers, unflatten, un
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
+from vlmprune_jax.io.checkpoints.batches import open_inputs
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.batches import open_inputs
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.images import GRIDS

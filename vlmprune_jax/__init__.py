@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.recovery.losses import losses
     from vlmprune_jax.core.recovery.terms import LossTerm
     from vlmprune_jax.core.stack import Encoder
+    from vlmprune_jax.io.checkpoints.batches import batches
     from vlmprune_jax.io.checkpoints.read import load
-    from vlmprune_jax.io.data.batches import batches
     from vlmprune_jax.io.data.placeholders import expand_images
     from vlmprune_jax.io.exports.format import Contents, Format
     from vlmprune_jax.io.exports.formats import FORMATS as formats
@@ -107,7 +107,7 @@ _HOMES = {
     "VocabularyConfig": "core.prune",
     "answer": "run.evaluation.answer",
     "apply_plan": "core.prune",
-    "batches": "io.data.batches",
+    "batches": "io.checkpoints.batches",
     "channels": "core.models.channels:CHANNELS",
     "compose": "core.prune",
     "count_params": "core.models.params",

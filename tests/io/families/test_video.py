@@ -16,7 +16,7 @@ from vlmprune_jax.core.models.patch_rows import in_cells, rejoined
 from vlmprune_jax.core.models.vlm import to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
-from vlmprune_jax.io.data.batches import open_inputs, to_records
+from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.feature_pass import compute_features
 from vlmprune_jax.io.data.images import limited_files

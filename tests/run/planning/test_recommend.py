@@ -18,9 +18,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
-from vlmprune_jax.run.cli.flags import parse
+from vlmprune_jax.run.cli.flags import parse, parse_bytes, parse_share
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.cli.recommend import parse_bytes, parse_share
 from vlmprune_jax.run.cli.stages import StageCommand
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.planning.case import predict_plan

@@ -17,8 +17,8 @@ from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.scoring import score
 from vlmprune_jax.core.prune.surgery import apply_plan
+from vlmprune_jax.io.checkpoints.batches import Records, batches
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.batches import Records, batches
 from vlmprune_jax.io.exports.pruning import make_plan, plan_stacks
 
 

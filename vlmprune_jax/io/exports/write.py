@@ -70,7 +70,7 @@ def save(
       uneven: layers of unequal width keep their sizes ("per_layer"), are padded ("pad") or refused ("refuse").
       head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
       mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it as the decoder; for folders.
-      mtp_dir: folder with the unpruned module for mtp="cut" (None = `source_dir`; folders of stages have none).
+      mtp_dir: folder with the unpruned module for mtp="cut" (None = `source_dir`; pruned folders have none).
       dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).

@@ -6,19 +6,14 @@ for a goal, and recommends the best one.
 
 from __future__ import annotations
 
-import math
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
 
-from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import Flags
-
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+from vlmprune_jax.run.cli.flags import Flags, parse_bytes, parse_share
 
 
 def define(values: Flags) -> None:
@@ -63,30 +58,3 @@ def run(flags: Any) -> None:
         bench=Path(flags.bench) if flags.bench else None, guide=guide,
     )  # fmt: skip
     tell(advice, guide, flags.save, given, flags.evidence, make_reporter(True))
-
-
-def parse_bytes(text: str) -> float:
-    """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
-
-    Raises UserError for text of another form, or a number that is not above 0.
-    """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not 0 < number < math.inf:
-        raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
-    return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]
-
-
-def parse_share(name: str, text: str) -> float:
-    """Convert a share such as 5%, 0.05 or "none" (0) to a fraction.
-
-    Raises UserError for text of another form.
-    """
-    number = text.strip().removesuffix("%")
-    try:
-        return 0.0 if number == "none" else float(number) / (100 if "%" in text else 1)
-    except ValueError:
-        raise UserError(f"--{name}={text}: must be a share, such as 5% or 0.05") from None

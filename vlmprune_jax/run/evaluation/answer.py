@@ -9,8 +9,8 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import on_decoding_mesh
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.checkpoints.batches import Records, open_inputs, to_records
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.batches import Records, open_inputs, to_records
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.io.data.media import InlineStore, StoredImage, Video, is_video
 from vlmprune_jax.io.data.records import Record

@@ -21,8 +21,7 @@ from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import evaluation_records
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import evaluation_sets
-from vlmprune_jax.run.stages.evaluate import AnswerFacts, answers_file, evaluation_works, result_file
-from vlmprune_jax.run.stages.graph import task_of
+from vlmprune_jax.run.stages.evaluate import AnswerFacts, answers_file, evaluation_task, evaluation_works, result_file
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import (
@@ -73,7 +72,7 @@ def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated
     sets = evaluation_sets(work.experiment.data, work.experiment.evaluate)
     evaluations = dict[str, Evaluated]()
     for part in evaluation_works(work, start, subject):
-        key, done = part.part, run_task(task_of(part), overwrite=work.overwrite, say=work.say)
+        key, done = part.part, run_task(evaluation_task(part), overwrite=work.overwrite, say=work.say)
         set_evaluations = measure_set(part, sets[key], done) if key in sets else _measured_task(part, done)
         twice = [name for name in set_evaluations if name in evaluations]
         if twice:

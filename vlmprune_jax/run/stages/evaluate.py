@@ -43,6 +43,7 @@ from vlmprune_jax.run.evaluation.runner import Reply, ask, check_answered, log_l
 from vlmprune_jax.run.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.run.experiment.spec import affecting
+from vlmprune_jax.run.stages.task import make_task
 from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.evaluation import evaluation_file
 from vlmprune_jax.run.workdir.ledger import Task, write_text
@@ -278,3 +279,8 @@ def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
             names.append(inputs.name_of_records(chosen.data or chosen.text or ""))
     names += spec.tasks
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def evaluation_task(work: Work) -> Task:
+    """Return the task that evaluates one model on one set."""
+    return make_task(work, evaluate_stage, evaluate_task)

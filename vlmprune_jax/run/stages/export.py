@@ -26,8 +26,7 @@ from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.run.experiment.arguments import export_options, image_tokens, with_rounding
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.answers import evaluate_model
-from vlmprune_jax.run.stages.evaluate import evaluation_works
-from vlmprune_jax.run.stages.graph import task_of
+from vlmprune_jax.run.stages.evaluate import evaluation_task, evaluation_works
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.comparison import benchmark_rows, rounded_rows
 from vlmprune_jax.run.workdir.content import content_key, made_from
@@ -86,7 +85,7 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
     card: Any = _benchmarks(work)
     if card and _is_quantised(values) and spec.evaluate:
-        card = [card, [_without_model(task_of(part)) for part in _evaluations(work)]]
+        card = [card, [_without_model(evaluation_task(part)) for part in _evaluations(work)]]
     return task.add(
         inputs={
             **(inputs.record_files(data, "train") if calibrates else {}),
@@ -187,7 +186,10 @@ def _after_rounding(work: Work, spec: ExportSpec, out: Path, loaded: dict[Path, 
 
 def _evaluated(work: Work) -> list[Task]:
     """Return the tasks that evaluated the unpruned model and the exported one before its quantisation."""
-    return [*map(task_of, evaluation_works(work, work.teacher, TEACHER)), *map(task_of, _evaluations(work))]
+    return [
+        *map(evaluation_task, evaluation_works(work, work.teacher, TEACHER)),
+        *map(evaluation_task, _evaluations(work)),
+    ]
 
 
 def _evaluations(work: Work) -> list[Work]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.base.checks import Registry
@@ -98,20 +98,3 @@ The command also updates result.json, if the workdir has one.""",
         ),
     },
 )
-
-
-def functions_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """Return the functions `run` and `task` of a stage; built-in ones are imported now, because they import jax."""
-    from vlmprune_jax.run.stages import evaluate, export, prune, reconstruct, recover, score, speed
-
-    built_in: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
-        "score": (score.score_stage, score.score_task),
-        "prune": (prune.prune_stage, prune.prune_task),
-        "reconstruct": (reconstruct.reconstruct_stage, None),
-        "recover": (recover.recover_stage, recover.recover_task),
-        "evaluate": (evaluate.evaluate_stage, evaluate.evaluate_task),
-        "speed": (speed.speed_stage, speed.speed_task),
-        "export": (export.export_stage, export.export_task),
-    }
-    stage = STAGES[name]
-    return built_in[name] if stage.run is None else (stage.run, stage.task)

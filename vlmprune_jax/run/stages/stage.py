@@ -22,7 +22,7 @@ class Stage:
     Args:
       help: one line, in the imperative.
       run: function `run(work, *sections)` that makes the outputs and returns facts for the ledger: a `msgspec.Struct`
-        (its annotated return type), or None. Built-in stages leave this field out, see `functions_of`.
+        (its annotated return type), or None. Built-in stages leave this field out, see `graph.BUILT_IN`.
       sections: config sections that `run` receives besides the model, in the order of its arguments.
       inputs: what the stage reads: "data.train" (records), "start" (the input model), or file names in its folder.
       outputs: names of the files that the stage writes besides `model`; a pattern if `task` adds the files.

@@ -97,7 +97,7 @@ def batches(
     cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings, ("max_length", "truncate"))
     data, read, encoder = inputs.data, to_records(records, inputs), inputs.training_encoder(cfg)
     if samples is not None:
-        drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(read))[:samples]  # as the stages draw
+        drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(read))[:samples]  # as the commands draw
         read = [read[index] for index in drawn]
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
