@@ -149,7 +149,7 @@ def test_files_are_read_within_a_bound():
 def test_every_workdir_is_checked_for_links():
     """`to_workdir` is what a flag --workdir goes through."""
     used, checked = [], []
-    for file, _, node in uses(PACKAGE / "cli", ROOT / "tools"):
+    for file, _, node in uses(PACKAGE / "run/cli", ROOT / "tools"):
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "flags.workdir":
             used.append(f"{file}:{node.lineno}")
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("to_workdir", "to_experiment"):

@@ -9,9 +9,9 @@ from safetensors.flax import load_file
 import vlmprune_jax as vp
 from vlmprune_jax.base.settings import setting
 from vlmprune_jax.base.weight_files import DTYPES, file_name
+from vlmprune_jax.core.models.lazy import to_host
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.io.checkpoints.disk.tensors import weight, write_weights
-from vlmprune_jax.io.checkpoints.lazy import to_host
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 WRITER = """
 import sys, time
 from vlmprune_jax.core.models import lazy
-from vlmprune_jax.io.checkpoints.disk import verified
+from vlmprune_jax.base import verified
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.checkpoints.read import load

@@ -232,7 +232,7 @@ WRITER = """
 import os, sys, time
 import numpy as np
 from pathlib import Path
-from vlmprune_jax.core import cache
+from vlmprune_jax.base import cache
 cache.SHARD_BYTES, plain, count = 100, os.fsync, 0
 def slow(descriptor):
     global count

@@ -105,7 +105,9 @@ def test_depth_cuts_are_mended_saved_and_generate(folder, tmp_path):
 @pytest.mark.parametrize("depth", [0, 1001, 10**9, "4"])
 def test_layers_are_bounded_before_they_are_made(folder, depth):
     edit_config(folder, audio={**CONFIG["audio"], "depth": depth})
-    with pytest.raises(UserError, match=r"config.json: audio.depth is .*, expected a whole number from 1 to 1000"):
+    with pytest.raises(
+        UserError, match=r"config.json: field audio.depth is .*, expected a whole number from 1 to 1000"
+    ):
         vp.load(folder)
 
 

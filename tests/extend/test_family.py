@@ -98,7 +98,7 @@ def test_scored_pruned_and_reloaded(config, tmp_path, torch_outputs):
     inputs = random_ids(pruned)
     expected = np.asarray(vp.forward(vp.apply_plan(before, plan), **inputs)[0])
     card = (tmp_path / "w/pruned/README.md").read_text()
-    assert "from transformers import SeedOssForCausalLM" in card
+    assert 'SeedOssForCausalLM.from_pretrained(".")' in card
     for version in VERSIONS:
         found = torch_outputs(tmp_path / "w/pruned", inputs, class_name=CAUSAL, version=version)["logits"]
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0, err_msg=version)

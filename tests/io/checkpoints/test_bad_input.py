@@ -48,30 +48,39 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"text_config.hidden_size": "48"}, "text_config.hidden_size is '48', expected a whole number above 0"),
-        ({"text_config.num_hidden_layers": 10**9}, "text_config.num_hidden_layers is 1000000000, expected a whole"),
-        ({"text_config.vocab_size": -1}, "text_config.vocab_size is -1, expected a whole number above 0"),
-        ({"text_config.rms_norm_eps": float("nan")}, "text_config.rms_norm_eps is nan, expected a number"),
+        ({"text_config.hidden_size": "48"}, "field text_config.hidden_size is '48', expected a whole number above 0"),
+        (
+            {"text_config.num_hidden_layers": 10**9},
+            "field text_config.num_hidden_layers is 1000000000, expected a whole",
+        ),
+        ({"text_config.vocab_size": -1}, "field text_config.vocab_size is -1, expected a whole number above 0"),
+        ({"text_config.rms_norm_eps": float("nan")}, "field text_config.rms_norm_eps is nan, expected a number"),
         ({"text_config.rope_scaling": {"type": "linear"}}, 'linear rope: "factor" is missing'),
-        ({"text_config.per_layer_shapes": 5}, "text_config.per_layer_shapes is 5, expected a list of [query heads"),
-        ({"text_config.num_hidden_layers": 10_000}, "text_config.num_hidden_layers is 10000, expected a whole number"),
+        (
+            {"text_config.per_layer_shapes": 5},
+            "field text_config.per_layer_shapes is 5, expected a list of [query heads",
+        ),
+        (
+            {"text_config.num_hidden_layers": 10_000},
+            "field text_config.num_hidden_layers is 10000, expected a whole number",
+        ),
         (
             {"vision_config.image_size": 2**31 - 1},
-            "vision_config.image_size is 2147483647, expected a whole number from 1",
+            "field vision_config.image_size is 2147483647, expected a whole number from 1",
         ),
-        ({"text_config.rope_theta": 5e-324}, "text_config.rope_theta is 5e-324, expected a number above 0"),
+        ({"text_config.rope_theta": 5e-324}, "field text_config.rope_theta is 5e-324, expected a number above 0"),
         (
             {"text_config.rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}},
             "yarn rope with theta 10000, ",
         ),
         ({"text_config.hidden_act": "evil"}, "activation 'evil' is not supported"),
-        ({"architectures": ["LlavaForConditionalGeneration`\n"]}, "architectures is ['LlavaFor"),
-        ({"auto_map": {"a b": "c"}}, "auto_map is {'a b': 'c'}, expected an object of names"),
+        ({"architectures": ["LlavaForConditionalGeneration`\n"]}, "field architectures is ['LlavaFor"),
+        ({"auto_map": {"a b": "c"}}, "field auto_map is {'a b': 'c'}, expected an object of names"),
         ({"deep": json.loads("[" * 200 + "]" * 200)}, "is not valid JSON (too deeply nested)"),
         ({"name": "\ud800"}, "is not valid JSON ('utf-8' codec"),
-        ({"vision_config": ["clip"]}, "vision_config is ['clip'], expected an object"),
+        ({"vision_config": ["clip"]}, "field vision_config is ['clip'], expected an object"),
         ({"vision_config.num_attention_heads": 5}, "vision tower: hidden_size 32 is not a multiple of its 5"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"tie_word_embeddings": "false"}, "field tie_word_embeddings is 'false', expected true or false"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -93,7 +102,7 @@ def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
         (2.0, "1 divided by an"),
     ):
         edit_config(folder, downsample_ratio=ratio)
-        with pytest.raises(UserError, match=f"config.json: downsample_ratio.*{said}"):
+        with pytest.raises(UserError, match=f"config.json: field downsample_ratio.*{said}"):
             read_config(folder)
 
 

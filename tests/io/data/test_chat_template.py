@@ -59,7 +59,7 @@ def test_other_choices_are_told():
     told = inputs_of(TEACHER, template="llava_v1", aspect_ratio="pad").notes
     assert len(told) == 2
     assert told[0].startswith('prompts are "A chat between a curious user')
-    assert told[0].endswith("of the folder's chat template 'USER: <image>\\nHow many? ASSISTANT:'")
+    assert "of the folder's chat template 'USER: <image>\\nHow many? ASSISTANT:'; a recipe or config sets" in told[0]
     assert told[1] == 'data.aspect_ratio="pad", but the model folder says "square"'
     assert inputs_of(TEACHER, template="llava_v1", system="", aspect_ratio="square").notes == ()
 

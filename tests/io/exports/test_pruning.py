@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_all_the_same(llama, tmp_path, existing):
 KILLED = """
 import sys, time
 import vlmprune_jax as vp
-from vlmprune_jax.io.checkpoints.disk import verified
+from vlmprune_jax.base import verified
 source, plan, out = sys.argv[1:]
 verified.BLOCK = 4096
 put, count = verified.CheckedFile._put, 0

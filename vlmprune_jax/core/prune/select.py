@@ -120,7 +120,7 @@ class Trim:
         """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
-        return 0.0 if all(getattr(config, name) is None for name in METHOD_TARGETS[config.method]) else None
+        return 0.0 if all(getattr(config, name) in (None, ()) for name in METHOD_TARGETS[config.method]) else None
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
         """Return the plan with the kept vocabulary added to it."""

@@ -82,7 +82,7 @@ def write_card(
     """
     plan_file = folder / "plan.json"
     plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
-    after = "recovered" if plan else "trained"
+    after = "recovered" if plan or reconstructed else "trained"
     steps = [step for step, done in (("reconstructed", reconstructed), (after, recovered)) if done]
     all_steps = [*(["pruned"] if plan else []), *steps]
     task = "text-generation" if cfg.vision is None else "image-text-to-text"

@@ -176,7 +176,11 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
     units = {(i, axis): np.zeros(size) for i in range(5) for axis, size in (("kv_heads", 2), ("mlp", 11))}
     for scores, parts, message in (
         (("layers",), {"units": {}}, "units, expected importance"),
-        (("layers",), {"importance": np.zeros(4)}, r"importance of shape \(4,\), expected \(5,\)"),
+        (
+            ("layers",),
+            {"importance": np.zeros(4)},
+            r"importance of shape \(4,\), expected a number for each of the 5",
+        ),
         (("widths",), {"units": {}}, "units {}, expected scores of shapes among"),
         (("widths",), {"units": units}, r"units .*\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
     ):
@@ -190,8 +194,8 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
 
 
 def test_no_criterion_is_known_by_name_elsewhere():
-    """Names are in prune/criteria/ and, as defaults of settings, where these are declared."""
-    home = ROOT / "vlmprune_jax/prune/criteria"
+    """Names are in core/prune/criteria/ and, as defaults of settings, where these are declared."""
+    home = ROOT / "vlmprune_jax/core/prune/criteria"
     names, found = {"block_influence", "angular", "taylor", "l1", "param_first"}, []
     assert names - {"param_first"} <= set(CRITERIA)
     for path in sorted((ROOT / "vlmprune_jax").rglob("*.py")):

@@ -129,7 +129,7 @@ def test_what_config_and_card_say(int4):
     zeros = int4.with_name("zeros")
     vp.save(vp.load(int4), zeros, source_dir=int4, quantize="w4a16", symmetric=False)
     card = (zeros / "README.md").read_text()
-    assert "import LlamaForCausalLM, CompressedTensorsConfig\n" in card
+    assert "LlamaForCausalLM, CompressedTensorsConfig\n" in card
     assert 'from_pretrained(".", quantization_config=CompressedTensorsConfig(dequantize=True))\n' in card
 
 
