@@ -51,18 +51,18 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
         ({"text_config.hidden_size": "48"}, "field text_config.hidden_size is '48', expected a whole number above 0"),
         (
             {"text_config.num_hidden_layers": 10**9},
-            "field text_config.num_hidden_layers is 1000000000, expected a whole",
+            "field text_config.num_hidden_layers is 1000000000, expected a",
         ),
         ({"text_config.vocab_size": -1}, "field text_config.vocab_size is -1, expected a whole number above 0"),
         ({"text_config.rms_norm_eps": float("nan")}, "field text_config.rms_norm_eps is nan, expected a number"),
         ({"text_config.rope_scaling": {"type": "linear"}}, 'linear rope: "factor" is missing'),
         (
             {"text_config.per_layer_shapes": 5},
-            "field text_config.per_layer_shapes is 5, expected a list of [query heads",
+            "field text_config.per_layer_shapes is 5, expected a list of [query",
         ),
         (
             {"text_config.num_hidden_layers": 10_000},
-            "field text_config.num_hidden_layers is 10000, expected a whole number",
+            "field text_config.num_hidden_layers is 10000, expected a whole",
         ),
         (
             {"vision_config.image_size": 2**31 - 1},
@@ -102,7 +102,7 @@ def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
         (2.0, "1 divided by an"),
     ):
         edit_config(folder, downsample_ratio=ratio)
-        with pytest.raises(UserError, match=f"config.json: field downsample_ratio.*{said}"):
+        with pytest.raises(UserError, match=f"config.json: .*downsample_ratio.*{said}"):
             read_config(folder)
 
 
