@@ -15,7 +15,8 @@ from pathlib import Path
 
 from vlmprune_jax.run.cli.main import main as vlmprune
 from vlmprune_jax.run.planning.guide import read_guide
-from vlmprune_jax.run.planning.recommend import advise, summarize
+from vlmprune_jax.run.planning.recommend import advise
+from vlmprune_jax.run.report.advice import summarize
 from vlmprune_jax.run.workdir.result import read_result
 
 CASES = {
@@ -29,7 +30,7 @@ CASES = {
 def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, object]:
     """Run the config of one recommendation; return the expected and the measured retention in %."""
     advice = advise(model, **CASES[name], guide=read_guide())
-    config = workdir / f"{name}.py"
+    config = workdir / f"{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(advice.config)
     if vlmprune(["run", f"--config={config}", f"--workdir={workdir / name}", *flags]):

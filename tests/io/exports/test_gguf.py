@@ -174,6 +174,9 @@ def test_from_files_one_tensor_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmprune_jax.io.exports.gguf_model._CHUNK", 100)
     prune_folder(source, plan, tmp_path / "files", format="gguf", dtype="bfloat16", quantize="q8_0")
     assert (tmp_path / "files/llama-pruned-Q8_0.gguf").is_file()
+    said = {name: field.contents() for name, field in opened(tmp_path / "files").fields.items()}
+    assert (said["general.basename"], said["general.finetune"]) == ("llama", "pruned")
+    assert said["general.tags"] == ["vlmprune-jax", "pruned"]
     memory, files = ({t.name: t.data.tobytes() for t in opened(tmp_path / n).tensors} for n in ("memory", "files"))
     assert memory == files
 
@@ -193,10 +196,11 @@ def test_what_the_file_says(tmp_path):
     assert fields["general.license.link"] == "https://x.org/L"
     assert fields["general.name"] == "org/My-Phi 3 7B"  # by the other spelling llama.cpp takes it for a Phi-3
     assert fields["general.size_label"].endswith("K")
-    assert fields["general.finetune"] == "pruned"
+    assert "general.finetune" not in fields
     assert fields["general.basename"] == "My-Phi-3 7B"
     assert fields["general.languages"] == ["en", "pt-BR"]
-    assert fields["general.tags"] == ["vlmprune-jax", "pruned"]
+    assert fields["general.tags"] == ["vlmprune-jax"]
+    assert "prune plan" not in (tmp_path / "out/README.md").read_text()
     assert fields["llama.context_length"] == 11
     assert "Rows of 56 neurons are no whole blocks of 32" in (tmp_path / "out/README.md").read_text()
     assert fields["general.file_type"] == 32

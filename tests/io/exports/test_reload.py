@@ -1,6 +1,8 @@
 """Exported folders in stock transformers on torch, versions 5 and 4.57: the same logits within 1e-4."""
 
+import io
 import json
+import logging
 import sys
 
 import jax
@@ -119,6 +121,21 @@ def test_check_export_notices_what_transformers_would_initialise(saved):
     edit_weights(out, lambda tensors: {key: value for key, value in tensors.items() if key != name})
     with pytest.raises(UserError, match=r"missing_keys: .*post_layernorm\.bias"):
         check_export(model, out)
+
+
+def test_check_export_is_silent_about_slow_kernels(goldens):
+    """Qwen3.5 has layers with kernels in other packages; the check needs none of them."""
+    import transformers
+
+    folder, lines, logger = goldens / "families/qwen3_5/ckpt", io.StringIO(), transformers.utils.logging.get_logger()
+    handler = logging.StreamHandler(lines)
+    transformers.utils.logging.warning_once.cache_clear()  # each is shown once per process
+    logger.addHandler(handler)
+    try:
+        assert check_export(load(folder), folder)["backend"] == "torch"
+    finally:
+        logger.removeHandler(handler)
+    assert not lines.getvalue()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import predict_plan
-from vlmprune_jax.run.planning.recommend import LARGE_VOCABULARY, vocabulary_share
+from vlmprune_jax.run.report.advice import LARGE_VOCABULARY, vocabulary_share
 
 
 @pytest.fixture(scope="module")

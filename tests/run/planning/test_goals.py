@@ -104,7 +104,7 @@ def test_a_method_that_the_machine_cannot_use_is_neither_ranked_nor_advised(caps
     assert "asked: 45 % of the model (82.85 % of the decoder)" in out
     assert "goal: depth pruning: 7.6 times less" in out
     assert "prune: remove whole layers by Block Influence\n" in out
-    assert "vlmprune run --config=recommended_45.py" in out
+    assert "vlmprune run --config=recommended_45.yaml" in out
     assert "warning: The paper advises against removing more than 60 %" in out
 
 

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 
 
 class MemoryBudget:
-    """Bytes that several threads share; a thread waits until enough of them are free.
+    """Bytes that several threads share; a thread waits until enough of them are free, and no later one overtakes it.
 
-    A request above the whole budget waits until nothing else is in use, and then proceeds alone.
+    A request above the whole budget waits until nothing else is in use, and then proceeds alone. A thread that holds
+    bytes must not request more, which could wait forever.
     """
 
     def __init__(self, total: int) -> None:
         self._total, self._used = total, 0
-        self._changed = threading.Condition()
+        self._turn, self._changed = threading.Lock(), threading.Condition()
 
     @contextlib.contextmanager
     def reserve(self, size: int) -> Iterator[None]:
         """Context that holds `size` bytes of the budget."""
-        with self._changed:
+        with self._turn, self._changed:  # one thread waits for bytes, all others for their turn
             self._changed.wait_for(lambda: not self._used or self._used + size <= self._total)
             self._used += size
         try:

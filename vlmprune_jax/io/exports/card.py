@@ -21,7 +21,6 @@ from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 
-TAGS = ("vlmprune-jax", "pruned")
 _PRUNED = " (structural pruning of the language model; arXiv 2604.24380)"
 _STEPS = {
     "reconstructed": "The remaining weights were reconstructed by least squares, without training.",
@@ -40,6 +39,11 @@ def model_name(folder: Path) -> str:
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
     return real_path(folder).name
+
+
+def tags_of(pruned: bool) -> list[str]:
+    """Return the tags in the metadata of an exported model."""
+    return ["vlmprune-jax", *(["pruned"] if pruned else [])]
 
 
 def license_of(source: Path) -> dict[str, str]:
@@ -98,7 +102,7 @@ def write_card(
     layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
     card = f"""---
 {chr(10).join(metadata)}
-tags: [{", ".join(TAGS if plan else TAGS[:1])}]
+tags: [{", ".join(tags_of(plan is not None))}]
 ---
 
 # {", ".join([markdown(name), *all_steps])}
@@ -106,9 +110,7 @@ tags: [{", ".join(TAGS if plan else TAGS[:1])}]
 Made from {code(name)} by vlmprune-jax{_PRUNED if plan else ""}.\
 {"".join(f" {_STEPS[step]}" for step in steps)}{data}
 
-{removed}
-
-{table}
+{removed}{table}
 
 {layers}
 {_evaluation(benchmarks)}{_LOADING}{loading}
@@ -131,7 +133,7 @@ def _write(folder: Path, card: str) -> None:
 
 def _removed(plan: PlanJson | None) -> str:
     if plan is None:
-        return "No prune plan came with this model."
+        return ""
     text = plan["components"]["text"]
     before = text["sizes_before"].keys() - {WHOLE}
     removed = sorted(int(layer) for layer in before - text["kept"].keys())
@@ -142,7 +144,7 @@ def _removed(plan: PlanJson | None) -> str:
         f"Method: {method}, criterion: {criterion}. Removed: {reached:.1%} of "
         f"{plan['parameters_total']:,} parameters{request}; {len(removed)} of {len(before)} layers"
         f"{' (numbers ' + ', '.join(map(str, removed)) + ')' if removed else ''}. "
-        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: {code(plan['fingerprint'])}."
+        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: {code(plan['fingerprint'])}.\n\n"
     )
 
 

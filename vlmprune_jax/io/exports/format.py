@@ -29,6 +29,7 @@ class Origin:
       weights: folder of the model's tensors, if it differs from `folder` (when the vocabulary is trimmed).
       mtp: folder of the module for multi-token prediction, if it differs from that of the tensors.
       tpu_chips: tensor-parallel size if the plan was made for vLLM on TPUs (`loads_in`), else 0.
+      pruned: True if the model was pruned.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Origin:
     weights: Path | None = None
     mtp: Path | None = None
     tpu_chips: int = 0
+    pruned: bool = False
 
 
 @dataclass(frozen=True)

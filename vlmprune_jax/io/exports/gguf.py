@@ -64,7 +64,7 @@ def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
     from vlmprune_jax.io.exports.gguf_model import make_gguf
 
     settings = {name: getattr(options, name) for name in settings_of(options) if name != "imatrix"}
-    models = make_gguf(model, origin.folder, name=origin.name, **settings)
+    models = make_gguf(model, origin.folder, name=origin.name, pruned=origin.pruned, **settings)
     imatrix = None
     if isinstance(options.imatrix, Importance):
         imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)

@@ -26,7 +26,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots, row_groups
 from vlmprune_jax.io.checkpoints.lazy import blocks_of
-from vlmprune_jax.io.exports.card import TAGS, languages_of, license_of
+from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_metadata import (
     cut,
@@ -89,11 +89,20 @@ class GgufFile:
 
 
 def make_gguf(
-    model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
+    model: Model,
+    source: Path,
+    *,
+    name: str,
+    pruned: bool,
+    uneven: str,
+    dtype: str,
+    quantize: str,
+    rolled_positions: bool = False,
 ) -> list[GgufFile]:
     """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
 
-    `source` is the model's folder, for tokenizer, template, image statistics and licence; others: see `save`.
+    `source` is the model's folder, for tokenizer, template, image statistics and licence; `name` is that of the files,
+    and ends with "-pruned" if the model was `pruned`. For others, see `save`.
 
     Raises UserError if llama.cpp does not support the model's architecture, vision tower or tokenizer.
     """
@@ -103,7 +112,12 @@ def make_gguf(
     plain = file_name(dtype)
     label = plain if quantize == "none" else quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
-    about = {"name": title(name, vocabulary.fast), **_name_parts(name), **license_of(source), "tags": list(TAGS)}
+    about = {
+        "name": title(name, vocabulary.fast),
+        **_name_parts(name, pruned),
+        **license_of(source),
+        "tags": tags_of(pruned),
+    }
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
     tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture)
@@ -124,12 +138,15 @@ def make_gguf(
     return files
 
 
-def _name_parts(name: str) -> JsonDict:
+def _name_parts(name: str, pruned: bool) -> JsonDict:
     """Return the GGUF metadata "basename" and "finetune": a model's name before and after its size."""
     from gguf import Metadata
 
+    name = name.removesuffix("-pruned") if pruned else name
     _, _, basename, finetune, _, _ = Metadata.get_model_id_components(name)
-    return {"basename": basename or name.rpartition("/")[2], "finetune": f"{finetune}-pruned" if finetune else "pruned"}
+    changes = [*([finetune] if finetune else []), *(["pruned"] if pruned else [])]
+    parts = {"basename": basename or name.rpartition("/")[2]}
+    return {**parts, "finetune": "-".join(changes)} if changes else parts
 
 
 def _size_label(tensors: Sequence[Tensor]) -> JsonDict:

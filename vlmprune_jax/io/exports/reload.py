@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 # every weight changed (decision 85).
 _ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
+_KERNELS = logging.getLogger("transformers.integrations.hub_kernels")
 
 
 def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
@@ -243,26 +247,40 @@ def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
     return getattr(importlib.import_module("vlmprune_jax.io.exports.remote.modeling_per_layer"), name)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Context in which transformers shows no progress bar, and no warning that a layer has no optimised kernel."""
+    import transformers
+
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # this package shows its own
+    _KERNELS.addFilter(_concerns_results)
+    try:
+        yield
+    finally:
+        _KERNELS.removeFilter(_concerns_results)
+        if shows_progress:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _concerns_results(record: logging.LogRecord) -> bool:
+    return "falling back to its reference PyTorch implementation" not in record.getMessage()
+
+
+@_quiet()
 def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     import torch
-    import transformers
 
     config = read_fields(folder / "config.json")
     family = detect(config, str(folder))
     assert family.stock is not None
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # this package shows its own
-    try:
-        with reading(f"{folder}: transformers does not load it", "do not use this folder"):
-            stock_class = _torch_class(config, family.stock)
-            if "quantization_config" in config:
-                options["config"] = stock_class.config_class.from_pretrained(folder)
-                options["config"].quantization_config["dequantize"] = True
-            loaded, info = stock_class.from_pretrained(folder, output_loading_info=True, **options)
-    finally:
-        if shows_progress:
-            transformers.utils.logging.enable_progress_bar()
+    with reading(f"{folder}: transformers does not load it", "do not use this folder"):
+        stock_class = _torch_class(config, family.stock)
+        if "quantization_config" in config:
+            options["config"] = stock_class.config_class.from_pretrained(folder)
+            options["config"].quantization_config["dequantize"] = True
+        loaded, info = stock_class.from_pretrained(folder, output_loading_info=True, **options)
     # Buffers of old checkpoints that new classes do not declare are harmless.
     info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -135,7 +135,7 @@ def _write(
     name, pruned = origin.name, plan is not None or os.path.lexists(source / "plan.json")
     options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
     chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
-    origin = replace(origin, name=f"{name}-pruned" if pruned else name, tpu_chips=chips)
+    origin = replace(origin, name=f"{name}-pruned" if pruned else name, pruned=pruned, tpu_chips=chips)
     contents = chosen.prepare(model, origin, settings)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 

@@ -31,9 +31,8 @@ def define(values: Flags) -> None:
     text("train", None, "value of data.train in the config, whose records are counted", flag_values=values)
     for name in ("images", "eval"):
         text(name, None, f"value of data.{name} in the config", flag_values=values)
-    text("bench", None, "file of `vlmprune bench --json=FILE`, whose speeds are printed too", flag_values=values)
     text("guide", None, "guide file with your own measurements", flag_values=values)
-    text("save", None, "output file FILE.py for the config", flag_values=values)
+    text("save", None, "output file FILE.yaml for the config", flag_values=values)
     absl_flags.DEFINE_bool("evidence", False, "print all measurements and the config as well", flag_values=values)
 
 
@@ -55,6 +54,6 @@ def run(flags: Any) -> None:
         data_fraction=None if flags.data is None else parse_share("data", flags.data),
         compute=flags.compute, speed=flags.speed, goal=None if goal is None else (goal, flags.on),
         files={name: flags[name].value for name in PLACEHOLDERS if flags[name].value},
-        bench=Path(flags.bench) if flags.bench else None, guide=guide,
+        guide=guide,
     )  # fmt: skip
     tell(advice, guide, flags.save, given, flags.evidence, make_reporter(True))

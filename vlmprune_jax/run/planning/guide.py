@@ -54,8 +54,8 @@ class Evidence:
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with the prefix "reconstruct" (or "reconstruct" alone) if
     weights were reconstructed. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal
     ratio, which is close). `parameters`: number of parameters of the unpruned model. `interval`: 95 % interval over
-    `seeds` runs and questions; None if unknown. Rows without `counts` are shown but left out of ranges, for the reason
-    in `note`. `of_control`: retention (%) relative to the unpruned model after the same recovery, if measured.
+    `seeds` runs and questions; None if unknown. Rows without `counts` are left out, for the reason in
+    `note`. `of_control`: retention (%) relative to the unpruned model after the same recovery, if measured.
     """
 
     source: str
@@ -71,6 +71,12 @@ class Evidence:
     note: str
     counts: bool
     of_control: Finite | None = None
+
+    @property
+    def way(self) -> str:
+        """Pruning method, recovery and share of the data as text."""
+        data = f" on {100 * self.data_fraction:.4g} % of the data" if self.data_fraction else ""
+        return f"{self.method} + {self.recovery}{data}"
 
     @property
     def made_by(self) -> list[str]:

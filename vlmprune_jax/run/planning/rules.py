@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,10 @@ class Recommendation:
 
     `rule`: the guide's rule that applies. `head`: row of a model of the same shape, which overrules the rule. `rows`:
     the evidence: `head`, or rows of similar models. `because`: why this is recommended. `data_fraction`: share of the
-    training data to train on; 0 without training. `beside`: other rows at a similar ratio. `conflicts`: contradictions
-    between the sources. `warnings`: limits of this recommendation. `recipe`: partial experiment that made the evidence.
-    `of_family`: True if `recipe` is added to the recipe of the model's family. `task`: data and evaluation of the
-    evidence, empty unless the evidence is from a model of this shape. `variants`: settings of each recommended method.
+    training data to train on; 0 without training. `conflicts`: contradictions between the sources. `warnings`: limits
+    of this recommendation. `recipe`: partial experiment that made the evidence. `of_family`: True if `recipe` is added
+    to the recipe of the model's family. `task`: data and evaluation of the evidence, empty unless the evidence is from
+    a model of this shape. `variants`: settings of each recommended method.
     """
 
     rule: Rule
@@ -48,7 +48,6 @@ class Recommendation:
     head: Evidence | None
     rows: tuple[Evidence, ...]
     because: str
-    beside: tuple[Evidence, ...]
     conflicts: tuple[str, ...]
     warnings: tuple[str, ...]
     of_family: bool
@@ -94,11 +93,11 @@ def recommend(
         )
     trains, share = compute if data_fraction else "none", target.decoder_ratio
     rule = next(rule for rule in guide.rules if rule.compute == trains and min(share, 1.0) <= rule.up_to)
-    advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    head, because = _choose(target, trains, data_fraction, methods, guide)
+    head, because = _choose(target, rule, data_fraction, methods, guide)
     if head is None:
+        advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
         rows = _of_similar_models(target, rule, advised, used, guide)
         words = {method: rule.words(method) for method in advised}
     else:
@@ -108,36 +107,15 @@ def recommend(
     row = rows[0] if rows else max(shape, key=lambda row: row.seeds or 1, default=None)
     name = PAPER if row is None else row.source
     source = guide.sources[name]
-    trained = head.recovery not in ("none", SOLVED) if head is not None else rule.recovery != "none"
-    nominal, average, five_percent, speed = ALWAYS
-    conflicts = [*((nominal, average) if target.vision else ()), *rule.conflicts]
-    conflicts += [five_percent] * (used > 0 and target.vision) + [speed] * (rule.methods[0] not in methods)
-    least = guide.data.least
-    warnings = {
-        f"no model of this kind within {LIKE} times its size was measured with these steps: evaluate first": not rows,
-        rule.why: head is None and not rule.supported,
-        "the guide is for models with a vision tower; for decoders, only text was measured": not target.vision,
-        "no unpruned model was trained alike, so a part may be what training adds to any model": (
-            trained and all(row.of_control is None for row in rows)
-        ),
-        "training needs data: this is the recommendation without training": trains == "none" != compute,
-        "scoring and reconstruction still need 50 to 500 records of the model's task": trains == "none",
-        f"no measurement used less than {100 * least:g} % of the training data": trained and data_fraction < least,
-        f"at this ratio the guide recommends all training data; {100 * data_fraction:g} % are available": (
-            trained and head is None and least <= data_fraction < needed
-        ),
-    }
     return Recommendation(
         rule=rule,
         target=target,
         data_fraction=used,
         head=head,
         rows=tuple(rows),
-        because=because
-        or (f"the guide's rule ({rule.source})" if rule.supported else "nothing measured supports this"),
-        beside=tuple(_beside(target, rows, guide)),
-        conflicts=() if head else tuple(guide.conflicts[name] for name in conflicts),
-        warnings=tuple(text for text, applies in warnings.items() if applies),
+        because=because,
+        conflicts=() if head else tuple(_conflicts(target, rule, used, methods, guide)),
+        warnings=tuple(_warnings(target, rule, head, rows, data_fraction, needed, compute, guide)),
         of_family=name == PAPER,
         recipe=source.recipe,
         task=source.task if row in shape else {},
@@ -146,6 +124,45 @@ def recommend(
             for method in words
         },
     )
+
+
+def _conflicts(target: Target, rule: Rule, used: float, methods: Sequence[str], guide: Guide) -> list[str]:
+    """Return the contradictions between the sources of the guide that concern its rule for this target."""
+    nominal, average, five_percent, speed = ALWAYS
+    names = [*((nominal, average) if target.vision else ()), *rule.conflicts]
+    names += [five_percent] * (used > 0 and target.vision) + [speed] * (rule.methods[0] not in methods)
+    return [guide.conflicts[name] for name in names]
+
+
+def _warnings(
+    target: Target,
+    rule: Rule,
+    head: Evidence | None,
+    rows: Sequence[Evidence],
+    available: float,
+    needed: float,
+    compute: str,
+    guide: Guide,
+) -> Iterator[str]:
+    """Yield the limits of a recommendation; `available` and `needed` are shares of the training data."""
+    least = guide.data.least
+    trained = head.recovery not in ("none", SOLVED) if head is not None else rule.recovery != "none"
+    if not rows:
+        yield f"no model of this kind within {LIKE} times its size was measured with these steps: evaluate first"
+    if head is None and not rule.supported:
+        yield rule.why
+    if not target.vision:
+        yield "the guide is for models with a vision tower; for decoders, only text was measured"
+    if trained and all(row.of_control is None for row in rows):
+        yield "no unpruned model was trained alike, so a part may be what training adds to any model"
+    if not available and compute != "none":
+        yield "training needs data: this is the recommendation without training"
+    if not available or compute == "none":
+        yield "scoring and reconstruction still need 50 to 500 records of the model's task"
+    if trained and available < least:
+        yield f"no measurement used less than {100 * least:g} % of the training data"
+    if trained and head is None and least <= available < needed:
+        yield f"at this ratio the guide recommends all training data; {100 * available:g} % are available"
 
 
 def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,9 +185,9 @@ def _distance(target: Target, row: Evidence) -> float:
 
 
 def _choose(
-    target: Target, trains: str, data: float, methods: Sequence[str], guide: Guide
+    target: Target, rule: Rule, data: float, methods: Sequence[str], guide: Guide
 ) -> tuple[Evidence | None, str]:
-    """Return the measurement of the same model shape to follow, and why; (None, "") without any.
+    """Return the measurement of the same model shape to follow (None to follow the rule), and why.
 
     The row with the most seeds stands for each way to prune and recover; single seeds decide only if there is nothing
     else. Of the rows within the budget that tie with the best of them, the one with the least work is followed.
@@ -178,7 +195,7 @@ def _choose(
 
     def fits(row: Evidence) -> bool:
         known = all(word in guide.settings for word in row.made_by)
-        affordable = trains == "full" or _trained(row) in ("none", trains)
+        affordable = rule.compute == "full" or _trained(row) in ("none", rule.compute)
         return known and affordable and (row.data_fraction or 0.0) <= data and row.method in methods
 
     rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
@@ -189,23 +206,17 @@ def _choose(
     rows = [row for row in quoted.values() if (row.seeds or 1) > 1] or [*quoted.values()]
     within = sorted(filter(fits, rows), key=_lower_end, reverse=True)
     if not within:
-        return None, ""
+        return None, f"the guide's rule ({rule.source})" if rule.supported else "nothing measured supports this"
     best, rival = within[0], max(rows, key=_lower_end)
     ties = [row for row in within if not is_better(best, row) and _lower_end(row) >= _lower_end(best) - TIE]
     head = min(ties, key=lambda row: (*_work(row), -_lower_end(row)))
     if is_better(rival, head):
-        return head, f"best within these options; outside them, {_way(rival)} is better"
+        return head, f"best within these options; outside them, {rival.way} ({rival.retained:.2f} %) is better"
     if rival != head:
         but = "is more work" if rival in within else "is outside these options"
-        return head, f"{_way(rival)} is better by chance at most, and {but}"
-    others = f"; next is {_way(within[1])}" if len(within) > 1 else ""
+        return head, f"{rival.way} ({rival.retained:.2f} %) is better by chance at most, and {but}"
+    others = f"; next is {within[1].way} ({within[1].retained:.2f} %)" if len(within) > 1 else ""
     return head, f"best of {len(within)} ways measured at what they remove{others}"
-
-
-def _way(row: Evidence) -> str:
-    """Return how a row was made, and its retention, as text."""
-    data = f" on {100 * row.data_fraction:.4g} % of data" if row.data_fraction else ""
-    return f"{row.method} + {row.recovery}{data} ({row.retained:.2f} %)"
 
 
 def is_better(row: Evidence, other: Evidence) -> bool:
@@ -257,10 +268,3 @@ def _of_similar_models(target: Target, rule: Rule, methods: Sequence[str], used:
 
 def _size_difference(target: Target, row: Evidence) -> float:
     return abs(math.log(row.parameters / target.parameters))
-
-
-def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
-    """Return further measurements at a similar ratio, models of the same type first."""
-    rows = [row for row in guide.evidence if row not in shown and _distance(target, row) <= guide.at]
-    kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
-    return sorted(rows, key=lambda row: (kinds[row.source], _size_difference(target, row)))

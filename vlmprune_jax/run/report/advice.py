@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,30 +11,35 @@ from pathlib import Path
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
-from vlmprune_jax.run.planning.guide import METHODS, Evidence, Guide, read_guide
-from vlmprune_jax.run.planning.recommend import (
-    Advice,
-    command,
-    decision,
-    details,
-    evidence,
-    percent,
-    summarize,
-)
-from vlmprune_jax.run.planning.rules import Recommendation, Target, recommend
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.limits import ENGINES, why_not
+from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.io.exports.vllm_tpu import facts
+from vlmprune_jax.io.families.limits import how_known
+from vlmprune_jax.run.experiment.recipes import YAML
+from vlmprune_jax.run.planning.guide import METHODS, SOLVED, Evidence, Guide, read_guide
+from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
+from vlmprune_jax.run.planning.rules import Recommendation, Target, merge, recommend
 from vlmprune_jax.run.report.page import Section, Table
-from vlmprune_jax.run.report.speed import bench_notes, bench_tables
 from vlmprune_jax.run.workdir.ledger import write_text
 from vlmprune_jax.run.workdir.result import Result
 
 WIDTH = 80  # characters per line of a recommendation
+LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
+_PRUNING = {
+    "depth": "remove whole layers by Block Influence",
+    "width": "remove neurons and heads by Taylor importance",
+    "hybrid": "remove whole layers by Block Influence, and neurons and heads by Taylor importance",
+}
+_TRAINED = {"projector": "the projector alone", "lora": "adapters and projector", "decoder": "decoder and projector"}
+_LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
 
 def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
     """Print a recommendation, the command to run, and the evidence; with `save`, write the config to a file.
 
     `guide`: the guide of the recommendation. `given`: flags of this command; if `save` is None, the printed command
-    repeats them and writes the config. `full`: also print all measurements and the config.
+    repeats them and writes the config. `full`: also print engines, notes, contradictions and the config.
     """
     recommendation = advice.recommendation
     path = saved_as(save, recommendation.target.ratio)
@@ -44,32 +51,25 @@ def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], f
         _say([("note", ranking.note)], reporter)
     _say(decision(advice), reporter)
     first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
-    lines = [*_shell(first), *_shell(command(advice, str(path)))]
-    for line in ["", *lines, ""]:
+    for line in ["", *_shell(first), *_shell(command(advice, str(path))), ""]:
         reporter.say(line)
     _say(evidence(recommendation, guide, advice.own_data), reporter)
-    if not full:
+    if full:
+        for line in [*details(advice), "", "config:", *advice.config.splitlines()]:
+            reporter.say(line)
+    else:
         data_hint = "" if advice.own_data else "--train, --images and --eval set your files; "
         _say([("more", f"{data_hint}--evidence prints all evidence and the config")], reporter)
-    tables, notes = tables_of(recommendation) if full else [], footnotes(recommendation) if full else []
-    if advice.bench is not None:
-        tables, notes = tables + bench_tables(advice.bench), notes + bench_notes(advice.bench)
-    for line in details(advice) if full else ():
-        reporter.say(line)
-    for table in tables:
-        reporter.table(*table.printed)
-    for line in [*notes, *(["", "config:", *advice.config.splitlines()] if full else [])]:
-        reporter.say(line)
 
 
 def saved_as(text: str | None, ratio: float = 0.0) -> Path:
-    """Return the path for the recommended config file (default: recommended_30.py for 30 %).
+    """Return the path for the recommended config file (default: recommended_30.yaml for 30 %).
 
-    Raises UserError if the name is not that of a Python file.
+    Raises UserError if the name is not that of a YAML file.
     """
-    path = Path(text or f"recommended_{100 * ratio:.3g}.py")
-    if path.suffix != ".py" or "\0" in path.name:
-        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.py")
+    path = Path(text or f"recommended_{100 * ratio:.3g}.yaml")
+    if path.suffix not in YAML or "\0" in path.name:
+        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.yaml")
     return path
 
 
@@ -100,30 +100,152 @@ def _shell(arguments: Sequence[str]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def tables_of(recommendation: Recommendation) -> list[Table]:
-    """Return a recommendation's tables: evidence, and other measurements at similar ratios."""
-    header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
-    rows = {
-        "Measured": recommendation.rows,
-        "Other measurements at similar ratios (most similar models first)": recommendation.beside,
-    }
-    return [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
+def decision(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of the recommended steps: how to prune and recover, and the size of the pruned model."""
+    recommendation, cfg = advice.recommendation, advice.cfg
+    asked, whole = recommendation.target, size_text(exported_bytes(count_params(cfg)))
+    yield "asked", _shares(asked.ratio, asked.decoder_ratio)
+    yield from _vocabulary(advice)
+    yield from _integers(advice)
+    if advice.ranking is not None:
+        yield "goal", advice.ranking.summary
+    yield "prune", pruning_of(recommendation)
+    yield "recover", recovery_of(recommendation)
+    if advice.steps is not None:
+        yield "steps", advice.steps
+    sizes = []
+    for method, plan in advice.plans.items():
+        layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method != "width" else ""
+        size = f"{size_text(exported_bytes(plan.parameters_after))} of {whole} in {DTYPE}"
+        of_decoder = plan.actual_ratio * count_params(cfg) / count_params(cfg, "text")
+        sizes.append(f"{size}{layers}, {_shares(plan.actual_ratio, of_decoder)} removed")
+    yield "size", "; ".join(sizes)
 
 
-def _row(row: Evidence) -> tuple[str, ...]:
-    ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-    data = "unknown" if row.data_fraction is None else percent(row.data_fraction)
-    control = "" if row.of_control is None else f" ({row.of_control:.2f} of control)"
-    retained = f"{row.retained:.2f}{control}{'' if row.counts else ' *'}"
-    setup, size = f"{row.method} + {row.recovery}", f"{row.parameters / 1e6:,.{0 if row.parameters > 1e7 else 2}f}"
-    return row.model, setup, retained, ends, str(row.seeds or ""), percent(row.decoder_ratio), data, size, row.source
+def _shares(ratio: float, decoder_ratio: float) -> str:
+    return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
 
 
-def footnotes(recommendation: Recommendation) -> list[str]:
-    """Return the notes below a recommendation's evidence table."""
-    rows = (*recommendation.rows, *recommendation.beside)
-    notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
-    return list(dict.fromkeys(notes))
+def _vocabulary(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield advice to trim a large vocabulary before other pruning; nothing for a small one."""
+    share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
+    if share > LARGE_VOCABULARY:
+        command = f"vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k"
+        yield "first", f"trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters: {command}"
+
+
+def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield advice to quantise instead of pruning, if the quantised unpruned model meets the requested size.
+
+    The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
+    """
+    cfg = advice.cfg
+    layers = count_params(cfg, "text") - vocabulary_share(cfg) * count_params(cfg)
+    for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
+        size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
+        if advice.most_bytes is not None and size <= advice.most_bytes:
+            about = f'export the unpruned model with export.quantize="{quantize}" (about {size_text(size)})'
+            yield "instead", f"if only the size matters, {about}: better than pruning in docs/explanation/results.md"
+            return
+
+
+def command(advice: Advice, config: str) -> list[str]:
+    """Return the arguments of the shell command to run with the recommended config file."""
+    flags = {"config": config, "workdir": f"runs/{Path(config).stem}"}
+    flags |= {f"config.data.{name}": PLACEHOLDERS[name] for name in advice.missing}
+    return ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in flags.items())]
+
+
+def details(advice: Advice) -> list[str]:
+    """Return additional lines: the model, engines that load the pruned models, the rule, and `remarks`."""
+    cfg, recommendation = advice.cfg, advice.recommendation
+    lines = [f"{advice.folder}: {count_params(cfg):,} parameters"]
+    for method, plan in advice.plans.items():
+        lines += [f"{method}: {plan.parameters_after:,} parameters", *_loading_lines(plan.apply_to(cfg))]
+    rule = [] if recommendation.head else [f"rule: {recommendation.rule.why}"]
+    return [*lines, *rule, *remarks(recommendation)]
+
+
+def _loading_lines(cfg: ModelConfig) -> list[str]:
+    """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
+    unmet = {target: why_not(cfg, target) for target in ENGINES}
+    able = [f"{target} ({how_known(cfg, target)})" for target, reason in unmet.items() if reason is None]
+    loads = ", ".join(able) or "no engine"
+    on_tpus = [] if unmet["vllm_tpu"] else [f"  on TPUs: {facts(cfg)}"]
+    return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
+
+
+def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of the retention to expect, the measurements behind it, the reason, and warnings.
+
+    `own_data`: True if the model is used with other data than the measurements, for which nothing is promised.
+    """
+    promise = None if own_data else recommendation.promise
+    if promise is None:
+        yield "expect", "unknown, as nothing was measured with this model, data and ratio: evaluate first"
+    else:
+        yield "expect", f"{promise[0]:.1f} to {promise[1]:.1f} % retained (95 % interval for another seed)"
+    for row in recommendation.rows:
+        yield "measured", _measured(row, guide)
+    yield "because", recommendation.because
+    for warning in recommendation.warnings:
+        yield "warning", warning
+
+
+def remarks(recommendation: Recommendation) -> list[str]:
+    """Return lines with the notes on the measurements, and where the sources disagree."""
+    notes = [f"note: {row.model}, {row.way}: {row.note}" for row in recommendation.rows if row.note]
+    return [*notes, *(f"conflict: {text}" for text in recommendation.conflicts)]
+
+
+def _measured(row: Evidence, guide: Guide) -> str:
+    """Return a measurement as text: retention, interval, model, data, and what was removed."""
+    ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
+    seeds = "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
+    control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
+    return (
+        f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its decoder "
+        f"removed, {row.way}: {guide.sources[row.source].measure}"
+    )
+
+
+def summarize(recommendation: Recommendation) -> str:
+    """Return the recommendation in one sentence."""
+    return f"{pruning_of(recommendation)}; {recovery_of(recommendation)}"
+
+
+def pruning_of(recommendation: Recommendation) -> str:
+    """Return how to prune, and whether to reconstruct the pruned weights, as text."""
+    ways = []
+    for method, settings in recommendation.variants.items():
+        keeps_heads = settings.get("prune", {}).get("heads") == "keep"
+        way = _PRUNING[method].replace("neurons and heads", "neurons") if keeps_heads else _PRUNING[method]
+        ways.append(way + ", then reconstruct" * (SOLVED in settings))
+    return "; beside it ".join(ways)
+
+
+def recovery_of(recommendation: Recommendation) -> str:
+    """Return the training after pruning as text."""
+    recover = merge(recommendation.recipe, *recommendation.variants.values()).get("recover", {})
+    if recover.get("method") == "none":
+        return "no training"
+    trained = _TRAINED.get(str(recover.get("trainable", "lora")), "the chosen weights")
+    weights = recover.get("losses", {"ce": 1})
+    losses = " + ".join(words for name, words in _LOSSES.items() if weights.get(name)) or "other losses"
+    return f"train {trained} by {losses} on {percent(recommendation.data_fraction)} of the data"
+
+
+def percent(value: float) -> str:
+    """Format a fraction as a percentage, such as "30 %"."""
+    return f"{100 * value:.4g} %"
+
+
+def vocabulary_share(cfg: ModelConfig) -> float:
+    """Return the share of a model's parameters in embedding, output head and output bias."""
+    rows = cfg.text.vocab_size
+    without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
+    per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
+    return per_row * rows / count_params(cfg)
 
 
 def advice_section(result: Result) -> Iterator[Section]:
@@ -144,7 +266,6 @@ def advice_section(result: Result) -> Iterator[Section]:
     lines = [
         f"recommended: {summarize(recommendation)}",
         *(f"{label}: {text}" for label, text in evidence(recommendation, guide, own_data=True)),
-        *(f"conflict: {text}" for text in recommendation.conflicts),
+        *remarks(recommendation),
     ]
-    notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(recommendation)))
-    yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(recommendation)))
+    yield Section("What the guide recommends", notes=tuple(line[:1].upper() + line[1:] for line in (about, *lines)))

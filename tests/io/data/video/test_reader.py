@@ -184,6 +184,30 @@ def test_threads_decode_within_one_budget(clips, monkeypatch):
         most.clear()
 
 
+def test_a_large_clip_is_not_overtaken_and_failures_free_memory():
+    """A request for more than all waits for the first thread alone; a later small one waits behind it."""
+    budget, order = MemoryBudget(10), []
+    begun = {name: threading.Event() for name in ("large", "small")}
+
+    def take(name, size):
+        begun[name].set()
+        with budget.reserve(size):
+            order.append(name)
+
+    with pytest.raises(KeyError), budget.reserve(20):
+        raise KeyError
+    threads = [threading.Thread(target=take, args=pair, daemon=True) for pair in (("large", 20), ("small", 1))]
+    with budget.reserve(5):
+        for thread, event in zip(threads, begun.values(), strict=True):
+            thread.start()
+            event.wait(30)
+            time.sleep(0.1)
+        order.append("first")
+    for thread in threads:
+        thread.join(30)
+    assert order == ["first", "large", "small"]
+
+
 def test_without_pyav(clips, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs PyAV: pip install 'vlmprune-jax\[video\]'"):
