@@ -39,7 +39,6 @@ WRITERS = {
     ("io/exports/processor.py", "write_processor"): _NEW,
     ("io/exports/target.py", "write_files"): _NEW,
     ("io/exports/tokenizer.py", "write_tokenizer"): _NEW,
-    ("io/exports/vllm_tpu.py", "write_config"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
