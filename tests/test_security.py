@@ -42,6 +42,7 @@ WRITERS = {
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
+    ("io/exports/gguf_file.py", "write_gguf"): _NEW,
     ("io/exports/peft.py", "write_adapter"): _NEW,
     ("run/evaluation/lmms/tasks.py", "write_tasks"): _NEW,
     ("run/evaluation/speed/process.py", "serve"): "standard output",
