@@ -12,9 +12,9 @@ from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, widt
 from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import INPUTS
 from vlmprune_jax.core.prune.config import PlanOptions
-from vlmprune_jax.run.cli.config_files import experiment_config
 
 
 def test_every_public_name_loads():
@@ -168,23 +168,9 @@ def test_forward_gives_what_its_docstring_says():
     assert vp.forward(one, arrays["input_ids"][-1:])[1] == {}
 
 
-def test_names_of_version_0_1_still_work():
-    """A name that changed keeps its old form for one release, with a warning that says the new one."""
-    cfg = config(EQUAL)
-    one, arrays = model(cfg), batch(cfg)
-    with pytest.warns(DeprecationWarning, match="capture"):
-        _, aux = vp.forward(one, arrays["input_ids"], want=("hidden",))
-    assert len(aux["hidden"]) == len(EQUAL) + 1
-    with pytest.warns(DeprecationWarning, match="by_token_type"):
-        scores = vp.score(one, [arrays], criterion="taylor", by_kind=True)
-    with pytest.warns(DeprecationWarning, match="by_token_type"):
-        assert scores.by_kind is scores.by_token_type
-    scores = vp.score(one, criterion="l2")
-    with pytest.warns(DeprecationWarning, match="align_to"):
-        plan = vp.make_plan(scores, one, method="width", ratio=0.2, heads="keep", snap_for=None)
-    with pytest.warns(DeprecationWarning, match="actual_ratio"):
-        assert plan.reached == plan.actual_ratio
-    settings = experiment_config()
-    with pytest.warns(DeprecationWarning, match="align_to"):
-        settings.prune.snap_for = "gguf"
-    assert settings.prune.align_to == "gguf"
+def test_names_of_version_0_1_are_refused_with_the_new_ones():
+    scores = vp.score(model(config(EQUAL)), criterion="l2")
+    with pytest.raises(UserError, match=r"criterion 'taylor' has no option 'by_kind'.*: it is now 'by_token_type'"):
+        vp.score(model(config(EQUAL)), [], criterion="taylor", by_kind=True)
+    with pytest.raises(UserError, match="make_plan has no setting 'snap_for': it is now 'align_to'"):
+        vp.make_plan(scores, config(EQUAL), method="width", ratio=0.2, snap_for=None)

@@ -124,12 +124,10 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 WRITER = """
 import sys, time
 from vlmprune_jax.core.models import lazy
-from vlmprune_jax.base import verified
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.checkpoints.read import load
 source, out = sys.argv[1:]
-verified.BLOCK = 4096  # or nothing of so small a model is on the disk before its end
 model, plain, count = load(source), lazy.to_host, 0
 def slow(*args):
     global count

@@ -20,6 +20,7 @@ from vlmprune_jax.base.errors import UserError, reason
 _T = TypeVar("_T")
 _PACKAGE = Path(__file__).parents[1]
 _READERS = {"Model": "vp.load(DIR)", "PrunePlan": "vp.PrunePlan.from_json(FILE)", "Scores": "vp.Scores.load(FILE)"}
+_RENAMED = {"snap_for": "align_to", "by_kind": "by_token_type"}  # names of settings in version 0.1
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
@@ -81,7 +82,10 @@ def one_of(kind: str, value: Any, known: Collection[str]) -> str:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    if _RENAMED.get(name) in names:
+        return f": it is now {_RENAMED[name]!r}"
+    near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

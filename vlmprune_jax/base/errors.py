@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,16 +51,6 @@ def error_context(what: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
-
-
-def renamed(old: str, new: str) -> property:
-    """Return a property for an attribute's name in version 0.1: it warns, and returns the attribute `new`."""
-
-    def value(self: Any) -> Any:
-        warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
-        return getattr(self, new)
-
-    return property(value, doc=f"Deprecated: `{new}`.")
 
 
 class Stopped(UserError):

@@ -8,7 +8,6 @@ import math
 import numbers
 import types
 import typing
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -21,8 +20,6 @@ from vlmprune_jax.base.links import is_path
 STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "speed", "teacher_cache")
 MAX_ROWS = 8192  # maximum size of any batch: above what trains well, and few enough to list and pad
 FRACTION = "fraction"  # the unit of a share of something, 0 to 1
-# settings' names in version 0.1 -> the present ones; the old ones warn
-RENAMED = {"snap_for": "align_to", "by_kind": "by_token_type"}
 _TYPES = {
     bool: "True or False",
     int: "a whole number",
@@ -146,7 +143,6 @@ def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, 
     hints = hints_of(spec, offered=offered)
     changes = {}
     for name, value in values.items():
-        name = present_name(name, hints)
         if name not in hints:
             raise UserError(f"{location} has no setting {name!r}{suggest(name, hints)}")
         current, place = getattr(spec, name), f"{location}.{name}"
@@ -155,14 +151,6 @@ def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, 
         else:
             changes[name] = _checked(value, hints[name], place)
     return dataclasses.replace(spec, **changes)
-
-
-def present_name(name: str, known: Collection[str]) -> str:
-    """Return a setting's current name, with a DeprecationWarning if `name` is its name in version 0.1."""
-    if name in known or RENAMED.get(name) not in known:
-        return name
-    warnings.warn(f"the setting {name} is now {RENAMED[name]}", DeprecationWarning, stacklevel=4)
-    return RENAMED[name]
 
 
 def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:

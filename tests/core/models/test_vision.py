@@ -45,6 +45,10 @@ def single(arrays):
         (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "row 0 has 40 image tokens"),
         (lambda x: {"pixel_values": x["pixel_values"][None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* need 16"),
         (lambda x: {"pixel_values": x["pixel_values"][None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "56 patches"),
+        (
+            lambda x: {"pixel_values": x["pixel_values"][None, None], "image_grid_thw": [[[1, 6, 10]]]},
+            r"pixel_values has shape \[1, 1, 60, 144\]",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together(qwen, change, said):

@@ -46,7 +46,7 @@ def widened(text, **sizes):
         (lambda d, _: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
         (lambda _, t: t.pop("kept"), "missing required field `kept`.*: plan again"),
         (lambda d, _: d.update(format=7), "this plan has format 7, but .* reads 4: upgrade vlmprune-jax"),
-        (lambda d, _: d.update(format=1), "this plan has format 1, but this version of vlmprune reads 4: plan again"),
+        (lambda d, _: d.update(format=3), "has format 3, but .* reads 4: make it again with `vlmprune prune`"),
         (lambda _, t: t.update(kept={}), "no layer is kept"),
         (lambda _, t: t.update(kept=dict(reversed(t["kept"].items()))), r"kept layers \[4, 3, 2, 1, 0\] are not incre"),
         (lambda _, t: t["kept"].update({"5": t["kept"]["4"]}), "layers of the text stack are not numbered 0, 1"),
@@ -95,64 +95,6 @@ def test_from_json_refuses(tmp_path, change, message):
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
         PrunePlan.from_json(tmp_path / "plan.json")
-
-
-def earlier(data, version=3):
-    """A plan's JSON data in the format of 0.1.0; the same without a vocabulary is format 2."""
-    stacks = {}
-    for name, part in data["components"].items():
-        layers = [
-            {"index": int(i), **{old: listed(axes[new]) for old, new in EARLIER_NAMES.items()}}
-            for i, axes in part["kept"].items() if i
-        ]  # fmt: skip
-        before = [[axes[new] for new in EARLIER_NAMES.values()] for i, axes in part["sizes_before"].items() if i]
-        stacks[name] = {"kept_layers": [layer["index"] for layer in layers], "layers_before": before, "layers": layers}
-    tokens = data["components"]["text"]["kept"].get("")
-    vocabulary = tokens and {
-        "rows_before": data["components"]["text"]["sizes_before"][""]["vocab"],
-        "tokenizer": data["tokenizer"],
-        "kept": [[i, i + 1] for i in listed(tokens["vocab"])],
-    }
-    rest = {name: value for name, value in data.items() if name not in ("components", "tokenizer")}
-    return rest | {"format": version, "stacks": stacks} | ({"vocabulary": vocabulary} if version == 3 else {})
-
-
-EARLIER_NAMES = {"q_heads": "q_heads", "kv_heads": "kv_heads", "neurons": "mlp"}
-
-
-def listed(ranges):
-    """The indices in "0-2,5"."""
-    pairs = [part.split("-") for part in ranges.split(",")]
-    return [i for pair in pairs for i in range(int(pair[0]), int(pair[-1]) + 1)]
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_plans_of_earlier_formats_are_read(version):
-    cfg = config(UNEQUAL, vision=True)
-    pair = (depth_scores(cfg, [0, 1, 2, 3]), width_scores(cfg))
-    plan = make_plan(pair, cfg, method="hybrid", ratio=1 / 3, protect=(1,))
-    if version == 3:
-        plan = dataclasses.replace(plan, vocabulary=KeptVocabulary(62, (*range(40), 50, 61), "digest"))
-    assert PrunePlan.from_json(json.dumps(earlier(json.loads(plan.to_json()), version))) == plan
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("layers"), "missing required field `layers`.*: plan again"),
-        (lambda t: t["layers"].reverse(), "kept_layers disagree with layers"),
-        (lambda t: (t["layers"].reverse(), t.pop("kept_layers")), r"kept layers \[4, 3, 2, 1, 0\] are not increasing"),
-        (lambda t: t["layers"][1].update(neurons=[0.5, 1.5]), r"Expected `int`, got `float` - at `.*neurons\[0\]`"),
-        (lambda t: t["layers"][1].update(neurons=[3, 3]), "'3' are not ascending ranges of numbers below 12"),
-        (lambda t: t.update(layers_before=[[4, 4]]), "Expected `array` of length 3, got 2"),
-        (lambda t: t.update(layers_before=[[4, 2, 12]] * 4), "layers of the text stack are not numbered 0, 1"),
-    ],
-)
-def test_hostile_plans_of_earlier_formats_are_refused(change, message):
-    data = earlier(plan_data()[0])
-    change(data["stacks"]["text"])
-    with pytest.raises(UserError, match=rf"plan JSON: .*{message}"):
-        PrunePlan.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize(

@@ -117,14 +117,6 @@ def test_losses_of_a_batch(goldens, family):
     by_row = patch_rows(model.cfg, *inputs)
     together = repacked(model.cfg, by_row["pixel_values"], by_row["image_grid_thw"], 1)
     assert [len(images["pixel_values"]) for images in (by_row, together)] == [3, 1]
-    ends = np.cumsum(batch["image_grid_thw"].prod(axis=1))
-    padded = np.zeros((3, 2, ends[-1], batch["pixel_values"].shape[1]), np.float32)  # of 0.1
-    slots = np.zeros((3, 2, 3), np.int32)
-    parts = np.split(batch["pixel_values"], ends[:-1])
-    for row, slot, grid, patches in zip((0, 2, 2), (0, 0, 1), batch["image_grid_thw"], parts, strict=True):
-        padded[row, slot, : len(patches)], slots[row, slot] = patches, grid
-    again = patch_rows(model.cfg, batch["input_ids"], batch["attention_mask"], padded, slots, packs=1)
-    np.testing.assert_array_equal(again["pixel_values"], together["pixel_values"])
     del by_row["deltas"]
     for images in (by_row, by_row | together):
         found = vp.losses(model, batch | images, losses, teacher=model)

@@ -18,13 +18,6 @@ def test_a_stack_pruned_twice_is_one_stack_in_original_numbers():
     assert (FIRST.kept_layers, FIRST.removed_layers) == ((0, 2), (1,))
 
 
-@pytest.mark.parametrize(("name", "axis"), [("q_heads", "q_heads"), ("kv_heads", "kv_heads"), ("neurons", "mlp")])
-def test_names_of_version_0_1_warn(name, axis):
-    layer = FIRST.layers[0]
-    with pytest.warns(DeprecationWarning, match=rf"KeptLayer.{name} is now KeptLayer.kept\['{axis}'\]"):
-        assert getattr(layer, name) == layer.kept[axis]
-
-
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

@@ -68,37 +68,28 @@ def test_load_refuses(tmp_path):
     with pytest.raises(UserError, match=r"other.npz: cannot be read \('meta' is missing\): score again"):
         Scores.load(tmp_path / "other.npz")
     np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
-    with pytest.raises(UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 2"):
+    with pytest.raises(
+        UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 2: upgrade vlmprune-jax"
+    ):
         Scores.load(tmp_path / "new.npz")
 
 
-META = {"format": 2, "criterion": "l1", "fingerprint": "a-b", "options": {"gqa": "groups"}}
+META = {
+    "format": 2,
+    "criterion": "l1",
+    "fingerprint": "a-b",
+    "options": {"gqa": "groups"},
+    "stack": "text",
+    "kinds": [],
+}
 ARRAYS = {"0/kv_heads": np.ones(2), "0/mlp": np.ones(3)}
-EARLIER = {"heads_0": np.ones(2), "mlp_0": np.arange(3.0)}
-
-
-@pytest.mark.parametrize(("gqa", "axis"), [("groups", "kv_heads"), ("q_heads", "q_heads")])
-def test_scores_of_format_1_are_read(tmp_path, gqa, axis):
-    arrays = EARLIER | {f"image/{name}": 2 * part for name, part in EARLIER.items()}
-    meta = META | {"format": 1, "layers": 1, "kinds": ["image"], "options": {"gqa": gqa}}
-    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta)), **arrays)
-    scores = Scores.load(tmp_path / "s.npz")
-    for units, times in ((scores.units, 1), (scores.by_token_type["image"]["units"], 2)):
-        assert list(units) == [(0, axis), (0, "mlp")]
-        np.testing.assert_array_equal(units[0, "mlp"], times * EARLIER["mlp_0"])
-    scores.save(tmp_path / "again.npz")
-    assert repr(Scores.load(tmp_path / "again.npz")) == repr(scores)
-    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta | {"layers": 2})), **arrays)
-    with pytest.raises(UserError, match="its arrays do not match the 2 layers"):
-        Scores.load(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(
     ("meta", "arrays", "message"),
     [
-        ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
-        ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
-        ({"format": 1, "layers": 0}, {}, "its arrays do not match the 0 layers"),
+        ({"format": 1}, {}, "has format 1, but this version of vlmprune reads 2: run `vlmprune score` again"),
+        ({"stack": "a b"}, {}, r"meta: .*Expected `str` matching regex .* - at `\$.stack`\): score again"),
         ({"kinds": ["image"]}, {}, "scores by token type and total scores have different shapes"),
         ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
         ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),

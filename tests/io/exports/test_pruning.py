@@ -1,6 +1,5 @@
-"""File surgery: the bytes of load, apply and save without the model in memory, checked on the disk, all or nothing."""
+"""File surgery: the bytes of load, apply and save without the model in memory, all or nothing."""
 
-import errno
 import os
 import shutil
 import signal
@@ -14,15 +13,14 @@ from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_f
 from prune_cases import on_mesh
 
 import vlmprune_jax as vp
-from vlmprune_jax.base import verified
+from vlmprune_jax.base import weight_files
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.verified import CheckedFile
 from vlmprune_jax.base.weight_files import Extent
 from vlmprune_jax.core.prune import KeptLayer, fingerprint
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.io.checkpoints.disk.tensors import write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor, write_weights
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -120,7 +118,7 @@ def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     source = make_folder(tmp_path / "llava", LLAVA)
     edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
     monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
-    monkeypatch.setattr(verified, "BLOCK", 4096)
+    monkeypatch.setattr(weight_files, "BLOCK", 4096)
     for number, cut in enumerate(CUTS.values()):
         (tmp_path / str(number)).mkdir()
         same_bytes(tmp_path / str(number), source, cut)
@@ -192,60 +190,18 @@ def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
 # The disk -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "page_cache"])
-def test_checked_file(tmp_path, monkeypatch, direct):
-    """Any sequence of writes and copies gives their bytes, at any distance from the ends of blocks."""
-    monkeypatch.setattr(verified, "BLOCK", 8192)
-    if not direct:
-        monkeypatch.setattr(verified, "_DIRECT", 0)
-    draw = np.random.default_rng(0)
-    source = draw.integers(0, 256, 100_000, np.uint8)
-    (tmp_path / "source").write_bytes(source.tobytes())
-    for last in (0, 1, 4095, 4096, 8191, 8192, 50_000):
-        expected, seen = b"", b""
-        with CheckedFile(tmp_path / "out") as file:
-            for size in (0, 3, 8189, 20_000, 8192):
-                begin = int(draw.integers(0, 50_000))
-                file.write(source[begin : begin + size])
-                parts = []
-                file.copy(
-                    Extent(tmp_path / "source", begin, begin + last), lambda block, to=parts: to.append(block.copy())
-                )
-                seen += b"".join(part.tobytes() for part in parts)
-                expected += source[begin : begin + size].tobytes() + source[begin : begin + last].tobytes()
-        assert (tmp_path / "out").read_bytes() == expected
-        assert len(seen) == 5 * last
-
-
-def test_a_disk_that_gives_back_other_bytes(llama, tmp_path, monkeypatch):
-    plan = keep_layers(vp.load(llama), [0, 3])[1]
-    write = os.pwrite
-
-    def lossy(descriptor, data, offset):
-        data = bytearray(data)
-        data[1000] ^= 1
-        return write(descriptor, bytes(data), offset)
-
-    monkeypatch.setattr(verified, "_DIRECT", 0)  # direct writes need aligned memory
-    monkeypatch.setattr(verified.os, "pwrite", lossy)
-    with pytest.raises(UserError, match=r"model.safetensors: bytes 0 to .* differ from what was written"):
-        prune_folder(llama, plan, tmp_path / "out")
-    assert names(tmp_path) == ["llama"]
-
-
-def test_a_file_system_that_refuses_direct_writes_late(llama, tmp_path, monkeypatch):
-    plan, write, refused = keep_layers(vp.load(llama), [0, 3])[1], os.pwrite, []
-
-    def picky(descriptor, data, offset):
-        if verified._DIRECT and verified.fcntl.fcntl(descriptor, verified.fcntl.F_GETFL) & verified._DIRECT:
-            refused.append(offset)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return write(descriptor, data, offset)
-
-    monkeypatch.setattr(verified.os, "pwrite", picky)
-    prune_folder(llama, plan, tmp_path / "out")
-    assert len(refused) <= 1
-    vp.load(tmp_path / "out")
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 50_000])
+def test_byte_ranges_are_copied_in_blocks(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(weight_files, "BLOCK", 4096)
+    source, blocks = np.random.default_rng(0).bytes(60_000), []
+    (tmp_path / "source").write_bytes(source)
+    parts = lambda: iter([np.frombuffer(b"abc", np.uint8), Extent(tmp_path / "source", 7, 7 + size)])  # noqa: E731
+    look = lambda block: blocks.append(block.tobytes())  # noqa: E731
+    with (tmp_path / "out").open("wb") as file:
+        write_tensor(Tensor("x", "U8", (3 + size,), 3 + size, parts, look=look, pieces=parts), file)
+    assert (tmp_path / "out").read_bytes() == b"abc" + source[7 : 7 + size]
+    assert b"".join(blocks) == source[7 : 7 + size]
+    assert max(map(len, blocks), default=0) <= 4096
 
 
 def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):
@@ -303,18 +259,17 @@ def test_a_disk_that_fills_up_all_the_same(llama, tmp_path, existing):
 KILLED = """
 import sys, time
 import vlmprune_jax as vp
-from vlmprune_jax.base import verified
+from vlmprune_jax.io.checkpoints.disk import tensors
 source, plan, out = sys.argv[1:]
-verified.BLOCK = 4096
-put, count = verified.CheckedFile._put, 0
+put, count = tensors.write_tensor, 0
 def slow(*args):
     global count
     count += 1
-    if count == 5:
+    if count == 9:
         print("writing", flush=True)
         time.sleep(600)
     return put(*args)
-verified.CheckedFile._put = slow
+tensors.write_tensor = slow
 vp.prune_folder(source, vp.PrunePlan.from_json(plan), out, overwrite=True)
 """
 

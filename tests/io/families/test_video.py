@@ -385,6 +385,8 @@ def test_a_video_before_an_image_keeps_its_place(golden):
     np.testing.assert_array_equal(joined["pixel_values"][0, :patches], images["pixel_values"][0, :patches])
     if "position_ids" in public:
         np.testing.assert_array_equal(joined["position_ids"], public["position_ids"])
+    with pytest.raises(UserError, match=r"pixels have shape \[1, 1, .* but their grids \[1, 2, 3\]"):
+        rejoined(cfg, public | {"pixel_values_videos": public["pixel_values_videos"][None]})
 
 
 @pytest.mark.slow

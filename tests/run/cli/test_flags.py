@@ -52,7 +52,7 @@ def config_file(tmp_path):
         (["--workdri=x"], "vlmprune run has no flag --workdri; did you mean 'workdir'?"),
         (
             ["--config={file}", "--config.score.by_kind=True"],
-            "by_kind is now by_token_type: use --config.score.by_token_type",
+            "score has no setting 'by_kind': it is now 'by_token_type'",
         ),
         (["--config={file}", "--config.prune.ratoi=0.2"], "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
         (["--config={file}", "--config.prnue.ratio=0.2"], "config has no setting 'prnue'; did you mean 'prune'?"),

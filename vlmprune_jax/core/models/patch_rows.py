@@ -79,8 +79,6 @@ def patch_rows(
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     by_row = grids_by_row(is_visual(ids, cfg.visual_token_ids) & valid, grids, merge)
-    if pixels.ndim == 4 and grids.ndim == 3:
-        pixels = np.concatenate([pixels[0, 0, :0], *_pieces(pixels, grids)])
     if pixels.ndim == grids.ndim == 3:
         _check_packed(cfg, pixels, grids)
         return placed | repacked(cfg, pixels, grids, packs or len(pixels), by_row)
@@ -211,6 +209,11 @@ def _visuals(
     intervals = np.ones(grids.shape[:-1]) if seconds is None else np.asarray(seconds)
     if intervals.shape != grids.shape[:-1]:
         raise UserError(f"second_per_grid_ts has shape {list(intervals.shape)}, expected {list(grids.shape[:-1])}")
+    if pixels.ndim != grids.ndim:
+        raise UserError(
+            f"pixels have shape {list(pixels.shape)}, but their grids {list(grids.shape)}: pass both as the processor "
+            "returns them"
+        )
     by_row, pieces = grids_by_row(marks, grids, _merge(cfg)), _pieces(pixels, grids)
     if grids.ndim == 2 and len(pixels) != grids.prod(axis=1).sum():
         raise UserError(f"pixels have {len(pixels)} patches, but their grids need {grids.prod(axis=1).sum()}")
@@ -226,13 +229,10 @@ def _visuals(
 def _pieces(pixels: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
     """Return the patches of each image or video, without padding.
 
-    They are [patches, values] for grids [visuals, 3], packed rows [packs, patches, values] for [packs, visuals, 3], or
-    [packs, visuals, patches, values] (padded to the largest image, as in 0.1).
+    They are [patches, values] for grids [visuals, 3], or packed rows [packs, patches, values] for [packs, visuals, 3].
     """
     if grids.ndim == 2:
         pixels, grids = pixels[None], grids[None]
-    elif pixels.ndim == 4:
-        pixels, grids = pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, 1, AXES)
     pieces = []
     for row, row_grids in zip(pixels, grids, strict=True):
         sizes = row_grids.prod(axis=1)

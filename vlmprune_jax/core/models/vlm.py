@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -329,7 +328,6 @@ def forward(
     *,
     attention_mask: Any = None,
     capture: Collection[str] = (),
-    want: Collection[str] | None = None,
     **visuals: Unpack[VisualInputs],
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return the logits for token ids with one id per image feature, and intermediate values on request.
@@ -340,7 +338,6 @@ def forward(
         the model has this token) once per video feature.
       attention_mask: int[batch, seq], 1 = real token.
       capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
-      want: deprecated name of `capture`.
       visuals: arrays of a processor's images and videos, see `vlmprune_jax.core.models.inputs.VisualInputs`.
 
     Returns:
@@ -353,9 +350,6 @@ def forward(
       UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the
         images.
     """
-    if want is not None:
-        warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
-        capture = want
     items, visuals = split_encoder_inputs(model.cfg, input_ids, visuals)
     images, mask = visual_inputs(model.cfg, input_ids, attention_mask, visuals)
     arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,15 +39,6 @@ class KeptLayer:
     def sizes(self) -> dict[str, int]:
         """Number of kept units by axis."""
         return {axis: len(indices) for axis, indices in self.kept.items()}
-
-    def _renamed(self, name: str, axis: str) -> tuple[int, ...]:
-        """Return the kept units of an axis under their name in version 0.1, with a DeprecationWarning."""
-        warnings.warn(f"KeptLayer.{name} is now KeptLayer.kept[{axis!r}]", DeprecationWarning, stacklevel=3)
-        return self.kept[axis]
-
-    q_heads = property(lambda self: self._renamed("q_heads", "q_heads"), doc="Deprecated: `kept['q_heads']`.")
-    kv_heads = property(lambda self: self._renamed("kv_heads", "kv_heads"), doc="Deprecated: `kept['kv_heads']`.")
-    neurons = property(lambda self: self._renamed("neurons", "mlp"), doc="Deprecated: `kept['mlp']`.")
 
     def then(self, second: KeptLayer) -> KeptLayer:
         """Combine two successive prunings of a layer (first this, then `second`) into one entry."""

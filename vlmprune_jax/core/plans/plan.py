@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError, renamed
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json, read_json, replacing
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import describe_layers
@@ -87,9 +87,6 @@ class PrunePlan:
     def actual_ratio(self) -> float:
         """Share of all parameters that the plan removes."""
         return (self.parameters_before - self.parameters_after) / self.parameters_total
-
-    asked = renamed("asked", "target_ratio")
-    reached = renamed("reached", "actual_ratio")
 
     @property
     def kept_layers(self) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
-"""JSON form of prune plans, as `plan.json` stores it, and that of earlier versions (formats 2 and 3)."""
+"""JSON form of prune plans, as `plan.json` stores it."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -11,11 +10,10 @@ import msgspec
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count, Finite, checked
 
-FORMAT, EARLIER = 4, (2, 3)  # format 2 has no vocabulary; 0.1.0 wrote format 3
+FORMAT = 4
 WHOLE, VOCAB = "", "vocab"  # key of the vocabulary in place of a layer number, and its axis
 TODO = "plan again"
 _FEW = msgspec.Meta(max_length=10_001)
-_Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 # Sizes of all kept layers together: ranges of any length take a few bytes, their indices 36 bytes each (Qwen3.5's 60
 # layers of 512 experts with 1,024 neurons: 31.5 million).
@@ -49,37 +47,11 @@ class PlanJson(_Version):
     components: dict[str, Component]
 
 
-class _EarlierLayer(TypedDict):
-    index: _Index
-    q_heads: list[_Index]
-    kv_heads: list[_Index]
-    neurons: list[_Index]
-
-
-class _EarlierStack(TypedDict):
-    kept_layers: NotRequired[list[_Index]]
-    layers_before: Annotated[list[tuple[_Size, _Size, _Size]], _FEW]
-    layers: Annotated[list[_EarlierLayer], _FEW]
-
-
-class _EarlierVocabulary(TypedDict):
-    rows_before: _Size
-    tokenizer: str
-    kept: Annotated[list[tuple[_Index, _Size]], msgspec.Meta(min_length=1, max_length=2**22)]
-
-
-class _Earlier(TypedDict):
-    stacks: dict[str, _EarlierStack]
-    vocabulary: NotRequired[_EarlierVocabulary | None]
-
-
 def as_plan(data: Any, location: str) -> PlanJson:
-    """Check a plan's JSON data and convert older formats to the present one; raise UserError if invalid."""
+    """Check a plan's JSON data; raise UserError if it is invalid."""
     known = checked(data, _Version, location, TODO)["format"]
-    if known in EARLIER:
-        data = _upgraded(data, location)
-    elif known != FORMAT:
-        todo = "upgrade vlmprune-jax" if known > FORMAT else TODO
+    if known != FORMAT:
+        todo = "upgrade vlmprune-jax" if known > FORMAT else "make it again with `vlmprune prune`"
         raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
     plan: PlanJson = msgspec.convert(checked(data, PlanJson, location, TODO), PlanJson)
     unnamed = [name for name in plan["components"] if not re.fullmatch("[a-z][a-z0-9_]{0,63}", name)]
@@ -104,36 +76,3 @@ def _units(component: Component) -> int:
     """Return how many indices the ranges of a component can have: the sizes of its kept layers."""
     before = component["sizes_before"]
     return sum(before[layer].get(axis, 0) for layer, axes in component["kept"].items() for axis in axes)
-
-
-def _upgraded(data: Any, location: str) -> dict[str, Any]:
-    """Convert a plan's JSON data from an earlier format (2 or 3) to the present one."""
-    plan: _Earlier = msgspec.convert(checked(data, _Earlier, location, TODO), _Earlier)
-    components = {name: _component(stack) for name, stack in plan["stacks"].items()}
-    vocabulary = plan.get("vocabulary")
-    if vocabulary is not None and "text" in components:
-        kept = ",".join(f"{start}-{stop - 1}" for start, stop in vocabulary["kept"])
-        components["text"]["sizes_before"][WHOLE] = {VOCAB: vocabulary["rows_before"]}
-        components["text"]["kept"][WHOLE] = {VOCAB: kept}
-    rest = {name: value for name, value in data.items() if name not in ("stacks", "vocabulary")}
-    tokenizer = None if vocabulary is None else vocabulary["tokenizer"]
-    return {**rest, "format": FORMAT, "tokenizer": tokenizer, "components": components}
-
-
-def _component(stack: _EarlierStack) -> Component:
-    """Convert a pruned component of formats 2 and 3: sizes and kept indices by layer and axis."""
-    indices = [layer["index"] for layer in stack["layers"]]
-    if stack.get("kept_layers", indices) != indices:
-        raise UserError(f"prune plan: kept_layers disagree with layers: {TODO}")
-    if any(low >= high for low, high in itertools.pairwise(indices)):
-        raise UserError(f"prune plan: kept layers {indices[:64]} are not increasing numbers: {TODO}")
-    axes = ("q_heads", "kv_heads", "mlp")
-    before = {str(i): dict(zip(axes, sizes, strict=True)) for i, sizes in enumerate(stack["layers_before"])}
-    kept = {
-        str(layer["index"]): {
-            axis: ",".join(map(str, units))
-            for axis, units in zip(axes, (layer["q_heads"], layer["kv_heads"], layer["neurons"]), strict=True)
-        }
-        for layer in stack["layers"]
-    }
-    return {"sizes_before": before, "kept": kept}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -44,12 +43,6 @@ class Tokens(NamedTuple):
 
     weight: jax.Array
     token_type: jax.Array
-
-    @property
-    def kind(self) -> jax.Array:
-        """Deprecated name of `token_type`."""
-        warnings.warn("Tokens.kind is now token_type", DeprecationWarning, stacklevel=2)
-        return self.token_type
 
 
 class Blocks(Protocol):

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 import numpy as np
 
-from vlmprune_jax.base.errors import UserError, error_context, renamed
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.part import AXES
@@ -43,13 +43,8 @@ class _Meta(_Version):
     criterion: str
     fingerprint: str
     options: _Options
-    stack: NotRequired[
-        Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$")]
-    ]  # absent in files of early versions, which scored the decoder
-    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]  # token types with separate scores
-    layers: NotRequired[
-        Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
-    ]  # format 1: number of layers with scores of heads and neurons
+    stack: Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$")]
+    kinds: list[Literal["image", "prompt", "answer"]]  # token types with separate scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +83,6 @@ class Scores:
     Types are "image", "prompt" and "answer"; empty if the criterion does not split its scores, or all tokens have one
     type.
     """
-
-    by_kind = renamed("by_kind", "by_token_type")
 
     routing: Routing | None = None
     """Choices of the routers (criteria for experts); not part of `save`, see `Routing.save`."""
@@ -190,12 +183,11 @@ class Scores:
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
         known = checked(meta, _Version, f"{path}: meta", _TODO)["format"]
-        if known not in (1, FORMAT):
-            raise UserError(f"{path}: has format {known}, but this version of vlmprune reads {FORMAT}: score again")
+        if known != FORMAT:
+            todo = "upgrade vlmprune-jax" if known > FORMAT else "run `vlmprune score` again"
+            raise UserError(f"{path}: has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
         checked(meta, _Meta, f"{path}: meta", _TODO)
-        if known == 1:
-            arrays = _upgraded(arrays, meta, path)
-        prefixes = {"": "", **{kind: f"{kind}/" for kind in meta.get("kinds", ())}}
+        prefixes = {"": "", **{kind: f"{kind}/" for kind in meta["kinds"]}}
         sets = {kind: _parts(arrays, prefix) for kind, prefix in prefixes.items()}
         if sum(map(_count, sets.values())) != len(arrays):
             raise UserError(f"{path}: its arrays do not match the layers and axes that it declares: {_TODO}")
@@ -207,7 +199,7 @@ class Scores:
                 criterion=meta["criterion"],
                 fingerprint=meta["fingerprint"],
                 options=meta["options"],
-                stack=meta.get("stack", "text"),
+                stack=meta["stack"],
                 **total,
                 by_token_type=sets,
             )
@@ -221,22 +213,6 @@ class Scores:
                 arrays[f"{prefix}importance"] = parts["importance"]
             arrays |= {f"{prefix}{i}/{axis}": part for (i, axis), part in parts.get("units", {}).items()}
         return arrays
-
-
-def _upgraded(arrays: Mapping[str, np.ndarray], meta: Any, path: Any) -> dict[str, np.ndarray]:
-    """Rename the arrays of a scores file in format 1 (such as `heads_0`, `mlp_0`) to their present names."""
-    heads = "q_heads" if meta["options"].get("gqa") == "q_heads" else "kv_heads"
-    sets = ("", *(f"{kind}/" for kind in meta.get("kinds", ())))
-    whole = {f"{prefix}importance": f"{prefix}importance" for prefix in sets if f"{prefix}importance" in arrays}
-    names = {
-        f"{prefix}{old}_{i}": f"{prefix}{i}/{axis}"
-        for prefix in sets
-        for i in range(min(meta.get("layers", 0), MOST_UNITS))
-        for old, axis in (("heads", heads), ("mlp", "mlp"))
-    }
-    if (names | whole).keys() != arrays.keys():
-        raise UserError(f"{path}: its arrays do not match the {meta.get('layers')} layers that it declares: {_TODO}")
-    return {new: arrays[old] for old, new in (names | whole).items()}
 
 
 def _parts(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:

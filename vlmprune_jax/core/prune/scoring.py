@@ -12,7 +12,6 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.checks import blaming, one_of, with_defaults
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
-from vlmprune_jax.base.settings import present_name
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.activations import accumulate
@@ -63,7 +62,6 @@ def score(
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
     given = {} if config is None else chosen.options_in(config)
-    options = {present_name(name, chosen.settings): value for name, value in options.items()}
     settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
     model.cfg.stack(stack)
     if (stack if stack == "text" else "vision") not in chosen.stacks:  # encoders are scored as towers

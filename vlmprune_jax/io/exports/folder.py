@@ -42,7 +42,7 @@ from vlmprune_jax.io.exports.format import Contents, Origin
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
 from vlmprune_jax.io.exports.target import Target, write_files
 from vlmprune_jax.io.exports.uneven import pad_tensor
-from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts, write_config
+from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.experts import has_experts, with_separate_experts
@@ -70,15 +70,13 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
     def write(folder: Path) -> None:
         write_weights(tensors, folder, MAX_SHARD_BYTES)
         write_files(target, model.cfg, origin.folder, folder)
-        if origin.tpu_chips:
-            write_config(folder, target.cfg, dtype, origin.tpu_chips)
 
     return Contents(
         [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
         write,
         lambda folder: (
             loading_of(folder, model.cfg, target.cfg, target.config, _unreadable(target.cfg, storage))
-            + _engines(target.cfg, storage, origin)
+            + _engines(target.cfg, storage)
         ),
     )
 
@@ -92,20 +90,19 @@ def _unreadable(cfg: ModelConfig, storage: Storage | None) -> str | None:
     return "transformers 5.24 does not read quantised experts, and leaves them random without an error"
 
 
-def _engines(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
+def _engines(cfg: ModelConfig, storage: Storage | None) -> str:
     """Return the model card's paragraphs on serving engines."""
     names = ("vllm", "mlx", "openvino") if storage is None and cfg.layout == "transformers" else ()
     lines = [f"- {name}: {why_not(cfg, name) or f'loads it ({how_known(cfg, name)})'}" for name in names]
-    return "\n\n" * bool(lines) + "\n".join(lines) + _on_tpus(cfg, storage, origin)
+    return "\n\n" * bool(lines) + "\n".join(lines) + _on_tpus(cfg, storage)
 
 
-def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
+def _on_tpus(cfg: ModelConfig, storage: Storage | None) -> str:
     """Return the model card's paragraph on vLLM on TPUs."""
     if reason := why_not(cfg, "vllm_tpu"):
         return f"\n\nvLLM on TPUs does not load it: {reason}."
     properties = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
-    serve = " Run `vllm serve --config vllm_config.yaml` in this folder." if origin.tpu_chips else ""
-    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {properties}.{serve}"
+    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {properties}."
 
 
 def make_tensors(

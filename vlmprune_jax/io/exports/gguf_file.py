@@ -10,7 +10,6 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
-from vlmprune_jax.base.verified import CheckedFile
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
@@ -29,8 +28,8 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file one tensor at a time; every block is read back and compared."""
-    with CheckedFile(folder / content.name) as file:
+    """Write a GGUF file one tensor at a time."""
+    with (folder / content.name).open("wb") as file:
         header = _header(content, folder)
         file.write(header + bytes(-len(header) % _ALIGNMENT))
         for tensor in content.tensors:

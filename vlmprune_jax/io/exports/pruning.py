@@ -150,8 +150,8 @@ def prune_folder(
     """Prune a checkpoint file by file without loading it; bytes equal `save(apply_plan(load(...), plan), ...)`.
 
     The plan is applied to arrays that stay in their files. Tensors that the plan does not change are copied in blocks;
-    other tensors are read, indexed and written one at a time. Every block is read back and compared. No array is put on
-    a device, and no accelerator is started.
+    other tensors are read, indexed and written one at a time. No array is put on a device, and no accelerator is
+    started.
 
     In a multi-process run, every process must call this function; the first process writes.
 
@@ -163,8 +163,7 @@ def prune_folder(
       dtype: data type of the weights; "source" keeps the data type of every tensor.
       overwrite, **options: as in `save`, for example format, layout, uneven and quantize.
 
-    Raises UserError under the conditions of `load`, `apply_plan` and `save`, and if a disk returns other bytes than
-    were written.
+    Raises UserError under the conditions of `load`, `apply_plan` and `save`.
     """
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))

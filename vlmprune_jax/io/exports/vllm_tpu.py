@@ -1,20 +1,13 @@
-"""Limits of vLLM on TPUs, read from tpu-inference 0.32 and not run on a TPU; settings to serve a folder there."""
+"""Limits of vLLM on TPUs, read from tpu-inference 0.32 and not run on a TPU."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.markup import yaml
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
-from vlmprune_jax.io.data.image_processor import processor_settings
-from vlmprune_jax.io.data.patching import patching_from_processor
 from vlmprune_jax.io.families.limits import implementation
 
 _TENSOR_SIZES = (1, 2, 4, 8, 16)
-_MAX_TOKENS = 8192  # of a request: the cache of longer ones may not fit beside the weights
 _WIDE = 128  # groups of 4-bit weights from this size on need the MXU of v6e, of 256 columns
 
 
@@ -33,24 +26,6 @@ def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
         return "; ".join([*properties, f"integers: {_integers(cfg) or 'none'}"])
     wide = f"groups of {storage.group} need v6e or newer" if storage.bits == 4 and storage.group >= _WIDE else ""
     return "; ".join([*properties, _problem(cfg, storage, 1) or wide or "these integers load"])
-
-
-def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> None:
-    """Write `vllm_config.yaml` with model, data type, limits and image settings for `vllm serve --config`."""
-    tokens, tower = min(cfg.text.max_positions, _MAX_TOKENS), cfg.vision
-    values = {"model": ".", "dtype": "auto" if dtype == "source" else dtype, "max-model-len": tokens}
-    values["tensor-parallel-size"] = tensor
-    if tower is not None:
-        # Its JAX classes read images alone (the branches for videos are commented out), and space would be reserved.
-        values["limit-mm-per-prompt"] = json.dumps({"image": 1, **({"video": 0} if tower.dynamic_resolution else {})})
-        settings = processor_settings(folder) if tower.dynamic_resolution else None
-        if settings is not None:  # an image takes at most half of the tokens
-            most = patching_from_processor(*settings).max_pixels
-            pixels = min(most, tokens // 2 * (tower.patch_size * tower.merge) ** 2)
-            values["mm-processor-kwargs"] = json.dumps({"max_pixels": pixels})
-    lines = [f"{name}: {yaml(value) if isinstance(value, str) else value}" for name, value in values.items()]
-    text = "\n".join(["# Run in this folder: vllm serve --config vllm_config.yaml", *lines, ""])
-    (folder / "vllm_config.yaml").write_text(text, encoding="utf-8")
 
 
 def _tensor_sizes(cfg: ModelConfig) -> list[int]:

@@ -26,7 +26,7 @@ from vlmprune_jax.base.checks import blaming, one_of
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, open_file, parse_json, read_text, reading
 from vlmprune_jax.base.links import check_links, real_path
-from vlmprune_jax.base.settings import hints_of, override, present_name
+from vlmprune_jax.base.settings import hints_of, override
 from vlmprune_jax.io.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.run.experiment import recipes
 from vlmprune_jax.run.experiment.recipes import YAML, file_of, locate, shipped_configs
@@ -68,16 +68,12 @@ class _Section(ConfigDict):
     """ConfigDict of settings with defaults; a dictionary assigned to a subsection changes only the settings in it."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        key = present_name(key, self.keys())
         section = self.get(key)
         if isinstance(section, _Section) and isinstance(value, Mapping | ConfigDict):
             for name, setting in value.items():
                 section[name] = setting
         else:
             super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
-
-    def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(present_name(key, self.keys()))
 
 
 def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:

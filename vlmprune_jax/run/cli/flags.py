@@ -13,7 +13,6 @@ from ml_collections import ConfigDict, config_flags
 
 from vlmprune_jax.base.checks import one_of, suggest
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.settings import RENAMED
 from vlmprune_jax.run.experiment.recipes import locate
 
 Flags = flags.FlagValues
@@ -112,9 +111,6 @@ def _check_path(names: Sequence[str], config: Any) -> None:
         if not isinstance(at, Mapping) and not hasattr(at, "keys"):
             raise UserError(f"--{section}.{part}: {section} is a setting, not a section of settings")
         bare = part.split("[")[0]
-        if bare not in at and RENAMED.get(bare) in at:
-            new = RENAMED[bare]
-            raise UserError(f"--{section}.{part}: the setting {bare} is now {new}: use --{section}.{new}")
         if bare not in at:
             raise UserError(f"--{section}.{part}: {section} has no setting {bare!r}{suggest(bare, list(at.keys()))}")
         at, section = at[bare], f"{section}.{part}"

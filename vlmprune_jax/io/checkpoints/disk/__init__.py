@@ -1,1 +1,1 @@
-"""Files of a checkpoint: validated reading, verified and atomic writing."""
+"""Files of a checkpoint: validated reading, streamed writing."""

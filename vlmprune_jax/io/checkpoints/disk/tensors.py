@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlmprune_jax.base.verified import CheckedFile, Look
-from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file
+from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file, read_blocks
 from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE
 from vlmprune_jax.io.checkpoints.disk.storage import Storage
 
@@ -31,7 +30,7 @@ class Tensor:
     n_bytes: int
     fetch: Callable[[], np.ndarray]
     extent: Extent | None = None
-    look: Look = lambda block: None
+    look: Callable[[np.ndarray], None] = lambda block: None
     pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None
 
     def blocks(self) -> Iterator[np.ndarray | Extent]:
@@ -128,7 +127,7 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with CheckedFile(folder / name) as file:
+        with (folder / name).open("wb") as file:
             write_safetensors(shard, file)
         weight_map.update({tensor.key: name for tensor in shard})
     if len(shards) > 1:
@@ -160,21 +159,21 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
+def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
     """Write a safetensors file with one tensor in memory at a time (the library's writer needs all tensors)."""
     file.write(_header(tensors))
     for tensor in tensors:
         write_tensor(tensor, file)
 
 
-def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
+def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
     """Append the bytes of a tensor to a file."""
     written = 0
     for data in tensor.blocks():
         if isinstance(data, Extent):
-            file.copy(data, tensor.look)
-            written += data.end - data.begin
+            for block in read_blocks(data):
+                tensor.look(block)
+                written += file.write(block.data)
         else:
-            file.write(data)
-            written += data.nbytes
+            written += file.write(data.data)
     assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"
