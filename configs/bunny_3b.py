@@ -9,7 +9,7 @@ Variants: METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 
 of the whole model.
 width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 2 and 31 are not
 pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
-`:width,0.3,reconstruct` also reconstructs, and `,benchmarks` evaluates on the paper's nine benchmarks (lmms-eval).
+`:width,0.3,reconstruct` also reconstructs. docs/how-to/benchmarks.md evaluates on the paper's nine benchmarks.
 
 data/ has bunny_695k.json and images/; or set --config.data.train=tfds:DIR. 5 % of the data are 34,749 records.
 

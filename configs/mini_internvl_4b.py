@@ -9,7 +9,7 @@ Variants: METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 
 of the whole model.
 width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 3, 30 and 31 are
 not pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
-`:width,0.3,reconstruct` also reconstructs, and `,benchmarks` evaluates on the paper's nine benchmarks (lmms-eval).
+`:width,0.3,reconstruct` also reconstructs. docs/how-to/benchmarks.md evaluates on the paper's nine benchmarks.
 
 data/ has the hub's internvl_1_2_finetune_custom.json and its data sets (1,110,107 records); or use a JSON Lines file or
 tfds:DIR. 5 % of the data are 55,505 records. The reference code has no recovery on 5 % of these data.

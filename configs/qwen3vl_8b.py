@@ -1,14 +1,14 @@
 """Qwen3-VL-8B with layers removed and recovered, to compare with INTERLACE (92.1 % retained after 5 of 36 layers).
 
-  vlmprune run --config=configs/qwen3vl_8b.py:depth,5layers,benchmarks --workdir=runs/qwen3vl_8b \
+  vlmprune run --config=configs/qwen3vl_8b.py:depth,5layers --workdir=runs/qwen3vl_8b \
       --config.model.hf_dir=DIR/Qwen3-VL-8B-Instruct --config.data.train=DIR/data.json --config.data.images=DIR
 
-Variants are those of configs/llava15_7b.py: `depth,5layers`, `depth,0.2`, `width,0.2`, with the options `uniform`,
-`reconstruct` and `benchmarks`. Layers 0 to 2 receive features of the tower (deepstack) and are kept; widths of layers 0
-to 3 and 35 are not pruned.
+Variants are those of configs/llava15_7b.py: `depth,5layers`, `depth,0.2`, `width,0.2`, with the options `uniform`
+and `reconstruct`. Layers 0 to 2 receive features of the tower (deepstack) and are kept; widths of layers 0 to 3 and 35
+are not pruned.
 
 INTERLACE trained on 240,000 records. Use as many, or 5 % of LLaVA's mix (33,264) as the paper does.
-`benchmarks` needs `vlmprune-jax[eval]`; docs/how-to/benchmarks.md says where the data come from.
+docs/how-to/benchmarks.md evaluates on the benchmarks.
 
 A step has 128 rows of 2,048 tokens, images of up to 1,280 tokens, in two micro-batches. On v5e:8x8 it takes at least
 1.33 s and 8.5 GiB per chip (`depth,5layers`), so an epoch of 33,264 records takes at least 0.10 hours. To compile it:

@@ -56,8 +56,6 @@ EXCEPTIONS = {
     ("io/data/records.py", "_parse", "json.loads"): "a text that read_text has read; the message counts the lines",
     ("io/data/images.py", "_opened", ".read_bytes"): _STORED,
     ("io/data/tfds.py", "_picture", ".read_bytes"): _STORED,
-    ("run/evaluation/server.py", "_content", ".read_bytes"): _STORED,
-    ("run/evaluation/server.py", "_request", ".open"): "the server that --server names: bounded in bytes and time",
     ("io/data/tfds.py", "_text", ".read_text"): _BUCKET,
     ("io/data/tfds.py", "_on_this_machine", ".open"): _BUCKET,
     ("io/data/tfds.py", "_on_this_machine", "shutil.copyfileobj"): _BUCKET,

@@ -81,7 +81,7 @@ def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
         ("depth,much", "variant 'depth,much' must be METHOD,TARGET"),
         ("width,1.5", "ratio of the variant=1.5 must be at least 0 and below 1"),
         ("width,nan", "ratio of the variant=nan must be"),
-        ("width,0.3,even", "'even' is not one of reconstruct, benchmarks, uniform"),
+        ("width,0.3,even", "'even' is not one of reconstruct, uniform"),
         ("depth,0.3,uniform", "option of the variant 'uniform'"),
         ("width,5layers", "variant 'width,5layers' must be METHOD,TARGET"),
     ],
@@ -99,9 +99,8 @@ def test_other_ratios_are_shares_of_the_whole_model():
 
 
 def test_options_of_a_variant():
-    sections = paper_cut("width,0.3,uniform,reconstruct,benchmarks")
+    sections = paper_cut("width,0.3,uniform,reconstruct")
     assert sections["reconstruct"] == {"method": "least_squares"}
-    assert len(sections["evaluate"]["tasks"]) == 8  # nine scores: MME has two
     assert "attn_layers" not in sections["prune"]
 
 

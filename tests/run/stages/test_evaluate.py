@@ -1,7 +1,6 @@
 """Named evaluation sets from the command line: each asked apart, and scored from its answers on disk."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 
@@ -16,7 +15,7 @@ from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.run.evaluation.metrics.metric import mean
-from vlmprune_jax.run.experiment.arguments import check_tasks, evaluation_sets
+from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import check_experiment
 
@@ -220,29 +219,6 @@ def test_wrong_sets(evaluate, message):
     with pytest.raises(UserError) as error:
         evaluation_sets(DATA, override(Experiment(), {"evaluate": evaluate}).evaluate)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("tasks", "installed", "message"),
-    [
-        (("pope",), False, "lmms-eval is not installed: pip install 'vlmprune-jax.eval.'"),
-        (("pope", "mme", "pope"), True, "'pope' is listed twice"),
-        (("a",), True, "'a' is listed twice, or is also a set of evaluate.sets"),
-        (("../x",), True, "the name '../x' is used as a file name"),
-    ],
-)
-def test_wrong_tasks(monkeypatch, tasks, installed, message):
-    found = importlib.util.find_spec
-    known = {"lmms_eval": found("json") if installed else None}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: known[name] if name in known else found(name))
-    experiment = override(Experiment(data=DATA), {"evaluate": {"tasks": tasks, "sets": {"a": {}}}})
-    with pytest.raises(UserError, match=message):
-        check_tasks(experiment.data, experiment.evaluate)
-
-
-def test_tasks_alone_need_no_questions_of_our_own():
-    assert evaluation_sets(DataSpec(), EvaluateSpec(tasks=("pope",))) == {}
-    assert list(evaluation_sets(DATA, EvaluateSpec(tasks=("pope",)))) == ["questions"]
 
 
 def test_variants_are_compared_on_the_same_sets(tmp_path):

@@ -65,7 +65,7 @@ def unused(cfg, changes, sections=()):
         ({"prune.layers": (1,), "prune.rounding": "at_least", "score.samples": 9}, "prune.rounding score.samples"),
         ({"prune.method": "none", "prune.ratio": 0.3, "reconstruct.method": "least_squares"},
          "prune.ratio reconstruct.method"),
-        ({"evaluate.tasks_data": "d", "evaluate.text_window": 99}, "evaluate.tasks_data evaluate.text_window"),
+        ({"evaluate.text_window": 99}, "evaluate.text_window"),
         ({"evaluate.sets": {"a": {"data": "a.json", "metric": "pope"}}, "data.eval": "b", "evaluate.metric": "mme",
           "evaluate.max_length": 9}, "data.eval evaluate.metric"),
         ({"evaluate.sets": {"a": {"text": "a.txt"}}, "data.eval": "b", "evaluate.text_window": 99}, "data.eval"),

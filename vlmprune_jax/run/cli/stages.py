@@ -59,11 +59,6 @@ class StageCommand:
         if self.name == "export":
             about = "write further exports in these formats or quantisations: gguf,w4a16 -> export-gguf/, export-w4a16/"
             absl_flags.DEFINE_list("format", [], about, flag_values=values)
-        if self.name == "evaluate":
-            about = "lmms-eval tasks to run, instead of those in evaluate.tasks"
-            absl_flags.DEFINE_list("tasks", None, about, flag_values=values)
-            about = "evaluate the model behind this OpenAI-compatible server, for example http://HOST:8000/v1"
-            absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
 
 def _details(name: str) -> str:
@@ -82,21 +77,13 @@ def run_command(name: str, flags: Any) -> None:
     from vlmprune_jax.run.cli.workdir import prepare
     from vlmprune_jax.run.stages import pipeline
     from vlmprune_jax.run.stages.preflight import preflight
-    from vlmprune_jax.run.stages.served import evaluate_server
     from vlmprune_jax.run.stages.unused import unused_lines
 
     if name == "report":
         _report(flags)
         return
-    if name == "evaluate" and flags.tasks is not None and flags.config is not None:
-        flags.config.evaluate.tasks = tuple(flags.tasks)
     works = prepare(flags, flags.format if name == "export" else ())
     work = next(iter(works.values()))
-    if name == "evaluate" and flags.server is not None:
-        if flags.dry_run or flags.only:
-            raise UserError("--dry_run and --only are not for models behind --server: leave them out")
-        evaluate_server(work, flags.server, starting_point(flags))
-        return
     for each in works.values():
         preflight(each, name)
     used = [(each.experiment, work.config(work.teacher)) for each in works.values()]

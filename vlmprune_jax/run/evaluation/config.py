@@ -98,20 +98,6 @@ class EvaluateSpec:
         unit="devices",
         least=-1,
     )
-    tasks: tuple[str, ...] = setting(
-        (),
-        "lmms-eval tasks to run; each becomes an evaluation set. On the command line: `vlmprune evaluate "
-        "--tasks=pope,mme`.",
-    )
-    tasks_path: str | None = evaluate_setting(
-        None,
-        "Folder of lmms-eval task files (NAME.yaml, see configs/lmms), in which ${data} stands for `tasks_data` and "
-        "${lmms_eval} for the installed package. Other tasks use lmms-eval's own files and data from the hub.",
-        by_content=True,
-    )
-    tasks_data: str | None = evaluate_setting(
-        None, "Folder with the data of the tasks in `tasks_path`; their files name the folder ${data}.", by_content=True
-    )
     sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

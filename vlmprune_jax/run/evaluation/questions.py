@@ -156,7 +156,7 @@ def arrange_questions(
     beginnings: list[_Beginning] = []
     members: list[list[_Question]] = []
     for place, record in enumerate(records):
-        ids = encoder.prompt_ids(with_suffix(record, prompt_suffix))
+        ids = encoder.prompt_ids(_with_suffix(record, prompt_suffix))
         if encoder.max_length:
             check_length(len(ids), record, encoder.max_length, "evaluate.max_length")
         marks = np.flatnonzero(is_visual(ids, encoder.visual_tokens)) if record.visuals else np.empty(0, int)
@@ -224,7 +224,7 @@ def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
     return ids, mask
 
 
-def with_suffix(record: Record, suffix: str) -> Record:
+def _with_suffix(record: Record, suffix: str) -> Record:
     """Return the record with `suffix` appended to the text of its last question."""
     if not suffix or not record.turns:
         return record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -113,7 +112,7 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
     Raises UserError for a name that no file can have, or a metric that does not exist or is not for this type of set.
     """
     sets = dict(spec.sets)
-    if not sets and (data.eval is not None or (spec.text is None and not spec.tasks)):
+    if not sets and (data.eval is not None or spec.text is None):
         sets[QUESTIONS] = EvaluationSetSpec()
     if spec.text is not None:
         if TEXT in sets:
@@ -122,24 +121,6 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
             )
         sets[TEXT] = EvaluationSetSpec(text=spec.text)
     return {name: _resolved(name, given, data, spec) for name, given in sets.items()}
-
-
-def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
-    """Raise UserError if lmms-eval is not installed, or a task has the name of an evaluation set."""
-    tasks, sets = spec.tasks, evaluation_sets(data, spec)
-    for place, name in enumerate(tasks):
-        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise UserError(
-                f"evaluate.tasks: the name {name!r} is used as a file name: use only letters, digits, _ and -"
-            )
-        if name in tasks[:place] or name in sets:
-            raise UserError(
-                f"evaluate.tasks: {name!r} is listed twice, or is also a set of evaluate.sets: remove one of the two"
-            )
-    if tasks and importlib.util.find_spec("lmms_eval") is None:
-        raise UserError(
-            "evaluate.tasks: lmms-eval is not installed: pip install 'vlmprune-jax[eval]', or leave the tasks out"
-        )
 
 
 def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: EvaluateSpec) -> EvaluationSetSpec:

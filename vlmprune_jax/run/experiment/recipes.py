@@ -14,8 +14,6 @@ from vlmprune_jax.io.families import FAMILIES
 # Nominal ratio in the paper's tables -> number of layers (of 32) that its code removes: for 15 %, this is 12 to 14 % of
 # the whole model, and so on.
 PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
-# lmms-eval tasks of the paper's nine benchmarks (MME's two scores are two benchmarks).
-PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d", "mme", "pope", "docvqa_val", "gqa")
 
 # Last word of a variant -> settings of the section `export`.
 EXPORTS = {"bf16": {}, "w4a16": {"quantize": "w4a16"}, "gguf": {"format": "gguf", "quantize": "q4_0"}}
@@ -79,8 +77,7 @@ def paper_cut(
     removes this share of the whole model by first-order Taylor importance on 10 records. The first and last layers are
     not pruned, except with the option "uniform", whose result stock transformers can load. The ranges in the
     reference's example script, [3, 21) and [3, 20), cannot reach the published 60 %; these ranges can. The option
-    "reconstruct" adds reconstruction before the recovery, and "benchmarks" evaluates on the paper's benchmarks
-    (`PAPER_TASKS`).
+    "reconstruct" adds reconstruction before the recovery.
 
     Args:
       attn_layers: layers that lose heads, as a half-open range of 32 layers.
@@ -91,14 +88,11 @@ def paper_cut(
     """
     method, target, *options = variant.split(",") if "," in variant else (variant, "")
     one_of("method of the variant", method, ("depth", "width"))
-    known = ("reconstruct", "benchmarks", *(("uniform",) if method == "width" else ()))
+    known = ("reconstruct", *(("uniform",) if method == "width" else ()))
     for option in options:
         one_of("option of the variant", option, known)
-    sections: dict[str, dict[str, Any]] = {
-        **({"reconstruct": {"method": "least_squares"}} if "reconstruct" in options else {}),
-        **({"evaluate": {"tasks": PAPER_TASKS}} if "benchmarks" in options else {}),
-    }
     goal = _target(variant, method, target)
+    sections = {"reconstruct": {"method": "least_squares"}} if "reconstruct" in options else {}
     if method == "depth":
         return {"score": {"samples": 50, "batch_size": 1}, "prune": {"method": "depth", **goal}, **sections}
     ranges = {} if "uniform" in options else {"attn_layers": attn_layers, "mlp_layers": mlp_layers}

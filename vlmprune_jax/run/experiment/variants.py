@@ -18,7 +18,6 @@ from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
 from vlmprune_jax.io.exports.config import ExportSpec
 from vlmprune_jax.io.exports.formats import choose_format
 from vlmprune_jax.run.experiment.arguments import (
-    check_tasks,
     evaluation_sets,
     export_options,
     plan_config,
@@ -172,8 +171,7 @@ def _check_rounding(quantize: str, export: ExportSpec) -> None:
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Raise UserError for settings that would otherwise fail only hours into a run."""
-    sets, tasks = evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks
-    check_tasks(experiment.data, experiment.evaluate)
+    sets = evaluation_sets(experiment.data, experiment.evaluate)
     for pruned in prune_runs(experiment, workdir):
         spec, recoveries = pruned.experiment, recover_runs(pruned)
         for resolved in (spec, *(run.experiment for run in recoveries)):
@@ -191,7 +189,7 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
             changed = run.experiment
             recover_config(changed.recover)
             _check_rounding(changed.recover.quantize, changed.export)
-            if evaluation_sets(changed.data, changed.evaluate) != sets or changed.evaluate.tasks != tasks:
+            if evaluation_sets(changed.data, changed.evaluate) != sets:
                 raise UserError(
                     f"variant {run.name} has other evaluation sets than the first variant: use the same sets in all "
                     "variants"

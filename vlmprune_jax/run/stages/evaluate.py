@@ -1,13 +1,12 @@
 """The answers of one model to an evaluation set -> `eval/<name>.answers.jsonl`, which run/stages/answers.py scores.
 
-Every set and every lmms-eval task is a separate ledger task, so that adding one does not repeat the others.
+Every set is a separate ledger task, so that adding one does not repeat the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import jax
 import msgspec
 from jax.sharding import Mesh
 
-from vlmprune_jax.base.files import Count, Finite, read_text, reading
+from vlmprune_jax.base.files import Count, Finite, Positive, read_text, reading
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.base.processes import process_count
 from vlmprune_jax.base.settings import settings_of
@@ -36,10 +35,9 @@ from vlmprune_jax.io.data.batching import PREFETCH
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
-from vlmprune_jax.run.evaluation.lmms.tasks import NOT_OF_TASKS, as_plain, ask_task, task_sources
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.questions import arranged_questions
-from vlmprune_jax.run.evaluation.runner import Reply, ask, check_answered, log_likelihoods
+from vlmprune_jax.run.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.run.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.run.experiment.spec import affecting
@@ -55,20 +53,15 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Counts and times of a model's pass over an evaluation set.
 
     `joules`: energy that the whole machine used while one process answered all questions, by the `counters`.
-
-    Only for lmms-eval: `values`, {task: {metric: value}} (several tasks for a task group), and `higher_is_better`.
     """
 
-    parameters: Count
+    parameters: Positive
     model_seconds: Finite
     joules: Finite | None = None
     counters: str = ""
     questions: Count = 0
     tokens: Count = 0
     mean_generated_tokens: Finite | None = None
-    empty_answers: Count = 0
-    values: dict[str, dict[str, Finite]] = {}
-    higher_is_better: dict[str, dict[str, bool]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +80,12 @@ class Asking:
     phase: Callable[[int], AbstractContextManager[Callable[[int], None]]]
     journal: Callable[[Mapping[str, Any]], Journal]
 
-    def load_inputs(self) -> inputs.Inputs:
-        """Return a model's tokenizer, prompt template and image loader."""
-        return inputs.load_inputs(self.tokens, self.data, self.model.cfg)
-
 
 def evaluation_works(work: Work, start: Path, subject: str) -> list[Work]:
-    """Return a `Work` for evaluating the model in folder `start` on each set and task; `subject`: name of its files."""
+    """Return a `Work` for evaluating the model in folder `start` on each set; `subject`: name of its files."""
     data, spec = work.experiment.data, work.experiment.evaluate
     place: dict[str, Any] = {"stage": "evaluate", "start": start, "subject": subject, "loaded": {**(work.loaded or {})}}
-    return [work.replace(part=key, **place) for key in (*evaluation_sets(data, spec), *spec.tasks)]
+    return [work.replace(part=key, **place) for key in evaluation_sets(data, spec)]
 
 
 def result_file(work: Work) -> Path:
@@ -112,24 +101,13 @@ def answers_file(path: Path) -> Path:
 def evaluate_task(task: Task, work: Work, data: DataSpec, spec: EvaluateSpec) -> Task:
     """Complete the ledger task of an evaluation: add the model folder, the set's data files and the settings."""
     key, path = work.part, result_file(work)
-    answers = answers_file(path)
-    if key in spec.tasks:
-        sources, without = task_sources(spec, key)[1], NOT_OF_TASKS
-        settings = {"task": key, "lmms_eval": importlib.metadata.version("lmms_eval")}
-        return task.add(
-            inputs={"model": work.start, **sources},
-            outputs=[answers],
-            journals=[journal_path(answers)],
-            settings=settings,
-            without=without,
-        )
     eval_set, section = evaluation_sets(data, spec)[key], "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
     names = ("text_window",) if eval_set.text is not None else ("prompt_suffix", "max_new_tokens", "questions")
     shared = affecting("evaluate", {"model": work.model, "data": data, "evaluate": spec})
     kept = shared if eval_set.text is None else ("model.dtype", "evaluate.batch_size")
     return task.add(
         inputs={"model": work.start, **set_files(data, key, eval_set)},
-        outputs=[answers],
+        outputs=[answers_file(path)],
         journals=[journal_path(path)],
         settings={f"{section}.{name}": getattr(eval_set, name) for name in names},
         without=[name for name in shared if name not in kept] + [f"evaluate.{name}" for name in settings_of(eval_set)],
@@ -144,8 +122,8 @@ def set_files(data: DataSpec, key: str, eval_set: EvaluationSetSpec) -> dict[str
 
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
-    """Generate a model's answers to a set or task, or score a text; write the answers file."""
-    key, path, task = work.part, result_file(work), work.part in spec.tasks
+    """Generate a model's answers to a set, or score a text; write the answers file."""
+    path, eval_set = result_file(work), evaluation_sets(data, spec)[work.part]
     model = work.load(work.start, choose_mesh=functools.partial(_decoding_mesh, work.devices, work.model.dtype, spec))
     mesh = mesh_of(model.params)
     if mesh is not None:  # the journal's
@@ -157,14 +135,10 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
         spec=spec,
         rows=row_ways(mesh),
         phase=functools.partial(work.phase, f"evaluate {work.label}"),
-        journal=functools.partial(work.journal, answers_file(path) if task else path),
+        journal=functools.partial(work.journal, path),
     )
-    if task:
-        lines, facts = _ask_task(asking, key)
-    else:
-        eval_set = evaluation_sets(data, spec)[key]
-        lines, facts = (_ask if eval_set.text is None else _read_text)(asking, eval_set)
-    write_answers(path, lines)
+    lines, facts = (_ask if eval_set.text is None else _read_text)(asking, eval_set)
+    write_text(answers_file(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return AnswerFacts(parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)), **facts)
 
 
@@ -173,19 +147,13 @@ def _decoding_mesh(devices: Mesh | None, dtype: str, spec: EvaluateSpec, cfg: Mo
     return decoding_mesh(cfg, devices, count_params(cfg) * DTYPES[dtype].itemsize, spec.mesh)
 
 
-def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the answers file that belongs to an evaluation file."""
-    text = "".join(json.dumps(line, ensure_ascii=False, default=as_plain) + "\n" for line in lines)
-    write_text(answers_file(path), text)
-
-
 def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     """Generate answers to all questions; return rows for the answers file, and the counts and times of the pass."""
     assert eval_set.max_new_tokens is not None
     model, data = asking.model, asking.data
     model.cfg.check_row("evaluate's max_new_tokens", eval_set.max_new_tokens)
     questions = arranged_questions(asking.tokens, data, asking.spec, eval_set, model.cfg, multiple=asking.rows)
-    check_metric(eval_set, questions.records)  # fail now, not after hours of generation
+    _check_metric(eval_set, questions.records)  # fail now, not after hours of generation
     start, journal = time.perf_counter(), asking.journal({"batches": len(questions)})
     whole = not journal.entries and process_count() == 1
     with EnergyMeter() as meter, asking.phase(len(questions)) as progress:
@@ -197,13 +165,6 @@ def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
             progress=progress,
             journal=journal,
         )
-    lines, facts = as_lines(replies, start)
-    energy = {"joules": meter.joules, "counters": meter.counters} if whole and meter.counters else {}
-    return lines, facts | energy
-
-
-def as_lines(replies: Sequence[Reply], start: float) -> Lines:
-    """Return rows for the answers file, and the counts and times of the pass that began at `start`."""
     lines = [
         {
             "id": reply.record.id,
@@ -213,33 +174,13 @@ def as_lines(replies: Sequence[Reply], start: float) -> Lines:
         }
         for reply in replies
     ]
-    return lines, _about(lines, start)
+    tokens, seconds = sum(reply.tokens for reply in replies), round(time.perf_counter() - start, 3)
+    facts = {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
+    energy = {"joules": meter.joules, "counters": meter.counters} if whole and meter.counters else {}
+    return lines, facts | energy
 
 
-def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
-    """Return the number of questions, the mean answer length (tokens), and the seconds since `start`."""
-    tokens = sum(line["tokens"] for line in lines)
-    seconds = round(time.perf_counter() - start, 3)
-    return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
-
-
-def _ask_task(asking: Asking, task: str) -> Lines:
-    """Run an lmms-eval task; return rows for the answers file, and the counts, times and metric values of the task."""
-    start = time.perf_counter()
-    lines, task_results = ask_task(
-        asking.model,
-        asking.load_inputs(),
-        asking.spec,
-        task,
-        multiple=asking.rows,
-        phase=asking.phase,
-        journal=asking.journal,
-    )
-    empty = sum(not line["prediction"] for line in lines)
-    return lines, {**_about(lines, start), "empty_answers": empty, **task_results}
-
-
-def check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:
+def _check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:
     """Raise UserError for records that the metric cannot score, found by scoring their correct answers."""
     assert eval_set.metric is not None
     check_answered(records)
@@ -253,7 +194,7 @@ def _read_text(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     assert eval_set.text_window is not None
     file, size, window, model = Path(eval_set.text), asking.spec.batch_size, eval_set.text_window, asking.model
     model.cfg.check_row("evaluate's text_window", window)
-    tokenizer = asking.load_inputs().tokenizer
+    tokenizer = inputs.load_inputs(asking.tokens, asking.data, model.cfg).tokenizer
     text = read_text(file, missing="no such file (set in evaluate.text)")
     with reading(file, "give another text"):
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
@@ -277,7 +218,6 @@ def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
             names.append(data.source)
         else:
             names.append(inputs.name_of_records(chosen.data or chosen.text or ""))
-    names += spec.tasks
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -124,7 +124,6 @@ def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[st
             sizes.append(f"{name} ({len(records):,} questions)")
         else:
             sizes.append(f"{name} (text)")
-    sizes += [f"{task} (lmms-eval)" for task in work.experiment.evaluate.tasks] if sets else []
     if sizes:
         yield f"evaluate {TEACHER} and every model: {', '.join(sizes)}"
 

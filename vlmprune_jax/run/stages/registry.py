@@ -77,7 +77,7 @@ STAGES = Registry(
             per="model",
             version=2,
             details="""\
-After a change of metric, stored answers are scored again. --tasks=pope,mme runs tasks of lmms-eval.
+After a change of metric, stored answers are scored again.
 The command also updates result.json, if the workdir has one.""",
         ),
         "speed": Stage(

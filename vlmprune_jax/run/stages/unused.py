@@ -168,14 +168,12 @@ def _evaluation(spec: EvaluateSpec, data: DataSpec, *, last: bool) -> Iterator[R
     asked, texts = ([overrides[name] for name in sets if (sets[name].text is None) == asks] for asks in (True, False))
     shared = "no set with questions uses it"
     for name in ("metric", "prompt_suffix", "max_new_tokens", "questions"):
-        tasks = name == "questions" and spec.tasks
-        yield f"evaluate.{name}", not tasks and all(getattr(eval_set, name) is not None for eval_set in asked), shared
+        yield f"evaluate.{name}", all(getattr(eval_set, name) is not None for eval_set in asked), shared
     yield "data.eval", all(eval_set.data is not None for eval_set in asked), shared
     yield "data.eval_images", all(eval_set.images is not None for eval_set in asked), shared
     yield "evaluate.unrecovered", last, "nothing is reconstructed or trained after pruning"
-    yield "evaluate.max_length", not (asked or spec.tasks), "no set has questions"
+    yield "evaluate.max_length", not asked, "no set has questions"
     yield "evaluate.text_window", all(text.text_window is not None for text in texts), "no set with a text uses it"
-    yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
 
 
 def _model(speed: SpeedConfig, cfg: ModelConfig) -> Iterator[Rule]:

@@ -54,7 +54,7 @@ class Work:
     recovery: str = ""  # name of the recovery of that model
     evaluated: bool = False  # True if that model is evaluated
     subject: str = ""  # for evaluations: name of the model in file names
-    part: str = ""  # name of the evaluation set, lmms-eval task or additional export
+    part: str = ""  # name of the evaluation set or additional export
     models: Mapping[str, Path] = field(default_factory=dict)  # all models of the run, for stages that compare them
     loaded: dict[Path, Model] | None = None  # models that several evaluations share
     pruned: bool = True  # False with prune.method="none", and for a control

@@ -60,10 +60,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     for run in runs:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
-        sets, first = (
-            (evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks)
-            for experiment in (run.experiment, runs[0].experiment)
-        )
+        sets, first = (evaluation_sets(each.experiment.data, each.experiment.evaluate) for each in (run, runs[0]))
         if sets != first:
             raise UserError(
                 f"run {run.name}: its evaluation sets differ from those of {runs[0].name}: use the same sets in all "

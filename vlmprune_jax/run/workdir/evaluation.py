@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import Count, Finite
+from vlmprune_jax.base.files import Count, Finite, Positive
 from vlmprune_jax.base.links import is_inside
 from vlmprune_jax.run.workdir.artefact import Artefact, Part, read_artefact
 
@@ -69,7 +68,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     groups: dict[str, Group] = {}
     counted: Literal["questions", "tokens"]
     count: Count
-    parameters: Count
+    parameters: Positive
     seconds: float
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None
@@ -135,6 +134,4 @@ def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")
         if path == evaluation_file(folder, name, key):
             evaluations[key] = read_evaluated(path)
-            if not evaluations[key].parameters:  # unknown of served models alone
-                raise UserError(f"{path}: says that the model has 0 parameters: run `vlmprune evaluate` again")
     return evaluations

@@ -7,15 +7,13 @@ Only this module and the entry point (`manifest`) import lmms_eval.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,11 +23,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from PIL.Image import Image
+from tqdm import tqdm
 
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
-from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.base.settings import check_settings, override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import initialize, mesh_of, row_ways
@@ -53,105 +51,47 @@ from vlmprune_jax.run.evaluation.runner import Reply, ask
 NEW_TOKENS = 1024
 # Minimum number of new tokens, even for prompts that fill the trained positions: rotary positions continue.
 LEAST_NEW_TOKENS = 128
-Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
-class Answering:
-    """Model, tokenizer and settings for answering lmms-eval's requests in batches of `batch_size`.
-
-    `max_length`: maximum prompt length in tokens, 0 = any. `phase`: function from the number of batches to a context
-    manager of a progress callback. `journal`: function from the identity of a pass to the journal for the answers of
-    its batches, or None.
-    """
+class _Answering:
+    """Model and tokenizer that answer records; `batch_size` and `multiple`: see `arrange_questions`."""
 
     model: Model
     inputs: Inputs
     batch_size: int
     multiple: int
-    max_length: int
-    phase: Phase
-    journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
         """Return greedy answers of at most `max_new_tokens` tokens, in the order of the records."""
         cfg = self.model.cfg
-        encoder = _encoder(self.inputs, cfg, self.max_length, records)
+        encoder = _encoder(self.inputs, cfg, records)
         arranged = arrange_questions(
             records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
         )
+        batches = arranged.batches(
+            threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=params_mesh(self.model.params)
+        )
         max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
-        # lmms-eval may call this more than once per task.
-        texts = [(record.turns, record.part, *map(str, record.images + record.videos)) for record in records]
-        asked = hashlib.sha256(repr(texts).encode())
-        made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
-        with self.phase(len(arranged)) as progress:
+        with tqdm(total=len(arranged), desc="Model Responding") as bar:  # as lmms-eval's own models
             return ask(
                 self.model,
-                arranged.batches(
-                    threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=params_mesh(self.model.params)
-                ),
+                batches,
                 tokenizer=encoder.tokenizer,
                 max_new_tokens=max_new_tokens,
-                progress=progress,
-                journal=self.journal(made_from),
+                progress=lambda done: bar.update(done - bar.n) and None,
             )
 
 
-def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
+def _encoder(inputs: Inputs, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
     """Return an encoder with one padded batch shape per number of images and videos, which keeps padding small."""
     counts = {max(1, len(record.images) + len(record.videos)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
-    encoder = inputs.encoder(cfg, max_length)
+    encoder = inputs.encoder(cfg, 0)
     return encoder if encoder.tile_buckets else dataclasses.replace(encoder, tile_buckets=tuple(sorted(counts)))
 
 
-class Backend(lmms):
-    """lmms-eval model class that runs a vlmprune model; `replies` stores its answers by (task, document number)."""
-
-    is_simple = False
-
-    def __init__(self, answering: Answering) -> None:
-        super().__init__()
-        self._answering = answering
-        self.replies: dict[tuple[str, int], Reply] = {}
-
-    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return greedy answers to lmms-eval requests.
-
-        Stop texts (`until`) are ignored, as in lmms-eval's transformers models. Raises UserError if a request needs
-        sampling or beam search, or has an input that the model cannot read.
-        """
-        start = time.perf_counter()
-        groups: dict[int, list[int]] = {}
-        for place, request in enumerate(requests):
-            groups.setdefault(_new_tokens(request), []).append(place)
-        replies: dict[int, Reply] = {}
-        for max_new_tokens, places in groups.items():
-            pictures = _Pictures(self.task_dict)
-            records = [pictures.record(requests[place]) for place in places]
-            replies |= zip(places, self._answering.replies(records, max_new_tokens), strict=True)
-        for place, request in enumerate(requests):
-            self.replies[request.args[4], request.args[3]] = replies[place]
-        tokens, seconds = sum(reply.tokens for reply in replies.values()), time.perf_counter() - start
-        log_metrics(total_gen_tokens=tokens, total_elapsed_time=seconds, avg_speed=tokens / max(seconds, 1e-9))
-        ordered = (replies[place] for place in range(len(requests)))
-        return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
-
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Raise UserError for tasks that need log-likelihoods, which lmms-eval does not support for chat models."""
-        raise UserError(
-            "vlmprune_jax: tasks with log-likelihoods are not supported: use tasks with output_type generate_until"
-        )
-
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raise UserError for tasks with several question rounds."""
-        raise UserError(
-            "vlmprune_jax: tasks with several rounds are not supported: use tasks with output_type generate_until"
-        )
-
-
-class VlmpruneJax(Backend):
+class VlmpruneJax(lmms):
     """lmms-eval model `vlmprune_jax`, which loads a model folder; its arguments come from `--model_args`.
 
     Args:
@@ -166,6 +106,8 @@ class VlmpruneJax(Backend):
 
     Raises UserError if an argument or value is unknown, or the folder cannot be read.
     """
+
+    is_simple = False
 
     def __init__(
         self,
@@ -205,16 +147,40 @@ class VlmpruneJax(Backend):
         inputs = load_inputs(spec, data_spec, model.cfg)
         for note in inputs.notes:  # a prompt that differs from the model folder's own
             print(f"vlmprune_jax: {note}", file=sys.stderr)
-        super().__init__(Answering(model, inputs, rows, ways, 0, _bar, lambda made_from: None))
+        super().__init__()
+        self._answering = _Answering(model, inputs, rows, ways)
 
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Return greedy answers to lmms-eval requests.
 
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in the style of lmms-eval's models."""
-    from tqdm import tqdm
+        Stop texts (`until`) are ignored, as in lmms-eval's transformers models. Raises UserError if a request needs
+        sampling or beam search, or has an input that the model cannot read.
+        """
+        start = time.perf_counter()
+        groups: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(_new_tokens(request), []).append(place)
+        replies: dict[int, Reply] = {}
+        for max_new_tokens, places in groups.items():
+            pictures = _Pictures(self.task_dict)
+            records = [pictures.record(requests[place]) for place in places]
+            replies |= zip(places, self._answering.replies(records, max_new_tokens), strict=True)
+        tokens, seconds = sum(reply.tokens for reply in replies.values()), time.perf_counter() - start
+        log_metrics(total_gen_tokens=tokens, total_elapsed_time=seconds, avg_speed=tokens / max(seconds, 1e-9))
+        ordered = (replies[place] for place in range(len(requests)))
+        return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
 
-    with tqdm(total=total, desc="Model Responding") as bar:
-        yield lambda done: bar.update(done - bar.n) and None
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Raise UserError for tasks that need log-likelihoods, which lmms-eval does not support for chat models."""
+        raise UserError(
+            "vlmprune_jax: tasks with log-likelihoods are not supported: use tasks with output_type generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Raise UserError for tasks with several question rounds."""
+        raise UserError(
+            "vlmprune_jax: tasks with several rounds are not supported: use tasks with output_type generate_until"
+        )
 
 
 def _new_tokens(request: Any) -> int:

@@ -6,15 +6,6 @@ from vlmprune_jax.base.checks import Registry, one_of
 from vlmprune_jax.run.evaluation.metrics.choices import AI2D, MATHVISTA, MMMU, SCIENCEQA
 from vlmprune_jax.run.evaluation.metrics.metric import Metric
 from vlmprune_jax.run.evaluation.metrics.texts import ANLS, EXACT_MATCH, GQA, PERPLEXITY, VQA_ACCURACY
-from vlmprune_jax.run.evaluation.metrics.videos import (
-    LONGVIDEOBENCH,
-    MLVU_DEV,
-    MLVU_TEST,
-    MVBENCH,
-    NEXTQA,
-    TEMPCOMPASS,
-    VIDEO_MME,
-)
 from vlmprune_jax.run.evaluation.metrics.yes_no import MME, MME_COGNITION, MME_PERCEPTION, POPE
 
 METRICS = Registry(
@@ -34,13 +25,6 @@ METRICS = Registry(
         "anls": ANLS,
         "gqa": GQA,
         "mathvista": MATHVISTA,
-        "videomme": VIDEO_MME,
-        "mvbench": MVBENCH,
-        "tempcompass": TEMPCOMPASS,
-        "mlvu_dev": MLVU_DEV,
-        "mlvu_test": MLVU_TEST,
-        "longvideobench": LONGVIDEOBENCH,
-        "nextqa": NEXTQA,
     },
 )
 
