@@ -35,7 +35,7 @@ from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.core.mesh.machine import cores
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_sides
+from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 
@@ -87,9 +87,8 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
                 out = files[f"{cut} | {form}"]
                 vp.save(model, out, source_dir=subject.source, format="gguf", quantize=gguf, dtype="float16")
         paths = [str(next(out.glob("*.gguf"))) for out in files.values()]
-        engines = {"backends": ["llama_cpp"], "engine_python": []}
-        sides, _ = find_sides(paths, None, config, **engines, dtype="float32", threads=cores())
-        _, found = bench(sides, config, make_reporter(True))
+        jobs, _ = find_jobs(paths, None, config, backends=["llama_cpp"], dtype="float32", threads=cores())
+        _, found = bench(jobs, config, make_reporter(True))
     return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
 
 

@@ -38,7 +38,7 @@ from study_guide import as_json  # noqa: E402
 import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.base.console import make_reporter  # noqa: E402
 from vlmprune_jax.core.mesh.machine import processor  # noqa: E402
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_sides  # noqa: E402
+from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs  # noqa: E402
 from vlmprune_jax.run.evaluation.speed.clock import BenchSide, SpeedConfig  # noqa: E402
 from vlmprune_jax.run.planning.guide import FILE, Speed, read_guide  # noqa: E402
 
@@ -108,9 +108,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 new_tokens=max(ANSWERS) - 1,
                 batch_size=options.batch_size,
             )
-            engines = {"backends": ["llama_cpp"], "engine_python": [], "dtype": "float32"}
-            sides, _ = find_sides([*files.values()], None, config, **engines, threads=options.threads)
-            load, found = bench(sides, config, make_reporter(True))
+            engines = {"backends": ["llama_cpp"], "dtype": "float32"}
+            jobs, _ = find_jobs([*files.values()], None, config, **engines, threads=options.threads)
+            load, found = bench(jobs, config, make_reporter(True))
             for name, side in zip(files, found, strict=True):
                 rows[name] |= {"bytes": side.bytes, "decode": side.decode, f"prompt of {prompt}": side.prompt_tokens}
                 rows[name] |= {f"{prompt}+{answer}": seconds(side, answer, options.batch_size) for answer in ANSWERS}

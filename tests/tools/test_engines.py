@@ -1,4 +1,4 @@
-"""Serving engines: the table of stand-ins, engines that are missing or die, and the answers of a real vLLM server."""
+"""Serving engines: the table of stand-ins, engines that are missing or die, their speed, and a real vLLM server."""
 
 import contextlib
 import http.server
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,14 @@ from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.main import main
 
 sys.path.append(str(Path(__file__).parents[2] / "tools/engines"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import engines
 import standins
 import table
 
-ASK = Path(__file__).parents[2] / "tools/engines/ask_vllm.py"
-TEACHER = Path(__file__).parents[2] / "vlmprune_jax/demo/teacher"
+ROOT = Path(__file__).parents[2]
+ASK = ROOT / "tools/engines/ask_vllm.py"
+TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 # Stands for an engine's script: dies on its second folder, is refused by its third.
 SCRIPT = """
 import json, sys, numpy as np
@@ -88,6 +92,88 @@ def test_cells_of_a_stand_in(tmp_path):
     before = (cells[1] / "model.safetensors").stat().st_mtime_ns
     assert [*standins.write_cells("Gemma 4 E", tmp_path, ["depth"], ["float32"])] == cells[:2]
     assert (cells[1] / "model.safetensors").stat().st_mtime_ns == before, "an export was written again"
+
+
+def test_vllm_reads_a_new_image_each_time(monkeypatch, tmp_path):
+    """Otherwise it would take the image's features from its cache, and the time to the first token were wrong."""
+    images = []
+
+    class FakeLLM:
+        def __init__(self, model, **settings):
+            self.llm_engine, self.waiting = self, 0
+            assert settings["max_model_len"] == 50 + 13 + 1
+            assert not settings["enable_prefix_caching"]
+
+        def add_request(self, number, prompt, sampling):
+            images.append(prompt["multi_modal_data"]["image"].tobytes())
+            self.waiting = sampling.max_tokens
+
+        def has_unfinished_requests(self):
+            return self.waiting > 0
+
+        def step(self):
+            self.waiting -= 1
+            return [None]
+
+    fake = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: types.SimpleNamespace(**fields))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    options = types.SimpleNamespace(
+        folder=tmp_path, dtype="float32", sees=True, side=8, prompt_tokens=50, new_tokens=13
+    )
+    options.rounds = 2
+    generate = engines.in_vllm(options, {"placeholders": np.ones((1, 50), int)})
+    rows = engines.measure(generate, 50, options)["rounds"]
+    assert min(min(row["prefill"], row["decode"]) for row in rows) > 0
+    assert len({*images}) == len(images) == 3
+    options.new_tokens = 14
+    with pytest.raises(SystemExit, match="generated 14 of 15 tokens"):
+        engines.measure(generate, 50, options)
+
+
+def test_joules_of_counters_that_start_again(tmp_path, monkeypatch):
+    """Two packages and the memory of one, zones that others contain, and a counter that only root reads."""
+    monkeypatch.setattr(engines, "POWERCAP", tmp_path)
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram",
+             "intel-rapl:1": "package-1", "intel-rapl-mmio:0": "package-0"}  # fmt: skip
+    for zone, name in zones.items():
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("1000000000\n")
+        (tmp_path / zone / "energy_uj").write_text("999000000\n")
+    (tmp_path / "intel-rapl:1/energy_uj").unlink()
+
+    def generate(put):
+        (tmp_path / "intel-rapl:0/energy_uj").write_text("2000000\n")  # 3 J, in which it started again at 0
+        (tmp_path / "intel-rapl:0:1/energy_uj").write_text("999500000\n")
+        put()
+        put()
+
+    options = types.SimpleNamespace(new_tokens=1, rounds=1)
+    warm = iter([lambda put: None, generate])
+    found = engines.measure(lambda put: next(warm)(put), 8, options)
+    assert found["counters"] == ["RAPL package-0", "RAPL dram"]
+    assert found["rounds"][0]["joules"] == pytest.approx(3.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_speed_in_an_engine(engine, tmp_path):
+    """A text-only prompt and one with an image."""
+    try:
+        python = table.interpreter(engine)
+    except UserError as error:
+        pytest.skip(str(error))
+    folder = standins.write_source("LLaVA-1.5", tmp_path / "llava")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for image in (True, False):
+        command = [python, ROOT / "benchmarks/engines.py", engine, folder, "--image" if image else "--no-image"]
+        command += ["--prompt_tokens=350", "--new_tokens=4", "--rounds=1", "--threads=1"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout)
+        assert (found["image"], found["prompt_tokens"]) == (image, 350)
+        assert min(found["rounds"][0].values()) > 0
 
 
 @pytest.fixture

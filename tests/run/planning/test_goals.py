@@ -111,7 +111,6 @@ def test_a_method_that_the_machine_cannot_use_is_neither_ranked_nor_advised(caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--for=energy",), "--for=energy: no machine of our measurements has a readable energy counter"),
         (("--for=question", "--on=gpu"), "--on=gpu: nothing was measured there: use --on=llama.cpp"),
         (("--for=throughput", "--on=llama.cpp"), "--for=throughput: llama.cpp was measured with single questions only"),
         (("--for=decode", "--on=llama.cpp", "--bytes=200MB"), "use a value between --bytes=1.48GB and --bytes=2.29GB"),

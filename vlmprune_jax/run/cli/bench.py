@@ -1,7 +1,7 @@
 """vlmprune bench --model=DIR_OR_GGUF [--against=DIR_OR_GGUF,...]: measure speed and memory of models on this processor.
 
 Measures prefill and decode speed (tokens/s), time of a question, peak memory and file size in vlmprune's JAX forward
-pass, transformers, vLLM, OpenVINO, mlx-vlm (folders) and llama.cpp (GGUF), in turns, one process per model and engine.
+pass, transformers (folders) and llama.cpp (GGUF), in turns, one process per model and engine.
   vlmprune bench --model=DIR --against=runs/llava/export --backends=jax,transformers --threads=4 --json=bench.json
 """
 
@@ -22,9 +22,7 @@ def define(values: Flags) -> None:
     text("model", None, "Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)", flag_values=values)
     several("against", [], "more models to measure, in turns with --model", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
-    engines = "jax, transformers, llama_cpp, vllm, openvino, mlx (default: installed engines)"
-    several("backends", [], engines, flag_values=values)
-    several("engine_python", [], "ENGINE:PYTHON if vllm, openvino or mlx is in another environment", flag_values=values)
+    several("backends", [], "jax, transformers, llama_cpp (default: installed engines)", flag_values=values)
     for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds"):
         default, about = settings[name].default, settings[name].sentence
         absl_flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
@@ -41,18 +39,17 @@ def run(flags: Any) -> None:
     """Measure and print the speed of models (`vlmprune bench`); `--json=FILE` also saves the numbers."""
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.errors import UserError
-    from vlmprune_jax.run.evaluation.speed.bench import bench, check_bench, find_sides
+    from vlmprune_jax.run.evaluation.speed.bench import bench, check_bench, find_jobs
     from vlmprune_jax.run.report.speed import tell_bench, tell_questions
     from vlmprune_jax.run.workdir.speed import make_bench
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
-    names = ("rounds", "prompt_tokens", "new_tokens", "batch_size", "image")
-    config = SpeedConfig(**{name: flags[name].value for name in names})
+    config = SpeedConfig(**{name: flags[name].value for name in settings_of(SpeedConfig())})
     options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
     if flags.questions:
         return tell_questions(flags, config, reporter)
-    engines = {"backends": flags.backends, "engine_python": flags.engine_python}
-    sides, remarks = find_sides([flags.model, *flags.against], flags.vision_dir, config, **engines, **options)
-    results = make_bench(*bench(sides, config, reporter), config, **options)
+    models = [flags.model, *flags.against]
+    jobs, remarks = find_jobs(models, flags.vision_dir, config, backends=flags.backends, **options)
+    results = make_bench(*bench(jobs, config, reporter), config, **options)
     tell_bench(results, remarks, flags.json, reporter)

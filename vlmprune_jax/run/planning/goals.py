@@ -136,12 +136,7 @@ def rank(
 
 def check_goal(goal: str, on: str) -> None:
     """Raise UserError if there are neither measurements nor estimates of a goal on the machine `on`."""
-    if goal == "energy":
-        raise UserError(
-            "--for=energy: no machine of our measurements has a readable energy counter (RAPL, NVML), and TPUs have "
-            "none: measure joules per question with `vlmprune run` on yours"
-        )
-    one_of("--for", goal, (*GOALS, "energy"))
+    one_of("--for", goal, GOALS)
     if on in ("gpu", "cpu"):
         raise UserError(
             f"--on={on}: nothing was measured there: use --on={MEASURED_ON} (measured on a CPU) or a TPU slice such as "

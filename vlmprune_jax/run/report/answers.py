@@ -17,9 +17,9 @@ Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for ev
 
 
 def length_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield a report section with every model's answer length in tokens, and energy per question if measured."""
+    """Yield a report section with every model's answer length in tokens."""
     models = [(UNPRUNED, None), *((result.labels[entry.name], entry.path) for entry in result.entries[:MOST_COMPARED])]
-    tables, counters = list[Table](), set[str]()
+    tables, header = list[Table](), ("model", "tokens per answer", "x unpruned")
     for key, metric in result.sets.items():
         rows, before = list[tuple[str, ...]](), None
         for label, folder in models:
@@ -28,26 +28,14 @@ def length_section(workdir: Path, result: Result) -> Iterator[Section]:
             if answers is None or answers.mean_generated_tokens is None or not answers.count:
                 continue
             before = before or answers
-            energy = "" if answers.joules is None else f"{answers.joules / answers.count:.3g}"
-            counters |= {answers.counters} - {""}
             times = answers.mean_generated_tokens / before.mean_generated_tokens if before.mean_generated_tokens else 1
-            rows.append((label, f"{answers.mean_generated_tokens:.2f}", f"{times:.2f}", energy))
-        header = ("model", "tokens per answer", "x unpruned", "joules per question")
-        measured = any(row[-1] for row in rows)
-        cut = len(header) if measured else -1
+            rows.append((label, f"{answers.mean_generated_tokens:.2f}", f"{times:.2f}"))
         if rows:
             title = "Means over all questions" if len(result.sets) == 1 else f"{key}: means over {metric.size}"
-            tables.append(Table(title, header[:cut], tuple(row[:cut] for row in rows), ascending=header[1:]))
+            tables.append(Table(title, header, tuple(rows), ascending=header[1:]))
     if tables:
-        energy = (
-            f"Energy: of the whole machine while it answered, its first compilation and other programs included, by "
-            f"{printable('; '.join(sorted(counters)))}."
-            if counters
-            else "Energy was not measured: this machine has no counters that the run may read (RAPL, NVIDIA's NVML); "
-            "TPUs have none."
-        )
         note = "Tokens include the end token; an answer that reaches `max_new_tokens` is cut."
-        yield Section("Answer length and energy", tables=tuple(tables), notes=(note, energy))
+        yield Section("Answer length", tables=tuple(tables), notes=(note,))
 
 
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:

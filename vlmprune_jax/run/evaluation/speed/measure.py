@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.base.processes import on_process_zero
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.core.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
-from vlmprune_jax.run.evaluation.speed.clock import Measurement, QuestionTime, SpeedConfig, take_turns, to_speed
-from vlmprune_jax.run.evaluation.speed.process import Program, Seconds, Stopwatch
+from vlmprune_jax.run.evaluation.speed.clock import (
+    Measurement,
+    Program,
+    QuestionTime,
+    Seconds,
+    SpeedConfig,
+    measure,
+    time_in_turns,
+)
 
 
 def measure_speed(
@@ -38,14 +44,7 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
-    programs = {name: _compile(model, config) for name, model in models.items()}
-    prompt_tokens, new_tokens = config.batch_size * config.prompt_tokens, config.batch_size * config.new_tokens
-    measured = dict[str, Measurement]()
-    for (name, program), seconds in zip(programs.items(), _in_turns(programs.values(), config), strict=True):
-        with error_context(name):
-            speeds = to_speed(seconds, prompt_tokens, new_tokens)
-        measured[name] = Measurement(**speeds, peak_bytes=program.peak_bytes)
-    return measured
+    return measure({name: _compile(model, config) for name, model in models.items()}, config)
 
 
 def measure_questions(
@@ -72,7 +71,7 @@ def measure_questions(
             programs[name, False] = _compile(model, workload)
             if config.with_image(model.cfg):
                 programs[name, True] = _Images(model, workload)
-        seconds = dict(zip(programs, _in_turns(programs.values(), workload), strict=True))
+        seconds = dict(zip(programs, time_in_turns([*programs.values()], config.rounds), strict=True))
         for name in models:
             answer = seconds[name, False]
             image = seconds.get((name, True), [(0.0, 0.0)] * config.rounds)
@@ -83,15 +82,6 @@ def measure_questions(
                 token=tuple(rest / config.new_tokens for _, rest in answer),
             )
     return times
-
-
-def _in_turns(programs: Iterable[Program], config: SpeedConfig) -> list[list[Seconds]]:
-    """Return the seconds of every program in each round."""
-
-    def agree(seconds: float) -> float:  # all processes must run a program equally often
-        return float(on_process_zero(lambda: seconds))
-
-    return take_turns([Stopwatch(program, agree=agree).read for program in programs], config.rounds)
 
 
 class _Images:
