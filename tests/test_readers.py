@@ -1,4 +1,4 @@
-"""Files that anybody may have written come in at one place: base/files.py (weights: base/weight_files.py, hf/disk/)."""
+"""Files that anybody may have written are read in one place: base/files.py, for weights in checkpoints/disk as well."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "vlmprune_jax"
-CHECKED = ("base/files.py", "base/links.py", "base/weight_files.py", "hf/disk/")
+CHECKED = ("base/files.py", "base/links.py", "base/weight_files.py", "base/atomic.py", "io/checkpoints/disk/")
 # Functions that open, read, copy or decode what a path, a file or a text holds. `copymode` reads no content.
 READERS = {
     "json.load", "json.loads", "msgspec.json.decode", "mmap.mmap", "zipfile.ZipFile", "zipfile.Path", "tarfile.open",
@@ -38,8 +38,8 @@ EXCEPTIONS = {
     ("base/processes.py", "_value", "json.loads"): _RUN,
     ("core/mesh/failure.py", "_watch", "json.loads"): _RUN,
     ("core/mesh/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
-    ("run/evaluation/speed/process.py", "serve", "json.loads"): "a line of the process that started this one",
-    ("run/evaluation/speed/process.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
+    ("run/evaluation/speed/engines.py", "serve", "msgspec.json.decode"): "a line of the process that started this one",
+    ("run/evaluation/speed/engines.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
     ("io/exports/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
     ("io/exports/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
     ("run/workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
@@ -153,7 +153,7 @@ def uses() -> dict[tuple[str, str, str], list[str]]:
 
 def test_files_are_read_by_the_checked_readers():
     unchecked = [place for use, places in uses().items() if use not in EXCEPTIONS for place in places]
-    assert not unchecked, "read these through base/files.py or hf/disk/:\n" + "\n".join(unchecked)
+    assert not unchecked, "read these through base/files.py or io/checkpoints/disk/:\n" + "\n".join(unchecked)
 
 
 def test_no_exception_is_left_over():

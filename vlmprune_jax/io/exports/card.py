@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.base.files import MAX_JSON_BYTES, read_json, read_text, replacing
 from vlmprune_jax.base.links import real_path
 from vlmprune_jax.base.markup import code, markdown, yaml
 from vlmprune_jax.core.config import ModelConfig
@@ -128,7 +128,8 @@ def add_evaluation(folder: Path, rows: Sequence[Sequence[str]], remark: str) -> 
 
 
 def _write(folder: Path, card: str) -> None:
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    with replacing(folder / "README.md") as file:
+        file.write(card.encode(errors="backslashreplace"))
 
 
 def _removed(plan: PlanJson | None) -> str:

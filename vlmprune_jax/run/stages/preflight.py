@@ -72,8 +72,8 @@ def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
     the target.
     """
     experiment, teacher = work.experiment, teacher_folder(work.model)
-    work.open_model(teacher)
     sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
+    work.open_model(teacher)
     for name, eval_set in sets.items():
         _check_files("evaluate", set_files(experiment.data, name, eval_set))
     for step in steps_of(work):
