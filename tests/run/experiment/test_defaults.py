@@ -53,7 +53,7 @@ def test_a_difference_is_noticed():
 
 
 def test_save_names_every_setting_of_the_export():
-    configs = {"rounding", "base_model", "push_to_hub"}  # settings that only configs have
+    configs = {"rounding", "evaluate", "base_model", "push_to_hub"}  # settings that only configs have
     assert settings_of(ExportSpec).keys() - inspect.signature(vp.save).parameters.keys() == configs
 
 

@@ -79,7 +79,7 @@ SCORE = named(
 )
 PRUNE = named(
     "prune",
-    "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple "
+    "method stack ratio layers_removed layers protect deepstack rounding attn_layers mlp_layers heads_multiple "
     "neurons_multiple heads align_to tensor_parallel selection loads_in sparsity depth_share steps budget producers "
     "vocabulary experts experts_multiple",
 )
@@ -103,7 +103,7 @@ EXPECTED = {
     "export": PRECISION
     | named(
         "export",
-        "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp",
+        "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp evaluate",
     )
     | named("export", "base_model license push_to_hub max_image_tokens")
     | named("data", "max_image_tokens"),

@@ -148,8 +148,9 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
 
 
 def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
-    experiment = work.experiment
-    return with_rounding(spec, experiment.data, experiment.recover, work.config(work.start).text)
+    if spec.quantize != "w4a16":
+        return spec
+    return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
 
 
 def _is_quantised(values: Any) -> bool:

@@ -73,9 +73,9 @@ def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
     """
     experiment, teacher = work.experiment, teacher_folder(work.model)
     sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
-    work.open_model(teacher)
     for name, eval_set in sets.items():
         _check_files("evaluate", set_files(experiment.data, name, eval_set))
+    work.open_model(teacher)
     for step in steps_of(work):
         if step.stage in stages:
             task = task_of(step)
