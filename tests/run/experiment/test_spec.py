@@ -103,7 +103,8 @@ EXPECTED = {
     "export": PRECISION
     | named(
         "export",
-        "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp evaluate",
+        "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp "
+        "evaluate",
     )
     | named("export", "base_model license push_to_hub max_image_tokens")
     | named("data", "max_image_tokens"),

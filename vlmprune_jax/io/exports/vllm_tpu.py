@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.limits import Limit
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.io.families.limits import implementation
 
@@ -50,19 +51,20 @@ def _integers(cfg: ModelConfig) -> str:
 
 def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str | None:
     """Return why vLLM on TPUs cannot load these integer weights, with advice; None if it can."""
-    problem, fits = _scheme_problem(cfg, storage), _integers(cfg)
+    problem, loads = _scheme_problem(cfg, storage), _integers(cfg)
     if problem is not None:
-        return f"{problem}: " + (f"use symmetric {fits}" if fits else 'use quantize="none"')
-    for shape in cfg.text.layers if storage.bits == 4 else ():
-        inputs = (
-            cfg.text.hidden_size,
-            shape.mixer.q_heads * shape.mixer.head_dim // tensor,
-            *(width // tensor for width in shape.channel.neuron_counts),
-        )
-        if shape.mixer.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
-            needed = f"each of {tensor} chips needs whole key/value heads and groups of {storage.group}"
-            return f"{needed}: use a smaller group_size or tensor_parallel"
-    return None
+        return f"{problem}: " + (f"use symmetric {loads}" if loads else 'use quantize="none"')
+    if storage.bits != 4:
+        return None
+    needed = f"each of {tensor} chips needs whole key/value heads and groups of {storage.group}"
+    needed += ": use a smaller group_size or tensor_parallel"
+    heads = Limit("vllm_tpu", needed, axes=("kv_heads",), multiple=tensor)
+    widths = [cfg.text.hidden_size]
+    for layer in cfg.text.layers:
+        split = (layer.mixer.q_heads * layer.mixer.head_dim, *layer.channel.neuron_counts)
+        widths += [width // tensor for width in split]
+    fits = heads.holds(cfg) and not any(width % (storage.group or width) for width in widths)
+    return None if fits else needed
 
 
 def _scheme_problem(cfg: ModelConfig, storage: CompressedTensors) -> str | None:
