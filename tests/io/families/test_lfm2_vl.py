@@ -190,7 +190,7 @@ def test_wrong_configs_are_refused(tmp_path, changes, message):
 def test_sizes_of_the_projector_are_refused(tmp_path, field):
     folder = make_folder(tmp_path / "model", LFM2_VL)
     edit_config(folder, **{field: -1})
-    with pytest.raises(UserError, match=f"config.json: {field} is -1, expected a whole number above 0"):
+    with pytest.raises(UserError, match=f"config.json: field {field} is -1, expected a whole number above 0"):
         vp.load(folder)
 
 

@@ -95,7 +95,7 @@ def test_a_vocabulary_alone_needs_no_scores(root, capsys):
     (root / "alone.py").write_text((root / "config.py").read_text().replace("config.prune.layers_removed = 1", ""))
     flags = [f"--config={root / 'alone.py'}", f"--workdir={root / 'alone'}"]
     assert main(["score", *flags]) == 2
-    assert "trimming only the vocabulary needs no scores: run `vlmprune prune`" in capsys.readouterr().err
+    assert "only the vocabulary is trimmed, so no scores are needed: run `vlmprune prune`" in capsys.readouterr().err
     assert main(["prune", *flags]) == 0
     assert not list((root / "alone").glob("scores*"))
     plan = vp.PrunePlan.from_json(root / "alone/plan.json")
@@ -105,7 +105,7 @@ def test_a_vocabulary_alone_needs_no_scores(root, capsys):
     tokens = {"size": 448, "sources": (str(root / "sources.json"),), "multiple": 8, "source_dir": str(root / "teacher")}
     assert vp.make_plan(None, teacher, vocabulary=tokens).vocabulary == plan.vocabulary
     for model, options in ((teacher.cfg, {"vocabulary": tokens}), (teacher, {"ratio": 0.1})):
-        with pytest.raises(vp.UserError, match="scores=None is allowed only if nothing but the vocabulary"):
+        with pytest.raises(vp.UserError, match="scores=None needs the model, and is allowed only if"):
             vp.make_plan(None, model, **options)
     with pytest.raises(vp.UserError, match=r"perhaps the vocabulary \(this model has 448 tokens, the plan's 640\)"):
         vp.apply_plan(pruned, plan)
