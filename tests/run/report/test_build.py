@@ -176,9 +176,7 @@ def test_page_of_several_sets(several):
 
 
 def test_no_ratio_and_nothing_retained(workdir):
-    evaluation = replace(
-        read_result(workdir).runs[0].evaluation, mean_of_ratios=None, retained={}, retained_interval={}
-    )
+    evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None, retained={})
     change(workdir, 0, target_ratio=None, evaluation=evaluation)
     (table,) = tables_of(read_result(workdir))
     assert table.rows[1][0] == "depth 34 %"  # by what was reached
