@@ -190,7 +190,7 @@ def test_layer_by_layer_is_the_forward(goldens, family):
     counts = [np.asarray(step.weight, np.float64) for step in stream.batches]
     for number in range(len(model.cfg.text.layers)):
         layer, last = stream.layer(number), number + 1 == len(model.cfg.text.layers)
-        sums, gram, squares = gptq.finite_sums(gptq._sums, layer, stream, "test"), 0.0, 0.0
+        sums, gram, squares = gptq.finite_sums(gptq.input_sums, layer, stream, "test"), 0.0, 0.0
         stream.advance(layer, number)
         for step, state, hooked, count in zip(stream.batches, stream.states, hooks, counts, strict=True):
             found = normed(model, state.x) if last else state.x
