@@ -117,7 +117,7 @@ def advise(
 
 @dataclasses.dataclass(frozen=True)
 class _TargetSize:
-    """What to remove from a model: `ratio` of all parameters, by the user's `ratio` or, if not None, `most_bytes`."""
+    """Size to reach: a model without `ratio` of all parameters; `most_bytes` is set if the user asked in bytes."""
 
     cfg: ModelConfig
     ratio: float
