@@ -89,13 +89,13 @@ def test_the_template_that_an_export_ships(tokenizer: Any, name: str) -> None:
     chat.append({"role": "user", "content": "Sure?"})
     jinja = chat_template(templates()[name], "<IMG_CONTEXT>\n")
     made = tokenizer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=True)
-    text = render(turns, templates()[name], has_image=True, generation=True)
+    text = render(turns, templates()[name], has_image=True, generation=True).text
     assert made == text.replace("<image>", "<IMG_CONTEXT>")
 
 
 def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
     """InternVL's `preprocess_mpt` by its counting rule, written anew from its description."""
-    prompt = render(record.turns, templates()["Hermes-2"], has_image=bool(record.images))
+    prompt = render(record.turns, templates()["Hermes-2"], has_image=bool(record.images)).text
     prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 3 + "</img>", len(record.images))
     labels, end, role = np.array(tokenizer(prompt)["input_ids"]), "<|im_end|>", "<|im_end|><|im_start|>assistant\n"
     real = int((labels != tokenizer.pad_token_id).sum())

@@ -46,7 +46,7 @@ def tokenizer(goldens: Path) -> Any:
 def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str, key: str) -> None:
     stored = json.loads((goldens / "data/prompts.json").read_text())
     for record in samples:
-        assert render(record.turns, templates()[name], has_image=bool(record.images)) == stored[record.id][key]
+        assert render(record.turns, templates()[name], has_image=bool(record.images)).text == stored[record.id][key]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
 
 def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
     """InternVL's `preprocess_phi3` by its counting rule, written anew from its description."""
-    prompt = render(record.turns, templates()["phi3-chat"], has_image=bool(record.images))
+    prompt = render(record.turns, templates()["phi3-chat"], has_image=bool(record.images)).text
     for count in tiles:
         prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 2 * count + "</img>", 1)
 
@@ -292,8 +292,8 @@ def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
 def test_empty_system_text_leaves_no_space() -> None:
     bare = dataclasses.replace(LLAVA, system="")
     turns = (("human", "a"), ("gpt", "b"), ("human", "c"))
-    assert render(turns[:1], bare, has_image=False, generation=True) == "USER: a ASSISTANT:"
-    assert render(turns, bare, has_image=False, generation=True) == "USER: a ASSISTANT: b</s>USER: c ASSISTANT:"
+    assert render(turns[:1], bare, has_image=False, generation=True).text == "USER: a ASSISTANT:"
+    assert render(turns, bare, has_image=False, generation=True).text == "USER: a ASSISTANT: b</s>USER: c ASSISTANT:"
 
 
 def test_images_move_to_the_front_of_their_turn() -> None:
@@ -311,7 +311,7 @@ def reference_labels(record: Record, tokenizer: Any, template: Template) -> list
             return len(tokenizer(text)["input_ids"])
         return len(pieces[0]) + sum(len(piece) for piece in pieces[1:])
 
-    prompt = render(record.turns, template, has_image=bool(record.images))
+    prompt = render(record.turns, template, has_image=bool(record.images)).text
     ids, _ = tokenize_training(record, tokenizer, template, image_token_id=-200, tokens_per_image=1, cut_text_at=None)
     labels = ids.tolist()
     separator = " ASSISTANT: "

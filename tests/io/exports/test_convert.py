@@ -187,7 +187,7 @@ def test_files_of_a_converted_folder(converted, name):
     template = family_of(model.cfg).templates[0]
     if template.video is not None:
         question = [("human", f"<video>\n{QUESTION}")]
-        prompt = render(question, template, has_image=False, has_video=True, generation=True)
+        prompt = render(question, template, has_image=False, has_video=True, generation=True).text
         assert chat_prompt(out, load_tokenizer(out), has_image=True, part="video") == prompt
     assert generation["from_the_source"] == 7
     assert generation.get("pad_token_id") == model.cfg.pad_token_id

@@ -96,7 +96,7 @@ def follow_video(template: Template, folder: Path, tokenizer: Any) -> Template:
         return template
     before, token, after = (chat_prompt(folder, tokenizer, has_image=True, part="video") or "").partition(video.token)
     question = [("human", f"{VIDEO_TOKEN}{QUESTION}")]
-    prompt = render(question, template, has_image=False, has_video=True, generation=True)
+    prompt = render(question, template, has_image=False, has_video=True, generation=True).text
     start, _, end = prompt.partition(VIDEO_TOKEN)
     blanks = before.removeprefix(start), after.removesuffix(end)
     if not token or "".join(blanks).strip() or before != start + blanks[0] or after != blanks[1] + end:
@@ -141,7 +141,7 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
 def prompt_of(template: Template, *, has_image: bool) -> str:
     """Format a test question with a prompt template of vlmprune; with `has_image` an image precedes it."""
     text = f"{IMAGE_TOKEN}\n{QUESTION}" if has_image else QUESTION
-    return render([("human", text)], template, has_image=has_image, generation=True)
+    return render([("human", text)], template, has_image=has_image, generation=True).text
 
 
 def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Template | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +62,13 @@ def _mark_every_piece(tokenizer: Any) -> None:
         backend.pre_tokenizer = None
 
 
+class Rendered(NamedTuple):
+    """Prompt text, and the character spans (start, stop) of its answers with their end tokens."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
 def render(
     turns: Sequence[tuple[str, str]],
     template: Template,
@@ -70,15 +76,17 @@ def render(
     has_image: bool,
     has_video: bool = False,
     generation: bool = False,
-) -> str:
+    visuals: Iterable[str] = (),
+) -> Rendered:
     """Format a conversation as prompt text; with `generation`, the prompt ends where the assistant's answer begins.
 
     A turn without text consists only of its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty
     system text omits its start and end as well, as in `llava-hf` chat templates. In conversations with a video, all
-    placeholders stay at their positions.
+    placeholders stay at their positions. `visuals`: texts that replace the placeholders in order.
     """
-    placeholder = _placeholder(has_image, has_video)
+    placeholder = "|".join([IMAGE_TOKEN] * has_image + [VIDEO_TOKEN] * has_video)
     text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
+    unplaced, answers = iter(visuals), list[tuple[int, int]]()
     if has_image and template.image_lead:
         turns = _lead_with_image(turns)
     for speaker, content in turns:
@@ -91,13 +99,13 @@ def render(
             (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
         )
         gap = "" if template.tight_image and has_image and content.startswith(IMAGE_TOKEN) else template.gap
+        if placeholder:
+            content = re.sub(placeholder, lambda mark: next(unplaced, mark[0]), content)
+        start = len(text) + len(role)
         text += role + gap + content + end if content or template.by_turn else role
-    return text + template.assistant if generation else text
-
-
-def _placeholder(has_image: bool, has_video: bool) -> str:
-    """Return the regular expression of a placeholder in the text of a record with images or videos; "" without."""
-    return "|".join([IMAGE_TOKEN] * has_image + [VIDEO_TOKEN] * has_video)
+        if speaker != "human":
+            answers.append((start, len(text) - len(end) + len(end.rstrip())))
+    return Rendered(text + template.assistant if generation else text, answers)
 
 
 def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
@@ -139,9 +147,11 @@ def tokenize_training(
     text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
     images = _shapes(record, images)
-    prompt = _training_prompt(record, template, images)
+    prompt, spans = _prompt(record, template, images)
+    covered = len(prompt)
+    if not template.by_turn:
+        spans, covered = _answer_spans(prompt, template)
     tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
-    spans, covered = _turn_spans(record, template, images) if template.by_turn else _answer_spans(prompt, template)
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
         # a token of the role may include the white space that begins the answer: it starts before the answer
@@ -158,7 +168,7 @@ def tokenize_training(
 
 def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
     """Return the text segments between `<image>` placeholders, which `tokenize_training` tokenises separately."""
-    return _pieces(_training_prompt(record, template, images), record, template)
+    return _pieces(_prompt(record, template, images).text, record, template)
 
 
 def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
@@ -182,10 +192,8 @@ def tokenize_prompt(
     images: Sequence[ImageShape] | None = None,
 ) -> np.ndarray:
     """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
-    turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     images = _shapes(record, images)
-    prompt = render(turns, template, has_image=bool(record.images), has_video=bool(record.videos), generation=True)
-    prompt = _write_images(prompt, record, template, images)
+    prompt = _prompt(record, template, images, generation=True).text
     tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
     return np.repeat(tokens.ids, _repeats(tokens.is_image, tokens_per_image, template, images))
 
@@ -211,24 +219,24 @@ def _shapes(record: Record, images: Sequence[ImageShape] | None) -> Sequence[Ima
     return [ImageShape()] * len(record.visuals) if images is None else images
 
 
-def _training_prompt(record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos))
-    return _write_images(prompt, record, template, images)
+def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *, generation: bool = False) -> Rendered:
+    """Return a record's prompt, with the placeholder of each image and video replaced by its text.
 
-
-def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    """Return the prompt text with the placeholder of each image and video replaced by its text."""
+    With `generation`, the last answer is left out, and the prompt ends where it begins.
+    """
+    turns = record.turns[:-1] if generation and record.turns[-1][0] == "gpt" else record.turns
+    media = {"has_image": bool(record.images), "has_video": bool(record.videos)}
     if template.image_tokens is None:
-        return prompt
-    placeholder = _placeholder(bool(record.images), bool(record.videos))
-    first, *rest = re.split(placeholder, prompt, maxsplit=len(record.visuals)) if placeholder else [prompt]
+        return render(turns, template, **media, generation=generation)
+    visuals = [template.image_text(image) for image in images]
+    prompt = render(turns, template, **media, generation=generation, visuals=visuals)
     for context in {template.image_tokens[1], *([] if template.video is None else [template.video.token])}:
-        if any(context in text for text in (first, *rest)):
+        if prompt.text.count(context) > sum(text.count(context) for text in visuals):
             raise UserError(
                 f"record {record.id}: its text contains {context}, the placeholder token of images or videos: remove "
                 "it from the text"
             )
-    return first + "".join(template.image_text(image) + text for image, text in zip(images, rest, strict=False))
+    return prompt
 
 
 def _repeats(
@@ -291,25 +299,6 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, i
         if record.videos and template.video is not None and template.video.token != template.image_tokens[1]:
             flags |= values == tokenizer.convert_tokens_to_ids(template.video.token)
     return _Tokens(values, starts, ends, flags)
-
-
-def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]) -> tuple[list[tuple[int, int]], int]:
-    """Return the character spans of all answers with their end tokens, and the prompt's length in characters."""
-    has_image, has_video = bool(record.images), bool(record.videos)
-    turns: Sequence[tuple[str, str]] = record.turns
-    if has_image and template.image_lead:
-        turns, template = _lead_with_image(turns), replace(template, image_lead=False)
-    lengths = [
-        len(
-            _write_images(
-                render(turns[:n], template, has_image=has_image, has_video=has_video), record, template, images
-            )
-        )
-        for n in range(len(turns) + 1)
-    ]
-    role, space = len(template.assistant), len(template.assistant_end) - len(template.assistant_end.rstrip())
-    answers = [n for n, (speaker, _) in enumerate(turns) if speaker != "human"]
-    return [(lengths[n] + role, lengths[n + 1] - space) for n in answers], lengths[-1]
 
 
 def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:

@@ -81,7 +81,7 @@ def _parts(text: str) -> Iterator[str]:
 
 def _texts_of(record: Record, template: Template) -> Iterator[str]:
     """Yield all texts of a record: the formatted conversation, its answers, and other text lists (choices, labels)."""
-    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos))
+    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos)).text
     yield from (piece for piece in re.split(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", prompt) if piece)
     yield from record.answers
     for value in record.fields.values():

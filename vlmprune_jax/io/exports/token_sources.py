@@ -191,9 +191,9 @@ def _prompt_texts(template: Template) -> Iterator[str]:
         )
     for has_image in (False, True):
         turns = [("human", f"{IMAGE_TOKEN}\na" if has_image else "a"), ("gpt", "a"), ("human", "a")]
-        yield from render(turns, template, has_image=has_image, generation=True).split(IMAGE_TOKEN)
+        yield from render(turns, template, has_image=has_image, generation=True).text.split(IMAGE_TOKEN)
     if template.video is not None:
-        question = render([("human", f"{VIDEO_TOKEN}\na")], template, has_image=False, has_video=True)
+        question = render([("human", f"{VIDEO_TOKEN}\na")], template, has_image=False, has_video=True).text
         times = tuple(second + second % 10 / 10 for second in range(_FRAMES))
         for frames in (*range(1, 100), _FRAMES):  # all digits, and the numbers in words
             video = VideoShape(times=times[:frames], duration=37 * frames)
