@@ -1,0 +1,52 @@
+"""The check of the study: it agrees with the script that wrote the page, and finds a changed number."""
+
+import tarfile
+
+import check_study
+import crossed_effects
+import numpy as np
+import pytest
+from repository import ROOT
+from study_page import BEGIN, END, read_studies, update_page
+
+DATA = ROOT / "docs/explanation/data"
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page that tools/study.py writes from the rows of a sweep with several seeds, and one with few."""
+    path = tmp_path / "page.md"
+    path.write_text(f"{BEGIN}\n{END}\n")
+    for archive in sorted(DATA.glob("study_*.tar.xz")):
+        with tarfile.open(archive) as tar:
+            tar.extractall(tmp_path, filter="data")
+    update_page(path, read_studies([f"{name}={tmp_path / name}" for name in ("study_easyvqa", "study_vlm_3")]))
+    return path
+
+
+def check(monkeypatch, page):
+    monkeypatch.setattr("sys.argv", ["check_study.py", f"--page={page}"])
+    return check_study.main()
+
+
+def test_the_page_and_the_check_agree_and_a_changed_number_is_found(page, monkeypatch, capsys):
+    assert check(monkeypatch, page) == 0
+    assert "without recovery: 98.1±0.8 | seeds: 12, models: 3" in capsys.readouterr().out
+    page.write_text(page.read_text().replace("|83.5±4.9|", "|83.5±4.8|").replace("0.12 (-0.25 to", "0.13 (-0.25 to"))
+    assert check(monkeypatch, page) == 1
+    differences = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
+    assert len(differences) == 2
+    assert "width 45.2 % | without recovery: the page has 83.5±4.8, the rows give 83.5±4.9" in differences[0]
+    assert "claim | 2a" in differences[1]
+
+
+def test_holm_multiplies_by_the_tests_that_remain():
+    assert crossed_effects.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert crossed_effects.holm({}) == {}
+
+
+def test_an_effect_equal_for_all_seeds_and_questions_is_certain():
+    effect = crossed_effects.mean_effect([{seed: (1.0, np.ones(5)) for seed in range(3)}])
+    assert (effect.mean, effect.p_differs(1.0)) == (1.0, 1.0)
+    assert effect.p_differs(0.0) < 1e-6
+    assert crossed_effects.mean_effect([{1: (1.0, None)}]) is None
