@@ -24,6 +24,7 @@ from scipy import stats
 
 PAGES = Path(__file__).parents[1] / "docs" / "explanation"
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
+EQUAL_SHORT = EQUAL.partition(" within")[0]  # in tables of settings
 DEPTH, WIDTH, ALL = ("depth",), ("width",), ("depth", "width", "hybrid")
 
 
@@ -137,39 +138,39 @@ def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
     p_of_claims, p_of_settings = adjusted(effects), adjusted(by_setting)
     tables: dict[tuple[str, ...], list[str]] = {}
     for number, (claim, effect) in effects.items():
+        known = {name: e for (of, name), (_, e) in by_setting.items() if of == number}
         rows = {}
-        for (_, name), (_, e) in ((key, value) for key, value in by_setting.items() if key[0] == number):
-            p_t, p_signs = e.p_differs(claim.threshold), e.p_signs(claim.threshold)
-            decided = verdict(claim, e, p_signs if 6 <= len(e.values) <= 16 else p_t, e.p_equal(claim.margin))
-            rows[name] = [str(len(e.values)), str(e), show_p(p_t), show_p(p_signs), decided]
+        for name, e in known.items():
             p_holm = p_of_settings[number, name]
             decided = verdict(claim, e, *p_holm)
-            tables["after Holm over settings", number, name] = [*rows[name][:2], *map(show_p, p_holm), decided]
-        known = [e for (of, _), (_, e) in by_setting.items() if of == number]
-        i_squared, p_of_q = heterogeneity(known) if len(known) > 1 else (0.0, 1.0)
+            rows[name] = [str(len(e.values)), str(e), *map(show_p, p_holm), decided.partition(" within")[0]]
+            tables["after Holm over settings", number, name] = rows[name]
+        i_squared, p_of_q = heterogeneity([*known.values()]) if len(known) > 1 else (0.0, 1.0)
         verdicts = {row[-1] for row in rows.values()} - {OPEN}
         alike = len(known) < 2 or (p_of_q >= 0.1 and len(verdicts) < 2)
-        means = sorted(e.mean for e in known)
+        means = sorted(e.mean for e in known.values())
         row = [str(effect) if alike else f"from {means[0]:.2f} to {means[-1]:.2f}"]
-        row += [f"{len(effect.values)} x {len(settings[number])}"]
+        pairs = [len(contrast) for contrast in settings[number].values()]
+        seeds = f"{min(pairs)}" if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
+        row += [seeds, str(len(pairs)), str(sum(pairs))]
         row += [f"{i_squared:.0f} %", show_p(p_of_q)] if len(known) > 1 else ["", ""]
         decided = verdict(claim, effect, *p_of_claims[number])
         p_value = p_of_claims[number][decided == EQUAL]
         tables["claim", number] = [*row, *([show_p(p_value), decided] if alike else ["", "by setting (next table)"])]
         if not alike:
-            tables |= {("setting", number, name): row for name, row in rows.items() if row[-1] != EQUAL}
+            tables |= {("setting", number, name): row for name, row in rows.items() if row[-1] != EQUAL_SHORT}
     return tables
 
 
 def retention_table(runs: Runs) -> dict[tuple[str, ...], list[str]]:
-    """Return {(method and removed share, recovery): [retention as on the page, its seeds and different models]}."""
+    """Return {(method and removed share, recovery): [retention, seeds and models, as on the page]}."""
     cells: dict[tuple[str, ...], list[str]] = {}
     for cell, of_seed in sorted(runs.items()):
         alike = [run for key, column in runs.items() if key[:2] == cell[:2] for run in column.values()]
         row = f"{cell.method} {np.mean([run.removed for run in alike]):.1f} %"
-        count = f"seeds: {len(of_seed)}, models: {len({run.digest for run in of_seed.values()})}"
+        count = f"({len(of_seed)}/{len({run.digest for run in of_seed.values()})})"
         column = cell.recovery + (f", {cell.data} %" if cell.data else "")
-        cells["decoder removed", row, column] = [show_retention([*of_seed.values()]), count]
+        cells["decoder removed", row, column] = [f"{show_retention([*of_seed.values()])} {count}"]
     return cells
 
 

@@ -31,12 +31,17 @@ def check(monkeypatch, page):
 
 def test_the_page_and_the_check_agree_and_a_changed_number_is_found(page, monkeypatch, capsys):
     assert check(monkeypatch, page) == 0
-    assert "without recovery: 98.1±0.8 | seeds: 12, models: 3" in capsys.readouterr().out
-    page.write_text(page.read_text().replace("|83.5±4.9|", "|83.5±4.8|").replace("0.12 (-0.25 to", "0.13 (-0.25 to"))
+    assert "without recovery: 98.1±0.8 (12/3)" in capsys.readouterr().out
+    page.write_text(
+        page.read_text().replace("|83.5±4.9 (12/12)|", "|83.5±4.8 (12/12)|").replace("0.12 (-0.25 to", "0.13 (-0.25 to")
+    )
     assert check(monkeypatch, page) == 1
     differences = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
     assert len(differences) == 2
-    assert "width 45.2 % | without recovery: the page has 83.5±4.8, the rows give 83.5±4.9" in differences[0]
+    assert (
+        "width 45.2 % | without recovery: the page has 83.5±4.8 (12/12), the rows give 83.5±4.9 (12/12)"
+        in differences[0]
+    )
     assert "claim | 2a" in differences[1]
 
 
