@@ -115,8 +115,8 @@ def rank(cfg: ModelConfig, folder: Path, goal: str, on: str, plans: Mapping[str,
     one_of("--for", goal, GOALS)
     if on in LOCAL:
         raise UserError(
-            f"--on={on}: gains there depend on the model's shapes, such as the share of the vision tower, and this model "
-            f"was not measured: use a TPU slice such as --on={TPU} (estimated), or measure exports with `vlmprune bench`"
+            f"--on={on}: gains depend on the model's shapes, and this model was not measured there: use a TPU slice "
+            f"such as --on={TPU} (estimated), or measure its exports with `vlmprune bench`"
         )
     topology = TPU if on == "tpu" else on
     return Ranking(f"Lowest {GOALS[goal].unit}, on {topology}", NOTE, compare(cfg, folder, goal, topology, plans))
