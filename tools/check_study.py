@@ -1,9 +1,9 @@
 """python tools/check_study.py: recompute the study's intervals, tests and counts from its rows, and compare the page.
 
 Reads the archived sweeps (docs/explanation/data/study_*.tar.xz) and the tables of docs/explanation/study-tables.md, and
-shares no code with tools/study.py, which wrote them. Prints how many seeds and different models every cell has, the
-verdicts after Holm's correction over the settings of all claims, and every entry of the page that the rows contradict;
-the exit code is 1 if there is one.
+shares no code with tools/study.py, which wrote them. Prints how many seeds and different models every cell has, which
+effects differ after Holm's correction over the settings of all claims, and every entry of the page that the rows
+contradict; the exit code is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -113,6 +113,11 @@ def show_p(p: float) -> str:
     return "<0.001" if p < 1e-3 else f"{p:.3f}"
 
 
+def p_of_difference(claim: Claim, effect: Effect) -> float:
+    """Return the p-value that decides in one setting: of sign flips with 6 to 16 seeds, otherwise of Student's t."""
+    return (effect.p_signs if 6 <= len(effect.values) <= 16 else effect.p_differs)(claim.threshold)
+
+
 def adjusted(effects: Mapping[Any, tuple[Claim, Effect]]) -> dict[Any, tuple[float, float]]:
     """Return the p-values of difference and equivalence, after Holm's correction for all of these tests."""
     tests = {(key, False): effect.p_differs(claim.threshold) for key, (claim, effect) in effects.items()}
@@ -122,7 +127,7 @@ def adjusted(effects: Mapping[Any, tuple[Claim, Effect]]) -> dict[Any, tuple[flo
 
 
 def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
-    """Return the rows of both tables of claims, and of the verdicts after Holm's correction over all settings."""
+    """Return the rows of both tables of claims, and of all settings after Holm's correction of their differences."""
     settings = {number: contrasts(runs, claim) for number, claim in CLAIMS.items()}
     gains = {name: np.mean([value for value, _ in gain.values()]) for name, gain in contrasts(runs, GAIN).items()}
     settings["6a"] = {name: contrast for name, contrast in settings["6a"].items() if gains[name] >= 1}
@@ -134,17 +139,17 @@ def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
         for name, contrast in settings[number].items()
         if (effect := mean_effect([contrast])) is not None
     }
-    p_of_claims, p_of_settings = adjusted(effects), adjusted(by_setting)
+    p_of_claims = adjusted(effects)
+    p_of_settings = holm({key: p_of_difference(claim, effect) for key, (claim, effect) in by_setting.items()})
     tables: dict[tuple[str, ...], list[str]] = {}
     for number, (claim, effect) in effects.items():
         rows = {}
         for (_, name), (_, e) in ((key, value) for key, value in by_setting.items() if key[0] == number):
-            p_t, p_signs = e.p_differs(claim.threshold), e.p_signs(claim.threshold)
-            decided = verdict(claim, e, p_signs if 6 <= len(e.values) <= 16 else p_t, e.p_equal(claim.margin))
-            rows[name] = [str(len(e.values)), str(e), show_p(p_t), show_p(p_signs), decided]
+            decided = verdict(claim, e, p_of_difference(claim, e), e.p_equal(claim.margin))
+            p_values = (e.p_differs(claim.threshold), e.p_signs(claim.threshold))
+            rows[name] = [str(len(e.values)), str(e), *map(show_p, p_values), decided]
             p_holm = p_of_settings[number, name]
-            decided = verdict(claim, e, *p_holm)
-            tables["after Holm over settings", number, name] = [*rows[name][:2], *map(show_p, p_holm), decided]
+            tables["after Holm", number, name] = [*rows[name][:2], show_p(p_holm), verdict(claim, e, p_holm, 1.0)]
         known = [e for (of, _), (_, e) in by_setting.items() if of == number]
         i_squared, p_of_q = heterogeneity(known) if len(known) > 1 else (0.0, 1.0)
         verdicts = {row[-1] for row in rows.values()} - {OPEN}
@@ -214,11 +219,11 @@ def main() -> int:
         tables, written = retention_table(runs) | claim_tables(runs), page_tables(page, study)
         print(f"{study}: {sum(map(len, runs.values()))} models")
         for key, row in tables.items():
-            if key[0] in ("decoder removed", "after Holm over settings"):
+            if key[0] in ("decoder removed", "after Holm"):
                 print(f"  {show(key)}: {show(row)}")
         for key in dict.fromkeys([*written, *tables]):
             row = tables.get(key, ["no rows"])[: len(written.get(key, ()))] or ["no rows"]
-            if key[0] != "after Holm over settings" and row != written.get(key):
+            if key[0] != "after Holm" and row != written.get(key):
                 differences += 1
                 old = show(written.get(key, ["nothing"]))
                 print(f"  DIFFERS {show(key)}: the page has {old}, the rows give {show(row)}")
