@@ -1,8 +1,8 @@
 """python tools/check_study.py: recompute the study's intervals, tests and counts from its rows, and compare the page.
 
-Reads the archived sweeps (docs/explanation/data/study_*.tar.xz) and the tables of docs/explanation/study-tables.md, and
-shares no code with tools/study.py, which wrote them. Prints how many seeds and different models every cell has, which
-effects differ after Holm's correction over the settings of all claims, and every entry of the page that the rows
+Reads the rows in docs/explanation/data, and the tables of study-tables.md, study.md and results.md; shares no code with
+tools/study.py and the benchmarks, which wrote them. Prints how many seeds and different models every cell has, which
+effects differ after Holm's correction over the settings of all claims, and every entry of the pages that the rows
 contradict; the exit code is 1 if there is one.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from archived_runs import BEST, PLAIN, SOLVED, Cell, Run, Runs, read_archive
 from crossed_effects import Contrast, Effect, heterogeneity, holm, mean_effect, question_interval
+from row_tables import differences
 from scipy import stats
 
 PAGES = Path(__file__).parents[1] / "docs" / "explanation"
@@ -211,9 +212,9 @@ def main() -> int:
     """Print counts, verdicts and differences of all archived sweeps; return 1 if the page differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the archives study_*.tar.xz")
-    parser.add_argument("--page", type=Path, default=PAGES / "study-tables.md")
+    parser.add_argument("--pages", type=Path, default=PAGES, help="folder of the pages")
     options = parser.parse_args()
-    page, differences = options.page.read_text(), 0
+    page, contradicted = (options.pages / "study-tables.md").read_text(), 0
     for archive in sorted(options.data.glob("study_*.tar.xz")):
         study, runs = archive.name.partition(".")[0], read_archive(archive)
         tables, written = retention_table(runs) | claim_tables(runs), page_tables(page, study)
@@ -224,10 +225,13 @@ def main() -> int:
         for key in dict.fromkeys([*written, *tables]):
             row = tables.get(key, ["no rows"])[: len(written.get(key, ()))] or ["no rows"]
             if key[0] != "after Holm" and row != written.get(key):
-                differences += 1
+                contradicted += 1
                 old = show(written.get(key, ["nothing"]))
                 print(f"  DIFFERS {show(key)}: the page has {old}, the rows give {show(row)}")
-    return min(1, differences)
+    for line in differences(options.pages, options.data):
+        contradicted += line.startswith("  DIFFERS")
+        print(line)
+    return min(1, contradicted)
 
 
 if __name__ == "__main__":
