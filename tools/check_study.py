@@ -1,9 +1,9 @@
 """python tools/check_study.py: recompute the study's intervals, tests and counts from its rows, and compare the page.
 
-Reads the archived sweeps (docs/explanation/data/study_*.tar.xz) and the tables of docs/explanation/study-tables.md, and
-shares no code with tools/study.py, which wrote them. Prints how many seeds and different models every cell has, the
-verdicts after Holm's correction over the settings of all claims, and every entry of the page that the rows contradict;
-the exit code is 1 if there is one.
+Reads the rows in docs/explanation/data, and the tables of study-tables.md, study.md and results.md; shares no code with
+tools/study.py and the benchmarks, which wrote them. Prints how many seeds and different models every cell has, the
+verdicts after Holm's correction over the settings of all claims, and every entry of the pages that the rows
+contradict; the exit code is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from archived_runs import BEST, PLAIN, SOLVED, Cell, Run, Runs, read_archive
 from crossed_effects import Contrast, Effect, heterogeneity, holm, mean_effect, question_interval
+from row_tables import differences
 from scipy import stats
 
 PAGES = Path(__file__).parents[1] / "docs" / "explanation"
@@ -114,9 +115,15 @@ def show_p(p: float) -> str:
     return "<0.001" if p < 1e-3 else f"{p:.3f}"
 
 
+def p_of_difference(claim: Claim, effect: Effect) -> float:
+    """Return the p-value of a difference: of sign flips in a setting with 12 to 16 seeds, otherwise of Student's t."""
+    flips = effect.of_setting and 12 <= len(effect.values) <= 16
+    return (effect.p_signs if flips else effect.p_differs)(claim.threshold)
+
+
 def adjusted(effects: Mapping[Any, tuple[Claim, Effect]]) -> dict[Any, tuple[float, float]]:
     """Return the p-values of difference and equivalence, after Holm's correction for all of these tests."""
-    tests = {(key, False): effect.p_differs(claim.threshold) for key, (claim, effect) in effects.items()}
+    tests = {(key, False): p_of_difference(claim, effect) for key, (claim, effect) in effects.items()}
     tests |= {(key, True): e.p_equal(claim.margin) for key, (claim, e) in effects.items() if claim.margin is not None}
     p_values = holm(tests)
     return {key: (p_values[key, False], p_values.get((key, True), 1.0)) for key in effects}
@@ -144,7 +151,7 @@ def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
             p_holm = p_of_settings[number, name]
             decided = verdict(claim, e, *p_holm)
             rows[name] = [str(len(e.values)), str(e), *map(show_p, p_holm), decided.partition(" within")[0]]
-            tables["after Holm over settings", number, name] = rows[name]
+            tables["after Holm", number, name] = rows[name]
         i_squared, p_of_q = heterogeneity([*known.values()]) if len(known) > 1 else (0.0, 1.0)
         verdicts = {row[-1] for row in rows.values()} - {OPEN}
         alike = len(known) < 2 or (p_of_q >= 0.1 and len(verdicts) < 2)
@@ -207,23 +214,26 @@ def main() -> int:
     """Print counts, verdicts and differences of all archived sweeps; return 1 if the page differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the archives study_*.tar.xz")
-    parser.add_argument("--page", type=Path, default=PAGES / "study-tables.md")
+    parser.add_argument("--pages", type=Path, default=PAGES, help="folder of the pages")
     options = parser.parse_args()
-    page, differences = options.page.read_text(), 0
+    page, contradicted = (options.pages / "study-tables.md").read_text(), 0
     for archive in sorted(options.data.glob("study_*.tar.xz")):
         study, runs = archive.name.partition(".")[0], read_archive(archive)
         tables, written = retention_table(runs) | claim_tables(runs), page_tables(page, study)
         print(f"{study}: {sum(map(len, runs.values()))} models")
         for key, row in tables.items():
-            if key[0] in ("decoder removed", "after Holm over settings"):
+            if key[0] in ("decoder removed", "after Holm"):
                 print(f"  {show(key)}: {show(row)}")
         for key in dict.fromkeys([*written, *tables]):
             row = tables.get(key, ["no rows"])[: len(written.get(key, ()))] or ["no rows"]
-            if key[0] != "after Holm over settings" and row != written.get(key):
-                differences += 1
+            if key[0] != "after Holm" and row != written.get(key):
+                contradicted += 1
                 old = show(written.get(key, ["nothing"]))
                 print(f"  DIFFERS {show(key)}: the page has {old}, the rows give {show(row)}")
-    return min(1, differences)
+    for line in differences(options.pages, options.data):
+        contradicted += line.startswith("  DIFFERS")
+        print(line)
+    return min(1, contradicted)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Intervals and tests over seeds and questions for tools/check_study.py, which shares no code with tools/pooling.py.
 
 Student's t over seeds; Bonett and Price (2006) over questions; crossed seeds and questions (Owen 2007) with
-Satterthwaite's degrees of freedom; Welch (1951); Schuirmann (1987); Holm (1979).
+Satterthwaite's degrees of freedom; Welch (1951); Schuirmann (1987); Fisher's sign flips (1935); Holm (1979).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,17 @@ def question_interval(correct: np.ndarray, unpruned: np.ndarray) -> tuple[float,
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean effect over seeds and questions, standard error, degrees of freedom; `values`: means over settings."""
+    """Mean effect over seeds and questions, standard error, degrees of freedom; `values`: means over settings.
+
+    `of_setting`: True if it is the effect in a single setting.
+    """
 
     values: np.ndarray
     mean: float
     error: float
     freedom: float
+    question_error: float
+    of_setting: bool
 
     def __str__(self) -> str:
         half = stats.t.ppf(0.975, self.freedom) * self.error
@@ -49,6 +55,13 @@ class Effect:
     def p_equal(self, margin: float | None) -> float:
         """Return the p-value of equivalence within ± margin, the larger of two one-sided tests; 1 without margin."""
         return 1.0 if margin is None else float(stats.t.sf((margin - abs(self.mean)) / self.error, self.freedom))
+
+    def p_signs(self, threshold: float) -> float:
+        """Return the p-value of the exact sign-flip test over seeds, at least that of the mean over questions."""
+        shifts, distance = self.values - threshold, abs(self.mean - threshold)
+        flips = np.array(list(itertools.product((1, -1), repeat=len(shifts))))
+        p = float(np.mean(abs(flips @ shifts) >= abs(shifts.sum()) * (1 - 1e-9)))
+        return max(p, 2 * float(stats.norm.sf(distance / self.question_error))) if self.question_error else p
 
 
 def mean_effect(settings: Sequence[Contrast]) -> Effect | None:
@@ -69,7 +82,9 @@ def mean_effect(settings: Sequence[Contrast]) -> Effect | None:
     total = max(of_seeds + of_questions, 1e-12)  # effects may be equal for all seeds
     freedom = total**2 / max(of_seeds**2 / (count - 1) + of_questions**2 / (questions - 1), 1e-24 / (count - 1))
     values = [np.mean([setting[seed][0] for setting in settings if seed in setting]) for seed in deviations]
-    return Effect(np.array(values), float(np.mean(means)), np.sqrt(total), freedom)
+    return Effect(
+        np.array(values), float(np.mean(means)), np.sqrt(total), freedom, np.sqrt(of_questions), len(settings) == 1
+    )
 
 
 def heterogeneity(effects: Sequence[Effect]) -> tuple[float, float]:
