@@ -76,7 +76,7 @@ def bits_per_byte(model: vp.Model, tokenizer: Any, text: str, windows: int) -> l
 
 
 def train(model: vp.Model, rows: np.ndarray, options: argparse.Namespace) -> Iterator[tuple[int, Flat, float, float]]:
-    """Train all weights; yield (step, weights, mean loss, seconds per step) at the start and every `every` steps."""
+    """Train all weights; yield (step, weights, mean loss, CPU seconds per step) at the start and every `every` steps."""
     config = RecoverConfig(
         trainable=((r".*", MAIN),),
         batch_size=options.tokens // ROW,
@@ -89,23 +89,23 @@ def train(model: vp.Model, rows: np.ndarray, options: argparse.Namespace) -> Ite
     state, programs, losses = run.state, Programs(run.step), list[float]()
     yield 0, {**run.frozen, **state.params}, math.nan, 0.0
     order = np.random.default_rng(options.seed).permutation(len(rows))
-    begin = time.perf_counter()
+    begin = time.process_time()
     for step in range(options.steps):
         chosen = order[np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)]
         batch = {"input_ids": rows[chosen], "attention_mask": np.ones_like(rows[chosen]), "labels": rows[chosen]}
         if not programs.has(batch):
             programs.compile(state, run.frozen, run.teacher_params, batch)
-            begin = time.perf_counter()
+            begin = time.process_time()
         state, metrics = programs(state, run.frozen, run.teacher_params, batch)
         losses.append(float(np.asarray(metrics["loss"])))
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
-            seconds = (time.perf_counter() - begin) / len(losses)
+            seconds = (time.process_time() - begin) / len(losses)
             yield step + 1, {**run.frozen, **state.params}, float(np.mean(losses)), seconds
-            losses, begin = [], time.perf_counter()
+            losses, begin = [], time.process_time()
 
 
 def main() -> None:
-    """Train, and write a row per mark: distances from both grids, bits per byte, and seconds per step."""
+    """Train, and write a row per mark: distances from both grids, bits per byte, and CPU seconds per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
@@ -126,7 +126,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("learning_rate", "tokens", "seed", "steps")}
     for step, params, loss, seconds in train(model, rows, options):
         model = vp.Model(unflatten(params), model.cfg)
-        row = {**settings, "step": step, "loss": loss, "seconds_per_step": seconds}
+        row = {**settings, "step": step, "loss": loss, "cpu_seconds_per_step": seconds}
         row |= {"old_grid": distance(params, grid), "own_grid": distance(params, grids(params))}
         row |= {"moved": moved(params, start, grid)}
         row |= {name: bits_per_byte(model, tokenizer, text, options.windows) for name, text in texts.items()}
