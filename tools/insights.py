@@ -11,17 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pooling import Effect, Heterogeneity, Value, heterogeneity, pooled
+from sweep_points import METHODS, Point
 
 from vlmprune_jax.run.evaluation.statistics import holm
-from vlmprune_jax.run.planning.guide import SOLVED, read_guide
-from vlmprune_jax.run.workdir.comparison import average_interval
-from vlmprune_jax.run.workdir.sweep import SweepResult, question_parts
+from vlmprune_jax.run.planning.guide import SOLVED
 
-METHODS = ("depth", "width")  # methods that the insights compare
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 BY_SETTING = "by setting"
 AS_GOOD = 1.0  # points of retention by which a cheaper method may be behind and still counts as equally good
@@ -30,32 +27,8 @@ LEAST_GAIN = 1.0  # minimum gain of training (points of retention) with which re
 WRONG = 0.05  # maximum chance of any wrong verdict in a sweep
 DIFFER = 0.1  # p-value below which settings differ (Cochrane's convention, because the test is weak with few seeds)
 BEST, SMALL = "sft_l2", 0.05
-Contrast = Sequence[tuple[float, "Point"]]  # weighted sum of retained percentages
+Contrast = Sequence[tuple[float, Point]]  # weighted sum of retained percentages
 Contrasts = Mapping[str, Sequence[Contrast]]  # setting -> one contrast per seed
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder.
-
-    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one. `questions`:
-    each question's part of `retained`, float[questions] with it as mean, if the evaluations lie beside the sweep.
-    `digest`: hash of the weights; different seeds can choose the same layers.
-    """
-
-    model: str
-    parameters: int
-    method: str
-    recovery: str
-    level: float
-    reached: float
-    data: float
-    seed: int | None
-    retained: float
-    interval: tuple[float, float] | None
-    of_control: float | None = None
-    questions: np.ndarray | None = None
-    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,49 +79,6 @@ class Insight:
     threshold: float
     margin: float | None
     contrasts: Callable[[Sequence[Point]], Contrasts]
-
-
-def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
-    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average.
-
-    `folder`: the sweep's workdir, from which scores of single questions are read.
-    """
-    settings, points = read_guide().settings, []
-    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # the claims' criteria only
-    for entry in sweep.models:
-        row = entry.found
-        if row is None or not row.criterion.startswith(criteria):
-            continue
-        retained = row.evaluation.mean_of_ratios
-        if retained is None or not row.actual_ratio:
-            continue
-        solved = row.reconstruct != "none"
-        how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
-        reached, asked = row.decoder_ratio, row.target_ratio
-        level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
-        point = Point(
-            _name(row.model, sweep.unpruned[row.unpruned].parameters),
-            sweep.unpruned[row.unpruned].parameters,
-            row.method,
-            how,
-            round(level, 2),
-            reached,
-            row.data_fraction,
-            entry.seed,
-            retained,
-            average_interval(row.evaluation, sweep.sets),
-            None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
-            None if folder is None else question_parts(folder, row, sweep),
-            row.digest,
-        )
-        points.append(point)
-    return points
-
-
-def _name(folder: str, parameters: int) -> str:
-    """Return a model's display name: its folder's name and its size, because many folders are named `teacher`."""
-    millions = parameters / 1e6
-    return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
 
 
 def conclude(points: Sequence[Point]) -> list[Conclusion]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import BY_SETTING, EQUAL, SMALL, Conclusion, Point, conclude, points_of
+from insights import BY_SETTING, EQUAL, SMALL, Conclusion, conclude
 from matplotlib.figure import Figure
 from msgspec.structs import replace
 from pooling import Effect
+from sweep_points import Point, points_of
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_text, replacing

@@ -10,12 +10,13 @@ import PIL.Image
 import pytest
 import study as study_script
 from expert_study import summary
-from insights import Point, conclude, points_of
+from insights import conclude
 from msgspec.structs import replace
 from repository import ROOT
 from study_cases import changed, row, rows, sweep, write_sweep
 from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
+from sweep_points import Point, points_of
 
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
