@@ -81,6 +81,35 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
         },
     },
+    "internvl3-8b": {
+        "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": 151667,
+        "image_seq_length": 256, "downsample_ratio": 0.5, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 151674, "rope_theta": 1000000.0,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_sliding_window": False,
+            "tie_word_embeddings": False, "eos_token_id": 151645, "pad_token_id": 151643,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
+        },
+    },
+    "smolvlm-256m": {
+        "architectures": ["SmolVLMForConditionalGeneration"], "model_type": "smolvlm", "image_token_id": 49190,
+        "scale_factor": 4, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 100000.0,
+            "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2,
+        },
+        "vision_config": {
+            "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+        },
+    },
     "qwen3vl": {
         "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": 151655,
         "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,

@@ -41,7 +41,9 @@ SETTINGS = {
 DATA = {
     "internvl": {"max_length": 4096, "max_tiles": 12, "thumbnail": True},
     "internvl3.5": {"max_length": 2048, "max_tiles": 6},
+    "internvl3-8b": {"max_length": 2048, "max_tiles": 6},
     "smolvlm2": {"max_length": 2048},
+    "smolvlm-256m": {"max_length": 2048},
     "qwen3vl": {"max_length": 2048, "max_image_tokens": 1280},
     "qwen2.5vl": {"max_length": 2048, "max_image_tokens": 1280},
     "qwen3.5-4b": {"max_length": 2048, "max_image_tokens": 1280},
@@ -85,6 +87,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
 }
 PROCESSORS |= dict.fromkeys(("qwen3.5-4b", "qwen3.5-9b"), PROCESSORS["qwen3vl"])
+PROCESSORS["internvl3-8b"] = PROCESSORS["internvl3.5"]
+PROCESSORS["smolvlm-256m"] = {
+    **PROCESSORS["smolvlm2"],
+    "size": {"longest_edge": 2048},
+    "max_image_size": {"longest_edge": 512},
+}
 for mixture, dense in MIXTURES.items():
     DATA[mixture], PROCESSORS[mixture] = DATA[dense], PROCESSORS[dense]
 ATTENTION = {"lora": {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}}

@@ -19,13 +19,13 @@ import lzma
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
+import scipy.optimize
 from reconstruction import ROOT, ROW, WINDOW, batches, docstrings, smollm2_folder
 
 import vlmprune_jax as vp
@@ -141,27 +141,39 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def print_fit(bits: dict[tuple[str, int, int, str], list[float]]) -> None:
-    """Fit the gap between each pruned model and the control to a power law in training tokens; print the law.
+    """Print how well three laws in training tokens fit the gap between each pruned model and the control.
 
-    Also prints the number of tokens at which the gap equals the control's loss by rounding to 4 bits. The fit is by
-    least squares on logarithms, with a Student's t interval.
+    The laws are a power, a logarithm, and a power above a floor that never falls below what 4 bits add to the control.
+    If their residuals are equal, the rows do not say how many tokens would close the gap, or whether any would.
     """
     mean = {key: float(np.mean(values)) for key, values in bits.items()}
-    steps = [key for key in mean if key[0] == "unpruned" and key[3] == "w4a16"]
-    for cut in [cut for cut in CUTS if cut != "unpruned" and steps]:
+    rounded = [key for key in mean if key[0] == "unpruned" and key[3] == "w4a16"]
+    for cut in [cut for cut in CUTS if cut != "unpruned" and rounded]:
         pairs = [(key[2], mean[key] - mean["unpruned", *key[1:]]) for key in mean
                  if key[0] == cut and key[2] and key[3] == "float32" and ("unpruned", *key[1:]) in mean]  # fmt: skip
         if len(pairs) < 3:
             continue
-        fit = scipy.stats.linregress(*np.log(pairs).T)
-        half = scipy.stats.t.ppf(0.975, len(pairs) - 2) * fit.stderr
-        last = max(steps, key=lambda key: key[2])
-        rounding = mean[last] - mean[(*last[:3], "float32")]
-        tokens = math.exp((math.log(rounding) - fit.intercept) / fit.slope)
-        print(
-            f"\n{cut}: the gap is proportional to tokens ** {fit.slope:.2f} ({fit.slope - half:.2f} to "
-            f"{fit.slope + half:.2f}). At {tokens:.1e} tokens it is {rounding:.4f}, what 4 bits add to the control."
-        )
+        last = max(rounded, key=lambda key: key[2])
+        floor = mean[last] - mean[(*last[:3], "float32")]
+        tokens, gaps = np.array(pairs).T
+        residuals = {
+            "power": residual(power, tokens, gaps, (gaps[0], -0.1)),
+            "logarithm": residual(lambda n, a, b: a + b * np.log(n), tokens, gaps, (gaps[0], -0.01)),
+            f"power above a floor of {floor:.3f}": residual(power, tokens, gaps - floor, (gaps[0], -0.1)),
+        }
+        texts = ", ".join(f"{value:.4f} ({name})" for name, value in residuals.items())
+        print(f"\n{cut}: residuals in bits per byte over {len(pairs)} points: {texts}")
+
+
+def power(n: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Return a * n ** b."""
+    return a * n**b
+
+
+def residual(law: Callable[..., np.ndarray], tokens: np.ndarray, gaps: np.ndarray, start: tuple[float, ...]) -> float:
+    """Return the root mean squared residual (bits per byte) of a law with two fitted parameters."""
+    fitted, _ = scipy.optimize.curve_fit(law, tokens, gaps, p0=start, maxfev=10_000)
+    return float(np.sqrt(np.mean((law(tokens, *fitted) - gaps) ** 2)))
 
 
 def main() -> None:

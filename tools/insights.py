@@ -2,8 +2,8 @@
 
 The insights are those of arXiv 2604.24380, two about reconstruction and one about the control. Each compares
 runs with equal ratio, seed and share of the data. If the effect does not differ between settings, the verdict is about
-its mean, and Holm's method keeps the chance of any wrong verdict in a sweep below 5 %. Otherwise, each setting has its
-own verdict.
+its mean. Otherwise, each setting has its own verdict. Holm's method keeps the chance of any wrong verdict below 5 %
+among the claims of a sweep, and among the settings of all its claims.
 """
 
 from __future__ import annotations
@@ -11,59 +11,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pooling import Effect, Heterogeneity, Value, heterogeneity, pooled
+from sweep_points import METHODS, Point
 
 from vlmprune_jax.run.evaluation.statistics import holm
-from vlmprune_jax.run.planning.guide import SOLVED, read_guide
-from vlmprune_jax.run.workdir.comparison import average_interval
-from vlmprune_jax.run.workdir.sweep import SweepResult, question_parts
+from vlmprune_jax.run.planning.guide import SOLVED
 
-METHODS = ("depth", "width")  # methods that the insights compare
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 BY_SETTING = "by setting"
 AS_GOOD = 1.0  # points of retention by which a cheaper method may be behind and still counts as equally good
+SIGNS = range(12, 17)  # seeds with which sign flips decide; with fewer, their least p does not survive Holm's method
 LEAST_GAIN = 1.0  # minimum gain of training (points of retention) with which reconstruction is compared
 WRONG = 0.05  # maximum chance of any wrong verdict in a sweep
 DIFFER = 0.1  # p-value below which settings differ (Cochrane's convention, because the test is weak with few seeds)
-SIGNS = range(6, 17)  # numbers of seeds for which the sign-flip test decides, which has no p below 0.05 for fewer
 BEST, SMALL = "sft_l2", 0.05
-Contrast = Sequence[tuple[float, "Point"]]  # weighted sum of retained percentages
+Contrast = Sequence[tuple[float, Point]]  # weighted sum of retained percentages
 Contrasts = Mapping[str, Sequence[Contrast]]  # setting -> one contrast per seed
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder.
-
-    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one. `questions`:
-    each question's part of `retained`, float[questions] with it as mean, if the evaluations lie beside the sweep.
-    """
-
-    model: str
-    parameters: int
-    method: str
-    recovery: str
-    level: float
-    reached: float
-    data: float
-    seed: int | None
-    retained: float
-    interval: tuple[float, float] | None
-    of_control: float | None = None
-    questions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Effect of an insight in one setting (method, level, data), with a verdict not corrected for multiple settings."""
+    """Effect of an insight in one setting (method, level, data).
+
+    `p_differs`, `p_equal`: p-values of the tests that the effect differs from the insight's threshold, and that it lies
+    within its margin (1 without one), adjusted by Holm's method over the settings of all insights.
+    """
 
     setting: str
     pairs: int
     effect: Effect
     verdict: str
+    p_differs: float = 1.0
+    p_equal: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,94 +81,58 @@ class Insight:
     contrasts: Callable[[Sequence[Point]], Contrasts]
 
 
-def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
-    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average.
-
-    `folder`: the sweep's workdir, from which scores of single questions are read.
-    """
-    settings, points = read_guide().settings, []
-    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # the claims' criteria only
-    for entry in sweep.models:
-        row = entry.found
-        if row is None or not row.criterion.startswith(criteria):
-            continue
-        retained = row.evaluation.mean_of_ratios
-        if retained is None or not row.actual_ratio:
-            continue
-        solved = row.reconstruct != "none"
-        how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
-        reached, asked = row.decoder_ratio, row.target_ratio
-        level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
-        point = Point(
-            _name(row.model, sweep.unpruned[row.unpruned].parameters),
-            sweep.unpruned[row.unpruned].parameters,
-            row.method,
-            how,
-            round(level, 2),
-            reached,
-            row.data_fraction,
-            entry.seed,
-            retained,
-            average_interval(row.evaluation, sweep.sets),
-            None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
-            None if folder is None else question_parts(folder, row, sweep),
-        )
-        points.append(point)
-    return points
-
-
-def _name(folder: str, parameters: int) -> str:
-    """Return a model's display name: its folder's name and its size, because many folders are named `teacher`."""
-    millions = parameters / 1e6
-    return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
-
-
 def conclude(points: Sequence[Point]) -> list[Conclusion]:
     """Return every insight with its verdict, mean effect, and effects by setting."""
-    results = []
-    for insight in INSIGHTS:
-        cells = {cell: [_value(contrast) for contrast in all_] for cell, all_ in insight.contrasts(points).items()}
-        effect = pooled(cells) if cells else None
-        rows = tuple(_comparison(cell, values, insight) for cell, values in cells.items())
-        spread = heterogeneity([row.effect for row in rows])
-        results.append(Conclusion(insight.claim, insight.measure, insight.threshold, OPEN, effect, 1.0, rows, spread))
-    tests = [
-        (place, insight.margin is not None and equal)
-        for place, insight in enumerate(INSIGHTS)
-        for equal in (False, True)
-        if results[place].effect is not None and (not equal or insight.margin is not None)
+    cells = [
+        {cell: [_value(contrast) for contrast in contrasts] for cell, contrasts in insight.contrasts(points).items()}
+        for insight in INSIGHTS
     ]
-    adjusted = dict(
-        zip(tests, holm([_p_value(INSIGHTS[place], results[place], equal) for place, equal in tests]), strict=True)
-    )
+    effects = [pooled(by_setting) if by_setting else None for by_setting in cells]
+    in_settings = {
+        (place, cell): pooled({cell: values})
+        for place, by_setting in enumerate(cells)
+        for cell, values in by_setting.items()
+    }
+    p_of_settings = _adjusted([(INSIGHTS[place], effect) for (place, _), effect in in_settings.items()])
+    rows = list[list[Comparison]]([] for _ in INSIGHTS)
+    for ((place, cell), effect), p_values in zip(in_settings.items(), p_of_settings, strict=True):
+        verdict = _verdict(effect, INSIGHTS[place], *p_values)
+        rows[place].append(Comparison(cell, len(cells[place][cell]), effect, verdict, *p_values))
     return [
-        _decided(insight, conclusion, adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0))
-        for place, (insight, conclusion) in enumerate(zip(INSIGHTS, results, strict=True))
+        _conclusion(*parts)
+        for parts in zip(INSIGHTS, effects, rows, _adjusted([*zip(INSIGHTS, effects, strict=True)]), strict=True)
     ]
 
 
-def _p_value(insight: Insight, result: Conclusion, equal: bool) -> float:
-    assert result.effect is not None
-    return result.effect.p_equivalent(insight.margin or 0) if equal else result.effect.p_differs(insight.threshold)
+def _adjusted(tests: Sequence[tuple[Insight, Effect | None]]) -> list[tuple[float, float]]:
+    """Return (p of difference, p of equality) of all effects, by Holm's method; 1 for those without an error.
+
+    Sign flips test the difference in one setting if it has enough seeds, otherwise Student's t.
+    """
+    p_values = {}
+    for place, (insight, effect) in enumerate(tests):
+        if effect is not None and effect.error is not None:
+            test = effect.p_signs if len(effect.values) in SIGNS else effect.p_differs
+            p_values[place, False] = test(insight.threshold)
+            if insight.margin is not None:
+                p_values[place, True] = effect.p_equivalent(insight.margin)
+    adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    return [(adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0)) for place in range(len(tests))]
 
 
-def _decided(insight: Insight, conclusion: Conclusion, p_differs: float, p_equal: float) -> Conclusion:
-    if conclusion.effect is None:
-        return conclusion
-    if not conclusion.pooled:
-        verdicts = {row.verdict for row in conclusion.comparisons}
-        return dataclasses.replace(conclusion, verdict=BY_SETTING if len(verdicts) > 1 else verdicts.pop())
-    verdict = _verdict(conclusion.effect, insight, p_differs, p_equal)
-    return dataclasses.replace(conclusion, verdict=verdict, p_value=p_equal if verdict == EQUAL else p_differs)
-
-
-def _comparison(setting: str, values: Sequence[Value], insight: Insight) -> Comparison:
-    """Return the comparison in one setting: the sign-flip test decides if it can, otherwise Student's t."""
-    effect = pooled({setting: values})
-    test = effect.p_signs if effect.seeds in SIGNS else effect.p_differs
-    equal = 1.0 if insight.margin is None else effect.p_equivalent(insight.margin)
-    verdict = _verdict(effect, insight, test(insight.threshold), equal)
-    return Comparison(setting, len(values), effect, verdict)
+def _conclusion(
+    insight: Insight, effect: Effect | None, rows: Sequence[Comparison], p_values: tuple[float, float]
+) -> Conclusion:
+    """Return an insight's conclusion, of which the p-values are about the mean effect over settings."""
+    spread = heterogeneity([row.effect for row in rows])
+    result = Conclusion(insight.claim, insight.measure, insight.threshold, OPEN, effect, 1.0, tuple(rows), spread)
+    if effect is None:
+        return result
+    if not result.pooled:
+        verdicts = {row.verdict for row in rows}
+        return dataclasses.replace(result, verdict=BY_SETTING if len(verdicts) > 1 else verdicts.pop())
+    verdict = _verdict(effect, insight, *p_values)
+    return dataclasses.replace(result, verdict=verdict, p_value=p_values[verdict == EQUAL])
 
 
 def _verdict(effect: Effect, insight: Insight, p_differs: float, p_equal: float) -> str:

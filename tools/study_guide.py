@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from insights import Point, points_of
 from study_page import measured
+from sweep_points import Point, points_of
 
 from vlmprune_jax.base.files import replacing
 from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import BY_SETTING, EQUAL, SMALL, Conclusion, Point, conclude, points_of
+from insights import BY_SETTING, EQUAL, SMALL, Conclusion, conclude
 from matplotlib.figure import Figure
 from msgspec.structs import replace
 from pooling import Effect
+from sweep_points import Point, points_of
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_text, replacing
@@ -86,9 +87,9 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
     `settings`: True to list the effects in all settings, also for insights whose settings do not differ.
     """
     points = points_of(sweep, folder)
-    seeds = len({point.seed for point in points} - {None}) or 1
-    seed_text = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"The {len(points)} pruned models ({seed_text}) are scored by {markdown(measured(sweep))}."
+    seeds, different = len({point.seed for point in points} - {None}) or 1, len({point.digest for point in points})
+    counts = f"{seeds} seed{'s' * (seeds > 1)}, {different} different models"
+    about = f"The {len(points)} runs ({counts}) are scored by {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     return "\n".join([*lines, *insight_lines(conclude(points), settings=settings), *perplexity_lines(sweep)])
 
@@ -108,14 +109,16 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
         lines = [
             "Effects, in points of retained %, are means over settings, with 95 % intervals over seeds and questions.",
             "If settings differ (Welch's test of Q, p < 0.1, or opposite verdicts), each setting has its own verdict.",
-            "The p-value of each claim is corrected for the number of claims (Holm), those of settings are not.",
+            "All p-values are adjusted by Holm's method: over the claims, or over the settings of all claims.",
+            "They are of Student's t, in settings with 12 seeds of exact sign flips.",
             "",
-            "|claim|effect (95 % interval)|seeds x settings|I²|p of Q|p|verdict|",
-            "|---|---|---|---|---|---|---|",
+            "|claim|effect (95 % interval)|seeds|settings|pairs|I²|p of Q|p|verdict|",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
     for conclusion in known:
         assert conclusion.effect is not None
-        size = f"{conclusion.effect.seeds} x {len(conclusion.comparisons)}"
+        counts = [row.pairs for row in conclusion.comparisons]
+        size = f"{_span(counts)}|{len(counts)}|{sum(counts)}"
         means = sorted(row.effect.mean for row in conclusion.comparisons)
         effect = _effect(conclusion.effect) if conclusion.pooled else f"from {means[0]:.2f} to {means[-1]:.2f}"
         spread, p = conclusion.heterogeneity, _probability(conclusion.p_value) if conclusion.pooled else ""
@@ -125,17 +128,14 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
     lines += [""] if known else []
     shown = [conclusion for conclusion in known if settings or not conclusion.pooled]
     if shown:
-        lines += [
-            f"|claim|setting ({_SHARE[2:]} if trained)|seeds|effect (95 % interval)|p (t-test)|p (sign flips)|verdict|"
-        ]
+        lines += [f"|claim|setting ({_SHARE[2:]} if trained)|seeds|effect (95 % interval)|p|p of equality|verdict|"]
         lines += ["|---|---|---|---|---|---|---|"]
     for conclusion in shown:
         for row in conclusion.comparisons:
             if row.effect.interval is None or not (settings or row.verdict != EQUAL):
                 continue
             label = f"{_numbers([conclusion.claim])}|{markdown(row.setting.removesuffix(_SHARE))}"
-            tests = (row.effect.p_differs(conclusion.threshold), row.effect.p_signs(conclusion.threshold))
-            p = "|".join(map(_probability, tests))
+            p = "|".join(map(_probability, (row.p_differs, row.p_equal)))
             lines.append(f"|{label}|{row.pairs}|{_effect(row.effect)}|{p}|{row.verdict.partition(' within')[0]}|")
     lines += [""] if shown else []
     single = _numbers(
@@ -144,6 +144,12 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
     silent = _numbers(conclusion.claim for conclusion in conclusions if not conclusion.comparisons)
     lines += [f"Claims with only one seed, so undecided: {single}.", ""] if single else []
     return lines + ([f"Claims that this sweep does not test: {silent}.", ""] if silent else [])
+
+
+def _span(counts: Sequence[int]) -> str:
+    """Return the smallest and the largest count as text."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _probability(p: float) -> str:
@@ -162,7 +168,8 @@ def _numbers(claims: Iterable[str]) -> str:
 def retention_lines(points: Sequence[Point]) -> list[str]:
     """Return a table of retained percentages: a row for each method and level, a column for each recovery.
 
-    A cell is the mean over seeds and half of its 95 % interval over seeds and questions, if that is known.
+    A cell is the mean over seeds, half of its 95 % interval over seeds and questions (over questions for one seed) if
+    that is known, the number of seeds, and how many different models they made.
     """
     columns = sorted({(point.data, point.recovery) for point in points}, key=lambda key: (key[0], len(key[1]), key[1]))
     cells: dict[tuple[float, str, str], dict[tuple[float, str], list[Point]]] = {}
@@ -173,7 +180,7 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         return []
     heads = [markdown(_recovery(recovery)) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = [
-        "Retained score (%), mean ± half of the 95 % interval:",
+        "Retained score (%), mean ± half of the 95 % interval (number of seeds/different models):",
         "",
     ]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
@@ -195,7 +202,8 @@ def _retained(points: Sequence[Point]) -> str:
     if not points:
         return ""
     mean, low, high = interval_of_mean([point.retained for point in points], [point.interval for point in points])
-    return f"{mean:.1f}±{(high - low) / 2:.1f}" if low < high else f"{mean:.1f}"
+    counts = f"({len(points)}/{len({point.digest for point in points})})"
+    return f"{mean:.1f}±{(high - low) / 2:.1f} {counts}" if low < high else f"{mean:.1f} {counts}"
 
 
 def measured(sweep: SweepResult) -> str:
@@ -273,17 +281,24 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
             continue
         columns = sorted({column for row in cells.values() for column in row}, key=lambda c: (c[0], c[1] != WITHOUT, c))
         perplexities = ", ".join(_short(value) for value in before.values())
-        lines += [f"Perplexity on {markdown(name)} (unpruned: {perplexities}):", ""]
+        lines += [f"Perplexity on {markdown(name)} (number of seeds/different models; unpruned: {perplexities}):", ""]
         lines += [f"|method, criterion, decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             by_column = cells[cut]
             share = 100 * float(np.mean([row.decoder_ratio for rows in by_column.values() for row in rows]))
-            means = [[row.evaluation.main(name, sweep.sets) for row in by_column.get(column, ())] for column in columns]
-            shown = "|".join(_short(_mean(values)) if values else "" for values in means)
+            shown = "|".join(_perplexity(by_column.get(column, ()), name, sweep) for column in columns)
             lines.append(f"|{markdown(f'{cut[1]}, {cut[2]}')}, {share:.1f} %|{shown}|")
         lines.append("")
     return lines
+
+
+def _perplexity(rows: Sequence[SweptModel], name: str, sweep: SweepResult) -> str:
+    """Return a cell: the mean perplexity on a set (of logarithms), and the numbers of seeds and of different models."""
+    if not rows:
+        return ""
+    value = float(np.exp(np.mean([np.log(row.evaluation.main(name, sweep.sets) or np.nan) for row in rows])))
+    return f"{_short(value)} ({len(rows)}/{len({row.digest for row in rows})})"
 
 
 def _short(value: float) -> str:
@@ -301,7 +316,3 @@ def _done_to(row: SweptModel) -> tuple[float, str]:
     """Return the share of training data, and a model's repair and recovery in words, as a column of the table."""
     words, data = recovery_label(row.recovery, reconstructed=row.reconstruct != "none"), row.data_fraction
     return data, words + (f", {100 * data:g} %" if data else "")
-
-
-def _mean(values: list[Any]) -> float:
-    return float(np.exp(np.mean(np.log(values))))

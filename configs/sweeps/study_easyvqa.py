@@ -5,10 +5,11 @@
   vlmprune sweep --config=configs/sweeps/study_easyvqa.py:5 ...           # also 5 % of the data; :20 adds 20 %
 
 {depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct} with 12 seeds, as runs without training
-take seconds; x {projector, SFT, SFT + KL, SFT + L2, reconstruct + SFT + L2} on 5 % of the data with 6 seeds; and
-SFT + L2 at 45 % on 20 and 100 % with 3 seeds: 666 runs. A seed is that of calibration, data and training. Runs share
-the controls, the unpruned model after each recovery. All answer the first 2,000 test questions. An epoch of 5 % has
-60 steps, of 20 % 241 and of 100 % 1,205. Cheap runs come first, then seed by seed, so that an interrupted sweep, which
+take seconds; x {projector, SFT, SFT + KL, SFT + L2, reconstruct + SFT + L2} on 5 % of the data with 6 seeds; {depth,
+width} at 60 % x {SFT + L2, reconstruct + SFT + L2} with 6 seeds more, because six decided nothing there; and SFT + L2
+at 45 % on 20 and 100 % with 3 seeds: 690 runs. A seed is that of calibration, data and training. Runs share the
+controls, the unpruned model after each recovery. All answer the first 2,000 test questions. An epoch of 5 % has 60
+steps, of 20 % 241 and of 100 % 1,205. Cheap runs come first, then seed by seed, so that an interrupted sweep, which
 continues, has complete tables.
 """
 
@@ -24,12 +25,13 @@ from vlmprune_jax.run.cli.config_files import shipped_config
 METHODS = ("depth", "width", "hybrid")
 SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, with embeddings and head
 UNTRAINED = "untrained"
-# Percent of the training data -> (removed shares of the decoder, number of seeds, recoveries), cheapest first.
-TRAININGS = {
-    "5": (SHARES, 6, ("projector", "sft", "sft_kl", "sft_l2", "reconstruct_sft_l2")),
-    "20": ((45,), 3, ("sft_l2",)),
-    "100": ((45,), 3, ("sft_l2",)),
-}
+# Percent of the training data, methods, removed shares of the decoder, seeds, recoveries; cheapest first.
+TRAININGS = (
+    ("5", METHODS, SHARES, range(1, 7), ("projector", "sft", "sft_kl", "sft_l2", "reconstruct_sft_l2")),
+    ("5", ("depth", "width"), (60,), range(7, 13), ("sft_l2", "reconstruct_sft_l2")),
+    ("20", METHODS, (45,), range(1, 4), ("sft_l2",)),
+    ("100", METHODS, (45,), range(1, 4), ("sft_l2",)),
+)
 SEEDS = tuple(range(1, 13))
 RECONSTRUCTED = {"reconstruct.method": "least_squares"}
 WITHOUT_RECOVERY = {
@@ -49,7 +51,7 @@ _most = "100"
 def get_config(most: str = "100") -> ConfigDict:
     """Return the demo's data and training; `most` is the largest share of the data in percent, or "untrained"."""
     global _most
-    _most = one_of("variant of the study", most, (UNTRAINED, *TRAININGS))
+    _most = one_of("variant of the study", most, (UNTRAINED, *dict.fromkeys(percent for percent, *_ in TRAININGS)))
     config = shipped_config("demo")
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
@@ -62,17 +64,18 @@ def get_config(most: str = "100") -> ConfigDict:
 
 def get_hyper(hyper):
     """Return all runs, cheapest first: without training, then by the share of the data, and by seed."""
-    runs = [_cells(hyper, SHARES, [hyper.named("recovery", WITHOUT_RECOVERY), seeded(hyper, SEEDS)])]
-    for share in [] if _most == UNTRAINED else [share for share in TRAININGS if int(share) <= int(_most)]:
-        shares, seeds, names = TRAININGS[share]
+    runs = [_cells(hyper, METHODS, SHARES, [hyper.named("recovery", WITHOUT_RECOVERY), seeded(hyper, SEEDS)])]
+    for percent, methods, shares, seeds, names in () if _most == UNTRAINED else TRAININGS:
+        if int(percent) > int(_most):
+            continue
         recoveries = hyper.named("recovery", named({name: TRAINED[name] for name in names}))
-        fraction = hyper.fixed("data.fraction", int(share) / 100)
-        runs += [_cells(hyper, shares, [recoveries, fraction, seeded(hyper, [seed])]) for seed in SEEDS[:seeds]]
+        fraction = hyper.fixed("data.fraction", int(percent) / 100)
+        runs += [_cells(hyper, methods, shares, [recoveries, fraction, seeded(hyper, [seed])]) for seed in seeds]
     return hyper.chainit(runs)
 
 
-def _cells(hyper, shares, more):
-    cuts = [hyper.sweep("prune.method", METHODS), hyper.named("decoder", of_decoder(TEACHER, shares))]
+def _cells(hyper, methods, shares, more):
+    cuts = [hyper.sweep("prune.method", methods), hyper.named("decoder", of_decoder(TEACHER, shares))]
     return hyper.product([*cuts, *more])
 
 

@@ -10,12 +10,13 @@ import PIL.Image
 import pytest
 import study as study_script
 from expert_study import summary
-from insights import Point, conclude, points_of
+from insights import conclude
 from msgspec.structs import replace
 from repository import ROOT
 from study_cases import changed, row, rows, sweep, write_sweep
 from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
+from sweep_points import Point, points_of
 
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
@@ -163,7 +164,7 @@ def test_rows_for_the_guide():
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-ROW = "|1|15 %|3|-10.00 (-10.00 to -10.00)|<0.001|0.250|does not hold|\n"
+ROW = "|1|15 %|3|-10.00 (-10.00 to -10.00)|<0.001|1.000|does not hold|\n"
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_the_command_prints_conclusions(capsys, study):
     assert "### mine\n\n" in out
     assert "|2a|15 %|3|" in out
     assert ROW in out
-    effect = "width minus depth: from -10.00 to 20.00|3 x 2|100 %|<0.001||"
+    effect = "width minus depth: from -10.00 to 20.00|3|2|6|100 %|<0.001||"
     assert f"|{effect}by setting (next table)|\n" in out
     assert "|decoder removed|without recovery|reconstructed|SFT, 5 %|" in out
     assert "|undecided|\n" in out
@@ -253,15 +254,17 @@ def test_perplexities_stand_in_a_table_over_seeds():
     of_text = replace(found.sets["questions"], name="perplexity", main="perplexity", full=None)
     found = replace(found, sets={**found.sets, "text": of_text})
     found.unpruned["models/teacher"].evaluation.scores["text"] = {"perplexity": 10.0}
-    assert "\nThe 4 pruned models (2 seeds) are scored by accuracy on questions.\n" in as_markdown("study", found)
+    assert "\nThe 4 runs (2 seeds, 4 different models) are scored by accuracy on questions.\n" in as_markdown(
+        "study", found
+    )
     found.models.append(text(row("width", 0.45, "none", 60.0), 1e6))
     found.models.append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
-    table = as_markdown("study", found).split("Perplexity on text (unpruned: 10.00):")[1].split("\n")
+    table = as_markdown("study", found).split("(number of seeds/different models; unpruned: 10.00):")[1].split("\n")
     assert table[2:] == [
         "|method, criterion, decoder removed|without recovery|reconstructed|reconstructed + SFT + L2, 5 %|",
         "|---|---|---|---|",
-        "|depth, block_influence, 16.0 %|40.00||60.00|",
-        "|width, taylor, 46.0 %|1,000,000|600.00||",
+        "|depth, block_influence, 16.0 %|40.00 (2/2)||60.00 (1/1)|",
+        "|width, taylor, 46.0 %|1,000,000 (1/1)|600.00 (1/1)||",
         "",
     ]
 

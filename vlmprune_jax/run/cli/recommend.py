@@ -1,7 +1,7 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-Uses the guide of arXiv 2604.24380 and measurements; reads no weights. --for=GOAL --on=MACHINE ranks pruning methods
-for a goal, and recommends the best one.
+Uses the guide of arXiv 2604.24380 and measurements; reads no weights. --for=GOAL --on=SLICE ranks pruning methods for
+a goal, and recommends the best one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def define(values: Flags) -> None:
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
     text("for", None, "goal that chooses the method: memory, decode, question or throughput", flag_values=values)
-    text("on", "v5e:2x4", "machine for --for: a TPU slice (estimated) or llama.cpp (measured)", flag_values=values)
+    text("on", "v5e:2x4", "TPU slice for --for, on which costs are estimated", flag_values=values)
     text("train", None, "value of data.train in the config, whose records are counted", flag_values=values)
     for name in ("images", "eval"):
         text(name, None, f"value of data.{name} in the config", flag_values=values)

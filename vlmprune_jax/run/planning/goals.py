@@ -1,6 +1,6 @@
 """Comparison of pruning, quantisation, fewer image tokens and a smaller vocabulary for a goal, such as decode time.
 
-Gains are computed from lower bounds on TPU chips, or were measured in llama.cpp.
+Gains are computed from lower bounds on TPU chips. No model's gains in llama.cpp follow from those of another.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,19 @@ from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.gguf import ENGINE
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import preparation_of, typical_vocabulary
-from vlmprune_jax.run.planning.guide import MEASURED, METHODS, NEAR, Guide
+from vlmprune_jax.run.planning.guide import METHODS
 from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, WEIGHT_FORMATS, bound, prompt_of, weight_bytes
 
-MEASURED_ON = ENGINE.replace("_", ".")
+LOCAL = ("cpu", "gpu", ENGINE.replace("_", "."))  # machines and engines without estimates
 TPU = "v5e:2x4"  # slice of --on=tpu
 RATIO = 0.3  # share of the decoder to remove, if none is given
-UNCHANGED, UNQUANTISED = "as it is", ("bf16", "F16")
+UNCHANGED, UNQUANTISED = "as it is", "bf16"
 SAME = 1.05  # gains within this factor of each other count as equal
 VOCABULARY = 32_768  # tokens of the compared smaller vocabulary
 
 NOTE = (
     "lower bounds, computed from FLOPs and bytes for questions of nine benchmarks; nothing ran. They do not include "
-    "accuracy: the advice has what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
-)
-MEASURED_NOTE = (
-    "measured with {} in {} on {}, one question at a time; least is the range over repetitions. Accuracy is not "
-    "included: the advice has what pruning retains, docs/explanation/results.md has the accuracy of 8 and 4 bits"
+    "accuracy: the advice has what pruning retains, docs/explanation/study.md has the accuracy of 8 and 4 bits"
 )
 
 
@@ -86,7 +82,7 @@ class Ranking:
     @property
     def gains(self) -> dict[str, float]:
         """Largest gain of each pruning method with unquantised weights."""
-        pruned = (choice for choice in reversed(self.choices) if choice.method and choice.form in UNQUANTISED)
+        pruned = (choice for choice in reversed(self.choices) if choice.method and choice.form == UNQUANTISED)
         return {choice.method: choice.gain for choice in pruned if choice.method and choice.gain}
 
     @property
@@ -105,73 +101,25 @@ class Ranking:
         return "; ".join(f"{name}: {gain:.3g} times less" if gain else f"{name}: unknown" for name, gain in ways)
 
 
-def rank(
-    cfg: ModelConfig,
-    folder: Path,
-    goal: str,
-    on: str,
-    plans: Mapping[str, PrunePlan],
-    ratio: float,
-    as_asked: Callable[[float], str],
-    guide: Guide,
-) -> Ranking:
-    """Return the ways to make a model cheaper for a goal, by measurements in llama.cpp or lower bounds on a TPU slice.
+def rank(cfg: ModelConfig, folder: Path, goal: str, on: str, plans: Mapping[str, PrunePlan]) -> Ranking:
+    """Return the ways to make a model cheaper for a goal, by lower bounds on a TPU slice.
 
     Args:
       cfg, folder: the unpruned model, and its folder, which says how images are prepared.
       goal: one of `GOALS`.
-      on: "llama.cpp", "tpu", or a TPU slice such as "v5e:2x4".
-      plans: plan of each pruning method, compared on TPUs.
-      ratio: share of all parameters that pruning removes, for measurements.
-      as_asked: converts a share of the decoder to the flag with which a user asks for it.
+      on: "tpu", or a TPU slice such as "v5e:2x4".
+      plans: plan of each pruning method.
 
-    Raises UserError if the goal or slice is unknown, or no share near this one was measured.
+    Raises UserError if the goal or slice is unknown, or for llama.cpp, CPUs and GPUs.
     """
-    check_goal(goal, on)
-    if on == MEASURED_ON:
-        return measured(cfg, goal, ratio, as_asked, guide)
+    one_of("--for", goal, GOALS)
+    if on in LOCAL:
+        raise UserError(
+            f"--on={on}: gains depend on the model's shapes, and this model was not measured there: use a TPU slice "
+            f"such as --on={TPU} (estimated), or measure its exports with `vlmprune bench`"
+        )
     topology = TPU if on == "tpu" else on
     return Ranking(f"Lowest {GOALS[goal].unit}, on {topology}", NOTE, compare(cfg, folder, goal, topology, plans))
-
-
-def check_goal(goal: str, on: str) -> None:
-    """Raise UserError if there are neither measurements nor estimates of a goal on the machine `on`."""
-    one_of("--for", goal, GOALS)
-    if on in ("gpu", "cpu"):
-        raise UserError(
-            f"--on={on}: nothing was measured there: use --on={MEASURED_ON} (measured on a CPU) or a TPU slice such as "
-            f"{TPU}, or measure on yours with `vlmprune bench --questions`"
-        )
-    if on == MEASURED_ON and goal not in MEASURED:
-        raise UserError(f"--for={goal}: {MEASURED_ON} was measured with single questions only: use --for=question")
-
-
-def measured(cfg: ModelConfig, goal: str, ratio: float, as_asked: Callable[[float], str], guide: Guide) -> Ranking:
-    """Return gains measured in llama.cpp, for the unpruned model and for models with about this share removed.
-
-    Raises UserError if no share near this one was measured.
-    """
-    share = ratio * count_params(cfg) / count_params(cfg, "text")
-    pruned = [row for row in guide.speed if row.method != "none"]
-    if not any(abs(row.removed - share) <= NEAR for row in pruned):
-        shares = sorted((row.removed for row in pruned), reverse=as_asked(0).startswith("--bytes"))
-        limits = [as_asked(end) for end in (*shares[:1], *shares[-1:])]
-        raise UserError(
-            f"{as_asked(share)}: {100 * ratio:.3g} % of the model ({100 * share:.3g} % of the decoder) was not "
-            f"measured in {MEASURED_ON}: use a value between {' and '.join(limits)}"
-        )
-    choices = []
-    for row in guide.speed:
-        gain, low, high = row.gains[goal]
-        method = None if row.method == "none" else row.method
-        cut = f"{row.method} {100 * row.removed:.3g} % of the decoder, " if method else ""
-        name = UNCHANGED if not method and row.format == "F16" else f"{cut}{row.format}"
-        if method is None or abs(row.removed - share) <= NEAR:
-            choices.append(Choice(name, method, row.format, f"{1 / high:.2f} to {1 / low:.2f}", gain))
-    choices.sort(key=lambda choice: -(choice.gain or 0.0))
-    first = guide.speed[0]
-    title = f"{goal}, as a share of the unpruned model in F16"
-    return Ranking(title, MEASURED_NOTE.format(first.model, MEASURED_ON, first.processor), tuple(choices))
 
 
 @dataclass(frozen=True)
@@ -196,7 +144,7 @@ def compare(
     forms = [name for name, form in WEIGHT_FORMATS.items() if chip.int8 or not form.int8]
     choices, own = [], None
     for case, form in itertools.product(_cases(cfg, folder, plans), forms):
-        name = ", ".join(filter(None, (case.name, "" if form == "bf16" else form))) or UNCHANGED
+        name = ", ".join(filter(None, (case.name, "" if form == UNQUANTISED else form))) or UNCHANGED
         value = _value(GOALS[goal], goal, case, chip, chips, form)
         own = value if name == UNCHANGED else own
         gain = None if own is None or value is None else own / value

@@ -18,12 +18,11 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Finite, read_json
 
 FILE = Path(__file__).with_name("guide.json")
-VERSION, SOLVED = 4, "reconstruct"
+VERSION, SOLVED = 5, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width", "hybrid"), ("none", "projector", "sft_l2")  # choices of recommendations
 ALWAYS = ("nominal", "average", "five_percent", "speed")  # contradictions that do not depend on the rule
 NEAR = 0.08  # maximum difference between the removed shares of the decoder of a plan and a quoted measurement
-MEASURED = {"memory", "decode", "question"}  # goals with measured speeds
 PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
 
@@ -118,23 +117,6 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Gains of one model in llama.cpp, measured alternately with the unpruned model in F16.
-
-    `method`: "none", "depth" or "width"; `removed`: share of the decoder's parameters. `gains`: {goal: (gain, smallest
-    and largest gain of all rounds)} for memory, decode and question; a gain of 2 means half of what the unpruned model
-    in F16 needs.
-    """
-
-    model: str
-    processor: str
-    method: str
-    removed: Finite
-    format: str
-    gains: dict[str, tuple[Finite, Finite, Finite]]
-
-
-@dataclass(frozen=True)
 class Data:
     """Advice on training data: the smallest measured share, `least`, is enough for ratios below `suffices_below`.
 
@@ -148,7 +130,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Guide:
-    """Content of `guide.json`: rules, measured retentions and speeds.
+    """Content of `guide.json`: rules and measured retentions.
 
     Ratios within `at` of each other count as equal. `settings`: partial experiment for each recommendation.
     """
@@ -160,7 +142,6 @@ class Guide:
     settings: dict[str, dict[str, Any]]
     data: Data
     conflicts: dict[str, str]
-    speed: tuple[Speed, ...]
     evidence: tuple[Evidence, ...]
 
 
@@ -202,7 +183,5 @@ def _problems(guide: Guide) -> Iterator[str]:
             yield f"no rule for compute {compute!r} covers all ratios"
     if guide.data.steps < 1:
         yield f"data.steps is {guide.data.steps}, but must be at least 1"
-    if not guide.speed or any({*row.gains} != MEASURED for row in guide.speed):
-        yield f"speed must have rows, each with gains of {', '.join(sorted(MEASURED))}"
     if any(name not in guide.conflicts for name in ALWAYS):
         yield f"conflicts must include {', '.join(ALWAYS)}"

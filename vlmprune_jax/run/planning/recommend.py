@@ -23,7 +23,7 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.recipes import recipes
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import predict_plan
-from vlmprune_jax.run.planning.goals import MEASURED_ON, RATIO, Ranking, rank
+from vlmprune_jax.run.planning.goals import RATIO, Ranking, rank
 from vlmprune_jax.run.planning.guide import METHODS, Guide
 from vlmprune_jax.run.planning.rules import Recommendation, Target, merge, recommend
 from vlmprune_jax.run.stages.unused import unused_settings
@@ -91,12 +91,12 @@ def advise(
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector, use none or full")
     size = _target_size(cfg, ratio, most_bytes, goal is not None)
-    aligned = {} if goal is None or goal[1] == MEASURED_ON else {"prune": {"align_to": "tpu"}}
+    aligned = {} if goal is None else {"prune": {"align_to": "tpu"}}
     align, plans = {"depth": {}, "width": aligned, "hybrid": aligned}, dict[str, PrunePlan]()
     for method in METHODS:
         with contextlib.suppress(UserError):
             plans[method] = size.predict(guide.settings[method], align[method])
-    ranking = None if goal is None else rank(cfg, folder, *goal, plans, size.ratio, size.as_flag, guide)
+    ranking = None if goal is None else rank(cfg, folder, *goal, plans)
     methods = ("depth",) if speed else METHODS if ranking is None else ranking.methods
     if data_fraction is None:
         data_fraction = 1.0 if "train" in files else guide.data.least
@@ -138,11 +138,6 @@ class _TargetSize:
         """Return the predicted plan of this size; raise UserError if there is none."""
         with error_context("--ratio" if self.most_bytes is None else "--bytes"):
             return predict_plan(override(Experiment(), merge(*settings, self.settings)), self.cfg)
-
-    def as_flag(self, share: float) -> str:
-        """Return a share of the decoder as the value of the flag that the user set."""
-        size = size_text(exported_bytes(count_params(self.cfg)) * (1 - share * self.of_decoder)).replace(" ", "")
-        return f"--ratio={share * self.of_decoder:.3g}" if self.most_bytes is None else f"--bytes={size}"
 
 
 def _target_size(cfg: ModelConfig, ratio: float | None, most_bytes: float | None, for_goal: bool) -> _TargetSize:

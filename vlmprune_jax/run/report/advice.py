@@ -145,7 +145,8 @@ def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
         size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
         if advice.most_bytes is not None and size <= advice.most_bytes:
             about = f'export the unpruned model with export.quantize="{quantize}" (about {size_text(size)})'
-            yield "instead", f"if only the size matters, {about}: better than pruning in docs/explanation/results.md"
+            loss = "rounding cost a small model at most 0.04 points of accuracy in docs/explanation/study.md"
+            yield "instead", f"if only the size matters, {about}: {loss}"
             return
 
 

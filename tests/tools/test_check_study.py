@@ -1,0 +1,67 @@
+"""The check of the study: it agrees with the script that wrote the page, and finds a changed number."""
+
+import shutil
+import tarfile
+
+import check_study
+import crossed_effects
+import numpy as np
+import pytest
+from repository import ROOT
+from study_page import BEGIN, END, read_studies, update_page
+
+DATA = ROOT / "docs/explanation/data"
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A folder with study-tables.md as tools/study.py writes it from the rows, and the other two pages."""
+    path = tmp_path / "study-tables.md"
+    path.write_text(f"{BEGIN}\n{END}\n")
+    for archive in sorted(DATA.glob("study_*.tar.xz")):
+        with tarfile.open(archive) as tar:
+            tar.extractall(tmp_path, filter="data")
+    update_page(path, read_studies([f"{name}={tmp_path / name}" for name in ("study_easyvqa", "study_vlm_3")]))
+    for name in ("study.md", "results.md"):
+        shutil.copy(DATA.parent / name, tmp_path)
+    return tmp_path
+
+
+def check(monkeypatch, pages):
+    monkeypatch.setattr("sys.argv", ["check_study.py", f"--pages={pages}"])
+    return check_study.main()
+
+
+def change(page, old, new):
+    text = page.read_text()
+    assert old in text
+    page.write_text(text.replace(old, new))
+
+
+def test_the_pages_and_the_check_agree_and_changed_numbers_are_found(pages, monkeypatch, capsys):
+    assert check(monkeypatch, pages) == 0
+    assert "without recovery: 98.1±0.8 (12/3)" in capsys.readouterr().out
+    change(pages / "study-tables.md", "|83.5±4.9 (12/12)|", "|83.5±4.8 (12/12)|")
+    change(pages / "study-tables.md", "0.12 (-0.25 to", "0.13 (-0.25 to")
+    change(pages / "results.md", "|57.3, 4.83|", "|57.3, 4.84|")
+    assert check(monkeypatch, pages) == 1
+    differences = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
+    assert len(differences) == 3
+    assert (
+        "width 45.2 % | without recovery: the page has 83.5±4.8 (12/12), the rows give 83.5±4.9 (12/12)"
+        in differences[0]
+    )
+    assert "claim | 2a" in differences[1]
+    assert "50 % of attention groups | pruned" in differences[2]
+
+
+def test_holm_multiplies_by_the_tests_that_remain():
+    assert crossed_effects.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert crossed_effects.holm({}) == {}
+
+
+def test_an_effect_equal_for_all_seeds_and_questions_is_certain():
+    effect = crossed_effects.mean_effect([{seed: (1.0, np.ones(5)) for seed in range(3)}])
+    assert (effect.mean, effect.p_differs(1.0)) == (1.0, 1.0)
+    assert effect.p_differs(0.0) < 1e-6
+    assert crossed_effects.mean_effect([{1: (1.0, None)}]) is None

@@ -1,0 +1,81 @@
+"""Evaluated models of a sweep that were pruned with the paper's criteria, as points of the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlmprune_jax.run.planning.guide import SOLVED, read_guide
+from vlmprune_jax.run.workdir.comparison import average_interval
+from vlmprune_jax.run.workdir.sweep import SweepResult, question_parts
+
+METHODS = ("depth", "width")  # methods that the study compares
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder.
+
+    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one. `questions`:
+    each question's part of `retained`, float[questions] with it as mean, if the evaluations lie beside the sweep.
+    `digest`: hash of the weights; different seeds can choose the same layers.
+    """
+
+    model: str
+    parameters: int
+    method: str
+    recovery: str
+    level: float
+    reached: float
+    data: float
+    seed: int | None
+    retained: float
+    interval: tuple[float, float] | None
+    of_control: float | None = None
+    questions: np.ndarray | None = None
+    digest: str = ""
+
+
+def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
+    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average.
+
+    `folder`: the sweep's workdir, from which scores of single questions are read.
+    """
+    settings, points = read_guide().settings, []
+    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # the claims' criteria only
+    for entry in sweep.models:
+        row = entry.found
+        if row is None or not row.criterion.startswith(criteria):
+            continue
+        retained = row.evaluation.mean_of_ratios
+        if retained is None or not row.actual_ratio:
+            continue
+        solved = row.reconstruct != "none"
+        how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
+        reached, asked = row.decoder_ratio, row.target_ratio
+        level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
+        point = Point(
+            _name(row.model, sweep.unpruned[row.unpruned].parameters),
+            sweep.unpruned[row.unpruned].parameters,
+            row.method,
+            how,
+            round(level, 2),
+            reached,
+            row.data_fraction,
+            entry.seed,
+            retained,
+            average_interval(row.evaluation, sweep.sets),
+            None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
+            None if folder is None else question_parts(folder, row, sweep),
+            row.digest,
+        )
+        points.append(point)
+    return points
+
+
+def _name(folder: str, parameters: int) -> str:
+    """Return a model's display name: its folder's name and its size, because many folders are named `teacher`."""
+    millions = parameters / 1e6
+    return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
