@@ -13,13 +13,12 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.checkpoints.disk.storage import Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
-from vlmprune_jax.io.checkpoints.integers import make_storage, matrices
+from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.checkpoints.layout import (
     Slot,
     block_number,
@@ -34,12 +33,9 @@ from vlmprune_jax.io.exports.format import Contents, Origin
 from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
-from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
-from vlmprune_jax.io.families.decoders import decoder_of
-from vlmprune_jax.io.families.experts import has_experts, with_separate_experts
-from vlmprune_jax.io.families.limits import how_known, why_not_in_transformers
+from vlmprune_jax.io.families.experts import with_separate_experts
 from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, vision_of
 
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
@@ -54,7 +50,7 @@ def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Con
     if isinstance(storage, CompressedTensors):
         target = dataclasses.replace(target, family=with_separate_experts(target.family))
         if origin.tpu_chips:
-            check_storage(target.cfg, storage, origin.tpu_chips)
+            check_on_tpus(target.cfg, storage, origin.tpu_chips)
     weights = origin.weights or origin.folder
     tensors = make_tensors(model, target, Checkpoint(weights), dtype, storage)
     if options.mtp == "cut":
@@ -69,37 +65,11 @@ def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Con
         write_files(target, model.cfg, origin.folder, folder)
 
     def card(folder: Path) -> str:
-        unreadable = _unreadable(target.cfg, storage)
-        sections = [loading_of(folder, model.cfg, target.cfg, config, unreadable) + _engines(target.cfg, storage)]
-        if isinstance(storage, CompressedTensors):
-            sections.append(quantized_loading(storage, target.cfg, target.family, dtype))
-        return "\n\n".join(sections)
+        listed = [] if storage is None else matrices(target.cfg, target.family)
+        plain = [slot.key for slot in listed if storage and not storage.holds(slot.name, slot.hf_shape)]
+        return loading_of(folder, model.cfg, target.cfg, config, storage, dtype, [*dict.fromkeys(plain)])
 
     return Contents([*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))], write, card)
-
-
-def _unreadable(cfg: ModelConfig, storage: Storage | None) -> str | None:
-    """Return why transformers cannot read a quantised checkpoint; None if it can."""
-    if not (isinstance(storage, CompressedTensors) and has_experts(cfg.text)):
-        return None
-    if decoder_of(cfg.text.decoder).reads_quantised_experts and not storage.activations:
-        return None
-    return "transformers 5.24 does not read quantised experts, and leaves them random without an error"
-
-
-def _engines(cfg: ModelConfig, storage: Storage | None) -> str:
-    """Return the model card's paragraphs on serving engines."""
-    names = ("vllm", "mlx", "openvino") if storage is None and cfg.layout == "transformers" else ()
-    lines = [f"- {name}: {why_not(cfg, name) or f'loads it ({how_known(cfg, name)})'}" for name in names]
-    return "\n\n" * bool(lines) + "\n".join(lines) + _on_tpus(cfg, storage)
-
-
-def _on_tpus(cfg: ModelConfig, storage: Storage | None) -> str:
-    """Return the model card's paragraph on vLLM on TPUs."""
-    if reason := why_not(cfg, "vllm_tpu"):
-        return f"\n\nvLLM on TPUs does not load it: {reason}."
-    properties = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
-    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {properties}."
 
 
 def make_tensors(
@@ -195,36 +165,3 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
 def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
     extent = entry.extent(0, entry.n_bytes)
     return iter([entry.raw()]) if extent is None else read_blocks(extent)
-
-
-def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
-    """Return the model card's text on how quantised weights are loaded."""
-    plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
-    sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
-    sentences.append(f"The weights were rounded {storage.rounding}.")
-    if storage.bits == 4 and storage.rounding == CompressedTensors.rounding:
-        sentences.append("With 4 bits, this usually loses more than GPTQ.")
-    tried = storage.symmetric and (storage.bits == 4 or storage.activations)
-    loads = why_not_in_transformers(cfg, loader=not cfg.text.uniform) is None
-    if loads and not has_experts(cfg.text):
-        sentences.append(
-            "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
-            "model is smaller on disk but not in memory. vLLM 0.32 loads "
-            f"them ({'tried on a CPU, not with `--dtype float32`' if tried else 'on GPUs, by its code'})."
-        )
-    if has_experts(cfg.text):
-        sentences.append("Every expert has matrices of its own, as vLLM reads them (by its code; not tried).")
-        if _unreadable(cfg, storage) is None:
-            sentences.append(f"Transformers 5.24 computes them in {dtype}.")
-    left = [slot.key for slot in matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
-    if left:
-        names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
-        sentences.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
-    if loads and not storage.symmetric:
-        sentences.append(
-            "In transformers, zero points need `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
-            "compressed-tensors 0.20 does not support packed zero points otherwise."
-        )
-    if storage.activations:
-        sentences.append("The engine rounds the inputs of these matrices to 8 bits, per token.")
-    return " ".join(sentences)

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.base.checks import Registry, one_of, suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import check_settings, settings_of
-from vlmprune_jax.io.exports.format import Format
+from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Origin
 from vlmprune_jax.io.exports.gguf import GGUF
-from vlmprune_jax.io.exports.huggingface import HUGGINGFACE
+from vlmprune_jax.io.exports.huggingface import FolderOptions
 
+if TYPE_CHECKING:
+    from vlmprune_jax.core.models.vlm import Model
+
+
+def _prepare_folder(model: Model, origin: Origin, options: FolderOptions) -> Contents:
+    """Return the content of a folder; integers are those of `storage` (GPTQ), or rounded to the nearest."""
+    from vlmprune_jax.io.exports.folder import folder_contents  # imports jax, like all that reads a model
+
+    if options.rounding == "gptq" and options.storage is None:
+        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
+    return folder_contents(model, origin, options)
+
+
+def _check_folder(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
+    """Reload an exported folder in PyTorch (without torch, in JAX) and compare its logits with the model's."""
+    from vlmprune_jax.io.exports.reload import check_export
+
+    return check_export(model, folder, vision_dir=origin.vision_dir)
+
+
+def _calibration_of_folder(options: FolderOptions) -> Calibration | None:
+    """Return the calibration statistic that `rounding="gptq"` needs; None without it."""
+    names = ("quantize", "group_size", "symmetric", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
+
+
+HUGGINGFACE = Format(FolderOptions, _prepare_folder, _check_folder, calibration=_calibration_of_folder)
 # A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
 FORMATS = Registry("formats", Format, {"huggingface": HUGGINGFACE, "gguf": GGUF})
 

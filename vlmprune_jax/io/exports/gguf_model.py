@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,13 @@ class GgufFile:
     layers: tuple[Layer, ...]
     remarks: tuple[str, ...] = ()
     options: str = ""
+
+    @property
+    def types(self) -> str:
+        """Numbers of tensors by data type, and their size."""
+        counts = Counter(tensor.dtype for tensor in self.tensors)
+        size = sum(tensor.n_bytes for tensor in self.tensors)
+        return f"{', '.join(f'{n} x {kind}' for kind, n in counts.most_common())}; {size / 1e6:,.1f} MB"
 
     @property
     def unquantised(self) -> tuple[str, ...]:

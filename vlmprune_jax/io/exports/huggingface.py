@@ -1,20 +1,15 @@
-"""The format "huggingface": a folder in the layout of its source or of a stock class, perhaps with integers."""
+"""Options of the format "huggingface": a folder in the layout of its source or of a stock class, or of integers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune_jax.base.budget import LAYOUTS, UNEVEN
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import export_setting, setting
 from vlmprune_jax.base.weight_files import WRITTEN
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
-from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Origin
-
-if TYPE_CHECKING:
-    from vlmprune_jax.core.models.vlm import Model
 
 
 @dataclass(frozen=True)
@@ -87,29 +82,3 @@ class FolderOptions:
                 'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds: use uneven="per_layer" (no '
                 'difference if all layers are equal) and head_dim=0, or rounding="nearest"'
             )
-
-
-def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    """Return the content of a folder; integers are those of `storage` (GPTQ), or rounded to the nearest."""
-    from vlmprune_jax.io.exports.folder import folder_contents  # imports jax, like all that reads a model
-
-    if options.rounding == "gptq" and options.storage is None:
-        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
-    return folder_contents(model, origin, options)
-
-
-def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    """Reload an exported folder in PyTorch (without torch, in JAX) and compare its logits with the model's."""
-    from vlmprune_jax.io.exports.reload import check_export
-
-    return check_export(model, folder, vision_dir=origin.vision_dir)
-
-
-def calibration(options: FolderOptions) -> Calibration | None:
-    """Return the calibration statistic that `rounding="gptq"` needs; None without it."""
-    names = ("quantize", "group_size", "symmetric", "dtype")
-    settings = {name: getattr(options, name) for name in names}
-    return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
-
-
-HUGGINGFACE = Format(FolderOptions, prepare, check, calibration=calibration)
