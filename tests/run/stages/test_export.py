@@ -122,7 +122,8 @@ def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
         ),
         ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
         (
-            "quantize=w4a16 --config.export.rounding=gptq --config.export.uneven=pad",
+            "format=huggingface --config.export.quantize=w4a16 --config.export.rounding=gptq "
+            "--config.export.uneven=pad",
             'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds',
         ),
         ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
