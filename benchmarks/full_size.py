@@ -51,7 +51,7 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
         return np.resize(noise[int(draw.integers(0, 2**20)) :], int(np.prod(shape))).view(np.uint8)
 
     tensors = [
-        Tensor(key, "BF16", shape, 2 * int(np.prod(shape)), lambda shape=shape: fill(shape))
+        Tensor(key, "BF16", shape, 2 * int(np.prod(shape)), lambda shape=shape: iter([fill(shape)]))
         for key, shape in shapes.items()
     ]
     write_weights(tensors, folder, MAX_SHARD_BYTES)

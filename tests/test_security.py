@@ -162,9 +162,10 @@ def test_markup_is_made_where_it_is_escaped():
             name = ast.unparse(node.func)
             if name == "csv.writer":
                 places["csv.writer"].add(file)
-            if name.startswith("jinja2.") and "Loader" not in name:
+            if name == "jinja2.Environment":
                 places["Environment"].add(file)
-                assert "autoescape=True" in ast.unparse(node)
+                # Markdown is escaped by the filters of card.py
+                assert "autoescape=True" in ast.unparse(node) or file == "io/exports/card.py"
             if name == "Markup":
                 places["Markup"].add(ast.unparse(node))
             if name.endswith(".writerow"):
@@ -175,16 +176,16 @@ def test_markup_is_made_where_it_is_escaped():
                 places[".md"].add(file)
     assert places == {
         "csv.writer": {"run/workdir/sweep.py"},
-        "Environment": {"run/report/page.py"},
+        "Environment": {"io/exports/card.py", "run/report/page.py"},
         "Markup": {
             'Markup(\'<div class="wide">{}</div><div class="narrow">{}</div>\')',
             "Markup(script)",
             "Markup(to_svg(drawn))",
             "Markup(wide)",  # as `to_svg` drew it
         },
-        ".md": {"io/exports/card.py", "io/exports/peft.py"},
+        ".md": set(),
     }
-    for file in (PACKAGE / "io/exports/card.py", PACKAGE / "io/exports/peft.py", ROOT / "tools/study_page.py"):
+    for file in (PACKAGE / "io/exports/card.py", ROOT / "tools/study_page.py"):
         assert "from vlmprune_jax.base.markup import" in file.read_text(encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from vlmprune_jax.base.weight_files import Extent
 from vlmprune_jax.core.prune import KeptLayer, fingerprint
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor, write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import weight, write_tensor, write_weights
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -193,12 +193,13 @@ def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 50_000])
 def test_byte_ranges_are_copied_in_blocks(tmp_path, monkeypatch, size):
     monkeypatch.setattr(weight_files, "BLOCK", 4096)
-    source, blocks = np.random.default_rng(0).bytes(60_000), []
+    source = np.random.default_rng(0).bytes(60_000)
     (tmp_path / "source").write_bytes(source)
     parts = lambda: iter([np.frombuffer(b"abc", np.uint8), Extent(tmp_path / "source", 7, 7 + size)])  # noqa: E731
-    look = lambda block: blocks.append(block.tobytes())  # noqa: E731
+    tensor = weight("x", "U8", (3 + size,), parts)
+    blocks = [block.tobytes() for block in tensor.blocks()][1:]
     with (tmp_path / "out").open("wb") as file:
-        write_tensor(Tensor("x", "U8", (3 + size,), 3 + size, parts, look=look, pieces=parts), file)
+        write_tensor(tensor, file)
     assert (tmp_path / "out").read_bytes() == b"abc" + source[7 : 7 + size]
     assert b"".join(blocks) == source[7 : 7 + size]
     assert max(map(len, blocks), default=0) <= 4096

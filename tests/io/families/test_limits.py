@@ -11,8 +11,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.io.checkpoints.read import read_config
-from vlmprune_jax.io.exports.uneven import with_head_dim
-from vlmprune_jax.io.families.limits import how_known, what_loads
+from vlmprune_jax.io.families.limits import what_loads
 
 # Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
 WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 48}
@@ -123,16 +122,6 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert "head size of llama as hidden_size / heads" in why_not(llava.with_layers(fewer), "mlx")
     bunny = read_config(goldens / "ckpt/bunny", goldens / "ckpt/siglip_tower")[1]
     assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
-    small = "on CPUs, heads of 6 need export.head_dim"
-    assert how_known(llava, "vllm") == f"tried with vLLM 0.32: {small}"
-    assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
-    assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"
-    assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
-    assert "tried with vLLM 0.32: layers, heads and neurons; " in how_known(cfg, "vllm")
-    hybrid, experts = (read_config(goldens / "families" / name / "ckpt")[1] for name in ("qwen3_5", "qwen3_vl_moe"))
-    assert how_known(hybrid, "vllm").startswith("tried with vLLM 0.32: on CPUs with `--dtype bfloat16` only")
-    assert how_known(experts, "vllm").startswith("tried with vLLM 0.32")
-    assert how_known(cfg, "openvino") == "tried with optimum-intel 2.2: layers and heads"  # no other cut was run
 
 
 def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):

@@ -53,19 +53,18 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
     wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
     assert f"unequal widths {wide}" in found["export"]["format=gguf"]
-    assert set(found["loads"]) == set(found["evidence"]) == set(ENGINES)
+    assert set(found["loads"]) == set(ENGINES)
     if found["family"] == "bunny":
         cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
-        assert f"  loads in    transformers: {cuts} (tried with transformers 5.24)\n" in out
+        assert f"  loads in    transformers: {cuts}\n" in out
         cuts = cuts.replace(", heads", "")
-        assert f"              vllm: {cuts} (tried with vLLM 0.32: on CPUs, heads of 5 need export.head_dim" in out
+        assert f"              vllm: {cuts}\n" in out
         assert "              mlx: nothing: mlx-vlm's LLaVA has no phi decoder" in out
         assert "              vllm_tpu: nothing: tpu-inference 0.32 has no class for bunny: serve it" in out
         assert (
             'its class computes the head size of phi as hidden_size / heads: use heads="keep"'
             in found["loads"]["vllm"]["text"]["heads"]
         )
-    assert ("  on TPUs     tensor-parallel sizes" in out) == (found["family"] == "llama")
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
     assert ("if all heads are kept" in found["export"]["equal widths"]) == (found["layout"] == "original")
 

@@ -137,7 +137,7 @@ def test_words(folder, capsys):
     assert "conflict: Between 30 and 45 %" in out
     assert "\nconfig:\n# Advice of `vlmprune recommend` for 36 % of all parameters.\n" in out
     assert "\nprune_variants:\n  depth:\n" in out
-    assert "\n  loads in transformers (tried with transformers 5.24), vllm (tried with vLLM 0.32: on CPUs" in out
+    assert "\n  loads in transformers, vllm" in out
     assert "\n  not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
     unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed", "--evidence")
     assert "because: nothing measured supports this" in unsupported

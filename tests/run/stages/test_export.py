@@ -120,9 +120,9 @@ def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
             "quantize=q8",
             "export.quantize 'q8' is not one of none, w8a16, w4a16, w8a8, q8_0, q5_1, q4_0; did you mean 'q8_0'?",
         ),
-        ("format=ggf", "export.format 'ggf' is not one of huggingface, compressed-tensors, gguf; did you mean 'gguf'?"),
+        ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
         (
-            "format=compressed-tensors --config.export.quantize=w4a16 --config.export.rounding=gptq "
+            "format=huggingface --config.export.quantize=w4a16 --config.export.rounding=gptq "
             "--config.export.uneven=pad",
             'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds',
         ),
@@ -187,8 +187,7 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*plain, "--config.export.quantize=q8_0"]) == 2
     assert "imatrix is for llama-quantize" in capsys.readouterr().err
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
-    said = "rounding='gptq' is an option of format 'compressed-tensors', not of 'huggingface'"
-    assert said in capsys.readouterr().err
+    assert "group_size, symmetric and rounding are for integers" in capsys.readouterr().err
 
 
 EVALUATED = CONFIG.replace(

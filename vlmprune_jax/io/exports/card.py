@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import MAX_JSON_BYTES, read_json, read_text, replacing
 from vlmprune_jax.base.links import real_path
 from vlmprune_jax.base.markup import code, markdown, yaml
@@ -17,20 +20,39 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan_json import WHOLE, PlanJson, as_plan
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.io.checkpoints.disk.storage import Storage
 from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
+from vlmprune_jax.io.families.decoders import decoder_of
+from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 
-_PRUNED = " (structural pruning of the language model; arXiv 2604.24380)"
-_STEPS = {
-    "reconstructed": "The remaining weights were reconstructed by least squares, without training.",
-    "recovered": "It was trained after pruning.",
-    "trained": "It was trained and not pruned.",
-}
 _MAX_LANGUAGES = 100
 _LOADING = "\n## Loading\n\n"
-_DECODED = "CompressedTensorsConfig"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
+
+
+def shapes(layers: Sequence[Layer]) -> str:
+    """Return the widths of layers as text: one if all are equal, otherwise every different one."""
+    texts = sorted({", ".join(f"{n:,} {AXES[axis].title}" for axis, n in layer.sizes.items()) for layer in layers})
+    return f"each with {texts[0]}" if len(texts) == 1 else f"of unequal width: {'; '.join(texts)}"
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("vlmprune_jax.io.exports", "cards"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
+_TEMPLATES.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format}
+_TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the text of a template in `cards/`; runs of empty lines, which missing paragraphs leave, become one."""
+    return re.sub(r"\n{3,}", "\n\n", _TEMPLATES.get_template(f"{template}.md.jinja").render(values)).strip("\n")
 
 
 def model_name(folder: Path) -> str:
@@ -87,35 +109,33 @@ def write_card(
     plan_file = folder / "plan.json"
     plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
     after = "recovered" if plan or reconstructed else "trained"
-    steps = [step for step, done in (("reconstructed", reconstructed), (after, recovered)) if done]
-    all_steps = [*(["pruned"] if plan else []), *steps]
+    steps = {"pruned": plan is not None, "reconstructed": reconstructed, after: recovered}
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
-    listed = [yaml(dataset) for dataset in datasets if "/" in dataset]
-    data = f" Data: {', '.join(map(code, datasets))}." if datasets else ""
-    fields |= license_of(source) if license is None else {"license": license}
-    metadata = [f"{field}: {yaml(value)}" for field, value in fields.items()]
-    metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
-    removed, table = _removed(plan), _table(cfg, plan)
-    tower = cfg.vision if plan is not None and "vision" in plan["components"] else None
-    layers = f"Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}."
-    layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
-    card = f"""---
-{chr(10).join(metadata)}
-tags: [{", ".join(tags_of(plan is not None))}]
----
-
-# {", ".join([markdown(name), *all_steps])}
-
-Made from {code(name)} by vlmprune-jax{_PRUNED if plan else ""}.\
-{"".join(f" {_STEPS[step]}" for step in steps)}{data}
-
-{removed}{table}
-
-{layers}
-{_evaluation(benchmarks)}{_LOADING}{loading}
-"""
-    _write(folder, card)
+    values: dict[str, Any] = {}
+    if plan is not None:
+        text, total = plan["components"]["text"], plan["parameters_total"]
+        before = text["sizes_before"].keys() - {WHOLE}
+        values["removed"] = sorted(int(layer) for layer in before - text["kept"].keys())
+        values["layers_before"] = len(before)
+        values["reached"] = (plan["parameters_before"] - plan["parameters_after"]) / total
+    card = render(
+        "model",
+        fields=fields | (license_of(source) if license is None else {"license": license}),
+        listed=[dataset for dataset in datasets if "/" in dataset],
+        tags=tags_of(plan is not None),
+        name=name,
+        steps=[step for step, done in steps.items() if done],
+        plan=plan,
+        datasets=datasets,
+        table=_table(cfg, plan),
+        layers=cfg.text.layers,
+        tower=cfg.stack("vision").layers if plan is not None and "vision" in plan["components"] else (),
+        evaluation=render("evaluation", rows=benchmarks, remark="") if benchmarks else "",
+        loading=loading,
+        **values,
+    )
+    _write(folder, f"{card}\n")
 
 
 def add_evaluation(folder: Path, rows: Sequence[Sequence[str]], remark: str) -> None:
@@ -124,7 +144,8 @@ def add_evaluation(folder: Path, rows: Sequence[Sequence[str]], remark: str) -> 
     `rows`: see `save`; () for the `remark` alone.
     """
     card = read_text(folder / "README.md", MAX_JSON_BYTES)
-    _write(folder, card.replace(_LOADING, _evaluation(rows, remark) + _LOADING, 1))
+    section = f"\n{render('evaluation', rows=rows, remark=remark)}\n" if rows or remark else ""
+    _write(folder, card.replace(_LOADING, section + _LOADING, 1))
 
 
 def _write(folder: Path, card: str) -> None:
@@ -132,61 +153,21 @@ def _write(folder: Path, card: str) -> None:
         file.write(card.encode(errors="backslashreplace"))
 
 
-def _removed(plan: PlanJson | None) -> str:
-    if plan is None:
-        return ""
-    text = plan["components"]["text"]
-    before = text["sizes_before"].keys() - {WHOLE}
-    removed = sorted(int(layer) for layer in before - text["kept"].keys())
-    request = "" if plan["asked"] is None else f" (requested: {plan['asked']:.1%})"
-    method, criterion = markdown(plan["method"]), markdown(plan["criterion"])
-    reached = (plan["parameters_before"] - plan["parameters_after"]) / plan["parameters_total"]
-    return (
-        f"Method: {method}, criterion: {criterion}. Removed: {reached:.1%} of "
-        f"{plan['parameters_total']:,} parameters{request}; {len(removed)} of {len(before)} layers"
-        f"{' (numbers ' + ', '.join(map(str, removed)) + ')' if removed else ''}. "
-        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: {code(plan['fingerprint'])}.\n\n"
-    )
-
-
-def _table(cfg: ModelConfig, plan: PlanJson | None) -> str:
+def _table(cfg: ModelConfig, plan: PlanJson | None) -> dict[str, list[int]]:
+    """Return {part of the model: parameters, before pruning (with a plan) and now}."""
     named = (*_PARTS, *((f"encoder {name}", name) for name, _ in cfg.encoders))
-    parts = [(name, part) for name, part in named if count_params(cfg, part)] + [("total", "")]
+    parts = {name: part for name, part in named if count_params(cfg, part)} | {"total": ""}
+    table = {name: [count_params(cfg, part)] for name, part in parts.items()}
     if plan is None:
-        rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
-        return "\n".join(["| part | parameters |", "|---|---|", *rows])
+        return table
     original = cfg
     for name, component in plan["components"].items():
         if name != "text":  # sizes do not show which types of decoder layers were removed (Gemma 4)
             sizes = component["sizes_before"].values()
             original = original.with_layers([cfg.stack(name).layers[0].resized(axes) for axes in sizes], name)
-    before = {part: count_params(original, part) for _, part in parts} | {"": plan["parameters_before"]}
+    before = {part: count_params(original, part) for part in parts.values()} | {"": plan["parameters_before"]}
     before["text"] = before[""] - before.get("vision", 0) - before.get("projector", 0)
-    rows = [f"| {name} | {before[part]:,} | {count_params(cfg, part):,} |" for name, part in parts]
-    return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
-
-
-def _evaluation(rows: Sequence[Sequence[str]], remark: str = "") -> str:
-    """Return the model card's section "Evaluation"; "" without benchmark results and remark."""
-    if not (rows or remark):
-        return ""
-    notes = [remark] if remark else []
-    if rows:
-        lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
-        title = "| evaluation set | unpruned | this model | retained, % | 95 % interval of retained |"
-        retained = (
-            "Retained: share of the unpruned model's score on the same questions. Intervals cover other questions of "
-            "the same type; they do not cover other data or training runs."
-        )
-        notes = ["\n".join([title, "|---|---|---|---|---|", *lines]), *notes, retained]
-    return "\n\n".join(["\n## Evaluation", *notes]) + "\n"
-
-
-def _shapes(layers: tuple[Layer, ...]) -> str:
-    shapes = sorted(
-        {", ".join(f"{size:,} {AXES[axis].title}" for axis, size in layer.sizes.items()) for layer in layers}
-    )
-    return f"each with {shapes[0]}" if len(shapes) == 1 else f"of unequal width: {'; '.join(shapes)}"
+    return {name: [before[parts[name]], *now] for name, now in table.items()}
 
 
 def loading_lines(folder: Path) -> list[str]:
@@ -204,122 +185,64 @@ def loading_lines(folder: Path) -> list[str]:
 
 
 def loading_of(
-    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], unreadable: str | None = None
+    folder: Path,
+    cfg: ModelConfig,
+    written: ModelConfig,
+    config: dict[str, Any],
+    storage: Storage | None = None,
+    dtype: str = "",
+    plain: Sequence[str] = (),
 ) -> str:
-    """Return the model card's section "Loading" for a Hugging Face folder.
+    """Return the model card's section "Loading" for a Hugging Face folder with this config.json.
 
-    `unreadable`: why transformers cannot read how the weights are stored; None if it can.
+    `written`: the config of the model in the folder. `plain`: keys of matrices that `storage` cannot hold, in `dtype`.
     """
-    paragraphs = []
+    loader, text, tower = loader_class(config), written.text, written.vision
+    experts, integers = has_experts(text), storage if isinstance(storage, CompressedTensors) else None
+    unreadable = None
+    if experts and integers and (not decoder_of(text.decoder).reads_quantised_experts or integers.activations):
+        unreadable = "transformers 5.24 does not read quantised experts, and leaves them random without an error"
+    class_name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     if written.layout == cfg.layout != "transformers":
-        paragraphs.append(_hub_loading(written, config))
-    elif unreadable is not None:
-        paragraphs.append(f"PyTorch cannot load this folder: {unreadable}.")
-    else:
-        paragraphs.append(_transformers_loading(folder, written, config))
-    if written.layout != cfg.layout:
-        words = written.text.vocab_size - cfg.text.vocab_size
-        more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
-        paragraphs.append(
-            f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"
-        )
+        class_name = (config.get("architectures") or ["the hub's class"])[0]
+    elif loader is not None:
+        class_name = next(iter(config["auto_map"]))
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    zeros = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
     padded = cfg
     for name in cfg.stacks:
         padded = padded.with_layers(written.stack(name).layers, name)
-    before, after = count_params(cfg), count_params(padded)
-    if after != before:
-        channels = written.text.attention.head_dim
-        paragraphs.append(
-            f"The layers were padded with zeros: {_shapes(written.text.layers)}, heads of {channels} "
-            "channels. That is the same function as the pruned model, in a stock class, but with "
-            f"{after:,} parameters in files, memory and computation instead of {before:,}."
-        )
-    tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
-    paragraphs.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
-    return "\n\n".join(paragraphs)
-
-
-def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, Any]) -> str:
-    """Return the Python code that loads a folder in transformers, or why no class does."""
-    loader = loader_class(config)
-    problem = why_not_in_transformers(written, loader=loader is not None)
-    if problem is not None:
-        return f"PyTorch cannot load this folder: {problem}."
-    name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
-    if loader is not None:
-        name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
-    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
-    reader = "AutoProcessor" if processor else "AutoTokenizer" if written.vision is None else ""
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    decoded = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
-    names = ", ".join(filter(None, [reader, name, _DECODED if decoded else ""]))
-    trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
-    lines = ["from PIL import Image"] if processor else []
-    lines += [f"from transformers import {names}", "", f'model = {name}.from_pretrained("."{trust})']
-    lines += _generation(folder, processor) if reader else []
-    snippet = "\n".join(["```python", *lines, "```"])
-    if loader is None:
-        return snippet
-    return (
-        f"{snippet}\n\n"
-        "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
-        f"`trust_remote_code=True` runs `{LOADER_FILE}` from this folder, which cuts the layers of the stock "
-        'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
+    fewer = any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions)
+    return render(
+        "folder",
+        cfg=cfg,
+        written=written,
+        in_hub_layout=written.layout == cfg.layout != "transformers",
+        fewer_heads=fewer or (tower is not None and not tower.whole_heads),
+        class_name=class_name,
+        remote=config.get("auto_map"),
+        loader=loader,
+        loader_file=LOADER_FILE,
+        problem=unreadable or why_not_in_transformers(written, loader=loader is not None),
+        reader="AutoProcessor" if processor else "AutoTokenizer" if tower is None else "",
+        decoded="CompressedTensorsConfig" if zeros else "",
+        has_template=processor and _has_template(folder),
+        words=text.vocab_size - cfg.text.vocab_size,
+        before=count_params(cfg),
+        after=count_params(padded),
+        holds_tower=family_of(written).holds_tower,
+        storage=integers,
+        nearest=CompressedTensors.rounding,
+        dtype=dtype,
+        stock=why_not_in_transformers(written, loader=not text.uniform) is None,
+        experts=experts,
+        unreadable=unreadable,
+        plain=plain,
     )
-
-
-def _generation(folder: Path, processor: bool) -> list[str]:
-    """Return the lines of Python code that answer a question with the loaded `model`, or continue a text."""
-    if not processor:
-        return [
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
-            'inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
-            "output = model.generate(**inputs, max_new_tokens=20)",
-            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
-        ]
-    question, chat = (
-        "What is in the image?",
-        [
-            'content = [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]',
-            'chat = [{"role": "user", "content": content}]',
-            "prompt = processor.apply_chat_template(chat, add_generation_prompt=True)",
-        ],
-    )
-    if not _has_template(folder):
-        chat = [f'prompt = f"{{processor.image_token}}\\n{question}"']
-    return [
-        'processor = AutoProcessor.from_pretrained(".")',
-        'image = Image.new("RGB", (336, 336), "blue")  # or Image.open("image.png")',
-        *chat,
-        'inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)',
-        "output = model.generate(**inputs, max_new_tokens=20)",
-        'print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
 
 
 def _has_template(folder: Path) -> bool:
     configs = [folder / f"{name}_config.json" for name in ("tokenizer", "processor")]
     known = (read_json(path, dict[str, Any], todo="move it away") for path in configs if path.is_file())
     return any(folder.glob("chat_template*")) or any("chat_template" in config for config in known)
-
-
-def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
-    name = (config.get("architectures") or ["the hub's class"])[0]
-    if not written.text.uniform:
-        return (
-            "The layers have unequal widths and are stored at their true size in the hub's layout "
-            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch, export with "
-            '`layout="transformers"` (includes a loader file) or `uneven="pad"`.'
-        )
-    text, tower = written.text, written.vision
-    fewer = any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions)
-    if fewer or (tower is not None and not tower.whole_heads):
-        return (
-            f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "
-            'hidden_size / heads. For PyTorch, export with `layout="transformers"`.'
-        )
-    origin = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
-    return (
-        f"In the hub's layout: `{name}` of {origin} loads it. For stock transformers, export with "
-        '`layout="transformers"`.'
-    )

@@ -12,7 +12,6 @@ from typing import Any
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.layer import describe_layers
-from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.flops import active_params
 from vlmprune_jax.core.models.params import count_params
@@ -24,9 +23,8 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
 from vlmprune_jax.io.exports.gguf_fit import support
-from vlmprune_jax.io.exports.vllm_tpu import facts
 from vlmprune_jax.io.families import Family, target_of
-from vlmprune_jax.io.families.limits import how_known, uneven_problem, what_loads
+from vlmprune_jax.io.families.limits import uneven_problem, what_loads
 
 PARTS = ("text", "vision", "projector")
 
@@ -64,8 +62,6 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
         "loads": what_loads(cfg),
-        "evidence": {target: how_known(cfg, target) for target in ENGINES},
-        "vllm_tpu": None if why_not(cfg, "vllm_tpu") else facts(cfg),
     }
 
 
@@ -225,19 +221,11 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     exports = enumerate(found["export"].items())
     lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
     targets = enumerate(found["loads"].items())
-    on_tpus = found["vllm_tpu"]
-    return (
-        lines
-        + [
-            f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks, found['evidence'][name])}"
-            for i, (name, stacks) in targets
-        ]
-        + ([f"  on TPUs     {on_tpus}"] if on_tpus else [])
-    )
+    return lines + [f"  {'loads in' if i == 0 else '':<11} {name}: {_loads(stacks)}" for i, (name, stacks) in targets]
 
 
-def _what_loads(stacks: dict[str, dict[str, str | None]], known: str) -> str:
-    """Return text on the types of pruning after which an engine can load the model; `known`: how this is known."""
+def _loads(stacks: dict[str, dict[str, str | None]]) -> str:
+    """Return text on the types of pruning after which an engine can load the model."""
     reasons = [*dict.fromkeys(why for kinds in stacks.values() for why in kinds.values())]
     if None not in reasons:
         return f"nothing{' pruned' if len(reasons) > 1 else ''}: {reasons[0]}"
@@ -245,7 +233,7 @@ def _what_loads(stacks: dict[str, dict[str, str | None]], known: str) -> str:
     for stack, kinds in stacks.items():
         loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"
         said.append(loads if stack == "text" else f"tower: {loads}")
-    return f"{'; '.join(said)} ({known})"
+    return "; ".join(said)
 
 
 def _prunable_lines(layer: str, prunable: dict[str, Any]) -> list[str]:

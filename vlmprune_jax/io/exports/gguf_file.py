@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
+from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.format import Importance
 from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_model import GgufFile, tiled, under_names
-from vlmprune_jax.io.exports.uneven import pad_tensor
+from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import UNQUANTISED
 
@@ -63,52 +63,21 @@ def _header(content: GgufFile, folder: Path) -> bytes:
 
 def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
     """Return the model card's section "Loading" for GGUF files."""
-    text, tower = files[0], files[1] if len(files) > 1 else None
-    names = f"-m {text.name}" + (f" --mmproj {tower.name}{tower.options}" if tower else "")
-    rows = [f"| `{file.name}` | {file.architecture} | {_types(file)} |" for file in files]
-    texts = [
-        f"```\nllama-server {names}\n```",
-        "\n".join(["| file | architecture | tensors |", "|---|---|---|", *rows]),
-    ]
-    unquantised = [f"`{key}`" for file in files for key in file.unquantised]
-    if unquantised:
-        texts.append(f"Kept in F16, because their rows are not whole blocks of 32 values: {', '.join(unquantised)}.")
-    padded = cfg.with_layers(text.layers)
-    if tower is not None:
-        padded = padded.with_layers(tower.layers, "vision")
-    before, after = count_params(cfg), count_params(padded)
-    if after != before:
-        texts.append(
-            f"Layers were padded with zero heads and neurons to widths of `{text.architecture}`: the same function, "
-            f"with {after:,} parameters in files and memory instead of {before:,}."
-        )
-    texts.append(_k_quants(text.name, imatrix))
-    remarks = [f"- {remark}" for file in files for remark in file.remarks]
-    if remarks:
-        texts.append("Differences in llama.cpp:\n\n" + "\n".join(remarks))
-    return "\n\n".join(texts)
-
-
-def _k_quants(name: str, imatrix: GgufFile | None) -> str:
-    """Return the model card's instructions for making k-quants with llama.cpp's own tool."""
-    base, _, label = name.removesuffix(".gguf").rpartition("-")
-    if imatrix is None:
-        plain = name if label in ("BF16", "F16", "F32") else f"{base}-BF16.gguf"
-        return (
-            "llama.cpp's own tool makes K-quants (`Q4_K_M`, ...) from a file without quantisation "
-            f'(`quantize="none"`):\n\n```\nllama-quantize {plain} {base}-Q4_K_M.gguf Q4_K_M\n```'
-        )
-    return (
-        "llama.cpp's own tool makes K-quants (`Q4_K_M`, ...). It weights each channel by its mean square on "
-        f"{imatrix.fields['imatrix.chunk_count']:,} calibration records:\n\n"
-        f"```\nllama-quantize --imatrix {imatrix.name} {name} {base}-Q4_K_M.gguf Q4_K_M\n```"
+    stem, _, label = files[0].name.removesuffix(".gguf").rpartition("-")
+    padded = cfg.with_layers(files[0].layers)
+    if len(files) > 1:
+        padded = padded.with_layers(files[1].layers, "vision")
+    return render(
+        "gguf",
+        files=files,
+        unquantised=[key for file in files for key in file.unquantised],
+        before=count_params(cfg),
+        after=count_params(padded),
+        imatrix=imatrix,
+        stem=stem,
+        label=label,
+        remarks=[remark for file in files for remark in file.remarks],
     )
-
-
-def _types(file: GgufFile) -> str:
-    counts = Counter(tensor.dtype for tensor in file.tensors)
-    size = sum(tensor.n_bytes for tensor in file.tensors)
-    return f"{', '.join(f'{n} x {kind}' for kind, n in counts.most_common())}; {size / 1e6:,.1f} MB"
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
@@ -158,4 +127,4 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:
     data = np.ascontiguousarray(values, np.float32)
-    return Tensor(key, "F32", data.shape, data.nbytes, lambda: data.reshape(-1).view(np.uint8))
+    return Tensor(key, "F32", data.shape, data.nbytes, lambda: iter([data.reshape(-1).view(np.uint8)]))

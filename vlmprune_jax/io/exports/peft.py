@@ -14,9 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlmprune_jax.base.atomic import atomic_folder
-from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.links import real_path
-from vlmprune_jax.base.markup import code, markdown, yaml
 from vlmprune_jax.base.processes import is_main_process
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.lazy import to_host
@@ -26,7 +25,7 @@ from vlmprune_jax.core.recovery.trainable import LORA_SUFFIXES, projection_names
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.io.checkpoints.read import read_fields
-from vlmprune_jax.io.exports.card import model_name
+from vlmprune_jax.io.exports.card import model_name, render
 from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import Family, family_of
 
@@ -194,44 +193,8 @@ def _config(
 
 def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
     """Return an adapter's model card (README.md) for the base model `name`."""
-    base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
-    mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
+    mapping = config["auto_mapping"]
     loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None
-    if loader is None:
-        load = (
-            f"Load {code(base)} with the code of its hub page, and pass the model to `peft.PeftModel.from_pretrained`."
-        )
-    else:
-        auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
-        load = f"""In this folder (the path of the base model, {code(base)}, is relative to it):
-
-```python
-from peft import {auto}
-
-model = {auto}.from_pretrained("."{trust})
-```
-
-In another folder, with the paths of both:
-
-```python
-from peft import PeftModel
-from transformers import {loader}
-
-base = {loader}.from_pretrained({json.dumps(printable(base))}{trust})
-model = PeftModel.from_pretrained(base, ".")
-```"""
-    return f"""---
-library_name: peft
-base_model: {yaml(name)}
-tags: [vlmprune-jax, lora]
----
-
-# Adapters for {markdown(name)}
-
-LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for {code(name)}, trained by vlmprune-jax.\
-{" Also trained, and stored here in full: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
-
-## Loading
-
-{load}
-"""
+    auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
+    trust = ", trust_remote_code=True" if remote else ""
+    return render("adapter", config=config, name=name, loader=loader, auto=auto, trust=trust) + "\n"

@@ -1,7 +1,7 @@
 """Engines that load exported models, and their limits for every family: transformers, vLLM, MLX, OpenVINO, llama.cpp.
 
-The limits come from the declarations of families, decoders and architectures. `how_known` says which of them were tried
-(tools/engines/table.py) and which were read from an engine's code.
+The limits come from the declarations of families, decoders and architectures; docs/explanation/results.md says which of
+them were tried (tools/engines/table.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from vlmprune_jax.io.families.gguf import Architecture
 from vlmprune_jax.io.families.gguf_towers import tower_lacks, tower_misfit
 from vlmprune_jax.io.families.table import FAMILIES, family_of, target_of
 
-_VLLM_CPU_HEADS = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}  # head sizes of its attention kernels
 PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
 _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {PAD}"
 
@@ -145,19 +144,6 @@ ENGINES.update(
 def why_not_in_transformers(cfg: ModelConfig, *, loader: bool) -> str | None:
     """Return why transformers cannot load a folder; `loader`: it has the PyTorch file for layers of unequal width."""
     return first_unmet(limits_of(cfg, "transformers", loader=loader), cfg)
-
-
-def how_known(cfg: ModelConfig, engine: str) -> str:
-    """Return the evidence that an engine supports a model's family: tried, or read from the engine's code."""
-    family, version = target_of(family_of(cfg)) or family_of(cfg), ENGINES[engine].version
-    remarks = {"transformers": "", "gguf": "", **family.tried}
-    if engine not in remarks:
-        return f"by the code of {version}"
-    remark, refused = remarks[engine], {mixer.head_dim for mixer in cfg.text.attentions} - _VLLM_CPU_HEADS
-    if engine == "vllm" and refused:
-        heads = f"on CPUs, heads of {max(refused)} need export.head_dim"
-        remark = f"{remark}; {heads}" if remark else heads
-    return f"tried with {version}" + (f": {remark}" if remark else "")
 
 
 def uneven_problem(text: TextConfig) -> str | None:

@@ -14,8 +14,6 @@ from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.io.exports.vllm_tpu import facts
-from vlmprune_jax.io.families.limits import how_known
 from vlmprune_jax.run.experiment.recipes import YAML
 from vlmprune_jax.run.planning.guide import METHODS, SOLVED, Evidence, Guide, read_guide
 from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
@@ -170,10 +168,8 @@ def details(advice: Advice) -> list[str]:
 def _loading_lines(cfg: ModelConfig) -> list[str]:
     """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
     unmet = {target: why_not(cfg, target) for target in ENGINES}
-    able = [f"{target} ({how_known(cfg, target)})" for target, reason in unmet.items() if reason is None]
-    loads = ", ".join(able) or "no engine"
-    on_tpus = [] if unmet["vllm_tpu"] else [f"  on TPUs: {facts(cfg)}"]
-    return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
+    loads = ", ".join(target for target, reason in unmet.items() if reason is None) or "no engine"
+    return [f"  loads in {loads}", *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
 
 
 def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> Iterator[tuple[str, str]]:

@@ -21,13 +21,12 @@ from vlmprune_jax.core.prune.select import moved_features
 from vlmprune_jax.core.prune.tables import Table, affected_tokens, explain
 from vlmprune_jax.core.prune.vocabulary import check_size
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES
-from vlmprune_jax.io.checkpoints.integers import make_storage
+from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import Batch
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.config import ExportSpec
 from vlmprune_jax.io.exports.pruning import make_plan, plan_stacks, prune_folder, prune_iteratively
-from vlmprune_jax.io.exports.vllm_tpu import check_storage
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import unusual_counts
 from vlmprune_jax.run.experiment.arguments import plan_config
@@ -170,7 +169,7 @@ def _check_integers(cfg: ModelConfig, spec: PlanConfig, export: ExportSpec) -> N
     """Raise UserError for an `export.quantize` that an engine in `prune.loads_in` cannot load."""
     if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
         storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
-        check_storage(cfg, storage, spec.tensor_parallel)
+        check_on_tpus(cfg, storage, spec.tensor_parallel)
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PlanConfig, export: ExportSpec) -> PlanConfig:

@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 from decoder_cases import QWEN2
 from hf_cases import LLAMA, keep_layers, make_folder
-from stack_cases import with_facts
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
+from vlmprune_jax.io.checkpoints.integers import check_on_tpus
 from vlmprune_jax.io.checkpoints.read import read_config
-from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts
 from vlmprune_jax.io.families import FAMILIES
 
 WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -39,7 +38,7 @@ def config_of(name):
 def loading(cfg):
     def loads(name):
         try:
-            check_storage(cfg, STORED[name], 1)
+            check_on_tpus(cfg, STORED[name], 1)
         except UserError:
             return False
         return True
@@ -51,7 +50,6 @@ def loading(cfg):
 def test_integers_that_load(name):
     cfg = config_of(name)
     assert loading(cfg) == LOADS[name]
-    assert f"integers: {', '.join(LOADS[name]) or 'none'}" in facts(cfg)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -71,26 +69,6 @@ def test_fewer_heads_of_llama_are_written_as_mistral():
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "said"),
-    [
-        ((4, 2), 64, "tensor-parallel sizes 1, 2, 4; integers"),  # of two chips, each copies one key/value head
-        ((8, 8), 64, "tensor-parallel sizes 1, 2, 4, 8; integers"),
-        ((12, 6), 128, "tensor-parallel sizes 1, 2; integers"),  # four do not divide six, nor six four
-        ((4, 2), 96, "heads of 96 channels padded to 128; integers: none"),
-    ],
-)
-def test_heads(heads, head_dim, said):
-    cfg = config_of("llama")
-    text = with_facts(cfg.text, head_dim=head_dim, hidden_size=heads[0] * head_dim)
-    cfg = dataclasses.replace(cfg, text=text)
-    assert said in facts(
-        cfg.with_layers(
-            [shape.resized(dict(zip(("q_heads", "kv_heads"), heads, strict=True))) for shape in text.layers]
-        )
-    )
-
-
-@pytest.mark.parametrize(
     ("storage", "tensor", "said"),
     [
         (CompressedTensors(8), 1, "w8a16 loads in no class: use symmetric w4a16"),
@@ -105,22 +83,14 @@ def test_heads(heads, head_dim, said):
 )
 def test_refused_integers(storage, tensor, said):
     with pytest.raises(UserError, match="loads_in='vllm_tpu'") as error:
-        check_storage(config_of("llama"), storage, tensor)
+        check_on_tpus(config_of("llama"), storage, tensor)
     assert said in str(error.value)
-
-
-def test_wide_groups_need_a_wide_mxu():
-    assert facts(config_of("llama"), CompressedTensors(4, 128)).endswith("groups of 128 need v6e or newer")
-    assert facts(config_of("llama"), CompressedTensors(4, 64)).endswith("these integers load")
 
 
 def test_export(tmp_path):
     source = make_folder(tmp_path / "source", WIDE)
     model, plan = keep_layers(vp.load(source), [0])
-    vp.save(model, tmp_path / "plain", source_dir=source, plan=plan)
-    assert "tensor-parallel sizes 1, 2, 4; integers: w4a16." in (tmp_path / "plain/README.md").read_text()
     asked = dataclasses.replace(plan, options={"loads_in": ["vllm_tpu"], "tensor_parallel": 2})
     vp.save(model, tmp_path / "out", source_dir=source, plan=asked, quantize="w4a16", group_size=64)
-    assert "these integers load." in (tmp_path / "out/README.md").read_text()
     with pytest.raises(UserError, match="w8a16 loads in no class"):
         vp.save(model, tmp_path / "no", source_dir=source, plan=asked, quantize="w8a16")
