@@ -13,6 +13,9 @@ from vlmprune_jax.io.families.rope import for_both_versions
 from vlmprune_jax.io.families.shapes import token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
 
+# Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
+UNUSED = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
+
 
 def decoder_of(model_type: str) -> Decoder:
     """Return the decoder declaration for a config's `model_type`.
@@ -27,7 +30,7 @@ def decoder_of(model_type: str) -> Decoder:
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
-    return _config_of(decoder_of(config.get("model_type", "llama")), config)
+    return _read(decoder_of(config.get("model_type", "llama")), config)
 
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -35,28 +38,16 @@ def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 
-def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> JsonDict:
-    """Return a vision-language config with its decoder section updated for changed layers.
-
-    `tie_word_embeddings` is written to both, since transformers 4 and 5 read it from different places.
-    """
-    tied = {"tie_word_embeddings": text.tie_embeddings}
-    return {**config, **tied, "text_config": {**text_to_hf(text, source), **tied}}
-
-
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the decoder's weight table; its keys begin with `prefix`, and `head` is the key of lm_head."""
-    return _table_of(decoder_of(text.decoder), text, prefix, head)
+    decoder = decoder_of(text.decoder)
+    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
 
 
-def _config_of(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
+def _read(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
     text = decoder.from_hf(config)
     check_returned(decoder.from_hf, text, isinstance(text, TextConfig), "a core.config.TextConfig")
     return text
-
-
-def _table_of(decoder: Decoder, text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
 
 
 def decoder_family(decoder: Decoder) -> Family:
@@ -64,7 +55,7 @@ def decoder_family(decoder: Decoder) -> Family:
 
     def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
         del vision
-        text = dataclasses.replace(_config_of(decoder, config), head_bias=decoder.head_bias)
+        text = dataclasses.replace(_read(decoder, config), head_bias=decoder.head_bias)
         return ModelConfig(family=decoder.model_type, layout="transformers", text=text, **token_ids(config))
 
     return Family(
@@ -73,9 +64,8 @@ def decoder_family(decoder: Decoder) -> Family:
         model_types=(decoder.model_type,),
         from_hf=from_hf,
         to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
-        weights=lambda cfg: _table_of(decoder, cfg.text, "model.", "lm_head.weight"),
-        # a tied output head that is stored in the file anyway is not read
-        ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+        weights=lambda cfg: checked_table(decoder.weights, decoder.weights(cfg.text, "model.", "lm_head.weight")),
+        ignored=UNUSED,
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),
         vllm_tpu=decoder.vllm_tpu,

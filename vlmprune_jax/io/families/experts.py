@@ -26,6 +26,11 @@ def expert_count(config: Mapping[str, Any]) -> int:
     return next(iter(counts.values()))
 
 
+def with_expert_count(config: JsonDict, default: int) -> JsonDict:
+    """Return a decoder config with the default number of experts if neither of the two fields has one."""
+    return config if any(config.get(name) is not None for name in _COUNTS) else {**config, "num_experts": default}
+
+
 def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bool) -> TextConfig:
     """Return the decoder config with experts in the layers that Qwen's config fields select."""
     if config.get(PER_LAYER):

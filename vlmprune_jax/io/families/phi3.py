@@ -10,10 +10,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.mistral import as_mistral
+from vlmprune_jax.io.families.llama_like import as_mistral, llama_like, llama_like_weights
 from vlmprune_jax.io.families.rope import longrope_to_hf, rotary_dim
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, same_windows
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 
 # Defaults of the config class in transformers.
@@ -36,11 +35,8 @@ _FUSED = {
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_DEFAULTS, **config, "model_type": "phi3"}
     head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    window = config.get("sliding_window")
-    windows = [None if window is None else int(window)] * int(config["num_hidden_layers"])
-    return llama_like(
-        config, "phi3", windows=windows, attention={"rotary_dim": rotary_dim(config, head_dim, default=1.0)}
-    )
+    rotated = rotary_dim(config, head_dim, default=1.0)
+    return llama_like(config, "phi3", windows=same_windows, attention={"rotary_dim": rotated})
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
