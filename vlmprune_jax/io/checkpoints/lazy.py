@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -157,21 +156,14 @@ def file_params(
 
 
 def extent_of(weights: Sequence[tuple[Any, Place]], dtype: str) -> Extent | None:
-    """Return the byte range of weights that are stored consecutively in one file, or side by side in its rows.
-
-    None if other bytes are between them, or their bytes differ from those in the file.
-    """
-    arrays, known = [lazy_entry(*weight) for weight in weights], list[Extent]()
+    """Return the byte range of rows of one file that these weights fill side by side; None if their bytes differ."""
+    arrays = [lazy_entry(*weight) for weight in weights]
     whole = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
-    for extent, group in itertools.groupby(whole, key=lambda array: array.extent):
-        members = [*group]
-        columns = [x.columns for x in members if x.columns is not None]
-        edges = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), members[0].stored[-1]]
-        if extent is None or (edges[0] != edges[1] if columns else len(members) > 1):
-            return None
-        known.append(extent)
-    consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
-    return Extent(known[0].file, known[0].begin, known[-1].end) if len(whole) == len(weights) and consecutive else None
+    if len(whole) < len(arrays) or len({x.extent for x in whole}) > 1:
+        return None
+    columns = [x.columns for x in whole if x.columns is not None]
+    ends, starts = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), *whole[0].stored[-1:]]
+    return whole[0].extent if not columns or ends == starts else None
 
 
 def blocks_of(array: Any, place: Place) -> Callable[[], Iterator[np.ndarray]] | None:

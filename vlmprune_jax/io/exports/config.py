@@ -9,15 +9,14 @@ from typing import Any
 from vlmprune_jax.base.settings import check_settings, export_setting
 from vlmprune_jax.io.exports.formats import FORMATS, quantizations
 from vlmprune_jax.io.exports.gguf import GgufOptions
-from vlmprune_jax.io.exports.integers import IntegerOptions
+from vlmprune_jax.io.exports.huggingface import FolderOptions
 
 
 @dataclass(frozen=True)
 class _FormatName:
     format: str = export_setting(
         "huggingface",
-        'Format of the export: a Hugging Face folder ("huggingface", or "compressed-tensors" if quantised), or GGUF '
-        "files for llama.cpp.",
+        'Format of the export: a Hugging Face folder ("huggingface"), or files for llama.cpp ("gguf").',
         choices=FORMATS,
     )
 
@@ -44,7 +43,7 @@ class CardOptions:
 
 
 @dataclass(frozen=True)
-class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
+class ExportSpec(CardOptions, FolderOptions, GgufOptions, _FormatName):
     """Settings of the export, with the options of all built-in formats."""
 
     quantize: str = export_setting(

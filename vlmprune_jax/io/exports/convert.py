@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.families import family_of, target_of
@@ -91,13 +89,3 @@ def _check(cfg: ModelConfig, missing: str | None) -> None:
         raise UserError(
             f'layout "transformers": transformers\' {cfg.family} class does not support {missing}: use layout "source"'
         )
-
-
-def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """Extend an embedding or output head to `size` rows; each new row is the mean of all existing rows.
-
-    The logit of a new word is then the mean of all logits, so it is never the largest.
-    """
-    axis = axes.index("vocab")
-    mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)

@@ -16,6 +16,7 @@ from vlmprune_jax.io.checkpoints.disk.tensors import bytes_on_disk
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES, make_tensors
+from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.target import make_target
 from vlmprune_jax.io.exports.uneven import padded_stacks
 
@@ -49,7 +50,8 @@ def with_export(budget: Budget) -> Budget:
         return dataclasses.replace(budget, source_dir=None, vision_dir=None)
     source = resolve(budget.source_dir)
     model = open_model(source, None if budget.vision_dir is None else resolve(budget.vision_dir))
-    target = make_target(model.cfg, source, budget.layout, budget.uneven, budget.dtype)
+    options = FolderOptions(layout=budget.layout, uneven=budget.uneven, dtype=budget.dtype)
+    target = make_target(model.cfg, source, options)
     tensors = make_tensors(model, target, Checkpoint(source), budget.dtype)
     computed = costs_of(model.cfg, dtype=budget.dtype, uneven=budget.uneven, length=1, images=0)["file_bytes"]
     other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - computed

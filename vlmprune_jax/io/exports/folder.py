@@ -5,44 +5,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Extent, file_name
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import why_not
-from vlmprune_jax.core.models.lazy import check_finite, location_of, to_host
-from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.storage import Storage
+from vlmprune_jax.io.checkpoints.disk.storage import Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
-from vlmprune_jax.io.checkpoints.integers import matrices
+from vlmprune_jax.io.checkpoints.integers import make_storage, matrices
 from vlmprune_jax.io.checkpoints.layout import (
     Slot,
     block_number,
     block_prefix,
     by_key,
-    join_tensor,
     make_slots,
-    row_groups,
     template,
     tied_head,
 )
-from vlmprune_jax.io.checkpoints.lazy import blocks_of, extent_of
 from vlmprune_jax.io.exports.card import loading_of
-from vlmprune_jax.io.exports.convert import more_words
 from vlmprune_jax.io.exports.format import Contents, Origin
+from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
-from vlmprune_jax.io.exports.target import Target, write_files
-from vlmprune_jax.io.exports.uneven import pad_tensor
+from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts
+from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.experts import has_experts, with_separate_experts
@@ -52,33 +45,37 @@ from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, 
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
-def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the exported folder's content; weights that `storage` cannot quantise remain unquantised."""
-    tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
-    if origin.tpu_chips and isinstance(storage, CompressedTensors):
-        check_storage(target.cfg, storage, origin.tpu_chips)
-    if target.mtp == "cut":
-        tensors += mtp_tensors(
-            Checkpoint(origin.mtp or origin.weights or origin.folder), target.family, target.cfg, dtype
-        )
+def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Contents:
+    """Return the exported folder's content; weights that the integers' storage cannot hold remain unquantised."""
+    target, storage, dtype = make_target(model.cfg, origin.folder, options), options.storage, options.dtype
+    if storage is None and options.quantize != "none":
+        integers = options.quantize, options.group_size, options.symmetric
+        storage = make_storage(target.cfg, target.family, *integers)
+    if isinstance(storage, CompressedTensors):
+        target = dataclasses.replace(target, family=with_separate_experts(target.family))
+        if origin.tpu_chips:
+            check_storage(target.cfg, storage, origin.tpu_chips)
+    weights = origin.weights or origin.folder
+    tensors = make_tensors(model, target, Checkpoint(weights), dtype, storage)
+    if options.mtp == "cut":
+        tensors += mtp_tensors(Checkpoint(origin.mtp or weights), target.family, target.cfg, dtype)
     config = with_mtp(target.config, target.family, [tensor.key for tensor in tensors])
-    target = dataclasses.replace(target, config=config)
     if storage is not None:
-        settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
-        target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
+        config |= {"quantization_config": storage.to_config({tensor.key: tensor.shape for tensor in tensors})}
+    target = dataclasses.replace(target, config=config)
 
     def write(folder: Path) -> None:
         write_weights(tensors, folder, MAX_SHARD_BYTES)
         write_files(target, model.cfg, origin.folder, folder)
 
-    return Contents(
-        [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
-        write,
-        lambda folder: (
-            loading_of(folder, model.cfg, target.cfg, target.config, _unreadable(target.cfg, storage))
-            + _engines(target.cfg, storage)
-        ),
-    )
+    def card(folder: Path) -> str:
+        unreadable = _unreadable(target.cfg, storage)
+        sections = [loading_of(folder, model.cfg, target.cfg, config, unreadable) + _engines(target.cfg, storage)]
+        if isinstance(storage, CompressedTensors):
+            sections.append(quantized_loading(storage, target.cfg, target.family, dtype))
+        return "\n\n".join(sections)
+
+    return Contents([*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))], write, card)
 
 
 def _unreadable(cfg: ModelConfig, storage: Storage | None) -> str | None:
@@ -114,93 +111,45 @@ def make_tensors(
 
     Raises UserError if the source lacks a tensor of the model.
     """
-    flat, family = flatten(model.params), family_of(model.cfg)
-    family = family if source.storage is None else with_separate_experts(family)
+    family = family_of(model.cfg) if source.storage is None else with_separate_experts(family_of(model.cfg))
+    parameters = Weights.of(model, family, target.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
-    before = {slot.name: slot for slot in make_slots(model.cfg, family)}
-    after = by_key(make_slots(target.cfg, target.family))
-    placed = {slot.name for slots in after.values() for slot in slots}
-    missing = [slot for name, slot in before.items() if name not in placed]
-    if missing:
-        key = missing[0].key
-        raise UserError(f"{source.folder}: has no tensor {key}: pass the folder that the model was loaded from")
+    tensors = by_key(make_slots(target.cfg, target.family))
+    lacking = set(parameters.slots) - {slot.name for slots in tensors.values() for slot in slots}
+    missing = [parameters.slots[name].key for name in parameters.slots if name in lacking]
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
-        after[head] = next(slots for slots in after.values() if slots[0].path == "text/embed_tokens/weight")
+        tensors[head] = next(slots for slots in tensors.values() if slots[0].path == "text/embed_tokens/weight")
     weights: list[tuple[str, Tensor]] = []
-    for key, slots in after.items():
-        first = before[slots[0].name]
-        source_tensor = spelling.get(template(first.key))
-        if source_tensor is None and family.separate_vision and first.path.startswith("vision/"):
+    for key, slots in tensors.items():
+        before = parameters.slots[slots[0].name]
+        spelled, stored = spelling.get(template(before.key), (None, file_name(parameters.flat[before.path].dtype.name)))
+        if spelled is None and family.separate_vision and before.part == "vision":
             if not target.converts:
                 continue  # the tower stays in its own folder
-            source_tensor = (key, file_name(flat[first.path].dtype.name))
-        if source_tensor is None:
-            raise UserError(
-                f"{source.folder}: has no tensor {first.key}: pass the folder that the model was loaded from"
-            )
+        elif spelled is None:
+            missing.append(before.key)
+            break
         if target.converts:
-            spelled, stored = key, source_tensor[1]
+            spelled = key
         else:
-            spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
-            spelled = template(key) if family.respells else spelled
-            spelled = spelled.replace("{}", str(slots[0].layer))
+            spelled, stored = spelling.get(template(key), (template(key), stored))
+            spelled = (template(key) if family.respells else spelled).replace("{}", str(slots[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else file_name(dtype)
-        pairs = [(before[slot.name], slot) for slot in slots]
-        weights.append((slots[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
+        what = f"{parameters.location(slots[0])}, to be written as {stored},"
+        pieces = functools.partial(parameters.pieces, slots, functools.partial(_as_dtype, stored), stored)
+        weights.append((slots[0].name, weight(spelled, stored, slots[0].hf_shape, pieces, what)))
+    if missing:
+        raise UserError(f"{source.folder}: has no tensor {missing[0]}: pass the folder that the model was loaded from")
     if target.converts:
         unused = _constants(target.cfg, weights[0][1].dtype)
     else:
-        unused = _passthrough(source, set(after), target, family, dtype)
-    tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
-    return tensors + unused
+        unused = _passthrough(source, set(tensors), target, family, dtype)
+    return [tensor for _, tensor in weights] + unused if storage is None else encoded(weights, storage) + unused
 
 
-def _weight(
-    key: str,
-    dtype: str,
-    pairs: list[tuple[Slot, Slot]],
-    old: ModelConfig,
-    new: ModelConfig,
-    flat: Mapping[str, Any],
-) -> Tensor:
-    """Return one tensor of the exported checkpoint, joined from the model parameters that it contains."""
-
-    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
-        array = to_host(flat[before.path], before.place)
-        if before.axes_in_params != after.axes_in_params:
-            if before.layer is not None:
-                axes = tuple(name for name, _ in before.axes_in_params)
-                array = pad_tensor(array, axes, before.part, before.layer, old, new)
-            else:
-                array = more_words(array, before.axes, new.text.vocab_size)
-        return _as_dtype(array, dtype)
-
-    def joined(pairs: Sequence[tuple[Slot, Slot]]) -> np.ndarray:
-        return join_tensor([fetch_part(*pair) for pair in pairs], [after for _, after in pairs])
-
-    def copied(pairs: Sequence[tuple[Slot, Slot]]) -> Extent | None:
-        if any((x.shape, x.columns, x.turned) != (y.shape, y.columns, y.turned) for x, y in pairs):
-            return None
-        return extent_of([(flat[before.path], before.place) for before, _ in pairs], dtype)
-
-    def pieces() -> Iterator[np.ndarray | Extent]:
-        if blocks is not None:
-            yield from (_as_dtype(block, dtype) for block in blocks())
-        else:
-            yield from (copied(group) or joined(group) for group in groups)
-
-    arrays, extent = [(flat[before.path], before.place) for before, _ in pairs], copied(pairs)
-    check = functools.partial(check_finite, what=f"{location_of(*arrays[0]) or key}, to be written as {dtype},")
-    groups = row_groups(pairs, operator.itemgetter(1))
-    whole = len(pairs) == 1 and len({(slot.shape, slot.turned) for slot in pairs[0]}) == 1
-    blocks = blocks_of(*arrays[0]) if whole else None
-    by_piece = pieces if blocks is not None or pairs[0][0].entry is not None else None
-    return weight(key, dtype, pairs[0][1].hf_shape, lambda: joined(pairs), extent, check, by_piece)
-
-
-def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+def _as_dtype(dtype: str, array: np.ndarray, slot: Slot | None = None) -> np.ndarray:
     with np.errstate(over="ignore"):  # reported with the tensor's name instead
         return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
@@ -209,8 +158,8 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Return the weights that stock transformers' tower class requires for loading but never uses."""
     tensors = []
     for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
-        fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
-        tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
+        constant = np.full(shape, value, WEIGHT_DTYPES[dtype])
+        tensors.append(weight(key, dtype, shape, functools.partial(iter, [constant])))
     return tensors
 
 
@@ -235,12 +184,17 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
         stored = entry.dtype if dtype == "source" else file_name(dtype)
         written = name if family.respells else key
         if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
-            extent = entry.extent(0, entry.n_bytes)
-            tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
+            blocks = functools.partial(_bytes_of, entry)
+            tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, blocks))
         else:
-            fetch = lambda entry=entry, stored=stored: _as_dtype(entry.array(), stored)  # noqa: E731
-            tensors.append(weight(written, stored, entry.shape, fetch))
+            pieces = lambda entry=entry, stored=stored: [_as_dtype(stored, entry.array())]  # noqa: E731
+            tensors.append(weight(written, stored, entry.shape, pieces))
     return tensors
+
+
+def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
+    extent = entry.extent(0, entry.n_bytes)
+    return iter([entry.raw()]) if extent is None else read_blocks(extent)
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:

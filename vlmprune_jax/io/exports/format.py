@@ -111,8 +111,6 @@ class Format:
         `load` reads the folder.
       library: `library_name` of the model card.
       calibration: options -> the `Calibration` that these options need, or None.
-      extends: name of a format that switches to this one for a quantisation that only this format has, or for a storage
-        of the class `storage`.
     """
 
     options: type
@@ -121,8 +119,6 @@ class Format:
     read: Callable[[Path, Model, Any], Model] | None = None
     library: str = "transformers"
     calibration: Callable[[Any], Calibration | None] = lambda options: None
-    extends: str | None = None
-    storage: type | None = None
 
     @property
     def quantizations(self) -> tuple[str, ...]:

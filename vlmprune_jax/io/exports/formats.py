@@ -11,12 +11,9 @@ from vlmprune_jax.base.settings import check_settings, settings_of
 from vlmprune_jax.io.exports.format import Format
 from vlmprune_jax.io.exports.gguf import GGUF
 from vlmprune_jax.io.exports.huggingface import HUGGINGFACE
-from vlmprune_jax.io.exports.integers import COMPRESSED_TENSORS
 
 # A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
-FORMATS = Registry(
-    "formats", Format, {"huggingface": HUGGINGFACE, "compressed-tensors": COMPRESSED_TENSORS, "gguf": GGUF}
-)
+FORMATS = Registry("formats", Format, {"huggingface": HUGGINGFACE, "gguf": GGUF})
 
 
 def quantizations() -> tuple[str, ...]:
@@ -27,20 +24,16 @@ def quantizations() -> tuple[str, ...]:
 def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     """Return an export format and its options: values passed by name, otherwise defaults.
 
-    The result may be a format that extends the format `name` (see `Format.extends`). Options of other formats are
-    accepted if they have their default values, because configs contain the options of all formats.
+    Options of other formats are accepted if they have their default values, because configs contain the options of all
+    formats.
 
     Raises UserError for an unknown format or option, or a value that the format does not support.
     """
-    base = FORMATS[one_of("format", name, tuple(FORMATS))]
-    quantize, storage = one_of("quantize", values.get("quantize", "none"), quantizations()), values.get("storage")
-    extensions = [extension for extension in FORMATS.values() if extension.extends == name]
-    chosen = next((f for f in extensions if f.storage is not None and isinstance(storage, f.storage)), base)
-    if quantize not in base.quantizations:
-        chosen = next((extension for extension in extensions if quantize in extension.quantizations), base)
-    if quantize != "none" and quantize not in chosen.quantizations:
-        known = dict.fromkeys(known for f in (base, *extensions) for known in f.quantizations)
-        raise UserError(f"quantize {quantize!r} is not supported by format {name!r} (supported: {', '.join(known)})")
+    chosen = FORMATS[one_of("format", name, tuple(FORMATS))]
+    quantize = one_of("quantize", values.get("quantize", "none"), quantizations())
+    if quantize not in ("none", *chosen.quantizations):
+        supported = ", ".join(chosen.quantizations)
+        raise UserError(f"quantize {quantize!r} is not supported by format {name!r} (supported: {supported})")
     option_settings = settings_of(chosen.options)
     for option, value in values.items():
         if option not in option_settings:
@@ -58,6 +51,6 @@ def _check_foreign(option: str, value: Any, name: str, option_names: tuple[str, 
         raise UserError(f"format {name!r} has no option {option!r}{suggest(option, option_names)}")
     if value not in homes.values():
         raise UserError(
-            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r} with this "
-            "quantisation: leave it out, or choose another format or quantize"
+            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r}: leave it "
+            "out, or choose another format"
         )

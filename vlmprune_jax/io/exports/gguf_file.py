@@ -17,7 +17,7 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.format import Importance
 from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_model import GgufFile, tiled, under_names
-from vlmprune_jax.io.exports.uneven import pad_tensor
+from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import UNQUANTISED
 
@@ -158,4 +158,4 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:
     data = np.ascontiguousarray(values, np.float32)
-    return Tensor(key, "F32", data.shape, data.nbytes, lambda: data.reshape(-1).view(np.uint8))
+    return Tensor(key, "F32", data.shape, data.nbytes, lambda: iter([data.reshape(-1).view(np.uint8)]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
-from vlmprune_jax.core.models.lazy import check_finite, location_of, to_host
+from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
-from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots, row_groups
-from vlmprune_jax.io.checkpoints.lazy import blocks_of
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_metadata import (
@@ -39,7 +37,7 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     tower_remarks,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.uneven import pad_tensor
+from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -168,8 +166,8 @@ def _tower(
     if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
         place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
         table = tensors[place]
-        rolled_table = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
-        tensors[place] = dataclasses.replace(table, fetch=rolled_table, pieces=None)
+        rolled_table = lambda: iter([np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))])  # noqa: E731
+        tensors[place] = dataclasses.replace(table, blocks=rolled_table)
     if vision.patches.channels_last:
         tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
     if vision.patches.temporal > 1:
@@ -185,8 +183,10 @@ def _copies(filters: Tensor) -> list[Tensor]:
     vision, channels, copies, *sides = filters.shape
 
     def filters_of(number: int) -> Tensor:
-        fetch = lambda: np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number])  # noqa: E731
-        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
+        def blocks() -> Iterator[np.ndarray]:
+            yield np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number]).reshape(-1)
+
+        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, blocks)
 
     return [filters_of(number) for number in range(copies)]
 
@@ -196,11 +196,11 @@ def _channels_first(filters: Tensor, channels: int) -> Tensor:
     vision, values = filters.shape
     side = math.isqrt(values // channels)
 
-    def fetch() -> np.ndarray:
+    def blocks() -> Iterator[np.ndarray]:
         channel_bytes = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
-        return np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
+        yield np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
 
-    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch, pieces=None)
+    return dataclasses.replace(filters, shape=(vision, channels, side, side), blocks=blocks)
 
 
 def copy_of(number: int) -> str:
@@ -222,12 +222,18 @@ def _tensors(
     architecture: Architecture | None = None,
 ) -> list[Tensor]:
     """Return the tensors of one model part under llama.cpp's names, zero-padded to the widths of `wide`."""
-    flat, here = flatten(model.params), under_names(family, part, names)
-    before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
-    tensors = []
+    here = under_names(family, part, names)
+    parameters, tensors = Weights.of(model, here, wide), []
+
+    def convert(array: np.ndarray, slot: Slot) -> np.ndarray:
+        return spelled(array, slot, wide, architecture)
+
     for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        pairs, kind = [(before[slot.name], slot) for slot in slots], _type_of(key, slots[0].hf_shape, plain, quantize)
-        tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, architecture))
+        kind, first = _type_of(key, slots[0].hf_shape, plain, quantize), slots[0]
+        reorders = "delta_heads" in first.axes[:1]
+        pieces = functools.partial(parameters.pieces, slots, convert, reorders=reorders)
+        what = f"{parameters.location(first)}, to be written as {kind},"
+        tensors.append(_encoded(key, kind, first.hf_shape or (1,), pieces, what))
     return tensors
 
 
@@ -301,40 +307,6 @@ def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str
     return "Q8_0" if key in _EMBEDDINGS else quantize.upper()
 
 
-def _tensor(
-    key: str,
-    kind: str,
-    pairs: Sequence[tuple[Slot, Slot]],
-    old: ModelConfig,
-    new: ModelConfig,
-    flat: Mapping[str, Any],
-    architecture: Architecture | None,
-) -> Tensor:
-    """Return one GGUF tensor, joined from the model parameters that it contains."""
-
-    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
-        array = to_host(flat[before.path], before.place)
-        if before.shape != after.shape:
-            assert before.layer is not None
-            array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
-        return spelled(array, after, new, architecture)
-
-    before, after = pairs[0]
-    array, whole = (flat[before.path], before.place), len(pairs) == 1 and before.shape == after.shape
-    whole = whole and after.axes[0] != "delta_heads"  # whose rows are reordered
-    blocks = blocks_of(*array) if whole else None
-
-    def pieces() -> Iterator[np.ndarray]:
-        if blocks is None:
-            for group in [pairs] if before.entry is None else row_groups(pairs, operator.itemgetter(1)):
-                yield join_tensor([fetch_part(*pair) for pair in group], [slot for _, slot in group])
-        else:
-            yield from (spelled(block, after, new, architecture) for block in blocks())
-
-    what = f"{location_of(*array) or key}, to be written as {kind},"
-    return _encoded(key, kind, after.hf_shape or (1,), pieces, what)
-
-
 def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
     """Interleave the two halves of each head in an array [heads, head, ...]; `back=True` undoes this."""
     heads, head, *rest = array.shape
@@ -342,9 +314,7 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
-def _encoded(
-    key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[np.ndarray]], what: str
-) -> Tensor:
+def _encoded(key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[Any]], what: str) -> Tensor:
     """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -358,7 +328,7 @@ def _encoded(
             yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
 
     size = math.prod(shape) // block * block_bytes
-    return Tensor(key, kind, shape, size, lambda: np.concatenate([*encode()]), pieces=encode)
+    return Tensor(key, kind, shape, size, encode)
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:

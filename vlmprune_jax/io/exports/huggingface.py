@@ -1,15 +1,17 @@
-"""The format "huggingface": a folder in the layout of its source, or in that of a stock class of transformers."""
+"""The format "huggingface": a folder in the layout of its source or of a stock class, perhaps with integers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.base.budget import LAYOUTS, UNEVEN
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import export_setting, setting
 from vlmprune_jax.base.weight_files import WRITTEN
-from vlmprune_jax.io.exports.format import Comparison, Contents, Format, Origin
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
+from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Origin
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.models.vlm import Model
@@ -47,19 +49,53 @@ class FolderOptions:
         "decoder's numbers of heads and neurons (those with the largest weights).",
         choices=("drop", "cut"),
     )
+    quantize: str = export_setting(
+        "none",
+        "Bits of weights and activations of the decoder's matrices (w4a16: 4-bit weights, 16-bit activations).",
+        choices=("none", *SCHEMES),
+    )
+    group_size: int | None = export_setting(
+        None,
+        "Number of values along a row that share a scale, 128, 64 or 32, for w8a16 and w4a16 (None = the whole row "
+        "with 8 bits; with 4 bits the largest that divides every row).",
+        unit="values",
+        least=1,
+    )
+    symmetric: bool = export_setting(True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).")
+    rounding: str | None = export_setting(
+        None,
+        'Rounding of weights to integers: to the nearest ("nearest"), or by GPTQ, which minimises the error on the '
+        'calibration records of `reconstruct` ("gptq"). None = "gptq" for w4a16 if `data.train` is set and GPTQ '
+        'supports the model, otherwise "nearest".',
+        choices=("nearest", "gptq"),
+    )
     storage: Any = setting(
         None, "Weights that are already quantised, such as the result of `vp.gptq` (None = none).", offered=False
     )
 
+    def __post_init__(self) -> None:
+        if self.quantize != "none":
+            check_scheme(self.quantize, self.group_size, self.symmetric)
+        elif self.storage is None and (self.group_size, self.symmetric, self.rounding) != (None, True, None):
+            raise UserError(
+                f"group_size, symmetric and rounding are for integers: set quantize to {', '.join(SCHEMES)}"
+            )
+        if self.mtp != "drop" and (self.quantize != "none" or isinstance(self.storage, CompressedTensors)):
+            raise UserError(f'mtp={self.mtp!r} is for exports without integers: use mtp="drop"')
+        if self.rounding == "gptq" and (self.uneven == "pad" or self.head_dim):
+            raise UserError(
+                'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds: use uneven="per_layer" (no '
+                'difference if all layers are equal) and head_dim=0, or rounding="nearest"'
+            )
+
 
 def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    """Return the content of an export to a Hugging Face folder."""
+    """Return the content of a folder; integers are those of `storage` (GPTQ), or rounded to the nearest."""
     from vlmprune_jax.io.exports.folder import folder_contents  # imports jax, like all that reads a model
-    from vlmprune_jax.io.exports.target import make_target
 
-    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype, options.head_dim)
-    target = replace(target, mtp=options.mtp)
-    return folder_contents(model, origin, target, options.dtype, options.storage)
+    if options.rounding == "gptq" and options.storage is None:
+        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
+    return folder_contents(model, origin, options)
 
 
 def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
@@ -69,4 +105,11 @@ def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) ->
     return check_export(model, folder, vision_dir=origin.vision_dir)
 
 
-HUGGINGFACE = Format(FolderOptions, prepare, check)
+def calibration(options: FolderOptions) -> Calibration | None:
+    """Return the calibration statistic that `rounding="gptq"` needs; None without it."""
+    names = ("quantize", "group_size", "symmetric", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
+
+
+HUGGINGFACE = Format(FolderOptions, prepare, check, calibration=calibration)

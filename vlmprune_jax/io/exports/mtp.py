@@ -167,7 +167,7 @@ def mtp_tensors(source: Checkpoint, family: Family, cfg: ModelConfig, dtype: str
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
             array = head.cut(name).astype(WEIGHT_DTYPES[stored], copy=False)
         check_finite(array, f"{source.folder}: tensor {key} as {stored}")
-        tensors.append(weight(key, stored, array.shape, functools.partial(lambda array: array, array)))
+        tensors.append(weight(key, stored, array.shape, functools.partial(iter, [array])))
     return tensors
 
 

@@ -17,6 +17,7 @@ from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.token_budget import DEFAULT_BUDGET
 from vlmprune_jax.io.exports.convert import rows_for, to_transformers
+from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.processor import write_processor
 from vlmprune_jax.io.exports.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.io.exports.uneven import padded_stacks, with_head_dim, with_loader, without_loader, write_loader
@@ -40,7 +41,6 @@ class Target:
       converts: True if the layout differs from the source folder's.
       ships_loader: True if PyTorch needs the per-layer loader file.
       tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
-      mtp: "drop" or "cut" (prune) the module for multi-token prediction.
     """
 
     family: Family
@@ -49,17 +49,16 @@ class Target:
     converts: bool
     ships_loader: bool
     tokenizer: JsonDict | None = None
-    mtp: str = "drop"
 
 
-def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str, head_dim: int = 0) -> Target:
+def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Target:
     """Return the family and configs of the exported folder, for a model loaded from `source`.
 
     Raises:
       UserError: the source has another family, layers are unequal with uneven="refuse", heads cannot be padded to
         `head_dim` channels, or the layout cannot hold the model.
     """
-    if uneven == "refuse":
+    if options.uneven == "refuse":
         _check_uneven(cfg)
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
@@ -73,8 +72,8 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
             "that "
             "trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
-    wide = with_head_dim(padded_stacks(cfg) if uneven == "pad" else cfg, head_dim)
-    new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
+    wide = with_head_dim(padded_stacks(cfg) if options.uneven == "pad" else cfg, options.head_dim)
+    new_family, conversion = target_of(family) if options.layout == "transformers" else None, family.conversion
     tokenizer = None
     if new_family is not None and conversion is not None:
         family, tokenizer = new_family, read_tokenizer(source)
@@ -94,7 +93,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
         written = {**written, "vision_config": written["vision_config"] | budget}
     ships = family.layout == "transformers" and not wide.text.uniform
-    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, dtype, family)
+    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, options.dtype, family)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
@@ -82,42 +79,6 @@ def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
             layer = dataclasses.replace(layer, mixer=dataclasses.replace(heads, head_dim=head_dim))
         layers.append(layer)
     return cfg.with_layers(layers)
-
-
-def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
-    """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
-
-    A zero value head or neuron adds nothing to the residual stream, and the queries of a head with zero output weights
-    do not matter. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately. In
-    heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i of n
-    * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
-    """
-    layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
-    before, after = layer_before.sizes, layer_after.sizes
-    for axis in layer_before.axes:
-        if axis.name not in axes:
-            continue
-        at, size = axes.index(axis.name), after[axis.name]
-        if axis.parent:
-            old, new = before[axis.parent], after[axis.parent]
-            array = array.reshape(*array.shape[:at], old, before[axis.name] // old, *array.shape[at + 1 :])
-            array = _extend(_extend(array, at, new), at + 1, size // new)
-            array = array.reshape(*array.shape[:at], size, *array.shape[at + 2 :])
-        else:
-            array = _extend(array, at, size)
-    times = layer_after.mixer.head_dim // layer_before.mixer.head_dim
-    if "head" not in axes or times == 1:
-        return array
-    at = axes.index("head")
-    wide = np.zeros((*array.shape[:at], times * array.shape[at], *array.shape[at + 1 :]), array.dtype)
-    wide[(slice(None),) * at + (slice(None, None, times),)] = array
-    return wide * array.dtype.type(math.isqrt(times)) if axes[0] == "q_heads" else wide
-
-
-def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return np.pad(array, widths)
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.io.checkpoints.disk.storage import Storage
 from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import model_name, write_card
-from vlmprune_jax.io.exports.format import Comparison, Format, Importance, Origin
+from vlmprune_jax.io.exports.format import Comparison, Origin
 from vlmprune_jax.io.exports.formats import choose_format
 from vlmprune_jax.io.exports.processor import limited_images
 from vlmprune_jax.io.exports.target import copy_always
@@ -34,18 +32,7 @@ def save(
     *,
     source_dir: str | Path | None = None,
     format: str = "huggingface",
-    layout: str = "source",
-    uneven: str = "per_layer",
-    head_dim: int = 0,
-    mtp: str = "drop",
     mtp_dir: str | Path | None = None,
-    dtype: str = "bfloat16",
-    quantize: str = "none",
-    group_size: int | None = None,
-    symmetric: bool = True,
-    storage: Storage | None = None,
-    imatrix: bool | Importance = False,
-    rolled_positions: bool = False,
     max_image_tokens: int | None = None,
     overwrite: bool = False,
     plan: PrunePlan | None = None,
@@ -59,25 +46,16 @@ def save(
 ) -> None:
     """Write a model in an export format; the output folder appears only once it is complete.
 
+    `save(model, "DIR/out", uneven="pad", dtype="float32")`, or `save(model, "DIR/out", format="gguf", quantize="q8_0")`
+
     Process 0 writes. If arrays are split over processes, every process must call this function.
 
     Args:
       model: the model; adapters must be merged (`recovery.trainable.merge_lora`).
       out_dir: the new folder.
       source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
-      format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
-      layout: checkpoint keys and config as in the "source" folder, or as in the stock class of "transformers".
-      uneven: layers of unequal width keep their sizes ("per_layer"), are padded ("pad") or refused ("refuse").
-      head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
-      mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it as the decoder; for folders.
+      format: name in `vp.formats`: "huggingface" (with `quantize`, its matrices are integers), or "gguf" (llama.cpp).
       mtp_dir: folder with the unpruned module for mtp="cut" (None = `source_dir`; pruned folders have none).
-      dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
-      quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
-      group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
-      symmetric: False adds zero points to w8a16 and w4a16.
-      storage: object that stores quantised weights, such as `vp.gptq(...)`; for Hugging Face folders.
-      imatrix: `vp.imatrix(...)`, to write the importance file of llama-quantize as well; for GGUF.
-      rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
       max_image_tokens: maximum tokens per image in the processor files (None = as in `source_dir`).
       overwrite: replace an existing model folder.
       plan: the prune plan, written as plan.json and used to trim the tokenizer (None = as `apply_plan` pruned it).
@@ -86,26 +64,51 @@ def save(
       datasets: names of the training data on the model card, if possible hub ids.
       reconstructed, recovered: True if the model card names these steps after pruning.
       benchmarks: rows of the card's table: set, scores of unpruned and this model, retained % and its interval.
-      **options: options of a user-defined format.
+      **options: options of the format, which are the settings `export.NAME` of a config, such as `dtype`, `layout`,
+        `uneven` and `quantize`. In Python also `storage`, the result of `vp.gptq`, and `imatrix`, that of `vp.imatrix`.
 
     Raises:
       UserError: out_dir exists, source_dir is unknown or belongs to another model, an option is invalid, the format
         cannot hold a weight, or the disk is full.
     """
-    options |= {"layout": layout, "uneven": uneven, "head_dim": head_dim, "dtype": dtype, "quantize": quantize}
-    options |= {"group_size": group_size, "symmetric": symmetric, "storage": storage, "imatrix": imatrix}
-    options |= {"rolled_positions": rolled_positions, "mtp": mtp}
-    card: dict[str, Any] = {"reconstructed": reconstructed, "recovered": recovered}
-    card |= {"license": license, "datasets": datasets, "benchmarks": benchmarks}
     source_dir, plan = model.source if source_dir is None else source_dir, model.plan if plan is None else plan
     if source_dir is None:
         raise UserError("vp.save: source_dir is not set, and the model was not loaded from a folder: pass source_dir=")
-    source, chosen = resolve(source_dir), choose_format(format, options)
+    source, out, (chosen, settings) = resolve(source_dir), Path(out_dir), choose_format(format, options)
+    if model.cfg.lora is not None:
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
+    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
+    mtp = None if mtp_dir is None else resolve(mtp_dir)
+    split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
+    card: dict[str, Any] = {"license": license, "datasets": datasets, "benchmarks": benchmarks}
+    card |= {"reconstructed": reconstructed, "recovered": recovered, "library": chosen.library}
     with _files(source, plan, max_image_tokens, model) as files:
-        origin = Origin(
-            files, name or model_name(source), weights=source, mtp=None if mtp_dir is None else resolve(mtp_dir)
-        )
-        _write(model, Path(out_dir), source, origin, *chosen, overwrite, plan, card)
+        origin = Origin(files, f"{name}-pruned" if pruned else name, None, source, mtp, _tpu_chips(plan), pruned)
+        contents = chosen.prepare(model, origin, settings)
+
+        def check() -> None:
+            check_target(out, source, overwrite)
+            check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
+
+        if split:
+            on_process_zero(check)
+        elif is_main_process():
+            check()
+        if is_main_process():
+            with atomic_folder(out) as folder:
+                contents.write(folder)
+                copy_always(source, folder, plan)
+                write_card(folder, model.cfg, name, source, loading=contents.card(folder), **card)
+        if split:
+            for tensor in () if is_main_process() else contents.tensors:
+                tensor.fetch()  # gathering split arrays takes all processes, in the same order
+            multihost_utils.sync_global_devices(f"saved {out}")
+
+
+def _tpu_chips(plan: PrunePlan | None) -> int:
+    """Return the tensor-parallel size if the plan was made for vLLM on TPUs, else 0."""
+    options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
+    return options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
 
 
 @contextlib.contextmanager
@@ -116,47 +119,6 @@ def _files(source: Path, plan: PrunePlan | None, max_image_tokens: int | None, m
         limited_images(trimmed, max_image_tokens, model.cfg) as files,
     ):
         yield files
-
-
-def _write(
-    model: Model,
-    out: Path,
-    source: Path,
-    origin: Origin,
-    chosen: Format,
-    settings: Any,
-    overwrite: bool,
-    plan: PrunePlan | None,
-    card: Mapping[str, Any],
-) -> None:
-    """Write a model in the chosen export format; `card` holds the arguments of `write_card`."""
-    if model.cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    name, pruned = origin.name, plan is not None or os.path.lexists(source / "plan.json")
-    options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
-    chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
-    origin = replace(origin, name=f"{name}-pruned" if pruned else name, pruned=pruned, tpu_chips=chips)
-    contents = chosen.prepare(model, origin, settings)
-    split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
-
-    def check() -> None:
-        check_target(out, source, overwrite)
-        check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
-
-    if split:
-        on_process_zero(check)
-    elif is_main_process():
-        check()
-    if is_main_process():
-        with atomic_folder(out) as folder:
-            contents.write(folder)
-            copy_always(source, folder, plan)
-            loading, library = contents.card(folder), chosen.library
-            write_card(folder, model.cfg, name, source, loading=loading, library=library, **card)
-    if split:
-        for tensor in () if is_main_process() else contents.tensors:
-            tensor.fetch()  # gathering split arrays takes all processes, in the same order
-        multihost_utils.sync_global_devices(f"saved {out}")
 
 
 def check_saved(

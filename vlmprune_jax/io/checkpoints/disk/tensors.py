@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,64 +12,53 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file, read_blocks
+from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE
 from vlmprune_jax.io.checkpoints.disk.storage import Storage
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
+    """One tensor to write to a checkpoint: key, safetensors dtype, shape, size, and a function that yields its bytes.
 
-    If a file has the same bytes at `extent`, they are copied in blocks, and `look` receives every block. For a large
-    tensor, `pieces` may yield the bytes in order instead, as arrays or as byte ranges to copy.
+    `blocks` yields uint8[bytes] arrays in the order of the file; a buffer may be reused for the next one.
     """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     n_bytes: int
-    fetch: Callable[[], np.ndarray]
-    extent: Extent | None = None
-    look: Callable[[np.ndarray], None] = lambda block: None
-    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None
+    blocks: Callable[[], Iterator[np.ndarray]]
 
-    def blocks(self) -> Iterator[np.ndarray | Extent]:
-        """Yield the tensor's bytes in order, as arrays or byte ranges of files."""
-        if self.extent is not None:
-            yield self.extent
-        elif self.pieces is not None:
-            yield from self.pieces()
-        else:
-            yield self.fetch()
+    def fetch(self) -> np.ndarray:
+        """Return all bytes of the tensor, uint8[n_bytes]."""
+        data, end = np.empty(self.n_bytes, np.uint8), 0
+        for block in self.blocks():
+            data[end : end + len(block)] = block
+            end += len(block)
+        return data
 
 
 def weight(
     key: str,
     dtype: str,
     shape: tuple[int, ...],
-    fetch: Callable[[], np.ndarray],
-    extent: Extent | None = None,
-    check: Callable[[np.ndarray], None] = lambda array: None,
-    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None,
+    pieces: Callable[[], Iterable[np.ndarray | Extent]],
+    what: str | None = None,
 ) -> Tensor:
-    """Return a tensor to write; `fetch` returns the values in the right dtype, in any shape.
+    """Return a tensor to write, whose values `pieces` yields in order: as arrays in the right dtype, or in files.
 
-    `extent`: byte range of a file that has the same bytes, if any. `check`: receives all written values. `pieces`:
-    yields the array in parts.
+    `what`: begins the error message for values that are not finite (None = they are not checked).
     """
 
-    def look(block: np.ndarray) -> None:
-        check(block.view(WEIGHT_DTYPES[dtype]))
+    def blocks() -> Iterator[np.ndarray]:
+        for piece in pieces():
+            for block in read_blocks(piece) if isinstance(piece, Extent) else (_bytes_of(piece),):
+                if what is not None:
+                    check_finite(block.view(WEIGHT_DTYPES[dtype]), what)
+                yield block
 
-    def to_bytes(array: np.ndarray) -> np.ndarray:
-        check(array)
-        return _bytes_of(array)
-
-    def to_blocks(pieces: Iterator[np.ndarray | Extent]) -> Iterator[np.ndarray | Extent]:
-        return (piece if isinstance(piece, Extent) else to_bytes(piece) for piece in pieces)
-
-    blocks = None if pieces is None else lambda: to_blocks(pieces())
-    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), lambda: to_bytes(fetch()), extent, look, blocks)
+    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), blocks)
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
@@ -83,11 +72,11 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
     def encode(name: str, plain: Tensor) -> dict[str, np.ndarray]:
         return storage.encode(name, plain.fetch().view(WEIGHT_DTYPES[plain.dtype]).reshape(plain.shape))
 
-    def fetch(name: str, plain: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    def blocks(name: str, plain: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         array = encode(name, plain)[suffix]
         actual = (array.dtype, array.shape)
         assert actual == (FILE_DTYPES[dtype], shape), f"{plain.key}{suffix}: {actual}, {dtype} {shape} announced"
-        return _bytes_of(array)
+        yield _bytes_of(array)
 
     tensors = []
     for name, plain in weights:
@@ -95,7 +84,7 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
             tensors.append(plain)
             continue
         for suffix, (dtype, shape) in storage.tensors(plain.dtype, plain.shape).items():
-            part = functools.partial(fetch, name, plain, suffix, dtype, shape)
+            part = functools.partial(blocks, name, plain, suffix, dtype, shape)
             tensors.append(Tensor(plain.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
     return tensors
 
@@ -168,12 +157,5 @@ def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
 
 def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
     """Append the bytes of a tensor to a file."""
-    written = 0
-    for data in tensor.blocks():
-        if isinstance(data, Extent):
-            for block in read_blocks(data):
-                tensor.look(block)
-                written += file.write(block.data)
-        else:
-            written += file.write(data.data)
+    written = sum(file.write(block.data) for block in tensor.blocks())
     assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"

@@ -1,0 +1,132 @@
+"""Tensors of an export from a model's parameters, one at a time: fetched, padded with zeros, converted and joined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.base.weight_files import Extent
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.lazy import location_of, to_host
+from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
+from vlmprune_jax.io.checkpoints.lazy import blocks_of, extent_of
+from vlmprune_jax.io.families import Family
+
+# Function of an array (some rows of a parameter) and its slot in the export.
+Convert = Callable[[np.ndarray, Slot], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a model, for an export whose layers may be wider and whose vocabulary may have more rows.
+
+    Attributes:
+      cfg, wide: config of the model and of the export.
+      slots: {name: slot} of the model; the export's slots have the same names.
+    """
+
+    cfg: ModelConfig
+    wide: ModelConfig
+    flat: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+
+    @classmethod
+    def of(cls, model: Model, family: Family, wide: ModelConfig) -> Weights:
+        """Return the parameters of a model that this family's weight table describes."""
+        slots = {slot.name: slot for slot in make_slots(model.cfg, family)}
+        return cls(model.cfg, wide, flatten(model.params), slots)
+
+    def location(self, after: Slot) -> str:
+        """Return the file and tensor of a parameter, or its key if it is in memory, for messages."""
+        before = self.slots[after.name]
+        return location_of(self.flat[before.path], before.place) or after.key
+
+    def pieces(
+        self, slots: Sequence[Slot], convert: Convert, dtype: str | None = None, *, reorders: bool = False
+    ) -> Iterator[np.ndarray | Extent]:
+        """Yield the values of one tensor in groups of whole rows, in the order of the file.
+
+        Args:
+          slots: the export's slots that share the tensor, in order.
+          convert: applied to every array before it is joined with others.
+          dtype: yield byte ranges of weights whose bytes in this dtype are in a file already (None = never).
+          reorders: True if `convert` needs all rows of a parameter at once.
+        """
+        for group in row_groups(slots):
+            stored = [(self.flat[before.path], before.place) for before in self._before(group)]
+            pairs = zip(self._before(group), group, strict=True)
+            unchanged = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
+            extent = extent_of(stored, dtype) if unchanged and dtype is not None else None
+            blocks = blocks_of(*stored[0]) if unchanged and len(slots) == 1 and not reorders else None
+            if extent is not None:
+                yield extent
+            elif blocks is not None:
+                yield from (convert(block, group[0]) for block in blocks())
+            else:
+                yield join_tensor([convert(self._widened(slot), slot) for slot in group], group)
+
+    def _before(self, slots: Sequence[Slot]) -> list[Slot]:
+        return [self.slots[slot.name] for slot in slots]
+
+    def _widened(self, after: Slot) -> np.ndarray:
+        """Return a parameter on the host, with the axes of its slot in the export."""
+        before = self.slots[after.name]
+        array = to_host(self.flat[before.path], before.place)
+        if before.axes_in_params == after.axes_in_params:
+            return array
+        if before.layer is None:
+            return _more_words(array, before.axes, self.wide.text.vocab_size)
+        axes = tuple(name for name, _ in before.axes_in_params)
+        return pad_tensor(array, axes, before.part, before.layer, self.cfg, self.wide)
+
+
+def _more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
+    """Extend an embedding or output head to `size` rows; each new row is the mean of all existing rows.
+
+    The logit of a new word is then the mean of all logits, so it is never the largest.
+    """
+    axis = axes.index("vocab")
+    mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)
+
+
+def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
+    """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
+
+    A zero value head or neuron adds nothing to the residual stream, and the queries of a head with zero output weights
+    do not matter. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately. In
+    heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i of n
+    * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
+    """
+    layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
+    before, after = layer_before.sizes, layer_after.sizes
+    for axis in layer_before.axes:
+        if axis.name not in axes:
+            continue
+        at, size = axes.index(axis.name), after[axis.name]
+        if axis.parent:
+            old, new = before[axis.parent], after[axis.parent]
+            array = array.reshape(*array.shape[:at], old, before[axis.name] // old, *array.shape[at + 1 :])
+            array = _extend(_extend(array, at, new), at + 1, size // new)
+            array = array.reshape(*array.shape[:at], size, *array.shape[at + 2 :])
+        else:
+            array = _extend(array, at, size)
+    times = layer_after.mixer.head_dim // layer_before.mixer.head_dim
+    if "head" not in axes or times == 1:
+        return array
+    at = axes.index("head")
+    wide = np.zeros((*array.shape[:at], times * array.shape[at], *array.shape[at + 1 :]), array.dtype)
+    wide[(slice(None),) * at + (slice(None, None, times),)] = array
+    return wide * array.dtype.type(math.isqrt(times)) if axes[0] == "q_heads" else wide
+
+
+def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)
