@@ -38,7 +38,7 @@ from vlmprune_jax.io.exports.vllm_tpu import check_storage, facts
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.decoders import decoder_of
-from vlmprune_jax.io.families.experts import has_experts, with_separate_experts
+from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
 from vlmprune_jax.io.families.limits import how_known, why_not_in_transformers
 from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, vision_of
 
@@ -112,6 +112,7 @@ def make_tensors(
     Raises UserError if the source lacks a tensor of the model.
     """
     family = family_of(model.cfg) if source.storage is None else with_separate_experts(family_of(model.cfg))
+    family = as_stored(family, model.cfg, {key: entry.shape for key, entry in source.entries.items()})
     parameters = Weights.of(model, family, target.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
     tensors = by_key(make_slots(target.cfg, target.family))

@@ -101,7 +101,7 @@ def with_separate_experts(family: Family) -> Family:
 
     def separated(line: Weight) -> Weight:
         before, experts, _ = line.key.rpartition("experts.")
-        if "/experts/" not in line.path or "{experts}" in line.key:
+        if not _is_fused_expert(line):
             return line
         name = line.path.split("/")[-2]
         layout = "embed expert_mlp" if name == "down_proj" else "expert_mlp embed"
@@ -111,6 +111,41 @@ def with_separate_experts(family: Family) -> Family:
         return [separated(line) for line in checked_table(family.weights, family.weights(cfg))]
 
     return dataclasses.replace(family, weights=weights)
+
+
+def as_stored(family: Family, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Family:
+    """Return the family with the layout that the experts' fused matrices have in a checkpoint.
+
+    Transformers 5 saves those of Qwen3-VL transposed. One of the two matrices of an expert may be square, so the others
+    decide for all.
+
+    Args:
+      family: family of the checkpoint, whose weight table has the hub's layout.
+      shapes: {checkpoint key: shape}.
+    """
+    shapes = {family.canonical(key): shape for key, shape in shapes.items()} if has_experts(cfg.text) else {}
+    turned = set[bool]()
+    for line in family.weights(cfg) if shapes else ():
+        for shape in [shapes.get(line.at(i).key, ()) for i in range(len(cfg.text.layers))]:
+            if _is_fused_expert(line) and len(shape) == 3 and shape[1] != shape[2]:
+                turned.add(shape[line.layout.split().index("embed")] != cfg.text.hidden_size)
+    if turned != {True}:
+        return family
+
+    def weights(cfg: ModelConfig) -> list[Weight]:
+        table = family.weights(cfg)
+        layouts = [line.layout.split() for line in table]
+        return [
+            dataclasses.replace(line, layout=f"{axes[0]} {axes[2]} {axes[1]}") if _is_fused_expert(line) else line
+            for line, axes in zip(table, layouts, strict=True)
+        ]
+
+    return dataclasses.replace(family, weights=weights)
+
+
+def _is_fused_expert(line: Weight) -> bool:
+    """Return True for a matrix of each expert that is stored in one tensor with those of the others."""
+    return "/experts/" in line.path and "{experts}" not in line.key
 
 
 def qwen_expert_weights(

@@ -143,7 +143,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     config = {**config, **shared, "text_config": {**section, **shared}}
     tower = config.get("vision_config") or {}
     seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
-    width = int(tower.get("out_hidden_size", _TOWER.defaults["out_hidden_size"]))
+    width = int({**_TOWER.defaults, **tower}["out_hidden_size"])
     return qwen_from_hf("qwen2_5_vl", config, _TEXT, _vision_from_hf(tower), width, tokens_per_second=seconds)
 
 

@@ -186,7 +186,7 @@ def qwen3_vl_family(
     def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
         del vision
         section = config.get("vision_config") or {}
-        tower, width = vision_from_hf(section), int(section.get("out_hidden_size", _TOWER.defaults["out_hidden_size"]))
+        tower, width = vision_from_hf(section), int({**_TOWER.defaults, **section}["out_hidden_size"])
         return qwen_from_hf(name, {**(ids or {}), **config}, defaults, tower, width)
 
     def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
