@@ -13,8 +13,7 @@ from vlmprune_jax.io.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.io.families.lfm2_vl import LFM2, LFM2_VL
 from vlmprune_jax.io.families.llama_like import LLAMA, MISTRAL, QWEN2, QWEN3
 from vlmprune_jax.io.families.llava import BUNNY, LLAVA_HF, LLAVA_ORIGINAL
-from vlmprune_jax.io.families.phi import PHI
-from vlmprune_jax.io.families.phi3 import PHI3
+from vlmprune_jax.io.families.phi import PHI, PHI3
 from vlmprune_jax.io.families.qwen2_5_vl import QWEN2_5_VL
 from vlmprune_jax.io.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from vlmprune_jax.io.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE

@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights
+from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.rope import rope_from_hf
@@ -19,7 +19,6 @@ from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of, vision_to_hf
-from vlmprune_jax.io.families.vlm import vlm_family, vlm_from_hf, vlm_to_hf
 
 CAUSAL = "on CPUs, images are masked causally"  # vLLM's attention there ignores where images are
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"

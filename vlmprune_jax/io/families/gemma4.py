@@ -17,7 +17,7 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import UNUSED, text_weights
+from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
 from vlmprune_jax.io.families.gemma3 import CAUSAL, NORMS, THETA, gemma_windows
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
@@ -27,7 +27,6 @@ from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys
 from vlmprune_jax.io.families.towers import projector_of, vision_of
-from vlmprune_jax.io.families.vlm import vlm_family, vlm_from_hf, vlm_to_hf
 
 _DECODER = "gemma4_text"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -221,9 +220,7 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     paths = {line.path for line in weights}
     table = [line for line in llama_like_weights(text, prefix, head) if line.path not in paths]
     if has_experts(text):
-        layouts = ("experts expert_mlp embed", "experts embed expert_mlp")
-        files = ("gate_up_proj", "gate_up_proj", "down_proj")
-        weights += expert_weights(layer, f"{key}.experts.", layouts, files)
+        weights += expert_weights(layer, f"{key}.experts.")
         weights += [Weight(f"{layer}/mlp/{path}/weight", f"{key}.{name}", axes) for path, (name, axes) in _MOE.items()]
         table = [dataclasses.replace(line, path=line.path.replace("/mlp/", "/mlp/dense/")) for line in table]
     return table + weights

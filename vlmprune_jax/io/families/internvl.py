@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights
+from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
@@ -26,7 +26,6 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
     vision_to_hf,
 )
-from vlmprune_jax.io.families.vlm import RECIPE, vlm_family, vlm_from_hf, vlm_to_hf
 
 # Epsilon of the projector's layer norm in both layouts (torch's default).
 _PROJECTOR_EPS = 1e-5

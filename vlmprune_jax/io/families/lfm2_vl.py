@@ -11,7 +11,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import decoder_family, text_weights
+from vlmprune_jax.io.families.decoders import decoder_family, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, tied_embeddings
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
@@ -25,7 +25,6 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
     vision_to_hf,
 )
-from vlmprune_jax.io.families.vlm import vlm_family, vlm_from_hf, vlm_to_hf
 
 # Defaults of the config classes in transformers.
 _TEXT: JsonDict = {

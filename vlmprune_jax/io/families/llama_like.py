@@ -16,6 +16,30 @@ from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf, same_windows, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 
+# Defaults of the config classes in transformers: Llama's, and what differs in others.
+_LLAMA: JsonDict = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+_MISTRAL: JsonDict = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+_QWEN2: JsonDict = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
+
 
 def llama_like(
     config: Mapping[str, Any],
@@ -26,36 +50,33 @@ def llama_like(
     biased: bool = False,
     attention: Mapping[str, Any] | None = None,
     local: Mapping[str, Any] | None = None,
-    mlp_bias: bool = False,
+    dense: Mapping[str, Any] | None = None,
     block: Mapping[str, Any] | None = None,
     **traits: Any,
 ) -> TextConfig:
     """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
-    Absent fields take `defaults`, and then LlamaConfig's; `vocab_size`, `intermediate_size` and
-    `max_position_embeddings` are required. `windows` returns the sliding window of each layer (None: full attention
-    everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases. `attention`,
-    `block` and `traits` are fields of Attention, BlockConfig and TextConfig; `local` overrides those of attention with
-    a window. By default the decoder has no biases and no norm of queries and keys.
+    Absent fields take `defaults`, and then LlamaConfig's. `windows` returns the sliding window of each layer (None:
+    full attention everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases.
+    `attention`, `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local`
+    overrides those of attention with a window. By default the decoder has no biases and no norm of queries and keys.
     """
-    config = {**(defaults or {}), **config}
-    hidden = int(config.get("hidden_size", 4096))
-    heads = int(config.get("num_attention_heads", 32))
+    config = {**_LLAMA, **(defaults or {}), **config}
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
     bias = biased and bool(config.get("attention_bias", False))
-    dense = {"activation": config.get("hidden_act", "silu"), "bias": mlp_bias}
     return TextConfig(
         hidden_size=hidden,
         layers=layers_from_hf(
             config,
             (heads, kv_heads, int(config["intermediate_size"])),
-            [None] * int(config.get("num_hidden_layers", 32)) if windows is None else windows(config),
+            [None] * int(config["num_hidden_layers"]) if windows is None else windows(config),
             {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias, **(attention or {})},
             local or {},
-            dense,
+            {"activation": config["hidden_act"], **(dense or {})},
         ),
-        block=BlockConfig(norm_eps=float(config.get("rms_norm_eps", 1e-6)), **(block or {})),
+        block=BlockConfig(norm_eps=float(config["rms_norm_eps"]), **(block or {})),
         vocab_size=int(config["vocab_size"]),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config["max_position_embeddings"]),
@@ -94,8 +115,7 @@ def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]
 
 
 def _llama_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    defaults = {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
-    return llama_like(config, "llama", defaults=defaults, biased=True, mlp_bias=bool(config.get("mlp_bias", False)))
+    return llama_like(config, "llama", biased=True, dense={"bias": bool(config.get("mlp_bias", False))})
 
 
 def _llama_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -133,23 +153,6 @@ def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
         config["architectures"] = ["MistralForCausalLM"]
     return config
 
-
-# Defaults of the config classes in transformers.
-_MISTRAL: JsonDict = {
-    "vocab_size": 32000,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "sliding_window": 4096,
-}
-_QWEN2: JsonDict = {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "num_hidden_layers": 32,
-}
 
 LLAMA = decoder_family(
     Decoder(

@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.io.families.decoders import UNUSED, text_from_hf, text_weights
+from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family, vlm_to_hf
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
@@ -23,7 +23,6 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
     vision_to_hf,
 )
-from vlmprune_jax.io.families.vlm import RECIPE, vlm_family, vlm_to_hf
 
 _TOWER = TOWERS["clip_vision_model"]  # SigLIP's weights have the same names
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.

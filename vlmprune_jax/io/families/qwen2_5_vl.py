@@ -9,7 +9,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights
+from vlmprune_jax.io.families.decoders import text_weights, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import (
     ATTENTION_KEYS,
@@ -25,7 +25,6 @@ from vlmprune_jax.io.families.table import Decoder, JsonDict
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.io.families.tower import Tower, block_keys
 from vlmprune_jax.io.families.towers import PIXELS, projector_of, projector_weights, vision_of
-from vlmprune_jax.io.families.vlm import vlm_to_hf
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"

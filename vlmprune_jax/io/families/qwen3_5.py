@@ -173,12 +173,11 @@ def _moe_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
         )
         for line in _hybrid_weights(text, prefix, head)
     ]
-    layouts = ("experts expert_mlp embed", "experts embed expert_mlp")
     return [
         *table,
         Weight(f"{layer}/router/weight", f"{key}.gate.weight", "experts embed"),
         Weight(f"{layer}/dense_gate/weight", f"{key}.shared_expert_gate.weight", "unit embed"),
-        *expert_weights("text/layers/{i}", f"{key}.experts.", layouts, ("gate_up_proj", "gate_up_proj", "down_proj")),
+        *expert_weights("text/layers/{i}", f"{key}.experts."),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.experts import (
+    SEPARATE,
+    TRANSPOSED,
     experts_problem,
     experts_to_hf,
     qwen_expert_weights,
@@ -19,7 +22,7 @@ from vlmprune_jax.io.families.experts import (
 from vlmprune_jax.io.families.llama_like import llama_like
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, text_of
 from vlmprune_jax.io.families.shapes import windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict
 
 # Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {
@@ -41,18 +44,13 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     return with_experts(text, config, renormalise=bool(config.get("norm_topk_prob", False)))
 
 
-def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    keys = ("{experts}.gate_proj.weight", "{experts}.up_proj.weight", "{experts}.down_proj.weight")
-    return qwen_expert_weights(text, prefix, head, ("expert_mlp embed", "embed expert_mlp"), keys)
-
-
 QWEN3_MOE = decoder_family(
     Decoder(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         _from_hf,
         experts_to_hf,
-        _weights,
+        functools.partial(qwen_expert_weights, files=SEPARATE),
         gguf=(gguf.QWEN3MOE,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",
@@ -86,11 +84,6 @@ def _vl_from_hf(config: Mapping[str, Any]) -> TextConfig:
     return with_experts(text_of(config, _VL_DECODER, {}), config, renormalise=True)
 
 
-def _vl_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    layouts = ("experts embed expert_mlp", "experts expert_mlp embed")
-    return qwen_expert_weights(text, prefix, head, layouts, ("gate_up_proj", "gate_up_proj", "down_proj"))
-
-
 def _vl_problem(text: TextConfig) -> str | None:
     """Return why transformers' class does not load these layers, with advice; None if it does."""
     neurons = {layer.channel.neurons for layer in text.layers if isinstance(layer.channel, Experts)}
@@ -109,7 +102,7 @@ QWEN3_VL_MOE = qwen3_vl_family(
         "Qwen3VLMoeForConditionalGeneration",
         _vl_from_hf,
         experts_to_hf,
-        _vl_weights,
+        functools.partial(qwen_expert_weights, files=TRANSPOSED),
         gguf=(gguf.QWEN3VLMOE,),
         problem=_vl_problem,
     ),

@@ -12,14 +12,13 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights
+from vlmprune_jax.io.families.decoders import RECIPE, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys, position_side
 from vlmprune_jax.io.families.towers import projector_of, projector_weights, vision_of
-from vlmprune_jax.io.families.vlm import RECIPE, vlm_family, vlm_from_hf, vlm_to_hf
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"

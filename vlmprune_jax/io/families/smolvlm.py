@@ -9,7 +9,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import UNUSED, text_weights
+from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.towers import (
@@ -20,7 +20,6 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
     vision_to_hf,
 )
-from vlmprune_jax.io.families.vlm import vlm_family, vlm_from_hf, vlm_to_hf
 
 # Defaults of SmolVLMConfig for the decoder.
 _TEXT: JsonDict = {"model_type": "llama", "rms_norm_eps": 1e-5}
