@@ -76,8 +76,7 @@ def _read(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
 def decoder_family(decoder: Decoder) -> Family:
     """Return a family for a decoder without vision tower, in the transformers layout."""
 
-    def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-        del vision
+    def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
         text = dataclasses.replace(_read(decoder, config), head_bias=decoder.head_bias)
         return ModelConfig(family=decoder.model_type, layout="transformers", text=text, **token_ids(config))
 

@@ -125,7 +125,6 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
     heads = {shape.mixer.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.uniform and text.hidden_size % count)
     if not wrong:
@@ -154,8 +153,7 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return [line for line in table if line.path not in {norm.path for norm in norms}] + norms
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = dataclasses.replace(vision_from_hf(config.get("vision_config") or {}, -1, _TOWER), post_norm=True)
     tokens, grid = int(config.get("mm_tokens_per_image") or 256), tower.grid
     side = math.isqrt(tokens)

@@ -287,8 +287,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     section = config.get("vision_config")
     if section is None:
         raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")

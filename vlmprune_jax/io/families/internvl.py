@@ -120,8 +120,7 @@ def _tower(config: Mapping[str, Any], name: str, layer: Any, default: str, size:
     return tower
 
 
-def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     section = config.get("llm_config") or {}
     text, ids = text_from_hf({"model_type": "llama", **section}), token_ids({**section, **config})
     end = config.get("chat_end_token_id")
@@ -139,8 +138,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     )
 
 
-def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")

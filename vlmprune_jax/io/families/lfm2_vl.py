@@ -145,8 +145,7 @@ def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
     return dataclasses.replace(vision_from_hf(tower, -1, _TOWER, max(side // merge, 1) * merge * patch), merge=merge)
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     merge = int(config.get("downsample_factor", 2))
     projector = ProjectorConfig(
         activation=config.get("projector_hidden_act", "gelu"),

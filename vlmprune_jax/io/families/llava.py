@@ -60,8 +60,7 @@ UNUSED_VISION = (
 OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|logit_bias"
 
 
-def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     text = dict(config.get("text_config") or {})
     # transformers 5 ties if either flag is set, 4 if the decoder's flag is set (and 4 never writes the outer default)
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))

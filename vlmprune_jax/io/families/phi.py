@@ -58,7 +58,6 @@ def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _phi_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return Phi's weight table; keys begin with `prefix`, and `head` is the key of lm_head."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     lines = {

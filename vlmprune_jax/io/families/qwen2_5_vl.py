@@ -131,8 +131,7 @@ def _nested(config: Mapping[str, Any]) -> JsonDict:
     return {**outer, "text_config": {"model_type": _DECODER, **inner, **tied}}
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     config = _nested(config)
     section = config["text_config"]
     # transformers 5 reads the outer flag first, transformers 4 the decoder's

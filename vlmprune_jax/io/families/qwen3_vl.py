@@ -182,8 +182,7 @@ def qwen3_vl_family(
             raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
         return _vision_from_hf(tower if deepstack else {**tower, "deepstack_visual_indexes": []})
 
-    def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-        del vision
+    def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
         section = config.get("vision_config") or {}
         tower, width = vision_from_hf(section), int({**_TOWER.defaults, **section}["out_hidden_size"])
         return qwen_from_hf(name, {**(ids or {}), **config}, defaults, tower, width)

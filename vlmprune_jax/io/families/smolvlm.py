@@ -53,8 +53,7 @@ _TEMPLATE = Template(
 )
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = vision_from_hf(config.get("vision_config") or {}, -1, _TOWER)
     if tower.kind != "smolvlm":
         raise UserError(f"SmolVLM with a {tower.kind} vision tower is not supported (supported: {_TOWER})")

@@ -108,8 +108,8 @@ TOWERS = {
             "patches": PatchConfig(bias=True, temporal=1, channels_last=True),
         },
     ),
-    "intern_vit_6b": Tower("internvit", _INTERNVIT, _INTERNVIT_KEYS, **_OF_INTERNVIT),
     "internvl_vision": Tower("internvit", _INTERNVL, _INTERNVL_KEYS, **_OF_INTERNVIT),
+    "intern_vit_6b": Tower("internvit", _INTERNVIT, _INTERNVIT_KEYS, **_OF_INTERNVIT),
 }
 # Mean and standard deviation of each tower's training images (openai/clip, google/siglip, ImageNet).
 PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -243,7 +243,7 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
     """Return transformers' vision_config for a tower without the layers after the one whose features are used."""
     shape = vision.layers[0]
     config = {
-        "model_type": {tower.kind: model_type for model_type, tower in TOWERS.items()}[vision.kind],
+        "model_type": next(model_type for model_type, tower in TOWERS.items() if tower.kind == vision.kind),
         "hidden_size": vision.hidden_size,
         "intermediate_size": shape.sizes["mlp"],
         "num_attention_heads": shape.mixer.q_heads,
