@@ -211,7 +211,7 @@ def plain(name: str) -> str:
 
 def names_of_families() -> set[str]:
     """Families, model types, decoders, towers, prompt formats, classes and image processors, in small letters."""
-    found = {*templates(), *towers.KINDS, *towers.TYPES}
+    found = {*templates(), *towers.TOWERS, *(tower.kind for tower in towers.TOWERS.values())}
     for family in FAMILIES.values():
         found |= {family.name, *family.model_types, *family.image_processors}
         found |= {family.stock.name} if family.stock is not None else set()

@@ -10,7 +10,6 @@ from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.layers import Leaf, Projection, activation
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.families.fields import check_fields
-from vlmprune_jax.io.families.llama import DEFAULTS
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Weight
@@ -44,7 +43,7 @@ vp.encoders[Audio] = AudioEncoder
 
 
 def from_hf(config, vision):
-    text, audio = llama_like({**DEFAULTS, **config["text"]}, "llama"), config["audio"]
+    text, audio = llama_like(config["text"], "llama"), config["audio"]
     check_fields(audio, "config.json", "audio.")  # bounds the depth before layers are made
     mixer = Attention(audio["heads"], audio["heads"], head_dim=audio["head_dim"])
     layer = Layer(mixer, Dense(audio["neurons"], gated=False, activation="gelu"))

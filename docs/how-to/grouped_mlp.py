@@ -10,7 +10,6 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.models.context import lora_of
 from vlmprune_jax.core.models.layers import Leaf, Projection
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama import DEFAULTS
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.table import Decoder, Weight
 
@@ -51,7 +50,7 @@ vp.channels[Grouped] = GroupedMlp
 
 
 def from_hf(config):
-    text = llama_like({**DEFAULTS, **config}, "grouped")
+    text = llama_like(config, "grouped")
     channel = Grouped(groups=config["num_groups"], neurons=config["group_size"])
     return text.with_layers([dataclasses.replace(layer, channel=channel) for layer in text.layers])
 

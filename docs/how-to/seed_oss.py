@@ -29,7 +29,7 @@ DEFAULTS = {
 def from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**DEFAULTS, **config}
     biases = {"bias": config["attention_bias"], "out_bias": config["attention_out_bias"]}
-    return llama_like(config, "seed_oss", attention=biases, mlp_bias=config["mlp_bias"])
+    return llama_like(config, "seed_oss", attention=biases, dense={"bias": config["mlp_bias"]})
 
 
 vp.families["seed_oss"] = decoder_family(

@@ -300,13 +300,6 @@ def damaged(name, edit):
     return lambda held: {k: edit(v) if "layers.2." in k and k.endswith(name) else v for k, v in held.items()}
 
 
-def saved_by_transformers(held, neurons):
-    """The tensors in the order in memory, of experts of which one of two tensors has the same shape in both orders."""
-    shapes = {"gate_up_proj": (8, 2 * neurons, 28), "experts.down_proj": (8, 28, neurons)}
-    ends = {key: next((shape for end, shape in shapes.items() if key.endswith(end)), None) for key in held}
-    return {key: held[key] if shape is None else np.ones(shape, np.float32) for key, shape in ends.items()}
-
-
 def with_nan(array):
     array = array.copy()
     array[5, 3, 2] = np.nan
@@ -329,10 +322,6 @@ def with_nan(array):
         ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
         ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
         ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
-        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, lambda held: saved_by_transformers(held, 14),
-         r"down_proj has shape \[8, 28, 14\], .* \(transformers 5 saves experts transposed: use the folder"),
-        ("qwen3_vl_moe", {"moe_intermediate_size": 28}, lambda held: saved_by_transformers(held, 28),
-         r"gate_up_proj has shape \[8, 56, 28\], .* \(transformers 5 saves experts transposed: use the folder"),
         ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
         ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: set num_experts"),
         ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
@@ -351,6 +340,29 @@ def test_bad_files(goldens, tmp_path, family, fields, edit, message):
     with pytest.raises(UserError, match=message) as caught:
         vp.load(tmp_path / "model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("neurons", [12, 14, 28])
+def test_folders_that_transformers_5_saves(goldens, tmp_path, neurons):
+    """Its experts are transposed; with 14 or 28 neurons one matrix is square. Exports have the hub's layout."""
+    transformers, hub, saved = pytest.importorskip("transformers"), tmp_path / "hub", tmp_path / "saved"
+    shutil.copytree(goldens / "families/qwen3_vl_moe/ckpt", hub)
+    config = json.loads((hub / "config.json").read_text())
+    config["text_config"]["moe_intermediate_size"] = neurons
+    (hub / "config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(hub))
+    model.save_pretrained(saved)
+    held = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    fused = {key: value.swapaxes(1, 2) for key, value in held.items() if ".experts." in key}
+    assert Checkpoint(saved).entries[next(iter(fused))].shape == held[next(iter(fused))].shape
+    edit_weights(hub, lambda before: {key: fused.get(key, held[key]) for key in before})
+    expected = flatten(vp.load(hub).params)
+    for path, array in flatten(vp.load(saved).params).items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+    for name, source in (("loaded", vp.load(saved)), ("lazy", open_model(saved))):
+        vp.save(source, tmp_path / name, source_dir=saved, dtype="source")
+        for key, value in fused.items():
+            np.testing.assert_array_equal(Checkpoint(tmp_path / name)[key], value, err_msg=key)
 
 
 def test_a_plan_of_the_dense_sibling(goldens):

@@ -292,9 +292,7 @@ def match_keys(
         else:
             match.keys[name] = key
         if entry.shape != slot.hf_shape:
-            swapped = slot.entry is not None and entry.shape == (*slot.hf_shape[:-2], *slot.hf_shape[:-3:-1])
-            note = " (transformers 5 saves experts transposed: use the folder it was loaded from)" if swapped else ""
-            match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}{note}")
+            match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}")
         if entry.dtype not in WEIGHT_DTYPES:
             match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
     match.problems += [f"missing key {key}" for key in wanted if key not in match.keys]

@@ -32,7 +32,7 @@ from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_ke
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
 from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.families import Family, detect
-from vlmprune_jax.io.families.experts import with_separate_experts
+from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
 from vlmprune_jax.io.families.fields import check_fields
 
 # XLA on CPU uses a host buffer of this alignment without a copy.
@@ -113,7 +113,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
-    """Return the family and ModelConfig of a folder, from its JSON files only.
+    """Return the family and ModelConfig of a folder, from its JSON files (and its experts' shapes, if it has weights).
 
     generation_config.json supplies the ids of begin, end and padding tokens that config.json lacks. Raises UserError
     for an unknown family, unsupported settings or quantisation, or invalid fields.
@@ -142,6 +142,8 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         channels = [layer.channel for stack in cfg.stacks.values() for layer in stack.layers]
         for part in {*channels, *([] if cfg.projector is None else [cfg.projector])}:
             activation(getattr(part, "activation", "silu"))  # refuses unknown ones
+    if has_experts(cfg.text) and has_weights(folder):
+        family = as_stored(family, cfg, {key: entry.shape for key, entry in Checkpoint(folder).entries.items()})
     if family.video is not None and cfg.vision is not None:
         cfg = dataclasses.replace(cfg, video=load_video_config(folder, family.video))
     return family, cfg

@@ -35,7 +35,8 @@ from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
-from vlmprune_jax.io.families.experts import with_separate_experts
+from vlmprune_jax.io.families.decoders import decoder_of
+from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
 from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, vision_of
 
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
@@ -82,6 +83,7 @@ def make_tensors(
     Raises UserError if the source lacks a tensor of the model.
     """
     family = family_of(model.cfg) if source.storage is None else with_separate_experts(family_of(model.cfg))
+    family = as_stored(family, model.cfg, {key: entry.shape for key, entry in source.entries.items()})
     parameters = Weights.of(model, family, target.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
     tensors = by_key(make_slots(target.cfg, target.family))

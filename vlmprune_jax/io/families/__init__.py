@@ -7,24 +7,17 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.families import limits  # its engines are added to core.limits.ENGINES
-from vlmprune_jax.io.families.bunny import BUNNY
 from vlmprune_jax.io.families.gemma3 import GEMMA3
 from vlmprune_jax.io.families.gemma4 import GEMMA4
 from vlmprune_jax.io.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.io.families.lfm2_vl import LFM2, LFM2_VL
-from vlmprune_jax.io.families.llama import LLAMA
-from vlmprune_jax.io.families.llava import LLAVA_HF, LLAVA_ORIGINAL
-from vlmprune_jax.io.families.mistral import MISTRAL
-from vlmprune_jax.io.families.phi import PHI
-from vlmprune_jax.io.families.phi3 import PHI3
-from vlmprune_jax.io.families.qwen2 import QWEN2
+from vlmprune_jax.io.families.llama_like import LLAMA, MISTRAL, QWEN2, QWEN3
+from vlmprune_jax.io.families.llava import BUNNY, LLAVA_HF, LLAVA_ORIGINAL
+from vlmprune_jax.io.families.phi import PHI, PHI3
 from vlmprune_jax.io.families.qwen2_5_vl import QWEN2_5_VL
-from vlmprune_jax.io.families.qwen3 import QWEN3
-from vlmprune_jax.io.families.qwen3_5 import QWEN3_5
-from vlmprune_jax.io.families.qwen3_5_moe import QWEN3_5_MOE
-from vlmprune_jax.io.families.qwen3_moe import QWEN3_MOE
+from vlmprune_jax.io.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
+from vlmprune_jax.io.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE
 from vlmprune_jax.io.families.qwen3_vl import QWEN3_VL
-from vlmprune_jax.io.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlmprune_jax.io.families.smolvlm import SMOLVLM
 from vlmprune_jax.io.families.table import FAMILIES, Family, Weight, family_of, target_of
 from vlmprune_jax.io.families.templates import Template

@@ -1,4 +1,4 @@
-"""Decoders of all families by `model_type`, used alone and inside vision-language models."""
+"""Decoders of all families, alone and as the section of a vision-language model's config.json; settings of both."""
 
 from __future__ import annotations
 
@@ -10,8 +10,34 @@ from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.io.families.rope import for_both_versions
-from vlmprune_jax.io.families.shapes import token_ids
+from vlmprune_jax.io.families.shapes import tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
+
+# Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
+UNUSED = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
+
+# The reference's recovery as a partial experiment: fine-tunes adapters and projector with hidden-state distillation.
+# Source: VLM/llava/train/train_pruned.py (for Bunny: VLM/bunny/train/train_pruned.py). Its command line is not
+# published, so learning rates, batch size, schedule and adapters are those of LLaVA's own LoRA script.
+RECIPE: dict[str, Any] = {
+    "data": {"max_length": 2048, "template": "llava_v1", "aspect_ratio": "pad"},
+    "prune": {"heads": "proportional"},
+    "recover": {
+        "name": "sft_l2",
+        "trainable": "lora",
+        "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
+        "losses": {"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "student"},
+        "learning_rate": 2e-4,
+        "projector_learning_rate": 2e-5,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup_ratio": 0.03,
+        "epochs": 1.0,
+        "batch_size": 128,
+        "compute_dtype": "bfloat16",
+        "remat": "full",
+    },
+}
 
 
 def decoder_of(model_type: str) -> Decoder:
@@ -27,7 +53,7 @@ def decoder_of(model_type: str) -> Decoder:
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
-    return _config_of(decoder_of(config.get("model_type", "llama")), config)
+    return _read(decoder_of(config.get("model_type", "llama")), config)
 
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -35,36 +61,23 @@ def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 
-def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> JsonDict:
-    """Return a vision-language config with its decoder section updated for changed layers.
-
-    `tie_word_embeddings` is written to both, since transformers 4 and 5 read it from different places.
-    """
-    tied = {"tie_word_embeddings": text.tie_embeddings}
-    return {**config, **tied, "text_config": {**text_to_hf(text, source), **tied}}
-
-
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the decoder's weight table; its keys begin with `prefix`, and `head` is the key of lm_head."""
-    return _table_of(decoder_of(text.decoder), text, prefix, head)
+    decoder = decoder_of(text.decoder)
+    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
 
 
-def _config_of(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
+def _read(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
     text = decoder.from_hf(config)
     check_returned(decoder.from_hf, text, isinstance(text, TextConfig), "a core.config.TextConfig")
     return text
 
 
-def _table_of(decoder: Decoder, text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
-
-
 def decoder_family(decoder: Decoder) -> Family:
     """Return a family for a decoder without vision tower, in the transformers layout."""
 
-    def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-        del vision
-        text = dataclasses.replace(_config_of(decoder, config), head_bias=decoder.head_bias)
+    def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
+        text = dataclasses.replace(_read(decoder, config), head_bias=decoder.head_bias)
         return ModelConfig(family=decoder.model_type, layout="transformers", text=text, **token_ids(config))
 
     return Family(
@@ -73,12 +86,53 @@ def decoder_family(decoder: Decoder) -> Family:
         model_types=(decoder.model_type,),
         from_hf=from_hf,
         to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
-        weights=lambda cfg: _table_of(decoder, cfg.text, "model.", "lm_head.weight"),
-        # a tied output head that is stored in the file anyway is not read
-        ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+        weights=lambda cfg: checked_table(decoder.weights, decoder.weights(cfg.text, "model.", "lm_head.weight")),
+        ignored=UNUSED,
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),
         vllm_tpu=decoder.vllm_tpu,
         runs_in=decoder.runs_in,
         tried=decoder.tried,
     )
+
+
+def vlm_from_hf(
+    name: str, config: Mapping[str, Any], defaults: JsonDict, *, tied: bool, image_token: int, **fields: Any
+) -> ModelConfig:
+    """Return the ModelConfig of a transformers config.json with a section `text_config`.
+
+    `defaults` are those of the decoder's section, `tied` and `image_token` those of two fields outside of it; `fields`
+    are further fields of ModelConfig.
+    """
+    section = {**defaults, **(config.get("text_config") or {})}
+    shared = tied_embeddings(config, section, default=tied)
+    return ModelConfig(
+        family=name,
+        layout="transformers",
+        text=text_from_hf({**section, "tie_word_embeddings": shared}),
+        image_token_id=int(config.get("image_token_id", image_token)),
+        **{"feature_select": "full", **fields},
+        **vlm_token_ids(config, section),
+    )
+
+
+def vlm_to_hf(cfg: ModelConfig, config: JsonDict, defaults: JsonDict) -> JsonDict:
+    """Return config.json with its decoder section updated for changed layers; `defaults`: those of the section.
+
+    `tie_word_embeddings` is written to both, since transformers 4 and 5 read it from different places.
+    """
+    tied = {"tie_word_embeddings": cfg.text.tie_embeddings}
+    section = {**defaults, **(config.get("text_config") or {})}
+    return {**config, **tied, "text_config": {**text_to_hf(cfg.text, section), **tied}}
+
+
+def vlm_family(name: str, stock_class: str, *, stock: JsonDict | None = None, **fields: Any) -> Family:
+    """Return a family in transformers' layout, with the settings of most; `stock`, `fields`: those of Stock, Family."""
+    usual = {
+        "model_types": (name,),
+        "text_section": "text_config",
+        "ignored": UNUSED,
+        "recipe": {**RECIPE, "data": {"max_length": 4096}},
+        "stock": Stock(stock_class, "AutoModelForImageTextToText", **(stock or {})),
+    }
+    return Family(name=name, layout="transformers", **{**usual, **fields})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
@@ -24,6 +24,11 @@ def expert_count(config: Mapping[str, Any]) -> int:
         values = " but ".join(f"{name} is {count}" for name, count in counts.items()) or "num_experts is missing"
         raise UserError(f"{values}: set num_experts to the number of experts per layer in the weights")
     return next(iter(counts.values()))
+
+
+def with_expert_count(config: JsonDict, default: int) -> JsonDict:
+    """Return a decoder config with the default number of experts if neither of the two fields has one."""
+    return config if any(config.get(name) is not None for name in _COUNTS) else {**config, "num_experts": default}
 
 
 def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bool) -> TextConfig:
@@ -78,17 +83,23 @@ def experts_problem(text: TextConfig) -> str | None:
     return None if text.uniform else "its class needs equal numbers of experts and heads per layer: prune layers alike"
 
 
-def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tuple[str, str, str]) -> list[Weight]:
+# (Layouts of gate and up projection, and of the down projection; keys of the three below the experts' prefix.)
+FUSED = (("experts expert_mlp embed", "experts embed expert_mlp"), ("gate_up_proj", "gate_up_proj", "down_proj"))
+TRANSPOSED = (("experts embed expert_mlp", "experts expert_mlp embed"), FUSED[1])
+SEPARATE = (
+    ("expert_mlp embed", "embed expert_mlp"),
+    tuple(f"{{experts}}.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+
+
+def expert_weights(layer: str, experts: str, files: tuple[tuple[str, ...], tuple[str, ...]] = FUSED) -> list[Weight]:
     """Return the weight table entries of a layer's experts, with paths under `layer`/mlp/experts.
 
-    `experts`: prefix of the checkpoint keys; `keys`: what follows it for gate, up and down projection. `layouts`: the
-    stored layout of gate and up projection, and that of the down projection.
+    `experts`: prefix of the checkpoint keys. `files`: layouts and keys, such as `FUSED`.
     """
-    names = ("gate_proj", "up_proj", "down_proj")
-    return [
-        Weight(f"{layer}/mlp/experts/{name}/weight", experts + key, layouts[name == "down_proj"])
-        for name, key in zip(names, keys, strict=True)
-    ]
+    (inner, down), keys = files
+    lines = zip(("gate_proj", "up_proj", "down_proj"), keys, (inner, inner, down), strict=True)
+    return [Weight(f"{layer}/mlp/experts/{name}/weight", experts + key, layout) for name, key, layout in lines]
 
 
 def with_separate_experts(family: Family) -> Family:
@@ -96,25 +107,59 @@ def with_separate_experts(family: Family) -> Family:
 
     def separated(line: Weight) -> Weight:
         before, experts, _ = line.key.rpartition("experts.")
-        if "/experts/" not in line.path or "{experts}" in line.key:
-            return line
         name = line.path.split("/")[-2]
-        layout = "embed expert_mlp" if name == "down_proj" else "expert_mlp embed"
+        layout = SEPARATE[0][name == "down_proj"]
         return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", layout)
 
+    return _with_fused_experts(family, separated)
+
+
+def as_stored(family: Family, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Family:
+    """Return the family with the layout that the experts' fused matrices have in a checkpoint.
+
+    Transformers 5 saves those of Qwen3-VL transposed. One of the two matrices of an expert may be square, so the others
+    decide for all.
+
+    Args:
+      family: family of the checkpoint, whose weight table has the hub's layout.
+      shapes: {checkpoint key: shape}.
+    """
+    shapes = {family.canonical(key): shape for key, shape in shapes.items()} if has_experts(cfg.text) else {}
+    transposed = set[bool]()
+    for line in family.weights(cfg) if shapes else ():
+        for shape in [shapes.get(line.at(i).key, ()) for i in range(len(cfg.text.layers))]:
+            if _is_fused_expert(line) and len(shape) == 3 and shape[1] != shape[2]:
+                transposed.add(shape[line.layout.split().index("embed")] != cfg.text.hidden_size)
+
+    def turned(line: Weight) -> Weight:
+        experts, rows, columns = line.layout.split()
+        return dataclasses.replace(line, layout=f"{experts} {columns} {rows}")
+
+    return _with_fused_experts(family, turned) if transposed == {True} else family
+
+
+def _is_fused_expert(line: Weight) -> bool:
+    """Return True for a matrix of each expert that is stored in one tensor with those of the others."""
+    return "/experts/" in line.path and "{experts}" not in line.key
+
+
+def _with_fused_experts(family: Family, change: Callable[[Weight], Weight]) -> Family:
+    """Return the family with changed entries of experts that share a tensor."""
+
     def weights(cfg: ModelConfig) -> list[Weight]:
-        return [separated(line) for line in checked_table(family.weights, family.weights(cfg))]
+        table = checked_table(family.weights, family.weights(cfg))
+        return [change(line) if _is_fused_expert(line) else line for line in table]
 
     return dataclasses.replace(family, weights=weights)
 
 
 def qwen_expert_weights(
-    text: TextConfig, prefix: str, head: str, layouts: tuple[str, str], keys: tuple[str, str, str]
+    text: TextConfig, prefix: str, head: str, files: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> list[Weight]:
-    """Return the weight table of a Qwen decoder with experts; `layouts` and `keys` describe the experts' tensors."""
+    """Return the weight table of a Qwen decoder with experts; `files` as in `expert_weights`."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}.mlp"
     table = llama_like_weights(text, prefix, head)
     if not any("mlp" in layer.sizes for layer in text.layers):  # no dense layer
         table = [line for line in table if "/mlp/" not in line.path]
     router = Weight(f"{layer}/mlp/router/weight", f"{key}.gate.weight", "experts embed")
-    return [*table, router, *expert_weights(layer, f"{key}.experts.", layouts, keys)]
+    return [*table, router, *expert_weights(layer, f"{key}.experts.", files)]

@@ -11,14 +11,14 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.llava import RECIPE
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template
-from vlmprune_jax.io.families.towers import vision_from_hf, vision_of, vision_to_hf, vision_weights
+from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of, vision_to_hf
 
 CAUSAL = "on CPUs, images are masked causally"  # vLLM's attention there ignores where images are
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
@@ -81,24 +81,24 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
     return {kind: {"rope_type": "default", "rope_theta": THETA[kind], **fields} for kind, fields in stated.items()}
 
 
-def _windows(config: Mapping[str, Any]) -> list[int | None]:
+def gemma_windows(config: Mapping[str, Any]) -> list[int | None]:
+    """Return each layer's sliding window size (None = full attention): by default, every sixth layer has none."""
     n_layers, pattern = int(config["num_hidden_layers"]), int(config.get("sliding_window_pattern") or 6)
     types = config.get("layer_types") or [_SLIDING if (i + 1) % pattern else _FULL for i in range(n_layers)]
-    return windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
+    return windows_from_hf({**config, "use_sliding_window": True, "layer_types": types})
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
     if config.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention true of Gemma 3 is not supported: such a model is an encoder")
-    bias, ropes = bool(config.get("attention_bias", False)), _ropes(config)
+    ropes = _ropes(config)
     return llama_like(
         {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
         _DECODER,
-        windows=_windows(config),
+        windows=gemma_windows,
+        biased=True,
         attention={
-            "bias": bias,
-            "out_bias": bias,
             "qk_norm": True,
             "scale": float(config["query_pre_attn_scalar"]) ** -0.5,
             "sees_images": True,
@@ -125,7 +125,6 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
     heads = {shape.mixer.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.uniform and text.hidden_size % count)
     if not wrong:
@@ -154,10 +153,7 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return [line for line in table if line.path not in {norm.path for norm in norms}] + norms
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    section = {**_TEXT, **(config.get("text_config") or {})}
-    text = text_from_hf({**section, "tie_word_embeddings": tied_embeddings(config, section, default=True)})
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = dataclasses.replace(vision_from_hf(config.get("vision_config") or {}, -1, _TOWER), post_norm=True)
     tokens, grid = int(config.get("mm_tokens_per_image") or 256), tower.grid
     side = math.isqrt(tokens)
@@ -176,50 +172,29 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         inputs_first=True,
         downsample=grid // side,
     )
-    return ModelConfig(
-        family="gemma3",
-        layout="transformers",
-        text=text,
-        vision=tower,
-        projector=projector,
-        image_token_id=int(config.get("image_token_id") or config.get("image_token_index") or 262144),
-        feature_select="full",
-        **vlm_token_ids(config, section),
-    )
+    token = int(config.get("image_token_index") or 262144)
+    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=token, vision=tower, projector=projector)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = vision_to_hf(vision_of(cfg), source, _TOWER, None)
-    return vlm_text_to_hf(cfg.text, config, {**_TEXT, **(source.get("text_config") or {})})
+    return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, _TOWER), _TEXT)
 
 
 # The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.
-GEMMA3 = Family(
-    name="gemma3",
-    layout="transformers",
-    model_types=("gemma3",),
+GEMMA3 = vlm_family(
+    "gemma3",
+    "Gemma3ForConditionalGeneration",
     from_hf=_from_hf,
     to_hf=_to_hf,
-    text_section="text_config",
     weights=lambda cfg: [
         *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
         Weight("projector/pool_norm/weight", "multi_modal_projector.mm_soft_emb_norm.weight", "vision"),
         Weight("projector/linear/weight", "multi_modal_projector.mm_input_projection_weight", "vision embed"),
-        *vision_weights(vision_of(cfg), "vision_tower.vision_model."),
+        *TOWERS[_TOWER].weights(vision_of(cfg), "vision_tower.vision_model."),
     ],
-    renames=(
-        (r"^model\.language_model\.", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-    ),
+    renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
-    modules=(
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^language_model\.lm_head", "lm_head"),
-        (r"^vision_tower\.vision_model\.", "model.vision_tower."),
-        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-    ),
+    modules=HF_MODULES,
     ignored=(
         r".*\.rotary_emb\.inv_freq",
         r"language_model\.lm_head\.weight",
@@ -228,7 +203,6 @@ GEMMA3 = Family(
     templates=(_TEMPLATE,),
     image_processors=("Gemma3",),
     images="crops",
-    recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
         _DECODER,
         "Gemma3ForCausalLM",
@@ -239,7 +213,6 @@ GEMMA3 = Family(
         gguf=(gguf.GEMMA3,),
         problem=_problem,
     ),
-    stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
     runs_in=("vllm", "mlx", "openvino"),
     tried={"vllm": f"layers, heads and neurons; {CAUSAL}", "mlx": "images differ", "openvino": "layers and heads"},
     engine_problem=_engine_problem,

@@ -12,22 +12,21 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
-from vlmprune_jax.io.families.gemma3 import CAUSAL, NORMS, THETA
-from vlmprune_jax.io.families.gemma4_tower import tower_weights, vision_from_hf
+from vlmprune_jax.io.families.gemma3 import CAUSAL, NORMS, THETA, gemma_windows
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.llava import RECIPE
 from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.towers import equal_shape, vision_of
+from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys
+from vlmprune_jax.io.families.towers import projector_of, vision_of
 
 _DECODER = "gemma4_text"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -110,21 +109,18 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     if config.get("use_bidirectional_attention") == "all":
         raise UserError("use_bidirectional_attention 'all' of Gemma 4 is not supported")
     n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
-    types = config.get("layer_types") or [_SLIDING if (i + 1) % 6 else _FULL for i in range(n_layers)]
-    windows = windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
+    windows = gemma_windows(config)
     full_head_dim, full_kv_heads = _full_heads(config, windows)
     extra, double = int(config["hidden_size_per_layer_input"] or 0), bool(config.get("use_double_wide_mlp"))
     if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
         raise UserError("vocab_size_per_layer_input must equal vocab_size: trim both embedding tables alike")
-    bias = bool(config.get("attention_bias", False))
     text = llama_like(
         {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
         _DECODER,
-        windows=windows,
+        windows=gemma_windows,
+        biased=True,
         attention={
             "head_dim": full_head_dim,
-            "bias": bias,
-            "out_bias": bias,
             "qk_norm": True,
             "v_norm": True,
             "scale": 1.0,
@@ -224,51 +220,106 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     paths = {line.path for line in weights}
     table = [line for line in llama_like_weights(text, prefix, head) if line.path not in paths]
     if has_experts(text):
-        layouts = ("experts expert_mlp embed", "experts embed expert_mlp")
-        files = ("gate_up_proj", "gate_up_proj", "down_proj")
-        weights += expert_weights(layer, f"{key}.experts.", layouts, files)
+        weights += expert_weights(layer, f"{key}.experts.")
         weights += [Weight(f"{layer}/mlp/{path}/weight", f"{key}.{name}", axes) for path, (name, axes) in _MOE.items()]
         table = [dataclasses.replace(line, path=line.path.replace("/mlp/", "/mlp/dense/")) for line in table]
     return table + weights
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    section, tower = {**_TEXT, **(config.get("text_config") or {})}, config.get("vision_config")
-    if tower is None:
-        raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")
-    seen = vision_from_hf(tower)
-    return ModelConfig(
-        family="gemma4",
-        layout="transformers",
-        text=text_from_hf({**section, "tie_word_embeddings": tied_embeddings(config, section, default=True)}),
-        vision=seen,
-        projector=ProjectorConfig(
-            activation="gelu",
-            bias=False,
-            kind="pool",
-            norm="rms",
-            norm_eps=seen.block.norm_eps,
-            plain_norm=True,
-            downsample=seen.merge,
-            feature_scale=math.sqrt(seen.hidden_size),
-            standardizes=bool(tower.get("standardize")),
+# Clipped projections have their bounds beside `linear.weight`.
+_TOWER = Tower(
+    "gemma4",
+    {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "head_dim": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "pooling_kernel_size": 3,
+        "patch_size": 16,
+        "position_embedding_size": 10240,
+        "use_clipped_linears": False,
+        "standardize": False,
+    },
+    {
+        "patch_embedding": "patch_embedder.input_proj.weight",
+        "position_embedding": "patch_embedder.position_embedding_table",
+        **block_keys(
+            "encoder.layers",
+            {
+                "layer_norm1": "input_layernorm",
+                "attention_output_norm": "post_attention_layernorm",
+                "layer_norm2": "pre_feedforward_layernorm",
+                "mlp_output_norm": "post_feedforward_layernorm",
+                "self_attn/q_norm": "self_attn.q_norm",
+                "self_attn/k_norm": "self_attn.k_norm",
+                **{f"self_attn/{name}_proj": f"self_attn.{name}_proj.linear" for name in "qkv"},
+                "self_attn/out_proj": "self_attn.o_proj.linear",
+                **{f"mlp/{name}_proj": f"mlp.{name}_proj.linear" for name in ("gate", "up", "down")},
+            },
         ),
-        image_token_id=int(config.get("image_token_id") or 258880),
-        video_token_id=int(config.get("video_token_id") or 258884),
-        feature_select="full",
-        **vlm_token_ids(config, section),
+    },
+    fields=FIELDS | {"kv_heads": "num_key_value_heads", "activation": "hidden_activation", "norm_eps": "rms_norm_eps"},
+    rope_theta=100.0,
+    attention={"rope_parts": 2, "scale": 1.0, "qk_norm": True, "v_norm": True, "bias": False},
+    dense={},
+    block={},
+    vision={"class_token": False, "pre_norm": False, "channels": 3},
+)
+_TYPICAL = 16  # tokens per side of a typical image: the default budget is 280 tokens
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    section = _TOWER.filled(config)
+    merge = int(section["pooling_kernel_size"])
+    if section.get("attention_bias"):
+        raise UserError("vision tower: attention_bias true is not supported")
+    return _TOWER.read(
+        section,
+        block={"norm_place": "both", "clips": bool(section["use_clipped_linears"])},
+        image_size=_TYPICAL * merge * int(section["patch_size"]),
+        merge=merge,
+        positions=PositionTable(by_axis=int(section["position_embedding_size"])),
+        patches=PatchConfig(temporal=1, channels_last=True, centres=True),
     )
 
 
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
+    section = config.get("vision_config")
+    if section is None:
+        raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")
+    tower = _vision_from_hf(section)
+    projector = ProjectorConfig(
+        activation="gelu",
+        bias=False,
+        kind="pool",
+        norm="rms",
+        norm_eps=tower.block.norm_eps,
+        plain_norm=True,
+        downsample=tower.merge,
+        feature_scale=math.sqrt(tower.hidden_size),
+        standardizes=bool(section.get("standardize")),
+    )
+    video = int(config.get("video_token_id") or 258884)
+    parts = {"vision": tower, "projector": projector, "video_token_id": video}
+    return vlm_from_hf("gemma4", config, _TEXT, tied=True, image_token=258880, **parts)
+
+
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    vision, old = vision_of(cfg), source.get("vision_config") or {}
-    if vision_from_hf(old).layers != vision.layers:
-        shape = equal_shape(vision)
-        new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.mixer.q_heads}
-        new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.sizes["mlp"]}
-        source = {**source, "vision_config": {**old, **new}}
-    return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
+    before = _vision_from_hf(source.get("vision_config") or {})
+    return vlm_to_hf(cfg, _TOWER.write(vision_of(cfg), source, before), _TEXT)
+
+
+def _weights(cfg: ModelConfig) -> list[Weight]:
+    tower = "model.vision_tower."
+    table = text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+    table += _TOWER.weights(vision_of(cfg), tower)
+    for name in ("std_bias", "std_scale") if projector_of(cfg).standardizes else ():
+        table.append(Weight(f"projector/{name}/weight", tower + name, "vision"))
+    return [*table, Weight("projector/linear/weight", "model.embed_vision.embedding_projection.weight", "embed vision")]
 
 
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
@@ -279,26 +330,19 @@ def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
     return None
 
 
-GEMMA4 = Family(
-    name="gemma4",
-    layout="transformers",
-    model_types=("gemma4",),
+GEMMA4 = vlm_family(
+    "gemma4",
+    "Gemma4ForConditionalGeneration",
     from_hf=_from_hf,
     to_hf=_to_hf,
-    text_section="text_config",
-    weights=lambda cfg: text_weights(cfg.text, "model.language_model.", "lm_head.weight") + tower_weights(cfg),
-    ignored=(
-        r".*\.rotary_emb\.inv_freq",
-        r"lm_head\.weight",
-        r"model\.(audio_tower|embed_audio)\..*",
-    ),
+    weights=_weights,
+    ignored=(*UNUSED, r"model\.(audio_tower|embed_audio)\..*"),
     dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
     templates=(_TEMPLATE,),
     image_processors=("Gemma4",),
     images="budget",
     budget_field="default_output_length",
     video=VideoConfig("starts", num_frames=32, max_soft_tokens=70, mean=(0.0,) * 3, std=(1.0,) * 3),
-    recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
         _DECODER,
         "Gemma4ForCausalLM",
@@ -308,7 +352,6 @@ GEMMA4 = Family(
         gguf=(gguf.GEMMA4,),
         problem=_problem,
     ),
-    stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
     vllm_tpu="jax",
     runs_in=("vllm", "mlx", "openvino"),
     tried={

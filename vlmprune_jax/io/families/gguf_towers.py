@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
-from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.io.families.gguf import TANH_GELU, block_tensors, full_attention_period
+from vlmprune_jax.io.families.towers import projector_of, vision_of
 
 TOWER = "clip"  # general.architecture
 _TOWER_TENSORS = {
@@ -24,9 +24,7 @@ _TOWER_TENSORS = {
         "v.blk",
         {
             "layer_norm1": "ln1",
-            "self_attn/q_proj": "attn_q",
-            "self_attn/k_proj": "attn_k",
-            "self_attn/v_proj": "attn_v",
+            **{f"self_attn/{name}_proj": f"attn_{name}" for name in "qkv"},
             "self_attn/out_proj": "attn_out",
             "self_attn/q_norm": "attn_q_norm",
             "self_attn/k_norm": "attn_k_norm",
@@ -36,9 +34,7 @@ _TOWER_TENSORS = {
             "layer_norm2": "ln2",
             "mlp/fc1": "ffn_up",
             "mlp/fc2": "ffn_down",
-            "mlp/gate_proj": "ffn_gate",
-            "mlp/up_proj": "ffn_up",
-            "mlp/down_proj": "ffn_down",
+            **{f"mlp/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
             "layer_scale2": "ls2",
         },
     ),
@@ -72,7 +68,7 @@ _POOLED_ROPE_BASE, LEAST_TOKENS = 100.0, 70  # constants of Gemma 4's graph: rot
 
 
 def _graph(cfg: ModelConfig) -> str:
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     if projector.pools:
         return _POOLED_ANY_SIZE if vision.dynamic_resolution else _POOLED
     if projector.kind == "pixel_shuffle" and vision.dynamic_resolution:
@@ -82,12 +78,6 @@ def _graph(cfg: ModelConfig) -> str:
     return _WINDOWS if vision.block.norm == "rms" else _DEEPSTACK
 
 
-def _vision_and_projector(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConfig]:
-    assert cfg.vision is not None
-    assert cfg.projector is not None
-    return cfg.vision, cfg.projector
-
-
 def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
     """Return {module path in `params["vision"]`: GGUF tensor name}, with `{i}` for the layer number."""
     return _TOWER_TENSORS | _JOINED_QKV if _graph(cfg) == _DEEPSTACK else _TOWER_TENSORS
@@ -95,7 +85,7 @@ def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
     """Return {module path in `params["projector"]`: GGUF tensor name}."""
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     if _graph(cfg) == _UNSHUFFLE:
         return {"layer_norm": "mm.input_norm", "linear_1": "mm.1", "linear_2": "mm.2"}
     return _PROJECTORS[projector.kind] | {
@@ -107,7 +97,7 @@ def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
     """Return a feature of tower or projector that llama.cpp does not implement; None if it has all."""
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     wrong = {
         f"tower with activation {vision.channel.activation}": vision.channel.activation
         not in (*_GELU, "quick_gelu", "silu"),
@@ -124,7 +114,7 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
 
 def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
     """Return {unsupported feature: True if the model has it}, for towers with one image size."""
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     select = "patch" if vision.class_token else "full"
     size = 0 if vision.positions is None else vision.positions.image_size
     wrong = {
@@ -147,7 +137,7 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 
 def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     """Return {unsupported feature: True if the model has it} for towers with images of any size."""
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     if _graph(cfg) == _UNSHUFFLE:
         eps = projector.norm_eps
         return {f"projector with layer norm eps {eps:g} ({_NORM_EPS:g})": projector.input_norm and eps != _NORM_EPS}
@@ -180,7 +170,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     A name in the result is a GGUF key, or the NAME of a method `add_NAME` of `gguf.GGUFWriter`. `cut`: additional
     metadata about the tiles of an image.
     """
-    vision, projector = _vision_and_projector(cfg)
+    vision, projector = vision_of(cfg), projector_of(cfg)
     size = (vision.dynamic_resolution and vision.positions and vision.positions.image_size) or vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,

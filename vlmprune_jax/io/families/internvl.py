@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
-from vlmprune_jax.io.families.shapes import layers_to_hf, tied_embeddings, token_ids, vlm_token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
+from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
+from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig, whole_number
 from vlmprune_jax.io.families.towers import (
     PIXELS,
-    internvit_weights,
+    TOWERS,
     projector_of,
     projector_weights,
     vision_from_hf,
@@ -31,6 +31,7 @@ from vlmprune_jax.io.families.towers import (
 _PROJECTOR_EPS = 1e-5
 # The vocabulary ends with <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
 _IMAGE_TOKEN_FROM_END = 7
+_TEXT: JsonDict = {"model_type": "qwen2"}  # default of transformers' InternVLConfig
 # Defaults of InternVLChatConfig in the hub's remote code.
 _TILE_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
 
@@ -111,52 +112,44 @@ def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     )
 
 
-def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    text = text_from_hf({"model_type": "llama", **(config.get("llm_config") or {})})
-    layer = config.get("select_layer", -1)
-    tower = vision_from_hf(config.get("vision_config") or {}, layer, "intern_vit_6b", config.get("force_image_size"))
+def _tower(config: Mapping[str, Any], name: str, layer: Any, default: str, size: int | None = None) -> VisionConfig:
+    """Return the VisionConfig of config.json, whose tower must be an InternViT; `default`: the supported type."""
+    tower = vision_from_hf(config.get("vision_config") or {}, layer, default, size)
     if tower.kind != "internvit":
-        raise UserError(f"InternVL-Chat with a {tower.kind} vision tower is not supported (supported: intern_vit_6b)")
-    ids = token_ids({**(config.get("llm_config") or {}), **config})
+        raise UserError(f"{name} with a {tower.kind} vision tower is not supported (supported: {default})")
+    return tower
+
+
+def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
+    section = config.get("llm_config") or {}
+    text, ids = text_from_hf({"model_type": "llama", **section}), token_ids({**section, **config})
     end = config.get("chat_end_token_id")
     if end is not None and end not in ids["eos_token_ids"]:
         ids["eos_token_ids"] = (*ids["eos_token_ids"], end)
+    size = config.get("force_image_size")
     return ModelConfig(
         family="internvl",
         layout="original",
         text=text,
-        vision=tower,
+        vision=_tower(config, "InternVL-Chat", config.get("select_layer", -1), "intern_vit_6b", size),
         projector=_projector(config, config.get("ps_version", "v1")),
         image_token_id=int(config.get("image_token_id", text.vocab_size - _IMAGE_TOKEN_FROM_END)),
         **ids,
     )
 
 
-def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    text = {"model_type": "qwen2", **(config.get("text_config") or {})}
-    text["tie_word_embeddings"] = tied_embeddings(config, text, default=True)
+def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")
-    tower = vision_from_hf(config.get("vision_config") or {}, config.get("vision_feature_layer", -1), "internvl_vision")
-    if tower.kind != "internvit":
-        raise UserError(f"InternVL with a {tower.kind} vision tower is not supported (supported: internvl_vision)")
-    return ModelConfig(
-        family="internvl",
-        layout="transformers",
-        text=text_from_hf(text),
-        vision=tower,
-        projector=_projector(config, "v2"),
-        image_token_id=int(config.get("image_token_id", 151667)),
-        **vlm_token_ids(config, text),
-    )
+    tower = _tower(config, "InternVL", config.get("vision_feature_layer", -1), "internvl_vision")
+    parts = {"vision": tower, "projector": _projector(config, "v2"), "feature_select": "patch"}
+    return vlm_from_hf("internvl", config, _TEXT, tied=True, image_token=151667, **parts)
 
 
 def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
-    return vlm_text_to_hf(cfg.text, config, {"model_type": "qwen2", **(source.get("text_config") or {})})
+    return vlm_to_hf(cfg, config, _TEXT)
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -266,7 +259,7 @@ INTERNVL_ORIGINAL = Family(
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))
-        + internvit_weights(vision_of(cfg), "vision_model.", native=False)
+        + TOWERS["intern_vit_6b"].weights(vision_of(cfg), "vision_model.")
     ),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
@@ -288,17 +281,16 @@ INTERNVL_ORIGINAL = Family(
     conversion=Conversion(to="internvl", new_token="<video>", marks_images=False),
 )
 
-INTERNVL_HF = Family(
-    name="internvl",
-    layout="transformers",
-    model_types=("internvl",),
+INTERNVL_HF = vlm_family(
+    "internvl",
+    "InternVLForConditionalGeneration",
+    stock={"image_token": "image_token_id", "config": _stock_config, "lacks": _lacks, "processor": _processor},
     from_hf=_native_from_hf,
     to_hf=_native_to_hf,
-    text_section="text_config",
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2"))
-        + internvit_weights(vision_of(cfg), "vision_tower.", native=True)
+        + TOWERS["internvl_vision"].weights(vision_of(cfg), "vision_tower.")
     ),
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,
@@ -315,12 +307,4 @@ INTERNVL_HF = Family(
     recipe=_RECIPE,
     runs_in=("vllm", "mlx"),
     tried={"vllm": "", "mlx": ""},
-    stock=Stock(
-        "InternVLForConditionalGeneration",
-        "AutoModelForImageTextToText",
-        image_token="image_token_id",
-        config=_stock_config,
-        lacks=_lacks,
-        processor=_processor,
-    ),
 )

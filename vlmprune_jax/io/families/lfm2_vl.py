@@ -11,26 +11,19 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import decoder_family, text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import decoder_family, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.llava import RECIPE
-from vlmprune_jax.io.families.patch_towers import square_side
-from vlmprune_jax.io.families.shapes import (
-    hybrid_layers,
-    hybrid_layers_to_hf,
-    hybrid_problem,
-    tied_embeddings,
-    vlm_token_ids,
-)
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, tied_embeddings
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import QWEN3_VL
+from vlmprune_jax.io.families.tower import position_side
 from vlmprune_jax.io.families.towers import (
+    TOWERS,
     projector_of,
     projector_weights,
     vision_from_hf,
     vision_of,
     vision_to_hf,
-    vision_weights,
 )
 
 # Defaults of the config classes in transformers.
@@ -147,69 +140,58 @@ _TEMPLATE = dataclasses.replace(
 
 def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
     full = {"num_patches": 256, "patch_size": 16, **{name: x for name, x in config.items() if x is not None}}
-    side, patch = square_side(int(full["num_patches"])), int(full["patch_size"])
+    side, patch = position_side(int(full["num_patches"])), int(full["patch_size"])
     tower = {**full, "model_type": _TOWER, "image_size": side * patch}
     return dataclasses.replace(vision_from_hf(tower, -1, _TOWER, max(side // merge, 1) * merge * patch), merge=merge)
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    section, merge = _tied({**_TEXT, **(config.get("text_config") or {})}), int(config.get("downsample_factor", 2))
-    tied = tied_embeddings(_tied(config), section, default=True)
-    return ModelConfig(
-        family="lfm2_vl",
-        layout="transformers",
-        text=text_from_hf({**section, "tie_embedding": tied}),
-        vision=_vision_from_hf(config.get("vision_config") or {}, merge),
-        projector=ProjectorConfig(
-            activation=config.get("projector_hidden_act", "gelu"),
-            bias=bool(config.get("projector_bias", True)),
-            kind="pixel_shuffle",
-            input_norm=bool(config.get("projector_use_layernorm", True)),
-            norm_eps=1e-5,
-            downsample=merge,
-            hidden_size=int(config.get("projector_hidden_size", 2560)),
-        ),
-        image_token_id=int(config.get("image_token_id", 396)),
-        feature_select="full",
-        **vlm_token_ids(config, section),
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
+    merge = int(config.get("downsample_factor", 2))
+    projector = ProjectorConfig(
+        activation=config.get("projector_hidden_act", "gelu"),
+        bias=bool(config.get("projector_bias", True)),
+        kind="pixel_shuffle",
+        input_norm=bool(config.get("projector_use_layernorm", True)),
+        norm_eps=1e-5,
+        downsample=merge,
+        hidden_size=int(config.get("projector_hidden_size", 2560)),
     )
+    tower = _vision_from_hf(config.get("vision_config") or {}, merge)
+    section = _tied({**_TEXT, **(config.get("text_config") or {})})
+    section["tie_embedding"] = tied_embeddings(_tied(config), section, default=True)
+    config = {**config, "text_config": section}
+    return vlm_from_hf("lfm2_vl", config, {}, tied=True, image_token=396, vision=tower, projector=projector)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     vision, old = vision_of(cfg), source.get("vision_config") or {}
     read = {**source, "vision_config": {**old, "model_type": _TOWER, "image_size": vision.image_size}}
-    tower = {**vision_to_hf(vision, read, _TOWER, None)["vision_config"], "vision_use_head": False}
+    tower = {**vision_to_hf(vision, read, _TOWER)["vision_config"], "vision_use_head": False}
     tower = {name: value for name, value in tower.items() if name != "image_size" or name in old}
-    config = {**source, "vision_config": tower}
-    return vlm_text_to_hf(cfg.text, config, {**_TEXT, **(source.get("text_config") or {})})
+    return vlm_to_hf(cfg, {**source, "vision_config": tower}, _TEXT)
 
 
 def _weights(cfg: ModelConfig) -> list[Weight]:
-    vision, projector = vision_of(cfg), projector_of(cfg)
+    projector = projector_of(cfg)
     names = ("layer_norm", "linear_1", "linear_2")[not projector.input_norm :]
     return [
         *text_weights(cfg.text, "model.language_model.", "lm_head.weight"),
         *projector_weights(projector, "model.multi_modal_projector.", names),
-        *vision_weights(vision, "model.vision_tower."),
+        *TOWERS[_TOWER].weights(vision_of(cfg), "model.vision_tower."),
     ]
 
 
-LFM2_VL = Family(
-    name="lfm2_vl",
-    layout="transformers",
+LFM2_VL = vlm_family(
+    "lfm2_vl",
+    "Lfm2VlForConditionalGeneration",
     model_types=("lfm2_vl", "lfm2-vl"),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    text_section="text_config",
     weights=_weights,
     renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
-    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     dropped=(r"model\.vision_tower\.head\..*",),
     templates=(_TEMPLATE,),
     image_processors=("Lfm2Vl",),
     images="naflex",
-    recipe={**RECIPE, "data": {"max_length": 4096}},
     runs_in=("vllm", "mlx"),
-    stock=Stock("Lfm2VlForConditionalGeneration", "AutoModelForImageTextToText"),
 )

@@ -1,48 +1,82 @@
-"""Config fields and weight names shared by Llama, Mistral, Qwen2, Qwen3 and similar decoders."""
+"""Llama, and decoders with the same blocks: Mistral, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.stack import BlockConfig
+from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import layers_from_hf
-from vlmprune_jax.io.families.table import Weight
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf, same_windows, windows_from_hf
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+
+# Defaults of the config classes in transformers: Llama's, and what differs in others.
+_LLAMA: JsonDict = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+_MISTRAL: JsonDict = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+_QWEN2: JsonDict = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
 
 
 def llama_like(
     config: Mapping[str, Any],
     decoder: str,
     *,
-    windows: Sequence[int | None] = (),
+    defaults: Mapping[str, Any] | None = None,
+    windows: Callable[[Mapping[str, Any]], Sequence[int | None]] | None = None,
+    biased: bool = False,
     attention: Mapping[str, Any] | None = None,
     local: Mapping[str, Any] | None = None,
-    mlp_bias: bool = False,
+    dense: Mapping[str, Any] | None = None,
     block: Mapping[str, Any] | None = None,
     **traits: Any,
 ) -> TextConfig:
     """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
-    `vocab_size`, `intermediate_size` and `max_position_embeddings` are required; other absent fields take LlamaConfig's
-    defaults. `windows` has the sliding window of each layer (empty: full attention). `attention`, `block` and `traits`
-    are fields of Attention, BlockConfig and TextConfig; `local` overrides those of attention with a window. By default
-    the decoder has no biases and no norm of queries and keys.
+    Absent fields take `defaults`, and then LlamaConfig's. `windows` returns the sliding window of each layer (None:
+    full attention everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases.
+    `attention`, `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local`
+    overrides those of attention with a window. By default the decoder has no biases and no norm of queries and keys.
     """
-    hidden = int(config.get("hidden_size", 4096))
-    heads = int(config.get("num_attention_heads", 32))
+    config = {**_LLAMA, **(defaults or {}), **config}
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
-    widths = (heads, kv_heads, int(config["intermediate_size"]))
-    dense = {"activation": config.get("hidden_act", "silu"), "bias": mlp_bias}
-    windows = windows or [None] * int(config.get("num_hidden_layers", 32))
-    attention = {"head_dim": head_dim, "rope": rope_from_hf(config), **(attention or {})}
+    bias = biased and bool(config.get("attention_bias", False))
     return TextConfig(
         hidden_size=hidden,
-        layers=layers_from_hf(config, widths, windows, attention, local or {}, dense),
-        block=BlockConfig(norm_eps=float(config.get("rms_norm_eps", 1e-6)), **(block or {})),
+        layers=layers_from_hf(
+            config,
+            (heads, kv_heads, int(config["intermediate_size"])),
+            [None] * int(config["num_hidden_layers"]) if windows is None else windows(config),
+            {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias, **(attention or {})},
+            local or {},
+            {"activation": config["hidden_act"], **(dense or {})},
+        ),
+        block=BlockConfig(norm_eps=float(config["rms_norm_eps"]), **(block or {})),
         vocab_size=int(config["vocab_size"]),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config["max_position_embeddings"]),
@@ -78,3 +112,100 @@ def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]
     if not text.tie_embeddings:
         table.append(Weight("text/lm_head/weight", head, "vocab embed"))
     return table
+
+
+def _llama_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    return llama_like(config, "llama", biased=True, dense={"bias": bool(config.get("mlp_bias", False))})
+
+
+def _llama_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Llama config with its layer counts and widths updated; other fields are kept.
+
+    If the number of heads no longer divides `hidden_size`, the model is written as Mistral: transformers 5's config
+    class of Llama refuses it, Mistral's accepts an explicit `head_dim`. Computation and weight names are the same.
+    """
+    config = layers_to_hf(text, source)
+    heads = config["num_attention_heads"]
+    if text.hidden_size % heads == 0:
+        return config
+    biases = text.attention.bias or text.channel.bias
+    if biases and PER_LAYER in config:
+        return config  # no stock class loads unequal widths anyway
+    if biases:
+        raise UserError(
+            f"{heads} attention heads do not divide hidden_size {text.hidden_size}, and Mistral, which allows this, "
+            "has no biases: prune to a number of heads that divides hidden_size"
+        )
+    return as_mistral(text, config)
+
+
+def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
+    """Convert a Llama-like config to a Mistral config; fields whose defaults differ become explicit."""
+    defaults = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "hidden_act": text.channel.activation,
+        "rms_norm_eps": text.block.norm_eps,
+        "max_position_embeddings": text.max_positions,
+    }
+    config = {**defaults, **config, "model_type": "mistral", "sliding_window": text.layers[0].mixer.window}
+    if config.get("architectures") in (["LlamaForCausalLM"], ["Phi3ForCausalLM"]):
+        config["architectures"] = ["MistralForCausalLM"]
+    return config
+
+
+LLAMA = decoder_family(
+    Decoder(
+        "llama",
+        "LlamaForCausalLM",
+        _llama_from_hf,
+        _llama_to_hf,
+        llama_like_weights,
+        heads_divide=True,
+        gguf=(gguf.LLAMA, gguf.DECI),
+        tried={"vllm": "", "mlx": "", "openvino": ""},
+        vllm_tpu="jax",
+    )
+)
+MISTRAL = decoder_family(
+    Decoder(
+        "mistral",
+        "MistralForCausalLM",
+        functools.partial(llama_like, decoder="mistral", defaults=_MISTRAL, windows=same_windows),
+        layers_to_hf,
+        llama_like_weights,
+        gguf=(gguf.LLAMA, gguf.DECI),
+    )
+)
+QWEN2 = decoder_family(
+    Decoder(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        functools.partial(
+            llama_like, decoder="qwen2", defaults=_QWEN2, windows=windows_from_hf, attention={"bias": True}
+        ),
+        layers_to_hf,
+        llama_like_weights,
+        gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
+        derives_head_dim=("vllm", "mlx"),
+        vllm_tpu="jax",
+    )
+)
+QWEN3 = decoder_family(
+    Decoder(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        functools.partial(
+            llama_like,
+            decoder="qwen3",
+            defaults={**_QWEN2, "head_dim": 128},
+            windows=windows_from_hf,
+            biased=True,
+            attention={"qk_norm": True},
+        ),
+        layers_to_hf,
+        llama_like_weights,
+        gguf=(gguf.QWEN3,),
+        vllm_tpu="jax",
+    )
+)

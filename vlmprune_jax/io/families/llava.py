@@ -1,55 +1,46 @@
-"""LLaVA in both layouts: transformers' LlavaForConditionalGeneration and the original LlavaLlamaForCausalLM."""
+"""LLaVA in both layouts (LlavaForConditionalGeneration, LlavaLlamaForCausalLM), and Bunny (SigLIP, Phi-2)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family, vlm_to_hf
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
-from vlmprune_jax.io.families.templates import Template
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
+from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import BICUBIC
 from vlmprune_jax.io.families.towers import (
     PIXELS,
-    check_unpruned,
+    TOWERS,
     projector_of,
     projector_weights,
     vision_from_hf,
     vision_of,
     vision_to_hf,
-    vision_weights,
 )
 
+_TOWER = TOWERS["clip_vision_model"]  # SigLIP's weights have the same names
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.
 ORIGINAL_IMAGE_TOKEN = -200
 
-# The reference's recovery as a partial experiment: fine-tunes adapters and projector with hidden-state distillation.
-# Source: VLM/llava/train/train_pruned.py (for Bunny: VLM/bunny/train/train_pruned.py). Its command line is not
-# published, so learning rates, batch size, schedule and adapters are those of LLaVA's own LoRA script.
-RECIPE: dict[str, Any] = {
-    "data": {"max_length": 2048, "template": "llava_v1", "aspect_ratio": "pad"},
-    "prune": {"heads": "proportional"},
-    "recover": {
-        "name": "sft_l2",
-        "trainable": "lora",
-        "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
-        "losses": {"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "student"},
-        "learning_rate": 2e-4,
-        "projector_learning_rate": 2e-5,
-        "weight_decay": 0.0,
-        "schedule": "cosine",
-        "warmup_ratio": 0.03,
-        "epochs": 1.0,
-        "batch_size": 128,
-        "compute_dtype": "bfloat16",
-        "remat": "full",
-    },
+# Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).
+_BUNNY_LAYER = -2
+# Bunny's config.json has only the tower's name and width; these are the sizes of the tower of Bunny-v1.0 on the hub.
+_HUB_TOWER = "siglip-so400m-patch14-384"
+_HUB_TOWER_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "image_size": 384,
+    "patch_size": 14,
 }
-
 # Key spellings in transformers: in-memory names since 4.52.
 NATIVE_RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -69,14 +60,11 @@ UNUSED_VISION = (
 OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|logit_bias"
 
 
-def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     text = dict(config.get("text_config") or {})
     # transformers 5 ties if either flag is set, 4 if the decoder's flag is set (and 4 never writes the outer default)
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    select = config.get("vision_feature_select_strategy", "default")
-    if select not in ("default", "full"):
-        raise UserError(f"vision_feature_select_strategy {select!r} is not one of default, full")
+    select = _one_of(config, "vision_feature_select_strategy", "default", "full")
     layer = config.get("vision_feature_layer", -2)
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
     if tower.kind not in ("clip", "siglip"):
@@ -99,9 +87,35 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
     )
 
 
+def _one_of(config: Mapping[str, Any], field: str, default: str, other: str) -> str:
+    """Return the value of a config.json field that has two values; raise UserError for another one."""
+    value = config.get(field, default)
+    if value not in (default, other):
+        raise UserError(f"{field} {value!r} is not one of {default}, {other}")
+    return value
+
+
 def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = dict(vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)))
-    return vlm_text_to_hf(cfg.text, config, dict(source.get("text_config") or {}))
+    return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)), {})
+
+
+def _original(
+    family: str, config: Mapping[str, Any], projector: str, decoder: str, vision: VisionConfig, select: str
+) -> ModelConfig:
+    """Return the ModelConfig of an original checkpoint; `projector`: the default type of its projector."""
+    kind = config.get("mm_projector_type", projector)
+    if kind != "mlp2x_gelu":
+        raise UserError(f"mm_projector_type {kind!r} is not supported (supported: mlp2x_gelu)")
+    return ModelConfig(
+        family=family,
+        layout="original",
+        text=text_from_hf({**config, "model_type": decoder}),
+        vision=vision,
+        projector=ProjectorConfig(activation="gelu", bias=True),
+        image_token_id=ORIGINAL_IMAGE_TOKEN,
+        feature_select=select,
+        **token_ids(config),
+    )
 
 
 def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
@@ -110,26 +124,51 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
             f"LLaVA: the vision tower {config.get('mm_vision_tower')!r} is not in this folder: set vision_dir "
             "(--config.model.vision_dir) to the tower's folder"
         )
-    kind = config.get("mm_projector_type", "linear")
-    if kind != "mlp2x_gelu":
-        raise UserError(f"mm_projector_type {kind!r} is not supported (supported: mlp2x_gelu)")
-    select = config.get("mm_vision_select_feature", "patch")
-    if select not in ("patch", "cls_patch"):
-        raise UserError(f"mm_vision_select_feature {select!r} is not one of patch, cls_patch")
+    select = _one_of(config, "mm_vision_select_feature", "patch", "cls_patch")
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
     if tower.kind != "clip":
         raise UserError(f"LLaVA in original layout with a {tower.kind} vision tower is not supported (supported: CLIP)")
-    return ModelConfig(
-        family="llava",
-        layout="original",
-        text=text_from_hf({**config, "model_type": "llama"}),
-        vision=tower,
-        projector=ProjectorConfig(activation="gelu", bias=True),
-        image_token_id=ORIGINAL_IMAGE_TOKEN,
-        feature_select="patch" if select == "patch" else "full",
-        # Vicuna's ids, the defaults of LlamaConfig
-        **token_ids({"bos_token_id": 1, "eos_token_id": 2, **config}),
-    )
+    # Vicuna's ids, the defaults of LlamaConfig
+    config = {"bos_token_id": 1, "eos_token_id": 2, **config}
+    return _original("llava", config, "linear", "llama", tower, "patch" if select == "patch" else "full")
+
+
+def _bunny_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    name, width = str(config.get("mm_vision_tower", "")), config.get("mm_hidden_size")
+    if vision is None and name.rstrip("/").endswith(_HUB_TOWER) and width == _HUB_TOWER_CONFIG["hidden_size"]:
+        vision = _HUB_TOWER_CONFIG
+    if vision is None:
+        raise UserError(
+            f"Bunny: config.json names the vision tower {name!r} (width {width}) but not its sizes: "
+            "set vision_dir (--config.model.vision_dir) to the tower's folder"
+        )
+    if config.get("use_s2"):
+        raise UserError("Bunny with use_s2 (several image scales, Bunny-v1.1) is not supported")
+    tower = vision_from_hf(vision, _BUNNY_LAYER, "siglip_vision_model")
+    if tower.kind != "siglip":
+        raise UserError(f"Bunny with a {tower.kind} vision tower is not supported (supported: SigLIP)")
+    if width not in (None, tower.hidden_size):
+        raise UserError(f"mm_hidden_size is {width} but the vision tower {name!r} has width {tower.hidden_size}")
+    return _original("bunny", config, "mlp2x_gelu", "phi", tower, "full")
+
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    """Return the decoder's part of config.json; raise UserError if the tower, which has its own folder, was pruned."""
+    vision = vision_of(cfg)
+    layer = _BUNNY_LAYER if cfg.family == "bunny" else source.get("mm_vision_select_layer", -2)
+    used = layer if layer >= 0 else vision.n_layers_total + 1 + layer
+    if len(vision.layers) != used or not vision.whole_heads:
+        raise UserError(
+            'the vision tower was pruned, but this layout does not contain the tower: export with layout="transformers"'
+        )
+    return layers_to_hf(cfg.text, source)  # the original layout has no class for unequal widths
+
+
+def _bunny_pixels(size: int) -> JsonDict:
+    """Return Bunny's image processor settings, which its hub code has as constants instead of a file."""
+    mean, std = PIXELS["siglip"]
+    side = {"height": size, "width": size}
+    return {"image_processor_type": "SiglipImageProcessor", "size": side, "image_mean": mean, "image_std": std}
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
@@ -181,24 +220,23 @@ def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
     return None
 
 
-def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    check_unpruned(vision_of(cfg), source.get("mm_vision_select_layer", -2))
-    return layers_to_hf(cfg.text, source)  # the original layout has no class for unequal widths
-
-
 # The hub's spelling, which every version of transformers, vLLM and mlx-vlm load; 5.24 saves the tower in another one.
-LLAVA_HF = Family(
-    name="llava",
-    layout="transformers",
-    model_types=("llava",),
+LLAVA_HF = vlm_family(
+    "llava",
+    "LlavaForConditionalGeneration",
+    stock={
+        "image_token": "image_token_index",
+        "config": lambda cfg, source: {"multimodal_projector_bias": projector_of(cfg).bias},
+        "lacks": lambda cfg: "pixel shuffle" if projector_of(cfg).shuffles else None,
+        "processor": _processor,
+    },
     matches=lambda config: "vision_config" in config and "mm_vision_tower" not in config,
     from_hf=_hf_from_hf,
     to_hf=_hf_to_hf,
-    text_section="text_config",
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))
-        + vision_weights(vision_of(cfg), "vision_tower.vision_model.")
+        + _TOWER.weights(vision_of(cfg), "vision_tower.vision_model.")
     ),
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
@@ -210,14 +248,6 @@ LLAVA_HF = Family(
     tried={"vllm": "", "mlx": "", "openvino": ""},
     derives_head_dim=("mlx",),
     engine_problem=_engine_problem,
-    stock=Stock(
-        "LlavaForConditionalGeneration",
-        "AutoModelForImageTextToText",
-        image_token="image_token_index",
-        config=lambda cfg, source: {"multimodal_projector_bias": projector_of(cfg).bias},
-        lacks=lambda cfg: "pixel shuffle" if projector_of(cfg).shuffles else None,
-        processor=_processor,
-    ),
 )
 
 LLAVA_ORIGINAL = Family(
@@ -230,12 +260,25 @@ LLAVA_ORIGINAL = Family(
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
-        + vision_weights(vision_of(cfg), "vision_tower.")
+        + _TOWER.weights(vision_of(cfg), "vision_tower.")
     ),
     renames=TOWER_RENAMES,
-    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", UNUSED_VISION, OTHER_TOWERS),
+    ignored=(*UNUSED, UNUSED_VISION, OTHER_TOWERS),
     separate_vision=True,
     holds_tower=False,
     recipe=RECIPE,
     conversion=Conversion(to="llava", new_token="<image>", marks_images=True),
+)
+
+_BUNNY_TEMPLATE = dataclasses.replace(LLAVA_V1, name="bunny", assistant_end="<|endoftext|>")
+BUNNY = dataclasses.replace(
+    LLAVA_ORIGINAL,
+    name="bunny",
+    model_types=("bunny-phi",),
+    matches=lambda config: True,
+    from_hf=_bunny_from_hf,
+    holds_tower=True,
+    templates=(_BUNNY_TEMPLATE,),
+    recipe={**RECIPE, "data": {**RECIPE["data"], "template": _BUNNY_TEMPLATE.name}},
+    pixels=_bunny_pixels,
 )

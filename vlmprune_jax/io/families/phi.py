@@ -1,49 +1,63 @@
-"""Phi (1, 1.5 and 2): parallel blocks, layer norms, biases and partial rotary embedding."""
+"""Phi (1, 1.5, 2): parallel blocks and layer norms. Phi-3, Phi-4-mini: Llama's blocks, fused weights, LongRoPE."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.rope import rope_from_hf, rotary_dim
-from vlmprune_jax.io.families.shapes import layers_from_hf, layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, Weight
+from vlmprune_jax.io.families.llama_like import as_mistral, llama_like, llama_like_weights
+from vlmprune_jax.io.families.rope import longrope_to_hf, rotary_dim
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, same_windows
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+
+# Defaults of the config classes in transformers.
+_PHI: JsonDict = {
+    "vocab_size": 51200,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-5,
+}
+_PHI3: JsonDict = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+# Rows of a fused tensor, in order.
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
-def _from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the TextConfig of a Phi config dictionary; absent fields get transformers' defaults.
-
-    The output head has no bias here; only `PhiForCausalLM` alone has one (`Decoder.head_bias`).
-    """
+def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    """Return the TextConfig of a Phi config, whose head has no bias (only `PhiForCausalLM` alone has one)."""
     if config.get("qk_layernorm", False):
         raise UserError("Phi with qk_layernorm=true is not supported (no released Phi uses it)")
-    hidden = int(config.get("hidden_size", 2048))
-    heads = int(config.get("num_attention_heads", 32))
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    widths = (heads, kv_heads, int(config.get("intermediate_size", 8192)))
-    windows = [None] * int(config.get("num_hidden_layers", 24))
-    rotated = rotary_dim(config, head_dim, default=0.5)
-    attention = {"head_dim": head_dim, "rope": rope_from_hf(config), "rotary_dim": rotated}
-    dense = {"activation": config.get("hidden_act", "gelu_new"), "gated": False, "bias": True}
-    return TextConfig(
-        hidden_size=hidden,
-        layers=layers_from_hf(config, widths, windows, {**attention, "bias": True, "out_bias": True}, {}, dense),
-        block=BlockConfig(norm_eps=float(config.get("layer_norm_eps", 1e-5)), norm="layer", parallel=True),
-        vocab_size=int(config.get("vocab_size", 51200)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        decoder="phi",
+    config = {**_PHI, **config}
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    return llama_like(
+        {**config, "rms_norm_eps": config["layer_norm_eps"]},
+        "phi",
+        attention={"bias": True, "out_bias": True, "rotary_dim": rotary_dim(config, head_dim, default=0.5)},
+        dense={"gated": False, "bias": True},
+        block={"norm": "layer", "parallel": True},
     )
 
 
-def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return Phi's weight table; keys begin with `prefix`, and `head` is the key of lm_head."""
+def _phi_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     lines = {
@@ -67,13 +81,68 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return table
 
 
+def _phi3_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_PHI3, **config, "model_type": "phi3"}
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    rotated = rotary_dim(config, head_dim, default=1.0)
+    return llama_like(config, "phi3", windows=same_windows, attention={"rotary_dim": rotated})
+
+
+def _phi3_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Phi-3 config with its layer counts and widths updated; other fields are kept.
+
+    The rope type "su" is renamed to "longrope", which both transformers 4 and 5 read. Phi3Config requires
+    hidden_size // heads / 2 LongRoPE factors, whatever `head_dim` is, so a model with pruned heads does not load as
+    Phi-3. It is written as Mistral: the same computation, with the fused weights split.
+
+    Raises:
+      UserError: heads were pruned and only part of each is rotated (Phi-4-mini), which no transformers class computes.
+    """
+    config = layers_to_hf(text, source)
+    scaling = config.get("rope_scaling") or {}
+    if text.rope.kind == "longrope" and "type" in scaling:
+        config["rope_scaling"] = {**scaling, "type": "longrope"}
+    heads = config["num_attention_heads"]
+    if text.rope.kind != "longrope" or text.hidden_size // heads == text.attention.head_dim or PER_LAYER in config:
+        return config
+    if text.attention.rotated != text.attention.head_dim:
+        raise UserError(
+            f"no transformers class supports {heads} heads of {text.attention.head_dim} with hidden_size "
+            f"{text.hidden_size}, LongRoPE and partial rotary embedding: keep all heads and prune layers or neurons"
+        )
+    config = {name: value for name, value in config.items() if name not in ("auto_map", "partial_rotary_factor")}
+    return as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
+
+
+def _phi3_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    """Return Phi-3's weight table: Llama's, but with fused query-key-value and gate-up tensors."""
+    fused = {name: whole for whole, names in _FUSED.items() for name in names}
+    table = []
+    for line in llama_like_weights(text, prefix, head):
+        owner = next((part for part in fused if f".{part}." in line.key), None)
+        table.append(line if owner is None else dataclasses.replace(line, key=line.key.replace(owner, fused[owner])))
+    return table
+
+
+PHI3 = decoder_family(
+    Decoder(
+        "phi3",
+        "Phi3ForCausalLM",
+        _phi3_from_hf,
+        _phi3_to_hf,
+        _phi3_weights,
+        heads_divide=True,
+        gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
+        derives_head_dim=("mlx",),
+    )
+)
 PHI = decoder_family(
     Decoder(
         "phi",
         "PhiForCausalLM",
-        _from_hf,
+        _phi_from_hf,
         layers_to_hf,
-        _weights,
+        _phi_weights,
         head_bias=True,
         gguf=(gguf.PHI2,),
         derives_head_dim=("vllm", "vllm_tpu", "mlx"),

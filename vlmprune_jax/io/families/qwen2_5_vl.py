@@ -9,24 +9,22 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import text_weights, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.patch_towers import (
-    check_out_size,
-    model_from_hf,
+from vlmprune_jax.io.families.qwen3_vl import (
+    ATTENTION_KEYS,
+    NORM_EPS,
+    TOWER,
     patch_family,
-    tower_from_hf,
-    tower_to_hf,
-    tower_weights,
-    typical_size,
-    window_side,
-    windows_of_blocks,
+    qwen_from_hf,
+    qwen_tower,
     with_sections,
 )
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
-from vlmprune_jax.io.families.towers import PIXELS, vision_of
+from vlmprune_jax.io.families.tower import Tower, block_keys
+from vlmprune_jax.io.families.towers import PIXELS, projector_of, projector_weights, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
@@ -44,20 +42,33 @@ _TEXT: JsonDict = {
     "rope_theta": 1000000.0,
 }
 _SECTIONS = (16, 24, 24)
-_VISION: JsonDict = {
-    "depth": 32,
-    "hidden_size": 3584,
-    "hidden_act": "silu",
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "in_channels": 3,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 112,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
+_TOWER = Tower(
+    "qwen2_5_vl",
+    {
+        "depth": 32,
+        "hidden_size": 3584,
+        "hidden_act": "silu",
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    {
+        "patch_embedding": "patch_embed.proj.weight",
+        **block_keys(
+            "blocks",
+            {**ATTENTION_KEYS, **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}},
+        ),
+    },
+    dense={"bias": True},
+    block={"norm_eps": NORM_EPS},
+    **TOWER,
+)
 _TOKENS_PER_SECOND = 4  # temporal positions per second of video
 _TYPICAL_WINDOWS = 4  # windows per side of a typical image, for estimates
 # Fields of a hub's config.json that describe the whole model; the others describe the decoder.
@@ -75,8 +86,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     if hidden % heads:
         raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
     config["head_dim"] = hidden // heads
-    windows = windows_from_hf(config, int(config["num_hidden_layers"]))
-    text = llama_like(config, _DECODER, windows=windows, attention={"bias": True}, whole_heads=True)
+    text = llama_like(config, _DECODER, windows=windows_from_hf, attention={"bias": True}, whole_heads=True)
     return with_sections(text, _SECTIONS, interleaved=False)
 
 
@@ -94,17 +104,21 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
-    side = window_side(full)
-    return tower_from_hf(
-        full,
-        kind="qwen2_5_vl",
-        windows=windows_of_blocks(full, side),
-        image_size=typical_size(full, _TYPICAL_WINDOWS * side),
-        positions=None,
-        norm="rms",
-        gated=True,
-    )
+    """Return the tower's VisionConfig; raise UserError for impossible windows."""
+    section = _TOWER.filled(config)
+    window, merge, patch = (int(section[name]) for name in ("window_size", "spatial_merge_size", "patch_size"))
+    side = window // merge // patch
+    if side < 1:
+        raise UserError(
+            f"vision tower: window_size {window} must be at least spatial_merge_size x patch_size ({merge} x {patch})"
+        )
+    depth, whole = int(section["depth"]), set(section["fullatt_block_indexes"])
+    if not whole <= set(range(depth)):
+        raise UserError(
+            f"vision tower: fullatt_block_indexes {sorted(whole)} must be layer numbers from 0 to {depth - 1}"
+        )
+    windows = [None if i in whole else side for i in range(depth)]
+    return qwen_tower(_TOWER, section, _TYPICAL_WINDOWS * side, patch_bias=False, windows=windows, positions=None)
 
 
 def _nested(config: Mapping[str, Any]) -> JsonDict:
@@ -117,23 +131,23 @@ def _nested(config: Mapping[str, Any]) -> JsonDict:
     return {**outer, "text_config": {"model_type": _DECODER, **inner, **tied}}
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
+def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     config = _nested(config)
     section = config["text_config"]
     # transformers 5 reads the outer flag first, transformers 4 the decoder's
     flags = (section, config) if str(config.get("transformers_version", "5")).startswith("4.") else (config, section)
     tied = next((flag["tie_word_embeddings"] for flag in flags if "tie_word_embeddings" in flag), False)
-    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": bool(tied)})
+    shared = {"tie_word_embeddings": bool(tied)}
+    config = {**config, **shared, "text_config": {**section, **shared}}
     tower = config.get("vision_config") or {}
-    check_out_size({**_VISION, **tower}, text)
     seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
-    return model_from_hf("qwen2_5_vl", config, text, _vision_from_hf(tower), seconds)
+    width = int({**_TOWER.defaults, **tower}["out_hidden_size"])
+    return qwen_from_hf("qwen2_5_vl", config, _TEXT, _vision_from_hf(tower), width, tokens_per_second=seconds)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = tower_to_hf(vision_of(cfg), _nested(source), _vision_from_hf)
-    config = vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
+    before = _vision_from_hf(source.get("vision_config") or {})
+    config = vlm_to_hf(cfg, _TOWER.write(vision_of(cfg), _nested(source), before), {"model_type": _DECODER})
     # mlx-vlm reads the decoder's fields at the top level, as on the hub; transformers and vLLM read text_config
     return {name: value for name, value in config["text_config"].items() if name not in _OUTER} | config
 
@@ -152,7 +166,9 @@ QWEN2_5_VL = patch_family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     weights=lambda cfg: (
-        text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
+        text_weights(cfg.text, "model.", "lm_head.weight")
+        + _TOWER.weights(vision_of(cfg), "visual.")
+        + projector_weights(projector_of(cfg), "visual.merger.", ("ln_q", "mlp.0", "mlp.2"))
     ),
     # in files of transformers 4 and 5, and in memory in transformers 5
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),

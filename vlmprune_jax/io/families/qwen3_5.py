@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6, dense: gated delta nets, gated attention between them, and Qwen3-VL's tower without DeepStack."""
+"""Qwen3.5 and 3.6: gated delta nets, gated attention between them, Qwen3-VL's tower without DeepStack, experts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import ExpertsAndShared
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.io.families import gguf
+from vlmprune_jax.io.families.experts import (
+    expert_count,
+    expert_sizes,
+    expert_weights,
+    with_channels,
+    with_expert_count,
+)
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.patch_towers import with_sections
-from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family
+from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, with_sections
 from vlmprune_jax.io.families.rope import rotary_dim
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
@@ -35,8 +42,8 @@ _TEXT: JsonDict = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-IDS = {"image_token_id": 248056, "video_token_id": 248057}
-MTP = (
+_IDS = {"image_token_id": 248056, "video_token_id": 248057}
+_MTP = (
     "mtp.",
     "mtp_num_hidden_layers",
     {"fc.weight": (1, 2), "norm.weight": (1,), "pre_fc_norm_embedding.weight": (1,), "pre_fc_norm_hidden.weight": (1,)},
@@ -59,7 +66,7 @@ _DELTA = {  # parameter -> (key in files, layout); parameters with one key are i
 }
 
 
-def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
+def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     """Return the TextConfig of a decoder of delta nets and gated attention, with dense MLPs."""
     config = {**_TEXT, **config}
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
@@ -68,11 +75,10 @@ def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     kinds = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
     ]
-    bias, head_dim = bool(config.get("attention_bias", False)), int(config["head_dim"])
-    rotated = rotary_dim(config, head_dim, default=0.25)
-    attention = {"bias": bias, "out_bias": bias, "qk_norm": True, "gated": True, "rotary_dim": rotated}
+    rotated = rotary_dim(config, int(config["head_dim"]), default=0.25)
+    attention = {"qk_norm": True, "gated": True, "rotary_dim": rotated}
     sections = (config.get("rope_parameters") or {}).get("mrope_section") or _SECTIONS
-    text = llama_like(config, decoder, attention=attention, block={"norm_offset": 1.0})
+    text = llama_like(config, decoder, biased=True, attention=attention, block={"norm_offset": 1.0})
     text = with_sections(text, tuple(map(int, sections)), interleaved=True)
     delta = DeltaNet(
         int(config["linear_num_value_heads"]),
@@ -84,7 +90,7 @@ def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     return hybrid_layers(text, delta, kinds)
 
 
-def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+def _hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return a Qwen3.5 config with layer types, layer counts and widths updated from a TextConfig."""
     delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
     config = {name: value for name, value in source.items() if name != "full_attention_interval"}
@@ -93,7 +99,7 @@ def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return hybrid_layers_to_hf(text, config)
 
 
-def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+def _hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the weight table of a Qwen3.5 decoder with dense MLPs; `prefix` begins keys, `head` is that of lm_head."""
     table = llama_like_weights(text, prefix, head)
     q_proj = "text/layers/{i}/self_attn/q_proj"
@@ -110,17 +116,87 @@ QWEN3_5 = qwen3_vl_family(
     Decoder(
         _DECODER,
         "Qwen3_5ForConditionalGeneration",
-        lambda config: hybrid_from_hf(config, _DECODER),
-        hybrid_to_hf,
-        hybrid_weights,
+        lambda config: _hybrid_from_hf(config, _DECODER),
+        _hybrid_to_hf,
+        _hybrid_weights,
         gguf=(gguf.QWEN35,),
         problem=hybrid_problem,
     ),
     _TEXT,
     deepstack=False,
-    mtp=MTP,
-    ids=IDS,
+    mtp=_MTP,
+    ids=_IDS,
     vllm_tpu="",
     runs_in=("vllm",),
     tried={"vllm": "on CPUs with `--dtype bfloat16` only"},
+)
+
+# Qwen3.5 with experts -----------------------------------------------------------------------------------------------
+
+_MOE_DECODER = "qwen3_5_moe_text"
+# Defaults of the config class in transformers that differ from those of the dense models.
+_MOE_TEXT: JsonDict = {
+    "model_type": _MOE_DECODER,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 8,
+}
+
+
+def _moe_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = with_expert_count({**_MOE_TEXT, **config}, 256)
+    text, experts = _hybrid_from_hf(config, _MOE_DECODER), expert_count(config)
+    part = ExpertsAndShared(
+        experts,
+        experts * int(config["moe_intermediate_size"]),
+        int(config["num_experts_per_tok"]),
+        mlp=int(config["shared_expert_intermediate_size"]),
+        activation=text.channel.activation,
+    )
+    return with_channels(text, [part] * len(text.layers))
+
+
+def _moe_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    config = _hybrid_to_hf(text, source)
+    shared = config.pop("intermediate_size")  # of a dense MLP, which no layer has
+    return {**config, **expert_sizes(text), "shared_expert_intermediate_size": shared}
+
+
+def _moe_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    layer, key = "text/layers/{i}/mlp", prefix + "layers.{i}.mlp"
+    table = [
+        dataclasses.replace(
+            line, path=line.path.replace("/mlp/", "/mlp/dense/"), key=line.key.replace(".mlp.", ".mlp.shared_expert.")
+        )
+        for line in _hybrid_weights(text, prefix, head)
+    ]
+    return [
+        *table,
+        Weight(f"{layer}/router/weight", f"{key}.gate.weight", "experts embed"),
+        Weight(f"{layer}/dense_gate/weight", f"{key}.shared_expert_gate.weight", "unit embed"),
+        *expert_weights("text/layers/{i}", f"{key}.experts."),
+    ]
+
+
+QWEN3_5_MOE = qwen3_vl_family(
+    "qwen3_5_moe",
+    Decoder(
+        _MOE_DECODER,
+        "Qwen3_5MoeForConditionalGeneration",
+        _moe_from_hf,
+        _moe_to_hf,
+        _moe_weights,
+        gguf=(gguf.QWEN35MOE,),
+        problem=hybrid_problem,
+        reads_quantised_experts=True,
+    ),
+    _MOE_TEXT,
+    deepstack=False,
+    mtp=_MTP,
+    ids=_IDS,
+    vllm_tpu="",
+    runs_in=("vllm",),
 )

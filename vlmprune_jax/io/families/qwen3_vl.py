@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.io.families.decoders import RECIPE, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.patch_towers import (
-    check_out_size,
-    model_from_hf,
-    patch_family,
-    square_side,
-    tower_from_hf,
-    tower_to_hf,
-    tower_weights,
-    typical_size,
-    with_sections,
-)
-from vlmprune_jax.io.families.shapes import layers_to_hf, tied_embeddings
+from vlmprune_jax.io.families.shapes import layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.io.families.towers import vision_of
+from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys, position_side
+from vlmprune_jax.io.families.towers import projector_of, projector_weights, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
@@ -42,40 +35,119 @@ _TEXT: JsonDict = {
     "rope_theta": 500000.0,
 }
 _SECTIONS = (24, 20, 20)
-_VISION: JsonDict = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "hidden_act": "gelu_pytorch_tanh",
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "in_channels": 3,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 3584,
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [8, 16, 24],
+# Names of the weights and constants of both generations' towers.
+ATTENTION_KEYS = {
+    "layer_norm1": "norm1",
+    **{f"self_attn/{name}_proj": "attn.qkv" for name in "qkv"},
+    "self_attn/out_proj": "attn.proj",
+    "layer_norm2": "norm2",
 }
+TOWER: JsonDict = {
+    "fields": FIELDS | {"depth": "depth", "q_heads": "num_heads", "channels": "in_channels"},
+    "rope_theta": 10000.0,
+    "attention": {"bias": True, "out_bias": True},
+    "vision": {"class_token": False, "pre_norm": False},
+}
+NORM_EPS = 1e-6  # of all norms in both towers, fixed in their code
+_TOWER = Tower(
+    "qwen3_vl",
+    {
+        "depth": 27,
+        "hidden_size": 1152,
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 3584,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    {
+        "patch_embedding": "patch_embed.proj.weight",
+        "position_embedding": "pos_embed.weight",
+        **block_keys("blocks", {**ATTENTION_KEYS, "mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}),
+    },
+    block={"norm": "layer", "norm_eps": NORM_EPS},
+    **TOWER,
+)
 
 
-def text_of(config: Mapping[str, Any], decoder: str) -> TextConfig:
-    """Return the TextConfig of a Qwen3-VL decoder config with all defaults filled in."""
-    bias = bool(config.get("attention_bias", False))
-    text = llama_like(config, decoder, attention={"bias": bias, "out_bias": bias, "qk_norm": True})
+def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
+    """Return the decoder config with M-RoPE; `default` is used if `mrope_section` is absent."""
+    sections = text.rope.sections or default
+    rope = dataclasses.replace(text.rope, sections=sections, interleaved=interleaved)
+    return text.with_layers([Layer(dataclasses.replace(x.mixer, rope=rope), x.channel) for x in text.layers])
+
+
+def text_of(config: Mapping[str, Any], decoder: str, defaults: JsonDict) -> TextConfig:
+    """Return the TextConfig of a Qwen3-VL decoder config; absent fields take `defaults`."""
+    text = llama_like(config, decoder, defaults=defaults, biased=True, attention={"qk_norm": True})
     # the class interleaves regardless of mrope_interleaved
     return with_sections(text, _SECTIONS, interleaved=True)
 
 
+def qwen_tower(tower: Tower, section: Mapping[str, Any], cells: int, patch_bias: bool, **fields: Any) -> VisionConfig:
+    """Return the VisionConfig of a complete vision_config; a typical image has `cells` merged patches per side."""
+    merge, patch = int(section["spatial_merge_size"]), int(section["patch_size"])
+    return tower.read(
+        section,
+        image_size=patch * merge * max(cells, 1),
+        patches=PatchConfig(patch_bias, int(section["temporal_patch_size"])),
+        merge=merge,
+        **fields,
+    )
+
+
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
-    side = square_side(int(full["num_position_embeddings"]))
-    return tower_from_hf(
-        full,
-        kind="qwen3_vl",
-        image_size=typical_size(full, side // int(full["spatial_merge_size"])),
-        positions=PositionTable(side * int(full["patch_size"])),
-        patch_bias=True,
-        deepstack=tuple(full["deepstack_visual_indexes"]),
+    section = _TOWER.filled(config)
+    side = position_side(int(section["num_position_embeddings"]))
+    positions = PositionTable(side * int(section["patch_size"]))
+    deepstack = tuple(section["deepstack_visual_indexes"])
+    cells = side // int(section["spatial_merge_size"])
+    return qwen_tower(_TOWER, section, cells, patch_bias=True, positions=positions, deepstack=deepstack)
+
+
+def qwen_from_hf(
+    family: str, config: Mapping[str, Any], defaults: JsonDict, vision: VisionConfig, out_size: int, **fields: Any
+) -> ModelConfig:
+    """Return the ModelConfig of a Qwen-VL model; `defaults` are those of the decoder, `fields` those of ModelConfig.
+
+    Raises UserError unless the tower's output width `out_size` is the decoder's hidden size.
+    """
+    merger = ProjectorConfig(
+        activation="gelu",
+        bias=True,
+        kind="merger",
+        norm_eps=NORM_EPS,
+        downsample=vision.merge,
+        norm=vision.block.norm,
+        deepstack=len(vision.deepstack),
+    )
+    video = int(config.get("video_token_id", 151656))
+    parts = {"vision": vision, "projector": merger, "video_token_id": video, **fields}
+    cfg = vlm_from_hf(family, config, defaults, tied=False, image_token=151655, **parts)
+    if out_size != cfg.text.hidden_size:
+        raise UserError(
+            f"vision_config: out_hidden_size {out_size} must be the decoder's hidden_size ({cfg.text.hidden_size})"
+        )
+    return cfg
+
+
+def patch_family(name: str, decoder: Decoder, **fields: Any) -> Family:
+    """Return a Qwen-VL family loaded by transformers' `decoder.stock_class`; `fields`: further fields of `Family`."""
+    return vlm_family(
+        name,
+        decoder.stock_class,
+        stock={"image_start": ("vision_start_token_id", 151652)},
+        ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight", r"mtp\..*"),
+        image_processors=("Qwen2VL",),
+        images="patches",
+        recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
+        decoder=decoder,
+        **fields,
     )
 
 
@@ -110,19 +182,15 @@ def qwen3_vl_family(
             raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
         return _vision_from_hf(tower if deepstack else {**tower, "deepstack_visual_indexes": []})
 
-    def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-        del vision
-        section = config.get("text_config") or {}
-        tied = tied_embeddings(config, section, default=False)
-        text = text_from_hf({**defaults, **section, "tie_word_embeddings": tied})
-        tower = config.get("vision_config") or {}
-        check_out_size({**_VISION, **tower}, text)
-        return model_from_hf(name, {**(ids or {}), **config}, text, vision_from_hf(tower))
+    def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
+        section = config.get("vision_config") or {}
+        tower, width = vision_from_hf(section), int({**_TOWER.defaults, **section}["out_hidden_size"])
+        return qwen_from_hf(name, {**(ids or {}), **config}, defaults, tower, width)
 
     def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-        config = tower_to_hf(vision_of(cfg), source, vision_from_hf)
-        section = {"model_type": decoder.model_type, **(source.get("text_config") or {})}
-        return vlm_text_to_hf(cfg.text, config, section)
+        before = vision_from_hf(source.get("vision_config") or {})
+        config = _TOWER.write(vision_of(cfg), source, before)
+        return vlm_to_hf(cfg, config, {"model_type": decoder.model_type})
 
     return patch_family(
         name,
@@ -131,7 +199,8 @@ def qwen3_vl_family(
         to_hf=to_hf,
         weights=lambda cfg: (
             text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-            + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
+            + _TOWER.weights(vision_of(cfg), "model.visual.")
+            + projector_weights(projector_of(cfg), "model.visual.merger.", ("norm", "linear_fc1", "linear_fc2"))
         ),
         templates=(TEMPLATE,),
         video=_VIDEO,
@@ -144,7 +213,7 @@ QWEN3_VL = qwen3_vl_family(
     Decoder(
         _DECODER,
         "Qwen3VLForConditionalGeneration",
-        lambda config: text_of({**_TEXT, **config}, _DECODER),
+        lambda config: text_of(config, _DECODER, _TEXT),
         layers_to_hf,
         llama_like_weights,
         gguf=(gguf.QWEN3VL,),

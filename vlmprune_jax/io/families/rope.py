@@ -43,6 +43,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         raise UserError(f'{kind} rope: "factor" is missing: add it to rope_scaling in config.json')
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     factor = float(scaling["factor"])
+    # YaRN's attention temperature (Peng et al. 2023, eq. 22) is the default if the config lacks it
+    temperature = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
     return RopeConfig(
         theta=theta,
         kind=kind,
@@ -52,7 +54,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         high_freq_factor=float(scaling.get("high_freq_factor", 0.0)),
         beta_fast=float(scaling.get("beta_fast") or 32.0),
         beta_slow=float(scaling.get("beta_slow") or 1.0),
-        attention_factor=float(scaling.get("attention_factor") or (_yarn_scale(factor) if kind == "yarn" else 1.0)),
+        attention_factor=float(scaling.get("attention_factor") or temperature),
     )
 
 
@@ -117,8 +119,3 @@ def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
     if source.get("rope_parameters"):
         return {**outside, "rope_parameters": {**fields, "rope_theta": rope.theta}}
     return {**outside, "rope_scaling": fields}
-
-
-def _yarn_scale(factor: float) -> float:
-    """Return YaRN's attention temperature (Peng et al. 2023, eq. 22); the default if the config lacks it."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -42,11 +42,18 @@ def layers_from_hf(
     )
 
 
-def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
+def same_windows(config: Mapping[str, Any]) -> list[int | None]:
+    """Return the sliding window size of all layers of a Mistral or Phi-3 config (None = full attention)."""
+    window = config.get("sliding_window")
+    return [None if window is None else int(window)] * int(config["num_hidden_layers"])
+
+
+def windows_from_hf(config: Mapping[str, Any]) -> list[int | None]:
     """Return each layer's sliding window size in a Qwen config (None = full attention).
 
     Raises UserError if `layer_types` has a wrong number of layers or an unknown type of attention.
     """
+    n_layers = int(config["num_hidden_layers"])
     window = int(config.get("sliding_window") or 4096) if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")
     if types is None:

@@ -39,10 +39,10 @@ class VideoText:
     def write(self, video: VideoShape) -> str:
         """Return the prompt text of a video, with one image token and the time of each temporal patch."""
         patches = [
-            self.patch.format(number=number, seconds=seconds, clock=_clock(seconds))
+            self.patch.format(number=number, seconds=seconds, clock=f"{int(seconds // 60):02d}:{int(seconds % 60):02d}")
             for number, seconds in enumerate(video.times, start=1)
         ]
-        start = self.start.format(count=in_words(len(patches)), duration=_hours(video.duration))
+        start = self.start.format(count=in_words(len(patches)), duration=timedelta(seconds=int(video.duration)))
         return start + self.joint.join(patches) + self.end
 
 
@@ -56,14 +56,6 @@ def in_words(number: int) -> str:
     most, rest = divmod(number, unit)
     joint = ", " if rest >= 100 else " and "
     return f"{in_words(most)} {name}" + (joint + in_words(rest) if rest else "")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
-
-
-def _hours(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))
 
 
 @dataclass(frozen=True)
