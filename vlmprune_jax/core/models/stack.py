@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from vlmprune_jax.core.models.context import (
     LayerState,
     Names,
 )
-from vlmprune_jax.core.models.layers import SAVEABLE
+from vlmprune_jax.core.models.layers import SAVEABLE, at_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -221,12 +220,6 @@ def _scan_runs(
         output if n == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output)
         for output, n in zip(outputs, counts, strict=True)
     ]
-
-
-@functools.partial(jax.jit, inline=True)
-def at_layer(stacked: Any, index: Any) -> Any:
-    """Return entry `index` of every array in a pytree."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
