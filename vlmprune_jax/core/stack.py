@@ -111,8 +111,15 @@ class Stack:
 
     @property
     def uniform(self) -> bool:
-        """True if all layers have equal widths, as stock transformers classes require."""
-        return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
+        """True if one number per axis describes the widths of all layers, as stock transformers classes require."""
+        sizes: dict[tuple[str, bool], set[float]] = {}
+        for layer in self.layers:
+            # full attention whose values are its keys has a number of key/value heads of its own
+            apart = isinstance(layer.mixer, Attention) and layer.mixer.keys_as_values
+            for part in layer.parts:
+                for axis, size in part.sizes.items():
+                    sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)
+        return all(len(of_axis) == 1 for of_axis in sizes.values())
 
     def describe(self, most: int | None = None) -> str:
         """Return the sizes of the layers as text, equal neighbours together."""
