@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
@@ -64,22 +63,16 @@ class TextConfig(Stack):
         assert rope is not None  # every decoder has rotary embedding
         return rope
 
-    @property
-    def uniform(self) -> bool:
-        """True if all layers have equal widths, so that one number per width describes them."""
-        sizes: dict[tuple[str, bool], set[float]] = {}
-        for layer in self.layers:
-            # full attention whose values are its keys has a number of key/value heads of its own
-            apart = isinstance(layer.mixer, Attention) and layer.mixer.keys_as_values
-            for part in layer.parts:
-                for axis, size in part.sizes.items():
-                    sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)
-        return all(len(known) == 1 for known in sizes.values())
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
+        by_window = {(mixer.window, mixer.rope, mixer.rotated, mixer.sees_images) for mixer in self.attentions}
+        if len(by_window) > len({mixer.window for mixer in self.attentions}):
+            raise UserError(
+                "layers with the same attention window differ in rope, rotary_dim or sees_images: masks and rotary "
+                "tables are computed once per window"
+            )
         if self.head_bias and self.tie_embeddings:
             raise UserError(
                 "tie_word_embeddings is true, but an output head with a bias cannot share the embedding: set it to "

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.layer import Layer, describe_layers
-from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.layer import Layer, describe_layers, suppliers
+from vlmprune_jax.core.mixers import NO_LAYER, Attention
 
 
 def stack_title(name: str) -> str:
@@ -100,21 +100,26 @@ class Stack:
         """Channel mixer of the first layer."""
         return self.layers[0].channel
 
-    def producer(self, window: int | None) -> int | None:
-        """Return the number of the layer whose keys and values later layers with this window reuse, or None."""
-        mixers = enumerate(layer.mixer for layer in self.layers)
-        return max((i for i, mixer in mixers if not mixer.kv_shared and mixer.window == window), default=None)
-
     @property
     def producers(self) -> frozenset[int]:
         """Numbers of the layers whose keys and values later layers reuse."""
-        numbers = map(self.producer, {layer.mixer.window for layer in self.layers if layer.mixer.kv_shared})
-        return frozenset(number for number in numbers if number is not None)
+        return frozenset(layer.mixer.source for layer in self.layers if layer.mixer.source is not None) - {NO_LAYER}
+
+    def supplies(self, number: int) -> int | None:
+        """Return the producer for which layer `number` computes keys and values, or would if that were removed."""
+        return min((source for source in self.producers if number in suppliers(self.layers, source)), default=None)
 
     @property
     def uniform(self) -> bool:
-        """True if all layers have equal widths, as stock transformers classes require."""
-        return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
+        """True if one number per axis describes the widths of all layers, as stock transformers classes require."""
+        sizes: dict[tuple[str, bool], set[float]] = {}
+        for layer in self.layers:
+            # full attention whose values are its keys has a number of key/value heads of its own
+            apart = isinstance(layer.mixer, Attention) and layer.mixer.keys_as_values
+            for part in layer.parts:
+                for axis, size in part.sizes.items():
+                    sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)
+        return all(len(of_axis) == 1 for of_axis in sizes.values())
 
     def describe(self, most: int | None = None) -> str:
         """Return the sizes of the layers as text, equal neighbours together."""

@@ -40,7 +40,10 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
-        entry = _rule(axis) if axis and (not _where_divisible(axis) or axis in divisible) else None
+        prunable = AXES.get(axis or "")
+        entry = RULES.get(axis or "") if prunable is None else prunable.mesh or None
+        if (axis in WHERE_DIVISIBLE if prunable is None else prunable.where_divisible) and axis not in divisible:
+            entry = None
         names = (entry,) if isinstance(entry, str) else entry or ()
         if used.intersection(names):
             entry = None
@@ -48,15 +51,6 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
             used.update(names)
         entries.append(entry)
     return PartitionSpec(*entries)
-
-
-def _where_divisible(axis: str) -> bool:
-    return AXES[axis].where_divisible if axis in AXES else axis in WHERE_DIVISIBLE
-
-
-def _rule(axis: str) -> str | tuple[str, ...] | None:
-    """Return the mesh axis or axes that shard a named axis."""
-    return (AXES[axis].mesh or None) if axis in AXES else RULES.get(axis)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] = ()) -> NamedSharding:

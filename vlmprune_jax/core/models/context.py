@@ -36,7 +36,7 @@ KEYS = "keys"
 # order, XLA copies the cache before and after the loop. On TPUs, heads share padded rows (`kernels.cache_rows`).
 RunCache = tuple[jax.Array, jax.Array]
 Cache = dict[str, RunCache]
-CACHE_AXES = (None, None, "kv_heads", "batch", None)
+CACHE_AXES = (None, "slots", "kv_heads", "batch", None)
 
 
 class Context(NamedTuple):

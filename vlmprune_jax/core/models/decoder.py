@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,7 +118,7 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # mixers of one window size are alike
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}
         if positions.shape[1:-1] == (2,):  # image numbers are passed even if no layer of this stack needs them
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
@@ -183,14 +183,12 @@ class Decoder(BlockStack):
         }
         return {run: state for run, state in states.items() if state is not None}
 
-    def cache_rows(self, cache: Cache, rows: jax.Array) -> Cache:
-        """Select the batch rows `rows`, int32[rows], from the cached states of all layers."""
-        return {run: mixer.rows_of(cache[run], rows) for run, mixer in self._mixers.items() if run in cache}
 
-    def extended_cache(self, cache: Cache, empty: Cache) -> Cache:
-        """Return a longer cache: the cached states of all layers, followed by the empty slots of `empty`."""
-        return {run: mixer.extended(cache[run], empty[run]) for run, mixer in self._mixers.items() if run in cache}
-
-    @property
-    def _mixers(self) -> dict[str, Any]:
-        return {str(run): MIXERS[type(x.mixer)] for run, (_, x) in enumerate(layer_runs(self.cfg.layers))}
+def map_cache(cfg: TextConfig, function: Callable[..., Any], *caches: Cache) -> Cache:
+    """Apply `function(named axes, *arrays)` to every array of caches with the same structure."""
+    runs, result = layer_runs(cfg.layers), Cache()
+    for run, state in caches[0].items():
+        axes = MIXERS[type(runs[int(run)].layer.mixer)].state_axes
+        arrays = map(function, axes, *(jax.tree.leaves(cache[run]) for cache in caches))
+        result[run] = jax.tree.unflatten(jax.tree.structure(state), arrays)
+    return result

@@ -73,8 +73,7 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
     """Return the forward FLOPs of attention scores and sums (no products with weights) for one causal sequence."""
-    text = cfg.text
-    return sum(layer.mixer.mixing_flops(length) for layer in text.layers)
+    return sum(layer.mixer.mixing_flops(length) for layer in cfg.text.layers)
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:

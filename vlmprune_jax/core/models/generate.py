@@ -18,6 +18,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import Cache
+from vlmprune_jax.core.models.decoder import map_cache
 from vlmprune_jax.core.models.inputs import VisualInputs, check_inputs, split_encoder_inputs, visual_inputs
 from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.core.models.patch_rows import patch_rows
@@ -266,7 +267,7 @@ def prefill(
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
     x, _, layer_embeds = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
-    cache = empty if cache is None else module.text.extended_cache(cache, empty)
+    cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
     hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
     token, ended = _choose(module, hidden, arrays["ended"], eos)
@@ -322,7 +323,15 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
-    return module.text.cache_rows(aux["cache"], rows), valid[rows]
+
+    def select_rows(axes: Sequence[str | None], state: jax.Array) -> jax.Array:
+        return state[(slice(None),) * axes.index("batch") + (rows,)]
+
+    return map_cache(module.cfg.text, select_rows, aux["cache"]), valid[rows]
+
+
+def _append_slots(axes: Sequence[str | None], state: jax.Array, empty: jax.Array) -> jax.Array:
+    return jnp.concatenate([state, empty], axis=axes.index("slots")) if "slots" in axes else state
 
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:

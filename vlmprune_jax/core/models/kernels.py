@@ -37,24 +37,17 @@ def for_tpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
-def heads_per_row(kv_heads: int, head: int) -> int:
-    """Return how many key/value heads of `head` channels share one row of `LANES` channels in a TPU's cache.
-
-    This is the largest number that fits and lets rows divide evenly over the mesh axis `tensor`.
-    """
-    rows = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
-
-
 def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
     """Return (rows, channels per row) that a cache needs for one token's key or value heads.
 
-    On TPUs, small heads share a row, and rows are padded to a full vector. The compiler would store unpadded rows in a
+    On TPUs, small heads share a row: as many as fit and let rows divide evenly over the mesh axis `tensor`. Rows are
+    padded to a full vector. The compiler would store unpadded rows in a
     different order than decoding reads them, and copy the cache before and after decoding.
     """
     if not for_tpu():
         return kv_heads, head
-    in_row = heads_per_row(kv_heads, head)
+    per_device = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    in_row = max(n for n in range(1, max(LANES // head, 1) + 1) if per_device % n == 0)
     return kv_heads // in_row, -(-in_row * head // LANES) * LANES
 
 

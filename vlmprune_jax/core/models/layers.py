@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,12 @@ _compute_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (compute_once
 def saveable(x: jax.Array) -> jax.Array:
     """Mark `x` as a value to store under rematerialisation policy "dots" (costly, or random as dropout masks)."""
     return checkpoint_name(x, SAVEABLE)
+
+
+@functools.partial(jax.jit, inline=True)
+def at_layer(stacked: Any, index: Any) -> Any:
+    """Return entry `index` of every array in a pytree."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:

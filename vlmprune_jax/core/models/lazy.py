@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.stack import at_layer
+from vlmprune_jax.core.models.layers import at_layer
 
 # First bit patterns (positive, negative) that are infinite or NaN.
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.layers import at_layer
 
 _LEAST = 8  # minimum number of chunks per row; with fewer, little could be skipped
 
@@ -115,7 +116,7 @@ class _Cut(NamedTuple):
 
     def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
         """Return the arrays of chunk `i`."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
+        return at_layer(self.arrays, i)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
         """Run `step(number, carry)` for every chunk that contributes to the loss; return the final carry."""

@@ -29,7 +29,7 @@ from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vlm import Model, stack_module
 from vlmprune_jax.core.stack import Stack
 
-Shared = Mapping[int, tuple[Any, Any]]  # attention window -> keys and values for layers that reuse them
+Shared = Mapping[int, tuple[Any, Any]]  # number of a layer -> its keys and values, for layers that reuse them
 T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 2  # results that are on the devices at a time, besides the one that is computed
@@ -105,7 +105,7 @@ class State(NamedTuple):
 class Layer:
     """One layer of a stack: original number, parameters by path (by default in float32), and the model's dtype.
 
-    `shares`: True if later layers may need the layer's keys and values.
+    `shares`: number of the layer for whose keys and values those of this layer can stand (`Stack.supplies`).
     """
 
     number: int
@@ -114,7 +114,7 @@ class Layer:
     cfg: Stack
     dtype: Any
     mesh: Any
-    shares: bool = False
+    shares: int | None = None
     changed_paths: tuple[str, ...] = ()
 
     @classmethod
@@ -129,8 +129,7 @@ class Layer:
         weights = {path: to_device(leaf, numbers.index(number)) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
-        shares = bool(cfg.producers) and not shape.mixer.kv_shared
-        return cls(number, stack, params, cfg.alone(shape), stored, mesh_of(model.params), shares)
+        return cls(number, stack, params, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
 
     @functools.cached_property
     def block(self) -> Block:
@@ -209,16 +208,16 @@ def run_block(
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares", "capture"))
 def _run(
-    params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool, capture: tuple[str, ...]
+    params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: int | None, capture: tuple[str, ...]
 ) -> tuple[State, dict[str, Any]]:
     outs = {name: f"{name}_out" for name in WRITERS if "statistics" in capture}
-    names = (*(name for name in capture if name != "statistics"), *outs.values(), *((KEYS,) if shares else ()))
+    names = (*(name for name in capture if name != "statistics"), *outs.values(), *(() if shares is None else (KEYS,)))
     block, after, values = run_block(stack, cfg, params, x, given, names)
     captured: dict[str, Any] = {name: values[name] for name in capture if name != "statistics"}
     if outs:
         norms = {name: norm for name in WRITERS if (norm := block.norm_after(name)) is not None}
         captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
-    keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
+    keys: dict[int, Any] = {} if shares is None else {shares: values[KEYS]}
     result = State(after, keys), captured
     return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), result)
 

@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import sharding
+from vlmprune_jax.core.models.decoder import map_cache
 from vlmprune_jax.core.models.flops import head_of
 from vlmprune_jax.core.models.generate import decode, prefill
-from vlmprune_jax.core.models.mixers import MIXERS
 from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, unflatten
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
@@ -138,16 +137,12 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
 def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
     """Add shardings to the abstract cache and decoding state: rows over (data, fsdp), heads over `tensor`."""
 
-    def place(leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
+    def place(axes: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
 
     cache, state = begun
-    axes_of = {str(run): MIXERS[type(x.mixer)].state_axes for run, (_, x) in enumerate(layer_runs(cfg.text.layers))}
-    placed = {
-        run: jax.tree.unflatten(jax.tree.structure(leaves), map(place, jax.tree.leaves(leaves), axes_of[run]))
-        for run, leaves in cache.items()
-    }
-    return placed, jax.tree.map(lambda leaf: place(leaf, ("batch", *(None,) * (leaf.ndim - 1))), state)
+    rows = jax.tree.map(lambda leaf: place(("batch", *(None,) * (leaf.ndim - 1)), leaf), state)
+    return map_cache(cfg.text, place, cache), rows
 
 
 def _memory(case: EvaluationCase, mesh: Mesh, params: Any, length: int) -> _Memory:

@@ -31,7 +31,7 @@ from vlmprune_jax.core.models.kernels import (
     splash_attention,
     xla_attention,
 )
-from vlmprune_jax.core.models.layers import Norm, Projection, rotate, unit_rms
+from vlmprune_jax.core.models.layers import Norm, Projection, at_layer, rotate, unit_rms
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
             return Projection(sizes, out, into, bias=bias, lora=lora_of(lora, name), clips=cfg.block.clips)
 
-        own = not facts.kv_shared
+        own, self.source = facts.source is None, facts.source
         values = own and not facts.keys_as_values
         self.window, self.causal, self.writer = facts.window or 0, cfg.causal, names.out
         self.kv_heads = facts.kv_heads
@@ -66,8 +66,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, ctx: Context, masks: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, jax.Array]:
         if self.k_proj is None:
-            assert ctx.shared is not None
-            return ctx.shared[self.window]
+            shared: Any = ctx.shared
+            return shared[self.source]
         k = self.k_proj(x, masks[0])
         v = k if self.v_proj is None else self.v_proj(x, masks[1])
         if self.k_norm is not None:
@@ -119,24 +119,12 @@ class Attention(nnx.Module):
             mixed = mixed * jax.nn.sigmoid(gate)
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))
 
-    @staticmethod
-    def rows_of(state: RunCache, rows: jax.Array) -> RunCache:
-        """Select the batch rows `rows` from cached keys and values."""
-        keys, values = (leaf[:, :, :, rows] for leaf in state)
-        return keys, values
-
-    @staticmethod
-    def extended(state: RunCache, empty: RunCache) -> RunCache:
-        """Append the empty slots of `empty` to cached keys and values."""
-        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(state, empty, strict=True))
-        return keys, values
-
     @classmethod
     def empty_state(
         cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
     ) -> RunCache | None:
         """Return zero-filled keys and values of `length` equal layers; None if these layers reuse another layer's."""
-        if layer.mixer.kv_shared:
+        if layer.mixer.source is not None:
             return None
         rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)
         size = (length, slots, rows, batch, channels)
@@ -156,8 +144,6 @@ def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple
         x = jnp.pad(x.transpose(1, 2, 0, 3)[None], ((0, 0),) * 4 + ((0, stack.shape[-1] - x.shape[-1]),))
         return constrain(jax.lax.dynamic_update_slice(stack, x, (layer, slot, 0, 0, 0)), CACHE_AXES)
 
-    def own(stack: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).transpose(2, 0, 1, 3)
-
-    keys, values = map(written, cache, new)
-    return (keys, values), (own(keys), own(values))
+    updated = written(cache[0], new[0]), written(cache[1], new[1])
+    keys, values = (x.transpose(2, 0, 1, 3) for x in at_layer(updated, layer))
+    return updated, (keys, values)

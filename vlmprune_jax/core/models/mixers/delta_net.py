@@ -19,8 +19,8 @@ from flax import nnx
 
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
-from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, broadcast, widen
-from vlmprune_jax.core.models.mixers.short_conv import RealFirst, at_layer, convolve, write_layer
+from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, at_layer, broadcast, widen
+from vlmprune_jax.core.models.mixers.short_conv import RealFirst, convolve, write_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -76,7 +76,7 @@ class DeltaNet(nnx.Module):
         projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
         masks = dropout_masks(ctx.dropout_key, x, projections)
         q, k, v, z, b, a = (module(x, mask) for module, mask in zip(projections[:-1], masks[:-1], strict=True))
-        before = None if state is None else at_layer(state)
+        before = None if state is None else at_layer(*state)
         (q, k, v), seen = self._convolved([q, k, v], None if before is None else before.tail)
         beta = widen(jax.nn.sigmoid(b))
         decay, step = (broadcast(widen(leaf.weight.get_value()), 3) for leaf in (self.decay, self.step))
@@ -106,17 +106,6 @@ class DeltaNet(nnx.Module):
         matrix = (length, batch, facts.delta_heads, facts.key_dim, facts.value_dim)
         full = np.promote_types(dtype, np.float32)
         return DeltaState(jnp.zeros((length, batch, facts.taps - 1, channels), dtype), jnp.zeros(matrix, full))
-
-    @staticmethod
-    def rows_of(state: DeltaState, rows: jax.Array) -> DeltaState:
-        """Select the batch rows `rows` from the cached state."""
-        return DeltaState(state.tail[:, rows], state.matrix[:, rows])
-
-    @staticmethod
-    def extended(state: DeltaState, empty: DeltaState) -> DeltaState:
-        """Return the cached state unchanged; its size does not depend on the sequence length."""
-        del empty
-        return state
 
 
 def unit(x: jax.Array) -> jax.Array:

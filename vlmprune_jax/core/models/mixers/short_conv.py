@@ -14,7 +14,7 @@ from flax import nnx
 
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
-from vlmprune_jax.core.models.layers import Leaf, Projection
+from vlmprune_jax.core.models.layers import Leaf, Projection, at_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -104,7 +104,7 @@ class ShortConv(nnx.Module):
         projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
         *masks, last = dropout_masks(ctx.dropout_key, x, projections)
         b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
-        before = None if state is None else at_layer(state).tail
+        before = None if state is None else at_layer(*state).tail
         mixed, inputs = convolve(b * values, self.conv.weight.get_value(), before)
         updated = None
         if state is not None:
@@ -117,22 +117,6 @@ class ShortConv(nnx.Module):
         """Return the initial cached state (zeros) of `length` equal convolutions; it does not depend on `slots`."""
         del cfg, slots
         return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
-
-    @staticmethod
-    def rows_of(state: ConvState, rows: jax.Array) -> ConvState:
-        """Select the batch rows `rows` from the convolution's cached inputs."""
-        return ConvState(state.tail[:, rows])
-
-    @staticmethod
-    def extended(state: ConvState, empty: ConvState) -> ConvState:
-        """Return the cached state unchanged; its size does not depend on the sequence length."""
-        del empty
-        return state
-
-
-def at_layer(state: LayerState) -> Any:
-    """Return the current layer's state from the stacked states of a run of equal layers."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, state.layer, keepdims=False), state.stacked)
 
 
 def write_layer(state: LayerState, new: Any) -> Any:

@@ -200,7 +200,7 @@ def _resume(
     def read(name: str, structure: Any) -> Any:
         return jax.tree.unflatten(structure, [cache[f"{name}/{i}"] for i in range(structure.num_leaves)])
 
-    shared = {text.layers[number].mixer.window or 0: (0, 0) for number in text.producers}
+    shared = dict.fromkeys(text.producers, (0, 0))
     structure: Any = jax.tree.structure([(0, shared) for _ in stream.batches])
     for done in range(stream.n_layers, 0, -1):
         keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
@@ -291,11 +291,12 @@ def _forward(stream: LayerStream, budget: _Budget, n_layers: int) -> list[tuple[
 
 def _layer(stream: LayerStream, number: int) -> Layer:
     """Load a layer; its keys and values are returned only if later layers reuse them."""
-    return dataclasses.replace(stream.layer(number), shares=number in stream.model.cfg.text.producers)
+    producer = number in stream.model.cfg.text.producers
+    return dataclasses.replace(stream.layer(number), shares=number if producer else None)
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"))
-def _block(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool) -> Any:
+def _block(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: int | None) -> Any:
     return run_with_products(params, x, given, {}, stack=stack, cfg=cfg, shares=shares)
 
 
@@ -325,7 +326,7 @@ def _no_sums(params: Any, cfg: ModelConfig, squares: bool, ways: int) -> tuple[A
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"), donate_argnames=("cotangent", "sums"))
 def _differentiate(
-    inputs: Any, cotangent: Cotangent, sums: Any, *, stack: str, cfg: Stack, shares: bool
+    inputs: Any, cotangent: Cotangent, sums: Any, *, stack: str, cfg: Stack, shares: int | None
 ) -> tuple[tuple[Any, Any], Cotangent]:
     """Backpropagate one step through a layer: add weight gradients to the sums, return the input gradient.
 
@@ -333,8 +334,8 @@ def _differentiate(
     row's mean loss is squared.
     """
     (params, x, given, products, counts, labels), (outgoing, keys), (first, squared) = inputs, cotangent, sums
-    counts, mixer = None if counts is None else jnp.swapaxes(counts, 0, 1), cfg.layers[0].mixer
-    used = {size: given.shared[size] for size in given.shared if mixer.kv_shared and size == (mixer.window or 0)}
+    counts = None if counts is None else jnp.swapaxes(counts, 0, 1)
+    used = {number: keys for number, keys in given.shared.items() if number == cfg.layers[0].mixer.source}
 
     def block(probes: Any, x: jax.Array, used: Any) -> tuple[jax.Array, Shared]:
         shared = given._replace(shared=used)
@@ -342,8 +343,8 @@ def _differentiate(
 
     probes = {name: jnp.zeros(total.shape, params[name].dtype) for name, total in first.items()}
     (_, produced), pull = jax.vjp(block, probes, x, used)
-    gradients, incoming, of_used = pull((outgoing, {size: keys[size] for size in produced}))
-    keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in of_used.items()}}
+    gradients, incoming, of_used = pull((outgoing, {number: keys[number] for number in produced}))
+    keys = {**keys, **{number: jax.tree.map(jnp.add, keys[number], pair) for number, pair in of_used.items()}}
     gradients = {name: gradient.astype(jnp.float32) for name, gradient in gradients.items()}
     first = jax.tree.map(jnp.add, first, gradients)
     # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)

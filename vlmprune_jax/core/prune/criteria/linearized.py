@@ -31,7 +31,7 @@ def run_with_products(
     *,
     stack: str,
     cfg: Stack,
-    shares: bool,
+    shares: int | None,
 ) -> tuple[tuple[jax.Array, Shared], Products]:
     """Run one layer; return ((residual stream after it, shared keys and values), outputs of its projections).
 
@@ -43,7 +43,7 @@ def run_with_products(
         the weight, for each way of weighting tokens (weights outside projections, such as those of experts, have it
         without `counts` only). The weights themselves are constants.
       counts: float32[ways, rows, seq], weights of the tokens in these gradients; None = one way with all weights 1.
-      shares: True if later layers use this layer's keys and values.
+      shares: number of the layer, if later layers use its keys and values.
     """
     made = Products()
 
@@ -60,8 +60,8 @@ def run_with_products(
             elif isinstance(part, Leaf) and name in probes and counts is None:
                 part.weight.set_value(part.weight.get_value() + probes[name][0])
 
-    _, after, values = run_block(stack, cfg, params, x, given, (KEYS,) if shares else (), prepare)
-    keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
+    _, after, values = run_block(stack, cfg, params, x, given, () if shares is None else (KEYS,), prepare)
+    keys: dict[int, Any] = {} if shares is None else {shares: values[KEYS]}
     return (constrain(after, STREAM), keys), made
 
 
