@@ -102,7 +102,7 @@ class Study:
         """Train from the saved state of step `first`; yield (step, model, seconds per step) at each step in `marks`."""
         total = marks[-1]
         run = prepare(self.start(cut), CONFIG, self.teacher, None, None, total)
-        state, programs, begin = run.state, Programs(run.step), time.perf_counter()
+        state, programs, begin = run.state, Programs(run.program.step), time.perf_counter()
         if first:
             count, tree = len(jax.tree.leaves(state)), jax.tree.structure(state)
             run = run._replace(state=None)
@@ -119,7 +119,7 @@ class Study:
             print(cut, seed, step, {k: float(np.asarray(v)) for k, v in metrics.items() if np.ndim(v) == 0}, flush=True)
             if step + 1 in marks:
                 seconds = (time.perf_counter() - begin) / (step + 1 - first)
-                yield step + 1, vp.Model(unflatten({**run.frozen, **state.params}), run.cfg), seconds
+                yield step + 1, vp.Model(unflatten({**run.frozen, **state.params}), run.program.cfg), seconds
         np.savez(self.state(cut, seed, total), **{str(n): np.asarray(x) for n, x in enumerate(jax.tree.leaves(state))})
 
     def state(self, cut: str, seed: int, step: int) -> Path:

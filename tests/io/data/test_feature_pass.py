@@ -150,11 +150,8 @@ def test_processes_share_pictures_by_size(goldens, tmp_path, monkeypatch):
     names = list(pictures)
     monkeypatch.setattr(feature_pass, "process_count", lambda: 3)
     monkeypatch.setattr(feature_pass, "from_all", lambda _: [[counts[k] for k in names[i::3]] for i in range(3)])
-    shares = []
-    for process in range(3):
-        monkeypatch.setattr(feature_pass, "process_number", lambda process=process: process)
-        shares.append(list(feature_pass._share(loader, pictures, "stop")))
-    dealt = [shares[turn % 3][turn // 3] for turn in range(4)]
+    shares = feature_pass._shares(loader, pictures, "stop")
+    dealt = [list(shares[turn % 3])[turn // 3] for turn in range(4)]
     assert dealt == sorted(names, key=lambda key: -counts[key])
     assert len(set(counts.values())) == 4
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +179,11 @@ def loss_sums(
         target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
-        pairs = zip(aux["states"], taught, strict=True)
-        sums[name] = sum(_over_tokens(name, term, *pair, mask, loss) for pair in pairs)
+        sums[name] = 0
+        for ours, theirs in zip(aux["states"], taught, strict=True):
+            arguments = [{"hidden": ours, "teacher_hidden": theirs}[need] for need in term.needs]
+            values = _at_positions(name, term.value, [x.astype(jnp.float32) for x in arguments], mask)
+            sums[name] += jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
     if teacher is not None and teacher_params is not None and compares_logits(loss):
         teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
@@ -206,17 +209,6 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
     """
     head = head_of(params, cfg)
     return dataclasses.replace(head, weight=constrain(head.weight, ("vocab", None)))
-
-
-def _over_tokens(
-    name: str, term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
-) -> jax.Array:
-    """Return the sum of a hidden-state loss at one layer over all tokens except padding."""
-    states = {
-        need: x.astype(jnp.float32) for need, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
-    }
-    values = _at_positions(name, term.value, [states[need] for need in term.needs], mask)
-    return jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
 
 
 def vocabulary_sums(
@@ -264,33 +256,24 @@ def _chunk_sums(
     teacher_head: Head | None,
 ) -> dict[str, jax.Array]:
     x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
-    values = {"logits": head(states), "targets": x["y"]}
+    inputs = {"logits": head(states), "targets": x["y"]}
     if teacher_head is not None:
-        values["teacher_logits"] = teacher_head(x["t"])
+        inputs["teacher_logits"] = teacher_head(x["t"])
     if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
-        for name in [name for name in values if name.endswith("logits")]:
-            logprobs = jax.nn.log_softmax(values[name] / loss.temperature, axis=-1)
-            values[name.replace("logits", "log_probs")] = logprobs
-    weight = x["w"].astype(jnp.float32)
-    return {name: _over_chunk(name, term, values, x, weight, loss) for name, term in terms}
-
-
-def _over_chunk(
-    name: str,
-    term: LossTerm,
-    inputs: Mapping[str, jax.Array],
-    x: Mapping[str, jax.Array],
-    weight: jax.Array,
-    loss: LossConfig,
-) -> jax.Array:
-    """Return the sum of a logit loss over a chunk's positions that have weight, float32[]."""
-    if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-        top = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
-        values = _at_positions(name, term.from_top_k, top, weight)
-    else:
-        values = _at_positions(name, term.value, [inputs[need] for need in term.needs], weight)
-    total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
-    return loss.temperature**2 * total if term.tempered else total
+        for name in [name for name in inputs if name.endswith("logits")]:
+            logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
+            inputs[name.replace("logits", "log_probs")] = logprobs
+    weight, sums = x["w"].astype(jnp.float32), {}
+    for name, term in terms:
+        function: Callable[..., jax.Array] = term.value
+        arguments: list[Any] = [inputs.get(need) for need in term.needs]
+        if term.needs_teacher and "ids" in x and term.from_top_k is not None:
+            function = term.from_top_k
+            arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
+        values = _at_positions(name, function, arguments, weight)
+        total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+        sums[name] = loss.temperature**2 * total if term.tempered else total
+    return sums
 
 
 def _at_positions(
