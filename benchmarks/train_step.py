@@ -105,7 +105,6 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     from vlmprune_jax.core.models.params import flatten
     from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.core.recovery.losses import Teacher
-    from vlmprune_jax.core.recovery.objective import layer_pairs
     from vlmprune_jax.core.recovery.step import (
         init_state,
         learning_rates,
@@ -113,6 +112,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
         make_step,
         step_context,
     )
+    from vlmprune_jax.core.recovery.terms import layer_pairs
     from vlmprune_jax.core.recovery.trainable import assign_groups, partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)

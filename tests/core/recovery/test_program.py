@@ -16,8 +16,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import Teacher
-from vlmprune_jax.core.recovery.objective import needs_teacher
 from vlmprune_jax.core.recovery.step import init_state, learning_rates, make_optimizer, make_step
+from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.core.sections import LoraConfig
 

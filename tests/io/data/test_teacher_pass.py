@@ -26,9 +26,8 @@ from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.objective import check_losses, check_teacher
 from vlmprune_jax.core.recovery.program import place
-from vlmprune_jax.core.recovery.terms import top_k_divergence, top_k_logprobs
+from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, top_k_divergence, top_k_logprobs
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_pass import teacher_top_k

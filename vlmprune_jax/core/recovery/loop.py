@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,18 +18,17 @@ from jax.sharding import Mesh
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.mesh.preemption import StopSignal
-from vlmprune_jax.core.models.inputs import check_inputs
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.patch_rows import rejoined
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.recovery.metrics import Recorder
-from vlmprune_jax.core.recovery.objective import reported_terms
-from vlmprune_jax.core.recovery.program import BatchShapes, Program, Programs, Run, describe, prepare
+from vlmprune_jax.core.recovery.program import BatchShapes, Program, Run, describe, prepare, shapes_of
 from vlmprune_jax.core.recovery.step import TrainState, place_rows, step_context
+from vlmprune_jax.core.recovery.terms import reported_terms
 from vlmprune_jax.core.recovery.trainable import merge_lora
 
 
@@ -145,7 +144,12 @@ def _train(
     recorder: Recorder,
 ) -> TrainState:
     """Run the training steps in `span`; metrics are read one step late so that devices never wait for the host."""
-    cfg, programs = run.program.cfg, Programs(run.program.step)
+    cfg, programs = run.program.cfg, dict[Any, Any]()
+
+    def compile_for(state: TrainState, batch: Mapping[str, Any]) -> None:
+        arguments = (state, run.frozen, run.teacher_params, batch)
+        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()  # type: ignore[attr-defined]
+
     teacher_cfg = None if run.program.teacher is None else run.program.teacher.cfg
     flops = batch_flops(cfg, teacher_cfg, config.losses, run.program.groups, rows=config.batch_size)
     pending = deque[Callable[[], None]]()
@@ -154,8 +158,8 @@ def _train(
             zeros = [{name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()} for kind in kinds]
             if zeros:
                 recorder.say(f"compiling {len(kinds)} program{'s' * (len(kinds) > 1)}: {describe(cfg, zeros)}")
-            for batch in zeros:
-                programs.compile(state, run.frozen, run.teacher_params, place_rows(batch, run.mesh))
+            for batch in zeros:  # ahead of the run, which shows a lack of memory at the start
+                compile_for(state, place_rows(batch, run.mesh))
                 if stop.requested():
                     raise stop.stopped("training", "while compiling, before its first step; nothing is lost")
             if saver is not None:
@@ -164,13 +168,13 @@ def _train(
             begin = time.perf_counter()
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
-            arguments = (state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
-            if not programs.has(arguments[-1]):
+            placed = place_rows(batch.arrays, run.mesh)
+            if shapes_of(placed) not in programs:
                 remark = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
                 recorder.say(f"{remark}: {describe(cfg, [batch.arrays])}")
                 with recorder.compiling():
-                    programs.compile(*arguments)
-            state, metrics = programs(*arguments)
+                    compile_for(state, placed)
+            state, metrics = programs[shapes_of(placed)](state, run.frozen, run.teacher_params, placed)
             of_batch = (batch.record_ids, waited, batch.skipped, flops(batch.arrays))
             pending.append(functools.partial(recorder.step, step + 1, metrics, *of_batch))
             if len(pending) > 1:
@@ -207,13 +211,4 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
         )
-    arrays = rejoined(run.program.cfg, batch.arrays)
-    check_inputs(
-        run.program.cfg,
-        ids,
-        arrays.get("pixel_values"),
-        arrays.get("vision_features"),
-        arrays.get("image_grid_thw"),
-        arrays["attention_mask"],
-    )
-    return batch if "pixel_values_videos" not in batch.arrays else dataclasses.replace(batch, arrays=arrays)
+    return dataclasses.replace(batch, arrays=check_batch(run.program.cfg, batch.arrays))

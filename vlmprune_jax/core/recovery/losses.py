@@ -20,16 +20,15 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import LayerEmbeds
-from vlmprune_jax.core.models.inputs import check_inputs
-from vlmprune_jax.core.models.patch_rows import rejoined
+from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
 from vlmprune_jax.core.models.placement import mesh_of
-from vlmprune_jax.core.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, to_nnx
+from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.objective import (
+from vlmprune_jax.core.recovery.terms import (
     TERMS,
+    LossTerm,
     check_losses,
     check_teacher,
     compares_logits,
@@ -40,7 +39,6 @@ from vlmprune_jax.core.recovery.objective import (
     reported_terms,
     student_layers,
 )
-from vlmprune_jax.core.recovery.terms import LossTerm
 
 
 class LossTerms(UserDict[str, LossTerm]):
@@ -80,15 +78,7 @@ class LossTerms(UserDict[str, LossTerm]):
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in host]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
-        arrays = {name: jnp.asarray(array) for name, array in rejoined(model.cfg, host).items()}
-        check_inputs(
-            model.cfg,
-            arrays["input_ids"],
-            arrays.get("pixel_values"),
-            arrays.get("vision_features"),
-            arrays.get("image_grid_thw"),
-            arrays["attention_mask"],
-        )
+        arrays = {name: jnp.asarray(array) for name, array in check_batch(model.cfg, host).items()}
         taught, params = None, None
         if teacher is not None and needs_teacher(loss):
             taught = Teacher(
@@ -150,25 +140,19 @@ def loss_sums(
     `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
-    images["encoder_inputs"] = cfg.encoder_inputs(batch)
-    embeds, layer_embeds, positions = None, LayerEmbeds(), images.pop("position_ids")
-    if loss.reference_compat and positions is None:
+    inputs = encode_inputs(cfg, batch) | {"remat": remat}
+    embeds: dict[str, Any] = {}
+    if loss.reference_compat and inputs["position_ids"] is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-        if loss.teacher_inputs == "own":
-            positions = positions * mask
-        else:
-            embeds, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, **images)
-            embeds = embeds * mask[..., None].astype(embeds.dtype)
+        inputs["position_ids"] = positions * mask if loss.teacher_inputs == "own" else positions
+        if loss.teacher_inputs != "own":
+            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["images"], inputs["items"])
+            embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
     hidden = on_hidden(loss)
     states: tuple[int, ...] = ()
     if hidden:
         states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
-    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(
-        params, cfg, ids, **images, inputs_embeds=embeds, layer_embeds=layer_embeds, states=states,
-        dropout_key=dropout_key, **inputs,
-    )  # fmt: skip
+    final, aux = encode(params, cfg, ids, states=states, dropout_key=dropout_key, **inputs, **embeds)
     sums: dict[str, Any] = {}
     target, teacher_head = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
@@ -176,7 +160,7 @@ def loss_sums(
         shared = ("inputs_embeds", "layer_embeds") if loss.teacher_inputs == "student" else ()
         inputs |= {name: aux[name] for name in shared}
         states = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
+        target, seen = encode(teacher_params, teacher.cfg, ids, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
         sums[name] = 0

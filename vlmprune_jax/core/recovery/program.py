@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,6 @@ from vlmprune_jax.core.recovery.checkpoint import weights_digest
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import room_of
 from vlmprune_jax.core.recovery.losses import Teacher
-from vlmprune_jax.core.recovery.objective import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.core.recovery.step import (
     Step,
     TrainState,
@@ -38,6 +37,7 @@ from vlmprune_jax.core.recovery.step import (
     state_shardings,
     step_context,
 )
+from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, with_lora
 
 BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
@@ -167,33 +167,8 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
     return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
 
 
-class Programs:
-    """Compiled programs of one jitted function, one per batch shape.
-
-    Compiling ahead avoids pauses of minutes in the middle of a run on a pod, and shows a lack of memory at the start.
-    """
-
-    def __init__(self, function: Any):
-        self._function = function
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def has(self, batch: Mapping[str, Any]) -> bool:
-        """Return True if the program for this batch shape is compiled."""
-        return _key(batch) in self._compiled
-
-    def compile(self, *arguments: Any) -> None:
-        """Compile the function for arguments of these shapes, without running it.
-
-        All processes of a pod must compile the same programs in the same order.
-        """
-        self._compiled[_key(arguments[-1])] = self._function.lower(*arguments).compile()
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Run the compiled program for a batch of this shape."""
-        return self._compiled[_key(arguments[-1])](*arguments)
-
-
-def _key(batch: Mapping[str, Any]) -> Any:
+def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:
+    """Return the shapes and dtypes of a batch's arrays, for each of which the training step is compiled once."""
     return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
 
 

@@ -20,6 +20,7 @@ from vlmprune_jax.base.processes import from_all, on_process_zero, process_count
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.models.features import tower_features
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes
 from vlmprune_jax.core.models.vlm import Params
 from vlmprune_jax.core.recovery.config import RecoverConfig
@@ -147,7 +148,7 @@ def _rows(
             pixels = loader.pixels(pictures[key])
             if (shape.positions(1), varied or len(pixels)) != (counts[key], varied or counts[key]):
                 raise UserError(f"{pictures[key].image}: has changed since this command started: run it again")
-            return [pixels] if varied else list(pixels)
+            return [pixels] if varied else list(pixels[:, None])
 
         read = _attempt(tiles, [None] * (1 if varied else counts[key]), on_error)
         return [_Row(key, pixels, shape, number == len(read)) for number, pixels in enumerate(read, start=1)]
@@ -163,8 +164,8 @@ def _batch(loader: FeatureLoader, chosen: Sequence[_Row], rows: int, tokens: int
     """Return a batch of `rows` rows that begins with `chosen`; images of any size are padded to a bucket."""
     buckets = loader.preparation.image_buckets
     room = smallest(buckets, tokens) if buckets else 0
-    every = loader.images.arrays(loader.preparation.usual[-1] if room else rows, room).items()
-    arrays = {name: np.zeros((rows, *size) if room else size, dtype) for name, (size, dtype) in every}
+    every = loader.images.arrays(loader.preparation.usual[-1] if room else 1, room).items()
+    arrays = {name: np.zeros((rows, *size), dtype) for name, (size, dtype) in every}
     for number, row in enumerate(chosen):
         if row.pixels is not None:
             arrays[loader.images.array][number, : len(row.pixels)] = row.pixels
@@ -177,7 +178,8 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
     """Return a function that computes vision features of a batch of tiles, compiled once per shape."""
     sharding = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
-        lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=sharding
+        lambda tower, rows: tower_features(tower, cfg, Packed(rows["pixel_values"], rows.get(GRIDS))),
+        out_shardings=sharding,
     )
 
     def compute(tower: Params, rows: dict[str, np.ndarray]) -> jax.Array:
