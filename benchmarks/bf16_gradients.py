@@ -49,8 +49,8 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
     from vlmprune_jax.core.models.params import flatten, unflatten
     from vlmprune_jax.core.recovery.config import LossConfig
     from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, term_weights
-    from vlmprune_jax.core.recovery.objective import layer_pairs
     from vlmprune_jax.core.recovery.step import step_context
+    from vlmprune_jax.core.recovery.terms import layer_pairs
     from vlmprune_jax.core.recovery.trainable import partition
 
     student = base.adapted(vp.load(args.work / "student", dtype="bfloat16"), 0.0)

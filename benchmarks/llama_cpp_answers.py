@@ -26,6 +26,7 @@ import numpy as np
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.features import tower_features
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import encode, head_of
 from vlmprune_jax.core.sections import ModelSpec
@@ -97,15 +98,15 @@ def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Pa
     if not rolled:
         flat["vision/position_embedding/weight"] = jnp.roll(flat["vision/position_embedding/weight"], 1, axis=0)
     params, cfg = unflatten(flat), dataclasses.replace(model.cfg, feature_select="full")
+    rest = {name: part for name, part in params.items() if name != "vision"}
     tokenizer, said = load_tokenizer(TEACHER), list[str]()
     for batch in vp.batches(TEACHER, records, images=images, batch_size=50, **DATA):
         arrays = batch.arrays
-        pixels = arrays["pixel_values"].reshape(-1, *arrays["pixel_values"].shape[-3:])
-        states = tower_features(params["vision"], cfg, jnp.asarray(pixels))
+        states = tower_features(params["vision"], cfg, Packed(jnp.asarray(arrays["pixel_values"])))
         states = jnp.concatenate([states[:, 2:], states[:, :1]], axis=1)
         last, _ = encode(
-            params, model.cfg, jnp.asarray(arrays["input_ids"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
-            vision_features=states[:, None],
+            rest, dataclasses.replace(model.cfg, tower=False), jnp.asarray(arrays["input_ids"]),
+            images=Packed(states[:, None]), attention_mask=jnp.asarray(arrays["attention_mask"]),
         )  # fmt: skip
         places = (arrays["labels"] != -100).argmax(axis=1) - 1
         tokens = head_of(params, model.cfg)(last[np.arange(len(places)), places]).argmax(-1)

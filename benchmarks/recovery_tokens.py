@@ -31,7 +31,7 @@ from reconstruction import ROOT, ROW, WINDOW, batches, docstrings, smollm2_folde
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import unflatten
 from vlmprune_jax.core.recovery.config import MAIN, LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.program import Programs, prepare
+from vlmprune_jax.core.recovery.program import prepare
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
@@ -102,7 +102,7 @@ class Study:
         """Train from the saved state of step `first`; yield (step, model, seconds per step) at each step in `marks`."""
         total = marks[-1]
         run = prepare(self.start(cut), CONFIG, self.teacher, None, None, total)
-        state, programs, begin = run.state, Programs(run.step), time.perf_counter()
+        state, begin = run.state, time.perf_counter()
         if first:
             count, tree = len(jax.tree.leaves(state)), jax.tree.structure(state)
             run = run._replace(state=None)
@@ -112,14 +112,14 @@ class Study:
         for step in range(first, total):
             ids = self.rows[order[np.arange(step * ROWS, (step + 1) * ROWS) % len(order)]]
             batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
-            if not programs.has(batch):
-                programs.compile(state, run.frozen, run.teacher_params, batch)
+            if step == first:
+                compiled = run.program.step.lower(state, run.frozen, run.teacher_params, batch).compile()
                 begin = time.perf_counter()
-            state, metrics = programs(state, run.frozen, run.teacher_params, batch)
+            state, metrics = compiled(state, run.frozen, run.teacher_params, batch)
             print(cut, seed, step, {k: float(np.asarray(v)) for k, v in metrics.items() if np.ndim(v) == 0}, flush=True)
             if step + 1 in marks:
                 seconds = (time.perf_counter() - begin) / (step + 1 - first)
-                yield step + 1, vp.Model(unflatten({**run.frozen, **state.params}), run.cfg), seconds
+                yield step + 1, vp.Model(unflatten({**run.frozen, **state.params}), run.program.cfg), seconds
         np.savez(self.state(cut, seed, total), **{str(n): np.asarray(x) for n, x in enumerate(jax.tree.leaves(state))})
 
     def state(self, cut: str, seed: int, step: int) -> Path:

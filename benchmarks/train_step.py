@@ -105,27 +105,34 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     from vlmprune_jax.core.models.params import flatten
     from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.core.recovery.losses import Teacher
-    from vlmprune_jax.core.recovery.objective import layer_pairs
     from vlmprune_jax.core.recovery.step import (
-        StepConfig,
         init_state,
         learning_rates,
         make_optimizer,
         make_step,
         step_context,
     )
+    from vlmprune_jax.core.recovery.terms import layer_pairs
     from vlmprune_jax.core.recovery.trainable import assign_groups, partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)
     teacher = vp.load(args.folder, dtype=args.dtype)
     loss = LossConfig(ce=0.5, l2=0.5)
     trainable, frozen = partition(flatten(student.params), "lora")
-    rates = RecoverConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0, clip_norm=CLIP_NORM)
+    config = RecoverConfig(
+        losses=loss,
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        warmup_ratio=0.0,
+        clip_norm=CLIP_NORM,
+        compute_dtype=args.dtype,
+        remat=args.remat,
+    )
     groups = assign_groups(list(trainable), "lora")
-    optimizer = make_optimizer(rates, groups, 1)
+    optimizer = make_optimizer(config, groups, 1)
     taught = Teacher(teacher.cfg, *layer_pairs(loss, student.cfg, teacher.cfg, None))
-    config = StepConfig(student.cfg, loss, taught, 1, CLIP_NORM, args.dtype, args.remat)
-    compiled = make_step(config, optimizer, learning_rates(rates, groups, 1), None)
+    rates = learning_rates(config, groups, 1)
+    compiled = make_step(student.cfg, config, taught, optimizer, rates, None)
     state = init_state(trainable, optimizer, 0, None)
     params, batch = teacher.params, {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
     del student, teacher, trainable

@@ -46,7 +46,7 @@ WRITERS = {
     ("base/console.py", "without_output"): "the null device",
     ("base/journal.py", "add"): _REPLACED,
     ("core/recovery/metrics.py", "__init__"): _REPLACED,
-    ("core/recovery/metrics.py", "_list_skipped"): _REPLACED,
+    ("core/recovery/metrics.py", "step"): _REPLACED,
 }
 
 

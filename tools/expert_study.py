@@ -27,6 +27,7 @@ from pretrain import TEXT_LETTERS, make_encoder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.models.inputs import encode_inputs
 from vlmprune_jax.core.models.vlm import apply
 from vlmprune_jax.core.prune.routing import Routing, measure_routing
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
@@ -43,7 +44,6 @@ SHARES = (0.25, 0.5)
 REPAIRED = ("reap", "both, pooled", SHARES[-1])
 LETTERS, BATCH = 80, 25
 STEPS = 50  # optimizer steps of a recovery
-INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "position_ids")
 Batches = list[Batch]
 Table = dict[str, list[tuple[float, float]]]  # for one row: column -> (loss, bits per byte) of every seed
 _apply = jax.jit(apply, static_argnames="cfg")  # images may be packed, unlike in vp.forward
@@ -62,8 +62,8 @@ def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: in
     """Return a model's accuracy (%) and loss (nats per answer) on questions, and its bits per byte on texts."""
     right, nats = list[bool](), {"answers": 0.0, "texts": 0.0}
     for batch in (each.arrays for each in (*questions, *texts)):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        logits = np.asarray(_apply(model.params, model.cfg, **inputs)[0], np.float64)[:, :-1]
+        inputs = encode_inputs(model.cfg, batch)
+        logits = np.asarray(_apply(model.params, model.cfg, batch["input_ids"], **inputs)[0], np.float64)[:, :-1]
         labels = batch["labels"][:, 1:]
         used = labels != IGNORED
         if "pixel_values" in batch:

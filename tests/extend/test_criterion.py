@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from extend_cases import flags_of, registered
+from media_cases import packed
 from prune_cases import UNEQUAL, batch, config, model
 
 import vlmprune_jax as vp
@@ -95,7 +96,7 @@ def whole_inputs(one, arrays):
     """What o_proj and down_proj of every block read, at every token."""
     _, aux = encode(
         jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]),
-        pixel_values=jnp.asarray(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
+        images=packed(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
         hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
     )  # fmt: skip
     return aux["hook"]

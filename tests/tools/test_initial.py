@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hf_cases import LLAMA, make_folder
 from initial import write_joined, write_random
+from media_cases import packed
 from PIL import Image
 from pretrain import make_encoder
 from pretrain_tokens import get_config as tokens_config
@@ -106,7 +107,7 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
         encoder = make_encoder(model.cfg, folder)
         pixels = images_of(encoder, seen)["pixel_values"]
         tower = {name: leaf for name, leaf in model.params["vision"].items() if name != "post_layernorm"}
-        features.append(np.asarray(tower_features(tower, bare, pixels)))
+        features.append(np.asarray(tower_features(tower, bare, packed(pixels))))
     theirs, ours = features
     assert 0.9 < 1 - np.square(ours - theirs).sum() / np.square(theirs - theirs.mean((0, 1))).sum() < 1
     # A language model that knows the tokens already, and has more words than they need, keeps its rows.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from vlmprune_jax.base.errors import UserError, differences
+from vlmprune_jax.base.errors import Stopped, UserError, differences
 from vlmprune_jax.base.files import read_json, reading, replacing
 from vlmprune_jax.base.processes import from_all, is_main_process, on_process_zero, process_count
 from vlmprune_jax.base.weight_files import FILE_DTYPES, Entry, read_header
@@ -80,6 +80,24 @@ class ArrayCache:
         self._bytes += sum(array.nbytes for array in arrays.values())
         if self._bytes >= SHARD_BYTES:
             self._flush()
+
+    def fill(self, results: Iterable[tuple[int, Mapping[str, np.ndarray]]], progress: Callable[[int], None]) -> None:
+        """Add the arrays of a pass and publish them, also if `progress` stops the pass (collective).
+
+        Args:
+          results: pairs of the number of items that are finished by then, and the arrays to add.
+          progress: called with the number of finished items; may raise Stopped.
+
+        Raises UserError if a shard cannot be written.
+        """
+        try:
+            for finished, arrays in results:
+                self.add(arrays)
+                progress(finished)
+        except Stopped:
+            self.publish()
+            raise
+        self.publish()
 
     def publish(self) -> None:
         """Write the added arrays so that all processes can read them (collective: every process must call it).

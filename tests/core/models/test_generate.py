@@ -162,7 +162,7 @@ def test_layers_are_read_from_the_stack_of_all():
     cfg = ModelConfig("llama", "transformers", text_config(layers))
     params = unflatten({path: jax.ShapeDtypeStruct(size, np.float32) for path, size in param_shapes(cfg).items()})
     arrays = {name: jax.ShapeDtypeStruct((1, 5), np.int32) for name in ("ids", "valid")}
-    arrays |= {"ended": jax.ShapeDtypeStruct((1,), bool), "pixels": None, "pixel_mask": None}
+    arrays |= {"ended": jax.ShapeDtypeStruct((1,), bool)}
     traced = prefill.trace(params, cfg, arrays, 4, ()).jaxpr
     scans = _scans(traced.jaxpr)
     sliced = [x for eqn in scans for x in eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]]

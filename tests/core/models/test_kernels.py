@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from media_cases import packed
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
@@ -92,7 +93,9 @@ def test_splash_behind_a_prefix_equals_xla():
 
 def _logits(params, cfg, batch):
     """Logits at real tokens; 0 elsewhere."""
-    logits, _ = apply(params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=batch["mask"])
+    logits, _ = apply(
+        params, cfg, batch["input_ids"], images=packed(batch["pixel_values"]), attention_mask=batch["mask"]
+    )
     return logits * batch["mask"][..., None].astype(jnp.float32)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_cases import copy_golden, edit_config, expanded_batch, mean_loss
+from media_cases import packed
 
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.params import stack_layers, unstack_layers
@@ -44,7 +45,7 @@ def test_every_vision_hidden_state(goldens, bunny, internvl):
         golden = np.load(goldens / f"forward/{name}.npz")
         assert len(model.cfg.vision.layers) == computed
         for n in range(computed + 1):
-            states = to_nnx(up_to(model, n)).vision(jnp.asarray(golden["pixel_values"][:1]))
+            states = to_nnx(up_to(model, n)).vision(packed(golden["pixel_values"][:1]))
             np.testing.assert_allclose(states, golden["vision_hidden_states"][n], **close)
 
 
@@ -66,7 +67,7 @@ def test_bunny(goldens, bunny, per_row):
     golden = np.load(goldens / "forward/bunny.npz")
     pixels = golden["pixel_values"]
     assert bunny.cfg.tokens_per_image == 9
-    np.testing.assert_allclose(to_nnx(bunny).vision_features(jnp.asarray(pixels)), golden["vision_features"], **close)
+    np.testing.assert_allclose(to_nnx(bunny).vision_features(packed(pixels)), golden["vision_features"], **close)
     ids, mask = expanded_batch(golden, bunny.cfg.image_token_id, bunny.cfg.tokens_per_image)
     # Row 2 is text only: the reference gives it an image of zeros, which nothing reads.
     used = range(3) if per_row else range(2)
@@ -79,10 +80,10 @@ def test_internvl(goldens, internvl):
     pixels, used = golden["pixel_values"], np.flatnonzero(golden["image_flags"])
     assert (internvl.cfg.tokens_per_image, internvl.cfg.image_token_id) == (4, 393)
     module = to_nnx(internvl)
-    states = module.vision(jnp.asarray(pixels))
+    states = module.vision(packed(pixels))
     np.testing.assert_allclose(states, golden["vision_last_hidden_state"], **close)
     np.testing.assert_allclose(pixel_shuffle(states[:, 1:], 2, "v1"), golden["pixel_shuffled_v1"], **close)
-    np.testing.assert_allclose(module.vision_features(jnp.asarray(pixels)), golden["vision_features"], **close)
+    np.testing.assert_allclose(module.vision_features(packed(pixels)), golden["vision_features"], **close)
     mask = golden["attention_mask"]
     logits = compare(internvl, golden, golden["input_ids"], mask, pixels[used], used)
     assert mean_loss(logits, golden["labels"]) == pytest.approx(float(golden["loss"]), rel=1e-5)
@@ -126,7 +127,7 @@ def test_internvl_without_rope_scaling(goldens, tmp_path):
 
 def test_positions_of_another_grid(goldens, internvl):
     golden = np.load(goldens / "forward/internvl.npz")
-    states = to_nnx(internvl).vision(jnp.asarray(golden["resized_pixel_values"]))
+    states = to_nnx(internvl).vision(packed(golden["resized_pixel_values"]))
     np.testing.assert_allclose(states, golden["resized_vision_last_hidden_state"], **close)
     np.testing.assert_array_equal(bicubic(5, 5), np.eye(5, dtype=np.float32))
 

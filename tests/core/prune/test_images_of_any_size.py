@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_cases import keep_layers, mean_loss, prune, random_ids
+from media_cases import packed
 from prune_cases import kept_units
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.inputs import as_arrays, encode_inputs, read_inputs
+from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.patch_rows import patch_rows, repacked
 from vlmprune_jax.core.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.core.prune import KeptLayer, gptq, reconstruction
 from vlmprune_jax.core.prune.batches import row_batches
@@ -37,10 +39,18 @@ def golden(goldens, family):
     return vp.load(folder / "ckpt"), {**rows, "pixel_values": pixels}
 
 
+def in_rows(cfg, batch, packs):
+    """The images of a processor's batch in packed rows, with the positions of its tokens."""
+    images = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+    inputs = read_inputs(cfg, batch["input_ids"], batch["attention_mask"], images, packs)
+    placed = {} if inputs.positions is None else {"position_ids": inputs.positions}
+    return as_arrays(inputs.images) | placed
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def gradients(params, cfg, arrays, labels):
     def loss(params):
-        logs = jax.nn.log_softmax(apply(params, cfg, **arrays)[0][:, :-1])
+        logs = jax.nn.log_softmax(apply(params, cfg, arrays["input_ids"], **encode_inputs(cfg, arrays))[0][:, :-1])
         wanted = labels[:, 1:]
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
         keep = (wanted != -100).astype(jnp.float32)
@@ -54,8 +64,7 @@ def gradients(params, cfg, arrays, labels):
 def test_taylor_equals_plain_differentiation(goldens, family):
     model, batch = golden(goldens, family)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    arrays = patch_rows(model.cfg, ids, mask, batch["pixel_values"], batch["image_grid_thw"])
-    arrays = {name: array for name, array in arrays.items() if name != "deltas"}
+    arrays = in_rows(model.cfg, batch, len(ids))
     found = gradients(model.params, model.cfg, arrays | {"input_ids": ids, "attention_mask": mask}, batch["labels"])
     for stack in ("text", "vision"):
         scores = vp.score(model, [batch], criterion="taylor", variant="param_first", reduction="sum", stack=stack)
@@ -113,12 +122,9 @@ def test_losses_of_a_batch(goldens, family):
     model, batch = golden(goldens, family)
     losses = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
-    inputs = (batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
-    by_row = patch_rows(model.cfg, *inputs)
-    together = repacked(model.cfg, by_row["pixel_values"], by_row["image_grid_thw"], 1)
+    by_row, together = (in_rows(model.cfg, batch, packs) for packs in (3, 1))
     assert [len(images["pixel_values"]) for images in (by_row, together)] == [3, 1]
-    del by_row["deltas"]
-    for images in (by_row, by_row | together):
+    for images in (by_row, together):
         found = vp.losses(model, batch | images, losses, teacher=model)
         np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
         assert max(found["kl"], found["l2"]) < 1e-6
@@ -140,7 +146,8 @@ def rows_apart(batch):
 def _forward_of(params, cfg, arrays):
     names = ("o_proj", "down_proj")
     _, aux = encode(
-        params, cfg, **arrays, hook_inputs=names, hook=lambda block: [block.inputs[name] for name in names],
+        params, cfg, arrays["input_ids"], **encode_inputs(cfg, arrays), hook_inputs=names,
+        hook=lambda block: [block.inputs[name] for name in names],
         states=tuple(range(len(cfg.text.layers) + 1)),
     )  # fmt: skip
     return aux["states"], aux["hook"]
@@ -172,9 +179,9 @@ def test_a_batch_of_texts_is_packed_as_one_without_images(goldens):
     """A group of calibration rows may have the arrays of images, and no image."""
     cfg = golden(goldens, "qwen2_5_vl")[0].cfg
     pixels, grids = np.zeros((3, 4, cfg.vision.patch_values), np.float32), np.zeros((3, 2, 3), np.int32)
-    packed = repacked(cfg, pixels, grids, 1)
-    assert packed["pixel_values"].shape[::2] == (1, cfg.vision.patch_values)
-    assert not packed["image_grid_thw"].any()
+    images = repack(cfg, np.zeros((3, 5), np.int32), None, Packed(pixels, grids), 1)
+    assert images.values.shape[::2] == (1, cfg.vision.patch_values)
+    assert not images.grid.any()
 
 
 @pytest.mark.slow
@@ -260,7 +267,7 @@ def test_reconstruction(goldens, family, monkeypatch):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _tower(params, cfg, pixels, grid):
-    return to_nnx(Model(params, cfg)).vision(pixels, grid=grid)
+    return to_nnx(Model(params, cfg)).vision(packed(pixels, grid))
 
 
 @pytest.mark.slow
@@ -300,8 +307,7 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     def missing(model):
         total = 0.0
         for batch in many(teacher, range(30, 32)):
-            names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-            made = patch_rows(teacher.cfg, *(batch[name] for name in names))
+            made = in_rows(teacher.cfg, batch, len(batch["input_ids"]))
             pixels, grid = made["pixel_values"], made["image_grid_thw"]
             a, b = (np.asarray(_tower(one.params, one.cfg, pixels, grid)) for one in (model, teacher))
             total += float(((a - b) ** 2)[np.arange(pixels.shape[1]) < grid.prod(axis=2).sum(axis=1)[:, None]].sum())

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from hf_cases import edit_config, prune
+from media_cases import packed
 from prune_cases import kept_units
 from stack_cases import tower_layer
 from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
@@ -47,7 +48,7 @@ def features(model, seed=0):
     side = model.cfg.vision.image_size
     pixels = np.random.default_rng(seed).standard_normal((2, 3, side, side), np.float32)
     module = to_nnx(model)
-    return np.asarray(module.projector(module.vision_features(pixels)))
+    return np.asarray(module.projector(module.vision_features(packed(pixels))))
 
 
 def masked(model, layers):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from media_cases import packed
 from prune_cases import EQUAL, UNEQUAL, batch, config, expanded, golden_llava, model, on_mesh
 from rounding import assert_same_sums
 from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
@@ -85,9 +86,8 @@ def plain_gradients(cfg):
 
     def loss(params, rows):
         data = {name: jnp.asarray(array)[rows] for name, array in arrays.items()}
-        logits, _ = apply(
-            params, cfg, data["input_ids"], pixel_values=data.get("pixel_values"), attention_mask=data["attention_mask"]
-        )
+        images = packed(data["pixel_values"]) if "pixel_values" in data else None
+        logits, _ = apply(params, cfg, data["input_ids"], images=images, attention_mask=data["attention_mask"])
         logs, wanted = jax.nn.log_softmax(logits[:, :-1]), data["labels"][:, 1:]
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
         keep = (wanted != -100).astype(jnp.float32)

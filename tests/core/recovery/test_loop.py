@@ -154,7 +154,7 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
     state = run.state
     with step_context(mesh, "float32"):
         for line, batch in zip(lines, itertools.islice(batches, 7), strict=True):
-            state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, mesh))
+            state, metrics = run.program.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, mesh))
             assert line["loss"] == float(metrics["loss"])
     whole = flatten(jax.device_get(trained.params))
     assert all(np.array_equal(whole[path], master) for path, master in jax.device_get(state.params).items())

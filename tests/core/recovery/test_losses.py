@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
+from media_cases import packed
 from prune_cases import kept_stack, kept_units
 
 from vlmprune_jax.base.errors import UserError
@@ -23,8 +24,7 @@ from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.objective import check_losses, layer_pairs, reported_terms
-from vlmprune_jax.core.recovery.terms import LossTerm
+from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, layer_pairs, reported_terms
 from vlmprune_jax.io.checkpoints.read import load
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
@@ -236,7 +236,7 @@ def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
 
 
 def _apply(model, batch, want):
-    inputs = {"pixel_values": batch["pixel_values"], "attention_mask": batch["attention_mask"]}
+    inputs = {"images": packed(batch["pixel_values"]), "attention_mask": batch["attention_mask"]}
     return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], capture=want, **inputs))(model.params)
 
 

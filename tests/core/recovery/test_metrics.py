@@ -17,7 +17,7 @@ from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.metrics import Recorder, _shown
-from vlmprune_jax.core.recovery.objective import reported_terms
+from vlmprune_jax.core.recovery.terms import reported_terms
 from vlmprune_jax.core.recovery.trainable import add_lora
 
 CFG = cases.config(layers=1)

@@ -16,8 +16,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import Teacher
-from vlmprune_jax.core.recovery.objective import needs_teacher
-from vlmprune_jax.core.recovery.step import StepConfig, init_state, learning_rates, make_optimizer, make_step
+from vlmprune_jax.core.recovery.step import init_state, learning_rates, make_optimizer, make_step
+from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.core.sections import LoraConfig
 
@@ -27,14 +27,13 @@ TOTAL = 10
 
 def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build, remat: str = "none"):
     """(step, its arguments): `build(shape, dtype)` makes every array but the state's."""
-    settings = cases.settings()
+    settings = cases.settings(losses=loss, remat=remat)
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), trainable)
     optimizer = make_optimizer(settings, groups, TOTAL)
     teacher = Teacher(cfg, (), ()) if needs_teacher(loss) else None
     top_k = loss.teacher_top_k
-    config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", remat)
-    step = make_step(config, optimizer, learning_rates(settings, groups, TOTAL), None)
+    step = make_step(cfg, settings, teacher, optimizer, learning_rates(settings, groups, TOTAL), None)
     params = {path: build(shape, "float32") for path, shape in shapes.items()}
     frozen = {path: x for path, x in params.items() if path not in groups}
     masters = {path: x for path, x in params.items() if path in groups}

@@ -21,7 +21,6 @@ from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import term_weights
 from vlmprune_jax.core.recovery.step import (
-    StepConfig,
     TrainState,
     _gradients,
     _split,
@@ -180,10 +179,10 @@ def test_micro_batches_and_steps_draw_dropout_of_their_own():
 
     @functools.partial(jax.jit, static_argnames="copies")
     def gradient(copies, step):
-        config = StepConfig(model.cfg, LossConfig(), None, copies, None, "float32", "none")
+        config = cases.settings(batch_size=copies, accumulation=copies, losses=LossConfig(), remat="none")
         batch = {name: jnp.concatenate([jnp.asarray(array)] * copies) for name, array in row.items()}
-        weights = term_weights(config.loss, config.cfg, batch["labels"], batch["attention_mask"])
-        return _gradients(config, TrainState(trained, (), step, key), frozen, None, batch, weights)[0]
+        weights = term_weights(config.losses, model.cfg, batch["labels"], batch["attention_mask"])
+        return _gradients(model.cfg, config, None, TrainState(trained, (), step, key), frozen, None, batch, weights)[0]
 
     once, twice, later = gradient(1, 0), gradient(2, 0), gradient(1, 1)
     for other in (twice, later):

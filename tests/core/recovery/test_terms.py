@@ -9,12 +9,13 @@ import recover_cases as cases
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.inputs import encode_inputs
 from vlmprune_jax.core.models.params import unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.core.recovery.program import place
+from vlmprune_jax.core.recovery.terms import check_losses, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora
 
 CFG = cases.config()
@@ -70,8 +71,8 @@ def test_a_term_on_the_students_states_alone(terms):
     assert not needs_teacher(loss)
     student, batch = cases.model(CFG, 1), next(cases.Stream(CFG, rows=2))
     found = vp.losses(student, batch, loss)
-    arrays = {name: jnp.asarray(x) for name, x in batch.arrays.items() if name != "labels"}
-    _, aux = apply(student.params, CFG, capture=("hidden",), **arrays)
+    ids = jnp.asarray(batch.arrays["input_ids"])
+    _, aux = apply(student.params, CFG, ids, capture=("hidden",), **encode_inputs(CFG, batch.arrays))
     states = [np.asarray(aux["hidden"][i], np.float64)[batch.arrays["attention_mask"] == 1] for i in (0, 1, -1)]
     assert found["small"] == pytest.approx(np.mean([np.square(x).mean() for x in states]), rel=1e-5)
     assert found["total"] == pytest.approx(found["ce"] + 0.1 * found["small"], rel=1e-6)

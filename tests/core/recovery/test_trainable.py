@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 from flax import nnx
+from media_cases import packed
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
@@ -91,8 +92,8 @@ def test_fresh_adapters_change_nothing():
     model = cases.model(CFG)
     adapted = add_lora(model, cases.LORA, jax.random.key(3))
     batch = next(cases.Stream(CFG)).arrays
-    inputs, pixels = batch["input_ids"], batch["pixel_values"]
-    before, after = (encode(m.params, m.cfg, inputs, pixel_values=pixels)[0] for m in (model, adapted))
+    inputs, images = batch["input_ids"], packed(batch["pixel_values"])
+    before, after = (encode(m.params, m.cfg, inputs, images=images)[0] for m in (model, adapted))
     assert np.array_equal(before, after)
     shapes = param_shapes(adapted.cfg)
     added = {path: leaf for path, leaf in flatten(adapted.params).items() if "lora_" in path}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 from hf_cases import copy_llava
+from media_cases import packed
 from PIL import Image
 from stack_cases import with_facts
 from vlm_cases import row_of
@@ -74,7 +75,7 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
     meshed = load(goldens / "ckpt/internvl", mesh=make_mesh(2, 2, 2))
     split = make_loader(goldens, tmp_path / "eight", model)
     fill(split, (meshed, records), mesh=make_mesh(2, 2, 2))
-    direct = jax.jit(to_nnx(model).vision_features)
+    direct = jax.jit(lambda pixels: to_nnx(model).vision_features(packed(pixels)))
     numbers = set()
     for record in records:
         for path in record.images:
@@ -97,7 +98,7 @@ def test_images_of_any_size(goldens, tmp_path):
     records = [Record("a", turns, (paths[0], paths[3])), Record("b", turns, (paths[1], paths[2]))]
     images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7)
     model, mesh = load(folder / "ckpt"), make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    direct = jax.jit(lambda pixels, grid: tower_features(model.params["vision"], model.cfg, pixels, grid))
+    direct = jax.jit(lambda pixels, grid: tower_features(model.params["vision"], model.cfg, packed(pixels, grid)))
     loaders = []
     for name, devices in (("one", None), ("two", mesh)):
         cache = ArrayCache(tmp_path / name, {"weights": "x"})
@@ -150,11 +151,8 @@ def test_processes_share_pictures_by_size(goldens, tmp_path, monkeypatch):
     names = list(pictures)
     monkeypatch.setattr(feature_pass, "process_count", lambda: 3)
     monkeypatch.setattr(feature_pass, "from_all", lambda _: [[counts[k] for k in names[i::3]] for i in range(3)])
-    shares = []
-    for process in range(3):
-        monkeypatch.setattr(feature_pass, "process_number", lambda process=process: process)
-        shares.append(list(feature_pass._share(loader, pictures, "stop")))
-    dealt = [shares[turn % 3][turn // 3] for turn in range(4)]
+    shares = feature_pass._shares(loader, pictures, "stop")
+    dealt = [list(shares[turn % 3])[turn // 3] for turn in range(4)]
     assert dealt == sorted(names, key=lambda key: -counts[key])
     assert len(set(counts.values())) == 4
 

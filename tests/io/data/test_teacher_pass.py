@@ -26,9 +26,8 @@ from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.objective import check_losses, check_teacher
 from vlmprune_jax.core.recovery.program import place
-from vlmprune_jax.core.recovery.terms import top_k_divergence, top_k_logprobs
+from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, top_k_divergence, top_k_logprobs
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_pass import teacher_top_k
@@ -138,7 +137,7 @@ class Taught(cases.Stream):
         ((_, ids, logprobs),) = self.pass_over([batch])
         rows = [{name: array[row] for name, array in batch.arrays.items()} for row in range(self.rows)]
         for name, row, *found in zip(batch.record_ids, rows, ids, logprobs, strict=True):
-            self.kept.keep(Record(name, (), ()), row, *found)
+            self.kept.cache.add(self.kept.arrays(Record(name, (), ()), row, *found))
         self.kept.cache.publish()
         for name, row in zip(batch.record_ids, rows, strict=True):
             self.kept.fill(row, Record(name, (), ()))
@@ -273,7 +272,7 @@ def test_rows_keep_the_positions_that_count(tmp_path):
     logprobs = -np.arange(18, dtype=np.float32).reshape(6, 3)
     assert not rows.has(records[0])
     for record, labels, at in zip(records, (row, row, nothing), (ids, ids - 70_000, ids), strict=True):
-        rows.keep(record, labels, at, logprobs)
+        rows.cache.add(rows.arrays(record, labels, at, logprobs))
     rows.cache.publish()
     for number, base in ((0, 70_000), (1, 0)):
         found = dict(row)
@@ -295,7 +294,7 @@ def test_rows_keep_the_positions_that_count(tmp_path):
     with pytest.raises(UserError, match=r"record same: .* has 3 positions, expected 0: remove that folder"):
         rows.fill(dict(nothing), records[0])
     with pytest.raises(UserError, match="record same: the teacher's logits are not finite"):
-        rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
+        rows.cache.add(rows.arrays(records[0], row, ids, np.full_like(logprobs, np.nan)))
     with pytest.raises(UserError, match="has no array for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))
 
@@ -326,7 +325,9 @@ def test_a_record_is_known_by_what_it_says_and_shows(tmp_path, monkeypatch):
 def test_padding_is_not_kept_where_all_positions_count(tmp_path):
     """A longer bucket has more of it."""
     rows, record = TeacherRows(ArrayCache(tmp_path, {}), 1, "all", np.dtype("float32"), 100), Record("r", (), ())
-    rows.keep(record, _row(3, 4), np.arange(1, 5)[:, None], np.arange(8, dtype=np.float32).reshape(4, 2))
+    rows.cache.add(
+        rows.arrays(record, _row(3, 4), np.arange(1, 5)[:, None], np.arange(8, dtype=np.float32).reshape(4, 2))
+    )
     rows.cache.publish()
     found = _row(3, 6)
     rows.fill(found, record)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from golden_cases import CLOSE, Golden
 from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from media_cases import packed
 from rounding import assert_same_sums
 from torch_compat import VERSIONS
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.inputs import in_cells
 from vlmprune_jax.core.models.params import flatten, unstack_layers
-from vlmprune_jax.core.models.patch_rows import in_cells
 from vlmprune_jax.core.models.vlm import to_nnx
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups, summed_axes
 from vlmprune_jax.io.data.chat_template import choose_template
@@ -64,7 +65,8 @@ def test_tower(golden):
     tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
-        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
+        images = packed(pixels[None], jnp.asarray(grid)[None])
+        _, found = tower.hooked(images, lambda block: (block.before, block.after))
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
@@ -72,14 +74,14 @@ def test_tower(golden):
         found = [(before[:, order], after[:, order]) for before, after in found]
     elif golden.patched:  # with padding behind the image
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
-        pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
-        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=grid)
+        images = packed(np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])[None], grid)
+        _, found = tower.hooked(images, lambda block: (block.before, block.after))
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
-            windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].mixer.window]
+            windows = tower.context(images.values, images).segments[tower.cfg.layers[0].mixer.window]
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(before[:, order], after[:, order]) for before, after in found]
     else:
-        _, found = tower.hooked(pixels[:1], lambda block: (block.before, block.after))
+        _, found = tower.hooked(packed(pixels[:1]), lambda block: (block.before, block.after))
     np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
 
 
@@ -87,7 +89,7 @@ def test_deepstack(goldens):
     golden = Golden(goldens / "families/qwen3_vl")
     module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
     levels = module.projector.deepstack_features(
-        module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid)
+        module.vision_features(packed(golden.arrays["image0_pixel_values"][None], grid))
     )
     np.testing.assert_allclose(levels[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
@@ -242,7 +244,7 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
         expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
         np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
         module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
-        features = module.projector(module.vision_features(expected[None], grid=grid))
+        features = module.projector(module.vision_features(packed(expected[None], grid)))
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 

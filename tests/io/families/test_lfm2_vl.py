@@ -16,7 +16,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.generate import SharedPrefix, generate
-from vlmprune_jax.core.models.patch_rows import in_cells
+from vlmprune_jax.core.models.inputs import in_cells
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec

@@ -7,12 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+from media_cases import packed
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.patch_rows import in_cells, rejoined
+from vlmprune_jax.core.models.inputs import check_batch, in_cells
 from vlmprune_jax.core.models.vlm import to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
@@ -117,11 +118,15 @@ def test_rows_are_those_of_the_processor(golden):
         for array, values in (("labels", "labels"), ("position_ids", "position_ids")):
             if f"{name}_{values}" in stored:
                 np.testing.assert_array_equal(arrays[array][0], stored[f"{name}_{values}"], err_msg=name)
-        for grid in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts"):
-            if f"{name}_{grid}" in stored:
-                values = arrays[grid][0]
-                np.testing.assert_array_equal(values[values.any(-1)] if values.ndim > 1 else values[values > 0],
-                                              stored[f"{name}_{grid}"], err_msg=name)  # fmt: skip
+        grids = [
+            stored[f"{name}_{kind}_grid_thw"] for kind in ("video", "image") if f"{name}_{kind}_grid_thw" in stored
+        ]
+        if grids:  # those of videos and images in the order of their tokens
+            found = arrays["image_grid_thw"][0]
+            assert sorted(found[found.any(-1)].tolist()) == sorted(np.concatenate(grids).tolist()), name
+        if f"{name}_second_per_grid_ts" in stored:
+            times = arrays["second_per_grid_ts"][0]
+            np.testing.assert_array_equal(times[times > 0], stored[f"{name}_second_per_grid_ts"], err_msg=name)
 
 
 def test_pixels_are_pillows(golden):
@@ -129,7 +134,7 @@ def test_pixels_are_pillows(golden):
     expected = golden.pixels(stored["single_levels_pillow"], golden.facts["video_processor"])
     if "single_video_position_ids" in stored:
         expected, _ = in_cells(golden.model.cfg, expected, None, stored["single_video_position_ids"])
-    pixels = next(arrays[name] for name in ("pixel_values_videos", "pixel_values") if name in arrays)[0]
+    pixels = arrays["pixel_values"][0]
     np.testing.assert_allclose(pixels[: len(expected)], expected, rtol=2e-6, atol=1e-7)
     assert not pixels[len(expected) :].any()
 
@@ -206,7 +211,7 @@ def test_forward_and_answers_of_all_cases(golden):
 def test_batches_of_videos_images_and_texts(golden):
     """Rows of different visual inputs in one batch of `vp.batches` have the logits of the rows alone."""
     batch = golden.batches("frames", "mixed", "text", "two", batch_size=4)[0].arrays
-    names = {*NAMES, "input_ids", "attention_mask", "pixel_values", "pixel_values_videos"}
+    names = {*NAMES, "input_ids", "attention_mask", "pixel_values"}
     logits = np.asarray(vp.forward(golden.model, **{name: batch[name] for name in names & batch.keys()})[0])
     for row, case in enumerate(("frames", "mixed", "text", "two")):
         expected = golden.arrays[f"{case}_logits"]
@@ -315,9 +320,9 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
     pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
     tower = to_nnx(golden.model)
     if cfg.dynamic_resolution:
-        expected = tower.vision_features(pixels[None], grid=np.array([[grid]], np.int32))[0]
+        expected = tower.vision_features(packed(pixels[None], np.array([[grid]], np.int32)))[0]
     else:
-        expected = tower.vision_features(pixels)
+        expected = tower.vision_features(packed(pixels))
     np.testing.assert_allclose(loader.load(visual, "r"), expected, atol=1e-5, rtol=0)
 
 
@@ -373,20 +378,19 @@ def test_a_video_before_an_image_keeps_its_place(golden):
     turns = [{"from": "human", "value": "<video>\n<image>\n<video>\nWhich?"}, {"from": "gpt", "value": "Both."}]
     record = {"videos": ["main.mp4", "few.mp4"], "image": "still.png", "conversations": turns}
     settings = {"video_frames": 2, "max_images": 3, "max_length": 400}
-    public = golden.batches("frames", rows=[record], **settings)[0].arrays
-    cfg, inputs = open_inputs(golden.ckpt, None, golden.clips, settings, ("max_length",))
-    (record,) = to_records([record], inputs)
-    encoder = inputs.training_encoder(cfg)
-    images = encoder.packed([encoder.images(record)], encoder.shape_of([record]), 1)
-    joined = rejoined(cfg, public)
-    grids = images["image_grid_thw"][0, :3]
-    np.testing.assert_array_equal(joined["image_grid_thw"][0, :3], grids)
-    patches = int(grids.prod(axis=1).sum())
-    np.testing.assert_array_equal(joined["pixel_values"][0, :patches], images["pixel_values"][0, :patches])
-    if "position_ids" in public:
-        np.testing.assert_array_equal(joined["position_ids"], public["position_ids"])
-    with pytest.raises(UserError, match=r"pixels have shape \[1, 1, .* but their grids \[1, 2, 3\]"):
-        rejoined(cfg, public | {"pixel_values_videos": public["pixel_values_videos"][None]})
+    joined = golden.batches("frames", rows=[record], **settings)[0].arrays
+    cfg, grids = golden.model.cfg, joined["image_grid_thw"][0, :3]
+    first, image, last = np.split(joined["pixel_values"][0], np.cumsum(grids.prod(axis=1)))[:3]
+    apart = {name: array for name, array in joined.items() if name != "second_per_grid_ts"}
+    apart |= {"pixel_values": image, "image_grid_thw": grids[1:2]}
+    apart |= {"pixel_values_videos": np.concatenate([first, last]), "video_grid_thw": grids[::2]}
+    if "second_per_grid_ts" in joined:
+        apart["second_per_grid_ts"] = joined["second_per_grid_ts"][0, :3:2]
+    again = check_batch(cfg, apart)
+    for name in ("pixel_values", "image_grid_thw"):
+        np.testing.assert_array_equal(again[name][0], joined[name][0, : len(again[name][0])])
+    with pytest.raises(UserError, match=r"videos has shape \[1, .* and video_grid_thw \[2, 3\], expected"):
+        check_batch(cfg, apart | {"pixel_values_videos": apart["pixel_values_videos"][None]})
 
 
 @pytest.mark.slow
@@ -394,7 +398,7 @@ def test_a_video_before_an_image_keeps_its_place(golden):
 def test_a_mesh_computes_the_same(golden):
     cases = ("frames", "mixed", "text", "two") * 2
     batch = golden.batches(*cases, batch_size=8)[0].arrays
-    names = {*NAMES, "input_ids", "attention_mask", "pixel_values", "pixel_values_videos"} & batch.keys()
+    names = {*NAMES, "input_ids", "attention_mask", "pixel_values"} & batch.keys()
     batch = {name: batch[name] for name in names}
     expected = np.asarray(vp.forward(golden.model, **batch)[0])
     found = np.asarray(vp.forward(vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1)), **batch)[0])

@@ -22,7 +22,7 @@ from vlmprune_jax.base import cache as cache_module
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.core.models.inputs import check_inputs
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.core.recovery import loop
@@ -134,12 +134,13 @@ def llava(tmp_path_factory: pytest.TempPathFactory, goldens: Path) -> tuple[Expe
 def test_inputs_of_a_model_without_its_tower():
     cfg = dataclasses.replace(cases.config(), tower=False)
     ids = np.full((2, 5), cases.IMAGE)
-    check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
+    rows = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    check_batch(cfg, rows | {"vision_features": np.zeros((2, 1, *cfg.feature_shape))})
     for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
         with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
-            check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
+            check_batch(cfg, rows | {"pixel_values": np.zeros((2, 1, 3, 6, 6)), "vision_features": features})
     with pytest.raises(UserError, match="otherwise pass pixel_values"):
-        check_inputs(cases.config(), ids, None, np.zeros((2, 1, *cfg.feature_shape)))
+        check_batch(cases.config(), rows | {"vision_features": np.zeros((2, 1, *cfg.feature_shape))})
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------

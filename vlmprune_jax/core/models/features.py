@@ -9,23 +9,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.projector import merged, pixel_shuffle, pooled
 from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vision import VisionTower
 
 
-def features_of(
-    tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
-) -> jax.Array:
-    """Return the images' vision features, the input of the projector; in packed rows if `grid` is passed."""
+def features_of(tower: VisionTower, cfg: ModelConfig, images: Packed) -> jax.Array:
+    """Return the images' vision features, the input of the projector: [tiles, tokens, features] or in packed rows."""
     projector = cfg.projector
-    if grid is not None:
+    if images.grid is not None:
         factor = 1 if projector is None else projector.downsample
-        levels = [merged(level, factor) for level in tower.levels(pixels, grid)]
+        levels = [merged(level, factor) for level in tower.levels(images)]
         if projector is not None and projector.pools:
             levels = [pooled(level, tower.cfg.hidden_size) for level in levels]
         return jnp.concatenate(levels, axis=-1)
-    states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
+    states = tower(images)
     if cfg.feature_select == "patch":
         states = states[:, 1:]
     if projector is not None and (projector.shuffles or projector.pools):
@@ -34,22 +33,12 @@ def features_of(
     return states
 
 
-def patches_of(mask: jax.Array, patch: int) -> jax.Array:
-    """Return bool[images, rows, columns]: True for patches with a real pixel in `mask` [images, height, width]."""
-    n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
-    whole = mask[:, : rows * patch, : columns * patch]
-    return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
-
-
-def tower_features(
-    tower: dict[str, Any], cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None
-) -> jax.Array:
+def tower_features(tower: dict[str, Any], cfg: ModelConfig, images: Packed) -> jax.Array:
     """Compute `VisionLanguageModel.vision_features` with the vision tower's parameters only."""
     vision = cfg.vision
     assert vision is not None
-    dtype = jax.tree.leaves(tower)[0].dtype
     module = fill(nnx.eval_shape(lambda: VisionTower(vision)), tower)
-    return features_of(module, cfg, pixels.astype(dtype), None, grid)
+    return features_of(module, cfg, images._replace(values=images.values.astype(jax.tree.leaves(tower)[0].dtype)))
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, packs: int) -> jax.Array:

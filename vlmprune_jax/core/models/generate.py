@@ -19,12 +19,11 @@ from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import Cache
 from vlmprune_jax.core.models.decoder import map_cache
-from vlmprune_jax.core.models.inputs import VisualInputs, check_inputs, split_encoder_inputs, visual_inputs
+from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_images, read_inputs
 from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
-from vlmprune_jax.core.models.patch_rows import patch_rows
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import with_images
-from vlmprune_jax.core.models.vlm import Embedded, Model, Params, VisionLanguageModel, to_nnx
+from vlmprune_jax.core.models.vlm import Model, Params, VisionLanguageModel, to_nnx
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,12 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
-    items, visuals = split_encoder_inputs(model.cfg, shown_ids, visuals)
-    images, mask = visual_inputs(model.cfg, shown_ids, shown_mask, visuals)
-    host = items | _prompts(input_ids, attention_mask, images["pixel_values"], mask)
-    ids, valid = host["ids"], host["valid"]
+    inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh_of(model.params)))
+    host = _host_inputs(input_ids, attention_mask, inputs, prefix)
     if prefix is not None:
-        check_inputs(model.cfg, input_ids, None)
-        host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
-        host["rows"] = np.asarray(prefix.rows, np.int32)
-    if model.cfg.dynamic_resolution:
-        host |= _patches(model, host, **images)
+        check_ids(model.cfg, input_ids, attention_mask)
+        read_images(model.cfg, np.asarray(input_ids), attention_mask, {})  # refuses image tokens
+    ids, valid = host["ids"], host["valid"]
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
     if not 0 < first < max_new_tokens:
@@ -124,10 +119,9 @@ def compile_generation(
 
     Raises UserError for inputs that `forward` refuses.
     """
-    check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
-    mesh, host = mesh_of(model.params), _prompts(input_ids, None, pixel_values, None)
-    if model.cfg.dynamic_resolution:
-        host |= _patches(model, host, pixel_values, image_grid_thw)
+    mesh, images = mesh_of(model.params), {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+    inputs = read_inputs(model.cfg, input_ids, None, images, packed_rows(len(input_ids), mesh))
+    host = _host_inputs(input_ids, None, inputs, None)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
         lowered = prefill.lower(model.params, model.cfg, arrays, max_new_tokens, ())
@@ -146,29 +140,28 @@ def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
     return max(sum(getattr(m, name) for name in sizes) - m.alias_size_in_bytes for m in memories)
 
 
-def _prompts(input_ids: Any, attention_mask: Any, pixel_values: Any, mask: Any) -> dict[str, Any]:
-    """Return the compiled program's input arrays for these prompts, in host memory."""
-    ids, valid = _align_right(input_ids, attention_mask)
-    return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
-
-
-def _patches(
-    model: Model, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any, second_per_grid_ts: Any = None
-) -> dict[str, Any]:
-    """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets.
+def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: SharedPrefix | None) -> dict[str, Any]:
+    """Return the compiled program's input arrays for these prompts, in host memory.
 
     "least", int32[batch, 1], is the least position of a generated token: it follows all temporal patches of a video.
     """
-    ids, valid = (host["prefix_" * ("rows" in host) + name] for name in ("ids", "valid"))
-    packs = packed_rows(len(ids), mesh_of(model.params))
-    image_arrays = patch_rows(model.cfg, ids, valid, pixel_values, image_grid_thw, second_per_grid_ts, packs=packs)
-    placed = {"pixels": image_arrays["pixel_values"], "grid": image_arrays["image_grid_thw"]}
-    if "deltas" not in image_arrays:
-        return placed
-    positions, deltas = image_arrays["position_ids"], image_arrays["deltas"]
-    rows = host.get("rows", np.arange(len(ids)))
-    least = positions.max(axis=(1, 2)) + 1
-    return {**placed, "positions": positions, "delta": deltas[rows, None], "least": least[rows, None]}
+    order, ids, valid = _align_right(input_ids, attention_mask)
+    host = {
+        "ids": ids,
+        "valid": valid,
+        "ended": np.zeros(len(ids), bool),
+        "images": inputs.images,
+        "items": inputs.items,
+    }
+    rows = np.arange(len(ids))
+    if prefix is not None:
+        order, host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
+        host["rows"] = rows = np.asarray(prefix.rows, np.int32)
+    if inputs.positions is not None and inputs.offsets is not None:
+        host["positions"] = np.take_along_axis(inputs.positions, order[:, None], axis=2)
+        least = inputs.positions.max(axis=(1, 2)) + 1
+        host |= {"delta": inputs.offsets[rows, None], "least": least[rows, None]}
+    return host
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
@@ -202,14 +195,17 @@ def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
     return cfg.pad_token_id if cfg.pad_token_id is not None else (eos[0] if eos else 0)
 
 
-def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Move each row's real tokens to its end, so that all rows continue at the same cache position."""
+def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Move each row's real tokens to its end, so that all rows continue at the same cache position.
+
+    Returns the order of the tokens, the ids, and the mask.
+    """
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
         raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts contains only padding: leave it out")
     order = np.argsort(valid, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
+    return order, np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
 
 
 def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
@@ -265,7 +261,8 @@ def prefill(
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
-    x, _, layer_embeds = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
+    shown = {} if start else {"images": arrays.get("images"), "items": arrays.get("items")}
+    x, _, layer_embeds = module.embed(arrays["ids"], **shown)
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
@@ -299,7 +296,7 @@ def decode(
         i, token, ended, tokens, cache = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         context = module.text.context(slots, position + i, slot=first + i)
-        x, _, layer_embeds = module.embed(token[:, None], None)
+        x, _, layer_embeds = module.embed(token[:, None])
         hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
         token, ended = _choose(module, hidden, ended, eos)
         return i + 1, token, ended, tokens, aux["cache"]
@@ -319,7 +316,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _, layer_embeds = _embed(module, arrays, arrays["prefix_ids"])
+    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("images"), arrays.get("items"))
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
@@ -336,17 +333,6 @@ def _append_slots(axes: Sequence[str | None], state: jax.Array, empty: jax.Array
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
     """Add each token's image number to `positions` if image tokens attend to later tokens of their image (Gemma)."""
-    if arrays["pixels"] is None or not cfg.text.sees_images:
+    if arrays.get("images") is None or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.visual_token_ids)
-
-
-def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
-    """Return the decoder's input embeddings, with vision features at the image tokens."""
-    return module.embed(
-        ids,
-        arrays["pixels"],
-        pixel_attention_mask=arrays["pixel_mask"],
-        image_grid_thw=arrays.get("grid"),
-        encoder_inputs=module.cfg.encoder_inputs(arrays),
-    )

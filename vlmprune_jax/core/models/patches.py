@@ -61,6 +61,17 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
     return Places(row, column, cell_row, cell_column, rows, columns, image, real)
 
 
+def split_tiles(tiles: jax.Array, patch: int) -> jax.Array:
+    """Split tiles [tiles, channel, height, width] into patches [tiles, patches, channel * row * column], row by row.
+
+    Incomplete patches at the edges are left out.
+    """
+    rows, columns = (side // patch for side in tiles.shape[2:])
+    whole = tiles[:, :, : rows * patch, : columns * patch]
+    cells = whole.reshape(*tiles.shape[:2], rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
+    return cells.reshape(len(tiles), rows * columns, -1)
+
+
 def windows_of(places: Places, merge: int, side: int) -> jax.Array:
     """Return each patch's attention window (`side` merged patches wide), int32[packs, patches].
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.patch_rows import repacked
+from vlmprune_jax.core.models.inputs import as_arrays, images_of
+from vlmprune_jax.core.models.media import repack
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -28,29 +29,28 @@ def packed_rows(batch: int, mesh: Mesh | None) -> int:
     return row_ways(mesh) if batch % row_ways(mesh) == 0 else 1
 
 
-def place_inputs(params: Any, cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, jax.Array | None]:
+def place_inputs(params: Any, cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Move a batch to the model's devices; images of varying size are packed into one row for each device group.
 
     Images without `input_ids` stay in their packed rows.
     """
-    mesh, names = mesh_of(params), ("input_ids", "pixel_values", "image_grid_thw")
-    ids, pixels, grids = (arrays.get(name) for name in names)
-    if ids is not None and pixels is not None and grids is not None:
-        arrays = {**arrays, **repacked(cfg, pixels, grids, packed_rows(len(ids), mesh))}
+    mesh, ids, images = mesh_of(params), arrays.get("input_ids"), images_of(arrays)
+    if ids is not None and images is not None and images.grid is not None:
+        packs = packed_rows(len(ids), mesh)
+        arrays = {**arrays, **as_arrays(repack(cfg, ids, arrays.get("attention_mask"), images, packs))}
     return place_batch(arrays, mesh)
 
 
-def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
+def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """Move host arrays to the devices, split along the batch axis if the mesh divides it (else replicated)."""
-    placed: dict[str, jax.Array | None] = {}
-    for name, array in arrays.items():
-        if array is None or mesh is None:
-            placed[name] = None if array is None else jnp.asarray(array)
-            continue
-        axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
+
+    def place(array: Any) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(array)
+        axes = ("batch",) if len(array) % row_ways(mesh) == 0 else (None,)
         array_sharding = sharding(mesh, axes + (None,) * (array.ndim - 1))
         if isinstance(array, np.ndarray):  # device_put would first compare all of it between the processes
-            placed[name] = jax.make_array_from_callback(array.shape, array_sharding, array.__getitem__)
-        else:
-            placed[name] = jax.device_put(array, array_sharding)
-    return placed
+            return jax.make_array_from_callback(array.shape, array_sharding, array.__getitem__)
+        return jax.device_put(array, array_sharding)
+
+    return jax.tree.map(place, dict(arrays))

@@ -16,8 +16,8 @@ AXES = 3  # frame, row and column
 def mrope_positions(
     input_ids: Any,
     attention_mask: Any,
-    image_grid_thw: Any,
-    second_per_grid_ts: Any,
+    grid: Any,
+    times: Any,
     *,
     tokens: Sequence[int],
     merge: int,
@@ -36,9 +36,8 @@ def mrope_positions(
     Args:
       input_ids: int[batch, seq], with one token per feature of an image or video.
       attention_mask: int[batch, seq], 1 = real token, or None.
-      image_grid_thw: temporal patches, rows and columns of patches of images and videos, int[visuals, 3] in order of
-        appearance over the batch, or int[packs, visuals, 3] by packed row (0, 0, 0 = none; see `patch_rows`), or None.
-      second_per_grid_ts: seconds between temporal patches (None: 1), float like `image_grid_thw` without its last axis.
+      grid, times: frames, rows and columns of patches, and seconds between temporal patches, of the images and videos
+        of each packed row (see `Packed`); None without images, or if all times are 1.
       tokens: ids of the tokens of images and videos (`ModelConfig.visual_token_ids`).
       merge: patches per side of a token (`merge` x `merge` patches make one token).
       tokens_per_second: see `ModelConfig`.
@@ -48,12 +47,14 @@ def mrope_positions(
     ids = np.asarray(input_ids)
     valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     visual = is_visual(ids, tokens) & valid
-    grids = grids_by_row(visual, image_grid_thw, merge)
-    seconds = iter(_seconds(image_grid_thw, second_per_grid_ts, tokens_per_second))
+    grid = np.zeros((1, 0, AXES), np.int64) if grid is None else np.asarray(grid)
+    grids = grids_by_row(visual, grid, merge)
+    times = np.ones(grid.shape[:-1]) if times is None else np.asarray(times)
+    steps = iter(times[grid.any(axis=-1)].astype(np.float32) * np.float32(tokens_per_second))
     positions = np.zeros((len(ids), AXES, ids.shape[1]), np.int32)
     deltas = np.zeros(len(ids), np.int32)
     for row, real in enumerate(valid):
-        cells = [(grid // (1, merge, merge), next(seconds)) for grid in grids[row]]
+        cells = [(grid // (1, merge, merge), next(steps)) for grid in grids[row]]
         if not tokens_per_second:
             cells = [(np.array([1, *grid[1:]]), interval) for grid, interval in cells for _ in range(grid[0])]
         positions[row][:, real], following = _row_positions(visual[row][real], cells)
@@ -84,31 +85,36 @@ def with_images(positions: Any, input_ids: Any, attention_mask: Any, tokens: Seq
     return jnp.stack([positions, jnp.where(is_image, jnp.cumsum(begins, axis=1), 0)], axis=1).astype(jnp.int32)
 
 
-def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:
-    """Return the grids of each row, int[3] per image or video; `is_image`, bool[batch, seq], marks their tokens."""
-    counts = [int(row.sum()) for row in is_image]
-    grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
-    packs = len(grids) if grids.ndim == 3 else 1
-    if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or not packs or len(counts) % packs:
-        raise UserError(
-            f"image_grid_thw has shape {list(grids.shape)}, expected [images, 3], or [packs, images, 3] whose packed "
-            f"rows divide the {len(counts)} rows of the batch"
-        )
-    for grid in grids.reshape(-1, AXES):
-        if grid.any() and (grid.min() < 1 or grid[1] % merge or grid[2] % merge):
+def grids_by_row(is_image: np.ndarray, grid: Any, merge: int) -> list[list[np.ndarray]]:
+    """Return the grids of each batch row, int[3] per image or video, from those of packed rows int[packs, visuals, 3].
+
+    `is_image`, bool[batch, seq], marks the tokens of these images. Raises UserError if grids and tokens differ.
+    """
+    counts, grids = is_image.sum(axis=1).tolist(), np.asarray(grid)
+    for image in grids.reshape(-1, AXES):
+        if image.any() and (image.min() < 1 or image[1] % merge or image[2] % merge):
             raise UserError(
-                f"image_grid_thw {grid.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
+                f"image_grid_thw {image.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
                 f"multiples of {merge}, the model's spatial_merge_size"
             )
-    by_row, size = [], len(counts) // packs
-    for pack, packed in enumerate(grids.reshape(packs, -1, AXES)):
-        by_row += _in_order(counts[pack * size : (pack + 1) * size], [grid for grid in packed if grid.any()], merge)
+    by_row, size = list[list[np.ndarray]](), len(counts) // len(grids)
+    for number, packed in enumerate(grids):
+        left = [image for image in packed if image.any()]
+        of_pack = counts[number * size : (number + 1) * size]
+        for missing in of_pack:
+            images = list[np.ndarray]()
+            while missing > 0 and left:
+                images.append(left.pop(0))
+                missing -= tokens_of(images[-1], merge)
+            by_row.append(images)
+        last = max((row for row, count in enumerate(of_pack) if count), default=0)
+        by_row[number * size + last] += left  # too many, which is refused below
     for row, (count, images) in enumerate(zip(counts, by_row, strict=True)):
-        n_tokens = sum(tokens_of(grid, merge) for grid in images)
+        n_tokens = sum(tokens_of(image, merge) for image in images)
         if n_tokens != count:
             raise UserError(
-                f"row {row} has {count} image tokens, but its image_grid_thw {[grid.tolist() for grid in images]} need "
-                f"{n_tokens} (one per {merge} x {merge} patches): write that many image ids"
+                f"row {row} has {count} image tokens, but its image_grid_thw {[image.tolist() for image in images]} "
+                f"need {n_tokens} (one per {merge} x {merge} patches): write that many image ids"
             )
     return by_row
 
@@ -116,31 +122,6 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
 def tokens_of(grid: Any, merge: int) -> int:
     """Return the number of tokens of an image with this patch grid, int[3]."""
     return int(np.prod(np.asarray(grid, np.int64))) // merge**2
-
-
-def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[list[np.ndarray]]:
-    """Assign image grids to rows in order, by each row's number of image tokens; the last row gets the rest."""
-    by_row: list[list[np.ndarray]] = [[] for _ in counts]
-    left = iter(grids)
-    for images, count in zip(by_row, counts, strict=True):
-        while count > 0 and (grid := next(left, None)) is not None:
-            images.append(grid)
-            count -= tokens_of(grid, merge)
-    last = max((row for row, count in enumerate(counts) if count), default=0)
-    if by_row:
-        by_row[last] += left
-    return by_row
-
-
-def _seconds(grids: Any, second_per_grid_ts: Any, tokens_per_second: float) -> np.ndarray:
-    """Return the temporal position step between successive temporal patches, float32, for each image and video."""
-    real = np.asarray(np.zeros((0, AXES)) if grids is None else grids).any(axis=-1)
-    seconds = np.ones(real.shape) if second_per_grid_ts is None else np.asarray(second_per_grid_ts)
-    if seconds.shape != real.shape:
-        raise UserError(
-            f"second_per_grid_ts has shape {list(seconds.shape)}, expected {list(real.shape)}: one number per video"
-        )
-    return seconds[real].astype(np.float32) * np.float32(tokens_per_second)
 
 
 def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]) -> tuple[np.ndarray, int]:

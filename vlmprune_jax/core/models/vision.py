@@ -17,7 +17,16 @@ from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import Context, Hook, Names
 from vlmprune_jax.core.models.kernels import in_blocks
 from vlmprune_jax.core.models.layers import Leaf, Norm, declare
-from vlmprune_jax.core.models.patches import Places, antialiased, axial_angles, places_of, resampled, windows_of
+from vlmprune_jax.core.models.media import Packed
+from vlmprune_jax.core.models.patches import (
+    Places,
+    antialiased,
+    axial_angles,
+    places_of,
+    resampled,
+    split_tiles,
+    windows_of,
+)
 from vlmprune_jax.core.models.stack import BlockStack
 
 # Parameter a of the cubic convolution kernel (Keys 1981), as in torch (jax.image.resize uses -0.5).
@@ -25,7 +34,7 @@ _CUBIC = -0.75
 
 
 class PatchEmbedding(nnx.Module):
-    """Patch embedding: a convolution with stride = kernel size; incomplete patches at the edges are ignored."""
+    """Patch embedding: a convolution with stride = kernel size, as one matrix product."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         frames = ("temporal",) if cfg.dynamic_resolution else ()
@@ -34,20 +43,10 @@ class PatchEmbedding(nnx.Module):
         self.weight = declare(sizes, ("vision", *axes))
         self.bias = declare(sizes, ("vision",)) if cfg.patches.bias else None
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return the patch embeddings float[images, rows * columns, vision] of pixels [images, channel, height, width].
-
-        Inputs [images, patches, channel * temporal * row * column] are already split into patches.
-        """
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        """Embed patches [images, patches, channel * temporal * row * column]: float[images, patches, vision]."""
         weight = self.weight.get_value()
-        if pixels.ndim == 3:
-            x = pixels @ weight.reshape(len(weight), -1).T
-            return x if self.bias is None else x + self.bias.get_value()[None, None]
-        width, channels, patch = weight.shape[:3]
-        n, rows, columns = pixels.shape[0], pixels.shape[2] // patch, pixels.shape[3] // patch
-        pixels = pixels[:, :, : rows * patch, : columns * patch]
-        patches = pixels.reshape(n, channels, rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
-        x = patches.reshape(n, rows * columns, -1) @ weight.reshape(width, -1).T
+        x = patches @ weight.reshape(len(weight), -1).T
         return x if self.bias is None else x + self.bias.get_value()[None, None]
 
 
@@ -122,16 +121,16 @@ class VisionTower(BlockStack):
         index = down[:, :, None] * grid + across[:, None]
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
-    def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
+    def places(self, x: jax.Array, grid: jax.Array) -> Places:
         """Return row and column of every patch of packed rows [packs, patches, ...]; `grid`: int[packs, images, 3]."""
-        return places_of(grid, pixels.shape[1], self.cfg.merge)
+        return places_of(grid, x.shape[1], self.cfg.merge)
 
-    def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
+    def context(self, x: jax.Array, images: Packed) -> Context:
         """Return masks and rotary tables for hidden states float[images, positions, ...]."""
-        if grid is None:
-            real = None if patches is None else patches.reshape(len(patches), -1)
+        if images.grid is None:
+            real = None if images.real is None else images.real.reshape(len(x), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
-        cfg, places = self.cfg, self.places(x, grid)
+        cfg, places = self.cfg, self.places(x, images.grid)
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, cfg.merge, side) if side else places.image for side in sides}
         whole = {} if in_blocks(x.shape[1]) else segments
@@ -144,66 +143,55 @@ class VisionTower(BlockStack):
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return masks and rotary tables, for unpadded images or images of varying size ("image_grid_thw")."""
-        return self.context(x, grid=arrays.get("image_grid_thw"))
+        return self.context(x, Packed(None, arrays.get("image_grid_thw")))
 
-    def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """Embed pixels [images, channel, height, width] as the first block's input float[images, positions, vision].
+    def embed(self, images: Packed) -> jax.Array:
+        """Embed images as the first block's input: float[tiles, positions, vision], or float[packs, patches, vision].
 
-        The class token (if any) comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
+        The class token of a tile (if any) comes first; patches follow row by row.
         """
-        n, patch = pixels.shape[0], self.cfg.patch_size
-        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.centres else pixels)
-        if grid is not None and self.by_axis:
-            (columns, rows), places = self._table(), self.places(pixels, grid)
-            return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
-        if grid is not None:
-            if self.position_embedding is not None:
+        cfg, pixels = self.cfg, 2 * (images.values - 0.5) if self.cfg.patches.centres else images.values
+        if images.grid is not None:
+            x, places = self.patch_embedding(pixels), self.places(pixels, images.grid)
+            if self.by_axis:
+                columns, rows = self._table()
+                x = x + columns[places.column] + rows[places.row]
+            elif cfg.positions is not None:
                 table = constrain(self._table(), (None, None))  # replicated, since any device reads any row
-                positions = self.cfg.positions
-                interpolate = antialiased if positions is not None and positions.antialiased else resampled
-                x = x + interpolate(table, self.places(pixels, grid))
+                x = x + (antialiased if cfg.positions.antialiased else resampled)(table, places)
             return constrain(x, ("batch", None, None))
+        rows, columns = (side // cfg.patch_size for side in pixels.shape[-2:])
+        x = self.patch_embedding(split_tiles(pixels.reshape(-1, *pixels.shape[2:]), cfg.patch_size))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
-            x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, x.shape[-1])), x], axis=1)
-        if patches is None:
-            x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, x.shape[-1])), x], axis=1)
+        if images.real is None:
+            x = x + self.positions(rows, columns)[None]
         else:
-            x = x + self.spread(patches)
+            x = x + self.spread(images.real.reshape(-1, rows, columns))
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         return constrain(x, ("batch", None, None))
 
-    def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
+    def __call__(self, images: Packed) -> jax.Array:
         """Run the vision tower; return the hidden states after the last block and after the final norm."""
-        return self.hooked(pixels, None, patches=patches, grid=grid)[0]
+        return self.hooked(images, None)[0]
 
-    def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
+    def levels(self, images: Packed) -> list[jax.Array]:
         """Return hidden states float[packs, patches, vision] after the last block and each block in `deepstack`."""
-        x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
-        passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
+        x, deep = self.embed(images), self.cfg.deepstack
+        passed = self.pass_through(x, self.context(x, images), keep=deep, final=self.final_norm)
         return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
 
     def hooked(
-        self,
-        pixels: jax.Array,
-        hook: Hook | None,
-        hook_inputs: tuple[str, ...] = (),
-        patches: jax.Array | None = None,
-        grid: jax.Array | None = None,
+        self, images: Packed, hook: Hook | None, hook_inputs: tuple[str, ...] = ()
     ) -> tuple[jax.Array, list[Any]]:
         """Run the vision tower; return the states after the final norm, and `hook(BlockValues)` of every block.
 
-        Args:
-          pixels: float[images, channel, height, width].
-          hook, hook_inputs: see `BlockStack.pass_through`.
-          patches: bool[images, rows, columns], True for patches that are not padding (None: all); for `spread`
-          positions.
-          grid: int[packs, images, 3], frames, rows and columns of patches of images of varying size; `pixels` are then
-            packed rows of patches [packs, patches, values], see `patch_rows`.
+        `hook`, `hook_inputs`: see `BlockStack.pass_through`.
         """
-        x = self.embed(pixels, patches, grid)
-        passed = self.pass_through(x, self.context(x, patches, grid), hook=hook, hook_inputs=hook_inputs)
+        x = self.embed(images)
+        passed = self.pass_through(x, self.context(x, images), hook=hook, hook_inputs=hook_inputs)
         return self.final_norm(passed.last), passed.hooks
 
 

@@ -25,8 +25,8 @@ from vlmprune_jax.core.models.context import Hook, LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
 from vlmprune_jax.core.models.encoders import ENCODERS
 from vlmprune_jax.core.models.features import features_of, splice
-from vlmprune_jax.core.models.inputs import VisualInputs, split_encoder_inputs, visual_inputs
-from vlmprune_jax.core.models.patch_rows import patch_rows, real_features
+from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
+from vlmprune_jax.core.models.media import Packed, real_features
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import is_visual, with_images
 from vlmprune_jax.core.models.projector import Projector
@@ -38,8 +38,6 @@ from vlmprune_jax.core.stack import Encoder, Stack
 
 Params = dict[str, Any]
 CAPTURE = ("hidden", "image_features", "inputs_embeds")
-# Arrays of a batch's images, beside ids and mask, by the names of `encode`.
-IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 # Arrays that `forward` takes.
 INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
 _CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
@@ -114,55 +112,33 @@ class VisionLanguageModel(nnx.Module):
                 self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
-    def vision_features(
-        self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
-    ) -> jax.Array:
-        """Return the images' features float[images, tokens, features], the input of the projector.
+    def vision_features(self, images: Packed) -> jax.Array:
+        """Return the features of images, the input of the projector.
 
-        `pixels`: float[images, channel, height, width]. `mask`: int[images, height, width], 1 = no padding. With
-        `grid`, int[packs, images, 3], pixels are [packs, patches, values], and the result has the features of all
-        levels.
+        The result is float[tiles, tokens, features], or float[packs, tokens, features of all levels] for images of
+        varying size.
         """
-        assert self.cfg.vision is not None
-        return features_of(self.vision, self.cfg, pixels, mask, grid)
+        return features_of(self.vision, self.cfg, images)
 
     def embed(
-        self,
-        input_ids: jax.Array,
-        pixel_values: jax.Array | None,
-        vision_features: jax.Array | None = None,
-        pixel_attention_mask: jax.Array | None = None,
-        image_grid_thw: jax.Array | None = None,
-        encoder_inputs: Mapping[str, jax.Array] | None = None,
+        self, input_ids: jax.Array, images: Packed | None = None, items: Mapping[str, jax.Array] | None = None
     ) -> Embedded:
         """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
-        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [packs, slots, 3, H, W] with one
-        packed row for each of `packs` equal groups of rows, so that every device inserts the features of its own rows
-        without communication. `pixel_attention_mask`: the same shape without the channels. For images of varying size,
-        pixels are [packs, patches, values], with `image_grid_thw` int[packs, images, 3]. `vision_features`: the tower's
-        features instead of pixels, [packs, slots, tokens, features], or [packs, tokens, features] with
-        `image_grid_thw`. `encoder_inputs`: the arrays in `cfg.encoder_arrays` that the batch has.
+        `images`: images and videos in packed rows, or their features if the model has no tower. `items`: the arrays in
+        `cfg.encoder_arrays` that the batch has.
         """
         x = self.text.embed_tokens.lookup(input_ids)
         for name, encoder in self.cfg.encoders:
-            if encoder_inputs and encoder.array in encoder_inputs:
-                tokens = getattr(self, name)(encoder_inputs[encoder.array])
+            if items and encoder.array in items:
+                tokens = getattr(self, name)(items[encoder.array])
                 x = splice(x, input_ids == encoder.token_id, tokens.astype(x.dtype), len(tokens))
-        grid, mask = image_grid_thw, pixel_attention_mask
-        if vision_features is not None:
-            packs, states = len(vision_features), vision_features.reshape(-1, *vision_features.shape[-2:])
-            states = states.astype(x.dtype)
-        elif pixel_values is not None:
-            each = 3 if grid is None else 2  # axes of an image, or a packed row of patches
-            packs = len(pixel_values) if pixel_values.ndim == 5 or grid is not None else 1
-            states = self.vision_features(
-                pixel_values.reshape(-1, *pixel_values.shape[-each:]).astype(x.dtype),
-                None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
-                grid,
-            )
-        else:
+        if images is None:
             return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
+        values, packs = images.values.astype(x.dtype), len(images.values)
+        states = values.reshape(-1, *values.shape[-2:])  # features, if there is no tower
+        if self.cfg.tower:
+            states = self.vision_features(images._replace(values=values))
         features = self.projector(states)
         is_image = is_visual(input_ids, self.cfg.visual_token_ids)
         deepstack = self.projector.deepstack_features(states)
@@ -217,15 +193,12 @@ def encode(
     cfg: ModelConfig,
     input_ids: jax.Array,
     *,
-    pixel_values: jax.Array | None = None,
-    pixel_attention_mask: jax.Array | None = None,
-    vision_features: jax.Array | None = None,
-    image_grid_thw: jax.Array | None = None,
+    images: Packed | None = None,
+    items: Mapping[str, jax.Array] | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     layer_embeds: LayerEmbeds = LayerEmbeds(),
     position_ids: jax.Array | None = None,
-    encoder_inputs: Mapping[str, jax.Array] | None = None,
     states: tuple[int, ...] = (),
     hook: Hook | None = None,
     hook_inputs: tuple[str, ...] = (),
@@ -234,28 +207,26 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
-    `encoder_inputs`, `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds`,
-    together with `layer_embeds`, replaces the embedding of tokens and images (for example, to run the teacher on the
-    student's embeddings). `position_ids`: int[batch, seq], by default counted along `attention_mask`; int[batch, 3,
-    seq] with images of varying size (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see
-    `Decoder.__call__`. aux always has "inputs_embeds" and "layer_embeds" and, with images, "image_features".
+    `images`, `items`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the
+    embedding of tokens and images (for example, to run the teacher on the student's embeddings). `position_ids`:
+    int[batch, seq], by default counted along `attention_mask`; int[batch, 3, seq] with images of varying size
+    (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux always has
+    "inputs_embeds" and "layer_embeds" and, with images, "image_features".
 
     Raises UserError for images of varying size without `position_ids`.
     """
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features, layer_embeds = module.embed(
-            input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw, encoder_inputs
-        )
+        inputs_embeds, features, layer_embeds = module.embed(input_ids, images, items)
     elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
         layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-    if image_grid_thw is not None and position_ids is None and cfg.text.rope.sections:
+    if images is not None and position_ids is None and cfg.text.rope.sections:
         raise UserError("image_grid_thw needs position_ids by row and column: compute them with models.positions")
-    if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
+    if cfg.text.sees_images and images is not None:
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(
@@ -278,48 +249,23 @@ def text_loss(params: Params, cfg: ModelConfig, ids: jax.Array, mask: jax.Array)
 
 
 def apply(
-    params: Params,
-    cfg: ModelConfig,
-    input_ids: jax.Array,
-    *,
-    pixel_values: jax.Array | None = None,
-    pixel_attention_mask: jax.Array | None = None,
-    image_grid_thw: jax.Array | None = None,
-    attention_mask: jax.Array | None = None,
-    position_ids: jax.Array | None = None,
-    encoder_inputs: Mapping[str, jax.Array] | None = None,
-    capture: Collection[str] = (),
+    params: Params, cfg: ModelConfig, input_ids: jax.Array, *, capture: Collection[str] = (), **inputs: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
 
-    aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final norm (as in Hugging Face).
+    `inputs`: see `encode`. aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final norm (as
+    in Hugging Face).
     """
     unknown = set(capture) - set(CAPTURE)
     if unknown:
         raise UserError(f"capture={sorted(unknown)}: no such intermediate value (choose among {', '.join(CAPTURE)})")
     states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in capture else ()
-    final, aux = encode(
-        params,
-        cfg,
-        input_ids,
-        pixel_values=pixel_values,
-        pixel_attention_mask=pixel_attention_mask,
-        image_grid_thw=image_grid_thw,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        encoder_inputs=encoder_inputs,
-        states=states,
-    )
+    final, aux = encode(params, cfg, input_ids, **inputs, states=states)
     aux["hidden"] = aux.get("states")
     return head_of(params, cfg).logits(final), {name: aux[name] for name in capture}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "capture"))
-def _forward(
-    params: Params, cfg: ModelConfig, arrays: Any, capture: tuple[str, ...]
-) -> tuple[jax.Array, dict[str, Any]]:
-    arrays = dict(arrays)
-    return apply(params, cfg, arrays.pop("input_ids"), **arrays, capture=capture)
+_forward = jax.jit(apply, static_argnames=("cfg", "capture"))
 
 
 def forward(
@@ -350,19 +296,17 @@ def forward(
       UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the
         images.
     """
-    items, visuals = split_encoder_inputs(model.cfg, input_ids, visuals)
-    images, mask = visual_inputs(model.cfg, input_ids, attention_mask, visuals)
-    arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
     mesh = mesh_of(model.params)
-    if model.cfg.dynamic_resolution:
-        packs = packed_rows(len(input_ids), mesh)
-        arrays |= patch_rows(model.cfg, input_ids, attention_mask, **images, packs=packs)
-        arrays.pop("deltas", None)
-    else:
-        arrays["pixel_values"] = images["pixel_values"]
+    inputs = read_inputs(model.cfg, input_ids, attention_mask, visuals, packed_rows(len(input_ids), mesh))
+    arrays = {
+        "input_ids": np.asarray(input_ids),
+        "attention_mask": None if attention_mask is None else np.asarray(attention_mask),
+        "images": inputs.images,
+        "items": inputs.items,
+        "position_ids": inputs.positions,
+    }
     with use_mesh(mesh):
-        placed = {**place_batch(arrays, mesh), "encoder_inputs": place_batch(items, mesh)}
-        logits, aux = _forward(model.params, model.cfg, placed, tuple(capture))
-    if model.cfg.dynamic_resolution and aux.get("image_features") is not None:
-        aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
+        logits, aux = _forward(model.params, model.cfg, **place_batch(arrays, mesh), capture=tuple(capture))
+    if inputs.images is not None and inputs.images.grid is not None and "image_features" in aux:
+        aux["image_features"] = real_features(model.cfg, aux["image_features"], inputs.images.grid)
     return logits, aux

@@ -18,6 +18,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import VALUES, BlockValues, Hook
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.placement import mesh_of, place_inputs
 from vlmprune_jax.core.models.vlm import Model, Params, to_nnx
 from vlmprune_jax.core.prune.calibration import (
@@ -169,16 +170,15 @@ def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    tower, grid = to_nnx(Model(params, cfg)).vision, batch["image_grid_thw"]
-    images = pixels = batch["pixel_values"].astype(jax.tree.leaves(params["vision"])[0].dtype)
-    if grid is None:
-        images = pixels.reshape(-1, *pixels.shape[2:])
+    tower, values = to_nnx(Model(params, cfg)).vision, batch["pixel_values"]
+    images = Packed(values.astype(jax.tree.leaves(params["vision"])[0].dtype), batch["image_grid_thw"])
+    if images.grid is None:
         positions = tower.cfg.grid**2 + tower.cfg.class_token
-        real = real_images(batch["token_types"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
+        real = real_images(batch["token_types"], values.shape[1], cfg.tokens_per_image).reshape(-1, 1)
         real = jnp.repeat(real, positions, 0)
     else:
-        real = tower.places(images, grid).real.reshape(-1, 1)
-    return _by_position(functools.partial(tower.hooked, images, grid=grid)), jnp.where(real, IMAGE, PADDING)
+        real = tower.places(values, images.grid).real.reshape(-1, 1)
+    return _by_position(functools.partial(tower.hooked, images)), jnp.where(real, IMAGE, PADDING)
 
 
 def _encoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any], *, stack: str) -> Run:

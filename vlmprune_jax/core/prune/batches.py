@@ -139,7 +139,7 @@ def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[t
         return
     real = real_images(arrays["token_types"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
     for image in pixels[row, real]:
-        yield image, None
+        yield image[None], None
 
 
 def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.context import Hook
-from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, split_encoder_inputs, visual_inputs
-from vlmprune_jax.core.models.patch_rows import patch_rows
+from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, as_arrays, encode_inputs, read_inputs
+from vlmprune_jax.core.models.media import repack
 from vlmprune_jax.core.models.positions import with_images
 from vlmprune_jax.core.models.vlm import Params, encode
 from vlmprune_jax.core.prune.config import ScoreConfig
@@ -30,7 +30,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values are returned by row, float32[batch, images, 3, H, W]. Pixels in the form of processors, [images, 3, H,
     W] in order of appearance, are assigned to the rows with the images' tokens. Images of varying size are returned in
-    the form of `patch_rows`, one packed row for each row, with image_grid_thw and position_ids. Raises UserError if
+    the form of `Packed`, one packed row for each row, with image_grid_thw and position_ids. Raises UserError if
     there is no batch, an array is missing, or the model cannot read the shapes, ids, images or labels.
     """
     number = -1
@@ -80,11 +80,7 @@ def run_decoder(
     params: Params, cfg: ModelConfig, batch: Mapping[str, Any], hook: Hook, inputs: tuple[str, ...]
 ) -> list[Any]:
     """Run the decoder on one batch, and return the results of a hook that is called for every block."""
-    _, aux = encode(
-        params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
-        position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], hook=hook, hook_inputs=inputs,
-        encoder_inputs=cfg.encoder_inputs(batch),
-    )  # fmt: skip
+    _, aux = encode(params, cfg, batch["input_ids"], **encode_inputs(cfg, batch), hook=hook, hook_inputs=inputs)
     return aux["hook"]
 
 
@@ -119,24 +115,21 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
-    given = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
-    items, _ = split_encoder_inputs(cfg, ids, arrays)
-    visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, given))
-    if pixel_mask is not None:
+    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
+    inputs = read_inputs(cfg, ids, mask, {name: arrays[name] for name in names & arrays.keys()}, len(ids))
+    if inputs.images is not None and inputs.images.real is not None:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
         )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
-    if cfg.dynamic_resolution:
-        image_arrays = patch_rows(cfg, ids, mask, **visuals, packs=len(ids))
-        result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}
-    elif visuals["pixel_values"] is not None:
-        images = np.asarray(visuals["pixel_values"], np.float32)
-        result["pixel_values"] = images if images.ndim == 5 else _per_row(images, ids, cfg)
+    if inputs.images is not None:
+        result |= as_arrays(repack(cfg, ids, mask, inputs.images, len(ids)))
+    if inputs.positions is not None:
+        result["position_ids"] = inputs.positions
     if cfg.text.sees_images:
         result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
-    return {**result, **items, "token_types": _token_types(result, cfg)}
+    return {**result, **inputs.items, "token_types": _token_types(result, cfg)}
 
 
 def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
@@ -147,23 +140,6 @@ def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
             f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORED} (ignored) nor below "
             f"{cfg.text.vocab_size}"
         )
-
-
-def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """Distribute images [images, 3, H, W] over rows: [batch, images, 3, H, W], padded with zeros."""
-    positions = (ids == cfg.image_token_id).sum(axis=1)
-    counts, rest = np.divmod(positions, cfg.tokens_per_image)
-    if rest.any():
-        row = int(np.argmax(rest > 0))
-        raise UserError(
-            f"row {row} of input_ids has {positions[row]} image positions, not a multiple of the "
-            f"{cfg.tokens_per_image} tokens of an image"
-        )
-    if counts.sum() != len(pixels):
-        raise UserError(f"pixel_values has {len(pixels)} images, but input_ids has positions for {counts.sum()}")
-    rows = np.zeros((len(ids), max(counts.max(), 1), *pixels.shape[1:]), np.float32)
-    rows[np.arange(rows.shape[1]) < counts[:, None]] = pixels
-    return rows
 
 
 def _token_types(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:

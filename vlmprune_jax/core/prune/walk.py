@@ -29,6 +29,7 @@ from vlmprune_jax.core.mesh.machine import free_memory
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
+from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.lazy import to_device
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
@@ -159,12 +160,11 @@ def _entrance(model: Model, stack: str) -> Any:
 def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
     """Return the input of a stack's first layer, and the additional embeddings of all layers."""
     module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
-    grid, items = inputs["image_grid_thw"], cfg.encoder_inputs(inputs)
+    images = None if stack in dict(cfg.encoders) else images_of(inputs)
     if stack == "text":
-        pixels = inputs["pixel_values"]
-        x, _, embeds = module.embed(inputs["input_ids"], pixels, image_grid_thw=grid, encoder_inputs=items)
+        x, _, embeds = module.embed(inputs["input_ids"], images, cfg.encoder_inputs(inputs))
     else:
-        array = inputs[cfg.input_of(stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
-        x = getattr(module, stack).embed(array, **({} if grid is None else {"grid": grid}))
+        values = inputs[cfg.input_of(stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
+        x = getattr(module, stack).embed(values if images is None else images._replace(values=values))
     apart = LayerEmbeds(*(None if stacked is None else tuple(stacked) for stacked in embeds))
     return jax.tree.map(lambda array: constrain(array.astype(dtype or array.dtype), STREAM), (x, apart))

@@ -87,7 +87,12 @@ class Checkpointer:
 
         Raises UserError if this save or the previous one cannot be written.
         """
-        meta = {"identity": self.identity, "data": _gather(data_state), "digest": weights_digest(_tree(state))}
+        if isinstance(data_state, bytes):
+            position = "b" + base64.b64encode(data_state).decode()
+        else:
+            position = "j" + json.dumps(data_state)
+        positions = from_all(lambda: position)
+        meta = {"identity": self.identity, "data": positions, "digest": weights_digest(_tree(state))}
         args = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
         )
@@ -102,8 +107,10 @@ class Checkpointer:
         except Exception as error:
             complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
             last = f"last complete checkpoint: step {complete[-1]}" if complete else "no complete checkpoint"
+            full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            why = next((text for text in full if text in str(error)), reason(error))  # tensorstore's texts are long
             raise UserError(
-                f"{self.folder}: cannot save a checkpoint ({_why(error)}); {last}: "
+                f"{self.folder}: cannot save a checkpoint ({why}); {last}: "
                 "free disk space or repair the disk, and run the same command"
             ) from error
 
@@ -121,9 +128,8 @@ class Checkpointer:
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
-                f"{self.folder}/{step}: is a checkpoint of a run with other settings ({'; '.join(differs[:5])}): "
-                "use another folder, or "
-                "remove that folder to start again"
+                f"{location}: is a checkpoint of a run with other settings ({'; '.join(differs[:5])}): use another "
+                "folder, or remove that folder to start again"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
@@ -135,21 +141,15 @@ class Checkpointer:
                 )
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
                 raise UserError(f"{location}: the arrays differ from the saved ones: {_REMEDY}")
-            return state, self._own(step, meta["data"])
-
-    def _own(self, step: int, states: list[str]) -> Any:
-        """Return this process's data position, from the saved positions of all processes.
-
-        Streams over global batches (`data.batching`) have the same position on every process, so any number of
-        processes can continue them.
-        """
-        if len(states) != process_count() and len(set(states)) > 1:
+        # Streams over global batches have one position on all processes, so any number of processes continues them.
+        positions = meta["data"]
+        if len(positions) != process_count() and len(set(positions)) > 1:
             raise UserError(
-                f"{self.folder}/{step}: was saved by {len(states)} processes at different positions in their data, "
-                "but now "
-                f"there are {process_count()}: continue with {len(states)} processes"
+                f"{location}: was saved by {len(positions)} processes at different positions in their data, but now "
+                f"there are {process_count()}: continue with {len(positions)} processes"
             )
-        return _decode(states[process_number() if len(states) == process_count() else 0])
+        position = positions[process_number() if len(positions) == process_count() else 0]
+        return state, base64.b64decode(position[1:]) if position[0] == "b" else json.loads(position[1:])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         with reading(f"{self.folder}/{step}", _REMEDY):
@@ -178,28 +178,9 @@ def _discard(path: Path) -> None:
         time.sleep(0.1)
 
 
-def _why(error: Exception) -> str:
-    """Return the reason why saving failed, extracted from tensorstore's long message."""
-    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-    return next((text for text in full if text in str(error)), reason(error))
-
-
 def _tree(state: TrainState) -> dict[str, jax.Array]:
     """Return the training state as {index: leaf}, independent of how optax nests it."""
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-
-
-def _gather(data_state: Any) -> list[str]:
-    """Return the data positions of all processes, as strings."""
-    if isinstance(data_state, bytes):
-        text = "b" + base64.b64encode(data_state).decode()
-    else:
-        text = "j" + json.dumps(data_state)
-    return from_all(lambda: text)
-
-
-def _decode(text: str) -> Any:
-    return base64.b64decode(text[1:]) if text[0] == "b" else json.loads(text[1:])
 
 
 @jax.jit
@@ -210,8 +191,8 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
         width = jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         for axis in range(bits.ndim):
-            place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            bits = bits * (jnp.uint32(2) * place + jnp.uint32(1 + 2 * axis))
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            bits = bits * (jnp.uint32(2) * index + jnp.uint32(1 + 2 * axis))
         sums.append(jnp.sum(bits, dtype=jnp.uint32))
     return sums
 

@@ -12,7 +12,7 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.objective import compares_logits, needs_logits, needs_teacher, only_at_labels
+from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,18 +18,17 @@ from jax.sharding import Mesh
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.mesh.preemption import StopSignal
-from vlmprune_jax.core.models.inputs import check_inputs
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.patch_rows import rejoined
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.recovery.metrics import Recorder
-from vlmprune_jax.core.recovery.objective import reported_terms
-from vlmprune_jax.core.recovery.program import BatchShapes, Programs, Run, describe, prepare, stand_in
-from vlmprune_jax.core.recovery.step import Metrics, TrainState, place_rows, step_context
+from vlmprune_jax.core.recovery.program import BatchShapes, Program, Run, describe, prepare, shapes_of
+from vlmprune_jax.core.recovery.step import TrainState, place_rows, step_context
+from vlmprune_jax.core.recovery.terms import reported_terms
 from vlmprune_jax.core.recovery.trainable import merge_lora
 
 
@@ -43,6 +43,7 @@ def recover(
     mesh: Mesh | None = None,
     progress: bool = True,
     num_steps: int | None = None,
+    program: Program | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train `model` on `batches`; return the trained model and a summary of the run.
 
@@ -59,6 +60,7 @@ def recover(
       mesh: devices to train on (default: those of the model's arrays).
       progress: show a progress bar.
       num_steps: optimizer steps (default: `config.steps`).
+      program: training step that `make_program` returned for the same arguments (default: built here).
 
     Raises:
       UserError: settings contradict the model, mesh or checkpoint; a loss or gradient is not finite (the message names
@@ -71,7 +73,7 @@ def recover(
             "recover: config.epochs needs the number of steps: pass num_steps=config.num_steps(number of training "
             "records)"
         )
-    run = prepare(model, config, teacher, plan, mesh, total)
+    run = prepare(model, config, teacher, plan, mesh, total, program)
     stream = iter(batches)
     folder = None if workdir is None else Path(workdir)
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
@@ -84,9 +86,21 @@ def recover(
             if saver is not None and 0 < first < total:
                 recorder.say(f"continues after step {first:,} of {total:,}, saved in {saver.folder}")
             state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
-            terms = {name: term.label or name for name, term in reported_terms(config.losses).items()}
-            summary = {**_summary(run, recorder, first, total), "terms": terms}
-    return _finish(run, state, model, config.merge_lora), summary
+            summary = {
+                "steps": total,
+                "resumed_from": first,
+                "trained_parameters": sum(leaf.size for leaf in state.params.values()),
+                "frozen_parameters": sum(leaf.size for leaf in run.frozen.values()),
+                **recorder.summary(),
+                "terms": {name: term.label or name for name, term in reported_terms(config.losses).items()},
+            }
+    trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
+    original = flatten(model.params)  # arrays that are frozen and not moved are returned, not copies of them
+    frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
+    result = model.replace(
+        params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.program.cfg, fake_quant=None)
+    )
+    return merge_lora(result) if config.merge_lora else result, summary
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
@@ -119,15 +133,6 @@ class Foreseen(Protocol):
         """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
 
 
-class _Pending(NamedTuple):
-    step: int
-    metrics: dict[str, jax.Array]
-    record_ids: Sequence[str]
-    data_seconds: float
-    skipped: Sequence[tuple[str, str]]
-    flops: int
-
-
 def _train(
     run: Run,
     stream: Iterator[Any],
@@ -139,74 +144,54 @@ def _train(
     recorder: Recorder,
 ) -> TrainState:
     """Run the training steps in `span`; metrics are read one step late so that devices never wait for the host."""
-    pending: deque[_Pending] = deque()
-    trained = run.state.params.keys()
-    programs = Programs(run.step)
-    flops = batch_flops(run.cfg, run.teacher_cfg, config.losses, trained, rows=config.batch_size)
+    cfg, programs = run.program.cfg, dict[Any, Any]()
 
-    def settle(upto: int) -> None:
-        while len(pending) > upto:
-            done = pending.popleft()
-            metrics = jax.device_get(done.metrics)
-            recorder.step(done.step, metrics, done.record_ids, done.data_seconds, done.skipped, done.flops)
+    def compile_for(state: TrainState, batch: Mapping[str, Any]) -> None:
+        arguments = (state, run.frozen, run.teacher_params, batch)
+        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()  # type: ignore[attr-defined]
 
+    teacher_cfg = None if run.program.teacher is None else run.program.teacher.cfg
+    flops = batch_flops(cfg, teacher_cfg, config.losses, run.program.groups, rows=config.batch_size)
+    pending = deque[Callable[[], None]]()
     with StopSignal() as stop:
         with recorder.compiling():
-            _compile_ahead(programs, run, state, kinds, stop, recorder)
+            zeros = [{name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()} for kind in kinds]
+            if zeros:
+                recorder.say(f"compiling {len(kinds)} program{'s' * (len(kinds) > 1)}: {describe(cfg, zeros)}")
+            for batch in zeros:  # ahead of the run, which shows a lack of memory at the start
+                compile_for(state, place_rows(batch, run.mesh))
+                if stop.requested():
+                    raise stop.stopped("training", "while compiling, before its first step; nothing is lost")
             if saver is not None:
                 saver.prepare(state, -(-(span[1] - span[0]) // (config.save_every or span[1])))
         for step in range(*span):
             begin = time.perf_counter()
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
-            unforeseen = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
-            state, metrics = _run_step(programs, run, state, batch.arrays, unforeseen, recorder)
-            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
-            settle(1)
+            placed = place_rows(batch.arrays, run.mesh)
+            if shapes_of(placed) not in programs:
+                remark = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
+                recorder.say(f"{remark}: {describe(cfg, [batch.arrays])}")
+                with recorder.compiling():
+                    compile_for(state, placed)
+            state, metrics = programs[shapes_of(placed)](state, run.frozen, run.teacher_params, placed)
+            of_batch = (batch.record_ids, waited, batch.skipped, flops(batch.arrays))
+            pending.append(functools.partial(recorder.step, step + 1, metrics, *of_batch))
+            if len(pending) > 1:
+                pending.popleft()()
             if saver is not None:
                 saver.check()
-            stopping = stop.requested()
-            due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)
+            stopping, last = stop.requested(), step + 1 == span[1]
+            due = last or (config.save_every and (step + 1) % config.save_every == 0)
+            if last or (saver is not None and (due or stopping)):
+                pending.popleft()()  # save a state only after its loss and gradient proved finite
             if saver is not None and (due or stopping):
-                settle(0)  # save a state only after its loss and gradient proved finite
                 saver.save(step + 1, state, stream.get_state())  # type: ignore[attr-defined]
                 recorder.saved = step + 1
             if stopping:
                 remark = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
                 raise stop.stopped("training", f"after step {step + 1} of {span[1]}; {remark}")
-        settle(0)
     return state
-
-
-def _compile_ahead(
-    programs: Programs, run: Run, state: TrainState, kinds: Sequence[BatchShapes], stop: StopSignal, recorder: Recorder
-) -> None:
-    """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM or SIGINT."""
-    if kinds:
-        batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
-        recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
-    for kind in kinds:
-        batch = stand_in(kind, run.mesh)
-        programs.compile(state, run.frozen, run.teacher_params, batch)
-        if stop.requested():
-            raise stop.stopped("training", "while compiling, before its first step; nothing is lost")
-
-
-def _run_step(
-    programs: Programs,
-    run: Run,
-    state: TrainState,
-    arrays: Mapping[str, Any],
-    unforeseen: str,
-    recorder: Recorder,
-) -> tuple[TrainState, Metrics]:
-    """Run one training step; a batch shape that is not compiled yet is announced and compiled."""
-    arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
-    if not programs.has(arguments[-1]):
-        recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
-        with recorder.compiling():
-            programs.compile(*arguments)
-    return programs(*arguments)
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
@@ -226,35 +211,4 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
         )
-    arrays = rejoined(run.cfg, batch.arrays)
-    check_inputs(
-        run.cfg,
-        ids,
-        arrays.get("pixel_values"),
-        arrays.get("vision_features"),
-        arrays.get("image_grid_thw"),
-        arrays["attention_mask"],
-    )
-    return batch if "pixel_values_videos" not in batch.arrays else dataclasses.replace(batch, arrays=arrays)
-
-
-def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, Any]:
-    def count(arrays: Iterable[Any]) -> int:
-        return sum(int(np.prod(x.shape)) for x in arrays)
-
-    return {
-        "steps": total,
-        "resumed_from": first,
-        "trained_parameters": count(run.state.params.values()),
-        "frozen_parameters": count(run.frozen.values()),
-        **recorder.summary(),
-    }
-
-
-def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
-    """Return the trained model in its original dtypes; frozen parameters are the original arrays, not copies."""
-    original = flatten(model.params)
-    trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
-    frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
-    result = model.replace(params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.cfg, fake_quant=None))
-    return merge_lora(result) if merge else result
+    return dataclasses.replace(batch, arrays=check_batch(run.program.cfg, batch.arrays))

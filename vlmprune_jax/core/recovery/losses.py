@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,15 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import LayerEmbeds
-from vlmprune_jax.core.models.inputs import check_inputs
-from vlmprune_jax.core.models.patch_rows import rejoined
+from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
 from vlmprune_jax.core.models.placement import mesh_of
-from vlmprune_jax.core.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, to_nnx
+from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.objective import (
+from vlmprune_jax.core.recovery.terms import (
     TERMS,
+    LossTerm,
     check_losses,
     check_teacher,
     compares_logits,
@@ -40,7 +39,6 @@ from vlmprune_jax.core.recovery.objective import (
     reported_terms,
     student_layers,
 )
-from vlmprune_jax.core.recovery.terms import LossTerm
 
 
 class LossTerms(UserDict[str, LossTerm]):
@@ -80,15 +78,7 @@ class LossTerms(UserDict[str, LossTerm]):
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in host]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
-        arrays = {name: jnp.asarray(array) for name, array in rejoined(model.cfg, host).items()}
-        check_inputs(
-            model.cfg,
-            arrays["input_ids"],
-            arrays.get("pixel_values"),
-            arrays.get("vision_features"),
-            arrays.get("image_grid_thw"),
-            arrays["attention_mask"],
-        )
+        arrays = {name: jnp.asarray(array) for name, array in check_batch(model.cfg, host).items()}
         taught, params = None, None
         if teacher is not None and needs_teacher(loss):
             taught = Teacher(
@@ -150,25 +140,19 @@ def loss_sums(
     `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
-    images["encoder_inputs"] = cfg.encoder_inputs(batch)
-    embeds, layer_embeds, positions = None, LayerEmbeds(), images.pop("position_ids")
-    if loss.reference_compat and positions is None:
+    inputs = encode_inputs(cfg, batch) | {"remat": remat}
+    embeds: dict[str, Any] = {}
+    if loss.reference_compat and inputs["position_ids"] is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-        if loss.teacher_inputs == "own":
-            positions = positions * mask
-        else:
-            embeds, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, **images)
-            embeds = embeds * mask[..., None].astype(embeds.dtype)
+        inputs["position_ids"] = positions * mask if loss.teacher_inputs == "own" else positions
+        if loss.teacher_inputs != "own":
+            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["images"], inputs["items"])
+            embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
     hidden = on_hidden(loss)
     states: tuple[int, ...] = ()
     if hidden:
         states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
-    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(
-        params, cfg, ids, **images, inputs_embeds=embeds, layer_embeds=layer_embeds, states=states,
-        dropout_key=dropout_key, **inputs,
-    )  # fmt: skip
+    final, aux = encode(params, cfg, ids, states=states, dropout_key=dropout_key, **inputs, **embeds)
     sums: dict[str, Any] = {}
     target, teacher_head = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
@@ -176,11 +160,14 @@ def loss_sums(
         shared = ("inputs_embeds", "layer_embeds") if loss.teacher_inputs == "student" else ()
         inputs |= {name: aux[name] for name in shared}
         states = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
+        target, seen = encode(teacher_params, teacher.cfg, ids, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
-        pairs = zip(aux["states"], taught, strict=True)
-        sums[name] = sum(_over_tokens(name, term, *pair, mask, loss) for pair in pairs)
+        sums[name] = 0
+        for ours, theirs in zip(aux["states"], taught, strict=True):
+            arguments = [{"hidden": ours, "teacher_hidden": theirs}[need] for need in term.needs]
+            values = _at_positions(name, term.value, [x.astype(jnp.float32) for x in arguments], mask)
+            sums[name] += jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
     if teacher is not None and teacher_params is not None and compares_logits(loss):
         teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
@@ -206,17 +193,6 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
     """
     head = head_of(params, cfg)
     return dataclasses.replace(head, weight=constrain(head.weight, ("vocab", None)))
-
-
-def _over_tokens(
-    name: str, term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
-) -> jax.Array:
-    """Return the sum of a hidden-state loss at one layer over all tokens except padding."""
-    states = {
-        need: x.astype(jnp.float32) for need, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
-    }
-    values = _at_positions(name, term.value, [states[need] for need in term.needs], mask)
-    return jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
 
 
 def vocabulary_sums(
@@ -264,33 +240,24 @@ def _chunk_sums(
     teacher_head: Head | None,
 ) -> dict[str, jax.Array]:
     x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
-    values = {"logits": head(states), "targets": x["y"]}
+    inputs = {"logits": head(states), "targets": x["y"]}
     if teacher_head is not None:
-        values["teacher_logits"] = teacher_head(x["t"])
+        inputs["teacher_logits"] = teacher_head(x["t"])
     if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
-        for name in [name for name in values if name.endswith("logits")]:
-            logprobs = jax.nn.log_softmax(values[name] / loss.temperature, axis=-1)
-            values[name.replace("logits", "log_probs")] = logprobs
-    weight = x["w"].astype(jnp.float32)
-    return {name: _over_chunk(name, term, values, x, weight, loss) for name, term in terms}
-
-
-def _over_chunk(
-    name: str,
-    term: LossTerm,
-    inputs: Mapping[str, jax.Array],
-    x: Mapping[str, jax.Array],
-    weight: jax.Array,
-    loss: LossConfig,
-) -> jax.Array:
-    """Return the sum of a logit loss over a chunk's positions that have weight, float32[]."""
-    if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-        top = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
-        values = _at_positions(name, term.from_top_k, top, weight)
-    else:
-        values = _at_positions(name, term.value, [inputs[need] for need in term.needs], weight)
-    total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
-    return loss.temperature**2 * total if term.tempered else total
+        for name in [name for name in inputs if name.endswith("logits")]:
+            logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
+            inputs[name.replace("logits", "log_probs")] = logprobs
+    weight, sums = x["w"].astype(jnp.float32), {}
+    for name, term in terms:
+        function: Callable[..., jax.Array] = term.value
+        arguments: list[Any] = [inputs.get(need) for need in term.needs]
+        if term.needs_teacher and "ids" in x and term.from_top_k is not None:
+            function = term.from_top_k
+            arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
+        values = _at_positions(name, function, arguments, weight)
+        total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+        sums[name] = loss.temperature**2 * total if term.tempered else total
+    return sums
 
 
 def _at_positions(

@@ -76,7 +76,18 @@ class Recorder:
             kept = _keep_until(folder / METRICS_FILE, first, _Step)
             self.last = kept[-1] if kept else {}
             self._file = (folder / METRICS_FILE).open("a")
-        self._bar = _bar() if progress and is_main_process() and first < total else None
+        self._bar = None
+        if progress and is_main_process() and first < total:
+            console = get_console()
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                disable=not (console.is_terminal or console.is_jupyter),
+            )
         self._said = self._begin
 
     def __enter__(self) -> Recorder:
@@ -122,8 +133,13 @@ class Recorder:
 
         Raises UserError, with the step and records, if the loss or gradient norm is not finite.
         """
-        values = {name: float(value) for name, value in metrics.items()}
-        self._list_skipped(step, skipped)
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._skipped += len(skipped)
+        if skipped and self._skipped_file is not None:
+            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._skipped_file.open("a") as file:
+                for record, reason in skipped:
+                    file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._refuse(step, values, record_ids)
         now = time.perf_counter()
@@ -143,27 +159,16 @@ class Recorder:
                 self._said = now
                 self.say(f"step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}")
         if step % self._log_every == 0 or step == self._total:
-            self._log()
-
-    def _list_skipped(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
-        self._skipped += len(skipped)
-        if skipped and self._skipped_file is not None:
-            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
-            with self._skipped_file.open("a") as file:
-                for record, reason in skipped:
-                    file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
+            if self._file is not None:
+                self._file.write(json.dumps(self.last) + "\n")
+                self._file.flush()
+            for logger in self._loggers:
+                logger.log(step, {name: value for name, value in self.last.items() if name != "step"})
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
         """Return tokens/s (without padding), model FLOP/s, and model FLOPs utilisation (share of peak bfloat16)."""
         speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
         return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
-
-    def _log(self) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(self.last) + "\n")
-            self._file.flush()
-        for logger in self._loggers:
-            logger.log(self.last["step"], {name: value for name, value in self.last.items() if name != "step"})
 
     def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
         ids = [name for name in record_ids if name]
@@ -201,19 +206,6 @@ def _shown(last: Mapping[str, float]) -> dict[str, Any]:
     if "mfu" in last:
         rate += f"  MFU {100 * last['mfu']:.0f} %"
     return {"loss": f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}", "rate": rate}
-
-
-def _bar() -> Progress:
-    console = get_console()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=not (console.is_terminal or console.is_jupyter),
-    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

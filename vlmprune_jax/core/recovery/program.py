@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,19 +27,17 @@ from vlmprune_jax.core.recovery.checkpoint import weights_digest
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import room_of
 from vlmprune_jax.core.recovery.losses import Teacher
-from vlmprune_jax.core.recovery.objective import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.core.recovery.step import (
     Step,
-    StepConfig,
     TrainState,
     init_state,
     learning_rates,
     make_optimizer,
     make_step,
-    place_rows,
     state_shardings,
     step_context,
 )
+from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, with_lora
 
 BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
@@ -76,7 +74,13 @@ def make_program(
     check_losses(config.losses)
     check_teacher(config.losses, cfg, teacher_cfg)
     if mesh is not None:
-        check_mesh(mesh, cfg, config)
+        check_divides(cfg, mesh)
+        ways, rows = row_ways(mesh), config.batch_size // config.accumulation
+        if rows % ways:
+            raise UserError(
+                f"recover: a micro-batch of {rows} rows (batch_size / accumulation) must be a multiple of mesh.data x "
+                f"mesh.fsdp = {ways} devices: change batch_size or accumulation"
+            )
     if config.adapters is not None:
         cfg = with_lora(cfg, config.adapters)
     if config.quantize != "none":
@@ -95,42 +99,44 @@ def make_program(
     optimizer = make_optimizer(config, groups, num_steps)
     masters = {path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in groups}
     shardings = state_shardings(masters, optimizer, cfg, mesh)
-    step_config = StepConfig(
-        cfg, config.losses, teacher, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
-    )
-    step = make_step(step_config, optimizer, learning_rates(config, groups, num_steps), shardings)
+    step = make_step(cfg, config, teacher, optimizer, learning_rates(config, groups, num_steps), shardings)
     return Program(cfg, groups, teacher, optimizer, shardings, step)
 
 
 class Run(NamedTuple):
-    """Training run that is ready to start: config, dtypes, arrays on devices, and training step."""
+    """Training run that is ready to start: program, original dtypes of trained parameters, and arrays on devices."""
 
-    cfg: ModelConfig
+    program: Program
     dtypes: dict[str, Any]
     mesh: Mesh | None
     frozen: Flat
-    teacher_cfg: ModelConfig | None
     teacher_params: Params | None
     state: TrainState
-    step: Step
     identity: dict[str, Any]
 
 
 def prepare(
-    model: Model, config: RecoverConfig, teacher: Model | None, plan: PrunePlan | None, mesh: Mesh | None, total: int
+    model: Model,
+    config: RecoverConfig,
+    teacher: Model | None,
+    plan: PrunePlan | None,
+    mesh: Mesh | None,
+    total: int,
+    program: Program | None = None,
 ) -> Run:
-    """Check the run's settings, place the arrays on devices and build the training step."""
+    """Check the run's settings, place the arrays on devices and build the training step, unless `program` has it."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
     if teacher is not None:
         teacher = trim_vocabulary(teacher, getattr(plan, "vocabulary", None))
-    program = make_program(
-        model.cfg,
-        config,
-        teacher_cfg=None if teacher is None else teacher.cfg,
-        kept_layers=getattr(plan, "kept_layers", None),
-        mesh=mesh,
-        num_steps=total,
-    )
+    if program is None:
+        program = make_program(
+            model.cfg,
+            config,
+            teacher_cfg=None if teacher is None else teacher.cfg,
+            kept_layers=getattr(plan, "kept_layers", None),
+            mesh=mesh,
+            num_steps=total,
+        )
     if config.adapters is not None:
         model = add_lora(model, config.adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
     flat = place(model, mesh)
@@ -149,21 +155,7 @@ def prepare(
         "layers": taught and [taught.student_layers, taught.teacher_layers],
     }
     dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
-    teacher_cfg = None if taught is None else taught.cfg
-    return Run(program.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, program.step, identity)
-
-
-def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Raise UserError if mesh axis sizes do not divide the model's dimensions or a micro-batch."""
-    check_divides(cfg, mesh)
-    ways = row_ways(mesh)
-    rows = config.batch_size // config.accumulation
-    if rows % ways:
-        raise UserError(
-            f"recover: a micro-batch of {rows} rows (batch_size / accumulation) must be a multiple of mesh.data x "
-            "mesh.fsdp = "
-            f"{ways} devices: change batch_size or accumulation"
-        )
+    return Run(program, dtypes, mesh, frozen, teacher_params, state, identity)
 
 
 def place(model: Model, mesh: Mesh | None) -> Flat:
@@ -175,53 +167,21 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
     return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
 
 
-class Programs:
-    """Compiled programs of one jitted function, one per batch shape.
-
-    Compiling ahead avoids pauses of minutes in the middle of a run on a pod, and shows a lack of memory at the start.
-    """
-
-    def __init__(self, function: Any):
-        self._function = function
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def has(self, batch: Mapping[str, Any]) -> bool:
-        """Return True if the program for this batch shape is compiled."""
-        return _key(batch) in self._compiled
-
-    def compile(self, *arguments: Any) -> None:
-        """Compile the function for arguments of these shapes, without running it.
-
-        All processes of a pod must compile the same programs in the same order.
-        """
-        self._compiled[_key(arguments[-1])] = self._function.lower(*arguments).compile()
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Run the compiled program for a batch of this shape."""
-        return self._compiled[_key(arguments[-1])](*arguments)
-
-
-def _key(batch: Mapping[str, Any]) -> Any:
+def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:
+    """Return the shapes and dtypes of a batch's arrays, for each of which the training step is compiled once."""
     return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
-
-
-def stand_in(kind: BatchShapes, mesh: Mesh | None) -> dict[str, Any]:
-    """Return a batch of zeros with the given shapes, placed on devices like a real batch."""
-    return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
     """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
-    sizes = [_sizes(cfg, batch) for batch in batches]
-    if len({images for _, images in sizes}) == 1:
-        return f"sequences of {', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
-    return "sequences of " + ", ".join(f"{tokens:,} tokens with {images}" for tokens, images in sizes)
-
-
-def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return a batch's tokens per row, and its number of images or image tokens as text."""
-    images = batch.get("pixel_values", batch.get("vision_features"))
-    slots = 0 if images is None else images.shape[0] * images.shape[1]
-    if "image_grid_thw" in batch:
-        return batch["input_ids"].shape[1], f"{len(batch['image_grid_thw']) * room_of(cfg, batch):,} image tokens"
-    return batch["input_ids"].shape[1], f"{slots} image{'s' if slots != 1 else ''}"
+    lengths, images = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
+    for batch in batches:
+        values = batch.get("pixel_values", batch.get("vision_features"))
+        if "image_grid_thw" in batch:
+            images.append(f"{len(values) * room_of(cfg, batch):,} image tokens")
+        else:
+            slots = 0 if values is None else values.shape[0] * values.shape[1]
+            images.append(f"{slots} image{'s' if slots != 1 else ''}")
+    if len(set(images)) == 1:
+        return f"sequences of {', '.join(lengths)} tokens"
+    return "sequences of " + ", ".join(f"{tokens} tokens with {n}" for tokens, n in zip(lengths, images, strict=True))

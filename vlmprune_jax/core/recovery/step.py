@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain, sharding
 from vlmprune_jax.core.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Params
-from vlmprune_jax.core.recovery.config import PROJECTOR, LossConfig, RecoverConfig
+from vlmprune_jax.core.recovery.config import PROJECTOR, RecoverConfig
 from vlmprune_jax.core.recovery.flops import room_of
 from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, term_weights
 from vlmprune_jax.core.recovery.trainable import decays
@@ -120,24 +119,13 @@ def state_shardings(
     return TrainState(params, placed, everywhere, everywhere)
 
 
-@dataclass(frozen=True)
-class StepConfig:
-    """Settings that are constants of a compiled training step (static arguments of jax.jit)."""
-
-    cfg: ModelConfig
-    loss: LossConfig
-    teacher: Teacher | None
-    accumulation: int
-    clip_norm: float | None
-    compute_dtype: str
-    remat: str
-
-
 Step = Callable[[TrainState, Flat, Params | None, dict[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    config: StepConfig,
+    cfg: ModelConfig,
+    config: RecoverConfig,
+    teacher: Teacher | None,
     optimizer: optax.GradientTransformation,
     rates: Mapping[str, optax.Schedule],
     shardings: TrainState | None,
@@ -152,8 +140,8 @@ def make_step(
     def step(
         state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
-        weights = term_weights(config.loss, config.cfg, batch["labels"], batch["attention_mask"])
-        grads, sums = _gradients(config, state, frozen, teacher_params, batch, weights)
+        weights = term_weights(config.losses, cfg, batch["labels"], batch["attention_mask"])
+        grads, sums = _gradients(cfg, config, teacher, state, frozen, teacher_params, batch, weights)
         norm = optax.tree.norm(grads)
         if config.clip_norm is not None:
             factor = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
@@ -166,14 +154,17 @@ def make_step(
         valid = jnp.sum(batch["attention_mask"], dtype=jnp.float32)
         slots = batch["attention_mask"].size
         metrics |= {
-            "loss": combine(sums, weights, config.loss),
+            "loss": combine(sums, weights, config.losses),
             "grad_norm": norm,
             "tokens": valid,
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
         if "image_grid_thw" in batch:
-            metrics["image_padding"] = _image_padding(config.cfg, batch)
+            assert cfg.vision is not None
+            grids = batch["image_grid_thw"]
+            room = len(grids) * room_of(cfg, batch) * cfg.vision.merge**2
+            metrics["image_padding"] = 1 - jnp.sum(jnp.prod(grids, axis=-1), dtype=jnp.float32) / room
         if taken := metrics.keys() & terms.keys():
             raise UserError(f"losses: {', '.join(taken)} is also the name of a training metric: rename the loss term")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
@@ -181,16 +172,10 @@ def make_step(
     return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
 
 
-def _image_padding(cfg: ModelConfig, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the share of padding, float32[], in the packed rows of a batch with images of any size."""
-    assert cfg.projector is not None
-    grids = batch["image_grid_thw"]
-    room = len(grids) * room_of(cfg, batch) * cfg.projector.downsample**2
-    return 1 - jnp.sum(jnp.prod(grids, axis=-1), dtype=jnp.float32) / room
-
-
 def _gradients(
-    config: StepConfig,
+    cfg: ModelConfig,
+    config: RecoverConfig,
+    teacher: Teacher | None,
     state: TrainState,
     frozen: Flat,
     teacher_params: Params | None,
@@ -198,7 +183,7 @@ def _gradients(
     weights: dict[str, jax.Array],
 ) -> tuple[Flat, dict[str, jax.Array]]:
     """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
-    cfg, dtype = config.cfg, jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.compute_dtype)
     dropout = cfg.lora is not None and cfg.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
@@ -211,13 +196,13 @@ def _gradients(
             params,
             cfg,
             micro,
-            config.loss,
-            teacher=config.teacher,
+            config.losses,
+            teacher=teacher,
             teacher_params=taught,
             remat=config.remat,
             dropout_key=key,
         )
-        return combine(sums, weights, config.loss), sums
+        return combine(sums, weights, config.losses), sums
 
     gradient = jax.grad(total, has_aux=True)
     if config.accumulation == 1:

@@ -109,7 +109,11 @@ def merge_lora(model: Model) -> Model:
     for path in (p for p in flat if p.endswith("lora_a")):
         owner = path.rpartition("/")[0]
         weight = flat[f"{owner}/weight"]
-        delta = _delta(flat[path], flat[f"{owner}/lora_b"], apart=axes[path].index("rank"))
+        a, b = (jnp.asarray(flat[f"{owner}/{name}"], jnp.float32) for name in LORA_SUFFIXES)
+        apart = axes[path].index("rank")  # leading axes, of layers and perhaps of experts
+        batch = tuple(range(apart))
+        contracted = ((b.ndim - 1,), (apart,))
+        delta = jax.lax.dot_general(b, a, (contracted, (batch, batch)), precision=jax.lax.Precision.HIGHEST)
         total = jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)
         merged[f"{owner}/weight"] = total.astype(weight.dtype)
     return model.replace(params=unflatten(merged), cfg=dataclasses.replace(model.cfg, lora=None))
@@ -123,13 +127,3 @@ def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
     paths = {f"{p.rpartition('/')[0]}/weight" if p.endswith(LORA_SUFFIXES) else p for p in trained}
     old, new = flatten(before.params), flatten(after.params)
     return all(bool(jnp.array_equal(old[path], new[path])) for path in sorted(paths))
-
-
-def _delta(a: jax.Array, b: jax.Array, apart: int) -> jax.Array:
-    """Return LoRA's weight update float32[layer, out..., in...]: B [layer, out..., rank] x A [layer, rank, in...].
-
-    `apart`: number of leading axes, of layers and perhaps of experts.
-    """
-    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    batch = tuple(range(apart))
-    return jax.lax.dot_general(b, a, (((b.ndim - 1,), (apart,)), (batch, batch)), precision=jax.lax.Precision.HIGHEST)

@@ -14,7 +14,6 @@ from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.patch_rows import separated
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.read import read_config, resolve
 from vlmprune_jax.io.data.batching import Batch, train_batches
@@ -86,8 +85,7 @@ def batches(
     Returns:
       Batches of one length; `.arrays` has input_ids, attention_mask and labels
       int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (for images of
-      varying size, see `Batch`). For models with a video token, videos have separate arrays: pixel_values_videos,
-      video_grid_thw and, for Qwen2.5-VL, second_per_grid_ts, by row.
+      varying size, see `Batch`). Videos are among the images, in the order of their tokens.
 
     Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size or samples < 1.
     """
@@ -102,5 +100,4 @@ def batches(
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
         encoder = dataclasses.replace(encoder, max_length=longest)
-    encoded = train_batches(read, encoder, batch_size=batch_size, threads=data.threads)
-    return [dataclasses.replace(batch, arrays=separated(cfg, batch.arrays)) for batch in encoded]
+    return [*train_batches(read, encoder, batch_size=batch_size, threads=data.threads)]

@@ -80,14 +80,12 @@ class Encoder:
         row["attention_mask"][: len(ids)] = 1
         row["labels"][: len(ids)] = labels
         if self.image_loader is not None and self.image_loader.preparation.turns:
-            tokens, mask = (row[name][None] for name in ("input_ids", "attention_mask"))
             shapes = self.shapes(record)
-            grids = np.array([grid for shape in shapes for grid in shape.grids]).reshape(-1, AXES)
             row["position_ids"] = mrope_positions(
-                tokens,
-                mask,
-                grids,
-                np.array([shape.interval for shape in shapes], np.float32),
+                row["input_ids"][None],
+                row["attention_mask"][None],
+                np.array([grid for shape in shapes for grid in shape.grids]).reshape(1, -1, AXES),
+                np.array([[shape.interval for shape in shapes]], np.float32),
                 tokens=self.visual_tokens,
                 merge=self.image_loader.preparation.merge,
                 tokens_per_second=self.tokens_per_second,

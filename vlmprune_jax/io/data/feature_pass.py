@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import deque
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.base.atomic import check_space
-from vlmprune_jax.base.errors import Stopped, UserError
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.models.features import tower_features
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes
 from vlmprune_jax.core.models.vlm import Params
 from vlmprune_jax.core.recovery.config import RecoverConfig
@@ -97,72 +98,79 @@ def compute_features(
 
     Raises UserError if an image cannot be read, the disk is full, or the processes see different folders.
     """
-    mine = _share(loader, pictures, on_error)
-    queue, local = _Queue(loader, mine, on_error, threads), len(rows_of_process(mesh, batch_size))
+    shares, local = _shares(loader, pictures, on_error), len(rows_of_process(mesh, batch_size))
     compute, cast = _make_compute(cfg, mesh), jax.tree.map(lambda x: x.astype(loader.dtype), tower)
-    try:
-        while True:
-            shares = from_all(lambda: queue.advance(local))
-            if not any(in_progress for in_progress, _ in shares):
-                break
-            progress(len(pictures) - min(queue.left * process_count(), len(pictures)))
-            tiles = queue.take(local)
-            batch = _batch(loader, tiles, local, max(tokens for _, tokens in shares))
-            states = local_rows(compute(cast, batch))
-            queue.finished.extend(
-                state[: tile.shape.tokens or None] for state, tile in zip(states, tiles, strict=False)
-            )
-        progress(len(pictures))
-    except Stopped:
-        loader.cache.publish()
-        raise
-    loader.cache.publish()
+    varied = bool(loader.preparation.merge)  # every image is one row, of as many tokens as it has
+    tokens = [[count for count in share.values() if count] if varied else [0] * sum(share.values()) for share in shares]
+    starts, mine = range(0, max(map(len, tokens)), local), shares[process_number()]
+
+    def results() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        rows, waiting = _rows(loader, pictures, mine, on_error, threads), dict[str, list[np.ndarray]]()
+        nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
+        finished = {key: nothing for key, count in mine.items() if not count}
+        yield (n_finished := len(finished)), finished
+        for start in starts:
+            chosen = list[_Row]()
+            read = functools.partial(itertools.islice, rows, local)
+            from_all(lambda: chosen.extend(read()))  # noqa: B023 (an image that one process cannot read stops all)
+            largest = max(max(sizes[start : start + local], default=0) for sizes in tokens)
+            states, finished = local_rows(compute(cast, _batch(loader, chosen, local, largest))), {}
+            for row, state in zip(chosen, states, strict=False):
+                waiting.setdefault(row.key, []).append(state[: row.shape.tokens or None])
+                if row.last:
+                    tiles = waiting.pop(row.key)
+                    finished[row.key] = nothing if row.pixels is None else np.stack(tiles)
+            n_finished += len(finished)
+            yield min(n_finished * process_count(), len(pictures)), finished
+
+    loader.cache.fill(results(), progress)
+    progress(len(pictures))
 
 
-class _Tile(NamedTuple):
-    """Pixels of one tile, or patches of one image of varying size, with the patch grid of the image."""
+class _Row(NamedTuple):
+    """One tile, or one image of varying size: its pixels (None: the image cannot be read) and the image's shape."""
 
-    pixels: np.ndarray
+    key: str
+    pixels: np.ndarray | None
     shape: ImageShape
+    last: bool
 
 
-class _Queue:
-    """Images whose vision features a process is computing; `left` counts the images still to be cached."""
+def _rows(
+    loader: FeatureLoader, pictures: Mapping[str, Picture], counts: Mapping[str, int], on_error: str, threads: int
+) -> Iterator[_Row]:
+    """Yield the rows of the images in `counts`, {cache key: tiles or tokens}; threads decode images ahead."""
 
-    def __init__(self, loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int):
-        self.finished, self.left = deque[np.ndarray](), len(pictures)
-        self._loader, self._decoded = loader, _decoded(loader, pictures, on_error, threads)
-        self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
+    def decode(key: str) -> list[_Row]:
+        shape, varied = loader.shape_of(pictures[key]), bool(loader.preparation.merge)
 
-    def advance(self, rows: int) -> tuple[int, int]:
-        """Cache finished images and read more images; return (images in progress, tokens of the largest next tile)."""
-        loader, waiting = self._loader, self._waiting
-        while waiting and waiting[0][1] <= len(self.finished):
-            key, count = waiting.popleft()
-            states = [self.finished.popleft() for _ in range(count)]
-            nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
-            loader.cache.add({key: np.stack(states) if states else nothing})
-            self.left -= 1
-        while len(self._tiles) < rows and (picture := next(self._decoded, None)) is not None:
-            waiting.append((picture[0], len(picture[1])))
-            self._tiles.extend(picture[1])
-        return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
+        def tiles() -> Sequence[np.ndarray]:
+            pixels = loader.pixels(pictures[key])
+            if (shape.positions(1), varied or len(pixels)) != (counts[key], varied or counts[key]):
+                raise UserError(f"{pictures[key].image}: has changed since this command started: run it again")
+            return [pixels] if varied else list(pixels[:, None])
 
-    def take(self, rows: int) -> list[_Tile]:
-        """Remove up to `rows` tiles from the queue and return them."""
-        return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
+        read = _attempt(tiles, [None] * (1 if varied else counts[key]), on_error)
+        return [_Row(key, pixels, shape, number == len(read)) for number, pixels in enumerate(read, start=1)]
+
+    readable = [key for key, count in counts.items() if count]
+    if readable:
+        source = grain.MapDataset.source(readable).map(decode)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+        yield from itertools.chain.from_iterable(source.to_iter_dataset(options))
 
 
-def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Return a batch of `rows` rows that begins with `tiles`; images of any size are padded to a bucket."""
+def _batch(loader: FeatureLoader, chosen: Sequence[_Row], rows: int, tokens: int) -> dict[str, np.ndarray]:
+    """Return a batch of `rows` rows that begins with `chosen`; images of any size are padded to a bucket."""
     buckets = loader.preparation.image_buckets
     room = smallest(buckets, tokens) if buckets else 0
-    every = loader.images.arrays(loader.preparation.usual[-1] if room else rows, room).items()
-    arrays = {name: np.zeros((rows, *size) if room else size, dtype) for name, (size, dtype) in every}
-    for row, tile in enumerate(tiles):
-        arrays[loader.images.array][row, : len(tile.pixels)] = tile.pixels
+    every = loader.images.arrays(loader.preparation.usual[-1] if room else 1, room).items()
+    arrays = {name: np.zeros((rows, *size), dtype) for name, (size, dtype) in every}
+    for number, row in enumerate(chosen):
+        if row.pixels is not None:
+            arrays[loader.images.array][number, : len(row.pixels)] = row.pixels
         if room:
-            arrays[GRIDS][row, : len(tile.shape.grids)] = tile.shape.grids
+            arrays[GRIDS][number, : len(row.shape.grids)] = row.shape.grids
     return arrays
 
 
@@ -170,7 +178,8 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
     """Return a function that computes vision features of a batch of tiles, compiled once per shape."""
     sharding = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
-        lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=sharding
+        lambda tower, rows: tower_features(tower, cfg, Packed(rows["pixel_values"], rows.get(GRIDS))),
+        out_shardings=sharding,
     )
 
     def compute(tower: Params, rows: dict[str, np.ndarray]) -> jax.Array:
@@ -179,24 +188,6 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
             return program(tower, place_rows(rows, mesh))
 
     return compute
-
-
-def _decoded(
-    loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
-) -> Iterator[tuple[str, list[_Tile]]]:
-    """Yield (cache key, tiles) of every image in order; threads decode images ahead."""
-    if not pictures:
-        return iter(())
-
-    def tiles(picture: Picture) -> list[_Tile]:
-        pixels, shape = loader.pixels(picture), loader.shape_of(picture)
-        return [_Tile(tile, shape) for tile in ([pixels] if shape.tokens else pixels)]
-
-    def decode(item: tuple[str, Picture]) -> tuple[str, list[_Tile]]:
-        return item[0], _attempt(functools.partial(tiles, item[1]), [], on_error)
-
-    source = grain.MapDataset.source(list(pictures.items())).map(decode)
-    return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
 
 
 def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
@@ -208,17 +199,21 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
         return otherwise
 
 
-def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """Return the images whose vision features this process computes."""
-    keys, turns = list(pictures), slice(process_number(), None, process_count())
+def _shares(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> list[dict[str, int]]:
+    """Return the images that each process computes, {cache key: tiles or tokens}; 0 for unreadable ones.
+
+    Raises UserError if the disk has no room for all features.
+    """
+    keys, processes = list(pictures), process_count()
 
     def count() -> list[int]:
-        return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in keys[turns]]
+        mine = keys[process_number() :: processes]
+        return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in mine]
 
-    shares = from_all(count)
-    needed = sum(map(sum, shares)) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
+    counted = from_all(count)
+    counts = {key: counted[number % processes][number // processes] for number, key in enumerate(keys)}
+    needed = sum(counts.values()) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
     on_process_zero(lambda: check_space(loader.cache.folder / "*.safetensors", needed))
     if loader.preparation.merge:
-        counts = {key: shares[place % len(shares)][place // len(shares)] for place, key in enumerate(keys)}
         keys.sort(key=lambda key: -counts[key])
-    return {key: pictures[key] for key in keys[turns]}
+    return [{key: counts[key] for key in keys[process::processes]} for process in range(processes)]

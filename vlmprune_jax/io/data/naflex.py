@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.patch_rows import padded_tokens
+from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.tiling import closest_grid

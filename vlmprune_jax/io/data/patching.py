@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.patch_rows import padded_tokens
+from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.image_processor import check_steps, normalize, pixel_fields
 from vlmprune_jax.io.data.preparation import FramePreparation

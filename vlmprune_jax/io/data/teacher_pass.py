@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.inputs import check_inputs
-from vlmprune_jax.core.models.vlm import IMAGE_INPUTS, Model, Params, encode
+from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
+from vlmprune_jax.core.models.vlm import Model, Params, encode
 from vlmprune_jax.core.models.vocabulary import chunks
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import gathered_head
@@ -59,8 +59,7 @@ def teacher_top_k(
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:
-        images = (batch.arrays.get(name) for name in ("pixel_values", "vision_features"))
-        check_inputs(teacher.cfg, batch.arrays["input_ids"], *images)
+        check_batch(teacher.cfg, batch.arrays)
         inputs = {name: array for name, array in batch.arrays.items() if name != "labels"}
         with step_context(mesh, compute_dtype):
             ids, logprobs = _top_k(params, teacher.cfg, place_rows(inputs, mesh), loss)
@@ -71,11 +70,8 @@ def teacher_top_k(
 def _top_k(
     params: Params, cfg: ModelConfig, batch: dict[str, jax.Array], loss: LossConfig
 ) -> tuple[jax.Array, jax.Array]:
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
-    images["encoder_inputs"] = cfg.encoder_inputs(batch)
-    final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
-    head = gathered_head(params, cfg)
+    ids, head = batch["input_ids"], gathered_head(params, cfg)
+    final, _ = encode(params, cfg, ids, **encode_inputs(cfg, batch))
 
     def body(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         return top_k_logprobs(head(hidden), loss.temperature, loss.teacher_top_k)

@@ -37,8 +37,8 @@ class TeacherRows:
         """Return True if the teacher's outputs for this record are cached."""
         return not self.cache.missing(_keys(record))
 
-    def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Store the teacher's outputs for one record; they become readable after `cache.publish`.
+    def arrays(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays to cache for one record, by their keys, from the teacher's outputs int, float[tokens, ...].
 
         Raises UserError if a log-probability is NaN.
         """
@@ -48,8 +48,7 @@ class TeacherRows:
             raise UserError(
                 f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
             )
-        arrays = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
-        self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
+        return dict(zip(_keys(record), (ids.astype(_narrow(ids.max(initial=0))), logprobs), strict=True))
 
     def bytes_of(self, labels: np.ndarray) -> int:
         """Return the number of bytes that the cache needs for a record with these labels, int[tokens]."""

@@ -14,7 +14,7 @@ from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.objective import check_losses, needs_teacher
+from vlmprune_jax.core.recovery.terms import check_losses, needs_teacher
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.config import CardOptions, ExportSpec

@@ -24,9 +24,9 @@ from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_score
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.objective import needs_teacher
 from vlmprune_jax.core.recovery.program import Program, make_program
 from vlmprune_jax.core.recovery.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.feature_pass import check_frozen

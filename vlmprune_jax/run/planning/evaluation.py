@@ -16,6 +16,7 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.decoder import map_cache
 from vlmprune_jax.core.models.flops import head_of
 from vlmprune_jax.core.models.generate import decode, prefill
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, unflatten
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
@@ -121,16 +122,15 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding(mesh, axes))
 
     arrays: dict[str, Any] = {"ids": array(length), "valid": array(length), "ended": array(dtype=bool)}
-    arrays |= {"pixels": None, "pixel_mask": None}
     vision = cfg.vision
     if vision is not None and vision.dynamic_resolution:
         patches = image.rows * image.columns
-        arrays |= {"pixels": array(patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
+        arrays["images"] = Packed(array(patches, vision.patch_values, dtype=np.float32), array(1, 3))
         if cfg.text.rope.sections:
             arrays |= {"positions": array(3, length), "delta": array(1), "least": array(1)}
     elif vision is not None:
         side = vision.image_size
-        arrays["pixels"] = array(image.slots, vision.channels, side, side, dtype=np.float32)
+        arrays["images"] = Packed(array(image.slots, vision.channels, side, side, dtype=np.float32))
     return arrays
 
 

@@ -13,7 +13,7 @@ from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.config import REMAT
-from vlmprune_jax.core.recovery.objective import uses_labels
+from vlmprune_jax.core.recovery.terms import uses_labels
 from vlmprune_jax.io.data.inputs import count_records
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.recovery.objective import uses_labels
+from vlmprune_jax.core.recovery.terms import uses_labels
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
 from vlmprune_jax.run.stages import evaluate, export, prune, reconstruct, recover, score, speed

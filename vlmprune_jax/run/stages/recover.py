@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmprune_jax.base.atomic import check_space
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import Stopped, UserError, error_context
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
@@ -23,8 +23,8 @@ from vlmprune_jax.core.prune.fingerprints import content_digest
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.objective import needs_teacher, weighted_terms
-from vlmprune_jax.core.recovery.program import make_program
+from vlmprune_jax.core.recovery.program import Program, make_program
+from vlmprune_jax.core.recovery.terms import needs_teacher, weighted_terms
 from vlmprune_jax.core.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.layout import PARTS
@@ -62,7 +62,8 @@ def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) ->
 class Recovery:
     """Checked recovery of a pruned model: settings, number of steps, records, and both models (weights in files).
 
-    `trained`: paths of the trained parameters. `runs_teacher`: True if the loss needs the teacher during training.
+    `program`: training step, whose groups name the trained parameters. `runs_teacher`: True if the loss needs the
+    teacher during training.
     """
 
     work: Work
@@ -73,7 +74,7 @@ class Recovery:
     encoder: Encoder
     records: tuple[Record, ...]
     runs_teacher: bool
-    trained: tuple[str, ...]
+    program: Program
     student: Model
     teacher: Model
     plan: PrunePlan
@@ -110,7 +111,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
         check_frozen(cfg, config)
     steps = config.num_steps(len(records))
     program = make_program(
-        cfg,
+        dataclasses.replace(cfg, tower=cfg.tower and data.feature_cache is None),
         config,
         teacher_cfg=trim_vocabulary(teacher, plan.vocabulary).cfg if runs_teacher else None,
         kept_layers=plan.kept_layers,
@@ -126,7 +127,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
         encoder=shared.training_encoder(cfg),
         records=records,
         runs_teacher=runs_teacher,
-        trained=tuple(program.groups),
+        program=program,
         student=student,
         teacher=teacher,
         plan=plan,
@@ -173,6 +174,7 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
         mesh=work.devices,
         progress=work.reporter.enabled,
         num_steps=recovery.steps,
+        program=recovery.program,
     )
     if summary["skipped_rows"]:
         work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
@@ -180,7 +182,7 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
         tower = recovery.student.params[TOWER]
         model = model.replace(params={**model.params, TOWER: tower}, cfg=dataclasses.replace(model.cfg, tower=True))
     merged = merge_lora(model)
-    if unchanged(student, merged, recovery.trained):
+    if unchanged(student, merged, recovery.program.groups):
         raise UserError(
             f"recover: training changed no weight of {work.start.name} ({recovery.steps} steps of "
             f"{config.batch_size} rows, {len(recovery.records)} records, learning rate {config.learning_rate:g}, last "
@@ -189,7 +191,7 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
             "(recover.trainable)"
         )
     if recovery.spec.save_adapter:
-        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=recovery.trained)
+        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=recovery.program.groups)
     return merged, summary
 
 
@@ -277,19 +279,19 @@ def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Seq
     )
     teacher = trim_vocabulary(work.load(work.teacher, parts), recovery.plan.vocabulary)
     outputs = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
-    try:
-        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
-            for done, (batch, ids, logprobs) in enumerate(outputs, start=1):
-                first = (done - 1) * size
-                for place, name in enumerate(batch.record_ids):
-                    if name:
-                        row = {key: batch.arrays[key][place] for key in ("labels", "attention_mask")}
-                        rows.keep(training.records[todo[first + mine[place]]], row, ids[place], logprobs[place])
-                progress(done)
-    except Stopped:
-        cache.publish()
-        raise
-    cache.publish()
+
+    def results() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for number, (batch, ids, logprobs) in enumerate(outputs):
+            arrays = dict[str, np.ndarray]()
+            for row, name in enumerate(batch.record_ids):
+                if name:
+                    record = training.records[todo[number * size + mine[row]]]
+                    real = {key: batch.arrays[key][row] for key in ("labels", "attention_mask")}
+                    arrays |= rows.arrays(record, real, ids[row], logprobs[row])
+            yield number + 1, arrays
+
+    with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+        cache.fill(results(), progress)
     return rows
 
 

@@ -15,7 +15,7 @@ from vlmprune_jax.core.prune import CRITERIA
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
+from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.config import ExportSpec
 from vlmprune_jax.io.exports.formats import choose_format

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from media_cases import packed
 from prune_cases import UNEQUAL, batch, config, model, on_mesh
 
 from vlmprune_jax.core.models.params import unstack_layers
@@ -17,9 +18,9 @@ SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gat
 def expected(one, arrays, image_weight, criterion):
     """(heads, neurons) per layer."""
     ids, mask = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["attention_mask"])
-    pixels = jnp.asarray(arrays["pixel_values"]) if "pixel_values" in arrays else None
+    images = packed(arrays["pixel_values"]) if "pixel_values" in arrays else None
     _, aux = encode(
-        jax.tree.map(jnp.asarray, one.params), one.cfg, ids, pixel_values=pixels, attention_mask=mask,
+        jax.tree.map(jnp.asarray, one.params), one.cfg, ids, images=images, attention_mask=mask,
         hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
     )  # fmt: skip
     weight = np.where(np.asarray(ids) == one.cfg.image_token_id, image_weight, 1.0) * np.asarray(mask)

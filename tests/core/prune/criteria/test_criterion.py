@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from media_cases import packed
 from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
 from repository import ROOT
 
@@ -28,7 +29,7 @@ def test_a_tap_sees_what_the_output_projections_read():
         ids, mask, pixels = arrays["input_ids"], arrays["attention_mask"], arrays.get("pixel_values")
         _, aux = encode(
             jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), attention_mask=jnp.asarray(mask),
-            pixel_values=None if pixels is None else jnp.asarray(pixels),
+            images=None if pixels is None else packed(pixels),
             hook=lambda block: block, hook_inputs=("o_proj", "down_proj"),
         )  # fmt: skip
         _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
@@ -238,7 +239,7 @@ def test_pixels_in_order_of_appearance():
     ("images", "positions", "message"),
     [
         (2, slice(1, 5), "input_ids have 4 image positions, but the images have 8 features"),
-        (2, slice(0, 0), "pixel_values has 2 images, but input_ids has positions for 0"),
+        (2, slice(0, 0), "input_ids have 0 image positions, but the images have 8 features"),
     ],
 )
 def test_other_numbers_of_images_are_refused(images, positions, message):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from media_cases import packed
 from prune_cases import batch, config, model, on_mesh
 from stack_cases import tower_layer, with_facts
 
@@ -29,7 +30,7 @@ def seeing():
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def hooked(params, cfg, images):
-    return to_nnx(Model(params, cfg)).vision.hooked(images, lambda block: block, ("o_proj", "down_proj"))[1]
+    return to_nnx(Model(params, cfg)).vision.hooked(packed(images), lambda block: block, ("o_proj", "down_proj"))[1]
 
 
 def of_real_images(one, arrays):
@@ -96,7 +97,7 @@ def test_taylor_equals_plain_differentiation():
     def row_losses(layers):
         filled = {**params, "vision": {**params["vision"], "layers": layers}}
         logits, _ = apply(
-            filled, one.cfg, jnp.asarray(arrays["input_ids"]), pixel_values=jnp.asarray(arrays["pixel_values"]),
+            filled, one.cfg, jnp.asarray(arrays["input_ids"]), images=packed(arrays["pixel_values"]),
             attention_mask=jnp.asarray(arrays["attention_mask"]),
         )  # fmt: skip
         wanted = jnp.asarray(arrays["labels"])[:, 1:]

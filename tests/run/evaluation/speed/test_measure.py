@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from media_cases import packed
 from prune_cases import config, model
 from stack_cases import decoder_layer
 
@@ -93,7 +94,7 @@ def test_the_program_is_that_of_generate(goldens):
     wanted = generate(llava, ids, pixel_values=pixels, max_new_tokens=5, eos_token_ids=())
     np.testing.assert_array_equal(tokens, wanted)
     features = speed._project(llava.params, llava.cfg, speed._encode(llava.params, llava.cfg, pixels))
-    _, aux = encode(llava.params, llava.cfg, ids, pixel_values=pixels[:, 0])
+    _, aux = encode(llava.params, llava.cfg, ids, images=packed(pixels))
     np.testing.assert_allclose(features, aux["image_features"], atol=1e-5)
     assert min(made.run()) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))

@@ -22,6 +22,7 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.models.inputs import encode_inputs
 from vlmprune_jax.core.models.params import Flat, flatten, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, place_inputs
 from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of
@@ -113,11 +114,7 @@ def _add(
     def loss(weights: Flat) -> jax.Array:
         layers = unflatten({**flatten(params[stack]["layers"]), **weights})
         filled = {**params, stack: {**params[stack], "layers": layers}}
-        final, _ = encode(
-            filled, cfg, batch["input_ids"], pixel_values=batch.get("pixel_values"),
-            image_grid_thw=batch.get("image_grid_thw"), position_ids=batch.get("position_ids"),
-            attention_mask=batch["attention_mask"], remat="full", encoder_inputs=cfg.encoder_inputs(batch),
-        )  # fmt: skip
+        final, _ = encode(filled, cfg, batch["input_ids"], **encode_inputs(cfg, batch), remat="full")
         return cross_entropy_sum(final, head_of(params, cfg), batch["labels"], chunk=CHUNK)
 
     value, gradient = jax.value_and_grad(loss)(weights)

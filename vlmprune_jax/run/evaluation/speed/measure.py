@@ -15,6 +15,7 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.models.generate import CompiledGeneration, compile_generation
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.run.evaluation.speed.clock import (
     Measurement,
@@ -109,9 +110,7 @@ def _encode(
 ) -> jax.Array:
     """Return the tower's features of pixels in the shapes of `make_prompts`."""
     pixels = pixel_values.astype(params["text"]["embed_tokens"]["weight"].dtype)
-    return to_nnx(Model(params, cfg)).vision_features(
-        pixels[:, 0] if image_grid_thw is None else pixels, None, image_grid_thw
-    )
+    return to_nnx(Model(params, cfg)).vision_features(Packed(pixels, image_grid_thw))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
