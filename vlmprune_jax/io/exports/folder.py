@@ -35,8 +35,7 @@ from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
-from vlmprune_jax.io.families.decoders import decoder_of
-from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
+from vlmprune_jax.io.families.experts import as_stored, with_separate_experts
 from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, vision_of
 
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
