@@ -21,7 +21,7 @@ from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.criteria.greedy import _Cut
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.core.prune.select import moved_features
-from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.core.prune.stream import LayerStream
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 

@@ -185,7 +185,7 @@ def test_rounding_weighs_tokens_by_what_they_add_to_the_stream(norms):
     one = model(config(EQUAL[:2], **norms))
     (arrays,) = rows(4)
     stream = gptq.decoder_stream(one, [arrays], TokenWeights())
-    sums = gptq.finite_sums(gptq.input_sums, stream.layer(0), stream, "test")
+    sums = gptq.finite_sums(gptq.input_sums, stream.load(0), stream, "test")
     layer = values(one, arrays)[0]
     for name in ("o_proj", "down_proj"):
         out, x = layer[f"{name}_out"], layer[name].reshape(len(layer["after"]), -1)

@@ -54,9 +54,9 @@ def test_a_criterion_that_fails(add, needs):
 
 
 def test_sums_and_an_end_that_do_not_fit(add):
-    add(("layers",), "activations", lambda blocks, tokens: jnp.zeros(3), finish=wrong)
+    add(("layers",), "activations", lambda layer, tokens: {"n": jnp.zeros(3)}, finish=wrong)
     with pytest.raises(UserError, match=r"criterion 'mine' failed at .* with KeyError"):
         vp.score(model(config()), [batch(config())], criterion="mine")
-    add(("layers",), "activations", lambda blocks, tokens: "text", finish=lambda sums, model: sums)
-    with pytest.raises(UserError, match="criterion 'mine' failed"):
+    add(("layers",), "activations", lambda layer, tokens: jnp.zeros(3), finish=lambda sums, model: sums)
+    with pytest.raises(UserError, match=r"<lambda> returned float32\[3\], expected sums by name"):
         vp.score(model(config()), [batch(config())], criterion="mine")

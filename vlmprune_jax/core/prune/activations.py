@@ -1,36 +1,33 @@
-"""Sums over the tokens of calibration batches, streamed: per batch only a criterion's sums leave the device."""
+"""Sums over the tokens of calibration batches, layer by layer: only a criterion's sums leave the device."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import VALUES, BlockValues, Hook
-from vlmprune_jax.core.models.placement import mesh_of, place_inputs
-from vlmprune_jax.core.models.vlm import Model, Params, to_nnx
-from vlmprune_jax.core.prune.calibration import (
-    IMAGE,
-    PADDING,
-    TOKEN_TYPES,
-    TYPES,
-    Arrays,
-    batch_inputs,
-    real_images,
-    run_decoder,
-    types_in,
-)
+from vlmprune_jax.core.models.context import WRITERS
+from vlmprune_jax.core.models.lazy import LazyArray
+from vlmprune_jax.core.models.placement import mesh_of, place_batch
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune.batches import CalibrationBatch, text_batch, tower_batches
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPES, TYPES, Arrays, positive, types_in
+from vlmprune_jax.core.prune.layers import Layer, Rows, State
+from vlmprune_jax.core.prune.stream import LayerStream, on_devices
+
+LayerSums = dict[str, np.ndarray]
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -45,16 +42,23 @@ class Tokens(NamedTuple):
     token_type: jax.Array
 
 
-class Blocks(Protocol):
-    """Function that runs a stack's blocks on one batch and returns the result of `hook` for every block.
+class LayerValues(NamedTuple):
+    """Values of one layer on one batch, as a criterion sees them; a tower has one row [1, ...] per image position."""
 
-    `hook(block)` receives `models.context.BlockValues`: the residual stream `before` and `after` the block (after the
-    final norm for the decoder's last block), the requested `inputs` by name ("o_proj", "down_proj" and others of
-    `context.VALUES`; the same names in every family and tower), `params` and `scales`. The results of all blocks are in
-    memory at once, so the hook should reduce them over the tokens.
-    """
+    before: jax.Array
+    """Residual stream before the layer, float[batch, seq, embed]."""
 
-    def __call__(self, hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]: ...
+    after: jax.Array
+    """Residual stream after the layer; of the decoder's last layer, after the final norm."""
+
+    inputs: dict[str, jax.Array]
+    """Intermediate values that the criterion asks for, by name (`context.VALUES`; the same names in every family)."""
+
+    params: dict[str, jax.Array]
+    """Parameters of the layer by path."""
+
+    scales: dict[str, jax.Array]
+    """float32[batch, seq, 1] for each writer in `inputs` with a norm after it: the norm's factor on the output."""
 
 
 def accumulate(
@@ -63,69 +67,67 @@ def accumulate(
     function: Callable[..., Any],
     options: Mapping[str, Any],
     *,
+    inputs: tuple[str, ...],
+    carries: bool,
     stack: str,
     weight_of: np.ndarray,
     splits: bool,
     progress: Callable[[int], None] | None,
     journal: Journal | None,
-) -> tuple[Any, dict[str, Any]]:
-    """Run `function(blocks, tokens, **options)` on all batches, and sum its results in float64 on the host.
+) -> tuple[list[LayerSums], dict[str, list[LayerSums]]]:
+    """Run `function(layer values, tokens, **options)` on all layers and batches; sum its results in float64.
 
     With `splits`, also return the sums over the tokens of each type alone, by name, if there are several types.
 
     Args:
-      stack: name of the stack; for the tower, batches without images are skipped.
+      function: see `Criterion`; `inputs`: values that it reads; `carries`: True if it has a parameter `carry`.
+      stack: name of the stack; for a tower, batches without images are skipped.
       weight_of: float32[types], weight of a token of each type.
       journal: file that keeps the sums of each batch, to continue an interrupted pass.
 
-    Raises UserError for the tower if no batch has images.
+    Raises UserError for a tower if no batch has images.
     """
-    mesh = mesh_of(model.params)
-    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
     # token weights: over all tokens, and over each type alone
     types = [*TOKEN_TYPES.values()] if splits else []
-    counted_as = [weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]
-    step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
-    ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(len(TYPES), int)
-    batches = batches_of(model.cfg, stack, batches)
-    first = next(batches)
+    ways = jnp.asarray(np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]))
+    fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
+    model = on_devices(model)
+    measure = functools.partial(_sums, ways, function=function, options=fixed, carries=carries)
+    n_layers, counts, totals = len(model.cfg.stack(stack).layers), np.zeros(len(TYPES), int), list[LayerSums]()
 
-    def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-        for arrays in batches:
-            counts[:] += np.bincount(arrays["token_types"].ravel(), minlength=len(TYPES))
-            yield arrays
+    def added(results: list[LayerSums]) -> LayerSums:
+        return {name: sum(np.asarray(sums[name], np.float64) for sums in results) for name in results[0]}
 
-    def sums(arrays: Arrays) -> list[Any]:
-        placed = place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg))
-        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
-        return leaves if journal is None else [leaf.tolist() for leaf in leaves]
+    def sums_of(group: list[CalibrationBatch]) -> list[dict[str, Any]]:
+        layers = visit_layers(model, stack, group, inputs, measure, added)
+        return layers if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in layers]
 
-    totals: list[np.ndarray] = []
-    with use_mesh(mesh):
-        # not from a result: the journal of an interrupted pass may hold all of them
-        expected = jax.eval_shape(step, params, batch_inputs(first, model.cfg), ways)
-        structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
-        entries = continued(
-            sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes)
-        )
+    def groups() -> Iterator[list[CalibrationBatch]]:
+        for group in grouped(model, stack, batches, weight_of):
+            for batch in group:
+                counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
+            yield group
+
+    entries = continued(sums_of, groups(), journal, lambda _, entry: _fits(entry, n_layers))
+    with use_mesh(mesh_of(model.params)):
         for done, entry in enumerate(entries, start=1):
-            new = [np.asarray(leaf) for leaf in entry]
-            totals = [total + leaf for total, leaf in zip(totals, new, strict=True)] if totals else new
+            new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
+            totals = [added(list(pair)) for pair in zip(totals, new, strict=True)] if totals else new
             if progress is not None:
                 progress(done)
-    trees = [jax.tree.unflatten(structure, [total[i] for total in totals]) for i in range(len(counted_as))]
-    alone = dict(zip(TOKEN_TYPES, trees[1:], strict=False))
-    return trees[0], {name: alone[name] for name in types_in(counts) if splits}
+    positive(len(totals))
+    by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
+    of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
+    return by_way[0], {name: of_type[name] for name in types_in(counts) if splits}
 
 
-def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Return True if a journal entry consists of numeric arrays with the expected shapes."""
+def _fits(entry: Any, n_layers: int) -> bool:
+    """Return True if a journal entry consists of numeric arrays for each layer."""
     try:
-        arrays = [np.asarray(leaf) for leaf in entry]
-    except (TypeError, ValueError):
+        arrays = [np.asarray(x) for layer in entry for x in layer.values()]
+    except (AttributeError, TypeError, ValueError):
         return False
-    return [leaf.shape for leaf in arrays] == shapes and all(leaf.dtype.kind in "if" for leaf in arrays)
+    return len(entry) == n_layers and all(array.dtype.kind in "if" for array in arrays)
 
 
 def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -143,70 +145,80 @@ def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Itera
         )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
+def grouped(
+    model: Model, stack: str, batches: Iterable[Arrays], weight_of: np.ndarray
+) -> Iterator[list[CalibrationBatch]]:
+    """Yield the calibration batches that pass a stack together: those of one batch, or all if weights are in files."""
+    group = list[CalibrationBatch]()
+    in_files = any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(model.params))
+    for arrays in batches_of(model.cfg, stack, batches):
+        if stack == "text":
+            group.append(text_batch(arrays, weight_of))
+        else:
+            names = [""] * len(arrays["token_types"])
+            group += tower_batches([arrays], {}, names, model.cfg, stack, distinct=False)
+        if group and not in_files:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def visit_layers(
+    model: Model,
+    stack: str,
+    batches: Sequence[CalibrationBatch],
+    inputs: tuple[str, ...],
+    measure: Callable[[LayerValues, jax.Array, Any], tuple[R, Any]],
+    reduce: Callable[[list[R]], T],
+) -> list[T]:
+    """Pass batches through all layers; return `reduce` of the batches' results, for each layer.
+
+    Args:
+      inputs: intermediate values to pass to `measure`, of `context.VALUES`.
+      measure: compiled function of the layer's values, the tokens' types and what it returned for the layer before;
+        returns the result and what the next layer gets.
+    """
+    stream = LayerStream(model, stack, batches, dtype=None, copies=2 if len(batches) > 1 else None)
+    types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
+    carried, results = [None] * len(batches), list[T]()
+    causal = model.cfg.stack(stack).causal
+    capture = (*inputs, *(("statistics",) if {*inputs} & {*WRITERS} else ()))
+
+    def visit(layer: Layer) -> None:
+        last = layer.number + 1 == stream.n_layers
+
+        def of_rows(rows: Rows, state: State, values: dict[str, Any], types: jax.Array, carry: Any) -> Any:
+            statistics = values.pop("statistics", {})
+            scales = {name: statistics[name][..., 1:] for name in statistics if name in inputs}
+            after = stream.final_norm(state.x) if last else state.x
+            arrays = rows.x, after, values, scales, types
+            if not causal:  # a tower's positions are rows of their own
+                arrays = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), arrays)
+            before, after, values, scales, types = arrays
+            return measure(LayerValues(before, after, values, layer.params, scales), types, carry)
+
+        pairs = stream.advance(layer, capture, of_rows, types, carried)
+        results.append(reduce([result for result, _ in pairs]))
+        carried[:] = [carry for _, carry in pairs]
+
+    stream.walk(visit)
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("function", "options", "carries"))
 def _sums(
-    params: Params, batch: Any, counting: Any, *, cfg: ModelConfig, stack: str, function: Any, options: Any
-) -> Any:
-    run, token_types = _run_of(cfg, stack)(params, cfg, batch)
+    ways: jax.Array, values: LayerValues, types: jax.Array, carry: Any, *, function: Any, options: Any, carries: bool
+) -> tuple[dict[str, jax.Array], Any]:
+    """Return a criterion's sums {name: [ways, ...]} over the tokens of one batch, for each way of weighting them."""
 
-    def blocks(hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]:
-        for name in inputs:
-            one_of("input", name, VALUES)
-        return run(hook, tuple(inputs))
+    def weighted_sums(weights: jax.Array, carry: Any) -> Any:
+        tokens = Tokens(weights[types], types)
+        if carries:
+            return function(values, tokens, carry=carry, **dict(options))
+        sums = function(values, tokens, **dict(options))
+        check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")
+        return sums, None
 
-    def weighted_sums(weights: jax.Array) -> Any:
-        return function(blocks, Tokens(weights[token_types], token_types), **dict(options))
-
-    sums = jax.vmap(weighted_sums)(counting)  # the blocks do not depend on the weights, and run once
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
-
-
-Run = tuple[Callable[[Hook, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
-
-
-def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    return functools.partial(run_decoder, params, cfg, batch), batch["token_types"]
-
-
-def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    tower, grid = to_nnx(Model(params, cfg)).vision, batch["image_grid_thw"]
-    images = pixels = batch["pixel_values"].astype(jax.tree.leaves(params["vision"])[0].dtype)
-    if grid is None:
-        images = pixels.reshape(-1, *pixels.shape[2:])
-        positions = tower.cfg.grid**2 + tower.cfg.class_token
-        real = real_images(batch["token_types"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
-        real = jnp.repeat(real, positions, 0)
-    else:
-        real = tower.places(images, grid).real.reshape(-1, 1)
-    return _by_position(functools.partial(tower.hooked, images, grid=grid)), jnp.where(real, IMAGE, PADDING)
-
-
-def _encoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any], *, stack: str) -> Run:
-    encoder, module = dict(cfg.encoders)[stack], getattr(to_nnx(Model(params, cfg)), stack)
-    array = batch[encoder.array].astype(jax.tree.leaves(params[stack])[0].dtype)
-    count = (batch["input_ids"] == encoder.token_id).sum(axis=1) // encoder.tokens
-    real = jnp.repeat((jnp.arange(array.shape[1])[None] < count[:, None]).reshape(-1, 1), encoder.positions, 0)
-    items = array.reshape(-1, *array.shape[2:])
-    return _by_position(functools.partial(module.hooked, items)), jnp.where(real, IMAGE, PADDING)
-
-
-def _by_position(hooked: Callable[..., Any]) -> Callable[[Hook, tuple[str, ...]], list[Any]]:
-    """Return a function that runs a tower and calls a hook for every block, with one row per image position."""
-
-    def rows(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, 1, *x.shape[2:])
-
-    def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
-        def by_position(block: BlockValues) -> Any:
-            before, after, inputs, scales = jax.tree.map(rows, (block.before, block.after, block.inputs, block.scales))
-            return hook(BlockValues(before, after, inputs, block.params, scales))
-
-        return hooked(hook=by_position, hook_inputs=inputs)[1]
-
-    return run
-
-
-def _run_of(cfg: ModelConfig, stack: str) -> Callable[..., Run]:
-    """Return the function that prepares a `Run` (a pass over all blocks on one batch) for this stack."""
-    encoder = functools.partial(_encoder, stack=stack) if stack in dict(cfg.encoders) else None
-    return encoder or {"text": _decoder, "vision": _tower}[stack]
+    sums, carry = jax.vmap(weighted_sums, in_axes=(0, None if carry is None else 0))(ways, carry)
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums), carry

@@ -128,6 +128,8 @@ def _measure(
         checked,
         chosen.function,
         options,
+        inputs=chosen.inputs,
+        carries=bool(taken(chosen.function, {"carry": None})),
         stack=stack,
         weight_of=weight_of,
         splits=splits,

@@ -109,8 +109,8 @@ def test_files_hold_them(tmp_path):
 
 def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
     own = dataclasses.replace(
-        CRITERIA["block_influence"], function=lambda blocks, tokens: jnp.stack(blocks(lambda block: jnp.float32(1))),
-        finish=lambda sums, model: {"importance": sums}, options={}, splits=False,
+        CRITERIA["block_influence"], function=lambda layer, tokens: {"one": jnp.float32(1)},
+        finish=lambda sums, model: {"importance": [layer["one"] for layer in sums]}, options={}, splits=False,
     )  # fmt: skip
     monkeypatch.setitem(CRITERIA, "own", own)
     assert score(model(CFG), [batch(CFG)], criterion="own").by_token_type == {}

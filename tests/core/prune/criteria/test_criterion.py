@@ -1,6 +1,7 @@
 """What a criterion can be, what its functions get, and that nothing outside prune/criteria/ knows one by name."""
 
 import ast
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -63,21 +64,18 @@ def test_kinds_of_tokens():
 # --- a criterion of one's own ----------------------------------------------------------------------------------------
 
 
-def energy(blocks, tokens, *, power):
+def energy(layer, tokens, *, power):
     """Sums of |x|^power over answers, with what was counted."""
-
-    def hook(block):
-        return {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in block.inputs.items()}
-
     answers = (tokens.token_type == ANSWER).astype(jnp.float32)
-    return {"layers": blocks(hook, inputs=("o_proj", "down_proj")), "answers": answers.sum()}
+    sums = {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in layer.inputs.items()}
+    return {**sums, "answers": answers.sum()}
 
 
 def mean_energy(sums, model, *, gqa):
     norms = input_weights(model, power=2)
     layers = [
-        {name: x[name] / sums["answers"] * norm[name] for name in x}
-        for x, norm in zip(sums["layers"], norms, strict=True)
+        {name: layer[name] / layer["answers"] * norm[name] for name in norm}
+        for layer, norm in zip(sums, norms, strict=True)
     ]
     return reduce_inputs(layers, model.cfg, gqa=gqa)
 
@@ -89,6 +87,7 @@ OWN = Criterion(
     finish=mean_energy,
     options={"power": 2, "gqa": "groups"},
     journals=True,
+    inputs=("o_proj", "down_proj"),
 )
 
 
@@ -147,7 +146,7 @@ def test_an_interrupted_pass_continues_from_its_journal(own, tmp_path):
 
 def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch):
     cfg = config(EQUAL)
-    monkeypatch.setitem(CRITERIA, "energy", Criterion(("widths",), "activations", energy, mean_energy, OWN.options))
+    monkeypatch.setitem(CRITERIA, "energy", dataclasses.replace(OWN, journals=False))
     score(model(cfg), [batch(cfg)], criterion="energy", journal=Journal(tmp_path / "j", {}))
     assert not (tmp_path / "j").exists()
 
@@ -163,6 +162,7 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),
+        ({"inputs": ("gate_proj",)}, "input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "),
         ({"options": {"powr": 2}}, "a criterion: option 'powr' is not a parameter of any of its functions"),
     ],
 )
@@ -187,10 +187,6 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
         with pytest.raises(UserError, match=f"'mine' returns {message}"):
             score(model(cfg), criterion="mine")
-    gates = Criterion(("layers",), "activations", lambda blocks, tokens: blocks(len, ("gate_proj",)), lambda s, m: s)
-    monkeypatch.setitem(CRITERIA, "mine", gates)
-    with pytest.raises(UserError, match="input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "):
-        score(model(cfg), [batch(cfg)], criterion="mine")
 
 
 def test_no_criterion_is_known_by_name_elsewhere():
