@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,17 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.checks import blaming, one_of, with_defaults
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.activations import accumulate
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA
-from vlmprune_jax.core.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, taken
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.routing import Routing, measure_routing
-from vlmprune_jax.core.prune.scores import Scores, fits_layers
+from vlmprune_jax.core.prune.scores import Scores, fits_model, shapes_in
 
 # Options that change how scores are computed, but not the scores.
 OPERATIONAL = ("memory_budget",)
@@ -81,20 +82,12 @@ def score(
         journal = cache = None
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        scores, by_token_type = _measure(
+        values, by_token_type = _measure(
             chosen, model, routing or batches or (), settings, stack, progress, journal, cache
         )
-        for arrays in (scores, *by_token_type.values()):
-            _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
-        return Scores(
-            criterion,
-            fingerprint(model),
-            score_settings,
-            **scores,
-            stack=stack,
-            by_token_type=by_token_type,
-            routing=routing,
-        )
+        for arrays in (values, *by_token_type.values()):
+            _check(criterion, chosen, arrays, model.cfg, stack)
+        return Scores(criterion, fingerprint(model), score_settings, values, by_token_type, routing)
 
 
 def _measure(
@@ -106,7 +99,7 @@ def _measure(
     progress: Callable[[int], None] | None,
     journal: Journal | None,
     cache: ArrayCache | None,
-) -> tuple[Parts, Mapping[str, Parts]]:
+) -> tuple[Values, Mapping[str, Values]]:
     """Compute scores over all tokens, and scores by token type."""
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
@@ -138,18 +131,13 @@ def _measure(
     return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
 
 
-def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer]) -> None:
-    """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
-    fields = {field for what in chosen.scores for field in FIELDS[what]}
-    if scores.keys() != fields:
-        raise UserError(f"criterion {name!r} returns {', '.join(scores) or 'nothing'}, expected {', '.join(fields)}")
-    importance = np.shape(scores.get("importance", np.empty(len(layers))))
-    if importance != (len(layers),):
-        raise UserError(
-            f"criterion {name!r} returns importance of shape {importance}, expected a number for each of the "
-            f"{len(layers)} layers"
-        )
-    if "units" in fields and not (scores["units"] and fits_layers(scores["units"], layers)):
-        shapes = {key: np.shape(part) for key, part in scores["units"].items()}
-        sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
-        raise UserError(f"criterion {name!r} returns units {shapes}, expected scores of shapes among {sizes}")
+def _check(name: str, chosen: Criterion, values: Values, cfg: ModelConfig, component: str) -> None:
+    """Raise UserError if a criterion returned scores of other axes or shapes than it declares."""
+    declared = {(component, what != "layers") for what in chosen.scores}
+    keyed = all(isinstance(key, Key) for key in values)
+    if keyed and fits_model(values, cfg) and {(key.component, key.layer is not None) for key in values} == declared:
+        return
+    shapes = shapes_in(cfg, component).items()
+    expected = {str(key): shape for key, shape in shapes if (component, key.layer is not None) in declared}
+    returned = {str(key): np.shape(array) for key, array in values.items()}
+    raise UserError(f"criterion {name!r} returns scores of shapes {returned}, expected shapes among {expected}")

@@ -35,7 +35,7 @@ def test_block_influence_equals_the_reference(goldens):
     one = golden_llava(goldens)
     seen = []
     scores = score(one, samples, criterion="block_influence", reference_compat=True, progress=seen.append)
-    np.testing.assert_allclose(scores.importance, arrays["importances"], rtol=1e-5)
+    np.testing.assert_allclose(scores.layers, arrays["importances"], rtol=1e-5)
     assert seen == [1, 2, 3, 4, 5, 6]
     for n, removed in recorded["removed"].items():
         plan = make_plan(scores, one.cfg, method="depth", layers_removed=int(n))
@@ -60,8 +60,8 @@ def test_angular_distance_equals_the_reference(goldens):
     for n in (2, 3, 4, 5):
         scores = score(one, samples, criterion="angular", layers_removed=n, reference_compat=True)
         starts = 6 - n + 1
-        np.testing.assert_allclose(scores.importance[:starts], arrays[f"angular_importances_k{n}"][:starts], rtol=1e-5)
-        assert np.isinf(scores.importance[starts:]).all()
+        np.testing.assert_allclose(scores.layers[:starts], arrays[f"angular_importances_k{n}"][:starts], rtol=1e-5)
+        assert np.isinf(scores.layers[starts:]).all()
         plan = make_plan(scores, one.cfg, method="depth", layers_removed=n)
         assert list(plan.removed_layers) == recorded["angular"][str(n)]["removed"]
 
@@ -84,24 +84,24 @@ def test_default_is_the_mean_over_real_tokens(vision):
     arrays = batch(cfg)
     distance, mask = straight(cfg, arrays), arrays["attention_mask"] == 1
     scores = score(model(cfg), [arrays], criterion="block_influence")
-    np.testing.assert_allclose(scores.importance, distance[:, mask].mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores.layers, distance[:, mask].mean(axis=1), rtol=1e-5)
     compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
-    np.testing.assert_allclose(compat.importance, distance.sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(compat.layers, distance.sum(axis=(1, 2)), rtol=1e-5)
 
 
 def test_padding_and_batching_do_not_change_the_scores():
     cfg = config(EQUAL)
     arrays = batch(cfg)
-    expected = score(model(cfg), [arrays], criterion="block_influence").importance
+    expected = score(model(cfg), [arrays], criterion="block_influence").layers
     apart = [{name: array[i : i + 2] for name, array in arrays.items()} for i in (0, 2)]
-    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").importance, expected, rtol=1e-5)
+    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").layers, expected, rtol=1e-5)
     lengths = arrays["attention_mask"].sum(axis=1)
     left = {n: np.stack([np.roll(row, 9 - k) for row, k in zip(a, lengths, strict=True)]) for n, a in arrays.items()}
     filler = {name: np.zeros_like(array) for name, array in arrays.items()}
     for criterion, options in (("block_influence", {}), ("angular", {"layers_removed": 2})):
-        plain = score(model(cfg), [arrays], criterion=criterion, **options).importance
+        plain = score(model(cfg), [arrays], criterion=criterion, **options).layers
         np.testing.assert_allclose(
-            score(model(cfg), [left, filler], criterion=criterion, **options).importance, plain, rtol=1e-5
+            score(model(cfg), [left, filler], criterion=criterion, **options).layers, plain, rtol=1e-5
         )
 
 
@@ -114,7 +114,7 @@ def test_angular_is_the_mean_angle_at_the_last_real_token():
     a, b = states[:-3], states[3:]
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     scores = score(model(cfg), [arrays], criterion="angular", layers_removed=3)
-    np.testing.assert_allclose(scores.importance[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores.layers[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_mesh_gives_the_same_scores():
     batches = [batch(cfg, rows=8), batch(cfg, rows=3, seed=1)]
     expected = score(model(cfg), batches, criterion="block_influence")
     sharded = score(on_mesh(model(cfg), 2, 2, 2), batches, criterion="block_influence")
-    np.testing.assert_allclose(sharded.importance, expected.importance, rtol=1e-5)
+    np.testing.assert_allclose(sharded.layers, expected.layers, rtol=1e-5)
     assert sharded.fingerprint == expected.fingerprint
 
 

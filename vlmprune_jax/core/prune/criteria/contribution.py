@@ -20,7 +20,7 @@ from vlmprune_jax.core.models.context import WRITERS, BlockValues
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.activations import Blocks, Tokens
 from vlmprune_jax.core.prune.calibration import positive
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.criteria.groups import reduce_inputs
 from vlmprune_jax.core.prune.criteria.weights import input_weights
 
@@ -46,7 +46,7 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
     return blocks(hook, inputs=WRITERS), jnp.sum(weight)
 
 
-def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:
+def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Values:
     """Return head and neuron scores: the sum over channels of `moment` x (norm of the channel's weights)^`power`."""
     layers, total = sums
     count = positive(total)

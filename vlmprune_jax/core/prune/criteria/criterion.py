@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.base.checks import file_of_users, one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.core.prune.config import ScoreConfig
 
 NEEDS = ("weights", "activations", "routing", "labels")
-# What a criterion scores -> the fields of Scores that it fills.
-FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
-Parts = Mapping[str, Any]
+Values = Mapping[Key, np.ndarray]
+SCORED = ("layers", "widths", "experts")
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,16 @@ class Criterion:
     the criterion's name; `gqa` and `layers_removed` define the units that are scored (see `Scores`).
 
     The signature of `function` depends on `needs`:
-      weights: function(model, **options) -> parts.
+      weights: function(model, **options) -> values.
       activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
-        model, **options)` -> parts.
-      routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
-        `splits` -> (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
-        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
-        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are fields of
-        `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
+        model, **options)` -> values.
+      routing: function(routing, **options) -> values, from the choices of routers (`prune.routing.Routing`); with
+        `splits` -> (values, {token type: values}).
+      labels: function(model, batches, progress, **options) -> values, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (values, {token type: values}). With
+        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Values are those
+        of `Scores`: {Key(stack, None, "layers"): ...}, {Key(stack, layer, axis): ...}, or both.
 
     `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
     function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".
@@ -51,7 +53,7 @@ class Criterion:
     scores: tuple[str, ...]
     needs: str
     function: Callable[..., Any]
-    finish: Callable[..., Parts] | None = None
+    finish: Callable[..., Values] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     counts: str = "batches"
     journals: bool = False
@@ -60,7 +62,7 @@ class Criterion:
 
     def __post_init__(self) -> None:
         for what in self.scores:
-            one_of("a criterion's scores:", what, tuple(FIELDS))
+            one_of("a criterion's scores:", what, SCORED)
         for stack in self.stacks:
             one_of("a criterion's stacks:", stack, STACKS)
         one_of("a criterion's needs:", self.needs, NEEDS)

@@ -14,9 +14,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.context import BlockValues
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune.activations import Blocks, Tokens
 from vlmprune_jax.core.prune.calibration import positive
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
@@ -35,10 +36,10 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
     return jnp.stack(blocks(hook)), jnp.sum(weight)
 
 
-def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
+def mean_distance(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Values:
     """Return each layer's cosine distance between input and output, averaged over tokens (Block Influence)."""
     total, tokens = sums
-    return {"importance": total if reference_compat else total / positive(tokens)}
+    return {Key(stack, None, LAYERS): total if reference_compat else total / positive(tokens)}
 
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     return angle.sum(axis=1), counts.sum()
 
 
-def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
+def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Values:
     """Return the mean angular distance of each block of consecutive layers, by the block's first layer.
 
     First layers whose block would extend beyond the last layer have the value +inf (never removed).
@@ -102,7 +103,7 @@ def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -
     total, rows = sums
     importance = np.full(len(model.cfg.stack(stack).layers), np.inf)
     importance[: len(total)] = total if reference_compat else total / positive(rows)
-    return {"importance": importance}
+    return {Key(stack, None, LAYERS): importance}
 
 
 ANGULAR = Criterion(

@@ -16,11 +16,12 @@ from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vlm import Model, stack_module
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.part import LAYERS, Key
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.criteria.groups import Channels, reduce_groups, scored_axes, summed_axes
 
 
-def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
+def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Values:
     """Return magnitude scores: sums of |W|^power per channel over the weights that are pruned together."""
     channels = _channel_sums(model, summed_axes(model.cfg, stack), power=power, stack=stack)
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
@@ -83,21 +84,21 @@ L1, L2 = (
 )
 
 
-def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
+def random(model: Model, *, seed: int, gqa: str, stack: str) -> Values:
     """Return random scores, as a control experiment for other criteria."""
     return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
 
 
-def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
+def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Values:
     """Return random layer, head and neuron scores; a head's score is the sum over its channels of U(0, 1)."""
     draw, component = np.random.default_rng(seed), cfg.stack(stack)
     importance = draw.random(len(component.layers))
     axes = [(i, axis) for i, layer in enumerate(component.layers) for axis in scored_axes(layer, gqa)]
     units = {
-        (i, axis.name): draw.random(component.layers[i].shape_of(axis)).sum(axis=1)
+        Key(stack, i, axis.name): draw.random(component.layers[i].shape_of(axis)).sum(axis=1)
         for i, axis in sorted(axes, key=lambda item: not item[1].channels)  # all heads are drawn before all neurons
     }
-    return {"importance": importance, "units": dict(sorted(units.items(), key=lambda item: item[0][0]))}
+    return {Key(stack, None, LAYERS): importance, **dict(sorted(units.items(), key=lambda item: item[0].layer or 0))}
 
 
 RANDOM = Criterion(
