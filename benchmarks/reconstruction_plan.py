@@ -143,7 +143,7 @@ def row(family: str, topology: str) -> str:
     arithmetic = steps * flops / chips / target.chip.flops
     solve = PASSES * (found["errors"].flops + found["change"].flops) / chips / target.chip.flops
     size = steps * rows * length * width * 4
-    fits = 4 * size / chips < target.chip.hbm / 4  # as `walk.LayerStream` has it
+    fits = 4 * size / chips < target.chip.hbm / 4  # as `stream.LayerStream` has it
     moved = 0 if fits else 6 * size / hosts / HOST  # both models' streams, twice in and once out
     least = max(arithmetic, moved) + solve
     times = n_layers * np.array([arithmetic + solve, moved, least])

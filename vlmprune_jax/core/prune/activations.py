@@ -1,29 +1,23 @@
-"""Sums over the tokens of calibration batches, layer by layer: only a criterion's sums leave the device."""
+"""Values of a model's layers on calibration batches, layer by layer: only what is computed from them is kept."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
-from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.lazy import LazyArray
-from vlmprune_jax.core.models.placement import mesh_of, place_batch
+from vlmprune_jax.core.models.placement import place_batch
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.batches import CalibrationBatch, text_batch, tower_batches
-from vlmprune_jax.core.prune.calibration import TOKEN_TYPES, TYPES, Arrays, positive, types_in
+from vlmprune_jax.core.prune.calibration import Arrays
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
-from vlmprune_jax.core.prune.stream import LayerStream, on_devices
+from vlmprune_jax.core.prune.stream import LayerStream
 
 LayerSums = dict[str, np.ndarray]
 R = TypeVar("R")
@@ -31,15 +25,13 @@ T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
-    """Weight and type of each token in a batch (for a vision tower: of each image position).
-
-    `weight`: float32, 0 for padding and excluded token types, else 1 or the weight of the token's type in the settings.
-    `token_type`: int32, one of PADDING, PROMPT, IMAGE, VIDEO and ANSWER (a token with a label; a batch without labels
-    has no answer tokens).
-    """
+    """Weight and type of each token in a batch (for a vision tower: of each image position)."""
 
     weight: jax.Array
+    """float32, 0 for padding and excluded token types, else 1 or the weight of the token's type in the settings."""
+
     token_type: jax.Array
+    """int32: PADDING, PROMPT, IMAGE, VIDEO or ANSWER (a token with a label; none in a batch without labels)."""
 
 
 class LayerValues(NamedTuple):
@@ -61,87 +53,17 @@ class LayerValues(NamedTuple):
     """float32[batch, seq, 1] for each writer in `inputs` with a norm after it: the norm's factor on the output."""
 
 
-def accumulate(
-    model: Model,
-    batches: Iterable[Arrays],
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
-    *,
-    inputs: tuple[str, ...],
-    carries: bool,
-    stack: str,
-    weight_of: np.ndarray,
-    splits: bool,
-    progress: Callable[[int], None] | None,
-    journal: Journal | None,
-) -> tuple[list[LayerSums], dict[str, list[LayerSums]]]:
-    """Run `function(layer values, tokens, **options)` on all layers and batches; sum its results in float64.
-
-    With `splits`, also return the sums over the tokens of each type alone, by name, if there are several types.
-
-    Args:
-      function: see `Criterion`; `inputs`: values that it reads; `carries`: True if it has a parameter `carry`.
-      stack: name of the stack; for a tower, batches without images are skipped.
-      weight_of: float32[types], weight of a token of each type.
-      journal: file that keeps the sums of each batch, to continue an interrupted pass.
-
-    Raises UserError for a tower if no batch has images.
-    """
-    # token weights: over all tokens, and over each type alone
-    types = [*TOKEN_TYPES.values()] if splits else []
-    ways = jnp.asarray(np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]))
-    fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
-    model = on_devices(model)
-    measure = functools.partial(_sums, ways, function=function, options=fixed, carries=carries)
-    n_layers, counts, totals = len(model.cfg.stack(stack).layers), np.zeros(len(TYPES), int), list[LayerSums]()
-
-    def added(results: list[LayerSums]) -> LayerSums:
-        return {name: sum(np.asarray(sums[name], np.float64) for sums in results) for name in results[0]}
-
-    def sums_of(group: list[CalibrationBatch]) -> list[dict[str, Any]]:
-        layers = visit_layers(model, stack, group, inputs, measure, added)
-        return layers if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in layers]
-
-    def groups() -> Iterator[list[CalibrationBatch]]:
-        for group in grouped(model, stack, batches, weight_of):
-            for batch in group:
-                counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
-            yield group
-
-    entries = continued(sums_of, groups(), journal, lambda _, entry: _fits(entry, n_layers))
-    with use_mesh(mesh_of(model.params)):
-        for done, entry in enumerate(entries, start=1):
-            new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
-            totals = [added(list(pair)) for pair in zip(totals, new, strict=True)] if totals else new
-            if progress is not None:
-                progress(done)
-    positive(len(totals))
-    by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
-    of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
-    return by_way[0], {name: of_type[name] for name in types_in(counts) if splits}
-
-
-def _fits(entry: Any, n_layers: int) -> bool:
-    """Return True if a journal entry consists of numeric arrays for each layer."""
-    try:
-        arrays = [np.asarray(x) for layer in entry for x in layer.values()]
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return len(entry) == n_layers and all(array.dtype.kind in "if" for array in arrays)
-
-
 def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Iterator[Arrays]:
     """Yield the batches that contain inputs of a stack, such as images; raise UserError if none does."""
-    array, some = cfg.input_of(stack), False
+    some = False
     for arrays in batches:
-        if array in arrays:
+        if cfg.input_of(stack) in arrays:
             some = True
             yield arrays
     if not some:
+        inputs = "images" if stack == "vision" else cfg.input_of(stack)
         raise UserError(
-            "the calibration batches have no images, which scores of a vision tower need: add records with images"
-            if stack == "vision"
-            else f"the calibration batches have no {array}, which scores of {stack} need: add batches with it"
+            f"the calibration batches have no {inputs}, which scores of {stack} need: add records with {inputs}"
         )
 
 
@@ -204,21 +126,3 @@ def visit_layers(
 
     stream.walk(visit)
     return results
-
-
-@functools.partial(jax.jit, static_argnames=("function", "options", "carries"))
-def _sums(
-    ways: jax.Array, values: LayerValues, types: jax.Array, carry: Any, *, function: Any, options: Any, carries: bool
-) -> tuple[dict[str, jax.Array], Any]:
-    """Return a criterion's sums {name: [ways, ...]} over the tokens of one batch, for each way of weighting them."""
-
-    def weighted_sums(weights: jax.Array, carry: Any) -> Any:
-        tokens = Tokens(weights[types], types)
-        if carries:
-            return function(values, tokens, carry=carry, **dict(options))
-        sums = function(values, tokens, **dict(options))
-        check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")
-        return sums, None
-
-    sums, carry = jax.vmap(weighted_sums, in_axes=(0, None if carry is None else 0))(ways, carry)
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums), carry

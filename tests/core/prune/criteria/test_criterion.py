@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
 from repository import ROOT
 
 from vlmprune_jax.base.errors import UserError
@@ -97,7 +97,7 @@ def own(monkeypatch):
 
 
 def assert_equal(mine, others, **tolerance):
-    for one, other in zip(mine.heads + mine.mlp, others.heads + others.mlp, strict=True):
+    for one, other in zip(mine.values.values(), others.values.values(), strict=True):
         np.testing.assert_allclose(one, other, **{"rtol": 0, **tolerance})
 
 
@@ -114,8 +114,8 @@ def test_padding_batching_and_a_mesh_do_not_change_it(own):
 
 def test_unequal_layers_and_query_heads(own):
     scores = score(model(config(UNEQUAL)), [batch(config(UNEQUAL))], criterion="energy", gqa="q_heads")
-    assert [len(heads) for heads in scores.heads] == [4, 4, 8, 4]
-    assert [len(neurons) for neurons in scores.mlp] == [12, 12, 10, 12]
+    assert [len(heads) for heads in scores.along("q_heads")] == [4, 4, 8, 4]
+    assert [len(neurons) for neurons in scores.along("mlp")] == [12, 12, 10, 12]
     layer = unstack_layers(model(config(UNEQUAL)).params, config(UNEQUAL))[0][2]
     np.testing.assert_allclose(
         input_weights(model(config(UNEQUAL)), power=2)[2]["down_proj"],
@@ -173,19 +173,15 @@ def test_descriptions_that_contradict_themselves(changes, message):
 
 def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
     cfg = config(EQUAL)
-    units = {(i, axis): np.zeros(size) for i in range(5) for axis, size in (("kv_heads", 2), ("mlp", 11))}
+    units = unit_scores((np.zeros(2),) * 5, (np.zeros(11),) * 5)
     for scores, parts, message in (
-        (("layers",), {"units": {}}, "units, expected importance"),
-        (
-            ("layers",),
-            {"importance": np.zeros(4)},
-            r"importance of shape \(4,\), expected a number for each of the 5",
-        ),
-        (("widths",), {"units": {}}, "units {}, expected scores of shapes among"),
-        (("widths",), {"units": units}, r"units .*\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
+        (("layers",), units, r".*'text/0/mlp': \(11,\).*, expected shapes among {'text/layers': \(5,\)}"),
+        (("layers",), layer_scores(np.zeros(4)), r"{'text/layers': \(4,\)}, expected .*: \(5,\)"),
+        (("widths",), {}, "{}, expected shapes among {'text/0/kv_heads'"),
+        (("widths",), units, r".*'text/0/mlp': \(11,\).*, expected .*'text/0/mlp': \(12,\)"),
     ):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
-        with pytest.raises(UserError, match=f"'mine' returns {message}"):
+        with pytest.raises(UserError, match=f"'mine' returns scores of shapes {message}"):
             score(model(cfg), criterion="mine")
 
 
@@ -224,10 +220,10 @@ def test_pixels_in_order_of_appearance():
         if criterion == "taylor":
             assert_equal(flat, rows)
         else:
-            np.testing.assert_array_equal(flat.importance, rows.importance)
+            np.testing.assert_array_equal(flat.layers, rows.layers)
     turned = score(model(cfg), [{**arrays, "pixel_values": pixels[::-1]}], criterion="block_influence")
     straight = score(model(cfg), [{**arrays, "pixel_values": pixels}], criterion="block_influence")
-    assert (turned.importance != straight.importance).all()
+    assert (turned.layers != straight.layers).all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Criteria that score layers, heads, neurons and experts, by name."""
 
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.activations import LayerValues, Tokens
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.core.prune.config import CRITERIA
@@ -47,6 +48,7 @@ __all__ = [
     "PROMPT",
     "VIDEO",
     "Criterion",
+    "Key",
     "LayerValues",
     "Tokens",
     "coupled",

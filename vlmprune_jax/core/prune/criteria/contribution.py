@@ -19,7 +19,7 @@ from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens
 from vlmprune_jax.core.prune.calibration import positive
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.criteria.groups import reduce_inputs
 from vlmprune_jax.core.prune.criteria.weights import input_weights
 
@@ -43,7 +43,7 @@ def moments(layer: LayerValues, tokens: Tokens) -> dict[str, jax.Array]:
     return sums
 
 
-def weighted(sums: Sequence[LayerSums], model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:
+def weighted(sums: Sequence[LayerSums], model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Values:
     """Return head and neuron scores: the sum over channels of `moment` x (norm of the channel's weights)^`power`."""
     count = positive(sums[0]["weight"])
     scores = [

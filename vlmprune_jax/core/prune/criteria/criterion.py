@@ -8,26 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.base.checks import file_of_users, one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.models.context import VALUES
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.core.prune.config import ScoreConfig
 
 NEEDS = ("weights", "activations", "routing", "labels")
-# What a criterion scores -> the fields of Scores that it fills.
-FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
-Parts = Mapping[str, Any]
+Values = Mapping[Key, np.ndarray]
+SCORED = ("layers", "widths", "experts")
 
 
 @dataclass(frozen=True)
 class Criterion:
     """Importance criterion that scores layers, or heads and neurons.
 
-    Parts are fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both. Each function receives
-    the `options` for which it has parameters, and the name of the scored stack if it has a parameter `stack`. Raises
-    UserError for contradictory fields, or an option that is no parameter of a function.
+    Values are those of `Scores`: {Key(stack, None, "layers"): ...}, {Key(stack, layer, axis): ...}, or both. Each
+    function receives the `options` for which it has parameters, and the name of the scored stack if it has a parameter
+    `stack`. Raises UserError for contradictory fields, or an option that is no parameter of a function.
     """
 
     scores: tuple[str, ...]
@@ -39,19 +41,19 @@ class Criterion:
     function: Callable[..., Any]
     """Function whose signature depends on `needs`:
 
-      weights: function(model, **options) -> parts.
+      weights: function(model, **options) -> values.
       activations: function(layer, tokens, **options) -> {name: sum over the tokens}, of one layer and one batch,
         computed on the device (`activations.LayerValues`, `activations.Tokens`). With a parameter `carry`, which is
         None at the first layer, it returns (sums, what the next layer gets as `carry`).
-      routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
-        `splits` -> (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
-        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
+      routing: function(routing, **options) -> values, from the choices of routers (`prune.routing.Routing`); with
+        `splits` -> (values, {token type: values}).
+      labels: function(model, batches, progress, **options) -> values, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (values, {token type: values}). With
         `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from.
     """
 
-    finish: Callable[..., Parts] | None = None
-    """For activations: finish(sums, model, **options) -> parts, from the sums over all batches, added in float64: a
+    finish: Callable[..., Values] | None = None
+    """For activations: finish(sums, model, **options) -> values, from the sums over all batches, added in float64: a
     list with {name: array} for each layer."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Criterion:
 
     def __post_init__(self) -> None:
         for what in self.scores:
-            one_of("a criterion's scores:", what, tuple(FIELDS))
+            one_of("a criterion's scores:", what, SCORED)
         for stack in self.stacks:
             one_of("a criterion's stacks:", stack, STACKS)
         for name in self.inputs:

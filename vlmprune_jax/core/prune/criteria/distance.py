@@ -13,9 +13,10 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens
 from vlmprune_jax.core.prune.calibration import positive
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 
 
 def distances(layer: LayerValues, tokens: Tokens, *, reference_compat: bool) -> dict[str, jax.Array]:
@@ -27,16 +28,14 @@ def distances(layer: LayerValues, tokens: Tokens, *, reference_compat: bool) -> 
     weight = jnp.ones_like(tokens.weight) if reference_compat else tokens.weight
     # where, not a product: padding may hold anything, and NaN * 0 is NaN
     distance = cosine_distance(layer.before, layer.after)
-    return {
-        "total": jnp.sum(jnp.where(weight > 0, weight * distance, jnp.zeros_like(distance))),
-        "weight": weight.sum(),
-    }
+    total = jnp.sum(jnp.where(weight > 0, weight * distance, jnp.zeros_like(distance)))
+    return {"total": total, "weight": jnp.sum(weight)}
 
 
-def mean_distance(sums: Sequence[LayerSums], model: Model, *, reference_compat: bool) -> Parts:
+def mean_distance(sums: Sequence[LayerSums], model: Model, *, reference_compat: bool, stack: str) -> Values:
     """Return each layer's cosine distance between input and output, averaged over tokens (Block Influence)."""
     weight = 1 if reference_compat else positive(sums[0]["weight"])
-    return {"importance": np.array([layer["total"] for layer in sums]) / weight}
+    return {Key(stack, None, LAYERS): np.array([layer["total"] for layer in sums]) / weight}
 
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -86,7 +85,9 @@ def angles(
     return {"total": angle.sum(), "rows": counts.sum()}, carry
 
 
-def mean_angle(sums: Sequence[LayerSums], model: Model, *, layers_removed: int, reference_compat: bool) -> Parts:
+def mean_angle(
+    sums: Sequence[LayerSums], model: Model, *, layers_removed: int, reference_compat: bool, stack: str
+) -> Values:
     """Return the mean angular distance of each block of consecutive layers, by the block's first layer.
 
     First layers whose block would extend beyond the last layer have the value +inf (never removed). Raises UserError
@@ -98,7 +99,7 @@ def mean_angle(sums: Sequence[LayerSums], model: Model, *, layers_removed: int, 
     importance, rows = np.full(n_layers, np.inf), 1 if reference_compat else positive(sums[0]["rows"])
     ends = [layer["total"] for layer in sums[layers_removed - 1 :]]
     importance[: len(ends)] = np.array(ends) / rows
-    return {"importance": importance}
+    return {Key(stack, None, LAYERS): importance}
 
 
 ANGULAR = Criterion(

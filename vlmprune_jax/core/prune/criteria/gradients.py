@@ -103,7 +103,7 @@ def gradient_channels(
     Raises UserError if no batch (with images) has a label, or if gradients of experts are weighted.
     """
     cfg, mesh, is_text = model.cfg, mesh_of(model.params), stack == "text"
-    data = _stack(batches if is_text else batches_of(cfg, stack, batches), 1 if squares else rows_per_step)
+    data = _steps(batches if is_text else batches_of(cfg, stack, batches), 1 if squares else rows_per_step)
     labels = (data["labels"][..., 1:] != IGNORED).sum(axis=-1)  # int[steps, rows]; the first position is not predicted
     if labels.sum() == 0:
         raise UserError(
@@ -111,19 +111,38 @@ def gradient_channels(
             "is no loss to differentiate"
         )
     types = types_in(np.bincount(data["token_types"].ravel(), minlength=len(TYPES))) if by_token_type else []
-    _check_experts(cfg, weighted=by_token_type or not _all_ones(weight_of))
+    plain = not by_token_type and bool((weight_of[[PROMPT, IMAGE, ANSWER]] == 1).all())
+    if not plain and any("experts" in layer.sizes for layer in cfg.text.layers):
+        raise UserError(
+            "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
+            "prompt_weight and answer_weight, or use a criterion such as reap"
+        )
     ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[TOKEN_TYPES[name]] for name in types)]
     model = on_devices(model)
     steps = [{name: array[step] for name, array in data.items()} for step in range(len(labels))]
     with use_mesh(mesh):
-        inputs = [text_batch(s, weight_of) if is_text else _tower_batch(s, model, stack) for s in steps]
-        stream = LayerStream(model, stack, inputs, dtype=None, copies=None)
-        losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, ways)]
-        if not is_text:
+        if is_text:
+            inputs = [text_batch(arrays, weight_of) for arrays in steps]
+            losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, [] if plain else ways)]
+        else:
+            inputs = [_tower_batch(arrays, model, stack) for arrays in steps]
             losses = [place_inputs(model.params, cfg, text_batch(s, weight_of).inputs | s) for s in steps]
-        layers = _Backward(stream, losses, labels, channels, squares, memory_budget, progress, cache).scores()
+        stream = _Backward(model, stack, inputs, losses, labels, squares, channels)
+        layers = stream.scores(memory_budget, progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
     return scores[0], dict(zip(types, scores[1:], strict=True))
+
+
+def _steps(batches: Iterable[Arrays], rows: int | None) -> Arrays:
+    """Stack all calibration rows to arrays [steps, rows, ...], padded to equal lengths and image counts."""
+    batches = list(batches)
+    rows = rows or len(batches[0]["input_ids"])
+    if rows < 1:
+        raise UserError(f"rows_per_step={rows} must be at least 1")
+    every = [{name: array[row] for name, array in b.items()} for b in batches for row in range(len(b["token_types"]))]
+    steps = math.ceil(len(every) / rows)
+    stacked = stack_rows(every, steps * rows)
+    return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
 
 
 def _tower_batch(step: Arrays, model: Model, stack: str) -> CalibrationBatch:
@@ -137,58 +156,73 @@ def _tower_batch(step: Arrays, model: Model, stack: str) -> CalibrationBatch:
     return CalibrationBatch(arrays, {"image_grid_thw": arrays["image_grid_thw"]}, unused, unused, [])
 
 
-class _Backward:
-    """Visitor of a stack's layers that runs them forward, and then in reverse, with the gradients of their weights."""
+class _Backward(LayerStream):
+    """Stream that runs a stack's layers forward, and then in reverse, with the gradients of their weights."""
 
     def __init__(
         self,
-        stream: LayerStream,
+        model: Model,
+        stack: str,
+        batches: list[CalibrationBatch],
         losses: list[dict[str, Any]],
         labels: np.ndarray,
-        channels: Callable[..., Any],
         squares: bool,
-        memory_budget: int | None,
-        progress: Callable[[int], None] | None,
-        cache: ArrayCache | None,
+        channels: Callable[..., Any],
     ):
-        self.stream, self.losses, self.channels, self.squares = stream, losses, channels, squares
-        self.progress, self.cache, self.cfg = progress, cache, stream.model.cfg.stack(stream.stack)
-        self.axes = summed_axes(stream.model.cfg, stream.stack)
+        super().__init__(model, stack, batches, dtype=None, copies=None)
+        self.losses, self.squares, self.channels = losses, squares, channels
+        self.cfg, self.axes = model.cfg.stack(stack), summed_axes(model.cfg, stack)
         self.counts = [arrays.get("counts") for arrays in losses]
         # all-(-100) rows, such as the filler of a last batch, are not samples
         self.labels, self.total, self.samples = labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum())
-        # bytes on a device that are left for outputs of projections
-        self.budget = min(from_all(lambda: free_memory() // 2 if memory_budget is None else memory_budget))
         self.saved = list[tuple[list[State], list[Products | None]]]()  # inputs and products of each layer
         self.layers, self.cotangents = list[LayerScores](), list[Cotangent]()
 
-    def scores(self) -> list[LayerScores]:
+    def load(self, number: int) -> Layer:
+        """Load a layer, which returns its keys and values only if later layers reuse them."""
+        return dataclasses.replace(super().load(number), shares=number in self.cfg.producers)
+
+    def scores(
+        self, memory_budget: int | None, progress: Callable[[int], None] | None, cache: ArrayCache | None
+    ) -> list[LayerScores]:
         """Return the result of `channels` for every layer, per way of weighting tokens."""
-        if self.cache is not None:
-            self._resume(self.cache)
-        remaining = range(self.stream.n_layers - len(self.layers))
-        self.stream.walk(self.forward, remaining)
+        # bytes on a device that are left for outputs of projections
+        self.budget = min(from_all(lambda: free_memory() // 2 if memory_budget is None else memory_budget))
+        if cache is not None:
+            self._resume(cache)
+        remaining = range(self.n_layers - len(self.layers))
+        self.walk(self._forward, remaining)
         if not self.layers:
             self.cotangents = self._at_end()
-        self.stream.walk(self.backward, reversed(remaining))
+
+        def backward(layer: Layer) -> None:
+            self._backward(layer)
+            try:
+                if progress is not None:
+                    progress(len(self.layers))
+            except Stopped:
+                self._save(cache)
+                raise
+            if len(self.layers) % -(-self.n_layers // 8) == 0:
+                self._save(cache)
+
+        self.walk(backward, reversed(remaining))
         return self.layers[::-1]
 
-    def forward(self, layer: Layer) -> None:
+    def _forward(self, layer: Layer) -> None:
         """Run a layer; save its inputs and, while the memory budget lasts, the outputs of its projections."""
-        layer, stream, products = self._exact(layer), self.stream, list[Products | None]()
-        before = list(stream.states)
-        for batch, (_, (state, computed)) in enumerate(stream.visit(functools.partial(_block, layer))):
-            stream.states[batch] = State(state.x, {**before[batch].shared, **state.shared})
+        before, products = list(self.states), list[Products | None]()
+        for batch, (_, (state, computed)) in enumerate(self.visit(functools.partial(_block, layer))):
+            self.states[batch] = State(state.x, {**before[batch].shared, **state.shared})
             size = sum(array.addressable_shards[0].data.nbytes for array in computed)
             products.append(computed if size <= self.budget else None)
             self.budget -= size if size <= self.budget else 0
         self.saved.append((before, products))
-        stream.number += 1
+        self.number += 1
 
-    def backward(self, layer: Layer) -> None:
+    def _backward(self, layer: Layer) -> None:
         """Add up a layer's weight gradients over all batches, and reduce them; go back to the layer's input."""
-        layer, stream, sums = self._exact(layer), self.stream, self._no_sums(layer)
-        stream.states, products = self.saved.pop()
+        sums, (self.states, products) = self._no_sums(layer), self.saved.pop()
 
         def differentiate(rows: Rows, cotangent: Cotangent, products: Any, counts: Any, labels: Any) -> Cotangent:
             nonlocal sums
@@ -198,109 +232,74 @@ class _Backward:
             return cotangent
 
         labels = list(self.labels.astype(np.float32))
-        visited = stream.visit(differentiate, self.cotangents, products, self.counts, labels)
+        visited = self.visit(differentiate, self.cotangents, products, self.counts, labels)
         for batch, (_, cotangent) in enumerate(visited):
             level = cotangent.levels.get(layer.number - 1)
             self.cotangents[batch] = cotangent if level is None else cotangent._replace(x=cotangent.x + level)
         self.layers.append(jax.tree.map(np.asarray, self._reduced(layer, sums)))
-        try:
-            if self.progress is not None:
-                self.progress(len(self.layers))
-        except Stopped:
-            self._save()
-            raise
-        if len(self.layers) % -(-stream.n_layers // 8) == 0:
-            self._save()
 
     def _at_end(self) -> list[Cotangent]:
         """Return the gradients of the loss at the output of the last layer, for each batch."""
-        model, name, stream = self.stream.model, self.stream.stack, self.stream
-        params = placed_params(model, lambda path: name != "text" or not path.startswith("text/layers/"))
-        numbers = [*getattr(self.cfg, "deepstack", ()), stream.n_layers - 1]
-        outputs = [states for states, _ in self.saved[1:]] + [stream.states]
-        levels = [{number: outputs[number][batch].x for number in numbers} for batch in range(len(stream.states))]
+        cfg, last, stack = self.model.cfg, self.n_layers - 1, self.stack
+        params = placed_params(self.model, lambda path: stack != "text" or not path.startswith("text/layers/"))
+        outputs = [states for states, _ in self.saved[1:]] + [self.states]
+        numbers = [*getattr(self.cfg, "deepstack", ()), last]
+        levels = [{number: outputs[number][batch].x for number in numbers} for batch in range(len(self.states))]
 
         def gradient(rows: Rows, levels: dict[int, jax.Array], arrays: Any) -> Cotangent:
-            if name == "text":
-                levels = {stream.n_layers - 1: _loss_gradient(params, rows.x, arrays, cfg=model.cfg)}
+            if stack == "text":
+                levels = {last: _loss_gradient(params, rows.x, arrays, cfg=cfg)}
             else:
-                levels = _tower_gradient(levels, params, arrays, cfg=model.cfg, stack=name)
-            return Cotangent(levels.pop(stream.n_layers - 1), jax.tree.map(jnp.zeros_like, dict(rows.shared)), levels)
+                levels = _tower_gradient(levels, params, arrays, cfg=cfg, stack=stack)
+            return Cotangent(levels.pop(last), jax.tree.map(jnp.zeros_like, dict(rows.shared)), levels)
 
-        return [cotangent for _, cotangent in stream.visit(gradient, levels, self.losses)]
-
-    def _exact(self, layer: Layer) -> Layer:
-        """Return the layer with keys and values returned only if later layers reuse them."""
-        return dataclasses.replace(layer, shares=layer.number in self.cfg.producers)
+        return [cotangent for _, cotangent in self.visit(gradient, levels, self.losses)]
 
     def _no_sums(self, layer: Layer) -> Sums:
         ways = 1 if self.counts[0] is None else self.counts[0].shape[1]
         shapes = {name: (ways, *layer.params[name].shape) for name in self.axes if name in layer.params}
-        zeros = [
-            {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + self.squares)
-        ]
-        return Sums(zeros[0], zeros[1] if self.squares else {})
+        squared = shapes if self.squares else {}
+        return Sums(*({name: jnp.zeros(x, jnp.float32) for name, x in each.items()} for each in (shapes, squared)))
 
     def _reduced(self, layer: Layer, sums: Sums) -> LayerScores:
         axes = tuple((name, axis) for name, axis in self.axes.items() if name in layer.params)
         return _reduce(layer.params, sums, self.total, self.samples, axes=axes, channels=self.channels)
 
-    def _save(self) -> None:
+    def _save(self, cache: ArrayCache | None) -> None:
         """Cache the scores of finished layers, and the gradient at the input of the last finished layer."""
-        if self.cache is None:
+        if cache is None:
             return
-        done, leaves = len(self.layers), jax.tree.leaves(self.cotangents)
-        arrays = {f"{done} layers/{i}": gather_to_host(x) for i, x in enumerate(leaves)}
+        leaves = jax.tree.leaves(self.cotangents)
+        arrays = {f"{len(self.layers)} layers/{i}": gather_to_host(x) for i, x in enumerate(leaves)}
         for number, layer in enumerate(self.layers):
-            if self.cache.missing([f"layer {number}/0"]):
+            if cache.missing([f"layer {number}/0"]):
                 arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
-        self.cache.add(arrays)
-        self.cache.publish()
+        cache.add(arrays)
+        cache.publish()
 
     def _resume(self, cache: ArrayCache) -> None:
         """Read the scores of finished layers, and the gradients from which an interrupted pass continues."""
-        stream, n_layers = self.stream, self.stream.n_layers
         shared = {self.cfg.layers[number].mixer.window or 0: (0, 0) for number in self.cfg.producers}
         levels = dict.fromkeys(getattr(self.cfg, "deepstack", ()), 0)
-        structure: Any = jax.tree.structure([Cotangent(0, shared, levels) for _ in stream.batches])
-
-        def read(name: str, structure: Any) -> Any:
-            return jax.tree.unflatten(structure, [cache[f"{name}/{i}"] for i in range(structure.num_leaves)])
-
-        for done in range(n_layers, 0, -1):
+        structure: Any = jax.tree.structure([Cotangent(0, shared, levels) for _ in self.batches])
+        for done in range(self.n_layers, 0, -1):
             keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
-            if not cache.missing([*keys, *(f"layer {number}/0" for number in range(done))]):
-                for number in range(done):
-                    layer = self._exact(stream.load(n_layers - 1 - number))
-                    shapes = jax.eval_shape(lambda layer=layer: self._reduced(layer, self._no_sums(layer)))
-                    self.layers.append(read(f"layer {number}", jax.tree.structure(shapes)))
-                leaves = (
-                    place_batch({"x": x}, stream.mesh)["x"] for x in jax.tree.leaves(read(keys[0][:-2], structure))
-                )
-                self.cotangents = jax.tree.unflatten(structure, leaves)
-                return
-
-
-def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
-    """Stack all calibration rows to arrays [steps, rows, ...], padded to equal lengths and image counts."""
-    seen = list(batches)
-    rows = rows or len(seen[0]["input_ids"])
-    if rows < 1:
-        raise UserError(f"rows_per_step={rows} must be at least 1")
-    every = [
-        {name: array[row] for name, array in batch.items()}
-        for batch in seen
-        for row in range(len(batch["token_types"]))
-    ]
-    steps = math.ceil(len(every) / rows)
-    stacked = stack_rows(every, steps * rows)
-    return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
+            if cache.missing([*keys, *(f"layer {number}/0" for number in range(done))]):
+                continue
+            for number in range(done):
+                layer = self.load(self.n_layers - 1 - number)
+                shapes = jax.eval_shape(lambda layer=layer: self._reduced(layer, self._no_sums(layer)))
+                leaves = [cache[f"layer {number}/{i}"] for i in range(len(jax.tree.leaves(shapes)))]
+                self.layers.append(jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+            placed = [place_batch({"x": cache[key]}, self.mesh)["x"] for key in keys]
+            self.cotangents = jax.tree.unflatten(structure, placed)
+            return
 
 
 def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     """Return, for each step, the positions of the tokens to predict, their target ids and their weights (`counts`).
 
-    counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
+    counts: float32[rows, ways, seq], the weight of each token in each weighting; None without `ways`: all are 1.
     """
     labels = data["labels"]
     targets = np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
@@ -308,22 +307,9 @@ def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     # the head is run at those positions only: first those with a target, in order
     positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
     targets = np.take_along_axis(targets, positions, axis=-1)
-    plain = len(ways) == 1 and _all_ones(ways[0])
-    counts = [None if plain else np.stack([way[row] for way in ways], axis=1) for row in data["token_types"]]
+    counts = [np.stack([way[row] for way in ways], axis=1) if ways else None for row in data["token_types"]]
     steps = zip(positions, targets, counts, strict=True)
     return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
-
-
-def _check_experts(cfg: ModelConfig, weighted: bool) -> None:
-    if weighted and any("experts" in layer.sizes for layer in cfg.text.layers):
-        raise UserError(
-            "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
-            "prompt_weight and answer_weight, or use a criterion such as reap"
-        )
-
-
-def _all_ones(weight_of: np.ndarray) -> bool:
-    return bool((weight_of[[PROMPT, IMAGE, ANSWER]] == 1).all())
 
 
 @jax.jit

@@ -25,9 +25,10 @@ from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.placement import mesh_of, place_batch
 from vlmprune_jax.core.models.vlm import Model, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import cross_entropy_sum
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune.batches import CalibrationBatch, row_batches
 from vlmprune_jax.core.prune.calibration import Arrays
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.prune.reconstruction import Targets, solve_for
@@ -45,7 +46,7 @@ def greedy_loss(
     candidates: int,
     search: int | None,
     cache: ArrayCache | None,
-) -> Parts:
+) -> Values:
     """Return the order in which greedy search removes layers by smallest increase of cross-entropy, float64[n_layers].
 
     Args:
@@ -93,7 +94,7 @@ def greedy_loss(
     order += sorted(cut.kept, key=lambda layer: costs.get(layer, 0.0))
     importance = np.empty(n_layers)
     importance[order] = np.arange(n_layers)
-    return {"importance": importance}
+    return {Key("text", None, LAYERS): importance}
 
 
 class _Cut(LayerStream):

@@ -14,7 +14,7 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, Arrays, weight_of_token_types
 from vlmprune_jax.core.prune.config import VARIANTS
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.criteria.gradients import LayerScores, gradient_channels
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups
 
@@ -35,7 +35,7 @@ def taylor(
     prompt_weight: float,
     answer_weight: float,
     cache: ArrayCache | None,
-) -> tuple[Parts, dict[str, Parts]]:
+) -> tuple[Values, dict[str, Values]]:
     """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
 
     With W a weight, g its gradient and A = sum_j g_j^2 / N, where g_j is the gradient of sample j's own mean loss, the
@@ -57,7 +57,7 @@ def taylor(
             f"rows_per_step={rows_per_step} must be 1 for taylor {variant}, which squares the gradient of each record"
         )
 
-    def reduced(layers: list[LayerScores]) -> Parts:
+    def reduced(layers: list[LayerScores]) -> Values:
         channels = [{name: scores[variant] for name, scores in layer.items()} for layer in layers]
         return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
