@@ -92,9 +92,9 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
-    images = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
+    visual_arrays = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
     items, _ = split_encoder_inputs(cfg, ids, arrays)
-    visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, images))
+    visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, visual_arrays))
     if pixel_mask is not None:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"

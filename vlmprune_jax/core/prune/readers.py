@@ -31,7 +31,8 @@ def _sums(layer: Layer, rows: Rows, unpruned: jax.Array, *, reader: str, norm: s
     block, _, values = layer.compute(rows, (reader,))
     target = getattr(block, norm)(unpruned)
     scale, missing = token_scale(rows.weight, target), target - values[reader]
-    return Sums(*token_sums(scale, rows.weight > 0, values[reader], missing), jnp.zeros(len(missing)))
+    gram, cross = token_sums(scale, rows.weight > 0, values[reader], missing)
+    return Sums(gram, cross, jnp.zeros(len(missing)))
 
 
 def reader_change(

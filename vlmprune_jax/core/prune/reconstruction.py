@@ -303,8 +303,8 @@ def _sums(layer: Layer, rows: Rows, target: jax.Array, statistics: jax.Array | N
     used, scale = rows.weight > 0, token_scale(rows.weight, target)
     residual = jnp.where(used[..., None], residual, 0.0)
     energy = jnp.sum(scale * jnp.sum(residual * residual, axis=-1), axis=-1)
-    products = (constrain(product, ("mlp", None)) for product in token_sums(scale, used, read, missing))
-    return Sums(*products, constrain(energy, ()))
+    gram, cross = token_sums(scale, used, read, missing)
+    return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
 
 
 def solve_for(

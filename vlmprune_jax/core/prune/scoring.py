@@ -132,14 +132,14 @@ def _activation_sums(
     # the paper's sums include padding: they do not split by token type
     types = [*TOKEN_TYPES.values()] if splits and not settings.get("reference_compat") else []
     ways = jnp.asarray(np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]))
-    options = taken(chosen.function, {**settings, "stack": stack})
-    options = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
+    named = taken(chosen.function, {**settings, "stack": stack}).items()
+    options = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in named)
     carries = bool(taken(chosen.function, {"carry": None}))
     measure = functools.partial(_sums, ways, function=chosen.function, options=options, carries=carries)
     counts, totals, model = np.zeros(len(TYPES), int), list[LayerSums](), on_devices(model)
 
     def added(results: list[LayerSums]) -> LayerSums:
-        return {name: sum(np.asarray(sums[name], np.float64) for sums in results) for name in results[0]}
+        return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], 0) for name in results[0]}
 
     def groups() -> Iterator[list[CalibrationBatch]]:
         for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False), weight_of):

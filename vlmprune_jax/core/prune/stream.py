@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class LayerStream:
         """Load a layer's weights to the devices."""
         return Layer.of(self.model, self.stack, number, self._dtype)
 
-    def at(self, number: int, states: Sequence[State]) -> LayerStream:
+    def at(self, number: int, states: Sequence[State]) -> Self:
         """Return a copy of the stream at the input of another layer, with the hidden states there."""
         other = copy.copy(self)
         other.number, other.states = number, list(states)

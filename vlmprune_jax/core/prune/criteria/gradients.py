@@ -148,6 +148,7 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 def _tower_batch(step: Arrays, model: Model, stack: str) -> CalibrationBatch:
     """Return the images of a step's rows as they pass the tower, one image in a row, or packed rows."""
     name, grid = model.cfg.input_of(stack), step.get("image_grid_thw")
+    arrays: dict[str, Any]
     if grid is None:
         arrays = {name: step[name].reshape(-1, *step[name].shape[2:]), "image_grid_thw": None}
     else:
@@ -281,7 +282,8 @@ class _Backward(LayerStream):
         """Read the scores of finished layers, and the gradients from which an interrupted pass continues."""
         shared = {self.cfg.layers[number].mixer.window or 0: (0, 0) for number in self.cfg.producers}
         levels = dict.fromkeys(getattr(self.cfg, "deepstack", ()), 0)
-        structure: Any = jax.tree.structure([Cotangent(0, shared, levels) for _ in self.batches])
+        cotangent: Any = (0, shared, levels)
+        structure: Any = jax.tree.structure([Cotangent(*cotangent) for _ in self.batches])
         for done in range(self.n_layers, 0, -1):
             keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
             if cache.missing([*keys, *(f"layer {number}/0" for number in range(done))]):
