@@ -24,10 +24,10 @@ _DENSE = {"mlp_bias": "bias", "activation": "activation", "gated": "gated"}
 
 
 def decoder_layer(
-    q_heads: int, kv_heads: int, mlp: int, window: int | None = None, kv_shared: bool = False, head_dim: int = 6
+    q_heads: int, kv_heads: int, mlp: int, window: int | None = None, source: int | None = None, head_dim: int = 6
 ) -> Layer:
     """A layer of the decoder of `text_config`."""
-    attention = Attention(q_heads, kv_heads, window, kv_shared, head_dim=head_dim, rope=ROPE, **_BIASES)
+    attention = Attention(q_heads, kv_heads, window, source, head_dim=head_dim, rope=ROPE, **_BIASES)
     return Layer(attention, Dense(mlp, activation="gelu_new", bias=True))
 
 

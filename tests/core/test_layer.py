@@ -1,10 +1,16 @@
-"""Grouping of layers into scans."""
+"""Grouping of layers into scans, and layers that reuse keys and values of others."""
 
 import itertools
 
+import numpy as np
 import pytest
+from prune_cases import config, model
+from stack_cases import changed, decoder_layer
 
-from vlmprune_jax.core.layer import layer_runs, scan_groups
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.layer import keep_layers, layer_runs, scan_groups
+from vlmprune_jax.core.mixers import NO_LAYER
+from vlmprune_jax.core.models.vlm import encode
 
 
 @pytest.mark.parametrize(
@@ -30,3 +36,38 @@ def test_the_fewest_blocks_are_compiled(layers, groups):
     assert len(runs) == sum(len(scan.runs) for scan in scans) <= neighbours
     assert sorted(number for run in runs for number in run.numbers) == [*range(len(layers))]
     assert all(layers[number] == run.layer for run in runs for number in run.numbers)
+
+
+WINDOWED, FULL = decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12)
+SHARING = (WINDOWED, FULL, WINDOWED, WINDOWED.reading(2), FULL.reading(1), WINDOWED.reading(2))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sources"),
+    [
+        (range(6), [None, None, None, 2, 1, 2]),
+        ([1, 2, 3, 4], [None, None, 1, 0]),
+        ([0, 1, 3, 5], [None, None, 0, 0]),  # layer 0 takes the place of layer 2
+        ([1, 3, 4], [None, NO_LAYER, 0]),
+    ],
+)
+def test_sources_follow_the_kept_layers(numbers, sources):
+    kept = keep_layers(SHARING, list(numbers))
+    assert [layer.mixer.source for layer in kept] == sources
+    assert keep_layers(kept, range(len(kept))) == kept
+
+
+def test_keys_come_from_the_source():
+    """Layers 0 and 1 are alike and one scan; layer 2 reads the one that its config names."""
+    ids, outputs = np.arange(12, dtype=np.int32)[None], []
+    for source in (0, 1):
+        one = model(config((WINDOWED, WINDOWED, WINDOWED.reading(source))))
+        assert scan_groups(one.cfg.text.layers)[0].runs[0].numbers == (0, 1)
+        assert [one.cfg.text.supplies(number) for number in range(3)] == [source, source or None, None]
+        outputs.append(encode(one.params, one.cfg, ids)[0])
+    assert float(abs(outputs[0] - outputs[1]).max()) > 1e-3
+
+
+def test_layers_of_one_window_are_alike():
+    with pytest.raises(UserError, match="same attention window differ"):
+        config((WINDOWED, changed(WINDOWED, {"sees_images": True})))

@@ -80,6 +80,12 @@ class TextConfig(Stack):
         super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
+        by_window = {(mixer.window, mixer.rope, mixer.rotated, mixer.sees_images) for mixer in self.attentions}
+        if len(by_window) > len({mixer.window for mixer in self.attentions}):
+            raise UserError(
+                "layers with the same attention window differ in rope, rotary_dim or sees_images: masks and rotary "
+                "tables are computed once per window"
+            )
         if self.head_bias and self.tie_embeddings:
             raise UserError(
                 "tie_word_embeddings is true, but an output head with a bias cannot share the embedding: set it to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmprune_jax.core.channels import ChannelMixer
+from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.part import AXES, Axis, Part
 
 
@@ -54,8 +56,13 @@ class Layer:
 
     @property
     def kind(self) -> Layer:
-        """The layer with all sizes set to 1; equal for layers that differ only in their sizes."""
-        return self.resized(dict.fromkeys(self.sizes, 1))
+        """The layer with all sizes 1 and any source `NO_LAYER`; equal for layers that differ only in these numbers."""
+        layer = self.resized(dict.fromkeys(self.sizes, 1))
+        return layer if self.mixer.source is None else layer.reading(NO_LAYER)
+
+    def reading(self, source: int) -> Layer:
+        """Return a copy of the layer that reuses keys and values of layer `source` (`Attention.source`)."""
+        return Layer(dataclasses.replace(self.mixer, source=source), self.channel)
 
     def resized(self, sizes: Mapping[str, int]) -> Layer:
         """Return a copy of the layer with new sizes by axis name; other axes keep their sizes."""
@@ -78,6 +85,26 @@ class Layer:
             if axis.name not in sizes and axis.parent in sizes
         }
         return {**sizes, **follow}
+
+
+def suppliers(layers: Sequence[Layer], source: int) -> list[int]:
+    """Return the numbers of the layers up to `source` whose keys and values can stand for those of layer `source`."""
+    mixer = layers[source].kind.mixer
+    return [number for number in range(source + 1) if layers[number].kind.mixer == mixer]
+
+
+def keep_layers(layers: Sequence[Layer], numbers: Sequence[int]) -> tuple[Layer, ...]:
+    """Return the layers with these ascending numbers as the layers of a smaller stack.
+
+    A layer that reuses keys and values of a removed layer gets those of the last kept layer before it with the same
+    attention, or has `NO_LAYER` as its source.
+    """
+    sources = {NO_LAYER: NO_LAYER}
+    for source in {layers[number].mixer.source for number in numbers} - {None, NO_LAYER}:
+        left = [number for number in suppliers(layers, source) if number in numbers]
+        sources[source] = numbers.index(left[-1]) if left else NO_LAYER
+    kept = [layers[number] for number in numbers]
+    return tuple(x if x.mixer.source is None else x.reading(sources[x.mixer.source]) for x in kept)
 
 
 def array_axes(names: Sequence[str]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.part import Axis, Part
 from vlmprune_jax.core.rope import RopeConfig
 
+NO_LAYER = -1  # `Attention.source` in a stack that cannot be computed, because no layer has the keys and values
+
 
 @dataclass(frozen=True)
 class Mixer(Part):
@@ -22,9 +24,9 @@ class Mixer(Part):
         return None
 
     @property
-    def kv_shared(self) -> bool:
-        """True if the mixer reads the keys and values of an earlier layer."""
-        return False
+    def source(self) -> int | None:
+        """Number of the layer whose keys and values the mixer reads; None if it computes what it needs."""
+        return None
 
     @property
     def group(self) -> int:
@@ -67,8 +69,11 @@ class Attention(Mixer):
     their side in merged cells.
     """
 
-    kv_shared: bool = False
-    """True if the layer reuses keys and values: of the last earlier layer with the same window that computes them."""
+    source: int | None = None
+    """Number of the earlier layer whose keys and values this layer reuses; None if it computes its own.
+
+    Pruning renumbers it (`layer.keep_layers`). `NO_LAYER` stands for a layer that pruning removed without a substitute.
+    """
 
     _: KW_ONLY
     head_dim: int
@@ -136,7 +141,7 @@ class Attention(Mixer):
 
     def state_size(self, length: int) -> int:
         """Return the number of cached keys and values, at most of one window; 0 if another layer caches them."""
-        return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
+        return 0 if self.source is not None else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.layer import Layer, describe_layers
-from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.layer import Layer, describe_layers, suppliers
+from vlmprune_jax.core.mixers import NO_LAYER, Attention
 
 
 def stack_title(name: str) -> str:
@@ -100,16 +100,14 @@ class Stack:
         """Channel mixer of the first layer."""
         return self.layers[0].channel
 
-    def producer(self, window: int | None) -> int | None:
-        """Return the number of the layer whose keys and values later layers with this window reuse, or None."""
-        mixers = enumerate(layer.mixer for layer in self.layers)
-        return max((i for i, mixer in mixers if not mixer.kv_shared and mixer.window == window), default=None)
-
     @property
     def producers(self) -> frozenset[int]:
         """Numbers of the layers whose keys and values later layers reuse."""
-        numbers = map(self.producer, {layer.mixer.window for layer in self.layers if layer.mixer.kv_shared})
-        return frozenset(number for number in numbers if number is not None)
+        return frozenset(layer.mixer.source for layer in self.layers if layer.mixer.source is not None) - {NO_LAYER}
+
+    def supplies(self, number: int) -> int | None:
+        """Return the producer for which layer `number` computes keys and values, or would if that were removed."""
+        return min((source for source in self.producers if number in suppliers(self.layers, source)), default=None)
 
     @property
     def uniform(self) -> bool:

@@ -100,7 +100,10 @@ def test_blocks_with_windows_keep_them(goldens):
     model, batch = golden(goldens, "qwen2_5_vl")
     scores = vp.score(model, [batch], criterion="block_influence", stack="vision")
     plan = vp.make_plan(
-        dataclasses.replace(scores, values=layer_scores([3.0, 0, 2, 1])), model.cfg, method="depth", layers_removed=1
+        dataclasses.replace(scores, values=layer_scores([3.0, 0, 2, 1], "vision")),
+        model.cfg,
+        method="depth",
+        layers_removed=1,
     )
     shorter = vp.apply_plan(model, plan).cfg.vision.layers
     assert shorter == tuple(model.cfg.vision.layers[number] for number in (0, 2, 3))

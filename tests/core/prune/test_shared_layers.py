@@ -19,8 +19,8 @@ from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
 
 HEADS, KEYS, NEURONS = tuple(range(4)), (0, 1), tuple(range(12))
 LAYERS = (
-    decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, True),
-    decoder_layer(4, 2, 12, None, True),
+    decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, 2),
+    decoder_layer(4, 2, 12, None, 1),
 )  # fmt: skip
 TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "scale": 1.0, "layer_scalar": True}
 VALUES = ("o_proj", "down_proj", "down_proj_out", "middle")

@@ -56,7 +56,7 @@ def test_a_cut_writes_one_config_for_every_version(model, folder, tmp_path):
 def test_double_wide_layers_stay_twice_as_wide(model):
     scores = vp.score(model, criterion="l2")
     pruned = vp.apply_plan(model, vp.make_plan(scores, model, method="width", ratio=0.07))
-    widths = {shape.mixer.kv_shared: shape.channel.mlp for shape in pruned.cfg.text.layers}
+    widths = {shape.mixer.source is not None: shape.channel.mlp for shape in pruned.cfg.text.layers}
     assert widths[True] == 2 * widths[False] < 112
     assert pruned.cfg.text.uniform
 

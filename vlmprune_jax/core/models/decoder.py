@@ -118,7 +118,7 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # mixers of one window size are alike
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}
         if positions.shape[1:-1] == (2,):  # image numbers are passed even if no layer of this stack needs them
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))

@@ -51,6 +51,30 @@ class Passed(NamedTuple):
     cache: Cache
 
 
+class Carry(NamedTuple):
+    """Values that a block passes to the next: residual stream, `Passed.kept` so far, and mixer states by run."""
+
+    x: jax.Array
+    kept: jax.Array | None
+    cache: Cache
+
+
+class Scanned(NamedTuple):
+    """Inputs of a scan over a run of equal blocks: arrays with a leading layer axis."""
+
+    number: jax.Array
+    """int32, number of the block in the stack."""
+
+    entry: jax.Array
+    """int32, index of the block in the stacked arrays of its run."""
+
+    params: nnx.State | None
+    """Parameters of the block; None with a cache."""
+
+
+Step = Callable[[Carry, Scanned], tuple[Carry, Any]]
+
+
 class BlockStack(nnx.Module):
     """Transformer blocks on one residual stream: the common part of decoder and vision tower."""
 
@@ -66,20 +90,6 @@ class BlockStack(nnx.Module):
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return masks and rotary tables for a batch, whose arrays are named as the arguments of `encode`."""
         raise NotImplementedError
-
-    def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return `(apply, state)` for a run of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
-
-        `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
-        """
-        graph, state = nnx.split(self.layers[run])
-
-        def apply(
-            layer_state: nnx.State, x: jax.Array, ctx: Context, cache: Any = None, capture: tuple[str, ...] = ()
-        ) -> Any:
-            return nnx.merge(graph, layer_state)(x, ctx, cache, capture)
-
-        return apply, state
 
     def pass_through(
         self,
@@ -106,112 +116,117 @@ class BlockStack(nnx.Module):
           remat: rematerialisation policy, one of `REMAT_POLICIES`.
           layer_embeds: additional embeddings of single layers.
         """
-        writers = [name for name in hook_inputs if name in WRITERS]  # only their outputs may be normalised
-        norms = {name: norm for name in writers if (norm := self.layers["0"].norm_after(name))}
+        if remat not in REMAT_POLICIES:
+            raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        # only the outputs of writers may be normalised
+        norms = {name: norm for name in WRITERS if name in hook_inputs and (norm := self.layers["0"].norm_after(name))}
         capture = (*hook_inputs, *(f"{name}_out" for name in norms))
 
-        def seen(before: jax.Array, after: jax.Array, values: dict[str, jax.Array], params: Any) -> BlockValues:
+        def observe(before: jax.Array, after: jax.Array, number: jax.Array, values: Any, params: Any) -> Any:
+            if hook is None:
+                return None
+            if final is not None:
+                after = jnp.where(number == len(self.cfg.layers) - 1, final(after), after)
             scales = {name: norm.statistics(values[f"{name}_out"])[..., 1:] for name, norm in norms.items()}
-            return BlockValues(before, after, {name: values[name] for name in hook_inputs}, params, scales)
+            return hook(BlockValues(before, after, {name: values[name] for name in hook_inputs}, params, scales))
 
-        deepstack_embeds, per_layer_embeds = layer_embeds
-        kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
-        cache, last, hooks, caches = cache or {}, None, dict[int, Any](), Cache()
-        shared = dict[int, tuple[jax.Array, jax.Array]]()
-        numbered, groups = map(str, itertools.count()), scan_groups(self.cfg.layers)
-        for group in groups:
-            runs, blocks, layers = list(itertools.islice(numbered, len(group.runs))), list[Callable[..., Any]](), []
-            states = dict[str, nnx.State]()
-            for run, (numbers, _) in zip(runs, group.runs, strict=True):
-                apply, state = self.run_parts(run)
-                names = (*capture, KEYS) if numbers[-1] in self.cfg.producers else capture
-                blocks.append(_with_remat(apply, ctx._replace(shared=shared), names, remat, per_layer_embeds))
-                slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in numbers]) if keep else None
-                states[run] = state
-                each = (None if cache else state, jnp.asarray(numbers), slots, jnp.arange(len(numbers)))
-                layers.append(_repeated(each, len(numbers) // group.repetitions))
-            if hook is not None and final is not None and group is groups[-1]:
-                first = jax.tree.map(operator.itemgetter(0), state)
-                values = jax.eval_shape(blocks[-1], first, x, jnp.int32(0), None)[2]
-                values.pop(KEYS, None)
-                last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
-
-            def one(
-                carry: Any, layer: Any, run: str, block: Any, is_last: bool, states: Any = states
-            ) -> tuple[Any, Any]:
-                (x, kept, last, cache), (state, index, slot, place) = carry, layer
-                # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
-                state = at_layer(states[run], place) if state is None else state
-                y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
-                cache = cache if updated is None else {**cache, run: updated}
-                if deepstack_embeds is not None:
-                    enters = index < len(deepstack_embeds)
-                    y = jax.lax.cond(enters, _add_layer, lambda y, *_: y, y, deepstack_embeds, index)
-                if kept is not None:
-                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
-                keys = values.pop(KEYS, None)
-                hooked = None if hook is None else hook(seen(x, y, values, nnx.to_pure_dict(state)))
-                return (y, kept, (x, values) if last is not None and is_last else last, cache), (hooked, keys)
-
-            def body(carry: Any, layers: Any, runs: list[str] = runs, blocks: Any = blocks) -> tuple[Any, Any]:
-                outputs = []
-                for run, block, layer in zip(runs, blocks, layers, strict=True):
-                    step = functools.partial(one, run=run, block=block, is_last=block is blocks[-1])
-                    # A scan of one layer would slice the arrays again, and the backward pass would keep these slices.
-                    several = layer[1].ndim > 0
-                    carry, output = jax.lax.scan(step, carry, layer) if several else step(carry, layer)
-                    outputs.append(output)
-                return carry, outputs
-
-            own_cache = {run: cache[run] for run in runs if run in cache}
-            (x, kept, last, updated), outputs = jax.lax.scan(body, (x, kept, last, own_cache), layers)
-            caches |= updated
-            for (numbers, layer), output in zip(group.runs, outputs, strict=True):
-                hooked, keys = _in_order(output, len(numbers))
-                if keys is not None:
-                    shared = {**shared, layer.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
-                hooks |= {number: jax.tree.map(operator.itemgetter(i), hooked) for i, number in enumerate(numbers)}
-        if final is not None:
-            x = final(x)
-        if hook is not None and last is not None:
-            params = jax.tree.map(operator.itemgetter(-1), nnx.to_pure_dict(state))
-            hooks[len(hooks) - 1] = hook(seen(last[0], x, last[1], params))
-        return Passed(x, kept, [hooks[number] for number in sorted(hooks)], caches)
+        carry = Carry(x, jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None, {})
+        slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in range(len(self.cfg.layers))])
+        results, updated, shared = dict[int, Any](), Cache(), dict[int, tuple[jax.Array, jax.Array]]()
+        names = map(str, itertools.count())
+        for group in scan_groups(self.cfg.layers):
+            steps, inputs, cached = list[Step](), list[Scanned](), Cache()
+            for numbers, _ in group.runs:
+                name = next(names)
+                values = (*capture, KEYS) if self.cfg.producers.intersection(numbers) else capture
+                context = ctx._replace(shared=shared)
+                step, params = _run_step(name, self.layers[name], context, values, remat, layer_embeds, slots, observe)
+                steps.append(step)
+                inputs.append(Scanned(jnp.asarray(numbers), jnp.arange(len(numbers)), None if cache else params))
+                cached |= {name: cache[name]} if cache and name in cache else {}
+            carry, outputs = _scan_runs(steps, carry._replace(cache=cached), inputs, group.repetitions)
+            updated |= carry.cache
+            for (numbers, _), (hooked, keys) in zip(group.runs, outputs, strict=True):
+                for index, number in enumerate(numbers):
+                    results[number] = jax.tree.map(operator.itemgetter(index), hooked)
+                    if number in self.cfg.producers:
+                        shared = {**shared, number: jax.tree.map(operator.itemgetter(index), keys)}
+        last = carry.x if final is None else final(carry.x)
+        return Passed(last, carry.kept, [results[number] for number in sorted(results)], updated)
 
 
-def _with_remat(
-    apply: Callable[..., Any], ctx: Context, capture: tuple[str, ...], remat: str, per_layer_embeds: jax.Array | None
-) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)`, which runs one block under a rematerialisation policy."""
+def _run_step(
+    name: str,
+    module: Block,
+    ctx: Context,
+    capture: tuple[str, ...],
+    remat: str,
+    layer_embeds: LayerEmbeds,
+    slots: jax.Array,
+    observe: Callable[..., Any],
+) -> tuple[Step, nnx.State]:
+    """Return the function that a scan over a run of equal blocks evaluates, and the run's stacked parameters.
 
-    def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
-        key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        layer_input = at_layer(per_layer_embeds, index)
-        return apply(state, x, ctx._replace(dropout_key=key, layer_input=layer_input), cache, capture)
+    `slots`: int32[layers], entry of `Carry.kept` to which each block of the stack writes its output. The function's
+    output is the hook's result and the block's keys and values.
+    """
+    graph, stacked = nnx.split(module)
+    deepstack_embeds, per_layer_embeds = layer_embeds
 
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-    return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+    def block(params: nnx.State, x: jax.Array, number: jax.Array, state: LayerState | None) -> Any:
+        key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, number)
+        inputs = ctx._replace(dropout_key=key, layer_input=at_layer(per_layer_embeds, number))
+        return nnx.merge(graph, params)(x, inputs, state, capture)
+
+    run = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+
+    def step(carry: Carry, scanned: Scanned) -> tuple[Carry, tuple[Any, Any]]:
+        (x, kept, cache), (number, entry, params) = carry, scanned
+        # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
+        params = at_layer(stacked, entry) if params is None else params
+        y, state, values = run(params, x, number, LayerState(cache[name], entry) if name in cache else None)
+        if deepstack_embeds is not None:
+            add, skip = (lambda y, embeds, number: y + at_layer(embeds, number)), (lambda y, embeds, number: y)
+            y = jax.lax.cond(number < len(deepstack_embeds), add, skip, y, deepstack_embeds, number)
+        if kept is not None:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, y, slots[number], axis=0)
+        keys = values.pop(KEYS, None)
+        result = observe(x, y, number, values, nnx.to_pure_dict(params))
+        return Carry(y, kept, cache if state is None else {**cache, name: state}), (result, keys)
+
+    return step, stacked
 
 
-def _repeated(layers: Any, count: int) -> Any:
-    """Reshape arrays [layers, ...] to [repetitions, count, ...]; return them unchanged if `count` is 1."""
-    return layers if count == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), layers)
+def _scan_runs(
+    steps: Sequence[Step], carry: Carry, inputs: Sequence[Scanned], repetitions: int
+) -> tuple[Carry, list[Any]]:
+    """Scan a repeated pattern of runs of equal blocks; return the last carry, and the outputs of every run by block."""
 
+    def repetition(carry: Carry, inputs: list[Scanned]) -> tuple[Carry, list[Any]]:
+        outputs = []
+        for step, scanned in zip(steps, inputs, strict=True):
+            # A scan of one layer would slice the arrays again, and the backward pass would keep these slices.
+            several = scanned.number.ndim > 0
+            carry, output = jax.lax.scan(step, carry, scanned) if several else step(carry, scanned)
+            outputs.append(output)
+        return carry, outputs
 
-def _in_order(outputs: Any, count: int) -> Any:
-    """Reshape a scan's outputs [repetitions, layers per repetition, ...] to one entry per layer, [count, ...]."""
-    return jax.tree.map(lambda leaf: leaf if len(leaf) == count else leaf.reshape(count, *leaf.shape[2:]), outputs)
+    counts = [len(scanned.number) // repetitions for scanned in inputs]
+    nested = [
+        scanned if n == 1 else jax.tree.map(lambda leaf, n=n: leaf.reshape(repetitions, n, *leaf.shape[1:]), scanned)
+        for scanned, n in zip(inputs, counts, strict=True)
+    ]
+    carry, outputs = jax.lax.scan(repetition, carry, nested)
+    return carry, [
+        output if n == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output)
+        for output, n in zip(outputs, counts, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, inline=True)
 def at_layer(stacked: Any, index: Any) -> Any:
     """Return entry `index` of every array in a pytree."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
-
-
-def _add_layer(x: jax.Array, stacked: jax.Array, index: jax.Array) -> jax.Array:
-    return x + at_layer(stacked, index)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import Layer, keep_layers
 from vlmprune_jax.core.part import AXES
 
 Sizes = Mapping[str, int]  # {axis: number of units} of one layer
@@ -88,7 +88,8 @@ class KeptStack:
 
     def of(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         """Apply the plan to a component's `layers`: return the kept layers with their sizes after pruning."""
-        return tuple(layers[layer.index].resized(layer.sizes) for layer in self.layers)
+        kept = keep_layers(layers, self.kept_layers)
+        return tuple(layer.resized(entry.sizes) for layer, entry in zip(kept, self.layers, strict=True))
 
     def then(self, second: KeptStack) -> KeptStack:
         """Combine two successive prunings of a component (first this, then `second`) into one entry."""

@@ -14,8 +14,9 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json, read_json, replacing
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.layer import describe_layers, keep_layers
 from vlmprune_jax.core.limits import why_no_class
+from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
 from vlmprune_jax.core.plans.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 
@@ -164,11 +165,10 @@ class PrunePlan:
 
 def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
     """Raise UserError if a layer keeps other heads than the layer whose keys and values it reuses."""
-    mixers = [text.layers[layer.index].mixer for layer in layers]
-    sources = {mixer.window: layer for layer, mixer in zip(layers, mixers, strict=True) if not mixer.kv_shared}
-    for layer, mixer in zip(layers, mixers, strict=True):
-        source = sources.get(mixer.window)
-        if mixer.kv_shared and source is not None and source.kept["kv_heads"] != layer.kept["kv_heads"]:
+    kept = keep_layers(text.layers, [layer.index for layer in layers])
+    for layer, number in zip(layers, (layer.mixer.source for layer in kept), strict=True):
+        source = None if number in (None, NO_LAYER) else layers[number]
+        if source is not None and source.kept["kv_heads"] != layer.kept["kv_heads"]:
             raise UserError(
                 f"layer {layer.index} uses the keys and values of layer {source.index}, but the plan keeps "
                 "different "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from vlmprune_jax.core.prune.layers import Layer, Rows, State
 from vlmprune_jax.core.prune.stream import LayerStream
 
 LayerSums = dict[str, np.ndarray]
+TOGETHER = 8  # batches that pass a layer before the next one is loaded
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -69,41 +71,41 @@ def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Itera
 
 def grouped(
     model: Model, stack: str, batches: Iterable[Arrays], weight_of: np.ndarray
-) -> Iterator[list[CalibrationBatch]]:
-    """Yield the calibration batches that pass a stack together: those of one batch, or all if weights are in files."""
-    group = list[CalibrationBatch]()
+) -> Iterator[list[list[CalibrationBatch]]]:
+    """Yield groups of batches that pass a stack together: `TOGETHER` of them, or all if the weights are in files.
+
+    A batch of rows may give several batches of images for a tower.
+    """
     in_files = any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(model.params))
-    for arrays in batches_of(model.cfg, stack, batches):
+    batches = batches_of(model.cfg, stack, batches)
+    while arrays := list(batches if in_files else itertools.islice(batches, TOGETHER)):
         if stack == "text":
-            group.append(text_batch(arrays, weight_of))
+            yield [[text_batch(rows, weight_of)] for rows in arrays]
         else:
-            names = [""] * len(arrays["token_types"])
-            group += tower_batches([arrays], {}, names, model.cfg, stack, distinct=False)
-        if group and not in_files:
-            yield group
-            group = []
-    if group:
-        yield group
+            names = [[""] * len(rows["token_types"]) for rows in arrays]
+            pairs = zip(arrays, names, strict=True)
+            yield [tower_batches([rows], {}, of_rows, model.cfg, stack, distinct=False) for rows, of_rows in pairs]
 
 
 def visit_layers(
     model: Model,
     stack: str,
-    batches: Sequence[CalibrationBatch],
+    group: Sequence[Sequence[CalibrationBatch]],
     inputs: tuple[str, ...],
     measure: Callable[[LayerValues, jax.Array, Any], tuple[R, Any]],
     reduce: Callable[[list[R]], T],
-) -> list[T]:
-    """Pass batches through all layers; return `reduce` of the batches' results, for each layer.
+) -> list[list[T]]:
+    """Pass a group of batches through all layers; return `reduce` of the results of each batch, for each layer.
 
     Args:
       inputs: intermediate values to pass to `measure`, of `context.VALUES`.
       measure: compiled function of the layer's values, the tokens' types and what it returned for the layer before;
         returns the result and what the next layer gets.
     """
-    stream = LayerStream(model, stack, batches, dtype=None, copies=2 if len(batches) > 1 else None)
+    batches = [batch for parts in group for batch in parts]
+    stream = LayerStream(model, stack, batches, dtype=None, copies=2)
     types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
-    carried, results = [None] * len(batches), list[T]()
+    carried, layers = [None] * len(batches), list[list[T]]()
     causal = model.cfg.stack(stack).causal
     capture = (*inputs, *(("statistics",) if {*inputs} & {*WRITERS} else ()))
 
@@ -121,8 +123,9 @@ def visit_layers(
             return measure(LayerValues(before, after, values, layer.params, scales), types, carry)
 
         pairs = stream.advance(layer, capture, of_rows, types, carried)
-        results.append(reduce([result for result, _ in pairs]))
+        results = iter([result for result, _ in pairs])
+        layers.append([reduce(list(itertools.islice(results, len(parts)))) for parts in group])
         carried[:] = [carry for _, carry in pairs]
 
     stream.walk(visit)
-    return results
+    return layers

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.layer import keep_layers
 from vlmprune_jax.core.limits import why_no_class, why_not
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.layer_costs import layer_costs
@@ -90,14 +91,14 @@ def _protected(cfg: ModelConfig, config: PlanConfig, stack: str) -> set[int]:
     if config.deepstack == "keep":
         protect |= set(range(_features(cfg, stack)))
     if config.producers == "keep" and isinstance(stack_cfg, TextConfig):
-        windows = {layer.mixer.window for layer in stack_cfg.layers} if stack_cfg.producers else ()
-        protect |= {i for i in map(stack_cfg.producer, windows) if i is not None}
+        protect |= stack_cfg.producers
     return protect
 
 
 def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:
     """Return why transformers or a required engine cannot load a model without these layers; None if all can."""
-    shapes = [shape for i, shape in enumerate(cfg.stack(stack).layers) if i not in gone]
+    layers = cfg.stack(stack).layers
+    shapes = keep_layers(layers, [number for number in range(len(layers)) if number not in gone])
     if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
         return ""  # a layer must be left, and one for each level of deepstack features
     left = cfg.with_layers(shapes, stack)

@@ -28,7 +28,7 @@ from vlmprune_jax.core.models.stack import at_layer, fill
 from vlmprune_jax.core.models.vlm import Model, stack_module
 from vlmprune_jax.core.stack import Stack
 
-Shared = Mapping[int, tuple[Any, Any]]  # attention window -> keys and values for layers that reuse them
+Shared = Mapping[int, tuple[Any, Any]]  # number of a layer -> its keys and values, for layers that reuse them
 T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 2  # results that are on the devices at a time, besides the one that is computed
@@ -99,8 +99,8 @@ class Rows(NamedTuple):
 class Layer:
     """One layer of a stack: its number, parameters by path (by default in float32), and the model's dtype.
 
-    Layers are pytrees: functions that take one are compiled once for equal layers. `shares`: True if later layers may
-    need the layer's keys and values.
+    Layers are pytrees: functions that take one are compiled once for equal layers. `shares`: number of the
+    layer for whose keys and values those of this layer can stand (`Stack.supplies`).
     """
 
     params: dict[str, jax.Array]
@@ -109,7 +109,7 @@ class Layer:
     cfg: Stack
     dtype: Any
     mesh: Any
-    shares: bool = False
+    shares: int | None = None
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int, dtype: Any = jnp.float32) -> Layer:
@@ -126,8 +126,7 @@ class Layer:
             weights = {path: to_device(leaf, index) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
-        shares = bool(cfg.producers) and not shape.mixer.kv_shared
-        return cls(params, number, stack, cfg.alone(shape), stored, mesh_of(model.params), shares)
+        return cls(params, number, stack, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
 
     @functools.cached_property
     def block(self) -> Block:
@@ -146,9 +145,9 @@ class Layer:
         if prepare is not None:
             prepare(block)
         deepstack, layer_input = rows.embeds
-        names = (*capture, KEYS) if self.shares else capture
+        names = capture if self.shares is None else (*capture, KEYS)
         after, _, values = block(rows.x, ctx._replace(shared=rows.shared, layer_input=layer_input), None, names)
-        shared = {self.cfg.layers[0].mixer.window or 0: values.pop(KEYS)} if self.shares else {}
+        shared = {} if self.shares is None else {self.shares: values.pop(KEYS)}
         return block, State(after if deepstack is None else after + deepstack, shared), values
 
     @functools.partial(jax.jit, static_argnames="capture")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -154,27 +153,23 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     if len(mixtures) < len(channels):
         raise UserError(next(channel for channel in channels if channel not in mixtures).lacks)
     room = _MOST_CHOICES // sum(2 * channel.top_k for channel in mixtures)  # tokens
-    model, done = on_devices(model), 0
+    model = on_devices(model)
     sums, choices = dict[int, np.ndarray](), dict[int, list[np.ndarray]]()
     types = list[np.ndarray]()
     checked = calibration_batches(batches, model.cfg, labels=False)
     with use_mesh(mesh_of(model.params)):
+        done = 0
         for group in grouped(model, "text", checked, np.ones(len(TYPES), np.float32)):
-            real = list[np.ndarray]()
-            for batch in group:
-                real.append(np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)])
-                types.append(batch.token_types.reshape(-1)[real[-1]].astype(np.uint8))
-
-            def on_host(results: list[tuple[Any, Any]], real: list[np.ndarray] = real) -> tuple[np.ndarray, list[Any]]:
-                rows = [np.asarray(x).reshape(-1, x.shape[-1])[at] for (x, _), at in zip(results, real, strict=True)]
-                return functools.reduce(_joined, (np.asarray(new, np.float64) for _, new in results)), rows
-
-            for i, (new, rows) in enumerate(visit_layers(model, "text", group, ("routed",), _route, on_host)):
-                sums[i] = _joined(sums[i], new) if i in sums else new
-                choices.setdefault(i, []).extend(chosen.astype(np.uint16) for chosen in rows)
-            done += len(group)
-            if progress is not None:
-                progress(done)
+            layers = visit_layers(model, "text", group, ("routed",), _route, lambda x: jax.tree.map(np.asarray, x[0]))
+            for number, (batch,) in enumerate(group):
+                real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
+                types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
+                for i, (chosen, new) in enumerate(layer[number] for layer in layers):
+                    sums[i] = _joined(sums[i], new) if i in sums else new.astype(np.float64)
+                    choices.setdefault(i, []).append(chosen.reshape(-1, chosen.shape[-1])[real].astype(np.uint16))
+                done += 1
+                if progress is not None:
+                    progress(done)
     joined = {i: np.concatenate(rows) for i, rows in choices.items()}
     return Routing(fingerprint(model), sums, joined, np.concatenate(types))
 

@@ -139,28 +139,35 @@ def _activation_sums(
     counts, totals, model = np.zeros(len(TYPES), int), list[LayerSums](), on_devices(model)
 
     def added(results: list[LayerSums]) -> LayerSums:
-        return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], 0) for name in results[0]}
+        names = results[0] if results else ()
+        return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], 0) for name in names}
 
-    def groups() -> Iterator[list[CalibrationBatch]]:
+    def waiting() -> Iterator[tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]]:
+        """Yield, for each batch, its group from it on, and a list for the sums of the group's batches."""
         for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False), weight_of):
-            for batch in group:
-                counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
-            yield group
+            computed = list[list[LayerSums]]()
+            for number, parts in enumerate(group):
+                for batch in parts:
+                    counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
+                yield group[number:], computed
 
-    journal, progress, n_layers = kept["journal"], kept["progress"], len(model.cfg.stack(stack).layers)
-
-    def sums_of(group: list[CalibrationBatch]) -> list[dict[str, Any]]:
-        layers = visit_layers(model, stack, group, chosen.inputs, measure, added)
+    def sums_of(item: tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]) -> list[dict[str, Any]]:
+        group, computed = item
+        if not computed:  # the first batch of the group that the journal lacks
+            computed += map(list, zip(*visit_layers(model, stack, group, chosen.inputs, measure, added), strict=True))
+        layers = computed[-len(group)]
         return layers if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in layers]
 
-    entries = continued(sums_of, groups(), journal, lambda _, entry: _fits(entry, n_layers))
+    n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
+    entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
     with use_mesh(mesh_of(model.params)):
         for done, entry in enumerate(entries, start=1):
             new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
-            totals = [added(list(pair)) for pair in zip(totals, new, strict=True)] if totals else new
+            pairs = zip(totals or [{}] * n_layers, new, strict=True)
+            totals = [added([sums for sums in pair if sums]) for pair in pairs]
             if progress is not None:
                 progress(done)
-    positive(len(totals))
+    positive(sum(map(len, totals)))
     by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
     of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
     return by_way[0], {name: of_type[name] for name in types_in(counts) if types}

@@ -240,7 +240,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan records, as JSON values."""
-    shares = any(shape.mixer.kv_shared for shape in cfg.text.layers)
+    shares = bool(cfg.text.producers)
     unused = (
         *(() if shares else ("producers",)),
         *(() if cfg.deepstack else ("deepstack",)),

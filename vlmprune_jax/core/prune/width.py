@@ -14,7 +14,7 @@ import numpy as np
 from vlmprune_jax.base.checks import layer_range
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import Layer, keep_layers
 from vlmprune_jax.core.part import AXES, Key
 from vlmprune_jax.core.plans.kept import KeptLayer
 from vlmprune_jax.core.prune.config import METHOD_AXES, PlanConfig
@@ -181,10 +181,9 @@ def _scores_for(scores: Scores, method: str) -> Scores:
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int], stack: str) -> Scores:
     """Sum head scores over the layers that share keys and values, so that these layers lose the same heads."""
     units = dict(scores.values)
-    kept = base.with_layers([base.layers[i] for i in alive])
+    kept = base.with_layers(keep_layers(base.layers, alive))
     for producer in kept.producers:
-        window = kept.layers[producer].mixer.window
-        users = [i for i in alive if base.layers[i].mixer.kv_shared and base.layers[i].mixer.window == window]
+        users = [i for i, layer in zip(alive, kept.layers, strict=True) if layer.mixer.source == producer]
         shared = [Key(stack, i, "kv_heads") for i in (*users, alive[producer])]
         units |= dict.fromkeys(shared, np.sum([units[key] for key in shared], axis=0))
     return dataclasses.replace(scores, values=units)

@@ -84,7 +84,7 @@ def _stack(stack: Stack) -> dict[str, Any]:
         "layers": len(layers),
         "runs": [
             {"first": start, "layers": stop - start, **layers[start].sizes, "window": layers[start].mixer.window}
-            | ({"shared": True} if layers[start].mixer.kv_shared else {})
+            | ({"shared": True} if layers[start].mixer.source is not None else {})
             for start, stop in itertools.pairwise([*starts, len(layers)])
         ],
         "hidden_size": stack.hidden_size,

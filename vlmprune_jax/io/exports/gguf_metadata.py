@@ -101,7 +101,7 @@ def _window_fields(text: TextConfig) -> JsonDict:
             "key_length_swa": text.local_attention.head_dim,
             "value_length_swa": text.local_attention.head_dim,
             "rope_dimension_count_swa": text.local_attention.rotated,
-            "shared_kv_layers": sum(shape.mixer.kv_shared for shape in text.layers),
+            "shared_kv_layers": sum(shape.mixer.source is not None for shape in text.layers),
             "embedding_length_per_layer_input": text.block.layer_inputs,
         }
     return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})

@@ -14,6 +14,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
@@ -144,11 +145,13 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     stated = config.get(PER_LAYER)
 
     def shape(i: int, layer: Layer) -> Layer:
-        shared = i >= first_shared
-        wide = 2 if double and shared else 1
+        source = None
+        if i >= first_shared:
+            source = max((n for n in range(first_shared) if windows[n] == windows[i]), default=NO_LAYER)
+        wide = 2 if double and source is not None else 1
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
         neurons = layer.sizes["mlp"] * (1 if stated else wide)
-        mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared)
+        mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, source=source)
         if config.get("enable_moe_block"):
             return Layer(mixer, beside_dense(config, neurons, activation=config["hidden_activation"]))
         return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
@@ -164,13 +167,11 @@ def _problem(text: TextConfig) -> str | None:
     """Return why transformers' Gemma 4 class does not support these layers, with advice; None if it does."""
     if text.layers[-1].mixer.window is not None:
         return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
-    lacking = {shape.mixer.window for shape in text.layers} - {
-        shape.mixer.window for shape in text.layers if not shape.mixer.kv_shared
-    }
-    if lacking:
-        kind = "full" if None in lacking else "sliding"
+    windows_without_source = {shape.mixer.window for shape in text.layers if shape.mixer.source == NO_LAYER}
+    if windows_without_source:
+        kind = "full" if None in windows_without_source else "sliding"
         return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
-    sharing = [shape.mixer.kv_shared for shape in text.layers]
+    sharing = [shape.mixer.source is not None for shape in text.layers]
     if sharing != sorted(sharing):
         return "layers that share keys and values must follow all others"
     return None if text.uniform else "its class has one width for all layers: prune them alike, with selection local"
@@ -186,7 +187,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
         "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
         "intermediate_size": max(layer.sizes["mlp"] // layer.channel.relative_width for layer in text.layers),
-        "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
+        "num_kv_shared_layers": sum(shape.mixer.source is not None for shape in text.layers),
         "global_head_dim": text.attention.head_dim,
         "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.attention.keys_as_values else None,
         **(expert_sizes(text) if has_experts(text) else {}),

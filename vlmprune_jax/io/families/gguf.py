@@ -319,7 +319,7 @@ def _gemma3_windows(text: TextConfig) -> str | None:
 
 
 def _gemma4_windows(text: TextConfig) -> str | None:
-    windowed = [shape.mixer.window is not None for shape in text.layers if not shape.mixer.kv_shared]
+    windowed = [shape.mixer.window is not None for shape in text.layers if shape.mixer.source is None]
     if len(windowed) < len(text.layers) and windowed[-2:] != [True, False]:
         return (
             "shared keys and values unless the last two layers with their own are sliding, full: keep both "

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import Layer, keep_layers
 from vlmprune_jax.core.limits import ENGINES, Engine, Limit, first_unmet, why_no_class, why_not
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan import PrunePlan
@@ -202,7 +202,8 @@ def _copies(cfg: ModelConfig, name: str) -> dict[str, list[Layer]]:
 def _fewer_layers(cfg: ModelConfig, name: str) -> list[Layer]:
     """Remove one layer: the last one without which the model's class still supports the others."""
     layers = cfg.stack(name).layers
-    cuts = [[*layers[:i], *layers[i + 1 :]] for i in reversed(range(len(layers)))]
+    numbers = range(len(layers))
+    cuts = [[*keep_layers(layers, [n for n in numbers if n != removed])] for removed in reversed(numbers)]
     fits = (left for left in cuts if left and (name != "text" or why_no_class(cfg.with_layers(left, name)) is None))
     return next(fits, cuts[0] or [*layers])
 

@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
             return Projection(sizes, out, into, bias=bias, lora=lora_of(lora, name), clips=cfg.block.clips)
 
-        own = not facts.kv_shared
+        own, self.source = facts.source is None, facts.source
         values = own and not facts.keys_as_values
         self.window, self.causal, self.writer = facts.window or 0, cfg.causal, names.out
         self.kv_heads = facts.kv_heads
@@ -66,8 +66,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, ctx: Context, masks: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, jax.Array]:
         if self.k_proj is None:
-            assert ctx.shared is not None
-            return ctx.shared[self.window]
+            shared: Any = ctx.shared
+            return shared[self.source]
         k = self.k_proj(x, masks[0])
         v = k if self.v_proj is None else self.v_proj(x, masks[1])
         if self.k_norm is not None:
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
         cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
     ) -> RunCache | None:
         """Return zero-filled keys and values of `length` equal layers; None if these layers reuse another layer's."""
-        if layer.mixer.kv_shared:
+        if layer.mixer.source is not None:
             return None
         rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)
         size = (length, slots, rows, batch, channels)

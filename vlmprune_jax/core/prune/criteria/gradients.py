@@ -181,7 +181,7 @@ class _Backward(LayerStream):
 
     def load(self, number: int) -> Layer:
         """Load a layer, which returns its keys and values only if later layers reuse them."""
-        return dataclasses.replace(super().load(number), shares=number in self.cfg.producers)
+        return dataclasses.replace(super().load(number), shares=number if number in self.cfg.producers else None)
 
     def scores(
         self, memory_budget: int | None, progress: Callable[[int], None] | None, cache: ArrayCache | None
@@ -280,7 +280,7 @@ class _Backward(LayerStream):
 
     def _resume(self, cache: ArrayCache) -> None:
         """Read the scores of finished layers, and the gradients from which an interrupted pass continues."""
-        shared = {self.cfg.layers[number].mixer.window or 0: (0, 0) for number in self.cfg.producers}
+        shared = dict.fromkeys(self.cfg.producers, (0, 0))
         levels = dict.fromkeys(getattr(self.cfg, "deepstack", ()), 0)
         cotangent: Any = (0, shared, levels)
         structure: Any = jax.tree.structure([Cotangent(*cotangent) for _ in self.batches])
@@ -373,8 +373,8 @@ def _differentiate(
     `labels`: the step's number of labels; with squares, a step is one row, and the gradient of the row's mean loss is
     squared.
     """
-    counts, mixer = None if counts is None else jnp.swapaxes(counts, 0, 1), layer.cfg.layers[0].mixer
-    used = {size: pair for size, pair in rows.shared.items() if mixer.kv_shared and size == (mixer.window or 0)}
+    counts = None if counts is None else jnp.swapaxes(counts, 0, 1)
+    used = {number: pair for number, pair in rows.shared.items() if number == layer.cfg.layers[0].mixer.source}
 
     def block(probes: Any, x: jax.Array, used: Any) -> State:
         return run_with_products(layer, rows._replace(x=x, shared=used), probes, products, counts)[0]
@@ -382,8 +382,8 @@ def _differentiate(
     probes = {name: jnp.zeros(total.shape, layer.params[name].dtype) for name, total in sums.first.items()}
     produced, pull = jax.vjp(block, probes, rows.x, used)
     keys = cotangent.shared
-    gradients, x, of_used = pull(State(cotangent.x, {size: keys[size] for size in produced.shared}))
-    keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in of_used.items()}}
+    gradients, x, of_used = pull(State(cotangent.x, {number: keys[number] for number in produced.shared}))
+    keys = {**keys, **{number: jax.tree.map(jnp.add, keys[number], pair) for number, pair in of_used.items()}}
     gradients = {name: gradient.astype(jnp.float32) for name, gradient in gradients.items()}
     # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
     squares = {name: jnp.square(gradients[name] / jnp.maximum(labels, 1)) for name in sums.squared}

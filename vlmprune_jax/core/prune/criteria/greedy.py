@@ -19,6 +19,7 @@ import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache, recorded
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.layer import keep_layers
 from vlmprune_jax.core.limits import why_no_class
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.models.context import LayerEmbeds
@@ -125,7 +126,7 @@ class _Cut(LayerStream):
     def loss_without(self, layer: int) -> float:
         """Return the summed cross-entropy after removing one more layer; infinity if the layer cannot be removed."""
         cfg = self.model.cfg
-        left = [cfg.text.layers[number] for number in self.kept if number != layer]
+        left = keep_layers(cfg.text.layers, [number for number in self.kept if number != layer])
         if len(left) < cfg.deepstack:
             return math.inf
         if why_no_class(cfg) is None and why_no_class(cfg.with_layers(left)) is not None:
