@@ -120,7 +120,7 @@ def reconstruct(
         )
     teacher, batches = trim_vocabulary(teacher, plan.vocabulary), list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
-    names, report, finished = names_of_rows(batches, checked), list[dict[str, Any]](), itertools.count(1)
+    names, repairs, finished = names_of_rows(batches, checked), list[dict[str, Any]](), itertools.count(1)
     with use_mesh(mesh_of(pruned.params)):
         for stack in _stacks(plan):
             grouped = stack_batches(checked, settings, names, pruned.cfg, stack)
@@ -129,8 +129,8 @@ def reconstruct(
             repair = _Repair(plan.stacks[stack], unpruned, stream, cache, config)
             stream.walk(repair.visit, progress=lambda _: progress and progress(next(finished)))
             pruned = with_layers(pruned, stack, repair.changed)
-            report += [{"stack": stack, **row} for row in repair.report]
-    return pruned, report
+            repairs += [{"stack": stack, **row} for row in repair.repairs]
+    return pruned, repairs
 
 
 def _share_embeds(unpruned: LayerStream, stream: LayerStream) -> None:
@@ -169,7 +169,7 @@ class _Repair:
         config: ReconstructConfig,
     ):
         self.kept, self.unpruned, self.stream, self.cache, self.config = kept, unpruned, stream, cache, config
-        self.report, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
+        self.repairs, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
         self._reads, self._trains = _reads(config, kept), False
 
     def visit(self, loaded: Layer) -> Layer | None:
@@ -209,7 +209,7 @@ class _Repair:
 
         stored = recorded(self.cache, [key, f"{key}/change"], compute)
         solution = msgspec.json.decode(stored[key].tobytes(), type=Solution)
-        self.report.append({"layer": layer.number, "module": module, **msgspec.structs.asdict(solution)})
+        self.repairs.append({"layer": layer.number, "module": module, **msgspec.structs.asdict(solution)})
         return layer if solution.ridge is None else merge(layer, stored[f"{key}/change"])
 
     def _targets(self, first: int, end: int, middle: str | None) -> Targets:

@@ -16,9 +16,7 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import MAX_ARRAYS_BYTES, checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.core.channels import Experts
-from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.activations import LayerValues, grouped, visit_layers
@@ -157,19 +155,18 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     sums, choices = dict[int, np.ndarray](), dict[int, list[np.ndarray]]()
     types = list[np.ndarray]()
     checked = calibration_batches(batches, model.cfg, labels=False)
-    with use_mesh(mesh_of(model.params)):
-        done = 0
-        for group in grouped(model, "text", checked, np.ones(len(TYPES), np.float32)):
-            layers = visit_layers(model, "text", group, ("routed",), _route, lambda x: jax.tree.map(np.asarray, x[0]))
-            for number, (batch,) in enumerate(group):
-                real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
-                types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
-                for i, (chosen, new) in enumerate(layer[number] for layer in layers):
-                    sums[i] = _joined(sums[i], new) if i in sums else new.astype(np.float64)
-                    choices.setdefault(i, []).append(chosen.reshape(-1, chosen.shape[-1])[real].astype(np.uint16))
-                done += 1
-                if progress is not None:
-                    progress(done)
+    done = 0
+    for group in grouped(model, "text", checked, np.ones(len(TYPES), np.float32)):
+        layers = visit_layers(model, "text", group, ("routed",), _route, lambda x: jax.tree.map(np.asarray, x[0]))
+        for number, (batch,) in enumerate(group):
+            real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
+            types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
+            for i, (chosen, new) in enumerate(layer[number] for layer in layers):
+                sums[i] = _joined(sums[i], new) if i in sums else new.astype(np.float64)
+                choices.setdefault(i, []).append(chosen.reshape(-1, chosen.shape[-1])[real].astype(np.uint16))
+            done += 1
+            if progress is not None:
+                progress(done)
     joined = {i: np.concatenate(rows) for i, rows in choices.items()}
     return Routing(fingerprint(model), sums, joined, np.concatenate(types))
 

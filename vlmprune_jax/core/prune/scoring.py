@@ -15,9 +15,7 @@ from vlmprune_jax.base.checks import blaming, check_returned, one_of, with_defau
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens, grouped, visit_layers
@@ -160,13 +158,12 @@ def _activation_sums(
 
     n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
     entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
-    with use_mesh(mesh_of(model.params)):
-        for done, entry in enumerate(entries, start=1):
-            new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
-            pairs = zip(totals or [{}] * n_layers, new, strict=True)
-            totals = [added([sums for sums in pair if sums]) for pair in pairs]
-            if progress is not None:
-                progress(done)
+    for done, entry in enumerate(entries, start=1):
+        new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
+        pairs = zip(totals or [{}] * n_layers, new, strict=True)
+        totals = [added([sums for sums in pair if sums]) for pair in pairs]
+        if progress is not None:
+            progress(done)
     positive(sum(map(len, totals)))
     by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
     of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))

@@ -28,7 +28,7 @@ import numpy as np
 from vlmprune_jax.base.processes import from_all
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.mesh.machine import free_memory
-from vlmprune_jax.core.mesh.mesh import row_ways
+from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.core.models.lazy import LazyArray, to_device
@@ -76,9 +76,10 @@ class LayerStream:
             inputs = place_inputs(model.params, model.cfg, batch.inputs)
             return _embed(params, inputs, cfg=model.cfg, stack=stack, dtype=dtype)
 
-        for x, embeds in streamed(embed, batches, hosts=self._hosts):
-            self.states.append(State(x, {}))
-            self.embeds.append(embeds)
+        with use_mesh(self.mesh):
+            for x, embeds in streamed(embed, batches, hosts=self._hosts):
+                self.states.append(State(x, {}))
+                self.embeds.append(embeds)
 
     def load(self, number: int) -> Layer:
         """Load a layer's weights to the devices."""
@@ -162,9 +163,10 @@ class LayerStream:
         """
         for done, number in enumerate(range(self.n_layers) if numbers is None else numbers, start=1):
             self.number = number
-            layer = visit(self.load(number))
-            if layer is not None:
-                self.advance(layer)
+            with use_mesh(self.mesh):
+                layer = visit(self.load(number))
+                if layer is not None:
+                    self.advance(layer)
             if progress is not None:
                 progress(done)
 

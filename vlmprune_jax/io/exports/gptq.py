@@ -14,9 +14,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.models.context import READERS
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.gptq import decoder_stream, finite_sums, round_matrices, squares
 from vlmprune_jax.core.prune.layers import Layer
@@ -86,17 +84,16 @@ def gptq(
     storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
     codes: dict[str, dict[str, np.ndarray]] = {}
 
-    with use_mesh(mesh_of(model.params)):
-        stream = decoder_stream(model, batches, weights)
+    stream = decoder_stream(model, batches, weights)
 
-        def round_layer(layer: Layer) -> Layer | None:
-            slots = by_key(_matrices(model.cfg, layer.number)).values()
-            held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
-            layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
-            codes.update(layer_codes)
-            return None if layer.number + 1 == stream.n_layers else layer.with_params(params, dtype=np.float32)
+    def round_layer(layer: Layer) -> Layer | None:
+        slots = by_key(_matrices(model.cfg, layer.number)).values()
+        held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
+        layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
+        codes.update(layer_codes)
+        return None if layer.number + 1 == stream.n_layers else layer.with_params(params, dtype=np.float32)
 
-        stream.walk(round_layer, progress=progress)
+    stream.walk(round_layer, progress=progress)
     return Rounded(**vars(storage), codes=codes)
 
 
@@ -116,22 +113,21 @@ def imatrix(
     weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
     sums: dict[str, np.ndarray] = {}
 
-    with use_mesh(mesh_of(model.params)):
-        stream = decoder_stream(model, batches, weights)
+    stream = decoder_stream(model, batches, weights)
 
-        def add_squares(layer: Layer) -> Layer | None:
-            keys = {f"{layer.number}/{name}": name for name in READERS}
+    def add_squares(layer: Layer) -> Layer | None:
+        keys = {f"{layer.number}/{name}": name for name in READERS}
 
-            def compute() -> dict[str, np.ndarray]:
-                sums = finite_sums(squares, layer, stream, "imatrix")
-                return {key: sums[name] for key, name in keys.items()}
+        def compute() -> dict[str, np.ndarray]:
+            sums = finite_sums(squares, layer, stream, "imatrix")
+            return {key: sums[name] for key, name in keys.items()}
 
-            arrays = recorded(cache, keys, compute)
-            for slot in _matrices(model.cfg, layer.number):
-                sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
-            return None if layer.number + 1 == stream.n_layers else layer
+        arrays = recorded(cache, keys, compute)
+        for slot in _matrices(model.cfg, layer.number):
+            sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
+        return None if layer.number + 1 == stream.n_layers else layer
 
-        stream.walk(add_squares, progress=progress)
+    stream.walk(add_squares, progress=progress)
     weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in stream.batches)
     rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in stream.batches)
     tokens = sum(int((batch.weight > 0).sum()) for batch in stream.batches)
@@ -153,17 +149,13 @@ def _round_layer(
     cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    matrices_of = {
-        name: matrices
-        for name in READERS
-        if (matrices := [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == name])
-    }
+    matrices_of, paths = dict[str, list[Sequence[Slot]]](), dict[str, list[tuple[str, int]]]()
+    for matrix in held:
+        if name := layer.block.reader_of(inside(matrix[0])):
+            matrices_of.setdefault(name, []).append(matrix)
+            paths.setdefault(name, []).extend((inside(slot), slot.hf_shape[1]) for slot in matrix)
 
     def compute() -> dict[str, np.ndarray]:
-        paths = {
-            name: [(inside(slot), slot.hf_shape[1]) for matrix in matrices for slot in matrix]
-            for name, matrices in matrices_of.items()
-        }
         rounded = round_matrices(layer, paths, stream, storage, dtype)
         return {key: array for name in rounded for key, array in zip(_keys(layer, name), rounded[name], strict=True)}
 

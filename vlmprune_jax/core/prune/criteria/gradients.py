@@ -175,7 +175,8 @@ class _Backward(LayerStream):
         self.cfg, self.axes = model.cfg.stack(stack), summed_axes(model.cfg, stack)
         self.counts = [arrays.get("counts") for arrays in losses]
         # all-(-100) rows, such as the filler of a last batch, are not samples
-        self.labels, self.total, self.samples = labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum())
+        self.labels = list(labels.sum(axis=1).astype(np.float32))
+        self.total, self.samples = float(labels.sum()), float((labels > 0).sum())
         self.saved = list[tuple[list[State], list[Products | None]]]()  # inputs and products of each layer
         self.layers, self.cotangents = list[LayerScores](), list[Cotangent]()
 
@@ -232,8 +233,7 @@ class _Backward(LayerStream):
             sums, cotangent = _differentiate(layer, rows, products, counts, labels, cotangent, sums)
             return cotangent
 
-        labels = list(self.labels.astype(np.float32))
-        visited = self.visit(differentiate, self.cotangents, products, self.counts, labels)
+        visited = self.visit(differentiate, self.cotangents, products, self.counts, self.labels)
         for batch, (_, cotangent) in enumerate(visited):
             level = cotangent.levels.get(layer.number - 1)
             self.cotangents[batch] = cotangent if level is None else cotangent._replace(x=cotangent.x + level)
@@ -280,9 +280,8 @@ class _Backward(LayerStream):
 
     def _resume(self, cache: ArrayCache) -> None:
         """Read the scores of finished layers, and the gradients from which an interrupted pass continues."""
-        shared = dict.fromkeys(self.cfg.producers, (0, 0))
         levels = dict.fromkeys(getattr(self.cfg, "deepstack", ()), 0)
-        cotangent: Any = (0, shared, levels)
+        cotangent: Any = (0, dict.fromkeys(self.cfg.producers, (0, 0)), levels)
         structure: Any = jax.tree.structure([Cotangent(*cotangent) for _ in self.batches])
         for done in range(self.n_layers, 0, -1):
             keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
@@ -293,8 +292,8 @@ class _Backward(LayerStream):
                 shapes = jax.eval_shape(lambda layer=layer: self._reduced(layer, self._no_sums(layer)))
                 leaves = [cache[f"layer {number}/{i}"] for i in range(len(jax.tree.leaves(shapes)))]
                 self.layers.append(jax.tree.unflatten(jax.tree.structure(shapes), leaves))
-            placed = [place_batch({"x": cache[key]}, self.mesh)["x"] for key in keys]
-            self.cotangents = jax.tree.unflatten(structure, placed)
+            placed = place_batch({key: cache[key] for key in keys}, self.mesh)
+            self.cotangents = jax.tree.unflatten(structure, placed.values())
             return
 
 
