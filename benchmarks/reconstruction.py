@@ -114,7 +114,7 @@ def main() -> None:
 
 def plans(scores: vp.Scores, cfg: vp.ModelConfig, options: argparse.Namespace) -> list[tuple[str, Any]]:
     """Return (name, plan) for every depth (layer scores), or every ratio and head setting (width scores)."""
-    if scores.importance is not None:
+    if not scores.axes:
         return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in options.depths]
     return [
         (f"width {ratio:.0%}, heads {how}", vp.make_plan(scores, cfg, method="width", ratio=ratio, heads=how))

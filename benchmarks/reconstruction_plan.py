@@ -15,7 +15,6 @@ one chip.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 from pathlib import Path
@@ -54,6 +53,7 @@ def layerwise(family: str, topology: str) -> str:
 
     from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
     from vlmprune_jax.core.mesh.rules import sharding
+    from vlmprune_jax.core.models.context import LayerEmbeds
     from vlmprune_jax.core.models.params import layer_shapes
     from vlmprune_jax.core.prune import layers, layerwise
     from vlmprune_jax.io.checkpoints.read import read_config
@@ -72,11 +72,17 @@ def layerwise(family: str, topology: str) -> str:
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layer_shapes(cfg, "text").items()}
     tokens = jax.ShapeDtypeStruct((layerwise.ROWS, length), jnp.float32)
     stream = jax.ShapeDtypeStruct((*tokens.shape, cfg.text.hidden_size), jnp.float32)
-    given = layers.Given({"attention_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.int32)})
+    mask = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    rows = layers.Rows(stream, tokens, {"attention_mask": mask}, LayerEmbeds(), {})
+    layer = layers.Layer({}, 0, "text", text, jnp.dtype(jnp.bfloat16), None)
     state, rate = jax.eval_shape(layerwise._ADAM.init, params), jax.ShapeDtypeStruct((), jnp.float32)
-    step = jax.jit(functools.partial(layerwise._step, stack="text", cfg=text), donate_argnums=(0, 1))
+
+    def train(params, state, rate, rows, target):
+        return layerwise._step(params, state, layer, rate, rows, target)
+
+    step = jax.jit(train, donate_argnums=(0, 1))
     with use_mesh(mesh):
-        found = compile_for_tpu(step, *abstract((params, state, rate, stream, stream, tokens, given)))
+        found = compile_for_tpu(step, *abstract((params, state, rate, rows, stream)))
     steps = layerwise.EPOCHS * TOKENS // (layerwise.ROWS * length)
     seconds = steps * found.flops / target.chip.flops, steps * 2 * stream.size * 4 / HOST
     gib = [size / 2**30 for size in (found.arguments, found.temporaries)]
@@ -95,6 +101,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
     from vlmprune_jax.core.mesh.rules import sharding
+    from vlmprune_jax.core.models.context import LayerEmbeds
     from vlmprune_jax.core.models.params import layer_axes, layer_shapes
     from vlmprune_jax.core.prune import layers, reconstruction, ridge
     from vlmprune_jax.io.checkpoints.read import read_config
@@ -123,15 +130,21 @@ def row(family: str, topology: str) -> str:
     mask = abstract((rows, length), ("batch", None), np.int32)
     weight = abstract((rows, length), ("batch", None))
     found = {}
-    given = layers.Given({"attention_mask": mask})
+    inputs = layers.Rows(stream, weight, {"attention_mask": mask}, LayerEmbeds(), {})
 
     with use_mesh(mesh):
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
-            run = functools.partial(layers._run, stack="text", cfg=text, shares=False, capture=())
-            found[name] = compile_for_tpu(jax.jit(run), params, stream, given)
-        sums_of = functools.partial(reconstruction._sums, stack="text", cfg=text, module="down_proj")
-        found["sums"] = compile_for_tpu(jax.jit(sums_of), params, stream, weight, given, stream, None)
+
+            def whole(params, text=text):
+                return layers.Layer(params, 0, "text", text, jnp.dtype(jnp.bfloat16), None)
+
+            found[name] = compile_for_tpu(jax.jit(lambda params, rows: whole(params).run(rows)), params, inputs)
+
+        def sums_of(params, rows, target):
+            return reconstruction._sums(whole(params), rows, target, None, module="down_proj")
+
+        found["sums"] = compile_for_tpu(jax.jit(sums_of), params, inputs, stream)
         sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))
         ridges = abstract((len(ridge.RIDGES),), (None,))
         found["errors"] = compile_for_tpu(ridge.held_out_errors, sums, sums, ridges)
@@ -143,7 +156,7 @@ def row(family: str, topology: str) -> str:
     arithmetic = steps * flops / chips / target.chip.flops
     solve = PASSES * (found["errors"].flops + found["change"].flops) / chips / target.chip.flops
     size = steps * rows * length * width * 4
-    fits = 4 * size / chips < target.chip.hbm / 4  # as `walk.LayerStream` has it
+    fits = 4 * size / chips < target.chip.hbm / 4  # as `stream.LayerStream` has it
     moved = 0 if fits else 6 * size / hosts / HOST  # both models' streams, twice in and once out
     least = max(arithmetic, moved) + solve
     times = n_layers * np.array([arithmetic + solve, moved, least])

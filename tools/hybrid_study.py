@@ -66,13 +66,13 @@ def cuts(model: vp.Model, batches: Batches) -> Iterator[tuple[str, str, PrunePla
     scores = vp.score(model, batches, criterion="block_influence")
     for count in DEPTHS:
         yield "depth", f"{count} layers", vp.make_plan(scores, model, method="depth", layers_removed=count)
-    units = vp.score(model, batches, criterion="taylor").units
+    units = vp.score(model, batches, criterion="taylor").values
     for axis, shares in UNITS.items():
         for share in shares:
             kept = dict[int, dict[str, np.ndarray]]({i: {} for i in numbers})
-            for (i, name), values in units.items():
-                if name == axis:
-                    kept[i][axis] = np.sort(np.argsort(values)[round(share * len(values)) :])
+            for key, values in units.items():
+                if key.axis == axis and key.layer is not None:
+                    kept[key.layer][axis] = np.sort(np.argsort(values)[round(share * len(values)) :])
             yield "width", f"{100 * share:.0f} % of {axis}", plan_of(model, kept)
 
 

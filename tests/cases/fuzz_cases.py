@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from repository import HANG
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 
@@ -161,8 +162,12 @@ def scores_of(cfg):
         "l1",
         f"{shape_digest(cfg)}-",
         {"gqa": "groups", "variant": None},
-        importance=draw.random(len(layers)),
-        units={
-            (i, axis): draw.random(layer.sizes[axis]) for i, layer in enumerate(layers) for axis in ("kv_heads", "mlp")
+        {
+            Key("text", None, "layers"): draw.random(len(layers)),
+            **{
+                Key("text", i, axis): draw.random(layer.sizes[axis])
+                for i, layer in enumerate(layers)
+                for axis in ("kv_heads", "mlp")
+            },
         },
     )

@@ -18,6 +18,7 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
 from vlmprune_jax.core.prune.fingerprints import shape_digest
@@ -123,21 +124,26 @@ def width_scores(cfg: ModelConfig, seed: int = 0, gqa: str = "groups") -> Scores
     draw = np.random.default_rng(seed)
     heads = tuple(draw.random(s.mixer.kv_heads if gqa == "groups" else s.mixer.q_heads) for s in cfg.text.layers)
     neurons = tuple(draw.random(s.channel.mlp) for s in cfg.text.layers)
-    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, units=unit_scores(heads, neurons, gqa))
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, unit_scores(heads, neurons, gqa))
 
 
-def unit_scores(heads, mlp, gqa: str = "groups") -> dict[tuple[int, str], np.ndarray]:
-    """Scores of heads and neurons per layer, by layer and axis."""
+def unit_scores(heads, mlp, gqa: str = "groups", component: str = "text") -> dict[Key, np.ndarray]:
+    """Scores of heads and neurons of a component's layers."""
     axis = "q_heads" if gqa == "q_heads" else "kv_heads"
     return {
-        (i, name): part
+        Key(component, i, name): part
         for i, both in enumerate(zip(heads, mlp, strict=True))
         for name, part in zip((axis, "mlp"), both, strict=True)
     }
 
 
 def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:
-    return Scores("block_influence", shape_digest(cfg) + "-x", {}, importance=np.asarray(importance, np.float64))
+    return Scores("block_influence", shape_digest(cfg) + "-x", {}, layer_scores(importance))
+
+
+def layer_scores(importance, component: str = "text") -> dict[Key, np.ndarray]:
+    """Scores of a component's layers."""
+    return {Key(component, None, LAYERS): np.asarray(importance, np.float64)}
 
 
 def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 from msgspec.structs import replace
-from prune_cases import EQUAL, config, model, unit_scores
+from prune_cases import EQUAL, config, layer_scores, model, unit_scores
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.models.params import count_params
@@ -55,10 +55,10 @@ def pruned_run(workdir, method, recovery, accuracy, **changes):
     draw = np.random.default_rng(3)
     if method == "depth":
         importance = np.arange(5, 0, -1) / 10
-        scores = Scores("block_influence", fingerprint(one), {}, importance=importance)
+        scores = Scores("block_influence", fingerprint(one), {}, values=layer_scores(importance))
     else:
         heads, mlp = tuple(draw.random(4) for _ in EQUAL), tuple(draw.random(12) for _ in EQUAL)
-        scores = Scores("taylor", fingerprint(one), {"gqa": "groups"}, units=unit_scores(heads, mlp))
+        scores = Scores("taylor", fingerprint(one), {"gqa": "groups"}, values=unit_scores(heads, mlp))
     plan = make_plan(scores, CFG, method=method, ratio=0.3)
     scores.save(workdir / method / "scores.npz")
     plan.to_json(workdir / method / "plan.json")

@@ -48,11 +48,11 @@ def masked(model, plan):
 def test_groups_are_scored_and_cut_as_if_they_wrote_zero(folder, criterion):
     model = vp.load(folder)
     scores = vp.score(model, BATCHES, criterion=criterion)
-    assert [scores.units[i, "groups"].shape for i in range(4)] == [(8,)] * 4
+    assert [scores.along("groups")[i].shape for i in range(4)] == [(8,)] * 4
     plan = vp.make_plan(scores, model, method="width", ratio=0.2, heads="keep")
     assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
     for layer in plan.layers:
-        values = scores.units[layer.index, "groups"]
+        values = scores.along("groups")[layer.index]
         assert set(layer.kept["groups"]) == set(np.argsort(values)[-len(layer.kept["groups"]) :].tolist())
     assert vp.PrunePlan.from_json(plan.to_json()) == plan
     expected, _ = vp.forward(masked(model, plan), IDS)

@@ -54,7 +54,9 @@ def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):
     assert main(["prune", *experiment]) == 0
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     assert plan.criterion == "wanda"
-    lowest = np.argsort(scores.mlp[2], kind="stable")[: len(scores.mlp[2]) - len(plan.layers[2].kept["mlp"])]
+    lowest = np.argsort(scores.along("mlp")[2], kind="stable")[
+        : len(scores.along("mlp")[2]) - len(plan.layers[2].kept["mlp"])
+    ]
     assert not set(lowest) & set(plan.layers[2].kept["mlp"])
     capsys.readouterr()
     assert main(["score", *experiment]) == 0
@@ -87,9 +89,9 @@ def test_its_numbers(printed):
                 sums[name] = sums[name] + np.einsum("bt,bt...->...", weight, np.asarray(x, np.float64) ** 2)
     for i, (layer, sums) in enumerate(zip(layers, squares, strict=True)):
         heads = np.abs(layer["self_attn/o_proj/weight"]).sum(0) * np.sqrt(sums["o_proj"])
-        np.testing.assert_allclose(scores.heads[i], heads.sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(scores.along("kv_heads")[i], heads.sum(-1), rtol=1e-5)
         neurons = np.abs(layer["mlp/down_proj/weight"]).sum(0) * np.sqrt(sums["down_proj"])
-        np.testing.assert_allclose(scores.mlp[i], neurons, rtol=1e-5)
+        np.testing.assert_allclose(scores.along("mlp")[i], neurons, rtol=1e-5)
 
 
 def whole_inputs(one, arrays):

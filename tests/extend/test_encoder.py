@@ -57,7 +57,7 @@ def masked(model, plan):
 def test_heads_and_neurons_are_cut_as_if_they_wrote_zero(folder, criterion):
     model = vp.load(folder)
     scores = vp.score(model, [BATCH], criterion=criterion, stack="audio")
-    assert (scores.stack, scores.units[3, "mlp"].shape) == ("audio", (40,))
+    assert (scores.components, scores.along("mlp")[3].shape) == (("audio",), (40,))
     plan = vp.make_plan(scores, model, method="width", ratio=0.2)
     assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
     assert vp.PrunePlan.from_json(plan.to_json()) == plan
@@ -73,10 +73,8 @@ def test_scores_ignore_empty_places(folder):
     padded = {**BATCH, "input_features": np.concatenate([FEATURES, np.zeros_like(FEATURES)], axis=1)}
     for name, stack in (("block_influence", "audio"), ("taylor", "audio"), ("taylor", "text")):
         once, again = (vp.score(model, [batch], criterion=name, stack=stack) for batch in (BATCH, padded))
-        if once.importance is not None:
-            np.testing.assert_allclose(again.importance, once.importance, rtol=1e-5)
-        for key, values in (once.units or {}).items():
-            np.testing.assert_allclose(again.units[key], values, rtol=1e-4)
+        for key, values in once.values.items():
+            np.testing.assert_allclose(again.values[key], values, rtol=1e-5 if key.axis == "layers" else 1e-4)
 
 
 def test_depth_cuts_are_mended_saved_and_generate(folder, tmp_path):

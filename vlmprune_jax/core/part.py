@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from vlmprune_jax.base.errors import UserError
+
+# Axes of a whole component, whose units are its layers and the rows of its embedding.
+LAYERS, VOCAB = "layers", "vocab"
+
+
+class Key(NamedTuple):
+    """Address of the units along one prunable axis, under which scores, plans and costs store them."""
+
+    component: str
+    """Component of the model, such as the decoder "text" or the tower "vision"."""
+
+    layer: int | None
+    """Number of the layer whose axis it is; None for an axis of the whole component ("layers", "vocab")."""
+
+    axis: str
+    """Name of the axis."""
+
+    def __str__(self) -> str:
+        """Return the key as text, such as "text/3/mlp" or "text/layers"."""
+        return "/".join(str(entry) for entry in self if entry is not None)
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """Return the key that is written as "text/3/mlp" or "text/layers"; raise UserError for other text."""
+        match = re.fullmatch(r"([a-z][a-z0-9_]{0,63})/(?:([0-9]{1,5})/)?([a-z_]{1,64})", text, re.ASCII)
+        if match is None or match[3] not in ((LAYERS, VOCAB) if match[2] is None else AXES):
+            raise UserError(f"{text[:80]!r} is no axis of a model: expected for example text/layers or text/3/mlp")
+        return cls(match[1], None if match[2] is None else int(match[2]), match[3])
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_scoring_continues_after_its_last_batch(straight, experiment, added, cap
     assert main(["score", *flags]) == 0
     assert len(added) == 3
     assert sorted(os.listdir(workdir)) == [".stages", "scores.npz"]
-    scores, expected = (Scores.load(f"{folder}/scores.npz").importance for folder in (workdir, straight))
+    scores, expected = (Scores.load(f"{folder}/scores.npz").layers for folder in (workdir, straight))
     np.testing.assert_array_equal(scores, expected)
 
 

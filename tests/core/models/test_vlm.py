@@ -186,7 +186,7 @@ def test_block_influence_equals_the_reference(goldens, bunny, internvl, name):
     samples = list(influence_samples(goldens, name, model))
     assert any("pixel_values" in sample for sample in samples)
     scores = score(model, samples, criterion="block_influence", reference_compat=True)
-    np.testing.assert_allclose(scores.importance, recorded["importances"], rtol=1e-4)
+    np.testing.assert_allclose(scores.layers, recorded["importances"], rtol=1e-4)
     for n, removed in recorded["removed"].items():
         plan = make_plan(scores, model.cfg, method="depth", layers_removed=int(n))
         assert list(plan.removed_layers) == sorted(removed)

@@ -161,7 +161,7 @@ def test_a_mesh_computes_the_same(tmp_path):
     np.testing.assert_allclose(forward(many, **inputs)[0], forward(one, **inputs)[0], atol=1e-5, rtol=1e-5)
     batch = {**inputs, "labels": np.where(inputs["attention_mask"] == 1, ids, -100)}
     expected, found = (score(model, [batch], criterion="taylor") for model in (one, many))
-    for a, b in zip(found.heads + found.mlp, expected.heads + expected.mlp, strict=True):
+    for a, b in zip(found.values.values(), expected.values.values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5)
     tokens = [generate(model, ids[:, :30], max_new_tokens=5, eos_token_ids=()) for model in (one, many)]
     np.testing.assert_array_equal(*tokens)

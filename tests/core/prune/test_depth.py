@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from prune_cases import layer_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.prune.fingerprints import fingerprint
@@ -14,7 +15,7 @@ def model(goldens):
 
 
 def scores(model, importance, **options):
-    return vp.Scores("by hand", fingerprint(model), options, np.asarray(importance, np.float64))
+    return vp.Scores("by hand", fingerprint(model), options, layer_scores(importance))
 
 
 def test_layers_go_from_the_end_if_their_order_must_stay(model):

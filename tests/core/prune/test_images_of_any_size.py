@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hf_cases import keep_layers, mean_loss, prune, random_ids
 from media_cases import packed
-from prune_cases import kept_units
+from prune_cases import kept_units, layer_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
@@ -23,7 +23,7 @@ from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.criteria.greedy import _Cut
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.core.prune.select import moved_features
-from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.core.prune.stream import LayerStream
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -69,7 +69,7 @@ def test_taylor_equals_plain_differentiation(goldens, family):
     for stack in ("text", "vision"):
         scores = vp.score(model, [batch], criterion="taylor", variant="param_first", reduction="sum", stack=stack)
         weights, by = (unstack_layers(params, model.cfg, stack)[0] for params in (model.params, found))
-        for i, neurons in enumerate(scores.mlp):
+        for i, neurons in enumerate(scores.along("mlp")):
             expected = 0
             for name in (name for name in weights[i] if name.startswith("mlp/") and name.endswith("/weight")):
                 importance = np.abs(weights[i][name] * by[i][name])
@@ -80,7 +80,7 @@ def test_taylor_equals_plain_differentiation(goldens, family):
 def test_layers_with_features_stay(goldens):
     model, batch = golden(goldens, "qwen3_vl")
     scores = vp.score(model, [batch], criterion="block_influence")
-    lowest = dataclasses.replace(scores, importance=np.arange(5.0))
+    lowest = dataclasses.replace(scores, values=layer_scores(np.arange(5.0)))
     kept = vp.make_plan(lowest, model.cfg, method="depth", layers_removed=2)
     assert kept.removed_layers == (2, 3)
     assert moved_features(kept, model.cfg) is None
@@ -109,7 +109,10 @@ def test_blocks_with_windows_keep_them(goldens):
     model, batch = golden(goldens, "qwen2_5_vl")
     scores = vp.score(model, [batch], criterion="block_influence", stack="vision")
     plan = vp.make_plan(
-        dataclasses.replace(scores, importance=np.array([3.0, 0, 2, 1])), model.cfg, method="depth", layers_removed=1
+        dataclasses.replace(scores, values=layer_scores([3.0, 0, 2, 1], "vision")),
+        model.cfg,
+        method="depth",
+        layers_removed=1,
     )
     shorter = vp.apply_plan(model, plan).cfg.vision.layers
     assert shorter == tuple(model.cfg.vision.layers[number] for number in (0, 2, 3))

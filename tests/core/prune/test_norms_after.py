@@ -125,7 +125,7 @@ def test_block_influence_and_depth():
     one = model(config(EQUAL, **SANDWICH))
     arrays = rows(4)
     scores = vp.score(one, arrays, criterion="block_influence")
-    for found, layer in zip(scores.importance, values(one, arrays[0]), strict=True):
+    for found, layer in zip(scores.layers, values(one, arrays[0]), strict=True):
         a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (layer["before"], layer["after"]))
         np.testing.assert_allclose(found, 1 - (a * b).sum(1).mean(), rtol=1e-4)
     plan = vp.make_plan(scores, one.cfg, method="depth", layers_removed=2)
@@ -133,7 +133,7 @@ def test_block_influence_and_depth():
     before, after = (unstack_layers(m.params, m.cfg)[0] for m in (one, pruned))
     for number, layer in zip(plan.stacks["text"].kept_layers, after, strict=True):
         assert all(np.array_equal(layer[path], before[number][path]) for path in layer)
-    assert vp.score(pruned, arrays, criterion="block_influence").importance.shape == (3,)
+    assert vp.score(pruned, arrays, criterion="block_influence").layers.shape == (3,)
 
 
 def test_taylor_equals_the_gradient_of_the_whole_loss():
@@ -151,7 +151,7 @@ def test_taylor_equals_the_gradient_of_the_whole_loss():
     weights, grads = (flatten(tree["text"]["layers"]["0"]) for tree in (one.params, gradient))
     product = {path: np.abs(np.asarray(weights[path] * grads[path], np.float64)) for path in grads}
     mlp = sum(product[f"mlp/{name}_proj/weight"].sum(axis) for name, axis in (("gate", 2), ("up", 2), ("down", 1)))
-    np.testing.assert_allclose(np.stack(scores.mlp), mlp, rtol=1e-3, atol=1e-6 * mlp.max())
+    np.testing.assert_allclose(np.stack(scores.along("mlp")), mlp, rtol=1e-3, atol=1e-6 * mlp.max())
 
 
 def test_contributions_are_of_the_stream_behind_the_norm():
@@ -164,7 +164,7 @@ def test_contributions_are_of_the_stream_behind_the_norm():
     arrays = rows(8)
     for criterion in ("activation", "fluctuation"):
         a, b = (vp.score(m, arrays, criterion=criterion) for m in (one, louder))
-        for x, y in zip((*a.mlp, *a.heads), (*b.mlp, *b.heads), strict=True):
+        for x, y in zip((*a.along("mlp"), *a.along("kv_heads")), (*b.along("mlp"), *b.along("kv_heads")), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-2)
     weights = unstack_layers(one.params, one.cfg)[0][0]
     gain = gain_of(one, 0, "mlp_output_norm")
@@ -177,7 +177,7 @@ def test_layers_by_search_close_their_cuts():
     arrays = [batch(one.cfg, rows=8, seed=seed) for seed in range(2)]
     for solved in (False, True):
         scores = vp.score(one, arrays, criterion="greedy_loss", solved=solved, search=2)
-        assert sorted(scores.importance) == [0, 1, 2, 3]
+        assert sorted(scores.layers) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("norms", NORMS)
@@ -185,7 +185,7 @@ def test_rounding_weighs_tokens_by_what_they_add_to_the_stream(norms):
     one = model(config(EQUAL[:2], **norms))
     (arrays,) = rows(4)
     stream = gptq.decoder_stream(one, [arrays], TokenWeights())
-    sums = gptq.finite_sums(gptq.input_sums, stream.layer(0), stream, "test")
+    sums = gptq.finite_sums(gptq.input_sums, stream.load(0), stream, "test")
     layer = values(one, arrays)[0]
     for name in ("o_proj", "down_proj"):
         out, x = layer[f"{name}_out"], layer[name].reshape(len(layer["after"]), -1)

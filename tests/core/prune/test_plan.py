@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, config, depth_scores, kept_units, unit_scores, width_scores
+from prune_cases import EQUAL, UNEQUAL, config, depth_scores, kept_units, layer_scores, unit_scores, width_scores
 from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.base.errors import UserError
@@ -55,7 +55,7 @@ def test_the_lowest_scores_go():
     scores = width_scores(cfg)
     plan = make_plan(scores, cfg, method="width", sparsity=0.5, attn_layers=(1, 3), mlp_layers=(0, 2))
     for layer in plan.layers:
-        heads, neurons = scores.heads[layer.index], scores.mlp[layer.index]
+        heads, neurons = scores.along("kv_heads")[layer.index], scores.along("mlp")[layer.index]
         if 1 <= layer.index < 3:
             best = int(np.argmax(heads))
             assert (layer.kept["kv_heads"], layer.kept["q_heads"]) == ((best,), (2 * best, 2 * best + 1))
@@ -69,8 +69,8 @@ def test_query_heads_go_evenly_inside_their_groups():
     cfg = config((decoder_layer(6, 2, 8),) * 2)
     scores = dataclasses.replace(
         width_scores(cfg, gqa="q_heads"),
-        units=unit_scores(
-            (np.array([9.0, 8, 7, 1, 3, 2]), np.array([1.0, 2, 3, 9, 7, 8])), width_scores(cfg).mlp, "q_heads"
+        values=unit_scores(
+            (np.array([9.0, 8, 7, 1, 3, 2]), np.array([1.0, 2, 3, 9, 7, 8])), width_scores(cfg).along("mlp"), "q_heads"
         ),
     )
     plan = make_plan(scores, cfg, method="width", sparsity=0.4, mlp_layers=(0, 0))
@@ -82,24 +82,27 @@ def test_query_heads_go_evenly_inside_their_groups():
 def test_global_selection_meets_a_ratio():
     cfg = config(EQUAL)
     scores = width_scores(cfg)
-    scores = dataclasses.replace(scores, units=unit_scores([5 + h for h in scores.heads], scores.mlp))
+    scores = dataclasses.replace(
+        scores, values=unit_scores([5 + h for h in scores.along("kv_heads")], scores.along("mlp"))
+    )
     plan = make_plan(scores, cfg, method="width", ratio=0.1, selection="global")
     assert (
         abs(plan.actual_ratio - 0.1) <= 0.5 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
     )
-    kept = np.concatenate([scores.mlp[x.index][list(x.kept["mlp"])] for x in plan.layers])
-    gone = np.concatenate([np.delete(scores.mlp[x.index], list(x.kept["mlp"])) for x in plan.layers])
+    kept = np.concatenate([scores.along("mlp")[x.index][list(x.kept["mlp"])] for x in plan.layers])
+    gone = np.concatenate([np.delete(scores.along("mlp")[x.index], list(x.kept["mlp"])) for x in plan.layers])
     assert gone.max() < kept.min()
     # layer 1's neurons are all lower than any other: the layer that would lose everything stays whole
     low = dataclasses.replace(
-        scores, units=unit_scores(scores.heads, [m - 9 * (i == 1) for i, m in enumerate(scores.mlp)])
+        scores,
+        values=unit_scores(scores.along("kv_heads"), [m - 9 * (i == 1) for i, m in enumerate(scores.along("mlp"))]),
     )
     whole = make_plan(low, cfg, method="width", sparsity=0.2, selection="global")  # 14 of 70 units
     assert [len(layer.kept["mlp"]) for layer in whole.layers].count(12) >= 3
     assert whole.layers[1].kept["mlp"] == tuple(range(12))
     assert sum(12 - len(layer.kept["mlp"]) for layer in whole.layers) == 2
     flat = dataclasses.replace(
-        scores, units=unit_scores([np.zeros(2) for _ in range(5)], [np.zeros(12) for _ in range(5)])
+        scores, values=unit_scores([np.zeros(2) for _ in range(5)], [np.zeros(12) for _ in range(5)])
     )
     with pytest.raises(UserError, match="cannot be reached by global selection, which never empties a layer"):
         make_plan(flat, cfg, method="width", ratio=0.3, selection="global")
@@ -190,8 +193,8 @@ def tower_scores(cfg, seed=0):
     draw = np.random.default_rng(seed)
     layers = cfg.vision.layers
     heads, neurons = (tuple(draw.random(layer.sizes[name]) for layer in layers) for name in ("kv_heads", "mlp"))
-    mark, units = shape_digest(cfg) + "-x", unit_scores(heads, neurons)
-    return Scores("l1", mark, {"gqa": "groups"}, draw.random(len(layers)), units, "vision")
+    values = layer_scores(draw.random(len(layers)), "vision") | unit_scores(heads, neurons, component="vision")
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, values)
 
 
 @pytest.mark.parametrize("method", ["depth", "width", "hybrid"])
@@ -210,7 +213,7 @@ def test_plans_of_the_tower(method):
             <= 0.5 * 4 * layer_costs(cfg, "vision").price(cfg.vision.layers[0], "mlp") / plan.parameters_total
         )
     else:
-        assert plan.stacks["vision"].removed_layers[:1] == (int(np.argmin(scores.importance)),)
+        assert plan.stacks["vision"].removed_layers[:1] == (int(np.argmin(scores.layers)),)
     assert PrunePlan.from_json(plan.to_json()) == plan
     same = compose(keep_everything(cfg, plan.fingerprint, plan.parameters_before), plan)
     assert (same.stacks, plan.apply_to(cfg)) == (plan.stacks, same.apply_to(cfg))
@@ -218,13 +221,18 @@ def test_plans_of_the_tower(method):
 
 def test_plans_of_another_stack_are_refused():
     cfg = config(UNEQUAL, vision=True).with_layers((*TOWER, TOWER[0]), "vision")
+
+    def moved(scores, component):
+        values = {key._replace(component=component): array for key, array in scores.values.items()}
+        return dataclasses.replace(scores, values=values)
+
     for method, scores in (("depth", depth_scores(cfg, [0, 1, 2, 3])), ("width", width_scores(cfg))):
         with pytest.raises(UserError, match="scores do not match the vision stack of this model"):
-            make_plan(dataclasses.replace(scores, stack="vision"), cfg, method=method, ratio=0.01)
+            make_plan(moved(scores, "vision"), cfg, method=method, ratio=0.01)
         with pytest.raises(UserError, match=r"this model has no stack of layers 'audio' \(it has text, vision\)"):
-            make_plan(dataclasses.replace(scores, stack="audio"), cfg, method=method, ratio=0.01)
+            make_plan(moved(scores, "audio"), cfg, method=method, ratio=0.01)
     with pytest.raises(UserError, match="scores do not match the text stack"):
-        make_plan(dataclasses.replace(tower_scores(cfg), stack="text"), cfg, method="width", ratio=0.01)
+        make_plan(moved(tower_scores(cfg), "text"), cfg, method="width", ratio=0.01)
 
 
 def test_plans_that_do_not_follow_each_other_are_not_composed():
@@ -250,7 +258,7 @@ def test_heads_are_kept_or_traded_for_neurons_by_their_scores():
     def plan(head_score: float, heads: str, ratio: float = 0.2) -> PrunePlan:
         scores = Scores(
             "l2", shape_digest(cfg) + "-x", {"gqa": "groups"},
-            units=unit_scores((head_score * np.arange(1.0, 5.0),) * 3, (np.arange(1.0, 25.0),) * 3),
+            values=unit_scores((head_score * np.arange(1.0, 5.0),) * 3, (np.arange(1.0, 25.0),) * 3),
         )  # fmt: skip
         return make_plan(scores, cfg, method="width", ratio=ratio, heads=heads)
 

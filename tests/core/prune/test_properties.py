@@ -106,8 +106,7 @@ def test_calibration_rows_have_no_order(criterion, data):
     for rows_of in (np.arange(8), order):
         batches = [{name: array[rows_of[at : at + 4]] for name, array in rows.items()} for at in (0, 4)]
         scores = score(one, batches, criterion=criterion, **options)
-        layers = () if scores.importance is None else (scores.importance,)
-        found.append([*layers, *(scores.heads or ()), *(scores.mlp or ())])
+        found.append([*scores.values.values()])
     assert found[0]
     for there, back in zip(*found, strict=True):
         np.testing.assert_allclose(back, there, atol=1e-5 * np.abs(there[np.isfinite(there)]).max(), rtol=0)

@@ -19,12 +19,12 @@ def test_merged_weights_read_the_changed_input(shape):
     layer = Layer.of(whole.replace(params=jax.tree.map(jnp.asarray, whole.params)), "text", 1)
     draw = np.random.default_rng(0)
     change, x = draw.normal(size=(layer.cfg.hidden_size,) * 2), draw.normal(size=(7, layer.cfg.hidden_size))
-    merged = layer.reading("mlp", change.astype(np.float32))
+    merged = layer.reading(change.astype(np.float32), "mlp")
     own, theirs = ("mlp/fc1/weight",), ("self_attn/q_proj/weight",)
     if shape == "sequential":
         own = ("mlp/gate_proj/weight", "mlp/up_proj/weight")
     names = {*own, *((f"self_attn/{name}_proj/weight" for name in "qkv") if shape == "parallel" else ())}
-    assert set(merged.changed_paths) == names
+    assert set(merged.changes_from(layer)) == names
     for path in own:
         before, after = (np.asarray(one.params[path], np.float64) for one in (layer, merged))
         np.testing.assert_allclose(x @ after.T, (x + x @ change) @ before.T, atol=1e-4)

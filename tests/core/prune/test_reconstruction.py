@@ -16,7 +16,7 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten
 from vlmprune_jax.core.models.vlm import encode
-from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, walk
+from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, stream
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
@@ -209,9 +209,9 @@ def _on_hosts(monkeypatch):
         count(x, "in", "pinned_host")
         return to_devices(x)
 
-    monkeypatch.setattr(walk, "free_memory", lambda: 0)
+    monkeypatch.setattr(stream, "free_memory", lambda: 0)
     monkeypatch.setattr(layers, "to_hosts", out)
-    for module in (layers, walk):
+    for module in (layers, stream):
         monkeypatch.setattr(module, "to_devices", back)
     return moved
 
@@ -224,7 +224,7 @@ def test_streams_of_both_models_come_back_once_per_layer(monkeypatch):
     batches = rows(8)
     moved = _on_hosts(monkeypatch)
     with monkeypatch.context() as roomy:
-        roomy.setattr(walk, "free_memory", lambda: 2**30)
+        roomy.setattr(stream, "free_memory", lambda: 2**30)
         reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
     assert moved == []
     reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
@@ -265,8 +265,8 @@ def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkey
     def look(done):
         found_on_device.extend(one for one in jax.live_arrays() if id(one) not in known and one.shape in stacked)
 
-    embed = walk._embed
-    monkeypatch.setattr(walk, "_embed", lambda *arguments, **options: look(0) or embed(*arguments, **options))
+    embed = stream._embed
+    monkeypatch.setattr(stream, "_embed", lambda *arguments, **options: look(0) or embed(*arguments, **options))
     found, again = reconstruct(files[0], plan, files[1], batches, progress=look)
     assert (again, found_on_device) == (told, [])
     vp.save(found, tmp_path / "files", source_dir=tmp_path / "pruned", plan=plan)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh, unit_scores
+from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import flatten, unflatten
@@ -28,28 +28,28 @@ def test_scores_survive_the_file_bit_for_bit(tmp_path):
         scores.fingerprint,
         {"seed": 3, "gqa": "q_heads"},
     )
-    assert again.importance.dtype == np.float64
-    np.testing.assert_array_equal(again.importance, scores.importance)
-    for mine, theirs in zip(again.heads + again.mlp, scores.heads + scores.mlp, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert [h.size for h in again.heads] == [4, 4, 8, 4]
+    assert again.layers.dtype == np.float64
+    np.testing.assert_array_equal(again.layers, scores.layers)
+    assert [*again.values] == [*scores.values]
+    for key, values in scores.values.items():
+        np.testing.assert_array_equal(again.values[key], values)
+    assert [h.size for h in again.along("q_heads")] == [4, 4, 8, 4]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["scores.npz"]
 
 
 def test_depth_scores_have_no_widths(tmp_path):
-    scores = Scores("block_influence", "a-b", {}, importance=np.arange(3.0))
+    scores = Scores("block_influence", "a-b", {}, values=layer_scores(np.arange(3.0)))
     scores.save(tmp_path / "s.npz")
     again = Scores.load(tmp_path / "s.npz")
-    assert again.heads is None
-    assert again.mlp is None
+    assert again.axes == ()
 
 
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    old = Scores("l1", "a-b", {}, importance=np.arange(3.0))
+    old = Scores("l1", "a-b", {}, values=layer_scores(np.arange(3.0)))
     old.save(tmp_path / "s.npz")
     monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        Scores("l2", "c-d", {}, importance=np.arange(4.0)).save(tmp_path / "s.npz")
+        Scores("l2", "c-d", {}, values=layer_scores(np.arange(4.0))).save(tmp_path / "s.npz")
     assert Scores.load(tmp_path / "s.npz").criterion == "l1"
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
@@ -60,7 +60,7 @@ def test_load_refuses(tmp_path):
     (tmp_path / "text.npz").write_text("not numbers")
     with pytest.raises(UserError, match=r"text.npz: cannot be read \(File is not a zip file\): score again"):
         Scores.load(tmp_path / "text.npz")
-    Scores("l1", "a-b", {}, importance=np.arange(3.0)).save(tmp_path / "cut.npz")
+    Scores("l1", "a-b", {}, values=layer_scores(np.arange(3.0))).save(tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:100])
     with pytest.raises(UserError, match=r"cut.npz: cannot be read .*: score again"):
         Scores.load(tmp_path / "cut.npz")
@@ -69,42 +69,41 @@ def test_load_refuses(tmp_path):
         Scores.load(tmp_path / "other.npz")
     np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
     with pytest.raises(
-        UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 2: upgrade vlmprune-jax"
+        UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 3: upgrade vlmprune-jax"
     ):
         Scores.load(tmp_path / "new.npz")
 
 
 META = {
-    "format": 2,
+    "format": 3,
     "criterion": "l1",
     "fingerprint": "a-b",
     "options": {"gqa": "groups"},
-    "stack": "text",
-    "kinds": [],
 }
-ARRAYS = {"0/kv_heads": np.ones(2), "0/mlp": np.ones(3)}
+ARRAYS = {"text/0/kv_heads": np.ones(2), "text/0/mlp": np.ones(3)}
 
 
 @pytest.mark.parametrize(
     ("meta", "arrays", "message"),
     [
-        ({"format": 1}, {}, "has format 1, but this version of vlmprune reads 2: run `vlmprune score` again"),
-        ({"stack": "a b"}, {}, r"meta: .*Expected `str` matching regex .* - at `\$.stack`\): score again"),
-        ({"kinds": ["image"]}, {}, "scores by token type and total scores have different shapes"),
+        ({"format": 2}, {}, "has format 2, but this version of vlmprune reads 3: run `vlmprune score` again"),
+        ({}, {"a b/0/mlp": np.ones(3)}, "'a b/0/mlp' is no axis of a model: expected for example text/layers"),
+        ({}, {"text/0/mlp@other": np.ones(3)}, "'text/0/mlp@other' has scores of an unknown token type"),
+        ({}, {"text/0/mlp@image": np.ones(3)}, "scores by token type and total scores have different shapes"),
         ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
         ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
         ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
         ({"format": True}, {}, "Expected `int`, got `bool`"),
         (
             {},
-            {"0/mlp": np.ones((3, 1))},
-            r"0/mlp is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
+            {"text/0/mlp": np.ones((3, 1))},
+            r"text/0/mlp is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
         ),
-        ({}, {"0/mlp": np.ones(3, complex)}, r"0/mlp is complex128\[3\], expected a one-dim"),
-        ({}, {"0/mlp": np.array(["a"])}, r"0/mlp is <U1\[1\], expected a one-dim"),
-        ({}, {"0/mlp": np.ones(0)}, r"0/mlp is float64\[0\], expected a one-dim"),
-        ({}, {"0/mlp": np.array([np.nan])}, r"hostile.npz: l1 scores 0/mlp contain NaN"),
-        ({}, {"extra": np.ones(1)}, "its arrays do not match the layers and axes"),
+        ({}, {"text/0/mlp": np.ones(3, complex)}, r"text/0/mlp is complex128\[3\], expected a one-dim"),
+        ({}, {"text/0/mlp": np.array(["a"])}, r"text/0/mlp is <U1\[1\], expected a one-dim"),
+        ({}, {"text/0/mlp": np.ones(0)}, r"text/0/mlp is float64\[0\], expected a one-dim"),
+        ({}, {"text/0/mlp": np.array([np.nan])}, r"hostile.npz: l1 scores text/0/mlp contain NaN"),
+        ({}, {"extra": np.ones(1)}, "'extra' is no axis of a model"),
     ],
 )
 def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
@@ -117,14 +116,16 @@ def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
 def test_scores_of_other_widths_plan_nothing():
     cfg = config(UNEQUAL)
     mlp = tuple(np.ones(shape.channel.mlp) for shape in cfg.text.layers)
-    scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, units=unit_scores((np.ones(1),) * len(mlp), mlp))
+    scores = Scores(
+        "l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, values=unit_scores((np.ones(1),) * len(mlp), mlp)
+    )
     with pytest.raises(UserError, match="do not match the text stack of this model"):
         make_plan(scores, cfg, method="width", ratio=0.1)
 
 
 def test_nan_scores_are_refused():
-    with pytest.raises(UserError, match="l1 scores importance contain NaN: check weights and calibration records"):
-        Scores("l1", "a-b", {}, importance=np.array([1.0, np.nan]))
+    with pytest.raises(UserError, match="l1 scores text/layers contain NaN: check weights and calibration records"):
+        Scores("l1", "a-b", {}, values=layer_scores([1.0, np.nan]))
 
 
 def test_fingerprint_ignores_dtype_host_and_sharding():
@@ -240,4 +241,4 @@ def test_lora_models_must_be_merged_for_widths():
     cfg = dataclasses.replace(config(EQUAL), lora=LoraConfig(2, 4.0, 0.0, ("q_proj",)))
     with pytest.raises(UserError, match="criterion 'l1' needs a model without LoRA adapters"):
         score(model(cfg), criterion="l1")
-    assert score(model(cfg), [batch(cfg)], criterion="block_influence").importance.shape == (5,)
+    assert score(model(cfg), [batch(cfg)], criterion="block_influence").layers.shape == (5,)

@@ -8,6 +8,7 @@ from prune_cases import (
     UNEQUAL,
     config,
     depth_scores,
+    layer_scores,
     llava_7b,
     unit_scores,
 )
@@ -64,7 +65,7 @@ def test_unequal_layers_count_with_their_own_size():
 def test_angular_plans_remove_the_nearest_free_block():
     cfg = config(EQUAL)
     scores = Scores(
-        "angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, importance=np.array([3, 1, 2, 4, np.inf])
+        "angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, values=layer_scores([3, 1, 2, 4, np.inf])
     )
     assert make_plan(scores, cfg, method="depth", layers_removed=2).removed_layers == (1, 2)
     assert make_plan(scores, cfg, method="depth", layers_removed=2, protect=(2,)).removed_layers == (0, 1)
@@ -107,7 +108,7 @@ def test_scores_of_another_model_or_kind_are_refused():
     cfg = config(EQUAL)
     with pytest.raises(UserError, match="these scores are for another model"):
         make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
-    widths = Scores("l1", shape_digest(cfg) + "-x", {}, units=unit_scores((np.ones(2),) * 5, (np.ones(12),) * 5))
+    widths = Scores("l1", shape_digest(cfg) + "-x", {}, values=unit_scores((np.ones(2),) * 5, (np.ones(12),) * 5))
     with pytest.raises(UserError, match="l1 does not score layers: for depth pruning, score with block_influence"):
         make_plan(widths, cfg, method="depth", layers_removed=1)
     with pytest.raises(

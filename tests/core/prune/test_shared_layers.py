@@ -154,7 +154,7 @@ def test_greedy_loss_is_that_of_the_stock_model_that_results(goldens):
 
     costs = {i: loss(keep_layers(one, [j for j in range(9) if j != i])[0]) for i in range(9) if i not in (2, 8)}
     first = min(costs, key=costs.get)
-    found = vp.score(one, [arrays], criterion="greedy_loss", search=1).importance
+    found = vp.score(one, [arrays], criterion="greedy_loss", search=1).layers
     assert found[first] == 0
     assert set(found[[2, 8]]) == {7, 8}  # no class holds the model without them
 
@@ -166,6 +166,6 @@ def test_layers_that_share_keys_lose_the_same_groups():
     kept = [layer.kept["kv_heads"] for layer in plan.stacks["text"].layers]
     assert kept[2] == kept[3]
     assert kept[1] == kept[4]
-    together = scores.heads[2] + scores.heads[3]
+    together = scores.along("kv_heads")[2] + scores.along("kv_heads")[3]
     assert kept[2] == (int(np.argmax(together)),)
     assert plan.apply_to(cfg).text.layers[3].mixer.kv_heads == 1

@@ -55,11 +55,11 @@ def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys,
     assert rows[str(gone)][6:] == [f"1 of {len(cfg.text.layers)}", "-", "-", "removed"]
     layer = plan.layers[0]
     lost = cost(cfg.text.layers[layer.index]) - cost(cfg.text.layers[layer.index].resized(layer.sizes))
-    neurons = width.mlp[layer.index]
+    neurons = width.along("mlp")[layer.index]
     share = 1 - neurons[list(layer.kept["mlp"])].sum() / neurons.sum()
     cells = rows[str(layer.index)]
     assert cells[1:4] == [f"{len(layer.kept['q_heads'])} of 8", f"{len(layer.kept['mlp'])} of 80", f"{lost:,}"]
-    assert (cells[5], cells[8]) == (f"{depth.importance[layer.index]:.4g}", f"{100 * share:.1f} %")
+    assert (cells[5], cells[8]) == (f"{depth.layers[layer.index]:.4g}", f"{100 * share:.1f} %")
     assert rows["all"][3] == f"{plan.parameters_before - plan.parameters_after:,}"
     assert main(["diff", str(tmp_path / "width"), str(tmp_path / "hybrid/plan.json")]) == 0
     rows, other = rows_of(capsys.readouterr().out), vp.PrunePlan.from_json(tmp_path / "width/plan.json")

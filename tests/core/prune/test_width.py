@@ -64,7 +64,7 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
     pruned, plan, scores = prune_iteratively(original, batches, **settings)
     assert asked == [0, 1]
     first, second = scores
-    assert len(second.mlp[1]) < len(first.mlp[1])
+    assert len(second.along("mlp")[1]) < len(first.along("mlp")[1])
     assert prune_iteratively(original, batches, scores=first, **settings)[1] == plan
     assert asked == [0, 1, 1]
     assert [list(layer.kept["q_heads"]) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
@@ -136,7 +136,8 @@ def test_taylor_equals_plain_gradients(variant, gqa):
     scores = score(model(cfg), [batch(cfg)], criterion="taylor", variant=variant, gqa=gqa)
     heads, neurons = expected_widths(cfg, variant, gqa)
     sizes = expected_widths(cfg, "param_first" if variant == "vectorize" else variant, gqa)
-    for mine, plain, size in zip(scores.heads + scores.mlp, heads + neurons, sizes[0] + sizes[1], strict=True):
+    found_heads = tuple(array for key, array in scores.values.items() if key.axis != "mlp")
+    for mine, plain, size in zip(found_heads + scores.along("mlp"), heads + neurons, sizes[0] + sizes[1], strict=True):
         assert_same_sums(mine, plain, size)
 
 
@@ -152,7 +153,7 @@ def test_taylor_does_not_depend_on_how_the_rows_are_cut():
     ]
     for batches, options in cuts:
         again = score(model(cfg), batches, criterion="taylor", **options)
-        for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
             np.testing.assert_allclose(mine, whole, rtol=1e-4)
 
 
@@ -162,7 +163,7 @@ def test_second_order_ignores_filler_rows():
     filler = {**{name: np.zeros_like(array) for name, array in arrays.items()}, "labels": np.full((4, 9), -100)}
     expected = score(model(cfg), [arrays], criterion="taylor", variant="param_second")
     again = score(model(cfg), [arrays, filler], criterion="taylor", variant="param_second")
-    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+    for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-5)
 
 
@@ -175,7 +176,7 @@ def test_long_rows_are_unembedded_in_chunks(monkeypatch):
     module._loss_gradient.clear_cache()
     again = score(model(cfg), [batch(cfg)], criterion="taylor")
     module._loss_gradient.clear_cache()
-    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+    for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-5)
 
 
@@ -185,7 +186,7 @@ def test_a_mesh_gives_the_same_widths(criterion, options):
     cfg = config(EQUAL, vision=True)
     expected = score(model(cfg), [batch(cfg, rows=8)], criterion=criterion, **options)
     sharded = score(on_mesh(model(cfg), 2, 2, 2), [batch(cfg, rows=8)], criterion=criterion, **options)
-    for mine, one in zip(sharded.heads + sharded.mlp, expected.heads + expected.mlp, strict=True):
+    for mine, one in zip(sharded.values.values(), expected.values.values(), strict=True):
         np.testing.assert_allclose(mine, one, rtol=2e-5)
 
 
@@ -202,7 +203,7 @@ def test_products_that_do_not_fit_are_computed_again_to_the_bit(budget, monkeypa
     again = score(model(cfg), batches, criterion="taylor", memory_budget=budget)
     assert len(made) - 10 == (20 if budget == 0 else 17)  # three of the ten fit
     assert "memory_budget" not in again.options
-    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+    for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
         np.testing.assert_array_equal(mine, whole)
 
 
@@ -232,10 +233,10 @@ def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
         cache=ArrayCache(tmp_path, {}),
     )
     assert seen == list(range(ends + 1, 6))
-    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+    for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
         np.testing.assert_array_equal(mine, whole)
     for kind, parts in expected.by_token_type.items():
-        for mine, whole in zip(again.by_token_type[kind]["units"].values(), parts["units"].values(), strict=True):
+        for mine, whole in zip(again.by_token_type[kind].values(), parts.values(), strict=True):
             np.testing.assert_array_equal(mine, whole)
 
 
@@ -255,8 +256,8 @@ def test_reductions_are_over_the_tensors_of_a_group_channel_by_channel(reduction
                     np.abs(layer["mlp/down_proj/weight"]).sum(0)])  # fmt: skip
     reduce = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod, "first": lambda x, axis: x[0]}[reduction]
     scores = score(model(cfg), criterion="l1", reduction=reduction)
-    np.testing.assert_allclose(scores.heads[3], reduce(attention, axis=0).sum(-1), rtol=1e-5)
-    np.testing.assert_allclose(scores.mlp[3], reduce(mlp, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(scores.along("kv_heads")[3], reduce(attention, axis=0).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(scores.along("mlp")[3], reduce(mlp, axis=0), rtol=1e-5)
 
 
 def test_biases_do_not_count():
@@ -264,7 +265,9 @@ def test_biases_do_not_count():
     one = model(cfg)
     changed = jax.tree.map_with_path(lambda path, x: x * 3 if path[-1].key == "bias" else x, one.params)
     for mine, other in zip(
-        score(one, criterion="l2").heads, score(one.replace(params=changed), criterion="l2").heads, strict=True
+        score(one, criterion="l2").along("kv_heads"),
+        score(one.replace(params=changed), criterion="l2").along("kv_heads"),
+        strict=True,
     ):
         np.testing.assert_array_equal(mine, other)
 
@@ -272,12 +275,12 @@ def test_biases_do_not_count():
 def test_random_scores_follow_their_seed():
     cfg = config(UNEQUAL)
     first, again, other = (score(model(cfg), criterion="random", seed=seed) for seed in (5, 5, 6))
-    np.testing.assert_array_equal(first.importance, again.importance)
-    assert all((a == b).all() for a, b in zip(first.heads + first.mlp, again.heads + again.mlp, strict=True))
-    assert (first.importance != other.importance).all()
-    assert [h.size for h in first.heads] == [2, 2, 2, 4]
-    assert all((m >= 0).all() and (m < 1).all() for m in first.mlp)
-    assert max(h.max() for h in first.heads) > 1  # a head is the sum of its 6 channels' draws
+    np.testing.assert_array_equal(first.layers, again.layers)
+    assert all((a == b).all() for a, b in zip(first.values.values(), again.values.values(), strict=True))
+    assert (first.layers != other.layers).all()
+    assert [h.size for h in first.along("kv_heads")] == [2, 2, 2, 4]
+    assert all((m >= 0).all() and (m < 1).all() for m in first.along("mlp"))
+    assert max(h.max() for h in first.along("kv_heads")) > 1  # a head is the sum of its 6 channels' draws
 
 
 def test_all_layers_by_word():

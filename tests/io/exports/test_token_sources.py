@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_cases import edit_config
-from prune_cases import unit_scores
+from prune_cases import layer_scores, unit_scores
 from rounding import assert_same_function, double_logits
 from smollm2 import smollm2_folder
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
@@ -46,13 +46,12 @@ def settings(folder, sources, size=440, **changes):
 def scores_of(model, width=False):
     draw = np.random.default_rng(0)
     shapes = model.cfg.text.layers
-    values = {}
     if width:
         heads, neurons = ([draw.random(layer.sizes[axis]) for layer in shapes] for axis in ("kv_heads", "mlp"))
-        values["units"] = unit_scores(heads, neurons)
+        values = unit_scores(heads, neurons)
     else:
-        values["importance"] = draw.random(len(shapes))
-    return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, **values)
+        values = layer_scores(draw.random(len(shapes)))
+    return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, values=values)
 
 
 def test_frequent_tokens_come_first(folder, model):

@@ -23,6 +23,7 @@ from vlmprune_jax.core.models.context import Context, Names
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vlm import Model, encode
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
@@ -101,7 +102,7 @@ def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
 
 def check_taylor(model, gradients, batch):
     """An expert's score sums |weight x gradient| over its matrices and its router row; without tokens it is near 0."""
-    units = vp.score(model, [batch], criterion="taylor").units
+    units = vp.score(model, [batch], criterion="taylor").values
     with pytest.raises(UserError, match="gradients of experts cannot be weighted or split by token type"):
         vp.score(model, [batch], criterion="taylor", image_weight=0.5)
     (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients))
@@ -111,8 +112,10 @@ def check_taylor(model, gradients, batch):
             np.abs(np.asarray(layer[path] * grads[i][path])) for path in (f"mlp/{name}/weight" for name in names)
         )
         neurons = gate.sum(axis=2) + up.sum(axis=2) + down.sum(axis=1)
-        np.testing.assert_allclose(units[i, "expert_mlp"].reshape(8, -1), neurons, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(units[i, "experts"], router.sum(axis=1) + neurons.sum(axis=1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(units[Key("text", i, "expert_mlp")].reshape(8, -1), neurons, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            units[Key("text", i, "experts")], router.sum(axis=1) + neurons.sum(axis=1), rtol=1e-4, atol=1e-6
+        )
 
 
 def on_hub(golden, tensors):
@@ -165,7 +168,7 @@ def test_plans_of_experts(golden):
     assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {5}
     assert count_params(smaller.cfg) == plan.parameters_after == sum(x.size for x in flatten(smaller.params).values())
     for layer in plan.layers:
-        values = scores.units[layer.index, "experts"]
+        values = scores.along("experts")[layer.index]
         assert set(layer.kept["experts"]) == set(np.argsort(values)[-5:])
     after = costs_of(smaller.cfg, dtype="float32", uneven="pad", length=9, images=0)
     routers = sum(layer.sizes["experts"] - 5 for layer in cfg.text.layers)
@@ -185,7 +188,7 @@ def test_plans_of_neurons_in_experts(golden):
         plan = vp.make_plan(scores, model, method="width", ratio=0.15, heads="keep", neurons_multiple=4)
         for layer in plan.layers:
             part, kept = model.cfg.text.layers[layer.index].channel, np.asarray(layer.kept["expert_mlp"])
-            values = scores.units[layer.index, "expert_mlp"].reshape(part.experts, -1)
+            values = scores.along("expert_mlp")[layer.index].reshape(part.experts, -1)
             rows = kept.reshape(part.experts, -1) - np.arange(part.experts)[:, None] * part.neurons
             assert 0 < rows.shape[1] < part.neurons
             for row, own in zip(rows, values, strict=True):
@@ -209,9 +212,9 @@ def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path)
     assert abs(plan.actual_ratio - 0.4) < 0.03
     for layer, same in zip(plan.layers, fewer.layers, strict=True):
         assert layer.kept["experts"] == same.kept["experts"]
-        assert set(same.kept["experts"]) == set(np.argsort(scores.units[layer.index, "experts"])[-6:])
+        assert set(same.kept["experts"]) == set(np.argsort(scores.along("experts")[layer.index])[-6:])
         assert len(layer.kept["kv_heads"]) < 2
-        values = scores.units[layer.index, "expert_mlp"].reshape(8, 12)
+        values = scores.along("expert_mlp")[layer.index].reshape(8, 12)
         rows = np.reshape(layer.kept["expert_mlp"], (6, -1)) - 12 * np.array(layer.kept["experts"])[:, None]
         assert [set(row) for row in rows] == [
             set(np.argsort(values[e])[-rows.shape[1] :]) for e in layer.kept["experts"]

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from hf_cases import edit_config, keep_layers
+from prune_cases import layer_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.prune.fingerprints import fingerprint
@@ -32,7 +33,7 @@ def test_illegal_cuts(model, gone, reason):
 
 def test_depth_plans_are_legal(model):
     """Producers (2, 4) stay by default; the last layer, and one that makes keys for each type, stay always."""
-    scores = vp.Scores(criterion="by hand", fingerprint=fingerprint(model), importance=np.arange(9.0)[::-1])
+    scores = vp.Scores(criterion="by hand", fingerprint=fingerprint(model), values=layer_scores(np.arange(9.0)[::-1]))
     assert vp.make_plan(scores, model, method="depth", layers_removed=3).removed_layers == (5, 6, 7)
     moved = vp.make_plan(scores, model, method="depth", layers_removed=6, producers="redirect")
     assert moved.removed_layers == (1, 3, 4, 5, 6, 7)

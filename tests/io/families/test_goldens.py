@@ -128,7 +128,7 @@ def test_a_mesh_computes_the_same(golden):
 @pytest.mark.slow
 def test_layers_by_block_influence(golden):
     scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
-    np.testing.assert_allclose(scores.importance, golden.arrays["batch_right_block_influence"], rtol=1e-4)
+    np.testing.assert_allclose(scores.layers, golden.arrays["batch_right_block_influence"], rtol=1e-4)
     shorter, _ = keep_layers(golden.model, golden.without_1_3)
     for case in ("single", "text"):
         logits, _ = vp.forward(shorter, **golden.inputs(case))
@@ -165,10 +165,10 @@ def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
                 for w, g in zip(*layers, strict=True)
             ]
             expected = reduce_groups(channels, shared, reduction="sum", gqa="groups", stack=stack)
-            theirs = expected["units"].values()
+            theirs = expected.values()
             if variant == "param_first":
                 sizes = theirs
-            for mine, sums, size in zip(scores.units.values(), theirs, sizes, strict=True):
+            for mine, sums, size in zip(scores.values.values(), theirs, sizes, strict=True):
                 assert_same_sums(mine, sums, size, f"{stack} {variant}")
 
 

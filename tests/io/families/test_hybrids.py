@@ -58,7 +58,7 @@ def test_padding_and_images_in_a_batch(models, side):
     ):
         np.testing.assert_allclose(logits[row][mask == 1][-2:], expected, **CLOSE)
     scores = vp.score(golden.model, [batch], criterion="block_influence")
-    np.testing.assert_allclose(scores.importance, golden.arrays[f"batch_{side}_block_influence"], rtol=1e-4)
+    np.testing.assert_allclose(scores.layers, golden.arrays[f"batch_{side}_block_influence"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["two", "text"])
@@ -299,7 +299,7 @@ def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):
     batch["attention_mask"] = np.ones_like(batch["input_ids"])
     for criterion in ("taylor", "activation"):
         scores = vp.score(golden.model, [batch], criterion=criterion)
-        axes = [axis for _, axis in scores.units if axis != "mlp"]
+        axes = [axis for _, _, axis in scores.values if axis != "mlp"]
         assert axes == ["delta_groups", "delta_groups", "kv_heads", "delta_groups", "kv_heads"]
     plan = vp.make_plan(scores, golden.model.cfg, method="width", ratio=0.3)
     importance_figure(scores, plan)  # draws the units of each kind of layer

@@ -149,7 +149,10 @@ def test_scores_plans_and_reconstruction(model):
     batches = [{"input_ids": x, "attention_mask": np.ones_like(x), "labels": x} for x in ids]
     for criterion in ("taylor", "activation"):
         scores = vp.score(model, batches, criterion=criterion)
-        assert [unit for unit in scores.units if unit[1] != "mlp"] == [(1, "kv_heads"), (4, "kv_heads")]
+        assert [(key.layer, key.axis) for key in scores.values if key.axis != "mlp"] == [
+            (1, "kv_heads"),
+            (4, "kv_heads"),
+        ]
     plan = vp.make_plan(scores, model.cfg, method="width", ratio=0.2)
     assert min(layer.sizes["mlp"] for layer in plan.layers) < 72
     scores = vp.score(model, batches, criterion="block_influence")

@@ -63,7 +63,9 @@ def test_plans_are_held_to_targets(models):
     _, model = models["qwen2"]
     scores = vp.score(model, [], criterion="l2")
     # attention that weighs nothing is what "auto" removes first
-    scores = dataclasses.replace(scores, units={key: part * (key[1] == "mlp") for key, part in scores.units.items()})
+    scores = dataclasses.replace(
+        scores, values={key: part * (key.axis == "mlp") for key, part in scores.values.items()}
+    )
 
     total, (shape, *_) = vp.count_params(model.cfg), model.cfg.text.layers
     fewer = shape.resized({"q_heads": shape.mixer.q_heads // 2, "kv_heads": shape.mixer.kv_heads // 2})

@@ -253,7 +253,7 @@ def test_scores_by_token_type(golden):
     inputs = golden.inputs("single")
     inputs |= {"attention_mask": np.ones_like(inputs["input_ids"]), "labels": golden.arrays["single_labels"][None]}
     scores = vp.score(golden.model, [inputs], criterion="block_influence")
-    np.testing.assert_allclose(scores.importance, golden.arrays["single_block_influence"], rtol=1e-4)
+    np.testing.assert_allclose(scores.layers, golden.arrays["single_block_influence"], rtol=1e-4)
     visual = "image" if golden.model.cfg.video_token_id is None else "video"
     assert set(scores.by_token_type) == {visual, "prompt", "answer"}
 

@@ -48,7 +48,7 @@ def test_predicted_shapes_are_those_of_any_scores(method, changes):
     cfg = cfg.with_layers([cfg.text.layers[0]] * 8)
     experiment = override(Experiment(), {"prune": {"method": method, **changes}})
     predicted = tpu_case.predict_plan(experiment, cfg)
-    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, **random_scores(cfg, seed=5, gqa="groups"))
+    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, random_scores(cfg, seed=5, gqa="groups"))
     plan = make_plan((scores, scores) if method == "hybrid" else scores, cfg, method=method, **changes)
     assert plan.layers != predicted.layers
     assert predicted.parameters_after == plan.parameters_after

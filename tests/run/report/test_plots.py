@@ -27,7 +27,7 @@ def test_figures_separate_models(several):
 
 def test_importance_figures_mark_what_goes(workdir):
     scores = Scores.load(workdir / "depth" / "scores.npz")
-    figure = plots.layer_importance_figure("t", scores.importance, [4, 3])
+    figure = plots.layer_importance_figure("t", scores.layers, [4, 3])
     kept, removed = figure.axes[0].containers
     assert [round(bar.get_center()[0]) for bar in removed] == [3, 4]
     assert [bar.get_height() for bar in removed] == pytest.approx([0.2, 0.1])

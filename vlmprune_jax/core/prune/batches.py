@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.prune.calibration import Arrays, real_images, stack_rows, weight_of_token_types
+from vlmprune_jax.core.prune.calibration import IMAGE, PADDING, Arrays, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
 
@@ -29,10 +29,13 @@ class CalibrationBatch:
     weight: np.ndarray
     """Weight of every token, float32[rows, seq]."""
 
+    token_types: np.ndarray
+    """Type of every token, int32[rows, seq], see `calibration.TOKEN_TYPES`."""
+
     names: list[str]
     """Names of the rows, for messages."""
 
-    held_out: bool
+    held_out: bool = False
     """True if nothing is fitted to these rows."""
 
     labels: np.ndarray | None = None
@@ -44,7 +47,7 @@ def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
         ids = getattr(batch, "record_ids", None) or [""] * len(arrays["token_types"])
-        names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
+        names += [f"record {name}" if name else f"row {len(names) + index}" for index, name in enumerate(ids)]
     return names
 
 
@@ -70,7 +73,7 @@ def row_batches(
     grouped = [
         text_batch(stack_rows(part, size), weight_of, [row["name"] for row in part], held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
-        for part in (chosen[at : at + size] for at in range(0, len(chosen), size))
+        for part in (chosen[start : start + size] for start in range(0, len(chosen), size))
     ]
     for held_out in {batch.held_out for batch in grouped}:
         if not any(batch.weight.any() for batch in grouped if batch.held_out == held_out):
@@ -89,34 +92,45 @@ def text_batch(
     inputs = {name: None for name in ("pixel_values", "image_grid_thw")} | {
         name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")
     }
-    return CalibrationBatch(inputs, context, weight_of[arrays["token_types"]], list(names), held_out, arrays["labels"])
+    types = arrays["token_types"]
+    return CalibrationBatch(inputs, context, weight_of[types], types, list(names), held_out, arrays.get("labels"))
 
 
 def tower_batches(
-    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig, stack: str
+    batches: Sequence[Arrays],
+    settings: Mapping[str, Any],
+    names: Sequence[str],
+    cfg: ModelConfig,
+    stack: str,
+    *,
+    distinct: bool = True,
 ) -> list[CalibrationBatch]:
-    """Group distinct images (or inputs of another encoder) into batches; no image is both fitted and held out."""
+    """Group images (or inputs of another encoder) into batches; none if there are no images.
+
+    `distinct`: take equal images once, and order them by content; so no image is both fitted and held out.
+    """
     images = dict[bytes, _Picture]()
     row = 0
     for arrays in batches:
-        for at in range(len(arrays["token_types"])):
-            for pixels, grid in _items(arrays, at, cfg, stack):
+        for index in range(len(arrays["token_types"])):
+            for pixels, grid in _items(arrays, index, cfg, stack):
                 key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
-                images |= {key: (pixels, grid, names[row + at])}
+                key = key if distinct else len(images).to_bytes(8)
+                images |= {key: (pixels, grid, names[row + index])}
         row += len(arrays["token_types"])
     chosen = [images[key] for key in sorted(images)]
     tower: Any = cfg.stack(stack)
     positions = tower.positions if stack != "vision" else tower.grid**2 + tower.class_token
     if stack == "vision" and cfg.dynamic_resolution:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
-    what = "images" if stack == "vision" else f"items of {stack}"
-    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, what)]
+    title = "images" if stack == "vision" else f"items of {stack}"
+    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, title)]
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
     size = len(batches[0]["token_types"])
     return [
-        _tower_batch(packs[at : at + size], (size, positions, most), held_out, cfg.input_of(stack))
+        _tower_batch(packs[start : start + size], (size, positions, most), held_out, cfg.input_of(stack))
         for packs, held_out in parts
-        for at in range(0, len(packs), size)
+        for start in range(0, len(packs), size)
     ]
 
 
@@ -131,15 +145,14 @@ def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[t
         yield from ((item, None) for item in pixels[row, :count])
         return
     if cfg.dynamic_resolution:
-        at = 0
+        start = 0
         for grid in arrays["image_grid_thw"][row]:
             if grid.any():
-                yield pixels[row, at : at + int(np.prod(grid))], grid
-                at += int(np.prod(grid))
+                yield pixels[row, start : start + int(np.prod(grid))], grid
+                start += int(np.prod(grid))
         return
-    real = real_images(arrays["token_types"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
-    for image in pixels[row, real]:
-        yield image[None], None
+    count = -(-int((arrays["token_types"][row] == IMAGE).sum()) // cfg.tokens_per_image)
+    yield from ((image[None], None) for image in pixels[row, :count])
 
 
 def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
@@ -171,17 +184,18 @@ def _tower_batch(
             grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
     context = {"image_grid_thw": None if grid is None else grids}
     names = [", ".join(name for _, _, name in images) for images in packs]
-    return CalibrationBatch({array: pixels, **context}, context, real, names, held_out)
+    types = np.where(real > 0, IMAGE, PADDING)
+    return CalibrationBatch({array: pixels, **context}, context, real, types, names, held_out)
 
 
-def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
+def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], title: str) -> tuple[tuple[Sequence[Any], bool], ...]:
     """Return (images to fit to, False) and (held-out images, True); raise UserError for fewer than two images."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
     if n_held < 1:
         raise UserError(
-            f"reconstruct needs at least 2 calibration {what}, one for the fit and one held out: add records"
+            f"reconstruct needs at least 2 calibration {title}, one for the fit and one held out: add records"
         )
     return (chosen[n_held:], False), (chosen[:n_held], True)
 

@@ -9,11 +9,9 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import IGNORED, ModelConfig
-from vlmprune_jax.core.models.context import Hook
-from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, as_arrays, encode_inputs, read_inputs
+from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, as_arrays, read_inputs
 from vlmprune_jax.core.models.media import repack
 from vlmprune_jax.core.models.positions import with_images
-from vlmprune_jax.core.models.vlm import Params, encode
 from vlmprune_jax.core.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
@@ -52,13 +50,13 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
     others = dict.fromkeys(name for row in rows for name in row if name not in (*_FILLS, "name"))
     for name in (*_FILLS, *others):
-        pairs = [(at, row[name]) for at, row in enumerate(rows) if name in row]
+        pairs = [(index, row[name]) for index, row in enumerate(rows) if name in row]
         if pairs or name in _FILLS:
             sizes = np.max([part.shape for _, part in pairs], axis=0) if pairs else (longest,)
             shape = (*sizes[:-1], longest) if name in (*_FILLS, "position_ids") else sizes
             arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), pairs[0][1].dtype if pairs else np.int32)
-        for at, part in pairs:
-            arrays[name][at][tuple(map(slice, part.shape))] = part
+        for index, part in pairs:
+            arrays[name][index][tuple(map(slice, part.shape))] = part
     return arrays
 
 
@@ -68,26 +66,6 @@ def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
     for name, number in TOKEN_TYPES.items():
         weights[number] = options["image_weight" if number == VIDEO else f"{name}_weight"]
     return weights
-
-
-def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the arrays of a checked batch that a pass over a stack reads; absent arrays are None."""
-    names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
-    return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
-
-
-def run_decoder(
-    params: Params, cfg: ModelConfig, batch: Mapping[str, Any], hook: Hook, inputs: tuple[str, ...]
-) -> list[Any]:
-    """Run the decoder on one batch, and return the results of a hook that is called for every block."""
-    _, aux = encode(params, cfg, batch["input_ids"], **encode_inputs(cfg, batch), hook=hook, hook_inputs=inputs)
-    return aux["hook"]
-
-
-def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return bool[batch, images], True for images that are not padding."""
-    count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
-    return np.arange(slots)[None] < count[:, None]
 
 
 def types_in(counts: np.ndarray) -> list[str]:
@@ -104,12 +82,11 @@ def positive(count: Any) -> Any:
 
 
 def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
-    wanted = ("input_ids", "attention_mask", "labels") if labels else ("input_ids", "attention_mask")
-    missing = [name for name in wanted if name not in arrays]
+    names = ("input_ids", "attention_mask", "labels")
+    missing = [name for name in names[: 3 if labels else 2] if name not in arrays]
     if missing:
         raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)}): make batches with vp.batches")
-    named = ("input_ids", "attention_mask", "labels")
-    result: Arrays = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
+    result: Arrays = {name: np.asarray(arrays[name], np.int32) for name in names if name in arrays}
     shape = result["input_ids"].shape
     for name, array in result.items():
         if array.shape != shape:

@@ -8,7 +8,6 @@ again. The shared expert, which sees all tokens, comes first.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,12 +19,10 @@ import numpy as np
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.models.channels.moe import blocks_of, hidden_of
 from vlmprune_jax.core.models.context import Routed
-from vlmprune_jax.core.prune.layers import Given, Layer, Rows, run_block
+from vlmprune_jax.core.prune.layers import Layer, Rows
 from vlmprune_jax.core.prune.layerwise import stream_error
-from vlmprune_jax.core.prune.ridge import Sums, add_into, best_ridge
-from vlmprune_jax.core.prune.ridge import change as solve
-from vlmprune_jax.core.prune.walk import LayerStream
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.prune.ridge import Solution, Sums, add_into, best_ridge, solved, token_scale, token_sums
+from vlmprune_jax.core.prune.stream import LayerStream
 
 EXPERTS, SHARED = "mlp/experts/down_proj/weight", "mlp/dense/down_proj/weight"
 SWEEPS, STEPS = 3, (1.0, 0.5, 0.25)
@@ -50,37 +47,39 @@ def has_experts(layer: Layer, module: str) -> bool:
 
 
 def repair_experts(
-    layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]
-) -> tuple[np.ndarray | None, dict[str, Any]]:
+    layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]
+) -> tuple[np.ndarray | None, Solution]:
     """Solve for changes of the down projections of a layer's experts; None if none lowers the held-out error.
 
     All changes are returned in one flat vector, for `with_experts`. Experts with fewer tokens than neurons stay
     unchanged, and so do all experts of a layer with a norm between the experts and the residual stream.
     """
-    before = lowest = stream_error(layer, stream, place, targets)
+    before = lowest = stream_error(layer, stream, targets)
     changes = {path: np.zeros(layer.params[path].shape, np.float32) for path in _paths(layer)}
-    ridges, tokens, unknowns = list[float](), 0, layer.params[EXPERTS].shape[-1]
+    ridges, tokens = list[float](), 0
     for path in [name for name in changes for _ in range(SWEEPS if name == EXPERTS else 1)]:
-        fit, held = (_totals(layer, path, stream, place, targets, held_out) for held_out in (False, True))
+        fit, held = (_totals(layer, path, stream, targets, held_out) for held_out in (False, True))
         direction, used = _direction(fit, held)
         tokens = int(np.mean(gather_to_host(fit.tokens)))
         direction = direction.reshape(changes[path].shape)
-        trials = {step: _added(layer, path, step * direction) for step in STEPS if used}
-        errors = {step: stream_error(trial, stream, place, targets) for step, trial in trials.items()}
+        old = layer.params[path]
+        trials = {step: layer.with_params({path: old + step * direction}) for step in STEPS if used}
+        errors = {step: stream_error(trial, stream, targets) for step, trial in trials.items()}
         step = min(errors, key=lambda step: errors[step], default=0.0)
         if step and errors[step] < lowest:
             lowest, layer, ridges = errors[step], trials[step], ridges + used
             changes[path] += step * direction
     vector = np.concatenate([change.ravel() for change in changes.values()]) if ridges else None
-    row = {"ridge": float(np.median(ridges)) if ridges else None, "error_before": before, "error_after": lowest}
-    return vector, {**row, "tokens": tokens, "unknowns": unknowns}
+    ridge = float(np.median(ridges)) if ridges else None
+    return vector, Solution(before, lowest, ridge, tokens, layer.params[EXPERTS].shape[-1])
 
 
 def with_experts(layer: Layer, vector: np.ndarray) -> Layer:
     """Return a copy of the layer with the weight changes from `repair_experts` added."""
     for path in _paths(layer):
-        shape, size = layer.params[path].shape, layer.params[path].size
-        layer, vector = _added(layer, path, vector[:size].reshape(shape)), vector[size:]
+        old = layer.params[path]
+        change, vector = vector[: old.size].reshape(old.shape), vector[old.size :]
+        layer = layer.with_params({path: old + change})
     return layer
 
 
@@ -91,56 +90,34 @@ def _paths(layer: Layer) -> list[str]:
     return [path for path in (SHARED, EXPERTS) if path in layer.params]
 
 
-def _added(layer: Layer, path: str, change: np.ndarray) -> Layer:
-    """Return a copy of the layer with `change` added to the weight at `path`, rounded to the model's dtype."""
-    old = layer.params[path]
-    new = jax.device_put((old + jnp.asarray(change)).astype(layer.dtype).astype(jnp.float32), old.sharding)
-    paths = tuple(dict.fromkeys((*layer.changed_paths, path)))
-    return dataclasses.replace(layer, params={**layer.params, path: new}, changed_paths=paths)
-
-
 def _direction(fit: ExpertSums, held: ExpertSums) -> tuple[np.ndarray, list[float]]:
     """Return each expert's weight change, float32[experts, embed, neurons], and the ridge penalties that help."""
     changes, ridges = np.zeros(np.array(fit.cross.shape)[[0, 2, 1]], np.float32), list[float]()
     for expert, tokens in enumerate(np.asarray(gather_to_host(fit.tokens))):
-        sums, other = (Sums(total.gram[expert], total.cross[expert], 0.0) for total in (fit, held))
+        sums, other = (Sums(total.gram[expert], total.cross[expert]) for total in (fit, held))
         best = best_ridge(sums, other) if tokens > changes.shape[2] else None
         if best is not None:
-            changes[expert] = np.asarray(gather_to_host(solve(sums, best[0]))).T
+            changes[expert] = solved(sums, other, best[0], refit=False).T
             ridges.append(best[0])
     return changes, ridges
 
 
-def _totals(
-    layer: Layer, path: str, stream: LayerStream, place: int, targets: Sequence[jax.Array], held_out: bool
-) -> ExpertSums:
+def _totals(layer: Layer, path: str, stream: LayerStream, targets: Sequence[jax.Array], held_out: bool) -> ExpertSums:
     """Return the least-squares sums of all experts over fitted or held-out calibration rows."""
-
-    def sums(rows: Rows, target: jax.Array) -> ExpertSums:
-        return _sums(layer.params, *rows, target, stack=layer.stack, cfg=layer.cfg, path=path)
-
-    totals = None
-    for _, of_batch in stream.visit(sums, place, targets, held_out=held_out):
-        totals = of_batch if totals is None else add_into(totals, of_batch)
-    assert totals is not None
-    return totals
+    compute = functools.partial(_sums, layer, shared=path == SHARED)
+    return functools.reduce(add_into, (sums for _, sums in stream.visit(compute, targets, held_out=held_out)))
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "cfg", "path"))
-def _sums(
-    params: Any, x: Any, weight: Any, given: Given, target: Any, *, stack: str, cfg: Stack, path: str
-) -> ExpertSums:
-    _, after, values = run_block(stack, cfg, params, x, given, ("routed",))
+@functools.partial(jax.jit, static_argnames="shared")
+def _sums(layer: Layer, rows: Rows, target: jax.Array, *, shared: bool) -> ExpertSums:
+    _, after, values = layer.compute(rows, ("routed",))
     routed: Any = values["routed"]
-    used = weight > 0
-    error = jnp.where(used[..., None], target - after, 0.0)  # padding may hold anything
-    scale = jnp.where(used, weight / jnp.mean(target * target, axis=-1), 0.0)
-    if path == SHARED:
-        read = jnp.where(used[..., None], routed.shared, 0.0)
-        gram = jnp.einsum("bs,bsi,bsj->ij", scale, read, read, precision="highest")
-        cross = jnp.einsum("bs,bsi,bse->ie", scale, read, error, precision="highest")
+    used, scale = rows.weight > 0, token_scale(rows.weight, target)
+    error = jnp.where(used[..., None], target - after.x, 0.0)  # padding may hold anything
+    if shared:
+        gram, cross = token_sums(scale, used, routed.shared, error)
         return ExpertSums(gram[None], cross[None], jnp.sum(used, dtype=jnp.float32)[None])
-    return _of_experts(routed, params, error, scale, cfg.channel.activation)
+    return _of_experts(routed, layer.params, error, scale, layer.cfg.channel.activation)
 
 
 def _of_experts(routed: Routed, params: Any, error: jax.Array, scale: jax.Array, act: str) -> ExpertSums:
@@ -154,10 +131,8 @@ def _of_experts(routed: Routed, params: Any, error: jax.Array, scale: jax.Array,
         rows, expert = block
         read, missing, weight = (array.at[rows // k].get(mode="fill", fill_value=0) for array in flat)
         hidden = hidden_of(act, read, gate[expert], up[expert])
-        hidden = jnp.where(weight[:, None] > 0, hidden * gates.at[rows].get(mode="fill", fill_value=0)[:, None], 0.0)
-        left = (hidden * weight[:, None]).T
-        products = (jnp.matmul(left, right, precision="highest") for right in (hidden, missing))
-        new = (*products, jnp.sum(weight > 0, dtype=jnp.float32))
+        hidden = hidden * gates.at[rows].get(mode="fill", fill_value=0)[:, None]
+        new = (*token_sums(weight, weight > 0, hidden, missing), jnp.sum(weight > 0, dtype=jnp.float32))
         return ExpertSums(*(total.at[expert].add(part) for total, part in zip(totals, new, strict=True))), None
 
     zeros = ExpertSums(jnp.zeros((count, neurons, neurons)), jnp.zeros((count, neurons, embed)), jnp.zeros(count))

@@ -14,7 +14,6 @@ weight is divided by mean(h^2), as there; matrices that read it read it after a 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,17 +23,16 @@ import numpy as np
 import scipy.linalg
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.mesh.mesh import gather_to_host, use_mesh
+from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import READERS, WRITERS
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.batches import CalibrationBatch, names_of_rows, row_batches
+from vlmprune_jax.core.prune.batches import names_of_rows, row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches, positive
-from vlmprune_jax.core.prune.layers import Given, Layer, Rows, run_block
+from vlmprune_jax.core.prune.layers import Layer, Rows
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
-from vlmprune_jax.core.prune.walk import LayerStream, walk
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.prune.ridge import token_scale, token_sums
+from vlmprune_jax.core.prune.stream import LayerStream
 
 _DAMPING = 0.01  # added to the diagonal of G, as a share of each entry (the paper: of the mean entry)
 _FLOOR = 1e-6  # smallest diagonal entry of G, as a share of the mean, for columns that are never active
@@ -49,20 +47,6 @@ class IntegerGrid(Protocol):
 
     def round(self, values: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> np.ndarray:
         """Return the nearest integer codes, int8."""
-
-
-def walk_rows(
-    model: Model,
-    batches: Iterable[Any],
-    weights: TokenWeights,
-    visit: Callable[[Layer, LayerStream], Layer],
-    progress: Callable[[int], None] | None,
-) -> list[CalibrationBatch]:
-    """Call `visit` for every decoder layer with all calibration rows at its input; return the calibration batches."""
-    with use_mesh(mesh_of(model.params)):
-        stream = decoder_stream(model, batches, weights)
-        walk(stream, visit, progress)
-    return list(stream.batches)
 
 
 def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) -> LayerStream:
@@ -114,60 +98,47 @@ def compensated(
     return codes[:, np.argsort(order)]
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def input_sums(
-    params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
-) -> dict[str, jax.Array]:
-    outs = {name: f"{name}_out" for name in WRITERS}
-    block, after, values = run_block(stack, cfg, params, x, given, (*READERS, *outs.values()))
-    counts = weight[..., None] > 0
-
-    def scale(name: str) -> jax.Array:
-        if name not in WRITERS:
-            return weight
-        norm, of_stream = block.norm_after(name), weight / jnp.mean(after * after, axis=-1)
-        return of_stream if norm is None else of_stream * norm.statistics(values[outs[name]])[..., 1] ** 2
-
-    def gram(name: str) -> jax.Array:
-        read = jnp.where(counts, values[name].reshape(*x.shape[:2], -1), 0.0)  # padding may hold anything
-        weighted = read * jnp.where(weight > 0, scale(name), 0.0)[..., None]
-        return jnp.einsum("bsi,bsj->ij", weighted, read, precision="highest")
-
-    return {name: constrain(gram(name), ()) for name in READERS}
-
-
 def finite_sums(
-    sums: Callable[..., dict[str, jax.Array]], layer: Layer, stream: LayerStream, what: str
+    sums: Callable[[Layer, Rows], dict[str, jax.Array]], layer: Layer, stream: LayerStream, title: str
 ) -> dict[str, np.ndarray]:
-    """Sum a layer's statistics over all calibration rows in float64; errors begin with the name `what`.
+    """Sum a layer's statistics over all calibration rows in float64; errors begin with `title`.
 
     Raises UserError if the sums of a row are not finite.
     """
     totals: dict[str, np.ndarray] = {}
-
-    def of_rows(rows: Rows) -> dict[str, jax.Array]:
-        return sums(layer.params, *rows, stack=layer.stack, cfg=layer.cfg)
-
-    for batch, batch_sums in stream.visit(of_rows, layer.number):
+    for batch, batch_sums in stream.visit(lambda rows: sums(layer, rows)):
         for name, batch_sum in batch_sums.items():
             values = np.asarray(batch_sum, np.float64)
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{what}: activations in layer {layer.number} are not finite in {', '.join(batch.names[:5])} of "
+                    f"{title}: activations in layer {layer.number} are not finite in {', '.join(batch.names[:5])} of "
                     "the calibration batches: check these records and the weights"
                 )
             totals[name] = totals.get(name, 0.0) + values
     return totals
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def squares(
-    params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
-) -> dict[str, jax.Array]:
-    _, _, values = run_block(stack, cfg, params, x, given, READERS)
+@jax.jit
+def input_sums(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
+    """Return the sums of w x x^T, float32[in, in], for each input x of a layer's matrices (`READERS`)."""
+    outs = {name: f"{name}_out" for name in WRITERS}
+    block, after, values = layer.compute(rows, (*READERS, *outs.values()))
+    scales = dict.fromkeys(READERS, rows.weight)
+    for name, out in outs.items():
+        norm, scales[name] = block.norm_after(name), token_scale(rows.weight, after.x)
+        if norm is not None:
+            scales[name] *= norm.statistics(values[out])[..., 1] ** 2
+    flat = {name: values[name].reshape(*rows.x.shape[:2], -1) for name in READERS}
+    return {name: constrain(token_sums(scales[name], rows.weight > 0, read), ()) for name, read in flat.items()}
 
-    def mean_squares(name: str) -> jax.Array:
-        read = values[name].reshape(*x.shape[:2], -1)
-        return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
 
-    return {name: constrain(mean_squares(name), ()) for name in READERS}
+@jax.jit
+def squares(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
+    """Return the sums of w x^2, float32[in], for each input x of a layer's matrices (`READERS`)."""
+    _, _, values = layer.compute(rows, READERS)
+
+    def weighted_squares(name: str) -> jax.Array:
+        read = jnp.where(rows.weight[..., None] > 0, values[name].reshape(*rows.x.shape[:2], -1), 0.0)
+        return jnp.einsum("bsi,bs->i", read**2, rows.weight, precision="highest")
+
+    return {name: constrain(weighted_squares(name), ()) for name in READERS}

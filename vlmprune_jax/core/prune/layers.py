@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.mesh import gather_to_host
@@ -24,8 +23,8 @@ from vlmprune_jax.core.models.block import Block
 from vlmprune_jax.core.models.context import KEYS, WRITERS, LayerEmbeds
 from vlmprune_jax.core.models.lazy import to_device, to_host
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.placement import mesh_of, place_batch
-from vlmprune_jax.core.models.stack import fill
+from vlmprune_jax.core.models.placement import mesh_of
+from vlmprune_jax.core.models.stack import at_layer, fill
 from vlmprune_jax.core.models.vlm import Model, stack_module
 from vlmprune_jax.core.stack import Stack
 
@@ -65,35 +64,6 @@ def to_devices(x: Any) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
-class Given(NamedTuple):
-    """Inputs of a layer besides the residual stream: masks, positions, DeepStack additions, reused keys and values.
-
-    `arrays`: inputs of `BlockStack.context_of`. `embeds`: additional embeddings. `shared`: keys and values of earlier
-    layers.
-    """
-
-    arrays: Mapping[str, Any]
-    embeds: LayerEmbeds = LayerEmbeds()
-    shared: Shared = MappingProxyType({})
-
-    def placed(self, mesh: Mesh | None) -> Given:
-        """Return a copy of the layer's inputs on the device, or sharded over a mesh."""
-        return Given(place_batch(self.arrays, mesh), *jax.tree.map(to_devices, (self.embeds, dict(self.shared))))
-
-
-class Rows(NamedTuple):
-    """Calibration rows on the devices: residual stream at the input of a layer, token weights and other inputs."""
-
-    x: jax.Array
-    """Residual stream, float[rows, seq, embed]."""
-
-    weight: jax.Array
-    """Weight of every token, float32[rows, seq]."""
-
-    given: Given
-    """Inputs of the layer besides the residual stream."""
-
-
 class State(NamedTuple):
     """Residual stream of a batch between two layers, and the keys and values that later layers reuse."""
 
@@ -101,21 +71,45 @@ class State(NamedTuple):
     shared: Shared = MappingProxyType({})
 
 
+class Rows(NamedTuple):
+    """Calibration rows on the devices, at the input of a layer."""
+
+    x: jax.Array
+    """Residual stream, float[rows, seq, embed]."""
+
+    weight: jax.Array
+    """Weight of every token, float32[rows, seq]."""
+
+    context: Mapping[str, Any]
+    """Masks and positions, inputs of `BlockStack.context_of`."""
+
+    embeds: LayerEmbeds
+    """Additional embeddings of this layer."""
+
+    shared: Shared
+    """Keys and values of earlier layers."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "number"),
+    meta_fields=("stack", "cfg", "dtype", "mesh", "shares"),
+)
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: original number, parameters by path (by default in float32), and the model's dtype.
+    """One layer of a stack: its number, parameters by path (by default in float32), and the model's dtype.
 
-    `shares`: number of the layer for whose keys and values those of this layer can stand (`Stack.supplies`).
+    Layers are pytrees: functions that take one are compiled once for equal layers. `shares`: number of the
+    layer for whose keys and values those of this layer can stand (`Stack.supplies`).
     """
 
+    params: dict[str, jax.Array]
     number: int
     stack: str
-    params: dict[str, jax.Array]
     cfg: Stack
     dtype: Any
     mesh: Any
     shares: int | None = None
-    changed_paths: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int, dtype: Any = jnp.float32) -> Layer:
@@ -125,101 +119,95 @@ class Layer:
         """
         cfg = model.cfg.stack(stack)
         run, (numbers, shape) = next((run, x) for run, x in enumerate(layer_runs(cfg.layers)) if number in x.numbers)
-        flat = flatten(model.params[stack]["layers"][str(run)])
-        weights = {path: to_device(leaf, numbers.index(number)) for path, leaf in flat.items()}
+        flat, index = flatten(model.params[stack]["layers"][str(run)]), numbers.index(number)
+        if all(isinstance(leaf, jax.Array) for leaf in flat.values()):
+            weights = at_layer(flat, index)
+        else:
+            weights = {path: to_device(leaf, index) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
-        return cls(number, stack, params, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
+        return cls(params, number, stack, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
 
     @functools.cached_property
     def block(self) -> Block:
         """NNX module that computes this layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
+    def compute(
+        self, rows: Rows, capture: tuple[str, ...] = (), prepare: Callable[[Block], None] | None = None
+    ) -> tuple[Block, State, dict[str, Any]]:
+        """Run the layer inside a compiled function; return (module, state after it, values named in `capture`).
+
+        `prepare`: function that changes the module before the module runs.
+        """
+        module = stack_module(self.stack, self.cfg)
+        block, ctx = fill(module.layers["0"], unflatten(self.params)), module.context_of(rows.x, rows.context)
+        if prepare is not None:
+            prepare(block)
+        deepstack, layer_input = rows.embeds
+        names = capture if self.shares is None else (*capture, KEYS)
+        after, _, values = block(rows.x, ctx._replace(shared=rows.shared, layer_input=layer_input), None, names)
+        shared = {} if self.shares is None else {self.shares: values.pop(KEYS)}
+        return block, State(after if deepstack is None else after + deepstack, shared), values
+
+    @functools.partial(jax.jit, static_argnames="capture")
     def run(self, rows: Rows, capture: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
         """Run the layer; return the state after it (stream and shared values), and the values named in `capture`.
 
         Names in `capture`: those of `models.context.VALUES`, and "statistics", which is {writer whose output is
         normalised: float32[rows, seq, 2]}, see `Norm.statistics`.
         """
-        sizes = {"stack": self.stack, "cfg": self.cfg, "shares": self.shares, "capture": capture}
-        return _run(self.params, rows.x, rows.given, **sizes)
+        outs = {name: f"{name}_out" for name in WRITERS if "statistics" in capture}
+        names = tuple(name for name in capture if name != "statistics")
+        block, state, values = self.compute(rows, (*names, *outs.values()))
+        captured: dict[str, Any] = {name: values[name] for name in names}
+        if outs:
+            norms = {name: norm for name in WRITERS if (norm := block.norm_after(name)) is not None}
+            captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
+        return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), (state, captured))
 
-    def changed(self, module: str, change: np.ndarray) -> Layer:
+    def with_params(self, params: Mapping[str, Any], dtype: Any = None) -> Layer:
+        """Return a copy of the layer with parameters replaced by path, rounded to `dtype` (default: the model's)."""
+        new = {path: values.astype(dtype or self.dtype).astype(np.float32) for path, values in params.items()}
+        placed = {path: jax.device_put(values, self.params[path].sharding) for path, values in new.items()}
+        return dataclasses.replace(self, params={**self.params, **placed})
+
+    def changed(self, change: np.ndarray, module: str) -> Layer:
         """Return a copy of the layer with a least-squares correction added to an output projection.
 
         If a norm follows the projection, the correction is added at the norm's present statistics.
         """
-        path, params, gain = self.block.writers[module].projection, dict(self.params), self.block.gain(module)
+        path, gain = self.block.writers[module].projection, self.block.gain(module)
         if gain is not None:  # nothing can change a channel that is multiplied by 0
             factors = np.asarray(gather_to_host(gain))
             change = np.divide(change, factors, out=np.zeros_like(change), where=factors != 0)
-        updates = {"weight": change.T}
-        if f"{path}/bias" in params:
-            updates = {"weight": change[:-1].T, "bias": change[-1]}
-        for name, update in updates.items():
-            old = params[f"{path}/{name}"]
-            new = (old + update.reshape(old.shape)).astype(self.dtype).astype(jnp.float32)
-            params[f"{path}/{name}"] = jax.device_put(new, old.sharding)
-        paths = (*self.changed_paths, *(f"{path}/{name}" for name in updates))
-        return dataclasses.replace(self, params=params, changed_paths=paths)
+        updates = {f"{path}/weight": change.T}
+        if f"{path}/bias" in self.params:
+            updates = {f"{path}/weight": change[:-1].T, f"{path}/bias": change[-1]}
+        old = self.params
+        return self.with_params({name: old[name] + new.reshape(old[name].shape) for name, new in updates.items()})
 
-    def reading(self, reader: str, change: np.ndarray) -> Layer:
+    def reading(self, change: np.ndarray, reader: str) -> Layer:
         """Return a copy of the layer whose attention or MLP reads x + D^T x instead of x, for D float32[embed, embed].
 
         `reader`: the branch, "self_attn" or "mlp"; in a parallel block, both branches read the same input.
         """
         readers = ("self_attn", "mlp") if self.block.parallel else (reader,)
-        params, paths, embed = dict(self.params), list[str](), change.shape[0]
-        for path, old in self.params.items():
-            if self.block.reader_of(path) in readers and old.ndim > 1 and old.shape[-1] == embed:
-                new = old + jnp.einsum("...e,fe->...f", old, jnp.asarray(change), precision="highest")
-                params[path] = jax.device_put(new.astype(self.dtype).astype(jnp.float32), old.sharding)
-                paths.append(path)
-        return dataclasses.replace(self, params=params, changed_paths=(*self.changed_paths, *paths))
+        reads = {
+            path: weight
+            for path, weight in self.params.items()
+            if self.block.reader_of(path) in readers and weight.ndim > 1 and weight.shape[-1] == len(change)
+        }
+        added = {
+            path: jnp.einsum("...e,fe->...f", weight, jnp.asarray(change), precision="highest")
+            for path, weight in reads.items()
+        }
+        return self.with_params({path: weight + added[path] for path, weight in reads.items()})
 
-    @property
-    def written(self) -> dict[str, np.ndarray]:
-        """Parameters that reconstruction has changed, {path: array in the model's dtype}."""
-        return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in self.changed_paths}
-
-
-def run_block(
-    stack: str,
-    cfg: Stack,
-    params: Mapping[str, jax.Array],
-    x: jax.Array,
-    given: Given,
-    capture: tuple[str, ...],
-    prepare: Callable[[Block], None] | None = None,
-) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Run one layer; return (module, residual stream after it, intermediate values named in `capture`).
-
-    `prepare`: function that changes the module before the module runs.
-    """
-    module = stack_module(stack, cfg)
-    block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
-    if prepare is not None:
-        prepare(block)
-    deepstack, layer_input = given.embeds
-    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, capture)
-    return block, after if deepstack is None else after + deepstack, values
-
-
-@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares", "capture"))
-def _run(
-    params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: int | None, capture: tuple[str, ...]
-) -> tuple[State, dict[str, Any]]:
-    outs = {name: f"{name}_out" for name in WRITERS if "statistics" in capture}
-    names = (*(name for name in capture if name != "statistics"), *outs.values(), *(() if shares is None else (KEYS,)))
-    block, after, values = run_block(stack, cfg, params, x, given, names)
-    captured: dict[str, Any] = {name: values[name] for name in capture if name != "statistics"}
-    if outs:
-        norms = {name: norm for name in WRITERS if (norm := block.norm_after(name)) is not None}
-        captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
-    keys: dict[int, Any] = {} if shares is None else {shares: values[KEYS]}
-    result = State(after, keys), captured
-    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), result)
+    def changes_from(self, other: Layer) -> dict[str, np.ndarray]:
+        """Return the parameters that differ from those of the same layer before it was changed, in its dtype."""
+        paths = [path for path, values in self.params.items() if values is not other.params[path]]
+        return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in paths}
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
@@ -231,10 +219,10 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
         for path in sorted({path for number in numbers for path in changed.get(number, ())}):
             leaf, arrays = flat[path], list[np.ndarray]()
             old = np.asarray(gather_to_host(leaf)) if isinstance(leaf, jax.Array) else None
-            for at, number in enumerate(numbers):
+            for index, number in enumerate(numbers):
                 new = changed.get(number, {}).get(path)
                 if new is None:  # only then read it
-                    new = to_host(leaf, at) if old is None else old[at]
+                    new = to_host(leaf, index) if old is None else old[index]
                 arrays.append(new)
             flat[path] = np.stack(arrays) if old is None else jax.device_put(np.stack(arrays), leaf.sharding)
         layers[str(run)] = unflatten(flat)

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.core.prune.stream import LayerStream
 
 # Ridge penalties to try. With 4,096 tokens and 1,000 unknowns, 0.3 to 3 have the lowest held-out error; with more
 # tokens or fewer unknowns, smaller penalties do. An unchanged weight is always a candidate as well.
@@ -34,11 +35,35 @@ _PRODUCT: Any = {"precision": "highest"}
 
 
 class Sums(NamedTuple):
-    """Sums over weighted tokens for least squares: w x x^T [in, in], w x r^T [in, embed], and w |r|^2 per row."""
+    """Sums over weighted tokens for least squares: w x x^T [in, in], w x r^T [in, out], and w |r|^2 per row."""
 
     gram: jax.Array
     cross: jax.Array
-    energy: Any
+    energy: Any = 0.0
+
+
+def token_scale(weight: jax.Array, stream: jax.Array) -> jax.Array:
+    """Return each token's weight divided by the mean square of a residual stream, the factor of the next norm."""
+    return jnp.where(weight > 0, weight / jnp.mean(stream * stream, axis=-1), 0.0)
+
+
+def token_sums(scale: jax.Array, used: jax.Array, read: jax.Array, missing: jax.Array | None = None) -> Any:
+    """Return the sums over tokens of w x x^T [in, in], and of w x r^T [in, out] if `missing` is passed.
+
+    Args:
+      scale: weights w, float32[..., tokens].
+      used: bool, True for tokens that contribute; other tokens (padding) may hold anything.
+      read, missing: x float32[..., tokens, in] and r float32[..., tokens, out].
+    """
+    tokens = tuple(range(scale.ndim))
+    # where, not a product: NaN * 0 is NaN
+    read = jnp.where(used[..., None], read, 0.0)
+    weighted = read * jnp.where(used, scale, 0.0)[..., None]
+
+    def product(right: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(weighted, right, ((tokens, tokens), ((), ())), **_PRODUCT)
+
+    return product(read) if missing is None else (product(read), product(jnp.where(used[..., None], missing, 0.0)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -48,11 +73,11 @@ def add_into(totals: Any, terms: Any) -> Any:
 
 
 def total_sums(
-    stream: LayerStream, place: int, held_out: bool, compute: Callable[..., Sums], *targets: Sequence[Any], what: str
+    stream: LayerStream, held_out: bool, compute: Callable[..., Sums], *targets: Sequence[Any], title: str
 ) -> Sums:
     """Return the sum of `compute(rows, *targets)` over calibration batches, fitted or held-out.
 
-    Raises a UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
+    Raises a UserError that begins with "reconstruct: " and `title` if the energies of a row are not finite.
     """
     totals, energy = None, np.float32(0)
 
@@ -63,12 +88,12 @@ def total_sums(
         totals = products if totals is None else add_into(totals, products)
         return sums.energy
 
-    for batch, energies in stream.visit(add, place, *targets, held_out=held_out):
+    for batch, energies in stream.visit(add, *targets, held_out=held_out):
         pairs = zip(batch.names, np.asarray(energies), strict=False)
         wrong = [name for name, value in pairs if not math.isfinite(value)]
         if wrong:
             raise UserError(
-                f"reconstruct: {what} are not finite in {', '.join(sorted(wrong)[:5])} of the calibration batches: "
+                f"reconstruct: {title} are not finite in {', '.join(sorted(wrong)[:5])} of the calibration batches: "
                 "check these records and the weights"
             )
         energy += np.asarray(energies).sum()
@@ -76,11 +101,34 @@ def total_sums(
     return Sums(*totals, energy)
 
 
+class Solution(msgspec.Struct):
+    """Result of the repair of one weight, as it is cached; a changed weight is an array beside it."""
+
+    error_before: float
+    """Relative error of the residual stream on held-out rows."""
+
+    error_after: float
+    ridge: float | None = None
+    """Ridge penalty; None if the weight is unchanged, 0 if it is trained."""
+
+    tokens: int = 0
+    """Number of calibration tokens."""
+
+    unknowns: int = 0
+    """Number of unknowns for each output."""
+
+
 def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
     """Return the ridge penalty with the lowest held-out error, and the error's change; None if no penalty lowers it."""
     errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
     best = int(np.nanargmin(np.append(errors, 0.0)))
     return None if best == len(RIDGES) else (RIDGES[best], float(errors[best]))
+
+
+def solved(fit: Sums, held: Sums, ridge: float, *, refit: bool) -> np.ndarray:
+    """Return the change for a ridge penalty on the host, from fitted rows, or with `refit` from all rows."""
+    sums = jax.tree.map(jnp.add, fit, held) if refit else fit
+    return np.array(gather_to_host(change(sums, ridge)))
 
 
 @jax.jit
@@ -159,14 +207,14 @@ def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
     lower = jnp.zeros_like(matrix)
     for first, last in itertools.pairwise(steps * part // _PARTS for part in range(_PARTS + 1)):
-        # the factor's columns up to here are known, and its rows above are finished
-        top, known = first * _BLOCK, last * _BLOCK
+        # the factor's columns up to `done` are finished, and so are its rows above `top`
+        top, done = first * _BLOCK, last * _BLOCK
 
-        def factor(step: Any, lower: jax.Array, top: int = top, known: int = known) -> jax.Array:
+        def factor(step: Any, lower: jax.Array, top: int = top, done: int = done) -> jax.Array:
             start = step * _BLOCK
-            above = jax.lax.dynamic_slice(lower, (start, 0), (_BLOCK, known))
+            above = jax.lax.dynamic_slice(lower, (start, 0), (_BLOCK, done))
             column = jax.lax.dynamic_slice(matrix, (top, start), (n + rest - top, _BLOCK))
-            column -= jnp.einsum("ik,jk->ij", lower[top:, :known], above, **_PRODUCT)
+            column -= jnp.einsum("ik,jk->ij", lower[top:, :done], above, **_PRODUCT)
             corner = jnp.linalg.cholesky(jax.lax.dynamic_slice(column, (start - top, 0), (_BLOCK, _BLOCK)))
             column = jax.scipy.linalg.solve_triangular(corner, column.T, lower=True).T
             return jax.lax.dynamic_update_slice(lower, jnp.where(rows[top:] >= start, column, 0.0), (top, start))

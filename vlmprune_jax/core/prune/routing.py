@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,15 +16,13 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import MAX_ARRAYS_BYTES, checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.core.channels import Experts
-from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import BlockValues
-from vlmprune_jax.core.models.placement import mesh_of, place_inputs
-from vlmprune_jax.core.models.vlm import Model, Params
+from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.calibration import PADDING, TOKEN_TYPES, batch_inputs, calibration_batches, run_decoder
+from vlmprune_jax.core.prune.activations import LayerValues, grouped, visit_layers
+from vlmprune_jax.core.prune.calibration import PADDING, TOKEN_TYPES, TYPES, calibration_batches
 from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.core.prune.stream import on_devices
 
 ROUTING = "routing.npz"  # name of the file
 SUMS = ("tokens", "g", "f", "ff", "gf", "largest")
@@ -149,27 +146,27 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
 
     Raises UserError if a layer has no experts, or the batches do not fit the model.
     """
-    mesh, sums, choices = mesh_of(model.params), dict[int, np.ndarray](), dict[int, list[np.ndarray]]()
-    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    parts = [layer.channel for layer in model.cfg.text.layers]
-    mixtures = [part for part in parts if isinstance(part, Experts)]
-    if len(mixtures) < len(parts):
-        raise UserError(next(part for part in parts if part not in mixtures).lacks)
-    per_token = sum(2 * part.top_k for part in mixtures)  # bytes
-    types, room = list[np.ndarray](), _MOST_CHOICES // per_token
-    with use_mesh(mesh):
-        for number, arrays in enumerate(calibration_batches(batches, model.cfg, labels=False), start=1):
-            placed = place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg))
-            row_types = arrays["token_types"]
-            real = np.flatnonzero(row_types != PADDING)[: max(room - sum(map(len, types)), 0)]
-            types.append(row_types.reshape(-1)[real].astype(np.uint8))
-            for i, (chosen, of_batch) in enumerate(_route(params, placed, cfg=model.cfg)):
-                new = np.asarray(of_batch, np.float64)
-                sums[i] = _joined(sums[i], new) if i in sums else new
-                rows = np.asarray(chosen).reshape(-1, chosen.shape[-1])[real]
-                choices.setdefault(i, []).append(rows.astype(np.uint16))
+    channels = [layer.channel for layer in model.cfg.text.layers]
+    mixtures = [channel for channel in channels if isinstance(channel, Experts)]
+    if len(mixtures) < len(channels):
+        raise UserError(next(channel for channel in channels if channel not in mixtures).lacks)
+    room = _MOST_CHOICES // sum(2 * channel.top_k for channel in mixtures)  # tokens
+    model = on_devices(model)
+    sums, choices = dict[int, np.ndarray](), dict[int, list[np.ndarray]]()
+    types = list[np.ndarray]()
+    checked = calibration_batches(batches, model.cfg, labels=False)
+    done = 0
+    for group in grouped(model, "text", checked, np.ones(len(TYPES), np.float32)):
+        layers = visit_layers(model, "text", group, ("routed",), _route, lambda x: jax.tree.map(np.asarray, x[0]))
+        for number, (batch,) in enumerate(group):
+            real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
+            types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
+            for i, (chosen, new) in enumerate(layer[number] for layer in layers):
+                sums[i] = _joined(sums[i], new) if i in sums else new.astype(np.float64)
+                choices.setdefault(i, []).append(chosen.reshape(-1, chosen.shape[-1])[real].astype(np.uint16))
+            done += 1
             if progress is not None:
-                progress(number)
+                progress(done)
     joined = {i: np.concatenate(rows) for i, rows in choices.items()}
     return Routing(fingerprint(model), sums, joined, np.concatenate(types))
 
@@ -180,18 +177,14 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.concatenate([one[:, :-1] + other[:, :-1], largest], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _route(params: Params, batch: Mapping[str, Any], *, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
-    """Return (chosen experts int[batch, seq, k], sums float32[token types, sums, experts]) of every layer."""
-
-    def hook(block: BlockValues) -> tuple[jax.Array, jax.Array]:
-        experts, gates, norms = block.inputs["routed"][:3]
-        g, f = gates.astype(jnp.float32), norms.astype(jnp.float32)
-        values = jnp.stack([jnp.ones_like(f), g, f, f * f, g * f])
-        zeros = jnp.zeros((len(TOKEN_TYPES) + 1, len(block.params["mlp"]["router"]["weight"])), jnp.float32)
-        places = batch["token_types"][..., None], experts  # padding, whose values may be anything, has a row of its own
-        sums = [*jax.vmap(lambda value: zeros.at[places].add(value))(values), zeros.at[places].max(g * f)]
-        return experts, jnp.stack(sums, axis=1)[1:]
-
-    layers = run_decoder(params, cfg, batch, hook, ("routed",))
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), layers)
+@jax.jit
+def _route(layer: LayerValues, types: jax.Array, carry: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Return (chosen experts int[batch, seq, k], sums float32[token types, sums, experts]) of one layer."""
+    routed: Any = layer.inputs["routed"]
+    g, f = routed.gates.astype(jnp.float32), routed.norms.astype(jnp.float32)
+    values = jnp.stack([jnp.ones_like(f), g, f, f * f, g * f])
+    zeros = jnp.zeros((len(TOKEN_TYPES) + 1, len(layer.params["mlp/router/weight"])), jnp.float32)
+    places = types[..., None], routed.experts  # padding, whose values may be anything, has a row of its own
+    sums = [*jax.vmap(lambda value: zeros.at[places].add(value))(values), zeros.at[places].max(g * f)]
+    result = routed.experts, jnp.stack(sums, axis=1)[1:]
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), result), carry

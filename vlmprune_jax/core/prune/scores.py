@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -15,14 +14,16 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, parse_json, read_arrays, reading, replacing
-from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.part import AXES, LAYERS, Key
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.core.prune.criteria import scoring
 from vlmprune_jax.core.prune.routing import Routing
 
-FORMAT = 2
-MOST_UNITS = 10_000  # layers of a model, units of an axis of a layer that is no MLP
+FORMAT = 3
 _TODO = "score again"
+
+Values = Mapping[Key, np.ndarray]
 
 
 class _Version(TypedDict):
@@ -34,7 +35,7 @@ class _Options(TypedDict, total=False):
 
     variant: str | None
     gqa: Literal["groups", "q_heads"]
-    layers_removed: Annotated[int, msgspec.Meta(ge=1, le=MOST_UNITS)] | None
+    layers_removed: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None
 
 
 class _Meta(_Version):
@@ -43,13 +44,11 @@ class _Meta(_Version):
     criterion: str
     fingerprint: str
     options: _Options
-    stack: Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$")]
-    kinds: list[Literal["image", "prompt", "answer"]]  # token types with separate scores
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance scores of a component's layers, or of units inside layers, by one criterion (low = removed first)."""
+    """Importance scores of layers, or of units inside layers, by one criterion (low = removed first)."""
 
     criterion: str
     """Name of the criterion."""
@@ -60,62 +59,52 @@ class Scores:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the criterion."""
 
-    importance: np.ndarray | None = None
-    """float64[n_layers], scores of whole layers; None if the criterion does not score them.
+    values: Values = field(default_factory=dict)
+    """{key: float64[units]}, scores of the units along every scored axis; layers have the axis "layers".
 
-    With an option `layers_removed` = n, entry i is the score of the n consecutive layers from layer i on.
-    """
-
-    units: Mapping[tuple[int, str], np.ndarray] = field(default_factory=dict)
-    """{(layer, axis): float64[units]}, scores of single units; empty if the criterion does not score them.
-
+    With an option `layers_removed` = n, entry i of "layers" is the score of the n consecutive layers from layer i on.
     For axes with a parent, either the parents are scored ("kv_heads": whole groups of grouped-query attention), or the
     children ("q_heads"), of which equally many are then removed from every parent. Experts and their neurons may both
     be scored; the pruning method chooses.
     """
 
-    stack: str = "text"
-    """The scored component: the decoder "text", or the tower "vision"."""
+    by_token_type: Mapping[str, Values] = field(default_factory=dict)
+    """{token type: values}, the same scores from calibration tokens of one type alone.
 
-    by_token_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """{token type: {"importance": ..., "units": ...}}, the same scores from calibration tokens of one type alone.
-
-    Types are "image", "prompt" and "answer"; empty if the criterion does not split its scores, or all tokens have one
-    type.
+    Types are "image", "video", "prompt" and "answer"; empty if the criterion does not split its scores, or all tokens
+    have one type.
     """
 
     routing: Routing | None = None
     """Choices of the routers (criteria for experts); not part of `save`, see `Routing.save`."""
 
     def __post_init__(self) -> None:
-        for name, values in self._arrays().items():
-            if np.isnan(values).any():
+        for name, array in self._arrays().items():
+            if np.isnan(array).any():
                 raise UserError(
                     f"{self.criterion} scores {name} contain NaN: check weights and calibration records for NaN"
                 )
 
     def __repr__(self) -> str:
-        """Return criterion, component and number of scores as text, without the scores."""
-        layers = self.n_layers
-        scored = [] if self.importance is None else [f"{layers} layers"]
-        if self.units:
-            counts = [
-                f"{sum(len(part) for (_, name), part in self.units.items() if name == axis):,} {AXES[axis].title}"
-                for axis in self.axes
-            ]
-            scored.append(f"{' and '.join(counts)} of {layers} layers")
-        kinds = f", also by token type ({', '.join(self.by_token_type)})" if self.by_token_type else ""
-        return f"Scores({self.name}, {self.stack}: importance of {', '.join(scored)}{kinds}; model {self.fingerprint})"
+        """Return criterion, components and number of scores as text, without the scores."""
+        scored = [f"{len(array)} layers" for key, array in self.values.items() if key.axis == LAYERS]
+        if self.axes:
+            counts = [f"{sum(map(len, self.along(axis))):,} {AXES[axis].title}" for axis in self.axes]
+            layers = {(key.component, key.layer) for key in self.values if key.layer is not None}
+            scored.append(f"{' and '.join(counts)} of {len(layers)} layers")
+        types = f", also by token type ({', '.join(self.by_token_type)})" if self.by_token_type else ""
+        components = " and ".join(self.components)
+        return f"Scores({self.name}, {components}: importance of {', '.join(scored)}{types}; model {self.fingerprint})"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the scored components."""
+        return tuple(dict.fromkeys(key.component for key in self.values))
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Names of the axes with scores, such as "kv_heads" and "mlp"; () if only whole layers are scored."""
-        return tuple(dict.fromkeys(axis for _, axis in self.units))
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers for which there are scores."""
-        return len({i for i, _ in self.units}) if self.importance is None else len(self.importance)
+        """Names of the axes inside layers with scores, such as "kv_heads"; () if only whole layers are scored."""
+        return tuple(dict.fromkeys(key.axis for key in self.values if key.layer is not None))
 
     @property
     def name(self) -> str:
@@ -125,133 +114,84 @@ class Scores:
 
     @property
     def span(self) -> int | None:
-        """Number of consecutive layers that each `importance` entry scores together; None if each layer has its own."""
+        """Number of consecutive layers that an entry of "layers" scores together; None if each layer has its own."""
         return self.options.get("layers_removed")
-
-    def check_units(self) -> None:
-        """Raise UserError if the criterion scores only layers."""
-        if not self.units:
-            raise UserError(
-                f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
-            )
 
     def along(self, axis: str) -> tuple[np.ndarray, ...]:
         """Return the scores of one axis, layer by layer (only layers that have this axis)."""
-        return tuple(part for (_, name), part in self.units.items() if name == axis)
-
-    @property
-    def heads(self) -> tuple[np.ndarray, ...] | None:
-        """Scores of attention units, layer by layer: groups of heads ("kv_heads") or query heads; None if unscored."""
-        return self.along("q_heads") or self.along("kv_heads") or None
-
-    @property
-    def mlp(self) -> tuple[np.ndarray, ...] | None:
-        """Scores of MLP neurons, layer by layer; None if unscored."""
-        return self.along("mlp") or None
+        return tuple(array for key, array in self.values.items() if key.axis == axis)
 
     @property
     def layers(self) -> np.ndarray:
-        """Scores of whole layers (`importance`); raise UserError if the criterion scores only heads and neurons."""
-        if self.importance is None:
-            raise UserError(
-                f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}"
-            )
-        return self.importance
+        """Scores of whole layers, float64[n_layers]; raise UserError if the criterion scores only units of layers."""
+        for array in self.along(LAYERS):
+            return array
+        raise UserError(f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to an `.npz` file (without pickle), atomically."""
-        path = Path(path)
         meta = {
             "format": FORMAT,
             "criterion": self.criterion,
             "fingerprint": self.fingerprint,
             "options": dict(self.options),
-            "stack": self.stack,
-            "kinds": list(self.by_token_type),
         }
-        with replacing(path) as file:
+        with replacing(Path(path)) as file:
             np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read a scores file written by `save`; raise UserError if it is missing or malformed."""
-        where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
-        for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
-            most = array.size if "mlp" in name else MOST_UNITS
-            arrays[name] = array if name == "meta" else _numbers(array, most, f"{path}: {name}")
+        arrays = read_arrays(Path(path), missing=missing, todo=_TODO)
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
-        known = checked(meta, _Version, f"{path}: meta", _TODO)["format"]
-        if known != FORMAT:
-            todo = "upgrade vlmprune-jax" if known > FORMAT else "run `vlmprune score` again"
-            raise UserError(f"{path}: has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
+        written = checked(meta, _Version, f"{path}: meta", _TODO)["format"]
+        if written != FORMAT:
+            todo = "upgrade vlmprune-jax" if written > FORMAT else "run `vlmprune score` again"
+            raise UserError(f"{path}: has format {written}, but this version of vlmprune reads {FORMAT}: {todo}")
         checked(meta, _Meta, f"{path}: meta", _TODO)
-        prefixes = {"": "", **{kind: f"{kind}/" for kind in meta["kinds"]}}
-        sets = {kind: _parts(arrays, prefix) for kind, prefix in prefixes.items()}
-        if sum(map(_count, sets.values())) != len(arrays):
-            raise UserError(f"{path}: its arrays do not match the layers and axes that it declares: {_TODO}")
-        total = sets.pop("")
-        if any(_shapes(part) != _shapes(total) for part in sets.values()):
-            raise UserError(f"{path}: scores by token type and total scores have different shapes: {_TODO}")
+        values, by_token_type = dict[Key, np.ndarray](), dict[str, dict[Key, np.ndarray]]()
         with error_context(path):
-            return cls(
-                criterion=meta["criterion"],
-                fingerprint=meta["fingerprint"],
-                options=meta["options"],
-                stack=meta["stack"],
-                **total,
-                by_token_type=sets,
-            )
+            for name, array in arrays.items():
+                key, _, token_type = name.partition("@")
+                if token_type and token_type not in TOKEN_TYPES:
+                    raise UserError(f"{name[:80]!r} has scores of an unknown token type: {_TODO}")
+                of_type = by_token_type.setdefault(token_type, {}) if token_type else values
+                of_type[Key.parse(key)] = _numbers(array, name)
+            shapes = {key: array.shape for key, array in values.items()}
+            for of_type in by_token_type.values():
+                if {key: array.shape for key, array in of_type.items()} != shapes:
+                    raise UserError(f"scores by token type and total scores have different shapes: {_TODO}")
+            return cls(meta["criterion"], meta["fingerprint"], meta["options"], values, by_token_type)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays of a scores file by name: `importance`, `0/kv_heads`, `image/0/kv_heads`."""
-        total = {"importance": self.importance, "units": self.units}
-        arrays = {}
-        for prefix, parts in (("", total), *((f"{kind}/", parts) for kind, parts in self.by_token_type.items())):
-            if parts.get("importance") is not None:
-                arrays[f"{prefix}importance"] = parts["importance"]
-            arrays |= {f"{prefix}{i}/{axis}": part for (i, axis), part in parts.get("units", {}).items()}
+        """Return the arrays of a scores file by name: `text/layers`, `text/0/kv_heads`, `text/0/kv_heads@image`."""
+        arrays = {str(key): array for key, array in self.values.items()}
+        for token_type, values in self.by_token_type.items():
+            arrays |= {f"{key}@{token_type}": array for key, array in values.items()}
         return arrays
 
 
-def _parts(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    """Return the fields of `Scores` that a file's arrays below a prefix contain."""
-    names = {name.removeprefix(prefix): name for name in arrays if name.startswith(prefix)}
-    units = {}
-    for name in sorted((name for name in names if re.fullmatch("[0-9]{1,5}/[a-z_]+", name)), key=_layer_first):
-        layer, axis = name.split("/")
-        if axis in AXES:
-            units[int(layer), axis] = arrays[names[name]]
-    importance = {"importance": arrays[names["importance"]]} if "importance" in names else {}
-    return {**importance, "units": units}
+def shapes_in(cfg: ModelConfig, component: str) -> dict[Key, tuple[int]]:
+    """Return {key: (units,)} for the layers of a component and every prunable axis of these layers."""
+    layers = cfg.stack(component).layers
+    units = {Key(component, i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
+    return {Key(component, None, LAYERS): (len(layers),), **units}
 
 
-def _layer_first(name: str) -> tuple[int, int]:
-    layer, axis = name.split("/")
-    return int(layer), [*AXES].index(axis) if axis in AXES else -1
+def fits_model(values: Values, cfg: ModelConfig) -> bool:
+    """Return True if scores have the model's sizes, and include every layer of a component that has a scored axis."""
+    scored = {(key.component, key.axis) for key in values}
+    shapes = {key: shape for name in {name for name, _ in scored} for key, shape in shapes_in(cfg, name).items()}
+    expected = {key: shape for key, shape in shapes.items() if (key.component, key.axis) in scored}
+    return {key: np.shape(array) for key, array in values.items()} == expected
 
 
-def _count(parts: Mapping[str, Any]) -> int:
-    return ("importance" in parts) + len(parts["units"])
-
-
-def _shapes(parts: Mapping[str, Any]) -> dict[Any, Any]:
-    shapes = {key: part.shape for key, part in parts["units"].items()}
-    return {**shapes, "importance": np.shape(parts.get("importance", 0))}
-
-
-def fits_layers(units: Mapping[tuple[int, str], Any], layers: Sequence[Layer]) -> bool:
-    """Return True if scores of units have the sizes of these layers, and include every layer that has a scored axis."""
-    axes = {axis for _, axis in units}
-    expected = {(i, axis): size for i, layer in enumerate(layers) for axis, size in layer.sizes.items() if axis in axes}
-    return {key: np.shape(part) for key, part in units.items()} == {key: (size,) for key, size in expected.items()}
-
-
-def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
-    """Return an array; raise UserError unless it is one-dimensional, floating-point and not too long."""
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
+def _numbers(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array as float64; raise UserError unless it is one-dimensional, floating-point and not empty."""
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not array.size:
         raise UserError(
-            f"{where} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"
+            f"{name} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"
         )
     return np.asarray(array, np.float64)

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.checks import blaming, one_of, with_defaults
+from vlmprune_jax.base.checks import blaming, check_returned, one_of, with_defaults
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.journal import Journal
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.base.journal import Journal, continued
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.activations import accumulate
-from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
+from vlmprune_jax.core.part import Key
+from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens, grouped, visit_layers
+from vlmprune_jax.core.prune.batches import CalibrationBatch
+from vlmprune_jax.core.prune.calibration import (
+    TOKEN_TYPE_WEIGHTS,
+    TOKEN_TYPES,
+    TYPES,
+    calibration_batches,
+    positive,
+    types_in,
+    weight_of_token_types,
+)
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA
-from vlmprune_jax.core.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, taken
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.routing import Routing, measure_routing
-from vlmprune_jax.core.prune.scores import Scores, fits_layers
+from vlmprune_jax.core.prune.scores import Scores, fits_model, shapes_in
+from vlmprune_jax.core.prune.stream import on_devices
 
 # Options that change how scores are computed, but not the scores.
 OPERATIONAL = ("memory_budget",)
@@ -81,75 +95,115 @@ def score(
         journal = cache = None
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        scores, by_token_type = _measure(
-            chosen, model, routing or batches or (), settings, stack, progress, journal, cache
-        )
-        for arrays in (scores, *by_token_type.values()):
-            _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
-        return Scores(
-            criterion,
-            fingerprint(model),
-            score_settings,
-            **scores,
-            stack=stack,
-            by_token_type=by_token_type,
-            routing=routing,
-        )
+        kept = {"progress": progress, "journal": journal, "cache": cache}
+        values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
+        for arrays in (values, *by_token_type.values()):
+            _check(criterion, chosen, arrays, model.cfg, stack)
+        return Scores(criterion, fingerprint(model), score_settings, values, by_token_type, routing)
 
 
 def _measure(
-    chosen: Criterion,
-    model: Model,
-    batches: Iterable[Any] | Routing,
-    settings: Mapping[str, Any],
-    stack: str,
-    progress: Callable[[int], None] | None,
-    journal: Journal | None,
-    cache: ArrayCache | None,
-) -> tuple[Parts, Mapping[str, Parts]]:
-    """Compute scores over all tokens, and scores by token type."""
-    options = taken(chosen.function, {**settings, "stack": stack})
+    chosen: Criterion, model: Model, settings: Mapping[str, Any], stack: str, batches: Any, kept: Mapping[str, Any]
+) -> tuple[Values, Mapping[str, Values]]:
+    """Compute scores over all tokens, and scores by token type; `kept`: progress, journal and cache of `score`."""
+    options = taken(chosen.function, {**settings, "cache": kept["cache"], "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options), {}
     if isinstance(batches, Routing):
         result = chosen.function(batches, **options)
-        return result if chosen.splits else (result, {})
-    checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
-    if chosen.finish is None:
-        kept = {"cache": cache} if chosen.journals else {}
-        result = chosen.function(model, checked, progress, **options, **kept)
-        return result if chosen.splits else (result, {})
+    elif chosen.finish is None:
+        checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
+        result = chosen.function(model, checked, kept["progress"], **options)
+    else:
+        sums, by_token_type = _activation_sums(chosen, model, settings, stack, batches, kept)
+        finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
+        return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
+    return result if chosen.splits else (result, {})
+
+
+def _activation_sums(
+    chosen: Criterion, model: Model, settings: Mapping[str, Any], stack: str, batches: Any, kept: Mapping[str, Any]
+) -> tuple[list[LayerSums], dict[str, list[LayerSums]]]:
+    """Return the criterion's sums of each layer over all tokens, and over the tokens of each type, in float64."""
     splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
     weight_of = weight_of_token_types({**TOKEN_TYPE_WEIGHTS, **(settings if splits else {})})
     # the paper's sums include padding: they do not split by token type
-    splits = splits and not settings.get("reference_compat")
-    sums, by_token_type = accumulate(
-        model,
-        checked,
-        chosen.function,
-        options,
-        stack=stack,
-        weight_of=weight_of,
-        splits=splits,
-        progress=progress,
-        journal=journal,
-    )
-    finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
-    return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
+    types = [*TOKEN_TYPES.values()] if splits and not settings.get("reference_compat") else []
+    ways = jnp.asarray(np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]))
+    named = taken(chosen.function, {**settings, "stack": stack}).items()
+    options = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in named)
+    carries = bool(taken(chosen.function, {"carry": None}))
+    measure = functools.partial(_sums, ways, function=chosen.function, options=options, carries=carries)
+    counts, totals, model = np.zeros(len(TYPES), int), list[LayerSums](), on_devices(model)
+
+    def added(results: list[LayerSums]) -> LayerSums:
+        names = results[0] if results else ()
+        return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], 0) for name in names}
+
+    def waiting() -> Iterator[tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]]:
+        """Yield, for each batch, its group from it on, and a list for the sums of the group's batches."""
+        for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False), weight_of):
+            computed = list[list[LayerSums]]()
+            for number, parts in enumerate(group):
+                for batch in parts:
+                    counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
+                yield group[number:], computed
+
+    def sums_of(item: tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]) -> list[dict[str, Any]]:
+        group, computed = item
+        if not computed:  # the first batch of the group that the journal lacks
+            computed += map(list, zip(*visit_layers(model, stack, group, chosen.inputs, measure, added), strict=True))
+        layers = computed[-len(group)]
+        return layers if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in layers]
+
+    n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
+    entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
+    for done, entry in enumerate(entries, start=1):
+        new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
+        pairs = zip(totals or [{}] * n_layers, new, strict=True)
+        totals = [added([sums for sums in pair if sums]) for pair in pairs]
+        if progress is not None:
+            progress(done)
+    positive(sum(map(len, totals)))
+    by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
+    of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
+    return by_way[0], {name: of_type[name] for name in types_in(counts) if types}
 
 
-def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer]) -> None:
-    """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
-    fields = {field for what in chosen.scores for field in FIELDS[what]}
-    if scores.keys() != fields:
-        raise UserError(f"criterion {name!r} returns {', '.join(scores) or 'nothing'}, expected {', '.join(fields)}")
-    importance = np.shape(scores.get("importance", np.empty(len(layers))))
-    if importance != (len(layers),):
-        raise UserError(
-            f"criterion {name!r} returns importance of shape {importance}, expected a number for each of the "
-            f"{len(layers)} layers"
-        )
-    if "units" in fields and not (scores["units"] and fits_layers(scores["units"], layers)):
-        shapes = {key: np.shape(part) for key, part in scores["units"].items()}
-        sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
-        raise UserError(f"criterion {name!r} returns units {shapes}, expected scores of shapes among {sizes}")
+@functools.partial(jax.jit, static_argnames=("function", "options", "carries"))
+def _sums(
+    ways: jax.Array, values: LayerValues, types: jax.Array, carry: Any, *, function: Any, options: Any, carries: bool
+) -> tuple[dict[str, jax.Array], Any]:
+    """Return a criterion's sums {name: [ways, ...]} over the tokens of one batch, for each way of weighting them."""
+
+    def weighted_sums(weights: jax.Array, carry: Any) -> Any:
+        tokens = Tokens(weights[types], types)
+        if carries:
+            return function(values, tokens, carry=carry, **dict(options))
+        sums = function(values, tokens, **dict(options))
+        check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")
+        return sums, None
+
+    sums, carry = jax.vmap(weighted_sums, in_axes=(0, None if carry is None else 0))(ways, carry)
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums), carry
+
+
+def _fits(entry: Any, n_layers: int) -> bool:
+    """Return True if a journal entry consists of numeric arrays for each layer."""
+    try:
+        arrays = [np.asarray(x) for layer in entry for x in layer.values()]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return len(entry) == n_layers and all(array.dtype.kind in "if" for array in arrays)
+
+
+def _check(name: str, chosen: Criterion, values: Values, cfg: ModelConfig, component: str) -> None:
+    """Raise UserError if a criterion returned scores of other axes or shapes than it declares."""
+    declared = {(component, what != "layers") for what in chosen.scores}
+    keyed = all(isinstance(key, Key) for key in values)
+    if keyed and fits_model(values, cfg) and {(key.component, key.layer is not None) for key in values} == declared:
+        return
+    shapes = shapes_in(cfg, component).items()
+    expected = {str(key): shape for key, shape in shapes if (component, key.layer is not None) in declared}
+    returned = {str(key): np.shape(array) for key, array in values.items()}
+    raise UserError(f"criterion {name!r} returns scores of shapes {returned}, expected shapes among {expected}")

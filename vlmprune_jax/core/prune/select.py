@@ -20,7 +20,7 @@ from vlmprune_jax.core.prune.cost import least_ratio, make_measure
 from vlmprune_jax.core.prune.depth import check_listed, choose_layers
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.prune.layer_costs import layer_costs
-from vlmprune_jax.core.prune.scores import Scores, fits_layers
+from vlmprune_jax.core.prune.scores import Scores, fits_model
 from vlmprune_jax.core.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
 LISTED = "listed layers"  # in place of a criterion, in plans that remove the layers of `prune.layers`
@@ -72,7 +72,7 @@ def plan_layers(
     """
     depth, width = _pair(scores, config.method)
     used = [method_scores for method_scores in (depth, width) if method_scores is not None]
-    stack = used[0].stack
+    stack = used[0].components[0]
     layers = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
     before = count_params(cfg)
@@ -164,7 +164,8 @@ def _plan_each(
 ) -> PrunePlan:
     """Return one plan that removes the same share of layer parameters from each of several stacks."""
     stacks = [
-        stack_scores.stack if isinstance(stack_scores, Scores) else stack_scores[0].stack for stack_scores in scores
+        stack_scores.components[0] if isinstance(stack_scores, Scores) else stack_scores[0].components[0]
+        for stack_scores in scores
     ]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -220,10 +221,8 @@ class _Request:
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not method_scores.fingerprint.startswith(shape_digest(cfg)) for method_scores in used):
         raise UserError("these scores are for another model (their shapes do not match this config): score this model")
-    layers = cfg.stack(stack).layers
     for scores in used:
-        n_layers = len(layers) if scores.importance is None else len(scores.importance)
-        if n_layers != len(layers) or not fits_layers(scores.units, layers):
+        if not fits_model(scores.values, cfg):
             raise UserError(f"{scores.criterion} scores do not match the {stack} stack of this model: score this model")
 
 
@@ -260,10 +259,10 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
         depth, width = scores
         if depth.fingerprint != width.fingerprint:
             raise UserError("the depth scores and the width scores are for different models: score the same model")
-        if depth.stack != width.stack:
+        if depth.components != width.components:
             raise UserError(
-                f"the depth scores are for the {depth.stack} stack, the width scores for the {width.stack} stack: "
-                "score the same stack"
+                f"the depth scores are for the {depth.components[0]} stack, the width scores for the "
+                f"{width.components[0]} stack: score the same stack"
             )
     else:
         if not isinstance(scores, Scores):

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.part import AXES, Key
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.config import PlanConfig
@@ -42,7 +42,7 @@ def explain(
         if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
             raise UserError("this plan is for another model than the config's: plan again")
         if not kept.is_whole or len(plan.stacks) == 1:
-            of_component = [stack_scores for stack_scores in scores if stack_scores.stack == name]
+            of_component = [stack_scores for stack_scores in scores if name in stack_scores.components]
             tables.append(_explain_stack(plan, cfg, spec, of_component, name))
     return tables if routing is None else [*tables, affected_tokens(plan, routing)]
 
@@ -84,7 +84,7 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
         row += [f"{remaining.get(axis, 0):,} of {sizes[axis]:,}" if axis in sizes else NONE for axis in axes]
         row += _loss(before[i], left.get(i, 0))
         row += [] if depth is None else [f"{depth.layers[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
-        row += [] if width is None else [_score_lost(width, i, axis, layer) for axis in width.axes]
+        row += [] if width is None else [_score_lost(width, Key(name, i, axis), layer) for axis in width.axes]
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(left.values()))
     rows.append(
@@ -113,13 +113,13 @@ def _heading(axis: str) -> str:
     return AXES[axis].title if AXES[axis].parent and not AXES[axis].channels else AXES[axis].title.split()[-1]
 
 
-def _score_lost(scores: Scores, index: int, axis: str, layer: KeptLayer | None) -> str:
+def _score_lost(scores: Scores, key: Key, layer: KeptLayer | None) -> str:
     """Return a table cell with the share of a layer's scores along an axis that pruning removes."""
-    if layer is None or (index, axis) not in scores.units:
+    if layer is None or key not in scores.values:
         return NONE
-    values = scores.units[index, axis]
+    values = scores.values[key]
     total = float(values.sum())
-    return f"{100 * (1 - float(values[list(layer.kept[axis])].sum()) / total):.1f} %" if total > 0 else NONE
+    return f"{100 * (1 - float(values[list(layer.kept[key.axis])].sum()) / total):.1f} %" if total > 0 else NONE
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:

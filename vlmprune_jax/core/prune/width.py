@@ -15,9 +15,10 @@ from vlmprune_jax.base.checks import layer_range
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer, keep_layers
-from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.part import AXES, Key
 from vlmprune_jax.core.plans.kept import KeptLayer
 from vlmprune_jax.core.prune.config import METHOD_AXES, PlanConfig
+from vlmprune_jax.core.prune.criteria import scoring
 from vlmprune_jax.core.prune.layer_costs import Costs, layer_costs
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.solver import (
@@ -81,7 +82,7 @@ def choose_widths(
             f"base has {len(base.layers)} layers, but the model has {n_layers}: only heads and neurons may differ"
         )
     if gqa == "groups" and isinstance(base, TextConfig) and base.producers:
-        scores = _tied(scores, base, alive)
+        scores = _tied(scores, base, alive, stack)
     costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
     units = _units(base, costs, scores.axes, alive, config, snapped)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive) + (by_count or 0)
@@ -128,17 +129,25 @@ def _after_counts(
         layers = whole.stack(stack).layers
         return whole.with_layers([pruned_layer(first.get(i, {}), layer) for i, layer in enumerate(layers)], stack)
 
-    units, numbers = dict[tuple[int, str], np.ndarray](), dict[tuple[int, str], np.ndarray]()
-    for (i, axis), values in scores.units.items():
-        if axis not in axes:
+    units, numbers = dict[Key, np.ndarray](), dict[tuple[int, str], np.ndarray]()
+    for key, values in scores.values.items():
+        i, axis = key.layer, key.axis
+        if i is not None and axis not in axes:
             parents, layer = first.get(i, {}).get(AXES[axis].parent), cfg.stack(stack).layers[i]
             numbers[i, axis] = np.arange(len(values)) if parents is None else _children(axis, parents, layer)
-            units[i, axis] = values[numbers[i, axis]]
+            units[key] = values[numbers[i, axis]]
     base, costs = config.base or cfg, layer_costs(cfg, stack).of
     gone = sum(map(costs, base.stack(stack).layers)) - sum(map(costs, smaller(base).stack(stack).layers))
     rest = dataclasses.replace(config, base=smaller(base), experts=None)
     others, widths = choose_widths(
-        dataclasses.replace(scores, units=units), smaller(cfg), alive, ratio, rest, total, stack, by_count=gone
+        dataclasses.replace(scores, values=units, by_token_type={}),
+        smaller(cfg),
+        alive,
+        ratio,
+        rest,
+        total,
+        stack,
+        by_count=gone,
     )
     kept = {i: {axis: numbers[i, axis][indices] for axis, indices in others[i].items()} for i in alive}
     steps = {name: value for name, value in solved.items() if name != "sparsity"}
@@ -153,28 +162,31 @@ def _children(axis: str, parents: np.ndarray, layer: Layer) -> np.ndarray:
 
 def _scores_for(scores: Scores, method: str) -> Scores:
     """Return the scores of the axes that a method prunes; raise UserError if there are none."""
-    scores.check_units()
+    if not scores.axes:
+        raise UserError(
+            f"{scores.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
+        )
     parents = {AXES[axis].parent for axis in scores.axes}
     axes = METHOD_AXES.get(method, [axis for axis in scores.axes if axis not in parents])
-    units = {key: values for key, values in scores.units.items() if key[1] in axes}
+    units = {key: values for key, values in scores.values.items() if key.axis in axes}
     if not units:
         titles = " and ".join(AXES[axis].title for axis in axes)
         raise UserError(
             f"{scores.criterion} has no scores of {titles}, which method {method!r} removes: use a model with {titles} "
             f"and a criterion that scores {titles}"
         )
-    return dataclasses.replace(scores, units=units)
+    return dataclasses.replace(scores, values=units, by_token_type={})
 
 
-def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
+def _tied(scores: Scores, base: TextConfig, alive: Sequence[int], stack: str) -> Scores:
     """Sum head scores over the layers that share keys and values, so that these layers lose the same heads."""
-    units = dict(scores.units)
+    units = dict(scores.values)
     kept = base.with_layers(keep_layers(base.layers, alive))
     for producer in kept.producers:
         users = [i for i, layer in zip(alive, kept.layers, strict=True) if layer.mixer.source == producer]
-        together = sum(units[i, "kv_heads"] for i in users) + units[alive[producer], "kv_heads"]
-        units |= {(i, "kv_heads"): together for i in (*users, alive[producer])}
-    return dataclasses.replace(scores, units=units)
+        shared = [Key(stack, i, "kv_heads") for i in (*users, alive[producer])]
+        units |= dict.fromkeys(shared, np.sum([units[key] for key in shared], axis=0))
+    return dataclasses.replace(scores, values=units)
 
 
 def _units(
@@ -287,10 +299,11 @@ class _Pool:
 def _ranked(scores: Scores, layers: tuple[Layer, ...]) -> dict[tuple[int, str], tuple[_Pool, ...]]:
     """Return {(layer, axis): rankings of its units}, one ranking per parent, inside which units compete."""
     result = {}
-    for (i, axis), values in scores.units.items():
-        parent = AXES[axis].parent
-        rows = values.reshape(layers[i].sizes[parent] if parent else 1, -1)
-        result[i, axis] = tuple(_Pool.of(row, n * len(row)) for n, row in enumerate(rows))
+    for key, values in scores.values.items():
+        assert key.layer is not None
+        parent = AXES[key.axis].parent
+        rows = values.reshape(layers[key.layer].sizes[parent] if parent else 1, -1)
+        result[key.layer, key.axis] = tuple(_Pool.of(row, n * len(row)) for n, row in enumerate(rows))
     return result
 
 
@@ -324,13 +337,14 @@ def _global(
     int(initial units * (1 - sparsity)), or the n that comes nearest to the ratio.
     """
     axes = [(i, axis) for i in alive for axis in units[i].axes]
-    pool = np.sort(np.concatenate([*(scores.units[i, axis.axis] for i, axis in axes if axis.prune), np.empty(0)]))
+    of_unit = {(key.layer, key.axis): values for key, values in scores.values.items()}
+    pool = np.sort(np.concatenate([*(of_unit[i, axis.axis] for i, axis in axes if axis.prune), np.empty(0)]))
 
     def keep(count: int) -> dict[int, Kept]:
         threshold = pool[count - 1] if count > 0 else -np.inf
         kept = dict[int, dict[str, np.ndarray]]()
         for i, axis in axes:
-            kept.setdefault(i, {})[axis.axis] = _above(scores.units[i, axis.axis], threshold, axis.prune)
+            kept.setdefault(i, {})[axis.axis] = _above(of_unit[i, axis.axis], threshold, axis.prune)
         return {i: kept.get(i, {}) for i in alive}
 
     def removed(count: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache, recorded
@@ -18,10 +16,10 @@ from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.context import READERS
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.gptq import finite_sums, round_matrices, squares, walk_rows
+from vlmprune_jax.core.prune.gptq import decoder_stream, finite_sums, round_matrices, squares
 from vlmprune_jax.core.prune.layers import Layer
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
-from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.core.prune.stream import LayerStream
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.io.checkpoints.integers import make_storage
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
@@ -86,14 +84,16 @@ def gptq(
     storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
     codes: dict[str, dict[str, np.ndarray]] = {}
 
-    def round_layer(layer: Layer, stream: LayerStream) -> Layer:
+    stream = decoder_stream(model, batches, weights)
+
+    def round_layer(layer: Layer) -> Layer | None:
         slots = by_key(_matrices(model.cfg, layer.number)).values()
         held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
         layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
         codes.update(layer_codes)
-        return dataclasses.replace(layer, params=layer.params | params)
+        return None if layer.number + 1 == stream.n_layers else layer.with_params(params, dtype=np.float32)
 
-    walk_rows(model, batches, weights, round_layer, progress)
+    stream.walk(round_layer, progress=progress)
     return Rounded(**vars(storage), codes=codes)
 
 
@@ -113,7 +113,9 @@ def imatrix(
     weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
     sums: dict[str, np.ndarray] = {}
 
-    def add_squares(layer: Layer, stream: LayerStream) -> Layer:
+    stream = decoder_stream(model, batches, weights)
+
+    def add_squares(layer: Layer) -> Layer | None:
         keys = {f"{layer.number}/{name}": name for name in READERS}
 
         def compute() -> dict[str, np.ndarray]:
@@ -123,12 +125,12 @@ def imatrix(
         arrays = recorded(cache, keys, compute)
         for slot in _matrices(model.cfg, layer.number):
             sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
-        return layer
+        return None if layer.number + 1 == stream.n_layers else layer
 
-    calibration = walk_rows(model, batches, weights, add_squares, progress)
-    weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in calibration)
-    rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in calibration)
-    tokens = sum(int((batch.weight > 0).sum()) for batch in calibration)
+    stream.walk(add_squares, progress=progress)
+    weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in stream.batches)
+    rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in stream.batches)
+    tokens = sum(int((batch.weight > 0).sum()) for batch in stream.batches)
     return Importance({name: total / weight for name, total in sums.items()}, rows, tokens)
 
 
@@ -145,25 +147,22 @@ def _round_layer(
     storage: CompressedTensors,
     dtype: np.dtype,
     cache: ArrayCache | None,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    by_input = {
-        hook: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == hook] for hook in READERS
-    }
-    slots_of = {
-        hook: [slot for matrix in matrices for slot in matrix] for hook, matrices in by_input.items() if matrices
-    }
+    matrices_of, paths = dict[str, list[Sequence[Slot]]](), dict[str, list[tuple[str, int]]]()
+    for matrix in held:
+        if name := layer.block.reader_of(inside(matrix[0])):
+            matrices_of.setdefault(name, []).append(matrix)
+            paths.setdefault(name, []).extend((inside(slot), slot.hf_shape[1]) for slot in matrix)
 
     def compute() -> dict[str, np.ndarray]:
-        paths = {hook: [(inside(slot), slot.hf_shape[1]) for slot in slots] for hook, slots in slots_of.items()}
         rounded = round_matrices(layer, paths, stream, storage, dtype)
-        return {key: array for hook in rounded for key, array in zip(_keys(layer, hook), rounded[hook], strict=True)}
+        return {key: array for name in rounded for key, array in zip(_keys(layer, name), rounded[name], strict=True)}
 
-    keys = [key for hook in slots_of for key in _keys(layer, hook)]
-    arrays = recorded(cache, keys, compute)
-    codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for hook in slots_of:
-        matrices, (integers, scale, zeros) = by_input[hook], (arrays[key] for key in _keys(layer, hook))
+    arrays = recorded(cache, [key for name in matrices_of for key in _keys(layer, name)], compute)
+    codes, params = dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
+    for name, matrices in matrices_of.items():
+        integers, scale, zeros = (arrays[key] for key in _keys(layer, name))
         size = integers.shape[1] // scale.shape[1]
         values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
         end = 0
@@ -171,14 +170,13 @@ def _round_layer(
             start, end = end, end + matrix[0].hf_shape[0]
             codes[matrix[0].name] = storage.parts(integers[start:end], scale[start:end], zeros[start:end])
             for slot in matrix:
-                old = layer.params[inside(slot)]
                 new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
-                params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
+                params[inside(slot)] = new.reshape(layer.params[inside(slot)].shape)
     return codes, params
 
 
-def _keys(layer: Layer, hook: str) -> tuple[str, str, str]:
-    return f"{layer.number}/{hook}/codes", f"{layer.number}/{hook}/scale", f"{layer.number}/{hook}/zeros"
+def _keys(layer: Layer, name: str) -> tuple[str, str, str]:
+    return f"{layer.number}/{name}/codes", f"{layer.number}/{name}/scale", f"{layer.number}/{name}/zeros"
 
 
 def inside(slot: Slot) -> str:

@@ -154,7 +154,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     if config.layers:
         return plan_without_scores(trim, f"{shape_digest(cfg)}-", cfg, config)
     gqa = experiment.score.gqa
-    scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
+    scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if config.method == "hybrid" else scores
     if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")

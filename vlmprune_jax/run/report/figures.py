@@ -12,10 +12,11 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.base.errors import UserError, printable
-from vlmprune_jax.core.part import AXES, WRITERS
+from vlmprune_jax.core.part import AXES, LAYERS, WRITERS, Key
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, Scores
 from vlmprune_jax.core.prune.routing import ROUTING, Routing
+from vlmprune_jax.core.prune.scores import Values
 from vlmprune_jax.core.prune.tables import AFFECTED, affected_tokens
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
@@ -146,16 +147,17 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
 
     Raises UserError if there are too many scores for a figure, or the plan has no entry for their stack.
     """
-    if plan is not None and scores.stack not in plan.stacks:
-        raise UserError(f"{scores.criterion} scores are for the {scores.stack} stack, which the plan does not contain")
-    kept_of = None if plan is None else plan.stacks[scores.stack]
-    what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
-    by_layer = scores.importance is not None and plan is not None and plan.method == "depth"
-    experts = scores.along("experts")
-    if (scores.heads is None and not experts) or by_layer:
+    component = scores.components[0]
+    if plan is not None and component not in plan.stacks:
+        raise UserError(f"{scores.criterion} scores are for the {component} stack, which the plan does not contain")
+    kept_of = None if plan is None else plan.stacks[component]
+    what = scores.criterion if component == "text" else f"{scores.criterion} of the tower"
+    by_layer = scores.along(LAYERS) and plan is not None and plan.method == "depth"
+    heads, experts = heads_of(scores.values), scores.along("experts")
+    if not (heads or experts) or by_layer:
         gone = () if kept_of is None else kept_of.removed_layers
         return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
-    rows, unit = (experts, "expert") if scores.heads is None else (scores.heads, "attention head")
+    rows, unit = (heads, "attention head") if heads else (experts, "expert")
     _check_drawable(f"{scores.criterion} scores are", list(map(len, rows)))
     if kept_of is None:
         kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(rows)}
@@ -172,8 +174,8 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
 
 
 def _importance_alt(scores: Scores) -> str:
-    if scores.heads is not None:
-        return f"Importance by {scores.criterion} of the attention heads of {len(scores.heads)} layers"
+    if heads := heads_of(scores.values):
+        return f"Importance by {scores.criterion} of the attention heads of {len(heads)} layers"
     if experts := scores.along("experts"):
         return f"Importance by {scores.criterion} of the experts of {len(experts)} layers"
     order = sorted(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
@@ -203,8 +205,8 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
         if scores.by_token_type and len(figures) < MOST_DRAWN:
-            if scores.heads is not None:
-                _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
+            if heads := heads_of(scores.values):
+                _check_drawable(f"{scores.criterion} scores are", list(map(len, heads)))
             shares = {k: (head_shares(arrays), layer_shares(arrays)) for k, arrays in scores.by_token_type.items()}
             drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
@@ -242,24 +244,29 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
         yield Section("Recovery training", figures=tuple(figures))
 
 
-def layer_shares(arrays: Mapping[str, Any]) -> np.ndarray:
+def layer_shares(values: Values) -> np.ndarray:
     """Return each layer's share of all importance for one token type, float64[n_layers] (sum 1).
 
     Width scores are summed over neurons (most of a layer's parameters). Infinite scores (never removed) have weight 0.
     """
-    values = arrays["importance"] if "importance" in arrays else [*_by_layer(arrays["units"]).values()]
-    return _shares([np.asarray(values, np.float64)])[0]
+    whole = [scores for key, scores in values.items() if key.axis == LAYERS]
+    neurons = {key.layer: float(np.sum(scores)) for key, scores in values.items() if not _is_of_heads(key)}
+    return _shares(whole or [np.array([*neurons.values()])])[0]
 
 
-def head_shares(arrays: Mapping[str, Any]) -> list[np.ndarray] | None:
+def head_shares(values: Values) -> list[np.ndarray] | None:
     """Return each attention head's share of the total importance over all layers; None without head scores."""
-    heads = [scores for (_, axis), scores in arrays.get("units", {}).items() if AXES[axis].channels]
+    heads = heads_of(values)
     return _shares(heads) if heads else None
 
 
-def _by_layer(units: Mapping[tuple[int, str], np.ndarray]) -> dict[int, float]:
-    """Return the summed scores of each layer's single channels (neurons, most of a layer)."""
-    return {layer: float(np.sum(scores)) for (layer, axis), scores in units.items() if not AXES[axis].channels}
+def heads_of(values: Values) -> list[np.ndarray]:
+    """Return the scores of units of several channels (such as attention heads), layer by layer."""
+    return [scores for key, scores in values.items() if _is_of_heads(key)]
+
+
+def _is_of_heads(key: Key) -> bool:
+    return key.layer is not None and bool(AXES[key.axis].channels)
 
 
 def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune import CRITERIA, KeptStack, PrunePlan, Scores
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.cost import amount
@@ -125,8 +126,9 @@ def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig,
         arrays = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
         if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
             options["layers_removed"] = span
-            arrays = {**arrays, "importance": arrays["importance"][: max(0, len(arrays["importance"]) + 1 - span)]}
-        return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **arrays)
+            key = Key(stack, None, LAYERS)
+            arrays = {**arrays, key: arrays[key][: max(0, len(arrays[key]) + 1 - span)]}
+        return Scores(criterion, f"{shape_digest(cfg)}-", options, arrays)
 
     scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
     spec = dataclasses.replace(spec, steps=1)
@@ -140,8 +142,10 @@ def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
 
 def _load(path: Path, stack: str) -> Scores:
     scores = Scores.load(path)
-    if scores.stack != stack:
-        raise UserError(f"{path}: has scores for the {scores.stack} stack, expected the {stack} stack: score again")
+    if scores.components != (stack,):
+        raise UserError(
+            f"{path}: has scores for the {scores.components[0]} stack, expected the {stack} stack: score again"
+        )
     return scores
 
 

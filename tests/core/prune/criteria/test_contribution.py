@@ -47,8 +47,8 @@ def test_scores_equal_sums_in_float64(criterion, shape):
     arrays = batch(one.cfg)
     found = score(one, [arrays], criterion=criterion, image_weight=0.1)
     for i, (heads, neurons) in enumerate(expected(one, arrays, 0.1, criterion)):
-        np.testing.assert_allclose(found.heads[i], heads, rtol=2e-4)
-        np.testing.assert_allclose(found.mlp[i], neurons, rtol=2e-4, atol=1e-6 * neurons.max())
+        np.testing.assert_allclose(found.along("kv_heads")[i], heads, rtol=2e-4)
+        np.testing.assert_allclose(found.along("mlp")[i], neurons, rtol=2e-4, atol=1e-6 * neurons.max())
     make_plan(found, one.cfg, method="width", ratio=0.1, heads="auto")
 
 
@@ -59,5 +59,7 @@ def test_batches_add_up_on_a_mesh():
     parts = [{name: array[at : at + 4] for name, array in whole.items()} for at in (0, 4)]
     first = score(one, [whole], criterion="activation")
     second = score(on_mesh(one, 4, 2, 1), parts, criterion="activation")
-    for a, b in zip((*first.heads, *first.mlp), (*second.heads, *second.mlp), strict=True):
+    for a, b in zip(
+        (*first.along("kv_heads"), *first.along("mlp")), (*second.along("kv_heads"), *second.along("mlp")), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5)

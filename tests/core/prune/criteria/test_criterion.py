@@ -1,13 +1,14 @@
 """What a criterion can be, what its functions get, and that nothing outside prune/criteria/ knows one by name."""
 
 import ast
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from media_cases import packed
-from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
 from repository import ROOT
 
 from vlmprune_jax.base.errors import UserError
@@ -64,21 +65,18 @@ def test_kinds_of_tokens():
 # --- a criterion of one's own ----------------------------------------------------------------------------------------
 
 
-def energy(blocks, tokens, *, power):
+def energy(layer, tokens, *, power):
     """Sums of |x|^power over answers, with what was counted."""
-
-    def hook(block):
-        return {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in block.inputs.items()}
-
     answers = (tokens.token_type == ANSWER).astype(jnp.float32)
-    return {"layers": blocks(hook, inputs=("o_proj", "down_proj")), "answers": answers.sum()}
+    sums = {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in layer.inputs.items()}
+    return {**sums, "answers": answers.sum()}
 
 
 def mean_energy(sums, model, *, gqa):
     norms = input_weights(model, power=2)
     layers = [
-        {name: x[name] / sums["answers"] * norm[name] for name in x}
-        for x, norm in zip(sums["layers"], norms, strict=True)
+        {name: layer[name] / layer["answers"] * norm[name] for name in norm}
+        for layer, norm in zip(sums, norms, strict=True)
     ]
     return reduce_inputs(layers, model.cfg, gqa=gqa)
 
@@ -90,6 +88,7 @@ OWN = Criterion(
     finish=mean_energy,
     options={"power": 2, "gqa": "groups"},
     journals=True,
+    inputs=("o_proj", "down_proj"),
 )
 
 
@@ -99,7 +98,7 @@ def own(monkeypatch):
 
 
 def assert_equal(mine, others, **tolerance):
-    for one, other in zip(mine.heads + mine.mlp, others.heads + others.mlp, strict=True):
+    for one, other in zip(mine.values.values(), others.values.values(), strict=True):
         np.testing.assert_allclose(one, other, **{"rtol": 0, **tolerance})
 
 
@@ -116,8 +115,8 @@ def test_padding_batching_and_a_mesh_do_not_change_it(own):
 
 def test_unequal_layers_and_query_heads(own):
     scores = score(model(config(UNEQUAL)), [batch(config(UNEQUAL))], criterion="energy", gqa="q_heads")
-    assert [len(heads) for heads in scores.heads] == [4, 4, 8, 4]
-    assert [len(neurons) for neurons in scores.mlp] == [12, 12, 10, 12]
+    assert [len(heads) for heads in scores.along("q_heads")] == [4, 4, 8, 4]
+    assert [len(neurons) for neurons in scores.along("mlp")] == [12, 12, 10, 12]
     layer = unstack_layers(model(config(UNEQUAL)).params, config(UNEQUAL))[0][2]
     np.testing.assert_allclose(
         input_weights(model(config(UNEQUAL)), power=2)[2]["down_proj"],
@@ -148,7 +147,7 @@ def test_an_interrupted_pass_continues_from_its_journal(own, tmp_path):
 
 def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch):
     cfg = config(EQUAL)
-    monkeypatch.setitem(CRITERIA, "energy", Criterion(("widths",), "activations", energy, mean_energy, OWN.options))
+    monkeypatch.setitem(CRITERIA, "energy", dataclasses.replace(OWN, journals=False))
     score(model(cfg), [batch(cfg)], criterion="energy", journal=Journal(tmp_path / "j", {}))
     assert not (tmp_path / "j").exists()
 
@@ -164,6 +163,7 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),
+        ({"inputs": ("gate_proj",)}, "input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "),
         ({"options": {"powr": 2}}, "a criterion: option 'powr' is not a parameter of any of its functions"),
     ],
 )
@@ -174,24 +174,16 @@ def test_descriptions_that_contradict_themselves(changes, message):
 
 def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
     cfg = config(EQUAL)
-    units = {(i, axis): np.zeros(size) for i in range(5) for axis, size in (("kv_heads", 2), ("mlp", 11))}
+    units = unit_scores((np.zeros(2),) * 5, (np.zeros(11),) * 5)
     for scores, parts, message in (
-        (("layers",), {"units": {}}, "units, expected importance"),
-        (
-            ("layers",),
-            {"importance": np.zeros(4)},
-            r"importance of shape \(4,\), expected a number for each of the 5",
-        ),
-        (("widths",), {"units": {}}, "units {}, expected scores of shapes among"),
-        (("widths",), {"units": units}, r"units .*\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
+        (("layers",), units, r".*'text/0/mlp': \(11,\).*, expected shapes among {'text/layers': \(5,\)}"),
+        (("layers",), layer_scores(np.zeros(4)), r"{'text/layers': \(4,\)}, expected .*: \(5,\)"),
+        (("widths",), {}, "{}, expected shapes among {'text/0/kv_heads'"),
+        (("widths",), units, r".*'text/0/mlp': \(11,\).*, expected .*'text/0/mlp': \(12,\)"),
     ):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
-        with pytest.raises(UserError, match=f"'mine' returns {message}"):
+        with pytest.raises(UserError, match=f"'mine' returns scores of shapes {message}"):
             score(model(cfg), criterion="mine")
-    gates = Criterion(("layers",), "activations", lambda blocks, tokens: blocks(len, ("gate_proj",)), lambda s, m: s)
-    monkeypatch.setitem(CRITERIA, "mine", gates)
-    with pytest.raises(UserError, match="input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "):
-        score(model(cfg), [batch(cfg)], criterion="mine")
 
 
 def test_no_criterion_is_known_by_name_elsewhere():
@@ -229,10 +221,10 @@ def test_pixels_in_order_of_appearance():
         if criterion == "taylor":
             assert_equal(flat, rows)
         else:
-            np.testing.assert_array_equal(flat.importance, rows.importance)
+            np.testing.assert_array_equal(flat.layers, rows.layers)
     turned = score(model(cfg), [{**arrays, "pixel_values": pixels[::-1]}], criterion="block_influence")
     straight = score(model(cfg), [{**arrays, "pixel_values": pixels}], criterion="block_influence")
-    assert (turned.importance != straight.importance).all()
+    assert (turned.layers != straight.layers).all()
 
 
 @pytest.mark.parametrize(

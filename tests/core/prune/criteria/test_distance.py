@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_cases import random_ids
 from prune_cases import (
     EQUAL,
     UNEQUAL,
@@ -16,10 +18,13 @@ from prune_cases import (
     on_mesh,
 )
 
+import vlmprune_jax as vp
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import score
-from vlmprune_jax.core.prune.activations import _sums
 from vlmprune_jax.core.prune.criteria.distance import cosine_distance
+from vlmprune_jax.core.prune.scoring import _sums
+from vlmprune_jax.core.prune.stream import LayerStream
+from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.exports.pruning import make_plan
 
 
@@ -35,7 +40,7 @@ def test_block_influence_equals_the_reference(goldens):
     one = golden_llava(goldens)
     seen = []
     scores = score(one, samples, criterion="block_influence", reference_compat=True, progress=seen.append)
-    np.testing.assert_allclose(scores.importance, arrays["importances"], rtol=1e-5)
+    np.testing.assert_allclose(scores.layers, arrays["importances"], rtol=1e-5)
     assert seen == [1, 2, 3, 4, 5, 6]
     for n, removed in recorded["removed"].items():
         plan = make_plan(scores, one.cfg, method="depth", layers_removed=int(n))
@@ -60,8 +65,8 @@ def test_angular_distance_equals_the_reference(goldens):
     for n in (2, 3, 4, 5):
         scores = score(one, samples, criterion="angular", layers_removed=n, reference_compat=True)
         starts = 6 - n + 1
-        np.testing.assert_allclose(scores.importance[:starts], arrays[f"angular_importances_k{n}"][:starts], rtol=1e-5)
-        assert np.isinf(scores.importance[starts:]).all()
+        np.testing.assert_allclose(scores.layers[:starts], arrays[f"angular_importances_k{n}"][:starts], rtol=1e-5)
+        assert np.isinf(scores.layers[starts:]).all()
         plan = make_plan(scores, one.cfg, method="depth", layers_removed=n)
         assert list(plan.removed_layers) == recorded["angular"][str(n)]["removed"]
 
@@ -84,24 +89,24 @@ def test_default_is_the_mean_over_real_tokens(vision):
     arrays = batch(cfg)
     distance, mask = straight(cfg, arrays), arrays["attention_mask"] == 1
     scores = score(model(cfg), [arrays], criterion="block_influence")
-    np.testing.assert_allclose(scores.importance, distance[:, mask].mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores.layers, distance[:, mask].mean(axis=1), rtol=1e-5)
     compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
-    np.testing.assert_allclose(compat.importance, distance.sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(compat.layers, distance.sum(axis=(1, 2)), rtol=1e-5)
 
 
 def test_padding_and_batching_do_not_change_the_scores():
     cfg = config(EQUAL)
     arrays = batch(cfg)
-    expected = score(model(cfg), [arrays], criterion="block_influence").importance
+    expected = score(model(cfg), [arrays], criterion="block_influence").layers
     apart = [{name: array[i : i + 2] for name, array in arrays.items()} for i in (0, 2)]
-    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").importance, expected, rtol=1e-5)
+    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").layers, expected, rtol=1e-5)
     lengths = arrays["attention_mask"].sum(axis=1)
     left = {n: np.stack([np.roll(row, 9 - k) for row, k in zip(a, lengths, strict=True)]) for n, a in arrays.items()}
     filler = {name: np.zeros_like(array) for name, array in arrays.items()}
     for criterion, options in (("block_influence", {}), ("angular", {"layers_removed": 2})):
-        plain = score(model(cfg), [arrays], criterion=criterion, **options).importance
+        plain = score(model(cfg), [arrays], criterion=criterion, **options).layers
         np.testing.assert_allclose(
-            score(model(cfg), [left, filler], criterion=criterion, **options).importance, plain, rtol=1e-5
+            score(model(cfg), [left, filler], criterion=criterion, **options).layers, plain, rtol=1e-5
         )
 
 
@@ -114,7 +119,7 @@ def test_angular_is_the_mean_angle_at_the_last_real_token():
     a, b = states[:-3], states[3:]
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     scores = score(model(cfg), [arrays], criterion="angular", layers_removed=3)
-    np.testing.assert_allclose(scores.importance[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores.layers[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -123,7 +128,7 @@ def test_a_mesh_gives_the_same_scores():
     batches = [batch(cfg, rows=8), batch(cfg, rows=3, seed=1)]
     expected = score(model(cfg), batches, criterion="block_influence")
     sharded = score(on_mesh(model(cfg), 2, 2, 2), batches, criterion="block_influence")
-    np.testing.assert_allclose(sharded.importance, expected.importance, rtol=1e-5)
+    np.testing.assert_allclose(sharded.layers, expected.layers, rtol=1e-5)
     assert sharded.fingerprint == expected.fingerprint
 
 
@@ -131,6 +136,39 @@ def test_cosine_distance_of_zero_opposite_and_nearly_equal_vectors():
     a = jnp.asarray([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [3.0, 4.0], [1.0, 0.0]])
     b = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [-2.0, -4.0], [6.0, 8.0], [1.0, 1e-4]])
     np.testing.assert_allclose(cosine_distance(a, b), [0.5, 0.5, 2.0, 0.0, 5e-9], rtol=1e-4, atol=1e-12)
+
+
+def test_a_model_in_files_is_scored_with_one_layer_on_the_device(goldens, monkeypatch):
+    """Scores are those of the loaded model; each layer is read once for all batches, and no other is on the device."""
+    folder = goldens / "families/qwen3_vl/ckpt"
+    loaded = vp.load(folder, dtype="float32")
+    batches = [
+        {**(ids := random_ids(loaded, seed)), "attention_mask": np.ones_like(ids["input_ids"])} for seed in (0, 1)
+    ]
+    expected = {name: score(loaded, batches, criterion=name) for name in ("block_influence", "activation")}
+    runs = loaded.params["text"]["layers"].values()
+    n_layers = len(loaded.cfg.text.layers)
+    one_layer = sum(leaf.nbytes for run in runs for leaf in jax.tree.leaves(run)) // n_layers
+    stacked = {leaf.shape for run in runs for leaf in jax.tree.leaves(run) if leaf.ndim > 2}
+    del loaded, runs
+    files, peaks, load = open_model(folder, dtype="float32"), [], LayerStream.load
+    present = {id(array) for array in jax.live_arrays()}
+
+    def counted(stream, number):
+        layer = load(stream, number)
+        shapes = {leaf.shape for leaf in layer.params.values() if leaf.ndim > 1}
+        new = [array for array in jax.live_arrays() if id(array) not in present]
+        peaks.append(sum(array.nbytes for array in new if array.shape in shapes))
+        assert not {array.shape for array in new} & stacked
+        return layer
+
+    monkeypatch.setattr(LayerStream, "load", counted)
+    for name, scores in expected.items():
+        found = score(files, batches, criterion=name)
+        for mine, theirs in zip(found.values.values(), scores.values.values(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    assert len(peaks) == 2 * n_layers
+    assert 0 < max(peaks) <= 2 * one_layer  # the next layer is read before the last is dropped
 
 
 def test_the_model_is_not_traced_again_for_every_batch():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPE_WEIGHTS, TOKEN_TYPES
 from vlmprune_jax.core.prune.config import COMBINATIONS
 from vlmprune_jax.core.prune.criteria.routed import REAP
@@ -31,15 +32,15 @@ def test_scores_of_all_tokens_and_of_images(goldens, name):
     for criterion, score_of in OF_SUMS.items():
         scores = vp.score(golden.model, [golden.batch("left")], criterion=criterion)
         for actual, sums in (
-            (scores.units, {key: x.sum(axis=1) for key, x in stored.items()}),
-            (scores.by_token_type["image"]["units"], {key: x[:, 1] for key, x in stored.items()}),
+            (scores.values, {key: x.sum(axis=1) for key, x in stored.items()}),
+            (scores.by_token_type["image"], {key: x[:, 1] for key, x in stored.items()}),
         ):
             with np.errstate(invalid="ignore", divide="ignore"):
                 expected = score_of(sums)
             for layer, values in enumerate(expected):
                 seen = sums["count"][layer] > 0
                 values = np.where(seen, values, values[seen].max())  # an expert without tokens is not the first to go
-                np.testing.assert_allclose(actual[layer, "experts"], values, rtol=1e-4, err_msg=criterion)
+                np.testing.assert_allclose(actual[Key("text", layer, "experts")], values, rtol=1e-4, err_msg=criterion)
 
 
 def test_experts_of_few_tokens_stay(goldens):
@@ -47,7 +48,7 @@ def test_experts_of_few_tokens_stay(goldens):
     count = golden.arrays["batch_left_count"].sum(axis=1)
     scores = vp.score(golden.model, [golden.batch("left")], criterion="reap", fewest_tokens=float(np.median(count)))
     for layer, tokens in enumerate(count):
-        values = scores.units[layer, "experts"]
+        values = scores.along("experts")[layer]
         assert (values[tokens < np.median(count)] == values.max()).all()
     ids = {"input_ids": np.arange(9)[None], "attention_mask": np.ones((1, 9), np.int32)}
     with pytest.raises(UserError, match="needs experts, but a layer has a dense MLP: use a criterion"):
@@ -74,8 +75,8 @@ def test_sums_equal_stock(measured, tmp_path):
     for criterion in OF_SUMS:
         expected = vp.score(golden.model, [golden.batch("left")], criterion=criterion, token_types="floor")
         scores = vp.score(golden.model, criterion=criterion, routing=again, token_types="floor")
-        for key, values in expected.units.items():
-            np.testing.assert_array_equal(scores.units[key], values)
+        for key, values in expected.values.items():
+            np.testing.assert_array_equal(scores.values[key], values)
     (tmp_path / "routing.npz").write_bytes((tmp_path / "routing.npz").read_bytes()[:-90])
     with pytest.raises(UserError, match="score again"):
         Routing.load(tmp_path / "routing.npz")
@@ -121,7 +122,9 @@ def test_every_token_type_keeps_its_best_experts(seed, experts):
     shares = np.stack([own / own.sum() for own in values.values()])
     weights = dict.fromkeys(TOKEN_TYPE_WEIGHTS, 1.0)
     options = {"fewest_tokens": 0.0, "few_tokens": "protect", **weights}
-    scores = {how: REAP.function(routing, token_types=how, **options)[0]["units"][0, "experts"] for how in COMBINATIONS}
+    scores = {
+        how: REAP.function(routing, token_types=how, **options)[0][Key("text", 0, "experts")] for how in COMBINATIONS
+    }
     np.testing.assert_allclose(scores["sum"], shares.sum(axis=0))
     np.testing.assert_allclose(scores["max"], shares.max(axis=0))
     np.testing.assert_allclose(scores["pooled"], sums[:, 4].sum(axis=0) / sums[:, 0].sum(axis=0))

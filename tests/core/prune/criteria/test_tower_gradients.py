@@ -67,8 +67,10 @@ def test_widths_equal_sums_in_float64(criterion):
             x, weight = block[name].reshape(len(block[name]), -1), layer[path].reshape(8, -1)
             norm = np.linalg.norm(weight * layer[SCALES[path]][:, None], axis=0)
             expected.append((x**2).mean(0) ** 0.5 * norm if criterion == "activation" else x.var(0) * norm**2)
-        np.testing.assert_allclose(found.heads[i], expected[0].reshape(SHAPES[i].mixer.kv_heads, -1).sum(1), rtol=2e-4)
-        np.testing.assert_allclose(found.mlp[i], expected[1], rtol=2e-4, atol=1e-6 * expected[1].max())
+        np.testing.assert_allclose(
+            found.along("kv_heads")[i], expected[0].reshape(SHAPES[i].mixer.kv_heads, -1).sum(1), rtol=2e-4
+        )
+        np.testing.assert_allclose(found.along("mlp")[i], expected[1], rtol=2e-4, atol=1e-6 * expected[1].max())
 
 
 def test_layers_equal_cosines_in_float64():
@@ -114,8 +116,8 @@ def test_taylor_equals_plain_differentiation():
             units = [
                 channel_scores(weights, gradients, f"{run}/{name}/weight", index, labels, variant) for name in names
             ]
-            np.testing.assert_allclose(found.heads[layer], sum(units[:4]), rtol=1e-4)
-            np.testing.assert_allclose(found.mlp[layer], sum(units[4:]), rtol=1e-4)
+            np.testing.assert_allclose(found.along("kv_heads")[layer], sum(units[:4]), rtol=1e-4)
+            np.testing.assert_allclose(found.along("mlp")[layer], sum(units[4:]), rtol=1e-4)
 
 
 def channel_scores(weights, gradients, path, index, labels, variant):
@@ -150,8 +152,8 @@ def test_every_criterion_scores_it_and_makes_a_plan(criterion, tmp_path):
     found = score(one, [batch(one.cfg)], criterion=criterion, stack="vision", **options)
     found.save(tmp_path / "scores.npz")
     again = Scores.load(tmp_path / "scores.npz")
-    assert (again.stack, again.criterion) == ("vision", criterion)
-    if found.heads is None:
+    assert ({key.component for key in again.values}, again.criterion) == ({"vision"}, criterion)
+    if not found.along("kv_heads"):
         plan = make_plan(again, one.cfg, method="depth", layers_removed=2 if options else 1)
     else:
         plan = make_plan(again, one.cfg, method="width", ratio=0.02)
@@ -166,7 +168,7 @@ def test_magnitude_sums_the_towers_weights():
     for i, layer in enumerate(layers):
         squares = {name: np.asarray(leaf, np.float64) ** 2 for name, leaf in layer.items()}
         np.testing.assert_allclose(
-            found.mlp[i], squares["mlp/fc1/weight"].sum(1) + squares["mlp/fc2/weight"].sum(0), rtol=1e-5
+            found.along("mlp")[i], squares["mlp/fc1/weight"].sum(1) + squares["mlp/fc2/weight"].sum(0), rtol=1e-5
         )
 
 
@@ -176,7 +178,7 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(model(config()), criterion="l1", stack="vision")
     text = {name: array for name, array in batch(config()).items() if name != "pixel_values"}
     for criterion in ("block_influence", "taylor"):
-        with pytest.raises(UserError, match="the calibration batches have no images, which scores of a vision tower"):
+        with pytest.raises(UserError, match="the calibration batches have no images, which scores of vision need"):
             score(one, [text], criterion=criterion, stack="vision")
     unlabelled = batch(one.cfg) | {"labels": np.full((4, 9), -100)}
     with pytest.raises(UserError, match="the calibration batches with images have no label"):
@@ -186,5 +188,5 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(one, criterion="mine", stack="vision")
     broken = flatten(one.params)
     broken["vision/layers/0/mlp/fc2/weight"] = broken["vision/layers/0/mlp/fc2/weight"] * np.nan
-    with pytest.raises(UserError, match="activation scores 0/mlp contain NaN"):
+    with pytest.raises(UserError, match="activation scores vision/0/mlp contain NaN"):
         score(one.replace(params=unflatten(broken)), [batch(one.cfg)], criterion="activation", stack="vision")

@@ -1,6 +1,7 @@
 """Criteria that score layers, heads, neurons and experts, by name."""
 
-from vlmprune_jax.core.prune.activations import Blocks, Tokens
+from vlmprune_jax.core.part import Key
+from vlmprune_jax.core.prune.activations import LayerValues, Tokens
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.core.prune.config import CRITERIA
 from vlmprune_jax.core.prune.criteria.contribution import ACTIVATION, FLUCTUATION
@@ -46,8 +47,9 @@ __all__ = [
     "PADDING",
     "PROMPT",
     "VIDEO",
-    "Blocks",
     "Criterion",
+    "Key",
+    "LayerValues",
     "Tokens",
     "coupled",
     "gradient_channels",

@@ -8,61 +8,81 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.base.checks import file_of_users, one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.models.context import VALUES
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.core.prune.config import ScoreConfig
 
 NEEDS = ("weights", "activations", "routing", "labels")
-# What a criterion scores -> the fields of Scores that it fills.
-FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
-Parts = Mapping[str, Any]
+Values = Mapping[Key, np.ndarray]
+SCORED = ("layers", "widths", "experts")
 
 
 @dataclass(frozen=True)
 class Criterion:
     """Importance criterion that scores layers, or heads and neurons.
 
-    `scores`: what the criterion scores, of "layers", "widths" (heads and neurons) and "experts". `options`: defaults by
-    name; each function receives the options for which it has parameters. The value of an option `variant` is part of
-    the criterion's name; `gqa` and `layers_removed` define the units that are scored (see `Scores`).
-
-    The signature of `function` depends on `needs`:
-      weights: function(model, **options) -> parts.
-      activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
-        device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
-        model, **options)` -> parts.
-      routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
-        `splits` -> (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts, by a pass over checked batches with labels (for
-        weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}). With
-        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from. Parts are fields of
-        `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
-
-    `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
-    function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".
-    `journals`: the sums of every batch are kept on disk, so that an interrupted pass continues (for sums of few
-    numbers). `splits`: all sums are weighted by `tokens.weight`, so that they can be restricted to tokens of one type;
-    the criterion then also returns scores by token type (`Scores.by_token_type`). Raises UserError for contradictory
-    fields, or an option that is no parameter of a function.
+    Values are those of `Scores`: {Key(stack, None, "layers"): ...}, {Key(stack, layer, axis): ...}, or both. Each
+    function receives the `options` for which it has parameters, and the name of the scored stack if it has a parameter
+    `stack`. Raises UserError for contradictory fields, or an option that is no parameter of a function.
     """
 
     scores: tuple[str, ...]
+    """What the criterion scores, of "layers", "widths" (heads and neurons) and "experts"."""
+
     needs: str
+    """What the function reads: "weights", "activations", "routing" or "labels"."""
+
     function: Callable[..., Any]
-    finish: Callable[..., Parts] | None = None
+    """Function whose signature depends on `needs`:
+
+      weights: function(model, **options) -> values.
+      activations: function(layer, tokens, **options) -> {name: sum over the tokens}, of one layer and one batch,
+        computed on the device (`activations.LayerValues`, `activations.Tokens`). With a parameter `carry`, which is
+        None at the first layer, it returns (sums, what the next layer gets as `carry`).
+      routing: function(routing, **options) -> values, from the choices of routers (`prune.routing.Routing`); with
+        `splits` -> (values, {token type: values}).
+      labels: function(model, batches, progress, **options) -> values, by a pass over checked batches with labels (for
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (values, {token type: values}). With
+        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from.
+    """
+
+    finish: Callable[..., Values] | None = None
+    """For activations: finish(sums, model, **options) -> values, from the sums over all batches, added in float64: a
+    list with {name: array} for each layer."""
+
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults by name. The value of an option `variant` is part of the criterion's name; `gqa` and `layers_removed`
+    define the units that are scored (see `Scores`)."""
+
     counts: str = "batches"
+    """Unit of `progress`: finished "batches" or "layers"."""
+
     journals: bool = False
+    """True to keep the sums of every batch on disk, so that an interrupted pass continues (for sums of few numbers)."""
+
     stacks: tuple[str, ...] = ("text",)
+    """Stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders)."""
+
     splits: bool = False
+    """True if all sums are weighted by `tokens.weight`, so that they can be restricted to tokens of one type; the
+    criterion then also returns scores by token type (`Scores.by_token_type`)."""
+
+    inputs: tuple[str, ...] = ()
+    """For activations: intermediate values that the function reads, of `models.context.VALUES`."""
 
     def __post_init__(self) -> None:
         for what in self.scores:
-            one_of("a criterion's scores:", what, tuple(FIELDS))
+            one_of("a criterion's scores:", what, SCORED)
         for stack in self.stacks:
             one_of("a criterion's stacks:", stack, STACKS)
+        for name in self.inputs:
+            one_of("input", name, VALUES)
         one_of("a criterion's needs:", self.needs, NEEDS)
         one_of("a criterion's counts:", self.counts, ("batches", "layers"))
         streams = self.needs == "activations"

@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache, recorded
@@ -23,16 +22,18 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import keep_layers
 from vlmprune_jax.core.limits import why_no_class
 from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.placement import mesh_of, place_batch
 from vlmprune_jax.core.models.vlm import Model, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import cross_entropy_sum
-from vlmprune_jax.core.prune.batches import row_batches
+from vlmprune_jax.core.part import LAYERS, Key
+from vlmprune_jax.core.prune.batches import CalibrationBatch, row_batches
 from vlmprune_jax.core.prune.calibration import Arrays
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.prune.reconstruction import Targets, solve_for
-from vlmprune_jax.core.prune.walk import LayerStream
+from vlmprune_jax.core.prune.stream import LayerStream, on_devices
 
 _CHUNK = 256  # positions whose float32 logits exist at once
 
@@ -46,7 +47,7 @@ def greedy_loss(
     candidates: int,
     search: int | None,
     cache: ArrayCache | None,
-) -> Parts:
+) -> Values:
     """Return the order in which greedy search removes layers by smallest increase of cross-entropy, float64[n_layers].
 
     Args:
@@ -67,20 +68,20 @@ def greedy_loss(
             f"greedy_loss: search={search} must be at most {most} of the {n_layers} layers and candidates={candidates} "
             "at least 1"
         )
-    if mesh_of(model.params) is None:
-        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    model = on_devices(model)
     with use_mesh(mesh_of(model.params)):
-        rows = row_batches(list(batches), dataclasses.asdict(ReconstructConfig()))
-        cut = _Cut(LayerStream(model, "text", rows, copies=2 * n_layers + 2), solved)
+        cut = _Cut(model, row_batches(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
         # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
-        trial = lambda key, layer: {key: np.asarray([cut.loss_without(layer)])}  # noqa: E731
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
             for layer in tried:
                 key = f"{done}/{layer}"
-                losses = recorded(cache, [key], functools.partial(trial, key, layer))
-                costs[layer] = losses[key].item() - loss
+
+                def trial(key: str = key, layer: int = layer) -> dict[str, np.ndarray]:
+                    return {key: np.asarray([cut.loss_without(layer)])}
+
+                costs[layer] = recorded(cache, [key], trial)[key].item() - loss
                 if progress is not None:
                     progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
             cheapest = min(tried, key=lambda layer: costs[layer])
@@ -88,95 +89,100 @@ def greedy_loss(
                 break
             order.append(cheapest)
             loss += costs[cheapest]
-            cut.remove(order[-1])
+            cut.remove(cheapest)
             if progress is not None:
                 progress(done + 1)
     order += sorted(cut.kept, key=lambda layer: costs.get(layer, 0.0))
     importance = np.empty(n_layers)
     importance[order] = np.arange(n_layers)
-    return {"importance": importance}
+    return {Key("text", None, LAYERS): importance}
 
 
-class _Cut:
-    """Model during greedy search: layers removed so far, and the input of every remaining layer, kept on the hosts."""
+class _Cut(LayerStream):
+    """Stream through the layers that are left, with the input of every one of them kept on the hosts."""
 
-    def __init__(self, stream: LayerStream, solved: bool):
-        self.kept = list(range(stream.n_layers))
-        self._stream, self._solved = stream, solved
+    def __init__(self, model: Model, batches: Sequence[CalibrationBatch], solved: bool):
+        super().__init__(model, "text", batches, copies=2 * len(model.cfg.text.layers) + 2)
+        self.kept, self._solved = list(range(self.n_layers)), solved
         self._changed = dict[int, Layer]()
         self._before = dict[int, list[State]]()  # layer -> its input; number of layers -> the last output
-        self._fill(0, stream)
-        self._dense = dict(self._before) if solved else {}
-        self.loss = self._loss(stream.at(self._before[stream.n_layers]))
+        self._fill(self.kept)
+        self._unpruned = dict(self._before) if solved else {}
+        self.loss = self._loss()
         if not math.isfinite(self.loss):
             raise UserError(
                 "greedy_loss: the loss of the unpruned model is not finite: check weights and records for NaN"
             )
 
+    def load(self, number: int) -> Layer:
+        """Load a layer, as it was repaired when layers behind it were removed."""
+        return self._changed.get(number) or super().load(number)
+
+    def embeds_of(self, batch: int) -> LayerEmbeds:
+        """Return DeepStack features by position among the layers left, or per-layer embeddings by layer number."""
+        by_number = self.model.cfg.text.block.layer_inputs or self.number not in self.kept
+        return self.embeds[batch].of_layer(self.number if by_number else self.kept.index(self.number))
+
     def loss_without(self, layer: int) -> float:
         """Return the summed cross-entropy after removing one more layer; infinity if the layer cannot be removed."""
-        place, cfg = self.kept.index(layer), self._stream.model.cfg
+        cfg = self.model.cfg
         left = keep_layers(cfg.text.layers, [number for number in self.kept if number != layer])
         if len(left) < cfg.deepstack:
             return math.inf
         if why_no_class(cfg) is None and why_no_class(cfg.with_layers(left)) is not None:
             return math.inf
-        _, stream = self._closed(place)
-        for now, number in enumerate(self.kept[place + 1 :], start=place):
-            stream.advance(self._layer(number), self._at(number, now))
-        loss = self._loss(stream)
+        trial = self._without(layer)[1]
+        trial.walk(numbers=trial.kept[self.kept.index(layer) :])
+        loss = trial._loss()
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
         """Remove a layer, and update the cached inputs of the layers behind it."""
-        place = self.kept.index(layer)
-        changed, stream = self._closed(place)
+        changed, closed = self._without(layer)
         if changed is not None:
             self._changed[changed.number] = changed
-        del self.kept[place], self._before[layer]
+        behind = closed.kept[self.kept.index(layer) :]
+        del self._before[layer]
         self._changed.pop(layer, None)
-        self._fill(place, stream)
+        self.kept, self.states = closed.kept, closed.states
+        self._fill(behind)
 
-    def _fill(self, place: int, stream: LayerStream) -> None:
-        """Recompute the cached inputs of all remaining layers from index `place` on; `stream` is the input there."""
-        for now, number in enumerate(self.kept[place:], start=place):
-            self._before[number] = list(stream.states)
-            stream.advance(self._layer(number), self._at(number, now))
-        self._before[stream.n_layers] = stream.states
+    def _fill(self, numbers: Sequence[int]) -> None:
+        """Recompute the cached inputs of the layers `numbers`, the last ones, from the stream at the first of them."""
 
-    def _closed(self, place: int) -> tuple[Layer | None, LayerStream]:
-        """Reconstruct the layer before a removed one; return it (or None) and the stream after the removal."""
-        if not self._solved or place == 0:
-            return None, self._stream.at(self._before[self.kept[place]])
-        before, after = self.kept[place - 1], [*self.kept[place + 1 :], self._stream.n_layers][0]
-        layer = self._stream.layer(before)  # with original weights: an earlier repair was for fewer removed layers
-        captured = self._stream.at(self._dense[before]).advance(layer, before, ("statistics",))
-        statistics = [values["statistics"] for values in captured]
-        targets = Targets([], [], [state.x for state in self._dense[after]], statistics)
-        stream = self._stream.at(self._before[before])
-        change, _ = solve_for(layer, "down_proj", stream, self._at(before, place - 1), targets)
-        layer = layer if change is None else layer.changed("down_proj", change)
-        stream.advance(layer, self._at(before, place - 1))
-        return layer, stream
+        def remember(layer: Layer) -> Layer:
+            self._before[layer.number] = list(self.states)
+            return layer
 
-    def _layer(self, number: int) -> Layer:
-        return self._changed.get(number) or self._stream.layer(number)
+        self.walk(remember, numbers)
+        self._before[self.n_layers] = self.states
 
-    def _at(self, number: int, place: int) -> int:
-        """Return the index under which a layer finds its DeepStack features or per-layer embeddings.
+    def _without(self, removed: int) -> tuple[Layer | None, _Cut]:
+        """Return the reconstructed layer before a removed one, or None, and the stream behind the removed one."""
+        index, cut = self.kept.index(removed), self.at(removed, self._before[removed])
+        cut.kept = [number for number in self.kept if number != removed]
+        if not self._solved or index == 0:
+            return None, cut
+        number, after = self.kept[index - 1], [*cut.kept, self.n_layers][index]
+        layer = super().load(number)  # with original weights: an earlier repair was for fewer removed layers
+        unpruned = self.at(number, self._unpruned[number])
+        unpruned.kept = list(range(self.n_layers))
+        statistics = [values["statistics"] for values in unpruned.advance(layer, ("statistics",))]
+        targets = Targets([], [], [state.x for state in self._unpruned[after]], statistics)
+        cut.number, cut.states = number, list(self._before[number])
+        change, _ = solve_for(layer, cut, targets, module="down_proj")
+        layer = layer if change is None else layer.changed(change, "down_proj")
+        cut.advance(layer)
+        return layer, cut
 
-        DeepStack features are added to the first remaining layers, per-layer embeddings keep the original number.
-        """
-        return number if self._stream.model.cfg.text.block.layer_inputs else place
-
-    def _loss(self, stream: LayerStream) -> float:
-        model = stream.model
-        labels = [place_batch({"labels": batch.labels}, stream.mesh)["labels"] for batch in stream.batches]
+    def _loss(self) -> float:
+        model = self.model
+        labels = [place_batch({"labels": batch.labels}, self.mesh)["labels"] for batch in self.batches]
 
         def loss(rows: Rows, labels: jax.Array) -> jax.Array:
             return _loss(model.params, rows.x, labels, cfg=model.cfg)
 
-        return sum(float(total) for _, total in stream.visit(loss, stream.n_layers, labels))
+        return sum(float(total) for _, total in self.visit(loss, labels))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -15,9 +15,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.params import layer_axes
-from vlmprune_jax.core.part import WRITERS, Axis
+from vlmprune_jax.core.part import WRITERS, Axis, Key
 from vlmprune_jax.core.prune.config import GQA, REDUCTIONS
-from vlmprune_jax.core.prune.criteria.criterion import Parts
+from vlmprune_jax.core.prune.criteria.criterion import Values
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
 ORDER = (
@@ -71,8 +71,8 @@ def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
 
 def reduce_groups(
     channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
-) -> Parts:
-    """Return {"units": {(layer, axis): scores}}, combined over the weights that are pruned together.
+) -> Values:
+    """Return {Key(stack, layer, axis): scores}, combined over the weights that are pruned together.
 
     Args:
       channels: for each layer, path of every coupled weight -> float[heads, head] or float[neurons].
@@ -92,14 +92,14 @@ def reduce_groups(
             if len({member.shape for member in whole}) > 1:  # channels of several axes do not pair up
                 whole = [member.reshape(len(member), -1).sum(axis=1) for member in whole]
             values = reduce(np.stack(whole))
-            units[i, axis.name] = values.reshape(len(values), -1).sum(axis=1)
-    return {"units": units}
+            units[Key(stack, i, axis.name)] = values.reshape(len(values), -1).sum(axis=1)
+    return units
 
 
 def reduce_inputs(
     channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
-) -> Parts:
-    """Return {"units": {(layer, axis): scores}}, from scores of the input channels of o_proj and down_proj.
+) -> Values:
+    """Return {Key(stack, layer, axis): scores}, from scores of the input channels of o_proj and down_proj.
 
     "o_proj": float[q_heads, head], summed over a unit's channels (`gqa`, see `reduce_groups`); "down_proj":
     float[neurons].
@@ -108,8 +108,8 @@ def reduce_inputs(
     for i, (scores, layer) in enumerate(zip(channels, cfg.stack(stack).layers, strict=True)):
         for axis in scored_axes(layer, gqa):
             values = np.asarray(scores[WRITERS[axis.name]], np.float64)
-            units[i, axis.name] = values.reshape(layer.sizes[axis.name], -1).sum(axis=-1)
-    return {"units": units}
+            units[Key(stack, i, axis.name)] = values.reshape(layer.sizes[axis.name], -1).sum(axis=-1)
+    return units
 
 
 def _unit_channels(channels: np.ndarray, layer: Layer, axis: Axis) -> np.ndarray | None:

@@ -13,27 +13,21 @@ from flax import nnx
 
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.block import Block
-from vlmprune_jax.core.models.context import KEYS, STREAM
+from vlmprune_jax.core.models.context import STREAM
 from vlmprune_jax.core.models.layers import Leaf, Projection, contract
-from vlmprune_jax.core.prune.layers import Given, Shared, run_block
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.prune.layers import Layer, Rows, State
 
 Products = list[jax.Array]
 
 
 def run_with_products(
-    params: Mapping[str, jax.Array],
-    x: jax.Array,
-    given: Given,
+    layer: Layer,
+    rows: Rows,
     probes: Mapping[str, jax.Array],
     products: Products | None = None,
     counts: jax.Array | None = None,
-    *,
-    stack: str,
-    cfg: Stack,
-    shares: int | None,
-) -> tuple[tuple[jax.Array, Shared], Products]:
-    """Run one layer; return ((residual stream after it, shared keys and values), outputs of its projections).
+) -> tuple[State, Products]:
+    """Run one layer; return (state after it, outputs of its projections).
 
     If `products`, the projection outputs of an earlier run, are passed, XLA drops the code that would compute them. The
     backward pass is therefore one program, the same to the bit, whether products were kept or are computed again.
@@ -43,14 +37,13 @@ def run_with_products(
         the weight, for each way of weighting tokens (weights outside projections, such as those of experts, have it
         without `counts` only). The weights themselves are constants.
       counts: float32[ways, rows, seq], weights of the tokens in these gradients; None = one way with all weights 1.
-      shares: number of the layer, if later layers use its keys and values.
     """
-    made = Products()
+    outputs = Products()
 
     def product(name: str, x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
-        known = None if products is None else products[len(made)]
-        made.append(_product(x, weight, known, probes.get(name), counts, n))
-        return made[-1]
+        computed = None if products is None else products[len(outputs)]
+        outputs.append(_product(x, weight, computed, probes.get(name), counts, n))
+        return outputs[-1]
 
     def prepare(block: Block) -> None:
         for path, part in nnx.iter_modules(block):
@@ -60,27 +53,31 @@ def run_with_products(
             elif isinstance(part, Leaf) and name in probes and counts is None:
                 part.weight.set_value(part.weight.get_value() + probes[name][0])
 
-    _, after, values = run_block(stack, cfg, params, x, given, () if shares is None else (KEYS,), prepare)
-    keys: dict[int, Any] = {} if shares is None else {shares: values[KEYS]}
-    return (constrain(after, STREAM), keys), made
+    _, state, _ = layer.compute(rows, prepare=prepare)
+    return State(constrain(state.x, STREAM), state.shared), outputs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _product(
-    x: jax.Array, weight: jax.Array, known: jax.Array | None, probe: jax.Array | None, counts: jax.Array | None, n: int
+    x: jax.Array,
+    weight: jax.Array,
+    computed: jax.Array | None,
+    probe: jax.Array | None,
+    counts: jax.Array | None,
+    n: int,
 ) -> jax.Array:
-    """Multiply x by a weight, or return the product if it is `known`; the probe receives the weight's gradient.
+    """Multiply x by a weight, or return the `computed` product; the probe receives the weight's gradient.
 
     The narrower factor comes first in the product that computes the gradient, because XLA:CPU transposes the first
     factor and recomputes it to do so. In jax's own gradient, the first factor is the output's gradient, the end of a
     long computation. The input is narrower for gate_proj and up_proj, which share it. (This saves 10 % of the backward
     pass of SmolLM2-135M.)
     """
-    return contract(x, weight, n) if known is None else known
+    return contract(x, weight, n) if computed is None else computed
 
 
-def _product_forward(x: Any, weight: Any, known: Any, probe: Any, counts: Any, n: int) -> tuple[jax.Array, Any]:
-    return _product(x, weight, known, probe, counts, n), (x, weight, probe is not None, counts)
+def _product_forward(x: Any, weight: Any, computed: Any, probe: Any, counts: Any, n: int) -> tuple[jax.Array, Any]:
+    return _product(x, weight, computed, probe, counts, n), (x, weight, probe is not None, counts)
 
 
 def _product_backward(n: int, saved: Any, grad: jax.Array) -> tuple[jax.Array, None, None, jax.Array | None, None]:

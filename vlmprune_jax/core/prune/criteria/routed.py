@@ -9,8 +9,9 @@ import numpy as np
 
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.routing import SUMS, Routing
 
 Sums = Mapping[str, np.ndarray]  # of one layer, {name in `routing.SUMS`: float64[experts]}
@@ -35,22 +36,28 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
         image_weight: float,
         prompt_weight: float,
         answer_weight: float,
-    ) -> tuple[Parts, dict[str, Parts]]:
+    ) -> tuple[Values, Mapping[str, Values]]:
         one_of("few_tokens", few_tokens, FEW_TOKENS)
         weights = {"image": image_weight, "video": image_weight, "prompt": prompt_weight, "answer": answer_weight}
-        names, units, of_types = routing.occurring, dict[tuple[int, str], np.ndarray](), dict[str, Parts]()
+        names = routing.occurring
+        units, of_types = dict[Key, np.ndarray](), dict[str, dict[Key, np.ndarray]]()
         for layer, sums in routing.sums.items():
             rows = {name: sums[TOKEN_TYPES[name] - 1] for name in names}
             pooled = sum(weights[name] * row for name, row in rows.items())
-            each = np.stack([weights[name] * _normalised(scores_of(row)) for name, row in rows.items()])
+            by_type = {name: scores_of(row) for name, row in rows.items()}
+            each = np.stack([weights[name] * (x / (x.sum() or 1.0)) for name, x in by_type.items()])
             scores = scores_of(pooled) if token_types == "pooled" else _COMBINATIONS[token_types](each)
-            if few_tokens == "refuse":
-                _refuse(layer, pooled[0], fewest_tokens)
-            units[layer, "experts"] = _protected(scores, pooled[0], fewest_tokens)
+            few = np.flatnonzero(pooled[0] < max(fewest_tokens, 1e-9))
+            if few_tokens == "refuse" and len(few):
+                raise UserError(
+                    f"layer {layer}: experts {', '.join(map(str, few))} compute fewer than {fewest_tokens:g} "
+                    'calibration tokens: raise score.samples, or keep these experts with few_tokens="protect"'
+                )
+            key = Key("text", layer, "experts")
+            units[key] = _protected(scores, pooled[0], fewest_tokens)
             for name, row in rows.items() if len(names) > 1 else ():
-                own = of_types.setdefault(name, {"units": {}})["units"]
-                own[layer, "experts"] = _protected(scores_of(row), row[0], fewest_tokens)
-        return {"units": units}, of_types
+                of_types.setdefault(name, {})[key] = _protected(by_type[name], row[0], fewest_tokens)
+        return units, of_types
 
     options = {"fewest_tokens": 1.0, "few_tokens": "protect", **declared("token_types")}
     return Criterion(scores=("experts",), needs="routing", function=function, options=options, splits=True)
@@ -59,22 +66,6 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
 def _protected(scores: np.ndarray, tokens: np.ndarray, fewest: float) -> np.ndarray:
     """Raise the scores of experts with fewer than `fewest` tokens to the layer's maximum, so that they are kept."""
     return np.where(tokens >= max(fewest, 1e-9), scores, scores.max())
-
-
-def _refuse(layer: int, tokens: np.ndarray, fewest: float) -> None:
-    """Raise UserError if an expert computes fewer than `fewest` calibration tokens."""
-    few = np.flatnonzero(tokens < max(fewest, 1e-9))
-    if len(few):
-        raise UserError(
-            f"layer {layer}: experts {', '.join(map(str, few))} compute fewer than {fewest:g} calibration tokens: "
-            'raise score.samples, or keep these experts with few_tokens="protect"'
-        )
-
-
-def _normalised(scores: np.ndarray) -> np.ndarray:
-    """Return one layer's scores divided by their sum."""
-    total = scores.sum()
-    return scores / total if total else scores
 
 
 def _in_turns(scores: np.ndarray) -> np.ndarray:

@@ -12,12 +12,11 @@ from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.calibration import Arrays, weight_of_token_types
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, Arrays, weight_of_token_types
 from vlmprune_jax.core.prune.config import VARIANTS
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
-from vlmprune_jax.core.prune.criteria.gradients import Found, gradient_channels
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
+from vlmprune_jax.core.prune.criteria.gradients import LayerScores, gradient_channels
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups
-from vlmprune_jax.core.prune.criteria.tower_gradients import tower_channels
 
 
 def taylor(
@@ -36,7 +35,7 @@ def taylor(
     prompt_weight: float,
     answer_weight: float,
     cache: ArrayCache | None,
-) -> tuple[Parts, dict[str, Parts]]:
+) -> tuple[Values, dict[str, Values]]:
     """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
 
     With W a weight, g its gradient and A = sum_j g_j^2 / N, where g_j is the gradient of sample j's own mean loss, the
@@ -44,7 +43,7 @@ def taylor(
     sum |W A W|, param_mix sum |W g - W A W / 2|.
 
     Args:
-      batches, progress, memory_budget, cache: see `gradient_channels`; for a tower, see `tower_channels`.
+      batches, progress, memory_budget, cache: see `gradient_channels`.
       rows_per_step: rows differentiated at once, by default those of the first batch (second order: one row).
       by_token_type: also return scores by token type, from each type's share of the gradients; this costs one more
         product per type and weight.
@@ -58,25 +57,22 @@ def taylor(
             f"rows_per_step={rows_per_step} must be 1 for taylor {variant}, which squares the gradient of each record"
         )
 
-    def reduced(layers: list[Found]) -> Parts:
+    def reduced(layers: list[LayerScores]) -> Values:
         channels = [{name: scores[variant] for name, scores in layer.items()} for layer in layers]
         return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
-    if not model.cfg.stack(stack).causal:  # a tower: all of its positions are of one type
-        layers = tower_channels(
-            model, batches, _saliencies, stack=stack, squares=squares, rows_per_step=rows_per_step, progress=progress
-        )
-        return reduced(layers), {}
     weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
+    causal = model.cfg.stack(stack).causal  # all positions of a tower are of one type
     layers, by_type = gradient_channels(
         model,
         batches,
         _saliencies,
+        stack=stack,
         squares=squares,
         rows_per_step=rows_per_step,
         memory_budget=memory_budget,
-        weight_of=weight_of_token_types(weights),
-        by_token_type=by_token_type,
+        weight_of=weight_of_token_types(weights if causal else TOKEN_TYPE_WEIGHTS),
+        by_token_type=by_token_type and causal,
         progress=progress,
         cache=cache,
     )

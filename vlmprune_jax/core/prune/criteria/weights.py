@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import functools
-import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.mesh import use_mesh
-from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.placement import mesh_of
-from vlmprune_jax.core.models.stack import fill
-from vlmprune_jax.core.models.vlm import Model, stack_module
-from vlmprune_jax.core.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import LAYERS, Key
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
 from vlmprune_jax.core.prune.criteria.groups import Channels, reduce_groups, scored_axes, summed_axes
+from vlmprune_jax.core.prune.layers import Layer
 
 
-def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
+def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Values:
     """Return magnitude scores: sums of |W|^power per channel over the weights that are pruned together."""
-    channels = _channel_sums(model, summed_axes(model.cfg, stack), power=power, stack=stack)
+    axes = summed_axes(model.cfg, stack)
+    channels = [
+        {n: np.asarray(_summed(layer.params[n], None, power, axes[n])) for n in axes if n in layer.params}
+        for layer in _layers(model, stack)
+    ]
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
@@ -30,44 +33,28 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
     """Return sums of |W|^power over outputs, for the input channels of o_proj and down_proj of every layer.
 
     The weights are multiplied by the gains of their outputs (`Block.gain`), as in the sum to the residual stream. The
-    sums can weight the inputs of these projections that a hook receives.
+    sums can weight the inputs of these projections that a criterion receives.
     """
-    blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, dict[int, dict[str, str]]()
-    for run, (numbers, _) in enumerate(layer_runs(model.cfg.stack(stack).layers)):
-        writers = {name: f"{writer.projection}/weight" for name, writer in blocks[str(run)].writers.items()}
-        paths |= dict.fromkeys(numbers, writers)
-    weights = dict.fromkeys(itertools.chain.from_iterable(layer.values() for layer in paths.values()), 0)
-    sums = _channel_sums(model, weights, power=power, stack=stack, written=True)
-    return [{name: layer[path] for name, path in paths[number].items()} for number, layer in enumerate(sums)]
+    return [
+        {
+            name: np.asarray(_summed(layer.params[f"{writer.projection}/weight"], layer.block.gain(name), power, 0))
+            for name, writer in layer.block.writers.items()
+        }
+        for layer in _layers(model, stack)
+    ]
 
 
-def _channel_sums(
-    model: Model, weights: dict[str, int], *, power: int, stack: str, written: bool = False
-) -> list[Channels]:
-    """Return sums of |W|^power per layer, over the axis given for each weight path.
-
-    `written`: also multiply output projections by the gain with which the residual stream receives their outputs.
-    """
-    mesh, layers = mesh_of(model.params), dict[int, Channels]()
-    with use_mesh(mesh):
-        for run, (numbers, _) in enumerate(layer_runs(model.cfg.stack(stack).layers)):
-            params = model.params[stack]["layers"][str(run)]
-            flat, block = flatten(params), fill(stack_module(stack, model.cfg.stack(stack)).layers[str(run)], params)
-            gains = {f"{writer.projection}/weight": block.gain(name) for name, writer in block.writers.items()}
-            sums = {
-                name: np.asarray(_summed(flat[name], gains.get(name) if written else None, power, axis + 1))
-                for name, axis in weights.items()
-                if name in flat
-            }
-            layers |= {number: {name: values[i] for name, values in sums.items()} for i, number in enumerate(numbers)}
-    return [layers[number] for number in sorted(layers)]
+def _layers(model: Model, stack: str) -> Iterator[Layer]:
+    with use_mesh(mesh_of(model.params)):
+        for number in range(len(model.cfg.stack(stack).layers)):
+            yield Layer.of(model, stack, number, None)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _summed(weight: jax.Array, gain: jax.Array | None, power: int, axis: int) -> jax.Array:
     full = jnp.abs(weight.astype(jnp.float32))
-    if gain is not None:  # [layer, out], of weights [layer, out, in...]
-        full = full * jnp.abs(gain.astype(jnp.float32)).reshape(*gain.shape, *(1,) * (full.ndim - 2))
+    if gain is not None:  # [out], of weights [out, in...]
+        full = full * jnp.abs(gain.astype(jnp.float32)).reshape(-1, *(1,) * (full.ndim - 1))
     return jnp.sum(full if power == 1 else full * full, axis=axis)
 
 
@@ -83,21 +70,21 @@ L1, L2 = (
 )
 
 
-def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
+def random(model: Model, *, seed: int, gqa: str, stack: str) -> Values:
     """Return random scores, as a control experiment for other criteria."""
     return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
 
 
-def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
+def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Values:
     """Return random layer, head and neuron scores; a head's score is the sum over its channels of U(0, 1)."""
     draw, component = np.random.default_rng(seed), cfg.stack(stack)
     importance = draw.random(len(component.layers))
     axes = [(i, axis) for i, layer in enumerate(component.layers) for axis in scored_axes(layer, gqa)]
     units = {
-        (i, axis.name): draw.random(component.layers[i].shape_of(axis)).sum(axis=1)
+        Key(stack, i, axis.name): draw.random(component.layers[i].shape_of(axis)).sum(axis=1)
         for i, axis in sorted(axes, key=lambda item: not item[1].channels)  # all heads are drawn before all neurons
     }
-    return {"importance": importance, "units": dict(sorted(units.items(), key=lambda item: item[0][0]))}
+    return {Key(stack, None, LAYERS): importance, **dict(sorted(units.items(), key=lambda item: item[0].layer or 0))}
 
 
 RANDOM = Criterion(
