@@ -137,7 +137,10 @@ def test_taylor_equals_plain_gradients(variant, gqa):
     heads, neurons = expected_widths(cfg, variant, gqa)
     sizes = expected_widths(cfg, "param_first" if variant == "vectorize" else variant, gqa)
     for mine, plain, size in zip(
-        scores.along("kv_heads") + scores.along("mlp"), heads + neurons, sizes[0] + sizes[1], strict=True
+        scores.along("q_heads" if gqa == "q_heads" else "kv_heads") + scores.along("mlp"),
+        heads + neurons,
+        sizes[0] + sizes[1],
+        strict=True,
     ):
         assert_same_sums(mine, plain, size)
 
