@@ -37,11 +37,11 @@ def check_scores(
     """Compare the scores of a step with all that the reference recorded; `magnitudes`: see `assert_same_sums`."""
     checked, recorded = 0, sum(key.startswith(f"{case}__step{step}_layer") for key in arrays)
     recorded -= sum(key.startswith(f"{case}__step{step}_layer") and "channel" in key for key in arrays)
-    for kind, name in (("head", "kv_heads"), ("mlp", "mlp")):
-        for i, part in enumerate(scores.along(name)):
+    for kind, axis in zip(("head", "mlp"), scores.axes, strict=True):
+        for i, part in enumerate(scores.along(axis)):
             golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
             if golden is not None:
-                assert_same_sums(part, golden, golden if magnitudes is None else magnitudes.along(name)[i])
+                assert_same_sums(part, golden, golden if magnitudes is None else magnitudes.along(axis)[i])
                 checked += 1
     assert checked == recorded >= 4  # the layers in range, both kinds
 

@@ -89,7 +89,7 @@ def test_its_numbers(printed):
                 sums[name] = sums[name] + np.einsum("bt,bt...->...", weight, np.asarray(x, np.float64) ** 2)
     for i, (layer, sums) in enumerate(zip(layers, squares, strict=True)):
         heads = np.abs(layer["self_attn/o_proj/weight"]).sum(0) * np.sqrt(sums["o_proj"])
-        np.testing.assert_allclose(scores.along("kv_heads")[i], heads.sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(scores.along("q_heads")[i], heads.sum(-1), rtol=1e-5)
         neurons = np.abs(layer["mlp/down_proj/weight"]).sum(0) * np.sqrt(sums["down_proj"])
         np.testing.assert_allclose(scores.along("mlp")[i], neurons, rtol=1e-5)
 
