@@ -115,8 +115,6 @@ class BlockStack(nnx.Module):
           remat: rematerialisation policy, one of `REMAT_POLICIES`.
           layer_embeds: additional embeddings of single layers.
         """
-        if remat not in REMAT_POLICIES:
-            raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         # only the outputs of writers may be normalised
         norms = {name: norm for name in WRITERS if name in hook_inputs and (norm := self.layers["0"].norm_after(name))}
         capture = (*hook_inputs, *(f"{name}_out" for name in norms))
@@ -169,6 +167,8 @@ def _run_step(
     `slots`: int32[layers], entry of `Carry.kept` to which each block of the stack writes its output. The function's
     output is the hook's result and the block's keys and values.
     """
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     graph, stacked = nnx.split(module)
     deepstack_embeds, per_layer_embeds = layer_embeds
 

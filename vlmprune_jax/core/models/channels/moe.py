@@ -54,22 +54,6 @@ class ExpertProjection(Leaf):
         return weight + change.astype(weight.dtype) * (self.lora.alpha / self.lora.rank)
 
 
-class ExpertWeights(nnx.Module):
-    """Weights of all experts of a layer."""
-
-    def __init__(self, neurons: int, sizes: Mapping[str, int], axis: str, lora: LoraConfig | None):
-        each = {**sizes, "expert_mlp": neurons}
-        self.gate_proj, self.up_proj = (
-            ExpertProjection(each, "expert_mlp", axis, lora_of(lora, name)) for name in ("gate_proj", "up_proj")
-        )
-        self.down_proj = ExpertProjection(each, axis, "expert_mlp", lora_of(lora, "down_proj"))
-
-    @property
-    def arrays(self) -> Weights:
-        """Gate, up and down matrices of all experts as arrays, with LoRA adapters added."""
-        return tuple(projection.array for projection in (self.gate_proj, self.up_proj, self.down_proj))
-
-
 class Moe(nnx.Module):
     """Sum over a token's chosen experts of gate * down(act(gate_proj(x)) * up(x))."""
 
@@ -79,7 +63,9 @@ class Moe(nnx.Module):
         assert isinstance(layer.channel, Experts)
         self.part = layer.channel
         self.router = Leaf(sizes, ("experts", names.axis))
-        self.experts = ExpertWeights(self.part.neurons, sizes, names.axis, lora)
+        each, into = {**sizes, "expert_mlp": self.part.neurons}, ("expert_mlp", names.axis)
+        axes = {"gate_proj": into, "up_proj": into, "down_proj": into[::-1]}
+        self.experts = nnx.Dict({name: ExpertProjection(each, *axes[name], lora_of(lora, name)) for name in axes})
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Route every token: return the numbers and gates of its chosen experts, [batch, seq, top_k] each."""
@@ -91,7 +77,8 @@ class Moe(nnx.Module):
 
     def compute(self, x: jax.Array, experts: jax.Array, gates: jax.Array) -> tuple[jax.Array, Routed]:
         """Return the gated sum of the chosen experts' outputs, and the routing (`Routed`)."""
-        out, norms = run_experts(x, experts, gates, self.experts.arrays, self.part.activation)
+        weights = tuple(self.experts[name].array for name in ("gate_proj", "up_proj", "down_proj"))
+        out, norms = run_experts(x, experts, gates, weights, self.part.activation)
         return out, Routed(experts, gates, norms, x)
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
