@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.models.features import tower_features
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.vlm import encode, head_of
+from vlmprune_jax.core.models.vlm import encode, head_of, tower_features
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.prompts import load_tokenizer

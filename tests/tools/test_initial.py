@@ -19,8 +19,8 @@ from rounding import assert_same_function, double_logits
 from vlm_cases import images_of
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.features import tower_features
 from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.models.vlm import tower_features
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.chat_template import chat_prompt, prompt_of
 from vlmprune_jax.io.data.records import Record

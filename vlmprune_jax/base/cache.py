@@ -81,15 +81,8 @@ class ArrayCache:
         if self._bytes >= SHARD_BYTES:
             self._flush()
 
-    def fill(self, results: Iterable[tuple[int, Mapping[str, np.ndarray]]], progress: Callable[[int], None]) -> None:
-        """Add the arrays of a pass and publish them, also if `progress` stops the pass (collective).
-
-        Args:
-          results: pairs of the number of items that are finished by then, and the arrays to add.
-          progress: called with the number of finished items; may raise Stopped.
-
-        Raises UserError if a shard cannot be written.
-        """
+    def fill(self, results: Iterable[tuple[int, Mapping[str, Any]]], progress: Callable[[int], None]) -> None:
+        """Add (number of finished items, arrays) of a pass; publish, also if `progress` stops the pass (collective)."""
         try:
             for finished, arrays in results:
                 self.add(arrays)
@@ -109,8 +102,7 @@ class ArrayCache:
             self._flush()
             return self._written
 
-        names = from_all(flush)
-        self._written = []
+        names, self._written = from_all(flush), []
 
         def open_all() -> None:
             for process, shards in enumerate(names):
@@ -139,10 +131,8 @@ class ArrayCache:
         with reading(self.folder / IDENTITY, _OTHER_FOLDER):
             different = differences(recorded, self._made_from)
         if different:
-            raise UserError(
-                f"{self.folder}: this cache was computed from other inputs ({'; '.join(different[:4])}): "
-                f"{_OTHER_FOLDER}"
-            )
+            inputs = "; ".join(different[:4])
+            raise UserError(f"{self.folder}: this cache was computed from other inputs ({inputs}): {_OTHER_FOLDER}")
         return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
@@ -169,10 +159,9 @@ class ArrayCache:
         try:
             self._write(name, save(self._pending))
         except OSError as error:
-            reason = error.strerror or error
             raise UserError(
-                f"{self.folder}: cannot be written ({reason}): free disk space or use another folder (finished shards "
-                "are kept)"
+                f"{self.folder}: cannot be written ({error.strerror or error}): free disk space or use another folder "
+                "(finished shards are kept)"
             ) from error
         self._written.append(name)
         self._pending, self._bytes = {}, 0

@@ -14,7 +14,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models import kernels
 from vlmprune_jax.core.models.generate import SharedPrefix
 from vlmprune_jax.core.models.kernels import segment_attention, xla_attention
-from vlmprune_jax.core.models.patches import places_of, windows_of
+from vlmprune_jax.core.models.vision import places_of, windows_of
 from vlmprune_jax.io.checkpoints.read import read_config
 
 

@@ -24,8 +24,7 @@ from vlmprune_jax.base.atomic import SPARE_BYTES
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.features import tower_features
-from vlmprune_jax.core.models.vlm import Model, to_nnx
+from vlmprune_jax.core.models.vlm import Model, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data import feature_pass
 from vlmprune_jax.io.data.encoding import Encoder

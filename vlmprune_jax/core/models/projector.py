@@ -37,38 +37,49 @@ def pooled(x: jax.Array, width: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
 
 
-class Projector(nnx.Module):
-    """Projector MLP linear_2(act(linear_1(features))); InternVL adds a layer norm, SmolVLM has one linear layer.
+class TwoLayers(nnx.Module):
+    """Two linear layers, linear_2(act(linear_1(features))), with an optional layer norm before them."""
 
-    In Gemma, it is a norm and one linear layer, applied to pooled features. A merger (Qwen-VL) normalises each patch;
-    each deeper level of features (`deepstack`) has a separate merger.
+    def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int], into: str, norm: bool):
+        self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if norm else None
+        self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
+        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map vision features float[..., features] to decoder embeddings float[..., embed]."""
+        x = x if self.layer_norm is None else self.layer_norm(x)
+        return self.linear_2(activation(self.activation)(self.linear_1(x)))
+
+
+class Projector(TwoLayers):
+    """Projector from vision features to decoder embeddings; see `ProjectorConfig` for its kinds.
+
+    A merger (Qwen-VL) normalises each patch; each deeper level of features (`deepstack`) has a separate merger, whose
+    layer norm follows the joining of patches.
     """
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
         into = "shuffled" if cfg.shuffles else "vision"
         wide = vision_size * (1 if cfg.pools else cfg.downsample**2)
         sizes = {into: wide, "projector": cfg.hidden_size or hidden_size, "embed": hidden_size}
-        self.linear = _linear(cfg, sizes, into) if cfg.kind in ("linear", "pool") else None
         norm = functools.partial(Norm, sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
         self.pool_norm = norm() if cfg.pools and not cfg.plain_norm else None
         self.pool_scale, self.pool_eps = cfg.feature_scale, cfg.norm_eps if cfg.plain_norm else None
         self.std_bias = Leaf(sizes, ("vision",)) if cfg.standardizes else None
         self.std_scale = Leaf(sizes, ("vision",)) if cfg.standardizes else None
         self.n_deepstack = cfg.deepstack
-        if self.linear is not None:
+        if cfg.kind in ("linear", "pool"):
+            whole = Leaf(sizes, (into, "embed")) if cfg.inputs_first else None
+            self.linear: Projection | Leaf | None = whole or Projection(sizes, ("embed",), (into,), bias=cfg.bias)
             return
-        merges = cfg.kind == "merger"
+        self.linear, merges = None, cfg.kind == "merger"
         if merges:
             sizes |= {"projector": wide, "vision": vision_size}
-        self.patch_size = vision_size
-        self.patch_norm = norm() if merges else None
-        normalised = cfg.kind == "pixel_shuffle" and cfg.input_norm
-        self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if normalised else None
-        self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
-        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
+        self.patch_size, self.patch_norm = vision_size, norm() if merges else None
+        super().__init__(cfg, sizes, into, norm=cfg.kind == "pixel_shuffle" and cfg.input_norm)
         if cfg.deepstack:
-            self.deepstack = nnx.Dict({str(i): DeepMerger(cfg, sizes) for i in range(cfg.deepstack)})
-        self.activation = cfg.activation
+            self.deepstack = nnx.Dict({str(i): TwoLayers(cfg, sizes, into, norm=True) for i in range(cfg.deepstack)})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map vision features float[..., features] to decoder embeddings float[..., embed]."""
@@ -79,9 +90,7 @@ class Projector(nnx.Module):
             x = x[..., : self.linear_1.inputs[0]]
             patches = x.reshape(*x.shape[:-1], -1, self.patch_size)
             x = self.patch_norm(patches).reshape(x.shape)
-        if self.layer_norm is not None:
-            x = self.layer_norm(x)
-        return self.linear_2(activation(self.activation)(self.linear_1(x)))
+        return super().__call__(x)
 
     def _normalized(self, x: jax.Array) -> jax.Array:
         x = x if self.pool_scale == 1 else x * self.pool_scale
@@ -98,22 +107,3 @@ class Projector(nnx.Module):
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
         return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])
-
-
-def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projection | Leaf:
-    if cfg.inputs_first:
-        return Leaf(sizes, (into, "embed"))
-    return Projection(sizes, ("embed",), (into,), bias=cfg.bias)
-
-
-class DeepMerger(nnx.Module):
-    """DeepStack merger linear_2(act(linear_1(norm(features)))) for the output of one middle block of the tower."""
-
-    def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
-        self.layer_norm = Norm(sizes, "shuffled", kind="layer", eps=cfg.norm_eps)
-        self.linear_1 = Projection(sizes, ("projector",), ("shuffled",), bias=cfg.bias)
-        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
-        self.activation = cfg.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_2(activation(self.activation)(self.linear_1(self.layer_norm(x))))

@@ -11,6 +11,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.models.inputs import images_of
+from vlmprune_jax.core.models.media import Packed, merge_of
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
 
@@ -97,13 +99,13 @@ def batch_flops(
         return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
 
     def of_images(arrays: Mapping[str, Any]) -> int:
-        images, grids = arrays.get("pixel_values", arrays.get("vision_features")), arrays.get("image_grid_thw")
-        if images is None or cfg.projector is None:
+        images = images_of(arrays)
+        if images is None:
             return 0
-        if grids is None:
-            return count(0, 0, images.shape[0] * images.shape[1], 0, 0)
-        cells = grids[..., 1:].prod(axis=-1) // cfg.projector.downsample**2
-        sizes = zip(grids[..., 0].ravel().tolist(), cells.ravel().tolist(), strict=True)
+        if images.grid is None:
+            return count(0, 0, images.values.shape[0] * images.values.shape[1], 0, 0)
+        frames, cells = images.grid[..., 0], images.grid[..., 1:].prod(axis=-1) // merge_of(cfg) ** 2
+        sizes = zip(frames.ravel().tolist(), cells.ravel().tolist(), strict=True)
         return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
 
     def of(arrays: Mapping[str, Any]) -> int:
@@ -118,9 +120,6 @@ def batch_flops(
     return of
 
 
-def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Return the image tokens of a packed row, padding included, from the pixels or features of a batch."""
-    assert cfg.projector is not None
-    if "vision_features" in arrays:
-        return int(arrays["vision_features"].shape[1])
-    return int(arrays["pixel_values"].shape[1]) // cfg.projector.downsample**2
+def room_of(cfg: ModelConfig, images: Packed) -> int:
+    """Return the tokens of a packed row of images of any size, padding included; the row may hold features."""
+    return int(images.values.shape[1]) // (merge_of(cfg) ** 2 if cfg.tower else 1)

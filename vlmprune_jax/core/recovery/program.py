@@ -18,6 +18,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
+from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
@@ -174,14 +175,12 @@ def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
     """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
-    lengths, images = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
-    for batch in batches:
-        values = batch.get("pixel_values", batch.get("vision_features"))
-        if "image_grid_thw" in batch:
-            images.append(f"{len(values) * room_of(cfg, batch):,} image tokens")
-        else:
-            slots = 0 if values is None else values.shape[0] * values.shape[1]
-            images.append(f"{slots} image{'s' if slots != 1 else ''}")
-    if len(set(images)) == 1:
+    lengths, counts = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
+    for images in map(images_of, batches):
+        slots = 0 if images is None else images.values.shape[0] * images.values.shape[1]
+        counts.append(f"{slots} image{'s' if slots != 1 else ''}")
+        if images is not None and images.grid is not None:
+            counts[-1] = f"{len(images.values) * room_of(cfg, images):,} image tokens"
+    if len(set(counts)) == 1:
         return f"sequences of {', '.join(lengths)} tokens"
-    return "sequences of " + ", ".join(f"{tokens} tokens with {n}" for tokens, n in zip(lengths, images, strict=True))
+    return "sequences of " + ", ".join(f"{tokens} tokens with {n}" for tokens, n in zip(lengths, counts, strict=True))

@@ -19,6 +19,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain, sharding
+from vlmprune_jax.core.models.inputs import images_of
+from vlmprune_jax.core.models.media import merge_of
 from vlmprune_jax.core.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Params
 from vlmprune_jax.core.recovery.config import PROJECTOR, RecoverConfig
@@ -160,11 +162,10 @@ def make_step(
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
-        if "image_grid_thw" in batch:
-            assert cfg.vision is not None
-            grids = batch["image_grid_thw"]
-            room = len(grids) * room_of(cfg, batch) * cfg.vision.merge**2
-            metrics["image_padding"] = 1 - jnp.sum(jnp.prod(grids, axis=-1), dtype=jnp.float32) / room
+        images = images_of(batch)
+        if images is not None and images.grid is not None:
+            room = len(images.grid) * room_of(cfg, images) * merge_of(cfg) ** 2  # patches
+            metrics["image_padding"] = 1 - jnp.sum(jnp.prod(images.grid, axis=-1), dtype=jnp.float32) / room
         if taken := metrics.keys() & terms.keys():
             raise UserError(f"losses: {', '.join(taken)} is also the name of a training metric: rename the loss term")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
