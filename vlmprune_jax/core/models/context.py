@@ -8,7 +8,7 @@ read and write are the same in every family: "o_proj" is the projection with whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,28 +92,6 @@ class LayerEmbeds(NamedTuple):
     def of_layer(self, number: int) -> LayerEmbeds:
         """Return the embeddings of one layer."""
         return LayerEmbeds(*(None if embeds is None or number >= len(embeds) else embeds[number] for embeds in self))
-
-
-class BlockValues(NamedTuple):
-    """Intermediate values of one transformer block, as passed to a hook.
-
-    `before`, `after`: float[batch, seq, embed], the residual stream before and after the block.
-    """
-
-    before: jax.Array
-    after: jax.Array
-
-    inputs: dict[str, jax.Array]
-    """The requested intermediate values, by name (`VALUES`)."""
-
-    params: dict[str, Any]
-    """Parameters of the block, nested."""
-
-    scales: dict[str, jax.Array]
-    """float32[batch, seq, 1] for each writer in `inputs` with a norm after it: the norm's factor on the output."""
-
-
-Hook = Callable[[BlockValues], Any]
 
 
 class LayerState(NamedTuple):

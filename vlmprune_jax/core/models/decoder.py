@@ -12,7 +12,7 @@ from flax import nnx
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import Cache, Context, Hook, LayerEmbeds, Names
+from vlmprune_jax.core.models.context import Cache, Context, LayerEmbeds, Names
 from vlmprune_jax.core.models.fake_quant import fake_quant_product
 from vlmprune_jax.core.models.kernels import attention_mask, windowed
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, rope_tables
@@ -141,8 +141,6 @@ class Decoder(BlockStack):
         ctx: Context,
         *,
         states: Sequence[int] = (),
-        hook: Hook | None = None,
-        hook_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
         remat: str = "none",
         layer_embeds: LayerEmbeds = LayerEmbeds(),
@@ -150,24 +148,19 @@ class Decoder(BlockStack):
         """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
-        aux["states"]. `hook` -> aux["hook"], a list of the hook's results, one per block; for the last block, `after`
-        is the state after the final norm. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
+        aux["states"]. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
         """
         n_layers = len(self.cfg.layers)
         keep = [i - 1 for i in states if 0 < i < n_layers]
-        passed = self.pass_through(
-            x, ctx, keep=keep, hook=hook, hook_inputs=hook_inputs, final=self.final_norm, cache=cache, remat=remat,
-            layer_embeds=layer_embeds,
-        )  # fmt: skip
+        passed = self.pass_through(x, ctx, keep=keep, cache=cache, remat=remat, layer_embeds=layer_embeds)
+        final = self.final_norm(passed.last)
         aux: dict[str, Any] = {"cache": passed.cache} if cache is not None else {}
         if states:
-            hidden_states = {0: x, n_layers: passed.last}
+            hidden_states = {0: x, n_layers: final}
             if passed.kept is not None:
                 hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
             aux["states"] = tuple(hidden_states[i] for i in states)
-        if hook is not None:
-            aux["hook"] = passed.hooks
-        return passed.last, aux
+        return final, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return the logits [..., vocab] for hidden states after the final norm."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.base.checks import ModuleRegistry, check_returned
-from vlmprune_jax.core.models.context import Context, Hook, Names
+from vlmprune_jax.core.models.context import Context, Names
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.stack import Encoder
 
@@ -41,17 +41,13 @@ class EncoderModule(BlockStack):
         del x, arrays
         return Context({})
 
-    def hooked(self, items: jax.Array, hook: Hook | None, hook_inputs: tuple[str, ...] = ()) -> tuple[Any, list[Any]]:
-        """Run the encoder; return the last block's output, and `hook(BlockValues)` of every block."""
-        x, shape = self.embed(items), (len(items), self.cfg.positions, self.cfg.hidden_size)
-        check_returned(type(self).embed, x, getattr(x, "shape", None) == shape, f"an array of shape {list(shape)}")
-        passed = self.pass_through(x, self.context_of(x, {}), hook=hook, hook_inputs=hook_inputs)
-        return passed.last, passed.hooks
-
     def __call__(self, items: jax.Array) -> jax.Array:
         """Encode items [rows, items, ...] of a batch as decoder tokens float[rows, items, tokens, text_size]."""
         dtype = jax.tree.leaves(self.layers)[0].dtype
-        states, _ = self.hooked(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]), None)
+        x = self.embed(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]))
+        shape = (items.shape[0] * items.shape[1], self.cfg.positions, self.cfg.hidden_size)
+        check_returned(type(self).embed, x, getattr(x, "shape", None) == shape, f"an array of shape {list(shape)}")
+        states = self.pass_through(x, self.context_of(x, {})).last
         tokens, expected = self.project(states), f"an array [{len(states)}, {self.cfg.tokens}, channels of the decoder]"
         fits = getattr(tokens, "ndim", 0) == 3 and tokens.shape[:2] == (len(states), self.cfg.tokens)
         check_returned(type(self).project, tokens, fits, expected)

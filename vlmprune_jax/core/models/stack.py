@@ -14,17 +14,7 @@ from flax import nnx
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import layer_runs, scan_groups
 from vlmprune_jax.core.models.block import Block
-from vlmprune_jax.core.models.context import (
-    KEYS,
-    WRITERS,
-    BlockValues,
-    Cache,
-    Context,
-    Hook,
-    LayerEmbeds,
-    LayerState,
-    Names,
-)
+from vlmprune_jax.core.models.context import KEYS, Cache, Context, LayerEmbeds, LayerState, Names
 from vlmprune_jax.core.models.layers import SAVEABLE, at_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
@@ -40,13 +30,12 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 class Passed(NamedTuple):
     """Results of a forward pass through all blocks of a stack.
 
-    `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the requested blocks, [n + 1, ...] with
-    an arbitrary last entry (None: none requested); `hooks`: per block, what the hook returned; `cache`: updated.
+    `last`: the last block's output, float[batch, seq, embed]; `kept`: the outputs of the requested blocks, [n + 1, ...]
+    with an arbitrary last entry (None: none requested); `cache`: updated.
     """
 
     last: jax.Array
     kept: jax.Array | None
-    hooks: list[Any]
     cache: Cache
 
 
@@ -96,9 +85,6 @@ class BlockStack(nnx.Module):
         ctx: Context,
         *,
         keep: Sequence[int] = (),
-        hook: Hook | None = None,
-        hook_inputs: tuple[str, ...] = (),
-        final: Callable[[jax.Array], jax.Array] | None = None,
         cache: Cache | None = None,
         remat: str = "none",
         layer_embeds: LayerEmbeds = LayerEmbeds(),
@@ -108,48 +94,29 @@ class BlockStack(nnx.Module):
         Args:
           x, ctx: residual stream before the first block; masks and rotary tables for all blocks.
           keep: numbers of the blocks whose outputs are kept.
-          hook, hook_inputs: function of `BlockValues`, evaluated per block inside the scan, and the `VALUES` it sees.
-          final: function applied after the last block, such as the final norm. Its result is `last`, and `after` of
-            the last block in the hook.
           cache: mixer states of earlier tokens, such as keys and values.
           remat: rematerialisation policy, one of `REMAT_POLICIES`.
           layer_embeds: additional embeddings of single layers.
         """
-        # only the outputs of writers may be normalised
-        norms = {name: norm for name in WRITERS if name in hook_inputs and (norm := self.layers["0"].norm_after(name))}
-        capture = (*hook_inputs, *(f"{name}_out" for name in norms))
-
-        def observe(before: jax.Array, after: jax.Array, number: jax.Array, values: Any, params: Any) -> Any:
-            if hook is None:
-                return None
-            if final is not None:
-                after = jnp.where(number == len(self.cfg.layers) - 1, final(after), after)
-            scales = {name: norm.statistics(values[f"{name}_out"])[..., 1:] for name, norm in norms.items()}
-            return hook(BlockValues(before, after, {name: values[name] for name in hook_inputs}, params, scales))
-
         carry = Carry(x, jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None, {})
         slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in range(len(self.cfg.layers))])
-        results, updated, shared = dict[int, Any](), Cache(), dict[int, tuple[jax.Array, jax.Array]]()
-        names = map(str, itertools.count())
+        updated, shared, names = Cache(), dict[int, tuple[jax.Array, jax.Array]](), map(str, itertools.count())
         for group in scan_groups(self.cfg.layers):
             steps, inputs, cached = list[Step](), list[Scanned](), Cache()
             for numbers, _ in group.runs:
-                name = next(names)
-                values = (*capture, KEYS) if self.cfg.producers.intersection(numbers) else capture
+                name, capture = next(names), (KEYS,) if self.cfg.producers.intersection(numbers) else ()
                 context = ctx._replace(shared=shared)
-                step, params = _run_step(name, self.layers[name], context, values, remat, layer_embeds, slots, observe)
+                step, params = _run_step(name, self.layers[name], context, capture, remat, layer_embeds, slots)
                 steps.append(step)
                 inputs.append(Scanned(jnp.asarray(numbers), jnp.arange(len(numbers)), None if cache else params))
                 cached |= {name: cache[name]} if cache and name in cache else {}
             carry, outputs = _scan_runs(steps, carry._replace(cache=cached), inputs, group.repetitions)
             updated |= carry.cache
-            for (numbers, _), (hooked, keys) in zip(group.runs, outputs, strict=True):
+            for (numbers, _), keys in zip(group.runs, outputs, strict=True):
                 for index, number in enumerate(numbers):
-                    results[number] = jax.tree.map(operator.itemgetter(index), hooked)
                     if number in self.cfg.producers:
                         shared = {**shared, number: jax.tree.map(operator.itemgetter(index), keys)}
-        last = carry.x if final is None else final(carry.x)
-        return Passed(last, carry.kept, [results[number] for number in sorted(results)], updated)
+        return Passed(carry.x, carry.kept, updated)
 
 
 def _run_step(
@@ -160,12 +127,11 @@ def _run_step(
     remat: str,
     layer_embeds: LayerEmbeds,
     slots: jax.Array,
-    observe: Callable[..., Any],
 ) -> tuple[Step, nnx.State]:
     """Return the function that a scan over a run of equal blocks evaluates, and the run's stacked parameters.
 
     `slots`: int32[layers], entry of `Carry.kept` to which each block of the stack writes its output. The function's
-    output is the hook's result and the block's keys and values.
+    output is the block's keys and values (None unless in `capture`).
     """
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
@@ -179,7 +145,7 @@ def _run_step(
 
     run = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
-    def step(carry: Carry, scanned: Scanned) -> tuple[Carry, tuple[Any, Any]]:
+    def step(carry: Carry, scanned: Scanned) -> tuple[Carry, Any]:
         (x, kept, cache), (number, entry, params) = carry, scanned
         # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
         params = at_layer(stacked, entry) if params is None else params
@@ -189,9 +155,7 @@ def _run_step(
             y = jax.lax.cond(number < len(deepstack_embeds), add, skip, y, deepstack_embeds, number)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, y, slots[number], axis=0)
-        keys = values.pop(KEYS, None)
-        result = observe(x, y, number, values, nnx.to_pure_dict(params))
-        return Carry(y, kept, cache if state is None else {**cache, name: state}), (result, keys)
+        return Carry(y, kept, cache if state is None else {**cache, name: state}), values.get(KEYS)
 
     return step, stacked
 

@@ -14,7 +14,7 @@ from flax import nnx
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import Context, Hook, Names
+from vlmprune_jax.core.models.context import Context, Names
 from vlmprune_jax.core.models.kernels import in_blocks
 from vlmprune_jax.core.models.layers import Leaf, Norm, declare
 from vlmprune_jax.core.models.media import Packed
@@ -193,25 +193,16 @@ class VisionTower(BlockStack):
         return constrain(x, ("batch", None, None))
 
     def __call__(self, images: Packed) -> jax.Array:
-        """Run the vision tower; return the hidden states after the last block and after the final norm."""
-        return self.hooked(images, None)[0]
+        """Run the vision tower; return the hidden states after the final norm."""
+        x = self.embed(images)
+        return self.final_norm(self.pass_through(x, self.context(x, images)).last)
 
     def levels(self, images: Packed) -> list[jax.Array]:
-        """Return hidden states float[packs, patches, vision] after the last block and each block in `deepstack`."""
+        """Return hidden states float[packs, patches, vision] after the final norm and each block in `deepstack`."""
         x, deep = self.embed(images), self.cfg.deepstack
-        passed = self.pass_through(x, self.context(x, images), keep=deep, final=self.final_norm)
-        return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
-
-    def hooked(
-        self, images: Packed, hook: Hook | None, hook_inputs: tuple[str, ...] = ()
-    ) -> tuple[jax.Array, list[Any]]:
-        """Run the vision tower; return the states after the final norm, and `hook(BlockValues)` of every block.
-
-        `hook`, `hook_inputs`: see `BlockStack.pass_through`.
-        """
-        x = self.embed(images)
-        passed = self.pass_through(x, self.context(x, images), hook=hook, hook_inputs=hook_inputs)
-        return self.final_norm(passed.last), passed.hooks
+        passed = self.pass_through(x, self.context(x, images), keep=deep)
+        kept = [] if passed.kept is None else [passed.kept[i] for i in range(len(deep))]
+        return [self.final_norm(passed.last), *kept]
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:

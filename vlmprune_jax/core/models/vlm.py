@@ -21,7 +21,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import Hook, LayerEmbeds
+from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
 from vlmprune_jax.core.models.encoders import ENCODERS
 from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
@@ -237,8 +237,6 @@ def encode(
     layer_embeds: LayerEmbeds = LayerEmbeds(),
     position_ids: jax.Array | None = None,
     states: tuple[int, ...] = (),
-    hook: Hook | None = None,
-    hook_inputs: tuple[str, ...] = (),
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -247,7 +245,7 @@ def encode(
     `images`, `items`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the
     embedding of tokens and images (for example, to run the teacher on the student's embeddings). `position_ids`:
     int[batch, seq], by default counted along `attention_mask`; int[batch, 3, seq] with images of varying size
-    (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux always has
+    (`positions.mrope_positions`). `states`: see `Decoder.__call__`. aux always has
     "inputs_embeds" and "layer_embeds" and, with images, "image_features".
 
     Raises UserError for images of varying size without `position_ids`.
@@ -266,9 +264,7 @@ def encode(
     if cfg.text.sees_images and images is not None:
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
-    final, aux = module.text(
-        x, context, states=states, hook=hook, hook_inputs=hook_inputs, remat=remat, layer_embeds=layer_embeds
-    )
+    final, aux = module.text(x, context, states=states, remat=remat, layer_embeds=layer_embeds)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "layer_embeds": layer_embeds}
 
 

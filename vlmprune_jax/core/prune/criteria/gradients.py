@@ -349,10 +349,9 @@ def _tower_gradient(
     ids = step["input_ids"]
 
     def loss(outputs: dict[int, jax.Array]) -> jax.Array:
-        def passed(x: jax.Array, ctx: Any, *, keep: Any = (), final: Any = None, **others: Any) -> Passed:
+        def passed(x: jax.Array, ctx: Any, *, keep: Any = (), **others: Any) -> Passed:
             kept = jnp.stack([outputs[number] for number in keep]) if keep else None
-            last = outputs[max(outputs)]
-            return Passed(last if final is None else final(last), kept, [], {})
+            return Passed(outputs[max(outputs)], kept, {})
 
         module = to_nnx(Model(params, cfg))
         object.__setattr__(getattr(module, stack), "pass_through", passed)
