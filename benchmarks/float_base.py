@@ -76,7 +76,10 @@ def bits_per_byte(model: vp.Model, tokenizer: Any, text: str, windows: int) -> l
 
 
 def train(model: vp.Model, rows: np.ndarray, options: argparse.Namespace) -> Iterator[tuple[int, Flat, float, float]]:
-    """Train all weights; yield (step, weights, mean loss, CPU seconds per step) at the start and every `every` steps."""
+    """Train all weights.
+
+    Yield (step, weights, mean loss, CPU seconds per step) at the start and every `every` steps.
+    """
     config = RecoverConfig(
         trainable=((r".*", MAIN),),
         batch_size=options.tokens // ROW,

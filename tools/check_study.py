@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from scipy import stats
 PAGES = Path(__file__).parents[1] / "docs" / "explanation"
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 EQUAL_SHORT = EQUAL.partition(" within")[0]  # in tables of settings
+HOLM, SIGNS_HOLM = "after Holm", "12 seeds, sign flips (no verdict)"
 DEPTH, WIDTH, ALL = ("depth",), ("width",), ("depth", "width", "hybrid")
 
 
@@ -115,22 +117,25 @@ def show_p(p: float) -> str:
     return "<0.001" if p < 1e-3 else f"{p:.3f}"
 
 
-def p_of_difference(claim: Claim, effect: Effect) -> float:
-    """Return the p-value of a difference: of sign flips in a setting with 12 to 16 seeds, otherwise of Student's t."""
-    flips = effect.of_setting and 12 <= len(effect.values) <= 16
-    return (effect.p_signs if flips else effect.p_differs)(claim.threshold)
+def adjusted(
+    effects: Mapping[Any, tuple[Claim, Effect]], by_signs: Mapping[Any, float] = MappingProxyType({})
+) -> dict[Any, tuple[float, float]]:
+    """Return the p-values of difference and equivalence, after Holm's correction for all of these tests.
 
-
-def adjusted(effects: Mapping[Any, tuple[Claim, Effect]]) -> dict[Any, tuple[float, float]]:
-    """Return the p-values of difference and equivalence, after Holm's correction for all of these tests."""
-    tests = {(key, False): p_of_difference(claim, effect) for key, (claim, effect) in effects.items()}
+    `by_signs`: p-values of differences by sign flips, in place of Student's t.
+    """
+    tests = {(key, False): effect.p_differs(claim.threshold) for key, (claim, effect) in effects.items()}
+    tests |= {(key, False): p for key, p in by_signs.items()}
     tests |= {(key, True): e.p_equal(claim.margin) for key, (claim, e) in effects.items() if claim.margin is not None}
     p_values = holm(tests)
     return {key: (p_values[key, False], p_values.get((key, True), 1.0)) for key in effects}
 
 
 def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
-    """Return the rows of both tables of claims, and of the verdicts after Holm's correction over all settings."""
+    """Return the rows of both tables of claims, and of the verdicts after Holm's correction over all settings.
+
+    For settings with 12 seeds, also return the p-values of sign flips, which decide no verdict.
+    """
     settings = {number: contrasts(runs, claim) for number, claim in CLAIMS.items()}
     gains = {name: np.mean([value for value, _ in gain.values()]) for name, gain in contrasts(runs, GAIN).items()}
     settings["6a"] = {name: contrast for name, contrast in settings["6a"].items() if gains[name] >= 1}
@@ -143,7 +148,11 @@ def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
         if (effect := mean_effect([contrast])) is not None
     }
     p_of_claims, p_of_settings = adjusted(effects), adjusted(by_setting)
-    tables: dict[tuple[str, ...], list[str]] = {}
+    by_signs = {key: e.p_signs(claim.threshold) for key, (claim, e) in by_setting.items() if len(e.values) == 12}
+    p_by_signs = adjusted(by_setting, by_signs)
+    tables: dict[tuple[str, ...], list[str]] = {
+        (SIGNS_HOLM, *key): [f"p {show_p(p)}, after Holm {show_p(p_by_signs[key][0])}"] for key, p in by_signs.items()
+    }
     for number, (claim, effect) in effects.items():
         known = {name: e for (of, name), (_, e) in by_setting.items() if of == number}
         rows = {}
@@ -151,7 +160,7 @@ def claim_tables(runs: Runs) -> dict[tuple[str, ...], list[str]]:
             p_holm = p_of_settings[number, name]
             decided = verdict(claim, e, *p_holm)
             rows[name] = [str(len(e.values)), str(e), *map(show_p, p_holm), decided.partition(" within")[0]]
-            tables["after Holm", number, name] = rows[name]
+            tables[HOLM, number, name] = rows[name]
         i_squared, p_of_q = heterogeneity([*known.values()]) if len(known) > 1 else (0.0, 1.0)
         verdicts = {row[-1] for row in rows.values()} - {OPEN}
         alike = len(known) < 2 or (p_of_q >= 0.1 and len(verdicts) < 2)
@@ -222,11 +231,11 @@ def main() -> int:
         tables, written = retention_table(runs) | claim_tables(runs), page_tables(page, study)
         print(f"{study}: {sum(map(len, runs.values()))} models")
         for key, row in tables.items():
-            if key[0] in ("decoder removed", "after Holm"):
+            if key[0] in ("decoder removed", HOLM, SIGNS_HOLM):
                 print(f"  {show(key)}: {show(row)}")
         for key in dict.fromkeys([*written, *tables]):
             row = tables.get(key, ["no rows"])[: len(written.get(key, ()))] or ["no rows"]
-            if key[0] != "after Holm" and row != written.get(key):
+            if key[0] not in (HOLM, SIGNS_HOLM) and row != written.get(key):
                 contradicted += 1
                 old = show(written.get(key, ["nothing"]))
                 print(f"  DIFFERS {show(key)}: the page has {old}, the rows give {show(row)}")

@@ -32,17 +32,13 @@ def question_interval(correct: np.ndarray, unpruned: np.ndarray) -> tuple[float,
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean effect over seeds and questions, standard error, degrees of freedom; `values`: means over settings.
-
-    `of_setting`: True if it is the effect in a single setting.
-    """
+    """Mean effect over seeds and questions, standard error, degrees of freedom; `values`: means over settings."""
 
     values: np.ndarray
     mean: float
     error: float
     freedom: float
     question_error: float
-    of_setting: bool
 
     def __str__(self) -> str:
         half = stats.t.ppf(0.975, self.freedom) * self.error
@@ -82,9 +78,7 @@ def mean_effect(settings: Sequence[Contrast]) -> Effect | None:
     total = max(of_seeds + of_questions, 1e-12)  # effects may be equal for all seeds
     freedom = total**2 / max(of_seeds**2 / (count - 1) + of_questions**2 / (questions - 1), 1e-24 / (count - 1))
     values = [np.mean([setting[seed][0] for setting in settings if seed in setting]) for seed in deviations]
-    return Effect(
-        np.array(values), float(np.mean(means)), np.sqrt(total), freedom, np.sqrt(of_questions), len(settings) == 1
-    )
+    return Effect(np.array(values), float(np.mean(means)), np.sqrt(total), freedom, np.sqrt(of_questions))
 
 
 def heterogeneity(effects: Sequence[Effect]) -> tuple[float, float]:

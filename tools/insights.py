@@ -22,7 +22,6 @@ from vlmprune_jax.run.planning.guide import SOLVED
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 BY_SETTING = "by setting"
 AS_GOOD = 1.0  # points of retention by which a cheaper method may be behind and still counts as equally good
-SIGNS = range(12, 17)  # seeds with which sign flips decide; with fewer, their least p does not survive Holm's method
 LEAST_GAIN = 1.0  # minimum gain of training (points of retention) with which reconstruction is compared
 WRONG = 0.05  # maximum chance of any wrong verdict in a sweep
 DIFFER = 0.1  # p-value below which settings differ (Cochrane's convention, because the test is weak with few seeds)
@@ -105,15 +104,11 @@ def conclude(points: Sequence[Point]) -> list[Conclusion]:
 
 
 def _adjusted(tests: Sequence[tuple[Insight, Effect | None]]) -> list[tuple[float, float]]:
-    """Return (p of difference, p of equality) of all effects, by Holm's method; 1 for those without an error.
-
-    Sign flips test the difference in one setting if it has enough seeds, otherwise Student's t.
-    """
+    """Return (p of difference, p of equality) of all effects, by Holm's method; 1 for those without an error."""
     p_values = {}
     for place, (insight, effect) in enumerate(tests):
         if effect is not None and effect.error is not None:
-            test = effect.p_signs if len(effect.values) in SIGNS else effect.p_differs
-            p_values[place, False] = test(insight.threshold)
+            p_values[place, False] = effect.p_differs(insight.threshold)
             if insight.margin is not None:
                 p_values[place, True] = effect.p_equivalent(insight.margin)
     adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))

@@ -7,13 +7,12 @@ and other questions (Owen 2007, "The pigeonhole bootstrap", of which this is the
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import fdtrc, ndtr, stdtr, stdtrit
+from scipy.special import fdtrc, stdtr, stdtrit
 
 LEVEL = 0.95
 LEAST_ERROR = 1e-6  # standard error assumed for an effect that is equal for all seeds
@@ -33,17 +32,12 @@ Cells = Mapping[str, Sequence[Value]]  # values by setting
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean effect with its standard error and degrees of freedom; `error` is None for one seed alone.
-
-    `values`: effects of the seeds (for one setting only). `question_error`: standard error over questions alone.
-    """
+    """Mean effect with its standard error and degrees of freedom; `error` is None for one seed alone."""
 
     mean: float
     error: float | None
     freedom: float
     seeds: int
-    values: tuple[float, ...] = ()
-    question_error: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -66,17 +60,6 @@ class Effect:
         above = self.p_above(threshold)
         return 1.0 if self.error is None else min(1.0, 2 * min(above, 1 - above))
 
-    def p_signs(self, threshold: float) -> float:
-        """Return the two-sided p-value of the exact sign-flip test over the seeds of one setting (Fisher 1935).
-
-        No distribution is assumed, only that deviations from the threshold are as likely up as down; the least value
-        for six seeds is 1/32. It is at least the p-value of the mean over questions, which seeds share.
-        """
-        shifts = np.array(self.values) - threshold
-        sums = np.abs(np.array(list(itertools.product((1, -1), repeat=len(shifts)))) @ shifts)
-        by_questions = 2 * float(ndtr(-abs(self.mean - threshold) / self.question_error)) if self.question_error else 0
-        return max(float(np.mean(sums >= sums[0] * (1 - 1e-9))), by_questions)
-
     def p_equivalent(self, margin: float) -> float:
         """Return the p-value of the test that the effect is within ± margin (two one-sided tests, Schuirmann 1987)."""
         return 1.0 if self.error is None else max(self.p_above(-margin), 1 - self.p_above(margin))
@@ -98,10 +81,7 @@ def pooled(cells: Cells) -> Effect:
     total = of_seeds + of_questions
     # Satterthwaite's degrees of freedom of a sum of variances
     freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_questions**2 / (count - 1)) if total else seeds - 1
-    by_seed = {seed: [v.value for values in cells.values() for v in values if v.seed == seed] for seed in deviations}
-    of_setting = tuple(float(np.mean(seed_values)) for seed_values in by_seed.values()) if len(cells) == 1 else ()
-    mean = float(np.mean(list(means.values())))
-    return Effect(mean, math.sqrt(total), freedom, seeds, of_setting, math.sqrt(of_questions))
+    return Effect(float(np.mean(list(means.values()))), math.sqrt(total), freedom, seeds)
 
 
 def _question_variance(cells: Cells) -> tuple[float, int]:

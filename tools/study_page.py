@@ -110,7 +110,7 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
             "Effects, in points of retained %, are means over settings, with 95 % intervals over seeds and questions.",
             "If settings differ (Welch's test of Q, p < 0.1, or opposite verdicts), each setting has its own verdict.",
             "All p-values are adjusted by Holm's method: over the claims, or over the settings of all claims.",
-            "They are of Student's t, in settings with 12 seeds of exact sign flips.",
+            "They are of Student's t.",
             "",
             "|claim|effect (95 % interval)|seeds|settings|pairs|I²|p of Q|p|verdict|",
             "|---|---|---|---|---|---|---|---|---|",

@@ -65,3 +65,19 @@ def test_an_effect_equal_for_all_seeds_and_questions_is_certain():
     assert (effect.mean, effect.p_differs(1.0)) == (1.0, 1.0)
     assert effect.p_differs(0.0) < 1e-6
     assert crossed_effects.mean_effect([{1: (1.0, None)}]) is None
+
+
+def test_sign_flips_by_hand():
+    """Six seeds above zero are one of 64 patterns, and as sure below; question noise that explains them decides."""
+
+    def effect(values, questions=None):
+        return crossed_effects.mean_effect([{seed: (value, questions) for seed, value in enumerate(values)}])
+
+    above = effect([1.5, 4.8, 1.85, 17.35, 0.2, 7.65])
+    assert above.p_signs(0.0) == 2 / 64
+    assert above.p_differs(0.0) > 0.05
+    assert above.p_signs(above.mean) > 0.9
+    assert effect([1.0, 2.0, 4.0, -0.5]).p_signs(0.0) == 4 / 16  # no less: -0.5 alone is flipped
+    noisy = np.random.default_rng(0).normal(size=50)
+    noisy += 0.1 - noisy.mean()  # error over questions 0.14
+    assert effect([0.1] * 5 + [0.11], noisy).p_signs(0.0) > 0.4
