@@ -62,3 +62,11 @@ def test_an_effect_equal_for_all_seeds_and_questions_is_certain():
     assert (effect.mean, effect.p_differs(1.0)) == (1.0, 1.0)
     assert effect.p_differs(0.0) < 1e-6
     assert crossed_effects.mean_effect([{1: (1.0, None)}]) is None
+
+
+def test_a_ratio_of_errors_is_the_geometric_mean_over_seeds():
+    ratio, low, high, p = crossed_effects.error_ratio([1, 4], [4, 1])
+    assert ratio == pytest.approx(1.0)
+    assert low < 1 < high
+    assert p == pytest.approx(1.0)
+    assert crossed_effects.error_ratio([1, 1], [4, 4])[0] == pytest.approx(1.5 / 4.5)
