@@ -76,10 +76,7 @@ def bits_per_byte(model: vp.Model, tokenizer: Any, text: str, windows: int) -> l
 
 
 def train(model: vp.Model, rows: np.ndarray, options: argparse.Namespace) -> Iterator[tuple[int, Flat, float, float]]:
-    """Train all weights.
-
-    Yield (step, weights, mean loss, CPU seconds per step) at the start and every `every` steps.
-    """
+    """Train all weights; yield (step, weights, mean loss, CPU seconds per step) at the start and at each mark."""
     config = RecoverConfig(
         trainable=((r".*", MAIN),),
         batch_size=options.tokens // ROW,

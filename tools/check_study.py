@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from archived_runs import BEST, PLAIN, SOLVED, Cell, Run, Runs, read_archive
-from crossed_effects import Contrast, Effect, heterogeneity, holm, mean_effect, question_interval
+from crossed_effects import Contrast, Effect, error_ratio, heterogeneity, holm, mean_effect, question_interval
 from row_tables import differences
 from scipy import stats
 
@@ -80,29 +79,43 @@ CLAIMS = {
 }
 
 
-def contrasts(runs: Runs, claim: Claim) -> dict[str, Contrast]:
-    """Return the contrasts of a claim by setting, for the seeds of which all models were evaluated."""
-    by_setting: dict[str, Contrast] = {}
+def cells_by_setting(runs: Runs, claim: Claim) -> Iterator[tuple[str, list[Cell], list[int]]]:
+    """Yield the settings of a claim, the cells of its terms, and the seeds of which all cells have a model."""
     levels = [level for level in sorted({cell.level for cell in runs}) if claim.levels[0] <= level <= claim.levels[1]]
     for method, level, data in itertools.product(claim.methods, levels, claim.data):
-        cells = [
-            Cell(
-                term.method or method,
-                level,
-                term.recovery,
-                term.recovery not in (PLAIN, SOLVED) and (term.data or data),
-            )
-            for term in claim.terms
-        ]
+        cells = []
+        for term in claim.terms:
+            share = 0 if term.recovery in (PLAIN, SOLVED) else term.data or data
+            cells.append(Cell(term.method or method, level, term.recovery, share))
         shares = sorted({cell.data for cell in cells} - {0, 5})  # 5 % goes without saying
         setting = f"{method} {level} %".strip() + "".join(f", {share} % of the data" for share in shares)
-        for seed in sorted(set.intersection(*(set(runs.get(cell, {})) for cell in cells))):
+        yield setting, cells, sorted(set.intersection(*(set(runs.get(cell, {})) for cell in cells)))
+
+
+def contrasts(runs: Runs, claim: Claim) -> dict[str, Contrast]:
+    """Return the contrasts of a claim by setting."""
+    by_setting: dict[str, Contrast] = {}
+    for setting, cells, seeds in cells_by_setting(runs, claim):
+        for seed in seeds:
             of_seed = [runs[cell][seed] for cell in cells]
             parts = sum(weight * run.parts for weight, run in zip(claim.terms.values(), of_seed, strict=True))
             value = of_seed[0].of_control if claim.of_control else float(np.mean(parts))
             if value is not None:
                 by_setting.setdefault(setting, {})[seed] = (value, None if claim.of_control else np.asarray(parts))
     return by_setting
+
+
+def error_table(runs: Runs) -> dict[tuple[str, ...], list[str]]:
+    """Return the ratio of the wrong answers of both models of a difference, by claim and setting."""
+    table: dict[tuple[str, ...], list[str]] = {}
+    for number, claim in CLAIMS.items():
+        for setting, cells, seeds in cells_by_setting(runs, claim):
+            if len(seeds) > 1 and list(claim.terms.values()) == [1, -1]:
+                wrong = [[int((~runs[cell][seed].correct).sum()) for seed in seeds] for cell in cells]
+                ratio, low, high, p = error_ratio(*wrong)
+                text = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+                table["ratio of errors", number, setting] = [str(len(seeds)), text, show_p(p)]
+    return table
 
 
 def verdict(claim: Claim, effect: Effect, p_differs: float, p_equal: float) -> str:
@@ -201,17 +214,14 @@ def page_tables(page: str, study: str) -> dict[tuple[str, ...], list[str]]:
             header = []
         elif not header:
             header = cells
-        elif cells[0].startswith("---"):
-            continue
         elif header[0] == "decoder removed":
-            rows |= {
-                (header[0], cells[0], name): [cell] for name, cell in zip(header[1:], cells[1:], strict=False) if cell
-            }
+            named = zip(header[1:], cells[1:], strict=False)
+            rows |= {(header[0], cells[0], name): [cell] for name, cell in named if cell.strip("-")}
+        elif header[:2] == ["claim", "effect (95 % interval)"]:
+            rows["claim", cells[0].partition(".")[0]] = [cells[1].partition(": ")[2], *cells[2:]]
         elif header[0] == "claim":
-            number, place = cells[0].partition(".")[0], 1 if header[1].startswith("setting") else 0
-            key = ("setting", number, cells[1]) if place else ("claim", number)
-            rows[key] = [re.sub(r"^[^:]*: ", "", cells[1 + place]), *cells[2 + place :]]
-    return rows
+            rows["setting", cells[0], cells[1]] = cells[2:]
+    return {key: row for key, row in rows.items() if key[1].strip("-")}
 
 
 def show(row: Sequence[str]) -> str:
@@ -230,8 +240,8 @@ def main() -> int:
         study, runs = archive.name.partition(".")[0], read_archive(archive)
         tables, written = retention_table(runs) | claim_tables(runs), page_tables(page, study)
         print(f"{study}: {sum(map(len, runs.values()))} models")
-        for key, row in tables.items():
-            if key[0] in ("decoder removed", HOLM, SIGNS_HOLM):
+        for key, row in (tables | error_table(runs)).items():
+            if key[0] not in ("claim", "setting"):
                 print(f"  {show(key)}: {show(row)}")
         for key in dict.fromkeys([*written, *tables]):
             row = tables.get(key, ["no rows"])[: len(written.get(key, ()))] or ["no rows"]

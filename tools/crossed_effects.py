@@ -81,6 +81,18 @@ def mean_effect(settings: Sequence[Contrast]) -> Effect | None:
     return Effect(np.array(values), float(np.mean(means)), np.sqrt(total), freedom, np.sqrt(of_questions))
 
 
+def error_ratio(first: Sequence[int], second: Sequence[int]) -> tuple[float, float, float, float]:
+    """Return the ratio of two models' wrong answers by seed, its 95 % interval, and the p-value of a ratio of 1.
+
+    Student's t on logarithms, with half an error added to each, as a model may have none.
+    """
+    logarithms = np.log((np.array(first) + 0.5) / (np.array(second) + 0.5))
+    mean, error, freedom = float(logarithms.mean()), max(float(stats.sem(logarithms)), 1e-6), len(logarithms) - 1
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    ratio, low, high = (float(np.exp(value)) for value in (mean, mean - half, mean + half))
+    return ratio, low, high, 2 * float(stats.t.sf(abs(mean) / error, freedom))
+
+
 def heterogeneity(effects: Sequence[Effect]) -> tuple[float, float]:
     """Return (I² in percent, p-value of Welch's test that all settings have the same effect)."""
     weights, count = np.array([1 / effect.error**2 for effect in effects]), len(effects)

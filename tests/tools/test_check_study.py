@@ -81,3 +81,11 @@ def test_sign_flips_by_hand():
     noisy = np.random.default_rng(0).normal(size=50)
     noisy += 0.1 - noisy.mean()  # error over questions 0.14
     assert effect([0.1] * 5 + [0.11], noisy).p_signs(0.0) > 0.4
+
+
+def test_a_ratio_of_errors_is_the_geometric_mean_over_seeds():
+    ratio, low, high, p = crossed_effects.error_ratio([1, 4], [4, 1])
+    assert ratio == pytest.approx(1.0)
+    assert low < 1 < high
+    assert p == pytest.approx(1.0)
+    assert crossed_effects.error_ratio([1, 1], [4, 4])[0] == pytest.approx(1.5 / 4.5)
