@@ -27,7 +27,7 @@ from reconstruction import ROOT, ROW, WINDOW, docstrings, smollm2_folder
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import Flat, flatten, unflatten
 from vlmprune_jax.core.recovery.config import MAIN, LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.program import Programs, prepare
+from vlmprune_jax.core.recovery.program import prepare
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
 
@@ -86,17 +86,17 @@ def train(model: vp.Model, rows: np.ndarray, options: argparse.Namespace) -> Ite
         losses=LossConfig(ce=1.0),
     )
     run = prepare(model, config, None, None, None, options.steps)
-    state, programs, losses = run.state, Programs(run.step), list[float]()
+    state, compiled, losses = run.state, None, list[float]()
     yield 0, {**run.frozen, **state.params}, math.nan, 0.0
     order = np.random.default_rng(options.seed).permutation(len(rows))
     begin = time.process_time()
     for step in range(options.steps):
         chosen = order[np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)]
         batch = {"input_ids": rows[chosen], "attention_mask": np.ones_like(rows[chosen]), "labels": rows[chosen]}
-        if not programs.has(batch):
-            programs.compile(state, run.frozen, run.teacher_params, batch)
+        if compiled is None:
+            compiled = run.program.step.lower(state, run.frozen, run.teacher_params, batch).compile()
             begin = time.process_time()
-        state, metrics = programs(state, run.frozen, run.teacher_params, batch)
+        state, metrics = compiled(state, run.frozen, run.teacher_params, batch)
         losses.append(float(np.asarray(metrics["loss"])))
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             seconds = (time.process_time() - begin) / len(losses)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from extend_cases import flags_of, registered
 from media_cases import packed
 from prune_cases import UNEQUAL, batch, config, model
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import encode
 from vlmprune_jax.run.cli.main import main
 
 CONFIG = """
@@ -96,9 +96,8 @@ def test_its_numbers(printed):
 
 def whole_inputs(one, arrays):
     """What o_proj and down_proj of every block read, at every token."""
-    _, aux = encode(
-        jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]),
+    found = decoder_values(
+        jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]), ("o_proj", "down_proj"),
         images=packed(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
-        hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
     )  # fmt: skip
-    return aux["hook"]
+    return [block.inputs for block in found]

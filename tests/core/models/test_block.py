@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from prune_cases import EQUAL, batch, config, model
 from stack_cases import decoder_layer, with_facts
 
@@ -86,21 +87,23 @@ def test_blocks_equal_the_same_in_jnp(case):
     text, ids = one.cfg.text, batch(one.cfg)["input_ids"]
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     params = jax.tree.map(jnp.asarray, one.params)
-    logits, aux = jax.jit(
-        lambda params: encode(params, one.cfg, ids, hook=lambda block: block, hook_inputs=NAMES, states=(0, 1))
-    )(params)
+    logits, aux = jax.jit(lambda params: encode(params, one.cfg, ids, states=(0, 1)))(params)
+    blocks = decoder_values(params, one.cfg, jnp.asarray(ids), NAMES)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         after = []
         # Every block starts from the model's own state: rounding of the blocks before it is not compared again.
-        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], aux["hook"], aux["states"], strict=True):
+        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], blocks, aux["states"], strict=True):
             expected = plain_block(text, layer, x, *rope_tables(text.rope, text.attention.rotated, positions))
             for name in NAMES:
                 np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)
-            for name, scale in block.scales.items():
+            norms = {name: block.block.norm_after(name) for name in ("o_proj", "down_proj")}
+            assert {norm is not None for norm in norms.values()} == {text.block.norm_place != "before"}
+            for name, norm in norms.items():
                 out = expected[f"{name}_out"]
                 spread = out.var(-1) if text.block.norm == "layer" else (out**2).mean(-1)
-                np.testing.assert_allclose(scale[..., 0], (spread + text.block.norm_eps) ** -0.5, rtol=1e-4)
-            assert set(block.scales) == (set() if text.block.norm_place == "before" else {"o_proj", "down_proj"})
+                if norm is not None:
+                    scale = norm.statistics(block.inputs[f"{name}_out"])[..., 1]
+                    np.testing.assert_allclose(scale, (spread + text.block.norm_eps) ** -0.5, rtol=1e-4)
             after.append(expected["after"])
         final_norm = to_nnx(one.replace(params=params)).text.final_norm
         np.testing.assert_allclose(aux["states"][1], after[0], atol=5e-5)

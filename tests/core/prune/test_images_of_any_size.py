@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from hf_cases import keep_layers, mean_loss, prune, random_ids
 from media_cases import packed
 from prune_cases import kept_units, layer_scores
@@ -148,12 +149,10 @@ def rows_apart(batch):
 @functools.partial(jax.jit, static_argnames="cfg")
 def _forward_of(params, cfg, arrays):
     names = ("o_proj", "down_proj")
-    _, aux = encode(
-        params, cfg, arrays["input_ids"], **encode_inputs(cfg, arrays), hook_inputs=names,
-        hook=lambda block: [block.inputs[name] for name in names],
-        states=tuple(range(len(cfg.text.layers) + 1)),
-    )  # fmt: skip
-    return aux["states"], aux["hook"]
+    inputs = encode_inputs(cfg, arrays)
+    _, aux = encode(params, cfg, arrays["input_ids"], **inputs, states=tuple(range(len(cfg.text.layers) + 1)))
+    blocks = decoder_values(params, cfg, arrays["input_ids"], names, **inputs)
+    return aux["states"], [[block.inputs[name] for name in names] for block in blocks]
 
 
 def forward_of(model, step):

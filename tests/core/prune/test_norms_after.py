@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from prune_cases import EQUAL, batch, config, missing, model, plan_for, rows
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
-from vlmprune_jax.core.models.vlm import Model, apply, encode
+from vlmprune_jax.core.models.vlm import Model, apply
 from vlmprune_jax.core.prune import apply_plan, gptq
 from vlmprune_jax.core.prune.criteria import input_weights
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
@@ -25,8 +26,10 @@ VALUES = ("o_proj", "down_proj", "o_proj_out", "down_proj_out", "middle")
 @functools.cache
 def _hooked(cfg):
     def run(params, ids, mask):
-        hook = lambda block: {"before": block.before, "after": block.after, **block.inputs}  # noqa: E731
-        return encode(params, cfg, ids, attention_mask=mask, hook=hook, hook_inputs=VALUES)[1]["hook"]
+        return [
+            {"before": block.before, "after": block.after, **block.inputs}
+            for block in decoder_values(params, cfg, ids, VALUES, attention_mask=mask)
+        ]
 
     return jax.jit(run)
 

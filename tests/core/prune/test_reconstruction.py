@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from hf_cases import keep_layers, prune, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten
-from vlmprune_jax.core.models.vlm import encode
 from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, stream
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
@@ -45,11 +45,8 @@ def streams(model, batch):
     """Hidden states before each layer and behind the last, and what o_proj and down_proj read, of one batch."""
     inputs = ("o_proj", "down_proj")
     ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
-    _, aux = encode(
-        jax.tree.map(jnp.asarray, model.params), model.cfg, ids, attention_mask=mask, hook_inputs=inputs,
-        hook=lambda block: (block.before, block.inputs["o_proj"], block.inputs["down_proj"]),
-    )  # fmt: skip
-    return [[np.asarray(part, np.float64) for part in hooked] for hooked in aux["hook"]]
+    blocks = decoder_values(jax.tree.map(jnp.asarray, model.params), model.cfg, ids, inputs, attention_mask=mask)
+    return [[np.asarray(x, np.float64) for x in (block.before, *block.inputs.values())] for block in blocks]
 
 
 @pytest.mark.parametrize("shape", NAMES)

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from hf_cases import keep_layers
 from prune_cases import config, missing, model, plan_for, rows, width_scores
 from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
-from vlmprune_jax.core.models.vlm import encode, forward
+from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.models.vocabulary import cross_entropy
 from vlmprune_jax.core.prune import apply_plan
 from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
@@ -49,8 +50,10 @@ def raw_gradient(weight, gradient, squared, axis):
 @functools.cache
 def _hooked(cfg):
     def run(params, ids, mask):
-        hook = lambda block: {"after": block.after, **block.inputs}  # noqa: E731
-        return encode(params, cfg, ids, attention_mask=mask, hook=hook, hook_inputs=VALUES)[1]["hook"]
+        return [
+            {"after": block.after, **block.inputs}
+            for block in decoder_values(params, cfg, ids, VALUES, attention_mask=mask)
+        ]
 
     return jax.jit(run)
 

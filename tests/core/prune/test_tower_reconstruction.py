@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import tower_values
 from media_cases import packed
 from prune_cases import EQUAL, config, kept_stack, kept_units, model
 from stack_cases import tower_layer, with_facts
@@ -57,7 +58,8 @@ def rows(number=16, seed=0, same=False):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def hooked(params, cfg, images):
-    return to_nnx(Model(params, cfg)).vision.hooked(packed(images), lambda block: block, ("o_proj", "down_proj"))[1]
+    found = tower_values(to_nnx(Model(params, cfg)).vision, packed(images), ("o_proj", "down_proj"))
+    return [block._replace(block=None) for block in found]
 
 
 def blocks(one, batches):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from golden_cases import CLOSE, Golden, kept_layers
 from hf_cases import assert_same_tensors, edit_weights, prune
 from hypothesis import example, given, settings
@@ -22,7 +23,7 @@ from vlmprune_jax.core.models.channels.moe import Moe
 from vlmprune_jax.core.models.context import Context, Names
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.stack import fill
-from vlmprune_jax.core.models.vlm import Model, encode
+from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
@@ -57,10 +58,9 @@ def test_cuts(golden, cut):
 
 
 def routed(golden, case):
-    """The choices of every layer's router for a case without images, as a hook sees them."""
+    """The choices of every layer's router for a case without images, as its block has them."""
     model, ids = golden.model, golden.arrays[f"{case}_input_ids"][None]
-    hook = {"hook": lambda block: block.inputs["routed"], "hook_inputs": ("routed",)}
-    return encode(model.params, model.cfg, ids, **hook)[1]["hook"]
+    return [block.inputs["routed"] for block in decoder_values(model.params, model.cfg, ids, ("routed",))]
 
 
 def test_routers_choose_as_stock(golden):

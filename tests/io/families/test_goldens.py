@@ -8,6 +8,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import tower_values
 from golden_cases import CLOSE, Golden
 from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
 from media_cases import packed
@@ -66,23 +67,23 @@ def test_tower(golden):
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
         images = packed(pixels[None], jnp.asarray(grid)[None])
-        _, found = tower.hooked(images, lambda block: (block.before, block.after))
+        found = tower_values(tower, images)
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
         order = order.transpose(0, 2, 1, 3).reshape(-1)  # stored row by row of patches
-        found = [(before[:, order], after[:, order]) for before, after in found]
+        found = [(block.before[:, order], block.after[:, order]) for block in found]
     elif golden.patched:  # with padding behind the image
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         images = packed(np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])[None], grid)
-        _, found = tower.hooked(images, lambda block: (block.before, block.after))
+        found = tower_values(tower, images)
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
             windows = tower.context(images.values, images).segments[tower.cfg.layers[0].mixer.window]
             order = np.argsort(windows[0, :-4], kind="stable")
-        found = [(before[:, order], after[:, order]) for before, after in found]
+        found = [(block.before[:, order], block.after[:, order]) for block in found]
     else:
-        _, found = tower.hooked(packed(pixels[:1]), lambda block: (block.before, block.after))
-    np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
+        found = tower_values(tower, packed(pixels[:1]))
+    np.testing.assert_allclose(np.concatenate([found[0][0], *(block[1] for block in found)]), states, **CLOSE)
 
 
 def test_deepstack(goldens):

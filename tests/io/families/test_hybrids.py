@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from golden_cases import CLOSE, Golden, kept_mixers
 from hf_cases import edit_config, edit_weights, make_folder, prune
 
@@ -15,7 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import SharedPrefix, generate
 from vlmprune_jax.core.models.mixers.delta_net import CHUNK, chunked, recurrent
 from vlmprune_jax.core.models.params import flatten
-from vlmprune_jax.core.models.vlm import Model, encode
+from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.run.report.figures import importance_figure
@@ -92,8 +93,8 @@ def test_mixers_equal_stock(models):
     """Input and output of the first delta net and the first attention, and the chunked rule against one by one."""
     golden = models["qwen3_5"]
     ids = golden.arrays["text_input_ids"][None]
-    hook = {"hook": lambda block: block.inputs, "hook_inputs": ("self_attn", "o_proj_out")}
-    values = encode(golden.model.params, golden.model.cfg, ids, **hook)[1]["hook"]
+    names = ("self_attn", "o_proj_out")
+    values = [block.inputs for block in decoder_values(golden.model.params, golden.model.cfg, ids, names)]
     for name in [name for name in golden.arrays if "_input_" in name and name.startswith(("text_gdn", "text_att"))]:
         layer = int(name.rsplit("_", 1)[1])
         np.testing.assert_allclose(values[layer]["self_attn"][0], golden.arrays[name], **CLOSE)

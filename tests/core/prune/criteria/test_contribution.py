@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
 from media_cases import packed
 from prune_cases import UNEQUAL, batch, config, model, on_mesh
 
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import encode
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.io.exports.pruning import make_plan
 
@@ -19,17 +19,15 @@ def expected(one, arrays, image_weight, criterion):
     """(heads, neurons) per layer."""
     ids, mask = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["attention_mask"])
     images = packed(arrays["pixel_values"]) if "pixel_values" in arrays else None
-    _, aux = encode(
-        jax.tree.map(jnp.asarray, one.params), one.cfg, ids, images=images, attention_mask=mask,
-        hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
-    )  # fmt: skip
+    params, names = jax.tree.map(jnp.asarray, one.params), ("o_proj", "down_proj")
+    blocks = decoder_values(params, one.cfg, ids, names, images=images, attention_mask=mask)
     weight = np.where(np.asarray(ids) == one.cfg.image_token_id, image_weight, 1.0) * np.asarray(mask)
     layers, _ = unstack_layers(one.params, one.cfg)
-    for inputs, layer, shape in zip(aux["hook"], layers, one.cfg.text.layers, strict=True):
+    for block, layer, shape in zip(blocks, layers, one.cfg.text.layers, strict=True):
         found = []
         for name, other in (("o_proj", "dense"), ("down_proj", "fc2")):
             (path,) = (path for path in layer if path.endswith((f"{name}/weight", f"{other}/weight")))
-            x = np.asarray(inputs[name], np.float64).reshape(*weight.shape, -1)[weight > 0]
+            x = np.asarray(block.inputs[name], np.float64).reshape(*weight.shape, -1)[weight > 0]
             share = weight[weight > 0][:, None] / weight.sum()
             norm = np.linalg.norm(np.asarray(layer[path], np.float64).reshape(len(layer[path]), -1), axis=0)
             mean, squares = (share * x).sum(0), (share * x * x).sum(0)

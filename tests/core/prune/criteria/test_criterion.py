@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import decoder_values
+from flax import nnx
 from media_cases import packed
 from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
 from repository import ROOT
@@ -14,7 +16,7 @@ from repository import ROOT
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import encode, forward, to_nnx
+from vlmprune_jax.core.models.vlm import forward, to_nnx
 from vlmprune_jax.core.prune import CRITERIA, Criterion, score
 from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, input_weights, reduce_inputs
@@ -28,16 +30,16 @@ def test_a_tap_sees_what_the_output_projections_read():
     for cfg in (config(UNEQUAL, vision=True), config(UNEQUAL, **PHI)):
         one, arrays = model(cfg), batch(cfg)
         ids, mask, pixels = arrays["input_ids"], arrays["attention_mask"], arrays.get("pixel_values")
-        _, aux = encode(
-            jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), attention_mask=jnp.asarray(mask),
-            images=None if pixels is None else packed(pixels),
-            hook=lambda block: block, hook_inputs=("o_proj", "down_proj"),
+        blocks = decoder_values(
+            jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), ("o_proj", "down_proj"),
+            attention_mask=jnp.asarray(mask), images=None if pixels is None else packed(pixels),
         )  # fmt: skip
         _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
         names = ("dense", "fc2") if cfg.text.block.parallel else ("o_proj", "down_proj")
-        for i, (block, shape) in enumerate(zip(aux["hook"], cfg.text.layers, strict=True)):
+        for i, (block, shape) in enumerate(zip(blocks, cfg.text.layers, strict=True)):
             assert block.inputs["o_proj"].shape == (4, 9, shape.mixer.q_heads, 6)
-            out, down = block.params["self_attn"][names[0]], block.params["mlp"][names[1]]
+            params = nnx.to_pure_dict(nnx.state(block.block))
+            out, down = params["self_attn"][names[0]], params["mlp"][names[1]]
             added = jnp.einsum("bthd,ehd->bte", block.inputs["o_proj"], out["weight"]) + out["bias"][None, None]
             added += jnp.einsum("btm,em->bte", block.inputs["down_proj"], down["weight"]) + down["bias"][None, None]
             last = i == len(cfg.text.layers) - 1
