@@ -92,8 +92,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
-    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
-    inputs = read_inputs(cfg, ids, mask, {name: arrays[name] for name in names & arrays.keys()}, len(ids))
+    visuals = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
+    inputs = read_inputs(cfg, ids, mask, {name: arrays[name] for name in visuals & arrays.keys()}, len(ids))
     if inputs.images is not None and inputs.images.real is not None:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"

@@ -225,11 +225,17 @@ def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *,
     With `generation`, the last answer is left out, and the prompt ends where it begins.
     """
     turns = record.turns[:-1] if generation and record.turns[-1][0] == "gpt" else record.turns
-    media = {"has_image": bool(record.images), "has_video": bool(record.videos)}
+    visuals = [] if template.image_tokens is None else [template.image_text(image) for image in images]
+    prompt = render(
+        turns,
+        template,
+        has_image=bool(record.images),
+        has_video=bool(record.videos),
+        generation=generation,
+        visuals=visuals,
+    )
     if template.image_tokens is None:
-        return render(turns, template, **media, generation=generation)
-    visuals = [template.image_text(image) for image in images]
-    prompt = render(turns, template, **media, generation=generation, visuals=visuals)
+        return prompt
     for context in {template.image_tokens[1], *([] if template.video is None else [template.video.token])}:
         if prompt.text.count(context) > sum(text.count(context) for text in visuals):
             raise UserError(

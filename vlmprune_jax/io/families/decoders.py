@@ -92,7 +92,6 @@ def decoder_family(decoder: Decoder) -> Family:
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),
         vllm_tpu=decoder.vllm_tpu,
         runs_in=decoder.runs_in,
-        tried=decoder.tried,
     )
 
 

@@ -20,7 +20,6 @@ from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of, vision_to_hf
 
-CAUSAL = "on CPUs, images are masked causally"  # vLLM's attention there ignores where images are
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Defaults of the config classes in transformers, which hub files leave out.
@@ -214,6 +213,5 @@ GEMMA3 = vlm_family(
         problem=_problem,
     ),
     runs_in=("vllm", "mlx", "openvino"),
-    tried={"vllm": f"layers, heads and neurons; {CAUSAL}", "mlx": "images differ", "openvino": "layers and heads"},
     engine_problem=_engine_problem,
 )

@@ -20,7 +20,7 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
-from vlmprune_jax.io.families.gemma3 import CAUSAL, NORMS, THETA, gemma_windows
+from vlmprune_jax.io.families.gemma3 import NORMS, THETA, gemma_windows
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
@@ -355,10 +355,5 @@ GEMMA4 = vlm_family(
     ),
     vllm_tpu="jax",
     runs_in=("vllm", "mlx", "openvino"),
-    tried={
-        "vllm": f"layers and heads; of dense models, {CAUSAL}",
-        "mlx": "images of dense models differ",
-        "openvino": "unpruned",
-    },
     engine_problem=_engine_problem,
 )

@@ -306,5 +306,4 @@ INTERNVL_HF = vlm_family(
     video=VideoConfig("middles", size=(384, 384), mean=PIXELS["clip"][0], std=PIXELS["clip"][1]),
     recipe=_RECIPE,
     runs_in=("vllm", "mlx"),
-    tried={"vllm": "", "mlx": ""},
 )

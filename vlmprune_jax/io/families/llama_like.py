@@ -163,7 +163,6 @@ LLAMA = decoder_family(
         llama_like_weights,
         heads_divide=True,
         gguf=(gguf.LLAMA, gguf.DECI),
-        tried={"vllm": "", "mlx": "", "openvino": ""},
         vllm_tpu="jax",
     )
 )

@@ -245,7 +245,6 @@ LLAVA_HF = vlm_family(
     image_processors=("CLIP", "Siglip", "Llava"),
     recipe=RECIPE,
     runs_in=("vllm", "mlx", "openvino"),
-    tried={"vllm": "", "mlx": "", "openvino": ""},
     derives_head_dim=("mlx",),
     engine_problem=_engine_problem,
 )

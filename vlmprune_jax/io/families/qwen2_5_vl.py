@@ -186,5 +186,4 @@ QWEN2_5_VL = patch_family(
     ),
     vllm_tpu="jax",
     runs_in=("vllm", "mlx"),
-    tried={"vllm": "", "mlx": ""},
 )

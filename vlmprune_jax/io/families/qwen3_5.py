@@ -128,7 +128,6 @@ QWEN3_5 = qwen3_vl_family(
     ids=_IDS,
     vllm_tpu="",
     runs_in=("vllm",),
-    tried={"vllm": "on CPUs with `--dtype bfloat16` only"},
 )
 
 # Qwen3.5 with experts -----------------------------------------------------------------------------------------------

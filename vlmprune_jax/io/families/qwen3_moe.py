@@ -107,5 +107,4 @@ QWEN3_VL_MOE = qwen3_vl_family(
         problem=_vl_problem,
     ),
     _VL_TEXT,
-    tried={"vllm": ""},
 )

@@ -219,5 +219,4 @@ QWEN3_VL = qwen3_vl_family(
         gguf=(gguf.QWEN3VL,),
     ),
     _TEXT,
-    tried={"vllm": "", "mlx": ""},
 )

@@ -85,6 +85,5 @@ SMOLVLM = vlm_family(
     images="splits",
     video=VideoConfig("trimmed", fps=1.0, num_frames=64, longest_edge=4 * 364, size=(364, 364), resample=1),
     runs_in=("vllm", "mlx"),
-    tried={"vllm": "", "mlx": ""},
     derives_head_dim=("mlx",),
 )

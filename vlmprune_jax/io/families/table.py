@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.base.checks import Registry, check_returned
@@ -39,7 +39,7 @@ class Weight:
 class Decoder:
     """Declaration of a decoder type (`model_type`), used alone or inside a vision-language model.
 
-    `runs_in`, `tried` and `vllm_tpu` are as in `Family`, for the decoder used alone.
+    `runs_in` and `vllm_tpu` are as in `Family`, for the decoder used alone.
     """
 
     model_type: str
@@ -72,7 +72,6 @@ class Decoder:
     """Engines (of `core.limits.ENGINES`) that compute head_dim as hidden_size / heads, whatever config.json says."""
 
     runs_in: tuple[str, ...] = ("vllm", "mlx", "openvino")
-    tried: Mapping[str, str] = field(default_factory=dict)
     vllm_tpu: str = "torchax"
 
     problem: Callable[[TextConfig], str | None] = lambda text: None
@@ -245,11 +244,6 @@ class Family:
 
     runs_in: tuple[str, ...] = ("vllm",)
     """Other engines that have a class for the family."""
-
-    tried: Mapping[str, str] = field(default_factory=dict)
-    """{engine that was run (tools/engines/table.py): how its outputs differ from transformers', even for unpruned
-    models, or which prunings alone were run; "" without differences}.
-    """
 
     derives_head_dim: tuple[str, ...] = ()
     """Engines that compute head_dim as hidden_size / heads for the decoder inside this family."""
