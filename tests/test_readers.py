@@ -44,11 +44,7 @@ EXCEPTIONS = {
     ("io/exports/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
     ("run/workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
     ("run/workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
-    (
-        "core/recovery/checkpoint.py",
-        "_decode",
-        "json.loads",
-    ): "a text of a checkpoint that was checked; read within `reading`",
+    ("core/recovery/checkpoint.py", "restore", "json.loads"): "a checked text of a checkpoint, within `reading`",
     ("io/data/video/reader.py", "_opened", ".read_bytes"): "a video inside a record or data set",
     ("io/data/video/worker.py", "main", "json.loads"): "a line of the process that started this one",
     ("io/data/video/worker.py", "main", "os.fdopen"): "a file that the process which started this one has opened",

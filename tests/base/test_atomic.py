@@ -124,7 +124,7 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 WRITER = """
 import sys, time
 from vlmprune_jax.core.models import lazy
-from vlmprune_jax.io.exports import folder
+from vlmprune_jax.io.exports import weights
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.checkpoints.read import load
 source, out = sys.argv[1:]
@@ -136,7 +136,7 @@ def slow(*args):
         print("writing", flush=True)
         time.sleep(600)
     return plain(*args)
-folder.to_host = slow
+weights.to_host = slow
 save(model, out, source_dir=source, overwrite=True)
 """
 

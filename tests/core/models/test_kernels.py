@@ -19,6 +19,7 @@ from vlmprune_jax.core.mesh.rules import MESH_AXES
 from vlmprune_jax.core.models import kernels
 from vlmprune_jax.core.models.generate import decode, prefill
 from vlmprune_jax.core.models.kernels import attention_mask, splash_attention, windowed, xla_attention
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.mixers import attention
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
@@ -187,8 +188,8 @@ def test_tpus_get_splash():
 
     with jax.sharding.use_abstract_mesh(mesh):
         found = kernels("tpu")
-        prompt = {"ids": shapes[1]["input_ids"], "valid": shapes[1]["mask"], "pixel_mask": None}
-        prompt |= {"pixels": shapes[1]["pixel_values"], "ended": jax.ShapeDtypeStruct((2,), bool)}
+        prompt = {"ids": shapes[1]["input_ids"], "valid": shapes[1]["mask"]}
+        prompt |= {"images": Packed(shapes[1]["pixel_values"]), "ended": jax.ShapeDtypeStruct((2,), bool)}
         prompt |= {
             "prefix_ids": prompt["ids"],
             "prefix_valid": prompt["valid"],

@@ -39,6 +39,7 @@ import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache, recorded
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import checked, parse_json
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
@@ -208,7 +209,9 @@ class _Repair:
             return {key: encoded, f"{key}/change": np.zeros(0) if change is None else change}
 
         stored = recorded(self.cache, [key, f"{key}/change"], compute)
-        solution = msgspec.json.decode(stored[key].tobytes(), type=Solution)
+        where, todo = f"the cached repair {key}", "remove the cache and run again"
+        result = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
+        solution = msgspec.convert(result, Solution)
         self.repairs.append({"layer": layer.number, "module": module, **msgspec.structs.asdict(solution)})
         return layer if solution.ridge is None else merge(layer, stored[f"{key}/change"])
 

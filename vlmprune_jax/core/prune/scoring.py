@@ -81,7 +81,7 @@ def score(
     if (stack if stack == "text" else "vision") not in chosen.stacks:  # encoders are scored as towers
         others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
         raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
-    if "layers" not in chosen.scores and model.cfg.lora is not None:
+    if model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
     if routing is not None and chosen.needs != "routing":
         raise UserError(f"criterion {criterion!r} does not score experts by a routing: pass calibration batches")

@@ -149,7 +149,8 @@ class Checkpointer:
                 f"there are {process_count()}: continue with {len(positions)} processes"
             )
         position = positions[process_number() if len(positions) == process_count() else 0]
-        return state, base64.b64decode(position[1:]) if position[0] == "b" else json.loads(position[1:])
+        with reading(location, _REMEDY):
+            return state, base64.b64decode(position[1:]) if position[0] == "b" else json.loads(position[1:])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         with reading(f"{self.folder}/{step}", _REMEDY):

@@ -326,7 +326,9 @@ def _encoded(key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], I
     """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    width, (block, block_bytes) = shape[-1], GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    # the parts of a vector may come one by one
+    width = shape[-1] if len(shape) > 1 else 1
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
     def encode() -> Iterator[np.ndarray]:
         step = max(1, _CHUNK // width)

@@ -248,7 +248,7 @@ def torch_logits(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
         ({"quantize": "w4a16", "group_size": 48}, "group_size=48 is not one of 128, 64, 32"),
         ({"quantize": "w8a8", "group_size": 32}, "w8a8 has one scale per row"),
         ({"quantize": "w8a8", "symmetric": False}, "w8a8 has one scale per row"),
-        ({"group_size": 32}, "group_size=32 is an option of format 'compressed-tensors', not of 'huggingface'"),
+        ({"group_size": 32}, "group_size, symmetric and rounding are for integers: set quantize to w8a16"),
         ({"quantize": "q8_0"}, "quantize 'q8_0' is not supported by format 'huggingface'"),
         ({"quantize": "w4a16", "format": "gguf"}, "quantize 'w4a16' is not supported by format 'gguf'"),
     ],
