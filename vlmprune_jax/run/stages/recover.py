@@ -16,6 +16,7 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.weight_files import DTYPES
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan
@@ -111,9 +112,9 @@ def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
         check_frozen(cfg, config)
     steps = config.num_steps(len(records))
     program = make_program(
-        dataclasses.replace(cfg, tower=cfg.tower and data.feature_cache is None),
+        _trained_cfg(student, data),
         config,
-        teacher_cfg=trim_vocabulary(teacher, plan.vocabulary).cfg if runs_teacher else None,
+        teacher_cfg=_trained_cfg(trim_vocabulary(teacher, plan.vocabulary), data) if runs_teacher else None,
         kept_layers=plan.kept_layers,
         mesh=work.devices,
         num_steps=steps,
@@ -132,6 +133,11 @@ def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
         teacher=teacher,
         plan=plan,
     )
+
+
+def _trained_cfg(model: Model, data: DataSpec) -> ModelConfig:
+    """Return the config of a model as it trains: without its tower if the features are cached."""
+    return dataclasses.replace(model.cfg, tower=model.cfg.tower and data.feature_cache is None)
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
