@@ -33,10 +33,10 @@ class Criterion:
     """
 
     scores: tuple[str, ...]
-    """What the criterion scores, of "layers", "widths" (heads and neurons) and "experts"."""
+    """Scored units: a selection of "layers", "widths" (heads and neurons) and "experts"."""
 
     needs: str
-    """What the function reads: "weights", "activations", "routing" or "labels"."""
+    """Inputs of the function: "weights", "activations", "routing" or "labels"."""
 
     function: Callable[..., Any]
     """Function whose signature depends on `needs`:
