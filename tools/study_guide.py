@@ -36,10 +36,11 @@ def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
 
 
 def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
-    """Return the guide with the rows of a sweep, replacing those of the same name."""
+    """Return the guide with the rows of a sweep, replacing those of the same name; title and measure of that stay."""
     vision = any(metric.counted == "questions" for metric in sweep.sets.values())
     recipe, task = settings_of_config(sweep.config)
-    source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision, recipe, task)
+    new = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision, recipe, task)
+    source = dataclasses.replace(guide.sources.get(name, new), vision=vision, recipe=recipe, task=task)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
     return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
 
