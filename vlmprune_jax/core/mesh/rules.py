@@ -37,19 +37,16 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
     that mesh axis, divides their size in `shape`. Otherwise, or without `shape`, they are replicated.
     """
     divisible = {axis for axis, size in zip(axes, shape, strict=False) if size % fsdp == 0}
-    used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for axis in axes:
         prunable = AXES.get(axis or "")
         entry = RULES.get(axis or "") if prunable is None else prunable.mesh or None
-        if (axis in WHERE_DIVISIBLE if prunable is None else prunable.where_divisible) and axis not in divisible:
-            entry = None
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        if used.intersection(names):
-            entry = None
-        else:
-            used.update(names)
-        entries.append(entry)
+        where_divisible = axis in WHERE_DIVISIBLE if prunable is None else prunable.where_divisible
+        names = {entry} if isinstance(entry, str) else {*(entry or ())}
+        replicated = names & used or (where_divisible and axis not in divisible)
+        entries.append(None if replicated else entry)
+        used |= set() if replicated else names
     return PartitionSpec(*entries)
 
 

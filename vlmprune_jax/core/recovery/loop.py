@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,8 +26,8 @@ from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.recovery.metrics import Recorder
-from vlmprune_jax.core.recovery.program import BatchShapes, Program, Run, describe, prepare, shapes_of
-from vlmprune_jax.core.recovery.step import TrainState, place_rows, step_context
+from vlmprune_jax.core.recovery.program import BatchShapes, Run, describe, prepare, shapes_of
+from vlmprune_jax.core.recovery.step import Program, TrainState, place_rows, step_context
 from vlmprune_jax.core.recovery.terms import reported_terms
 from vlmprune_jax.core.recovery.trainable import merge_lora
 
@@ -50,7 +50,8 @@ def recover(
     Args:
       model: the pruned model, or a new model (`init_params`) to pretrain; its arrays are not modified.
       batches: this process's rows as `Batch`es, endless or at least `num_steps` batches. With `workdir`, the iterator
-        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method `kinds`
+        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method
+        `kinds(first, last)` that returns the distinct `BatchShapes` of these batches, the same on all processes
         (`TrainBatches.kinds`), all programs are compiled before the first step.
       config: trainable parameters, losses and optimizer.
       teacher: the unpruned model, for distillation.
@@ -79,7 +80,7 @@ def recover(
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
     with saver if saver is not None else contextlib.nullcontext():
         state, first = _resume(run, stream, saver)
-        kinds = batches.kinds(first, total) if isinstance(batches, Foreseen) else []
+        kinds = batches.kinds(first, total) if hasattr(batches, "kinds") else []
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices, config.loggers) as recorder, context:
@@ -125,14 +126,6 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
     return state, int(state.step)
 
 
-@runtime_checkable
-class Foreseen(Protocol):
-    """Interface of a batch iterator whose array shapes are all known in advance."""
-
-    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
-        """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
-
-
 def _train(
     run: Run,
     stream: Iterator[Any],
@@ -148,7 +141,7 @@ def _train(
 
     def compile_for(state: TrainState, batch: Mapping[str, Any]) -> None:
         arguments = (state, run.frozen, run.teacher_params, batch)
-        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()  # type: ignore[attr-defined]
+        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()
 
     teacher_cfg = None if run.program.teacher is None else run.program.teacher.cfg
     flops = batch_flops(cfg, teacher_cfg, config.losses, run.program.groups, rows=config.batch_size)

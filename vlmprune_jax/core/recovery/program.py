@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from vlmprune_jax.base.checks import one_of
@@ -16,10 +15,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways
-from vlmprune_jax.core.mesh.rules import check_divides, sharding
+from vlmprune_jax.core.mesh.rules import check_divides
 from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
 from vlmprune_jax.core.models.inputs import images_of
-from vlmprune_jax.core.models.params import Flat, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.core.models.params import Flat, param_shapes, place_params, unflatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.core.plans.plan import PrunePlan
@@ -27,36 +26,18 @@ from vlmprune_jax.core.prune.surgery import trim_vocabulary
 from vlmprune_jax.core.recovery.checkpoint import weights_digest
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import room_of
-from vlmprune_jax.core.recovery.losses import Teacher
 from vlmprune_jax.core.recovery.step import (
-    Step,
+    Program,
     TrainState,
-    init_state,
     learning_rates,
     make_optimizer,
-    make_step,
     state_shardings,
     step_context,
 )
-from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, layer_pairs, needs_teacher
-from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, with_lora
+from vlmprune_jax.core.recovery.terms import make_teacher, student_layers
+from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, partition, with_lora
 
 BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
-
-
-class Program(NamedTuple):
-    """Training step of a run, which does not depend on weight values.
-
-    `cfg`: config of the student, with LoRA adapters and simulated integer rounding. `groups`: optimizer group of each
-    trained parameter, by path. `shardings`: shardings of the training state.
-    """
-
-    cfg: ModelConfig
-    groups: dict[str, str]
-    teacher: Teacher | None
-    optimizer: optax.GradientTransformation
-    shardings: TrainState | None
-    step: Step
 
 
 def make_program(
@@ -72,8 +53,7 @@ def make_program(
 
     Raises UserError if settings contradict the model, the teacher or the mesh.
     """
-    check_losses(config.losses)
-    check_teacher(config.losses, cfg, teacher_cfg)
+    teacher = make_teacher(config.losses, cfg, teacher_cfg, kept_layers)
     if mesh is not None:
         check_divides(cfg, mesh)
         ways, rows = row_ways(mesh), config.batch_size // config.accumulation
@@ -94,14 +74,10 @@ def make_program(
         cfg = dataclasses.replace(cfg, fake_quant=rounding(cfg))
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), config.trainable)
-    teacher = None
-    if teacher_cfg is not None and needs_teacher(config.losses):
-        teacher = Teacher(teacher_cfg, *layer_pairs(config.losses, cfg, teacher_cfg, kept_layers))
     optimizer = make_optimizer(config, groups, num_steps)
     masters = {path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in groups}
     shardings = state_shardings(masters, optimizer, cfg, mesh)
-    step = make_step(cfg, config, teacher, optimizer, learning_rates(config, groups, num_steps), shardings)
-    return Program(cfg, groups, teacher, optimizer, shardings, step)
+    return Program(cfg, config, teacher, groups, optimizer, learning_rates(config, groups, num_steps), shardings)
 
 
 class Run(NamedTuple):
@@ -140,32 +116,22 @@ def prepare(
         )
     if config.adapters is not None:
         model = add_lora(model, config.adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
-    flat = place(model, mesh)
-    trainable = {path: leaf for path, leaf in flat.items() if path in program.groups}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in program.groups}
+    flat = place_params(model, mesh)
+    trainable, frozen = partition(flat, program.groups)
     taught, teacher_params = program.teacher, None
     if teacher is not None and taught is not None:
-        teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in place(teacher, mesh).items()})
+        teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in place_params(teacher, mesh).items()})
     with step_context(mesh, config.compute_dtype):
-        state = init_state(trainable, program.optimizer, config.seed, program.shardings)
+        state = program.init(trainable)
     identity = {
         "config": config.identity(),
         "num_steps": total,
         "model": {"cfg": dataclasses.asdict(model.cfg), "weights": weights_digest(flat)},
         "teacher": taught and {"cfg": dataclasses.asdict(taught.cfg), "weights": weights_digest(teacher_params)},
-        "layers": taught and [taught.student_layers, taught.teacher_layers],
+        "layers": taught and [student_layers(config.losses, program.cfg), taught.layers],
     }
     dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
     return Run(program, dtypes, mesh, frozen, teacher_params, state, identity)
-
-
-def place(model: Model, mesh: Mesh | None) -> Flat:
-    """Move flat params to the mesh or default device; arrays that are already there are not copied."""
-    flat = flatten(model.params)
-    if mesh is None:
-        return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}
-    axes = param_axes(model.cfg)
-    return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
 
 
 def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:

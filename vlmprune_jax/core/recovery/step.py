@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +25,9 @@ from vlmprune_jax.core.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Params
 from vlmprune_jax.core.recovery.config import PROJECTOR, RecoverConfig
 from vlmprune_jax.core.recovery.flops import room_of
-from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, term_weights
+from vlmprune_jax.core.recovery.losses import combine, loss_sums, term_weights
+from vlmprune_jax.core.recovery.terms import Teacher
 from vlmprune_jax.core.recovery.trainable import decays
-
-Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -40,13 +39,14 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
+def make_schedule(config: RecoverConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:
     """Return the learning-rate schedule: linear warm-up over ceil(warmup_ratio * num_steps) steps, then decay.
 
     The schedule equals `get_*_schedule_with_warmup` of transformers, except that at least one step has the full rate.
+    `peak`: the full rate, instead of `config.learning_rate`.
     """
     warmup = min(math.ceil(config.warmup_ratio * num_steps), num_steps - 1)
-    rest, peak = max(num_steps - warmup, 1), config.learning_rate
+    rest, peak = max(num_steps - warmup, 1), peak or config.learning_rate
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "linear": optax.linear_schedule(peak, 0.0, rest),
@@ -61,8 +61,7 @@ def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
     """Return {metric name: learning-rate schedule}, with a separate one for the projector if it is trained."""
     schedules = {"learning_rate": make_schedule(config, num_steps)}
     if PROJECTOR in groups.values():
-        projector = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
-        schedules["projector_learning_rate"] = make_schedule(projector, num_steps)
+        schedules["projector_learning_rate"] = make_schedule(config, num_steps, config.projector_learning_rate)
     return schedules
 
 
@@ -85,26 +84,6 @@ def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
     )
 
 
-def init_state(
-    trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None
-) -> TrainState:
-    """Return the training state at step 0, with float32 copies of the trained parameters."""
-
-    build = functools.partial(_initial, optimizer=optimizer, seed=seed)
-    return jax.jit(build, out_shardings=shardings)(trainable)
-
-
-def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Return the training state as abstract arrays with shardings."""
-    state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings)
-
-
-def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    masters = {path: jnp.copy(x.astype(jnp.float32)) for path, x in trainable.items()}
-    return TrainState(masters, optimizer.init(masters), jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
-
-
 def state_shardings(
     trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
 ) -> TrainState | None:
@@ -121,102 +100,118 @@ def state_shardings(
     return TrainState(params, placed, everywhere, everywhere)
 
 
-Step = Callable[[TrainState, Flat, Params | None, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Training program of a run, which does not depend on weight values."""
 
+    cfg: ModelConfig
+    """Config of the student, with LoRA adapters and simulated integer rounding."""
 
-def make_step(
-    cfg: ModelConfig,
-    config: RecoverConfig,
-    teacher: Teacher | None,
-    optimizer: optax.GradientTransformation,
-    rates: Mapping[str, optax.Schedule],
-    shardings: TrainState | None,
-) -> Step:
-    """Return the jitted step `(state, frozen, teacher params, batch) -> (state, metrics)`; `state` is donated.
+    config: RecoverConfig
+    teacher: Teacher | None
 
-    `batch`: global arrays, rows split over (data, fsdp). `rates`: schedules to log, by metric name. Metrics are
-    float32 scalars on the device; nothing in the step waits for the host.
-    """
-    replicated = None if shardings is None else shardings.step
+    groups: Mapping[str, str]
+    """Optimizer group of each trained parameter, by path."""
 
-    def step(
-        state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
-        weights = term_weights(config.losses, cfg, batch["labels"], batch["attention_mask"])
-        grads, sums = _gradients(cfg, config, teacher, state, frozen, teacher_params, batch, weights)
+    optimizer: optax.GradientTransformation
+
+    rates: Mapping[str, optax.Schedule]
+    """Learning-rate schedules to log, by metric name."""
+
+    shardings: TrainState | None
+    """Shardings of the training state; None without a mesh."""
+
+    @functools.cached_property
+    def init(self) -> Any:
+        """Jitted function `trained params -> state` at step 0, with float32 copies of the parameters."""
+
+        def init(trainable: Flat) -> TrainState:
+            masters = {path: jnp.copy(x.astype(jnp.float32)) for path, x in trainable.items()}
+            key = jax.random.key_data(jax.random.key(self.config.seed))
+            return TrainState(masters, self.optimizer.init(masters), jnp.int32(0), key)
+
+        return jax.jit(init, out_shardings=self.shardings)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """Jitted training step `(state, frozen, teacher params, batch) -> (state, metrics)`; `state` is donated.
+
+        `batch`: global arrays, rows split over (data, fsdp). Metrics are float32 scalars on the device; nothing in the
+        step waits for the host.
+        """
+        outputs = None if self.shardings is None else (self.shardings, self.shardings.step)
+        return jax.jit(self._step, donate_argnums=(0,), out_shardings=outputs)
+
+    def _step(
+        self, state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        losses = self.config.losses
+        weights = term_weights(losses, self.cfg, batch["labels"], batch["attention_mask"])
+        grads, sums = self.gradients(state, frozen, teacher_params, batch, weights)
         norm = optax.tree.norm(grads)
-        if config.clip_norm is not None:
-            factor = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        if self.config.clip_norm is not None:
+            factor = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
             grads = {path: grad * factor for path, grad in grads.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer step counts
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics = {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in rates.items()}
+            metrics = {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in self.rates.items()}
         terms = {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
-        valid = jnp.sum(batch["attention_mask"], dtype=jnp.float32)
-        slots = batch["attention_mask"].size
-        metrics |= {
-            "loss": combine(sums, weights, config.losses),
-            "grad_norm": norm,
-            "tokens": valid,
-            "padding": (slots - valid) / slots,
-            "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
-        }
-        images = images_of(batch)
-        if images is not None and images.grid is not None:
-            room = len(images.grid) * room_of(cfg, images) * merge_of(cfg) ** 2  # patches
-            metrics["image_padding"] = 1 - jnp.sum(jnp.prod(images.grid, axis=-1), dtype=jnp.float32) / room
+        metrics |= {"loss": combine(sums, weights, losses), "grad_norm": norm, **self._padding(batch)}
         if taken := metrics.keys() & terms.keys():
             raise UserError(f"losses: {', '.join(taken)} is also the name of a training metric: rename the loss term")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
-    return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
+    def _padding(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return a batch's number of tokens, its shares of padding, and its number of rows without tokens."""
+        mask, images = batch["attention_mask"], images_of(batch)
+        tokens = jnp.sum(mask, dtype=jnp.float32)
+        empty = jnp.sum(~jnp.any(mask != 0, axis=1), dtype=jnp.float32)
+        metrics = {"tokens": tokens, "padding": (mask.size - tokens) / mask.size, "empty_rows": empty}
+        if images is not None and images.grid is not None:
+            room = len(images.grid) * room_of(self.cfg, images) * merge_of(self.cfg) ** 2  # patches
+            metrics["image_padding"] = 1 - jnp.sum(jnp.prod(images.grid, axis=-1), dtype=jnp.float32) / room
+        return metrics
 
+    def gradients(
+        self,
+        state: TrainState,
+        frozen: Flat,
+        teacher_params: Params | None,
+        batch: dict[str, jax.Array],
+        weights: dict[str, jax.Array],
+    ) -> tuple[Flat, dict[str, jax.Array]]:
+        """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
+        cfg, config, dtype = self.cfg, self.config, jnp.dtype(self.config.compute_dtype)
+        dropout = cfg.lora is not None and cfg.lora.dropout > 0
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
+        fixed = {path: x.astype(dtype) for path, x in frozen.items()}
 
-def _gradients(
-    cfg: ModelConfig,
-    config: RecoverConfig,
-    teacher: Teacher | None,
-    state: TrainState,
-    frozen: Flat,
-    teacher_params: Params | None,
-    batch: dict[str, jax.Array],
-    weights: dict[str, jax.Array],
-) -> tuple[Flat, dict[str, jax.Array]]:
-    """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
-    dtype = jnp.dtype(config.compute_dtype)
-    dropout = cfg.lora is not None and cfg.lora.dropout > 0
-    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
-    fixed = {path: x.astype(dtype) for path, x in frozen.items()}
+        def total(masters: Flat, micro: dict[str, jax.Array], index: jax.Array) -> tuple[jax.Array, dict]:
+            sums = loss_sums(
+                unflatten({**fixed, **{path: x.astype(dtype) for path, x in masters.items()}}),
+                cfg,
+                micro,
+                config.losses,
+                teacher=self.teacher,
+                teacher_params=taught,
+                remat=config.remat,
+                dropout_key=jax.random.fold_in(step_key, index) if dropout else None,
+            )
+            return combine(sums, weights, config.losses), sums
 
-    def total(masters: Flat, micro: dict[str, jax.Array], index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params = unflatten({**fixed, **{path: x.astype(dtype) for path, x in masters.items()}})
-        key = jax.random.fold_in(step_key, index) if dropout else None
-        sums = loss_sums(
-            params,
-            cfg,
-            micro,
-            config.losses,
-            teacher=teacher,
-            teacher_params=taught,
-            remat=config.remat,
-            dropout_key=key,
-        )
-        return combine(sums, weights, config.losses), sums
+        gradient = jax.grad(total, has_aux=True)
+        if config.accumulation == 1:
+            return gradient(state.params, batch, jnp.int32(0))
 
-    gradient = jax.grad(total, has_aux=True)
-    if config.accumulation == 1:
-        return gradient(state.params, batch, jnp.int32(0))
+        def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradient(state.params, *xs)), None
 
-    def body(carry: Any, xs: Any) -> tuple[Any, None]:
-        micro, index = xs
-        return jax.tree.map(jnp.add, carry, gradient(state.params, micro, index)), None
-
-    zeros = {path: jnp.zeros_like(x) for path, x in state.params.items()}
-    start = (zeros, {name: jnp.float32(0) for name in weights})
-    micro = {name: _split(x, config.accumulation) for name, x in batch.items()}
-    return jax.lax.scan(body, start, (micro, jnp.arange(config.accumulation)))[0]
+        zeros = {path: jnp.zeros_like(x) for path, x in state.params.items()}
+        start = (zeros, {name: jnp.float32(0) for name in weights})
+        micro = {name: _split(x, config.accumulation) for name, x in batch.items()}
+        return jax.lax.scan(body, start, (micro, jnp.arange(config.accumulation)))[0]
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:

@@ -243,45 +243,59 @@ def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
     return tuple(index % (n_layers + 1) for index in loss.l2_layers)
 
 
-def layer_pairs(
-    loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return pairs of hidden-state indices (student, teacher) that the hidden-state losses compare.
+@dataclass(frozen=True)
+class Teacher:
+    """Distillation teacher of a training run."""
+
+    cfg: ModelConfig
+
+    layers: tuple[int, ...]
+    """Index of the hidden state with which each one in `student_layers` is compared."""
+
+
+def make_teacher(
+    loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None, kept: Sequence[int] | None
+) -> Teacher | None:
+    """Return the teacher that the loss terms need, None if there is none to run.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
     layer `kept[i - 1]`. Embeddings are compared with embeddings, and states after the final norm with each other.
-    Raises UserError if an index is outside the student, or layer counts differ without a plan that aligns them.
+
+    Raises UserError if loss terms are unknown or contradict other settings; the teacher is missing, or its widths,
+    vocabulary or image tokens are not the student's; an index of `loss.l2_layers` is outside the student; or layer
+    counts differ without a plan that aligns them.
     """
+    check_losses(loss)
+    if loss.teacher_top_k > student.text.vocab_size:
+        raise UserError(
+            f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"
+        )
+    if not needs_teacher(loss):
+        return None
+    if teacher is None:
+        taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
+        raise UserError(f"losses: {taught} needs a teacher: pass the unpruned model, or set the weight to 0")
+    _check_teacher(loss, student, teacher)
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
         raise UserError(
             f"recover: the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the "
             f"teacher {n_teacher}: pass the plan that this student was pruned with"
         )
-    ours, theirs = student_layers(loss, student), []
-    for index, i in zip(loss.l2_layers, ours, strict=True):
+    layers = list[int]()
+    for index, i in zip(loss.l2_layers, student_layers(loss, student), strict=True):
         if loss.reference_compat:
-            theirs.append(index % (n_teacher + 1) if index < 0 else index)
+            layers.append(index % (n_teacher + 1) if index < 0 else index)
         elif i in (0, n_student):
-            theirs.append(0 if i == 0 else n_teacher)
+            layers.append(0 if i == 0 else n_teacher)
         elif kept is None and n_student != n_teacher:
             raise UserError(f"losses: l2_layers: {index} cannot be aligned without a plan: pass plan, or use -1")
         else:
-            theirs.append(i if kept is None else kept[i - 1] + 1)
-    return ours, tuple(theirs)
+            layers.append(i if kept is None else kept[i - 1] + 1)
+    return Teacher(teacher, tuple(layers))
 
 
-def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Raise UserError if the teacher is missing, or its widths, vocabulary or image tokens are not the student's."""
-    if loss.teacher_top_k > student.text.vocab_size:
-        raise UserError(
-            f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"
-        )
-    if not needs_teacher(loss):
-        return
-    if teacher is None:
-        taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
-        raise UserError(f"losses: {taught} needs a teacher: pass the unpruned model, or set the weight to 0")
+def _check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig) -> None:
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(
@@ -297,7 +311,6 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
         raise UserError(
             f"teacher: an image has {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, but for the "
-            "student "
-            f"{student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
+            f"student {student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
             'teacher_inputs="student"'
         )
