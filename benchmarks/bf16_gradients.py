@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
     from vlmprune_jax.core.models.params import flatten, unflatten
     from vlmprune_jax.core.recovery.config import LossConfig
     from vlmprune_jax.core.recovery.losses import combine, loss_sums, term_weights
-    from vlmprune_jax.core.recovery.step import step_context
+    from vlmprune_jax.core.recovery.program import step_context
     from vlmprune_jax.core.recovery.terms import make_teacher
     from vlmprune_jax.core.recovery.trainable import assign_groups, partition
 

@@ -104,8 +104,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     import vlmprune_jax as vp
     from vlmprune_jax.core.models.params import flatten
     from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
-    from vlmprune_jax.core.recovery.program import make_program
-    from vlmprune_jax.core.recovery.step import step_context
+    from vlmprune_jax.core.recovery.program import make_program, step_context
     from vlmprune_jax.core.recovery.trainable import partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)

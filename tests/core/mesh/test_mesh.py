@@ -18,7 +18,7 @@ from stack_cases import decoder_layer
 from vlmprune_jax.base import processes
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh import mesh
-from vlmprune_jax.core.recovery.step import place_rows
+from vlmprune_jax.core.recovery.program import place_rows
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from stack_cases import tower_layer
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import step_context
+from vlmprune_jax.core.recovery.program import make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.run.planning.ahead_of_time import (

@@ -20,8 +20,7 @@ from vlmprune_jax.core.models.vlm import encode, forward
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import term_weights
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import Program, TrainState, _split, batch_sharding, step_context
+from vlmprune_jax.core.recovery.program import Program, TrainState, _split, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, merge_lora, partition
 from vlmprune_jax.run.planning.ahead_of_time import collective_bytes
 

@@ -23,7 +23,7 @@ from vlmprune_jax.base.atomic import check_space
 from vlmprune_jax.base.errors import UserError, differences, reason
 from vlmprune_jax.base.files import checked, open_file, reading
 from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
-from vlmprune_jax.core.recovery.step import TrainState
+from vlmprune_jax.core.recovery.program import TrainState
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # suffix that orbax gives to incomplete checkpoints
 _REMEDY = "remove that folder, and run the same command"

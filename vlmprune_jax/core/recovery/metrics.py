@@ -22,7 +22,6 @@ from vlmprune_jax.core.recovery.loggers import LOGGERS, TensorBoard, Tracker
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
-_Row = dict[str, float]  # a line of metrics.jsonl
 
 
 class _Step(TypedDict):
@@ -63,10 +62,9 @@ class Recorder:
         self._steady: float | None = None
         self._file, self._loggers = None, list[TensorBoard | Tracker]()
         self._skipped = 0
-        self._skipped_file = None if folder is None else folder / f"skipped-{process_number()}.jsonl"
         if folder is not None:
             check_links(folder)  # TensorBoard writes through them
-        if self._skipped_file is not None:
+            self._skipped_file = folder / f"skipped-{process_number()}.jsonl"
             self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +117,7 @@ class Recorder:
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._skipped += len(skipped)
-        if skipped and self._skipped_file is not None:
+        if skipped and self._folder is not None:
             self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
             with self._skipped_file.open("a") as file:
                 for record, reason in skipped:
@@ -135,8 +133,8 @@ class Recorder:
             self._counted += tokens
             self._flops += flops
         self._tokens += tokens
-        times = {**self._speeds(tokens, flops, seconds), "seconds": seconds, "data_seconds": data_seconds}
-        self.last = {"step": step, **values, **times}
+        self.last = {"step": step, **values, **self._speeds(tokens, flops, seconds)}
+        self.last |= {"seconds": seconds, "data_seconds": data_seconds}
         self._show(step, _shown(self.last))
         if step % self._log_every == 0 or step == self._total:
             if self._file is not None:
@@ -191,7 +189,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError if the file is damaged.
     """
-    rows = read_json_lines(path, _Row, cut=True)
+    rows = read_json_lines(path, dict[str, float], cut=True)
     for number, row in enumerate(rows, start=1):
         checked(row, _Step, f"{path}, row {number}", "remove it, and run the same command")
     return rows

@@ -6,7 +6,7 @@ A teacher's distribution may be stored as its k likeliest tokens and the total p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,29 +206,24 @@ def check_losses(loss: LossConfig) -> None:
     for name in loss.weights():
         if name not in TERMS:
             raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, TERMS)}")
-    hidden = on_hidden(loss)
-    if hidden and not loss.l2_layers:
-        raise UserError(
-            f"recover.losses: {_listed(hidden)} needs l2_layers: set it, for example to [-1] (after the final norm)"
-        )
+    if on_hidden(loss) and not loss.l2_layers:
+        names = " and ".join(on_hidden(loss))
+        raise UserError(f"recover.losses: {names} needs l2_layers: set it, for example to [-1] (after the final norm)")
     if not loss.teacher_top_k:
         return
-    terms = weighted_terms(loss)
-    able = [name for name, term in TERMS.items() if term.from_top_k is not None]
-    whole = [name for name, term in terms.items() if term.needs_teacher and name not in able]
-    if whole:
+    terms, cached = weighted_terms(loss), [name for name, term in TERMS.items() if term.from_top_k is not None]
+    others = [name for name, term in terms.items() if term.needs_teacher and name not in cached]
+    if others:
         raise UserError(
-            f"recover.losses: {_listed(whole)} cannot be computed from cached top-k logits of a teacher (only "
-            f"{_listed(able)} can): set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
+            f"recover.losses: {' and '.join(others)} cannot be computed from cached top-k logits of a teacher (only "
+            f"{' and '.join(cached)} can): set {' and '.join(f'{name}=0' for name in others)}, or train without "
+            "teacher_cache"
         )
-    if not set(able) & set(terms):
+    if not terms.keys() & {*cached}:
         raise UserError(
-            f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {_listed(able)} above 0"
+            f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {' and '.join(cached)} "
+            "above 0"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
@@ -273,8 +268,8 @@ def make_teacher(
     if not needs_teacher(loss):
         return None
     if teacher is None:
-        taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
-        raise UserError(f"losses: {taught} needs a teacher: pass the unpruned model, or set the weight to 0")
+        names = " and ".join(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
+        raise UserError(f"losses: {names} needs a teacher: pass the unpruned model, or set the weight to 0")
     _check_teacher(loss, student, teacher)
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):

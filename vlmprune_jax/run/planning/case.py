@@ -24,8 +24,7 @@ from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_score
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import Program, batch_sharding, step_context
+from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config

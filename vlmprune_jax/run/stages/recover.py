@@ -24,8 +24,7 @@ from vlmprune_jax.core.prune.fingerprints import content_digest
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import Program
+from vlmprune_jax.core.recovery.program import Program, make_program
 from vlmprune_jax.core.recovery.terms import needs_teacher, weighted_terms
 from vlmprune_jax.core.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.core.sections import ModelSpec
