@@ -253,8 +253,8 @@ class RecoverConfig:
     @property
     def adapters(self) -> LoraConfig | None:
         """LoRA settings if `trainable` includes adapter weights (lora_a, lora_b); None otherwise."""
-        rules, _ = resolve_rules(self.trainable)
-        return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
+        rules = [pattern for pattern, value in resolve_rules(self.trainable) if value is not False]
+        return self.lora if any("lora_" in pattern for pattern in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
         """Return the settings with a batch size of at most `n_records`, unless `steps` is set.
@@ -296,10 +296,10 @@ class RecoverConfig:
         return values
 
 
-def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
+def resolve_rules(trainable: str | Sequence[Rule]) -> Rules:
     """Return the rules (regexes) that select trained parameters, from a preset or the user's list."""
     if isinstance(trainable, str):
-        return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
+        return PRESETS[one_of("recover.trainable", trainable, PRESETS)]
     for rule in trainable:
         if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
             raise UserError(
@@ -311,4 +311,4 @@ def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
             raise UserError(f"recover.trainable: {rule[0]!r} is not a regular expression ({error})") from None
     if not trainable:
         raise UserError(f"recover.trainable: empty: use {', '.join(PRESETS)}, or pairs (regex, True | False | group)")
-    return tuple((str(pattern), value) for pattern, value in trainable), True
+    return tuple((str(pattern), value) for pattern, value in trainable)

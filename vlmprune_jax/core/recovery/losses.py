@@ -197,7 +197,8 @@ def vocabulary_sums(
     if loss.kl_positions == "labels":
         weigh = (targets != IGNORED).astype(mask.dtype)
     terms = {name: term for name, term in reported_terms(loss).items() if not term.on_hidden}
-    if teacher_head is None and top is None:
+    cached = top is not None
+    if teacher_head is None and not cached:
         terms = {name: term for name, term in terms.items() if not term.needs_teacher}
     counted = targets != IGNORED
     if not only_at_labels(loss):
@@ -205,38 +206,31 @@ def vocabulary_sums(
     xs: dict[str, Any] = {"y": targets, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:
         xs["t"] = teacher_hidden
-    body = functools.partial(_chunk_sums, tuple(terms.items()), loss)
+
+    def body(
+        head: Head, states: jax.Array, counted: jax.Array, x: dict[str, jax.Array], teacher_head: Head | None
+    ) -> dict[str, jax.Array]:
+        x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
+        inputs = {"logits": head(states), "targets": x["y"]}
+        if teacher_head is not None:
+            inputs["teacher_logits"] = teacher_head(x["t"])
+        if any(term.tempered and not (term.needs_teacher and cached) for term in terms.values()):
+            for name in [name for name in inputs if name.endswith("logits")]:
+                logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
+                inputs[name.replace("logits", "log_probs")] = logprobs
+        weight, sums = x["w"].astype(jnp.float32), {}
+        for name, term in terms.items():
+            function: Callable[..., jax.Array] = term.value
+            arguments: list[Any] = [inputs.get(need) for need in term.needs]
+            if term.needs_teacher and cached and term.from_top_k is not None:
+                function = term.from_top_k
+                arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
+            values = _at_positions(name, function, arguments, weight)
+            total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+            sums[name] = loss.temperature**2 * total if term.tempered else total
+        return sums
+
     return chunk_sums(body, loss.chunk, head, hidden, counted, xs, teacher_head)
-
-
-def _chunk_sums(
-    terms: tuple[tuple[str, LossTerm], ...],
-    loss: LossConfig,
-    head: Head,
-    states: jax.Array,
-    counted: jax.Array,
-    x: dict[str, jax.Array],
-    teacher_head: Head | None,
-) -> dict[str, jax.Array]:
-    x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
-    inputs = {"logits": head(states), "targets": x["y"]}
-    if teacher_head is not None:
-        inputs["teacher_logits"] = teacher_head(x["t"])
-    if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
-        for name in [name for name in inputs if name.endswith("logits")]:
-            logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
-            inputs[name.replace("logits", "log_probs")] = logprobs
-    weight, sums = x["w"].astype(jnp.float32), {}
-    for name, term in terms:
-        function: Callable[..., jax.Array] = term.value
-        arguments: list[Any] = [inputs.get(need) for need in term.needs]
-        if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-            function = term.from_top_k
-            arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
-        values = _at_positions(name, function, arguments, weight)
-        total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
-        sums[name] = loss.temperature**2 * total if term.tempered else total
-    return sums
 
 
 def _at_positions(

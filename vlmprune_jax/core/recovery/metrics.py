@@ -145,8 +145,8 @@ class Recorder:
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
         """Return tokens/s (without padding), model FLOP/s, and model FLOPs utilisation (share of peak bfloat16)."""
-        speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
-        return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
+        mfu = {} if self._peak is None else {"mfu": flops / seconds / self._peak}
+        return {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds, **mfu}
 
     def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
         ids = [name for name in record_ids if name]

@@ -27,8 +27,8 @@ def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict
     `trainable` is the name of a preset, or rules `(regex, True | False | group)`; a regex must match the full path.
     Raises UserError if a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
     """
-    rules, strict = resolve_rules(trainable)
-    for pattern, _ in rules if strict else ():
+    rules = resolve_rules(trainable)
+    for pattern, _ in () if isinstance(trainable, str) else rules:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise UserError(f"recover.trainable: regex {pattern!r} matches no parameter {_suggest(pattern, paths)}")
     groups: dict[str, str] = {}
