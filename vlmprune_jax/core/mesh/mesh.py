@@ -23,7 +23,7 @@ from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.processes import Processes, install, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh import failure
-from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, tensor_sizes
+from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, dividing_sizes
 from vlmprune_jax.core.sections import MeshSpec
 
 # Environment variables for processes without a cluster (flags have priority).
@@ -183,7 +183,7 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
         memory = on_process_zero(_memory_limit) if chip is None else chip.hbm
         share = mesh.size / mesh.shape["data"]  # with unknown memory, a chip keeps at least its share of now
         least = share if memory is None else 4 * n_bytes / memory
-        fits = tensor_sizes(cfg, mesh.size)
+        fits = dividing_sizes(cfg, "tensor", mesh.size)
         tensor = next((size for size in fits if size >= least), fits[-1])
         sizes = (mesh.size // tensor, 1, tensor)
     data, fsdp, tensor = sizes

@@ -136,8 +136,8 @@ def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
     The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
     gradient, whereas gathering the student's k values would need a scatter in the backward pass.
     """
-    place = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, at, x: row.at[at].set(x))
-    return place(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
+    scatter = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, i, x: row.at[i].set(x))
+    return scatter(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
