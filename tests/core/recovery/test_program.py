@@ -37,7 +37,7 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     params = {path: build(shape, "float32") for path, shape in shapes.items()}
     frozen = {path: x for path, x in params.items() if path not in groups}
     masters = {path: x for path, x in params.items() if path in groups}
-    batch = {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
+    batch = {"media": {}} | {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
     if top_k:
         batch |= {"teacher_ids": build((ROWS, seq, top_k), "int32")}
         batch |= {"teacher_logprobs": build((ROWS, seq, top_k + 1), "float32")}

@@ -155,7 +155,7 @@ def _train(
     pending = deque[Callable[[], None]]()
     with StopSignal() as stop:
         with recorder.compiling():
-            zeros = [{name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()} for kind in kinds]
+            zeros = [jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), kind) for kind in kinds]
             if zeros:
                 recorder.say(f"compiling {len(kinds)} program{'s' * (len(kinds) > 1)}: {describe(cfg, zeros)}")
             for batch in zeros:  # ahead of the run, which shows a lack of memory at the start

@@ -18,7 +18,6 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
@@ -41,7 +40,7 @@ from vlmprune_jax.core.recovery.step import (
 from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, with_lora
 
-BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
+BatchShapes = Mapping[str, Any]  # a batch with a jax.ShapeDtypeStruct in place of every array
 
 
 class Program(NamedTuple):
@@ -168,15 +167,16 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
     return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
 
 
-def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:
+def shapes_of(batch: Mapping[str, Any]) -> Any:
     """Return the shapes and dtypes of a batch's arrays, for each of which the training step is compiled once."""
-    return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
+    arrays, structure = jax.tree.flatten(batch)
+    return structure, tuple((array.shape, array.dtype) for array in arrays)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
     """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
     lengths, counts = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
-    for images in map(images_of, batches):
+    for images in (batch["media"].get("vision") for batch in batches):
         slots = 0 if images is None else images.values.shape[0] * images.values.shape[1]
         counts.append(f"{slots} image{'s' if slots != 1 else ''}")
         if images is not None and images.grid is not None:

@@ -19,7 +19,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain, sharding
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.media import merge_of
 from vlmprune_jax.core.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Params
@@ -121,7 +120,7 @@ def state_shardings(
     return TrainState(params, placed, everywhere, everywhere)
 
 
-Step = Callable[[TrainState, Flat, Params | None, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Flat, Params | None, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
 def make_step(
@@ -140,7 +139,7 @@ def make_step(
     replicated = None if shardings is None else shardings.step
 
     def step(
-        state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
+        state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, Any]
     ) -> tuple[TrainState, Metrics]:
         weights = term_weights(config.losses, cfg, batch["labels"], batch["attention_mask"])
         grads, sums = _gradients(cfg, config, teacher, state, frozen, teacher_params, batch, weights)
@@ -162,7 +161,7 @@ def make_step(
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
-        images = images_of(batch)
+        images = batch["media"].get("vision")
         if images is not None and images.grid is not None:
             room = len(images.grid) * room_of(cfg, images) * merge_of(cfg) ** 2  # patches
             metrics["image_padding"] = 1 - jnp.sum(jnp.prod(images.grid, axis=-1), dtype=jnp.float32) / room
@@ -180,7 +179,7 @@ def _gradients(
     state: TrainState,
     frozen: Flat,
     teacher_params: Params | None,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
     weights: dict[str, jax.Array],
 ) -> tuple[Flat, dict[str, jax.Array]]:
     """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
@@ -190,7 +189,7 @@ def _gradients(
     taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
     fixed = {path: x.astype(dtype) for path, x in frozen.items()}
 
-    def total(masters: Flat, micro: dict[str, jax.Array], index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def total(masters: Flat, micro: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = unflatten({**fixed, **{path: x.astype(dtype) for path, x in masters.items()}})
         key = jax.random.fold_in(step_key, index) if dropout else None
         sums = loss_sums(
@@ -215,7 +214,7 @@ def _gradients(
 
     zeros = {path: jnp.zeros_like(x) for path, x in state.params.items()}
     start = (zeros, {name: jnp.float32(0) for name in weights})
-    micro = {name: _split(x, config.accumulation) for name, x in batch.items()}
+    micro = jax.tree.map(lambda x: _split(x, config.accumulation), batch)
     return jax.lax.scan(body, start, (micro, jnp.arange(config.accumulation)))[0]
 
 
@@ -236,11 +235,11 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return sharding(mesh, ("batch", *(None,) * (ndim - 1)))
 
 
-def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """Assemble the batch rows of all processes into global device arrays."""
     if mesh is None:
-        return {name: jnp.asarray(x) for name, x in arrays.items()}
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
+        return jax.tree.map(jnp.asarray, dict(arrays))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x), dict(arrays))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
