@@ -11,6 +11,7 @@ import pytest
 import recover_cases as cases
 from stack_cases import tower_layer
 
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
@@ -34,11 +35,10 @@ def traced_step(cfg, teacher_cfg, config):
     if program.teacher is not None:
         teacher = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in param_shapes(teacher_cfg).items()})
     names = ("input_ids", "attention_mask", "labels")
-    batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
-    if not cfg.tower:
-        batch["vision_features"] = jax.ShapeDtypeStruct((ROWS, 1, *cfg.feature_shape), np.float32)
-    elif cfg.vision is not None:
-        batch["pixel_values"] = jax.ShapeDtypeStruct((ROWS, 1, 3, 6, 6), np.float32)
+    batch = {"media": {}} | {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
+    if cfg.vision is not None:
+        shape = (3, 6, 6) if cfg.tower else cfg.feature_shape
+        batch["media"]["vision"] = Packed(jax.ShapeDtypeStruct((ROWS, 1, *shape), np.float32))
     if top_k := config.losses.teacher_top_k:
         batch["teacher_ids"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k), np.int32)
         batch["teacher_logprobs"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k + 1), np.float32)

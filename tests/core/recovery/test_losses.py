@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
-from media_cases import packed
 from prune_cases import kept_stack, kept_units
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.inputs import check_batch
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import apply
 from vlmprune_jax.core.models.vocabulary import Head
@@ -93,8 +94,8 @@ def _expand(arrays, n: int) -> dict[str, jax.Array]:
         ids, labels = np.repeat(ids, repeats), np.repeat(np.where(ids == -200, -100, labels), repeats)
         batch["input_ids"][r, : len(ids)], batch["labels"][r, : len(ids)] = ids, labels
         batch["attention_mask"][r, : len(ids)] = 1
-    batch["pixel_values"] = arrays["pixel_values"][:, None]
-    return {name: jnp.asarray(array) for name, array in batch.items()}
+    batch["media"] = {"vision": Packed(arrays["pixel_values"][:, None])}
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def _tiles(arrays, cfg) -> dict[str, jax.Array]:
@@ -103,7 +104,7 @@ def _tiles(arrays, cfg) -> dict[str, jax.Array]:
     pixels = np.zeros((len(counts), counts.max(), *arrays["pixel_values"].shape[1:]), np.float32)
     pixels[np.arange(counts.max()) < counts[:, None]] = arrays["pixel_values"]
     batch = {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    return {name: jnp.asarray(array) for name, array in {**batch, "pixel_values": pixels}.items()}
+    return jax.tree.map(jnp.asarray, {**batch, "media": {"vision": Packed(pixels)}})
 
 
 def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
@@ -200,7 +201,7 @@ def test_masked_terms_equal_plain_formulas():
     cfg, other = cases.config(layers=3), cases.config(layers=2)
     student, teacher = cases.model(other, 1), cases.model(cfg, 2)
     arrays = next(cases.Stream(cfg, rows=3)).arrays
-    batch = {name: jnp.asarray(x) for name, x in arrays.items()}
+    batch = jax.tree.map(jnp.asarray, check_batch(cfg, arrays))
     logits, aux = _apply(student, batch, ("hidden",))
     taught, teacher_aux = _apply(teacher, batch, ("hidden",))
     valid, labels = arrays["attention_mask"] == 1, arrays["labels"][:, 1:]
@@ -236,7 +237,7 @@ def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
 
 
 def _apply(model, batch, want):
-    inputs = {"images": packed(batch["pixel_values"]), "attention_mask": batch["attention_mask"]}
+    inputs = {"media": batch["media"], "attention_mask": batch["attention_mask"]}
     return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], capture=want, **inputs))(model.params)
 
 

@@ -32,7 +32,7 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     top_k = loss.teacher_top_k
     params = {path: build(shape, "float32") for path, shape in param_shapes(program.cfg).items()}
     masters, frozen = partition(params, program.groups)
-    batch = {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
+    batch = {"media": {}} | {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
     if top_k:
         batch |= {"teacher_ids": build((ROWS, seq, top_k), "int32")}
         batch |= {"teacher_logprobs": build((ROWS, seq, top_k + 1), "float32")}

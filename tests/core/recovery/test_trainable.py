@@ -92,8 +92,8 @@ def test_fresh_adapters_change_nothing():
     model = cases.model(CFG)
     adapted = add_lora(model, cases.LORA, jax.random.key(3))
     batch = next(cases.Stream(CFG)).arrays
-    inputs, images = batch["input_ids"], packed(batch["pixel_values"])
-    before, after = (encode(m.params, m.cfg, inputs, images=images)[0] for m in (model, adapted))
+    inputs, media = batch["input_ids"], {"vision": packed(batch["pixel_values"])}
+    before, after = (encode(m.params, m.cfg, inputs, media=media)[0] for m in (model, adapted))
     assert np.array_equal(before, after)
     shapes = param_shapes(adapted.cfg)
     added = {path: leaf for path, leaf in flatten(adapted.params).items() if "lora_" in path}

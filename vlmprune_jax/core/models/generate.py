@@ -19,7 +19,8 @@ from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import Cache
 from vlmprune_jax.core.models.decoder import map_cache
-from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_images, read_inputs
+from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_inputs, read_media
+from vlmprune_jax.core.models.media import Media
 from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import with_images
@@ -69,8 +70,7 @@ def generate(
     inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh_of(model.params)))
     host = _host_inputs(input_ids, attention_mask, inputs, prefix)
     if prefix is not None:
-        check_ids(model.cfg, input_ids, attention_mask)
-        read_images(model.cfg, np.asarray(input_ids), attention_mask, {})  # refuses image tokens
+        read_media(model.cfg, check_ids(model.cfg, input_ids, attention_mask), attention_mask, {}, 1)  # no image tokens
     ids, valid = host["ids"], host["valid"]
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
@@ -109,18 +109,16 @@ class CompiledGeneration:
             return first - start, time.perf_counter() - first
 
 
-def compile_generation(
-    model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
-) -> CompiledGeneration:
+def compile_generation(model: Model, input_ids: Any, *, media: Media, max_new_tokens: int) -> CompiledGeneration:
     """Compile generation for equally long prompts of one shape, for repeated timing.
 
     Args:
-      model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
+      model, input_ids, media, max_new_tokens: see `generate`.
 
     Raises UserError for inputs that `forward` refuses.
     """
-    mesh, images = mesh_of(model.params), {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-    inputs = read_inputs(model.cfg, input_ids, None, images, packed_rows(len(input_ids), mesh))
+    mesh = mesh_of(model.params)
+    inputs = read_inputs(model.cfg, input_ids, None, {"media": media}, packed_rows(len(input_ids), mesh))
     host = _host_inputs(input_ids, None, inputs, None)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -146,13 +144,7 @@ def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: Sh
     "least", int32[batch, 1], is the least position of a generated token: it follows all temporal patches of a video.
     """
     order, ids, valid = _align_right(input_ids, attention_mask)
-    host = {
-        "ids": ids,
-        "valid": valid,
-        "ended": np.zeros(len(ids), bool),
-        "images": inputs.images,
-        "items": inputs.items,
-    }
+    host = {"ids": ids, "valid": valid, "ended": np.zeros(len(ids), bool), "media": inputs.media}
     rows = np.arange(len(ids))
     if prefix is not None:
         order, host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
@@ -261,8 +253,7 @@ def prefill(
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
-    shown = {} if start else {"images": arrays.get("images"), "items": arrays.get("items")}
-    x, _, layer_embeds = module.embed(arrays["ids"], **shown)
+    x, _, layer_embeds = module.embed(arrays["ids"], None if start else arrays.get("media"))
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
@@ -316,7 +307,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("images"), arrays.get("items"))
+    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("media"))
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
@@ -333,6 +324,6 @@ def _append_slots(axes: Sequence[str | None], state: jax.Array, empty: jax.Array
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
     """Add each token's image number to `positions` if image tokens attend to later tokens of their image (Gemma)."""
-    if arrays.get("images") is None or not cfg.text.sees_images:
+    if "vision" not in arrays.get("media", {}) or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.visual_token_ids)

@@ -11,7 +11,6 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.media import Packed, merge_of
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
@@ -99,7 +98,7 @@ def batch_flops(
         return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
 
     def of_images(arrays: Mapping[str, Any]) -> int:
-        images = images_of(arrays)
+        images = arrays["media"].get("vision")
         if images is None:
             return 0
         if images.grid is None:

@@ -19,7 +19,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.mesh.preemption import StopSignal
-from vlmprune_jax.core.models.inputs import check_batch, images_of
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import Flat, flatten, place_params, unflatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
@@ -33,7 +33,7 @@ from vlmprune_jax.core.recovery.program import Program, TrainState, make_program
 from vlmprune_jax.core.recovery.terms import reported_terms, student_layers
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora, partition
 
-BatchShapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
+BatchShapes = Mapping[str, Any]  # a batch with a jax.ShapeDtypeStruct in place of every array
 
 
 def recover(
@@ -205,7 +205,7 @@ def _train(
     pending = deque[Callable[[], None]]()
     with StopSignal() as stop:
         with recorder.compiling():
-            zeros = [{name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()} for kind in kinds]
+            zeros = [jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), kind) for kind in kinds]
             if zeros:
                 recorder.say(f"compiling {len(kinds)} program{'s' * (len(kinds) > 1)}: {describe(cfg, zeros)}")
             for batch in zeros:  # ahead of the run, which shows a lack of memory at the start
@@ -264,15 +264,16 @@ def _next(stream: Iterator[Any], run: Run, step: int) -> Any:
     return dataclasses.replace(batch, arrays=check_batch(run.program.cfg, batch.arrays))
 
 
-def shapes_of(batch: Mapping[str, Any]) -> frozenset[Any]:
+def shapes_of(batch: Mapping[str, Any]) -> Any:
     """Return the shapes and dtypes of a batch's arrays, for each of which the training step is compiled once."""
-    return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
+    arrays, structure = jax.tree.flatten(batch)
+    return structure, tuple((array.shape, array.dtype) for array in arrays)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
     """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
     lengths, counts = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
-    for images in map(images_of, batches):
+    for images in (batch["media"].get("vision") for batch in batches):
         slots = 0 if images is None else images.values.shape[0] * images.values.shape[1]
         counts.append(f"{slots} image{'s' if slots != 1 else ''}")
         if images is not None and images.grid is not None:

@@ -19,9 +19,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.placement import mesh_of
-from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
+from vlmprune_jax.core.models.vlm import ENCODED, Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
@@ -60,7 +60,7 @@ class LossTerms(UserDict[str, LossTerm]):
         Args:
           model: the student, with or without adapters.
           batch: a mapping of arrays, or an object with the attribute `arrays`: input_ids, attention_mask and labels,
-            int[batch, seq] (labels are not shifted; -100 = no label), and optionally pixel_values.
+            int[batch, seq] (labels are not shifted; -100 = no label), and optionally "media" or a processor's arrays.
           config: weights of the terms; a `RecoverConfig` also sets the precision (default: the model's own).
           teacher, plan: see `recover`.
 
@@ -74,7 +74,7 @@ class LossTerms(UserDict[str, LossTerm]):
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in host]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
-        arrays = {name: jnp.asarray(array) for name, array in check_batch(model.cfg, host).items()}
+        arrays = jax.tree.map(jnp.asarray, check_batch(model.cfg, host))
         params = None if teacher is None or taught is None else teacher.params
         with use_mesh(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
@@ -107,7 +107,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
 def loss_sums(
     params: Params,
     cfg: ModelConfig,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
     loss: LossConfig,
     *,
     teacher: Teacher | None,
@@ -117,18 +117,17 @@ def loss_sums(
 ) -> dict[str, jax.Array]:
     """Return the sum of each loss term over one micro-batch, float32[].
 
-    The batch holds `input_ids`, `attention_mask`, `labels` and optionally images: `pixel_values`, or `vision_features`
-    for models without their tower. With `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see
-    `data.teacher_rows`).
+    The batch holds `input_ids`, `attention_mask`, `labels` and optionally "media" (`models.media.Media`). With
+    `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    inputs = encode_inputs(cfg, batch) | {"remat": remat}
+    inputs: dict[str, Any] = {name: batch.get(name) for name in ENCODED} | {"remat": remat}
     embeds: dict[str, Any] = {}
     if loss.reference_compat and inputs["position_ids"] is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         inputs["position_ids"] = positions * mask if loss.teacher_inputs == "own" else positions
         if loss.teacher_inputs != "own":
-            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["images"], inputs["items"])
+            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["media"])
             embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
     hidden = on_hidden(loss)
     states = student_layers(loss, cfg) if hidden else ()
@@ -262,7 +261,7 @@ def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: Los
 def _means(
     params: Params,
     cfg: ModelConfig,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
     loss: LossConfig,
     teacher: Teacher | None,
     teacher_params: Params | None,

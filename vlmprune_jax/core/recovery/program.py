@@ -22,7 +22,6 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import check_divides, constrain, sharding
 from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.media import merge_of
 from vlmprune_jax.core.models.params import Flat, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Params
@@ -146,7 +145,7 @@ class Program:
         return jax.jit(self._step, donate_argnums=(0,), out_shardings=outputs)
 
     def _step(
-        self, state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
+        self, state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, Any]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         losses = self.config.losses
         weights = term_weights(losses, self.cfg, batch["labels"], batch["attention_mask"])
@@ -165,9 +164,9 @@ class Program:
             raise UserError(f"losses: {', '.join(taken)} is also the name of a training metric: rename the loss term")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
-    def _padding(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _padding(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Return a batch's number of tokens, its shares of padding, and its number of rows without tokens."""
-        mask, images = batch["attention_mask"], images_of(batch)
+        mask, images = batch["attention_mask"], batch["media"].get("vision")
         tokens = jnp.sum(mask, dtype=jnp.float32)
         empty = jnp.sum(~jnp.any(mask != 0, axis=1), dtype=jnp.float32)
         metrics = {"tokens": tokens, "padding": (mask.size - tokens) / mask.size, "empty_rows": empty}
@@ -181,7 +180,7 @@ class Program:
         state: TrainState,
         frozen: Flat,
         teacher_params: Params | None,
-        batch: dict[str, jax.Array],
+        batch: dict[str, Any],
         weights: dict[str, jax.Array],
     ) -> tuple[Flat, dict[str, jax.Array]]:
         """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
@@ -191,7 +190,7 @@ class Program:
         taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
         fixed = {path: x.astype(dtype) for path, x in frozen.items()}
 
-        def total(masters: Flat, micro: dict[str, jax.Array], index: jax.Array) -> tuple[jax.Array, dict]:
+        def total(masters: Flat, micro: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict]:
             sums = loss_sums(
                 unflatten({**fixed, **{path: x.astype(dtype) for path, x in masters.items()}}),
                 cfg,
@@ -213,7 +212,7 @@ class Program:
 
         zeros = {path: jnp.zeros_like(x) for path, x in state.params.items()}
         start = (zeros, {name: jnp.float32(0) for name in weights})
-        micro = {name: _split(x, config.accumulation) for name, x in batch.items()}
+        micro = jax.tree.map(lambda x: _split(x, config.accumulation), batch)
         return jax.lax.scan(body, start, (micro, jnp.arange(config.accumulation)))[0]
 
 
@@ -274,11 +273,11 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return sharding(mesh, ("batch", *(None,) * (ndim - 1)))
 
 
-def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """Assemble the batch rows of all processes into global device arrays."""
     if mesh is None:
-        return {name: jnp.asarray(x) for name, x in arrays.items()}
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
+        return jax.tree.map(jnp.asarray, dict(arrays))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x), dict(arrays))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
