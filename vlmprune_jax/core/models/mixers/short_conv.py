@@ -5,7 +5,6 @@ Rows are computed with their real tokens first, so that the last inputs of a row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
-from vlmprune_jax.core.models.layers import Leaf, Projection, at_layer
-from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
+from vlmprune_jax.core.models.layers import Leaf, at_layer
 from vlmprune_jax.core.stack import Stack
 
 
@@ -88,20 +86,18 @@ class ShortConv(nnx.Module):
     writer = "out_proj"
     state_axes = ((None, "batch", None, None),)
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        self.facts = layer.mixer
-        self.b_proj, self.c_proj, self.x_proj = (
-            Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name))
-            for name in ("b_proj", "c_proj", "x_proj")
-        )
-        self.conv = Leaf(sizes, ("conv", "tap"))
-        self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
+    def __init__(self, build: Builder):
+        self.facts, stream = build.part, (build.names.axis,)
+        for name in ("b_proj", "c_proj", "x_proj"):
+            setattr(self, name, build.projection(name, ("conv",), stream))
+        self.conv = Leaf(build.sizes, ("conv", "tap"))
+        self.out_proj = build.projection("out_proj", stream, ("conv",))
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
         """Run the gated convolution on its input float[batch, seq, embed], and update the cached state."""
         rows = RealFirst.of(ctx, x.shape[1])
         x = rows.take(x)
-        projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
+        projections = [getattr(self, name) for name in ("b_proj", "c_proj", "x_proj", "out_proj")]
         *masks, last = dropout_masks(ctx.dropout_key, x, projections)
         b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
         before = None if state is None else at_layer(*state).tail
@@ -110,7 +106,7 @@ class ShortConv(nnx.Module):
         if state is not None:
             updated = write_layer(state, ConvState(rows.tail(inputs, self.facts.taps - 1)))
         mixed = rows.restore(c * mixed)
-        return Mixed(self.out_proj(mixed, last), mixed, updated, None)
+        return Mixed(projections[-1](mixed, last), mixed, updated, None)
 
     @classmethod
     def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
