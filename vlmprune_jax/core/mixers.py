@@ -176,18 +176,18 @@ class DeltaNet(Mixer):
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 8 FLOPs per token and state value (decay, reading, writing), plus the FLOPs of the convolution."""
-        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self._channels)
+        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self.channels)
 
     def state_size(self, length: int) -> int:
         """Return the number of values in the matrices and in the convolution's last inputs, for any `length`."""
-        return self._matrix_size + (self.taps - 1) * self._channels
+        return self._matrix_size + (self.taps - 1) * self.channels
 
     def state_bytes(self, length: int, itemsize: float) -> float:
         """Return the bytes of the state; its matrices are in float32."""
-        return 4 * self._matrix_size + (self.taps - 1) * self._channels * itemsize
+        return 4 * self._matrix_size + (self.taps - 1) * self.channels * itemsize
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Channels of the convolution: queries, keys and values."""
         return 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
 

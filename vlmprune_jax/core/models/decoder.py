@@ -161,7 +161,7 @@ class Decoder(BlockStack):
         """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
         states = {
             str(run): PARTS[type(layer.mixer)].empty_state(
-                self.cfg, layer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
+                layer.mixer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
             )
             for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers))
         }

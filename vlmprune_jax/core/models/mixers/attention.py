@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import CACHE_AXES, Builder, Context, LayerState, Mixed, RunCache, dropout_masks
 from vlmprune_jax.core.models.kernels import (
@@ -22,7 +21,6 @@ from vlmprune_jax.core.models.kernels import (
     xla_attention,
 )
 from vlmprune_jax.core.models.layers import at_layer, rotate, unit_rms
-from vlmprune_jax.core.stack import Stack
 
 
 class Attention(nnx.Module):
@@ -105,13 +103,11 @@ class Attention(nnx.Module):
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))
 
     @classmethod
-    def empty_state(
-        cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
-    ) -> RunCache | None:
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> RunCache | None:
         """Return zero-filled keys and values of `length` equal layers; None if these layers reuse another layer's."""
-        if layer.mixer.source is not None:
+        if part.source is not None:
             return None
-        rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)
+        rows, channels = cache_rows(part.kv_heads, part.head_dim)
         size = (length, slots, rows, batch, channels)
         return jnp.zeros(size, dtype), jnp.zeros(size, dtype)
 

@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
 from vlmprune_jax.core.models.layers import Leaf, Norm, at_layer, broadcast, widen
 from vlmprune_jax.core.models.mixers.short_conv import RealFirst, convolve, write_layer
-from vlmprune_jax.core.stack import Stack
 
 CHUNK = 64  # positions per chunk; a shorter sequence is a single chunk
 _EPS = 1e-6  # added to squared lengths of queries and keys
@@ -96,14 +94,12 @@ class DeltaNet(nnx.Module):
         return Mixed(self.out_proj(mixed, masks[-1]), mixed, updated, None)
 
     @classmethod
-    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
         """Return the initial cached state (zeros) of `length` equal delta nets; it does not depend on `slots`."""
-        del cfg, slots
-        facts = layer.mixer
-        channels = 2 * facts.delta_groups * facts.key_dim + facts.delta_heads * facts.value_dim
-        matrix = (length, batch, facts.delta_heads, facts.key_dim, facts.value_dim)
+        del slots
+        matrix = (length, batch, part.delta_heads, part.key_dim, part.value_dim)
         full = np.promote_types(dtype, np.float32)
-        return DeltaState(jnp.zeros((length, batch, facts.taps - 1, channels), dtype), jnp.zeros(matrix, full))
+        return DeltaState(jnp.zeros((length, batch, part.taps - 1, part.channels), dtype), jnp.zeros(matrix, full))
 
 
 def unit(x: jax.Array) -> jax.Array:

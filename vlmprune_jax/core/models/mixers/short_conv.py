@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
 from vlmprune_jax.core.models.layers import Leaf, at_layer
-from vlmprune_jax.core.stack import Stack
 
 
 class RealFirst(NamedTuple):
@@ -73,15 +71,11 @@ def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple
     return mixed, inputs
 
 
-class ConvState(NamedTuple):
-    """Cached last inputs of the convolutions in a run of equal layers, with a leading layer axis."""
-
-    tail: jax.Array
-    """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
-
-
 class ShortConv(nnx.Module):
-    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input."""
+    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input.
+
+    The cached state of a run of equal layers is the array of the last inputs of their convolutions.
+    """
 
     writer = "out_proj"
     state_axes = ((None, "batch", None, None),)
@@ -100,19 +94,19 @@ class ShortConv(nnx.Module):
         projections = [getattr(self, name) for name in ("b_proj", "c_proj", "x_proj", "out_proj")]
         *masks, last = dropout_masks(ctx.dropout_key, x, projections)
         b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
-        before = None if state is None else at_layer(*state).tail
+        before = None if state is None else at_layer(*state)
         mixed, inputs = convolve(b * values, self.conv.weight.get_value(), before)
         updated = None
         if state is not None:
-            updated = write_layer(state, ConvState(rows.tail(inputs, self.facts.taps - 1)))
+            updated = write_layer(state, rows.tail(inputs, self.facts.taps - 1))
         mixed = rows.restore(c * mixed)
         return Mixed(projections[-1](mixed, last), mixed, updated, None)
 
     @classmethod
-    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
-        """Return the initial cached state (zeros) of `length` equal convolutions; it does not depend on `slots`."""
-        del cfg, slots
-        return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> jax.Array:
+        """Return the initial inputs (zeros) of `length` equal convolutions, [layer, batch, taps - 1, channels]."""
+        del slots
+        return jnp.zeros((length, batch, part.taps - 1, part.channels), dtype)
 
 
 def write_layer(state: LayerState, new: Any) -> Any:
