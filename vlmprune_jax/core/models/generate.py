@@ -66,23 +66,24 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    mesh = mesh_of(model.params)
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
-    inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh_of(model.params)))
+    inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh))
     host = _host_inputs(input_ids, attention_mask, inputs, prefix)
     if prefix is not None:
         read_media(model.cfg, check_ids(model.cfg, input_ids, attention_mask), attention_mask, {}, 1)  # no image tokens
-    ids, valid = host["ids"], host["valid"]
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
-    first = _until_long(model.cfg, host)
-    if not 0 < first < max_new_tokens:
-        return _run(model, host, max_new_tokens, eos)[0]
-    start, host["ended"] = _run(model, host, first, eos)
-    if host["ended"].all():
-        padding = np.full((len(ids), max_new_tokens - first), _padding(model.cfg, eos), np.int32)
-        return np.concatenate([start, padding], axis=1)
-    host["ids"] = np.concatenate([ids, start], axis=1)
-    host["valid"] = np.concatenate([valid, np.ones_like(start)], axis=1)
-    return np.concatenate([start, _run(model, host, max_new_tokens - first, eos)[0]], axis=1)
+    tokens, short = list[np.ndarray](), _tokens_until_long(model.cfg, host)
+    for count in (short, max_new_tokens - short) if 0 < short < max_new_tokens else (max_new_tokens,):
+        arrays = place_batch(host, mesh)
+        with use_mesh(mesh):
+            cache, state = prefill(model.params, model.cfg, arrays, count, eos)
+            new, ended = decode(model.params, model.cfg, cache, state, count, eos)[:2]
+        tokens.append(gather_to_host(new))
+        host["ended"] = gather_to_host(ended)
+        host["ids"] = np.concatenate([host["ids"], tokens[-1]], axis=1)
+        host["valid"] = np.concatenate([host["valid"], np.ones_like(tokens[-1])], axis=1)
+    return np.concatenate(tokens, axis=1)
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,12 @@ def compile_generation(model: Model, input_ids: Any, *, media: Media, max_new_to
         shapes, places = lowered.out_info, first.output_shardings
         begun = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
         later = decode.lower(model.params, model.cfg, *begun, max_new_tokens, ()).compile()
-    return CompiledGeneration(first, later, model.params, arrays, mesh, _peak_bytes([first, later]))
-
-
-def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
-    memories = [memory for program in programs if (memory := program.memory_analysis()) is not None]
-    if len(memories) < len(programs):
-        return None
-    sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return max(sum(getattr(m, name) for name in sizes) - m.alias_size_in_bytes for m in memories)
+    sizes: Any = [program.memory_analysis() for program in (first, later)]
+    peak_bytes = None
+    if None not in sizes:
+        inputs_and_outputs = [m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in sizes]
+        peak_bytes = max(size + m.temp_size_in_bytes for size, m in zip(inputs_and_outputs, sizes, strict=True))
+    return CompiledGeneration(first, later, model.params, arrays, mesh, peak_bytes)
 
 
 def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: SharedPrefix | None) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: Sh
     return host
 
 
-def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
+def _tokens_until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
     """Return how many tokens can be generated before LongRoPE switches to its long factors.
 
     Zero or negative if no tokens remain or the factors never change. Keys cached under the short factors are invalid
@@ -169,18 +167,6 @@ def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
         lengths = lengths + host["prefix_valid"].sum(axis=1)[host["rows"]]
     room = cfg.text.rope.original_max_positions - int(lengths.max())
     return room + 1 if room >= 0 else 0
-
-
-def _run(
-    model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run prefill and the decoding loop; return tokens int32[batch, max_new_tokens], and bool[batch] (True = ended)."""
-    mesh = mesh_of(model.params)
-    arrays = place_batch(host, mesh)
-    with use_mesh(mesh):
-        cache, state = prefill(model.params, model.cfg, arrays, max_new_tokens, eos)
-        tokens, ended, _ = decode(model.params, model.cfg, cache, state, max_new_tokens, eos)
-    return gather_to_host(tokens), gather_to_host(ended)
 
 
 def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
@@ -210,10 +196,9 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
     target = decoding_mesh(model.cfg, mesh, n_bytes, sizes)
     if target is None or target == mesh:
         return model
-    axes = param_axes(model.cfg)
-    flat = flatten(model.params)
-    places = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
-    return model.replace(params=unflatten(jax.device_put(flat, places)))
+    axes, flat = param_axes(model.cfg), flatten(model.params)
+    shardings = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
+    return model.replace(params=unflatten(jax.device_put(flat, shardings)))
 
 
 class DecodingState(NamedTuple):

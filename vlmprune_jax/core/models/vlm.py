@@ -180,9 +180,10 @@ class VisionLanguageModel(nnx.Module):
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
-        return self.text.layer_inputs(
-            x, jnp.where(is_visual(input_ids, self.cfg.visual_token_ids), self.cfg.pad_token_id or 0, input_ids)
-        )
+        if self.text.extra_inputs is None:
+            return None
+        is_image = is_visual(input_ids, self.cfg.visual_token_ids)
+        return self.text.extra_inputs(x, jnp.where(is_image, self.cfg.pad_token_id or 0, input_ids))
 
 
 class Embedded(NamedTuple):
