@@ -40,7 +40,11 @@ EXCEPTIONS = {
     ("core/mesh/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
     ("run/evaluation/speed/engines.py", "serve", "msgspec.json.decode"): "a line of the process that started this one",
     ("run/evaluation/speed/engines.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
-    ("io/exports/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
+    (
+        "io/exports/vocabulary.py",
+        "read_tokenizer",
+        "json.loads",
+    ): "the text of a tokenizer that load_tokenizer has read",
     ("io/exports/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
     ("run/workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
     ("run/workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",

@@ -76,14 +76,23 @@ class Slot:
         return axes[::-1] if self.turned else axes
 
     @property
+    def offset(self) -> int:
+        """Position in the tensor, in values, of the first row."""
+        return self.start * self.width
+
+    @property
     def stride(self) -> int:
         """Distance in the file, in values, between consecutive indices of the array's first axis."""
         return math.prod(self.shape[1:]) if self.columns is None else self.width
 
+    def rows_of(self, values: np.ndarray) -> np.ndarray:
+        """Return the parameter's part of flat `values` of the file, which begin and end between two strides."""
+        rows = values.reshape(-1, self.stride)[:, slice(*(self.columns or (None,)))]
+        return rows.reshape(-1, *self.shape[1:])
+
     def array_of(self, tensor: np.ndarray) -> np.ndarray:
         """Extract the parameter's array from the whole checkpoint tensor."""
-        rows = tensor.reshape(-1, self.width)[self.start : self.stop]
-        array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
+        array = self.rows_of(tensor.reshape(-1)[self.offset :][: self.shape[0] * self.stride])
         return array.T if self.turned else array
 
     @property
@@ -114,7 +123,8 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
     for weight in checked_table(family.weights, family.weights(cfg)):
-        tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
+        layout = dimensions(weight.layout)
+        tokens = [*itertools.chain(*layout)]
         places = locate(cfg, weight.path)
         some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
         for i, path, index in places:
@@ -130,7 +140,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
                 names, shape = names[1:], shape[1:]
             unnamed = () if "unit" in tokens else ("unit",)  # single numbers have no axis in files
             entries = array_axes(names) != names
-            stored = [t for t in tokens if t not in "()1"]
+            stored = [axis for axis in tokens if axis != "1"]
             if entries:  # entries (experts) share a tensor or have one each; the order of axes is free
                 stored = sorted({*stored, *re.findall("{(.*?)}", line.key)}, key=names.index)
             if stored != [name for name in names if name not in unnamed]:
@@ -139,7 +149,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
                     f"axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
-            hf_shape = _grouped(tokens, size)
+            hf_shape = tuple(math.prod(size[axis] for axis in dimension) for dimension in layout)
             rows, width = hf_shape[0] if hf_shape else 1, math.prod(hf_shape[1:])
             slot = Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows, width)
             if entries and shape[0] * len(places) > MAX_ENTRIES:
@@ -233,34 +243,33 @@ def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarr
 
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
-    found: dict[str, dict[tuple[int, ...], Any]] = {}
+    params: dict[Any, Any] = {}
     for slot, array in arrays:
-        found.setdefault(slot.path, {})[slot.place] = array
+        *outer, last = slot.path, *slot.place
+        node = params
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = array
 
-    def join(parts: dict[tuple[int, ...], Any]) -> Any:
-        if () in parts:
-            return parts[()]
-        groups: dict[int, dict[tuple[int, ...], Any]] = {}
-        for (first, *rest), array in sorted(parts.items()):
-            groups.setdefault(first, {})[tuple(rest)] = array
-        return stack([join(group) for group in groups.values()])
+    def join(node: Any) -> Any:
+        return stack([join(node[number]) for number in sorted(node)]) if isinstance(node, dict) else node
 
-    return {path: join(parts) for path, parts in found.items()}
+    return {path: join(node) for path, node in params.items()}
 
 
-def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
-    """Return the tensor shape that an einops layout gives: `( q_heads head ) embed` -> (q_heads * head, embed)."""
-    shape: list[int] = []
-    inside: list[int] | None = None
-    for token in tokens:
-        if token == "(":
-            inside = []
-        elif token == ")":
-            shape.append(math.prod(inside or ()))
-            inside = None
+def dimensions(layout: str) -> list[list[str]]:
+    """Return the axes of every dimension of an einops layout: "(q_heads head) embed" -> [[q_heads, head], [embed]]."""
+    axes: list[list[str]] = []
+    inside = False
+    for token in layout.replace("(", " ( ").replace(")", " ) ").split():
+        if token in "()":
+            inside = token == "("
+            axes += [[]] if inside else []
+        elif inside:
+            axes[-1].append(token)
         else:
-            (shape if inside is None else inside).append(size[token])
-    return tuple(shape)
+            axes.append([token])
+    return axes
 
 
 def match_keys(

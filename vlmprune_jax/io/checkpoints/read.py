@@ -268,18 +268,16 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
     stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
     if start >= stop:
         return
-    row = slot.stride
-    step = max(1, _PIECE // row)
+    step = max(1, _PIECE // slot.stride)
     rows = [*range(start, stop, step), stop]
-    offset = slot.start * slot.width
-    pieces = source.pieces([offset + n * row for n in rows])
+    pieces = source.pieces([slot.offset + n * slot.stride for n in rows])
     for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
         check_finite(piece, location)
         if piece.dtype != dtype:
             with np.errstate(over="ignore"):  # reported with the tensor's name instead
                 piece = piece.astype(dtype)
             check_finite(piece, f"{location} as {dtype.name}")
-        piece = piece.reshape(-1, row)[:, slice(*(slot.columns or (None,)))].reshape(-1, *slot.shape[1:])
+        piece = slot.rows_of(piece)
         for (first, last), columns, block in targets:
             low, high = max(first, begin), min(last, end)
             if low < high:

@@ -22,7 +22,7 @@ from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
-from vlmprune_jax.io.exports.gguf_fit import support
+from vlmprune_jax.io.exports.uneven import support
 from vlmprune_jax.io.families import Family, target_of
 from vlmprune_jax.io.families.limits import uneven_problem, what_loads
 

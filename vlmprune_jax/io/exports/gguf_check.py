@@ -27,9 +27,9 @@ from vlmprune_jax.io.checkpoints.layout import by_key, make_slots, stacked
 from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.format import Comparison
-from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_model import copy_of, spelled, under_names
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
+from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, WHEEL
 from vlmprune_jax.io.families.gguf_towers import projector_tensors, tower_tensors

@@ -15,8 +15,8 @@ from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.format import Importance
-from vlmprune_jax.io.exports.gguf_fit import fit
 from vlmprune_jax.io.exports.gguf_model import GgufFile, tiled, under_names
+from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import UNQUANTISED

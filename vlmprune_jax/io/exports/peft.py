@@ -26,7 +26,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.exports.card import model_name, render
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
+from vlmprune_jax.io.exports.vocabulary import read_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import Family, family_of
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"

@@ -22,8 +22,7 @@ from vlmprune_jax.core.prune.vocabulary import Subwords, check_size, choose_toke
 from vlmprune_jax.io.data.chat_template import AUTO, choose_template
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.io.data.prompts import load_tokenizer, render
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
-from vlmprune_jax.io.exports.vocabulary import CONFIGS, ids_in, trim_tokenizer
+from vlmprune_jax.io.exports.vocabulary import CONFIGS, ids_in, read_tokenizer, trim_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.tiles import VideoShape
