@@ -22,7 +22,6 @@ from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
-from vlmprune_jax.io.exports.uneven import support
 from vlmprune_jax.io.families import Family, target_of
 from vlmprune_jax.io.families.limits import uneven_problem, what_loads
 
@@ -163,7 +162,6 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
             "fewer layers and neurons load as above; fewer heads in this package only, or as above with uneven=pad; "
             "unequal widths need uneven=pad"
         )
-    found["format=gguf"] = support(cfg)
     if not cfg.text.uniform:
         found["now"] = "this folder has layers of unequal width already"
     return found
