@@ -45,7 +45,7 @@ EXCEPTIONS = {
         "read_tokenizer",
         "json.loads",
     ): "the text of a tokenizer that load_tokenizer has read",
-    ("io/exports/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
+    ("io/exports/target.py", "write_files", "shutil.copyfile"): "the PyTorch file of this package",
     ("run/workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
     ("run/workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
     ("core/recovery/checkpoint.py", "restore", "json.loads"): "a checked text of a checkpoint, within `reading`",

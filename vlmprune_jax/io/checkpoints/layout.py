@@ -7,8 +7,7 @@ import itertools
 import math
 import operator
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,44 +177,31 @@ def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows.
+    """Return slots with their ranges in tensors that several parameters share; entries (experts) come last.
 
-    Entries that share a tensor lie side by side along the axis with a parent (the neurons of an expert).
+    Fused parameters have consecutive rows. Those of an expert (gate and up) lie side by side along the axis with a
+    parent (its neurons), which may be rows or columns.
     """
-    rows: Counter[str] = Counter()
-    placed, entries = [], dict[tuple[str, int], list[Slot]]()
+    tensors: dict[tuple[str, int | None], list[Slot]] = {}
     for slot in slots:
-        if slot.entry is not None:
-            entries.setdefault((slot.key, slot.entry), []).append(slot)
-            continue
-        start = rows[slot.key]
-        rows[slot.key] += slot.stop
-        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
-    whole = [
-        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
-        for slot in placed
-    ]
-    return whole + [slot for group in entries.values() for slot in _side_by_side(group)]
-
-
-def _side_by_side(group: Sequence[Slot]) -> Iterator[Slot]:
-    """Yield one expert's slots that share a tensor (such as gate and up), with row and column ranges assigned."""
-    first = group[0]
-    child = next(i for i, name in enumerate(first.axes) if name in AXES and AXES[name].parent)
-    edges = [0, *itertools.accumulate(slot.shape[child] for slot in group)]
-    shape = [edges[-1] if i == child else size for i, size in enumerate(first.shape)]
-    outer = first.hf_shape[:-2]
-    begin = (first.entry or 0) * shape[0] if outer else 0
-    for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
-        low_row, high_row = (low, high) if child == 0 else (0, shape[0])
-        yield dataclasses.replace(
-            slot,
-            hf_shape=(*outer, *shape),
-            start=begin + low_row,
-            stop=begin + high_row,
-            width=shape[1],
-            columns=(low, high) if child == 1 and len(group) > 1 else None,
-        )
+        tensors.setdefault((slot.key, slot.entry), []).append(slot)
+    placed = []
+    for (_, entry), group in sorted(tensors.items(), key=lambda item: item[0][1] is not None):
+        first = group[0]
+        by_columns = entry is not None and any(AXES[name].parent for name in first.axes[1:] if name in AXES)
+        edges = [0, *itertools.accumulate(slot.width if by_columns else slot.stop for slot in group)]
+        rows, width = (first.stop, edges[-1]) if by_columns else (edges[-1], first.width)
+        if entry is None:
+            hf_shape, begin = (rows, *first.hf_shape[1:])[: len(first.hf_shape)], 0
+        else:
+            outer = first.hf_shape[:-2]  # () if every expert has a tensor of its own
+            hf_shape, begin = (*outer, rows, width), entry * rows if outer else 0
+        for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
+            start, stop = (begin, begin + rows) if by_columns else (begin + low, begin + high)
+            columns = (low, high) if by_columns and len(group) > 1 else None
+            slot = dataclasses.replace(slot, hf_shape=hf_shape, start=start, stop=stop, width=width, columns=columns)
+            placed.append(slot)
+    return placed
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:

@@ -30,8 +30,8 @@ from vlmprune_jax.io.checkpoints.layout import (
 )
 from vlmprune_jax.io.exports.card import loading_of
 from vlmprune_jax.io.exports.format import Contents, Origin
-from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
+from vlmprune_jax.io.exports.options import FolderOptions
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of

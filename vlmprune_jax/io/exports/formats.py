@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vlmprune_jax.base.checks import Registry, one_of, suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import check_settings, export_setting, settings_of
-from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Origin
-from vlmprune_jax.io.exports.gguf import GGUF, GgufOptions
-from vlmprune_jax.io.exports.huggingface import FolderOptions
+from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Importance, Origin
+from vlmprune_jax.io.exports.options import FolderOptions, GgufOptions
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.models.vlm import Model
@@ -41,7 +40,51 @@ def _calibration_of_folder(options: FolderOptions) -> Calibration | None:
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
 
 
+def _prepare_gguf(model: Model, origin: Origin, options: GgufOptions) -> Contents:
+    """Return the content of a GGUF export: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf`, `imatrix-NAME.gguf_file`."""
+    from vlmprune_jax.io.exports.gguf_file import (  # imports jax, like all that reads a model
+        gguf_loading,
+        imatrix_file,
+        write_gguf,
+    )
+    from vlmprune_jax.io.exports.gguf_model import make_gguf
+
+    models, imatrix = make_gguf(model, origin, options), None
+    if isinstance(options.imatrix, Importance):
+        imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
+    elif options.imatrix:
+        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
+    files = models if imatrix is None else [*models, imatrix]
+
+    def write(folder: Path) -> None:
+        for file in files:
+            write_gguf(file, folder)
+
+    tensors = [tensor for file in files for tensor in file.tensors]
+    return Contents(tensors, write, lambda folder: gguf_loading(models, model.cfg, imatrix))
+
+
+def _check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
+    """Reload the written GGUF files, also in llama.cpp if installed, and compare logits with the model's."""
+    from vlmprune_jax.io.exports.gguf_check import check_gguf
+
+    return check_gguf(model, folder, origin.folder, options)
+
+
+def _read_gguf(folder: Path, model: Model, options: GgufOptions) -> Model:
+    """Read written GGUF files as a float32 model, on the devices of the exported model."""
+    from vlmprune_jax.io.exports.gguf_check import read_on_devices
+
+    return read_on_devices(folder, model, options)
+
+
+def _calibration_of_gguf(options: GgufOptions) -> Calibration | None:
+    """Return the calibration statistic that `imatrix=True` needs; None without it."""
+    return Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None
+
+
 HUGGINGFACE = Format(FolderOptions, _prepare_folder, _check_folder, calibration=_calibration_of_folder)
+GGUF = Format(GgufOptions, _prepare_gguf, _check_gguf, _read_gguf, library="gguf", calibration=_calibration_of_gguf)
 # A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
 FORMATS = Registry("formats", Format, {"huggingface": HUGGINGFACE, "gguf": GGUF})
 

@@ -6,13 +6,11 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
@@ -21,13 +19,14 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
+from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.layout import by_key, make_slots, stacked
-from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.format import Comparison
 from vlmprune_jax.io.exports.gguf_model import copy_of, spelled, under_names
+from vlmprune_jax.io.exports.options import GgufOptions
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.families import family_of
@@ -72,29 +71,24 @@ print("\\n" + json.dumps(results))
 Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest next token: log-probability})
 
 
-def check_gguf(
-    model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
-) -> Comparison:
+def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -> Comparison:
     """Compare the float32 logits of written GGUF files with the model's, on random text and images.
 
-    If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the folder's
-    tokenizer, and its log-probabilities of the likeliest next tokens must match those of the file's weights in JAX.
+    If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the tokenizer of the
+    folder `source`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
+    JAX.
 
-    The arguments are those of `save`. Returns the backend "llama.cpp" (difference of log-probabilities) or "jax"
-    (difference of logits), the difference and the tolerance.
+    Returns the backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), the difference
+    and the tolerance.
 
     Raises:
       UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
     """
-    folder, inputs = Path(out_dir), random_inputs(model.cfg)
-
-    def read() -> tuple[Model, set[str]]:
-        return read_gguf(folder, model.cfg, uneven, rolled_positions)
-
+    inputs = random_inputs(model.cfg)
     with jax.default_matmul_precision("highest"):
         model = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
         expected = gather_to_host(forward(model, **inputs)[0])
-        return on_process_zero(lambda: _compare(folder, resolve(source_dir), inputs, expected, read))
+        return on_process_zero(lambda: _compare(folder, source, inputs, expected, model.cfg, options))
 
 
 def _compare(
@@ -102,26 +96,23 @@ def _compare(
     source: Path,
     inputs: dict[str, Any],
     expected: np.ndarray,
-    read: Callable[[], tuple[Model, set[str]]],
+    cfg: ModelConfig,
+    options: GgufOptions,
 ) -> Comparison:
-    written, kinds = read()
-    actual = np.asarray(forward(written, **inputs)[0])
-    kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
-    quantised = kind[0] == "Q"
-    difference, largest = float(np.abs(actual - expected).max()), float(np.abs(expected).max())
-    tolerance = max(TOLERANCE, _ROUNDING[kind] * largest)
+    written, types = read_gguf(folder, cfg, options)
+    difference = float(np.abs(np.asarray(forward(written, **inputs)[0]) - expected).max())
+    coarsest = max(types, key=lambda name: _ROUNDING.get(name, 0.0))
+    tolerance = max(TOLERANCE, _ROUNDING[coarsest] * float(np.abs(expected).max()))
     if not difference <= tolerance:
         raise UserError(
             f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
-            f"{tolerance:.2g}): "
-            "do not use these files, and report the error with the model's config.json"
+            f"{tolerance:.2g}): do not use these files, and report the error with the model's config.json"
         )
-    if importlib.util.find_spec(WHEEL) is None:
-        comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
-    else:
-        comparison = _in_llama(
-            written, _decoder(folder), source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
-        )
+    comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+    quantised = coarsest.startswith("Q")
+    if importlib.util.find_spec(WHEEL) is not None:
+        path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
+        comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
     return {**comparison, "moved_by_rounding": difference} if quantised else comparison
 
 
@@ -179,16 +170,12 @@ def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
     return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
 
 
-def _decoder(folder: Path) -> Path:
-    return next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
-
-
-def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
+def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Model, set[str]]:
     """Read GGUF files that `save` wrote as a float32 model; also return the data types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    architecture, wide = fit(cfg, uneven)
+    architecture, wide = fit(cfg, options.uneven)
     family = under_names(family_of(cfg), "text", architecture.tensors)
     if wide.vision is not None and wide.projector is not None:
         family = under_names(family, "vision", tower_tensors(wide))
@@ -209,22 +196,22 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
         path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
         if path == "vision/patch_embedding/weight" and vision_of(wide).patches.channels_last:
             tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
-        if rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
+        if options.rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
             tensor = np.roll(tensor, 1, axis=0)
         for slot in slots:
             array = spelled(slot.array_of(tensor), slot, wide, architecture if slot.part == "text" else None, back=True)
             arrays.append((slot, array))
-    flat = stacked(arrays, np.stack)
-    return Model(unflatten(flat), wide), {tensor.tensor_type.name for tensor in tensors.values()}
+    return Model(unflatten(stacked(arrays, np.stack)), wide), {tensor.tensor_type.name for tensor in tensors.values()}
 
 
-def on_devices(model: Model, mesh: Mesh | None) -> Model:
-    """Move parameters that every process has on its host to the devices, split over the mesh if there is one."""
-    axes, flat = param_axes(model.cfg), flatten(model.params)
+def read_on_devices(folder: Path, model: Model, options: GgufOptions) -> Model:
+    """Read the GGUF files of a model in memory, and split the parameters over devices as that model's are."""
+    written, mesh = read_gguf(folder, model.cfg, options)[0], mesh_of(model.params)
+    axes, flat = param_axes(written.cfg), flatten(written.params)
     for path, array in flat.items():
         if mesh is None:
             flat[path] = jax.device_put(array)
         else:
             split = sharding(mesh, axes[path], array.shape)
             flat[path] = jax.make_array_from_callback(array.shape, split, array.__getitem__)
-    return model.replace(params=unflatten(flat))
+    return written.replace(params=unflatten(flat))

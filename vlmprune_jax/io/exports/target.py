@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,16 @@ from vlmprune_jax.io.checkpoints.disk.storage import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.token_budget import DEFAULT_BUDGET
-from vlmprune_jax.io.exports.huggingface import FolderOptions
-from vlmprune_jax.io.exports.uneven import padded_stacks, with_head_dim, with_loader, without_loader, write_loader
+from vlmprune_jax.io.exports.options import FolderOptions
+from vlmprune_jax.io.exports.uneven import (
+    LOADER,
+    LOADER_FILE,
+    loader_class,
+    padded_stacks,
+    with_head_dim,
+    with_loader,
+    without_loader,
+)
 from vlmprune_jax.io.exports.vocabulary import (
     add_token,
     prefixes_only_the_start,
@@ -49,7 +58,6 @@ class Target:
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.
       converts: True if the layout differs from the source folder's.
-      ships_loader: True if PyTorch needs the per-layer loader file.
       tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
     """
 
@@ -57,7 +65,6 @@ class Target:
     cfg: ModelConfig
     config: JsonDict
     converts: bool
-    ships_loader: bool
     tokenizer: JsonDict | None = None
 
 
@@ -79,8 +86,7 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if rows != cfg.text.vocab_size:
         raise UserError(
             f"{source}: has a vocabulary of {rows:,} rows, but the model has {cfg.text.vocab_size:,}: pass the plan "
-            "that "
-            "trimmed the vocabulary (plan=), or the folder that this model was loaded from"
+            "that trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
     wide = with_head_dim(padded_stacks(cfg) if options.uneven == "pad" else cfg, options.head_dim)
     new_family, conversion = target_of(family) if options.layout == "transformers" else None, family.conversion
@@ -102,9 +108,9 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if family.budget_field and (settings := processor_settings(source)) is not None:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
         written = {**written, "vision_config": written["vision_config"] | budget}
-    ships = family.layout == "transformers" and not wide.text.uniform
-    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, options.dtype, family)
-    return Target(family, wide, written, new_family is not None, ships, tokenizer)
+    if family.layout == "transformers" and not wide.text.uniform:
+        written = with_loader(written, cfg.text, family)
+    return Target(family, wide, _with_dtype(written, options.dtype, family), new_family is not None, tokenizer)
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
@@ -144,8 +150,8 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
         _copy_files(source, folder, (*_SAME_LAYOUT, *code))
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
-    if target.ships_loader:
-        write_loader(folder)
+    if loader_class(target.config) is not None:
+        shutil.copyfile(LOADER, folder / LOADER_FILE)
 
 
 def copy_always(source: Path, folder: Path, plan: PrunePlan | None) -> None:

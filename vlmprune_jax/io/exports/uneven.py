@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from vlmprune_jax.io.families.limits import architectures_of, tower_limit, width
 from vlmprune_jax.io.families.table import JsonDict
 
 LOADER_FILE = "modeling_per_layer.py"
-_LOADER = Path(__file__).parent / "remote" / LOADER_FILE
-_PREFIX = "PerLayer"
+LOADER = Path(__file__).parent / "remote" / LOADER_FILE
+_MODULE, _PREFIX = "modeling_per_layer.", "PerLayer"  # of names of classes in the loader file
 _PADDED_ROPES = ("default", "linear", "llama3")  # rotary types whose frequencies depend only on channel / head_dim
 
 
@@ -102,34 +101,27 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
     config = dict(inner) if family.text_section is None else {**config, family.text_section: inner}
     auto, stock = family.stock.auto, _PREFIX + family.stock.name
     others = {name: value for name, value in (config.get("auto_map") or {}).items() if name != auto}
-    auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{stock}"}
+    auto_map = others | {auto: f"{_MODULE}{stock}"}
     return {**config, "architectures": [stock], "auto_map": auto_map}
 
 
 def without_loader(config: JsonDict) -> JsonDict:
     """Return config.json for the stock class (undoes `with_loader`)."""
-    module = LOADER_FILE.removesuffix(".py") + "."
-    result = dict(config)
-    remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
+    result, auto_map = dict(config), config.get("auto_map") or {}
+    remaining = {name: value for name, value in auto_map.items() if not str(value).startswith(_MODULE)}
     if remaining:
         result["auto_map"] = remaining
-    elif len(remaining) != len(config.get("auto_map") or {}):
+    elif auto_map:
         del result["auto_map"]
     if config.get("architectures"):
         result["architectures"] = [name.removeprefix(_PREFIX) for name in config["architectures"]]
     return result
 
 
-def write_loader(folder: Path) -> None:
-    """Copy the PyTorch file that loads layers of unequal width into the exported folder."""
-    shutil.copyfile(_LOADER, folder / LOADER_FILE)
-
-
 def loader_class(config: JsonDict) -> str | None:
     """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
-    module = LOADER_FILE.removesuffix(".py") + "."
-    classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
-    return classes[0].removeprefix(module) if classes else None
+    classes = [str(value) for value in (config.get("auto_map") or {}).values() if str(value).startswith(_MODULE)]
+    return classes[0].removeprefix(_MODULE) if classes else None
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
