@@ -17,7 +17,7 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
     ("run/evaluation/speed/bench.py", "start"): "-P",
-    ("io/exports/gguf_check.py", "_ask"): "-P",
+    ("io/exports/gguf_file.py", "_ask"): "-P",
     ("io/data/tokenizer_files.py", "_try_rules"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
     ("io/data/chat_template.py", "chat_prompt"): "-P",

@@ -15,7 +15,7 @@ from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
 from vlmprune_jax.core.models.lazy import LazyArray, Place, lazy_entry
 from vlmprune_jax.core.models.params import unflatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.storage import StoredWeight
+from vlmprune_jax.io.checkpoints.disk.checkpoint import StoredWeight
 from vlmprune_jax.io.checkpoints.layout import Slot, make_slots, stacked
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config
 

@@ -26,8 +26,7 @@ from vlmprune_jax.core.models.layers import activation
 from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
-from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
-from vlmprune_jax.io.checkpoints.disk.storage import StoredWeight, find_storage
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
 from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
 from vlmprune_jax.io.data.video.processor import load_video_config

@@ -21,8 +21,8 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan_json import WHOLE, PlanJson, as_plan
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.storage import Storage
 from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of

@@ -14,9 +14,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.storage import Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.checkpoints.layout import (
@@ -165,4 +164,4 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
 
 def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
     extent = entry.extent(0, entry.n_bytes)
-    return iter([entry.raw()]) if extent is None else read_blocks(extent)
+    return iter([entry.array().reshape(-1).view(np.uint8)]) if extent is None else read_blocks(extent)

@@ -66,14 +66,14 @@ def _prepare_gguf(model: Model, origin: Origin, options: GgufOptions) -> Content
 
 def _check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
     """Reload the written GGUF files, also in llama.cpp if installed, and compare logits with the model's."""
-    from vlmprune_jax.io.exports.gguf_check import check_gguf
+    from vlmprune_jax.io.exports.gguf_file import check_gguf
 
     return check_gguf(model, folder, origin.folder, options)
 
 
 def _read_gguf(folder: Path, model: Model, options: GgufOptions) -> Model:
     """Read written GGUF files as a float32 model, on the devices of the exported model."""
-    from vlmprune_jax.io.exports.gguf_check import read_on_devices
+    from vlmprune_jax.io.exports.gguf_file import read_on_devices
 
     return read_on_devices(folder, model, options)
 

@@ -17,7 +17,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import copy_file, copy_folder
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.io.checkpoints.disk.storage import without_storage
+from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.token_budget import DEFAULT_BUDGET

@@ -7,7 +7,7 @@ them were tried (tools/engines/table.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
@@ -171,23 +171,18 @@ def uneven_problem(text: TextConfig) -> str | None:
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
-    copies = {name: _copies(cfg, name) for name in cfg.stacks}
-    return {
-        engine: {
-            stack: {kind: _why_not_copy(cfg, stack, layers, engine) for kind, layers in kinds.items()}
-            for stack, kinds in copies.items()
-        }
-        for engine in ENGINES
-    }
-
-
-def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], engine: str) -> str | None:
-    """Return why an engine cannot load the model with these layers, or why no class allows them; None if it can."""
-    try:
-        changed = cfg.with_layers(layers, stack)
-    except UserError as error:
-        return str(error)
-    return why_no_class(changed) or why_not(changed, engine)
+    loads: dict[str, dict[str, dict[str, str | None]]] = {}
+    for stack in cfg.stacks:
+        for kind, layers in _copies(cfg, stack).items():
+            try:
+                pruned = cfg.with_layers(layers, stack)
+                problem = why_no_class(pruned)
+            except UserError as error:
+                pruned, problem = cfg, str(error)
+            for engine in ENGINES:
+                kinds = loads.setdefault(engine, {}).setdefault(stack, {})
+                kinds[kind] = problem or why_not(pruned, engine)
+    return loads
 
 
 def _copies(cfg: ModelConfig, name: str) -> dict[str, list[Layer]]:
