@@ -268,6 +268,9 @@ def match_keys(
     known = {slot.key: slot for slot in slots}
     wanted = {key: slot for key, slot in known.items() if slot.part in parts}
     match, head, blocks = Match(), tied_head(cfg, family), block_prefix("vision", cfg, family)
+    unused = {None}  # blocks of the tower whose features are not used
+    if cfg.vision is not None:
+        unused |= {*range(len(cfg.vision.layers), cfg.vision.n_layers_total)}
     for key, entry in checkpoint.entries.items():
         name = family.canonical(key)
         slot = wanted.get(name)
@@ -276,7 +279,7 @@ def match_keys(
         if slot is None and name == head:
             match.tied, slot = key, next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
         elif slot is None:
-            if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
+            if family.is_ignored(name) and block_number(name, blocks) in unused:
                 match.passthrough.append(key)
             else:
                 match.problems.append(f"unknown key {key}")
@@ -312,13 +315,6 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
     return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
-
-
-def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a tower block is computed or does not exist; False above the feature layer and outside blocks."""
-    if number is None or cfg.vision is None:
-        return False
-    return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:

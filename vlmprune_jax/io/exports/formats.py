@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def _prepare_folder(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    """Return the content of a folder; integers are those of `storage` (GPTQ), or rounded to the nearest."""
     from vlmprune_jax.io.exports.folder import folder_contents  # imports jax, like all that reads a model
 
     if options.rounding == "gptq" and options.storage is None:
@@ -27,14 +26,12 @@ def _prepare_folder(model: Model, origin: Origin, options: FolderOptions) -> Con
 
 
 def _check_folder(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    """Reload an exported folder in PyTorch (without torch, in JAX) and compare its logits with the model's."""
     from vlmprune_jax.io.exports.reload import check_export
 
     return check_export(model, folder, vision_dir=origin.vision_dir)
 
 
 def _calibration_of_folder(options: FolderOptions) -> Calibration | None:
-    """Return the calibration statistic that `rounding="gptq"` needs; None without it."""
     names = ("quantize", "group_size", "symmetric", "dtype")
     settings = {name: getattr(options, name) for name in names}
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
@@ -65,21 +62,18 @@ def _prepare_gguf(model: Model, origin: Origin, options: GgufOptions) -> Content
 
 
 def _check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
-    """Reload the written GGUF files, also in llama.cpp if installed, and compare logits with the model's."""
     from vlmprune_jax.io.exports.gguf_file import check_gguf
 
     return check_gguf(model, folder, origin.folder, options)
 
 
 def _read_gguf(folder: Path, model: Model, options: GgufOptions) -> Model:
-    """Read written GGUF files as a float32 model, on the devices of the exported model."""
     from vlmprune_jax.io.exports.gguf_file import read_on_devices
 
     return read_on_devices(folder, model, options)
 
 
 def _calibration_of_gguf(options: GgufOptions) -> Calibration | None:
-    """Return the calibration statistic that `imatrix=True` needs; None without it."""
     return Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None
 
 

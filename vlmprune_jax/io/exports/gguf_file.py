@@ -198,35 +198,31 @@ def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -
       UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
     """
     inputs = random_inputs(model.cfg)
+
+    def compare() -> Comparison:
+        written, types = read_gguf(folder, model.cfg, options)
+        difference = float(np.abs(np.asarray(forward(written, **inputs)[0]) - expected).max())
+        coarsest = max(types, key=lambda name: _ROUNDING.get(name, 0.0))
+        tolerance = max(TOLERANCE, _ROUNDING[coarsest] * float(np.abs(expected).max()))
+        if not difference <= tolerance:
+            raise UserError(
+                f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
+                f"{tolerance:.2g}): do not use these files, and report the error with the model's config.json"
+            )
+        comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+        quantised = coarsest.startswith("Q")
+        if importlib.util.find_spec(WHEEL) is not None:
+            path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
+            comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
+        if quantised:
+            comparison["moved_by_rounding"] = difference
+        return comparison
+
     with jax.default_matmul_precision("highest"):
-        model = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
-        expected = gather_to_host(forward(model, **inputs)[0])
-        return on_process_zero(lambda: _compare(folder, source, inputs, expected, model.cfg, options))
-
-
-def _compare(
-    folder: Path,
-    source: Path,
-    inputs: dict[str, Any],
-    expected: np.ndarray,
-    cfg: ModelConfig,
-    options: GgufOptions,
-) -> Comparison:
-    written, types = read_gguf(folder, cfg, options)
-    difference = float(np.abs(np.asarray(forward(written, **inputs)[0]) - expected).max())
-    coarsest = max(types, key=lambda name: _ROUNDING.get(name, 0.0))
-    tolerance = max(TOLERANCE, _ROUNDING[coarsest] * float(np.abs(expected).max()))
-    if not difference <= tolerance:
-        raise UserError(
-            f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
-            f"{tolerance:.2g}): do not use these files, and report the error with the model's config.json"
-        )
-    comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
-    quantised = coarsest.startswith("Q")
-    if importlib.util.find_spec(WHEEL) is not None:
-        path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
-        comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
-    return {**comparison, "moved_by_rounding": difference} if quantised else comparison
+        in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
+        expected = gather_to_host(forward(in_float32, **inputs)[0])
+        del in_float32
+        return on_process_zero(compare)
 
 
 def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:

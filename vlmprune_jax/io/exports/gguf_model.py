@@ -15,7 +15,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
@@ -165,36 +165,27 @@ def _tower_tensors(model: Model, wide: ModelConfig, family: Family, plain: str, 
         table = tensors[place]
         rolled_table = lambda: iter([np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))])  # noqa: E731
         tensors[place] = dataclasses.replace(table, blocks=rolled_table)
-    if vision.patches.channels_last:
-        tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
-    if vision.patches.temporal > 1:
-        tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
+    if vision.patches.channels_last or vision.patches.temporal > 1:
+        tensors = [part for x in tensors for part in (_filters(x, vision) if x.key == _FILTERS else (x,))]
     return tensors + _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
 
 
-def _copies(filters: Tensor) -> list[Tensor]:
-    """Split video patch filters [vision, channel, frame, row, column] into one tensor per frame."""
-    vision, channels, copies, *sides = filters.shape
+def _filters(table: Tensor, vision: VisionConfig) -> list[Tensor]:
+    """Return patch filters as llama.cpp reads them, [vision, channel, row, column], one tensor per video frame."""
+    rows, channels, copies = table.shape[0], vision.channels, vision.patches.temporal or 1
+    side = math.isqrt(math.prod(table.shape[1:]) // (channels * copies))
 
-    def filters_of(number: int) -> Tensor:
-        def blocks() -> Iterator[np.ndarray]:
-            yield np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number]).reshape(-1)
+    def blocks(number: int) -> Iterator[np.ndarray]:
+        filters = table.fetch()
+        if vision.patches.channels_last:
+            filters = filters.reshape(rows, side**2, channels, -1).swapaxes(1, 2)
+        filters = filters.reshape(rows * channels, copies, -1)
+        yield np.ascontiguousarray(filters[:, number]).reshape(-1)
 
-        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, blocks)
-
-    return [filters_of(number) for number in range(copies)]
-
-
-def _channels_first(filters: Tensor, channels: int) -> Tensor:
-    """Reorder patch filters [vision, row x column x channel] to [vision, channel, row, column]."""
-    vision, values = filters.shape
-    side = math.isqrt(values // channels)
-
-    def blocks() -> Iterator[np.ndarray]:
-        channel_bytes = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
-        yield np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
-
-    return dataclasses.replace(filters, shape=(vision, channels, side, side), blocks=blocks)
+    shape, size = (rows, channels, side, side), table.n_bytes // copies
+    return [
+        Tensor(copy_of(number), table.dtype, shape, size, functools.partial(blocks, number)) for number in range(copies)
+    ]
 
 
 def copy_of(number: int) -> str:

@@ -202,7 +202,16 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     stock, section = family.stock, family.text_section
     assert stock is not None
     assert section is not None
-    _check(cfg, stock.lacks(cfg))
+    vision, missing = vision_of(cfg), stock.lacks(cfg)
+    size = 0 if vision.positions is None else vision.positions.image_size
+    if missing is None and size not in (0, vision.image_size):
+        missing = f"images of another size ({vision.image_size}) than its tower's positions ({size})"
+    elif missing is None and cfg.text.head_bias:
+        missing = "a bias in its output head (none)"
+    if missing is not None:
+        raise UserError(
+            f'layout "transformers": transformers\' {cfg.family} class does not support {missing}: use layout "source"'
+        )
     text = family_of(cfg).text_config(source)
     text = {name: value for name, value in text.items() if not _NOT_TEXT.fullmatch(name)}
     text |= {
@@ -226,7 +235,7 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
         "tie_word_embeddings": cfg.text.tie_embeddings,
         "torch_dtype": source.get("torch_dtype", source.get("dtype", "float32")),
         section: text,
-        "vision_config": stock_tower(vision_of(cfg)),
+        "vision_config": stock_tower(vision),
     }
     eos: Any = list(cfg.eos_token_ids) if len(cfg.eos_token_ids) > 1 else next(iter(cfg.eos_token_ids), None)
     ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
@@ -234,19 +243,6 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     config |= stock.config(cfg, source)
     wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=vocab_size))
     return family.to_hf(wide, config)
-
-
-def _check(cfg: ModelConfig, missing: str | None) -> None:
-    vision = vision_of(cfg)
-    size = 0 if vision.positions is None else vision.positions.image_size
-    if missing is None and size not in (0, vision.image_size):
-        missing = f"images of another size ({vision.image_size}) than its tower's positions ({size})"
-    elif missing is None and cfg.text.head_bias:
-        missing = "a bias in its output head (none)"
-    if missing is not None:
-        raise UserError(
-            f'layout "transformers": transformers\' {cfg.family} class does not support {missing}: use layout "source"'
-        )
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:

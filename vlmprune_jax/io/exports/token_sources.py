@@ -72,10 +72,6 @@ class Source:
         needed = {i: why for i, why in _needed(folder, cfg, tokenizer, template) if 0 <= i < rows}
         return cls(folder, rows, content, tokenizer, subwords, vocabulary_digest(content), template, needed)
 
-    def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the token ids of each text, without special tokens at its ends."""
-        return tokens_of(self.tokenizer, texts)
-
     def trimmed(self, vocabulary: KeptVocabulary) -> Any:
         """Return a tokenizer object with only the kept tokens."""
         from tokenizers import Tokenizer
@@ -140,7 +136,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
         held_out = texts[HELD_BACK - 1 :: HELD_BACK]
         texts = [text for i, text in enumerate(texts) if i % HELD_BACK != HELD_BACK - 1]
     used = Counter[int]()
-    for ids in source.tokens(texts):
+    for ids in tokens_of(source.tokenizer, texts):
         used.update(ids)
     return Sample(used, tuple(listed), tuple(held_out))
 

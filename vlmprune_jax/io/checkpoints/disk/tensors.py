@@ -134,7 +134,6 @@ def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """Return a safetensors file's header as bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
