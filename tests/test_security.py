@@ -17,7 +17,7 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
     ("run/evaluation/speed/bench.py", "start"): "-P",
-    ("io/exports/gguf_check.py", "_ask"): "-P",
+    ("io/exports/gguf_file.py", "_ask"): "-P",
     ("io/data/tokenizer_files.py", "_try_rules"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
     ("io/data/chat_template.py", "chat_prompt"): "-P",
@@ -33,10 +33,9 @@ WRITERS = {
     ("run/workdir/store.py", "_link"): _NEW,
     ("io/data/tfds.py", "_on_this_machine"): _NEW,
     ("run/demo/easyvqa.py", "_build"): _NEW,
-    ("io/exports/processor.py", "limited_images"): _NEW,
-    ("io/exports/processor.py", "write_processor"): _NEW,
+    ("io/exports/target.py", "write_processor"): _NEW,
     ("io/exports/target.py", "write_files"): _NEW,
-    ("io/exports/tokenizer.py", "write_tokenizer"): _NEW,
+    ("io/exports/vocabulary.py", "write_tokenizer"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,

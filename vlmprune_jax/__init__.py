@@ -57,12 +57,11 @@ if TYPE_CHECKING:
     from vlmprune_jax.io.checkpoints.batches import batches
     from vlmprune_jax.io.checkpoints.read import load
     from vlmprune_jax.io.data.placeholders import expand_images
+    from vlmprune_jax.io.exports.card import push
     from vlmprune_jax.io.exports.format import Contents, Format
     from vlmprune_jax.io.exports.formats import FORMATS as formats
     from vlmprune_jax.io.exports.gptq import gptq, imatrix
-    from vlmprune_jax.io.exports.hub import push
-    from vlmprune_jax.io.exports.one_call import prune
-    from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_iteratively
+    from vlmprune_jax.io.exports.pruning import make_plan, prune, prune_folder, prune_iteratively
     from vlmprune_jax.io.exports.write import save
     from vlmprune_jax.io.families import FAMILIES as families
     from vlmprune_jax.io.families import Family
@@ -128,10 +127,10 @@ _HOMES = {
     "metrics": "run.evaluation.metrics:METRICS",
     "parts": "core.models.parts:PARTS",
     "perplexity": "run.evaluation.runner",
-    "prune": "io.exports.one_call",
+    "prune": "io.exports.pruning",
     "prune_folder": "io.exports.pruning",
     "prune_iteratively": "io.exports.pruning",
-    "push": "io.exports.hub",
+    "push": "io.exports.card",
     "questions": "run.evaluation.answer",
     "reconstruct": "core.prune",
     "recover": "core.recovery.loop",

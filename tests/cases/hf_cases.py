@@ -163,7 +163,7 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     assert set(a) == set(b)
     for key in a:
         assert (a.entries[key].dtype, a.entries[key].shape) == (b.entries[key].dtype, b.entries[key].shape), key
-        assert a.entries[key].raw().tobytes() == b.entries[key].raw().tobytes(), key
+        assert a.entries[key].array().tobytes() == b.entries[key].array().tobytes(), key
 
 
 def prune(model: Model, layers: Sequence[KeptLayer], stack: str = "text") -> tuple[Model, PrunePlan]:

@@ -22,7 +22,7 @@ from vlmprune_jax.io.data.prompts import (
     tokenize_training,
 )
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.exports.processor import chat_template
+from vlmprune_jax.io.exports.target import chat_template
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.families import FAMILIES, templates
 from vlmprune_jax.io.families.tiles import ImageShape

@@ -17,7 +17,7 @@ from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.chat_template import QUESTION, chat_prompt
 from vlmprune_jax.io.data.prompts import load_tokenizer, render
 from vlmprune_jax.io.exports.reload import check_export
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, token_id
+from vlmprune_jax.io.exports.vocabulary import read_tokenizer, token_id
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.families import family_of
 

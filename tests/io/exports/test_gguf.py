@@ -18,9 +18,8 @@ from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import apply_plan
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.gguf_check import check_gguf
 from vlmprune_jax.io.exports.pruning import prune_folder
-from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.io.exports.write import check_saved, save
 
 pytest.importorskip("xllamacpp")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -161,7 +160,7 @@ def test_types(tmp_path, dtype, quantize, name, kinds):
             expected = dequantize(quantize_rows(weight, tensor.tensor_type), tensor.tensor_type)
         np.testing.assert_array_equal(dequantize(tensor.data, tensor.tensor_type), expected)
     if quantize != "none":
-        facts = check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")
+        facts = check_saved(model, tmp_path / "out", source_dir=source, format="gguf")
         assert facts["backend"] == "llama.cpp"
 
 
@@ -279,4 +278,4 @@ def test_a_damaged_file_is_no_export(tmp_path, models):
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     other = model.replace(params=unflatten({k: v[..., ::-1] for k, v in flatten(model.params).items()}))
     with pytest.raises(UserError, match="logits of the GGUF file differ"):
-        check_gguf(other, tmp_path / "out", source_dir=source, uneven="per_layer")
+        check_saved(other, tmp_path / "out", source_dir=source, format="gguf")

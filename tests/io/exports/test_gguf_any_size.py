@@ -18,8 +18,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.gguf_check import check_gguf
-from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.io.exports.write import check_saved, save
 
 pytest.importorskip("xllamacpp")
 
@@ -59,7 +58,7 @@ def test_the_same_is_computed(tmp_path, name, cells):
     source, model = make_qwen(tmp_path, name)
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", cells)
-    assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
+    assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
     assert "sides that are multiples of" in (tmp_path / "out/README.md").read_text()
 
 

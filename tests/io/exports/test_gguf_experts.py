@@ -16,7 +16,7 @@ from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.exports.gguf_check import check_gguf
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 HYBRID = "qwen3_5_moe"
@@ -84,7 +84,7 @@ def test_texts(make_golden, tmp_path, name, cut):
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
     if cut == "all":
-        facts = check_gguf(model, tmp_path / "out", source_dir=golden.ckpt, uneven="per_layer")
+        facts = check_saved(model, tmp_path / "out", source_dir=golden.ckpt, format="gguf")
         assert facts["backend"] == "llama.cpp"
 
 

@@ -19,8 +19,7 @@ from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.lazy import FileArray
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.gguf_check import check_gguf
-from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.io.exports.write import check_saved, save
 
 pytest.importorskip("xllamacpp")
 S, F = "sliding_attention", "full_attention"
@@ -119,7 +118,7 @@ def test_images(models, tmp_path, name):
     assert differences(logits[0, -1], found["answer"])[0] <= 0.1
     remarks = (tmp_path / "out/README.md").read_text()
     assert ("answers about images differ" in remarks) == (name == "gemma4")
-    assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
+    assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
 
 
 def test_the_budget_of_tokens_is_an_option(models, tmp_path):
@@ -158,8 +157,8 @@ def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmprune_jax.io.exports.gguf_model._CHUNK", 3000)
     options = {"format": "gguf", "quantize": "q8_0", "dtype": "float16"}
     save(model, tmp_path / "memory", source_dir=source, plan=plan, **options)
-    read, seen = FileArray.read, []
-    monkeypatch.setattr(FileArray, "read", lambda one: seen.append((one.source.key, read(one))) or seen[-1][1])
+    read, seen = FileArray._rows, []
+    monkeypatch.setattr(FileArray, "_rows", lambda x, *rows: seen.append((x.source.key, read(x, *rows))) or seen[-1][1])
     vp.prune_folder(source, plan, tmp_path / "files", **options)
     assert max(part.nbytes for key, part in seen if "embed_tokens" in key) <= 4000
     for path in (tmp_path / "memory").glob("*.gguf"):

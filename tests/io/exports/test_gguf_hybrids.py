@@ -17,8 +17,8 @@ from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.gguf_check import check_gguf
 from vlmprune_jax.io.exports.gguf_model import tiled
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 
@@ -56,7 +56,7 @@ def test_texts(models, tmp_path, name, cut):
     assert differences(vp.forward(model, ids)[0][0], found["logits"][0])[0] <= 0.02
     np.testing.assert_array_equal(generate(model, ids, max_new_tokens=6, eos_token_ids=())[0], found["tokens"][0])
     if cut == "all":
-        facts = check_gguf(model, tmp_path / "out", source_dir=golden.ckpt, uneven="per_layer")
+        facts = check_saved(model, tmp_path / "out", source_dir=golden.ckpt, format="gguf")
         assert facts["backend"] == "llama.cpp"
 
 

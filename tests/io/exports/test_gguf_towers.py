@@ -18,8 +18,7 @@ from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.gguf_check import check_gguf
-from vlmprune_jax.io.exports.write import save
+from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.io.families.towers import PIXELS
@@ -99,7 +98,7 @@ def test_towers_compute_the_same(golden, tmp_path, name):
         wrong = np.abs(found - class_token_last(model, pixels)).max()
         assert "#25814" in (tmp_path / "out/README.md").read_text()
     assert wrong <= 0.02
-    assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
+    assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
 
 
 @pytest.mark.slow
@@ -126,7 +125,7 @@ def test_rolled_positions(golden, tmp_path, name):
     for rolled in (False, True):
         out = tmp_path / str(rolled)
         save(model, out, source_dir=source, format="gguf", dtype="float32", rolled_positions=rolled)
-        check_gguf(model, out, source_dir=source, uneven="per_layer", rolled_positions=rolled)
+        check_saved(model, out, source_dir=source, format="gguf", rolled_positions=rolled)
         found[rolled] = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert ("positions are rolled" in (out / "README.md").read_text()) == rolled
     right = features_of(model, pixels)

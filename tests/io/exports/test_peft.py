@@ -29,7 +29,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports import peft
 from vlmprune_jax.io.exports.peft import write_adapter
-from vlmprune_jax.io.exports.tokenizer import vocabulary_digest
+from vlmprune_jax.io.exports.vocabulary import vocabulary_digest
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.experiment.arguments import recover_config
 

@@ -12,7 +12,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.processor import limited_images
+from vlmprune_jax.io.exports.vocabulary import export_files
 from vlmprune_jax.run.cli.main import main
 
 SIZES = ((90, 31), (40, 170), (64, 64), (300, 260))
@@ -69,7 +69,7 @@ def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
     ours = load_image_processor(source, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)
     whole = load_image_processor(source, **OPTIONS)
     merge, others = ours.preparation.merge, 0
-    with limited_images(source, most, cfg) as folder:
+    with export_files(source, cfg, most=most) as folder:
         for path in pictures(tmp_path):
             pixels, tokens = stock(folder, path, merge, cfg.tokens_per_image)
             (shape,), (before,) = ours.shapes([path], "r"), whole.shapes([path], "r")
@@ -151,13 +151,13 @@ def test_refusals(goldens):
     source = goldens / "ckpt/llava_hf"
     _, cfg = read_config(source, None)
     limit = r"max_image_tokens=9: every image of this model has \d+ tokens.*: unset this limit, or use a model"
-    with pytest.raises(UserError, match=f"export.{limit}"), limited_images(source, 9, cfg):
+    with pytest.raises(UserError, match=f"export.{limit}"), export_files(source, cfg, most=9):
         pass
     tower = goldens / "ckpt/clip_tower"
     with pytest.raises(UserError, match=f"data.{limit}"):
         load_image_processor(tower, **OPTIONS, max_image_tokens=9, slot_tokens=cfg.tokens_per_image)
     _, text = read_config(goldens / "ckpt/llama_gqa", None)
-    with pytest.raises(UserError, match="takes no images: unset the limit"), limited_images(source, 9, text):
+    with pytest.raises(UserError, match="takes no images: unset the limit"), export_files(source, text, most=9):
         pass
     for name, most, told in (
         ("gemma4", 100, "must be one of 70, 140, 280, 560, 1120, with which the model was trained"),

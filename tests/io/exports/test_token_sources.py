@@ -21,7 +21,7 @@ from vlmprune_jax.core.prune.cost import make_measure
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.pruning import prune_folder
-from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample
+from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def scores_of(model, width=False):
 def test_frequent_tokens_come_first(folder, model):
     """A size below what the sources use keeps the most frequent tokens."""
     source = Source.of(folder, model.cfg)
-    often, rare = (next(iter(source.tokens([text])))[0] for text in (" statement", " exception"))
+    often, rare = (next(iter(tokens_of(source.tokenizer, [text])))[0] for text in (" statement", " exception"))
     least = len(source.keep({}, (), 320, 1).kept)
     room = len({*source.subwords.needs(often), often} - {*source.subwords.closure(source.needed)})
     forced = len(source.subwords.closure(source.needed))
@@ -88,7 +88,9 @@ def test_a_tenth_is_held_back(folder, model, tmp_path):
     source = Source.of(folder, model.cfg)
     sample = read_sample(source, settings(folder, texts_file(tmp_path / "s.json", texts)))
     assert sample.held_out == ("text 9", "text 19", "text 29", "text 39")
-    assert sample.used.total() == sum(len(ids) for ids in source.tokens([t for t in texts if not t.endswith("9")]))
+    assert sample.used.total() == sum(
+        len(ids) for ids in tokens_of(source.tokenizer, [t for t in texts if not t.endswith("9")])
+    )
     own = settings(folder, tmp_path / "s.json", held_out=(str(texts_file(tmp_path / "h.json", ["b"])),))
     assert read_sample(source, own).held_out == ("b",)
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer
+from vlmprune_jax.io.exports.vocabulary import read_tokenizer
 
 MODELS = {"bunny": "bunny", "llava": "llava_orig", "llava_legacy": "llava_orig", "internvl": "internvl"}
 # Space marks: at the start, behind special tokens, and where a piece begins with a space itself.

@@ -30,9 +30,9 @@ from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.lazy import FileArray, open_model
-from vlmprune_jax.io.exports.cost import costs_of
 from vlmprune_jax.io.exports.mtp import MtpCut
 from vlmprune_jax.io.exports.peft import write_adapter
+from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of

@@ -50,9 +50,9 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert found["text"]["layers"] == len(model.cfg.text.layers)
     assert found["shards"] == len(list(folder.glob("*.safetensors")))
     assert found["bytes"] == sum(entry.end - entry.begin for entry in Checkpoint(folder).entries.values())
-    assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
-    wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
-    assert f"unequal widths {wide}" in found["export"]["format=gguf"]
+    assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad"}
+    uneven = found["loads"]["gguf"]["text"]["unequal widths"]
+    assert (uneven is None) == (found["family"] != "bunny")
     assert set(found["loads"]) == set(ENGINES)
     if found["family"] == "bunny":
         cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
@@ -83,7 +83,7 @@ def test_unequal_widths_that_no_export_holds(goldens, capsys):
     assert main(["inspect", str(goldens / "families/gemma4_dense/ckpt")]) == 0
     out = capsys.readouterr().out
     assert "unequal widths: refused: its class has one width for all layers: prune them alike" in out
-    assert "format=gguf: llama.cpp's gemma4; fewer heads at true size (gemma4); tower: all heads" in out
+    assert "gguf: fewer layers, neurons; tower: fewer layers, neurons, unequal widths\n" in out
     assert "uneven=per_layer" not in out
 
 

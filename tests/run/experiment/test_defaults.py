@@ -11,7 +11,7 @@ from vlmprune_jax.core.prune import CRITERIA, PlanConfig, ReconstructConfig, Sco
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.exports.config import ExportSpec
+from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.run.evaluation.config import EvaluateSpec
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.experiment.arguments import plan_config

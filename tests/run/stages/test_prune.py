@@ -12,7 +12,7 @@ from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.exports import pruning
-from vlmprune_jax.io.exports.config import ExportSpec
+from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.io.exports.pruning import prune_iteratively
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.stages.prune import _check_integers

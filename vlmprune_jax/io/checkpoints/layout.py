@@ -7,8 +7,7 @@ import itertools
 import math
 import operator
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,14 +75,23 @@ class Slot:
         return axes[::-1] if self.turned else axes
 
     @property
+    def offset(self) -> int:
+        """Position in the tensor, in values, of the first row."""
+        return self.start * self.width
+
+    @property
     def stride(self) -> int:
         """Distance in the file, in values, between consecutive indices of the array's first axis."""
         return math.prod(self.shape[1:]) if self.columns is None else self.width
 
+    def rows_of(self, values: np.ndarray) -> np.ndarray:
+        """Return the parameter's part of flat `values` of the file, which begin and end between two strides."""
+        rows = values.reshape(-1, self.stride)[:, slice(*(self.columns or (None,)))]
+        return rows.reshape(-1, *self.shape[1:])
+
     def array_of(self, tensor: np.ndarray) -> np.ndarray:
         """Extract the parameter's array from the whole checkpoint tensor."""
-        rows = tensor.reshape(-1, self.width)[self.start : self.stop]
-        array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
+        array = self.rows_of(tensor.reshape(-1)[self.offset :][: self.shape[0] * self.stride])
         return array.T if self.turned else array
 
     @property
@@ -114,7 +122,8 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
     for weight in checked_table(family.weights, family.weights(cfg)):
-        tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
+        layout = dimensions(weight.layout)
+        tokens = [*itertools.chain(*layout)]
         places = locate(cfg, weight.path)
         some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
         for i, path, index in places:
@@ -130,7 +139,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
                 names, shape = names[1:], shape[1:]
             unnamed = () if "unit" in tokens else ("unit",)  # single numbers have no axis in files
             entries = array_axes(names) != names
-            stored = [t for t in tokens if t not in "()1"]
+            stored = [axis for axis in tokens if axis != "1"]
             if entries:  # entries (experts) share a tensor or have one each; the order of axes is free
                 stored = sorted({*stored, *re.findall("{(.*?)}", line.key)}, key=names.index)
             if stored != [name for name in names if name not in unnamed]:
@@ -139,7 +148,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
                     f"axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
-            hf_shape = _grouped(tokens, size)
+            hf_shape = tuple(math.prod(size[axis] for axis in dimension) for dimension in layout)
             rows, width = hf_shape[0] if hf_shape else 1, math.prod(hf_shape[1:])
             slot = Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows, width)
             if entries and shape[0] * len(places) > MAX_ENTRIES:
@@ -168,44 +177,31 @@ def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows.
+    """Return slots with their ranges in tensors that several parameters share; entries (experts) come last.
 
-    Entries that share a tensor lie side by side along the axis with a parent (the neurons of an expert).
+    Fused parameters have consecutive rows. Those of an expert (gate and up) lie side by side along the axis with a
+    parent (its neurons), which may be rows or columns.
     """
-    rows: Counter[str] = Counter()
-    placed, entries = [], dict[tuple[str, int], list[Slot]]()
+    tensors: dict[tuple[str, int | None], list[Slot]] = {}
     for slot in slots:
-        if slot.entry is not None:
-            entries.setdefault((slot.key, slot.entry), []).append(slot)
-            continue
-        start = rows[slot.key]
-        rows[slot.key] += slot.stop
-        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
-    whole = [
-        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
-        for slot in placed
-    ]
-    return whole + [slot for group in entries.values() for slot in _side_by_side(group)]
-
-
-def _side_by_side(group: Sequence[Slot]) -> Iterator[Slot]:
-    """Yield one expert's slots that share a tensor (such as gate and up), with row and column ranges assigned."""
-    first = group[0]
-    child = next(i for i, name in enumerate(first.axes) if name in AXES and AXES[name].parent)
-    edges = [0, *itertools.accumulate(slot.shape[child] for slot in group)]
-    shape = [edges[-1] if i == child else size for i, size in enumerate(first.shape)]
-    outer = first.hf_shape[:-2]
-    begin = (first.entry or 0) * shape[0] if outer else 0
-    for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
-        low_row, high_row = (low, high) if child == 0 else (0, shape[0])
-        yield dataclasses.replace(
-            slot,
-            hf_shape=(*outer, *shape),
-            start=begin + low_row,
-            stop=begin + high_row,
-            width=shape[1],
-            columns=(low, high) if child == 1 and len(group) > 1 else None,
-        )
+        tensors.setdefault((slot.key, slot.entry), []).append(slot)
+    placed = []
+    for (_, entry), group in sorted(tensors.items(), key=lambda item: item[0][1] is not None):
+        first = group[0]
+        by_columns = entry is not None and any(AXES[name].parent for name in first.axes[1:] if name in AXES)
+        edges = [0, *itertools.accumulate(slot.width if by_columns else slot.stop for slot in group)]
+        rows, width = (first.stop, edges[-1]) if by_columns else (edges[-1], first.width)
+        if entry is None:
+            hf_shape, begin = (rows, *first.hf_shape[1:])[: len(first.hf_shape)], 0
+        else:
+            outer = first.hf_shape[:-2]  # () if every expert has a tensor of its own
+            hf_shape, begin = (*outer, rows, width), entry * rows if outer else 0
+        for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
+            start, stop = (begin, begin + rows) if by_columns else (begin + low, begin + high)
+            columns = (low, high) if by_columns and len(group) > 1 else None
+            slot = dataclasses.replace(slot, hf_shape=hf_shape, start=start, stop=stop, width=width, columns=columns)
+            placed.append(slot)
+    return placed
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
@@ -233,34 +229,33 @@ def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarr
 
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
-    found: dict[str, dict[tuple[int, ...], Any]] = {}
+    params: dict[Any, Any] = {}
     for slot, array in arrays:
-        found.setdefault(slot.path, {})[slot.place] = array
+        *outer, last = slot.path, *slot.place
+        node = params
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = array
 
-    def join(parts: dict[tuple[int, ...], Any]) -> Any:
-        if () in parts:
-            return parts[()]
-        groups: dict[int, dict[tuple[int, ...], Any]] = {}
-        for (first, *rest), array in sorted(parts.items()):
-            groups.setdefault(first, {})[tuple(rest)] = array
-        return stack([join(group) for group in groups.values()])
+    def join(node: Any) -> Any:
+        return stack([join(node[number]) for number in sorted(node)]) if isinstance(node, dict) else node
 
-    return {path: join(parts) for path, parts in found.items()}
+    return {path: join(node) for path, node in params.items()}
 
 
-def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
-    """Return the tensor shape that an einops layout gives: `( q_heads head ) embed` -> (q_heads * head, embed)."""
-    shape: list[int] = []
-    inside: list[int] | None = None
-    for token in tokens:
-        if token == "(":
-            inside = []
-        elif token == ")":
-            shape.append(math.prod(inside or ()))
-            inside = None
+def dimensions(layout: str) -> list[list[str]]:
+    """Return the axes of every dimension of an einops layout: "(q_heads head) embed" -> [[q_heads, head], [embed]]."""
+    axes: list[list[str]] = []
+    inside = False
+    for token in layout.replace("(", " ( ").replace(")", " ) ").split():
+        if token in "()":
+            inside = token == "("
+            axes += [[]] if inside else []
+        elif inside:
+            axes[-1].append(token)
         else:
-            (shape if inside is None else inside).append(size[token])
-    return tuple(shape)
+            axes.append([token])
+    return axes
 
 
 def match_keys(
@@ -273,6 +268,9 @@ def match_keys(
     known = {slot.key: slot for slot in slots}
     wanted = {key: slot for key, slot in known.items() if slot.part in parts}
     match, head, blocks = Match(), tied_head(cfg, family), block_prefix("vision", cfg, family)
+    unused = {None}  # blocks of the tower whose features are not used
+    if cfg.vision is not None:
+        unused |= {*range(len(cfg.vision.layers), cfg.vision.n_layers_total)}
     for key, entry in checkpoint.entries.items():
         name = family.canonical(key)
         slot = wanted.get(name)
@@ -281,7 +279,7 @@ def match_keys(
         if slot is None and name == head:
             match.tied, slot = key, next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
         elif slot is None:
-            if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
+            if family.is_ignored(name) and block_number(name, blocks) in unused:
                 match.passthrough.append(key)
             else:
                 match.problems.append(f"unknown key {key}")
@@ -317,13 +315,6 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
     return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
-
-
-def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a tower block is computed or does not exist; False above the feature layer and outside blocks."""
-    if number is None or cfg.vision is None:
-        return False
-    return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:

@@ -26,8 +26,7 @@ from vlmprune_jax.core.models.layers import activation
 from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
-from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
-from vlmprune_jax.io.checkpoints.disk.storage import StoredWeight, find_storage
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
 from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
 from vlmprune_jax.io.data.video.processor import load_video_config
@@ -268,18 +267,16 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
     stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
     if start >= stop:
         return
-    row = slot.stride
-    step = max(1, _PIECE // row)
+    step = max(1, _PIECE // slot.stride)
     rows = [*range(start, stop, step), stop]
-    offset = slot.start * slot.width
-    pieces = source.pieces([offset + n * row for n in rows])
+    pieces = source.pieces([slot.offset + n * slot.stride for n in rows])
     for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
         check_finite(piece, location)
         if piece.dtype != dtype:
             with np.errstate(over="ignore"):  # reported with the tensor's name instead
                 piece = piece.astype(dtype)
             check_finite(piece, f"{location} as {dtype.name}")
-        piece = piece.reshape(-1, row)[:, slice(*(slot.columns or (None,)))].reshape(-1, *slot.shape[1:])
+        piece = slot.rows_of(piece)
         for (first, last), columns, block in targets:
             low, high = max(first, begin), min(last, end)
             if low < high:

@@ -1,4 +1,4 @@
-"""Model card (README.md) of an exported folder: what was removed, the remaining parameters, and how to load it."""
+"""Model card (README.md) of an exported folder, and the upload of both to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from vlmprune_jax.base.errors import printable
+from vlmprune_jax.base.errors import UserError, printable, reason
 from vlmprune_jax.base.files import MAX_JSON_BYTES, read_json, read_text, replacing
-from vlmprune_jax.base.links import real_path
+from vlmprune_jax.base.links import check_links, real_path
 from vlmprune_jax.base.markup import code, markdown, yaml
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan_json import WHOLE, PlanJson, as_plan
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.storage import Storage
 from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of
@@ -246,3 +247,82 @@ def _has_template(folder: Path) -> bool:
     configs = [folder / f"{name}_config.json" for name in ("tokenizer", "processor")]
     known = (read_json(path, dict[str, Any], todo="move it away") for path in configs if path.is_file())
     return any(folder.glob("chat_template*")) or any("chat_template" in config for config in known)
+
+
+_NEEDED = {
+    "base_model": "export.base_model=ORG/NAME (vp.save: name=)",
+    "license": "export.license=NAME (vp.save: license=)",
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Upload to the hub: address, file names and sizes; `done` is False if nothing was sent (dry run)."""
+
+    url: str
+    files: tuple[str, ...]
+    n_bytes: int
+    done: bool
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> Upload:
+    """Upload an exported folder to the hub, after checking its model card.
+
+    Args:
+      folder: a folder that `vp.save` or `vlmprune export` wrote.
+      repo_id: repository ORG/NAME, created if it does not exist.
+      private: make a new repository private.
+      dry_run: check everything that needs no network, and upload nothing.
+
+    Raises UserError if the card names no base model or license, the repository name is malformed, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, ModelCard, constants
+    from huggingface_hub.utils import validate_repo_id
+
+    check_links(Path(folder))
+    card = check_card(Path(folder))
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    names = tuple(path.relative_to(folder).as_posix() for path in paths)
+    upload = Upload(f"{constants.ENDPOINT}/{repo_id}", names, sum(path.stat().st_size for path in paths), not dry_run)
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise ValueError("it has no organisation or user")
+        if not dry_run:
+            ModelCard(card).validate()
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload by vlmprune-jax")
+    except Exception as error:  # the hub client raises its own, its transport's and OS errors
+        todo = "give ORG/NAME, log in by `hf auth login`, and check the connection"
+        raise UserError(f"{repo_id}: cannot upload to the hub ({reason(error)}): {todo}") from error
+    return upload
+
+
+def check_upload(repo_id: str, base_model: str | None, license: str | None) -> None:
+    """Raise UserError if an upload cannot succeed: no token, base model or license, or the hub is switched off."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE or get_token() is None:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no token"
+        raise UserError(f"export.push_to_hub={repo_id}: {why}: log in by `hf auth login`, or leave push_to_hub out")
+    for name, value in (("base_model", base_model), ("license", license)):
+        if value is None:
+            raise UserError(f"export.push_to_hub={repo_id}: the model card has no {name}: set {_NEEDED[name]}")
+
+
+def check_card(folder: Path) -> str:
+    """Return a folder's model card; raise UserError if the hub could not parse its metadata."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file: push a folder that vp.save or `vlmprune export` wrote")
+    try:
+        card = ModelCard(read_text(path, MAX_JSON_BYTES))
+    except Exception as error:  # yaml's own, ValueError of malformed results
+        raise UserError(f"{path}: the metadata of the model card is malformed ({reason(error)}): correct it") from error
+    missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]
+    if missing:
+        raise UserError(f"{path}: the metadata of the model card lacks {'; '.join(missing)}")
+    return card.content

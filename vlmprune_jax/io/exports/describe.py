@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import printable
-from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.flops import active_params
@@ -22,7 +22,6 @@ from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
-from vlmprune_jax.io.exports.gguf_fit import support
 from vlmprune_jax.io.families import Family, target_of
 from vlmprune_jax.io.families.limits import uneven_problem, what_loads
 
@@ -38,8 +37,10 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     tower = None if vision_dir is None else resolve(vision_dir)
     family, cfg = read_config(folder, tower)
     find_weights(make_slots(cfg, family), cfg, family, folder, tower)
-    own = Checkpoint(folder)
+    own, text, vision = Checkpoint(folder), cfg.text, cfg.vision
     entries = own.tensors.values()
+    sizes = {} if vision is None else dataclasses.asdict(vision)
+    sizes = {name: value for name, value in sizes.items() if name not in ("layers", "block")}
     return {
         "folder": str(folder),
         "family": cfg.family,
@@ -49,8 +50,13 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "shards": len(own.shards),
         "tensors": len(own.tensors),
         "storage": None if own.storage is None else own.storage.name,
-        "text": _text(cfg),
-        "vision": None if cfg.vision is None else _vision(cfg.vision),
+        "text": {
+            **_stack(text),
+            "vocab_size": text.vocab_size,
+            "tied_embeddings": text.tie_embeddings,
+            "max_positions": text.max_positions,
+        },
+        "vision": None if vision is None else {**sizes, **_stack(vision)},
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {
             "total": count_params(cfg),
@@ -85,23 +91,6 @@ def _stack(stack: Stack) -> dict[str, Any]:
         ],
         "hidden_size": stack.hidden_size,
         "head_dim": stack.attention.head_dim,
-    }
-
-
-def _vision(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in dataclasses.asdict(vision).items() if name not in ("layers", "block")},
-        **_stack(vision),
-    }
-
-
-def _text(cfg: ModelConfig) -> dict[str, Any]:
-    text = cfg.text
-    return {
-        **_stack(text),
-        "vocab_size": text.vocab_size,
-        "tied_embeddings": text.tie_embeddings,
-        "max_positions": text.max_positions,
     }
 
 
@@ -163,7 +152,6 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
             "fewer layers and neurons load as above; fewer heads in this package only, or as above with uneven=pad; "
             "unequal widths need uneven=pad"
         )
-    found["format=gguf"] = support(cfg)
     if not cfg.text.uniform:
         found["now"] = "this folder has layers of unequal width already"
     return found

@@ -14,9 +14,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.storage import Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.checkpoints.layout import (
@@ -30,8 +29,8 @@ from vlmprune_jax.io.checkpoints.layout import (
 )
 from vlmprune_jax.io.exports.card import loading_of
 from vlmprune_jax.io.exports.format import Contents, Origin
-from vlmprune_jax.io.exports.huggingface import FolderOptions
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
+from vlmprune_jax.io.exports.options import FolderOptions
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
@@ -165,4 +164,4 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
 
 def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
     extent = entry.extent(0, entry.n_bytes)
-    return iter([entry.raw()]) if extent is None else read_blocks(extent)
+    return iter([entry.array().reshape(-1).view(np.uint8)]) if extent is None else read_blocks(extent)

@@ -1,25 +1,42 @@
-"""GGUF files on the disk: writing, the importance file for llama.cpp's quantiser, and "Loading" of the card."""
+"""GGUF files on the disk: writing them, "Loading" of the card, and the check: read back in JAX, loaded in llama.cpp."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import read_bytes
+from vlmprune_jax.base.files import parse_json, read_bytes
+from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.mesh.mesh import gather_to_host
+from vlmprune_jax.core.mesh.rules import sharding
+from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
+from vlmprune_jax.core.models.placement import mesh_of
+from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
-from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
+from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Importance
-from vlmprune_jax.io.exports.gguf_fit import fit
-from vlmprune_jax.io.exports.gguf_model import GgufFile, tiled, under_names
+from vlmprune_jax.io.exports.format import Comparison, Importance
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, spelled, tiled, under_names
+from vlmprune_jax.io.exports.options import GgufOptions
+from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
+from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
-from vlmprune_jax.io.families.gguf import UNQUANTISED
+from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL
+from vlmprune_jax.io.families.gguf_towers import projector_tensors, tower_tensors
+from vlmprune_jax.io.families.towers import vision_of
 
 _ALIGNMENT = 32
 # Importance file, as in llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of
@@ -128,3 +145,182 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
 def _tensor(key: str, values: np.ndarray) -> Tensor:
     data = np.ascontiguousarray(values, np.float32)
     return Tensor(key, "F32", data.shape, data.nbytes, lambda: iter([data.reshape(-1).view(np.uint8)]))
+
+
+# Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
+# unrelated rows of logits), above the rounding error of tiny random models, which amplify it (Q5_1: 0.57).
+_ROUNDING = {"F32": 1e-4, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.2, "Q5_1": 0.8, "Q4_0": 1.1}
+# Tolerances of log-probabilities between llama.cpp and JAX on the same weights: its cache is in F16, and with quantised
+# weights it rounds activations to 8 bits.
+_LIKELIEST, _PLAIN_TOLERANCE, _QUANTISED_TOLERANCE = 5, 0.1, 1.0
+_SAME = 0.02  # difference between two runs on the same tokens, whose batches are cut differently
+_TEXTS = (
+    "The capital of France is Paris, isn't it? They've said so since 1789.",
+    "def f(x):\n    return x ** 2  # 12345.678\n\n\nA naïve café — 你好，世界! Größe: 3½ kg",
+    "USER: What is the colour of the shape?\nASSISTANT: It's blue, e.g. #0000FF; 100% sure.",
+)
+_SECONDS, _CONTEXT = 3600.0, 1024
+# Runs in its own process, which llama.cpp may abort on a bad file.
+_LLAMA = """
+import json, sys
+import xllamacpp
+model, prompts = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, CONTEXT, 1, False, -1
+server = xllamacpp.Server(params)
+results = []
+for prompt in prompts:
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": 20, "temperature": 0.0, "cache_prompt": False}
+    answer = server.handle_completions(request)
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    if "error" in answer:
+        sys.exit(str(answer["error"]))
+    logprobs = answer["choices"][0]["logprobs"]  # missing for a token that is part of a character
+    likeliest = logprobs["content"][0]["top_logprobs"] if logprobs else []
+    results.append([answer["usage"]["prompt_tokens"], [[token["id"], token["logprob"]] for token in likeliest]])
+print("\\n" + json.dumps(results))
+""".replace("CONTEXT", str(_CONTEXT))
+
+Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest next token: log-probability})
+
+
+def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -> Comparison:
+    """Compare the float32 logits of written GGUF files with the model's, on random text and images.
+
+    If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the tokenizer of the
+    folder `source`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
+    JAX.
+
+    Returns the backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), the difference
+    and the tolerance.
+
+    Raises:
+      UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
+    """
+    inputs = random_inputs(model.cfg)
+
+    def compare() -> Comparison:
+        written, types = read_gguf(folder, model.cfg, options)
+        difference = float(np.abs(np.asarray(forward(written, **inputs)[0]) - expected).max())
+        coarsest = max(types, key=lambda name: _ROUNDING.get(name, 0.0))
+        tolerance = max(TOLERANCE, _ROUNDING[coarsest] * float(np.abs(expected).max()))
+        if not difference <= tolerance:
+            raise UserError(
+                f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
+                f"{tolerance:.2g}): do not use these files, and report the error with the model's config.json"
+            )
+        comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+        quantised = coarsest.startswith("Q")
+        if importlib.util.find_spec(WHEEL) is not None:
+            path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
+            comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
+        if quantised:
+            comparison["moved_by_rounding"] = difference
+        return comparison
+
+    with jax.default_matmul_precision("highest"):
+        in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
+        expected = gather_to_host(forward(in_float32, **inputs)[0])
+        del in_float32
+        return on_process_zero(compare)
+
+
+def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
+    tokens = _tokens(load_tokenizer(source), written.cfg)
+    answers = _ask(path, [*tokens, *tokens.values()])
+    gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
+    for (text, row), of_text, of_ids in zip(tokens.items(), *halves, strict=True):
+        if of_text[0] != len(row) or _gap(of_text[1], of_ids[1]) > _SAME:
+            raise UserError(
+                f"{path}: llama.cpp tokenises {text!r} differently from the tokenizer of {source}: do not use this "
+                "file, and report the error with tokenizer.json"
+            )
+        here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
+        gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
+    difference = max(gaps)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{path}: log-probabilities of llama.cpp differ from the model's by {difference:.2g} (tolerance "
+            f"{tolerance:.2g}): do not use this file, and report the error"
+        )
+    return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
+
+
+def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
+    """Tokenise the test texts, cut to the model's context length; return {text: token ids}."""
+    text, architecture = cfg.text, fit(cfg, "per_layer")[0]
+    longest, tokens = min(_CONTEXT, architecture.context_length(text)) - 2, dict[str, list[int]]()
+    for sample in _TEXTS:
+        while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
+            sample = sample[: len(sample) // 2]
+        tokens[sample] = row
+    if text.rope.kind == "longrope":
+        # llama.cpp chooses the long factors by the size of the context, this package by the length of the text
+        long = text.rope.original_max_positions < _CONTEXT
+        tokens = {k: row for k, row in tokens.items() if (len(row) > text.rope.original_max_positions) == long}
+    return tokens
+
+
+def _gap(logprobs: dict[int, float], reference: dict[int, float]) -> float:
+    """Return the largest log-probability difference over the tokens in `reference`; 0.0 if it is empty."""
+    return max((abs(logprobs.get(k, -np.inf) - value) for k, value in [*reference.items()][:_LIKELIEST]), default=0.0)
+
+
+def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
+    """Return llama.cpp's most likely next tokens for each prompt (text or token ids)."""
+    command, request = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
+    process = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS)
+    lines = process.stdout.decode(errors="replace").strip().splitlines()
+    if process.returncode or not lines:
+        errors = process.stderr.decode(errors="replace").strip().splitlines()
+        problem = errors[-1] if errors else f"exit code {process.returncode}"
+        raise UserError(f"{path}: llama.cpp cannot load this file ({problem}): do not use it, and report the error")
+    answers = parse_json(lines[-1], f"{path}: answer of llama.cpp", "report the error")
+    return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
+
+
+def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Model, set[str]]:
+    """Read GGUF files that `save` wrote as a float32 model; also return the data types of their tensors."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    architecture, wide = fit(cfg, options.uneven)
+    family = under_names(family_of(cfg), "text", architecture.tensors)
+    if wide.vision is not None and wide.projector is not None:
+        family = under_names(family, "vision", tower_tensors(wide))
+        family = under_names(family, "projector", projector_tensors(wide))
+    files = [*folder.glob("*.gguf")]
+    for file in files:
+        read_gguf_header(file)  # refuses a file that is cut short, in words
+    tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
+
+    def stored(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 5:  # one tensor of patch filters per image copy
+            rows, channels, copies, *sides = shape
+            return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
+        return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
+
+    arrays = []
+    for key, slots in by_key(make_slots(wide, family)).items():
+        path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
+        if path == "vision/patch_embedding/weight" and vision_of(wide).patches.channels_last:
+            tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
+        if options.rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
+            tensor = np.roll(tensor, 1, axis=0)
+        for slot in slots:
+            array = spelled(slot.array_of(tensor), slot, wide, architecture if slot.part == "text" else None, back=True)
+            arrays.append((slot, array))
+    return Model(unflatten(stacked(arrays, np.stack)), wide), {tensor.tensor_type.name for tensor in tensors.values()}
+
+
+def read_on_devices(folder: Path, model: Model, options: GgufOptions) -> Model:
+    """Read the GGUF files of a model in memory, and split the parameters over devices as that model's are."""
+    written, mesh = read_gguf(folder, model.cfg, options)[0], mesh_of(model.params)
+    axes, flat = param_axes(written.cfg), flatten(written.params)
+    for path, array in flat.items():
+        if mesh is None:
+            flat[path] = jax.device_put(array)
+        else:
+            split = sharding(mesh, axes[path], array.shape)
+            flat[path] = jax.make_array_from_callback(array.shape, split, array.__getitem__)
+    return written.replace(params=unflatten(flat))

@@ -27,7 +27,6 @@ from vlmprune_jax.io.families.gguf import (
 )
 from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.io.families.table import JsonDict
-from vlmprune_jax.io.families.tiles import TilingConfig
 from vlmprune_jax.io.families.towers import PIXELS, projector_of, vision_of
 
 _BLOCK = 32  # values of a row per block in kernels of llama.cpp
@@ -129,31 +128,26 @@ def cut(family: Family, source: Path) -> JsonDict:
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
-    if family.tiling is not None:
-        location = str(source / "config.json")
-        return _tiles(family.tiling(read_fields(source / "config.json"), location))
     processor = None if family.images in ("whole", "crops", "budget", "naflex") else processor_settings(source)
-    if processor is None:
-        return {}
-    if family.images == "splits":
+    fields: JsonDict = {}
+    tiling, tiles = None, 0
+    if family.tiling is not None:
+        config = source / "config.json"
+        tiling = family.tiling(read_fields(config), str(config))
+    elif processor is not None and family.images == "splits":
         splitting = splitting_from_processor(*processor)
-        if splitting.most(1) == 1:
-            raise _one_tile()
-        return {"vision_preproc_image_size": splitting.longest}
-    return _tiles(tiling_from_processor(*processor))
-
-
-def _tiles(tiling: TilingConfig) -> JsonDict:
-    if tiling.max_tiles == 1:
-        raise _one_tile()
-    return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
-
-
-def _one_tile() -> UserError:
-    return UserError(
-        'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
-        "(export.max_image_tokens)"
-    )
+        fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
+    elif processor is not None:
+        tiling = tiling_from_processor(*processor)
+    if tiling is not None:
+        fields = {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+        tiles = tiling.max_tiles
+    if tiles == 1:
+        raise UserError(
+            'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
+            "(export.max_image_tokens)"
+        )
+    return fields
 
 
 def image_options(family: Family, source: Path) -> str:

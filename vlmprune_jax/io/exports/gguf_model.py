@@ -9,14 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
@@ -26,7 +25,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
-from vlmprune_jax.io.exports.gguf_fit import fit
+from vlmprune_jax.io.exports.format import Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
     cut,
     file_type,
@@ -38,6 +37,8 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     tower_remarks,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
+from vlmprune_jax.io.exports.options import GgufOptions
+from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
@@ -94,53 +95,47 @@ class GgufFile:
         return tuple(tensor.key for tensor in self.tensors if quantised and tensor.dtype == "F16")
 
 
-def make_gguf(
-    model: Model,
-    source: Path,
-    *,
-    name: str,
-    pruned: bool,
-    uneven: str,
-    dtype: str,
-    quantize: str,
-    rolled_positions: bool = False,
-) -> list[GgufFile]:
+def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFile]:
     """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
 
-    `source` is the model's folder, for tokenizer, template, image statistics and licence; `name` is that of the files,
-    and ends with "-pruned" if the model was `pruned`. For others, see `save`.
+    The folder of `origin` has the tokenizer, template, image statistics and licence; its name is that of the files, and
+    ends with "-pruned" if the model was pruned.
 
     Raises UserError if llama.cpp does not support the model's architecture, vision tower or tokenizer.
     """
-    family, cfg = family_of(model.cfg), model.cfg
-    architecture, wide = fit(cfg, uneven)
-    dtype = flatten(model.params)["text/embed_tokens/weight"].dtype.name if dtype == "source" else dtype
-    plain = file_name(dtype)
-    label = plain if quantize == "none" else quantize.upper()
+    family, cfg, source, name = family_of(model.cfg), model.cfg, origin.folder, origin.name
+    architecture, wide = fit(cfg, options.uneven)
+    embedding = flatten(model.params)["text/embed_tokens/weight"]
+    plain = file_name(embedding.dtype.name if options.dtype == "source" else options.dtype)
+    label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
     about = {
         "name": title(name, vocabulary.fast),
-        **_name_parts(name, pruned),
+        **_name_parts(name, origin.pruned),
         **license_of(source),
-        "tags": tags_of(pruned),
+        "tags": tags_of(origin.pruned),
     }
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
-    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture)
+    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, options.quantize, architecture)
     tensors += _constants(wide.text, architecture, tensors)
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
     remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
-    files = [
-        GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),
-    ]
+    files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks)]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
             f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of a "
             "split image: this model cannot be exported to GGUF"
         )
-    if cfg.vision is not None:
-        files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
+    if wide.vision is not None:
+        plain = plain if plain == "F32" else "F16"  # the types that llama.cpp's convolution supports
+        tensors = _tower_tensors(model, wide, family, plain, options.rolled_positions)
+        fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
+        fields |= tower_fields(wide, cut(family, source)) | _size_label(tensors)
+        remarks = tower_remarks(wide, options.rolled_positions, source)
+        layers, flags = wide.vision.layers, image_options(family, source)
+        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, remarks, flags))
     return files
 
 
@@ -162,53 +157,35 @@ def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
     return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
 
 
-def _tower(
-    model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
-) -> GgufFile:
-    """Return the GGUF file of vision tower and projector, in F16 or F32 (the types that its convolution supports)."""
+def _tower_tensors(model: Model, wide: ModelConfig, family: Family, plain: str, rolled: bool) -> list[Tensor]:
     vision = vision_of(wide)
-    plain = plain if plain == "F32" else "F16"
-    fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
-    fields |= tower_fields(wide, cut(family, source))
     tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
     if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
         place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
         table = tensors[place]
         rolled_table = lambda: iter([np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))])  # noqa: E731
         tensors[place] = dataclasses.replace(table, blocks=rolled_table)
-    if vision.patches.channels_last:
-        tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
-    if vision.patches.temporal > 1:
-        tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
-    tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
-    fields |= _size_label(tensors)
-    about_tower = tower_remarks(wide, rolled, source), image_options(family, source)
-    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, *about_tower)
+    if vision.patches.channels_last or vision.patches.temporal > 1:
+        tensors = [part for x in tensors for part in (_filters(x, vision) if x.key == _FILTERS else (x,))]
+    return tensors + _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
 
 
-def _copies(filters: Tensor) -> list[Tensor]:
-    """Split video patch filters [vision, channel, frame, row, column] into one tensor per frame."""
-    vision, channels, copies, *sides = filters.shape
+def _filters(table: Tensor, vision: VisionConfig) -> list[Tensor]:
+    """Return patch filters as llama.cpp reads them, [vision, channel, row, column], one tensor per video frame."""
+    rows, channels, copies = table.shape[0], vision.channels, vision.patches.temporal or 1
+    side = math.isqrt(math.prod(table.shape[1:]) // (channels * copies))
 
-    def filters_of(number: int) -> Tensor:
-        def blocks() -> Iterator[np.ndarray]:
-            yield np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number]).reshape(-1)
+    def blocks(number: int) -> Iterator[np.ndarray]:
+        filters = table.fetch()
+        if vision.patches.channels_last:
+            filters = filters.reshape(rows, side**2, channels, -1).swapaxes(1, 2)
+        filters = filters.reshape(rows * channels, copies, -1)
+        yield np.ascontiguousarray(filters[:, number]).reshape(-1)
 
-        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, blocks)
-
-    return [filters_of(number) for number in range(copies)]
-
-
-def _channels_first(filters: Tensor, channels: int) -> Tensor:
-    """Reorder patch filters [vision, row x column x channel] to [vision, channel, row, column]."""
-    vision, values = filters.shape
-    side = math.isqrt(values // channels)
-
-    def blocks() -> Iterator[np.ndarray]:
-        channel_bytes = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
-        yield np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
-
-    return dataclasses.replace(filters, shape=(vision, channels, side, side), blocks=blocks)
+    shape, size = (rows, channels, side, side), table.n_bytes // copies
+    return [
+        Tensor(copy_of(number), table.dtype, shape, size, functools.partial(blocks, number)) for number in range(copies)
+    ]
 
 
 def copy_of(number: int) -> str:

@@ -21,8 +21,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.tokenizer_files import SLOW, TOKENIZER
-from vlmprune_jax.io.exports.processor import chat_template
-from vlmprune_jax.io.exports.tokenizer import token_id
+from vlmprune_jax.io.exports.target import chat_template
+from vlmprune_jax.io.exports.vocabulary import token_id
 from vlmprune_jax.io.families import Family, template_of
 from vlmprune_jax.io.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
 from vlmprune_jax.io.families.table import JsonDict

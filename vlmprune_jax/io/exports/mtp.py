@@ -18,6 +18,7 @@ from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.part import AXES, Part
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
+from vlmprune_jax.io.checkpoints.layout import dimensions
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.families import Family
 
@@ -47,9 +48,10 @@ class MtpCut:
         if not self.keys:
             raise self._error(f"has no module for multi-token prediction ({prefix or f'family {family.name}'})")
         lines = [line for line in family.weights(cfg) if _NUMBERED in line.key and line.path.startswith("text/layers/")]
-        own = [line for line in lines if line.path.partition("{i}/")[2].split("/")[0] not in _other_mixers(cfg)]
+        others = {layer.mixer.module for layer in cfg.text.layers} - {Attention.module}
+        own = [line for line in lines if line.path.partition("{i}/")[2].split("/")[0] not in others]
         self._names = {line.path.partition("{i}/")[2]: line.key.partition(_NUMBERED)[2] for line in own}
-        self._layouts = {line.key.partition(_NUMBERED)[2]: _axes(line.layout) for line in own}
+        self._layouts = {line.key.partition(_NUMBERED)[2]: dimensions(line.layout) for line in own}
         self._fixed = {**self._layer.fixed_sizes, "embed": cfg.text.hidden_size}
         layers = {name.split(".")[1] for name in self.keys if name.startswith(_LAYER)}
         self.count, stated = len(layers), family.text_config(read_fields(source.folder / "config.json")).get(field)
@@ -137,26 +139,6 @@ class MtpCut:
 
     def _error(self, problem: str) -> UserError:
         return UserError(f'{self._source.folder}: export.mtp="cut": {problem}: use mtp="drop"')
-
-
-def _other_mixers(cfg: ModelConfig) -> set[str]:
-    """Return the names of the parts that the decoder's layers have instead of attention."""
-    return {layer.mixer.module for layer in cfg.text.layers} - {Attention.module}
-
-
-def _axes(layout: str) -> list[list[str]]:
-    """Return the axes of every dimension of a layout, for example [[q_heads, head], [embed]]."""
-    dimensions: list[list[str]] = []
-    inside = False
-    for token in layout.replace("(", " ( ").replace(")", " ) ").split():
-        if token in "()":
-            inside = token == "("
-            dimensions += [[]] if inside else []
-        elif inside:
-            dimensions[-1].append(token)
-        else:
-            dimensions.append([token])
-    return dimensions
 
 
 def mtp_tensors(source: Checkpoint, family: Family, cfg: ModelConfig, dtype: str) -> list[Tensor]:

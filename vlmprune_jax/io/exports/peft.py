@@ -26,7 +26,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.exports.card import model_name, render
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
+from vlmprune_jax.io.exports.vocabulary import read_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import Family, family_of
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -62,7 +62,9 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     check_adapters(plain, lora.targets)
     family, flat = family_of(plain), flatten(model.params)
     slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
-    adapters = _adapters(slots, flat, family)
+    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
+    fused = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
+    adapters = {module: adapter for module, adapter in fused.items() if adapter is not None}
     for module, adapter in adapters.items():
         tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
     whole = _whole_modules(slots, trained, family)
@@ -74,15 +76,16 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     if is_main_process():
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
         config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
+        content = read_tokenizer(base_dir)  # an adapter fits only bases with the same vocabulary
+        metadata = {"format": "pt"} | ({} if content is None else {"vocabulary": vocabulary_digest(content)})
         with atomic_folder(Path(out_dir)) as folder:
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-            save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"} | _vocabulary(base_dir))
+            save_file(contiguous, folder / WEIGHTS_FILE, metadata=metadata)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            card = _card(config, model_name(base_dir), "auto_map" in stock)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
-            shutil.copymode(
-                folder / CONFIG_FILE, folder / WEIGHTS_FILE
-            )  # safetensors creates files without group permissions
+            card = render("adapter", config=config, name=model_name(base_dir), remote="auto_map" in stock)
+            (folder / CARD_FILE).write_text(f"{card}\n", encoding="utf-8", errors="backslashreplace")
+            # safetensors creates files without group permissions
+            shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:
@@ -94,19 +97,6 @@ def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:
             f"recover.save_adapter: vLLM drops or refuses adapters on experts ({', '.join(sorted(names))}): export the "
             "merged model, or set recover.lora.targets to projections of the attention"
         )
-
-
-def _vocabulary(base_dir: Path) -> dict[str, str]:
-    """Return a digest of the base model's tokens, since an adapter fits only bases with the same vocabulary."""
-    content = read_tokenizer(base_dir)
-    return {} if content is None else {"vocabulary": vocabulary_digest(content)}
-
-
-def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
-    """Return {module name: LoRA adapter}, in checkpoint order."""
-    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
-    adapters = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
-    return {module: adapter for module, adapter in adapters.items() if adapter is not None}
 
 
 def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
@@ -189,12 +179,3 @@ def _config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
-    """Return an adapter's model card (README.md) for the base model `name`."""
-    mapping = config["auto_mapping"]
-    loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None
-    auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
-    trust = ", trust_remote_code=True" if remote else ""
-    return render("adapter", config=config, name=name, loader=loader, auto=auto, trust=trust) + "\n"

@@ -1,4 +1,4 @@
-"""Plans and pruning in which files take part: tokenizers to trim, exports to count, checkpoints to cut."""
+"""Plans and pruning in which files take part: tokenizers to trim, exports to count, checkpoints to load or cut."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from jax.sharding import Mesh
+
+from vlmprune_jax.base.budget import UNEVEN, Budget
+from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.base.weight_files import DTYPES
+from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.models.flops import active_params, forward_flops
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, config_of
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune import select
 from vlmprune_jax.core.prune.config import PlanConfig, PlanOptions, ScoreConfig, VocabularyConfig
+from vlmprune_jax.core.prune.cost import cache_size
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.iterative import prune_in_steps
+from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.scoring import score
 from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_scores
 from vlmprune_jax.core.prune.surgery import apply_plan
+from vlmprune_jax.io.checkpoints.batches import Records, batches
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.disk.tensors import bytes_on_disk
 from vlmprune_jax.io.checkpoints.lazy import open_model
-from vlmprune_jax.io.checkpoints.read import resolve
-from vlmprune_jax.io.exports.cost import with_export
+from vlmprune_jax.io.checkpoints.read import load, resolve
+from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES, make_tensors
+from vlmprune_jax.io.exports.options import FolderOptions
+from vlmprune_jax.io.exports.target import make_target
 from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary
+from vlmprune_jax.io.exports.uneven import padded_stacks
 from vlmprune_jax.io.exports.write import save
 
 
@@ -171,3 +186,106 @@ def prune_folder(
     if plan.vocabulary is not None:
         Source.of(source, model.cfg).check(plan.vocabulary)
     save(pruned, out_dir, dtype=dtype, overwrite=overwrite, **options)
+
+
+def costs_of(
+    cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int, image_tokens: int = 0
+) -> dict[str, int]:
+    """Return a model's costs (parameters, bytes, FLOPs), computed from its layer shapes.
+
+    `active_parameters`: parameters that one token uses. `forward_flops`: see `models.flops.forward_flops`.
+    `kv_bytes_per_token`: bytes of the key/value cache per token of a row (less beyond a layer's window). `file_bytes`:
+    bytes of the exported weights.
+    """
+    itemsize, images = DTYPES[dtype].itemsize, images if cfg.vision is not None else 0
+    return {
+        "active_parameters": active_params(cfg),
+        "forward_flops": forward_flops(cfg, length=length, images=images, image_tokens=image_tokens),
+        "kv_bytes_per_token": itemsize * cache_size(cfg.text, 1),
+        "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
+    }
+
+
+def with_export(budget: Budget) -> Budget:
+    """Return the budget with what `disk_bytes` counts: the exported layers, and weights copied from `source_dir`.
+
+    Raises UserError if the folder cannot be read or exported.
+    """
+    if one_of("budget uneven", budget.uneven, UNEVEN) == "pad":
+        budget = dataclasses.replace(budget, exported=padded_stacks)
+    if budget.source_dir is None or budget.disk_bytes is None:
+        return dataclasses.replace(budget, source_dir=None, vision_dir=None)
+    source = resolve(budget.source_dir)
+    model = open_model(source, None if budget.vision_dir is None else resolve(budget.vision_dir))
+    options = FolderOptions(layout=budget.layout, uneven=budget.uneven, dtype=budget.dtype)
+    target = make_target(model.cfg, source, options)
+    tensors = make_tensors(model, target, Checkpoint(source), budget.dtype)
+    computed = costs_of(model.cfg, dtype=budget.dtype, uneven=budget.uneven, length=1, images=0)["file_bytes"]
+    other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - computed
+    return dataclasses.replace(budget, other_bytes=other, layout="source", source_dir=None, vision_dir=None)
+
+
+def prune(
+    hf_dir: str | Path,
+    data: Records | None = None,
+    *,
+    ratio: float | None = None,
+    method: str = "depth",
+    images: str | Path | None = None,
+    reconstruct: bool = False,
+    scoring: ScoreConfig | Mapping[str, Any] | None = None,
+    vision_dir: str | Path | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model, score it on calibration records, remove what matters least, and return the pruned model.
+
+    `prune("DIR/llava-1.5-7b-hf", "train.json", ratio=0.3, images="images").save("DIR/pruned")`
+
+    The same as `load`, `batches`, `score`, `make_plan` and `apply_plan` with their defaults.
+
+    Args:
+      hf_dir: the model's folder, or hub id.
+      data: a data file, or its entries, see `batches`. None if no records are needed: for `layers=(3, 4)`, and for
+        criteria that only read weights.
+      ratio: share of all parameters to remove; `options` may have another target, such as `layers` or `budget`.
+      method: "depth" (layers), "width" (heads and neurons), "hybrid" (both) or "experts".
+      images: root folder of the image paths in `data`.
+      reconstruct: True to repair the remaining weights by least squares on the same records, see `reconstruct`.
+      scoring: criteria, number and seed of calibration records, see `ScoreConfig`.
+      vision_dir, dtype, mesh: as in `load`.
+      options: settings of pruning by name, see `PlanConfig`.
+
+    Raises UserError under the conditions of the functions above, or if records are needed and `data` is None.
+    """
+    settings = scoring if isinstance(scoring, ScoreConfig) else override(ScoreConfig(), scoring or {}, "prune(scoring)")
+    config = override(PlanConfig(), {"ratio": ratio, "method": method, **options}, "prune", offered=False)
+    config.check()
+    model, records = load(hf_dir, vision_dir=vision_dir, dtype=dtype, mesh=mesh), []
+    if data is not None:
+        sampled = {"samples": settings.samples, "seed": settings.seed, "batch_size": settings.batch_size}
+        records = batches(hf_dir, data, images=images, vision_dir=vision_dir, **sampled)
+    if reconstruct and not records:
+        raise UserError("prune: reconstruct=True needs calibration records: pass data")
+    if config.needs_scores:
+        scores = [
+            _score(model, records, settings, config.method, stack)
+            for stack in (STACKS if config.stack == "both" else (config.stack,))
+        ]
+        plan = plan_stacks(scores, model.cfg, config)
+    else:
+        plan = make_plan(None, model, config)
+    pruned = apply_plan(model, plan)
+    return repair(pruned, plan, model, records)[0] if reconstruct else pruned
+
+
+def _score(
+    model: Model, records: Sequence[Any], settings: ScoreConfig, method: str, stack: str
+) -> Scores | tuple[Scores, Scores]:
+    """Return the scores of one stack that a pruning method needs: for "hybrid" a pair."""
+    scores = [
+        score(model, records or None, settings, criterion=criterion, stack=stack)
+        for criterion in settings.criteria(method)
+    ]
+    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]

@@ -30,7 +30,7 @@ from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, read_fields, read_params, resolve
 from vlmprune_jax.io.exports.format import Comparison
 from vlmprune_jax.io.exports.uneven import loader_class
-from vlmprune_jax.io.families import detect, family_of
+from vlmprune_jax.io.families import Family, detect, family_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 from vlmprune_jax.io.families.table import Stock
@@ -60,28 +60,29 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
     moved, words = None, model.cfg.text.vocab_size
-    config = read_fields(folder / "config.json")
-    stock = detect(config, str(folder)).stock
-    start = None if stock is None or stock.image_start is None else config.get(*stock.image_start)
-    inputs = random_inputs(model.cfg, start)
+    checkpoint, (family, cfg) = Checkpoint(folder), read_config(folder, tower)
+    start = None if family.stock is None else family.stock.image_start
+    inputs = random_inputs(model.cfg, start and read_fields(folder / "config.json").get(*start))
+    renamed, image = dict(inputs), model.cfg.image_token_id
+    if cfg.image_token_id != image:  # some converted layouts have another
+        renamed["input_ids"] = np.where(inputs["input_ids"] == image, cfg.image_token_id, inputs["input_ids"])
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        renamed = _renamed_images(inputs, model.cfg, folder, tower)
-        if Checkpoint(folder).storage is None:
-            written = _as_written(model, folder, tower)
+        if checkpoint.storage is None:
+            written = _as_written(model, checkpoint, family, cfg)
             expected = _logits(written, inputs, words)
         else:  # a storage may round as much as it needs
             in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
             unrounded = _logits(in_float32, inputs, words)
             del in_float32
-            written, inputs = _reloaded(model, folder, tower), renamed
+            written, inputs = _reloaded(model, checkpoint, family, cfg), renamed
             expected = _logits(written, inputs, words)
             moved = float(np.abs(expected - unrounded).max())
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             gaps = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
         else:
-            again = _reloaded(written, folder, tower)
+            again = _reloaded(written, checkpoint, family, cfg)
             gaps = _differences(folder, backend, expected, gather_to_host(forward(again, **renamed)[0]))
             del again
         differences, tolerance = np.asarray(gaps), np.full(expected.shape[:-1], TOLERANCE)
@@ -140,10 +141,9 @@ def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
     return leaf * (1 + sign * np.float32(2**-23))
 
 
-def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
+def _as_written(model: Model, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> Model:
     """Return the model in float32, after rounding its weights to the exported dtypes."""
-    family, cfg = read_config(folder, tower)
-    keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
+    keys = {family.canonical(key): entry.dtype for key, entry in checkpoint.entries.items()}
     dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
     flat = flatten(model.params)
     for slot in make_slots(model.cfg, family_of(model.cfg)):
@@ -153,16 +153,12 @@ def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
 
 
-def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
-    """Load the exported folder as a float32 model; a missing vision tower is taken from the model in memory.
-
-    The tower's own folder, `tower`, is read for its config only: its weights are not exported and may differ in dtype.
-    """
-    family, cfg = read_config(folder, tower)
-    keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
+def _reloaded(written: Model, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> Model:
+    """Load the exported folder as a float32 model; a vision tower that it lacks is taken from the model in memory."""
+    keys, slots = {family.canonical(key) for key in checkpoint}, make_slots(cfg, family)
     holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
     loaded_parts = PARTS if holds_tower else ("text", "projector")
-    sources = find_weights(slots, cfg, family, folder, None, loaded_parts)
+    sources = find_weights(slots, cfg, family, checkpoint.folder, None, loaded_parts)
     here = [slot for slot in slots if slot.part in loaded_parts]
     params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
     return Model(dict(written.params) | params, cfg)
@@ -208,15 +204,6 @@ def _random_patches(
     return {**rows, "pixel_values": pixels, "image_grid_thw": grids}
 
 
-def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
-    """Return inputs with the exported folder's image token id, which some converted layouts change."""
-    _, written = read_config(folder, tower)
-    if written.image_token_id == cfg.image_token_id:
-        return inputs
-    ids = inputs["input_ids"]
-    return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
-
-
 def torch_loads(folder: Path, tower: Path | None) -> bool:
     """Return True if torch is installed and transformers computes this model exactly."""
     family, cfg = read_config(folder, tower)
@@ -224,17 +211,14 @@ def torch_loads(folder: Path, tower: Path | None) -> bool:
     problem = why_not_in_transformers(cfg, loader=loader)
     if family.stock is None or problem is not None or importlib.util.find_spec("torch") is None:
         return False
-    if Checkpoint(folder).storage is not None and (has_experts(cfg.text) or not _decodes()):
-        return False  # some versions compute quantised experts in bfloat16, and some classes do not read them
+    if Checkpoint(folder).storage is not None:
+        from transformers import CompressedTensorsConfig
+
+        decodes = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+        # Some versions compute quantised experts in bfloat16, and some classes do not read them.
+        if has_experts(cfg.text) or not decodes or importlib.util.find_spec("compressed_tensors") is None:
+            return False
     return not importlib.metadata.version("transformers").startswith(family.stock.miscomputes)
-
-
-def _decodes() -> bool:
-    """Return True if transformers can dequantise this compressed-tensors checkpoint exactly."""
-    from transformers import CompressedTensorsConfig
-
-    known = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
-    return known and importlib.util.find_spec("compressed_tensors") is not None
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:

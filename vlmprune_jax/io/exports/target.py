@@ -1,28 +1,47 @@
-"""Target of an exported folder: its layout, config.json, and the files that make it usable."""
+"""Target of an exported folder: its layout and config.json, the processor of another layout, and files to copy."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import os
+import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import copy_file, copy_folder
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.io.checkpoints.disk.storage import without_storage
+from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.token_budget import DEFAULT_BUDGET
-from vlmprune_jax.io.exports.convert import rows_for, to_transformers
-from vlmprune_jax.io.exports.huggingface import FolderOptions
-from vlmprune_jax.io.exports.processor import write_processor
-from vlmprune_jax.io.exports.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.io.exports.uneven import padded_stacks, with_head_dim, with_loader, without_loader, write_loader
-from vlmprune_jax.io.families import Family, detect, family_of, target_of
+from vlmprune_jax.io.exports.options import FolderOptions
+from vlmprune_jax.io.exports.uneven import (
+    LOADER,
+    LOADER_FILE,
+    loader_class,
+    padded_stacks,
+    with_head_dim,
+    with_loader,
+    without_loader,
+)
+from vlmprune_jax.io.exports.vocabulary import (
+    add_token,
+    prefixes_only_the_start,
+    read_tokenizer,
+    token_id,
+    write_tokenizer,
+)
+from vlmprune_jax.io.families import Family, detect, family_of, target_of, template_of
 from vlmprune_jax.io.families.table import JsonDict
+from vlmprune_jax.io.families.templates import Template
+from vlmprune_jax.io.families.towers import projector_of, stock_tower, vision_of
 
 # Files that make a folder usable, beside weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
@@ -39,7 +58,6 @@ class Target:
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.
       converts: True if the layout differs from the source folder's.
-      ships_loader: True if PyTorch needs the per-layer loader file.
       tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
     """
 
@@ -47,7 +65,6 @@ class Target:
     cfg: ModelConfig
     config: JsonDict
     converts: bool
-    ships_loader: bool
     tokenizer: JsonDict | None = None
 
 
@@ -69,8 +86,7 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if rows != cfg.text.vocab_size:
         raise UserError(
             f"{source}: has a vocabulary of {rows:,} rows, but the model has {cfg.text.vocab_size:,}: pass the plan "
-            "that "
-            "trimmed the vocabulary (plan=), or the folder that this model was loaded from"
+            "that trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
     wide = with_head_dim(padded_stacks(cfg) if options.uneven == "pad" else cfg, options.head_dim)
     new_family, conversion = target_of(family) if options.layout == "transformers" else None, family.conversion
@@ -92,9 +108,9 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if family.budget_field and (settings := processor_settings(source)) is not None:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
         written = {**written, "vision_config": written["vision_config"] | budget}
-    ships = family.layout == "transformers" and not wide.text.uniform
-    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, options.dtype, family)
-    return Target(family, wide, written, new_family is not None, ships, tokenizer)
+    if family.layout == "transformers" and not wide.text.uniform:
+        written = with_loader(written, cfg.text, family)
+    return Target(family, wide, _with_dtype(written, options.dtype, family), new_family is not None, tokenizer)
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
@@ -134,8 +150,8 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
         _copy_files(source, folder, (*_SAME_LAYOUT, *code))
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
-    if target.ships_loader:
-        write_loader(folder)
+    if loader_class(target.config) is not None:
+        shutil.copyfile(LOADER, folder / LOADER_FILE)
 
 
 def copy_always(source: Path, folder: Path, plan: PrunePlan | None) -> None:
@@ -153,3 +169,152 @@ def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     templates = source / "additional_chat_templates"
     if os.path.lexists(templates):
         copy_folder(templates, folder / templates.name, source)
+
+
+# New vocabularies are padded to a multiple, as llava-hf does (32,002 words in 32,064 rows).
+VOCAB_MULTIPLE = 64
+# Fields of hub configs that a text_config does not have.
+_NOT_TEXT = re.compile(
+    r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm|use_im|use_s2)_.*|.*_projector.*|_.*|architectures|auto_map|"
+    r"model_type|attn_implementation|transformers_version|(torch_)?dtype|max_length|pretraining_tp|s2_.*|continuous_.*|"
+    r"vision_config|per_layer_shapes|vocab_size|tie_word_embeddings"
+)
+
+
+def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
+    """Return the number of vocabulary rows that an export needs, including those of new special tokens."""
+    needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
+    if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
+        raise UserError(
+            f"the tokenizer has token id {needed - 2:,}, but the model has {cfg.text.vocab_size:,} tokens: use "
+            "the tokenizer of this model"
+        )
+    return cfg.text.vocab_size if needed == cfg.text.vocab_size else -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
+    """Return the transformers config.json for a model whose original hub config is `source`.
+
+    The vision tower in the result ends at the last computed block, whose output is the image feature.
+    """
+    family = target_of(family_of(cfg))
+    assert family is not None
+    stock, section = family.stock, family.text_section
+    assert stock is not None
+    assert section is not None
+    vision, missing = vision_of(cfg), stock.lacks(cfg)
+    size = 0 if vision.positions is None else vision.positions.image_size
+    if missing is None and size not in (0, vision.image_size):
+        missing = f"images of another size ({vision.image_size}) than its tower's positions ({size})"
+    elif missing is None and cfg.text.head_bias:
+        missing = "a bias in its output head (none)"
+    if missing is not None:
+        raise UserError(
+            f'layout "transformers": transformers\' {cfg.family} class does not support {missing}: use layout "source"'
+        )
+    text = family_of(cfg).text_config(source)
+    text = {name: value for name, value in text.items() if not _NOT_TEXT.fullmatch(name)}
+    text |= {
+        "model_type": cfg.text.decoder,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": cfg.text.tie_embeddings,
+    }
+    if cfg.text.rope.kind == "longrope":
+        # "su" is the hub's older name; transformers 4 wants these three fields and no more
+        scaling = text["rope_scaling"]
+        text["rope_scaling"] = {name: scaling[name] for name in ("short_factor", "long_factor")} | {"type": "longrope"}
+    projector = projector_of(cfg)
+    config: JsonDict = {
+        "architectures": [stock.name],
+        "model_type": family.model_types[0],
+        stock.image_token: image_token_id,
+        "image_seq_length": cfg.tokens_per_image,
+        "projector_hidden_act": projector.activation,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default" if cfg.feature_select == "patch" else "full",
+        "tie_word_embeddings": cfg.text.tie_embeddings,
+        "torch_dtype": source.get("torch_dtype", source.get("dtype", "float32")),
+        section: text,
+        "vision_config": stock_tower(vision),
+    }
+    eos: Any = list(cfg.eos_token_ids) if len(cfg.eos_token_ids) > 1 else next(iter(cfg.eos_token_ids), None)
+    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
+    config |= {name: value for name, value in ids.items() if value is not None}
+    config |= stock.config(cfg, source)
+    wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=vocab_size))
+    return family.to_hf(wide, config)
+
+
+def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
+    """Write tokenizer, image processor, chat template and generation config as transformers' processors expect them.
+
+    `source`, `cfg` and `config`: folder, model config and config.json in the hub layout. `tokenizer`: content of
+    tokenizer.json with the new image token.
+    """
+    family = family_of(cfg)
+    target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)
+    make = None if target is None or target.stock is None else target.stock.processor
+    assert make is not None
+    assert conversion is not None
+    processor = make(cfg, config, template, conversion.new_token)
+    # The reference tokenises the text after an image separately, so it begins with a space mark.
+    alone = template.image_tokens is None and prefixes_only_the_start(tokenizer)
+    image = f"{processor.image}{' ' if alone else ''}\n"
+    name = processor.files["processor_config.json"]["processor_class"]
+    write_tokenizer(folder, source, tokenizer, processor.tokens, name)
+    for file, value in processor.files.items():
+        (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    video = "" if template.video is None or conversion.marks_images else f"{conversion.new_token}\n"
+    (folder / "chat_template.jinja").write_text(chat_template(template, image, video), encoding="utf-8")
+    generation = _generation_config(source, cfg, template, tokenizer)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _generation_config(source: Path, cfg: ModelConfig, template: Template, tokenizer: JsonDict) -> JsonDict:
+    """Return the source's generation config, with the end token of answers as its eos token."""
+    path = source / "generation_config.json"
+    config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
+    end = token_id(tokenizer, template.assistant_end.strip())
+    stated = config.get("eos_token_id")
+    stated = cfg.eos_token_ids if stated is None else stated if isinstance(stated, list) else (stated,)
+    ids = list(dict.fromkeys([*([] if end is None else [end]), *stated]))
+    config |= {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
+    for name, value in (("bos_token_id", cfg.bos_token_id), ("pad_token_id", cfg.pad_token_id)):
+        if value is not None:
+            config.setdefault(name, value)
+    return config
+
+
+def chat_template(template: Template, image: str, video: str = "") -> str:
+    """Return the prompt format as a Jinja chat template; `image`, `video`: text that stands for one image or video.
+
+    A message's content is a string or a list of image, video and text parts. The family's system prompt is used unless
+    the first message is a system message.
+    """
+
+    def literal(text: str) -> str:
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+    items = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
+    marks = ("{%- if part['type'] == '" + kind + "' -%}" for kind in ("image", "video"))
+    marks = (mark + literal(text) + "{%- endif -%}" for mark, text in zip(marks, (image, video), strict=True) if text)
+    images = "{%- for part in parts -%}" + "".join(marks) + "{%- endfor -%}"
+    texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    stripped = "{%- set text -%}" + texts + "{%- endset -%}"
+    # as the reference does: only beside an image
+    trimmed = "{{ text | trim if parts | selectattr('type', 'equalto', 'image') | list else text }}"
+    trimmed = trimmed if template.image_first else "{{ text }}"
+    system = literal(template.system_start), literal(template.system_end)
+    gap = template.gap
+    start = literal(template.start) if template.start else ""
+    default = system[0] + literal(template.system) + system[1] if template.system else ""
+    return "".join([
+        start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
+        "{%- for message in messages -%}", "{%- set parts = ", items, " -%}", stripped,
+        "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
+        "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
+        literal(template.user_end),
+        "{%- else -%}", literal(template.assistant + gap), "{{ text }}", literal(template.assistant_end),
+        "{%- endif -%}", "{%- endfor -%}",
+        "{%- if add_generation_prompt -%}", literal(template.assistant), "{%- endif -%}",
+    ])  # fmt: skip

@@ -22,8 +22,7 @@ from vlmprune_jax.core.prune.vocabulary import Subwords, check_size, choose_toke
 from vlmprune_jax.io.data.chat_template import AUTO, choose_template
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.io.data.prompts import load_tokenizer, render
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, vocabulary_digest
-from vlmprune_jax.io.exports.vocabulary import CONFIGS, ids_in, trim_tokenizer
+from vlmprune_jax.io.exports.vocabulary import CONFIGS, ids_in, read_tokenizer, trim_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.tiles import VideoShape
@@ -72,10 +71,6 @@ class Source:
         template = choose_template(AUTO, family_of(cfg), tokenizer, config=config, has_vision=has_vision)
         needed = {i: why for i, why in _needed(folder, cfg, tokenizer, template) if 0 <= i < rows}
         return cls(folder, rows, content, tokenizer, subwords, vocabulary_digest(content), template, needed)
-
-    def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the token ids of each text, without special tokens at its ends."""
-        return tokens_of(self.tokenizer, texts)
 
     def trimmed(self, vocabulary: KeptVocabulary) -> Any:
         """Return a tokenizer object with only the kept tokens."""
@@ -141,7 +136,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
         held_out = texts[HELD_BACK - 1 :: HELD_BACK]
         texts = [text for i, text in enumerate(texts) if i % HELD_BACK != HELD_BACK - 1]
     used = Counter[int]()
-    for ids in source.tokens(texts):
+    for ids in tokens_of(source.tokenizer, texts):
         used.update(ids)
     return Sample(used, tuple(listed), tuple(held_out))
 

@@ -1,23 +1,25 @@
-"""Padding of layers and attention heads with zeros, and the PyTorch loader file of layers with unequal true sizes."""
+"""Widths of exported layers: zero-padding, the PyTorch loader file of unequal layers, and the fit to llama.cpp."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.io.families import Family
 from vlmprune_jax.io.families.decoders import decoder_of
+from vlmprune_jax.io.families.gguf import Architecture
+from vlmprune_jax.io.families.limits import architectures_of, tower_limit, width_limits
 from vlmprune_jax.io.families.table import JsonDict
 
 LOADER_FILE = "modeling_per_layer.py"
-_LOADER = Path(__file__).parent / "remote" / LOADER_FILE
-_PREFIX = "PerLayer"
+LOADER = Path(__file__).parent / "remote" / LOADER_FILE
+_MODULE, _PREFIX = "modeling_per_layer.", "PerLayer"  # of names of classes in the loader file
 _PADDED_ROPES = ("default", "linear", "llama3")  # rotary types whose frequencies depend only on channel / head_dim
 
 
@@ -99,31 +101,49 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
     config = dict(inner) if family.text_section is None else {**config, family.text_section: inner}
     auto, stock = family.stock.auto, _PREFIX + family.stock.name
     others = {name: value for name, value in (config.get("auto_map") or {}).items() if name != auto}
-    auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{stock}"}
+    auto_map = others | {auto: f"{_MODULE}{stock}"}
     return {**config, "architectures": [stock], "auto_map": auto_map}
 
 
 def without_loader(config: JsonDict) -> JsonDict:
     """Return config.json for the stock class (undoes `with_loader`)."""
-    module = LOADER_FILE.removesuffix(".py") + "."
-    result = dict(config)
-    remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
+    result, auto_map = dict(config), config.get("auto_map") or {}
+    remaining = {name: value for name, value in auto_map.items() if not str(value).startswith(_MODULE)}
     if remaining:
         result["auto_map"] = remaining
-    elif len(remaining) != len(config.get("auto_map") or {}):
+    elif auto_map:
         del result["auto_map"]
     if config.get("architectures"):
         result["architectures"] = [name.removeprefix(_PREFIX) for name in config["architectures"]]
     return result
 
 
-def write_loader(folder: Path) -> None:
-    """Copy the PyTorch file that loads layers of unequal width into the exported folder."""
-    shutil.copyfile(_LOADER, folder / LOADER_FILE)
-
-
 def loader_class(config: JsonDict) -> str | None:
     """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
-    module = LOADER_FILE.removesuffix(".py") + "."
-    classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
-    return classes[0].removeprefix(module) if classes else None
+    classes = [str(value) for value in (config.get("auto_map") or {}).values() if str(value).startswith(_MODULE)]
+    return classes[0].removeprefix(_MODULE) if classes else None
+
+
+def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
+    """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
+    able, text, vision = architectures_of(cfg), cfg.text, cfg.vision
+    first = able[0]
+    if uneven == "pad":
+        if first_unmet(width_limits(first, cfg), cfg) is not None:
+            whole = None if first.free_heads else text.hidden_size // text.attention.head_dim
+            cfg = cfg.with_layers(padded(text.layers, whole))
+            if first_unmet(width_limits(first, cfg), cfg) is not None:
+                raise UserError(
+                    f"llama.cpp's {first.name} needs {whole} heads in equal groups in every layer, which zero "
+                    "heads cannot make of these: prune without removing heads"
+                )
+        if vision is not None:
+            heads = vision.hidden_size // vision.attention.head_dim
+            whole_heads = {"q_heads": heads, "kv_heads": heads}
+            cfg = cfg.with_layers([layer.resized(whole_heads) for layer in vision.layers], "vision")
+    candidates = able[:1] if uneven == "refuse" and not cfg.text.uniform else able
+    fits = [architecture for architecture in candidates if first_unmet(width_limits(architecture, cfg), cfg) is None]
+    problem = first_unmet([tower_limit(first, cfg)] if fits else width_limits(first, cfg), cfg)
+    if problem is not None:
+        raise UserError(problem)
+    return fits[0], cfg

@@ -1,9 +1,10 @@
-"""Files of a folder with a trimmed vocabulary: the tokenizer, and token ids in every config file."""
+"""Tokenizer and config files of an export: trimmed vocabularies, added tokens, limits of images."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -12,13 +13,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text, reading
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.plans.kept import KeptVocabulary
 from vlmprune_jax.io.checkpoints.read import read_fields
-from vlmprune_jax.io.data.tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
-from vlmprune_jax.io.exports.tokenizer import read_tokenizer, token_ids, vocabulary_digest
+from vlmprune_jax.io.data.images import limited_files
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.tokenizer_files import ADDED_TOKENS, SLOW, TOKENIZER, TOKENIZER_CONFIG, TokenizerFile
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.table import JsonDict
 
@@ -31,23 +33,37 @@ _ROWS = ("vocab_size", "vocab_size_per_layer_input")
 
 
 @contextlib.contextmanager
-def trimmed_files(source: Path, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Context that yields a folder with tokenizer and configs: `source`, or a copy with only the plan's tokens.
+def export_files(
+    source: Path, cfg: ModelConfig, vocabulary: KeptVocabulary | None = None, most: int | None = None
+) -> Iterator[Path]:
+    """Context that yields a folder with the tokenizer, processor and configs of an export.
 
     Args:
-      source: the folder from which the model was loaded.
-      vocabulary: the plan's vocabulary; with None, or if `source` already has this vocabulary, files are unchanged.
+      source: the folder from which the model was loaded; the result if nothing changes, otherwise a copy without
+        weights is changed.
       cfg: config of the model to write.
+      vocabulary: the only tokens to keep (None = all). Files that have just these tokens already are not changed.
+      most: maximum number of tokens per image (None = as in `source`).
 
-    Raises UserError if the files cannot be trimmed (see `trim_files`).
+    Raises UserError if the tokenizer cannot be trimmed (see `trim_files`), or the images cannot be limited.
     """
-    section = family_of(cfg).text_config(read_fields(source / "config.json"))
-    if vocabulary is None or section.get("vocab_size", vocabulary.rows_before) != vocabulary.rows_before:
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="vlmprune-") as folder:
-        trim_files(source, Path(folder), vocabulary, cfg)
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="vlmprune-") as copy:
+        folder, files = Path(copy), source
+        section = family_of(cfg).text_config(read_fields(source / "config.json"))
+        if vocabulary is not None and section.get("vocab_size", vocabulary.rows_before) == vocabulary.rows_before:
+            trim_files(source, folder, vocabulary, cfg)
+            files = folder
+        if most is not None:
+            with error_context(f"export.max_image_tokens={most}"):
+                if cfg.vision is None:
+                    raise UserError("this model takes no images: unset the limit")
+                changed = limited_files(files, most, cfg.tokens_per_image)
+            if files is source:
+                _copy_without_weights(source, folder)
+            for name, content in changed.items():
+                _write(folder / name, content)
+            files = folder
+        yield files
 
 
 def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: ModelConfig) -> None:
@@ -61,7 +77,7 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
         raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
     if vocabulary_digest(content) != vocabulary.tokenizer:
         raise UserError(f"{source}: its tokenizer differs from the one that the plan was made with: plan again")
-    copy_without_weights(source, folder)
+    _copy_without_weights(source, folder)
     with reading(f"{source}: its tokenizer"):
         _trim_tokenizer_files(source, folder, content, vocabulary)
     for name in CONFIGS:
@@ -70,7 +86,7 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
             _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
 
 
-def copy_without_weights(source: Path, folder: Path) -> None:
+def _copy_without_weights(source: Path, folder: Path) -> None:
     """Copy all files of a model folder except its weights."""
     for name in sorted(os.listdir(source)):
         if os.path.isdir(source / name):
@@ -288,3 +304,80 @@ def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
         if isinstance(step.get(name), list) and len(step[name]) == 2:
             changed[name] = [step[name][0], new[step[name][1]]]
     return changed
+
+
+# Settings of classes that rebuild tokenizer.json on loading; the file contains all rules.
+_REBUILD = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "from_slow",
+            "use_default_system_prompt", "spaces_between_special_tokens", "special_tokens_map_file", "name_or_path",
+            "chat_template", "tokenizer_file", "added_tokens_decoder")  # fmt: skip
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def read_tokenizer(folder: Path) -> JsonDict | None:
+    """Return the content of tokenizer.json, converted from older files if needed; None without a tokenizer."""
+    if os.path.lexists(folder / TOKENIZER):
+        return read_json(folder / TOKENIZER, TokenizerFile)
+    if not any(os.path.lexists(folder / name) for name in SLOW):
+        return None
+    content: JsonDict = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    return content
+
+
+def token_id(tokenizer: JsonDict, token: str) -> int | None:
+    """Return the id of a token, or None if the tokenizer lacks it."""
+    return token_ids(tokenizer).get(token)
+
+
+def vocabulary_digest(tokenizer: JsonDict) -> str:
+    """Return a digest (16 hex digits) of the ids and texts of all tokens."""
+    listed = sorted((i, text) for text, i in token_ids(tokenizer).items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
+    """Add a special token to a tokenizer unless it exists; return the tokenizer and the token's id."""
+    ids = token_ids(tokenizer)
+    if token in ids:
+        return tokenizer, ids[token]
+    number = max(ids.values()) + 1
+    added = [*(tokenizer.get("added_tokens") or ()), {"id": number, "content": token, **_FLAGS, "special": True}]
+    return {**tokenizer, "added_tokens": added}, number
+
+
+def token_ids(tokenizer: JsonDict) -> dict[str, int]:
+    """Return {token: id} of a tokenizer, including added tokens."""
+    vocab = tokenizer["model"]["vocab"]
+    # Unigram lists [piece, score] pairs, in the order of their ids
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return ids | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
+
+
+def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
+    """Return True if a tokenizer puts its space symbol only before the whole text, not after special tokens."""
+    step = tokenizer.get("pre_tokenizer") or {}
+    steps = [inner for inner in step.get("pretokenizers", [step]) if isinstance(inner, dict)]
+    return any(inner.get("type") == "Metaspace" and inner.get("prepend_scheme") == "first" for inner in steps)
+
+
+def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
+    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens.
+
+    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged. LlamaTokenizer of transformers 5 would
+    replace the file's rules by its own rules, which differ from Phi-3's.
+    """
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        if os.path.lexists(source / name):
+            config |= read_json(source / name)
+    config = {name: value for name, value in config.items() if name not in _REBUILD}
+    known = config.get("extra_special_tokens")
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": processor,
+        "extra_special_tokens": (known if isinstance(known, dict) else {}) | named,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types, which the plain class would add
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, value in ((TOKENIZER, tokenizer), (TOKENIZER_CONFIG, config)):
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

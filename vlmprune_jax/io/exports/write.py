@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import model_name, write_card
 from vlmprune_jax.io.exports.format import Comparison, Origin
 from vlmprune_jax.io.exports.formats import choose_format
-from vlmprune_jax.io.exports.processor import limited_images
 from vlmprune_jax.io.exports.target import copy_always
-from vlmprune_jax.io.exports.vocabulary import trimmed_files
+from vlmprune_jax.io.exports.vocabulary import export_files
 
 
 def save(
@@ -80,9 +78,10 @@ def save(
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
     mtp = None if mtp_dir is None else resolve(mtp_dir)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
+    vocabulary = None if plan is None else plan.vocabulary
     card: dict[str, Any] = {"license": license, "datasets": datasets, "benchmarks": benchmarks}
     card |= {"reconstructed": reconstructed, "recovered": recovered, "library": chosen.library}
-    with _files(source, plan, max_image_tokens, model) as files:
+    with export_files(source, model.cfg, vocabulary, max_image_tokens) as files:
         origin = Origin(files, f"{name}-pruned" if pruned else name, None, source, mtp, _tpu_chips(plan), pruned)
         contents = chosen.prepare(model, origin, settings)
 
@@ -111,16 +110,6 @@ def _tpu_chips(plan: PrunePlan | None) -> int:
     return options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
 
 
-@contextlib.contextmanager
-def _files(source: Path, plan: PrunePlan | None, max_image_tokens: int | None, model: Model) -> Iterator[Path]:
-    """Context that yields a folder with the tokenizer, processor and configs for the export."""
-    with (
-        trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as trimmed,
-        limited_images(trimmed, max_image_tokens, model.cfg) as files,
-    ):
-        yield files
-
-
 def check_saved(
     model: Model,
     out_dir: str | Path,
@@ -140,5 +129,6 @@ def check_saved(
     """
     source, tower = resolve(source_dir), None if vision_dir is None else resolve(vision_dir)
     chosen, settings = choose_format(format, options)
-    with _files(source, plan, max_image_tokens, model) as files:
+    vocabulary = None if plan is None else plan.vocabulary
+    with export_files(source, model.cfg, vocabulary, max_image_tokens) as files:
         return chosen.check(model, Path(out_dir), Origin(files, model_name(source), tower, source), settings)

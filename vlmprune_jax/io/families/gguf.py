@@ -116,15 +116,6 @@ class Architecture:
             return f"rotary embedding of {text.attention.rotated} of {text.attention.head_dim} channels"
         return None
 
-    def misfit(self, text: TextConfig) -> str | None:
-        """Return the layer widths that llama.cpp's architecture needs zero-padded, as text; None if there are none."""
-        if not (text.uniform or self.per_layer):
-            return "layers of unequal width"
-        heads = text.hidden_size // text.attention.head_dim
-        if not self.free_heads and any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions):
-            return f"other numbers of heads than hidden_size / head_dim ({heads})"
-        return None
-
 
 def block_tensors(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
     """Return {module path of a layer: GGUF tensor name}, with `{i}` for the layer number."""

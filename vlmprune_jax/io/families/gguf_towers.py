@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.families.gguf import TANH_GELU, block_tensors, full_attention_period
 from vlmprune_jax.io.families.towers import projector_of, vision_of
 
@@ -157,11 +157,6 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
         is None,
         f"windows of {', '.join(map(str, sides))} tokens per side ({window})": sides not in ([], [window]),
     }
-
-
-def tower_misfit(vision: VisionConfig) -> str | None:
-    """Return the vision tower widths for which llama.cpp needs zero heads added, as text; None if there are none."""
-    return None if vision.whole_heads else "a vision tower whose heads x head_dim differ from its width"
 
 
 def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ them were tried (tools/engines/table.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
@@ -18,7 +19,7 @@ from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.gguf import Architecture
-from vlmprune_jax.io.families.gguf_towers import tower_lacks, tower_misfit
+from vlmprune_jax.io.families.gguf_towers import tower_lacks
 from vlmprune_jax.io.families.table import FAMILIES, family_of, target_of
 
 PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
@@ -108,9 +109,26 @@ def architectures_of(cfg: ModelConfig) -> list[Architecture]:
     return able
 
 
-def misfit(architecture: Architecture, lacking: str) -> str:
-    """Return the message for layers of sizes that llama.cpp's architecture lacks."""
-    return f"llama.cpp's {architecture.name} has no {lacking}: prune all layers alike and keep the heads, or {PAD}"
+def width_limits(architecture: Architecture, cfg: ModelConfig) -> Iterator[Limit]:
+    """Yield the limits of a llama.cpp architecture on the widths of decoder layers, which zero-padding lifts."""
+    if not architecture.per_layer:
+        yield _gguf_limit(architecture, "layers of unequal width", equal=True)
+    if not architecture.free_heads:
+        heads = cfg.text.hidden_size // cfg.text.attention.head_dim
+        lacking = f"other numbers of heads than hidden_size / head_dim ({heads})"
+        yield _gguf_limit(architecture, lacking, axes=("q_heads",), allowed=_whole_heads(cfg.text))
+
+
+def tower_limit(architecture: Architecture, cfg: ModelConfig) -> Limit:
+    """Return the limit of llama.cpp on the heads of a vision tower, which zero-padding lifts."""
+    lacking = "a vision tower whose heads x head_dim differ from its width"
+    heads = () if cfg.vision is None else _whole_heads(cfg.vision)
+    return _gguf_limit(architecture, lacking, component="vision", axes=("q_heads",), allowed=heads)
+
+
+def _gguf_limit(architecture: Architecture, lacking: str, **condition: Any) -> Limit:
+    advice = f"prune all layers alike and keep the heads, or {PAD}"
+    return Limit("gguf", f"llama.cpp's {architecture.name} has no {lacking}: {advice}", **condition)
 
 
 def _gguf_limits(cfg: ModelConfig) -> Iterator[Limit]:
@@ -119,11 +137,9 @@ def _gguf_limits(cfg: ModelConfig) -> Iterator[Limit]:
     except UserError as error:
         yield never("gguf", str(error))
         return
-    lacking = next((None for candidate in able if candidate.misfit(cfg.text) is None), able[0].misfit(cfg.text))
-    if cfg.vision is not None and lacking is None:
-        lacking = tower_misfit(cfg.vision)
-    if lacking is not None:
-        yield never("gguf", misfit(able[0], lacking))
+    rows = [[*width_limits(architecture, cfg)] for architecture in able]
+    yield from next((limits for limits in rows if first_unmet(limits, cfg) is None), rows[0])
+    yield tower_limit(able[0], cfg)
 
 
 ENGINES.update(
@@ -155,23 +171,18 @@ def uneven_problem(text: TextConfig) -> str | None:
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
-    copies = {name: _copies(cfg, name) for name in cfg.stacks}
-    return {
-        engine: {
-            stack: {kind: _why_not_copy(cfg, stack, layers, engine) for kind, layers in kinds.items()}
-            for stack, kinds in copies.items()
-        }
-        for engine in ENGINES
-    }
-
-
-def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], engine: str) -> str | None:
-    """Return why an engine cannot load the model with these layers, or why no class allows them; None if it can."""
-    try:
-        changed = cfg.with_layers(layers, stack)
-    except UserError as error:
-        return str(error)
-    return why_no_class(changed) or why_not(changed, engine)
+    loads: dict[str, dict[str, dict[str, str | None]]] = {}
+    for stack in cfg.stacks:
+        for kind, layers in _copies(cfg, stack).items():
+            try:
+                pruned = cfg.with_layers(layers, stack)
+                problem = why_no_class(pruned)
+            except UserError as error:
+                pruned, problem = cfg, str(error)
+            for engine in ENGINES:
+                kinds = loads.setdefault(engine, {}).setdefault(stack, {})
+                kinds[kind] = problem or why_not(pruned, engine)
+    return loads
 
 
 def _copies(cfg: ModelConfig, name: str) -> dict[str, list[Layer]]:

@@ -17,8 +17,7 @@ from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.terms import check_losses, needs_teacher
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.exports.config import CardOptions, ExportSpec
-from vlmprune_jax.io.exports.formats import FORMATS, quantizations
+from vlmprune_jax.io.exports.formats import FORMATS, CardOptions, ExportSpec, quantizations
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import metric_named

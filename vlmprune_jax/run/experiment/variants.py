@@ -15,8 +15,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.settings import check_settings, override
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
-from vlmprune_jax.io.exports.config import ExportSpec
-from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.run.experiment.arguments import (
     evaluation_sets,
     export_options,

@@ -20,12 +20,11 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import remarks
-from vlmprune_jax.io.exports.card import license_of, model_name
-from vlmprune_jax.io.exports.config import ExportSpec
+from vlmprune_jax.io.exports.card import check_upload, license_of, model_name
+from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.io.exports.gguf_metadata import cut
-from vlmprune_jax.io.exports.hub import check_upload
 from vlmprune_jax.io.exports.mtp import MtpCut
-from vlmprune_jax.io.exports.processor import limited_images
+from vlmprune_jax.io.exports.vocabulary import export_files
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.evaluation.questions import evaluation_records
@@ -165,7 +164,7 @@ def _check_sample(records: Any, encoder: Any) -> None:
 def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     """Check the export's settings and upload, and return a line that describes it."""
     cfg = work.config(work.teacher)
-    with limited_images(work.teacher, image_tokens(data, spec), cfg) as files:
+    with export_files(work.teacher, cfg, most=image_tokens(data, spec)) as files:
         if spec.format == "gguf" and cfg.vision is not None:
             cut(family_of(cfg), files)
     if spec.mtp == "cut":

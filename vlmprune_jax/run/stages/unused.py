@@ -17,8 +17,7 @@ from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.exports.config import ExportSpec
-from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig

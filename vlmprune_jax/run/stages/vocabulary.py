@@ -87,7 +87,7 @@ def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Seque
     """Return a table by vocabulary size: parameters and bytes saved, and the increase in tokens per text."""
     source = Source.of(folder, cfg)
     sample, whole, rows = read_sample(source, config), count_params(cfg), list[list[str]]()
-    before = max(sum(map(len, source.tokens(sample.held_out))), 1)
+    before = max(sum(map(len, tokens_of(source.tokenizer, sample.held_out))), 1)
     for size in sizes:
         vocabulary = source.keep(sample.used, sample.listed, size, config.multiple)
         left, cost = count_params(vocabulary.apply_to(cfg)), ("", "", "")
@@ -128,7 +128,7 @@ def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocab
     """Count the tokens of texts before and after trimming the vocabulary."""
     kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
     after = tokens_of(trimmed, texts)
-    for old, new in zip(source.tokens(texts), after, strict=True):
+    for old, new in zip(tokens_of(source.tokenizer, texts), after, strict=True):
         same = old == [vocabulary.kept[i] for i in new]
         inside = kept.issuperset(old)
         equal, whole, broken = equal + same, whole + inside, broken + (inside and not same)
@@ -159,7 +159,7 @@ def _with_bits(
     bits = [
         _bits(version, [i for ids in tokens for i in ids], size)
         for version, tokens in (
-            (model, source.tokens(some)),
+            (model, tokens_of(source.tokenizer, some)),
             (trim_vocabulary(model, vocabulary), tokens_of(load_tokenizer(work.out), some)),
         )
     ]

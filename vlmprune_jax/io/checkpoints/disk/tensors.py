@@ -13,8 +13,7 @@ import numpy as np
 
 from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file, read_blocks
 from vlmprune_jax.core.models.lazy import check_finite
-from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE
-from vlmprune_jax.io.checkpoints.disk.storage import Storage
+from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE, Storage
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with (folder / name).open("wb") as file:
-            write_safetensors(shard, file)
+            file.write(_header(shard))
+            for tensor in shard:
+                write_tensor(tensor, file)
         weight_map.update({tensor.key: name for tensor in shard})
     if len(shards) > 1:
         total = sum(tensor.n_bytes for tensor in tensors)
@@ -133,7 +134,6 @@ def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """Return a safetensors file's header as bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -146,13 +146,6 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
-    """Write a safetensors file with one tensor in memory at a time (the library's writer needs all tensors)."""
-    file.write(_header(tensors))
-    for tensor in tensors:
-        write_tensor(tensor, file)
 
 
 def write_tensor(tensor: Tensor, file: BinaryIO) -> None:

@@ -29,7 +29,7 @@ _LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and it
 
 
 class _Name(NamedTuple):
-    """Class or function name that a PyTorch pickle refers to."""
+    """Class or function that a PyTorch pickle refers to, or an object that it makes by calling this one."""
 
     text: str
 
@@ -51,12 +51,6 @@ class _Tensor(NamedTuple):
     dtype: str
 
 
-class _Other(NamedTuple):
-    """Object of any other class in a PyTorch pickle, represented by the name of its constructor."""
-
-    maker: str
-
-
 def read_torch(path: Path) -> dict[str, Entry]:
     """Return {key: tensor} of a `pytorch_model*.bin` file without executing its pickle.
 
@@ -74,7 +68,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
             if order in members and _bytes(file, *place(order, 16)) != b"little":
                 raise ValueError("its numbers are big-endian")
             if not isinstance(state, dict):
-                content = f"an object of {state.maker}" if isinstance(state, _Other) else "another object"
+                content = f"an object of {state.text}" if isinstance(state, _Name) else "another object"
                 raise ValueError(f"it holds {content}, not a state dict")
             return {key: _entry(path, key, value, f"{root}data/", place) for key, value in state.items()}
 
@@ -107,7 +101,7 @@ def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
 
 def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tuple[int, int]]) -> Entry:
     if not isinstance(value, _Tensor):
-        kind = f"an object of {value.maker}" if isinstance(value, _Other) else f"a {type(value).__name__}"
+        kind = f"an object of {value.text}" if isinstance(value, _Name) else f"a {type(value).__name__}"
         raise UserError(
             f"{path}: {key} is {kind} (a sparse, quantised or empty tensor, or no tensor): save a state dict that "
             "contains only plain tensors"
@@ -218,4 +212,4 @@ def _construct(function: str, arguments: tuple[Any, ...]) -> Any:
         case "torch._utils._rebuild_tensor_v3" if len(arguments) < 8 or not arguments[7]:
             storage, first, shape, strides = arguments[:4]
             return _Tensor(storage, first, shape, strides, file_name(arguments[6].text.removeprefix("torch.")))
-    return _Other(function)
+    return _Name(function)

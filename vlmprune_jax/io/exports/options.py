@@ -1,4 +1,4 @@
-"""Options of the format "huggingface": a folder in the layout of its source or of a stock class, or of integers."""
+"""Options of the built-in export formats: Hugging Face folders, and GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import export_setting, setting
 from vlmprune_jax.base.weight_files import WRITTEN
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
+from vlmprune_jax.io.exports.format import Importance
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,42 @@ class FolderOptions:
             raise UserError(
                 'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds: use uneven="per_layer" (no '
                 'difference if all layers are equal) and head_dim=0, or rounding="nearest"'
+            )
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """Options of the export to GGUF files."""
+
+    uneven: str = export_setting(
+        "per_layer",
+        'Layers of unequal width: "per_layer" writes their true sizes, if llama.cpp\'s architecture allows it.',
+        choices=UNEVEN,
+    )
+    dtype: str = export_setting(
+        "bfloat16",
+        'Data type of the exported weights; "source" uses that of the source\'s embedding.',
+        choices=WRITTEN,
+    )
+    quantize: str = export_setting(
+        "none",
+        "Quantisation type of the decoder's matrices, in blocks of 32 values along a row.",
+        choices=("none", "q8_0", "q5_1", "q4_0"),
+    )
+    rolled_positions: bool = export_setting(
+        False,
+        "Write the tower's position table for llama.cpp builds that put the class token last (GGUF; "
+        "ggml-org/llama.cpp#25814); wrong for all other builds.",
+    )
+    imatrix: bool | Importance = export_setting(
+        False,
+        "Also write a file for `llama-quantize --imatrix` (GGUF without quantisation), with mean squared inputs of "
+        "each matrix on the calibration records of `reconstruct`. In Python, this is the result of `vp.imatrix`.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.imatrix and self.quantize != "none":
+            raise UserError(
+                'imatrix is for llama-quantize, which needs a GGUF file without quantisation: use quantize="none", '
+                f"not {self.quantize!r}"
             )
