@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
-from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.scoring import score
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.io.checkpoints.batches import Records, batches
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.pruning import make_plan, plan_stacks
+from vlmprune_jax.io.exports.pruning import make_plan
 
 
 def prune(
@@ -65,24 +64,12 @@ def prune(
         records = batches(hf_dir, data, images=images, vision_dir=vision_dir, **sampled)
     if reconstruct and not records:
         raise UserError("prune: reconstruct=True needs calibration records: pass data")
-    if config.needs_scores:
-        scores = [
-            _score(model, records, settings, config.method, stack)
-            for stack in (STACKS if config.stack == "both" else (config.stack,))
-        ]
-        plan = plan_stacks(scores, model.cfg, config)
-    else:
-        plan = make_plan(None, model, config)
-    pruned = apply_plan(model, plan)
-    return repair(pruned, plan, model, records)[0] if reconstruct else pruned
-
-
-def _score(
-    model: Model, records: Sequence[Any], settings: ScoreConfig, method: str, stack: str
-) -> Scores | tuple[Scores, Scores]:
-    """Return the scores of one stack that a pruning method needs: for "hybrid" a pair."""
     scores = [
         score(model, records or None, settings, criterion=criterion, stack=stack)
-        for criterion in settings.criteria(method)
+        for stack in (STACKS if config.stack == "both" else (config.stack,))
+        for criterion in settings.criteria(config.method)
+        if config.needs_scores
     ]
-    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
+    plan = make_plan(scores or None, model, config)
+    pruned = apply_plan(model, plan)
+    return repair(pruned, plan, model, records)[0] if reconstruct else pruned
