@@ -103,7 +103,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.core.mesh.rules import sharding
     from vlmprune_jax.core.models.context import LayerEmbeds
     from vlmprune_jax.core.models.params import layer_axes, layer_shapes
-    from vlmprune_jax.core.prune import layers, reconstruction, ridge
+    from vlmprune_jax.core.prune import layers, least_squares, ridge
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
     from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
@@ -142,7 +142,7 @@ def row(family: str, topology: str) -> str:
             found[name] = compile_for_tpu(jax.jit(lambda params, rows: whole(params).run(rows)), params, inputs)
 
         def sums_of(params, rows, target):
-            return reconstruction._sums(whole(params), rows, target, None, module="down_proj")
+            return least_squares.writer_sums(whole(params), rows, target, None, module="down_proj")
 
         found["sums"] = compile_for_tpu(jax.jit(sums_of), params, inputs, stream)
         sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))

@@ -198,9 +198,9 @@ def test_layer_by_layer_is_the_forward(goldens, family):
     hooks = [forward_of(model, step)[1] for step in stream.batches]
     counts = [np.asarray(step.weight, np.float64) for step in stream.batches]
     for number in range(len(model.cfg.text.layers)):
-        layer, last = stream.layer(number), number + 1 == len(model.cfg.text.layers)
+        layer, last = stream.load(number), number + 1 == len(model.cfg.text.layers)
         sums, gram, squares = gptq.finite_sums(gptq.input_sums, layer, stream, "test"), 0.0, 0.0
-        stream.advance(layer, number)
+        stream.advance(layer)
         for step, state, hooked, count in zip(stream.batches, stream.states, hooks, counts, strict=True):
             found = normed(model, state.x) if last else state.x
             np.testing.assert_allclose(
@@ -250,7 +250,7 @@ def test_reconstruction(goldens, family, monkeypatch):
         whole, cut = (forward_of(model, step)[0][at] for model, at in ((teacher, 2), (pruned, 1)))
         errors.append(np.mean((whole - cut) ** 2, axis=2) / np.mean(whole**2, axis=2))
     np.testing.assert_allclose(report[0]["error_before"], np.average(errors, weights=weights), rtol=1e-4)
-    ours.advance(LayerStream(solved, "text", []).layer(3), 3)
+    ours.advance(LayerStream(solved, "text", []).load(3))
     for at in (0, -1):
         real = steps[at].context["attention_mask"] == 1
         for model, stream in ((teacher, dense), (solved, ours)):
@@ -297,7 +297,7 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     packed = [grid for step in steps for grid in step.inputs["image_grid_thw"].reshape(-1, 3) if grid.any()]
     assert sorted(map(tuple, packed)) == sorted(map(tuple, images))
     assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
-    ours.advance(LayerStream(solved, "vision", []).layer(len(layers) - 1), len(layers) - 1)
+    ours.advance(LayerStream(solved, "vision", []).load(len(layers) - 1))
     for at in (0, -1):
         real, inputs = steps[at].weight == 1, steps[at].inputs
         for model, stream in ((teacher, dense), (solved, ours)):
@@ -327,7 +327,7 @@ def test_search_counts_places_anew(goldens, family):
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     options = {"prompt_weight": 1.0, "image_weight": 1.0, "answer_weight": 1.0}
     rows = row_batches(list(calibration_batches([batch], model.cfg, labels=True)), options)
-    cut = _Cut(LayerStream(model, "text", rows), solved=False)
+    cut = _Cut(model, rows, solved=False)
     for gone in ([], [0]):
         for layer in gone:
             cut.remove(layer)

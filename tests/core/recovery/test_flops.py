@@ -14,9 +14,9 @@ from stack_cases import tower_layer
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import TrainState, step_context
+from vlmprune_jax.core.recovery.program import make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
+from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.run.planning.ahead_of_time import (
     executed_flops,
 )
@@ -28,12 +28,8 @@ def traced_step(cfg, teacher_cfg, config):
     """The program of a run and the FLOPs of its traced step over ROWS rows of LENGTH tokens with an image each."""
     program = make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=6)
     shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in param_shapes(program.cfg).items()}
-    masters = {path: leaf for path, leaf in shapes.items() if path in program.groups}
-    frozen = {path: leaf for path, leaf in shapes.items() if path not in program.groups}
-    key = jax.ShapeDtypeStruct((2,), np.uint32)
-    state = TrainState(
-        masters, jax.eval_shape(program.optimizer.init, masters), jax.ShapeDtypeStruct((), np.int32), key
-    )
+    masters, frozen = partition(shapes, program.groups)
+    state = program.init.eval_shape(masters)
     teacher = None
     if program.teacher is not None:
         teacher = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in param_shapes(teacher_cfg).items()})

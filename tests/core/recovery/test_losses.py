@@ -23,8 +23,8 @@ from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, layer_pairs, reported_terms
+from vlmprune_jax.core.recovery.losses import combine, loss_sums, losses, term_weights, vocabulary_sums
+from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, make_teacher, reported_terms, student_layers
 from vlmprune_jax.io.checkpoints.read import load
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
@@ -108,13 +108,12 @@ def _tiles(arrays, cfg) -> dict[str, jax.Array]:
 
 def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
     """Sums of the terms, and the weights; `flat` are the student's parameters."""
-    ours, theirs = layer_pairs(loss, student.cfg, teacher.cfg, kept)
     sums = loss_sums(
         unflatten(flat),
         student.cfg,
         batch,
         loss,
-        teacher=Teacher(teacher.cfg, ours, theirs),
+        teacher=make_teacher(loss, student.cfg, teacher.cfg, kept),
         teacher_params=teacher.params,
         remat="none",
         dropout_key=None,
@@ -183,16 +182,17 @@ def test_layers_are_aligned_by_the_plan():
     teacher, student = cases.config(layers=6), cases.config(layers=3)
     kept = (0, 3, 5)
     loss = LossConfig(l2=1.0, l2_layers=(0, 1, 2, -1, -2))
-    assert layer_pairs(loss, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 4, 6, 4))
+    assert student_layers(loss, student) == (0, 1, 2, 3, 2)
+    assert make_teacher(loss, student, teacher, kept).layers == (0, 1, 4, 6, 4)
     compat = dataclasses.replace(loss, reference_compat=True)
-    assert layer_pairs(compat, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 2, 6, 5))
-    assert layer_pairs(loss, student, student, None) == ((0, 1, 2, 3, 2), (0, 1, 2, 3, 2))
+    assert make_teacher(compat, student, teacher, kept).layers == (0, 1, 2, 6, 5)
+    assert make_teacher(loss, student, student, None).layers == (0, 1, 2, 3, 2)
     with pytest.raises(UserError, match="pass plan, or use -1"):
-        layer_pairs(loss, student, teacher, None)
+        make_teacher(loss, student, teacher, None)
     with pytest.raises(UserError, match="plan keeps 2 layers"):
-        layer_pairs(loss, student, teacher, (0, 3))
+        make_teacher(loss, student, teacher, (0, 3))
     with pytest.raises(UserError, match="l2_layers: 4 is outside the student's 4 hidden states"):
-        layer_pairs(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
+        make_teacher(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
 
 
 def test_masked_terms_equal_plain_formulas():

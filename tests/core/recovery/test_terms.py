@@ -10,11 +10,10 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.inputs import encode_inputs
-from vlmprune_jax.core.models.params import unflatten
+from vlmprune_jax.core.models.params import place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.program import place
 from vlmprune_jax.core.recovery.terms import check_losses, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora
 
@@ -45,7 +44,7 @@ def test_values_of_a_batch_are_those_of_a_step():
     adapted = add_lora(student, cases.LORA, jax.random.key(0))  # which change nothing at first
     assert vp.losses(adapted, batch, loss, teacher=teacher) == pytest.approx(found, rel=1e-5)
     mesh = make_mesh(4, 2, 1)
-    both = [Model(unflatten(place(one, mesh)), one.cfg) for one in (student, teacher)]
+    both = [Model(unflatten(place_params(one, mesh)), one.cfg) for one in (student, teacher)]
     assert vp.losses(both[0], batch, loss, teacher=both[1]) == pytest.approx(found, rel=1e-5)
     half = vp.losses(student, batch, cases.settings(losses=loss, compute_dtype="bfloat16"), teacher=teacher)
     assert half["total"] != found["total"]

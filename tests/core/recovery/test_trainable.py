@@ -48,7 +48,7 @@ def test_presets(trainable, main):
 def test_first_matching_rule_decides_and_the_rest_is_frozen():
     flat = {path: np.zeros(shape) for path, shape in param_shapes(CFG).items()}
     rules = [(r"text/layers/.*/bias", False), (r"text/layers/1/.*", True), (r"text/norm/weight", "projector")]
-    trainable, frozen = partition(flat, rules)
+    trainable, frozen = partition(flat, assign_groups(list(flat), rules))
     assert trainable.keys() | frozen.keys() == flat.keys()
     expected = {p for p in flat if p.startswith("text/layers/1/") and not p.endswith("bias")} | {"text/norm/weight"}
     assert trainable.keys() == expected

@@ -50,6 +50,15 @@ def abstract_params(cfg: ModelConfig, dtype: str, mesh: Mesh) -> Flat:
     }
 
 
+def place_params(model: Model, mesh: Mesh | None) -> Flat:
+    """Move flat params to the mesh or default device; arrays that are already there are not copied."""
+    flat = flatten(model.params)
+    if mesh is None:
+        return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+    axes = param_axes(model.cfg)
+    return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
+
+
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
     """Return {path within a layer: named axes}, such as `self_attn/q_proj/weight`: ("q_heads", "head", "embed")."""
     return _of_first_run(param_axes(cfg), stack)

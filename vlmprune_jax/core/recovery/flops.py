@@ -108,7 +108,7 @@ def batch_flops(
         sizes = zip(frames.ravel().tolist(), cells.ravel().tolist(), strict=True)
         return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
 
-    def of(arrays: Mapping[str, Any]) -> int:
+    def count_batch(arrays: Mapping[str, Any]) -> int:
         mine, length = arrays["input_ids"].shape
         vision = of_images(arrays) * rows // mine
         if not only_at_labels(loss):
@@ -117,7 +117,7 @@ def batch_flops(
         without = count(rows, length, 0, 0, 0)
         return vision + without + labels * (count(rows, length, 0, 0, 1) - without)
 
-    return of
+    return count_batch
 
 
 def room_of(cfg: ModelConfig, images: Packed) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.recovery.program import BatchShapes
+from vlmprune_jax.core.recovery.loop import BatchShapes
 from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.grouping import grouped_order

@@ -23,7 +23,7 @@ from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes
 from vlmprune_jax.core.models.vlm import Params, tower_features
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.step import batch_sharding, local_rows, place_rows, step_context
+from vlmprune_jax.core.recovery.program import batch_sharding, local_rows, place_rows, step_context
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.io.data.encoding import smallest
 from vlmprune_jax.io.data.feature_loader import FeatureLoader, Picture

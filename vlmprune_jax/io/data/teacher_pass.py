@@ -18,7 +18,7 @@ from vlmprune_jax.core.models.vlm import Model, Params, encode
 from vlmprune_jax.core.models.vocabulary import chunks
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import gathered_head
-from vlmprune_jax.core.recovery.step import local_rows, place_rows, step_context
+from vlmprune_jax.core.recovery.program import local_rows, place_rows, step_context
 from vlmprune_jax.core.recovery.terms import top_k_logprobs
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key

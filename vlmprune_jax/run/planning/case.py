@@ -25,9 +25,9 @@ from vlmprune_jax.core.prune.select import plan_with_scores, plan_without_scores
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import Program, make_program
-from vlmprune_jax.core.recovery.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
+from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.feature_pass import check_frozen
@@ -296,10 +296,8 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
 
     student = abstract_params(program.cfg, case.dtype, mesh)
-    frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
-    trained = {path: leaf for path, leaf in student.items() if path in program.groups}
-    assert program.shardings is not None  # a mesh always has shardings
-    state = abstract_state(trained, program.optimizer, program.shardings)
+    trained, frozen = partition(student, program.groups)
+    state = program.init.eval_shape(trained)
     teacher = None
     if program.teacher is not None:
         teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
