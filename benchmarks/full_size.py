@@ -14,6 +14,7 @@ the checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -60,7 +61,7 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
 def make_plans(folder: Path, work: Path) -> None:
     """Write a depth plan and a width plan for a checkpoint to `depth.json` and `width.json` in `work`."""
     from vlmprune_jax.core.models.params import count_params
-    from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
+    from vlmprune_jax.core.prune import KeptLayer, fingerprint, keep_everything
     from vlmprune_jax.core.prune.width import kept_layer
     from vlmprune_jax.io.checkpoints.lazy import open_model
 
@@ -82,9 +83,9 @@ def make_plans(folder: Path, work: Path) -> None:
         width.append(kept_layer(i, kept, model.cfg.text.layers[i]))
     mark, before = fingerprint(model), count_params(model.cfg)
     for name, layers in (("depth", depth), ("width", width)):
-        stack = KeptStack(tuple(sizes), tuple(layers))
-        after = count_params(model.cfg.with_layers(stack.of(model.cfg.text.layers)))
-        plan = PrunePlan(mark, name, "benchmark", {"text": stack}, before, after, before)
+        plan = keep_everything(model.cfg, mark, before, ["text"]).keeping("text", layers)
+        after = count_params(plan.apply_to(model.cfg))
+        plan = dataclasses.replace(plan, method=name, criterion="benchmark", parameters_after=after)
         plan.to_json(work / f"{name}.json")
 
 

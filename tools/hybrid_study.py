@@ -30,7 +30,6 @@ from pretrain import make_encoder
 import vlmprune_jax as vp
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
 from vlmprune_jax.core.prune.width import kept_layer
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
@@ -51,7 +50,7 @@ def plan_of(model: vp.Model, layers: Mapping[int, Mapping[str, np.ndarray]]) -> 
     text = model.cfg.text
     kept = tuple(kept_layer(i, units, text.layers[i]) for i, units in layers.items())
     plan = keep_everything(model.cfg, fingerprint(model), count_params(model.cfg))
-    plan = dataclasses.replace(plan, stacks={"text": KeptStack(tuple(x.sizes for x in text.layers), kept)})
+    plan = plan.keeping("text", kept)
     return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(model.cfg)))
 
 

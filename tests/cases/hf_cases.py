@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prune_cases import kept_stack, kept_units
+from prune_cases import hand_plan, kept_units
 from safetensors.numpy import load_file, save_file
 
-from vlmprune_jax.core.models.params import count_params, flatten
+from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.core.prune import KeptLayer, PrunePlan, apply_plan, fingerprint
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots
 from vlmprune_jax.io.families import detect
@@ -168,18 +168,7 @@ def assert_same_tensors(first: Path, second: Path) -> None:
 
 def prune(model: Model, layers: Sequence[KeptLayer], stack: str = "text") -> tuple[Model, PrunePlan]:
     """The model with these layers of a stack, and the plan that says so."""
-    cfg = model.cfg
-    kept = kept_stack(cfg.stack(stack).layers, layers)
-    after = cfg.with_layers(kept.of(cfg.stack(stack).layers), stack)
-    plan = PrunePlan(
-        fingerprint=fingerprint(model),
-        method="hybrid",
-        criterion="by hand",
-        stacks={"text": KeptStack.whole(cfg.text.layers), stack: kept},
-        parameters_before=count_params(cfg),
-        parameters_after=count_params(after),
-        parameters_total=count_params(cfg),
-    )
+    plan = hand_plan(model.cfg, fingerprint(model), "hybrid", "by hand", **{stack: layers})
     return apply_plan(model, plan), plan
 
 

@@ -19,8 +19,10 @@ from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.part import LAYERS, Key
+from vlmprune_jax.core.plans.kept import axis_sizes
+from vlmprune_jax.core.plans.kept import kept_units as units_of_layers
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
+from vlmprune_jax.core.prune import KeptLayer, PrunePlan, Scores, fingerprint
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
@@ -35,9 +37,12 @@ def kept_units(index: int, q_heads, kv_heads, neurons) -> KeptLayer:
     return KeptLayer(index, {"kv_heads": tuple(kv_heads), "q_heads": tuple(q_heads), "mlp": tuple(neurons)})
 
 
-def kept_stack(layers, kept) -> KeptStack:
-    """The entry of a component with these layers before pruning."""
-    return KeptStack(tuple(layer.sizes for layer in layers), tuple(kept))
+def hand_plan(cfg: ModelConfig, made_for: str = "a-b", method="hybrid", criterion="none", **stacks) -> PrunePlan:
+    """A plan that keeps these layers of components, and all others whole."""
+    kept = {key: units for name, layers in stacks.items() for key, units in units_of_layers(name, layers).items()}
+    before = count_params(cfg)
+    plan = PrunePlan(made_for, method, criterion, axis_sizes(cfg, ("text", *stacks)), kept, before, before, before)
+    return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(cfg)))
 
 
 def config(layers: tuple[Layer, ...] = EQUAL, *, vision: bool = False, **changes) -> ModelConfig:
@@ -159,10 +164,7 @@ def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
 def plan_for(teacher: Model, keep) -> PrunePlan:
     """A plan that keeps these layers, or (layer, query heads, key heads, neurons)."""
     layers = [layer if isinstance(layer, KeptLayer) else kept_units(*layer) for layer in keep]
-    stack = kept_stack(teacher.cfg.text.layers, layers)
-    plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
-    before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
-    return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
+    return hand_plan(teacher.cfg, fingerprint(teacher), text=layers)
 
 
 def narrow(teacher: Model, neurons: int) -> PrunePlan:

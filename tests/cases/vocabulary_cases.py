@@ -97,7 +97,7 @@ def vocabulary_plan(folder: Path, sources: Path, size: int, multiple: int = 8) -
     model = open_model(folder)
     config = VocabularyConfig(size=size, sources=(str(sources),), multiple=multiple)
     plan = keep_everything(model.cfg, fingerprint(model), count_params(model.cfg))
-    plan = dataclasses.replace(plan, vocabulary=choose_vocabulary(folder, model.cfg, config))
+    plan = plan.trimming(choose_vocabulary(folder, model.cfg, config))
     return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(model.cfg)))
 
 

@@ -1,6 +1,5 @@
 """Damaged files of a workdir, ours or somebody else's: reading them back returns or raises one line."""
 
-import dataclasses
 import json
 import zipfile
 
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.prune import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, Scores
+from vlmprune_jax.core.part import AXES, LAYERS, Key
+from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, Scores
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.core.prune.routing import SUMS, Routing
 from vlmprune_jax.core.prune.surgery import check_plan_is_for
@@ -44,7 +43,7 @@ def test_plans(tmp_path):
     path = tmp_path / "plan.json"
     plan = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1)
     kept = KeptVocabulary(CFG.text.vocab_size, (0, 1, 2, 5), "x")
-    whole = dataclasses.replace(plan, vocabulary=kept).to_json()
+    whole = plan.trimming(kept).to_json()
 
     @fuzz(150, content=json_files(json.loads(whole)))
     def check(content):
@@ -52,10 +51,7 @@ def test_plans(tmp_path):
         plan = reads(lambda: PrunePlan.from_json(path), path.name)
         if plan is not None:
             for layer in plan.layers:
-                assert all(
-                    type(index) is int
-                    for index in (layer.index, *layer.kept["q_heads"], *layer.kept["kv_heads"], *layer.kept["mlp"])
-                )
+                assert all(type(index) is int for units in layer.kept.values() for index in (layer.index, *units))
             assert isinstance(plan.actual_ratio, float)
             plan.to_json()
 
@@ -91,14 +87,16 @@ def test_sizes_of_plans(tmp_path):
 
     @fuzz(60, layers=like | alike, name=st.sampled_from(["text", "vision"]), tokens=tokens)
     def check(layers, name, tokens):
-        parts = {
-            "sizes_before": {str(i): before for i, (before, _) in enumerate(layers)},
-            "kept": {str(i): kept for i, (_, kept) in enumerate(layers)},
-        }
+        sizes, kept = {f"{name}/layers": len(layers)}, {}
+        for i, (before, units) in enumerate(layers):
+            sizes |= {f"{name}/{i}/{axis}": size for axis, size in before.items()}
+            kept |= {f"{name}/{i}/{axis}": ranges for axis, ranges in units.items()}
         if tokens is not None:
-            parts["sizes_before"][""], parts["kept"][""] = {"vocab": tokens[0]}, {"vocab": tokens[1]}
-        components = {**whole["components"], name: parts}
-        path.write_text(json.dumps({**whole, "components": components, "tokenizer": tokens and "x"}))
+            sizes["text/vocab"], kept["text/vocab"] = tokens
+        if name != "text":
+            sizes, kept = {**whole["sizes_before"], **sizes}, {**whole["kept"], **kept}
+        data = {"sizes_before": sizes, "kept": kept, "tokenizer": tokens and "x"}
+        path.write_text(json.dumps({**whole, **data}))
         plan = reads(lambda: PrunePlan.from_json(path), path.name)
         if plan is not None:
             assert repr(plan)
@@ -171,9 +169,12 @@ def test_routing(tmp_path):
 def test_routing_of_other_tokens_and_models(tmp_path):
     """No tokens, types of tokens that do not exist, other layers, experts and fingerprints than the plan's."""
     path, draw = tmp_path / "routing.npz", np.random.default_rng(0)
-    kept = [KeptLayer(i, {"experts": (0, 2), "expert_mlp": (0, 1, 4, 5)}) for i in range(2)]
-    stack = KeptStack(({"experts": 4, "expert_mlp": 8},) * 2, tuple(kept))
-    plan = PrunePlan("a", "experts", "reap", {"text": stack}, 10, 9, 10)
+    sizes, kept = {Key("text", None, LAYERS): 2}, {}
+    for i in range(2):
+        experts, neurons = (Key("text", i, axis) for axis in ("experts", "expert_mlp"))
+        sizes |= {experts: 4, neurons: 8}
+        kept |= {experts: (0, 2), neurons: (0, 1, 4, 5)}
+    plan = PrunePlan("a", "experts", "reap", sizes, kept, 10, 9, 10)
     kinds = st.sampled_from([*TOKEN_TYPES.values()])
     types = st.lists(kinds, max_size=9) | st.lists(kinds | st.integers(0, 255), max_size=9)
 

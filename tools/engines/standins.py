@@ -24,7 +24,6 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import (
     KeptLayer,
-    KeptStack,
     PrunePlan,
     VocabularyConfig,
     apply_plan,
@@ -195,10 +194,10 @@ def _write_prompts(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _plan(model: Model, **stacks: Sequence[KeptLayer]) -> PrunePlan:
-    whole = keep_everything(model.cfg, fingerprint(model), vp.count_params(model.cfg))
-    sizes = {name: tuple(layer.sizes for layer in model.cfg.stack(name).layers) for name in stacks}
-    kept = {name: KeptStack(sizes[name], tuple(layers)) for name, layers in stacks.items()}
-    return dataclasses.replace(whole, method="by hand", stacks={**whole.stacks, **kept})
+    plan = keep_everything(model.cfg, fingerprint(model), vp.count_params(model.cfg))
+    for name, layers in stacks.items():
+        plan = plan.keeping(name, layers)
+    return dataclasses.replace(plan, method="by hand")
 
 
 def _layers(stack: str, *gone: int) -> Callable[[Model, Path], PrunePlan]:
@@ -235,7 +234,7 @@ def _vocabulary(model: Model, folder: Path) -> PrunePlan:
     config = VocabularyConfig(
         size=model.cfg.text.vocab_size - 8, sources=(str(folder / "prompts/texts.json"),), multiple=8
     )
-    return dataclasses.replace(_plan(model), vocabulary=choose_vocabulary(folder, model.cfg, config))
+    return _plan(model).trimming(choose_vocabulary(folder, model.cfg, config))
 
 
 CUTS: dict[str, Callable[[Model, Path], PrunePlan]] = {

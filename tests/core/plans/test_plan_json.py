@@ -7,6 +7,7 @@ import pytest
 from prune_cases import EQUAL, UNEQUAL, config, depth_scores, model, width_scores
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.plans.kept import TOKENS
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, compose, keep_everything, score
 from vlmprune_jax.io.exports.pruning import make_plan
 
@@ -22,95 +23,82 @@ def test_json_round_trip_is_exact(tmp_path):
     assert PrunePlan.from_json(str(tmp_path / "deep" / "plan.json")).to_json() == text
     data = json.loads(text)
     assert data["reached"] == plan.actual_ratio
-    assert [*data["components"]["text"]["kept"]] == [*map(str, plan.kept_layers)]
+    assert next(iter(data["kept"])) == "text/layers"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.json"]
 
 
 def plan_data():
-    """(a plan as JSON, its part of the decoder)."""
     cfg = config(EQUAL)
-    data = json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
-    return data, data["components"]["text"]
+    return json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
 
 
-def widened(text, **sizes):
-    """Give every layer of a component other sizes, of which all but the last unit stay."""
-    for before, kept in zip(text["sizes_before"].values(), text["kept"].values(), strict=True):
-        before |= sizes
-        kept |= {axis: f"0-{size - 2}" for axis, size in sizes.items()}
+def sized(data, axis, size, kept=None):
+    """Give every layer this size along an axis, and perhaps these kept units."""
+    for i in range(5):
+        data["sizes_before"][f"text/{i}/{axis}"] = size
+        data["kept"] |= {f"text/{i}/{axis}": kept} if kept is not None else {}
+
+
+def keeping(**axes):
+    """A change of the kept units of layer 1."""
+    return lambda data: data["kept"].update({f"text/1/{axis}": ranges for axis, ranges in axes.items()})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, _: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
-        (lambda _, t: t.pop("kept"), "missing required field `kept`.*: plan again"),
-        (lambda d, _: d.update(format=7), "this plan has format 7, but .* reads 4: upgrade vlmprune-jax"),
-        (lambda d, _: d.update(format=3), "has format 3, but .* reads 4: make it again with `vlmprune prune`"),
-        (lambda _, t: t.update(kept={}), "no layer is kept"),
-        (lambda _, t: t.update(kept=dict(reversed(t["kept"].items()))), r"kept layers \[4, 3, 2, 1, 0\] are not incre"),
-        (lambda _, t: t["kept"].update({"5": t["kept"]["4"]}), "layers of the text stack are not numbered 0, 1"),
-        (lambda _, t: t["kept"].update({"04": t["kept"]["4"]}), "layers of the text stack are not numbered 0, 1"),
-        (lambda _, t: t["sizes_before"].pop("2"), "layers of the text stack are not numbered 0, 1"),
-        (lambda _, t: t["kept"]["1"].update(mlp="3,3"), "mlp of layer 1 of text '3' are not ascending .* below 12"),
-        (lambda _, t: t["kept"]["1"].update(mlp="3-12"), "'3-12' are not ascending ranges of numbers below 12"),
-        (lambda _, t: t["kept"]["1"].update(mlp="5-3"), "'5-3' are not ascending ranges"),
-        (lambda _, t: t["kept"]["1"].update(mlp="-1"), "'-1' are not ascending ranges"),
-        (lambda _, t: t["kept"]["1"].update(mlp="1,"), "'' are not ascending ranges"),
-        (lambda _, t: t["kept"]["1"].update(mlp="\u0663"), "are not ascending ranges"),
-        (lambda _, t: t["kept"]["1"].update(mlp=f"0-{10**30}"), "are not ascending ranges of numbers below 12"),
-        (lambda _, t: t["kept"]["1"].update(mlp=""), "neurons of layer 1 .* at least one"),
-        (lambda _, t: t["kept"]["1"].update(mlp=[1]), r"Expected `str`, got `array` - at `.*kept"),
-        (lambda _, t: t["kept"]["1"].pop("mlp"), "layer 1 has axes kv_heads, q_heads, expected kv_heads, q_heads, mlp"),
-        (lambda _, t: t["kept"]["1"].update(experts="0"), "kept axes experts of layer 1 .text stack. are missing"),
+        (lambda d: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
+        (lambda d: d.pop("kept"), "missing required field `kept`.*: plan again"),
+        (lambda d: d.update(format=7), "this plan has format 7, but .* reads 5: upgrade vlmprune-jax"),
+        (lambda d: d.update(format=4), "has format 4, but .* reads 5: make it again with `vlmprune prune`"),
+        (lambda d: d.update(kept={"text/layers": ""}), r"text/layers: kept layers \[\] are not incre"),
         (
-            lambda _, t: t["kept"]["1"].update(q_heads="0-2", kv_heads="0-1"),
-            "do not share its key/value heads .* evenly",
+            lambda d: d["kept"].update({"text/layers": "4,3"}),
+            "text/layers '3' are not ascending ranges of numbers below 5",
         ),
-        (lambda _, t: t["kept"]["1"].update(q_heads="0-1", kv_heads="1"), "do not share its key/value heads .* evenly"),
-        (lambda _, t: t["kept"].update({"": {"vocab": "0"}}), "layers of the text stack are not numbered"),
-        (lambda d, _: d.update(tokenizer="x"), "has only one of kept tokens and tokenizer digest"),
-        (lambda _, t: t["sizes_before"]["0"].update(mlp=True), "Expected `int`, got `bool`"),
+        (lambda d: d["kept"].update({"text/layers": "0,2-4"}), "text/1/.* has kept units, but layer 1 is removed"),
+        (lambda d: d["kept"].update({"text/5/mlp": "0"}), "kept axes text/5/mlp are missing in sizes_before"),
+        (lambda d: d["kept"].update({"text/01/mlp": "0"}), "kept axes text/01/mlp are missing in sizes_before"),
+        (lambda d: d["sizes_before"].update({"text/x/mlp": 3}), "'text/x/mlp' is no axis of a model"),
+        (lambda d: d["sizes_before"].update({"text/7/mlp": 3}), "layers of the text stack are not numbered 0, 1"),
+        (lambda d: d["sizes_before"].update({"text/layers": 9}), "layers of the text stack are not numbered 0, 1"),
+        (keeping(mlp="3,3"), "text/1/mlp '3' are not ascending .* below 12"),
+        (keeping(mlp="3-12"), "'3-12' are not ascending ranges of numbers below 12"),
+        (keeping(mlp="5-3"), "'5-3' are not ascending ranges"),
+        (keeping(mlp="-1"), "'-1' are not ascending ranges"),
+        (keeping(mlp="1,"), "'' are not ascending ranges"),
+        (keeping(mlp="\u0663"), "are not ascending ranges"),
+        (keeping(mlp=f"0-{10**30}"), "are not ascending ranges of numbers below 12"),
+        (keeping(mlp=""), r"text/1/mlp: kept neurons \[\] are not .* at least one"),
+        (keeping(mlp=[1]), r"Expected `str`, got `array` - at `.*kept"),
+        (keeping(experts="0"), "kept axes text/1/experts are missing"),
+        (keeping(q_heads="0-2", kv_heads="0-1"), "do not share its key/value heads .* evenly"),
+        (keeping(q_heads="0-1", kv_heads="1"), "do not share its key/value heads .* evenly"),
+        (lambda d: d.update(tokenizer="x"), "has only one of kept tokens and tokenizer digest"),
+        (lambda d: sized(d, "mlp", True), "Expected `int`, got `bool`"),
         (
-            lambda _, t: t.update(sizes_before={str(i): {} for i in range(10**5)}),
-            "Expected `object` of length <= 10001",
+            lambda d: d.update(sizes_before={f"text/{i}/mlp": 1 for i in range(10**5 + 1)}),
+            "Expected `object` of length <= 100000",
         ),
-        (lambda _, t: t["sizes_before"]["0"].update(mlp=2**24 + 1), "Expected `int` <= 16777216 - at `.*sizes_before"),
-        (lambda _, t: widened(t, mlp=2**24 - 1), "have 83,886,105 heads, neurons, .* than the maximum of 33,554,432"),
-        (
-            lambda _, t: [layers["3"].pop("kv_heads") for layers in t.values()],
-            "layer 3 has 4 query heads but 0 key/value heads",
-        ),
-        (lambda _, t: widened(t, kv_heads=8), "layer 0 has 4 query heads but 8 key/value heads, expected a divisor of"),
-        (lambda _, t: widened(t, expert_mlp=8), "layer 0 has 8 neurons of experts but 0 experts, expected a divisor"),
-        (lambda _, t: widened(t, toes=8), "layer 0 has an unknown axis 'toes' .known: kv_heads, q_heads, "),
-        (lambda d, _: d.update(asked=float("nan")), "Expected `float` >= .*asked"),
-        (lambda d, _: d.update(parameters_total=0), "Expected `int` >= 1 - at `.*parameters_total`"),
-        (lambda d, _: d.update(format=True), "Expected `int`, got `bool` - at `.*format`"),
+        (lambda d: sized(d, "mlp", 2**24 + 1), "Expected `int` <= 16777216 - at `.*sizes_before"),
+        (lambda d: sized(d, "mlp", 2**24 - 1), "has 83,8.* heads, neurons, .* than the maximum of 33,554,432"),
+        (lambda d: d["sizes_before"].pop("text/3/kv_heads"), "layer 3 has 4 query heads but 0 key/value heads"),
+        (lambda d: sized(d, "kv_heads", 8), "layer 0 has 4 query heads but 8 key/value heads, expected a divisor of"),
+        (lambda d: sized(d, "expert_mlp", 8), "layer 0 has 8 neurons of experts but 0 experts, expected a divisor"),
+        (lambda d: sized(d, "toes", 8), "'text/0/toes' is no axis of a model"),
+        (lambda d: d.update(asked=float("nan")), "Expected `float` >= .*asked"),
+        (lambda d: d.update(parameters_total=0), "Expected `int` >= 1 - at `.*parameters_total`"),
+        (lambda d: d.update(format=True), "Expected `int`, got `bool` - at `.*format`"),
+        (lambda d: d.update(sizes_before={"vision/layers": 1, "vision/0/mlp": 2}, kept={}), "expected text among them"),
+        (lambda d: d.update(sizes_before=[1]), "Expected `object`, got `array` - at `.*sizes_before`"),
     ],
 )
 def test_from_json_refuses(tmp_path, change, message):
-    data, text = plan_data()
-    change(data, text)
+    data = plan_data()
+    change(data)
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
         PrunePlan.from_json(tmp_path / "plan.json")
-
-
-@pytest.mark.parametrize(
-    ("components", "message"),
-    [
-        (lambda t: {"vision": t}, "components are vision, expected text among them"),
-        (lambda t: [t], "Expected `object`, got `array` - at `.*components`"),
-    ],
-)
-def test_from_json_refuses_components(components, message):
-    data, text = plan_data()
-    with pytest.raises(UserError, match=f"plan JSON: .*{message}"):
-        PrunePlan.from_json(json.dumps(data | {"components": components(text)}))
-
-
-# The tower ------------------------------------------------------------------------------------------------------------
 
 
 def test_from_json_refuses_files_that_are_not_plans(tmp_path):
@@ -126,29 +114,30 @@ def test_from_json_refuses_files_that_are_not_plans(tmp_path):
 def test_a_plan_that_lists_many_heads_is_checked_at_once():
     """Not each with each."""
     many = 40_000
-    data, text = plan_data()
-    text["sizes_before"] = {"0": {"kv_heads": many, "q_heads": many, "mlp": 1}}
-    text["kept"] = {"0": {"kv_heads": f"0-{many - 1}", "q_heads": f"0-{many - 1}", "mlp": "0"}}
-    assert PrunePlan.from_json(json.dumps(data)).layers[0].sizes == text["sizes_before"]["0"]
-    text["kept"]["0"]["q_heads"] = f"0-{many - 2}"
+    data = plan_data()
+    sizes = {"text/0/kv_heads": many, "text/0/q_heads": many, "text/0/mlp": 1}
+    data |= {"sizes_before": {"text/layers": 1, **sizes}, "kept": {}}
+    assert PrunePlan.from_json(json.dumps(data)).layers[0].sizes == {"kv_heads": many, "q_heads": many, "mlp": 1}
+    data["kept"] = {"text/0/q_heads": f"0-{many - 2}"}
     with pytest.raises(UserError, match="do not share its key/value heads") as error:
         PrunePlan.from_json(json.dumps(data))
     assert len(str(error.value)) <= 2000
 
 
 def test_vocabularies_compose_and_are_ranges_in_json():
-    first, second = KeptVocabulary(10, (0, 2, 3, 7), "first"), KeptVocabulary(4, (1, 3), "second")
+    first, second = KeptVocabulary(61, (0, 2, 3, 7), "first"), KeptVocabulary(4, (1, 3), "second")
     plan = keep_everything(config(), "f", 100)
-    both = compose(dataclasses.replace(plan, vocabulary=first), dataclasses.replace(plan, vocabulary=second))
-    assert both.vocabulary == KeptVocabulary(10, (2, 7), "first")
-    assert compose(dataclasses.replace(plan, vocabulary=first), plan).vocabulary == first
-    with pytest.raises(UserError, match="the second plan is for another vocabulary than the first plan leaves"):
-        compose(dataclasses.replace(plan, vocabulary=first), dataclasses.replace(plan, vocabulary=first))
-    text = dataclasses.replace(plan, vocabulary=first).to_json()
+    rest = dataclasses.replace(plan, sizes_before={**plan.sizes_before, TOKENS: 4})
+    both = compose(plan.trimming(first), plan.trimming(second))
+    assert both.vocabulary == KeptVocabulary(61, (2, 7), "first")
+    assert compose(plan.trimming(first), rest).vocabulary == first
+    with pytest.raises(UserError, match="make the second plan for the model that the first plan leaves"):
+        compose(plan.trimming(first), plan.trimming(first))
+    text = plan.trimming(first).to_json()
     data = json.loads(text)
-    assert (data["tokenizer"], data["components"]["text"]["kept"][""]) == ("first", {"vocab": "0,2-3,7"})
+    assert (data["tokenizer"], data["kept"]) == ("first", {"text/vocab": "0,2-3,7"})
     assert PrunePlan.from_json(text).vocabulary == first
     for kept in (f"0-{2**31 - 1}", "3,0", "2-1", "0-1,1"):
-        data["components"]["text"]["kept"][""]["vocab"] = kept
-        with pytest.raises(UserError, match=r"vocab of text .* are not ascending ranges of numbers below 10"):
+        data["kept"]["text/vocab"] = kept
+        with pytest.raises(UserError, match=r"text/vocab .* are not ascending ranges of numbers below 61"):
             PrunePlan.from_json(json.dumps(data))

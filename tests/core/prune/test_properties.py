@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, batch, config, depth_scores, kept_stack, kept_units, model, width_scores
+from prune_cases import EQUAL, batch, config, depth_scores, hand_plan, kept_units, model, width_scores
 from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.prune import PrunePlan, compose, keep_everything, score
+from vlmprune_jax.core.prune import compose, keep_everything, score
 from vlmprune_jax.io.exports.pruning import make_plan
 
 shapes = st.builds(lambda kv, group, mlp: decoder_layer(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))
@@ -57,8 +57,9 @@ def test_of_more_that_is_asked_for_no_more_stays(layers, gqa, seed):
 @st.composite
 def successive(draw):
     """Three plans by hand, each for what the one before leaves."""
-    layers, left, before, plans = tuple(draw(st.lists(shapes, min_size=2, max_size=4))), 9000, 10_000, []
+    cfg, plans = config(tuple(draw(st.lists(shapes, min_size=2, max_size=4)))), []
     for step in range(3):
+        layers = cfg.text.layers
         alive = sorted(draw(st.sets(st.sampled_from(range(len(layers))), min_size=1)))
         kept = []
         for i in alive:
@@ -68,9 +69,8 @@ def successive(draw):
             neurons = sorted(draw(st.sets(st.sampled_from(range(shape.channel.mlp)), min_size=1)))
             q = [head * group + r for head in kv for r in range(group)]
             kept.append(kept_units(i, tuple(q), tuple(kv), tuple(neurons)))
-        stack = kept_stack(layers, kept)
-        plans.append(PrunePlan(f"f{step}", "hybrid", f"c{step}", {"text": stack}, before, left, before))
-        layers, before, left = stack.of(layers), left, left - 1000
+        plans.append(hand_plan(cfg, f"f{step}", "hybrid", f"c{step}", text=kept))
+        cfg = plans[-1].apply_to(cfg)
     return plans
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import decoder_values
-from hf_cases import keep_layers, prune, random_ids
+from hf_cases import keep_layers, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, config, kept_units, missing, model, on_mesh, plan_for, rows
+from prune_cases import EQUAL, UNEQUAL, config, hand_plan, kept_units, missing, model, on_mesh, plan_for, rows
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
@@ -242,9 +242,7 @@ def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkey
     pruned, plan = keep_layers(teacher, kept)
     if family == "qwen3_vl":
         tower = [kept_units(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
-        stacks = {**plan.stacks, "vision": prune(teacher, tower, "vision")[1].stacks["vision"]}
-        after = count_params(dataclasses.replace(plan, stacks=stacks).apply_to(teacher.cfg))
-        plan = dataclasses.replace(plan, stacks=stacks, parameters_after=after)
+        plan = hand_plan(teacher.cfg, plan.fingerprint, text=plan.layers, vision=tower)
         pruned = apply_plan(teacher, plan)
     vp.prune_folder(folder, plan, tmp_path / "pruned")
     batches = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, batch, config, kept_stack, kept_units, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, batch, config, hand_plan, kept_units, model, on_mesh
 from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.base.errors import UserError
@@ -23,7 +23,7 @@ from vlmprune_jax.core.models.params import (
     unstack_layers,
 )
 from vlmprune_jax.core.models.vlm import Model, forward
-from vlmprune_jax.core.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, compose, fingerprint, keep_everything
+from vlmprune_jax.core.prune import KeptLayer, PrunePlan, apply_plan, compose, fingerprint, keep_everything
 from vlmprune_jax.core.sections import LoraConfig
 
 TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
@@ -34,11 +34,7 @@ OUTPUTS = {"text": ("self_attn/o_proj", "mlp/down_proj"), "vision": ("self_attn/
 
 
 def plan_for(one: Model, layers, stack="text") -> PrunePlan:
-    before = count_params(one.cfg)
-    kept = kept_stack(one.cfg.stack(stack).layers, layers)
-    after = count_params(one.cfg.with_layers(kept.of(one.cfg.stack(stack).layers), stack))
-    stacks = {"text": KeptStack.whole(one.cfg.text.layers), stack: kept}
-    return PrunePlan(fingerprint(one), "width", "test", stacks, before, after, parameters_total=before)
+    return hand_plan(one.cfg, fingerprint(one), "width", "test", **{stack: layers})
 
 
 @st.composite

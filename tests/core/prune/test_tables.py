@@ -107,6 +107,6 @@ def test_overlaps_of_plans_and_plans_that_have_none(tmp_path, capsys):
     assert main(["diff", str(tmp_path / "a"), str(tmp_path)]) == 2
     assert "plan.json: no such plan" in capsys.readouterr().err
     data = json.loads((tmp_path / "a/plan.json").read_text())
-    del data["components"]["text"]["sizes_before"]["4"]
+    del data["sizes_before"]["text/4/mlp"]
     (tmp_path / "b/plan.json").write_text(json.dumps(data))
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 2

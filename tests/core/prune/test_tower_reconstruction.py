@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from block_cases import tower_values
 from media_cases import packed
-from prune_cases import EQUAL, config, kept_stack, kept_units, model
+from prune_cases import EQUAL, config, hand_plan, kept_units, model
 from stack_cases import tower_layer, with_facts
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import PatchConfig
-from vlmprune_jax.core.models.params import count_params, flatten
+from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
-from vlmprune_jax.core.prune import KeptStack, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.core.prune import apply_plan, fingerprint
 from vlmprune_jax.core.prune.reconstruction import layers_to_solve, reconstruct
 
 TOWER = (tower_layer(2, 2, 10),) * 4
@@ -37,13 +37,7 @@ def seeing(**changes):
 
 def plan_for(teacher, **stacks):
     """A plan that keeps these layers of stacks, and all others whole."""
-    kept = {
-        name: kept_stack(stack.layers, stacks[name]) if name in stacks else KeptStack.whole(stack.layers)
-        for name, stack in teacher.cfg.stacks.items()
-    }
-    plan = PrunePlan(fingerprint(teacher), "hybrid", "none", kept, 1, 1, 1)
-    before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
-    return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
+    return hand_plan(teacher.cfg, fingerprint(teacher), **stacks)
 
 
 def rows(number=16, seed=0, same=False):

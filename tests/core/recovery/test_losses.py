@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
-from prune_cases import kept_stack, kept_units
+from prune_cases import hand_plan, kept_units
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.inputs import check_batch
@@ -75,7 +75,7 @@ def _plan(teacher, facts) -> PrunePlan:
             heads, neurons = tuple(facts["kept_heads"][str(i)]), tuple(facts["kept_neurons"][str(i)])
             whole = kept_units(i, heads, heads, neurons)
         layers.append(whole)
-    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": kept_stack(shapes, layers)}, 1, 1, 1)
+    return hand_plan(teacher.cfg, fingerprint(teacher), "depth", "golden", text=layers)
 
 
 def _expand(arrays, n: int) -> dict[str, jax.Array]:

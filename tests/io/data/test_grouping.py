@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.recovery.program import shapes_of
+from vlmprune_jax.core.recovery.loop import shapes_of
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure, slots_of
 from vlmprune_jax.io.data.grouping import MEGABATCH, grouped_order

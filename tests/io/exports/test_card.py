@@ -59,8 +59,7 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     model = open_model(goldens / "families/gemma4/ckpt")
     before = count_params(model.cfg)
     plan = dataclasses.replace(keep_everything(model.cfg, "0" * 64, before), method="depth")
-    kept = dataclasses.replace(plan.stacks["text"], layers=plan.layers[:1] + plan.layers[2:])
-    plan = dataclasses.replace(plan, stacks={**plan.stacks, "text": kept})
+    plan = plan.keeping("text", plan.layers[:1] + plan.layers[2:])
     plan.to_json(tmp_path / "plan.json")
     write_card(
         tmp_path,

@@ -16,7 +16,7 @@ from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_pl
 import vlmprune_jax as vp
 from vlmprune_jax.base.budget import Budget
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint
+from vlmprune_jax.core.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint, keep_everything
 from vlmprune_jax.core.prune.cost import make_measure
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -106,15 +106,11 @@ def test_one_plan_of_layers_and_tokens(folder, model, sources):
     tokens = dataclasses.replace(
         vocabulary_plan(folder, sources, 440), fingerprint=fingerprint(vp.apply_plan(model, one))
     )
-    first = dataclasses.replace(one, vocabulary=None)
     second = dataclasses.replace(
-        tokens,
-        stacks={"text": dataclasses.replace(tokens.stacks["text"], sizes_before=first.stacks["text"].sizes,
-                                            layers=tokens.stacks["text"].layers[:-1])},
-        parameters_before=first.parameters_after,
+        keep_everything(one.apply_to(model.cfg), tokens.fingerprint, one.parameters_after).trimming(tokens.vocabulary),
         parameters_after=plan.parameters_after,
-    )  # fmt: skip
-    both = compose(first, second)
+    )
+    both = compose(one, second)
     assert (both.stacks, both.vocabulary) == (plan.stacks, plan.vocabulary)
 
 
@@ -178,7 +174,7 @@ def test_kept_lists_made_by_hand_are_checked(folder, model, sources, tmp_path):
         (tokenizer.convert_tokens_to_ids("<pad>"), r"token 602, the model's pad_token_id, is not kept"),
         (part, "from which kept tokens are merged"),
     ):
-        wrong = dataclasses.replace(plan, vocabulary=without(plan.vocabulary, dropped))
+        wrong = plan.trimming(without(plan.vocabulary, dropped))
         with pytest.raises(UserError, match=message):
             prune_folder(folder, wrong, tmp_path / "out")
 
@@ -191,7 +187,7 @@ def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_pat
     token = load_tokenizer(folder)(" statement")["input_ids"][0]
     plan = vocabulary_plan(tmp_path / "model", sources, 440)
     assert token in plan.vocabulary.kept
-    wrong = dataclasses.replace(plan, vocabulary=without(plan.vocabulary, token))
+    wrong = plan.trimming(without(plan.vocabulary, token))
     with pytest.raises(UserError, match=r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"):
         prune_folder(tmp_path / "model", wrong, tmp_path / "out")
 

@@ -1,11 +1,11 @@
-"""Kept parts of a model by original numbers: layers with their heads and neurons, and tokens of the vocabulary."""
+"""Views of a plan's kept units, by layer and as token ids, and the check of kept units; no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer, keep_layers
-from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import AXES, LAYERS, VOCAB, Key
 
 Sizes = Mapping[str, int]  # {axis: number of units} of one layer
 Units = Mapping[str, tuple[int, ...]]  # {axis: sorted original indices} of one layer
+TOKENS = Key("text", None, VOCAB)
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,16 @@ class KeptLayer:
         """Number of kept units by axis."""
         return {axis: len(indices) for axis, indices in self.kept.items()}
 
-    def then(self, second: KeptLayer) -> KeptLayer:
-        """Combine two successive prunings of a layer (first this, then `second`) into one entry."""
-        return KeptLayer(self.index, {axis: _pick(self.kept[axis], chosen) for axis, chosen in second.kept.items()})
-
 
 @dataclass(frozen=True)
 class KeptStack:
-    """Kept layers and units of one component (decoder or tower)."""
+    """View of the layers and units that a plan keeps of one component (decoder or tower), `PrunePlan.stacks`."""
 
     sizes_before: tuple[Sizes, ...]
     """Sizes of all layers before pruning, by axis."""
 
     layers: tuple[KeptLayer, ...]
     """One entry per kept layer, ascending."""
-
-    def __post_init__(self) -> None:
-        problem = _inconsistency(self.sizes_before, self.layers)
-        if problem:
-            raise UserError(f"prune plan: {problem}")
-
-    @classmethod
-    def whole(cls, layers: Sequence[Layer]) -> KeptStack:
-        """Return the plan entry of a component (decoder or tower) that keeps all its layers and units."""
-        sizes = tuple(layer.sizes for layer in layers)
-        return cls(sizes, tuple(KeptLayer.whole(i, layer) for i, layer in enumerate(layers)))
 
     @property
     def is_whole(self) -> bool:
@@ -86,15 +72,6 @@ class KeptStack:
         """Original numbers of the removed layers."""
         return tuple(sorted(set(range(len(self.sizes_before))) - set(self.kept_layers)))
 
-    def of(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        """Apply the plan to a component's `layers`: return the kept layers with their sizes after pruning."""
-        kept = keep_layers(layers, self.kept_layers)
-        return tuple(layer.resized(entry.sizes) for layer, entry in zip(kept, self.layers, strict=True))
-
-    def then(self, second: KeptStack) -> KeptStack:
-        """Combine two successive prunings of a component (first this, then `second`) into one entry."""
-        return KeptStack(self.sizes_before, tuple(self.layers[layer.index].then(layer) for layer in second.layers))
-
 
 # Fields of a `ModelConfig` with ids of tokens.
 TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", "video_token_id")
@@ -110,13 +87,6 @@ class KeptVocabulary:
     rows_before: int
     kept: tuple[int, ...]
     tokenizer: str
-
-    def __post_init__(self) -> None:
-        if not self.kept or not _increasing(self.kept, self.rows_before):
-            raise UserError(
-                f"prune plan: kept tokens {_listed(self.kept)} are not ascending ids below {self.rows_before:,}, the "
-                "size of the vocabulary: plan again"
-            )
 
     @functools.cached_property
     def new_ids(self) -> dict[int, int]:
@@ -142,14 +112,6 @@ class KeptVocabulary:
         text = dataclasses.replace(cfg.text, vocab_size=len(self.kept))
         return dataclasses.replace(cfg, text=text, **changes)
 
-    def then(self, second: KeptVocabulary) -> KeptVocabulary:
-        """Combine two successive trimmings of a vocabulary; raise UserError if their sizes disagree."""
-        if second.rows_before != len(self.kept):
-            raise UserError(
-                "the plans cannot be composed: the second plan is for another vocabulary than the first plan leaves"
-            )
-        return dataclasses.replace(self, kept=_pick(self.kept, second.kept))
-
     def _renumbered(self, name: str, ids: Any) -> Any:
         if isinstance(ids, tuple):
             return tuple(self._renumbered(name, i) for i in ids)
@@ -160,65 +122,76 @@ class KeptVocabulary:
         return self.new_ids[ids]
 
 
-def _inconsistency(before: Sequence[Sizes], layers: Sequence[KeptLayer]) -> str | None:
-    """Return why a plan's kept layers and units do not fit the component; None if they do."""
-    if not layers:
-        return "no layer is kept"
-    indices = [layer.index for layer in layers]
-    if not _increasing(indices, len(before)):
-        return f"kept layers {_listed(indices)} are not increasing numbers below {len(before)}"
-    if problem := next((f"layer {i} {problem}" for i, sizes in enumerate(before) if (problem := _misfit(sizes))), None):
-        return problem
-    for layer in layers:
-        sizes = before[layer.index]
-        if layer.kept.keys() != sizes.keys():
-            return f"layer {layer.index} has axes {', '.join(layer.kept)}, expected {', '.join(sizes)}"
-        kept = {axis: np.asarray(layer.kept[axis]) for axis in sizes}
-        for axis, size in sizes.items():
-            if not len(kept[axis]) or not _increasing(kept[axis], size):
-                return (
-                    f"{AXES[axis].title} of layer {layer.index} are not increasing numbers below {size}, at least one"
-                )
-            parent = AXES[axis].parent
-            problem = parent and _split_families(axis, kept[axis], kept[parent], size // sizes[parent])
-            if problem:
-                return f"layer {layer.index} {problem}"
-    return None
+def axis_sizes(cfg: ModelConfig, components: Iterable[str]) -> dict[Key, int]:
+    """Return the number of units along every prunable axis of these components."""
+    sizes = dict[Key, int]()
+    for name in dict.fromkeys(components):
+        layers = cfg.stack(name).layers
+        sizes[Key(name, None, LAYERS)] = len(layers)
+        sizes |= {TOKENS: cfg.text.vocab_size} if name == TOKENS.component else {}
+        sizes |= {Key(name, i, axis): size for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
+    return sizes
 
 
-def _misfit(sizes: Sizes) -> str | None:
-    """Return why no layer has these axes and sizes; None if a layer can."""
-    for name, size in sizes.items():
-        if name not in AXES:
-            return f"has an unknown axis {name[:64]!r} (known: {', '.join(AXES)})"
-        axis, parents = AXES[name], sizes.get(AXES[name].parent, 0)
-        if axis.parent and (not parents or size % parents):
-            owners = f"{parents:,} {AXES[axis.parent].title}"
-            return f"has {size:,} {axis.title} but {owners}, expected a divisor of {size:,}"
-    return None
+def kept_units(component: str, layers: Sequence[KeptLayer]) -> dict[Key, tuple[int, ...]]:
+    """Return the kept units of a component by axis, from the entries of its kept layers."""
+    units = {Key(component, x.index, axis): indices for x in layers for axis, indices in x.kept.items()}
+    return {Key(component, None, LAYERS): tuple(layer.index for layer in layers), **units}
 
 
-def _split_families(axis: str, children: np.ndarray, parents: np.ndarray, group: int) -> str | None:
-    """Return why kept parents (key/value heads) own unequal numbers of kept children (query heads); None if equal."""
-    owners, counts = np.unique(children // group, return_counts=True)
-    if np.array_equal(owners, parents) and (counts == counts[0]).all():
+def check_units(before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> None:
+    """Raise UserError if kept units do not fit the sizes before pruning."""
+    if problem := _inconsistency(before, kept):
+        raise UserError(f"prune plan: {problem}")
+
+
+def _inconsistency(before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> str | None:
+    components = {key.component: set[int]() for key in before}
+    for key in before:
+        if key.layer is not None:
+            components[key.component].add(key.layer)
+    if TOKENS.component not in components:
+        return f"components are {', '.join(components)}, expected text among them"
+    for name, numbers in components.items():
+        count = before.get(Key(name, None, LAYERS), 0)
+        if len(numbers) != count or max(numbers, default=-1) != count - 1:
+            return f"layers of the {name} stack are not numbered 0, 1, 2, ... up to {count - 1}"
+    if unknown := kept.keys() - before.keys():
+        return f"kept axes {', '.join(sorted(map(str, unknown)))} are missing in sizes_before"
+    left = {name: set(kept.get(Key(name, None, LAYERS), numbers)) for name, numbers in components.items()}
+    for key, indices in kept.items():
+        if not len(indices) or not (np.diff(indices, prepend=-1, append=before[key]) > 0).all():
+            title = {LAYERS: "layers", VOCAB: "tokens"}.get(key.axis) or AXES[key.axis].title
+            return (
+                f"{key}: kept {title} {_listed(indices)} are not increasing numbers below {before[key]:,}, at least one"
+            )
+        if key.layer is not None and key.layer not in left[key.component]:
+            return f"{key} has kept units, but layer {key.layer} is removed"
+    return next((problem for key in before if (problem := _split_families(key, before, kept))), None)
+
+
+def _split_families(key: Key, before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> str | None:
+    """Return why units of a child axis and of its parent axis do not go together; None if they do."""
+    axis = AXES.get(key.axis)
+    if axis is None or not axis.parent:
         return None
-    title, parent = AXES[axis].title, AXES[AXES[axis].parent].title
+    owner, title = key._replace(axis=axis.parent), AXES[axis.parent].title
+    size, owners = before[key], before.get(owner, 0)
+    if not owners or size % owners:
+        return f"layer {key.layer} has {size:,} {axis.title} but {owners:,} {title}, expected a divisor of {size:,}"
+    if key not in kept and owner not in kept:
+        return None
+    children, parents = kept.get(key, range(size)), kept.get(owner, range(owners))
+    owning, counts = np.unique(np.asarray(children) // (size // owners), return_counts=True)
+    if np.array_equal(owning, parents) and (counts == counts[0]).all():
+        return None
     return (
-        f"keeps {title} {_listed(children)} that do not share its {parent} {_listed(parents)} evenly "
-        f"(groups of {group})"
+        f"layer {key.layer} keeps {axis.title} {_listed(children)} that do not share its {title} {_listed(parents)} "
+        f"evenly (groups of {size // owners})"
     )
 
 
-def _listed(indices: Sequence[int] | np.ndarray) -> str:
+def _listed(indices: Sequence[int]) -> str:
     """Format a list of numbers for messages; long lists are shortened to the first 64."""
     indices = np.asarray(indices).tolist()
     return str(indices) if len(indices) <= 64 else f"{str(indices[:64])[:-1]}, ... {len(indices):,} in all]"
-
-
-def _increasing(indices: Sequence[int] | np.ndarray, size: int) -> bool:
-    return bool((np.diff(indices, prepend=-1, append=size) > 0).all())
-
-
-def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
-    return tuple(indices[i] for i in chosen)

@@ -22,8 +22,11 @@ from vlmprune_jax.base.settings import (
 )
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import ENGINES
+from vlmprune_jax.core.part import LAYERS
 
-METHODS = ("depth", "width", "hybrid", "experts")
+WIDTHS = "widths"  # heads and neurons: all axes with scores inside layers that are not parents of others
+# Method -> axes that it prunes, in order.
+METHODS = {"depth": (LAYERS,), "width": (WIDTHS,), "hybrid": (LAYERS, WIDTHS), "experts": ("experts",)}
 # Method -> settings that it takes as a target in place of a ratio.
 METHOD_TARGETS = {
     "depth": ("layers_removed", "layers"),
@@ -61,8 +64,6 @@ _LACKS = {
     "hybrid": ("layers", "sparsity", "base"),
     "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
 }
-# Method -> axes whose units it removes; other methods remove units along the scored axes.
-METHOD_AXES = {"experts": ("experts",)}
 # Criteria by name; `prune.criteria`, which needs jax, fills it. A user's file adds its own by assignment.
 CRITERIA: Registry[Any] = Registry("criteria")
 
@@ -152,7 +153,7 @@ class ScoreConfig:
 
     def criteria(self, method: str) -> tuple[str, ...]:
         """Return the criteria that a pruning method needs, that of layers before that of widths."""
-        return {"depth": (self.depth,), "hybrid": (self.depth, self.width)}.get(method, (self.width,))
+        return tuple(self.depth if axis == LAYERS else self.width for axis in METHODS.get(method, (WIDTHS,)))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     def step_ms(now: ModelConfig) -> float:
         weights = sum(sizes["text"].active(layer, budget.batch) for layer in now.text.layers) + head // 2
         products_of = sum(products["text"].active(layer) for layer in now.text.layers)
-        flops = 2 * products_of + head + _attention_of_token(now.text, context)
+        attention = sum(layer.mixer.mixing_flops(context, last=True) for layer in now.text.layers)
+        flops = 2 * products_of + head + attention
         traffic = itemsize * (weights + budget.batch * cache_size(now.text, context))
         seconds = chip.seconds(budget.batch * flops / devices, traffic / devices, 0)
         return 1000 * max(seconds.values())
@@ -133,11 +134,6 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs]) -> int:
 def cache_size(text: Stack, context: int) -> int:
     """Return the number of values that generation caches per sequence (keys and values, or recurrent states)."""
     return sum(layer.mixer.state_size(context) for layer in text.layers)
-
-
-def _attention_of_token(text: Stack, context: int) -> int:
-    """Return the FLOPs of attention (and other mixers) for the last token of a sequence, without weight products."""
-    return sum(layer.mixer.mixing_flops(context, last=True) for layer in text.layers)
 
 
 def _forward_of_layers(

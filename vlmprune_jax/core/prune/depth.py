@@ -11,6 +11,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import keep_layers
 from vlmprune_jax.core.limits import why_no_class, why_not
+from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.prune.scores import Scores
@@ -29,9 +30,15 @@ def choose_layers(
     protect, layers_removed = _protected(cfg, config, stack), config.layers_removed
     shapes, n_layers = cfg.stack(stack).layers, len(cfg.stack(stack).layers)
     reason_of = functools.partial(_reason, cfg, stack, config.loads_in)
+    importance = scores.values[Key(stack, None, LAYERS)]
     if scores.span is not None:
-        return _block(scores, scores.span, protect, ratio, layers_removed, reason_of)
-    wanted = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
+        if ratio is not None or layers_removed not in (None, scores.span):
+            raise UserError(
+                f"these {scores.criterion} scores are for removing {scores.span} consecutive layers: use "
+                f"layers_removed={scores.span}, or score again"
+            )
+        return _block(importance, scores.span, protect, reason_of)
+    wanted = [int(i) for i in np.argsort(importance, kind="stable") if int(i) not in protect]
     order, reason = _legal(wanted, reason_of)
     most = min(len(order), n_layers - max(1, _features(cfg, stack)))
     kept = f"{len(protect)} protected" + (f"; {reason}" if reason and most == len(order) else "")
@@ -80,7 +87,7 @@ def _features(cfg: ModelConfig, stack: str) -> int:
 def _protected(cfg: ModelConfig, config: PlanConfig, stack: str) -> set[int]:
     """Return the layers that must stay; raise UserError for those that do not exist, or a tower of which all must."""
     stack_cfg = cfg.stack(stack)
-    if stack == "vision" and cfg.deepstack:
+    if getattr(stack_cfg, "deepstack", ()):
         raise UserError(
             f"layers of this vision tower cannot be removed, because features of {cfg.deepstack} of them enter decoder "
             'layers (deepstack): use method "width", or prune the decoder'
@@ -99,7 +106,7 @@ def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collecti
     """Return why transformers or a required engine cannot load a model without these layers; None if all can."""
     layers = cfg.stack(stack).layers
     shapes = keep_layers(layers, [number for number in range(len(layers)) if number not in gone])
-    if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
+    if len(shapes) < max(1, _features(cfg, stack)):
         return ""  # a layer must be left, and one for each level of deepstack features
     left = cfg.with_layers(shapes, stack)
     if why_no_class(cfg) is None and (problem := why_no_class(left)) is not None:
@@ -133,24 +140,13 @@ def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int |
 
 
 def _block(
-    scores: Scores,
-    size: int,
-    protect: set[int],
-    ratio: float | None,
-    layers_removed: int | None,
-    reason_of: Callable[[Collection[int]], str | None],
+    importance: np.ndarray, size: int, protect: set[int], reason_of: Callable[[Collection[int]], str | None]
 ) -> tuple[int, ...]:
     """Return the block of `size` consecutive layers with the lowest score."""
-    if ratio is not None or layers_removed not in (None, size):
-        raise UserError(
-            f"these {scores.criterion} scores are for removing {size} consecutive layers: use "
-            f"layers_removed={size}, or "
-            "score again"
-        )
     reason = None
-    for start in map(int, np.argsort(scores.layers, kind="stable")):
+    for start in map(int, np.argsort(importance, kind="stable")):
         block = range(start, start + size)
-        if np.isfinite(scores.layers[start]) and not protect.intersection(block):
+        if np.isfinite(importance[start]) and not protect.intersection(block):
             reason = reason_of(block)
             if reason is None:
                 return tuple(block)

@@ -16,6 +16,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.part import AXES, LAYERS, Key
+from vlmprune_jax.core.plans.kept import axis_sizes
 from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
 from vlmprune_jax.core.prune.criteria import scoring
 from vlmprune_jax.core.prune.routing import Routing
@@ -124,9 +125,19 @@ class Scores:
     @property
     def layers(self) -> np.ndarray:
         """Scores of whole layers, float64[n_layers]; raise UserError if the criterion scores only units of layers."""
-        for array in self.along(LAYERS):
-            return array
-        raise UserError(f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}")
+        self.check_scored(LAYERS)
+        return self.along(LAYERS)[0]
+
+    def check_scored(self, axis: str) -> None:
+        """Raise UserError unless there are scores of layers (axis "layers") or of units inside layers (other axes)."""
+        if axis == LAYERS and not self.along(LAYERS):
+            raise UserError(
+                f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}"
+            )
+        if axis != LAYERS and not self.axes:
+            raise UserError(
+                f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to an `.npz` file (without pickle), atomically."""
@@ -173,18 +184,11 @@ class Scores:
         return arrays
 
 
-def shapes_in(cfg: ModelConfig, component: str) -> dict[Key, tuple[int]]:
-    """Return {key: (units,)} for the layers of a component and every prunable axis of these layers."""
-    layers = cfg.stack(component).layers
-    units = {Key(component, i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
-    return {Key(component, None, LAYERS): (len(layers),), **units}
-
-
 def fits_model(values: Values, cfg: ModelConfig) -> bool:
     """Return True if scores have the model's sizes, and include every layer of a component that has a scored axis."""
     scored = {(key.component, key.axis) for key in values}
-    shapes = {key: shape for name in {name for name, _ in scored} for key, shape in shapes_in(cfg, name).items()}
-    expected = {key: shape for key, shape in shapes.items() if (key.component, key.axis) in scored}
+    sizes = axis_sizes(cfg, (name for name, _ in scored))
+    expected = {key: (size,) for key, size in sizes.items() if (key.component, key.axis) in scored}
     return {key: np.shape(array) for key, array in values.items()} == expected
 
 

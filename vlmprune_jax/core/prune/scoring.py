@@ -17,7 +17,8 @@ from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.part import Key
+from vlmprune_jax.core.part import VOCAB, Key
+from vlmprune_jax.core.plans.kept import axis_sizes
 from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens, grouped, visit_layers
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.calibration import (
@@ -34,7 +35,7 @@ from vlmprune_jax.core.prune.criteria import CRITERIA
 from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, taken
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.routing import Routing, measure_routing
-from vlmprune_jax.core.prune.scores import Scores, fits_model, shapes_in
+from vlmprune_jax.core.prune.scores import Scores, fits_model
 from vlmprune_jax.core.prune.stream import on_devices
 
 # Options that change how scores are computed, but not the scores.
@@ -203,7 +204,7 @@ def _check(name: str, chosen: Criterion, values: Values, cfg: ModelConfig, compo
     keyed = all(isinstance(key, Key) for key in values)
     if keyed and fits_model(values, cfg) and {(key.component, key.layer is not None) for key in values} == declared:
         return
-    shapes = shapes_in(cfg, component).items()
-    expected = {str(key): shape for key, shape in shapes if (component, key.layer is not None) in declared}
+    sizes = {key: size for key, size in axis_sizes(cfg, [component]).items() if key.axis != VOCAB}
+    expected = {str(key): (size,) for key, size in sizes.items() if (component, key.layer is not None) in declared}
     returned = {str(key): np.shape(array) for key, array in values.items()}
     raise UserError(f"criterion {name!r} returns scores of shapes {returned}, expected shapes among {expected}")

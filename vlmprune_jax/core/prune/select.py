@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlmprune_jax.base.budget import Budget
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import check_loads, keeps_heads
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.plans.kept import KeptStack, KeptVocabulary
+from vlmprune_jax.core.part import AXES, LAYERS, Key
+from vlmprune_jax.core.plans.kept import TOKENS, KeptLayer, KeptVocabulary
 from vlmprune_jax.core.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
-from vlmprune_jax.core.prune.config import METHOD_TARGETS, PlanConfig, VocabularyConfig
+from vlmprune_jax.core.prune.config import METHOD_TARGETS, METHODS, PlanConfig
 from vlmprune_jax.core.prune.cost import least_ratio, make_measure
 from vlmprune_jax.core.prune.depth import check_listed, choose_layers
 from vlmprune_jax.core.prune.fingerprints import shape_digest
@@ -24,206 +23,188 @@ from vlmprune_jax.core.prune.scores import Scores, fits_model
 from vlmprune_jax.core.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
 LISTED = "listed layers"  # in place of a criterion, in plans that remove the layers of `prune.layers`
-# Settings with layer numbers or counts, which fit one stack only.
-OF_ONE_STACK = ("layers_removed", "layers", "protect", "attn_layers", "mlp_layers")
 
 
-def plan_without_scores(trim: Trim, fingerprint: str, cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+def plan_without_scores(
+    fingerprint: str, cfg: ModelConfig, config: PlanConfig, vocabulary: KeptVocabulary | None
+) -> PrunePlan:
     """Return a plan that trims the vocabulary and removes the layers in `config.layers`.
 
     Raises UserError if one of these layers cannot be removed.
     """
-    plan, stacks = keep_everything(cfg, fingerprint, count_params(cfg)), {"text": KeptStack.whole(cfg.text.layers)}
-    engines = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel} if config.loads_in else {}
-    plan = dataclasses.replace(plan, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
+    plan = trimmed_plan(
+        cfg, fingerprint, vocabulary, (config.stack,) if config.layers and config.stack != "both" else ()
+    )
+    if config.loads_in:
+        options = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel}
+        plan = dataclasses.replace(plan, options=options)
     if config.layers:
         if config.stack == "both":
             raise UserError('prune.layers lists layers of one stack: set prune.stack to "text" or "vision"')
         check_listed(cfg, config)
-        layers = cfg.stack(config.stack).layers
-        kept = tuple(kept_layer(i, {}, layer) for i, layer in enumerate(layers) if i not in config.layers)
-        stacks = {**stacks, config.stack: KeptStack(tuple(layer.sizes for layer in layers), kept)}
-        options = _recorded(config, cfg)
-        plan = dataclasses.replace(plan, method=config.method, criterion=LISTED, stacks=stacks, options=options)
-        plan = dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(cfg)))
-    plan = trim.attach(plan)
-    check_loads(plan.apply_to(cfg), config.loads_in)
-    return plan
+        layers = enumerate(cfg.stack(config.stack).layers)
+        plan = plan.keeping(config.stack, [KeptLayer.whole(i, layer) for i, layer in layers if i not in config.layers])
+        plan = dataclasses.replace(plan, method=config.method, criterion=LISTED, options=_recorded(config, cfg))
+    return _loadable(plan, cfg, config)
 
 
-def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Return a plan that trims the vocabulary, then removes layers, heads and neurons up to the ratio."""
-    share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
-    plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
-    check_loads(plan.apply_to(cfg), config.loads_in)
-    return plan
+def plan_with_scores(
+    scores: Scores | Sequence[Scores], cfg: ModelConfig, config: PlanConfig, vocabulary: KeptVocabulary | None
+) -> PrunePlan:
+    """Return a plan that trims the vocabulary, then removes layers, heads and neurons up to the ratio.
+
+    With scores of several components, the same share of layer parameters is removed from each.
+    """
+    merged = merge_scores(scores, config.method)
+    plan = trimmed_plan(cfg, merged.fingerprint, vocabulary, merged.components)
+    share = share_left(plan, config, config.parameters_total or count_params(config.base or cfg))
+    return _loadable(plan_units(merged, plan, cfg, config, share, trimmed_config(cfg, vocabulary)), cfg, config)
 
 
-def plan_layers(
-    scores: Scores | tuple[Scores, Scores],
+def share_left(trimmed: PrunePlan, config: PlanConfig, total: int) -> float | None:
+    """Return the share of all parameters still to remove after trimming the vocabulary; None without a ratio."""
+    if config.ratio is not None:
+        return max(config.ratio - (trimmed.parameters_before - trimmed.parameters_after) / total, 0.0)
+    return 0.0 if all(getattr(config, name) in (None, ()) for name in METHOD_TARGETS[config.method]) else None
+
+
+def merge_scores(scores: Scores | Sequence[Scores], method: str) -> Scores:
+    """Return the scores by which a method chooses units, as one map: for every component, layers before widths.
+
+    Raises UserError if they are scores of several models, or not the scores that the method needs.
+    """
+    axes, each = METHODS[method], [scores] if isinstance(scores, Scores) else [*scores]
+    if len({one.fingerprint for one in each}) > 1:
+        raise UserError("these scores are for different models: score the same model")
+    values, names, options = dict[Key, Any](), list[str](), dict[str, Any]()
+    for component in dict.fromkeys(name for one in each for name in one.components):
+        used = [one for one in each if component in one.components]
+        if len(used) != len(axes) and len(axes) > 1:
+            raise UserError(
+                f"method {method!r} needs a pair of scores: pass scores=(depth_scores, width_scores), both of the "
+                f"{component} stack"
+            )
+        if len(used) != len(axes):
+            raise UserError(
+                f"method {method!r} needs one Scores object, got {type(scores).__name__}: pass the result of vp.score"
+            )
+        for axis, one in zip(axes, used, strict=True):
+            one.check_scored(axis)
+            own = {key: array for key, array in one.values.items() if key.component == component}
+            values |= {key: array for key, array in own.items() if (key.axis == LAYERS) == (axis == LAYERS)}
+            options |= {name: value for name, value in one.options.items() if name != "variant"}
+        names.append(" + ".join(one.name for one in used))
+    return Scores(" and ".join(dict.fromkeys(names)), each[0].fingerprint, options, values)
+
+
+def plan_units(
+    scores: Scores,
+    trimmed: PrunePlan,
     cfg: ModelConfig,
     config: PlanConfig,
     share: float | None,
     costed: ModelConfig,
 ) -> PrunePlan:
-    """Return a plan that removes `share` of all parameters from layers, heads and neurons.
+    """Return a plan that removes `share` of all parameters from the layers of the scored components.
 
-    `costed`: the config with the kept tokens only; budgets limit the cost of this model.
+    `scores`: see `merge_scores`. `trimmed`: the plan that removes tokens only. `costed`: the config with the kept
+    tokens only; budgets limit the cost of this model.
     """
-    depth, width = _pair(scores, config.method)
-    used = [method_scores for method_scores in (depth, width) if method_scores is not None]
-    stack = used[0].components[0]
-    layers = cfg.stack(stack).layers
-    _check_scores(used, cfg, stack)
-    before = count_params(cfg)
+    _check_scores(scores, cfg)
     unpruned = count_params(config.base or cfg)
     total = config.parameters_total or unpruned
-    if config.heads == "auto" and keeps_heads(cfg, stack, config.loads_in):
-        config = dataclasses.replace(config, heads="keep")
-    request = _Request(costed, depth, width, config, total, stack)
-    share, within = request.fit_budget() if config.budget.limits else (share, {})
-    kept, solved = request.decide(share)
-    pruned = KeptStack(
-        tuple(layer.sizes for layer in layers), tuple(kept_layer(i, units, layers[i]) for i, units in kept.items())
-    )
-    cost = layer_costs(cfg, stack).of
-    gone = sum(map(cost, layers)) - sum(map(cost, pruned.of(layers)))
-    return PrunePlan(
-        fingerprint=used[0].fingerprint,
-        method=config.method,
-        criterion=" + ".join(method_scores.name for method_scores in used),
-        stacks={"text": KeptStack.whole(cfg.text.layers), stack: pruned},
-        parameters_before=before,
-        parameters_after=before - gone,
-        parameters_total=total,
-        # earlier steps from `base` have removed a part of the ratio
-        target_ratio=None if config.ratio is None else config.ratio - (unpruned - before) / total,
-        options={**_recorded(config, cfg), **solved, **within},
-    )
-
-
-@dataclass(frozen=True)
-class Trim:
-    """Kept vocabulary, the model config after trimming, and the number of parameters that trimming removes."""
-
-    vocabulary: KeptVocabulary | None
-    cfg: ModelConfig
-    parameters: int
-
-    @classmethod
-    def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return the trimming of the vocabulary to the kept tokens; for None, the trimming that keeps all tokens."""
-        trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
-        return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
-
-    def share_left(self, config: PlanConfig, total: int) -> float | None:
-        """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
-        if config.ratio is not None:
-            return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
-        return 0.0 if all(getattr(config, name) in (None, ()) for name in METHOD_TARGETS[config.method]) else None
-
-    def attach(self, plan: PrunePlan) -> PrunePlan:
-        """Return the plan with the kept vocabulary added to it."""
-        # not a sum: a removed layer of Gemma 4 has a part of every row
-        after = plan.parameters_after if self.vocabulary is None else count_params(plan.apply_to(self.cfg))
-        return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
-
-
-def plan_stacks(
-    scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, trim: Trim
-) -> PrunePlan:
-    """Return a plan for several stacks at once, which removes the same share of layer parameters from each.
-
-    Raises UserError for a setting with layer numbers.
-    """
-    named = [name for name in OF_ONE_STACK if getattr(config, name)]
-    if named:
+    several = len(scores.components) > 1
+    numbered = [
+        name for name, about in settings_of(PlanConfig).items() if about.unit == "layers" and getattr(config, name)
+    ]
+    if several and numbered:
         raise UserError(
-            f"{', '.join(named)}: cannot be used for both stacks at once: prune decoder and vision tower one after "
+            f"{', '.join(numbered)}: cannot be used for both stacks at once: prune decoder and vision tower one after "
             "the other"
         )
-    config.check()
-    total = config.parameters_total or count_params(cfg)
+    configs = {
+        name: dataclasses.replace(config, heads="keep")
+        if config.heads == "auto" and keeps_heads(cfg, name, config.loads_in)
+        else config
+        for name in scores.components
+    }
+    sizes = {name: sum(map(layer_costs(cfg, name).of, cfg.stack(name).layers)) for name in configs}
 
-    def plan_at(share: float | None) -> PrunePlan:
-        """Return the plan that removes this share of all parameters from the stacks together."""
-        alone = dataclasses.replace(config, ratio=share, budget=Budget(), vocabulary=VocabularyConfig())
-        return dataclasses.replace(trim.attach(_plan_each(scores, cfg, alone, total)), target_ratio=config.ratio)
+    def decide(ratio: float | None) -> dict[str, tuple[Mapping[int, Kept], Mapping[str, Any]]]:
+        """Return the kept units of every kept layer at this ratio, and the solver's result, by component."""
+        shares = {
+            name: ratio * size / sum(sizes.values()) if several and ratio else ratio for name, size in sizes.items()
+        }
+        return {name: _decide(scores, costed, configs[name], shares[name], total, name) for name in configs}
 
-    if not config.budget.limits:
-        return plan_at(trim.share_left(config, total))
-    limits = config.budget
-    measure = make_measure(trim.cfg, limits)
-    ratio, reached = least_ratio(limits, measure, lambda share: plan_at(share).apply_to(cfg), total)
-    plan = plan_at(ratio)
-    return dataclasses.replace(plan, options={**plan.options, "budget": limits.given, "budget_reached": reached})
+    def config_at(ratio: float) -> ModelConfig:
+        pruned = costed
+        for name, (units, _) in decide(ratio).items():
+            layers = costed.stack(name).layers
+            pruned = pruned.with_layers([pruned_layer(kept, layers[i]) for i, kept in units.items()], name)
+        return pruned
 
-
-def _plan_each(
-    scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
-) -> PrunePlan:
-    """Return one plan that removes the same share of layer parameters from each of several stacks."""
-    stacks = [
-        stack_scores.components[0] if isinstance(stack_scores, Scores) else stack_scores[0].components[0]
-        for stack_scores in scores
-    ]
-    sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
-    plans = {}
-    for stack, stack_scores in zip(stacks, scores, strict=True):
-        share = None if config.ratio is None else config.ratio * sizes[stack] / sum(sizes.values())
-        of_stack = dataclasses.replace(config, ratio=share, parameters_total=total)
-        plans[stack] = plan_beside(Trim.of(None, cfg), stack_scores, cfg, of_stack)
-    first, *others = plans.values()
+    within = dict[str, Any]()
+    if config.budget.limits:
+        share, cost = least_ratio(config.budget, make_measure(costed, config.budget), config_at, total)
+        within = {"budget": config.budget.given, "budget_reached": cost}
+    plan, options = trimmed, dict[str, Any]()
+    for name, (units, solved) in decide(share).items():
+        layers = cfg.stack(name).layers
+        plan = plan.keeping(name, [kept_layer(i, kept, layers[i]) for i, kept in units.items()])
+        options[name] = {**_recorded(configs[name], cfg), **solved}
     return dataclasses.replace(
-        first,
-        criterion=" and ".join(dict.fromkeys(plan.criterion for plan in plans.values())),
-        stacks={stack: plan.stacks[stack] for stack, plan in plans.items()},
-        parameters_after=first.parameters_after - sum(p.parameters_before - p.parameters_after for p in others),
-        options={stack: dict(plan.options) for stack, plan in plans.items()},
+        plan,
+        method=config.method,
+        criterion=scores.name,
+        parameters_after=count_params(plan.apply_to(cfg)),
+        parameters_total=total,
+        # earlier steps from `base` have removed a part of the ratio
+        target_ratio=None if config.ratio is None else config.ratio - (unpruned - plan.parameters_before) / total,
+        options={**(options if several else options.popitem()[1]), **within},
     )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Inputs of a plan except the ratio: scores, model config and settings."""
-
-    cfg: ModelConfig
-    depth: Scores | None
-    width: Scores | None
-    config: PlanConfig
-    total: int
-    stack: str
-
-    def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
-        """Return the kept units of every kept layer at this ratio, and the width solver's result."""
-        cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
-        removed: tuple[int, ...] = ()
-        if self.depth is not None:
-            removed = choose_layers(self.depth, cfg, ratio, config, total, stack)
-        alive = [i for i in range(len(cfg.stack(stack).layers)) if i not in removed]
-        if self.width is None:
-            return {i: {} for i in alive}, {}
-        return choose_widths(self.width, cfg, alive, ratio, config, total, stack)
-
-    def fit_budget(self) -> tuple[float, dict[str, Any]]:
-        """Return the smallest ratio that satisfies the budget, and the plan's options `budget` and `budget_reached`."""
-        budget = self.config.budget
-        ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
-        return ratio, {"budget": budget.given, "budget_reached": reached}
-
-    def config_at(self, ratio: float) -> ModelConfig:
-        """Return the config of the model pruned at this ratio."""
-        layers = self.cfg.stack(self.stack).layers
-        kept, _ = self.decide(ratio)
-        return self.cfg.with_layers([pruned_layer(units, layers[i]) for i, units in kept.items()], self.stack)
+def _decide(
+    scores: Scores, cfg: ModelConfig, config: PlanConfig, ratio: float | None, total: int, component: str
+) -> tuple[Mapping[int, Kept], Mapping[str, Any]]:
+    """Prune the method's axes in order: return the kept units of every kept layer, and the width solver's result."""
+    alive = [*range(len(cfg.stack(component).layers))]
+    for axis in METHODS[config.method]:
+        if axis != LAYERS:
+            return choose_widths(scores, cfg, alive, ratio, config, total, component)
+        removed = choose_layers(scores, cfg, ratio, config, total, component)
+        alive = [i for i in alive if i not in removed]
+    return {i: {} for i in alive}, {}
 
 
-def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
-    if any(not method_scores.fingerprint.startswith(shape_digest(cfg)) for method_scores in used):
+def trimmed_plan(
+    cfg: ModelConfig, fingerprint: str, vocabulary: KeptVocabulary | None, components: Iterable[str]
+) -> PrunePlan:
+    """Return the plan that removes nothing but tokens, for the decoder and these components."""
+    whole = keep_everything(cfg, fingerprint, count_params(cfg), (TOKENS.component, *components))
+    plan = dataclasses.replace(whole.trimming(vocabulary), method=VOCABULARY_ONLY)
+    return dataclasses.replace(plan, parameters_after=count_params(trimmed_config(cfg, vocabulary)))
+
+
+def trimmed_config(cfg: ModelConfig, vocabulary: KeptVocabulary | None) -> ModelConfig:
+    """Return the config of a model with these tokens only; None = all tokens."""
+    return cfg if vocabulary is None else vocabulary.apply_to(cfg)
+
+
+def _loadable(plan: PrunePlan, cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+    """Return the plan with its number of parameters; raise UserError if an engine could not load the pruned model."""
+    pruned = plan.apply_to(cfg)
+    check_loads(pruned, config.loads_in)
+    return dataclasses.replace(plan, parameters_after=count_params(pruned))
+
+
+def _check_scores(scores: Scores, cfg: ModelConfig) -> None:
+    if not scores.fingerprint.startswith(shape_digest(cfg)):
         raise UserError("these scores are for another model (their shapes do not match this config): score this model")
-    for scores in used:
-        if not fits_model(scores.values, cfg):
-            raise UserError(f"{scores.criterion} scores do not match the {stack} stack of this model: score this model")
+    for name in scores.components:
+        if not fits_model({key: array for key, array in scores.values.items() if key.component == name}, cfg):
+            raise UserError(f"{scores.criterion} scores do not match the {name} stack of this model: score this model")
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
@@ -231,43 +212,20 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
     gone = [layer for layer in plan.removed_layers if layer < cfg.deepstack]
     if not gone:
         return None
-    places = list(plan.kept_layers[: cfg.deepstack])
+    receivers = list(plan.kept_layers[: cfg.deepstack])
     return (
         f"without layers {', '.join(map(str, gone))} the {cfg.deepstack} deepstack features are added behind layers "
-        f"{', '.join(map(str, places))}, because stock transformers adds them to the first remaining layers"
+        f"{', '.join(map(str, receivers))}, because stock transformers adds them to the first remaining layers"
     )
 
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan records, as JSON values."""
-    shares = bool(cfg.text.producers)
     unused = (
-        *(() if shares else ("producers",)),
+        *(() if cfg.text.producers else ("producers",)),
         *(() if cfg.deepstack else ("deepstack",)),
         *(() if config.loads_in else ("loads_in",)),
         *(axis.multiple for name, axis in AXES.items() if not any(name in layer.sizes for layer in cfg.text.layers)),
     )
     kept = {name: getattr(config, name) for name in config.recorded() if name not in unused}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-
-
-def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """Return (depth scores, width scores); a score that the pruning method does not use is None."""
-    if method == "hybrid":
-        if isinstance(scores, Scores) or len(scores) != 2:
-            raise UserError("method 'hybrid' needs a pair of scores: pass scores=(depth_scores, width_scores)")
-        depth, width = scores
-        if depth.fingerprint != width.fingerprint:
-            raise UserError("the depth scores and the width scores are for different models: score the same model")
-        if depth.components != width.components:
-            raise UserError(
-                f"the depth scores are for the {depth.components[0]} stack, the width scores for the "
-                f"{width.components[0]} stack: score the same stack"
-            )
-    else:
-        if not isinstance(scores, Scores):
-            raise UserError(
-                f"method {method!r} needs one Scores object, got {type(scores).__name__}: pass the result of vp.score"
-            )
-        depth, width = (scores, None) if method == "depth" else (None, scores)
-    return depth, width

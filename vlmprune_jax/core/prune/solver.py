@@ -151,10 +151,6 @@ class Units:
         """Number of units by axis in the unpruned layer."""
         return {units.axis: units.size for units in self.axes}
 
-    def prunes(self, fine: bool) -> bool:
-        """Return True if units of a fine (or a coarse) axis may be removed."""
-        return any(units.prune and units.fine == fine for units in self.axes)
-
     def without_coarse(self, counts: Mapping[str, int]) -> Units:
         """Return the layer's units with the coarse axes (heads) pruned to `counts` and fixed from then on."""
         sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes if not units.fine}
@@ -167,27 +163,28 @@ class Units:
 
 
 def units_of(
-    stack: Stack,
+    layers: Mapping[int, Layer],
     costs: Costs,
     scored: Collection[str],
     *,
     ranges: Mapping[str, Collection[int]],
     multiples: Mapping[str, int],
-) -> list[Units]:
+) -> dict[int, Units]:
     """Return the prunable units of every layer.
 
     Args:
+      layers: the layers, by original number.
       scored: names of the axes that have scores.
       ranges: {setting: layers that may be pruned}, for example for "attn_layers" (see `Part.settings`).
       multiples: {setting: number of which the kept units are a multiple}, for example for "heads_multiple".
 
     Raises UserError if a layer has fewer units than the multiple.
     """
-    result = []
-    for i, layer in enumerate(stack.layers):
+    result = dict[int, Units]()
+    for i, layer in layers.items():
         axes = list[AxisUnits]()
         for part in layer.parts:
-            layers, of_part = part.settings
+            in_range, of_part = part.settings
             for axis in part.axes:
                 if axis.name not in scored:
                     continue
@@ -200,17 +197,17 @@ def units_of(
                     channels=part.channels_of(axis),
                     # heads of all parents are side by side in a row
                     step=multiples[name] // (math.gcd(multiples[name], parents) if axis.channels else 1),
-                    prune=i in ranges[layers],
+                    prune=i in ranges[in_range],
                     wide=part.relative_width,
                     least=part.least(axis.name),
                 )
                 if units.prune and units.step > units.size:
                     raise UserError(
                         f"{name}={multiples[name]} is more than the {layer.sizes[axis.name]} {axis.title} of layer "
-                        f"{i}: lower it, or keep them all ({layers}, heads='keep')"
+                        f"{i}: lower it, or keep them all ({in_range}, heads='keep')"
                     )
                 axes.append(units)
-        result.append(Units(layer, costs.at(layer), tuple(axes)))
+        result[i] = Units(layer, costs.at(layer), tuple(axes))
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from vlmprune_jax.core.models.lazy import LazyStack
 from vlmprune_jax.core.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
-from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.part import AXES, VOCAB
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptVocabulary, Sizes
 from vlmprune_jax.core.plans.plan import PrunePlan, compose
 from vlmprune_jax.core.prune.fingerprints import fingerprint, shape_digest
@@ -43,14 +43,11 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
         for layer in stack.layers:
             flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
             kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
-        rest = _keep_depth(rest, param_axes(model.cfg), name, stack.kept_layers)
+        rest = _take(rest, param_axes(model.cfg), "depth", stack.kept_layers, f"{name}/")
         params = stack_layers(kept, rest, cfg, name)
     if plan.vocabulary is not None:
-        params = _keep_tokens(params, plan.vocabulary, cfg)
-    if mesh is not None:
-        axes = param_axes(cfg)
-        params = unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
-    return model.replace(params=params, cfg=cfg, plan=plan_since_loading(model, plan))
+        params = _take(params, param_axes(cfg), VOCAB, plan.vocabulary.kept)
+    return model.replace(params=_place_all(params, cfg, mesh), cfg=cfg, plan=plan_since_loading(model, plan))
 
 
 def plan_since_loading(model: Model, plan: PrunePlan) -> PrunePlan:
@@ -69,19 +66,8 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
     cfg, mesh = vocabulary.apply_to(model.cfg), mesh_of(model.params)
     if mesh is not None:
         check_divides(cfg, mesh)
-    params = flatten(_keep_tokens(model.params, vocabulary, cfg))
-    axes = param_axes(cfg)
-    return model.replace(
-        params=unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in params.items()}), cfg=cfg
-    )
-
-
-def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:
-    """Select the kept tokens' rows in all parameters with a vocabulary axis (embedding, output head, its bias)."""
-    axes, rows = param_axes(cfg), np.asarray(vocabulary.kept)
-    flat = flatten(params)
-    named = {path: axes[path].index("vocab") for path in flat if "vocab" in axes[path]}
-    return unflatten(flat | {path: flat[path].take(rows, axis=axis) for path, axis in named.items()})
+    params = _take(model.params, param_axes(cfg), VOCAB, vocabulary.kept)
+    return model.replace(params=_place_all(params, cfg, mesh), cfg=cfg)
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
@@ -137,14 +123,23 @@ def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
     return take(leaf, indices.reshape(shape), axis=axis)
 
 
-def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:
-    """Select the kept layers in parameters that have an entry per layer."""
+def _take(
+    params: Params, axes: Mapping[str, tuple[str, ...]], axis: str, indices: Sequence[int], below: str = ""
+) -> Params:
+    """Select indices along an axis of the model (layers, tokens) in all parameters below a path that have this axis."""
     flat = flatten(params)
     for path, leaf in flat.items():
-        names = axes[path] if path.startswith(f"{stack}/") else ()
-        if "depth" in names and len(layers) < leaf.shape[names.index("depth")]:
-            flat[path] = leaf.take(np.asarray(layers), axis=names.index("depth"))
+        names = axes[path] if path.startswith(below) else ()
+        if axis in names and len(indices) < leaf.shape[names.index(axis)]:
+            flat[path] = leaf.take(np.asarray(indices), axis=names.index(axis))
     return unflatten(flat)
+
+
+def _place_all(params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Params:
+    if mesh is None:
+        return params
+    axes = param_axes(cfg)
+    return unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
 
 
 def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:

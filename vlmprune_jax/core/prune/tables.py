@@ -10,13 +10,14 @@ from numpy.typing import ArrayLike
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.part import AXES, Key
+from vlmprune_jax.core.part import AXES, LAYERS, Key
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.prune.routing import Routing
 from vlmprune_jax.core.prune.scores import Scores
+from vlmprune_jax.core.prune.select import merge_scores
 from vlmprune_jax.core.stack import stack_title
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
@@ -42,8 +43,8 @@ def explain(
         if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
             raise UserError("this plan is for another model than the config's: plan again")
         if not kept.is_whole or len(plan.stacks) == 1:
-            of_component = [stack_scores for stack_scores in scores if name in stack_scores.components]
-            tables.append(_explain_stack(plan, cfg, spec, of_component, name))
+            merged = merge_scores([one for one in scores if name in one.components], plan.method)
+            tables.append(_explain_stack(plan, cfg, spec, merged, name))
     return tables if routing is None else [*tables, affected_tokens(plan, routing)]
 
 
@@ -62,29 +63,26 @@ def affected_tokens(plan: PrunePlan, routing: Routing) -> Table:
     return title, header, [*rows, ["mean", *(f"{100 * mean:.1f} %" for mean in means)]]
 
 
-def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores], name: str) -> Table:
+def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Scores, name: str) -> Table:
     kept, cost = plan.stacks[name], layer_costs(cfg, name).of
     layers = {layer.index: layer for layer in kept.layers}
-    depth, width = (
-        scores[0] if plan.method in ("depth", "hybrid") else None,
-        None if plan.method == "depth" else scores[-1],
-    )
+    importance = scores.values.get(Key(name, None, LAYERS))
     axes = _shown(kept.sizes_before)
     header = ["layer", *(_heading(axis) for axis in axes), "parameters lost", "share"]
-    order = [] if depth is None else np.argsort(depth.layers, kind="stable").tolist()
-    header += [] if depth is None else ["score", "rank"]
-    header += [] if width is None else [f"score lost, {_heading(axis)}" for axis in width.axes]
+    order = [] if importance is None else np.argsort(importance, kind="stable").tolist()
+    header += [] if importance is None else ["score", "rank"]
+    header += [f"score lost, {_heading(axis)}" for axis in scores.axes]
     whole = cfg.stack(name).layers
     rows, before = [], [cost(layer) for layer in whole]
-    left = {layer.index: cost(pruned) for layer, pruned in zip(kept.layers, kept.of(whole), strict=True)}
+    left = {layer.index: cost(whole[layer.index].resized(layer.sizes)) for layer in kept.layers}
     for i, sizes in enumerate(kept.sizes_before):
         layer = layers.get(i)
         remaining = {} if layer is None else layer.sizes
         row = [str(i)]
         row += [f"{remaining.get(axis, 0):,} of {sizes[axis]:,}" if axis in sizes else NONE for axis in axes]
         row += _loss(before[i], left.get(i, 0))
-        row += [] if depth is None else [f"{depth.layers[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
-        row += [] if width is None else [_score_lost(width, Key(name, i, axis), layer) for axis in width.axes]
+        row += [] if importance is None else [f"{importance[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
+        row += [_score_lost(scores, Key(name, i, axis), layer) for axis in scores.axes]
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(left.values()))
     rows.append(

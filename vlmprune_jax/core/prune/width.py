@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.base.checks import layer_range
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer, keep_layers
-from vlmprune_jax.core.part import AXES, Key
+from vlmprune_jax.core.mixers import NO_LAYER
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.kept import KeptLayer
-from vlmprune_jax.core.prune.config import METHOD_AXES, PlanConfig
-from vlmprune_jax.core.prune.criteria import scoring
+from vlmprune_jax.core.prune.config import METHODS, WIDTHS, PlanConfig
 from vlmprune_jax.core.prune.layer_costs import Costs, layer_costs
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.solver import (
@@ -34,24 +32,18 @@ from vlmprune_jax.core.prune.solver import (
     units_of,
     widths_at,
 )
-from vlmprune_jax.core.stack import Stack
 
-Kept = Mapping[str, np.ndarray]  # {scored axis: sorted original indices}
+Kept = Mapping[str, np.ndarray]  # {pruned axis: sorted original indices} of one layer
+Values = Mapping[tuple[int, str], np.ndarray]  # {(layer, axis): scores}
 
 
 @dataclass(frozen=True)
 class Target:
-    """Target of width pruning: a number of parameters to remove, a sparsity, or counts of units by axis.
+    """Target of width pruning: a number of parameters to remove, a sparsity, or counts of units by axis."""
 
-    `asked`: the ratio that the user set; `total`: the number of parameters to which this ratio refers (for messages).
-    """
-
-    removal: float | None
-    sparsity: float | None
-    counts: Mapping[str, int]
-    asked: float | None
-    total: int
-    by_depth: int
+    removal: float | None = None
+    sparsity: float | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def choose_widths(
@@ -61,220 +53,208 @@ def choose_widths(
     ratio: float | None,
     config: PlanConfig,
     total: int,
-    stack: str = "text",
-    by_count: int | None = None,
+    component: str,
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the kept units of every remaining layer, and the solver's result for the plan.
 
-    If `config` sets a number of experts, they are removed before heads and neurons; `by_count` is the number of
-    parameters that were removed with them. With a `base`, ratio and sparsity are relative to this wider config, as in
-    the reference's iterative pruning. Raises UserError for ranges or multiples that the layers cannot satisfy, or a
-    target that pruning cannot reach.
+    If `config` sets a number of experts, they are removed before heads and neurons. With a `base`, ratio and sparsity
+    are relative to this wider config, as in the reference's iterative pruning. Raises UserError for ranges or multiples
+    that the layers cannot satisfy, or a target that pruning cannot reach.
     """
-    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
-    if counts and config.method not in METHOD_AXES:
-        return _after_counts(scores, cfg, alive, ratio, config, total, stack)
-    scores = _scores_for(scores, config.method) if by_count is None else scores
-    base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
-    base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
-    if len(base.layers) != n_layers:
+    stack, base = cfg.stack(component), (config.base or cfg).stack(component)
+    if len(base.layers) != len(stack.layers):
         raise UserError(
-            f"base has {len(base.layers)} layers, but the model has {n_layers}: only heads and neurons may differ"
+            f"base has {len(base.layers)} layers, but the model has {len(stack.layers)}: only heads and neurons may "
+            "differ"
         )
-    if gqa == "groups" and isinstance(base, TextConfig) and base.producers:
-        scores = _tied(scores, base, alive, stack)
-    costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
-    units = _units(base, costs, scores.axes, alive, config, snapped)
-    by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive) + (by_count or 0)
-    removal = None if ratio is None else max(ratio * total - by_depth, 0)
-    target = Target(removal, config.sparsity, counts, ratio, total, by_depth)
-    if removal is not None and removal > most_removable(units):
+    costs, gqa = layer_costs(cfg, component), scores.options.get("gqa", "groups")
+    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
+    by_count = counts if METHODS[config.method][-1] == WIDTHS else {}
+    snapped = multiples(config, stack if by_count else base, gqa)
+    layers = {i: base.layers[i] for i in alive}
+    removed = sum(map(costs.of, base.layers)) - sum(map(costs.of, layers.values()))
+    values = {(k.layer, k.axis): x for k, x in scores.values.items() if k.component == component and k.layer in layers}
+    first, numbers = dict[int, Kept](), dict[tuple[int, str], np.ndarray]()
+    if by_count:
+        axes = _pruned_axes(scores, values, "experts")
+        units = _units({i: stack.layers[i] for i in alive}, costs, axes, config, snapped, len(stack.layers))
+        first, _ = _local(values, units, Target(counts=by_count), trade=False)
+        numbers = {(i, axis): _remaining(axis, first[i], stack.layers[i]) for i, axis in values if axis not in axes}
+        values = {place: values[place][left] for place, left in numbers.items()}
+        narrowed = {i: pruned_layer(first[i], layer) for i, layer in layers.items()}
+        by_experts = sum(map(costs.of, layers.values())) - sum(map(costs.of, narrowed.values()))
+        layers, removed = narrowed, removed + by_experts
+    axes = _pruned_axes(scores, values, config.method)
+    units = _units(layers, costs, axes, config, snapped, len(stack.layers))
+    removal = None if ratio is None else max(ratio * total - removed, 0)
+    target = Target(removal, config.sparsity, {} if by_count else counts)
+    if ratio is not None and removal is not None and removal > most_removable([*units.values()]):
         raise OutOfReach(
-            f"ratio {ratio:g} cannot be reached by width pruning of the {stack} stack "
+            f"ratio {ratio:g} cannot be reached by width pruning of the {component} stack "
             f"within attn_layers={config.attn_layers or 'all'}, "
             f"mlp_layers={config.mlp_layers or 'all'}{', heads kept' if config.heads == 'keep' else ''}"
-            f"{' after removing layers' if len(alive) < n_layers else ''}"
+            f"{' after removing layers' if len(alive) < len(stack.layers) else ''}"
             f"{' after removing experts' if by_count else ''}: the most is "
-            f"{(by_depth + most_removable(units)) / total:.4f}"
+            f"{(removed + most_removable([*units.values()])) / total:.4f}"
         )
+    if gqa == "groups":
+        values = {**values, **_tied(values, base.layers, alive)}
     if config.selection == "global":
-        if any(AXES[axis].parent for axis in scores.axes) or max(snapped.values()) > 1:
+        if any(AXES[axis].parent for axis in axes) or max(snapped.values()) > 1:
             raise UserError(
                 'selection="global" needs gqa="groups", a model without experts and no multiples, because every layer '
                 "gets its own width"
             )
-        kept, solved = _global(scores, units, alive, target)
+        kept, solved, gone = _global(values, units, target)
+        if removal is not None and removal - gone > max(map(_coarsest_price, units.values())):
+            raise OutOfReach(
+                f"ratio {ratio:g} cannot be reached by global selection, which never empties a layer (it reaches "
+                f'{(removed + gone) / total:.4f}): use selection="local" or a smaller ratio'
+            )
     else:
-        kept, solved = _local(scores, base, units, alive, target, trade=config.heads == "auto")
-    layers = cfg.stack(stack).layers
-    check_divides(((i, pruned_layer(kept[i], layers[i])) for i in alive), config.tensor_parallel)
+        kept, solved = _local(values, units, target, trade=config.heads == "auto")
+    if by_count:
+        kept = {i: {**first[i], **{axis: numbers[i, axis][own] for axis, own in kept[i].items()}} for i in alive}
+    check_divides(((i, pruned_layer(kept[i], stack.layers[i])) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
 
 
-def _after_counts(
-    scores: Scores,
-    cfg: ModelConfig,
-    alive: Sequence[int],
-    ratio: float | None,
-    config: PlanConfig,
-    total: int,
-    stack: str,
-) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the kept units after removing experts down to a set number, then heads and neurons up to the ratio."""
-    method, axes = next(iter(METHOD_AXES.items()))
-    alone = dataclasses.replace(config, method=method, sparsity=None, selection="local", base=None)
-    first, solved = choose_widths(scores, cfg, alive, None, alone, total, stack)
-
-    def smaller(whole: ModelConfig) -> ModelConfig:
-        layers = whole.stack(stack).layers
-        return whole.with_layers([pruned_layer(first.get(i, {}), layer) for i, layer in enumerate(layers)], stack)
-
-    units, numbers = dict[Key, np.ndarray](), dict[tuple[int, str], np.ndarray]()
-    for key, values in scores.values.items():
-        i, axis = key.layer, key.axis
-        if i is not None and axis not in axes:
-            parents, layer = first.get(i, {}).get(AXES[axis].parent), cfg.stack(stack).layers[i]
-            numbers[i, axis] = np.arange(len(values)) if parents is None else _children(axis, parents, layer)
-            units[key] = values[numbers[i, axis]]
-    base, costs = config.base or cfg, layer_costs(cfg, stack).of
-    gone = sum(map(costs, base.stack(stack).layers)) - sum(map(costs, smaller(base).stack(stack).layers))
-    rest = dataclasses.replace(config, base=smaller(base), experts=None)
-    others, widths = choose_widths(
-        dataclasses.replace(scores, values=units, by_token_type={}),
-        smaller(cfg),
-        alive,
-        ratio,
-        rest,
-        total,
-        stack,
-        by_count=gone,
-    )
-    kept = {i: {axis: numbers[i, axis][indices] for axis, indices in others[i].items()} for i in alive}
-    steps = {name: value for name, value in solved.items() if name != "sparsity"}
-    return {i: {**first[i], **kept[i]} for i in alive}, {**widths, **steps}
-
-
-def _children(axis: str, parents: np.ndarray, layer: Layer) -> np.ndarray:
-    """Return the indices along an axis (such as query heads) that belong to these units of the parent axis."""
-    group = layer.sizes[axis] // layer.sizes[AXES[axis].parent]
-    return (parents[:, None] * group + np.arange(group)[None]).reshape(-1)
-
-
-def _scores_for(scores: Scores, method: str) -> Scores:
-    """Return the scores of the axes that a method prunes; raise UserError if there are none."""
-    if not scores.axes:
+def _pruned_axes(scores: Scores, values: Values, method: str) -> tuple[str, ...]:
+    """Return the scored axes that a method (or an axis of that name) prunes; raise UserError if there are none."""
+    scored = dict.fromkeys(axis for _, axis in values)
+    parents = {AXES[axis].parent for axis in scored}
+    wanted = METHODS[method][-1]
+    axes = tuple(axis for axis in scored if (axis not in parents if wanted == WIDTHS else axis == wanted))
+    if not axes and wanted != WIDTHS:
+        title = AXES[wanted].title
         raise UserError(
-            f"{scores.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
+            f"{scores.criterion} has no scores of {title}, which method {method!r} removes: use a model with {title} "
+            f"and a criterion that scores {title}"
         )
-    parents = {AXES[axis].parent for axis in scores.axes}
-    axes = METHOD_AXES.get(method, [axis for axis in scores.axes if axis not in parents])
-    units = {key: values for key, values in scores.values.items() if key.axis in axes}
-    if not units:
-        titles = " and ".join(AXES[axis].title for axis in axes)
-        raise UserError(
-            f"{scores.criterion} has no scores of {titles}, which method {method!r} removes: use a model with {titles} "
-            f"and a criterion that scores {titles}"
-        )
-    return dataclasses.replace(scores, values=units, by_token_type={})
+    return axes
 
 
-def _tied(scores: Scores, base: TextConfig, alive: Sequence[int], stack: str) -> Scores:
-    """Sum head scores over the layers that share keys and values, so that these layers lose the same heads."""
-    units = dict(scores.values)
-    kept = base.with_layers(keep_layers(base.layers, alive))
-    for producer in kept.producers:
-        users = [i for i, layer in zip(alive, kept.layers, strict=True) if layer.mixer.source == producer]
-        shared = [Key(stack, i, "kv_heads") for i in (*users, alive[producer])]
-        units |= dict.fromkeys(shared, np.sum([units[key] for key in shared], axis=0))
-    return dataclasses.replace(scores, values=units)
+def _remaining(axis: str, kept: Kept, layer: Layer) -> np.ndarray:
+    """Return the indices left along an axis: the kept ones, those of the kept units of its parent axis, or all."""
+    parent = AXES[axis].parent
+    if axis in kept or parent not in kept:
+        return kept.get(axis, np.arange(layer.sizes[axis]))
+    group = layer.sizes[axis] // layer.sizes[parent]
+    return (kept[parent][:, None] * group + np.arange(group)[None]).reshape(-1)
+
+
+def pruned_layer(kept: Kept, layer: Layer) -> Layer:
+    """Return a layer after pruning its scored axes to the kept units."""
+    return layer.resized(layer.completed({axis: len(indices) for axis, indices in kept.items()}))
+
+
+def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
+    """Return a layer's entry in the prune plan; children of a scored axis are kept with their parents."""
+    return KeptLayer(index, {axis: tuple(map(int, _remaining(axis, kept, layer))) for axis in layer.sizes})
+
+
+def _tied(values: Values, layers: Sequence[Layer], alive: Sequence[int]) -> Values:
+    """Return summed head scores of layers that share keys and values, so that these layers lose the same heads."""
+    users = dict[int, list[int]]()
+    for i, layer in zip(alive, keep_layers(layers, alive), strict=True):
+        if layer.mixer.source not in (None, NO_LAYER):
+            users.setdefault(alive[layer.mixer.source], []).append(i)
+    tied = dict[tuple[int, str], np.ndarray]()
+    for producer, sharing in users.items():
+        places = [(i, "kv_heads") for i in (*sharing, producer)]
+        if places[0] in values:
+            tied |= dict.fromkeys(places, np.sum([values[place] for place in places], axis=0))
+    return tied
 
 
 def _units(
-    base: Stack,
+    layers: Mapping[int, Layer],
     costs: Costs,
     axes: Collection[str],
-    alive: Collection[int],
     config: PlanConfig,
     snapped: Mapping[str, int],
-) -> list[Units]:
-    n_layers = len(base.layers)
-    lose_heads = () if config.heads == "keep" else alive
+    n_layers: int,
+) -> dict[int, Units]:
+    """Return the prunable units of the layers, within the ranges of the settings."""
+    attention = layer_range("attn_layers", config.attn_layers, n_layers)
     ranges = {
-        "attn_layers": [i for i in layer_range("attn_layers", config.attn_layers, n_layers) if i in lose_heads],
-        "mlp_layers": [i for i in layer_range("mlp_layers", config.mlp_layers, n_layers) if i in alive],
+        "attn_layers": () if config.heads == "keep" else attention,
+        "mlp_layers": layer_range("mlp_layers", config.mlp_layers, n_layers),
     }
     reason = reason_of(config)
     with error_context(reason) if reason else contextlib.nullcontext():
-        return units_of(base, costs, axes, ranges=ranges, multiples=snapped)
+        return units_of(layers, costs, axes, ranges=ranges, multiples=snapped)
 
 
 def _local(
-    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target, *, trade: bool
+    values: Values, units: Mapping[int, Units], target: Target, *, trade: bool
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the highest-scoring units of every layer; all layers keep equally many.
 
     Heads and neurons lose the same share. With `trade`, they lose the shares whose removed scores have the smallest
     sum, which assumes that scores of heads and neurons are comparable.
     """
+    layers = [*units.values()]
+    pools = {
+        (i, axis.axis): [
+            _Pool.of(row, n * len(row)) for n, row in enumerate(values[i, axis.axis].reshape(axis.parents, -1))
+        ]
+        for i, layer in units.items()
+        for axis in layer.axes
+    }
+
+    def lost(widths: Widths) -> float:
+        """Return the sum of the scores of all units that these widths remove."""
+        total = 0.0
+        for i, counts in zip(units, widths.counts, strict=True):
+            for axis, count in counts.items():
+                total += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool in pools[i, axis])
+        return total
+
     if target.counts:
         widths = _widths_of(units, target.counts)
     elif target.removal is None:
         assert target.sparsity is not None
-        widths = widths_at(units, target.sparsity)
+        widths = widths_at(layers, target.sparsity)
     else:
-        candidates = [solve_widths(units, target.removal)]
+        candidates = [solve_widths(layers, target.removal)]
         if trade:
-            candidates += apart(units, target.removal)
+            candidates += apart(layers, target.removal)
         # candidates about as near to the target as the first one: a difference of one neuron per layer is immaterial
-        price = sum(_fine_price(layer) for layer in units)
+        price = sum(map(_fine_price, layers))
         gap = max(abs(candidates[0].removed - target.removal), price)
         near = [widths for widths in candidates if abs(widths.removed - target.removal) <= gap]
-        widths = min(near, key=lambda widths: _lost(scores, base, widths, alive)) if len(near) > 1 else near[0]
-    pools = _ranked(scores, base.layers)
+        widths = min(near, key=lost)
     kept: dict[int, Kept] = {
-        i: {
-            axis: np.concatenate([pool.highest(widths.counts[i][axis]) for pool in pools[i, axis]])
-            for axis in widths.counts[i]
-        }
-        for i in alive
+        i: {axis: np.concatenate([pool.highest(count) for pool in pools[i, axis]]) for axis, count in counts.items()}
+        for i, counts in zip(units, widths.counts, strict=True)
     }
     return kept, {"sparsity": widths.sparsity}
 
 
-def _widths_of(units: Sequence[Units], counts: Mapping[str, int]) -> Widths:
+def _widths_of(units: Mapping[int, Units], counts: Mapping[str, int]) -> Widths:
     """Return the layer widths with these numbers of units by axis; other axes stay whole.
 
     Raises UserError if a layer has fewer units, or needs more.
     """
-    kept = []
-    for i, layer in enumerate(units):
+    kept, shares = [], [0.0]
+    for i, layer in units.items():
         for axis in layer.axes:
             if not axis.least <= counts.get(axis.axis, axis.size) <= axis.size:
                 raise UserError(
                     f"{axis.axis}={counts[axis.axis]} must be from {axis.least} to {axis.size}, the "
                     f"number of {AXES[axis.axis].title} in layer {i}: change it"
                 )
-        kept.append({**layer.whole, **{axis.axis: counts.get(axis.axis, axis.size) for axis in layer.axes}})
-    removed = sum(int(layer.removed(numbers)) for layer, numbers in zip(units, kept, strict=True))
-    shares = [
-        1 - numbers[axis] / layer.whole[axis] for layer, numbers in zip(units, kept, strict=True) for axis in counts
-    ]
-    return Widths(tuple(kept), max(shares, default=0.0), removed)
+        kept.append({axis.axis: counts.get(axis.axis, axis.size) for axis in layer.axes})
+        shares += [1 - kept[-1][axis] / layer.whole[axis] for axis in counts]
+    removed = sum(int(layer.removed(numbers)) for layer, numbers in zip(units.values(), kept, strict=True))
+    return Widths(tuple(kept), max(shares), removed)
 
 
 def _fine_price(layer: Units) -> int:
     """Return the number of parameters of a layer's smallest removal: one neuron along every fine axis in range."""
     fewer = {axis.axis: axis.size - (axis.fine and axis.prune) for axis in layer.axes}
     return int(layer.removed(fewer))
-
-
-def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Return the sum of the scores of all units that these widths remove."""
-    pools, lost = _ranked(scores, base.layers), 0.0
-    for i in alive:
-        for axis, count in widths.counts[i].items():
-            lost += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool in pools[i, axis])
-    return lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,89 +275,43 @@ class _Pool:
         return np.sort(self.order[max(len(self.order) - count, 0) :])
 
 
-@functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
-def _ranked(scores: Scores, layers: tuple[Layer, ...]) -> dict[tuple[int, str], tuple[_Pool, ...]]:
-    """Return {(layer, axis): rankings of its units}, one ranking per parent, inside which units compete."""
-    result = {}
-    for key, values in scores.values.items():
-        assert key.layer is not None
-        parent = AXES[key.axis].parent
-        rows = values.reshape(layers[key.layer].sizes[parent] if parent else 1, -1)
-        result[key.layer, key.axis] = tuple(_Pool.of(row, n * len(row)) for n, row in enumerate(rows))
-    return result
-
-
-def pruned_layer(kept: Kept, layer: Layer) -> Layer:
-    """Return a layer after pruning its scored axes to the kept units."""
-    return layer.resized(layer.completed({axis: len(indices) for axis, indices in kept.items()}))
-
-
-def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
-    """Return a layer's entry in the prune plan; children of a scored axis are kept with their parents."""
-    units = dict[str, tuple[int, ...]]()
-    for axis in layer.axes:
-        size, parents = layer.sizes[axis.name], kept.get(axis.parent)
-        if axis.name in kept:
-            indices = kept[axis.name]
-        elif parents is not None:
-            indices = _children(axis.name, parents, layer)
-        else:
-            indices = np.arange(size)
-        units[axis.name] = tuple(map(int, indices))
-    return KeptLayer(index, units)
-
-
-def _global(
-    scores: Scores, units: Sequence[Units], alive: Sequence[int], target: Target
-) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Remove the lowest-scoring units, compared over all layers and axes.
+def _global(values: Values, units: Mapping[int, Units], target: Target) -> tuple[dict[int, Kept], dict[str, Any], int]:
+    """Remove the lowest-scoring units, compared over all layers and axes; also return the parameters removed.
 
     As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
     that would lose everything stays whole. All units up to the n-th smallest score are removed, where n = pool -
     int(initial units * (1 - sparsity)), or the n that comes nearest to the ratio.
     """
-    axes = [(i, axis) for i in alive for axis in units[i].axes]
-    of_unit = {(key.layer, key.axis): values for key, values in scores.values.items()}
-    pool = np.sort(np.concatenate([*(of_unit[i, axis.axis] for i, axis in axes if axis.prune), np.empty(0)]))
+    in_range = [values[i, axis.axis] for i, layer in units.items() for axis in layer.axes if axis.prune]
+    pool = np.sort(np.concatenate([*in_range, np.empty(0)]))
 
     def keep(count: int) -> dict[int, Kept]:
         threshold = pool[count - 1] if count > 0 else -np.inf
-        kept = dict[int, dict[str, np.ndarray]]()
-        for i, axis in axes:
-            kept.setdefault(i, {})[axis.axis] = _above(of_unit[i, axis.axis], threshold, axis.prune)
-        return {i: kept.get(i, {}) for i in alive}
+        kept = dict[int, Kept]()
+        for i, layer in units.items():
+            above = {axis.axis: values[i, axis.axis] > (threshold if axis.prune else -np.inf) for axis in layer.axes}
+            kept[i] = {axis: np.flatnonzero(left if left.any() else ~left) for axis, left in above.items()}
+        return kept
 
     def removed(count: int) -> int:
         kept = keep(count)
-        return sum(int(units[i].removed({axis: len(left) for axis, left in kept[i].items()})) for i in alive)
+        return sum(int(units[i].removed({axis: len(left) for axis, left in kept[i].items()})) for i in units)
 
     if target.removal is None:
         assert target.sparsity is not None
         if not 0 <= target.sparsity < 1:
             raise UserError(f"sparsity {target.sparsity:g} must be at least 0 and below 1")
-        initial = sum(axis.prune * axis.size for layer in units for axis in layer.axes)
+        initial = sum(axis.prune * axis.size for layer in units.values() for axis in layer.axes)
         count = max(len(pool) - int(initial * (1 - target.sparsity)), 0)
     else:
         count = _nearest_count(removed, len(pool), target.removal)
-        coarsest = max(_coarsest_price(layer) for layer in units)
-        if target.removal - removed(count) > coarsest:
-            raise OutOfReach(
-                f"ratio {target.asked:g} cannot be reached by global selection, which never empties a layer "
-                f"(it reaches {(target.by_depth + removed(count)) / target.total:.4f}): "
-                'use selection="local" or a smaller ratio'
-            )
-    return keep(count), {"units_removed": count}
+    return keep(count), {"units_removed": count}, removed(count)
 
 
 def _coarsest_price(layer: Units) -> int:
     """Return the parameters of the largest single unit in range."""
     fewer = [{**layer.whole, axis.axis: axis.size - 1} for axis in layer.axes if axis.prune]
     return max((int(layer.removed(counts)) for counts in fewer), default=0)
-
-
-def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:
-    kept = np.flatnonzero(values > threshold) if inside else np.arange(len(values))
-    return kept if len(kept) else np.arange(len(values))
 
 
 def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:

@@ -20,7 +20,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.plans.plan_json import WHOLE, PlanJson, as_plan
+from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
@@ -108,18 +108,15 @@ def write_card(
     other arguments, see `save`.
     """
     plan_file = folder / "plan.json"
-    plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
+    plan = PrunePlan.from_json(plan_file) if os.path.lexists(plan_file) else None
     after = "recovered" if plan or reconstructed else "trained"
     steps = {"pruned": plan is not None, "reconstructed": reconstructed, after: recovered}
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
     values: dict[str, Any] = {}
     if plan is not None:
-        text, total = plan["components"]["text"], plan["parameters_total"]
-        before = text["sizes_before"].keys() - {WHOLE}
-        values["removed"] = sorted(int(layer) for layer in before - text["kept"].keys())
-        values["layers_before"] = len(before)
-        values["reached"] = (plan["parameters_before"] - plan["parameters_after"]) / total
+        values["removed"] = plan.removed_layers
+        values["layers_before"] = len(plan.stacks["text"].sizes_before)
     card = render(
         "model",
         fields=fields | (license_of(source) if license is None else {"license": license}),
@@ -131,7 +128,7 @@ def write_card(
         datasets=datasets,
         table=_table(cfg, plan),
         layers=cfg.text.layers,
-        tower=cfg.stack("vision").layers if plan is not None and "vision" in plan["components"] else (),
+        tower=cfg.stack("vision").layers if plan is not None and "vision" in plan.stacks else (),
         evaluation=render("evaluation", rows=benchmarks, remark="") if benchmarks else "",
         loading=loading,
         **values,
@@ -154,7 +151,7 @@ def _write(folder: Path, card: str) -> None:
         file.write(card.encode(errors="backslashreplace"))
 
 
-def _table(cfg: ModelConfig, plan: PlanJson | None) -> dict[str, list[int]]:
+def _table(cfg: ModelConfig, plan: PrunePlan | None) -> dict[str, list[int]]:
     """Return {part of the model: parameters, before pruning (with a plan) and now}."""
     named = (*_PARTS, *((f"encoder {name}", name) for name, _ in cfg.encoders))
     parts = {name: part for name, part in named if count_params(cfg, part)} | {"total": ""}
@@ -162,11 +159,11 @@ def _table(cfg: ModelConfig, plan: PlanJson | None) -> dict[str, list[int]]:
     if plan is None:
         return table
     original = cfg
-    for name, component in plan["components"].items():
+    for name, component in plan.stacks.items():
         if name != "text":  # sizes do not show which types of decoder layers were removed (Gemma 4)
-            sizes = component["sizes_before"].values()
+            sizes = component.sizes_before
             original = original.with_layers([cfg.stack(name).layers[0].resized(axes) for axes in sizes], name)
-    before = {part: count_params(original, part) for part in parts.values()} | {"": plan["parameters_before"]}
+    before = {part: count_params(original, part) for part in parts.values()} | {"": plan.parameters_before}
     before["text"] = before[""] - before.get("vision", 0) - before.get("projector", 0)
     return {name: [before[parts[name]], *now] for name, now in table.items()}
 

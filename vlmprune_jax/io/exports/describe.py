@@ -106,7 +106,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     kinds = {type(layer.mixer): layer for layer in reversed(layers) if layer.mixer.axes}
     attention, parts = kinds.pop(Attention), [part for layer in layers for part in layer.parts]
     units = units_of(
-        cfg.stack(stack),
+        dict(enumerate(layers)),
         costs,
         {part.root for part in parts},
         ranges={part.settings[0]: everywhere for part in parts},
@@ -125,7 +125,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
         "neuron": costs.price(layers[0], layers[0].channel.root) / total,
         "unit": AXES[layers[0].channel.root].title.removesuffix("s"),
         "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
-        "most_by_width": most_removable(units) / total,
+        "most_by_width": most_removable([*units.values()]) / total,
     }
 
 

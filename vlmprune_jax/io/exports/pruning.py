@@ -19,8 +19,8 @@ from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.models.flops import active_params, forward_flops
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, config_of
+from vlmprune_jax.core.plans.kept import KeptVocabulary
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune import select
 from vlmprune_jax.core.prune.config import PlanConfig, PlanOptions, ScoreConfig, VocabularyConfig
 from vlmprune_jax.core.prune.cost import cache_size
 from vlmprune_jax.core.prune.fingerprints import fingerprint
@@ -28,7 +28,7 @@ from vlmprune_jax.core.prune.iterative import prune_in_steps
 from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.scoring import score
-from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_scores
+from vlmprune_jax.core.prune.select import plan_with_scores, plan_without_scores
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.io.checkpoints.batches import Records, batches
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ from vlmprune_jax.io.exports.write import save
 
 
 def make_plan(
-    scores: Scores | tuple[Scores, Scores] | None,
+    scores: Scores | Sequence[Scores] | None,
     cfg: ModelConfig | Model,
     config: PlanConfig | None = None,
     **options: Unpack[PlanOptions],
@@ -54,8 +54,9 @@ def make_plan(
     `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`, or `make_plan(None, model, layers=(3, 4))`
 
     Args:
-      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if
-        `layers` lists the layers to remove, or only a vocabulary is trimmed.
+      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). Scores of
+        several stacks (one after the other) make a plan that removes the same share of layer parameters from each.
+        None if `layers` lists the layers to remove, or only a vocabulary is trimmed.
       cfg: the model or its config; without scores, the model.
       config: settings; `options` override single settings.
       options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` and `layers` (depth),
@@ -80,22 +81,10 @@ def make_plan(
                 "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
                 "or nothing but the vocabulary is trimmed: pass scores"
             )
-        return plan_without_scores(make_trim(config.vocabulary, cfg), fingerprint(model), cfg, config)
+        return plan_without_scores(fingerprint(model), cfg, config, _vocabulary(config.vocabulary, cfg))
     if config.steps > 1:
         raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
-    return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
-
-
-def plan_stacks(scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Plan one or several stacks at once, removing the same share of layer parameters from each.
-
-    `scores`: those of each stack, as `make_plan` takes them. Raises UserError under the conditions of `make_plan`, and
-    with several stacks for a setting with layer numbers.
-    """
-    if len(scores) == 1:
-        return make_plan(scores[0], cfg, config)
-    config = _configured(config, {}, "make_plan")
-    return select.plan_stacks(scores, cfg, config, make_trim(config.vocabulary, cfg))
+    return plan_with_scores(scores, cfg, config, _vocabulary(config.vocabulary, cfg))
 
 
 def prune_iteratively(
@@ -129,7 +118,8 @@ def prune_iteratively(
     config.check()
     settings = {"criterion": criterion, "stack": config.stack, **(score_options or {})}
     score_again = functools.partial(score, config=score_config, **settings)
-    return prune_in_steps(model, batches, config, make_trim(config.vocabulary, model.cfg), score_again, scores)
+    vocabulary = _vocabulary(config.vocabulary, model.cfg)
+    return prune_in_steps(model, batches, config, vocabulary, score_again, scores)
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any], function: str) -> PlanConfig:
@@ -137,19 +127,19 @@ def _configured(config: PlanConfig | None, options: Mapping[str, Any], function:
     return dataclasses.replace(config, budget=with_export(config.budget))
 
 
-def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
-    """Choose the tokens that a trimmed vocabulary keeps.
+def _vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
+    """Choose the tokens that a trimmed vocabulary keeps; None if all are kept.
 
     Raises UserError under the conditions of `choose_vocabulary`, or if no folder with a tokenizer is passed.
     """
     if config.size is None:
-        return Trim.of(None, cfg)
+        return None
     if config.source_dir is None:
         raise UserError(
             'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
             '"sources": ("train.json",), "source_dir": "DIR"}'
         )
-    return Trim.of(choose_vocabulary(config.source_dir, cfg, config), cfg)
+    return choose_vocabulary(config.source_dir, cfg, config)
 
 
 def prune_folder(
@@ -268,24 +258,12 @@ def prune(
         records = batches(hf_dir, data, images=images, vision_dir=vision_dir, **sampled)
     if reconstruct and not records:
         raise UserError("prune: reconstruct=True needs calibration records: pass data")
-    if config.needs_scores:
-        scores = [
-            _score(model, records, settings, config.method, stack)
-            for stack in (STACKS if config.stack == "both" else (config.stack,))
-        ]
-        plan = plan_stacks(scores, model.cfg, config)
-    else:
-        plan = make_plan(None, model, config)
-    pruned = apply_plan(model, plan)
-    return repair(pruned, plan, model, records)[0] if reconstruct else pruned
-
-
-def _score(
-    model: Model, records: Sequence[Any], settings: ScoreConfig, method: str, stack: str
-) -> Scores | tuple[Scores, Scores]:
-    """Return the scores of one stack that a pruning method needs: for "hybrid" a pair."""
     scores = [
         score(model, records or None, settings, criterion=criterion, stack=stack)
-        for criterion in settings.criteria(method)
+        for stack in (STACKS if config.stack == "both" else (config.stack,))
+        for criterion in settings.criteria(config.method)
+        if config.needs_scores
     ]
-    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
+    plan = make_plan(scores or None, model, config)
+    pruned = apply_plan(model, plan)
+    return repair(pruned, plan, model, records)[0] if reconstruct else pruned

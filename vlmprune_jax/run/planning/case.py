@@ -19,9 +19,10 @@ from vlmprune_jax.core.mesh.mesh import make_mesh, row_ways
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import abstract_params, count_params, unflatten
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig, keep_everything
+from vlmprune_jax.core.prune.config import METHODS
 from vlmprune_jax.core.prune.criteria.weights import random_scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
-from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_scores
+from vlmprune_jax.core.prune.select import plan_with_scores, plan_without_scores
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
@@ -151,15 +152,14 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     if config.method == "none":
         return keep_everything(cfg, f"{shape_digest(cfg)}-", count_params(cfg))
     config.check()
-    trim = Trim.of(typical_vocabulary(config.vocabulary, cfg), cfg)
+    vocabulary = typical_vocabulary(config.vocabulary, cfg)
     if config.layers:
-        return plan_without_scores(trim, f"{shape_digest(cfg)}-", cfg, config)
+        return plan_without_scores(f"{shape_digest(cfg)}-", cfg, config, vocabulary)
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, random_scores(cfg, seed=0, gqa=gqa))
-    pair = (scores, scores) if config.method == "hybrid" else scores
     if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")
-    return plan_beside(trim, pair, cfg, config)
+    return plan_with_scores([scores] * len(METHODS[config.method]), cfg, config, vocabulary)
 
 
 def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import Batch
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.io.exports.pruning import make_plan, plan_stacks, prune_folder, prune_iteratively
+from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import unusual_counts
 from vlmprune_jax.run.experiment.arguments import plan_config
@@ -71,17 +70,15 @@ def prune_task(
 
 def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> PruneFacts:
     """Make a plan from scores; write the plan and the pruned model."""
-    scores = [
-        [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
-    ]
+    scores = [_load(work.folder / name, stack) for stack in stacks_of(spec) for name in criteria_of(score, spec, stack)]
     cfg, config = work.config(work.teacher), _plan_config(work, data, spec, export)
     if not spec.needs_scores:
         plan = make_plan(None, work.open_model(work.teacher), config)
     elif spec.steps > 1:
-        plan = _plan_in_steps(work, data, score, config, scores[0][0])
+        plan = _plan_in_steps(work, data, score, config, scores[0])
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-            plan = plan_stacks([*map(_of_stack, scores)], cfg, config)
+            plan = make_plan(scores, cfg, config)
     _check_integers(plan.apply_to(cfg), spec, export)
     routing = Routing.of_plan(work.folder / ROUTING, plan)
     on_process_zero(
@@ -130,14 +127,9 @@ def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig,
             arrays = {**arrays, key: arrays[key][: max(0, len(arrays[key]) + 1 - span)]}
         return Scores(criterion, f"{shape_digest(cfg)}-", options, arrays)
 
-    scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
+    scores = [drawn(name, stack) for stack in stacks_of(spec) for name in criteria_of(score, spec, stack).values()]
     spec = dataclasses.replace(spec, steps=1)
-    plan_stacks([*map(_of_stack, scores)], cfg, _plan_config(work, data, spec, export))
-
-
-def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
-    """Return a stack's scores for `plan_stacks` (a pair if layers and widths have different criteria)."""
-    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
+    make_plan(scores, cfg, _plan_config(work, data, spec, export))
 
 
 def _load(path: Path, stack: str) -> Scores:

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, config, kept_stack, model, on_mesh
+from prune_cases import EQUAL, config, hand_plan, model, on_mesh
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.models.vocabulary import cross_entropy
-from vlmprune_jax.core.prune import KeptLayer, PrunePlan, apply_plan, fingerprint, reconstruct, score
+from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, reconstruct, score
 from vlmprune_jax.core.prune.criteria import greedy
 
 
@@ -37,9 +37,8 @@ def loss(one, data):
 
 def without(teacher, gone, data, solved):
     """The loss of the teacher without these layers."""
-    shapes = teacher.cfg.text.layers
-    layers = tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in gone)
-    plan = PrunePlan(fingerprint(teacher), "depth", "none", {"text": kept_stack(shapes, layers)}, 1, 1, 1)
+    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(teacher.cfg.text.layers) if i not in gone]
+    plan = hand_plan(teacher.cfg, fingerprint(teacher), "depth", text=layers)
     pruned = apply_plan(teacher, plan)
     return loss(reconstruct(pruned, plan, teacher, data)[0] if solved else pruned, data)
 
