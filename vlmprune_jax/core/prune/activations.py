@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.lazy import LazyArray
 from vlmprune_jax.core.models.placement import place_batch
@@ -22,8 +27,6 @@ from vlmprune_jax.core.prune.stream import LayerStream
 
 LayerSums = dict[str, np.ndarray]
 TOGETHER = 8  # batches that pass a layer before the next one is loaded
-R = TypeVar("R")
-T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -82,9 +85,8 @@ def grouped(
         if stack == "text":
             yield [[text_batch(rows, weight_of)] for rows in arrays]
         else:
-            names = [[""] * len(rows["token_types"]) for rows in arrays]
-            pairs = zip(arrays, names, strict=True)
-            yield [tower_batches([rows], {}, of_rows, model.cfg, stack, distinct=False) for rows, of_rows in pairs]
+            unnamed = [""] * max(len(rows["token_types"]) for rows in arrays)
+            yield [tower_batches([rows], {}, unnamed, model.cfg, stack, distinct=False) for rows in arrays]
 
 
 def visit_layers(
@@ -92,40 +94,89 @@ def visit_layers(
     stack: str,
     group: Sequence[Sequence[CalibrationBatch]],
     inputs: tuple[str, ...],
-    measure: Callable[[LayerValues, jax.Array, Any], tuple[R, Any]],
-    reduce: Callable[[list[R]], T],
-) -> list[list[T]]:
-    """Pass a group of batches through all layers; return `reduce` of the results of each batch, for each layer.
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    ways: np.ndarray,
+) -> list[list[list[dict[str, np.ndarray]]]]:
+    """Pass a group of batches through all layers; return a criterion's sums for each layer, batch, and part of it.
 
     Args:
-      inputs: intermediate values to pass to `measure`, of `context.VALUES`.
-      measure: compiled function of the layer's values, the tokens' types and what it returned for the layer before;
-        returns the result and what the next layer gets.
+      inputs: intermediate values to pass to `function`, of `context.VALUES`.
+      function, options: see `Criterion.function`, with needs="activations".
+      ways: float32[ways, types], weights of the token types; every sum has the shape [ways, ...].
     """
     batches = [batch for parts in group for batch in parts]
     stream = LayerStream(model, stack, batches, dtype=None, copies=2)
     types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
-    carried, layers = [None] * len(batches), list[list[T]]()
-    causal = model.cfg.stack(stack).causal
-    capture = (*inputs, *(("statistics",) if {*inputs} & {*WRITERS} else ()))
+    carried, layers = [None] * len(batches), list[list[list[dict[str, np.ndarray]]]]()
+    fixed = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
+    norm, last, ways = stream.final_norm(), stream.n_layers - 1, jnp.asarray(ways)
 
     def visit(layer: Layer) -> None:
-        last = layer.number + 1 == stream.n_layers
+        def compute(rows: Rows, types: jax.Array, carry: Any) -> tuple[State, Any]:
+            return _sums(layer, rows, types, carry, ways, norm, last, inputs, function=function, options=fixed)
 
-        def of_rows(rows: Rows, state: State, values: dict[str, Any], types: jax.Array, carry: Any) -> Any:
-            statistics = values.pop("statistics", {})
-            scales = {name: statistics[name][..., 1:] for name in statistics if name in inputs}
-            after = stream.final_norm(state.x) if last else state.x
-            arrays = rows.x, after, values, scales, types
-            if not causal:  # a tower's positions are rows of their own
-                arrays = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), arrays)
-            before, after, values, scales, types = arrays
-            return measure(LayerValues(before, after, values, layer.params, scales), types, carry)
-
-        pairs = stream.advance(layer, capture, of_rows, types, carried)
-        results = iter([result for result, _ in pairs])
-        layers.append([reduce(list(itertools.islice(results, len(parts)))) for parts in group])
+        pairs, stacked = stream.advance(layer, compute, types, carried), np.ndim(layer.number) > 0
+        batch_sums = [{name: np.asarray(x) for name, x in sums.items()} for sums, _ in pairs]
+        for index in range(np.size(layer.number)):
+            results = iter([{name: x[index] if stacked else x for name, x in sums.items()} for sums in batch_sums])
+            layers.append([list(itertools.islice(results, len(parts))) for parts in group])
         carried[:] = [carry for _, carry in pairs]
 
-    stream.walk(visit)
+    stream.walk(visit, None if _carries(function) else stream.scan_groups())
     return layers
+
+
+def _carries(function: Callable[..., Any]) -> bool:
+    return "carry" in inspect.signature(function).parameters
+
+
+@functools.partial(jax.jit, static_argnames=("inputs", "function", "options"))
+def _sums(
+    layer: Layer,
+    rows: Rows,
+    types: jax.Array,
+    carry: Any,
+    ways: jax.Array,
+    norm: Any,
+    last: Any,
+    inputs: tuple[str, ...],
+    *,
+    function: Callable[..., Any],
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[State, tuple[dict[str, jax.Array], Any]]:
+    """Run a layer; return the state after it, and (the criterion's sums, what the next layer gets as `carry`).
+
+    Of stacked equal layers, all are run, and the sums have a leading layer axis.
+    """
+    if jnp.ndim(layer.number):
+
+        def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, dict[str, jax.Array]]:
+            at_layer = layer, rows._replace(x=x), types, None, ways, norm, last, inputs
+            state, (sums, _) = _sums(*at_layer, function=function, options=options)
+            return state.x, sums
+
+        x, sums = jax.lax.scan(step, rows.x, layer)
+        return State(x, {}), (sums, None)
+    state, values = layer.run(rows, (*inputs, *(("statistics",) if {*inputs} & {*WRITERS} else ())))
+    statistics = values.pop("statistics", {})
+    scales = {name: statistics[name][..., 1:] for name in statistics if name in inputs}
+    after = state.x
+    if norm is not None:  # a condition, so that all layers are one program
+        after = jax.lax.cond(layer.number == last, lambda x: layer.final_norm(norm, x), lambda x: x, after)
+    arrays = rows.x, after, values, scales, types
+    if not layer.cfg.causal:  # a tower's positions are rows of their own
+        arrays = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), arrays)
+    before, after, values, scales, types = arrays
+    layer_values = LayerValues(before, after, values, layer.params, scales)
+
+    def weighted_sums(weights: jax.Array, carry: Any) -> Any:
+        tokens = Tokens(weights[types], types)
+        if _carries(function):
+            return function(layer_values, tokens, carry=carry, **dict(options))
+        sums = function(layer_values, tokens, **dict(options))
+        check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")
+        return sums, None
+
+    sums, carry = jax.vmap(weighted_sums, in_axes=(0, None if carry is None else 0))(ways, carry)
+    return state, (jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums), carry)

@@ -128,6 +128,14 @@ class Layer:
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
         return cls(params, number, stack, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
 
+    @classmethod
+    def stacked(cls, model: Model, stack: str, numbers: range) -> Layer:
+        """Return a run of equal layers as one pytree with a leading layer axis, for `jax.lax.scan`."""
+        runs = enumerate(layer_runs(model.cfg.stack(stack).layers))
+        params = model.params[stack]["layers"][str(next(index for index, run in runs if numbers[0] in run.numbers))]
+        layer, number = cls.of(model, stack, numbers[0], None), jnp.arange(numbers.start, numbers.stop)
+        return dataclasses.replace(layer, params=flatten(params), number=number)
+
     @functools.cached_property
     def block(self) -> Block:
         """NNX module that computes this layer."""
@@ -165,6 +173,11 @@ class Layer:
             norms = {name: norm for name in WRITERS if (norm := block.norm_after(name)) is not None}
             captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
         return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), (state, captured))
+
+    def final_norm(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        """Apply the norm after the decoder's last layer; `params`: {name of the norm: its parameters}."""
+        module = stack_module(self.stack, self.cfg)
+        return fill(getattr(module, module.norm_name), params[module.norm_name])(x)
 
     def with_params(self, params: Mapping[str, Any], dtype: Any = None) -> Layer:
         """Return a copy of the layer with parameters replaced by path, rounded to `dtype` (default: the model's)."""

@@ -202,7 +202,8 @@ class _Repair:
         unpruned = self.unpruned
         unpruned.walk(numbers=range(unpruned.number, first))
         before = [state.x for state in unpruned.states] if self._reads else []
-        captured = unpruned.advance(unpruned.load(first), ("statistics", *((middle,) if middle else ())))
+        layer, capture = unpruned.load(first), ("statistics", *((middle,) if middle else ()))
+        captured = unpruned.advance(layer, functools.partial(layer.run, capture=capture))
         unpruned.walk(numbers=range(first + 1, end))
         after, statistics = [state.x for state in unpruned.states], [values["statistics"] for values in captured]
         return Targets(before, [values.get("middle") for values in captured], after, statistics)

@@ -16,10 +16,9 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import MAX_ARRAYS_BYTES, checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.core.channels import Experts
-from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.activations import LayerValues, grouped, visit_layers
+from vlmprune_jax.core.prune.activations import LayerValues, Tokens, grouped, visit_layers
 from vlmprune_jax.core.prune.calibration import PADDING, TOKEN_TYPES, TYPES, calibration_batches
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.stream import on_devices
@@ -151,22 +150,21 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     if len(mixtures) < len(channels):
         raise UserError(next(channel for channel in channels if channel not in mixtures).lacks)
     room = _MOST_CHOICES // sum(2 * channel.top_k for channel in mixtures)  # tokens
-    model = on_devices(model)
-    sums, choices = dict[int, np.ndarray](), dict[int, list[np.ndarray]]()
-    types = list[np.ndarray]()
+    model, ways = on_devices(model), np.ones((1, len(TYPES)), np.float32)
+    sums, choices, types = dict[int, np.ndarray](), dict[int, list[np.ndarray]](), list[np.ndarray]()
     checked = calibration_batches(batches, model.cfg, labels=False)
-    done = 0
-    for group in grouped(model, "text", checked, np.ones(len(TYPES), np.float32)):
-        layers = visit_layers(model, "text", group, ("routed",), _route, lambda x: jax.tree.map(np.asarray, x[0]))
+    for group in grouped(model, "text", checked, ways[0]):
+        layers = visit_layers(model, "text", group, ("routed",), _route, {}, ways)
         for number, (batch,) in enumerate(group):
             real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
             types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
-            for i, (chosen, new) in enumerate(layer[number] for layer in layers):
-                sums[i] = _joined(sums[i], new) if i in sums else new.astype(np.float64)
-                choices.setdefault(i, []).append(chosen.reshape(-1, chosen.shape[-1])[real].astype(np.uint16))
-            done += 1
+            for i, layer in enumerate(layers):
+                result = {name: np.asarray(array[0]) for name, array in layer[number][0].items()}
+                sums[i] = _joined(sums[i], result["sums"]) if i in sums else result["sums"].astype(np.float64)
+                chosen = result["experts"].reshape(-1, result["experts"].shape[-1])
+                choices.setdefault(i, []).append(chosen[real].astype(np.uint16))
             if progress is not None:
-                progress(done)
+                progress(len(types))
     joined = {i: np.concatenate(rows) for i, rows in choices.items()}
     return Routing(fingerprint(model), sums, joined, np.concatenate(types))
 
@@ -177,14 +175,13 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.concatenate([one[:, :-1] + other[:, :-1], largest], axis=1)
 
 
-@jax.jit
-def _route(layer: LayerValues, types: jax.Array, carry: None) -> tuple[tuple[jax.Array, jax.Array], None]:
-    """Return (chosen experts int[batch, seq, k], sums float32[token types, sums, experts]) of one layer."""
+def _route(layer: LayerValues, tokens: Tokens) -> dict[str, jax.Array]:
+    """Return the chosen experts int[batch, seq, k], and sums float32[token types, sums, experts], of one layer."""
     routed: Any = layer.inputs["routed"]
     g, f = routed.gates.astype(jnp.float32), routed.norms.astype(jnp.float32)
     values = jnp.stack([jnp.ones_like(f), g, f, f * f, g * f])
     zeros = jnp.zeros((len(TOKEN_TYPES) + 1, len(layer.params["mlp/router/weight"])), jnp.float32)
-    places = types[..., None], routed.experts  # padding, whose values may be anything, has a row of its own
+    # padding, whose values may be anything, has a row of its own
+    places = tokens.token_type[..., None], routed.experts
     sums = [*jax.vmap(lambda value: zeros.at[places].add(value))(values), zeros.at[places].max(g * f)]
-    result = routed.experts, jnp.stack(sums, axis=1)[1:]
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), result), carry
+    return {"experts": routed.experts, "sums": jnp.stack(sums, axis=1)[1:]}

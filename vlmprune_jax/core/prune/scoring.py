@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.checks import blaming, check_returned, one_of, with_defaults
+from vlmprune_jax.base.checks import blaming, one_of, with_defaults
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import VOCAB, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
-from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens, grouped, visit_layers
+from vlmprune_jax.core.prune.activations import LayerSums, grouped, visit_layers
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.calibration import (
     TOKEN_TYPE_WEIGHTS,
@@ -130,16 +127,9 @@ def _activation_sums(
     weight_of = weight_of_token_types({**TOKEN_TYPE_WEIGHTS, **(settings if splits else {})})
     # the paper's sums include padding: they do not split by token type
     types = [*TOKEN_TYPES.values()] if splits and not settings.get("reference_compat") else []
-    ways = jnp.asarray(np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]))
-    named = taken(chosen.function, {**settings, "stack": stack}).items()
-    options = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in named)
-    carries = bool(taken(chosen.function, {"carry": None}))
-    measure = functools.partial(_sums, ways, function=chosen.function, options=options, carries=carries)
+    ways = np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]])
+    options = taken(chosen.function, {**settings, "stack": stack})
     counts, totals, model = np.zeros(len(TYPES), int), list[LayerSums](), on_devices(model)
-
-    def added(results: list[LayerSums]) -> LayerSums:
-        names = results[0] if results else ()
-        return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], 0) for name in names}
 
     def waiting() -> Iterator[tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]]:
         """Yield, for each batch, its group from it on, and a list for the sums of the group's batches."""
@@ -153,16 +143,16 @@ def _activation_sums(
     def sums_of(item: tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]) -> list[dict[str, Any]]:
         group, computed = item
         if not computed:  # the first batch of the group that the journal lacks
-            computed += map(list, zip(*visit_layers(model, stack, group, chosen.inputs, measure, added), strict=True))
-        layers = computed[-len(group)]
-        return layers if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in layers]
+            layers = visit_layers(model, stack, group, chosen.inputs, chosen.function, options, ways)
+            computed += [list(map(_added, batch)) for batch in zip(*layers, strict=True)]
+        sums = computed[-len(group)]
+        return sums if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in sums]
 
     n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
     entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
     for done, entry in enumerate(entries, start=1):
-        new = [{name: np.asarray(x) for name, x in layer.items()} for layer in entry]
-        pairs = zip(totals or [{}] * n_layers, new, strict=True)
-        totals = [added([sums for sums in pair if sums]) for pair in pairs]
+        pairs = zip(totals or [{}] * n_layers, entry, strict=True)
+        totals = [_added([sums for sums in pair if sums]) for pair in pairs]
         if progress is not None:
             progress(done)
     positive(sum(map(len, totals)))
@@ -171,22 +161,10 @@ def _activation_sums(
     return by_way[0], {name: of_type[name] for name in types_in(counts) if types}
 
 
-@functools.partial(jax.jit, static_argnames=("function", "options", "carries"))
-def _sums(
-    ways: jax.Array, values: LayerValues, types: jax.Array, carry: Any, *, function: Any, options: Any, carries: bool
-) -> tuple[dict[str, jax.Array], Any]:
-    """Return a criterion's sums {name: [ways, ...]} over the tokens of one batch, for each way of weighting them."""
-
-    def weighted_sums(weights: jax.Array, carry: Any) -> Any:
-        tokens = Tokens(weights[types], types)
-        if carries:
-            return function(values, tokens, carry=carry, **dict(options))
-        sums = function(values, tokens, **dict(options))
-        check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")
-        return sums, None
-
-    sums, carry = jax.vmap(weighted_sums, in_axes=(0, None if carry is None else 0))(ways, carry)
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums), carry
+def _added(results: Sequence[Mapping[str, Any]]) -> LayerSums:
+    """Add up sums of the same names in float64."""
+    names = results[0] if results else ()
+    return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], axis=0) for name in names}
 
 
 def _fits(entry: Any, n_layers: int) -> bool:

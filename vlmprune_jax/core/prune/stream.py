@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.base.processes import from_all
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.machine import free_memory
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
@@ -34,8 +35,7 @@ from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.core.models.lazy import LazyArray, to_device
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
-from vlmprune_jax.core.models.stack import fill
-from vlmprune_jax.core.models.vlm import Model, stack_module, to_nnx
+from vlmprune_jax.core.models.vlm import Model, to_nnx
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.layers import Layer, Rows, State, streamed, to_devices
 
@@ -85,6 +85,20 @@ class LayerStream:
         """Load a layer's weights to the devices."""
         return Layer.of(self.model, self.stack, number, self._dtype)
 
+    def scan_groups(self) -> list[int | range]:
+        """Return the numbers of all layers for `walk`, with a range for every run of layers that one program can scan.
+
+        These are equal layers in sequence, on the devices, without embeddings of their own or keys for other layers.
+        """
+        cfg, groups = self.model.cfg.stack(self.stack), list[int | range]()
+        leaves = jax.tree.leaves(self.model.params[self.stack]["layers"])
+        on_devices = all(isinstance(leaf, jax.Array) for leaf in leaves)
+        scans = on_devices and not cfg.producers and not jax.tree.leaves(self.embeds)
+        for numbers, _ in layer_runs(cfg.layers):
+            run = range(numbers[0], numbers[-1] + 1)
+            groups += [run] if scans and len(run) == len(numbers) else numbers
+        return sorted(groups, key=lambda group: group if isinstance(group, int) else group.start)
+
     def at(self, number: int, states: Sequence[State]) -> Self:
         """Return a copy of the stream at the input of another layer, with the hidden states there."""
         other = copy.copy(self)
@@ -95,13 +109,12 @@ class LayerStream:
         """Return the additional embeddings of the present layer, for batch number `batch`."""
         return self.embeds[batch].of_layer(self.number)
 
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """Apply the decoder's final norm to its last layer's output; other components have none before their output."""
+    def final_norm(self) -> Any:
+        """Return the parameters of the norm after the decoder's last layer (`Layer.final_norm`); None for towers."""
         if self.stack != "text":
-            return x
-        name = stack_module("text", self.model.cfg.text).norm_name
-        params = jax.tree.map(to_device, self.model.params["text"][name])
-        return _final_norm(params, x, cfg=self.model.cfg.text)
+            return None
+        parts = {name: part for name, part in self.model.params["text"].items() if "norm" in name}
+        return jax.tree.map(to_device, parts)
 
     def rows(self, batch: int) -> Rows:
         """Return the rows of batch number `batch` at the present layer's input, on the devices or sharded over them."""
@@ -131,20 +144,11 @@ class LayerStream:
             yield self.batches[batch], result
 
     def advance(
-        self,
-        layer: Layer,
-        capture: tuple[str, ...] = (),
-        measure: Callable[..., Any] = lambda rows, state, values: values,
-        *targets: Sequence[Any],
-    ) -> list[Any]:
-        """Run a layer on all batches; return `measure(rows, state after it, captured values, *targets)` of each."""
-
-        def run(rows: Rows, *targets: Any) -> tuple[State, Any]:
-            state, values = layer.run(rows, capture)
-            return state, measure(rows, state, values, *targets)
-
-        results = list[Any]()
-        for batch, (_, (state, result)) in enumerate(self.visit(run, *targets)):
+        self, layer: Layer, compute: Callable[..., tuple[State, R]] | None = None, *targets: Sequence[Any]
+    ) -> list[R]:
+        """Run a layer on all batches; `compute(rows, *targets)` returns (state after the layer, the batch's result)."""
+        results = list[R]()
+        for batch, (_, (state, result)) in enumerate(self.visit(compute or layer.run, *targets)):
             self.states[batch] = State(state.x, {**self.states[batch].shared, **state.shared})
             results.append(result)
         self.number += 1
@@ -153,18 +157,19 @@ class LayerStream:
     def walk(
         self,
         visit: Callable[[Layer], Layer | None] = lambda layer: layer,
-        numbers: Iterable[int] | None = None,
+        numbers: Iterable[int | range] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Load the layers `numbers`, by default all, call `visit(layer)`, and advance through the layer it returns.
 
-        A visitor that moves the stream itself (also in reverse) returns None. `progress` is called with the number of
-        finished layers.
+        A visitor that moves the stream itself (also in reverse) returns None. The layers of a range (`scan_groups`) are
+        passed together, see `Layer.stacked`. `progress` is called with the number of visits.
         """
         for done, number in enumerate(range(self.n_layers) if numbers is None else numbers, start=1):
-            self.number = number
+            self.number = number if isinstance(number, int) else number.start
             with use_mesh(self.mesh):
-                layer = visit(self.load(number))
+                stacked = isinstance(number, range)
+                layer = visit(Layer.stacked(self.model, self.stack, number) if stacked else self.load(number))
                 if layer is not None:
                     self.advance(layer)
             if progress is not None:
@@ -189,12 +194,6 @@ def placed_params(model: Model, used: Callable[[str], bool]) -> Any:
         return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # jit drops what a program does not use
 
     return unflatten({path: place(path, leaf) for path, leaf in flatten(model.params).items()})
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _final_norm(params: Any, x: jax.Array, *, cfg: TextConfig) -> jax.Array:
-    module = stack_module("text", cfg)
-    return fill(getattr(module, module.norm_name), params)(x)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "dtype"))

@@ -21,8 +21,8 @@ from prune_cases import (
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import score
+from vlmprune_jax.core.prune.activations import _sums
 from vlmprune_jax.core.prune.criteria.distance import cosine_distance
-from vlmprune_jax.core.prune.scoring import _sums
 from vlmprune_jax.core.prune.stream import LayerStream
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.exports.pruning import make_plan

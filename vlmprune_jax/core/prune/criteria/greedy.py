@@ -167,7 +167,8 @@ class _Cut(LayerStream):
         layer = super().load(number)  # with original weights: an earlier repair was for fewer removed layers
         unpruned = self.at(number, self._unpruned[number])
         unpruned.kept = list(range(self.n_layers))
-        statistics = [values["statistics"] for values in unpruned.advance(layer, ("statistics",))]
+        captured = unpruned.advance(layer, functools.partial(layer.run, capture=("statistics",)))
+        statistics = [values["statistics"] for values in captured]
         targets = Targets([], [], [state.x for state in self._unpruned[after]], statistics)
         cut.number, cut.states = number, list(self._before[number])
         layer, _ = repair_writer(layer, cut, targets, module="down_proj")
