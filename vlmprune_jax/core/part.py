@@ -76,7 +76,7 @@ WRITERS: dict[str, str] = {}  # axis -> output projection that reads its units
 
 @dataclass(frozen=True)
 class Part:
-    """Configuration of one part of a layer (mixer or channel mixer), with the sizes of its prunable axes."""
+    """Base class of mixers and channel mixers, with the sizes of their prunable axes."""
 
     axes: ClassVar[tuple[Axis, ...]] = ()
     """Prunable axes, parents before their children."""

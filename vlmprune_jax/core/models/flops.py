@@ -89,8 +89,7 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
     positions = positions_of(cfg, image_tokens)
     blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
     for layer in tower.layers:
-        attention = 4 * tower_pairs(cfg, layer, positions) * layer.mixer.q_heads * layer.mixer.head_dim
-        blocks += attention * (3 if in_tower else 1)
+        blocks += tower_attention_flops(cfg, layer, positions) * (3 if in_tower else 1)
     patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
     return images * (blocks + patches + projector)
 
@@ -102,8 +101,8 @@ def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
-def tower_pairs(cfg: ModelConfig, shape: Layer, positions: int) -> int:
-    """Return the number of query-key pairs of one image in one layer of the vision tower."""
+def tower_attention_flops(cfg: ModelConfig, layer: Layer, positions: int) -> int:
+    """Return the forward FLOPs of attention scores and sums for one image in one layer of the vision tower."""
     assert cfg.projector is not None
-    side = (shape.mixer.window or positions) * cfg.projector.downsample
-    return positions * min(positions, side**2)
+    side = (layer.mixer.window or positions) * cfg.projector.downsample
+    return 4 * positions * min(positions, side**2) * layer.mixer.q_heads * layer.mixer.head_dim

@@ -18,7 +18,7 @@ from vlmprune_jax.core.models.flops import (
     head_of,
     limited_row,
     positions_of,
-    tower_pairs,
+    tower_attention_flops,
     vision_flops,
     weight_flops,
 )
@@ -148,8 +148,7 @@ def _forward_of_layers(
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)
         for tower_layer in tower.layers:
-            channels = tower_layer.mixer.q_heads * tower_layer.mixer.head_dim
-            attention = 4 * tower_pairs(cfg, tower_layer, positions) * channels
+            attention = tower_attention_flops(cfg, tower_layer, positions)
             total += slots * (2 * positions * products["vision"].of(tower_layer) + attention)
     return total
 

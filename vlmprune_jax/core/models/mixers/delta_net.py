@@ -23,6 +23,7 @@ from vlmprune_jax.core.models.mixers.short_conv import RealFirst, convolve, writ
 CHUNK = 64  # positions per chunk; a shorter sequence is a single chunk
 _EPS = 1e-6  # added to squared lengths of queries and keys
 _PRECISE = jax.lax.Precision.HIGHEST
+_matmul = functools.partial(jnp.matmul, precision=_PRECISE)
 
 
 class DeltaState(NamedTuple):
@@ -209,7 +210,3 @@ def _inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Arra
 
 
 _inverse.defvjp(lambda lower: (_inverse(lower),) * 2, _inverse_backward)
-
-
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=_PRECISE)
