@@ -10,8 +10,8 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
-from vlmprune_jax.io.checkpoints.integers import check_on_tpus
 from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.exports.gptq import check_on_tpus
 from vlmprune_jax.io.families import FAMILIES
 
 WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -227,20 +227,17 @@ def _read_param(
     )
     # Devices that hold the same slice share one buffer.
     blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
-    row_ranges = [(slot, rows) for slot in slots for rows in _parts(slot)]
-    filled = pool.map(lambda part: _fill(part[0], part[1], sources[part[0].key], blocks), row_ranges)
-    list(filled)  # raises what a thread raised
+
+    def read(slot: Slot, begin: int) -> None:
+        rows = range(begin, min(begin + max(1, _PART // slot.stride), slot.shape[0]))
+        _fill(slot, rows, sources[slot.key], blocks)
+
+    starts = [(slot, begin) for slot in slots for begin in range(0, slot.shape[0], max(1, _PART // slot.stride))]
+    list(pool.map(lambda start: read(*start), starts))  # raises what a thread raised
     if placement is None:
         (whole,) = blocks.values()
         return jax.device_put(whole)
     return jax.make_array_from_callback(shape, placement, lambda index: blocks[bounds(index)])
-
-
-def _parts(slot: Slot) -> Iterator[range]:
-    """Yield row ranges of a checkpoint tensor that threads read in parallel."""
-    step = max(1, _PART // slot.stride)
-    for begin in range(0, slot.shape[0], step):
-        yield range(begin, min(begin + step, slot.shape[0]))
 
 
 def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:

@@ -17,7 +17,6 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
-from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.checkpoints.layout import (
     Slot,
     block_number,
@@ -28,9 +27,9 @@ from vlmprune_jax.io.checkpoints.layout import (
     tied_head,
 )
 from vlmprune_jax.io.exports.card import loading_of
-from vlmprune_jax.io.exports.format import Contents, Origin
+from vlmprune_jax.io.exports.format import Contents, FolderOptions, Origin
+from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
-from vlmprune_jax.io.exports.options import FolderOptions
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 from vlmprune_jax.base.checks import Registry, one_of, suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import check_settings, export_setting, settings_of
-from vlmprune_jax.io.exports.format import Calibration, Comparison, Contents, Format, Importance, Origin
-from vlmprune_jax.io.exports.options import FolderOptions, GgufOptions
+from vlmprune_jax.io.exports.format import (
+    Calibration,
+    Comparison,
+    Contents,
+    FolderOptions,
+    Format,
+    GgufOptions,
+    Importance,
+    Origin,
+)
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.models.vlm import Model

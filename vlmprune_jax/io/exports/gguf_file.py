@@ -27,9 +27,8 @@ from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Comparison, Importance
+from vlmprune_jax.io.exports.format import Comparison, GgufOptions, Importance
 from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, spelled, tiled, under_names
-from vlmprune_jax.io.exports.options import GgufOptions
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor

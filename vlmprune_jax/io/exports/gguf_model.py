@@ -25,7 +25,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
-from vlmprune_jax.io.exports.format import Origin
+from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
     cut,
     file_type,
@@ -37,7 +37,6 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     tower_remarks,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.options import GgufOptions
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of

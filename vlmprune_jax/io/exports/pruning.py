@@ -36,7 +36,7 @@ from vlmprune_jax.io.checkpoints.disk.tensors import bytes_on_disk
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.checkpoints.read import load, resolve
 from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES, make_tensors
-from vlmprune_jax.io.exports.options import FolderOptions
+from vlmprune_jax.io.exports.format import FolderOptions
 from vlmprune_jax.io.exports.target import make_target
 from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary
 from vlmprune_jax.io.exports.uneven import padded_stacks

@@ -59,8 +59,8 @@ class Weights:
           reorders: True if `convert` needs all rows of a parameter at once.
         """
         for group in row_groups(slots):
-            stored = [(self.flat[before.path], before.place) for before in self._before(group)]
-            pairs = zip(self._before(group), group, strict=True)
+            pairs = [(self.slots[slot.name], slot) for slot in group]
+            stored = [(self.flat[before.path], before.place) for before, _ in pairs]
             unchanged = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
             extent = extent_of(stored, dtype) if unchanged and dtype is not None else None
             blocks = blocks_of(*stored[0]) if unchanged and len(slots) == 1 and not reorders else None
@@ -70,9 +70,6 @@ class Weights:
                 yield from (convert(block, group[0]) for block in blocks())
             else:
                 yield join_tensor([convert(self._widened(slot), slot) for slot in group], group)
-
-    def _before(self, slots: Sequence[Slot]) -> list[Slot]:
-        return [self.slots[slot.name] for slot in slots]
 
     def _widened(self, after: Slot) -> np.ndarray:
         """Return a parameter on the host, with the axes of its slot in the export."""

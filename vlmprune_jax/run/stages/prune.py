@@ -21,11 +21,11 @@ from vlmprune_jax.core.prune.select import moved_features
 from vlmprune_jax.core.prune.tables import Table, affected_tokens, explain
 from vlmprune_jax.core.prune.vocabulary import check_size
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES
-from vlmprune_jax.io.checkpoints.integers import check_on_tpus, make_storage
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import Batch
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec
+from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import unusual_counts
