@@ -176,7 +176,7 @@ def test_hybrid_plans_refuse():
     cfg = config(EQUAL)
     pair = (depth_scores(cfg, [0, 1, 2, 3, 4]), width_scores(cfg))
     for scores, options, message in (
-        (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair of scores: pass scores="),
+        (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair of scores, got Scores: pass scores="),
         (pair, {}, "'hybrid' needs exactly one of ratio and budget, got none"),
         (pair, {"ratio": 0.3, "depth_share": 1.5}, "depth_share=1.5 must be at least 0 and below 1"),
         (pair, {"ratio": 0.9, "layers_removed": 1}, "cannot be reached by width .* after removing layers: the most is"),

@@ -73,28 +73,26 @@ def merge_scores(scores: Scores | Sequence[Scores], method: str) -> Scores:
 
     Raises UserError if they are scores of several models, or not the scores that the method needs.
     """
-    axes, each = METHODS[method], [scores] if isinstance(scores, Scores) else [*scores]
-    if len({one.fingerprint for one in each}) > 1:
+    axes, parts = METHODS[method], [scores] if isinstance(scores, Scores) else [*scores]
+    needed = "one Scores object" if len(axes) == 1 else "a pair of scores"
+    advice = "the result of vp.score" if len(axes) == 1 else "scores=(depth_scores, width_scores)"
+    wrong = UserError(f"method {method!r} needs {needed}, got {type(scores).__name__}: pass {advice} of each stack")
+    if not parts or not all(isinstance(part, Scores) for part in parts):
+        raise wrong
+    if len({part.fingerprint for part in parts}) > 1:
         raise UserError("these scores are for different models: score the same model")
     values, names, options = dict[Key, Any](), list[str](), dict[str, Any]()
-    for component in dict.fromkeys(name for one in each for name in one.components):
-        used = [one for one in each if component in one.components]
-        if len(used) != len(axes) and len(axes) > 1:
-            raise UserError(
-                f"method {method!r} needs a pair of scores: pass scores=(depth_scores, width_scores), both of the "
-                f"{component} stack"
-            )
+    for component in dict.fromkeys(name for part in parts for name in part.components):
+        used = [part for part in parts if component in part.components]
         if len(used) != len(axes):
-            raise UserError(
-                f"method {method!r} needs one Scores object, got {type(scores).__name__}: pass the result of vp.score"
-            )
-        for axis, one in zip(axes, used, strict=True):
-            one.check_scored(axis)
-            own = {key: array for key, array in one.values.items() if key.component == component}
-            values |= {key: array for key, array in own.items() if (key.axis == LAYERS) == (axis == LAYERS)}
-            options |= {name: value for name, value in one.options.items() if name != "variant"}
-        names.append(" + ".join(one.name for one in used))
-    return Scores(" and ".join(dict.fromkeys(names)), each[0].fingerprint, options, values)
+            raise wrong
+        for axis, part in zip(axes, used, strict=True):
+            part.check_scored(axis)
+            of_component = {key: array for key, array in part.values.items() if key.component == component}
+            values |= {key: array for key, array in of_component.items() if (key.axis == LAYERS) == (axis == LAYERS)}
+            options |= {name: value for name, value in part.options.items() if name != "variant"}
+        names.append(" + ".join(part.name for part in used))
+    return Scores(" and ".join(dict.fromkeys(names)), parts[0].fingerprint, options, values)
 
 
 def plan_units(

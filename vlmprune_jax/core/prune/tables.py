@@ -43,7 +43,7 @@ def explain(
         if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
             raise UserError("this plan is for another model than the config's: plan again")
         if not kept.is_whole or len(plan.stacks) == 1:
-            merged = merge_scores([one for one in scores if name in one.components], plan.method)
+            merged = merge_scores([part for part in scores if name in part.components], plan.method)
             tables.append(_explain_stack(plan, cfg, spec, merged, name))
     return tables if routing is None else [*tables, affected_tokens(plan, routing)]
 
