@@ -83,7 +83,7 @@ class Reporter:
             nonlocal last_time
             if time.monotonic() - last_time >= PAUSE_SECONDS:
                 last_time = time.monotonic()
-                self.say(f"  {what}: {done:,} of {total:,}  {remark}".rstrip())
+                self.say(f"  {what}: {done:,} of {total:,}{remark and ', ' + remark}")
 
         return update
 

@@ -38,7 +38,7 @@ def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
     assert capsys.readouterr().out == "  evaluate teacher: 1,200 of 1,200\n"
     recover(cases.model(CFG), cases.Stream(CFG), config)
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  loss")[0] for line in lines] == [f"  train step: {step} of 3" for step in (1, 2, 3)]
+    assert [line.split(", loss")[0] for line in lines] == [f"  train step: {step} of 3" for step in (1, 2, 3)]
     assert all("tok/s" in line for line in lines)
 
 

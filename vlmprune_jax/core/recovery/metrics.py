@@ -180,8 +180,8 @@ class Recorder:
 
 def _shown(last: Mapping[str, float]) -> str:
     """Return a step's metrics for the progress bar."""
-    mfu = f"  MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
-    return f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}  {last['tokens_per_second']:,.0f} tok/s{mfu}"
+    mfu = f", MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
+    return f"loss {last['loss']:.4f}, lr {last['learning_rate']:.1e}, {last['tokens_per_second']:,.0f} tok/s{mfu}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
