@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from vlm_cases import images_of
@@ -108,7 +109,7 @@ def test_shared_beginnings_of_tiles(llava: Model, encoder: Encoder, asked: list[
     assert set(slots) == {4, 7}
     for bucket in (4, 7):
         same = [batch for batch, number in zip(batches, slots, strict=True) if number == bucket]
-        shapes = {tuple(a.shape for a in [*batch.arrays.values(), batch.prefix.input_ids]) for batch in same}
+        shapes = {tuple(a.shape for a in [*jax.tree.leaves(batch.arrays), batch.prefix.input_ids]) for batch in same}
         assert len(shapes) == 1
     assert len({batch.prefix.input_ids.shape for batch in batches}) == 2  # few tiles do not wait for many
     options = {"tokenizer": encoder.tokenizer, "max_new_tokens": STEPS}

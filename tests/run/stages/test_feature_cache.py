@@ -134,7 +134,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory, goldens: Path) -> tuple[Expe
 
 def test_inputs_of_a_model_without_its_tower():
     cfg = dataclasses.replace(cases.config(), tower=False)
-    ids = np.full((2, 5), cases.IMAGE)
+    ids = np.full((2, 4), cases.IMAGE)
     rows = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     whole = {"media": {"vision": Packed(np.zeros((2, 1, *cfg.feature_shape)))}}
     check_batch(cfg, rows | whole)

@@ -214,7 +214,7 @@ def _read_tiles(cfg: ModelConfig, arrays: Mapping[str, Any], positions: int) -> 
     tiles, real = np.asarray(arrays["pixel_values"]).reshape(-1, *wanted), None
     filled: Any = np.ones(len(tiles), bool)
     if len(shape) > 4 and len(tiles) * per_image > positions:
-        filled = tiles.any(axis=(1, 2, 3))
+        filled = tiles.reshape(len(tiles), -1).any(axis=1)
     if filled.sum() * per_image != positions:
         raise UserError(
             f"input_ids have {positions} image positions, but the images have {filled.sum() * per_image} features: "
