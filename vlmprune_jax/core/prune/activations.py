@@ -110,11 +110,11 @@ def visit_layers(
     types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
     carried, layers = [None] * len(batches), list[list[list[dict[str, np.ndarray]]]]()
     fixed = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
-    norm, last, ways = stream.final_norm(), stream.n_layers - 1, jnp.asarray(ways)
+    norm, last, weights = stream.final_norm(), stream.n_layers - 1, jnp.asarray(ways)
 
     def visit(layer: Layer) -> None:
         def compute(rows: Rows, types: jax.Array, carry: Any) -> tuple[State, Any]:
-            return _sums(layer, rows, types, carry, ways, norm, last, inputs, function=function, options=fixed)
+            return _sums(layer, rows, types, carry, weights, norm, last, inputs, function=function, options=fixed)
 
         pairs, stacked = stream.advance(layer, compute, types, carried), np.ndim(layer.number) > 0
         batch_sums = [{name: np.asarray(x) for name, x in sums.items()} for sums, _ in pairs]

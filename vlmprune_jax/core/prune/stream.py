@@ -168,8 +168,10 @@ class LayerStream:
         for done, number in enumerate(range(self.n_layers) if numbers is None else numbers, start=1):
             self.number = number if isinstance(number, int) else number.start
             with use_mesh(self.mesh):
-                stacked = isinstance(number, range)
-                layer = visit(Layer.stacked(self.model, self.stack, number) if stacked else self.load(number))
+                if isinstance(number, int):
+                    layer = visit(self.load(number))
+                else:
+                    layer = visit(Layer.stacked(self.model, self.stack, number))
                 if layer is not None:
                     self.advance(layer)
             if progress is not None:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,8 @@ from vlmprune_jax.core.mesh.machine import free_memory
 from vlmprune_jax.core.mesh.mesh import gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM
-from vlmprune_jax.core.models.media import Packed, repack
-from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch, place_inputs
+from vlmprune_jax.core.models.media import Packed
+from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
 from vlmprune_jax.core.models.stack import Passed
 from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import chunks, cross_entropy, cross_entropy_sum
@@ -125,8 +125,8 @@ def gradient_channels(
             inputs = [text_batch(arrays, weight_of) for arrays in steps]
             losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, [] if plain else ways)]
         else:
-            inputs = [_tower_batch(arrays, model, stack) for arrays in steps]
             losses = [place_inputs(model.params, cfg, text_batch(s, weight_of).inputs | s) for s in steps]
+            inputs = [_tower_batch(arrays, stack) for arrays in losses]
         stream = _Backward(model, stack, inputs, losses, labels, squares, channels)
         layers = stream.scores(memory_budget, progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
@@ -145,14 +145,11 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     return jax.tree.map(lambda array: array.reshape(steps, rows, *array.shape[1:]), stacked)
 
 
-def _tower_batch(step: Arrays, model: Model, stack: str) -> CalibrationBatch:
-    """Return the images of a step's rows as they pass the tower, one image in a row, or packed rows."""
+def _tower_batch(step: Mapping[str, Any], stack: str) -> CalibrationBatch:
+    """Return the images of a step's rows as they pass the tower: one in a row, or packed images of varying size."""
     images: Packed = step["media"][stack]
     if images.grid is None:
         images = images._replace(values=images.values.reshape(-1, 1, *images.values.shape[2:]))
-    else:
-        packs = packed_rows(len(step["input_ids"]), mesh_of(model.params))
-        images = repack(model.cfg, step["input_ids"], step["attention_mask"], images, packs)
     unused = np.ones((len(images.values), 1), np.float32)
     return CalibrationBatch({"media": {stack: images}}, {"grid": images.grid}, unused, unused, [])
 
@@ -213,14 +210,17 @@ class _Backward(LayerStream):
 
     def _forward(self, layer: Layer) -> None:
         """Run a layer; save its inputs and, while the memory budget lasts, the outputs of its projections."""
-        before, products = list(self.states), list[Products | None]()
-        for batch, (_, (state, computed)) in enumerate(self.visit(functools.partial(_block, layer))):
-            self.states[batch] = State(state.x, {**before[batch].shared, **state.shared})
-            size = sum(array.addressable_shards[0].data.nbytes for array in computed)
-            products.append(computed if size <= self.budget else None)
-            self.budget -= size if size <= self.budget else 0
-        self.saved.append((before, products))
-        self.number += 1
+
+        def run(rows: Rows) -> tuple[State, Products | None]:
+            state, products = _block(layer, rows)
+            size = sum(array.addressable_shards[0].data.nbytes for array in products)
+            if size > self.budget:
+                return state, None
+            self.budget -= size
+            return state, products
+
+        before = list(self.states)
+        self.saved.append((before, self.advance(layer, run)))
 
     def _backward(self, layer: Layer) -> None:
         """Add up a layer's weight gradients over all batches, and reduce them; go back to the layer's input."""
@@ -344,12 +344,12 @@ def _tower_gradient(
     ids = step["input_ids"]
 
     def loss(outputs: dict[int, jax.Array]) -> jax.Array:
-        def passed(x: jax.Array, ctx: Any, *, keep: Any = (), **others: Any) -> Passed:
+        def passed(keep: Sequence[int]) -> Passed:
             kept = jnp.stack([outputs[number] for number in keep]) if keep else None
             return Passed(outputs[max(outputs)], kept, {})
 
         module = to_nnx(Model(params, cfg))
-        object.__setattr__(getattr(module, stack), "pass_through", passed)
+        getattr(module, stack).passed = passed
         x, _, embeds = module.embed(ids, step.get("media"))
         final, _ = encode(
             params, cfg, ids, inputs_embeds=x, layer_embeds=embeds, position_ids=step.get("position_ids"),
