@@ -48,18 +48,19 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
     import vlmprune_jax as vp
     from vlmprune_jax.core.models.params import flatten, unflatten
     from vlmprune_jax.core.recovery.config import LossConfig
-    from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, term_weights
-    from vlmprune_jax.core.recovery.step import step_context
-    from vlmprune_jax.core.recovery.terms import layer_pairs
-    from vlmprune_jax.core.recovery.trainable import partition
+    from vlmprune_jax.core.recovery.losses import combine, loss_sums, term_weights
+    from vlmprune_jax.core.recovery.program import step_context
+    from vlmprune_jax.core.recovery.terms import make_teacher
+    from vlmprune_jax.core.recovery.trainable import assign_groups, partition
 
     student = base.adapted(vp.load(args.work / "student", dtype="bfloat16"), 0.0)
-    trainable, frozen = partition(flatten(student.params), "lora")
+    flat = flatten(student.params)
+    trainable, frozen = partition(flat, assign_groups(list(flat), "lora"))
     frozen = {path: leaf.astype(dtype) for path, leaf in frozen.items()}
     original = vp.load(args.folder, dtype="bfloat16")
     taught = jax.tree.map(lambda leaf: leaf.astype(dtype), original.params)
     loss = LossConfig(ce=0.5, l2=0.5)
-    teacher = Teacher(original.cfg, *layer_pairs(loss, student.cfg, original.cfg, None))
+    teacher = make_teacher(loss, student.cfg, original.cfg, None)
     table = "text/embed_tokens/weight"
 
     @jax.jit

@@ -101,11 +101,11 @@ def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Pa
     tokenizer, said = load_tokenizer(TEACHER), list[str]()
     for batch in vp.batches(TEACHER, records, images=images, batch_size=50, **DATA):
         arrays = batch.arrays
-        states = tower_features(params["vision"], cfg, Packed(jnp.asarray(arrays["pixel_values"])))
+        states = tower_features(params["vision"], cfg, arrays["media"]["vision"])
         states = jnp.concatenate([states[:, 2:], states[:, :1]], axis=1)
         last, _ = encode(
             rest, dataclasses.replace(model.cfg, tower=False), jnp.asarray(arrays["input_ids"]),
-            images=Packed(states[:, None]), attention_mask=jnp.asarray(arrays["attention_mask"]),
+            media={"vision": Packed(states[:, None])}, attention_mask=jnp.asarray(arrays["attention_mask"]),
         )  # fmt: skip
         places = (arrays["labels"] != -100).argmax(axis=1) - 1
         tokens = head_of(params, model.cfg)(last[np.arange(len(places)), places]).argmax(-1)

@@ -26,6 +26,14 @@ PASSES = 6  # passes of the bf16 matrix unit for a float32 product of precision 
 LENGTHS = {"llava": 1024, "bunny": 1024, "internvl": 4096}
 
 
+def layer_shapes(cfg):
+    """Return {parameter path within a layer: shape} of the decoder's first layer."""
+    from vlmprune_jax.core.models.params import param_shapes
+
+    prefix = "text/layers/0/"
+    return {path[len(prefix) :]: shape[1:] for path, shape in param_shapes(cfg).items() if path.startswith(prefix)}
+
+
 def main() -> None:
     """Compile the programs of every family, and print a table row for each."""
     import jax
@@ -54,7 +62,6 @@ def layerwise(family: str, topology: str) -> str:
     from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
     from vlmprune_jax.core.mesh.rules import sharding
     from vlmprune_jax.core.models.context import LayerEmbeds
-    from vlmprune_jax.core.models.params import layer_shapes
     from vlmprune_jax.core.prune import layers, layerwise
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
@@ -69,7 +76,7 @@ def layerwise(family: str, topology: str) -> str:
     def abstract(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ())), tree)
 
-    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layer_shapes(cfg, "text").items()}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layer_shapes(cfg).items()}
     tokens = jax.ShapeDtypeStruct((layerwise.ROWS, length), jnp.float32)
     stream = jax.ShapeDtypeStruct((*tokens.shape, cfg.text.hidden_size), jnp.float32)
     mask = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
@@ -102,8 +109,8 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
     from vlmprune_jax.core.mesh.rules import sharding
     from vlmprune_jax.core.models.context import LayerEmbeds
-    from vlmprune_jax.core.models.params import layer_axes, layer_shapes
-    from vlmprune_jax.core.prune import layers, reconstruction, ridge
+    from vlmprune_jax.core.models.params import layer_axes
+    from vlmprune_jax.core.prune import layers, least_squares, ridge
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
     from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
@@ -124,7 +131,7 @@ def row(family: str, topology: str) -> str:
 
     def layer(of):
         text, axes = of.text.with_layers(of.text.layers[:1]), layer_axes(of, "text")
-        return {path: abstract(shape, axes[path]) for path, shape in layer_shapes(of, "text").items()}, text
+        return {path: abstract(shape, axes[path]) for path, shape in layer_shapes(of).items()}, text
 
     stream = abstract((rows, length, width), ("batch", None, None))
     mask = abstract((rows, length), ("batch", None), np.int32)
@@ -142,7 +149,7 @@ def row(family: str, topology: str) -> str:
             found[name] = compile_for_tpu(jax.jit(lambda params, rows: whole(params).run(rows)), params, inputs)
 
         def sums_of(params, rows, target):
-            return reconstruction._sums(whole(params), rows, target, None, module="down_proj")
+            return least_squares.writer_sums(whole(params), rows, target, None, module="down_proj")
 
         found["sums"] = compile_for_tpu(jax.jit(sums_of), params, inputs, stream)
         sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))

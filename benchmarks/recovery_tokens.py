@@ -31,7 +31,7 @@ from reconstruction import ROOT, ROW, WINDOW, batches, docstrings, smollm2_folde
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import unflatten
 from vlmprune_jax.core.recovery.config import MAIN, LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.program import prepare
+from vlmprune_jax.core.recovery.loop import prepare
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean

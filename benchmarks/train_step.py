@@ -104,22 +104,14 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     import vlmprune_jax as vp
     from vlmprune_jax.core.models.params import flatten
     from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
-    from vlmprune_jax.core.recovery.losses import Teacher
-    from vlmprune_jax.core.recovery.step import (
-        init_state,
-        learning_rates,
-        make_optimizer,
-        make_step,
-        step_context,
-    )
-    from vlmprune_jax.core.recovery.terms import layer_pairs
-    from vlmprune_jax.core.recovery.trainable import assign_groups, partition
+    from vlmprune_jax.core.recovery.program import make_program, step_context
+    from vlmprune_jax.core.recovery.trainable import partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)
     teacher = vp.load(args.folder, dtype=args.dtype)
     loss = LossConfig(ce=0.5, l2=0.5)
-    trainable, frozen = partition(flatten(student.params), "lora")
     config = RecoverConfig(
+        lora=student.cfg.lora,
         losses=loss,
         learning_rate=LEARNING_RATE,
         schedule="constant",
@@ -128,19 +120,17 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
         compute_dtype=args.dtype,
         remat=args.remat,
     )
-    groups = assign_groups(list(trainable), "lora")
-    optimizer = make_optimizer(config, groups, 1)
-    taught = Teacher(teacher.cfg, *layer_pairs(loss, student.cfg, teacher.cfg, None))
-    rates = learning_rates(config, groups, 1)
-    compiled = make_step(student.cfg, config, taught, optimizer, rates, None)
-    state = init_state(trainable, optimizer, 0, None)
+    cfg = dataclasses.replace(student.cfg, lora=None)
+    program = make_program(cfg, config, teacher_cfg=teacher.cfg, kept_layers=None, mesh=None, num_steps=1)
+    trainable, frozen = partition(flatten(student.params), program.groups)
+    state = program.init(trainable)
     params, batch = teacher.params, {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
     del student, teacher, trainable
 
     def step() -> dict[str, float]:
         nonlocal state
         with step_context(None, args.dtype):
-            state, metrics = compiled(state, frozen, params, batch)
+            state, metrics = program.step(state, frozen, params, batch)
         jax.block_until_ready(state)
         return {name: float(metrics[name]) for name in ("loss", "ce", "l2", "grad_norm")}
 

@@ -13,7 +13,7 @@ from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.vlm import INPUTS
+from vlmprune_jax.core.models.inputs import VisualInputs
 from vlmprune_jax.core.prune.config import PlanOptions
 
 
@@ -49,7 +49,8 @@ def test_methods_of_a_model_are_the_functions():
     np.testing.assert_array_equal(aux["hidden"], expected_aux["hidden"])
     tokens = one.generate(**arrays, max_new_tokens=2)
     np.testing.assert_array_equal(tokens, vp.generate(one, **arrays, max_new_tokens=2))
-    assert {*INPUTS} == inspect.signature(vp.forward).parameters.keys() - {"model", "capture", "want"}
+    inputs = {"input_ids", "attention_mask", *VisualInputs.__annotations__}
+    assert inputs == inspect.signature(vp.forward).parameters.keys() - {"model", "capture", "want"}
 
 
 def test_folder_and_plan_are_no_part_of_a_model():
@@ -113,7 +114,7 @@ BLOCKS = {"criterion": "block_influence"}
         (lambda: ONE.save("out"), "vp.save: source_dir is not set, and the model was not loaded from a folder: pass"),
         (lambda: ONE([BATCH]), "model(batch): batch must be a mapping with input_ids: pass the outputs of a processor"),
         (lambda: ONE({"pixel_values": 1}), "model(batch): batch must be a mapping with input_ids"),
-        (lambda: ONE({"input_ids": 1, "pixel_value": 1}), "no input 'pixel_value'; did you mean 'pixel_values'?"),
+        (lambda: ONE({"input_ids": [[1]], "pixel_value": 1}), "no input 'pixel_value'; did you mean 'pixel_values'?"),
         (lambda: vp.load(ONE), "vp.load: hf_dir must be of type str or Path, got Model: call vp.load(hf_dir)"),
     ],
 )
@@ -164,7 +165,7 @@ def test_forward_gives_what_its_docstring_says():
         logits, aux = vp.forward(one, **arrays, capture=("hidden", "image_features", "inputs_embeds"))
         assert (logits.shape, logits.dtype) == ((4, 9, 62), dtype)
         assert [x.shape for x in aux.pop("hidden")] == [(4, 9, 20)] * 6
-        assert {name: x.shape for name, x in aux.items()} == {"image_features": (4, 4, 20), "inputs_embeds": (4, 9, 20)}
+        assert {name: x.shape for name, x in aux.items()} == {"image_features": (3, 4, 20), "inputs_embeds": (4, 9, 20)}
     assert vp.forward(one, arrays["input_ids"][-1:])[1] == {}
 
 

@@ -27,8 +27,7 @@ from pretrain import TEXT_LETTERS, make_encoder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.models.inputs import encode_inputs
-from vlmprune_jax.core.models.vlm import apply
+from vlmprune_jax.core.models.vlm import ENCODED, apply
 from vlmprune_jax.core.prune.routing import Routing, measure_routing
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.sections import LoraConfig
@@ -62,17 +61,17 @@ def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: in
     """Return a model's accuracy (%) and loss (nats per answer) on questions, and its bits per byte on texts."""
     right, nats = list[bool](), {"answers": 0.0, "texts": 0.0}
     for batch in (each.arrays for each in (*questions, *texts)):
-        inputs = encode_inputs(model.cfg, batch)
+        inputs = {name: batch.get(name) for name in ENCODED}
         logits = np.asarray(_apply(model.params, model.cfg, batch["input_ids"], **inputs)[0], np.float64)[:, :-1]
         labels = batch["labels"][:, 1:]
         used = labels != IGNORED
-        if "pixel_values" in batch:
+        if batch["media"]:
             hits = (logits.argmax(axis=-1) == labels) | ~used
             right += hits.all(axis=1)[used.any(axis=1)].tolist()
         chosen = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         highest = logits.max(axis=-1)
         normal = highest + np.log(np.exp(logits - highest[..., None]).sum(axis=-1))
-        nats["answers" if "pixel_values" in batch else "texts"] += float((normal - chosen)[used].sum())
+        nats["answers" if batch["media"] else "texts"] += float((normal - chosen)[used].sum())
     bits = nats["texts"] / math.log(2) / text_bytes
     return {"accuracy": 100 * float(np.mean(right)), "loss": nats["answers"] / len(right), "bits": bits}
 

@@ -43,7 +43,6 @@ from vlmprune_jax.io.checkpoints.batches import open_inputs
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.images import GRIDS
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.config_files import to_workdir
@@ -207,14 +206,15 @@ def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4,
     Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
     Only for images whose meaning does not change when mirrored. `patching`: patch layout, for images of varying size.
     """
-    if "pixel_values" not in batch.arrays:
+    media = batch.arrays["media"]
+    if "vision" not in media:
         return batch
-    pixels = batch.arrays["pixel_values"].copy()
+    pixels = media["vision"].values.copy()
     if patching is None:
         for image in pixels.reshape(-1, *pixels.shape[-3:]):
             image[:] = _moved(image, generator, max_shift)
     else:
-        grids = batch.arrays[GRIDS].reshape(-1, 3)
+        grids = media["vision"].grid.reshape(-1, 3)
         for rows, (frames, height, width) in zip(pixels.reshape(-1, *pixels.shape[-2:]), grids, strict=True):
             if not frames:  # a row without an image
                 continue
@@ -224,7 +224,9 @@ def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4,
             image = einops.rearrange(rows[: height * width], f"{cells} -> t c (h m p) (w n q)", **sizes)[0]
             moved = np.broadcast_to(_moved(image, generator, max_shift), (patching.temporal, *image.shape))
             rows[: height * width] = einops.rearrange(moved, f"t c (h m p) (w n q) -> {cells}", **sizes)
-    return dataclasses.replace(batch, arrays=batch.arrays | {"pixel_values": pixels})
+    return dataclasses.replace(
+        batch, arrays=batch.arrays | {"media": {"vision": media["vision"]._replace(values=pixels)}}
+    )
 
 
 def _moved(image: np.ndarray, generator: np.random.Generator, max_shift: int) -> np.ndarray:

@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.core.mixers import Mixer
-    from vlmprune_jax.core.models.channels import CHANNELS as channels
     from vlmprune_jax.core.models.encoders import ENCODERS as encoders
     from vlmprune_jax.core.models.encoders import EncoderModule
     from vlmprune_jax.core.models.generate import generate
-    from vlmprune_jax.core.models.mixers import MIXERS as mixers
     from vlmprune_jax.core.models.params import count_params
+    from vlmprune_jax.core.models.parts import PARTS as parts
     from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
-    from vlmprune_jax.core.part import Axis
+    from vlmprune_jax.core.part import Axis, Part
     from vlmprune_jax.core.prune import (
         Criterion,
         KeptLayer,
@@ -96,6 +95,7 @@ _HOMES = {
     "Mixer": "core.mixers",
     "Model": "core.models.vlm",
     "ModelConfig": "core.config",
+    "Part": "core.part",
     "PlanConfig": "core.prune",
     "PrunePlan": "core.prune",
     "ReconstructConfig": "core.prune",
@@ -107,7 +107,6 @@ _HOMES = {
     "answer": "run.evaluation.answer",
     "apply_plan": "core.prune",
     "batches": "io.checkpoints.batches",
-    "channels": "core.models.channels:CHANNELS",
     "compose": "core.prune",
     "count_params": "core.models.params",
     "criteria": "core.prune.criteria:CRITERIA",
@@ -126,7 +125,7 @@ _HOMES = {
     "measure_questions": "run.evaluation.speed.measure",
     "measure_speed": "run.evaluation.speed.measure",
     "metrics": "run.evaluation.metrics:METRICS",
-    "mixers": "core.models.mixers:MIXERS",
+    "parts": "core.models.parts:PARTS",
     "perplexity": "run.evaluation.runner",
     "prune": "io.exports.pruning",
     "prune_folder": "io.exports.pruning",
@@ -156,6 +155,7 @@ __all__ = [
     "Mixer",
     "Model",
     "ModelConfig",
+    "Part",
     "PlanConfig",
     "PrunePlan",
     "ReconstructConfig",
@@ -169,7 +169,6 @@ __all__ = [
     "answer",
     "apply_plan",
     "batches",
-    "channels",
     "compose",
     "count_params",
     "criteria",
@@ -189,7 +188,7 @@ __all__ = [
     "measure_questions",
     "measure_speed",
     "metrics",
-    "mixers",
+    "parts",
     "perplexity",
     "prune",
     "prune_folder",

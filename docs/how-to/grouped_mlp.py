@@ -7,8 +7,7 @@ import jax
 from flax import nnx
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.models.context import lora_of
-from vlmprune_jax.core.models.layers import Leaf, Projection
+from vlmprune_jax.core.models.layers import Leaf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.table import Decoder, Weight
@@ -20,13 +19,10 @@ class Grouped(vp.ChannelMixer):
 
     module = "mlp"
     axes = (vp.Axis("groups", "neuron groups", channels="group"),)
+    fixed_axes = (("group", "neurons"),)  # an axis of the weights, and the field with its size
 
     groups: int
     neurons: int  # per group
-
-    @property
-    def fixed_sizes(self):
-        return {"group": self.neurons}
 
 
 class GroupedMlp(nnx.Module):
@@ -34,11 +30,11 @@ class GroupedMlp(nnx.Module):
 
     writer = "down_proj"
 
-    def __init__(self, cfg, layer, sizes, names, lora):
-        inner, outer = ("groups", "group"), (names.axis,)
+    def __init__(self, build):
+        inner, outer = ("groups", "group"), (build.names.axis,)
         for name, out, into in (("gate_proj", inner, outer), ("up_proj", inner, outer), ("down_proj", outer, inner)):
-            setattr(self, name, Projection(sizes, out, into, bias=False, lora=lora_of(lora, name)))
-        self.scale = Leaf(sizes, ("groups",))
+            setattr(self, name, build.projection(name, out, into))
+        self.scale = Leaf(build.sizes, ("groups",))
 
     def __call__(self, x, ctx):
         hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
@@ -46,7 +42,7 @@ class GroupedMlp(nnx.Module):
         return self.down_proj(hidden), hidden
 
 
-vp.channels[Grouped] = GroupedMlp
+vp.parts[Grouped] = GroupedMlp
 
 
 def from_hf(config):

@@ -53,7 +53,7 @@ def values_of_blocks(
 def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (), **inputs: Any) -> list[BlockValues]:
     """Return the values of a decoder's blocks; `inputs`: arguments of `encode`."""
     module = to_nnx(Model(params, cfg))
-    x, _, embeds = module.embed(ids, inputs.get("images"), inputs.get("items"))
+    x, _, embeds = module.embed(ids, inputs.get("media"))
     mask = inputs.get("attention_mask")
     context = module.text.context(jax.numpy.ones_like(ids) if mask is None else mask, inputs.get("position_ids"))
     found = values_of_blocks(module.text, x, context, names, embeds)
@@ -63,4 +63,4 @@ def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (),
 def tower_values(tower: Any, images: Any, names: tuple[str, ...] = ()) -> list[BlockValues]:
     """Return the values of a vision tower's blocks."""
     x = tower.embed(images)
-    return values_of_blocks(tower, x, tower.context(x, images), names)
+    return values_of_blocks(tower, x, tower.context_of(x, images._asdict()), names)

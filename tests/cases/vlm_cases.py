@@ -180,9 +180,9 @@ def make_vlm_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path
 
 
 def images_of(encoder: Encoder, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
-    """A record's image arrays as a packed row of their own."""
-    packed = encoder.packed([encoder.images(record)], shape or encoder.shape_of([record]), 1)
-    return {name: array[0] for name, array in packed.items()}
+    """A record's tiles or patches, and their grids, with the padding of a packed row."""
+    (packed,) = encoder.packed([encoder.images(record)], shape or encoder.shape_of([record]), 1).values()
+    return {"pixel_values": packed.values[0]} | ({} if packed.grid is None else {"image_grid_thw": packed.grid[0]})
 
 
 def row_of(encoder: Encoder, record: Record) -> dict[str, np.ndarray]:

@@ -58,13 +58,14 @@ def test_sources_follow_the_kept_layers(numbers, sources):
 
 
 def test_keys_come_from_the_source():
-    """Layers 0 and 1 are alike and one scan; layer 2 reads the one that its config names."""
+    """Layers 0 and 1 are alike and one scan; layer 3 reads the one that its config names, whatever layer 2 reads."""
     ids, outputs = np.arange(12, dtype=np.int32)[None], []
     for source in (0, 1):
-        one = model(config((WINDOWED, WINDOWED, WINDOWED.reading(source))))
-        assert scan_groups(one.cfg.text.layers)[0].runs[0].numbers == (0, 1)
-        assert [one.cfg.text.supplies(number) for number in range(3)] == [source, source or None, None]
-        outputs.append(encode(one.params, one.cfg, ids)[0])
+        text = config((WINDOWED, WINDOWED, WINDOWED.reading(source))).text
+        assert [text.supplies(number) for number in range(3)] == [source, source or None, None]
+        both = model(config((WINDOWED, WINDOWED, WINDOWED.reading(1 - source), WINDOWED.reading(source))))
+        assert scan_groups(both.cfg.text.layers)[0].runs[0].numbers == (0, 1)
+        outputs.append(encode(both.params, both.cfg, ids)[0])
     assert float(abs(outputs[0] - outputs[1]).max()) > 1e-3
 
 

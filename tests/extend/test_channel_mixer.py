@@ -28,7 +28,7 @@ BATCHES = [{"input_ids": IDS, "attention_mask": np.ones_like(IDS), "labels": IDS
 @pytest.fixture
 def folder(tmp_path):
     """A folder of the family in that file."""
-    with documented_family(FILE, tmp_path / "source", CONFIG, vp.channels, AXES, WRITERS) as folder:
+    with documented_family(FILE, tmp_path / "source", CONFIG, vp.parts, AXES, WRITERS) as folder:
         yield folder
 
 
@@ -89,7 +89,7 @@ def test_cut_models_are_mended_saved_and_generate(folder, tmp_path):
     ],
 )
 def test_a_module_that_returns_no_pair_is_named(folder, monkeypatch, value, message):
-    model, module = vp.load(folder), [*vp.channels.values()][-1]
+    model, module = vp.load(folder), [*vp.parts.values()][-1]
     monkeypatch.setattr(module, "__call__", returning(module, "__call__", value))
     with pytest.raises(UserError, match=message):
         vp.forward(model, IDS)
@@ -106,9 +106,8 @@ def test_a_family_that_returns_no_table_or_config_is_named(folder, name, value):
         vp.load(folder)
 
 
-@pytest.mark.parametrize("registry", ["channels", "mixers"])
-def test_parts_are_modules_of_configs(registry):
-    part, module = {"channels": vp.ChannelMixer, "mixers": vp.Mixer}[registry], next(iter(vp.channels.values()))
+def test_parts_are_modules_of_configs():
+    part, module = vp.ChannelMixer, next(iter(vp.parts.values()))
     for key, value in (("mine", module), (dict, module), (part, None), (part, "text"), (part, dict)):
-        with pytest.raises(UserError, match=rf"vp.{registry}: the (key must be a subclass of vp|value .* flax)"):
-            getattr(vp, registry)[key] = value
+        with pytest.raises(UserError, match=r"vp.parts: the (key must be a subclass of vp.Part|value .* flax)"):
+            vp.parts[key] = value

@@ -98,6 +98,6 @@ def whole_inputs(one, arrays):
     """What o_proj and down_proj of every block read, at every token."""
     found = decoder_values(
         jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]), ("o_proj", "down_proj"),
-        images=packed(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
+        media={"vision": packed(arrays["pixel_values"])}, attention_mask=jnp.asarray(arrays["attention_mask"]),
     )  # fmt: skip
     return [block.inputs for block in found]

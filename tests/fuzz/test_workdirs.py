@@ -23,7 +23,7 @@ from vlmprune_jax.core.prune.surgery import check_plan_is_for
 from vlmprune_jax.core.prune.tables import affected_tokens, compare
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.metrics import METRICS_FILE, Recorder
-from vlmprune_jax.core.recovery.step import TrainState
+from vlmprune_jax.core.recovery.program import TrainState
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.io.exports.pruning import make_plan

@@ -14,12 +14,12 @@ from pretrain import Stage, describe, flip_shift, mixed_in, resized, split_conve
 from repository import ROOT
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.batching import Batch
-from vlmprune_jax.io.data.images import GRIDS
 from vlmprune_jax.io.data.patching import Patching
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.cli.main import main
@@ -41,8 +41,8 @@ def test_conversations_are_split_and_described():
 
 def test_augmentation_flips_and_shifts_by_seed() -> None:
     pixels = np.arange(3 * 12 * 12, dtype=np.float32).reshape(3, 12, 12)
-    batch = Batch({"pixel_values": np.tile(pixels, (50, 4, 1, 1, 1))}, ("r",) * 50)
-    results, again = (flip_shift(batch, np.random.default_rng(5)).arrays["pixel_values"] for _ in range(2))
+    batch = Batch({"media": {"vision": Packed(np.tile(pixels, (50, 4, 1, 1, 1)))}}, ("r",) * 50)
+    results, again = (flip_shift(batch, np.random.default_rng(5)).arrays["media"]["vision"].values for _ in range(2))
     assert np.array_equal(results, again)
     results = results.reshape(-1, *pixels.shape)
     assert len({result.tobytes() for result in results}) > 100
@@ -69,17 +69,16 @@ def test_augmentation_of_patches_is_that_of_pixels() -> None:
     for row, image, (height, width) in zip(rows, noise, sizes, strict=False):
         row[: height * width // 4] = patching.prepare(PIL.Image.fromarray(image), 1)
     grids[:3, 0] = [(1, height // 2, width // 2) for height, width in sizes]
-    found = flip_shift(
-        Batch({"pixel_values": rows, GRIDS: grids}, ("r",) * 4), np.random.default_rng(5), patching=patching
-    )
+    batch = Batch({"media": {"vision": Packed(rows, grids)}}, ("r",) * 4)
+    found = flip_shift(batch, np.random.default_rng(5), patching=patching)
     draw = np.random.default_rng(5)
-    for row, image, (height, width) in zip(found.arrays["pixel_values"], noise, sizes, strict=False):
-        plain = Batch({"pixel_values": image.transpose(2, 0, 1)[None, None]}, ("r",))
-        moved = flip_shift(plain, draw).arrays["pixel_values"][0, 0].transpose(1, 2, 0)
+    for row, image, (height, width) in zip(found.arrays["media"]["vision"].values, noise, sizes, strict=False):
+        plain = Batch({"media": {"vision": Packed(image.transpose(2, 0, 1)[None, None])}}, ("r",))
+        moved = flip_shift(plain, draw).arrays["media"]["vision"].values[0, 0].transpose(1, 2, 0)
         expected = patching.prepare(PIL.Image.fromarray(moved), 1)
         np.testing.assert_allclose(row[: height * width // 4], expected, atol=1e-6)
         assert not row[height * width // 4 :].any()
-    assert not found.arrays["pixel_values"][3].any()
+    assert not found.arrays["media"]["vision"].values[3].any()
 
 
 def test_images_of_other_sizes(tmp_path):

@@ -55,34 +55,35 @@ class Reporter:
             self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar; yield a function to call with the number of finished items."""
+    def bar(self, what: str, total: int, first: int = 0) -> Iterator[Callable[..., None]]:
+        """Show a progress bar; yield a function of the number of finished items, at first `first`, and of a remark."""
         if not self.enabled:
-            yield lambda done: None
+            yield lambda done, remark="": None
             return
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal or self.console.is_jupyter):
             yield self._minute_lines(what, total)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as progress:
-            task = progress.add_task(printable(what), total=total)
-            yield lambda done: progress.update(task, completed=done)
+            task = progress.add_task(printable(what), total=total, completed=first, remark="")
+            yield lambda done, remark="": progress.update(task, completed=done, remark=remark)
 
-    def _minute_lines(self, what: str, total: int) -> Callable[[int], None]:
+    def _minute_lines(self, what: str, total: int) -> Callable[..., None]:
         last_time = time.monotonic()
 
-        def update(done: int) -> None:
+        def update(done: int, remark: str = "") -> None:
             nonlocal last_time
             if time.monotonic() - last_time >= PAUSE_SECONDS:
                 last_time = time.monotonic()
-                self.say(f"  {what}: {done:,} of {total:,}")
+                self.say(f"  {what}: {done:,} of {total:,}  {remark}".rstrip())
 
         return update
 

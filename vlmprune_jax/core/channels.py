@@ -40,8 +40,8 @@ class Dense(ChannelMixer):
     mlp: int
     """Number of neurons."""
 
-    wide: int = 1
-    """Relative width (Gemma 4: some layers are twice as wide as the others)."""
+    relative_width: int = 1
+    """Factor by which this MLP is wider than the checkpoint's config states (Gemma 4: 2 in double-wide layers)."""
 
     _: KW_ONLY
     activation: str = "silu"
@@ -52,11 +52,6 @@ class Dense(ChannelMixer):
 
     bias: bool = False
     """True if the projections have biases."""
-
-    @property
-    def relative_width(self) -> int:
-        """Factor by which this MLP is wider than the checkpoint's config states (2 in double-wide layers, else 1)."""
-        return self.wide
 
 
 @dataclass(frozen=True)
@@ -97,13 +92,6 @@ class Experts(ChannelMixer):
     def neurons(self) -> int:
         """Number of neurons of one expert."""
         return self.expert_mlp // self.experts
-
-    @property
-    def problem(self) -> str | None:
-        """Reason why a layer cannot have these numbers of experts, with advice; None if it can."""
-        if self.top_k <= self.experts:
-            return None
-        return f"every token uses {self.top_k} experts, but the layer has {self.experts}: keep at least {self.top_k}"
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:

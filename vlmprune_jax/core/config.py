@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -337,14 +337,6 @@ class ModelConfig:
         changed: Any = self.stack(stack).with_layers(layers)
         encoders = tuple((name, changed if name == stack else encoder) for name, encoder in self.encoders)
         return dataclasses.replace(self, **{stack: changed} if stack in STACKS else {"encoders": encoders})
-
-    def input_of(self, stack: str) -> str:
-        """Return the name of the batch's array that a stack reads."""
-        return {"text": "input_ids", "vision": "pixel_values"}.get(stack) or dict(self.encoders)[stack].array
-
-    def encoder_inputs(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arrays of a batch that the model's encoders read."""
-        return {name: arrays[name] for name in self.encoder_arrays if arrays.get(name) is not None}
 
     @property
     def encoder_arrays(self) -> tuple[str, ...]:

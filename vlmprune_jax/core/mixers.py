@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.part import Axis, Part
@@ -51,10 +52,14 @@ class Attention(Mixer):
     """Grouped-query attention of one layer."""
 
     module = "self_attn"
+    fixed_axes = (("head", "head_dim"), ("gate", "gates"))
     axes = (
         Axis("kv_heads", "key/value heads", channels="head", mesh="tensor"),
         Axis("q_heads", "query heads", parent="kv_heads", channels="head", mesh="tensor"),
     )
+
+    gates: ClassVar[int] = 2
+    """Outputs of a query projection with a gate: query and gate."""
 
     q_heads: int
     """Number of query heads."""
@@ -124,11 +129,6 @@ class Attention(Mixer):
             self.rope.check(self.rotated)
 
     @property
-    def fixed_sizes(self) -> dict[str, int]:
-        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
-        return {"head": self.head_dim, "gate": 2}
-
-    @property
     def rotated(self) -> int:
         """Number of leading channels of a head that rotary embedding rotates."""
         return self.rotary_dim or self.head_dim
@@ -152,6 +152,7 @@ class DeltaNet(Mixer):
     """
 
     module = "linear_attn"
+    fixed_axes = (("delta_key", "key_dim"), ("delta_value", "value_dim"), ("tap", "taps"))
     axes = (
         Axis("delta_groups", "delta-net groups", channels="delta_key", mesh="tensor"),
         Axis("delta_heads", "delta-net heads", parent="delta_groups", channels="delta_value", mesh="tensor"),
@@ -173,25 +174,20 @@ class DeltaNet(Mixer):
     taps: int = 4
     """Positions that the convolution over queries, keys and values sees, the present one included."""
 
-    @property
-    def fixed_sizes(self) -> dict[str, int]:
-        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
-        return {"delta_key": self.key_dim, "delta_value": self.value_dim, "tap": self.taps}
-
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 8 FLOPs per token and state value (decay, reading, writing), plus the FLOPs of the convolution."""
-        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self._channels)
+        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self.channels)
 
     def state_size(self, length: int) -> int:
         """Return the number of values in the matrices and in the convolution's last inputs, for any `length`."""
-        return self._matrix_size + (self.taps - 1) * self._channels
+        return self._matrix_size + (self.taps - 1) * self.channels
 
     def state_bytes(self, length: int, itemsize: float) -> float:
         """Return the bytes of the state; its matrices are in float32."""
-        return 4 * self._matrix_size + (self.taps - 1) * self._channels * itemsize
+        return 4 * self._matrix_size + (self.taps - 1) * self.channels * itemsize
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Channels of the convolution: queries, keys and values."""
         return 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
 
@@ -205,6 +201,7 @@ class ShortConv(Mixer):
     """Gated short convolution of one layer (LFM2): a causal, depthwise convolution between two gates."""
 
     module = "short_conv"
+    fixed_axes = (("conv", "channels"), ("tap", "taps"))
     why_fixed = "transformers gives its gates and state as many channels as the residual stream"
 
     channels: int
@@ -212,11 +209,6 @@ class ShortConv(Mixer):
 
     taps: int = 3
     """Positions that the convolution sees, the present one included."""
-
-    @property
-    def fixed_sizes(self) -> dict[str, int]:
-        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
-        return {"conv": self.channels, "tap": self.taps}
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 2 FLOPs per channel, tap and token of the convolution, and 2 per channel and token of the gates."""

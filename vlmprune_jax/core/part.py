@@ -93,6 +93,9 @@ class Part:
     settings: ClassVar[tuple[str, str]]
     """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
 
+    fixed_axes: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Axes of the part's weights that pruning leaves unchanged, each with the field that holds its size."""
+
     def __init_subclass__(cls) -> None:
         AXES.update({axis.name: axis for axis in cls.axes})
         WRITERS.update({axis.name: cls.writer for axis in cls.axes})
@@ -113,13 +116,8 @@ class Part:
         """Factor by which this part is wider than the config states (usually 1); pruning keeps this factor."""
         return 1
 
-    @property
-    def problem(self) -> str | None:
-        """Reason why a layer cannot have a part with these sizes, with advice; None if it can."""
-        return None
-
     def least(self, axis: str) -> int:
-        """Return the smallest size of an axis with which the part can be computed."""
+        """Return the minimum size of an axis in a model."""
         return 1
 
     def active_sizes(self, tokens: int = 1) -> dict[str, int]:
@@ -139,7 +137,7 @@ class Part:
     @property
     def fixed_sizes(self) -> dict[str, int]:
         """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
-        return {}
+        return {axis: getattr(self, field) for axis, field in self.fixed_axes}
 
     def channels_of(self, axis: Axis) -> int:
         """Return the number of channels that make up one unit of a prunable axis."""

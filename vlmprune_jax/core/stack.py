@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer, describe_layers, suppliers
 from vlmprune_jax.core.mixers import NO_LAYER, Attention
@@ -49,9 +50,8 @@ class BlockConfig:
     """True if inputs and outputs of every projection are clipped to stored bounds."""
 
     def __post_init__(self) -> None:
-        for name, known in {"norm": ("rms", "layer"), "norm_place": ("before", "after", "both")}.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
+        one_of("norm of a layer", self.norm, ("rms", "layer"))
+        one_of("norm_place of a layer", self.norm_place, ("before", "after", "both"))
 
     @property
     def norm_facts(self) -> dict[str, Any]:
@@ -76,8 +76,13 @@ class Stack:
 
     def __post_init__(self) -> None:
         for i, layer in enumerate(self.layers):
-            if problem := next((part.problem for part in layer.parts if part.problem), None):
-                raise UserError(f"layer {i}: {problem}")
+            least_sizes = {axis: part.least(axis.name) for part in layer.parts for axis in part.axes}
+            for axis, least in least_sizes.items():
+                size = layer.sizes[axis.name]
+                if size < least:
+                    raise UserError(
+                        f"layer {i}: has {size} {axis.title}, but every token uses {least}: keep at least {least}"
+                    )
 
     @property
     def attentions(self) -> list[Attention]:

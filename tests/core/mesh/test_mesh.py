@@ -18,7 +18,7 @@ from stack_cases import decoder_layer
 from vlmprune_jax.base import processes
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh import mesh
-from vlmprune_jax.core.recovery.step import place_rows
+from vlmprune_jax.core.recovery.program import place_rows
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def tpu_vm(monkeypatch):
     ],
 )
 def test_weights_stay_on_their_chips_while_decoding(monkeypatch, sizes, heads, gib, memory, expected):
-    monkeypatch.setattr(mesh, "_memory_of", lambda device: memory and memory * 2**30)
+    monkeypatch.setattr(mesh, "_memory_limit", lambda: memory and memory * 2**30)
     cfg = config((decoder_layer(heads, heads, 96),), vocab_size=64)
     found = mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), gib * 2**30)
     assert tuple(found.shape.values()) == expected

@@ -120,7 +120,7 @@ def test_generation_with_sandwich_norms_equals_full_forwards():
 
 
 def test_an_unknown_kind_of_norm_is_refused():
-    with pytest.raises(UserError, match="norm_place 'around' of a layer is not one of before, after, both"):
+    with pytest.raises(UserError, match="norm_place of a layer 'around' is not one of before, after, both"):
         config(EQUAL, norm_place="around")
 
 

@@ -95,7 +95,7 @@ def test_splash_behind_a_prefix_equals_xla():
 def _logits(params, cfg, batch):
     """Logits at real tokens; 0 elsewhere."""
     logits, _ = apply(
-        params, cfg, batch["input_ids"], images=packed(batch["pixel_values"]), attention_mask=batch["mask"]
+        params, cfg, batch["input_ids"], media={"vision": packed(batch["pixel_values"])}, attention_mask=batch["mask"]
     )
     return logits * batch["mask"][..., None].astype(jnp.float32)
 
@@ -189,7 +189,7 @@ def test_tpus_get_splash():
     with jax.sharding.use_abstract_mesh(mesh):
         found = kernels("tpu")
         prompt = {"ids": shapes[1]["input_ids"], "valid": shapes[1]["mask"]}
-        prompt |= {"images": Packed(shapes[1]["pixel_values"]), "ended": jax.ShapeDtypeStruct((2,), bool)}
+        prompt |= {"media": {"vision": Packed(shapes[1]["pixel_values"])}, "ended": jax.ShapeDtypeStruct((2,), bool)}
         prompt |= {
             "prefix_ids": prompt["ids"],
             "prefix_valid": prompt["valid"],

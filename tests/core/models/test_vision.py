@@ -14,6 +14,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models import kernels
 from vlmprune_jax.core.models.generate import SharedPrefix
 from vlmprune_jax.core.models.kernels import segment_attention, xla_attention
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vision import places_of, windows_of
 from vlmprune_jax.io.checkpoints.read import read_config
 
@@ -22,6 +23,10 @@ from vlmprune_jax.io.checkpoints.read import read_config
 def qwen(goldens):
     folder = goldens / "families/qwen3_vl"
     return vp.load(folder / "ckpt"), np.load(folder / "golden.npz")
+
+
+def in_a_row(pixels, grid):
+    return {"media": {"vision": Packed(pixels[None], np.array(grid))}}
 
 
 def single(arrays):
@@ -35,20 +40,19 @@ def single(arrays):
     [
         (lambda x: {"pixel_values": x["pixel_values"][:-4]}, r"\[56, 144\], expected \[60, 144\]"),
         (lambda x: {"pixel_values": x["pixel_values"][:, :48]}, r"\[60, 48\]"),
-        (lambda x: {"image_grid_thw": [[1, 6, 8]]}, "row 0 has 15 image tokens, .* need 12"),
+        (lambda x: {"image_grid_thw": [[1, 6, 8]]}, r"\[60, 144\], expected \[48, 144\]"),
         (lambda x: {"image_grid_thw": [[1, 5, 12]]}, "multiples of 2"),
         (lambda x: {"pixel_values_videos": x["pixel_values"]}, "pixel_values_videos needs video_grid_thw"),
         (lambda x: {"image_grid_thw": None}, "pixel_values needs image_grid_thw"),
         (lambda x: {"pixel_values": None}, "15 image positions, but pixel_values is missing"),
         (lambda x: {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "does not mark the image tokens .id 354."),
         (lambda x: {"mm_token_type_ids": 1 - x["mm_token_type_ids"]}, "does not mark the image tokens"),
-        (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "row 0 has 40 image tokens"),
-        (lambda x: {"pixel_values": x["pixel_values"][None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* need 16"),
-        (lambda x: {"pixel_values": x["pixel_values"][None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "56 patches"),
-        (
-            lambda x: {"pixel_values": x["pixel_values"][None, None], "image_grid_thw": [[[1, 6, 10]]]},
-            r"pixel_values has shape \[1, 1, 60, 144\]",
-        ),
+        (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "40 image positions, but pixel_values_videos is missing"),
+        (lambda x: {"pixel_values": x["pixel_values"][None]}, r"pixel_values has shape \[1, 60, 144\]"),
+        (lambda x: in_a_row(x["pixel_values"], [[[1, 8, 8]]]), "15 .* need 16"),
+        (lambda x: in_a_row(x["pixel_values"][4:], [[[1, 6, 10]]]), "up to 15 image positions: .* room for 14"),
+        (lambda x: in_a_row(x["pixel_values"][None], [[[1, 6, 10]]]), r"images have shape \[1, 1, 60, 144\]"),
+        (lambda x: in_a_row(x["pixel_values"], [[1, 6, 10]]), r"and grids \[1, 3\]"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together(qwen, change, said):

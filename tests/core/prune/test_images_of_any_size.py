@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from block_cases import decoder_values
 from hf_cases import keep_layers, mean_loss, prune, random_ids
-from media_cases import packed
 from prune_cases import kept_units, layer_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.inputs import as_arrays, encode_inputs, read_inputs
+from vlmprune_jax.core.models.inputs import read_inputs
 from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import Model, apply, encode, to_nnx
+from vlmprune_jax.core.models.vlm import ENCODED, Model, apply, encode, to_nnx
 from vlmprune_jax.core.prune import KeptLayer, gptq, reconstruction
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
@@ -45,13 +44,15 @@ def in_rows(cfg, batch, packs):
     images = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
     inputs = read_inputs(cfg, batch["input_ids"], batch["attention_mask"], images, packs)
     placed = {} if inputs.positions is None else {"position_ids": inputs.positions}
-    return as_arrays(inputs.images) | placed
+    return {"media": inputs.media} | placed
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def gradients(params, cfg, arrays, labels):
     def loss(params):
-        logs = jax.nn.log_softmax(apply(params, cfg, arrays["input_ids"], **encode_inputs(cfg, arrays))[0][:, :-1])
+        logs = jax.nn.log_softmax(
+            apply(params, cfg, arrays["input_ids"], **{name: arrays.get(name) for name in ENCODED})[0][:, :-1]
+        )
         wanted = labels[:, 1:]
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
         keep = (wanted != -100).astype(jnp.float32)
@@ -127,7 +128,7 @@ def test_losses_of_a_batch(goldens, family):
     losses = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
     by_row, together = (in_rows(model.cfg, batch, packs) for packs in (3, 1))
-    assert [len(images["pixel_values"]) for images in (by_row, together)] == [3, 1]
+    assert [len(images["media"]["vision"].values) for images in (by_row, together)] == [3, 1]
     for images in (by_row, together):
         found = vp.losses(model, batch | images, losses, teacher=model)
         np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
@@ -149,7 +150,7 @@ def rows_apart(batch):
 @functools.partial(jax.jit, static_argnames="cfg")
 def _forward_of(params, cfg, arrays):
     names = ("o_proj", "down_proj")
-    inputs = encode_inputs(cfg, arrays)
+    inputs = {name: arrays.get(name) for name in ENCODED}
     _, aux = encode(params, cfg, arrays["input_ids"], **inputs, states=tuple(range(len(cfg.text.layers) + 1)))
     blocks = decoder_values(params, cfg, arrays["input_ids"], names, **inputs)
     return aux["states"], [[block.inputs[name] for name in names] for block in blocks]
@@ -268,8 +269,8 @@ def test_reconstruction(goldens, family, monkeypatch):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _tower(params, cfg, pixels, grid):
-    return to_nnx(Model(params, cfg)).vision(packed(pixels, grid))
+def _tower(params, cfg, images):
+    return to_nnx(Model(params, cfg)).vision(images)
 
 
 @pytest.mark.slow
@@ -294,7 +295,7 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
     dense, ours, steps = *streams, streams[0].batches
     images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
-    packed = [grid for step in steps for grid in step.inputs["image_grid_thw"].reshape(-1, 3) if grid.any()]
+    packed = [grid for step in steps for grid in step.inputs["media"]["vision"].grid.reshape(-1, 3) if grid.any()]
     assert sorted(map(tuple, packed)) == sorted(map(tuple, images))
     assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
     ours.advance(LayerStream(solved, "vision", []).load(len(layers) - 1))
@@ -303,16 +304,17 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
         for model, stream in ((teacher, dense), (solved, ours)):
             norm, x = to_nnx(model).vision.post_layernorm, stream.states[at].x
             found = x if norm is None else np.asarray(norm(jnp.asarray(x)))
-            expected = _tower(model.params, model.cfg, inputs["pixel_values"], inputs["image_grid_thw"])
+            expected = _tower(model.params, model.cfg, inputs["media"]["vision"])
             np.testing.assert_allclose(found[real], np.asarray(expected)[real], atol=2e-5)
 
     def missing(model):
         total = 0.0
         for batch in many(teacher, range(30, 32)):
             made = in_rows(teacher.cfg, batch, len(batch["input_ids"]))
-            pixels, grid = made["pixel_values"], made["image_grid_thw"]
-            a, b = (np.asarray(_tower(one.params, one.cfg, pixels, grid)) for one in (model, teacher))
-            total += float(((a - b) ** 2)[np.arange(pixels.shape[1]) < grid.prod(axis=2).sum(axis=1)[:, None]].sum())
+            images = made["media"]["vision"]
+            a, b = (np.asarray(_tower(one.params, one.cfg, images)) for one in (model, teacher))
+            sizes = images.grid.prod(axis=2).sum(axis=1)
+            total += float(((a - b) ** 2)[np.arange(images.values.shape[1]) < sizes[:, None]].sum())
         return total
 
     assert missing(solved) < 0.9 * missing(pruned)

@@ -19,7 +19,7 @@ def sums(n, tokens, seed=0, width=5):
 @pytest.mark.parametrize("n", [7, 256, 300, 700, 1300])
 @pytest.mark.parametrize("ridge", [RIDGES[1], 1.0])
 def test_blocks_solve_what_float64_solves(n, ridge):
-    gram, cross, _ = sums(n, 2 * n)
+    gram, cross, *_ = sums(n, 2 * n)
     matrix = gram + np.diag(ridge * np.diag(gram))
     expected = np.linalg.solve(matrix.astype(np.float64), cross.astype(np.float64))
     scale = np.sqrt(np.diag(gram))[:, None]  # what a change of each channel weighs

@@ -86,8 +86,8 @@ def plain_gradients(cfg):
 
     def loss(params, rows):
         data = {name: jnp.asarray(array)[rows] for name, array in arrays.items()}
-        images = packed(data["pixel_values"]) if "pixel_values" in data else None
-        logits, _ = apply(params, cfg, data["input_ids"], images=images, attention_mask=data["attention_mask"])
+        media = {"vision": packed(data["pixel_values"])} if "pixel_values" in data else {}
+        logits, _ = apply(params, cfg, data["input_ids"], media=media, attention_mask=data["attention_mask"])
         logs, wanted = jax.nn.log_softmax(logits[:, :-1]), data["labels"][:, 1:]
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
         keep = (wanted != -100).astype(jnp.float32)

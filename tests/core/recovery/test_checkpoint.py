@@ -28,8 +28,7 @@ from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer, weights_digest
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.program import prepare
+from vlmprune_jax.core.recovery.loop import prepare, recover
 
 CFG = cases.config()
 SETTINGS = cases.settings(

@@ -11,12 +11,13 @@ import pytest
 import recover_cases as cases
 from stack_cases import tower_layer
 
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import make_program
-from vlmprune_jax.core.recovery.step import TrainState, step_context
+from vlmprune_jax.core.recovery.program import make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
+from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.run.planning.ahead_of_time import (
     executed_flops,
 )
@@ -28,21 +29,16 @@ def traced_step(cfg, teacher_cfg, config):
     """The program of a run and the FLOPs of its traced step over ROWS rows of LENGTH tokens with an image each."""
     program = make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=6)
     shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in param_shapes(program.cfg).items()}
-    masters = {path: leaf for path, leaf in shapes.items() if path in program.groups}
-    frozen = {path: leaf for path, leaf in shapes.items() if path not in program.groups}
-    key = jax.ShapeDtypeStruct((2,), np.uint32)
-    state = TrainState(
-        masters, jax.eval_shape(program.optimizer.init, masters), jax.ShapeDtypeStruct((), np.int32), key
-    )
+    masters, frozen = partition(shapes, program.groups)
+    state = program.init.eval_shape(masters)
     teacher = None
     if program.teacher is not None:
         teacher = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in param_shapes(teacher_cfg).items()})
     names = ("input_ids", "attention_mask", "labels")
-    batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
-    if not cfg.tower:
-        batch["vision_features"] = jax.ShapeDtypeStruct((ROWS, 1, *cfg.feature_shape), np.float32)
-    elif cfg.vision is not None:
-        batch["pixel_values"] = jax.ShapeDtypeStruct((ROWS, 1, 3, 6, 6), np.float32)
+    batch = {"media": {}} | {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
+    if cfg.vision is not None:
+        shape = (3, 6, 6) if cfg.tower else cfg.feature_shape
+        batch["media"]["vision"] = Packed(jax.ShapeDtypeStruct((ROWS, 1, *shape), np.float32))
     if top_k := config.losses.teacher_top_k:
         batch["teacher_ids"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k), np.int32)
         batch["teacher_logprobs"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k + 1), np.float32)

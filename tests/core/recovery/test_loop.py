@@ -18,10 +18,9 @@ import recover_cases as cases
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import flatten
-from vlmprune_jax.core.recovery.loop import recover
+from vlmprune_jax.core.recovery.loop import prepare, recover
 from vlmprune_jax.core.recovery.metrics import Recorder
-from vlmprune_jax.core.recovery.program import prepare
-from vlmprune_jax.core.recovery.step import place_rows, step_context
+from vlmprune_jax.core.recovery.program import place_rows, step_context
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -70,7 +69,7 @@ def test_empty_rows_weigh_nothing():
 
 
 def test_the_list_of_skipped_records_goes_on(tmp_path):
-    metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 5.0}
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": 5.0}
 
     def run(first, last):
         with Recorder(tmp_path, first, 9, 1, False, jax.devices()) as recorder:
@@ -140,7 +139,7 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
                 assert stop is not None
             told[name] = [line for line in capsys.readouterr().out.splitlines() if "compiling" in line]
             first = log.index("batch")
-            assert log[:first].count("jit(step)") == (3 if stop else 2)
+            assert log[:first].count("jit(_step)") == (3 if stop else 2)
             assert log[first:] == ["batch"] * (3 if stop else 4), name
     finally:
         jax.monitoring.unregister_event_duration_listener(note)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
-from media_cases import packed
 from prune_cases import kept_stack, kept_units
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.inputs import check_batch
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import apply
 from vlmprune_jax.core.models.vocabulary import Head
@@ -23,8 +24,8 @@ from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, layer_pairs, reported_terms
+from vlmprune_jax.core.recovery.losses import combine, loss_sums, losses, term_weights, vocabulary_sums
+from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, make_teacher, reported_terms, student_layers
 from vlmprune_jax.io.checkpoints.read import load
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
@@ -93,8 +94,8 @@ def _expand(arrays, n: int) -> dict[str, jax.Array]:
         ids, labels = np.repeat(ids, repeats), np.repeat(np.where(ids == -200, -100, labels), repeats)
         batch["input_ids"][r, : len(ids)], batch["labels"][r, : len(ids)] = ids, labels
         batch["attention_mask"][r, : len(ids)] = 1
-    batch["pixel_values"] = arrays["pixel_values"][:, None]
-    return {name: jnp.asarray(array) for name, array in batch.items()}
+    batch["media"] = {"vision": Packed(arrays["pixel_values"][:, None])}
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def _tiles(arrays, cfg) -> dict[str, jax.Array]:
@@ -103,18 +104,17 @@ def _tiles(arrays, cfg) -> dict[str, jax.Array]:
     pixels = np.zeros((len(counts), counts.max(), *arrays["pixel_values"].shape[1:]), np.float32)
     pixels[np.arange(counts.max()) < counts[:, None]] = arrays["pixel_values"]
     batch = {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    return {name: jnp.asarray(array) for name, array in {**batch, "pixel_values": pixels}.items()}
+    return jax.tree.map(jnp.asarray, {**batch, "media": {"vision": Packed(pixels)}})
 
 
 def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
     """Sums of the terms, and the weights; `flat` are the student's parameters."""
-    ours, theirs = layer_pairs(loss, student.cfg, teacher.cfg, kept)
     sums = loss_sums(
         unflatten(flat),
         student.cfg,
         batch,
         loss,
-        teacher=Teacher(teacher.cfg, ours, theirs),
+        teacher=make_teacher(loss, student.cfg, teacher.cfg, kept),
         teacher_params=teacher.params,
         remat="none",
         dropout_key=None,
@@ -183,16 +183,17 @@ def test_layers_are_aligned_by_the_plan():
     teacher, student = cases.config(layers=6), cases.config(layers=3)
     kept = (0, 3, 5)
     loss = LossConfig(l2=1.0, l2_layers=(0, 1, 2, -1, -2))
-    assert layer_pairs(loss, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 4, 6, 4))
+    assert student_layers(loss, student) == (0, 1, 2, 3, 2)
+    assert make_teacher(loss, student, teacher, kept).layers == (0, 1, 4, 6, 4)
     compat = dataclasses.replace(loss, reference_compat=True)
-    assert layer_pairs(compat, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 2, 6, 5))
-    assert layer_pairs(loss, student, student, None) == ((0, 1, 2, 3, 2), (0, 1, 2, 3, 2))
+    assert make_teacher(compat, student, teacher, kept).layers == (0, 1, 2, 6, 5)
+    assert make_teacher(loss, student, student, None).layers == (0, 1, 2, 3, 2)
     with pytest.raises(UserError, match="pass plan, or use -1"):
-        layer_pairs(loss, student, teacher, None)
+        make_teacher(loss, student, teacher, None)
     with pytest.raises(UserError, match="plan keeps 2 layers"):
-        layer_pairs(loss, student, teacher, (0, 3))
+        make_teacher(loss, student, teacher, (0, 3))
     with pytest.raises(UserError, match="l2_layers: 4 is outside the student's 4 hidden states"):
-        layer_pairs(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
+        make_teacher(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
 
 
 def test_masked_terms_equal_plain_formulas():
@@ -200,7 +201,7 @@ def test_masked_terms_equal_plain_formulas():
     cfg, other = cases.config(layers=3), cases.config(layers=2)
     student, teacher = cases.model(other, 1), cases.model(cfg, 2)
     arrays = next(cases.Stream(cfg, rows=3)).arrays
-    batch = {name: jnp.asarray(x) for name, x in arrays.items()}
+    batch = jax.tree.map(jnp.asarray, check_batch(cfg, arrays))
     logits, aux = _apply(student, batch, ("hidden",))
     taught, teacher_aux = _apply(teacher, batch, ("hidden",))
     valid, labels = arrays["attention_mask"] == 1, arrays["labels"][:, 1:]
@@ -236,7 +237,7 @@ def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
 
 
 def _apply(model, batch, want):
-    inputs = {"images": packed(batch["pixel_values"]), "attention_mask": batch["attention_mask"]}
+    inputs = {"media": batch["media"], "attention_mask": batch["attention_mask"]}
     return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], capture=want, **inputs))(model.params)
 
 

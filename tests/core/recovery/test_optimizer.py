@@ -12,7 +12,7 @@ import transformers
 
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.step import make_optimizer, make_schedule
+from vlmprune_jax.core.recovery.program import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])

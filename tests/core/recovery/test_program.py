@@ -15,10 +15,9 @@ from stack_cases import decoder_layer
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.losses import Teacher
-from vlmprune_jax.core.recovery.step import init_state, learning_rates, make_optimizer, make_step
+from vlmprune_jax.core.recovery.program import make_program
 from vlmprune_jax.core.recovery.terms import needs_teacher
-from vlmprune_jax.core.recovery.trainable import assign_groups
+from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.core.sections import LoraConfig
 
 ROWS, VOCAB, CHUNK = 8, 16411, 2  # no other size of the model is 16,411
@@ -26,30 +25,27 @@ TOTAL = 10
 
 
 def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build, remat: str = "none"):
-    """(step, its arguments): `build(shape, dtype)` makes every array but the state's."""
-    settings = cases.settings(losses=loss, remat=remat)
-    shapes = param_shapes(cfg)
-    groups = assign_groups(list(shapes), trainable)
-    optimizer = make_optimizer(settings, groups, TOTAL)
-    teacher = Teacher(cfg, (), ()) if needs_teacher(loss) else None
+    """(program, parameters that train, other arguments of its step): `build(shape, dtype)` makes every array."""
+    settings = cases.settings(losses=loss, remat=remat, trainable=trainable, lora=cfg.lora or LoraConfig())
+    teacher_cfg, cfg = cfg if needs_teacher(loss) else None, dataclasses.replace(cfg, lora=None)
+    program = make_program(cfg, settings, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=TOTAL)
     top_k = loss.teacher_top_k
-    step = make_step(cfg, settings, teacher, optimizer, learning_rates(settings, groups, TOTAL), None)
-    params = {path: build(shape, "float32") for path, shape in shapes.items()}
-    frozen = {path: x for path, x in params.items() if path not in groups}
-    masters = {path: x for path, x in params.items() if path in groups}
-    batch = {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
+    params = {path: build(shape, "float32") for path, shape in param_shapes(program.cfg).items()}
+    masters, frozen = partition(params, program.groups)
+    batch = {"media": {}} | {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
     if top_k:
         batch |= {"teacher_ids": build((ROWS, seq, top_k), "int32")}
         batch |= {"teacher_logprobs": build((ROWS, seq, top_k + 1), "float32")}
-    taught = unflatten({path: build(shape, "float32") for path, shape in shapes.items()}) if teacher else None
-    return step, optimizer, masters, frozen, taught, batch
+    taught = None
+    if program.teacher is not None:
+        taught = unflatten({path: build(shape, "float32") for path, shape in param_shapes(teacher_cfg).items()})
+    return program, masters, frozen, taught, batch
 
 
 def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, remat: str = "none"):
     """The step, compiled for shapes."""
-    step, optimizer, masters, *rest = make_arguments(cfg, loss, trainable, seq, jax.ShapeDtypeStruct, remat)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, 0, None), masters)
-    return step.lower(state, *rest).compile()
+    program, masters, *rest = make_arguments(cfg, loss, trainable, seq, jax.ShapeDtypeStruct, remat)
+    return program.step.lower(program.init.eval_shape(masters), *rest).compile()
 
 
 CACHED = {"kl": 1.0, "teacher_top_k": 8, "teacher_inputs": "own"}
@@ -107,9 +103,9 @@ def test_the_step_does_not_wait_for_the_host():
     def build(shape, dtype):
         return jax.device_put(rng.integers(0, 2, shape).astype(dtype))
 
-    step, optimizer, masters, *rest = make_arguments(cfg, LossConfig(), "lora", 16, build)
-    state = init_state(masters, optimizer, 0, None)
-    lowered = step.lower(state, *rest)
+    program, masters, *rest = make_arguments(cfg, LossConfig(), "lora", 16, build)
+    state = program.init(masters)
+    lowered = program.step.lower(state, *rest)
     given = [leaf.donated for leaf in jax.tree.leaves(lowered.args_info)]
     assert given == [True] * len(jax.tree.leaves(state)) + [False] * (len(given) - len(jax.tree.leaves(state)))
     compiled = lowered.compile()

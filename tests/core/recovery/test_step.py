@@ -20,16 +20,7 @@ from vlmprune_jax.core.models.vlm import encode, forward
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import term_weights
-from vlmprune_jax.core.recovery.step import (
-    TrainState,
-    _gradients,
-    _split,
-    batch_sharding,
-    init_state,
-    make_optimizer,
-    state_shardings,
-    step_context,
-)
+from vlmprune_jax.core.recovery.program import Program, TrainState, _split, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, merge_lora, partition
 from vlmprune_jax.run.planning.ahead_of_time import collective_bytes
 
@@ -40,6 +31,10 @@ DISTILL = LossConfig(0.5, 0.5, 0.1, 0.1, (1, -1), 2.0, "student", False, 4)
 
 def train(config, *, cfg=CFG, **options):
     return recover(cases.model(cfg), cases.Stream(cfg), config, **QUIET, **options)
+
+
+def program_of(config, mesh=None):
+    return make_program(CFG, config, teacher_cfg=None, kept_layers=None, mesh=mesh, num_steps=2)
 
 
 def _distillation(**changes):
@@ -139,18 +134,14 @@ def test_frozen_leaves_keep_their_bytes_and_have_no_moments():
     assert summary["trained_parameters"] == count
     assert summary["frozen_parameters"] == sum(x.size for x in before.values()) - count
     trainable = {p: x for p, x in before.items() if p.startswith("projector/")}
-    groups = assign_groups(list(before), "projector")
-    state = init_state(trainable, make_optimizer(cases.settings(), groups, 2), 0, None)
+    state = program_of(cases.settings(trainable="projector")).init(trainable)
     assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * count
 
 
 def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(1, 4, 2)
     flat = flatten(cases.model(CFG).params)
-    groups = assign_groups(list(flat), "all")
-    optimizer = make_optimizer(cases.settings(), groups, 2)
-    shardings = state_shardings(flat, optimizer, CFG, mesh)
-    state = init_state(flat, optimizer, 0, shardings)
+    state = program_of(cases.settings(), mesh).init(flat)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert len(moments) == 2 * len(flat)
     for masters in (moments[: len(flat)], moments[len(flat) :]):
@@ -173,7 +164,8 @@ def test_micro_batches_and_steps_draw_dropout_of_their_own():
     """Two of the same row would otherwise have the gradient of one, and the next step that of this one."""
     lora = dataclasses.replace(cases.LORA, dropout=0.5)
     model = add_lora(cases.model(cases.config(vision=False, layers=1)), lora, jax.random.key(0))
-    trained, frozen = partition(flatten(model.params), "lora")
+    flat = flatten(model.params)
+    trained, frozen = partition(flat, assign_groups(list(flat), "lora"))
     key = jax.random.key_data(jax.random.key(0))
     row = {name: array[:1] for name, array in next(cases.Stream(model.cfg)).arrays.items()}
 
@@ -182,7 +174,8 @@ def test_micro_batches_and_steps_draw_dropout_of_their_own():
         config = cases.settings(batch_size=copies, accumulation=copies, losses=LossConfig(), remat="none")
         batch = {name: jnp.concatenate([jnp.asarray(array)] * copies) for name, array in row.items()}
         weights = term_weights(config.losses, model.cfg, batch["labels"], batch["attention_mask"])
-        return _gradients(model.cfg, config, None, TrainState(trained, (), step, key), frozen, None, batch, weights)[0]
+        program = Program(model.cfg, config, None, {}, None, {}, None)
+        return program.gradients(TrainState(trained, (), step, key), frozen, None, batch, weights)[0]
 
     once, twice, later = gradient(1, 0), gradient(2, 0), gradient(1, 1)
     for other in (twice, later):
@@ -231,7 +224,8 @@ def test_rematerialisation_changes_nothing(trained_whole, remat):
 @pytest.mark.slow
 def test_dots_gives_the_same_adapter_gradients_and_draws_dropout_once():
     model = add_lora(cases.model(CFG), dataclasses.replace(cases.LORA, dropout=0.3), jax.random.key(0))
-    trained, frozen = partition(flatten(model.params), "lora")
+    flat = flatten(model.params)
+    trained, frozen = partition(flat, assign_groups(list(flat), "lora"))
     ids = jax.random.randint(jax.random.key(2), (4, 40), 0, CFG.text.vocab_size)  # equal ones leave q no gradient
 
     def gradient(remat):

@@ -9,12 +9,10 @@ import recover_cases as cases
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.inputs import encode_inputs
-from vlmprune_jax.core.models.params import unflatten
+from vlmprune_jax.core.models.params import place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.program import place
 from vlmprune_jax.core.recovery.terms import check_losses, needs_teacher
 from vlmprune_jax.core.recovery.trainable import add_lora
 
@@ -45,7 +43,7 @@ def test_values_of_a_batch_are_those_of_a_step():
     adapted = add_lora(student, cases.LORA, jax.random.key(0))  # which change nothing at first
     assert vp.losses(adapted, batch, loss, teacher=teacher) == pytest.approx(found, rel=1e-5)
     mesh = make_mesh(4, 2, 1)
-    both = [Model(unflatten(place(one, mesh)), one.cfg) for one in (student, teacher)]
+    both = [Model(unflatten(place_params(one, mesh)), one.cfg) for one in (student, teacher)]
     assert vp.losses(both[0], batch, loss, teacher=both[1]) == pytest.approx(found, rel=1e-5)
     half = vp.losses(student, batch, cases.settings(losses=loss, compute_dtype="bfloat16"), teacher=teacher)
     assert half["total"] != found["total"]
@@ -72,7 +70,8 @@ def test_a_term_on_the_students_states_alone(terms):
     student, batch = cases.model(CFG, 1), next(cases.Stream(CFG, rows=2))
     found = vp.losses(student, batch, loss)
     ids = jnp.asarray(batch.arrays["input_ids"])
-    _, aux = apply(student.params, CFG, ids, capture=("hidden",), **encode_inputs(CFG, batch.arrays))
+    mask = batch.arrays["attention_mask"]
+    _, aux = apply(student.params, CFG, ids, capture=("hidden",), attention_mask=mask)
     states = [np.asarray(aux["hidden"][i], np.float64)[batch.arrays["attention_mask"] == 1] for i in (0, 1, -1)]
     assert found["small"] == pytest.approx(np.mean([np.square(x).mean() for x in states]), rel=1e-5)
     assert found["total"] == pytest.approx(found["ce"] + 0.1 * found["small"], rel=1e-6)

@@ -48,7 +48,7 @@ def test_presets(trainable, main):
 def test_first_matching_rule_decides_and_the_rest_is_frozen():
     flat = {path: np.zeros(shape) for path, shape in param_shapes(CFG).items()}
     rules = [(r"text/layers/.*/bias", False), (r"text/layers/1/.*", True), (r"text/norm/weight", "projector")]
-    trainable, frozen = partition(flat, rules)
+    trainable, frozen = partition(flat, assign_groups(list(flat), rules))
     assert trainable.keys() | frozen.keys() == flat.keys()
     expected = {p for p in flat if p.startswith("text/layers/1/") and not p.endswith("bias")} | {"text/norm/weight"}
     assert trainable.keys() == expected
@@ -92,8 +92,8 @@ def test_fresh_adapters_change_nothing():
     model = cases.model(CFG)
     adapted = add_lora(model, cases.LORA, jax.random.key(3))
     batch = next(cases.Stream(CFG)).arrays
-    inputs, images = batch["input_ids"], packed(batch["pixel_values"])
-    before, after = (encode(m.params, m.cfg, inputs, images=images)[0] for m in (model, adapted))
+    inputs, media = batch["input_ids"], {"vision": packed(batch["pixel_values"])}
+    before, after = (encode(m.params, m.cfg, inputs, media=media)[0] for m in (model, adapted))
     assert np.array_equal(before, after)
     shapes = param_shapes(adapted.cfg)
     added = {path: leaf for path, leaf in flatten(adapted.params).items() if "lora_" in path}

@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from batch_cases import ORDERED, golden_encoder, golden_records
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.records import Record
@@ -33,8 +35,8 @@ def ids(batches: list[Batch]) -> list[str]:
 
 
 def equal(first: Batch, second: Batch) -> bool:
-    return first.record_ids == second.record_ids and all(
-        np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays
+    return first.record_ids == second.record_ids and jax.tree.all(
+        jax.tree.map(np.array_equal, first.arrays, second.arrays)
     )
 
 
@@ -42,11 +44,11 @@ def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -
     batches = list(train_batches(samples, encoder, **{**TRAIN, "seed": None, "drop_remainder": False}))
     assert ids(batches) == [*(record.id for record in samples), ""]
     for batch in batches:
-        assert {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()} == {
-            "input_ids": ((4, 220), "int32"),
-            "attention_mask": ((4, 220), "int32"),
-            "labels": ((4, 220), "int32"),
-            "pixel_values": ((4, 2, 3, 28, 28), "float32"),
+        assert jax.tree.map(lambda array: f"{array.dtype}{list(array.shape)}", batch.arrays) == {
+            "input_ids": "int32[4, 220]",
+            "attention_mask": "int32[4, 220]",
+            "labels": "int32[4, 220]",
+            "media": {"vision": Packed("float32[4, 2, 3, 28, 28]")},
         }
     first, second = batches
     lengths = first.arrays["attention_mask"].sum(1)
@@ -55,13 +57,13 @@ def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -
     assert (first.arrays["labels"][first.arrays["attention_mask"] == 0] == IGNORED).all()
     assert (first.arrays["input_ids"] == -200).sum(1).tolist() == [16, 16, 0, 0]
     stored = np.load(goldens / "data/images.npz")["clip_pad"]
-    pixels = first.arrays["pixel_values"]
+    pixels = first.arrays["media"]["vision"].values
     np.testing.assert_allclose(pixels[0, 0], stored[0], atol=1e-5, rtol=0)
     assert not pixels[0, 1].any()  # an image row's free slot
     assert not pixels[2].any()  # a text-only row
-    np.testing.assert_allclose(second.arrays["pixel_values"][2], stored[[0, 2]], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(second.arrays["media"]["vision"].values[2], stored[[0, 2]], atol=1e-5, rtol=0)
     assert not second.arrays["attention_mask"][3].any()
-    assert not second.arrays["pixel_values"][3].any()
+    assert not second.arrays["media"]["vision"].values[3].any()
     assert (second.arrays["labels"][3] == IGNORED).all()
 
 
@@ -92,7 +94,7 @@ def test_process_slices_join_to_the_global_batch(samples: list[Record], encoder:
     assert [len(part) for part in parts] == [len(whole)] * 2
     for number, batch in enumerate(whole):
         names = tuple(name for part in parts for name in part[number].record_ids)
-        arrays = {name: np.concatenate([part[number].arrays[name] for part in parts]) for name in batch.arrays}
+        arrays = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[number].arrays for part in parts))
         assert equal(batch, Batch(arrays, names))
 
 
@@ -113,7 +115,8 @@ def test_state_restores_exactly(samples: list[Record], encoder: Encoder, threads
 def test_model_without_a_vision_tower(samples: list[Record], encoder: Encoder) -> None:
     text_only = dataclasses.replace(encoder, image_loader=None)
     batch = next(iter(train_batches(samples[2:4], text_only, **{**TRAIN, "batch_size": 2})))
-    assert set(batch.arrays) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch.arrays) == {"input_ids", "attention_mask", "labels", "media"}
+    assert not batch.arrays["media"]
     with pytest.raises(UserError, match="record 000000: has an image but the model has no vision tower"):
         next(iter(train_batches(samples[:1], text_only, **{**TRAIN, "batch_size": 1})))
 

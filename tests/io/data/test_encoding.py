@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,12 +58,12 @@ def pixels_of(encoder: Encoder, record: Record) -> np.ndarray:
 def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) -> None:
     chosen = [samples[i] for i in (0, 4, 1, 2, 11, 4, 4, 5, 7, 3)]
     batches = list(train_batches(chosen, encoder, **TRAIN))
-    assert [batch.arrays["pixel_values"].shape for batch in batches] == [
+    assert [batch.arrays["media"]["vision"].values.shape for batch in batches] == [
         (3, slots, 3, 56, 56) for slots in (7, 1, 1, 7)
     ]
     for batch, records in zip(batches, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
         for row, record in enumerate(records):
-            pixels = batch.arrays["pixel_values"][row]
+            pixels = batch.arrays["media"]["vision"].values[row]
             tiles = slots_of(encoder.shapes(record))
             assert (batch.arrays["input_ids"][row] == CONTEXT).sum() == 4 * tiles
             assert not pixels[tiles:].any()
@@ -71,13 +72,13 @@ def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) 
     packed = train_batches(chosen, encoder, **TRAIN, packs=1)
     for batch, other, records in zip(batches, packed, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
         tiles = [slots_of(encoder.shapes(record)) for record in records]
-        real = [pixels[:count] for pixels, count in zip(batch.arrays["pixel_values"], tiles, strict=False)]
-        (joined,) = other.arrays["pixel_values"]
+        real = [pixels[:count] for pixels, count in zip(batch.arrays["media"]["vision"].values, tiles, strict=False)]
+        (joined,) = other.arrays["media"]["vision"].values
         assert len(joined) == 3 * min(bucket for bucket in (1, 2, 4, 7) if 3 * bucket >= sum(tiles))
         assert np.array_equal(joined[: sum(tiles)], np.concatenate(real))
         assert not joined[sum(tiles) :].any()
     assert not batches[-1].arrays["attention_mask"][1:].any()  # padding rows
-    assert not batches[-1].arrays["pixel_values"][1:].any()
+    assert not batches[-1].arrays["media"]["vision"].values[1:].any()
 
 
 def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], encoder: Encoder) -> None:
@@ -86,8 +87,8 @@ def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], enc
     wide = dataclasses.replace(encoder, tile_buckets=(1, 9))
     batch = next(iter(train_batches([two], wide, **{**TRAIN, "batch_size": 1})))
     counts = [image.slots for image in encoder.shapes(two)]
-    assert batch.arrays["pixel_values"].shape[1] == 9
-    assert np.array_equal(batch.arrays["pixel_values"][0, : sum(counts)], pixels_of(encoder, two))
+    assert batch.arrays["media"]["vision"].values.shape[1] == 9
+    assert np.array_equal(batch.arrays["media"]["vision"].values[0, : sum(counts)], pixels_of(encoder, two))
     runs = "".join("i" if token == CONTEXT else "." for token in batch.arrays["input_ids"][0]).split(".")
     assert [len(run) for run in runs if run] == [4 * count for count in counts]
 
@@ -100,10 +101,10 @@ def test_processes_agree_on_the_slots(samples: list[Record], encoder: Encoder) -
 
     whole = batches()
     parts = [batches(mine=mine) for mine in (np.array([0, 2]), np.array([1, 3]))]
-    assert [batch.arrays["pixel_values"].shape[1] for batch in whole] == [7, 4]
+    assert [batch.arrays["media"]["vision"].values.shape[1] for batch in whole] == [7, 4]
     for number, batch in enumerate(whole):
-        for name, array in batch.arrays.items():
-            assert np.array_equal(np.concatenate([part[number].arrays[name] for part in parts]), array[[0, 2, 1, 3]])
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[number].arrays for part in parts))
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b[[0, 2, 1, 3]]), joined, batch.arrays))
 
 
 def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: Encoder, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: 
     broken = dataclasses.replace(samples[0], id="broken", images=(tmp_path / "half.png",))
     options = {**TRAIN, "batch_size": 2}
     first = next(iter(train_batches([samples[2], broken], encoder, **options, mine=np.array([0]))))
-    assert first.arrays["pixel_values"].shape[1] == 7  # the header of the other row was enough
+    assert first.arrays["media"]["vision"].values.shape[1] == 7  # the header of the other row was enough
     with pytest.raises(UserError, match=r"half\.png \(record broken\): not a readable image"):
         next(iter(train_batches([samples[2], broken], encoder, **options, mine=np.array([1]))))
 

@@ -24,6 +24,7 @@ from vlmprune_jax.base.atomic import SPARE_BYTES
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data import feature_pass
@@ -134,6 +135,8 @@ def test_images_of_any_size(goldens, tmp_path):
     ):
         rows = [row_of(dataclasses.replace(encoder, image_loader=loader), record) for record in records]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        images = Packed(arrays.pop("pixel_values"), arrays.pop("image_grid_thw"))
+        arrays["media"] = {"vision": images}
         losses.append(vp.losses(Model(params, cfg), arrays, vp.LossConfig(ce=1.0))["total"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -119,33 +120,35 @@ def test_a_batch_of_several_sizes(golden: Golden) -> None:
     batches = list(train_batches(records, encoder, **TRAIN))
     merge, values = golden.patching.merge**2, golden.patching.shape[0]
     shapes = [(2, 40 * merge, values), (2, 5 * merge, values), (2, 15 * merge, values)]
-    assert [batch.arrays["pixel_values"].shape for batch in batches] == shapes
+    assert [batch.arrays["media"]["vision"].values.shape for batch in batches] == shapes
     packed, facts = list(train_batches(records, encoder, **TRAIN, packs=1)), golden.facts["images"]
     assert -(-sum(facts[k]["image_tokens"] for k in (3, 1, 2)) // 2) > 15
-    assert packed[0].arrays["pixel_values"].shape == (1, 2 * 20 * merge, values)  # 20 on average
+    assert packed[0].arrays["media"]["vision"].values.shape == (1, 2 * 20 * merge, values)  # 20 on average
     for batch, other in zip(batches, packed, strict=True):
-        for pixels, row in zip(batch.arrays["pixel_values"], batch.arrays["image_grid_thw"], strict=True):
+        images, (front, own) = batch.arrays["media"]["vision"], other.arrays["media"]["vision"][:2]
+        (front,) = front
+        for pixels, row in zip(images.values, images.grid, strict=True):
             size = row.prod(axis=1).sum()
-            front = other.arrays["pixel_values"][0]
             assert np.array_equal(front[:size], pixels[:size])
-            other.arrays["pixel_values"] = front[None, size:]
-        assert not other.arrays["pixel_values"].any()
-        grids = [grid for grid in batch.arrays["image_grid_thw"].reshape(-1, 3) if grid.any()]
-        assert np.array_equal(other.arrays["image_grid_thw"][0, : len(grids)], np.reshape(grids, (-1, 3)))
+            front = front[size:]
+        assert not front.any()
+        grids = [grid for grid in images.grid.reshape(-1, 3) if grid.any()]
+        assert np.array_equal(own[0, : len(grids)], np.reshape(grids, (-1, 3)))
     parts = [list(train_batches(records, encoder, **TRAIN, mine=np.array([row]))) for row in range(TRAIN["batch_size"])]
     sized = train_batches(records, encoder, **TRAIN, sizes=measure(records, encoder, on_error="stop", threads=1))
     for number, batch in enumerate(batches):
-        for name, array in batch.arrays.items():
-            assert np.array_equal(np.concatenate([part[number].arrays[name] for part in parts]), array)
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[number].arrays for part in parts))
+        assert jax.tree.all(jax.tree.map(np.array_equal, joined, batch.arrays))
     for batch, other in zip(batches, sized, strict=True):
-        assert all(np.array_equal(array, other.arrays[name]) for name, array in batch.arrays.items())
-    two = {name: array[1] for name, array in batches[0].arrays.items()}
+        assert jax.tree.all(jax.tree.map(np.array_equal, batch.arrays, other.arrays))
+    two = jax.tree.map(lambda array: array[1], batches[0].arrays)
     grids = np.stack([golden.arrays[f"image{k}_grid_thw"] for k in (1, 2)])
-    assert np.array_equal(two["image_grid_thw"], grids)
-    np.testing.assert_array_equal(two["pixel_values"].any(axis=1), np.arange(40 * merge) < grids.prod(axis=1).sum())
+    assert np.array_equal(two["media"]["vision"].grid, grids)
+    pixels = two["media"]["vision"].values
+    np.testing.assert_array_equal(pixels.any(axis=1), np.arange(40 * merge) < grids.prod(axis=1).sum())
     assert np.array_equal(two["position_ids"][:, two["attention_mask"] == 1], golden.arrays["two_position_ids"])
     padding = batches[2].arrays  # its second row
-    assert not any(padding[name][1].any() for name in ("pixel_values", "image_grid_thw", "position_ids"))
+    assert not any(array[1].any() for array in (*jax.tree.leaves(padding["media"]), padding["position_ids"]))
 
 
 def test_sizes_and_prompts(golden: Golden) -> None:

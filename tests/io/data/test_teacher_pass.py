@@ -19,15 +19,14 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.params import flatten, unflatten
+from vlmprune_jax.core.models.params import flatten, place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.models.vocabulary import Head
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.program import place
-from vlmprune_jax.core.recovery.terms import check_losses, check_teacher, top_k_divergence, top_k_logprobs
+from vlmprune_jax.core.recovery.terms import check_losses, make_teacher, top_k_divergence, top_k_logprobs
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_pass import teacher_top_k
@@ -204,7 +203,10 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
     """Six steps with micro-batches on one device with a teacher, and cached on eight, the vocabulary split over two."""
     teacher, student = (cases.model(cases.config(layers=n, vision=False), n) for n in (2, 1))
     mesh, loss = make_mesh(2, 2, 2), dataclasses.replace(KL, kl_positions="labels")
-    cached, split = dataclasses.replace(loss, teacher_top_k=VOCAB), Model(unflatten(place(teacher, mesh)), teacher.cfg)
+    cached, split = (
+        dataclasses.replace(loss, teacher_top_k=VOCAB),
+        Model(unflatten(place_params(teacher, mesh)), teacher.cfg),
+    )
     runs = {
         "beside": (loss, cases.Stream(teacher.cfg), {"teacher": teacher}),
         "cached": (cached, Taught(tmp_path / "cache", split, cached, mesh), {"mesh": mesh}),
@@ -254,7 +256,7 @@ def test_settings_that_contradict_each_other(changes, message):
 def test_more_tokens_than_there_are_and_batches_without_any():
     cfg = cases.config(vision=False)
     with pytest.raises(UserError, match="teacher_top_k=65 must be at most the vocabulary size, 64"):
-        check_teacher(dataclasses.replace(KL, teacher_top_k=65), cfg, None)
+        make_teacher(dataclasses.replace(KL, teacher_top_k=65), cfg, None, None)
     with pytest.raises(UserError, match="teacher_top_k=5 needs batches with 5 teacher_ids and 6 teacher_logprobs"):
         _top_k({"teacher_ids": jnp.zeros((1, 2, 5), jnp.int32)}, dataclasses.replace(KL, teacher_top_k=5))
 

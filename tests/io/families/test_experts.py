@@ -18,9 +18,8 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.models.channels.moe import Moe
-from vlmprune_jax.core.models.context import Context, Names
+from vlmprune_jax.core.models.context import Builder, Context, Names
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vlm import Model
@@ -239,7 +238,7 @@ def test_impossible_plans_of_experts(golden):
     for experts in (1, 9):
         with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the number of experts in"):
             vp.make_plan(scores, model, method="experts", experts=experts)
-    with pytest.raises(UserError, match=r"every token uses . experts, but the layer has 1: keep at least"):
+    with pytest.raises(UserError, match=r"has 1 experts, but every token uses .: keep at least"):
         prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])
     uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
     with pytest.raises(UserError, match=r"one width for all layers|equal numbers of experts and heads per layer"):
@@ -313,7 +312,7 @@ def with_nan(array):
     ("family", "fields", "edit", "message"),
     [
         ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
-        ("qwen3_vl_moe", {"num_experts": 1}, None, "every token uses 2 experts, but the layer has 1"),
+        ("qwen3_vl_moe", {"num_experts": 1}, None, "has 1 experts, but every token uses 2: keep at least 2"),
         ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts is 8 but num_local_experts is 6"),
         ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number from 1 to 4096"),
         ("qwen3_vl_moe", {"num_experts": 10**9}, None, "num_experts is 1000000000, expected .* 1 to 4096"),
@@ -325,7 +324,7 @@ def with_nan(array):
         ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
         ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
         ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
-        ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
+        ("gemma4_moe", {"top_k_experts": 9}, None, "has 8 experts, but every token uses 9: keep at least 9"),
         ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: set num_experts"),
         ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
         ("internvl_moe", {}, lambda held: {k: v for k, v in held.items() if "layers.2.mlp.experts.3.up" not in k},
@@ -410,11 +409,9 @@ def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
     chosen = np.sort(draw.choice(8, kept, replace=False))
     outs = []
     for count, arrays in ((8, weights), (kept, {k: v[chosen] for k, v in weights.items()})):
-        layer = Layer(cfg.layers[0].mixer, Experts(count, count * 3, 2))
-        sizes = {"embed": 28, **layer.sizes}
-        module = fill(
-            Moe(cfg, layer, sizes, Names("embed", ("", ""), ""), None), jax.tree.map(jnp.asarray, unflatten(arrays))
-        )
+        experts = Experts(count, count * 3, 2)
+        build = Builder(experts, cfg, {"embed": 28, **experts.sizes}, Names("embed", ("", ""), ""))
+        module = fill(Moe(build), jax.tree.map(jnp.asarray, unflatten(arrays)))
         outs.append(module(jnp.asarray(x), Context(masks={})))
     (whole, routed), (cut, _) = outs
     unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from media_cases import packed
@@ -14,6 +15,7 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.inputs import check_batch, in_cells
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
@@ -122,10 +124,10 @@ def test_rows_are_those_of_the_processor(golden):
             stored[f"{name}_{kind}_grid_thw"] for kind in ("video", "image") if f"{name}_{kind}_grid_thw" in stored
         ]
         if grids:  # those of videos and images in the order of their tokens
-            found = arrays["image_grid_thw"][0]
+            found = arrays["media"]["vision"].grid[0]
             assert sorted(found[found.any(-1)].tolist()) == sorted(np.concatenate(grids).tolist()), name
         if f"{name}_second_per_grid_ts" in stored:
-            times = arrays["second_per_grid_ts"][0]
+            times = arrays["media"]["vision"].times[0]
             np.testing.assert_array_equal(times[times > 0], stored[f"{name}_second_per_grid_ts"], err_msg=name)
 
 
@@ -134,7 +136,7 @@ def test_pixels_are_pillows(golden):
     expected = golden.pixels(stored["single_levels_pillow"], golden.facts["video_processor"])
     if "single_video_position_ids" in stored:
         expected, _ = in_cells(golden.model.cfg, expected, None, stored["single_video_position_ids"])
-    pixels = arrays["pixel_values"][0]
+    pixels = arrays["media"]["vision"].values[0]
     np.testing.assert_allclose(pixels[: len(expected)], expected, rtol=2e-6, atol=1e-7)
     assert not pixels[len(expected) :].any()
 
@@ -175,8 +177,7 @@ def test_hub_files_describe_the_same(golden, tmp_path):
         shutil.copy(file, tmp_path / "hub" / file.name.replace("_hub_style", ""))
     expected, found = (golden.batches("mixed", folder=folder)[0].arrays for folder in (None, tmp_path / "hub"))
     assert expected.keys() == found.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def close(golden, case, inputs, **options):
@@ -211,7 +212,7 @@ def test_forward_and_answers_of_all_cases(golden):
 def test_batches_of_videos_images_and_texts(golden):
     """Rows of different visual inputs in one batch of `vp.batches` have the logits of the rows alone."""
     batch = golden.batches("frames", "mixed", "text", "two", batch_size=4)[0].arrays
-    names = {*NAMES, "input_ids", "attention_mask", "pixel_values"}
+    names = {"input_ids", "attention_mask", "media"}
     logits = np.asarray(vp.forward(golden.model, **{name: batch[name] for name in names & batch.keys()})[0])
     for row, case in enumerate(("frames", "mixed", "text", "two")):
         expected = golden.arrays[f"{case}_logits"]
@@ -329,9 +330,9 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
 def test_flops_of_a_video_are_those_of_its_patches(goldens):
     cfg = Golden(goldens / "video/qwen3_vl").model.cfg
     count = batch_flops(cfg, None, vp.LossConfig(ce=1.0), [], rows=1)
-    rows = {"input_ids": np.zeros((1, 60), np.int32), "pixel_values": np.zeros((1, 192, 96), np.float32)}
-    rows["labels"] = np.zeros((1, 60), np.int32)
-    video, images = (count({**rows, "image_grid_thw": np.array([grid])}) for grid in ([[4, 6, 8]], [[1, 6, 8]] * 4))
+    rows, pixels = {name: np.zeros((1, 60), np.int32) for name in ("input_ids", "labels")}, np.zeros((1, 192, 96))
+    packs = (Packed(pixels, np.array([grid])) for grid in ([[4, 6, 8]], [[1, 6, 8]] * 4))
+    video, images = (count({**rows, "media": {"vision": packed}}) for packed in packs)
     assert video == images > 0
 
 
@@ -340,8 +341,7 @@ def test_exports_keep_what_videos_need(golden, tmp_path):
     """Processor files, and the tokens of times and numbers when the vocabulary is trimmed."""
     golden.model.save(tmp_path / "out")
     expected, found = (golden.batches("mixed", folder=folder)[0].arrays for folder in (None, tmp_path / "out"))
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
     source = Source.of(golden.ckpt, golden.model.cfg)
     for case in ("single", "minutes", "slow"):
         ids = golden.arrays[f"{case}_input_ids"]
@@ -379,17 +379,18 @@ def test_a_video_before_an_image_keeps_its_place(golden):
     record = {"videos": ["main.mp4", "few.mp4"], "image": "still.png", "conversations": turns}
     settings = {"video_frames": 2, "max_images": 3, "max_length": 400}
     joined = golden.batches("frames", rows=[record], **settings)[0].arrays
-    cfg, grids = golden.model.cfg, joined["image_grid_thw"][0, :3]
-    first, image, last = np.split(joined["pixel_values"][0], np.cumsum(grids.prod(axis=1)))[:3]
-    apart = {name: array for name, array in joined.items() if name != "second_per_grid_ts"}
+    cfg, images = golden.model.cfg, joined["media"]["vision"]
+    grids = images.grid[0, :3]
+    first, image, last = np.split(images.values[0], np.cumsum(grids.prod(axis=1)))[:3]
+    apart = {name: array for name, array in joined.items() if name != "media"}
     apart |= {"pixel_values": image, "image_grid_thw": grids[1:2]}
     apart |= {"pixel_values_videos": np.concatenate([first, last]), "video_grid_thw": grids[::2]}
-    if "second_per_grid_ts" in joined:
-        apart["second_per_grid_ts"] = joined["second_per_grid_ts"][0, :3:2]
-    again = check_batch(cfg, apart)
-    for name in ("pixel_values", "image_grid_thw"):
-        np.testing.assert_array_equal(again[name][0], joined[name][0, : len(again[name][0])])
-    with pytest.raises(UserError, match=r"videos has shape \[1, .* and video_grid_thw \[2, 3\], expected"):
+    if images.times is not None:
+        apart["second_per_grid_ts"] = images.times[0, :3:2]
+    again = check_batch(cfg, apart)["media"]["vision"]
+    for array, wanted in zip(again[:2], images[:2], strict=True):
+        np.testing.assert_array_equal(array[0], wanted[0, : len(array[0])])
+    with pytest.raises(UserError, match=r"videos has shape \[1, .*, expected \[.* and video_grid_thw \[2, 3\]"):
         check_batch(cfg, apart | {"pixel_values_videos": apart["pixel_values_videos"][None]})
 
 
@@ -398,7 +399,7 @@ def test_a_video_before_an_image_keeps_its_place(golden):
 def test_a_mesh_computes_the_same(golden):
     cases = ("frames", "mixed", "text", "two") * 2
     batch = golden.batches(*cases, batch_size=8)[0].arrays
-    names = {*NAMES, "input_ids", "attention_mask", "pixel_values"} & batch.keys()
+    names = ("input_ids", "attention_mask", "media")
     batch = {name: batch[name] for name in names}
     expected = np.asarray(vp.forward(golden.model, **batch)[0])
     found = np.asarray(vp.forward(vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1)), **batch)[0])

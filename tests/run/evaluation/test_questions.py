@@ -73,8 +73,8 @@ def alone(llava: Model, encoder: Encoder, record: Record, ids: np.ndarray) -> np
 
 def test_rows_with_spare_slots_equal_rows_alone(llava: Model, encoder: Encoder, asked: list[Record]) -> None:
     batch = next(iter(train_batches(asked[:4], encoder, batch_size=4, threads=1)))
-    assert batch.arrays["pixel_values"].shape[:2] == (4, 7)
-    inputs = {name: batch.arrays[name] for name in ("pixel_values", "attention_mask")}
+    assert batch.arrays["media"]["vision"].values.shape[:2] == (4, 7)
+    inputs = {name: batch.arrays[name] for name in ("media", "attention_mask")}
     logits = np.asarray(forward(llava, batch.arrays["input_ids"], **inputs)[0])
     for row, record in enumerate(asked[:4]):
         real = batch.arrays["attention_mask"][row] == 1
@@ -103,7 +103,7 @@ def expected(llava: Model, encoder: Encoder, asked: list[Record]) -> list[str]:
 def test_shared_beginnings_of_tiles(llava: Model, encoder: Encoder, asked: list[Record], expected: list[str]) -> None:
     asking = arrange_questions(asked, encoder, batch_size=2)
     batches = list(asking.batches(threads=1, prefetch=1))
-    slots = [batch.arrays["pixel_values"].shape[1] for batch in batches]
+    slots = [batch.arrays["media"]["vision"].values.shape[1] for batch in batches]
     assert slots == sorted(slots)  # one program after the other
     assert set(slots) == {4, 7}
     for bucket in (4, 7):

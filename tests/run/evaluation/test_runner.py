@@ -108,7 +108,7 @@ def test_shared_images_are_computed_once(goldens, encoder):
     asking = arrange_questions(records(goldens, ["x"] * 8), encoder, batch_size=4)
     assert len(asking.beginnings) == 4  # three images, and the text
     batches = list(asking.batches(threads=1, prefetch=1))
-    assert {len(batch.arrays["pixel_values"]) for batch in batches} == {asking.groups[0].beginnings}
+    assert {len(batch.arrays["media"]["vision"].values) for batch in batches} == {asking.groups[0].beginnings}
     assert asking.groups[0].beginnings < 4
     assert sorted(place for batch in batches for place in batch.places[batch.valid]) == list(range(8))
     shapes = {tuple(a.shape for a in [*batch.arrays.values(), batch.prefix.input_ids]) for batch in batches}
@@ -118,13 +118,13 @@ def test_shared_images_are_computed_once(goldens, encoder):
 def test_images_of_other_processes_are_not_opened(goldens, encoder, monkeypatch):
     """Of two processes, each opens what its rows show; between them the pixels are those that one process has."""
     asking = arrange_questions(records(goldens, ["x"] * 8), encoder, batch_size=8, multiple=4)
-    whole = [batch.arrays["pixel_values"] for batch in asking.batches(threads=1, prefetch=1)]
+    whole = [batch.arrays["media"]["vision"].values for batch in asking.batches(threads=1, prefetch=1)]
     parts, opened, load_image = [], [], ImageLoader.load
     monkeypatch.setattr(ImageLoader, "load", lambda *of: opened[-1].add(of[1].name) or load_image(*of))
     for process in (0, 1):
         monkeypatch.setattr(questions, "rows_of_process", lambda _, count, first=process: np.arange(first, count, 2))
         opened.append(set())
-        parts.append([batch.arrays["pixel_values"] for batch in asking.batches(threads=1, prefetch=1)])
+        parts.append([batch.arrays["media"]["vision"].values for batch in asking.batches(threads=1, prefetch=1)])
     assert opened == [{"img0.png", "img2.png"}, {"img0.png", "img1.png"}]  # padding shows the first again
     for together, first, second in zip(whole, *parts, strict=True):
         assert not first[1::2].any()

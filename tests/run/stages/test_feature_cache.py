@@ -23,6 +23,7 @@ from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.models.inputs import check_batch
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.core.recovery import loop
@@ -135,12 +136,13 @@ def test_inputs_of_a_model_without_its_tower():
     cfg = dataclasses.replace(cases.config(), tower=False)
     ids = np.full((2, 5), cases.IMAGE)
     rows = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    check_batch(cfg, rows | {"vision_features": np.zeros((2, 1, *cfg.feature_shape))})
-    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
-        with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
-            check_batch(cfg, rows | {"pixel_values": np.zeros((2, 1, 3, 6, 6)), "vision_features": features})
-    with pytest.raises(UserError, match="otherwise pass pixel_values"):
-        check_batch(cases.config(), rows | {"vision_features": np.zeros((2, 1, *cfg.feature_shape))})
+    whole = {"media": {"vision": Packed(np.zeros((2, 1, *cfg.feature_shape)))}}
+    check_batch(cfg, rows | whole)
+    for features in (np.zeros((2, 1, 3, 6, 6)), np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
+        with pytest.raises(UserError, match=r"images have shape .*, features \(the model is without its vision tower"):
+            check_batch(cfg, rows | {"media": {"vision": Packed(features)}})
+    with pytest.raises(UserError, match=r"images have shape .* that divide the 2 rows: \[packs, tiles, 3, 6, 6\]"):
+        check_batch(cases.config(), rows | whole)
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
     for one, other, reason in zip(again, records, reasons, strict=True):
         if not reason:
             row, wanted = row_of(ours, one), row_of(theirs, other)
-            assert row.keys() == wanted.keys() >= {"vision_features"}
+            assert row.keys() == wanted.keys() >= {"pixel_values"}
             assert all(np.array_equal(row[name], wanted[name]) for name in row)
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     assert not stored.missing(read_tfds(tmp_path / "copy"))

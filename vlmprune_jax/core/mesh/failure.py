@@ -19,13 +19,13 @@ from typing import Any
 _FAILED, _HEARD, _LEFT = "vlmprune/failed", "vlmprune/heard", "vlmprune/left"
 POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # polling interval; maximum time for all processes to hear of a failure
 _ending, _done = threading.Event(), threading.Event()  # set when this process ends after a failure; and normally
-_place: tuple[int, int] | None = None  # this process's number, number of processes
+_position: tuple[int, int] | None = None  # this process's number, number of processes
 
 
 def watch(number: int, count: int) -> None:
     """End this process if another of the run's `count` processes fails; every process must call this once."""
-    global _place
-    _place = number, count
+    global _position
+    _position = number, count
     thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
     thread.start()
 
@@ -46,7 +46,7 @@ def watch(number: int, count: int) -> None:
 
 def joined() -> bool:
     """Return True if this process belongs to a run of several processes."""
-    return _place is not None
+    return _position is not None
 
 
 def end(text: str, reason: str, code: int) -> int:
@@ -54,7 +54,7 @@ def end(text: str, reason: str, code: int) -> int:
 
     The other processes print `reason`, one line.
     """
-    if _place is None:
+    if _position is None:
         print(text, file=sys.stderr)
         return code
     from jax.errors import JaxRuntimeError
@@ -62,7 +62,7 @@ def end(text: str, reason: str, code: int) -> int:
     if not _ending.is_set():  # otherwise this error follows from another process's failure
         _ending.set()
         print(text, file=sys.stderr, flush=True)
-        failure = {"process": _place[0], "reason": reason, "code": code}
+        failure = {"process": _position[0], "reason": reason, "code": code}
         with contextlib.suppress(JaxRuntimeError):  # another process published its failure first
             _store().key_value_set(_FAILED, json.dumps(failure))
     time.sleep(3 * LEAVE_SECONDS)  # the watching thread ends the process earlier, unless the store is gone

@@ -41,15 +41,10 @@ def free_memory() -> int:
     limited = [stats for stats in (device.memory_stats() for device in devices) if stats and "bytes_limit" in stats]
     if len(limited) == len(devices):
         return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in limited)
-    return min(_of_machine(), _of_container()) // len(devices)
-
-
-def _of_machine() -> int:
-    """Return the memory available without swapping, in bytes (Linux); elsewhere half of the installed memory."""
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    available = [line.split()[1] for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvailable:")]
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = int(available[0]) * 1024 if available else installed // 2  # half of it if this is not Linux
+    return min(free, _of_container()) // len(devices)
 
 
 def _of_container() -> int:

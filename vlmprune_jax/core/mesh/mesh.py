@@ -23,7 +23,7 @@ from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.processes import Processes, install, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh import failure
-from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, tensor_sizes
+from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, dividing_sizes
 from vlmprune_jax.core.sections import MeshSpec
 
 # Environment variables for processes without a cluster (flags have priority).
@@ -43,16 +43,13 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     """
     if jax.distributed.is_initialized():
         return
-    place = _named_place(coordinator, num_processes, process_id)
-    if place is None and not _slice_has_workers():
+    process = _named_process(coordinator, num_processes, process_id)
+    if not process and not _slice_has_workers():
         return
     try:
-        if place is None:
-            jax.distributed.initialize(**_LOSS)
-        else:
-            jax.distributed.initialize(*place, **_LOSS)
+        jax.distributed.initialize(*process, **_LOSS)
     except (RuntimeError, ValueError) as error:
-        worker = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
+        worker = "process {2} of {1} at {0}".format(*process) if process else "the workers of this TPU slice"
         raise UserError(f"{worker}: cannot join the other processes ({reason(error)}): start all processes") from error
     if process_count() > 1:
         failure.watch(process_number(), process_count())
@@ -75,19 +72,17 @@ def start_devices() -> None:
         ) from error
 
 
-def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """Return (host:port, process count, process number) from arguments or environment variables; None if unset."""
-    arguments = (coordinator, num_processes, process_id)
-    values = [os.environ.get(name) if value is None else str(value)
-              for name, value in zip(VARIABLES, arguments, strict=True)]  # fmt: skip
-    if not any(values):
-        return None
-    address, count, number = values
+def _named_process(*arguments: str | int | None) -> tuple[Any, ...]:
+    """Return (host:port, process count, process number) from arguments or environment variables; () if unset."""
+    pairs = zip(VARIABLES, arguments, strict=True)
+    address, count, number = (os.environ.get(name) if value is None else str(value) for name, value in pairs)
+    if not (address or count or number):
+        return ()
     if not (address and count and number):
         raise UserError(
             f"several processes need all three flags (found coordinator {address}, num_processes {count}, "
-            f"process_id {number}): set "
-            f"--coordinator=HOST:PORT, --num_processes and --process_id (or the variables {', '.join(VARIABLES)})"
+            f"process_id {number}): set --coordinator=HOST:PORT, --num_processes and --process_id (or the variables "
+            f"{', '.join(VARIABLES)})"
         )
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII):
@@ -131,9 +126,8 @@ def _slice_has_workers() -> bool:
 
 def mesh_of(sizes: MeshSpec) -> Mesh | None:
     """Return a device mesh with these axis sizes; None if all sizes are 1."""
-    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
-        return None
-    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    axes = (sizes.data, sizes.fsdp, sizes.tensor)
+    return None if axes == (1, 1, 1) else make_mesh(*axes)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -145,18 +139,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     """
     devices = jax.devices() if devices is None else devices
     sizes, n_devices = [data, fsdp, tensor], len(devices)
+    requested = f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes must be positive, and at most one may be -1"
-        )
+        raise UserError(f"{requested}: sizes must be positive, and at most one may be -1")
     product = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and n_devices % product == 0:
         sizes[sizes.index(-1)] = n_devices // product
         product = n_devices
     if product != n_devices:
         raise UserError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {product} devices but there are {n_devices}: "
-            "choose sizes with this product (-1 for one size: the remaining devices)"
+            f"{requested} needs {product} devices but there are {n_devices}: choose sizes with this product (-1 for "
+            "one size: the remaining devices)"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
@@ -185,10 +178,13 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
         return None
     devices = list(mesh.devices.flat)
     if not sizes:
-        fits, memory = tensor_sizes(cfg, mesh.size), _memory_of(devices[0])
-        copies = mesh.shape["data"]  # with unknown memory, a chip keeps at least its share of now
-        enough = [n for n in fits if (n * copies >= mesh.size if memory is None else n_bytes <= n * memory / 4)]
-        tensor = (enough or fits[-1:])[0]
+        chip = chip_of(devices[0].device_kind)
+        # the device may be another process's, which has no statistics here
+        memory = on_process_zero(_memory_limit) if chip is None else chip.hbm
+        share = mesh.size / mesh.shape["data"]  # with unknown memory, a chip keeps at least its share of now
+        least = share if memory is None else 4 * n_bytes / memory
+        fits = dividing_sizes(cfg, "tensor", mesh.size)
+        tensor = next((size for size in fits if size >= least), fits[-1])
         sizes = (mesh.size // tensor, 1, tensor)
     data, fsdp, tensor = sizes
     new_mesh = make_mesh(data, fsdp, tensor, devices)
@@ -196,13 +192,8 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
     return new_mesh
 
 
-def _memory_of(device: jax.Device) -> float | None:
-    """Return a device's memory in bytes, equal on all processes; None if unknown (CPUs)."""
-    chip = chip_of(device.device_kind)
-    if chip is not None:
-        return chip.hbm
-    # the device may be another process's, which has no statistics here
-    return on_process_zero(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
+def _memory_limit() -> float | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _count() -> int:

@@ -37,19 +37,16 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
     that mesh axis, divides their size in `shape`. Otherwise, or without `shape`, they are replicated.
     """
     divisible = {axis for axis, size in zip(axes, shape, strict=False) if size % fsdp == 0}
-    used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for axis in axes:
         prunable = AXES.get(axis or "")
         entry = RULES.get(axis or "") if prunable is None else prunable.mesh or None
-        if (axis in WHERE_DIVISIBLE if prunable is None else prunable.where_divisible) and axis not in divisible:
-            entry = None
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        if used.intersection(names):
-            entry = None
-        else:
-            used.update(names)
-        entries.append(entry)
+        where_divisible = axis in WHERE_DIVISIBLE if prunable is None else prunable.where_divisible
+        names = {entry} if isinstance(entry, str) else {*(entry or ())}
+        replicated = names & used or (where_divisible and axis not in divisible)
+        entries.append(None if replicated else entry)
+        used |= set() if replicated else names
     return PartitionSpec(*entries)
 
 
@@ -70,19 +67,18 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
     if not indivisible:
         return
-    fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
+    fits = {axis: dividing_sizes(cfg, axis, split[axis])[-1] for axis in split}
     data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use
     raise UserError(
         f"mesh fsdp={split['fsdp']} tensor={split['tensor']} does not divide {'; '.join(indivisible[:4])}"
-        f"{' …' if len(indivisible) > 4 else ''}: "
-        f"use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} "
-        f"or prune to widths that are multiples of tensor={split['tensor']}"
+        f"{' …' if len(indivisible) > 4 else ''}: use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} or prune "
+        f"to widths that are multiples of tensor={split['tensor']}"
     )
 
 
-def tensor_sizes(cfg: ModelConfig, devices: int) -> list[int]:
-    """Return the allowed sizes of mesh axis `tensor`, ascending: those that divide the model's dimensions."""
-    sizes = [size for axis, size in _split_sizes(cfg).values() if axis == "tensor"]
+def dividing_sizes(cfg: ModelConfig, axis: str, devices: int) -> list[int]:
+    """Return the sizes of a mesh axis, ascending, that divide `devices` and all dimensions that it shards."""
+    sizes = [size for sharding_axis, size in _split_sizes(cfg).values() if sharding_axis == axis]
     return [n for n in range(1, devices + 1) if devices % n == 0 and all(size % n == 0 for size in sizes)]
 
 
@@ -106,7 +102,3 @@ def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
             "projector width": ("tensor", text.hidden_size),
         }
     return sizes
-
-
-def _largest_divisor(sizes: Sequence[int], upper: int) -> int:
-    return next(n for n in range(upper, 0, -1) if upper % n == 0 and all(size % n == 0 for size in sizes))

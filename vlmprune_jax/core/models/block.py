@@ -14,13 +14,13 @@ from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.channels import CHANNELS
 from vlmprune_jax.core.models.context import (
     BRANCHES,
     KEYS,
     STREAM,
     VALUES,
     WRITERS,
+    Builder,
     Context,
     LayerState,
     Mixed,
@@ -28,7 +28,7 @@ from vlmprune_jax.core.models.context import (
     Writer,
 )
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, activation, compute_once
-from vlmprune_jax.core.models.mixers import MIXERS
+from vlmprune_jax.core.models.parts import PARTS
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -62,13 +62,13 @@ class Block(nnx.Module):
         self.names, self.parallel = names, cfg.block.parallel
         self.modules = tuple(part.module for part in layer.parts)
         self.hidden, self.lacks = layer.channel.hidden, layer.channel.lacks
-        for part, kinds in zip(layer.parts, (MIXERS, CHANNELS), strict=True):
-            setattr(self, part.module, kinds[type(part)](cfg, layer, sizes, names, lora))
+        build = Builder(None, cfg, sizes, names, lora)
+        for part in layer.parts:
+            setattr(self, part.module, PARTS[type(part)](build._replace(part=part)))
         before = names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ()
         after = ("attention_output_norm", "mlp_output_norm") if cfg.block.norm_place != "before" else ()
         for name in (*before, *after):
-            norm = Norm(sizes, names.axis, **cfg.block.norm_facts)
-            setattr(self, name, norm)
+            setattr(self, name, build.norm(names.axis))
         scales = ("layer_scale1", "layer_scale2") if cfg.block.layer_scale else ()
         for name in scales:
             setattr(self, name, Leaf(sizes, (names.axis,)))

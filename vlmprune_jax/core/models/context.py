@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.layers import Projection, compute_once, saveable
+from vlmprune_jax.core.models.layers import Axes, Norm, Projection, compute_once, saveable
 from vlmprune_jax.core.models.random import bernoulli
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack
 
 STREAM = ("batch", "sequence", None)
 WRITERS = ("o_proj", "down_proj")  # projections that write to the residual stream, in this order
@@ -155,9 +156,35 @@ class Names(NamedTuple):
     out: str
 
 
-def lora_of(lora: LoraConfig | None, name: str) -> LoraConfig | None:
-    """Return the LoRA settings of a projection; None if it gets no adapter."""
-    return lora if lora is not None and name in lora.targets else None
+class Builder(NamedTuple):
+    """Argument of the constructor of a part's module: the config of the part, and what all modules of a block share."""
+
+    part: Any
+    """Config of the part, such as an `Attention`."""
+
+    cfg: Stack
+    """Config of the component."""
+
+    sizes: Mapping[str, int]
+    """Size of every named axis; "layer" for blocks whose parameters are stacked."""
+
+    names: Names
+    """Names that differ between decoder and towers."""
+
+    lora: LoraConfig | None = None
+    """Adapters of projections; None for no adapters."""
+
+    def lora_of(self, name: str) -> LoraConfig | None:
+        """Return the LoRA settings of a projection; None if it gets no adapter."""
+        return self.lora if self.lora is not None and name in self.lora.targets else None
+
+    def projection(self, name: str, out: Axes, into: Axes, bias: bool = False) -> Projection:
+        """Return the projection `name` from the axes `into` to the axes `out`, with its adapter if it gets one."""
+        return Projection(self.sizes, out, into, bias=bias, lora=self.lora_of(name), clips=self.cfg.block.clips)
+
+    def norm(self, axis: str, kind: str = "") -> Norm:
+        """Return a norm over an axis, of the block's kind or another ("rms", "layer")."""
+        return Norm(self.sizes, axis, **{**self.cfg.block.norm_facts, "kind": kind or self.cfg.block.norm})
 
 
 def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.models.context import Cache, Context, LayerEmbeds, Names
 from vlmprune_jax.core.models.fake_quant import fake_quant_product
 from vlmprune_jax.core.models.kernels import attention_mask, windowed
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, rope_tables
-from vlmprune_jax.core.models.mixers import MIXERS
+from vlmprune_jax.core.models.parts import PARTS
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.models.vocabulary import Head
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
@@ -26,7 +26,7 @@ class Table(nnx.Module):
     """Matrix [vocab, embed] that serves as token embedding or output head; a head may have a bias."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
-        self.scale, self.cap = cfg.embed_scale, cfg.logit_cap
+        self.scale = cfg.embed_scale
         sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}
         self.weight = declare(sizes, ("vocab", "embed"))
         self.bias = declare(sizes, ("vocab",)) if bias else None
@@ -35,11 +35,6 @@ class Table(nnx.Module):
         """Return the scaled embeddings of int[...] token ids; ids outside the vocabulary get arbitrary values."""
         rows = jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
         return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return the logits [..., vocab] for hidden states [..., embed]."""
-        bias = None if self.bias is None else self.bias.get_value()
-        return Head(self.weight.get_value(), bias, self.cap).logits(hidden)
 
 
 class LayerInputs(nnx.Module):
@@ -61,6 +56,7 @@ class LayerInputs(nnx.Module):
         self.scales = cfg.block.layer_inputs**0.5, cfg.hidden_size**-0.5
 
     def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        """Return the embeddings float[layers, batch, seq, n]; `x`: the first layer's input, `ids`: int[batch, seq]."""
         rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
         # each device looks up its share of the channels for all rows; only results are exchanged, never the table
         rows = constrain(constrain(rows, ("rows", None, None, "extra")), ("batch", "sequence", None, None))
@@ -87,13 +83,6 @@ class Decoder(BlockStack):
         setattr(self, self.norm_name, Norm(sizes, "embed", **cfg.block.norm_facts))
         self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
         self.extra_inputs = LayerInputs(cfg) if cfg.block.layer_inputs else None
-
-    def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
-        """Return the per-layer embeddings, float[layers, batch, seq, n]; None for decoders without them.
-
-        `x`: the residual stream before the first layer. `ids`: int[batch, seq], with padding ids at image tokens.
-        """
-        return None if self.extra_inputs is None else self.extra_inputs(x, ids)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Apply the decoder's final norm to `x`."""
@@ -164,13 +153,15 @@ class Decoder(BlockStack):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return the logits [..., vocab] for hidden states after the final norm."""
-        return (self.lm_head or self.embed_tokens).logits(hidden)
+        table = self.lm_head or self.embed_tokens
+        bias = None if table.bias is None else table.bias.get_value()
+        return Head(table.weight.get_value(), bias, self.cfg.logit_cap).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
         """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
         states = {
-            str(run): MIXERS[type(layer.mixer)].empty_state(
-                self.cfg, layer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
+            str(run): PARTS[type(layer.mixer)].empty_state(
+                layer.mixer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
             )
             for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers))
         }
@@ -181,7 +172,7 @@ def map_cache(cfg: TextConfig, function: Callable[..., Any], *caches: Cache) -> 
     """Apply `function(named axes, *arrays)` to every array of caches with the same structure."""
     runs, result = layer_runs(cfg.layers), Cache()
     for run, state in caches[0].items():
-        axes = MIXERS[type(runs[int(run)].layer.mixer)].state_axes
+        axes = PARTS[type(runs[int(run)].layer.mixer)].state_axes
         arrays = map(function, axes, *(jax.tree.leaves(cache[run]) for cache in caches))
         result[run] = jax.tree.unflatten(jax.tree.structure(state), arrays)
     return result

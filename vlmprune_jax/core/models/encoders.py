@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vlmprune_jax.base.checks import ModuleRegistry, check_returned
 from vlmprune_jax.core.models.context import Context, Names
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.stack import Encoder
 
@@ -41,17 +42,17 @@ class EncoderModule(BlockStack):
         del x, arrays
         return Context({})
 
-    def __call__(self, items: jax.Array) -> jax.Array:
-        """Encode items [rows, items, ...] of a batch as decoder tokens float[rows, items, tokens, text_size]."""
-        dtype = jax.tree.leaves(self.layers)[0].dtype
-        x = self.embed(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]))
-        shape = (items.shape[0] * items.shape[1], self.cfg.positions, self.cfg.hidden_size)
+    def __call__(self, items: Packed) -> jax.Array:
+        """Encode the items of a batch as decoder tokens float[items, tokens, text_size]."""
+        dtype, values = jax.tree.leaves(self.layers)[0].dtype, items.values
+        x = self.embed(jnp.asarray(values, dtype).reshape(-1, *values.shape[2:]))
+        shape = (values.shape[0] * values.shape[1], self.cfg.positions, self.cfg.hidden_size)
         check_returned(type(self).embed, x, getattr(x, "shape", None) == shape, f"an array of shape {list(shape)}")
         states = self.pass_through(x, self.context_of(x, {})).last
         tokens, expected = self.project(states), f"an array [{len(states)}, {self.cfg.tokens}, channels of the decoder]"
         fits = getattr(tokens, "ndim", 0) == 3 and tokens.shape[:2] == (len(states), self.cfg.tokens)
         check_returned(type(self).project, tokens, fits, expected)
-        return tokens.reshape(*items.shape[:2], *tokens.shape[1:])
+        return tokens
 
 
 # Class of an `Encoder` config -> its module. Users add encoders by assignment (`vlmprune_jax.encoders[Mine] = ...`).

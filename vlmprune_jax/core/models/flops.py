@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer, array_axes, layer_runs
@@ -16,29 +16,29 @@ def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes
     For experts, only the weights that one token uses are counted.
     """
     axes, total = param_axes(cfg), 0
-    for path, shape in param_shapes(cfg).items():
-        leaf = path.rpartition("/")[2]
-        is_matrix = leaf != "bias" and len([axis for axis in axes[path] if axis != "layer"]) > 1
+    for path, size in _active_weights(cfg).items():
+        is_matrix = not path.endswith("/bias") and len([axis for axis in axes[path] if axis != "layer"]) > 1
         if path.startswith(prefix) and is_matrix:
-            total += 2 * _active(cfg, path, axes[path], math.prod(shape)) * (1 + passes + (path in trained))
+            total += 2 * size * (1 + passes + (path in trained))
     return total
 
 
 def active_params(cfg: ModelConfig) -> int:
     """Return the number of parameters that the computation of one token uses."""
-    axes = param_axes(cfg)
-    return sum(_active(cfg, path, axes[path], math.prod(shape)) for path, shape in param_shapes(cfg).items())
+    return sum(_active_weights(cfg).values())
 
 
-def _active(cfg: ModelConfig, path: str, axes: Sequence[str], size: int) -> int:
-    """Return how many of a parameter's `size` weights one token uses (fewer than all for experts)."""
-    stack, _, rest = path.partition("/layers/")
-    if rest:
-        layer = layer_runs(cfg.stack(stack).layers)[int(rest.split("/")[0])].layer
-        active = layer.active_sizes()
-        for axis in array_axes(axes):
-            size = size * active.get(axis, 1) // layer.sizes.get(axis, 1)
-    return size
+def _active_weights(cfg: ModelConfig) -> dict[str, int]:
+    """Return how many weights of each parameter one token uses, by path (fewer than all for experts)."""
+    axes, counts = param_axes(cfg), {path: math.prod(shape) for path, shape in param_shapes(cfg).items()}
+    for path in counts:
+        stack, _, rest = path.partition("/layers/")
+        if rest:
+            layer = layer_runs(cfg.stack(stack).layers)[int(rest.split("/")[0])].layer
+            active = layer.active_sizes()
+            for axis in array_axes(axes[path]):
+                counts[path] = counts[path] * active.get(axis, 1) // layer.sizes.get(axis, 1)
+    return counts
 
 
 def head_of(cfg: ModelConfig) -> str:
@@ -88,9 +88,9 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
         return images * projector
     positions = positions_of(cfg, image_tokens)
     blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
-    mixers = [(layer.mixer.q_heads * layer.mixer.head_dim, layer) for layer in tower.layers]
-    pairs = sum(channels * tower_pairs(cfg, layer, positions) for channels, layer in mixers)
-    blocks += 4 * pairs * (3 if in_tower else 1)
+    for layer in tower.layers:
+        attention = 4 * tower_pairs(cfg, layer, positions) * layer.mixer.q_heads * layer.mixer.head_dim
+        blocks += attention * (3 if in_tower else 1)
     patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
     return images * (blocks + patches + projector)
 

@@ -19,7 +19,8 @@ from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import Cache
 from vlmprune_jax.core.models.decoder import map_cache
-from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_images, read_inputs
+from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_inputs, read_media
+from vlmprune_jax.core.models.media import Media
 from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import with_images
@@ -65,24 +66,24 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    mesh = mesh_of(model.params)
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
-    inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh_of(model.params)))
+    inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh))
     host = _host_inputs(input_ids, attention_mask, inputs, prefix)
     if prefix is not None:
-        check_ids(model.cfg, input_ids, attention_mask)
-        read_images(model.cfg, np.asarray(input_ids), attention_mask, {})  # refuses image tokens
-    ids, valid = host["ids"], host["valid"]
+        read_media(model.cfg, check_ids(model.cfg, input_ids, attention_mask), attention_mask, {}, 1)  # no image tokens
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
-    first = _until_long(model.cfg, host)
-    if not 0 < first < max_new_tokens:
-        return _run(model, host, max_new_tokens, eos)[0]
-    start, host["ended"] = _run(model, host, first, eos)
-    if host["ended"].all():
-        padding = np.full((len(ids), max_new_tokens - first), _padding(model.cfg, eos), np.int32)
-        return np.concatenate([start, padding], axis=1)
-    host["ids"] = np.concatenate([ids, start], axis=1)
-    host["valid"] = np.concatenate([valid, np.ones_like(start)], axis=1)
-    return np.concatenate([start, _run(model, host, max_new_tokens - first, eos)[0]], axis=1)
+    tokens, short = list[np.ndarray](), _tokens_until_long(model.cfg, host)
+    for count in (short, max_new_tokens - short) if 0 < short < max_new_tokens else (max_new_tokens,):
+        arrays = place_batch(host, mesh)
+        with use_mesh(mesh):
+            cache, state = prefill(model.params, model.cfg, arrays, count, eos)
+            new, ended = decode(model.params, model.cfg, cache, state, count, eos)[:2]
+        tokens.append(gather_to_host(new))
+        host["ended"] = gather_to_host(ended)
+        host["ids"] = np.concatenate([host["ids"], tokens[-1]], axis=1)
+        host["valid"] = np.concatenate([host["valid"], np.ones_like(tokens[-1])], axis=1)
+    return np.concatenate(tokens, axis=1)
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,16 @@ class CompiledGeneration:
             return first - start, time.perf_counter() - first
 
 
-def compile_generation(
-    model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
-) -> CompiledGeneration:
+def compile_generation(model: Model, input_ids: Any, *, media: Media, max_new_tokens: int) -> CompiledGeneration:
     """Compile generation for equally long prompts of one shape, for repeated timing.
 
     Args:
-      model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
+      model, input_ids, media, max_new_tokens: see `generate`.
 
     Raises UserError for inputs that `forward` refuses.
     """
-    mesh, images = mesh_of(model.params), {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-    inputs = read_inputs(model.cfg, input_ids, None, images, packed_rows(len(input_ids), mesh))
+    mesh = mesh_of(model.params)
+    inputs = read_inputs(model.cfg, input_ids, None, {"media": media}, packed_rows(len(input_ids), mesh))
     host = _host_inputs(input_ids, None, inputs, None)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -129,15 +128,12 @@ def compile_generation(
         shapes, places = lowered.out_info, first.output_shardings
         begun = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
         later = decode.lower(model.params, model.cfg, *begun, max_new_tokens, ()).compile()
-    return CompiledGeneration(first, later, model.params, arrays, mesh, _peak_bytes([first, later]))
-
-
-def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
-    memories = [memory for program in programs if (memory := program.memory_analysis()) is not None]
-    if len(memories) < len(programs):
-        return None
-    sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return max(sum(getattr(m, name) for name in sizes) - m.alias_size_in_bytes for m in memories)
+    sizes: Any = [program.memory_analysis() for program in (first, later)]
+    peak_bytes = None
+    if None not in sizes:
+        inputs_and_outputs = [m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in sizes]
+        peak_bytes = max(size + m.temp_size_in_bytes for size, m in zip(inputs_and_outputs, sizes, strict=True))
+    return CompiledGeneration(first, later, model.params, arrays, mesh, peak_bytes)
 
 
 def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: SharedPrefix | None) -> dict[str, Any]:
@@ -146,13 +142,7 @@ def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: Sh
     "least", int32[batch, 1], is the least position of a generated token: it follows all temporal patches of a video.
     """
     order, ids, valid = _align_right(input_ids, attention_mask)
-    host = {
-        "ids": ids,
-        "valid": valid,
-        "ended": np.zeros(len(ids), bool),
-        "images": inputs.images,
-        "items": inputs.items,
-    }
+    host = {"ids": ids, "valid": valid, "ended": np.zeros(len(ids), bool), "media": inputs.media}
     rows = np.arange(len(ids))
     if prefix is not None:
         order, host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
@@ -164,7 +154,7 @@ def _host_inputs(input_ids: Any, attention_mask: Any, inputs: Inputs, prefix: Sh
     return host
 
 
-def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
+def _tokens_until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
     """Return how many tokens can be generated before LongRoPE switches to its long factors.
 
     Zero or negative if no tokens remain or the factors never change. Keys cached under the short factors are invalid
@@ -177,18 +167,6 @@ def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
         lengths = lengths + host["prefix_valid"].sum(axis=1)[host["rows"]]
     room = cfg.text.rope.original_max_positions - int(lengths.max())
     return room + 1 if room >= 0 else 0
-
-
-def _run(
-    model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run prefill and the decoding loop; return tokens int32[batch, max_new_tokens], and bool[batch] (True = ended)."""
-    mesh = mesh_of(model.params)
-    arrays = place_batch(host, mesh)
-    with use_mesh(mesh):
-        cache, state = prefill(model.params, model.cfg, arrays, max_new_tokens, eos)
-        tokens, ended, _ = decode(model.params, model.cfg, cache, state, max_new_tokens, eos)
-    return gather_to_host(tokens), gather_to_host(ended)
 
 
 def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
@@ -218,10 +196,9 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
     target = decoding_mesh(model.cfg, mesh, n_bytes, sizes)
     if target is None or target == mesh:
         return model
-    axes = param_axes(model.cfg)
-    flat = flatten(model.params)
-    places = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
-    return model.replace(params=unflatten(jax.device_put(flat, places)))
+    axes, flat = param_axes(model.cfg), flatten(model.params)
+    shardings = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
+    return model.replace(params=unflatten(jax.device_put(flat, shardings)))
 
 
 class DecodingState(NamedTuple):
@@ -261,8 +238,7 @@ def prefill(
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
-    shown = {} if start else {"images": arrays.get("images"), "items": arrays.get("items")}
-    x, _, layer_embeds = module.embed(arrays["ids"], **shown)
+    x, _, layer_embeds = module.embed(arrays["ids"], None if start else arrays.get("media"))
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
@@ -316,7 +292,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("images"), arrays.get("items"))
+    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("media"))
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
@@ -333,6 +309,6 @@ def _append_slots(axes: Sequence[str | None], state: jax.Array, empty: jax.Array
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
     """Add each token's image number to `positions` if image tokens attend to later tokens of their image (Gemma)."""
-    if arrays.get("images") is None or not cfg.text.sees_images:
+    if "vision" not in arrays.get("media", {}) or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.visual_token_ids)

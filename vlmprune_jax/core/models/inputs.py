@@ -1,4 +1,4 @@
-"""The arrays that Hugging Face processors and batches hold, by their names, as inputs of a model in packed rows."""
+"""The arrays that Hugging Face processors return, by their names, as inputs of a model in packed rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.media import Packed, merge_of, pack, repack, visuals_by_row
+from vlmprune_jax.core.models.media import Media, Packed, merge_of, pack, repack, visuals_by_row
 from vlmprune_jax.core.models.positions import AXES, grids_by_row, is_visual, mrope_positions
 
 
@@ -18,15 +18,15 @@ class VisualInputs(TypedDict, total=False):
     """Arrays that a Hugging Face processor returns for images and videos, besides token ids and attention mask."""
 
     pixel_values: Any
-    """float[images, tiles or frames, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with empty
-    slots (zeros) at the end of rows that have fewer images; SmolVLM's rows may also be videos."""
+    """float[images, tiles or frames, 3, H, W] in order of appearance, or rows of these, with empty slots (zeros) at the
+    end of rows that have fewer images; SmolVLM's rows may also be videos."""
 
     pixel_attention_mask: Any
     """int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM)."""
 
     image_grid_thw: Any
     """int[images, 3], frames, rows and columns of patches, for images of varying size; `pixel_values` are then
-    [patches of all images, values], as processors return them (or both in packed rows, see `patch_rows`)."""
+    [patches of all images, values]."""
 
     image_position_ids: Any
     """int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with `pixel_values`
@@ -57,6 +57,9 @@ class VisualInputs(TypedDict, total=False):
     token_type_ids: Any
     """`mm_token_type_ids` under the name that Gemma 3's processor gives it."""
 
+    media: Media
+    """Inputs in packed rows instead of all arrays above, as `vp.batches` returns them."""
+
 
 TYPE_IDS = {"mm_token_type_ids", "token_type_ids"}
 _IMAGES = ("pixel_values", "image_grid_thw", "image_position_ids", "spatial_shapes")
@@ -66,9 +69,7 @@ _VIDEOS = ("pixel_values_videos", "video_grid_thw", "video_position_ids")
 class Inputs(NamedTuple):
     """Inputs of a model, on the host."""
 
-    images: Packed | None
-    items: dict[str, np.ndarray]
-    """Inputs of other encoders, by the names of their arrays."""
+    media: Media
 
     positions: np.ndarray | None = None
     """M-RoPE positions int32[batch, 3, seq]; None for models with one position per token."""
@@ -85,24 +86,20 @@ def read_inputs(cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: M
 
     Raises UserError for an array with an unknown name, or with a shape that does not match the model or other arrays.
     """
-    items, arrays = _encoder_items(cfg, input_ids, arrays)
-    for name in arrays:
-        if name not in VisualInputs.__annotations__:
-            raise UserError(
-                f"the model has no input array {name!r}{suggest(name, VisualInputs.__annotations__)}: leave it out"
-            )
     ids = check_ids(cfg, input_ids, attention_mask)
-    images = read_images(cfg, ids, attention_mask, arrays)
+    media = read_media(cfg, ids, attention_mask, arrays, packs)
     types = arrays.get("token_type_ids")
     _check_types(cfg, ids, arrays.get("mm_token_type_ids") if types is None else types)
-    if images is not None and (cfg.dynamic_resolution or len(images.values) == 1):
+    images = media.get("vision", Packed(None))
+    if images.grid is not None:
         images = repack(cfg, ids, attention_mask, images, packs)
+        media = {**media, "vision": images}
     if not cfg.text.rope.sections:
-        return Inputs(images, items)
-    grid, times = (None, None) if images is None else (images.grid, images.times)
+        return Inputs(media)
     options: dict[str, Any] = {"merge": merge_of(cfg), "tokens_per_second": cfg.tokens_per_second}
     return Inputs(
-        images, items, *mrope_positions(ids, attention_mask, grid, times, tokens=cfg.visual_token_ids, **options)
+        media,
+        *mrope_positions(ids, attention_mask, images.grid, images.times, tokens=cfg.visual_token_ids, **options),
     )
 
 
@@ -125,202 +122,169 @@ def check_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.ndarr
     return ids
 
 
-def read_images(cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, arrays: Mapping[str, Any]) -> Packed | None:
-    """Return a processor's images and videos together in the order of their tokens; None without images.
+def read_media(
+    cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, arrays: Mapping[str, Any], packs: int
+) -> dict[str, Packed]:
+    """Return the images and videos, and the items of other encoders, in packed rows; a processor's images in `packs`.
 
-    Arrays that list the images of all rows become one packed row. Raises UserError if they do not fit model and tokens.
+    Raises UserError if the arrays do not fit model and tokens.
     """
+    for name in arrays:
+        if name not in (names := (*VisualInputs.__annotations__, *cfg.encoder_arrays)):
+            raise UserError(f"the model has no input {name!r}{suggest(name, names)}: leave it out")
+    media = dict(arrays.get("media") or {})
+    media |= {
+        name: Packed(np.asarray(arrays[encoder.array]))
+        for name, encoder in cfg.encoders
+        if arrays.get(encoder.array) is not None
+    }
+    images = None if "vision" in media else _read_images(cfg, ids, attention_mask, arrays, packs)
+    media |= {} if images is None else {"vision": images}
+    for name, encoder in cfg.encoders:
+        tokens = (ids == encoder.token_id).sum(axis=1)
+        shape = np.shape(media[name].values) if name in media else (len(ids), 0)
+        if (tokens % encoder.tokens).any() or shape[:1] != (len(ids),) or tokens.max() > shape[1] * encoder.tokens:
+            raise UserError(
+                f"{encoder.array} has shape {list(shape)}, but rows of input_ids have up to {tokens.max()} {name} "
+                f"tokens, {encoder.tokens} per item: pass float[rows, items, ...]"
+            )
+    if "vision" in media:
+        _check_images(cfg, ids, attention_mask, media["vision"])
+    return media
+
+
+def batch_media(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a batch for training or calibration that `read_media` takes."""
+    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
+    return {name: array for name, array in arrays.items() if name in names}
+
+
+def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training batch whose images, videos and items are in packed rows under "media".
+
+    The outputs of a processor get one packed row for each row. Raises UserError if the batch does not fit the model.
+    """
+    ids, mask, inputs = arrays["input_ids"], arrays["attention_mask"], batch_media(cfg, arrays)
+    others = {name: array for name, array in arrays.items() if name not in {*inputs, *TYPE_IDS}}
+    return others | {"media": read_media(cfg, check_ids(cfg, ids, mask), mask, inputs, len(ids))}
+
+
+def _read_images(
+    cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, arrays: Mapping[str, Any], packs: int
+) -> Packed | None:
+    """Return a processor's images and videos together in the order of their tokens; None without images."""
     if not cfg.dynamic_resolution and arrays.get("image_grid_thw") is not None:
         raise UserError("image_grid_thw is not for this model, whose images all have one size: leave it out")
-    images, videos = (arrays.get(names[0]) for names in (_IMAGES, _VIDEOS))
-    if videos is not None and cfg.video_token_id is None:
-        raise UserError("pixel_values_videos is not for this model: pass the frames as images in pixel_values")
-    if images is None and videos is None:
-        for name, token in (("pixel_values", cfg.image_token_id), ("pixel_values_videos", cfg.video_token_id)):
-            if token is not None and (positions := int((ids == token).sum())):
-                raise UserError(f"input_ids have {positions} image positions, but {name} is missing: pass it")
+    sources = list[tuple[Packed, int]]()
+    for names, token in ((_IMAGES, cfg.image_token_id), (_VIDEOS, cfg.video_token_id)):
+        positions = 0 if token is None else int((ids == token).sum())
+        if arrays.get(names[0]) is None:
+            if positions:
+                raise UserError(f"input_ids have {positions} image positions, but {names[0]} is missing: pass it")
+        elif cfg.vision is None:
+            raise UserError(f"{names[0]} is not for a model without a vision tower: leave it out")
+        elif token is None:
+            raise UserError(f"{names[0]} is not for this model: pass the frames as images in pixel_values")
+        elif cfg.dynamic_resolution:
+            sources.append((_read_patches(cfg, arrays, names), token))
+        elif (tiles := _read_tiles(cfg, arrays, positions)).values.size:
+            sources.append((tiles, token))
+    if not sources:
         return None
-    if cfg.vision is None:
-        raise UserError("pixel_values is not for a model without a vision tower: leave it out")
-    if not cfg.dynamic_resolution:
-        return _read_tiles(cfg, ids, images, arrays.get("pixel_attention_mask"))
-    if images is None or videos is None:
-        return _read_patches(cfg, ids, attention_mask, arrays, _IMAGES if videos is None else _VIDEOS, None)
-    sources = [
-        _read_patches(cfg, ids, attention_mask, arrays, names, token)
-        for names, token in ((_IMAGES, cfg.image_token_id), (_VIDEOS, cfg.video_token_id))
-    ]
-    by_source = [
-        visuals_by_row(cfg, ids, attention_mask, source, (token or 0,))
-        for source, token in zip(sources, (cfg.image_token_id, cfg.video_token_id), strict=True)
-    ]
+    if len(sources) == 1:
+        return repack(cfg, ids, attention_mask, sources[0][0], packs)
+    by_source = [visuals_by_row(cfg, ids, attention_mask, images, (token,)) for images, token in sources]
     rows = [sorted([*of_images, *of_videos]) for of_images, of_videos in zip(*by_source, strict=True)]
-    return pack(cfg, rows, len(sources[1].values), sources[1])
+    return pack(cfg, rows, packs, sources[1][0])
 
 
-def _read_tiles(cfg: ModelConfig, ids: np.ndarray, pixel_values: Any, pixel_attention_mask: Any) -> Packed:
-    """Return tiles [tiles, channel, height, width] or by packed row, and which of their patches are not padding."""
+def _read_tiles(cfg: ModelConfig, arrays: Mapping[str, Any], positions: int) -> Packed:
+    """Return a processor's tiles, and which of their patches are not padding; slots of zeros are left out."""
     assert cfg.vision is not None
-    shape, mask = np.shape(pixel_values), pixel_attention_mask
-    masks_fit = mask is None or np.shape(mask) == (*shape[:-3], *shape[-2:])
-    if len(shape) == 5:  # rows of images, or SmolVLM's videos; slots of zeros are empty
-        filled, needed = np.asarray(pixel_values).any(axis=(2, 3, 4)), ids == cfg.image_token_id
-        by_row = shape[0] > 0 and len(ids) % shape[0] == 0
-        fits = by_row and (needed.reshape(shape[0], -1).sum(axis=1) == filled.sum(axis=1) * cfg.tokens_per_image).all()
-        if not fits and masks_fit and needed.sum() == filled.sum() * cfg.tokens_per_image:
-            pixel_values, mask = (None if x is None else np.asarray(x)[filled] for x in (pixel_values, mask))
-    shape = np.shape(pixel_values)
-    check_tiles(cfg, ids, shape)
-    if not masks_fit:
+    mask: Any = arrays.get("pixel_attention_mask")
+    shape, mask_shape = np.shape(arrays["pixel_values"]), np.shape(mask)
+    wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
+    if len(shape) < 4 or shape[-3:] != wanted:
+        raise UserError(f"pixel_values has shape {list(shape)}, expected [images, {', '.join(map(str, wanted))}]")
+    if mask_shape not in ((), (*shape[:-3], *shape[-2:])):
         raise UserError(
-            f"pixel_attention_mask has shape {list(np.shape(mask))} and pixel_values {list(shape)}: the shapes must be "
+            f"pixel_attention_mask has shape {list(mask_shape)} and pixel_values {list(shape)}: the shapes must be "
             "equal except for the channel axis"
         )
-    values, real = (
-        (pixel_values, mask) if len(shape) == 5 else (pixel_values[None], None if mask is None else mask[None])
-    )
-    if real is None or not ((hides := np.asarray(real) == 0).any(axis=(2, 3)) & ~hides.all(axis=(2, 3))).any():
-        return Packed(values)
-    if cfg.vision.positions is None or not cfg.vision.positions.spreads:
+    tiles, real = np.asarray(arrays["pixel_values"]).reshape(-1, *wanted), None
+    filled: Any = np.ones(len(tiles), bool)
+    if len(shape) > 4 and len(tiles) * per_image > positions:
+        filled = tiles.any(axis=(1, 2, 3))
+    if filled.sum() * per_image != positions:
         raise UserError(
-            "pixel_attention_mask hides parts of images, but this model's vision tower takes only whole images"
+            f"input_ids have {positions} image positions, but the images have {filled.sum() * per_image} features: "
+            f"write {per_image} ids {cfg.image_token_id} for each image"
         )
-    patch, (rows, columns) = cfg.vision.patch_size, (side // cfg.vision.patch_size for side in shape[-2:])
-    whole = ~hides[..., : rows * patch, : columns * patch]
-    return Packed(values, real=whole.reshape(*whole.shape[:2], rows, patch, columns, patch).any(axis=(3, 5)))
+    if mask_shape:
+        size, (rows, columns) = cfg.vision.patch_size, (side // cfg.vision.patch_size for side in shape[-2:])
+        whole = np.asarray(mask).reshape(-1, *shape[-2:])[filled] != 0
+        parts = ~whole.all(axis=(1, 2)) & whole.any(axis=(1, 2))
+        if parts.any() and (cfg.vision.positions is None or not cfg.vision.positions.spreads):
+            raise UserError(
+                "pixel_attention_mask hides parts of images, but this model's vision tower takes only whole images"
+            )
+        whole = whole[:, : rows * size, : columns * size].reshape(-1, rows, size, columns, size)
+        real = whole.any(axis=(2, 4))[None] if parts.any() else None
+    return Packed(tiles[None, filled], real=real)
 
 
-def check_tiles(cfg: ModelConfig, ids: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise UserError if the number of images in pixel_values does not match the image tokens in input_ids."""
-    assert cfg.vision is not None
-    wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
-    if len(shape) not in (4, 5) or shape[-3:] != wanted:
-        raise UserError(f"pixel_values has shape {list(shape)}, expected [images, {', '.join(map(str, wanted))}]")
-    is_image = is_visual(ids, cfg.visual_token_ids)
-    positions, packs = int(is_image.sum()), shape[0] if len(shape) == 5 else 1
-    divides = packs > 0 and len(is_image) % packs == 0
-    most = int(is_image.reshape(packs, -1).sum(axis=1).max(initial=0)) if divides else positions
-    if len(shape) == 5 and (not divides or most > shape[1] * per_image):
-        raise UserError(
-            f"pixel_values has shape {list(shape)} for {len(is_image)} rows with up to {most} image positions: a row "
-            f"has room for {shape[1] * per_image} ({per_image} per image)"
-        )
-    if len(shape) == 4 and positions != shape[0] * per_image:
-        raise UserError(
-            f"input_ids have {positions} image positions, but the images have {shape[0] * per_image} features: write "
-            f"{per_image} ids {cfg.image_token_id} for each image"
-        )
-
-
-def _read_patches(
-    cfg: ModelConfig,
-    ids: np.ndarray,
-    attention_mask: Any,
-    arrays: Mapping[str, Any],
-    names: tuple[str, ...],
-    token: int | None,
-) -> Packed:
-    """Return images or videos of any size in packed rows, whose tokens have the id `token` (None: any)."""
+def _read_patches(cfg: ModelConfig, arrays: Mapping[str, Any], names: tuple[str, ...]) -> Packed:
+    """Return a processor's images or videos of any size as one packed row."""
     assert cfg.vision is not None
     values, grid = in_cells(cfg, *(arrays.get(name) for name in names))
     if grid is None:
         raise UserError(f"{names[0]} needs {names[1]}: pass both, as the processor returns them")
     values, grid = np.asarray(values, np.float32), np.asarray(grid)
-    listed, width = values.ndim == grid.ndim == 2, cfg.vision.patch_values
-    values, grid = (values[None], grid[None]) if listed else (values, grid)
-    if values.ndim != 3 or grid.shape[:1] + grid.shape[2:] != (len(values), AXES) or len(ids) % max(len(values), 1):
+    expected = [int(grid.prod(axis=-1).sum()), cfg.vision.patch_values]
+    if grid.ndim != 2 or grid.shape[1] != AXES or list(values.shape) != expected:
         raise UserError(
-            f"{names[0]} has shape {list(values.shape)} and {names[1]} {list(grid.shape)}, expected [patches, {width}] "
-            f"and [images, 3], or packed rows [packs, patches, {width}] and [packs, images, 3] that divide the "
-            f"{len(ids)} rows of the batch"
+            f"{names[0]} has shape {list(values.shape)}, expected {expected} (patches of all images, values per patch)"
+            f", and {names[1]} {list(grid.shape)}, expected [images, 3]"
         )
-    valid = True if attention_mask is None else np.asarray(attention_mask) != 0
-    grids_by_row(is_visual(ids, cfg.visual_token_ids if token is None else (token,)) & valid, grid, cfg.vision.merge)
-    most, cell = int(grid.prod(axis=2).sum(axis=1).max(initial=0)), cfg.vision.merge**2
-    if values.shape[2] != width or (listed and most != values.shape[1]):
+    times = None if names == _IMAGES else arrays.get("second_per_grid_ts")
+    if times is not None and np.shape(times) != (len(grid),):
+        raise UserError(f"second_per_grid_ts has shape {list(np.shape(times))}, expected [{len(grid)}], one per video")
+    return Packed(values[None], grid[None].astype(np.int32), times=None if times is None else np.asarray(times)[None])
+
+
+def _check_images(cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, images: Packed) -> None:
+    """Raise UserError if images in packed rows do not fit the model, or the image tokens of their rows."""
+    if cfg.vision is None:
+        raise UserError("images are not for a model without a vision tower: leave them out")
+    vision, shape, grid = cfg.vision, np.shape(images.values), np.shape(images.grid)
+    each: tuple[int, ...] = (vision.channels, vision.image_size, vision.image_size)
+    marks, tokens, cell = is_visual(ids, cfg.visual_token_ids), cfg.tokens_per_image, 1
+    if not cfg.tower:
+        each = cfg.feature_shape
+    if cfg.dynamic_resolution:
+        each, tokens, cell = (vision.patch_values,) if cfg.tower else each[1:], 1, vision.merge**2 if cfg.tower else 1
+        marks = marks if attention_mask is None else marks & (np.asarray(attention_mask) != 0)
+    fits = len(shape) == 2 + len(each) and shape[2:] == each and shape[0] > 0 and shape[1] % cell == 0
+    fits = fits and (len(grid) == 3 and grid[::2] == (shape[0], AXES) if cfg.dynamic_resolution else not grid)
+    if not fits or len(ids) % shape[0]:
         raise UserError(
-            f"{names[0]} has shape {list(values.shape[1:])}, expected [{most}, {width}] (patches of {names[1]}, values "
-            "per patch)"
+            f"images have shape {list(shape)} and grids {list(grid)}, expected packed rows that divide the {len(ids)} "
+            f"rows: [packs, {f'multiple of {cell}' if cfg.dynamic_resolution else 'tiles'}, "
+            f"{', '.join(map(str, each))}]{' and [packs, images, 3]' * cfg.dynamic_resolution}"
+            f"{'' if cfg.tower else ', features (the model is without its vision tower)'}"
         )
-    if most > values.shape[1] or values.shape[1] % cell:
+    if cfg.dynamic_resolution:
+        grids_by_row(marks, images.grid, vision.merge)
+    needed, room = int(marks.reshape(shape[0], -1).sum(axis=1).max(initial=0)), shape[1] * tokens // cell
+    if needed > room:
         raise UserError(
-            f"{names[0]} has {values.shape[1]} patches in a packed row, expected at least {most} (the images of "
-            f"{names[1]}) and a multiple of {cell}"
+            f"images have shape {list(shape)} for {len(ids)} rows with up to {needed} image positions: a packed row "
+            f"has room for {room}"
         )
-    times = arrays.get("second_per_grid_ts")
-    if times is None or (names == _IMAGES and token is not None):
-        return Packed(values, grid.astype(np.int32))
-    times = np.asarray(times)[None] if listed else np.asarray(times)
-    if times.shape != grid.shape[:2]:
-        raise UserError(
-            f"second_per_grid_ts has shape {list(times.shape)}, expected {list(grid.shape[:2])}: one number per video"
-        )
-    return Packed(values, grid.astype(np.int32), times=times)
-
-
-def images_of(arrays: Mapping[str, Any]) -> Packed | None:
-    """Return the images, or in their place the cached features, of a batch for training or calibration."""
-    values = arrays.get("pixel_values")
-    values = arrays.get("vision_features") if values is None else values
-    return None if values is None else Packed(values, arrays.get("image_grid_thw"))
-
-
-def encode_inputs(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `encode` beside the ids, from a batch for training or calibration."""
-    names = ("attention_mask", "position_ids")
-    inputs = {name: arrays.get(name) for name in names}
-    return inputs | {"images": images_of(arrays), "items": cfg.encoder_inputs(arrays)}
-
-
-def as_arrays(images: Packed) -> dict[str, Any]:
-    """Return images in packed rows as arrays of a batch (undoes `images_of`)."""
-    return {"pixel_values": images.values} | ({} if images.grid is None else {"image_grid_thw": images.grid})
-
-
-def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a training batch in which the images and videos of a processor share packed rows.
-
-    Raises UserError if the batch does not fit the model.
-    """
-    ids, mask = check_ids(cfg, arrays["input_ids"], arrays["attention_mask"]), arrays["attention_mask"]
-    features, pixels = (arrays.get(name, ()) for name in ("vision_features", "pixel_values"))
-    if "vision_features" in arrays or not cfg.tower:
-        _check_features(cfg, len(ids), np.shape(features))
-        return dict(arrays)
-    if np.ndim(pixels) == 5:
-        check_tiles(cfg, ids, np.shape(pixels))
-        return dict(arrays)
-    images = read_images(cfg, ids, mask, arrays)
-    if images is None or ("pixel_values_videos" not in arrays and np.shape(pixels) == np.shape(images.values)):
-        return dict(arrays)
-    visuals = {*VisualInputs.__annotations__}
-    return {name: array for name, array in arrays.items() if name not in visuals} | as_arrays(images)
-
-
-def _encoder_items(
-    cfg: ModelConfig, input_ids: Any, arrays: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays of a batch that the model's encoders read, and the others.
-
-    Raises UserError if an array does not have an item for every `Encoder.tokens` tokens of a row.
-    """
-    items, ids = dict[str, np.ndarray](), np.asarray(input_ids)
-    for name, encoder in cfg.encoders:
-        needed, rest = np.divmod((ids == encoder.token_id).sum(axis=-1), encoder.tokens)
-        array = np.asarray(arrays.get(encoder.array, np.zeros((len(ids), 0))))
-        if rest.any() or array.shape[:1] != ids.shape[:1] or needed.max(initial=0) > array.shape[1]:
-            raise UserError(
-                f"{encoder.array} has shape {list(array.shape)}, but rows of input_ids have up to "
-                f"{int((ids == encoder.token_id).sum(axis=-1).max(initial=0))} {name} tokens, {encoder.tokens} per "
-                "item: pass float[rows, items, ...]"
-            )
-        if array.size:
-            items[encoder.array] = array
-    return items, {name: array for name, array in arrays.items() if name not in cfg.encoder_arrays}
 
 
 def in_cells(
-    cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any, spatial_shapes: Any = None
+    cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any = None, spatial_shapes: Any = None
 ) -> tuple[Any, Any]:
     """Reorder the patches of all images by merged cell; return [patches, values] and image grids int[images, 3].
 
@@ -391,13 +355,3 @@ def _check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
                 f"mm_token_type_ids does not mark the {name} tokens (id {token}) of input_ids by {number}: pass both "
                 "as the processor returns them"
             )
-
-
-def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None:
-    each = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
-    if cfg.tower or len(shape) != 2 + len(each) or shape[2:] != each or not shape[0] or rows % shape[0]:
-        raise UserError(
-            f"vision_features has shape {list(shape)}, expected [{rows}, "
-            f"{'tokens' if cfg.dynamic_resolution else 'images'}, {', '.join(map(str, each))}], or packed rows "
-            f"that divide the {rows} (only for a model without its vision tower; otherwise pass pixel_values)"
-        )

@@ -107,19 +107,28 @@ def splash_attention(
     over (data, fsdp) of the mesh in use if their number is divisible. `interpret` runs the kernel on a CPU.
     """
     batch, queries, seq = *q.shape[:2], k.shape[1]
-    blocks = _block(queries), _block(seq)
-    n_queries, n_keys = (-(-n // block) * block for n, block in zip((queries, seq), blocks, strict=True))
+    q_block, kv_block = _block(queries), _block(seq)
+    n_queries, n_keys = -(-queries // q_block) * q_block, -(-seq // kv_block) * kv_block
     pad = n_keys - seq
     if valid is None and pad:
         valid = jnp.ones((batch, seq), bool)
     keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
 
-    def per_head(x: jax.Array, length: int) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+    mask: Any = splash.FullMask((n_queries, n_keys))
+    if causal and 0 < window < n_keys:
+        mask = splash.LocalMask((n_queries, n_keys), (window - 1, 0), seq - queries)
+    elif causal:
+        mask = splash.CausalMask((n_queries, n_keys), seq - queries)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
-        shape = (q.shape[2], k.shape[2])
-        kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=splash.BlockSizes(q_block, kv_block, kv_block, q_block, kv_block, kv_block, q_block, kv_block),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SAVEABLE,  # else the backward pass runs the kernel once more (remat "dots")
+            interpret=interpret,
+        )
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
             # All queries, padding included, get the same segment number: the result then equals xla_attention's.
@@ -129,8 +138,13 @@ def splash_attention(
         return jax.vmap(row)(q, k, v, keys)
 
     scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
-    out = _on_devices(local, per_head(scaled, n_queries), per_head(k, n_keys), per_head(v, n_keys), keys)
+    out = _on_devices(local, _per_head(scaled, n_queries), _per_head(k, n_keys), _per_head(v, n_keys), keys)
     return out.swapaxes(1, 2)[:, :queries]
+
+
+def _per_head(x: jax.Array, length: int) -> jax.Array:
+    """Pad [batch, positions, heads, head] to `length` positions, as [batch, heads, positions, head]."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
 def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any) -> jax.Array:
@@ -164,9 +178,6 @@ def segment_attention(
     pad = -positions % block
     ids = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=np.iinfo(np.int32).max)
 
-    def per_head(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
-
     def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
         def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v, ids = arrays
@@ -177,7 +188,8 @@ def segment_attention(
 
         return jax.lax.map(row, (q, k, v, ids))
 
-    out = _on_devices(local, per_head(q * q.shape[-1] ** -0.5), per_head(k), per_head(v), ids)
+    q, k, v = (_per_head(x, positions + pad) for x in (q * q.shape[-1] ** -0.5, k, v))
+    out = _on_devices(local, q, k, v, ids)
     return out.swapaxes(1, 2)[:, :positions]
 
 
@@ -298,30 +310,6 @@ def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
         attn_logits_soft_cap=None,
         residual_checkpoint_name=SAVEABLE,
         mask_function=None,
-        interpret=interpret,
-    )
-
-
-def _kernel(
-    heads: int, shape: tuple[int, int], blocks: tuple[int, int], causal: bool, window: int, offset: int, interpret: bool
-) -> Any:
-    """Return the splash kernel for one sequence: (q, k, v `[heads, positions, head]`, segment ids) -> attention output.
-
-    `shape`: numbers of queries and keys; query i is in slot i + `offset` of the keys.
-    """
-    mask: Any = splash.FullMask(shape)
-    if causal and 0 < window < shape[1]:
-        mask = splash.LocalMask(shape, (window - 1, 0), offset)
-    elif causal:
-        mask = splash.CausalMask(shape, offset)
-    block, keys = blocks
-    sizes = splash.BlockSizes(block, keys, keys, block, keys, keys, block, keys)
-    return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=SAVEABLE,  # else the backward pass runs the kernel once more (remat "dots")
         interpret=interpret,
     )
 

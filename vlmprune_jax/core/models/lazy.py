@@ -134,11 +134,11 @@ def to_host(array: Any, place: Place) -> np.ndarray:
     if isinstance(array, np.ndarray):
         host: np.ndarray = array[indices]
         return host
-    if not is_split(array) and array.is_fully_replicated:
+    if array.is_fully_replicated:
         # On CPU this is a view of the device buffer.
         return np.asarray(array.addressable_data(0))[indices]
     part = functools.reduce(at_layer, indices, array)
-    if is_split(array):
+    if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
     host = np.empty(part.shape, part.dtype)
@@ -161,11 +161,6 @@ def to_device(array: Any, index: int | None = None) -> jax.Array:
     if isinstance(array, LazyArray):
         check_finite(host, array.location)
     return jnp.asarray(host)
-
-
-def is_split(array: Any) -> bool:
-    """Return True if an array is sharded so that no single process holds all of it."""
-    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def check_finite(array: np.ndarray, what: str) -> None:

@@ -1,8 +1,8 @@
-"""Images, videos and items of other encoders in packed rows: one form from the reader to the tower."""
+"""Images, videos and items of encoders in packed rows: one form from the reader to the tower."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ _LEAST = 16  # tokens of the shortest packed row of patches
 
 
 class Packed(NamedTuple):
-    """Images and videos of a batch in packed rows, padded at the end.
+    """Images and videos of a batch, or items of an encoder of your own, in packed rows, padded at the end.
 
     A batch of n rows in p packed rows has the images of its rows 0 to n/p - 1 in the first packed row, and so on, in
     the order of their tokens. Every device thereby inserts the features of its own rows without communication.
@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     values: Any
     """Tiles or frames of one size float[packs, tiles, channel, height, width], or patches of images of any size
     float[packs, patches, values]. For a model without its tower, features in their place: [packs, tiles, tokens,
-    features] or [packs, tokens, features]."""
+    features] or [packs, tokens, features]. Items of another encoder: [packs, items, ...]."""
 
     grid: Any = None
     """int32[packs, visuals, 3], frames, rows and columns of patches of each image or video (0, 0, 0 = none); None for
@@ -35,6 +35,9 @@ class Packed(NamedTuple):
 
     times: Any = None
     """float[packs, visuals], seconds from one temporal patch to the next; None: 1."""
+
+
+Media = Mapping[str, Packed]  # inputs of the tower ("vision") and of other encoders, by component
 
 
 class Visual(NamedTuple):
@@ -62,22 +65,29 @@ def merge_of(cfg: ModelConfig) -> int:
 
 
 def visuals_by_row(
-    cfg: ModelConfig, input_ids: Any, attention_mask: Any, images: Packed, tokens: Sequence[int] | None = None
+    cfg: ModelConfig,
+    input_ids: Any,
+    attention_mask: Any,
+    images: Packed,
+    tokens: Sequence[int] | None = None,
+    each: int | None = None,
 ) -> list[list[Visual]]:
-    """Return the tiles, images and videos of every batch row, in the order of their tokens.
+    """Return the tiles, images and videos (or an encoder's items) of every batch row, in the order of their tokens.
 
-    `tokens`: ids that mark the tokens of these images (default: of all images and videos).
+    `tokens`: ids that mark the tokens of these images (default: of all images and videos). `each`: tokens of a tile or
+    an item (default: of a tile).
 
     Raises UserError if a row's tokens are not those of its images.
     """
     marks, merge = is_visual(np.asarray(input_ids), cfg.visual_token_ids if tokens is None else tokens), merge_of(cfg)
+    each = cfg.tokens_per_image if each is None else each
     if images.grid is None:
-        counts, rest = np.divmod(marks.sum(axis=1), cfg.tokens_per_image)
+        counts, rest = np.divmod(marks.sum(axis=1), each)
         if rest.any():
             row = int(np.argmax(rest > 0))
             raise UserError(
-                f"row {row} of input_ids has {marks[row].sum()} image positions, not a multiple of the "
-                f"{cfg.tokens_per_image} tokens of an image"
+                f"row {row} of input_ids has {marks[row].sum()} image positions, not a multiple of the {each} tokens "
+                "of an image"
             )
         grids: list[list[Any]] = [[None] * count for count in counts.tolist()]
     else:
@@ -91,7 +101,7 @@ def visuals_by_row(
             if images.times is not None:
                 times = iter(images.times[packed_row][images.grid[packed_row].any(axis=-1)].tolist())
         lengths = [1 if grid is None else int(grid.prod()) for grid in row_grids]
-        n_tokens = [cfg.tokens_per_image if grid is None else tokens_of(grid, merge) for grid in row_grids]
+        n_tokens = [each if grid is None else tokens_of(grid, merge) for grid in row_grids]
         firsts = np.flatnonzero(marks[number])[np.cumsum([0, *n_tokens])[:-1]].tolist()
         rows.append([])
         for first, grid, length in zip(firsts, row_grids, lengths, strict=True):

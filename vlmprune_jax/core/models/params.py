@@ -50,23 +50,19 @@ def abstract_params(cfg: ModelConfig, dtype: str, mesh: Mesh) -> Flat:
     }
 
 
+def place_params(model: Model, mesh: Mesh | None) -> Flat:
+    """Move flat params to the mesh or default device; arrays that are already there are not copied."""
+    flat = flatten(model.params)
+    if mesh is None:
+        return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+    axes = param_axes(model.cfg)
+    return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
+
+
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
     """Return {path within a layer: named axes}, such as `self_attn/q_proj/weight`: ("q_heads", "head", "embed")."""
-    return _of_first_run(param_axes(cfg), stack)
-
-
-def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
-    """Return {parameter path within a layer: shape}, from the first layer of a stack that has the parameter."""
-    return _of_first_run(param_shapes(cfg), stack)
-
-
-def _of_first_run(table: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
-    result: dict[str, tuple[Any, ...]] = {}
-    for path, sizes in table.items():
-        first, _, rest = path.partition("/layers/")
-        if first == stack and rest:
-            result.setdefault(rest.split("/", 1)[1], sizes[1:])
-    return result
+    prefix = f"{stack}/layers/"
+    return {path.split("/", 3)[3]: axes[1:] for path, axes in param_axes(cfg).items() if path.startswith(prefix)}
 
 
 def count_params(cfg: ModelConfig | Model, part: str = "") -> int:

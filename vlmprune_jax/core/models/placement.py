@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.inputs import as_arrays, images_of
 from vlmprune_jax.core.models.media import repack
 
 
@@ -34,10 +33,10 @@ def place_inputs(params: Any, cfg: ModelConfig, arrays: Mapping[str, Any]) -> di
 
     Images without `input_ids` stay in their packed rows.
     """
-    mesh, ids, images = mesh_of(params), arrays.get("input_ids"), images_of(arrays)
-    if ids is not None and images is not None and images.grid is not None:
-        packs = packed_rows(len(ids), mesh)
-        arrays = {**arrays, **as_arrays(repack(cfg, ids, arrays.get("attention_mask"), images, packs))}
+    mesh, ids, media = mesh_of(params), arrays.get("input_ids"), arrays.get("media") or {}
+    if ids is not None and "vision" in media and media["vision"].grid is not None:
+        images = repack(cfg, ids, arrays.get("attention_mask"), media["vision"], packed_rows(len(ids), mesh))
+        arrays = {**arrays, "media": {**media, "vision": images}}
     return place_batch(arrays, mesh)
 
 

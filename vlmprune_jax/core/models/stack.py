@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.core.layer import layer_runs, scan_groups
 from vlmprune_jax.core.models.block import Block
 from vlmprune_jax.core.models.context import KEYS, Cache, Context, LayerEmbeds, LayerState, Names
@@ -28,21 +28,13 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 
 
 class Passed(NamedTuple):
-    """Results of a forward pass through all blocks of a stack.
+    """Values that a block passes to the next, and results of a forward pass through all blocks of a stack.
 
     `last`: the last block's output, float[batch, seq, embed]; `kept`: the outputs of the requested blocks, [n + 1, ...]
-    with an arbitrary last entry (None: none requested); `cache`: updated.
+    with an arbitrary last entry (None: none requested); `cache`: mixer states by run, updated.
     """
 
     last: jax.Array
-    kept: jax.Array | None
-    cache: Cache
-
-
-class Carry(NamedTuple):
-    """Values that a block passes to the next: residual stream, `Passed.kept` so far, and mixer states by run."""
-
-    x: jax.Array
     kept: jax.Array | None
     cache: Cache
 
@@ -60,7 +52,7 @@ class Scanned(NamedTuple):
     """Parameters of the block; None with a cache."""
 
 
-Step = Callable[[Carry, Scanned], tuple[Carry, Any]]
+Step = Callable[[Passed, Scanned], tuple[Passed, Any]]
 
 
 class BlockStack(nnx.Module):
@@ -98,7 +90,8 @@ class BlockStack(nnx.Module):
           remat: rematerialisation policy, one of `REMAT_POLICIES`.
           layer_embeds: additional embeddings of single layers.
         """
-        carry = Carry(x, jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None, {})
+        one_of("remat", remat, REMAT_POLICIES)
+        carry = Passed(x, jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None, {})
         slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in range(len(self.cfg.layers))])
         updated, shared, names = Cache(), dict[int, tuple[jax.Array, jax.Array]](), map(str, itertools.count())
         for group in scan_groups(self.cfg.layers):
@@ -116,7 +109,7 @@ class BlockStack(nnx.Module):
                 for index, number in enumerate(numbers):
                     if number in self.cfg.producers:
                         shared = {**shared, number: jax.tree.map(operator.itemgetter(index), keys)}
-        return Passed(carry.x, carry.kept, updated)
+        return carry._replace(cache=updated)
 
 
 def _run_step(
@@ -133,8 +126,6 @@ def _run_step(
     `slots`: int32[layers], entry of `Carry.kept` to which each block of the stack writes its output. The function's
     output is the block's keys and values (None unless in `capture`).
     """
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     graph, stacked = nnx.split(module)
     deepstack_embeds, per_layer_embeds = layer_embeds
 
@@ -145,7 +136,7 @@ def _run_step(
 
     run = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
-    def step(carry: Carry, scanned: Scanned) -> tuple[Carry, Any]:
+    def step(carry: Passed, scanned: Scanned) -> tuple[Passed, Any]:
         (x, kept, cache), (number, entry, params) = carry, scanned
         # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
         params = at_layer(stacked, entry) if params is None else params
@@ -155,17 +146,17 @@ def _run_step(
             y = jax.lax.cond(number < len(deepstack_embeds), add, skip, y, deepstack_embeds, number)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, y, slots[number], axis=0)
-        return Carry(y, kept, cache if state is None else {**cache, name: state}), values.get(KEYS)
+        return Passed(y, kept, cache if state is None else {**cache, name: state}), values.get(KEYS)
 
     return step, stacked
 
 
 def _scan_runs(
-    steps: Sequence[Step], carry: Carry, inputs: Sequence[Scanned], repetitions: int
-) -> tuple[Carry, list[Any]]:
+    steps: Sequence[Step], carry: Passed, inputs: Sequence[Scanned], repetitions: int
+) -> tuple[Passed, list[Any]]:
     """Scan a repeated pattern of runs of equal blocks; return the last carry, and the outputs of every run by block."""
 
-    def repetition(carry: Carry, inputs: list[Scanned]) -> tuple[Carry, list[Any]]:
+    def repetition(carry: Passed, inputs: list[Scanned]) -> tuple[Passed, list[Any]]:
         outputs = []
         for step, scanned in zip(steps, inputs, strict=True):
             # A scan of one layer would slice the arrays again, and the backward pass would keep these slices.

@@ -140,16 +140,12 @@ class VisionTower(BlockStack):
         index = down[:, :, None] * grid + across[:, None]
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
-    def places(self, x: jax.Array, grid: jax.Array) -> Places:
-        """Return row and column of every patch of packed rows [packs, patches, ...]; `grid`: int[packs, images, 3]."""
-        return places_of(grid, x.shape[1], self.cfg.merge)
-
-    def context(self, x: jax.Array, images: Packed) -> Context:
-        """Return masks and rotary tables for hidden states float[images, positions, ...]."""
-        if images.grid is None:
-            real = None if images.real is None else images.real.reshape(len(x), -1)
+    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
+        """Return masks and rotary tables for hidden states float[images, positions, ...], from fields of `Packed`."""
+        if arrays["grid"] is None:
+            real = None if arrays.get("real") is None else arrays["real"].reshape(len(x), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
-        cfg, places = self.cfg, self.places(x, images.grid)
+        cfg, places = self.cfg, places_of(arrays["grid"], x.shape[1], self.cfg.merge)
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, cfg.merge, side) if side else places.image for side in sides}
         whole = {} if in_blocks(x.shape[1]) else segments
@@ -160,10 +156,6 @@ class VisionTower(BlockStack):
         rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
-    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return masks and rotary tables, for unpadded images or images of varying size ("image_grid_thw")."""
-        return self.context(x, Packed(None, arrays.get("image_grid_thw")))
-
     def embed(self, images: Packed) -> jax.Array:
         """Embed images as the first block's input: float[tiles, positions, vision], or float[packs, patches, vision].
 
@@ -171,7 +163,7 @@ class VisionTower(BlockStack):
         """
         cfg, pixels = self.cfg, 2 * (images.values - 0.5) if self.cfg.patches.centres else images.values
         if images.grid is not None:
-            x, places = self.patch_embedding(pixels), self.places(pixels, images.grid)
+            x, places = self.patch_embedding(pixels), places_of(images.grid, pixels.shape[1], cfg.merge)
             if self.by_axis:
                 columns, rows = self._table()
                 x = x + columns[places.column] + rows[places.row]
@@ -195,12 +187,12 @@ class VisionTower(BlockStack):
     def __call__(self, images: Packed) -> jax.Array:
         """Run the vision tower; return the hidden states after the final norm."""
         x = self.embed(images)
-        return self.final_norm(self.pass_through(x, self.context(x, images)).last)
+        return self.final_norm(self.pass_through(x, self.context_of(x, images._asdict())).last)
 
     def levels(self, images: Packed) -> list[jax.Array]:
         """Return hidden states float[packs, patches, vision] after the final norm and each block in `deepstack`."""
         x, deep = self.embed(images), self.cfg.deepstack
-        passed = self.pass_through(x, self.context(x, images), keep=deep)
+        passed = self.pass_through(x, self.context_of(x, images._asdict()), keep=deep)
         kept = [] if passed.kept is None else [passed.kept[i] for i in range(len(deep))]
         return [self.final_norm(passed.last), *kept]
 

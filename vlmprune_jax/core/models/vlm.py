@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
@@ -25,7 +24,7 @@ from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
 from vlmprune_jax.core.models.encoders import ENCODERS
 from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
-from vlmprune_jax.core.models.media import Packed, real_features
+from vlmprune_jax.core.models.media import Media, Packed, real_features
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import is_visual, with_images
 from vlmprune_jax.core.models.projector import Projector, merged, pixel_shuffle, pooled
@@ -37,8 +36,7 @@ from vlmprune_jax.core.stack import Encoder, Stack
 
 Params = dict[str, Any]
 CAPTURE = ("hidden", "image_features", "inputs_embeds")
-# Arrays that `forward` takes.
-INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
+ENCODED = ("attention_mask", "position_ids", "media")  # arguments of `encode` that a batch may hold
 _CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
 
@@ -63,9 +61,6 @@ class Model:
         """
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise UserError("model(batch): batch must be a mapping with input_ids: pass the outputs of a processor")
-        for name in batch:
-            if name not in (known := (*INPUTS, *self.cfg.encoder_arrays)):
-                raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, known)}: leave it out")
         return forward(self, **batch, capture=capture)
 
     def generate(self, input_ids: Any, *, max_new_tokens: int, **inputs: Any) -> np.ndarray:
@@ -157,21 +152,19 @@ class VisionLanguageModel(nnx.Module):
         """
         return features_of(self.vision, self.cfg, images)
 
-    def embed(
-        self, input_ids: jax.Array, images: Packed | None = None, items: Mapping[str, jax.Array] | None = None
-    ) -> Embedded:
+    def embed(self, input_ids: jax.Array, media: Media | None = None) -> Embedded:
         """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
-        `images`: images and videos in packed rows, or their features if the model has no tower. `items`: the arrays in
-        `cfg.encoder_arrays` that the batch has.
+        `media`: inputs of tower and encoders in packed rows; for a model without its tower, the images' features.
         """
-        x = self.text.embed_tokens.lookup(input_ids)
+        x, media = self.text.embed_tokens.lookup(input_ids), media or {}
         for name, encoder in self.cfg.encoders:
-            if items and encoder.array in items:
-                tokens = getattr(self, name)(items[encoder.array])
-                x = splice(x, input_ids == encoder.token_id, tokens.astype(x.dtype), len(tokens))
-        if images is None:
+            if name in media:
+                tokens = getattr(self, name)(media[name]).astype(x.dtype)
+                x = splice(x, input_ids == encoder.token_id, tokens, len(media[name].values))
+        if "vision" not in media:
             return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
+        images = media["vision"]
         values, packs = images.values.astype(x.dtype), len(images.values)
         states = values.reshape(-1, *values.shape[-2:])  # features, if there is no tower
         if self.cfg.tower:
@@ -187,9 +180,10 @@ class VisionLanguageModel(nnx.Module):
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
-        return self.text.layer_inputs(
-            x, jnp.where(is_visual(input_ids, self.cfg.visual_token_ids), self.cfg.pad_token_id or 0, input_ids)
-        )
+        if self.text.extra_inputs is None:
+            return None
+        is_image = is_visual(input_ids, self.cfg.visual_token_ids)
+        return self.text.extra_inputs(x, jnp.where(is_image, self.cfg.pad_token_id or 0, input_ids))
 
 
 class Embedded(NamedTuple):
@@ -230,8 +224,7 @@ def encode(
     cfg: ModelConfig,
     input_ids: jax.Array,
     *,
-    images: Packed | None = None,
-    items: Mapping[str, jax.Array] | None = None,
+    media: Media | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     layer_embeds: LayerEmbeds = LayerEmbeds(),
@@ -242,7 +235,7 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
-    `images`, `items`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the
+    `media`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the
     embedding of tokens and images (for example, to run the teacher on the student's embeddings). `position_ids`:
     int[batch, seq], by default counted along `attention_mask`; int[batch, 3, seq] with images of varying size
     (`positions.mrope_positions`). `states`: see `Decoder.__call__`. aux always has
@@ -253,15 +246,16 @@ def encode(
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features, layer_embeds = module.embed(input_ids, images, items)
+        inputs_embeds, features, layer_embeds = module.embed(input_ids, media)
     elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
         layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-    if images is not None and position_ids is None and cfg.text.rope.sections:
-        raise UserError("image_grid_thw needs position_ids by row and column: compute them with models.positions")
-    if cfg.text.sees_images and images is not None:
+    has_images = "vision" in (media or {})
+    if has_images and position_ids is None and cfg.text.rope.sections:
+        raise UserError("images need position_ids by row and column: compute them with models.positions")
+    if has_images and cfg.text.sees_images:
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(x, context, states=states, remat=remat, layer_embeds=layer_embeds)
@@ -334,12 +328,12 @@ def forward(
     arrays = {
         "input_ids": np.asarray(input_ids),
         "attention_mask": None if attention_mask is None else np.asarray(attention_mask),
-        "images": inputs.images,
-        "items": inputs.items,
+        "media": inputs.media,
         "position_ids": inputs.positions,
     }
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, **place_batch(arrays, mesh), capture=tuple(capture))
-    if inputs.images is not None and inputs.images.grid is not None and "image_features" in aux:
-        aux["image_features"] = real_features(model.cfg, aux["image_features"], inputs.images.grid)
+    grid = inputs.media.get("vision", Packed(None)).grid
+    if grid is not None and "image_features" in aux:
+        aux["image_features"] = real_features(model.cfg, aux["image_features"], grid)
     return logits, aux

@@ -59,11 +59,11 @@ def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Itera
     """Yield the batches that contain inputs of a stack, such as images; raise UserError if none does."""
     some = False
     for arrays in batches:
-        if cfg.input_of(stack) in arrays:
+        if stack == "text" or stack in arrays["media"]:
             some = True
             yield arrays
     if not some:
-        inputs = "images" if stack == "vision" else cfg.input_of(stack)
+        inputs = "images" if stack == "vision" else dict(cfg.encoders)[stack].array
         raise UserError(
             f"the calibration batches have no {inputs}, which scores of {stack} need: add records with {inputs}"
         )

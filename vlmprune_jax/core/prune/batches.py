@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.media import Packed, visuals_by_row
 from vlmprune_jax.core.prune.calibration import IMAGE, PADDING, Arrays, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
@@ -61,9 +64,7 @@ def row_batches(
     Raises UserError if there are too few rows, or none of their tokens has weight.
     """
     rows = [
-        {name: array[row] for name, array in arrays.items()}
-        for arrays in batches
-        for row in range(len(arrays["input_ids"]))
+        jax.tree.map(operator.itemgetter(row), arrays) for arrays in batches for row in range(len(arrays["input_ids"]))
     ]
     names = names or [f"row {number}" for number in range(len(rows))]
     rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
@@ -89,9 +90,7 @@ def text_batch(
 ) -> CalibrationBatch:
     """Return a batch from rows of `stack_rows`; `weight_of`: float32[types], weight of a token of each type."""
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
-    inputs = {name: None for name in ("pixel_values", "image_grid_thw")} | {
-        name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")
-    }
+    inputs = {name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")}
     types = arrays["token_types"]
     return CalibrationBatch(inputs, context, weight_of[types], types, list(names), held_out, arrays.get("labels"))
 
@@ -109,17 +108,18 @@ def tower_batches(
 
     `distinct`: take equal images once, and order them by content; so no image is both fitted and held out.
     """
-    images = dict[bytes, _Picture]()
-    row = 0
-    for arrays in batches:
-        for index in range(len(arrays["token_types"])):
-            for pixels, grid in _items(arrays, index, cfg, stack):
-                key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
-                key = key if distinct else len(images).to_bytes(8)
-                images |= {key: (pixels, grid, names[row + index])}
-        row += len(arrays["token_types"])
-    chosen = [images[key] for key in sorted(images)]
+    images, names_left = dict[bytes, _Picture](), iter(names)
     tower: Any = cfg.stack(stack)
+    tokens: dict[str, Any] = {} if stack == "vision" else {"tokens": (tower.token_id,), "each": tower.tokens}
+    for arrays in batches:
+        ids, mask, media = arrays["input_ids"], arrays["attention_mask"], arrays.get("media", {})
+        rows = visuals_by_row(cfg, ids, mask, media[stack], **tokens) if stack in media else [[]] * len(ids)
+        for row in rows:
+            name = next(names_left)
+            for visual in row:
+                key = hashlib.sha256(visual.values.tobytes() + (b"" if visual.grid is None else visual.grid.tobytes()))
+                images[key.digest() if distinct else len(images).to_bytes(8)] = visual.values, visual.grid, name
+    chosen = [images[key] for key in sorted(images)]
     positions = tower.positions if stack != "vision" else tower.grid**2 + tower.class_token
     if stack == "vision" and cfg.dynamic_resolution:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
@@ -128,31 +128,10 @@ def tower_batches(
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
     size = len(batches[0]["token_types"])
     return [
-        _tower_batch(packs[start : start + size], (size, positions, most), held_out, cfg.input_of(stack))
+        _tower_batch(packs[start : start + size], (size, positions, most), held_out, stack)
         for packs, held_out in parts
         for start in range(0, len(packs), size)
     ]
-
-
-def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield a row's images as (pixels, patch grid or None), or a row's inputs of another encoder as (array, None)."""
-    pixels = arrays.get(cfg.input_of(stack))
-    if pixels is None:
-        return
-    if stack != "vision":
-        encoder = dict(cfg.encoders)[stack]
-        count = int((arrays["input_ids"][row] == encoder.token_id).sum()) // encoder.tokens
-        yield from ((item, None) for item in pixels[row, :count])
-        return
-    if cfg.dynamic_resolution:
-        start = 0
-        for grid in arrays["image_grid_thw"][row]:
-            if grid.any():
-                yield pixels[row, start : start + int(np.prod(grid))], grid
-                start += int(np.prod(grid))
-        return
-    count = -(-int((arrays["token_types"][row] == IMAGE).sum()) // cfg.tokens_per_image)
-    yield from ((image[None], None) for image in pixels[row, :count])
 
 
 def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
@@ -169,23 +148,23 @@ def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]
 
 
 def _tower_batch(
-    packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool, array: str
+    packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool, stack: str
 ) -> CalibrationBatch:
     """Return a batch of images in packed rows; `shape`: number of rows, and of positions and images per row."""
     size, positions, most = shape
     first, grid, _ = packs[0][0]
     pixels = np.zeros((size, *(first.shape if grid is None else (positions, *first.shape[1:]))), np.float32)
     real, grids = np.zeros((size, positions), np.float32), np.zeros((size, most, 3), np.int32)
-    for row, images in enumerate(packs):
-        joined = np.concatenate([image for image, _, _ in images])
+    for row, visuals in enumerate(packs):
+        joined = np.concatenate([values for values, _, _ in visuals])
         pixels[row, : len(joined)] = joined
         real[row, : positions if grid is None else len(joined)] = 1
         if grid is not None:
-            grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
-    context = {"image_grid_thw": None if grid is None else grids}
-    names = [", ".join(name for _, _, name in images) for images in packs]
+            grids[row, : len(visuals)] = np.array([grid for _, grid, _ in visuals])
+    images = Packed(pixels, None if grid is None else grids)
+    names = [", ".join(name for _, _, name in visuals) for visuals in packs]
     types = np.where(real > 0, IMAGE, PADDING)
-    return CalibrationBatch({array: pixels, **context}, context, real, types, names, held_out)
+    return CalibrationBatch({"media": {stack: images}}, {"grid": images.grid}, real, types, names, held_out)
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], title: str) -> tuple[tuple[Sequence[Any], bool], ...]:

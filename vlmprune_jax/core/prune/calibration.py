@@ -9,12 +9,12 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import IGNORED, ModelConfig
-from vlmprune_jax.core.models.inputs import TYPE_IDS, VisualInputs, as_arrays, read_inputs
-from vlmprune_jax.core.models.media import repack
+from vlmprune_jax.core.models.inputs import batch_media, read_inputs
+from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.positions import with_images
 from vlmprune_jax.core.prune.config import ScoreConfig
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # arrays by name, and "media": `Packed` by component
 # Token types; an answer is a token with a label. Frames of models without a video token are images.
 TYPES = PADDING, PROMPT, IMAGE, ANSWER, VIDEO = tuple(range(5))
 TOKEN_TYPES = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER, "video": VIDEO}
@@ -26,10 +26,9 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels.
 
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
-    pixel_values are returned by row, float32[batch, images, 3, H, W]. Pixels in the form of processors, [images, 3, H,
-    W] in order of appearance, are assigned to the rows with the images' tokens. Images of varying size are returned in
-    the form of `Packed`, one packed row for each row, with image_grid_thw and position_ids. Raises UserError if
-    there is no batch, an array is missing, or the model cannot read the shapes, ids, images or labels.
+    Images, and items of other encoders, are returned under "media" in the form of `Packed`, one packed row for each
+    row. Raises UserError if there is no batch, an array is missing, or the model cannot read the shapes, ids, images or
+    labels.
     """
     number = -1
     for number, batch in enumerate(batches):
@@ -42,22 +41,31 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
         raise UserError("there are no calibration batches: pass at least one")
 
 
-def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
+def stack_rows(rows: Sequence[Mapping[str, Any]], size: int) -> Arrays:
     """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
-    The result always has ids, mask, token types and labels; other arrays are there only if a row has them.
+    The result has ids, mask, token types, labels and media; positions are there only if the rows have them.
     """
-    arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
-    others = dict.fromkeys(name for row in rows for name in row if name not in (*_FILLS, "name"))
-    for name in (*_FILLS, *others):
-        pairs = [(index, row[name]) for index, row in enumerate(rows) if name in row]
-        if pairs or name in _FILLS:
-            sizes = np.max([part.shape for _, part in pairs], axis=0) if pairs else (longest,)
-            shape = (*sizes[:-1], longest) if name in (*_FILLS, "position_ids") else sizes
-            arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), pairs[0][1].dtype if pairs else np.int32)
-        for index, part in pairs:
-            arrays[name][index][tuple(map(slice, part.shape))] = part
-    return arrays
+    longest = max(len(row["token_types"]) for row in rows)
+
+    def stacked(parts: Sequence[Any], name: str = "") -> np.ndarray:
+        """Stack arrays, None for rows that have none; those with a name are as long as the longest row."""
+        present = [part for part in parts if part is not None]
+        shape = np.max([part.shape for part in present], axis=0) if present else (longest,)
+        shape = (*shape[:-1], longest) if name else shape
+        array = np.full((size, *shape), _FILLS.get(name, 0), present[0].dtype if present else np.int32)
+        for index, part in enumerate(parts):
+            if part is not None:
+                array[index][tuple(map(slice, part.shape))] = part
+        return array
+
+    names = (*_FILLS, *({"position_ids"} & rows[0].keys()))
+    arrays: Arrays = {name: stacked([row.get(name) for row in rows], name) for name in names}
+    media = dict[str, Packed]()
+    for name in dict.fromkeys(name for row in rows for name in row["media"]):
+        fields = zip(*(row["media"].get(name, Packed(None)) for row in rows), strict=True)
+        media[name] = Packed(*(None if all(part is None for part in parts) else stacked(parts) for parts in fields))
+    return arrays | {"media": media}
 
 
 def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
@@ -92,21 +100,21 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
-    visuals = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
-    inputs = read_inputs(cfg, ids, mask, {name: arrays[name] for name in visuals & arrays.keys()}, len(ids))
-    if inputs.images is not None and inputs.images.real is not None:
+    inputs = read_inputs(cfg, ids, mask, batch_media(cfg, arrays), len(ids))
+    media = dict(inputs.media)
+    if any(packed.real is not None for packed in media.values()):
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
         )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
-    if inputs.images is not None:
-        result |= as_arrays(repack(cfg, ids, mask, inputs.images, len(ids)))
+    if "vision" in media:
+        media["vision"] = repack(cfg, ids, mask, media["vision"], len(ids))._replace(times=None)
     if inputs.positions is not None:
         result["position_ids"] = inputs.positions
     if cfg.text.sees_images:
         result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
-    return {**result, **inputs.items, "token_types": _token_types(result, cfg)}
+    return {**result, "media": media, "token_types": _token_types(result, cfg)}
 
 
 def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import READERS, WRITERS
@@ -31,7 +30,7 @@ from vlmprune_jax.core.prune.batches import names_of_rows, row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches, positive
 from vlmprune_jax.core.prune.layers import Layer, Rows
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
-from vlmprune_jax.core.prune.ridge import token_scale, token_sums
+from vlmprune_jax.core.prune.ridge import check_finite, token_scale, token_sums
 from vlmprune_jax.core.prune.stream import LayerStream
 
 _DAMPING = 0.01  # added to the diagonal of G, as a share of each entry (the paper: of the mean entry)
@@ -109,11 +108,8 @@ def finite_sums(
     for batch, batch_sums in stream.visit(lambda rows: sums(layer, rows)):
         for name, batch_sum in batch_sums.items():
             values = np.asarray(batch_sum, np.float64)
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"{title}: activations in layer {layer.number} are not finite in {', '.join(batch.names[:5])} of "
-                    "the calibration batches: check these records and the weights"
-                )
+            rows = [] if np.isfinite(values).all() else batch.names
+            check_finite(f"{title}: activations in layer {layer.number}", rows)
             totals[name] = totals.get(name, 0.0) + values
     return totals
 
@@ -136,9 +132,8 @@ def input_sums(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
 def squares(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
     """Return the sums of w x^2, float32[in], for each input x of a layer's matrices (`READERS`)."""
     _, _, values = layer.compute(rows, READERS)
-
-    def weighted_squares(name: str) -> jax.Array:
+    sums = dict[str, jax.Array]()
+    for name in READERS:
         read = jnp.where(rows.weight[..., None] > 0, values[name].reshape(*rows.x.shape[:2], -1), 0.0)
-        return jnp.einsum("bsi,bs->i", read**2, rows.weight, precision="highest")
-
-    return {name: constrain(weighted_squares(name), ()) for name in READERS}
+        sums[name] = constrain(jnp.einsum("bsi,bs->i", read**2, rows.weight, precision="highest"), ())
+    return sums

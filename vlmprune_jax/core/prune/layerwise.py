@@ -19,7 +19,7 @@ import optax
 
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.prune.layers import Layer, Rows, to_devices
-from vlmprune_jax.core.prune.ridge import Solution, token_scale
+from vlmprune_jax.core.prune.ridge import Solution, count_tokens, token_scale
 from vlmprune_jax.core.prune.stream import LayerStream
 
 RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # learning rate (1e-3 raises the error), epochs, warm-up steps
@@ -60,31 +60,30 @@ def _step(
     return jax.tree.map(lambda value, update: value - rate * update, params, updates), state
 
 
-def train_layer(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]) -> tuple[np.ndarray | None, Solution]:
-    """Train one pruned layer to reproduce the unpruned model's stream; return its parameters as a flat vector.
+def train_layer(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]) -> tuple[Layer, Solution]:
+    """Train one pruned layer to reproduce the unpruned model's stream; return it if the held-out error falls.
 
     All weights and norms are trained by Adam with a cosine schedule; the epoch with the lowest held-out error is kept.
-    The vector is None if the held-out error does not fall.
 
     Args:
       stream: calibration rows at the layer's input.
       targets: residual stream of the unpruned model after the layer, for each batch.
     """
-    parts = list[tuple[int, slice]]()  # rows of each optimizer step: number of a batch, and its rows
+    steps = list[tuple[int, slice]]()  # rows of each optimizer step: number of a batch, and its rows
     for number, batch in enumerate(stream.batches):
         size = ROWS if layer.mesh is None else len(batch.weight)
-        steps = [slice(start, start + size) for start in range(0, len(batch.weight), size)]
-        parts += [(number, step) for step in steps if not batch.held_out and batch.weight[step].any()]
+        slices = [slice(start, start + size) for start in range(0, len(batch.weight), size)]
+        steps += [(number, rows) for rows in slices if not batch.held_out and batch.weight[rows].any()]
     before = lowest = stream_error(layer, stream, targets)
     best, stale, number = None, 0, 0
     params = {path: leaf.copy() for path, leaf in layer.params.items()}
     state, random = _ADAM.init(params), np.random.default_rng(layer.number)
     unchanged = dataclasses.replace(layer, params={})
     for _ in range(EPOCHS):
-        for part in random.permutation(len(parts)):
+        for step in random.permutation(len(steps)):
             number += 1
-            rate = RATE * min(number / WARMUP, 0.5 * (1 + math.cos(math.pi * number / (EPOCHS * len(parts)))))
-            batch, chosen = parts[part]
+            rate = RATE * min(number / WARMUP, 0.5 * (1 + math.cos(math.pi * number / (EPOCHS * len(steps)))))
+            batch, chosen = steps[step]
             arrays = stream.rows(batch), to_devices(targets[batch])
             if layer.mesh is None:
                 arrays = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], arrays)
@@ -94,16 +93,7 @@ def train_layer(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array])
             lowest, stale, best = error, 0, {path: np.array(gather_to_host(leaf)) for path, leaf in params.items()}
         elif (stale := stale + 1) == PATIENCE:
             break
-    vector = None if best is None else np.concatenate([best[path].ravel() for path in sorted(best)])
-    path, tokens = layer.block.writers["down_proj"].projection, sum(int((b.weight > 0).sum()) for b in stream.batches)
+    path = layer.block.writers["down_proj"].projection
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
-    return vector, Solution(before, lowest, None if best is None else 0.0, tokens, unknowns)
-
-
-def with_vector(layer: Layer, vector: np.ndarray) -> Layer:
-    """Return the layer with all parameters replaced by the values in a vector from `train_layer`."""
-    params = dict[str, np.ndarray]()
-    for path in sorted(layer.params):
-        shape, size = layer.params[path].shape, layer.params[path].size
-        params[path], vector = vector[:size].reshape(shape), vector[size:]
-    return layer.with_params(params)
+    solution = Solution(before, lowest, None if best is None else 0.0, count_tokens(stream), unknowns)
+    return layer if best is None else layer.with_params(best), solution

@@ -29,8 +29,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import checked, parse_json
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.mesh.mesh import use_mesh
-from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.params import param_shapes
 from vlmprune_jax.core.models.placement import mesh_of
@@ -52,17 +51,16 @@ from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.batches import names_of_rows, stack_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
-from vlmprune_jax.core.prune.expert_repair import has_experts, repair_experts, with_experts
-from vlmprune_jax.core.prune.layers import Layer, Rows, to_devices, with_layers
-from vlmprune_jax.core.prune.layerwise import train_layer, with_vector
-from vlmprune_jax.core.prune.readers import READER_OF, norm_name, reader_change
+from vlmprune_jax.core.prune.expert_repair import has_experts, repair_experts
+from vlmprune_jax.core.prune.layers import Layer, to_devices, with_layers
+from vlmprune_jax.core.prune.layerwise import train_layer
+from vlmprune_jax.core.prune.least_squares import READER_OF, Targets, norm_name, repair_readers, repair_writer
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
-from vlmprune_jax.core.prune.ridge import Solution, Sums, best_ridge, solved, token_scale, token_sums, total_sums
+from vlmprune_jax.core.prune.ridge import Solution
 from vlmprune_jax.core.prune.stream import LayerStream
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 
 READ_BELOW = 0.4  # kept share of neurons above which repairing readers gains nothing (SmolLM2: 0.3 % at 0.49)
-Change = np.ndarray | None  # of a weight; None if nothing lowers the held-out error
 
 
 def reconstruct(
@@ -142,22 +140,6 @@ def _share_embeds(unpruned: LayerStream, stream: LayerStream) -> None:
             stream.embeds[number] = unpruned.embeds[number]
 
 
-class Targets(NamedTuple):
-    """Residual streams of the unpruned model for each batch, which a repaired layer should reproduce."""
-
-    before: Sequence[jax.Array]
-    """Stream at the layer's input; () if input projections are not repaired."""
-
-    middle: Sequence[Any]
-    """Stream between the layer's attention and MLP; None if no repair needs it."""
-
-    after: Sequence[jax.Array]
-    """Stream after the layer and the removed layers that follow it."""
-
-    statistics: Sequence[dict[str, jax.Array]]
-    """Norm statistics of the output projections, see `Layer.run`."""
-
-
 class _Repair:
     """Visitor of a pruned component's layers that repairs them, in step with the unpruned model."""
 
@@ -181,39 +163,39 @@ class _Repair:
         layer = dataclasses.replace(loaded, number=first)
         for module in WRITERS:
             if module in lost and has_experts(layer, module):
-                layer = self._once(layer, module, repair_experts, with_experts, targets.after)
+                layer = self._once(module, layer, repair_experts, targets.after)
                 continue
-            reader, before = READER_OF[module], layer
-            if self._reads and hasattr(layer.block, norm_name(layer, reader)):
-                read = functools.partial(_read, module=module, lost=module in lost, refit=config.refits)
-                layer = self._once(layer, reader, read, functools.partial(Layer.reading, reader=reader), targets)
+            before = layer
+            if self._reads and hasattr(layer.block, norm_name(layer, module)):
+                repair = functools.partial(repair_readers, module=module, lost=module in lost, refit=config.refits)
+                layer = self._once(READER_OF[module], layer, repair, targets)
             if module in lost or layer is not before:
-                solve = functools.partial(solve_for, module=module, refit=config.refits)
-                layer = self._once(layer, module, solve, functools.partial(Layer.changed, module=module), targets)
+                repair = functools.partial(repair_writer, module=module, refit=config.refits)
+                layer = self._once(module, layer, repair, targets)
         self._trains = self._trains or (config.trains_layers and end - first > 1)
         if self._trains:
-            layer = self._once(layer, "layer", train_layer, with_vector, targets.after)
+            layer = self._once("layer", layer, train_layer, targets.after)
         if layer.params is not loaded.params:
             self.changed[number] = layer.changes_from(loaded)
         return layer if number + 1 < self.stream.n_layers else None  # nothing reads what the last layer adds
 
-    def _once(
-        self, layer: Layer, module: str, solve: Callable[..., Any], merge: Callable[..., Layer], targets: Any
-    ) -> Layer:
-        """Return the layer after one repair, whose result comes from the cache or is computed and cached."""
-        key = f"{self.stream.stack}/{self.stream.number}/{module}"
+    def _once(self, name: str, layer: Layer, repair: Callable[..., tuple[Layer, Solution]], targets: Any) -> Layer:
+        """Return the layer after one repair, with changed parameters from the cache if they are there."""
+        key = f"{self.stream.stack}/{self.stream.number}/{name}"
+        keys = {path: f"{key}/{path}" for path in layer.params}
 
         def compute() -> dict[str, np.ndarray]:
-            change, solution = solve(layer, self.stream, targets)
-            encoded = np.frombuffer(msgspec.json.encode(solution), np.uint8)
-            return {key: encoded, f"{key}/change": np.zeros(0) if change is None else change}
+            repaired, solution = repair(layer, self.stream, targets)
+            arrays = dict.fromkeys(keys.values(), np.zeros(0))  # unchanged
+            arrays |= {keys[path]: values for path, values in repaired.changes_from(layer).items()}
+            return {key: np.frombuffer(msgspec.json.encode(solution), np.uint8), **arrays}
 
-        stored = recorded(self.cache, [key, f"{key}/change"], compute)
+        stored = recorded(self.cache, [key, *keys.values()], compute)
         where, todo = f"the cached repair {key}", "remove the cache and run again"
-        result = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
-        solution = msgspec.convert(result, Solution)
-        self.repairs.append({"layer": layer.number, "module": module, **msgspec.structs.asdict(solution)})
-        return layer if solution.ridge is None else merge(layer, stored[f"{key}/change"])
+        row = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
+        self.repairs.append({"layer": layer.number, "module": name, **row})
+        changed = {path: stored[name] for path, name in keys.items() if stored[name].size}
+        return layer.with_params(changed) if changed else layer
 
     def _targets(self, first: int, end: int, middle: str | None) -> Targets:
         """Run the unpruned model's layers up to `end`; return the targets for repairing layer `first`."""
@@ -233,28 +215,6 @@ def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
         for layers in (kept.sizes, [kept.sizes_before[layer.index] for layer in kept.layers])
     )
     return config.readers == "auto" and left < READ_BELOW * whole
-
-
-def _read(
-    layer: Layer, stream: LayerStream, targets: Targets, *, module: str, lost: bool, refit: bool
-) -> tuple[Change, Solution]:
-    """Solve for a change of attention's or the MLP's input; return None unless the held-out error falls.
-
-    The errors with and without the change are compared after least squares for the output projection. Without the
-    change, the output projection is solved only if it `lost` heads or neurons.
-    """
-    before_norm, reader = targets.before if module == "o_proj" else targets.middle, READER_OF[module]
-    change = reader_change(layer, reader, stream, before_norm, refit=refit)
-    alone = solve_for(layer, stream, targets, module=module, refit=refit)[1]
-    before = alone.error_after if lost else alone.error_before
-    unchanged = Solution(before, before, None, alone.tokens, alone.unknowns)
-    if change is None:
-        return None, unchanged
-    matrix, ridge = change
-    after = solve_for(layer.reading(matrix, reader), stream, targets, module=module, refit=refit)[1].error_after
-    if after >= before:
-        return None, unchanged
-    return matrix, Solution(before, after, ridge, alone.tokens, alone.unknowns)
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
@@ -284,60 +244,3 @@ def _lost_modules(kept: KeptStack, number: int) -> set[str]:
     if any(sizes.get("experts", 0) < kept.sizes_before[x.index].get("experts", 0) for x, sizes in earlier):
         lost |= {WRITERS[0]}  # sees all tokens, which an expert does not
     return lost & {*WRITERS}
-
-
-@functools.partial(jax.jit, static_argnames="module")
-def _sums(layer: Layer, rows: Rows, target: jax.Array, statistics: jax.Array | None, *, module: str) -> Sums:
-    block, after, values = layer.compute(rows, (module, f"{module}_out", "middle"))
-    missing = residual = target - (values["middle"] if module == "o_proj" else after.x)
-    read = values[module].reshape(*rows.x.shape[:2], -1)
-    if f"{block.writers[module].projection}/bias" in layer.params:
-        read = jnp.concatenate([read, jnp.ones_like(read[..., :1])], axis=-1)
-    out, factor = values[f"{module}_out"], jnp.float32(1)
-    if module == "down_proj" and block.scalar is not None:
-        # fitted where it writes, before the per-layer branch and the layer's scale
-        factor, hidden_pruned = block.scalar, values["middle"] + block.follow(module, out)
-        missing = (block.before_extra(target, rows.embeds.per_layer_embeds, hidden_pruned) - hidden_pruned) * factor
-        read = read * factor
-    if statistics is not None:
-        # At the unpruned output's statistics the norm is an affine map: what enters it is fitted to the unpruned one.
-        missing = missing + block.follow(module, out) * factor - block.follow(module, out, statistics) * factor
-        read = read * statistics[..., 1:]
-    used, scale = rows.weight > 0, token_scale(rows.weight, target)
-    residual = jnp.where(used[..., None], residual, 0.0)
-    energy = jnp.sum(scale * jnp.sum(residual * residual, axis=-1), axis=-1)
-    gram, cross = token_sums(scale, used, read, missing)
-    return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
-
-
-def solve_for(
-    layer: Layer, stream: LayerStream, targets: Targets, *, module: str, refit: bool = True
-) -> tuple[Change, Solution]:
-    """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
-
-    `refit`: solve again on all rows after choosing the penalty.
-    """
-    fit, held = (_total(layer, stream, targets, module, held_out) for held_out in (False, True))
-    weight = layer.cfg.hidden_size * float(sum(batch.weight.sum() for batch in stream.batches if batch.held_out))
-    best, before = best_ridge(fit, held), float(held.energy) / weight
-    tokens = sum(int((batch.weight > 0).sum()) for batch in stream.batches)
-    unchanged = Solution(before, before, None, tokens, len(fit.gram))
-    if best is None:
-        return None, unchanged
-    ridge, difference = best
-    after = before + difference / weight
-    if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: measure
-        trial = layer.changed(solved(fit, held, ridge, refit=False), module)
-        after = float(_total(trial, stream, targets, module, True).energy) / weight
-        if after >= before:
-            return None, unchanged
-    return solved(fit, held, ridge, refit=refit), Solution(before, after, ridge, tokens, len(fit.gram))
-
-
-def _total(layer: Layer, stream: LayerStream, targets: Targets, module: str, held_out: bool) -> Sums:
-    """Return the least-squares sums over fitted or held-out calibration rows."""
-    target = targets.middle if module == "o_proj" else targets.after
-    statistics = [arrays.get(module) for arrays in targets.statistics]
-    compute = functools.partial(_sums, layer, module=module)
-    title = f"outputs of {module} in layer {layer.number}"
-    return total_sums(stream, held_out, compute, target, statistics, title=title)

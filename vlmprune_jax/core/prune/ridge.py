@@ -35,11 +35,19 @@ _PRODUCT: Any = {"precision": "highest"}
 
 
 class Sums(NamedTuple):
-    """Sums over weighted tokens for least squares: w x x^T [in, in], w x r^T [in, out], and w |r|^2 per row."""
+    """Sums over weighted tokens for least squares; of experts, each with a leading axis [experts]."""
 
     gram: jax.Array
+    """Sum of w x x^T, float32[in, in]."""
+
     cross: jax.Array
+    """Sum of w x r^T, float32[in, out]."""
+
     energy: Any = 0.0
+    """Sum of w |r|^2, of each row in a batch or of all rows; 0 if it is not needed."""
+
+    tokens: Any = 0.0
+    """Number of tokens of each expert."""
 
 
 def token_scale(weight: jax.Array, stream: jax.Array) -> jax.Array:
@@ -67,9 +75,22 @@ def token_sums(scale: jax.Array, used: jax.Array, read: jax.Array, missing: jax.
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_into(totals: Any, terms: Any) -> Any:
-    """Add two pytrees of arrays, in place in the first."""
+def _add_into(totals: Any, terms: Any) -> Any:
     return jax.tree.map(jnp.add, totals, terms)
+
+
+def check_finite(title: str, names: Sequence[str]) -> None:
+    """Raise a UserError that begins with `title` if there are `names` of calibration rows with non-finite values."""
+    if names:
+        raise UserError(
+            f"{title} are not finite in {', '.join(sorted(names)[:5])} of the calibration batches: check these records "
+            "and the weights"
+        )
+
+
+def count_tokens(stream: LayerStream) -> int:
+    """Return the number of calibration tokens with a weight above 0, fitted and held-out."""
+    return sum(int((batch.weight > 0).sum()) for batch in stream.batches)
 
 
 def total_sums(
@@ -84,25 +105,21 @@ def total_sums(
     def add(*arguments: Any) -> jax.Array:
         nonlocal totals
         sums = compute(*arguments)
-        products = sums.gram, sums.cross
-        totals = products if totals is None else add_into(totals, products)
+        products = sums._replace(energy=0.0)
+        totals = products if totals is None else _add_into(totals, products)
         return sums.energy
 
     for batch, energies in stream.visit(add, *targets, held_out=held_out):
-        pairs = zip(batch.names, np.asarray(energies), strict=False)
-        wrong = [name for name, value in pairs if not math.isfinite(value)]
-        if wrong:
-            raise UserError(
-                f"reconstruct: {title} are not finite in {', '.join(sorted(wrong)[:5])} of the calibration batches: "
-                "check these records and the weights"
-            )
-        energy += np.asarray(energies).sum()
+        by_row = np.atleast_1d(np.asarray(energies))
+        wrong = [name for name, value in zip(batch.names, by_row, strict=False) if not math.isfinite(value)]
+        check_finite(f"reconstruct: {title}", wrong)
+        energy += by_row.sum()
     assert totals is not None
-    return Sums(*totals, energy)
+    return totals._replace(energy=energy)
 
 
 class Solution(msgspec.Struct):
-    """Result of the repair of one weight, as it is cached; a changed weight is an array beside it."""
+    """Result of one repair, as it is cached; the changed parameters of the layer are arrays beside it."""
 
     error_before: float
     """Relative error of the residual stream on held-out rows."""
@@ -135,46 +152,39 @@ def solved(fit: Sums, held: Sums, ridge: float, *, refit: bool) -> np.ndarray:
 def change(sums: Sums, ridge: Any) -> jax.Array:
     """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed]; G, C: `gram` and `cross`.
 
-    The columns of C are split over the devices of a mesh.
+    On a mesh, every device solves all of it: its time is that of the factorisation, which they cannot share.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return _solved(sums.gram, sums.cross, ridge)
-    columns, whole = PartitionSpec(None, mesh.axis_names), PartitionSpec()
-    shared = jax.shard_map(_solved, in_specs=(whole, columns, whole), out_specs=columns, check_vma=False)
-    width = sums.cross.shape[1]
-    cross = jnp.pad(sums.cross, ((0, 0), (0, -width % mesh.size)))
-    return constrain(shared(sums.gram, cross, jnp.float32(ridge))[:, :width], ())
+    whole = PartitionSpec()
+    solve = jax.shard_map(_solved, in_specs=(whole, whole, whole), out_specs=whole, check_vma=False)
+    return solve(sums.gram, sums.cross, jnp.float32(ridge))
 
 
 def _solved(gram: jax.Array, cross: jax.Array, ridge: Any) -> jax.Array:
     diagonal = jnp.diagonal(gram)
     diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
     matrix = gram + jnp.diag(ridge * diagonal)
-    return jax.lax.platform_dependent(matrix, cross, cpu=_by_lapack, default=in_blocks)
+
+    def by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), right)
+
+    return jax.lax.platform_dependent(matrix, cross, cpu=by_lapack, default=in_blocks)
 
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
     """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if the solve fails.
 
-    The penalties (and the columns of C, if there are more devices than penalties) are split over the devices of a mesh.
+    The penalties are split over the devices of a mesh.
     """
-    mesh, width = jax.sharding.get_abstract_mesh(), fit.cross.shape[1]
-    n_slices = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
-    size = -(-width // n_slices)
+    mesh = jax.sharding.get_abstract_mesh()
 
     def errors(ridges: jax.Array, fit: Sums, held: Sums) -> jax.Array:
-        index = jax.lax.axis_index(mesh.axis_names) % n_slices if n_slices > 1 else 0
-
-        def own_columns(cross: jax.Array) -> jax.Array:
-            padded = jnp.pad(cross, ((0, 0), (0, n_slices * size - width)))
-            return jax.lax.dynamic_slice_in_dim(padded, index * size, size, axis=1)
-
         def error(ridge: jax.Array) -> jax.Array:
-            changed = _solved(fit.gram, own_columns(fit.cross), ridge)
+            changed = _solved(fit.gram, fit.cross, ridge)
             bent = jnp.einsum("ij,je->ie", held.gram, changed, **_PRODUCT)
-            return jnp.sum(changed * (bent - 2 * own_columns(held.cross)))
+            return jnp.sum(changed * (bent - 2 * held.cross))
 
         return jax.lax.map(error, ridges)
 
@@ -182,14 +192,8 @@ def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
         return errors(ridges, fit, held)
     every, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     shared = jax.shard_map(errors, in_specs=(every, whole, whole), out_specs=every, check_vma=False)
-    repeated = jnp.repeat(ridges, n_slices)
-    padded = jnp.resize(repeated, -(-len(repeated) // mesh.size) * mesh.size)
-    changes = shared(padded, fit, held)[: len(repeated)]
-    return constrain(jnp.sum(changes.reshape(len(ridges), n_slices), axis=1), (None,))
-
-
-def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), right)
+    padded = jnp.resize(ridges, -(-len(ridges) // mesh.size) * mesh.size)
+    return constrain(shared(padded, fit, held)[: len(ridges)], (None,))
 
 
 def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:

@@ -31,7 +31,6 @@ from vlmprune_jax.core.mesh.machine import free_memory
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.lazy import LazyArray, to_device
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
@@ -202,11 +201,11 @@ def _final_norm(params: Any, x: jax.Array, *, cfg: TextConfig) -> jax.Array:
 def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
     """Return the input of a stack's first layer, and the additional embeddings of all layers."""
     module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
-    images = None if stack in dict(cfg.encoders) else images_of(inputs)
     if stack == "text":
-        x, _, embeds = module.embed(inputs["input_ids"], images, cfg.encoder_inputs(inputs))
+        x, _, embeds = module.embed(inputs["input_ids"], inputs.get("media"))
     else:
-        values = inputs[cfg.input_of(stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
-        x = getattr(module, stack).embed(values if images is None else images._replace(values=values))
+        values = inputs["media"][stack].values.astype(jax.tree.leaves(params[stack])[0].dtype)
+        images = inputs["media"][stack]._replace(values=values)
+        x = getattr(module, stack).embed(images if stack == "vision" else values.reshape(-1, *values.shape[2:]))
     by_layer = LayerEmbeds(*(None if stacked is None else tuple(stacked) for stacked in embeds))
     return jax.tree.map(lambda array: constrain(array.astype(dtype or array.dtype), STREAM), (x, by_layer))

@@ -23,9 +23,8 @@ from vlmprune_jax.base.atomic import check_space
 from vlmprune_jax.base.errors import UserError, differences, reason
 from vlmprune_jax.base.files import checked, open_file, reading
 from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
-from vlmprune_jax.core.recovery.step import TrainState
+from vlmprune_jax.core.recovery.program import TrainState
 
-STATE, META = "state", "meta"
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"  # suffix that orbax gives to incomplete checkpoints
 _REMEDY = "remove that folder, and run the same command"
 
@@ -60,12 +59,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            with self._failing():
-                self._manager.close()
-        else:  # the user should read the first error
-            with contextlib.suppress(Exception):
-                self._manager.close()
+        # after an error, the user should read that one
+        with self._failing() if error is None else contextlib.suppress(Exception):
+            self._manager.close()
 
     def check(self) -> None:
         """Raise UserError if a background save has failed."""
@@ -87,15 +83,11 @@ class Checkpointer:
 
         Raises UserError if this save or the previous one cannot be written.
         """
-        if isinstance(data_state, bytes):
-            position = "b" + base64.b64encode(data_state).decode()
-        else:
-            position = "j" + json.dumps(data_state)
+        is_bytes = isinstance(data_state, bytes)
+        position = "b" + base64.b64encode(data_state).decode() if is_bytes else "j" + json.dumps(data_state)
         positions = from_all(lambda: position)
         meta = {"identity": self.identity, "data": positions, "digest": weights_digest(_tree(state))}
-        args = ocp.args.Composite(
-            **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
         with self._failing():  # force: otherwise orbax checks for preemption on its own
             self._manager.save(step, args=args, force=True)
 
@@ -124,7 +116,12 @@ class Checkpointer:
         if step is None:
             return None
         location = f"{self.folder}/{step}"
-        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, location, _REMEDY)
+
+        def read(**args: Any) -> Any:
+            with reading(location, _REMEDY):
+                return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+        meta = checked(read(meta=ocp.args.JsonRestore())["meta"], _Meta, location, _REMEDY)
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
@@ -132,7 +129,7 @@ class Checkpointer:
                 "folder, or remove that folder to start again"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
-        tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
+        tree = read(state=ocp.args.StandardRestore(abstract))["state"]
         with reading(location, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
@@ -151,10 +148,6 @@ class Checkpointer:
         position = positions[process_number() if len(positions) == process_count() else 0]
         with reading(location, _REMEDY):
             return state, base64.b64decode(position[1:]) if position[0] == "b" else json.loads(position[1:])
-
-    def _read(self, step: int, item: str, args: Any) -> Any:
-        with reading(f"{self.folder}/{step}", _REMEDY):
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
 
 def _prepare(folder: Path) -> None:

@@ -37,6 +37,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 WEIGHT = "weight"  # unit of settings that weight loss terms
 
 teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"))
+weight_setting = functools.partial(recover_setting, unit=WEIGHT, least=0)
 
 
 class _Weights(dict[str, float]):
@@ -56,21 +57,12 @@ class LossConfig:
     embeddings; "own" reproduces InternVL's trainer, which pads with token ids.
     """
 
-    ce: float = recover_setting(
-        1.0, "Weight of the next-token cross-entropy on labelled positions.", unit=WEIGHT, least=0
+    ce: float = weight_setting(1.0, "Weight of the next-token cross-entropy on labelled positions.")
+    l2: float = weight_setting(
+        0.0, "Weight of the mean squared difference between the student's and teacher's hidden states."
     )
-    l2: float = recover_setting(
-        0.0,
-        "Weight of the mean squared difference between the student's and teacher's hidden states.",
-        unit=WEIGHT,
-        least=0,
-    )
-    kl: float = recover_setting(
-        0.0, "Weight of the forward KL divergence (teacher to student) at `temperature`.", unit=WEIGHT, least=0
-    )
-    rkl: float = recover_setting(
-        0.0, "Weight of the reverse KL divergence (student to teacher) at `temperature`.", unit=WEIGHT, least=0
-    )
+    kl: float = weight_setting(0.0, "Weight of the forward KL divergence (teacher to student) at `temperature`.")
+    rkl: float = weight_setting(0.0, "Weight of the reverse KL divergence (student to teacher) at `temperature`.")
     l2_layers: tuple[int, ...] = recover_setting(
         (-1,),
         "Hidden states that `l2` and `cosine` compare, by index in the student (0 = embeddings, -1 = after the final "
@@ -89,8 +81,8 @@ class LossConfig:
     chunk: int = recover_setting(
         128, "Number of positions per row whose logits are in memory at a time.", unit="tokens", least=1
     )
-    cosine: float = recover_setting(
-        0.0, "Weight of 1 - cosine similarity between the student's and teacher's hidden states.", unit=WEIGHT, least=0
+    cosine: float = weight_setting(
+        0.0, "Weight of 1 - cosine similarity between the student's and teacher's hidden states."
     )
     kl_positions: str = teacher_setting(
         "all",
@@ -105,8 +97,8 @@ class LossConfig:
         least=0,
         offered=False,
     )
-    extra: Mapping[str, float] = recover_setting(
-        {}, "Weights of loss terms that a user's file adds to `vp.losses`, by name.", unit=WEIGHT, least=0
+    extra: Mapping[str, float] = weight_setting(
+        {}, "Weights of loss terms that a user's file adds to `vp.losses`, by name."
     )
 
     def __post_init__(self) -> None:
@@ -130,8 +122,8 @@ class LossConfig:
 
     def weights(self) -> dict[str, float]:
         """Return {name of a loss term: its weight}, for built-in and user-defined terms."""
-        items = settings_of(self).items()
-        return {n: getattr(self, n) for n, about in items if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
+        names = [name for name, about in settings_of(self).items() if about.unit == WEIGHT and name != "extra"]
+        return {name: getattr(self, name) for name in names} | dict(self.extra)
 
 
 @dataclass(frozen=True)
@@ -261,8 +253,8 @@ class RecoverConfig:
     @property
     def adapters(self) -> LoraConfig | None:
         """LoRA settings if `trainable` includes adapter weights (lora_a, lora_b); None otherwise."""
-        rules, _ = resolve_rules(self.trainable)
-        return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
+        rules = [pattern for pattern, value in resolve_rules(self.trainable) if value is not False]
+        return self.lora if any("lora_" in pattern for pattern in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
         """Return the settings with a batch size of at most `n_records`, unless `steps` is set.
@@ -291,21 +283,23 @@ class RecoverConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change between a checkpoint and its resumption."""
-        files = ("save_adapter", "teacher_top_k")  # change what is written or cached, not the training
-        free = [name for name, about in settings_of(self).items() if not about.affects or name in files]
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
+        values = dataclasses.asdict(self)
+        for name, about in settings_of(self).items():
+            if not about.affects or name in ("save_adapter", "teacher_top_k"):  # change files, not the training
+                del values[name]
+        if self.steps is not None:
+            values["epochs"] = None
         if self.adapters is None:
-            unused["lora"] = None
+            values["lora"] = None
         if not self.losses.extra:
             del values["losses"]["extra"]
-        return {**values, **unused}
+        return values
 
 
-def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
+def resolve_rules(trainable: str | Sequence[Rule]) -> Rules:
     """Return the rules (regexes) that select trained parameters, from a preset or the user's list."""
     if isinstance(trainable, str):
-        return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
+        return PRESETS[one_of("recover.trainable", trainable, PRESETS)]
     for rule in trainable:
         if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
             raise UserError(
@@ -317,4 +311,4 @@ def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
             raise UserError(f"recover.trainable: {rule[0]!r} is not a regular expression ({error})") from None
     if not trainable:
         raise UserError(f"recover.trainable: empty: use {', '.join(PRESETS)}, or pairs (regex, True | False | group)")
-    return tuple((str(pattern), value) for pattern, value in trainable), True
+    return tuple((str(pattern), value) for pattern, value in trainable)

@@ -11,7 +11,6 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
-from vlmprune_jax.core.models.inputs import images_of
 from vlmprune_jax.core.models.media import Packed, merge_of
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
@@ -99,7 +98,7 @@ def batch_flops(
         return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
 
     def of_images(arrays: Mapping[str, Any]) -> int:
-        images = images_of(arrays)
+        images = arrays["media"].get("vision")
         if images is None:
             return 0
         if images.grid is None:
@@ -108,7 +107,7 @@ def batch_flops(
         sizes = zip(frames.ravel().tolist(), cells.ravel().tolist(), strict=True)
         return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
 
-    def of(arrays: Mapping[str, Any]) -> int:
+    def count_batch(arrays: Mapping[str, Any]) -> int:
         mine, length = arrays["input_ids"].shape
         vision = of_images(arrays) * rows // mine
         if not only_at_labels(loss):
@@ -117,7 +116,7 @@ def batch_flops(
         without = count(rows, length, 0, 0, 0)
         return vision + without + labels * (count(rows, length, 0, 0, 1) - without)
 
-    return of
+    return count_batch
 
 
 def room_of(cfg: ModelConfig, images: Packed) -> int:

@@ -7,22 +7,12 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.links import real_path
 
 PROJECT = "vlmprune"
-
-
-class Logger(Protocol):
-    """Interface of a logger for training metrics."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the metrics of one optimizer step."""
-
-    def close(self) -> None:
-        """Write all buffered metrics and close the log."""
 
 
 class TensorBoard:
@@ -59,10 +49,10 @@ class Tracker:
             ) from error
         path = real_path(folder)
         name = f"{path.parent.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        options: dict[str, Any] = {"project": os.environ.get(f"{package.upper()}_PROJECT", PROJECT), "name": name}
-        options |= {"id": name, "dir": str(folder)} if package == "wandb" else {}
+        project = os.environ.get(f"{package.upper()}_PROJECT", PROJECT)
+        options: dict[str, Any] = {"id": name, "dir": str(folder)} if package == "wandb" else {}
         try:
-            self._module.init(**options, resume="allow")
+            self._module.init(project=project, name=name, resume="allow", **options)
         except Exception as error:  # its own errors, of its network and of files
             raise UserError(
                 f"recover.loggers: {package} cannot start ({reason(error)}): set it up, or leave it out"
@@ -77,8 +67,8 @@ class Tracker:
         self._module.finish()
 
 
-# Name in `recover.loggers` -> (training folder, first step) -> Logger.
-LOGGERS: dict[str, Callable[[Path, int], Logger]] = {
+# Name in `recover.loggers` -> (training folder, first step) -> logger.
+LOGGERS: dict[str, Callable[[Path, int], TensorBoard | Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": lambda folder, first: Tracker("wandb", folder),
     "trackio": lambda folder, first: Tracker("trackio", folder),

@@ -9,27 +9,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
 from vlmprune_jax.core.mesh.preemption import StopSignal
 from vlmprune_jax.core.models.inputs import check_batch
-from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.models.params import Flat, flatten, place_params, unflatten
+from vlmprune_jax.core.models.placement import mesh_of
+from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.recovery.checkpoint import Checkpointer
+from vlmprune_jax.core.prune.surgery import trim_vocabulary
+from vlmprune_jax.core.recovery.checkpoint import Checkpointer, weights_digest
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.flops import batch_flops
+from vlmprune_jax.core.recovery.flops import batch_flops, room_of
 from vlmprune_jax.core.recovery.metrics import Recorder
-from vlmprune_jax.core.recovery.program import BatchShapes, Program, Run, describe, prepare, shapes_of
-from vlmprune_jax.core.recovery.step import TrainState, place_rows, step_context
-from vlmprune_jax.core.recovery.terms import reported_terms
-from vlmprune_jax.core.recovery.trainable import merge_lora
+from vlmprune_jax.core.recovery.program import Program, TrainState, make_program, place_rows, step_context
+from vlmprune_jax.core.recovery.terms import reported_terms, student_layers
+from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora, partition
+
+BatchShapes = Mapping[str, Any]  # a batch with a jax.ShapeDtypeStruct in place of every array
 
 
 def recover(
@@ -50,7 +54,8 @@ def recover(
     Args:
       model: the pruned model, or a new model (`init_params`) to pretrain; its arrays are not modified.
       batches: this process's rows as `Batch`es, endless or at least `num_steps` batches. With `workdir`, the iterator
-        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method `kinds`
+        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method
+        `kinds(first, last)` that returns the distinct `BatchShapes` of these batches, the same on all processes
         (`TrainBatches.kinds`), all programs are compiled before the first step.
       config: trainable parameters, losses and optimizer.
       teacher: the unpruned model, for distillation.
@@ -79,13 +84,13 @@ def recover(
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
     with saver if saver is not None else contextlib.nullcontext():
         state, first = _resume(run, stream, saver)
-        kinds = batches.kinds(first, total) if isinstance(batches, Foreseen) else []
+        kinds = batches.kinds(first, total) if hasattr(batches, "kinds") else []
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices, config.loggers) as recorder, context:
             if saver is not None and 0 < first < total:
                 recorder.say(f"continues after step {first:,} of {total:,}, saved in {saver.folder}")
-            state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
+            state = _train(run, stream, state, (first, total), kinds, saver, recorder)
             summary = {
                 "steps": total,
                 "resumed_from": first,
@@ -101,6 +106,60 @@ def recover(
         params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.program.cfg, fake_quant=None)
     )
     return merge_lora(result) if config.merge_lora else result, summary
+
+
+class Run(NamedTuple):
+    """Training run that is ready to start: program, original dtypes of trained parameters, and arrays on devices."""
+
+    program: Program
+    dtypes: dict[str, Any]
+    mesh: Mesh | None
+    frozen: Flat
+    teacher_params: Params | None
+    state: TrainState
+    identity: dict[str, Any]
+
+
+def prepare(
+    model: Model,
+    config: RecoverConfig,
+    teacher: Model | None,
+    plan: PrunePlan | None,
+    mesh: Mesh | None,
+    total: int,
+    program: Program | None = None,
+) -> Run:
+    """Check the run's settings, place the arrays on devices and build the training step, unless `program` has it."""
+    mesh = mesh if mesh is not None else mesh_of(model.params)
+    if teacher is not None:
+        teacher = trim_vocabulary(teacher, getattr(plan, "vocabulary", None))
+    if program is None:
+        program = make_program(
+            model.cfg,
+            config,
+            teacher_cfg=None if teacher is None else teacher.cfg,
+            kept_layers=getattr(plan, "kept_layers", None),
+            mesh=mesh,
+            num_steps=total,
+        )
+    if config.adapters is not None:
+        model = add_lora(model, config.adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
+    flat = place_params(model, mesh)
+    trainable, frozen = partition(flat, program.groups)
+    taught, teacher_params = program.teacher, None
+    if teacher is not None and taught is not None:
+        teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in place_params(teacher, mesh).items()})
+    with step_context(mesh, config.compute_dtype):
+        state = program.init(trainable)
+    identity = {
+        "config": config.identity(),
+        "num_steps": total,
+        "model": {"cfg": dataclasses.asdict(model.cfg), "weights": weights_digest(flat)},
+        "teacher": taught and {"cfg": dataclasses.asdict(taught.cfg), "weights": weights_digest(teacher_params)},
+        "layers": taught and [student_layers(config.losses, program.cfg), taught.layers],
+    }
+    dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
+    return Run(program, dtypes, mesh, frozen, teacher_params, state, identity)
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
@@ -125,18 +184,9 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
     return state, int(state.step)
 
 
-@runtime_checkable
-class Foreseen(Protocol):
-    """Interface of a batch iterator whose array shapes are all known in advance."""
-
-    def kinds(self, first: int, last: int) -> Sequence[BatchShapes]:
-        """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
-
-
 def _train(
     run: Run,
     stream: Iterator[Any],
-    config: RecoverConfig,
     state: TrainState,
     span: tuple[int, int],
     kinds: Sequence[BatchShapes],
@@ -144,18 +194,18 @@ def _train(
     recorder: Recorder,
 ) -> TrainState:
     """Run the training steps in `span`; metrics are read one step late so that devices never wait for the host."""
-    cfg, programs = run.program.cfg, dict[Any, Any]()
+    cfg, config, programs = run.program.cfg, run.program.config, dict[Any, Any]()
 
     def compile_for(state: TrainState, batch: Mapping[str, Any]) -> None:
         arguments = (state, run.frozen, run.teacher_params, batch)
-        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()  # type: ignore[attr-defined]
+        programs[shapes_of(batch)] = run.program.step.lower(*arguments).compile()
 
     teacher_cfg = None if run.program.teacher is None else run.program.teacher.cfg
     flops = batch_flops(cfg, teacher_cfg, config.losses, run.program.groups, rows=config.batch_size)
     pending = deque[Callable[[], None]]()
     with StopSignal() as stop:
         with recorder.compiling():
-            zeros = [{name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()} for kind in kinds]
+            zeros = [jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), kind) for kind in kinds]
             if zeros:
                 recorder.say(f"compiling {len(kinds)} program{'s' * (len(kinds) > 1)}: {describe(cfg, zeros)}")
             for batch in zeros:  # ahead of the run, which shows a lack of memory at the start
@@ -166,7 +216,7 @@ def _train(
                 saver.prepare(state, -(-(span[1] - span[0]) // (config.save_every or span[1])))
         for step in range(*span):
             begin = time.perf_counter()
-            batch = _next(stream, run, config, step)
+            batch = _next(stream, run, step)
             waited = time.perf_counter() - begin
             placed = place_rows(batch.arrays, run.mesh)
             if shapes_of(placed) not in programs:
@@ -175,8 +225,8 @@ def _train(
                 with recorder.compiling():
                     compile_for(state, placed)
             state, metrics = programs[shapes_of(placed)](state, run.frozen, run.teacher_params, placed)
-            of_batch = (batch.record_ids, waited, batch.skipped, flops(batch.arrays))
-            pending.append(functools.partial(recorder.step, step + 1, metrics, *of_batch))
+            facts = (batch.record_ids, waited, batch.skipped, flops(batch.arrays))
+            pending.append(functools.partial(recorder.step, step + 1, metrics, *facts))
             if len(pending) > 1:
                 pending.popleft()()
             if saver is not None:
@@ -194,7 +244,7 @@ def _train(
     return state
 
 
-def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
+def _next(stream: Iterator[Any], run: Run, step: int) -> Any:
     """Return the next batch; raise UserError if there is none or its size is wrong."""
     batch = next(stream, None)
     if batch is None:
@@ -205,10 +255,29 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: batch of step {step + 1} must be a Batch, got {type(batch).__name__}: make it with vp.batches"
         )
-    rows = len(rows_of_process(run.mesh, config.batch_size))
+    rows = len(rows_of_process(run.mesh, run.program.config.batch_size))
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(
             f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
         )
     return dataclasses.replace(batch, arrays=check_batch(run.program.cfg, batch.arrays))
+
+
+def shapes_of(batch: Mapping[str, Any]) -> Any:
+    """Return the shapes and dtypes of a batch's arrays, for each of which the training step is compiled once."""
+    arrays, structure = jax.tree.flatten(batch)
+    return structure, tuple((array.shape, array.dtype) for array in arrays)
+
+
+def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
+    lengths, counts = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
+    for images in (batch["media"].get("vision") for batch in batches):
+        slots = 0 if images is None else images.values.shape[0] * images.values.shape[1]
+        counts.append(f"{slots} image{'s' if slots != 1 else ''}")
+        if images is not None and images.grid is not None:
+            counts[-1] = f"{len(images.values) * room_of(cfg, images):,} image tokens"
+    if len(set(counts)) == 1:
+        return f"sequences of {', '.join(lengths)} tokens"
+    return "sequences of " + ", ".join(f"{tokens} tokens with {n}" for tokens, n in zip(lengths, counts, strict=True))

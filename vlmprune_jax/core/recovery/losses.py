@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,20 +19,18 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.placement import mesh_of
-from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
+from vlmprune_jax.core.models.vlm import ENCODED, Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.terms import (
     TERMS,
     LossTerm,
-    check_losses,
-    check_teacher,
+    Teacher,
     compares_logits,
-    layer_pairs,
-    needs_teacher,
+    make_teacher,
     on_hidden,
     only_at_labels,
     reported_terms,
@@ -63,7 +60,7 @@ class LossTerms(UserDict[str, LossTerm]):
         Args:
           model: the student, with or without adapters.
           batch: a mapping of arrays, or an object with the attribute `arrays`: input_ids, attention_mask and labels,
-            int[batch, seq] (labels are not shifted; -100 = no label), and optionally pixel_values.
+            int[batch, seq] (labels are not shifted; -100 = no label), and optionally "media" or a processor's arrays.
           config: weights of the terms; a `RecoverConfig` also sets the precision (default: the model's own).
           teacher, plan: see `recover`.
 
@@ -72,19 +69,13 @@ class LossTerms(UserDict[str, LossTerm]):
         """
         loss, dtype = (config.losses, config.compute_dtype) if isinstance(config, RecoverConfig) else (config, None)
         theirs = None if teacher is None else teacher.cfg
-        check_losses(loss)
-        check_teacher(loss, model.cfg, theirs)
+        taught = make_teacher(loss, model.cfg, theirs, getattr(plan, "kept_layers", None))
         host = getattr(batch, "arrays", batch)
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in host]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
-        arrays = {name: jnp.asarray(array) for name, array in check_batch(model.cfg, host).items()}
-        taught, params = None, None
-        if teacher is not None and needs_teacher(loss):
-            taught = Teacher(
-                teacher.cfg, *layer_pairs(loss, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
-            )
-            params = teacher.params
+        arrays = jax.tree.map(jnp.asarray, check_batch(model.cfg, host))
+        params = None if teacher is None or taught is None else teacher.params
         with use_mesh(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
         return {name: float(values[name]) for name in (*reported_terms(loss), "total")}
@@ -113,19 +104,10 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
     return {name: every[term.counts] for name, term in reported_terms(loss).items()}
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """Config of the distillation teacher, and pairs of indices of the hidden states that are compared."""
-
-    cfg: ModelConfig
-    student_layers: tuple[int, ...]
-    teacher_layers: tuple[int, ...]
-
-
 def loss_sums(
     params: Params,
     cfg: ModelConfig,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
     loss: LossConfig,
     *,
     teacher: Teacher | None,
@@ -135,23 +117,20 @@ def loss_sums(
 ) -> dict[str, jax.Array]:
     """Return the sum of each loss term over one micro-batch, float32[].
 
-    The batch holds `input_ids`, `attention_mask`, `labels` and optionally images: `pixel_values`, or `vision_features`
-    for models without their tower. With `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see
-    `data.teacher_rows`).
+    The batch holds `input_ids`, `attention_mask`, `labels` and optionally "media" (`models.media.Media`). With
+    `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    inputs = encode_inputs(cfg, batch) | {"remat": remat}
+    inputs: dict[str, Any] = {name: batch.get(name) for name in ENCODED} | {"remat": remat}
     embeds: dict[str, Any] = {}
     if loss.reference_compat and inputs["position_ids"] is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         inputs["position_ids"] = positions * mask if loss.teacher_inputs == "own" else positions
         if loss.teacher_inputs != "own":
-            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["images"], inputs["items"])
+            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["media"])
             embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
     hidden = on_hidden(loss)
-    states: tuple[int, ...] = ()
-    if hidden:
-        states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
+    states = student_layers(loss, cfg) if hidden else ()
     final, aux = encode(params, cfg, ids, states=states, dropout_key=dropout_key, **inputs, **embeds)
     sums: dict[str, Any] = {}
     target, teacher_head = None, None
@@ -159,17 +138,16 @@ def loss_sums(
     if teacher is not None and teacher_params is not None:
         shared = ("inputs_embeds", "layer_embeds") if loss.teacher_inputs == "student" else ()
         inputs |= {name: aux[name] for name in shared}
-        states = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, states=states, **inputs)
+        target, seen = encode(teacher_params, teacher.cfg, ids, states=teacher.layers if hidden else (), **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
+        if compares_logits(loss):
+            teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     for name, term in hidden.items():
         sums[name] = 0
         for ours, theirs in zip(aux["states"], taught, strict=True):
             arguments = [{"hidden": ours, "teacher_hidden": theirs}[need] for need in term.needs]
             values = _at_positions(name, term.value, [x.astype(jnp.float32) for x in arguments], mask)
             sums[name] += jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
-    if teacher is not None and teacher_params is not None and compares_logits(loss):
-        teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
     sums |= vocabulary_sums(final, gathered_head(params, cfg), batch["labels"], mask, loss, target, teacher_head, top)
     return {name: sums[name] for name in reported_terms(loss)}
@@ -177,13 +155,13 @@ def loss_sums(
 
 def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
     """Return the teacher's cached top-k outputs in a batch."""
-    top, k = {name: batch.get(f"teacher_{name}") for name in ("ids", "logprobs")}, loss.teacher_top_k
-    widths = {name: None if array is None else array.shape[-1] for name, array in top.items()}
-    if widths != {"ids": k, "logprobs": k + 1}:
+    k = loss.teacher_top_k
+    top = {name: batch[f"teacher_{name}"] for name in ("ids", "logprobs") if f"teacher_{name}" in batch}
+    if {name: array.shape[-1] for name, array in top.items()} != {"ids": k, "logprobs": k + 1}:
         raise UserError(
             f"losses: teacher_top_k={k} needs batches with {k} teacher_ids and {k + 1} teacher_logprobs per position"
         )
-    return top  # type: ignore[return-value]
+    return top
 
 
 def gathered_head(params: Params, cfg: ModelConfig) -> Head:
@@ -218,7 +196,8 @@ def vocabulary_sums(
     if loss.kl_positions == "labels":
         weigh = (targets != IGNORED).astype(mask.dtype)
     terms = {name: term for name, term in reported_terms(loss).items() if not term.on_hidden}
-    if teacher_head is None and top is None:
+    cached = top is not None
+    if teacher_head is None and not cached:
         terms = {name: term for name, term in terms.items() if not term.needs_teacher}
     counted = targets != IGNORED
     if not only_at_labels(loss):
@@ -226,38 +205,31 @@ def vocabulary_sums(
     xs: dict[str, Any] = {"y": targets, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:
         xs["t"] = teacher_hidden
-    body = functools.partial(_chunk_sums, tuple(terms.items()), loss)
+
+    def body(
+        head: Head, states: jax.Array, counted: jax.Array, x: dict[str, jax.Array], teacher_head: Head | None
+    ) -> dict[str, jax.Array]:
+        x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
+        inputs = {"logits": head(states), "targets": x["y"]}
+        if teacher_head is not None:
+            inputs["teacher_logits"] = teacher_head(x["t"])
+        if any(term.tempered and not (term.needs_teacher and cached) for term in terms.values()):
+            for name in [name for name in inputs if name.endswith("logits")]:
+                logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
+                inputs[name.replace("logits", "log_probs")] = logprobs
+        weight, sums = x["w"].astype(jnp.float32), {}
+        for name, term in terms.items():
+            function: Callable[..., jax.Array] = term.value
+            arguments: list[Any] = [inputs.get(need) for need in term.needs]
+            if term.needs_teacher and cached and term.from_top_k is not None:
+                function = term.from_top_k
+                arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
+            values = _at_positions(name, function, arguments, weight)
+            total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+            sums[name] = loss.temperature**2 * total if term.tempered else total
+        return sums
+
     return chunk_sums(body, loss.chunk, head, hidden, counted, xs, teacher_head)
-
-
-def _chunk_sums(
-    terms: tuple[tuple[str, LossTerm], ...],
-    loss: LossConfig,
-    head: Head,
-    states: jax.Array,
-    counted: jax.Array,
-    x: dict[str, jax.Array],
-    teacher_head: Head | None,
-) -> dict[str, jax.Array]:
-    x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
-    inputs = {"logits": head(states), "targets": x["y"]}
-    if teacher_head is not None:
-        inputs["teacher_logits"] = teacher_head(x["t"])
-    if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
-        for name in [name for name in inputs if name.endswith("logits")]:
-            logprobs = jax.nn.log_softmax(inputs[name] / loss.temperature, axis=-1)
-            inputs[name.replace("logits", "log_probs")] = logprobs
-    weight, sums = x["w"].astype(jnp.float32), {}
-    for name, term in terms:
-        function: Callable[..., jax.Array] = term.value
-        arguments: list[Any] = [inputs.get(need) for need in term.needs]
-        if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-            function = term.from_top_k
-            arguments = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
-        values = _at_positions(name, function, arguments, weight)
-        total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
-        sums[name] = loss.temperature**2 * total if term.tempered else total
-    return sums
 
 
 def _at_positions(
@@ -289,7 +261,7 @@ def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: Los
 def _means(
     params: Params,
     cfg: ModelConfig,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
     loss: LossConfig,
     teacher: Teacher | None,
     teacher_params: Params | None,

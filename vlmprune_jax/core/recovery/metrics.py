@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
-from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vlmprune_jax.base.chips import peak_flops
+from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.base.links import check_links
 from vlmprune_jax.base.processes import from_all, is_main_process, process_number
-from vlmprune_jax.core.recovery.loggers import LOGGERS, Logger
+from vlmprune_jax.core.recovery.loggers import LOGGERS, TensorBoard, Tracker
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
-_Row = dict[str, float]  # a line of metrics.jsonl
-PAUSE_SECONDS = 60.0  # seconds between progress lines if no bar can be drawn (such as in a pod's log)
 
 
 class _Step(TypedDict):
@@ -57,18 +54,17 @@ class Recorder:
         loggers: Sequence[str] = ("tensorboard",),
     ):
         self.saved, self.last = first, {}
-        self._folder, self._first, self._total, self._log_every = folder, first, total, log_every
+        self._folder, self._total, self._log_every = folder, total, log_every
         peak = peak_flops(devices[0].device_kind)
         self._peak = None if peak is None else peak * len(devices)
         self._tokens = self._counted = self._flops = self._compiling = 0.0
         self._begin = self._mark = time.perf_counter()
         self._steady: float | None = None
-        self._file, self._loggers = None, list[Logger]()
+        self._file, self._loggers = None, list[TensorBoard | Tracker]()
         self._skipped = 0
-        self._skipped_file = None if folder is None else folder / f"skipped-{process_number()}.jsonl"
         if folder is not None:
             check_links(folder)  # TensorBoard writes through them
-        if self._skipped_file is not None:
+            self._skipped_file = folder / f"skipped-{process_number()}.jsonl"
             self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,38 +72,24 @@ class Recorder:
             kept = _keep_until(folder / METRICS_FILE, first, _Step)
             self.last = kept[-1] if kept else {}
             self._file = (folder / METRICS_FILE).open("a")
-        self._bar = None
-        if progress and is_main_process() and first < total:
-            console = get_console()
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                disable=not (console.is_terminal or console.is_jupyter),
-            )
-        self._said = self._begin
+        self._reporter = make_reporter(progress and is_main_process() and first < total)
+        self._bar = self._reporter.bar("train step", total, first)
 
     def __enter__(self) -> Recorder:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=self._total, completed=self._first, loss="", rate="")
+        self._show = self._bar.__enter__()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        loggers = [(logger, "close") for logger in self._loggers]
-        for resource, close in ((self._bar, "stop"), (self._file, "close"), *loggers):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._bar.__exit__(kind, error, trace)
+        for resource in (self._file, *self._loggers):
             # On a full disk closing fails as well; the user should read the first error.
             with contextlib.suppress(*(() if error is None else (OSError,))):
                 if resource is not None:
-                    getattr(resource, close)()
+                    resource.close()
 
     def say(self, text: str) -> None:
         """Print a text as a line above the progress bar."""
-        if self._bar is not None:
-            print(f"  train: {text}", flush=True)
+        self._reporter.say(f"  train: {text}")
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -135,7 +117,7 @@ class Recorder:
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._skipped += len(skipped)
-        if skipped and self._skipped_file is not None:
+        if skipped and self._folder is not None:
             self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
             with self._skipped_file.open("a") as file:
                 for record, reason in skipped:
@@ -151,13 +133,9 @@ class Recorder:
             self._counted += tokens
             self._flops += flops
         self._tokens += tokens
-        times = {**self._speeds(tokens, flops, seconds), "seconds": seconds, "data_seconds": data_seconds}
-        self.last = {"step": step, **values, **times}
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, **_shown(self.last))
-            if self._bar.disable and now - self._said >= PAUSE_SECONDS:
-                self._said = now
-                self.say(f"step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}")
+        self.last = {"step": step, **values, **self._speeds(tokens, flops, seconds)}
+        self.last |= {"seconds": seconds, "data_seconds": data_seconds}
+        self._show(step, _shown(self.last))
         if step % self._log_every == 0 or step == self._total:
             if self._file is not None:
                 self._file.write(json.dumps(self.last) + "\n")
@@ -167,8 +145,8 @@ class Recorder:
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
         """Return tokens/s (without padding), model FLOP/s, and model FLOPs utilisation (share of peak bfloat16)."""
-        speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
-        return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
+        mfu = {} if self._peak is None else {"mfu": flops / seconds / self._peak}
+        return {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds, **mfu}
 
     def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
         ids = [name for name in record_ids if name]
@@ -200,12 +178,10 @@ class Recorder:
         }
 
 
-def _shown(last: Mapping[str, float]) -> dict[str, Any]:
-    """Return a step's metrics as texts for the progress bar."""
-    rate = f"{last['tokens_per_second']:,.0f} tok/s"
-    if "mfu" in last:
-        rate += f"  MFU {100 * last['mfu']:.0f} %"
-    return {"loss": f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}", "rate": rate}
+def _shown(last: Mapping[str, float]) -> str:
+    """Return a step's metrics for the progress bar."""
+    mfu = f"  MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
+    return f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}  {last['tokens_per_second']:,.0f} tok/s{mfu}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -213,7 +189,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError if the file is damaged.
     """
-    rows = read_json_lines(path, _Row, cut=True)
+    rows = read_json_lines(path, dict[str, float], cut=True)
     for number, row in enumerate(rows, start=1):
         checked(row, _Step, f"{path}, row {number}", "remove it, and run the same command")
     return rows

@@ -6,7 +6,7 @@ A teacher's distribution may be stored as its k likeliest tokens and the total p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,8 +136,8 @@ def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
     The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
     gradient, whereas gathering the student's k values would need a scatter in the backward pass.
     """
-    place = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, at, x: row.at[at].set(x))
-    return place(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
+    scatter = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, i, x: row.at[i].set(x))
+    return scatter(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -206,29 +206,24 @@ def check_losses(loss: LossConfig) -> None:
     for name in loss.weights():
         if name not in TERMS:
             raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, TERMS)}")
-    hidden = on_hidden(loss)
-    if hidden and not loss.l2_layers:
-        raise UserError(
-            f"recover.losses: {_listed(hidden)} needs l2_layers: set it, for example to [-1] (after the final norm)"
-        )
+    if on_hidden(loss) and not loss.l2_layers:
+        names = " and ".join(on_hidden(loss))
+        raise UserError(f"recover.losses: {names} needs l2_layers: set it, for example to [-1] (after the final norm)")
     if not loss.teacher_top_k:
         return
-    terms = weighted_terms(loss)
-    able = [name for name, term in TERMS.items() if term.from_top_k is not None]
-    whole = [name for name, term in terms.items() if term.needs_teacher and name not in able]
-    if whole:
+    terms, cached = weighted_terms(loss), [name for name, term in TERMS.items() if term.from_top_k is not None]
+    others = [name for name, term in terms.items() if term.needs_teacher and name not in cached]
+    if others:
         raise UserError(
-            f"recover.losses: {_listed(whole)} cannot be computed from cached top-k logits of a teacher (only "
-            f"{_listed(able)} can): set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
+            f"recover.losses: {' and '.join(others)} cannot be computed from cached top-k logits of a teacher (only "
+            f"{' and '.join(cached)} can): set {' and '.join(f'{name}=0' for name in others)}, or train without "
+            "teacher_cache"
         )
-    if not set(able) & set(terms):
+    if not terms.keys() & {*cached}:
         raise UserError(
-            f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {_listed(able)} above 0"
+            f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {' and '.join(cached)} "
+            "above 0"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
@@ -243,45 +238,59 @@ def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
     return tuple(index % (n_layers + 1) for index in loss.l2_layers)
 
 
-def layer_pairs(
-    loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return pairs of hidden-state indices (student, teacher) that the hidden-state losses compare.
+@dataclass(frozen=True)
+class Teacher:
+    """Distillation teacher of a training run."""
+
+    cfg: ModelConfig
+
+    layers: tuple[int, ...]
+    """Index of the hidden state with which each one in `student_layers` is compared."""
+
+
+def make_teacher(
+    loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None, kept: Sequence[int] | None
+) -> Teacher | None:
+    """Return the teacher that the loss terms need, None if there is none to run.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
     layer `kept[i - 1]`. Embeddings are compared with embeddings, and states after the final norm with each other.
-    Raises UserError if an index is outside the student, or layer counts differ without a plan that aligns them.
+
+    Raises UserError if loss terms are unknown or contradict other settings; the teacher is missing, or its widths,
+    vocabulary or image tokens are not the student's; an index of `loss.l2_layers` is outside the student; or layer
+    counts differ without a plan that aligns them.
     """
+    check_losses(loss)
+    if loss.teacher_top_k > student.text.vocab_size:
+        raise UserError(
+            f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"
+        )
+    if not needs_teacher(loss):
+        return None
+    if teacher is None:
+        names = " and ".join(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
+        raise UserError(f"losses: {names} needs a teacher: pass the unpruned model, or set the weight to 0")
+    _check_teacher(loss, student, teacher)
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
         raise UserError(
             f"recover: the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the "
             f"teacher {n_teacher}: pass the plan that this student was pruned with"
         )
-    ours, theirs = student_layers(loss, student), []
-    for index, i in zip(loss.l2_layers, ours, strict=True):
+    layers = list[int]()
+    for index, i in zip(loss.l2_layers, student_layers(loss, student), strict=True):
         if loss.reference_compat:
-            theirs.append(index % (n_teacher + 1) if index < 0 else index)
+            layers.append(index % (n_teacher + 1) if index < 0 else index)
         elif i in (0, n_student):
-            theirs.append(0 if i == 0 else n_teacher)
+            layers.append(0 if i == 0 else n_teacher)
         elif kept is None and n_student != n_teacher:
             raise UserError(f"losses: l2_layers: {index} cannot be aligned without a plan: pass plan, or use -1")
         else:
-            theirs.append(i if kept is None else kept[i - 1] + 1)
-    return ours, tuple(theirs)
+            layers.append(i if kept is None else kept[i - 1] + 1)
+    return Teacher(teacher, tuple(layers))
 
 
-def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Raise UserError if the teacher is missing, or its widths, vocabulary or image tokens are not the student's."""
-    if loss.teacher_top_k > student.text.vocab_size:
-        raise UserError(
-            f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"
-        )
-    if not needs_teacher(loss):
-        return
-    if teacher is None:
-        taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
-        raise UserError(f"losses: {taught} needs a teacher: pass the unpruned model, or set the weight to 0")
+def _check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig) -> None:
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(
@@ -297,7 +306,6 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
         raise UserError(
             f"teacher: an image has {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, but for the "
-            "student "
-            f"{student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
+            f"student {student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
             'teacher_inputs="student"'
         )

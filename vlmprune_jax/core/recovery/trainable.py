@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.params import Flat, flatten, init_params, layer_axes, param_axes, unflatten
+from vlmprune_jax.core.models.params import Flat, flatten, init_params, layer_axes, param_axes, place_params, unflatten
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.recovery.config import MAIN, Rule, resolve_rules
@@ -29,8 +27,8 @@ def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict
     `trainable` is the name of a preset, or rules `(regex, True | False | group)`; a regex must match the full path.
     Raises UserError if a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
     """
-    rules, strict = resolve_rules(trainable)
-    for pattern, _ in rules if strict else ():
+    rules = resolve_rules(trainable)
+    for pattern, _ in () if isinstance(trainable, str) else rules:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise UserError(f"recover.trainable: regex {pattern!r} matches no parameter {_suggest(pattern, paths)}")
     groups: dict[str, str] = {}
@@ -50,10 +48,9 @@ def _suggest(pattern: str, paths: Sequence[str]) -> str:
     return f"(it must match a full path; similar paths: {', '.join(close)})"
 
 
-def partition(flat: Mapping[str, Any], trainable: str | Sequence[Rule]) -> tuple[Flat, Flat]:
-    """Split flat params into (trained, frozen) dictionaries."""
-    groups = assign_groups(list(flat), trainable)
-    return {p: x for p, x in flat.items() if p in groups}, {p: x for p, x in flat.items() if p not in groups}
+def partition(flat: Flat, trained: Container[str]) -> tuple[Flat, Flat]:
+    """Split flat params into (trained, frozen) dictionaries; `trained`: paths of the trained parameters."""
+    return {p: x for p, x in flat.items() if p in trained}, {p: x for p, x in flat.items() if p not in trained}
 
 
 def decays(path: str) -> bool:
@@ -70,10 +67,10 @@ def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
     if cfg.lora is not None:
         raise UserError("recover.lora: the model already has LoRA adapters: merge them first (merge_lora)")
     projections = projection_names(cfg)
-    unknown = [target for target in lora.targets if target not in projections]
+    unknown = ", ".join(target for target in lora.targets if target not in projections)
     if unknown:
-        known = ", ".join(projections)
-        raise UserError(f"recover.lora.targets: {', '.join(unknown)} is not a projection of the decoder: use {known}")
+        choices = ", ".join(projections)
+        raise UserError(f"recover.lora.targets: {unknown} is not a projection of the decoder: use {choices}")
     return dataclasses.replace(cfg, lora=dataclasses.replace(lora, targets=lora.targets or tuple(projections)))
 
 
@@ -85,11 +82,7 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     flat, cfg = flatten(model.params), with_lora(model.cfg, lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
     dtype = flat[added[0].rpartition("/")[0] + "/weight"].dtype
-    leaves = flatten(init_params(cfg, key, dtype, paths=added))
-    mesh = mesh_of(model.params)
-    if mesh is not None:
-        axes = param_axes(cfg)
-        leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in leaves.items()}
+    leaves = place_params(Model(init_params(cfg, key, dtype, paths=added), cfg), mesh_of(model.params))
     return model.replace(params=unflatten({**flat, **leaves}), cfg=cfg)
 
 

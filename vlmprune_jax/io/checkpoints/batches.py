@@ -84,8 +84,8 @@ def batches(
 
     Returns:
       Batches of one length; `.arrays` has input_ids, attention_mask and labels
-      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (for images of
-      varying size, see `Batch`). Videos are among the images, in the order of their tokens.
+      int32[batch, tokens] and, with a tower, `media["vision"]`, the images in packed rows, one per row (see `Batch`).
+      Videos are among the images, in the order of their tokens.
 
     Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size or samples < 1.
     """

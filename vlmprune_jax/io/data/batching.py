@@ -7,13 +7,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.recovery.program import BatchShapes
+from vlmprune_jax.core.recovery.loop import BatchShapes
 from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.grouping import grouped_order
@@ -28,19 +30,17 @@ _PADDING_ROW = -1
 class Batch:
     """Arrays of one padded batch for training or scoring; all rows have the same shape.
 
-    `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
-    pixel_values float32[packs, slots, 3, height, width], or from a feature cache vision_features [packs, slots, tokens,
-    features]: a packed row has the images and video frames of batch / packs neighbouring rows, then zeros. For images
-    of varying size, pixel_values are float32[packs, patches, values] with the patches of a token next to each other,
-    vision_features [packs, tokens, features], image_grid_thw int32[packs, slots, 3] (temporal patches, rows and columns
-    of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
+    `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted), and "media", which has a
+    `Packed` under "vision" if the model takes images: a packed row has the images and video frames of batch / packs
+    neighbouring rows, then zeros, as pixels or as features from a cache. The patches of a token are next to each other.
+    Models with M-RoPE also have position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
     `TeacherRows`.
 
     A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, replaced by
     padding.
     """
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     record_ids: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
@@ -76,8 +76,8 @@ class TrainBatches:
             packs = self.packs * self.local // len(self.rows[0])
             check_memory(self.local, shape, self.encoder, 0, packs)
             row = _padding_row(self.encoder, shape, self.teacher)
-            kind = {name: ((self.local, *array.shape), array.dtype) for name, array in row.items()}
-            kinds.append(kind | dict(self.encoder.packed_arrays(shape, self.local, packs)))
+            kind = {name: jax.ShapeDtypeStruct((self.local, *array.shape), array.dtype) for name, array in row.items()}
+            kinds.append({**kind, "media": self.encoder.packed_shapes(shape, self.local, packs)})
         return kinds
 
     def _shapes(self, first: int, last: int) -> set[Shape]:
@@ -198,8 +198,9 @@ def _load_rows(
         rows.append(_padding_row(encoder, shape, teacher) if row is None else row)
         pictures.append([] if row is None else images)
         names.append(name)
-    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Batch(arrays | encoder.packed(pictures, shape, local), tuple(names), skipped=tuple(skipped))
+    arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    arrays["media"] = encoder.packed(pictures, shape, local)
+    return Batch(arrays, tuple(names), skipped=tuple(skipped))
 
 
 def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -216,8 +217,8 @@ def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) ->
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int, packs: int) -> None:
     """Raise UserError if a batch and the batches read ahead need more memory than this machine has."""
-    arrays = encoder.packed_arrays(shape, rows, packs)
-    image_bytes = sum(math.prod(size) * dtype.itemsize for _, (size, dtype) in arrays)
+    arrays = jax.tree.leaves(encoder.packed_shapes(shape, rows, packs))
+    image_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     needed = (prefetch + 1) * (rows * 3 * 4 * shape.tokens + image_bytes)
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         images, setting = "images", "data.max_images"

@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.positions import AXES, is_visual, mrope_positions
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
-from vlmprune_jax.io.data.images import GRIDS, SECONDS, ImageLoader
+from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.families.templates import Template
@@ -121,8 +123,8 @@ class Encoder:
         if loader is None or not record.visuals:
             return images
         for path, image in zip(record.visuals, self.shapes(record), strict=True):
-            size, dtype = loader.arrays(image.slots, image.tokens)[loader.array]
-            zeros = np.broadcast_to(np.zeros((), dtype), size)
+            size = (loader.room(image.slots, image.tokens), *loader.shape)
+            zeros = np.broadcast_to(np.zeros((), loader.dtype), size)
             pixels = loader.load(path, record.id, len(record.images)) if read else zeros
             if len(pixels) != len(zeros):
                 raise UserError(f"record {record.id}: {_CHANGED}")
@@ -131,39 +133,39 @@ class Encoder:
 
     def packed(
         self, rows: Sequence[Sequence[tuple[np.ndarray, ImageShape]]], shape: Shape, packs: int
-    ) -> dict[str, np.ndarray]:
-        """Return the image arrays of a batch, given the images of every row, as `packs` packed rows.
+    ) -> dict[str, Packed]:
+        """Return the images of a batch, given the images of every row, as `packs` packed rows.
 
         Each packed row has the images or tiles (or their patches) of equally many neighbouring rows in order, then
         zeros. The result is {} for models without images.
         """
-        loader, size = self.image_loader, len(rows) // packs
+        size, shapes = len(rows) // packs, self.packed_shapes(shape, len(rows), packs)
+        media: dict[str, Packed] = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), shapes)
+        for packed in media.values():
+            for pack in range(packs):
+                images = [image for row in rows[pack * size : (pack + 1) * size] for image in row]
+                count = sum(len(pixels) for pixels, _ in images)
+                if count > packed.values.shape[1]:
+                    raise UserError(f"a batch of records: {_CHANGED}")
+                if images:
+                    np.concatenate([pixels for pixels, _ in images], out=packed.values[pack, :count])
+                if packed.grid is not None:
+                    grids = [grid for _, image in images for grid in image.grids]
+                    packed.grid[pack, : len(grids)] = np.reshape(grids, (-1, AXES))
+                if packed.times is not None:
+                    packed.times[pack, : len(images)] = [image.interval for _, image in images]
+        return media
+
+    def packed_shapes(self, shape: Shape, rows: int, packs: int) -> dict[str, Packed]:
+        """Return shapes and dtypes of a batch's images in `packs` packed rows, each of `rows // packs` rows."""
+        loader, each = self.image_loader, rows // packs
         if loader is None:
             return {}
-        arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in self.packed_arrays(shape, len(rows), packs)}
-        for pack in range(packs):
-            images = [image for row in rows[pack * size : (pack + 1) * size] for image in row]
-            array, count = arrays[loader.array][pack], sum(len(pixels) for pixels, _ in images)
-            if count > len(array):
-                raise UserError(f"a batch of records: {_CHANGED}")
-            if images:
-                np.concatenate([pixels for pixels, _ in images], out=array[:count])
-            if GRIDS in arrays:
-                grids = [grid for _, image in images for grid in image.grids]
-                arrays[GRIDS][pack, : len(grids)] = np.reshape(grids, (-1, AXES))
-            if SECONDS in arrays:
-                arrays[SECONDS][pack, : len(images)] = [image.interval for _, image in images]
-        return arrays
-
-    def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
-        """Return (name, (shape, dtype)) of a batch's image arrays; each of `packs` rows has `rows // packs` records."""
-        if self.image_loader is None:
-            return []
-        each = rows // packs
-        arrays = self.image_loader.arrays(shape.slots * each, shape.image_tokens * each)
-        if self.tokens_per_second:
-            arrays[SECONDS] = ((shape.slots * each,), np.dtype(np.float32))
-        return [(name, ((packs, *size), dtype)) for name, (size, dtype) in arrays.items()]
+        slots, tokens = shape.slots * each, shape.image_tokens * each
+        values = jax.ShapeDtypeStruct((packs, loader.room(slots, tokens), *loader.shape), loader.dtype)
+        grid = jax.ShapeDtypeStruct((packs, slots, AXES), np.int32) if loader.preparation.merge else None
+        times = jax.ShapeDtypeStruct((packs, slots), np.float32) if self.tokens_per_second else None
+        return {"vision": Packed(values, grid, times=times)}
 
     def shapes(self, record: Record) -> list[ImageShape]:
         """Return grid and number of tiles of each image of a record; raise UserError (with its id) if unusable."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.data.images import GRIDS, ImageLoader
+from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.preparation import Preparation, Videos
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
@@ -44,8 +44,6 @@ class FeatureLoader:
       dtype: dtype of the features.
     """
 
-    array = "vision_features"
-
     def __init__(self, images: ImageLoader, cache: ArrayCache, shape: tuple[int, ...], dtype: np.dtype):
         self.images, self.cache, self.shape, self.dtype = images, cache, shape, dtype
 
@@ -54,11 +52,9 @@ class FeatureLoader:
         """Image preparation (resizing, tiling) that was used when the features were computed."""
         return self.images.preparation
 
-    def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return {name: (shape, dtype)} of the arrays with cached image features that a record has in a batch."""
-        if not self.preparation.merge:
-            return {self.array: ((slots, *self.shape), self.dtype)}
-        return {self.array: ((image_tokens, *self.shape), self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
+    def room(self, slots: int, image_tokens: int) -> int:
+        """Return the number of tiles or tokens whose features a packed row holds, see `ImageLoader.room`."""
+        return image_tokens if self.preparation.merge else slots
 
     @property
     def videos(self) -> Videos | None:

@@ -19,15 +19,15 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
-from vlmprune_jax.core.models.media import Packed
+from vlmprune_jax.core.models.media import Media, Packed
 from vlmprune_jax.core.models.params import param_shapes
+from vlmprune_jax.core.models.positions import AXES
 from vlmprune_jax.core.models.vlm import Params, tower_features
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.step import batch_sharding, local_rows, place_rows, step_context
+from vlmprune_jax.core.recovery.program import batch_sharding, local_rows, place_rows, step_context
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.io.data.encoding import smallest
 from vlmprune_jax.io.data.feature_loader import FeatureLoader, Picture
-from vlmprune_jax.io.data.images import GRIDS
 from vlmprune_jax.io.families.tiles import ImageShape
 
 TOWER = "vision"
@@ -159,29 +159,27 @@ def _rows(
         yield from itertools.chain.from_iterable(source.to_iter_dataset(options))
 
 
-def _batch(loader: FeatureLoader, chosen: Sequence[_Row], rows: int, tokens: int) -> dict[str, np.ndarray]:
+def _batch(loader: FeatureLoader, chosen: Sequence[_Row], rows: int, tokens: int) -> dict[str, Packed]:
     """Return a batch of `rows` rows that begins with `chosen`; images of any size are padded to a bucket."""
     buckets = loader.preparation.image_buckets
     room = smallest(buckets, tokens) if buckets else 0
-    every = loader.images.arrays(loader.preparation.usual[-1] if room else 1, room).items()
-    arrays = {name: np.zeros((rows, *size), dtype) for name, (size, dtype) in every}
+    slots, images = loader.preparation.usual[-1] if room else 1, loader.images
+    values = np.zeros((rows, images.room(slots, room), *images.shape), images.dtype)
+    grid = np.zeros((rows, slots, AXES), np.int32) if room else None
     for number, row in enumerate(chosen):
         if row.pixels is not None:
-            arrays[loader.images.array][number, : len(row.pixels)] = row.pixels
-        if room:
-            arrays[GRIDS][number, : len(row.shape.grids)] = row.shape.grids
-    return arrays
+            values[number, : len(row.pixels)] = row.pixels
+        if grid is not None:
+            grid[number, : len(row.shape.grids)] = row.shape.grids
+    return {"vision": Packed(values, grid)}
 
 
-def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
+def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, Media], jax.Array]:
     """Return a function that computes vision features of a batch of tiles, compiled once per shape."""
     sharding = None if mesh is None else batch_sharding(mesh, 3)
-    program = jax.jit(
-        lambda tower, rows: tower_features(tower, cfg, Packed(rows["pixel_values"], rows.get(GRIDS))),
-        out_shardings=sharding,
-    )
+    program = jax.jit(lambda tower, rows: tower_features(tower, cfg, rows["vision"]), out_shardings=sharding)
 
-    def compute(tower: Params, rows: dict[str, np.ndarray]) -> jax.Array:
+    def compute(tower: Params, rows: Media) -> jax.Array:
         dtype = jax.tree.leaves(tower)[0].dtype.name
         with step_context(mesh, dtype):
             return program(tower, place_rows(rows, mesh))

@@ -44,10 +44,6 @@ from vlmprune_jax.io.data.token_budget import token_budget_from_processor
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.tiles import ImageShape
 
-# Arrays in a batch: temporal patches, rows and columns of patches of every slot (0 for an empty slot), and seconds
-# from one temporal patch to the next.
-GRIDS = "image_grid_thw"
-SECONDS = "second_per_grid_ts"
 _CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
 # Silenced for the whole process, because warning filters are not per thread.
@@ -108,11 +104,11 @@ class WholeImage:
 class ImageLoader:
     """Loader of prepared image pixels with a bounded LRU cache, since many records share images.
 
-    `max_pixels` limits the size of the image in the file and its size after padding or resizing. `array` and `dtype`
-    are name and dtype of the pixels' array in a batch. The loader is thread-safe.
+    `max_pixels` limits the size of the image in the file and its size after padding or resizing. `dtype`: of the
+    pixels. The loader is thread-safe.
     """
 
-    array, dtype = "pixel_values", np.dtype(np.float32)
+    dtype = np.dtype(np.float32)
 
     def __init__(
         self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: Videos | None = None
@@ -157,16 +153,13 @@ class ImageLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
-    def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return {name: (shape, dtype)} of the image arrays of one packed row.
+    def room(self, slots: int, image_tokens: int) -> int:
+        """Return the number of tiles or patches that a packed row holds.
 
         `slots`: images or tiles in the row. `image_tokens`: their total tokens, used only for images of varying size.
         """
         merge = self.preparation.merge
-        if not merge:
-            return {self.array: ((slots, *self.shape), self.dtype)}
-        patches = (image_tokens * merge**2, *self.shape)
-        return {self.array: (patches, self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
+        return image_tokens * merge**2 if merge else slots
 
     def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
         """Return the tile or patch grid of each image or video of a record; files are opened only if grids need it.

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.inputs import check_batch, encode_inputs
-from vlmprune_jax.core.models.vlm import Model, Params, encode
+from vlmprune_jax.core.models.inputs import check_batch
+from vlmprune_jax.core.models.vlm import ENCODED, Model, Params, encode
 from vlmprune_jax.core.models.vocabulary import chunks
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import gathered_head
-from vlmprune_jax.core.recovery.step import local_rows, place_rows, step_context
+from vlmprune_jax.core.recovery.program import local_rows, place_rows, step_context
 from vlmprune_jax.core.recovery.terms import top_k_logprobs
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
@@ -54,24 +54,22 @@ def teacher_top_k(
 
     k is `loss.teacher_top_k`; distributions have the temperature `loss.temperature`. `teacher` is on `mesh`; `batches`
     are this process's rows (`Batch`), and all processes must iterate together. Programs are compiled at the first batch
-    of a shape. A teacher without its tower takes `vision_features`. Raises UserError if the teacher cannot read ids or
+    of a shape. A teacher without its tower takes features. Raises UserError if the teacher cannot read ids or
     images.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:
-        check_batch(teacher.cfg, batch.arrays)
-        inputs = {name: array for name, array in batch.arrays.items() if name != "labels"}
+        inputs = {name: array for name, array in check_batch(teacher.cfg, batch.arrays).items() if name != "labels"}
         with step_context(mesh, compute_dtype):
             ids, logprobs = _top_k(params, teacher.cfg, place_rows(inputs, mesh), loss)
         yield batch, local_rows(ids), local_rows(logprobs)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "loss"))
-def _top_k(
-    params: Params, cfg: ModelConfig, batch: dict[str, jax.Array], loss: LossConfig
-) -> tuple[jax.Array, jax.Array]:
+def _top_k(params: Params, cfg: ModelConfig, batch: dict[str, Any], loss: LossConfig) -> tuple[jax.Array, jax.Array]:
     ids, head = batch["input_ids"], gathered_head(params, cfg)
-    final, _ = encode(params, cfg, ids, **encode_inputs(cfg, batch))
+    inputs: dict[str, Any] = {name: batch.get(name) for name in ENCODED}
+    final, _ = encode(params, cfg, ids, **inputs)
 
     def body(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         return top_k_logprobs(head(hidden), loss.temperature, loss.teacher_top_k)

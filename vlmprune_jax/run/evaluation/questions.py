@@ -110,17 +110,16 @@ class ArrangedQuestions:
         padding = self.batch_size - len(questions)
         rows = [*questions, *[questions[0]] * padding]
         ids, mask = _left_padded([question.rest for question in rows], group.rest_length)
-        arrays = {"input_ids": ids, "attention_mask": mask}
         shared = [self.beginnings[number] for number in numbers]
         shared += [shared[0]] * (group.beginnings - len(shared))
         prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
         mine, encoder = set(rows_of_process(mesh, len(shared)).tolist()), self.encoder
         images = [encoder.images(beginning.record, read=row in mine) for row, beginning in enumerate(shared)]
         packed = mesh is not None or encoder.image_buckets is not None
-        arrays |= encoder.packed(images, group.shape, row_ways(mesh) if packed else len(shared))
+        media = encoder.packed(images, group.shape, row_ways(mesh) if packed else len(shared))
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(
-            arrays=arrays,
+            arrays={"input_ids": ids, "attention_mask": mask, "media": media},
             record_ids=(*names, *[""] * padding),
             records=tuple(self.records[question.place] for question in rows),
             valid=np.arange(self.batch_size) < len(questions),

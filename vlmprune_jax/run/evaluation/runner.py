@@ -166,9 +166,7 @@ def ask(
         tokens = generate(
             model,
             batch.arrays["input_ids"],
-            pixel_values=batch.arrays.get("pixel_values"),
-            image_grid_thw=batch.arrays.get("image_grid_thw"),
-            second_per_grid_ts=batch.arrays.get("second_per_grid_ts"),
+            media=batch.arrays["media"],
             attention_mask=batch.arrays["attention_mask"],
             max_new_tokens=max_new_tokens,
             prefix=batch.prefix,

@@ -16,6 +16,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import keeps_heads
 from vlmprune_jax.core.mesh.mesh import make_mesh, row_ways
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import abstract_params, count_params, unflatten
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig, keep_everything
 from vlmprune_jax.core.prune.criteria.weights import random_scores
@@ -24,9 +25,9 @@ from vlmprune_jax.core.prune.select import Trim, plan_beside, plan_without_score
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
-from vlmprune_jax.core.recovery.program import Program, make_program
-from vlmprune_jax.core.recovery.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
+from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.feature_pass import check_frozen
@@ -296,33 +297,31 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
 
     student = abstract_params(program.cfg, case.dtype, mesh)
-    frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
-    trained = {path: leaf for path, leaf in student.items() if path in program.groups}
-    assert program.shardings is not None  # a mesh always has shardings
-    state = abstract_state(trained, program.optimizer, program.shardings)
+    trained, frozen = partition(student, program.groups)
+    state = program.init.eval_shape(trained)
     teacher = None
     if program.teacher is not None:
         teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
     n_rows = case.config.batch_size
-    batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
+    names = ("input_ids", "attention_mask", "labels")
+    batch: dict[str, Any] = {name: rows((n_rows, case.length), np.int32) for name in names}
+    batch["media"] = {}
     vision, projector = case.cfg.vision, case.cfg.projector
     packs = case.config.accumulation * row_ways(mesh)
     each = n_rows // packs  # rows of a packed row of images
     images = each * case.images
-    if vision is not None and vision.dynamic_resolution:
-        if case.cfg.text.rope.sections:
-            batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
-        if case.images:
-            batch["image_grid_thw"] = rows((packs, images, 3), np.int32)
-    if vision is not None and projector is not None and case.images and not case.cfg.tower:
-        tokens, features = case.cfg.feature_shape
-        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.dynamic_resolution else (images, tokens)
-        batch["vision_features"] = rows((packs, *room, features), np.dtype(case.config.compute_dtype))
-    elif vision is not None and projector is not None and case.images:
-        room = (images, vision.channels, vision.image_size, vision.image_size)
-        if vision.dynamic_resolution:
-            room = (each * case.image_tokens_per_row * projector.downsample**2, vision.patch_values)
-        batch["pixel_values"] = rows((packs, *room), np.float32)
+    if case.cfg.dynamic_resolution and case.cfg.text.rope.sections:
+        batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
+    if vision is not None and projector is not None and case.images:
+        tokens, by_patch, features = each * case.image_tokens_per_row, vision.dynamic_resolution, case.cfg.feature_shape
+        shape: tuple[int, ...] = (images, vision.channels, vision.image_size, vision.image_size)
+        if not case.cfg.tower:
+            shape = (tokens, features[1]) if by_patch else (images, *features)
+        elif by_patch:
+            shape = (tokens * projector.downsample**2, vision.patch_values)
+        values = rows((packs, *shape), np.float32 if case.cfg.tower else np.dtype(case.config.compute_dtype))
+        grid = rows((packs, images, 3), np.int32) if by_patch else None
+        batch["media"] = {"vision": Packed(values, grid)}
     if top_k := case.config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
         batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), np.dtype(case.config.compute_dtype))

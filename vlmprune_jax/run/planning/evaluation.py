@@ -125,12 +125,13 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
     vision = cfg.vision
     if vision is not None and vision.dynamic_resolution:
         patches = image.rows * image.columns
-        arrays["images"] = Packed(array(patches, vision.patch_values, dtype=np.float32), array(1, 3))
+        images = Packed(array(patches, vision.patch_values, dtype=np.float32), array(1, 3))
+        arrays["media"] = {"vision": images}
         if cfg.text.rope.sections:
             arrays |= {"positions": array(3, length), "delta": array(1), "least": array(1)}
     elif vision is not None:
         side = vision.image_size
-        arrays["images"] = Packed(array(image.slots, vision.channels, side, side, dtype=np.float32))
+        arrays["media"] = {"vision": Packed(array(image.slots, vision.channels, side, side, dtype=np.float32))}
     return arrays
 
 

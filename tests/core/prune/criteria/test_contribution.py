@@ -18,9 +18,9 @@ SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gat
 def expected(one, arrays, image_weight, criterion):
     """(heads, neurons) per layer."""
     ids, mask = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["attention_mask"])
-    images = packed(arrays["pixel_values"]) if "pixel_values" in arrays else None
+    media = {"vision": packed(arrays["pixel_values"])} if "pixel_values" in arrays else {}
     params, names = jax.tree.map(jnp.asarray, one.params), ("o_proj", "down_proj")
-    blocks = decoder_values(params, one.cfg, ids, names, images=images, attention_mask=mask)
+    blocks = decoder_values(params, one.cfg, ids, names, media=media, attention_mask=mask)
     weight = np.where(np.asarray(ids) == one.cfg.image_token_id, image_weight, 1.0) * np.asarray(mask)
     layers, _ = unstack_layers(one.params, one.cfg)
     for block, layer, shape in zip(blocks, layers, one.cfg.text.layers, strict=True):

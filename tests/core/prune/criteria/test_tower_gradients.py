@@ -101,7 +101,7 @@ def test_taylor_equals_plain_differentiation():
     def row_losses(layers):
         filled = {**params, "vision": {**params["vision"], "layers": layers}}
         logits, _ = apply(
-            filled, one.cfg, jnp.asarray(arrays["input_ids"]), images=packed(arrays["pixel_values"]),
+            filled, one.cfg, jnp.asarray(arrays["input_ids"]), media={"vision": packed(arrays["pixel_values"])},
             attention_mask=jnp.asarray(arrays["attention_mask"]),
         )  # fmt: skip
         wanted = jnp.asarray(arrays["labels"])[:, 1:]

@@ -5,7 +5,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from media_cases import packed
 from prune_cases import config, model
 from stack_cases import decoder_layer
 
@@ -86,15 +85,14 @@ def test_phases_of_a_question(monkeypatch):
 
 def test_the_program_is_that_of_generate(goldens):
     llava = load(goldens / "ckpt/llava_hf")
-    ids, images = speed.make_prompts(llava.cfg, SpeedConfig(prompt_tokens=24, batch_size=2))
-    pixels = images["pixel_values"]
+    ids, media = speed.make_prompts(llava.cfg, SpeedConfig(prompt_tokens=24, batch_size=2))
     assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
-    made = compile_generation(llava, ids, pixel_values=pixels, max_new_tokens=5)
+    made = compile_generation(llava, ids, media=media, max_new_tokens=5)
     tokens, *_ = made.decode(made.params, *made.prefill(made.params, made.arrays))
-    wanted = generate(llava, ids, pixel_values=pixels, max_new_tokens=5, eos_token_ids=())
+    wanted = generate(llava, ids, media=media, max_new_tokens=5, eos_token_ids=())
     np.testing.assert_array_equal(tokens, wanted)
-    features = speed._project(llava.params, llava.cfg, speed._encode(llava.params, llava.cfg, pixels))
-    _, aux = encode(llava.params, llava.cfg, ids, images=packed(pixels))
+    features = speed._project(llava.params, llava.cfg, speed._encode(llava.params, llava.cfg, media["vision"]))
+    _, aux = encode(llava.params, llava.cfg, ids, media=media)
     np.testing.assert_allclose(features, aux["image_features"], atol=1e-5)
     assert min(made.run()) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))

@@ -17,16 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import spec
 from vlmprune_jax.core.models.channels.dense import Mlp
-from vlmprune_jax.core.models.context import Context, Names, Routed, lora_of
+from vlmprune_jax.core.models.context import Builder, Context, Routed
 from vlmprune_jax.core.models.kernels import for_tpu
-from vlmprune_jax.core.models.layers import Leaf, Norm, activation, broadcast, declare, unit_rms, widen
+from vlmprune_jax.core.models.layers import Leaf, activation, broadcast, declare, unit_rms, widen
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128  # rows of a block
 # Gate and up [experts, neurons, embed], down [experts, embed, neurons].
@@ -59,13 +57,12 @@ class Moe(nnx.Module):
 
     writer = "experts/down_proj"
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        assert isinstance(layer.channel, Experts)
-        self.part = layer.channel
-        self.router = Leaf(sizes, ("experts", names.axis))
-        each, into = {**sizes, "expert_mlp": self.part.neurons}, ("expert_mlp", names.axis)
+    def __init__(self, build: Builder):
+        self.part = build.part
+        self.router = Leaf(build.sizes, ("experts", build.names.axis))
+        each, into = {**build.sizes, "expert_mlp": self.part.neurons}, ("expert_mlp", build.names.axis)
         axes = {"gate_proj": into, "up_proj": into, "down_proj": into[::-1]}
-        self.experts = nnx.Dict({name: ExpertProjection(each, *axes[name], lora_of(lora, name)) for name in axes})
+        self.experts = nnx.Dict({name: ExpertProjection(each, *axes[name], build.lora_of(name)) for name in axes})
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Route every token: return the numbers and gates of its chosen experts, [batch, seq, top_k] each."""
@@ -91,12 +88,10 @@ class Moe(nnx.Module):
 class MoeAndShared(Moe):
     """Mixture of experts with a shared expert: experts(x) + sigmoid(gate(x)) * shared expert(x)."""
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        super().__init__(cfg, layer, sizes, names, lora)
-        assert isinstance(self.part, ExpertsAndShared)
-        dense = Layer(layer.mixer, Dense(self.part.mlp, activation=self.part.activation))
-        self.dense = Mlp(cfg, dense, sizes, names, lora)
-        self.dense_gate = Leaf({**sizes, "unit": 1}, ("unit", names.axis))
+    def __init__(self, build: Builder):
+        super().__init__(build)
+        self.dense = Mlp(build._replace(part=Dense(self.part.mlp, activation=self.part.activation)))
+        self.dense_gate = Leaf({**build.sizes, "unit": 1}, ("unit", build.names.axis))
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
         """Run shared expert, router and experts; return (output, routing)."""
@@ -109,15 +104,14 @@ class MoeAndShared(Moe):
 class MoeBesideDense(Moe):
     """Experts beside a dense MLP: norm(MLP(x)) + norm(experts(norm(stream))); the router reads the residual stream."""
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        super().__init__(cfg, layer, sizes, names, lora)
-        assert isinstance(self.part, ExpertsBesideDense)
-        dense = Layer(layer.mixer, Dense(self.part.mlp, activation=self.part.activation))
-        self.dense, self.eps = Mlp(cfg, dense, sizes, names, lora), cfg.block.norm_eps
-        norm = functools.partial(Norm, sizes, names.axis, **cfg.block.norm_facts)
-        self.dense_output_norm, self.experts_norm, self.experts_output_norm = norm(), norm(), norm()
-        self.router_scale = Leaf(sizes, (names.axis,))
-        self.expert_scale = Leaf(sizes, ("experts",))
+    def __init__(self, build: Builder):
+        super().__init__(build)
+        self.dense = Mlp(build._replace(part=Dense(self.part.mlp, activation=self.part.activation)))
+        self.eps = build.cfg.block.norm_eps
+        norms = (build.norm(build.names.axis) for _ in range(3))
+        self.dense_output_norm, self.experts_norm, self.experts_output_norm = norms
+        self.router_scale = Leaf(build.sizes, (build.names.axis,))
+        self.expert_scale = Leaf(build.sizes, ("experts",))
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
         """Run dense MLP, router and experts; return (output, routing)."""
@@ -139,29 +133,23 @@ def run_experts(
     the experts' neurons are split over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _flat(x, experts, gates, weights, act, split=False)
-    rows = spec(("batch" if x.shape[0] % row_ways(mesh) == 0 else None, None, None))
-    into, down = PartitionSpec(None, "tensor", None), PartitionSpec(None, None, "tensor")
-    local = functools.partial(_flat, act=act, split=mesh.shape["tensor"] > 1)
-    specs = (rows, rows, rows, (into, into, down))
-    result: tuple[jax.Array, jax.Array] = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows), check_vma=False)(
-        x, experts, gates, weights
-    )
+
+    def on_device(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
+        k, tokens = experts.shape[-1], x.reshape(-1, x.shape[-1])
+        out, outputs = _gated_sum(act, tokens, experts.reshape(-1, k), gates.reshape(-1, k), weights)
+        outputs = jax.lax.stop_gradient(outputs).astype(jnp.float32)
+        if not mesh.empty and mesh.shape["tensor"] > 1:  # which shards the experts' neurons
+            out, outputs = jax.lax.psum((out, outputs), "tensor")
+        return out.reshape(x.shape), jnp.linalg.norm(outputs, axis=-1).reshape(experts.shape)
+
+    run: Any = on_device
+    if not mesh.empty:
+        rows = spec(("batch" if x.shape[0] % row_ways(mesh) == 0 else None, None, None))
+        into, down = PartitionSpec(None, "tensor", None), PartitionSpec(None, None, "tensor")
+        specs = (rows, rows, rows, (into, into, down))
+        run = jax.shard_map(on_device, in_specs=specs, out_specs=(rows, rows), check_vma=False)
+    result: tuple[jax.Array, jax.Array] = run(x, experts, gates, weights)
     return result
-
-
-def _flat(
-    x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights, act: str, split: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Run the experts on the tokens of one device; `split`: sum outputs over `tensor`, which shards their neurons."""
-    k = experts.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])
-    out, outputs = _gated_sum(act, tokens, experts.reshape(-1, k), gates.reshape(-1, k), weights)
-    outputs = jax.lax.stop_gradient(outputs).astype(jnp.float32)
-    if split:
-        out, outputs = jax.lax.psum((out, outputs), "tensor")
-    return out.reshape(x.shape), jnp.linalg.norm(outputs, axis=-1).reshape(experts.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,17 +234,14 @@ def hidden_of(act: str, x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Arr
     return activation(act)(x @ gate.T) * (x @ up.T)
 
 
-def _mlp(act: str, x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    return hidden_of(act, x, gate, up) @ down.T
-
-
 def _scanned(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> jax.Array:
     """Return the experts' outputs [tokens, k, embed] by a scan over blocks of rows."""
     blocks, k = blocks_of(experts, len(weights[0])), experts.shape[-1]
 
     def body(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
-        return None, _mlp(act, x.at[rows // k].get(mode="fill", fill_value=0), *(w[expert] for w in weights))
+        x_rows, (gate, up, down) = x.at[rows // k].get(mode="fill", fill_value=0), (w[expert] for w in weights)
+        return None, hidden_of(act, x_rows, gate, up) @ down.T
 
     _, outputs = jax.lax.scan(body, None, (blocks.rows, blocks.experts))
     return outputs.reshape(-1, outputs.shape[-1])[blocks.places]
@@ -268,8 +253,8 @@ def _scanned_backward(
     """Return the gradients of `_gated_sum`, by a scan over blocks; each block adds to the gradient of one expert."""
     blocks, k = blocks_of(experts, len(weights[0])), experts.shape[-1]
 
-    def product(x: jax.Array, gates: jax.Array, *weights: jax.Array) -> jax.Array:
-        return (widen(_mlp(act, x, *weights)) * widen(gates)[:, None]).astype(x.dtype)
+    def product(x: jax.Array, gates: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return (widen(hidden_of(act, x, gate, up) @ down.T) * widen(gates)[:, None]).astype(x.dtype)
 
     def body(sums: Weights, block: tuple[jax.Array, jax.Array]) -> tuple[Weights, tuple[jax.Array, jax.Array]]:
         rows, expert = block

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import (
-    CACHE_AXES,
-    Context,
-    LayerState,
-    Mixed,
-    Names,
-    RunCache,
-    dropout_masks,
-    lora_of,
-)
+from vlmprune_jax.core.models.context import CACHE_AXES, Builder, Context, LayerState, Mixed, RunCache, dropout_masks
 from vlmprune_jax.core.models.kernels import (
     cache_rows,
     for_tpu,
@@ -31,9 +20,7 @@ from vlmprune_jax.core.models.kernels import (
     splash_attention,
     xla_attention,
 )
-from vlmprune_jax.core.models.layers import Norm, Projection, at_layer, rotate, unit_rms
-from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.models.layers import at_layer, rotate, unit_rms
 
 
 class Attention(nnx.Module):
@@ -41,26 +28,22 @@ class Attention(nnx.Module):
 
     state_axes = (CACHE_AXES, CACHE_AXES)
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        facts = layer.mixer
-
-        def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
-            return Projection(sizes, out, into, bias=bias, lora=lora_of(lora, name), clips=cfg.block.clips)
-
-        own, self.source = facts.source is None, facts.source
-        values = own and not facts.keys_as_values
-        self.window, self.causal, self.writer = facts.window or 0, cfg.causal, names.out
+    def __init__(self, build: Builder):
+        facts, stream = build.part, (build.names.axis,)
+        makes_keys, self.source = facts.source is None, facts.source
+        makes_values = makes_keys and not facts.keys_as_values
+        self.window, self.causal, self.writer = facts.window or 0, build.cfg.causal, build.names.out
         self.kv_heads = facts.kv_heads
         self.query_gain = facts.scale * facts.head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
         queries = ("q_heads", "gate", "head") if facts.gated else ("q_heads", "head")
-        self.q_proj, self.gated = projection("q_proj", queries, (names.axis,), facts.bias), facts.gated
-        self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if own else None
-        self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if values else None
-        setattr(self, names.out, projection(names.out, (names.axis,), ("q_heads", "head"), facts.out_bias))
-        norm = functools.partial(Norm, sizes, "head", **{**cfg.block.norm_facts, "kind": "rms"})
-        self.q_norm = norm() if facts.qk_norm else None
-        self.k_norm = norm() if facts.qk_norm and own else None
-        self.v_eps, self.parts = cfg.block.norm_eps if facts.v_norm else None, facts.rope_parts
+        self.q_proj, self.gated = build.projection("q_proj", queries, stream, facts.bias), facts.gated
+        keys = ("kv_heads", "head")
+        self.k_proj = build.projection("k_proj", keys, stream, facts.bias) if makes_keys else None
+        self.v_proj = build.projection("v_proj", keys, stream, facts.bias) if makes_values else None
+        setattr(self, self.writer, build.projection(self.writer, stream, ("q_heads", "head"), facts.out_bias))
+        self.q_norm = build.norm("head", "rms") if facts.qk_norm else None
+        self.k_norm = build.norm("head", "rms") if facts.qk_norm and makes_keys else None
+        self.v_eps, self.parts = build.cfg.block.norm_eps if facts.v_norm else None, facts.rope_parts
 
     def _keys_and_values(
         self, x: jax.Array, ctx: Context, masks: Sequence[jax.Array | None]
@@ -120,13 +103,11 @@ class Attention(nnx.Module):
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))
 
     @classmethod
-    def empty_state(
-        cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
-    ) -> RunCache | None:
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> RunCache | None:
         """Return zero-filled keys and values of `length` equal layers; None if these layers reuse another layer's."""
-        if layer.mixer.source is not None:
+        if part.source is not None:
             return None
-        rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)
+        rows, channels = cache_rows(part.kv_heads, part.head_dim)
         size = (length, slots, rows, batch, channels)
         return jnp.zeros(size, dtype), jnp.zeros(size, dtype)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
-from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, at_layer, broadcast, widen
+from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
+from vlmprune_jax.core.models.layers import Leaf, Norm, at_layer, broadcast, widen
 from vlmprune_jax.core.models.mixers.short_conv import RealFirst, convolve, write_layer
-from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
 
 CHUNK = 64  # positions per chunk; a shorter sequence is a single chunk
 _EPS = 1e-6  # added to squared lengths of queries and keys
@@ -45,18 +41,18 @@ class DeltaNet(nnx.Module):
     writer = "out_proj"
     state_axes = ((None, "batch", None, None), (None, "batch", "delta_heads", None, None))
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        self.facts = layer.mixer
+    def __init__(self, build: Builder):
+        self.facts, sizes, stream = build.part, build.sizes, (build.names.axis,)
         keys, values, heads = ("delta_groups", "delta_key"), ("delta_heads", "delta_value"), ("delta_heads",)
         outputs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "z_proj": values, "b_proj": heads, "a_proj": heads}
         self.inputs = tuple(outputs)
         for name, out in outputs.items():
-            setattr(self, name, Projection(sizes, out, (names.axis,), bias=False, lora=lora_of(lora, name)))
+            setattr(self, name, build.projection(name, out, stream))
         for name, out in {"q_conv": keys, "k_conv": keys, "v_conv": values}.items():
             setattr(self, name, Leaf(sizes, (*out, "tap")))
         self.decay, self.step = Leaf(sizes, heads), Leaf(sizes, heads)
-        self.norm = Norm(sizes, "delta_value", kind="rms", eps=cfg.block.norm_eps)
-        self.out_proj = Projection(sizes, (names.axis,), values, bias=False, lora=lora_of(lora, "out_proj"))
+        self.norm = Norm(sizes, "delta_value", kind="rms", eps=build.cfg.block.norm_eps)
+        self.out_proj = build.projection("out_proj", stream, values)
 
     def _convolved(self, x: list[jax.Array], before: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
         """Return silu(convolution) of q, k and v in `x`, and the convolution's inputs, preceded by `before`."""
@@ -98,14 +94,12 @@ class DeltaNet(nnx.Module):
         return Mixed(self.out_proj(mixed, masks[-1]), mixed, updated, None)
 
     @classmethod
-    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
         """Return the initial cached state (zeros) of `length` equal delta nets; it does not depend on `slots`."""
-        del cfg, slots
-        facts = layer.mixer
-        channels = 2 * facts.delta_groups * facts.key_dim + facts.delta_heads * facts.value_dim
-        matrix = (length, batch, facts.delta_heads, facts.key_dim, facts.value_dim)
+        del slots
+        matrix = (length, batch, part.delta_heads, part.key_dim, part.value_dim)
         full = np.promote_types(dtype, np.float32)
-        return DeltaState(jnp.zeros((length, batch, facts.taps - 1, channels), dtype), jnp.zeros(matrix, full))
+        return DeltaState(jnp.zeros((length, batch, part.taps - 1, part.channels), dtype), jnp.zeros(matrix, full))
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -5,18 +5,14 @@ Rows are computed with their real tokens first, so that the last inputs of a row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
-from vlmprune_jax.core.models.layers import Leaf, Projection, at_layer
-from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
+from vlmprune_jax.core.models.layers import Leaf, at_layer
 
 
 class RealFirst(NamedTuple):
@@ -75,48 +71,42 @@ def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple
     return mixed, inputs
 
 
-class ConvState(NamedTuple):
-    """Cached last inputs of the convolutions in a run of equal layers, with a leading layer axis."""
-
-    tail: jax.Array
-    """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
-
-
 class ShortConv(nnx.Module):
-    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input."""
+    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input.
+
+    The cached state of a run of equal layers is the array of the last inputs of their convolutions.
+    """
 
     writer = "out_proj"
     state_axes = ((None, "batch", None, None),)
 
-    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        self.facts = layer.mixer
-        self.b_proj, self.c_proj, self.x_proj = (
-            Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name))
-            for name in ("b_proj", "c_proj", "x_proj")
-        )
-        self.conv = Leaf(sizes, ("conv", "tap"))
-        self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
+    def __init__(self, build: Builder):
+        self.facts, stream = build.part, (build.names.axis,)
+        for name in ("b_proj", "c_proj", "x_proj"):
+            setattr(self, name, build.projection(name, ("conv",), stream))
+        self.conv = Leaf(build.sizes, ("conv", "tap"))
+        self.out_proj = build.projection("out_proj", stream, ("conv",))
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
         """Run the gated convolution on its input float[batch, seq, embed], and update the cached state."""
         rows = RealFirst.of(ctx, x.shape[1])
         x = rows.take(x)
-        projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
+        projections = [getattr(self, name) for name in ("b_proj", "c_proj", "x_proj", "out_proj")]
         *masks, last = dropout_masks(ctx.dropout_key, x, projections)
         b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
-        before = None if state is None else at_layer(*state).tail
+        before = None if state is None else at_layer(*state)
         mixed, inputs = convolve(b * values, self.conv.weight.get_value(), before)
         updated = None
         if state is not None:
-            updated = write_layer(state, ConvState(rows.tail(inputs, self.facts.taps - 1)))
+            updated = write_layer(state, rows.tail(inputs, self.facts.taps - 1))
         mixed = rows.restore(c * mixed)
-        return Mixed(self.out_proj(mixed, last), mixed, updated, None)
+        return Mixed(projections[-1](mixed, last), mixed, updated, None)
 
     @classmethod
-    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
-        """Return the initial cached state (zeros) of `length` equal convolutions; it does not depend on `slots`."""
-        del cfg, slots
-        return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
+    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> jax.Array:
+        """Return the initial inputs (zeros) of `length` equal convolutions, [layer, batch, taps - 1, channels]."""
+        del slots
+        return jnp.zeros((length, batch, part.taps - 1, part.channels), dtype)
 
 
 def write_layer(state: LayerState, new: Any) -> Any:

@@ -27,8 +27,7 @@ from vlmprune_jax.core.mesh.machine import free_memory
 from vlmprune_jax.core.mesh.mesh import gather_to_host, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM
-from vlmprune_jax.core.models.inputs import as_arrays, images_of
-from vlmprune_jax.core.models.media import repack
+from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch, place_inputs
 from vlmprune_jax.core.models.stack import Passed
 from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
@@ -120,7 +119,7 @@ def gradient_channels(
         )
     ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[TOKEN_TYPES[name]] for name in types)]
     model = on_devices(model)
-    steps = [{name: array[step] for name, array in data.items()} for step in range(len(labels))]
+    steps = [jax.tree.map(operator.itemgetter(step), data) for step in range(len(labels))]
     with use_mesh(mesh):
         if is_text:
             inputs = [text_batch(arrays, weight_of) for arrays in steps]
@@ -140,26 +139,22 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     rows = rows or len(batches[0]["input_ids"])
     if rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
-    every = [{name: array[row] for name, array in b.items()} for b in batches for row in range(len(b["token_types"]))]
+    every = [jax.tree.map(operator.itemgetter(row), b) for b in batches for row in range(len(b["token_types"]))]
     steps = math.ceil(len(every) / rows)
     stacked = stack_rows(every, steps * rows)
-    return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
+    return jax.tree.map(lambda array: array.reshape(steps, rows, *array.shape[1:]), stacked)
 
 
 def _tower_batch(step: Arrays, model: Model, stack: str) -> CalibrationBatch:
     """Return the images of a step's rows as they pass the tower, one image in a row, or packed rows."""
-    cfg, name = model.cfg, model.cfg.input_of(stack)
-    images = None if stack in dict(cfg.encoders) else images_of(step)
-    arrays: dict[str, Any] = {"image_grid_thw": None}
-    if images is None:
-        arrays[name] = step[name].reshape(-1, *step[name].shape[2:])
-    elif images.grid is None:
-        arrays[name] = step[name].reshape(-1, 1, *step[name].shape[2:])
+    images: Packed = step["media"][stack]
+    if images.grid is None:
+        images = images._replace(values=images.values.reshape(-1, 1, *images.values.shape[2:]))
     else:
         packs = packed_rows(len(step["input_ids"]), mesh_of(model.params))
-        arrays = as_arrays(repack(cfg, step["input_ids"], step["attention_mask"], images, packs))
-    unused = np.ones((len(arrays[name]), 1), np.float32)
-    return CalibrationBatch(arrays, {"image_grid_thw": arrays["image_grid_thw"]}, unused, unused, [])
+        images = repack(model.cfg, step["input_ids"], step["attention_mask"], images, packs)
+    unused = np.ones((len(images.values), 1), np.float32)
+    return CalibrationBatch({"media": {stack: images}}, {"grid": images.grid}, unused, unused, [])
 
 
 class _Backward(LayerStream):
@@ -355,7 +350,7 @@ def _tower_gradient(
 
         module = to_nnx(Model(params, cfg))
         object.__setattr__(getattr(module, stack), "pass_through", passed)
-        x, _, embeds = module.embed(ids, images_of(step), cfg.encoder_inputs(step))
+        x, _, embeds = module.embed(ids, step.get("media"))
         final, _ = encode(
             params, cfg, ids, inputs_embeds=x, layer_embeds=embeds, position_ids=step.get("position_ids"),
             attention_mask=step["attention_mask"], remat="full",

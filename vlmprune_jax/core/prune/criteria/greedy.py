@@ -31,8 +31,8 @@ from vlmprune_jax.core.prune.batches import CalibrationBatch, row_batches
 from vlmprune_jax.core.prune.calibration import Arrays
 from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
+from vlmprune_jax.core.prune.least_squares import Targets, repair_writer
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
-from vlmprune_jax.core.prune.reconstruction import Targets, solve_for
 from vlmprune_jax.core.prune.stream import LayerStream, on_devices
 
 _CHUNK = 256  # positions whose float32 logits exist at once
@@ -170,8 +170,7 @@ class _Cut(LayerStream):
         statistics = [values["statistics"] for values in unpruned.advance(layer, ("statistics",))]
         targets = Targets([], [], [state.x for state in self._unpruned[after]], statistics)
         cut.number, cut.states = number, list(self._before[number])
-        change, _ = solve_for(layer, cut, targets, module="down_proj")
-        layer = layer if change is None else layer.changed(change, "down_proj")
+        layer, _ = repair_writer(layer, cut, targets, module="down_proj")
         cut.advance(layer)
         return layer, cut
 

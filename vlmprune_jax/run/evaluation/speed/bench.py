@@ -21,6 +21,7 @@ from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError, error_context, printable
 from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.core.mesh.machine import cores
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.io.checkpoints.disk.gguf import GgufHeader, read_gguf_header
@@ -218,7 +219,8 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
         config.check(cfg, "--")
     sources = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
     files = {entry.file for source in sources for entry in Checkpoint(source).tensors.values()}
-    ids, images = make_prompts(cfg, config)
+    ids, media = make_prompts(cfg, config)
+    images = media.get("vision", Packed(None))
     shipped = loader_class(read_fields(folder / "config.json"))
     stock = "" if family.stock is None else family.stock.name
     return Job(
@@ -233,8 +235,8 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
         vision_dir=None if tower is None else str(tower),
         dtype=dtype,
         ids=ids.tolist(),
-        pixels=list(images["pixel_values"].shape) if images else None,
-        grids=images["image_grid_thw"].tolist() if "image_grid_thw" in images else None,
+        pixels=None if images.values is None else list(images.values.shape),
+        grids=None if images.grid is None else images.grid.tolist(),
         image_token=cfg.image_token_id,
         loader=("transformers", stock) if shipped is None else (_LOADERS, shipped),
         by_row=family.stock is not None and family.stock.by_row,

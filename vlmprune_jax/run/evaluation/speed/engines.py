@@ -69,11 +69,13 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
 def in_jax(job: Job) -> Program:
     """Compile vlmprune's JAX generation program for a benchmark job."""
     from vlmprune_jax.core.models.generate import compile_generation
+    from vlmprune_jax.core.models.media import Packed
     from vlmprune_jax.io.checkpoints.read import load
 
     model = load(job.model, vision_dir=job.vision_dir, dtype=job.dtype)
-    images = {"pixel_values": _noise(job), "image_grid_thw": job.grids and np.asarray(job.grids)}
-    return compile_generation(model, np.asarray(job.ids, np.int32), **images, max_new_tokens=job.new_tokens + 1)
+    images = Packed(_noise(job), job.grids and np.asarray(job.grids))
+    media = {} if images.values is None else {"vision": images}
+    return compile_generation(model, np.asarray(job.ids, np.int32), media=media, max_new_tokens=job.new_tokens + 1)
 
 
 def _noise(job: Job) -> np.ndarray | None:

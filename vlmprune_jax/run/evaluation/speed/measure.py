@@ -90,7 +90,7 @@ class _Images:
 
     def __init__(self, model: Model, config: SpeedConfig):
         self.model, self.mesh = model, mesh_of(model.params)
-        self.arrays = place_batch(make_prompts(model.cfg, config)[1], self.mesh)
+        self.images: Packed = place_batch(make_prompts(model.cfg, config)[1], self.mesh)["vision"]
         self.run()
 
     def run(self) -> Seconds:
@@ -98,19 +98,16 @@ class _Images:
         params, cfg = self.model.params, self.model.cfg
         with use_mesh(self.mesh):
             start = time.perf_counter()
-            features = jax.block_until_ready(_encode(params, cfg, **self.arrays))
+            features = jax.block_until_ready(_encode(params, cfg, self.images))
             encoded = time.perf_counter()
             jax.block_until_ready(_project(params, cfg, features))
             return encoded - start, time.perf_counter() - encoded
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _encode(
-    params: Params, cfg: ModelConfig, pixel_values: jax.Array, image_grid_thw: jax.Array | None = None
-) -> jax.Array:
-    """Return the tower's features of pixels in the shapes of `make_prompts`."""
-    pixels = pixel_values.astype(params["text"]["embed_tokens"]["weight"].dtype)
-    return to_nnx(Model(params, cfg)).vision_features(Packed(pixels, image_grid_thw))
+def _encode(params: Params, cfg: ModelConfig, images: Packed) -> jax.Array:
+    values = images.values.astype(params["text"]["embed_tokens"]["weight"].dtype)
+    return to_nnx(Model(params, cfg)).vision_features(images._replace(values=values))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -123,17 +120,16 @@ def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
     if not isinstance(model, Model):
         raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
     config.check(model.cfg)
-    ids, images = make_prompts(model.cfg, config)
-    program = compile_generation(model, ids, **images, max_new_tokens=config.new_tokens + 1)
+    ids, media = make_prompts(model.cfg, config)
+    program = compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
     program.run()
     return program
 
 
-def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return prompts int32[batch, prompt] that repeat one token, and the arrays of a leading image, if any.
+def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, Packed]]:
+    """Return prompts int32[batch, prompt] that repeat one token, and a leading image of noise in each row, if any.
 
-    `pixel_values` is noise, float32[batch, 1, channels, height, width]. With dynamic resolution, it has the patches of
-    an image of typical size, float32[batch, patches, values], and there is `image_grid_thw`, int32[batch, 1, 3].
+    With dynamic resolution, the image has a typical size.
     """
     rows = config.batch_size
     word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
@@ -147,7 +143,6 @@ def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dic
         if cfg.dynamic_resolution
         else (1, vision.channels, vision.image_size, vision.image_size)
     )
-    images = {"pixel_values": np.random.default_rng(0).standard_normal((rows, *size), np.float32)}
-    if cfg.dynamic_resolution:
-        images["image_grid_thw"] = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1))
-    return ids, images
+    values = np.random.default_rng(0).standard_normal((rows, *size), np.float32)
+    grid = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1)) if cfg.dynamic_resolution else None
+    return ids, {"vision": Packed(values, grid)}
