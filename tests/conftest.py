@@ -90,7 +90,6 @@ _SLOW_CASES = {
     "core/prune/test_expert_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
     "core/prune/test_reconstruction.py": ("on_the_device[qwen3_vl]",),
     "core/prune/test_shared_layers.py": ("the_whole_model", "float64[4]"),
-    "run/report/test_figures.py": ("what_serves_vision",),
     "run/stages/test_unused.py": ("[demo_reconstruct]", "[demo]"),
 }  # fmt: skip
 

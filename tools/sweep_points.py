@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vlmprune_jax.run.planning.guide import SOLVED, read_guide
-from vlmprune_jax.run.workdir.comparison import average_interval
-from vlmprune_jax.run.workdir.sweep import SweepResult, question_parts
+from vlmprune_jax.run.workdir.comparison import average_interval, question_parts
+from vlmprune_jax.run.workdir.sweep import SweepResult
 
 METHODS = ("depth", "width")  # methods that the study compares
 
@@ -56,9 +56,13 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
         how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
         reached, asked = row.decoder_ratio, row.target_ratio
         level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
+        unpruned = sweep.unpruned[row.unpruned]
+        questions = None
+        if folder is not None:
+            questions = question_parts(folder, row.path, row.evaluation, unpruned.evaluation, sweep.sets)
         point = Point(
-            _name(row.model, sweep.unpruned[row.unpruned].parameters),
-            sweep.unpruned[row.unpruned].parameters,
+            _name(row.model, unpruned.parameters),
+            unpruned.parameters,
             row.method,
             how,
             round(level, 2),
@@ -68,7 +72,7 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
             retained,
             average_interval(row.evaluation, sweep.sets),
             None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
-            None if folder is None else question_parts(folder, row, sweep),
+            questions,
             row.digest,
         )
         points.append(point)

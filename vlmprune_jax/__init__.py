@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.run.evaluation.metrics import Metric
     from vlmprune_jax.run.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
-    from vlmprune_jax.run.evaluation.speed.measure import measure_questions, measure_speed
+    from vlmprune_jax.run.evaluation.speed.measure import measure_speed
     from vlmprune_jax.run.stages.registry import STAGES as stages
     from vlmprune_jax.run.stages.stage import Stage
 
@@ -122,7 +122,6 @@ _HOMES = {
     "load": "io.checkpoints.read",
     "losses": "core.recovery.losses",
     "make_plan": "io.exports.pruning",
-    "measure_questions": "run.evaluation.speed.measure",
     "measure_speed": "run.evaluation.speed.measure",
     "metrics": "run.evaluation.metrics:METRICS",
     "parts": "core.models.parts:PARTS",
@@ -185,7 +184,6 @@ __all__ = [
     "load",
     "losses",
     "make_plan",
-    "measure_questions",
     "measure_speed",
     "metrics",
     "parts",

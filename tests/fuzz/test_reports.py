@@ -13,8 +13,7 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
-from vlmprune_jax.run.report.answers import comparison_section
-from vlmprune_jax.run.report.comparison import table_of
+from vlmprune_jax.run.report.comparison import tables_of_sweep
 from vlmprune_jax.run.report.comparison_plots import series_of, way_of
 from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
@@ -73,7 +72,12 @@ def test_sweeps(tmp_path):
     def shown():
         found = read_sweep(tmp_path)
         groups = groups_of(found)
-        return table_of(found, path.parent), as_csv(found), series_of(groups), [way_of(group) for group in groups]
+        return (
+            tables_of_sweep(found, path.parent)[0],
+            as_csv(found),
+            series_of(groups),
+            [way_of(group) for group in groups],
+        )
 
     assert len(shown()[0].rows) == 4
 
@@ -189,10 +193,10 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
 
     def compared():
         result = read_unfinished(tmp_path).result
-        return [] if result is None else [tables_of(result), *comparison_section(tmp_path, result)]
+        return [] if result is None else tables_of(result, tmp_path)
 
     whole = saved(path, evaluation)
-    assert len(compared()) == 2
+    assert len(compared()) == 1
 
     @fuzz(100, content=json_files(whole))
     def check(content):

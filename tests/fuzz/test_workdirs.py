@@ -27,7 +27,6 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report.figures import removed_section
-from vlmprune_jax.run.report.provenance import provenance_section
 from vlmprune_jax.run.workdir import provenance
 from vlmprune_jax.run.workdir.ledger import Task, finished_stages, run_task, write_text
 from vlmprune_jax.run.workdir.steps import Variant
@@ -227,7 +226,7 @@ def test_ledger(tmp_path, monkeypatch):
         reads(run, out.name, stage.record.name)
         reads(lambda: run(overwrite=True), out.name, stage.record.name)
         stage.record.write_bytes(content)
-        provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
+        finished_stages(tmp_path)  # of a damaged record nothing is told
 
     check()
 

@@ -18,9 +18,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.content import MadeFrom
-from vlmprune_jax.run.workdir.ledger import StageRecord
-from vlmprune_jax.run.workdir.provenance import MadeBy
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.steps import STEPS, Steps
 from vlmprune_jax.run.workdir.tpu_plan import Planned, TpuPlan
@@ -127,16 +124,10 @@ def test_the_same_result_gives_the_same_page(workdir):
     assert build_report(workdir).read_bytes() == first
 
 
-def test_the_title_names_model_sets_and_day(workdir):
-    """The day on which the last stage finished, not that of the report."""
+def test_the_title_names_model_and_sets(workdir):
     assert "<h1>Structural pruning report</h1>" in build_report(workdir).read_text()
     write_artefact(workdir / STEPS, Steps(model="org/<model>", sets="pope, mme", steps=[]))
-    by = MadeBy(finished="2026-11-02 10:00:00 UTC", command="", processor="", versions={}, commit=None)
-    made = MadeFrom(settings={}, inputs={}, version=1)
-    first = StageRecord(format=1, made_from=made, done=True, seconds=1.0, facts={}, outputs={}, by=by)
-    later = replace(first, by=replace(by, finished="2026-11-10 09:00:00 UTC"))
-    page = build_report(workdir, {"score": first, "recover": later, "prune": first}).read_text()
-    assert page.count("Pruning of org/&lt;model&gt;, evaluated on pope, mme (2026-11-10)</") == 2
+    assert build_report(workdir).read_text().count("Pruning of org/&lt;model&gt;, evaluated on pope, mme</") == 2
 
 
 def test_names_break_at_separators(workdir):
@@ -164,14 +155,8 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
 
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
-    assert (
-        page.count("<svg") == 13
-    )  # the average and three sets (two panels each), what two plans removed, two importances, losses
-    for text in (
-        "retains 82.50 % of the unpruned score on average over 2 evaluation sets",
-        "Lower is better",
-    ):
-        assert text in page
+    assert page.count("<svg") == 7  # the average (two panels), what two plans removed, two importances, losses
+    assert "retains 82.50 % of the unpruned score on average over 2 evaluation sets" in page
     assert "accuracy" not in page.lower().split("<summary>")[0]
 
 

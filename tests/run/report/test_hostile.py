@@ -179,7 +179,7 @@ def test_very_many_models_and_sets(workdir, monkeypatch):
     assert shown.count("r90") >= 2  # the third table breaks the word
     assert "r150" not in shown
     assert "(shortened from 203 rows and 24 columns)\n" in shown
-    figure = plots.score_figure(read_result(workdir), plots.Measured("n", "t", "l", [1.0] * 204))
+    figure = plots.score_figure(read_result(workdir), "t")
     assert len(figure.axes[1].get_yticks()) == plots.MOST_ROWS - 1
     curves = {str(n): [{"step": n, "ce": 1.0}] for n in range(30)}
     assert len(plots.loss_figure(curves, {"ce": "ce"}).axes) == 1

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.run.report import plots
@@ -10,19 +11,17 @@ from vlmprune_jax.run.workdir.result import read_result
 
 def test_figures_separate_models(several):
     """Rows are in the order of retention, and 99.0, 99.8 and 99.9 % are apart on an axis that has 26 % as well."""
-    runs = read_result(several)
-    kept = [100.0, 99.8, 99.9, 26.0]
-    measured = plots.Measured("Retained", "t", "retained (%)", kept, [None, None, (99.7, 100.0), None], retention=True)
-    points, rows = plots.score_figure(runs, measured).axes
+    result = read_result(several)
+    runs = [
+        replace(run, evaluation=replace(run.evaluation, mean_of_ratios=kept))
+        for run, kept in zip(result.runs, (99.8, 99.9, 26.0), strict=True)
+    ]
+    points, rows = plots.score_figure(replace(result, runs=runs), "t").axes
     places = [points.transData.transform((1.0, value))[1] for value in (99.0, 99.8, 99.9, 100.0)]
     height = points.bbox.height
     assert min(np.diff(places)) > 0.04 * height
     assert points.get_ylim()[0] < 26 < 100 < points.get_ylim()[1]
     assert [text.get_text() for text in rows.texts] == ["99.90", "99.80", "26.00"]
-    values = plots.Measured("Bits", "t", "bits (bit)", [1.0, 2.0, 1.25, np.inf])
-    points, rows = plots.score_figure(runs, values).axes
-    assert points.get_ylim()[0] > 0.9  # as far as there are values
-    assert rows.texts[-1].get_text() == "inf"
 
 
 def test_importance_figures_mark_what_goes(workdir):

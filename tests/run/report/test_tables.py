@@ -46,7 +46,7 @@ def test_retention_beside_a_control(workdir):
     assert cells["unpruned"] == ("100.00", "")
     assert cells["unpruned, SFT"] == ("118.75", "")
     assert cells["depth 30 %, SFT"] == ("95.00 (94.0 to 96.0)", "80.00 (78.0 to 82.0)")
-    assert table.title.endswith(" (95 % intervals of retained in brackets)")
+    assert table.title.endswith(" (95 % intervals in brackets)")
     said = "retains 80.00 % (95 % interval 78.0 to 82.0) of the score of the unpruned model after the same recovery"
     assert f"{said}, and 95.00 % (95 % interval 94.0 to 96.0) of the unpruned score (accuracy 76.00 % on" in lead(
         result

@@ -30,8 +30,6 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_integer("threads", None, "threads per engine (default: all)", lower_bound=1, flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of folders' weights", flag_values=values)
-    about = "time each phase of a question in jax, for 1 and 16 questions at once (HF folders)"
-    absl_flags.DEFINE_bool("questions", False, about, flag_values=values)
     text("json", None, "output file FILE.json for all measurements", flag_values=values)
 
 
@@ -40,15 +38,13 @@ def run(flags: Any) -> None:
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.errors import UserError
     from vlmprune_jax.run.evaluation.speed.bench import bench, check_bench, find_jobs
-    from vlmprune_jax.run.report.speed import tell_bench, tell_questions
+    from vlmprune_jax.run.report.speed import tell_bench
     from vlmprune_jax.run.workdir.speed import make_bench
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
     config = SpeedConfig(**{name: flags[name].value for name in settings_of(SpeedConfig())})
     options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
-    if flags.questions:
-        return tell_questions(flags, config, reporter)
     models = [flags.model, *flags.against]
     jobs, remarks = find_jobs(models, flags.vision_dir, config, backends=flags.backends, **options)
     results = make_bench(*bench(jobs, config, reporter), config, **options)

@@ -122,7 +122,6 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     from vlmprune_jax.run.report.build import build_report
     from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.run.stages.export import describe_export
-    from vlmprune_jax.run.workdir.ledger import finished_stages
     from vlmprune_jax.run.workdir.result import RESULT, read_result
     from vlmprune_jax.run.workdir.steps import read_unfinished
 
@@ -144,5 +143,5 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     else:
         unfinished = read_unfinished(workdir).missing
         numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
-    page = build_report(workdir, finished_stages(workdir))
+    page = build_report(workdir)
     reporter.say(f"report: {page}{numbers}")

@@ -33,8 +33,9 @@ def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
     from vlmprune_jax.run.cli.config_files import starting_point
     from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.run.report.comparison import build_comparison, table_of
+    from vlmprune_jax.run.report.comparison import build_comparison, tables_of_sweep
     from vlmprune_jax.run.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
+    from vlmprune_jax.run.workdir.sweep import SweepResult
 
     runs, sweep, reporter = prepare_sweep(flags)
     check_runs(runs, sweep, flags.jobs)
@@ -46,5 +47,8 @@ def run(flags: Any) -> None:
         return
     start = functools.partial(start_worker, sweep)
     shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
-    pages: dict[str, Any] = {"page": build_comparison, "table": lambda result: table_of(result, sweep.workdir).printed}
-    run_sweep(placed, sweep, reporter, **shared, **pages, start=start)
+
+    def table(result: SweepResult) -> Any:
+        return tables_of_sweep(result, sweep.workdir)[0].printed
+
+    run_sweep(placed, sweep, reporter, **shared, page=build_comparison, table=table, start=start)

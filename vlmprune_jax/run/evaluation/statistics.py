@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtr, stdtrit
@@ -156,17 +155,8 @@ def interval_of_mean(
     return mean, mean - math.hypot(half, low), mean + math.hypot(half, high)
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Result of McNemar's test: questions that only one of two models answered correctly, and the p-value."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """Test whether two models answer equally many of the same questions correctly (McNemar's exact test).
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the p-value of McNemar's exact test: do two models answer equally many of the same questions correctly?
 
     Only questions that exactly one model got right have weight. If the models are equally good, each such question
     favours either model with probability 1/2. The p-value is the two-sided binomial probability of this or a more
@@ -177,7 +167,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     """
     pairs = list(zip(first, second, strict=True))
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
-    return McNemar(lost, gained, min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5))))
+    return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
 def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -188,7 +178,7 @@ def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
     variance of the difference over questions. A model with a single seed is assigned the other's variance.
     """
     if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
-        return mcnemar(first[0] > 0, second[0] > 0).p_value
+        return mcnemar(first[0] > 0, second[0] > 0)
     by_question = first.mean(axis=0) - second.mean(axis=0)
     variances = [(by_question.var() / max(len(by_question) - 1, 1), max(len(by_question) - 1, 1))]
     for group, other in ((first, second), (second, first)):

@@ -15,12 +15,11 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
-from vlmprune_jax.run.planning.guide import METHODS, SOLVED, Evidence, Guide, read_guide
+from vlmprune_jax.run.planning.guide import SOLVED, Evidence, Guide
 from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
-from vlmprune_jax.run.planning.rules import Recommendation, Target, merge, recommend
-from vlmprune_jax.run.report.page import Section, Table
+from vlmprune_jax.run.planning.rules import Recommendation, merge
+from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.ledger import write_text
-from vlmprune_jax.run.workdir.result import Result
 
 WIDTH = 80  # characters per line of a recommendation
 LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
@@ -243,26 +242,3 @@ def vocabulary_share(cfg: ModelConfig) -> float:
     without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
     per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
     return per_row * rows / count_params(cfg)
-
-
-def advice_section(result: Result) -> Iterator[Section]:
-    """Yield a report section that recommends a setup like the best run's (same ratio, data and training)."""
-    run = result.best_run
-    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.actual_ratio:
-        return
-    trained, guide = run.data_fraction > 0, read_guide()
-    removed = dict.fromkeys(METHODS, run.decoder_ratio)
-    asked = Target(result.teacher.parameters, result.workload.images > 0, run.actual_ratio, run.decoder_ratio, removed)
-    data, compute = min(max(run.data_fraction, 0), 1), "full" if trained else "none"
-    recommendation = recommend(asked, data_fraction=data, compute=compute, guide=guide)
-    about = (
-        f"For the ratio of the best run, {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of "
-        f"the decoder), {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
-        "answers for other budgets."
-    )
-    lines = [
-        f"recommended: {summarize(recommendation)}",
-        *(f"{label}: {text}" for label, text in evidence(recommendation, guide, own_data=True)),
-        *remarks(recommendation),
-    ]
-    yield Section("What the guide recommends", notes=tuple(line[:1].upper() + line[1:] for line in (about, *lines)))

@@ -9,17 +9,13 @@ from pathlib import Path
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import MAX_JSON_BYTES, read_text
 from vlmprune_jax.run.report import figures
-from vlmprune_jax.run.report.advice import advice_section
-from vlmprune_jax.run.report.answers import comparison_section, length_section
 from vlmprune_jax.run.report.page import Section, Table, write_page
-from vlmprune_jax.run.report.provenance import provenance_section
 from vlmprune_jax.run.report.samples import shown_samples
-from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
-from vlmprune_jax.run.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
+from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
+from vlmprune_jax.run.report.tables import P_NOTE, groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
-from vlmprune_jax.run.workdir.ledger import StageRecord
-from vlmprune_jax.run.workdir.result import RESULT, Costs, Result, read_result
+from vlmprune_jax.run.workdir.result import RESULT, Result, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
@@ -30,7 +26,7 @@ NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
     "measured speed, as a multiple of the unpruned model's. Removed: share of all parameters, and of the decoder's. "
     "Data: share of "
-    "the training records. Seconds: scoring, pruning and training, without evaluation."
+    "the training records. MiB: weights on disk. Seconds: scoring, pruning and training, without evaluation.{p_best}"
 )
 AVERAGES = (
     ", the mean over sets. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
@@ -47,15 +43,10 @@ INTERVALS = (
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
-def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None) -> Path:
+def build_report(workdir: Path) -> Path:
     """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
 
-    Args:
-      workdir: workdir of a run, finished or not.
-      records: finished stages in the ledger, for the date in the title and the section on provenance.
-
-    Returns:
-      The page's path.
+    `workdir`: workdir of a run, finished or not. Returns the page's path.
 
     Raises UserError if the workdir has no file of a run, or a file is damaged.
     """
@@ -72,8 +63,8 @@ def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None
     done = result if finished else None
     return write_page(
         workdir / "report.html",
-        _title(find_artefact(workdir / STEPS, Steps), records or {}),
-        [*_sections(workdir, result, variants, finished), *([provenance_section(records)] if records else [])],
+        _title(find_artefact(workdir / STEPS, Steps)),
+        [*_sections(workdir, result, variants, finished)],
         lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
         numbers=() if done is None else key_numbers(done),
         missing=missing,
@@ -82,12 +73,11 @@ def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None
     )
 
 
-def _title(steps: Steps | None, records: Mapping[str, StageRecord]) -> str:
-    """Return the page's title: model, evaluation sets, and the day on which the last stage finished."""
-    dates = sorted(record.by.finished[:10] for record in records.values())
+def _title(steps: Steps | None) -> str:
+    """Return the page's title: model and evaluation sets."""
     title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"
     sets = "" if steps is None or not steps.sets else f", evaluated on {steps.sets}"
-    return printable(f"{title}{sets}{f' ({dates[-1]})' if dates else ''}")
+    return printable(title + sets)
 
 
 def _variants(result: Result | None) -> list[Variant]:
@@ -97,23 +87,18 @@ def _variants(result: Result | None) -> list[Variant]:
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
     labels = {} if result is None else result.labels
     if result is not None:
-        yield Section("Models", tables=tuple(tables_of(result, names=True)), notes=_notes(result), folded=False)
+        yield Section("Models", tables=tuple(tables_of(result, workdir)), notes=_notes(result), folded=False)
     if result is not None and result.runs:
-        yield from figures.score_sections(workdir, result)
+        yield figures.score_section(workdir, result)
     yield from _costs(workdir, result, finished)
-    if result is not None:
-        yield from length_section(workdir, result)
     yield from _samples(workdir, labels, finished)
     if result is not None and result.runs:
-        yield from comparison_section(workdir, result)
         groups = tuple(groups_of(result))
         if groups:
             yield Section("By group of questions", tables=groups)
     yield from vocabulary_section(workdir, variants)
     yield from figures.removed_section(workdir, variants)
     yield from figures.importance_section(workdir, variants)
-    yield from figures.kinds_section(workdir, variants)
-    yield from figures.affected_section(workdir, variants)
     if result is not None:
         yield from figures.loss_section(workdir, result)
     planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
@@ -121,7 +106,6 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
         facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.recoveries.items())
         yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
     if finished and result is not None:
-        yield from advice_section(result)
         yield _export(result)
 
 
@@ -142,7 +126,7 @@ def _export(result: Result) -> Section:
 
 
 def _notes(result: Result) -> tuple[str, ...]:
-    notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "")
+    notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "", p_best=P_NOTE)
     notes += CONTROLS if result.controls else ""
     notes += INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else ""
     return tuple(filter(None, (notes, parameter_note(result.teacher))))
@@ -164,16 +148,15 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
 
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
-    """Yield the report section with costs and measured speed per layer shape."""
+    """Yield the report section with measured speed per layer shape, and notes on the costs."""
     measured, tables, notes = find_artefact(workdir / SPEED, Speed), list[Table](), list[str]()
     labels = None if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:
         workload = result.workload
-        tables.append(_cost_table(result, result.teacher.costs))
         notes.append(
             f"FLOPs: a forward pass of {workload.length:,} tokens, those of {workload.images} image(s) among them"
             f"{f', with images at {workload.image_tokens:,} tokens' if workload.image_tokens else ''}; a multiply-add "
-            f"is two. Cache and file as {workload.dtype}."
+            f"is two. Cache and weights as {workload.dtype}."
         )
     if measured is not None:
         tables += speed_tables(measured, labels)
@@ -191,27 +174,3 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
             command="" if measured is not None else COMMAND.format(workdir, " --config.speed.rounds=5"),
             folded=False,
         )
-
-
-def _cost_table(result: Result, unpruned: Costs) -> Table:
-    teacher, labels = result.teacher, result.labels
-    sparse = unpruned.active_parameters not in (None, teacher.parameters)  # a token uses some of the experts
-
-    def row(parameters: int, costs: Costs) -> tuple[str, ...]:
-        cells = [f"{parameters:,}", f"{100 * parameters / teacher.parameters:.1f}"]
-        cells += [f"{costs.active_parameters or parameters:,}"] if sparse else []
-        for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
-            ours, theirs = getattr(costs, key), getattr(unpruned, key)
-            value, share = ours / scale, 100 * ours / theirs if theirs else 100.0
-            cells += [f"{value:,.2f}" if scale > 1 else f"{value:,.0f}", f"{share:.1f}"]
-        return tuple(cells)
-
-    shapes = dict[tuple[str, ...], list[str]]()
-    for run in result.runs:
-        if run.costs is not None:
-            shapes.setdefault(row(run.parameters, run.costs), []).append(labels[run.name])
-    active = ("active per token",) if sparse else ()
-    header = ("model", "parameters", "%", *active, "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
-    rows = [("unpruned", *row(teacher.parameters, unpruned))]
-    rows += [(together(names), *cells) for cells, names in shapes.items()]
-    return Table("Cost by shape, and in % of the unpruned model's", header, tuple(rows))

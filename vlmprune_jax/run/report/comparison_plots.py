@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from vlmprune_jax.base.errors import printable
+from vlmprune_jax.run.report.plots import LABEL
 from vlmprune_jax.run.report.style import (
     COLOURS,
     INK,
@@ -32,7 +33,6 @@ from vlmprune_jax.run.workdir.result import WITHOUT, recovery_label
 from vlmprune_jax.run.workdir.sweep import Group, UnprunedModel
 
 MOST_PANELS = 9
-LABEL = "retained (%)"
 LINE_LETTERS = 110  # characters per row of a legend
 FEW_SEEDS = 2  # number of seeds whose interval is too uncertain to draw (with one seed, it is over questions)
 BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
@@ -86,11 +86,8 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
     return {name: title if counts[title] == 1 else f"{title} ({printable(name)})" for name, title in words.items()}
 
 
-def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
-    """Return {group: name of its line in plots}, usually the pruning method.
-
-    `by_images`: models with different limits of tokens per image have different lines.
-    """
+def series_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Return {group: name of its line in plots}, usually the pruning method."""
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
     models, limits = {group.first.model for group in groups}, {group.first.image_tokens for group in groups}
@@ -99,7 +96,7 @@ def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, s
         first = group.first
         name = f"{first.method}, {first.criterion}" if first.method in several else first.method
         name = f"{name} of {first.model.rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
-        if by_images and len(limits) > 1:
+        if len(limits) > 1:
             name = f"{name}, {first.image_tokens or 'all'} image tokens"
         series[group.name] = name
         asked = first.target_ratio  # None if the target was a number of layers
@@ -270,55 +267,3 @@ def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def images_figure(lines: Mapping[str, Sequence[Point]], label: str) -> Figure:
-    """Plot a metric against tokens per image, given as {line: points}."""
-    lines = {name: points for name, points in list(lines.items())[:MOST_NAMED] if points}
-    styles = _styles(lines)
-    with styled(label, *lines):
-        figure, [axes] = _panels(1, 3.6)
-        for name, points in lines.items():
-            _band(axes, points, styles[name])
-        _log_ticks(axes, sorted({tokens for points in lines.values() for tokens, *_ in points}), ",")
-        axes.set_xlabel("maximum number of tokens per image")
-        axes.set_ylabel(legible(label))
-        _add_legend(figure, [Line2D([], [], markersize=4, label=legible(n), **styles[n]) for n in lines])
-        return figure
-
-
-def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
-    """Draw a radar chart of retention with one spoke per evaluation set.
-
-    `panels`: title -> model -> set -> retained in %.
-    """
-    panels = dict(list(panels.items())[:MOST_PANELS])
-    names = list(dict.fromkeys(name for models in panels.values() for name in models))
-    styles = _styles(names)
-    angles = np.linspace(0, 2 * np.pi, len(sets), endpoint=False)
-    top = max([100.0, *(value for models in panels.values() for model in models.values() for value in model.values())])
-    top = min(top, 150.0)
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    with styled(*panels, *names, *sets):
-        figure = Figure(figsize=(9.2, 3.6 * rows + 0.5), layout="constrained")
-        grid = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat)
-        for axes, (title, models) in zip(grid, panels.items(), strict=False):
-            axes.set_theta_offset(np.pi / 2)
-            axes.set_theta_direction(-1)
-            around = np.append(angles, angles[0])
-            axes.plot(around, np.full(len(around), 100.0), color=MUTED, linestyle="--", linewidth=1)
-            for name, model in models.items():
-                values = np.clip([model[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
-                axes.plot(around, values, linewidth=1.5, markersize=3, **styles[name])
-                axes.fill(around, values, color=styles[name]["color"], alpha=0.08)
-            axes.set_xticks(angles, [legible(name, 14) for name in sets])
-            axes.set_ylim(0, 1.05 * top)
-            axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100"])
-            axes.spines["polar"].set_visible(False)
-            axes.set_title(legible(title, LONGEST_TITLE), loc="center", pad=14)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        handles = [Line2D([], [], markersize=3, label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
-        _add_legend(figure, handles)
-        return figure

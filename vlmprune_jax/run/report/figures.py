@@ -1,8 +1,7 @@
-"""The figures of a report, section by section, each with a text alternative, and importance by token type."""
+"""The figures of a report, section by section, each with a text alternative."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +14,22 @@ from vlmprune_jax.base.errors import UserError, printable
 from vlmprune_jax.core.part import AXES, LAYERS, WRITERS, Key
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, Scores
-from vlmprune_jax.core.prune.routing import ROUTING, Routing
 from vlmprune_jax.core.prune.scores import Values
-from vlmprune_jax.core.prune.tables import AFFECTED, affected_tokens
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.core.stack import stack_title
 from vlmprune_jax.run.report import plots
-from vlmprune_jax.run.report.page import Figure, Section, Table
+from vlmprune_jax.run.report.page import Figure, Section
 from vlmprune_jax.run.report.style import to_svg, write_png
-from vlmprune_jax.run.report.tables import over, upper
+from vlmprune_jax.run.report.tables import over
 from vlmprune_jax.run.report.vocabulary import vocabulary_size
-from vlmprune_jax.run.workdir.evaluation import UNPRUNED
 from vlmprune_jax.run.workdir.result import Result, Run
 from vlmprune_jax.run.workdir.steps import Variant
 
 T = TypeVar("T")
 MOST_UNITS = 1_000_000  # maximum cells of a figure
 MOST_DRAWN = 20  # maximum figures of a kind, and curves per figure; tables are complete
-MOST_LISTED, MOST_SERVING = 40, 5  # maximum numbers in a sentence, and layers or heads named for images
+MOST_LISTED = 40  # maximum numbers in a sentence
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
@@ -41,46 +37,19 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(to_svg(drawn)), printable(alt), caption)
 
 
-def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield report sections that plot retention against speed or size, and scores per evaluation set."""
-    sets, runs = result.sets, [run.evaluation for run in result.runs]
-    title = f"Retained {over(sets)}"
-    intervals: list[tuple[float, float] | None] = []
-    if len(sets) == 1:
-        [(name, metric)] = sets.items()
-        title = f"Retained {metric.main} on {metric.size}"
-        intervals = [None, *(run.retained_interval.get(name) for run in runs)]
-    kept = [100.0, *(run.mean_of_ratios for run in runs)]
-    first = plots.Measured("Retained", title, "retained (%)", kept, intervals, retention=True)
-    write_png(plots.score_figure(result, first), workdir / "report.png")
+def score_section(workdir: Path, result: Result) -> Section:
+    """Return a report section that plots retention against speed or size, and write it as `report.png`."""
+    title = f"Retained {over(result.sets)}"
+    write_png(plots.score_figure(result, title), workdir / "report.png")
+    values = []
+    for run in result.runs[:MOST_LISTED]:
+        kept = run.evaluation.mean_of_ratios
+        values.append(f"{result.labels[run.name]} {'unknown' if kept is None else f'{kept:.1f}'}")
+    alt = f"{title}, against speed or size and in rows, in %: {', '.join(values)}"
     caption = "The dashed line is the unpruned model; the axis is logarithmic in the distance from 100 %."
-    yield Section("Retention, size and speed", figures=(_score_panels(result, first, caption),), folded=False)
-    if len(sets) > 1:
-        figures, models = [], [result.teacher.evaluation, *runs]
-        for name, metric in itertools.islice(sets.items(), MOST_DRAWN):
-            values = [model.main(name, sets) for model in models]
-            scaled = [None if value is None else metric.scale * value for value in values]
-            label = metric.main + (f" ({metric.unit})" if metric.unit else "")
-            measured = plots.Measured(
-                upper(metric.main), f"{name}: {upper(metric.main)} on {metric.size}", label, scaled
-            )
-            better = "Higher is better." if metric.higher_is_better else "Lower is better."
-            figures.append(_score_panels(result, measured, better))
-        yield Section("Every evaluation set", figures=tuple(figures))
-
-
-def _score_panels(result: Result, measured: plots.Measured, caption: str) -> Figure:
-    """Return the panels of a score figure, which narrow screens show below each other."""
-    alt = _score_alt(result, measured)
-    points, rows = (figure_of(plots.score_figure(result, measured, (p,)), alt, caption) for p in plots.PANELS)
-    return replace(points, svg=points.svg + rows.svg)
-
-
-def _score_alt(result: Result, measured: plots.Measured) -> str:
-    names = [result.labels[name] for name in (UNPRUNED, *(run.name for run in result.runs))]
-    values = zip(names[:MOST_LISTED], measured.values, strict=False)
-    listing = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
-    return f"{measured.title}, against speed or size and in rows, in {measured.label}: {listing}"
+    # Narrow screens show the panels below each other.
+    points, rows = (figure_of(plots.score_figure(result, title, (panel,)), alt, caption) for panel in plots.PANELS)
+    return Section("Retention, size and speed", figures=(replace(points, svg=points.svg + rows.svg),), folded=False)
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
@@ -186,36 +155,6 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:MOST_LISTED])) + (", ..." if len(numbers) > MOST_LISTED else "")
 
 
-def affected_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield a report section with the calibration tokens that lose an expert, for each plan that removes experts."""
-    tables = dict[tuple[Any, ...], Table]()
-    for plan, name in {(run.plan, name): None for run in variants if run.plan for name in run.scores}:
-        kept = PrunePlan.from_json(workdir / plan)
-        routing = Routing.of_plan((workdir / name).with_name(ROUTING), kept)
-        if routing is not None:
-            title, header, rows = affected_tokens(kept, routing)
-            tables.setdefault(tuple(map(tuple, rows)), Table(title, tuple(header), tuple(map(tuple, rows))))
-    if tables:
-        yield Section("Tokens that lose an expert", tables=tuple(tables.values()), notes=(AFFECTED,))
-
-
-def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield report sections with importance by token type (prompt, image, answer)."""
-    figures = dict[str, Figure]()
-    for name in dict.fromkeys(name for run in variants for name in run.scores):
-        scores = Scores.load(workdir / name)
-        if scores.by_token_type and len(figures) < MOST_DRAWN:
-            if heads := heads_of(scores.values):
-                _check_drawable(f"{scores.criterion} scores are", list(map(len, heads)))
-            shares = {k: (head_shares(arrays), layer_shares(arrays)) for k, arrays in scores.by_token_type.items()}
-            drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
-            alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
-            figure = figure_of(drawn, alt, f"{name}. {serves_vision(scores)}")
-            figures.setdefault(figure.svg, figure)
-    if figures:
-        yield Section("Importance by token type", figures=tuple(figures.values()))
-
-
 def _check_drawable(what: str, widths: Sequence[int]) -> None:
     if len(widths) * max(widths) > MOST_UNITS:
         raise UserError(
@@ -244,22 +183,6 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
         yield Section("Recovery training", figures=tuple(figures))
 
 
-def layer_shares(values: Values) -> np.ndarray:
-    """Return each layer's share of all importance for one token type, float64[n_layers] (sum 1).
-
-    Width scores are summed over neurons (most of a layer's parameters). Infinite scores (never removed) have weight 0.
-    """
-    whole = [scores for key, scores in values.items() if key.axis == LAYERS]
-    neurons = {key.layer: float(np.sum(scores)) for key, scores in values.items() if not _is_of_heads(key)}
-    return _shares(whole or [np.array([*neurons.values()])])[0]
-
-
-def head_shares(values: Values) -> list[np.ndarray] | None:
-    """Return each attention head's share of the total importance over all layers; None without head scores."""
-    heads = heads_of(values)
-    return _shares(heads) if heads else None
-
-
 def heads_of(values: Values) -> list[np.ndarray]:
     """Return the scores of units of several channels (such as attention heads), layer by layer."""
     return [scores for key, scores in values.items() if _is_of_heads(key)]
@@ -267,44 +190,3 @@ def heads_of(values: Values) -> list[np.ndarray]:
 
 def _is_of_heads(key: Key) -> bool:
     return key.layer is not None and bool(AXES[key.axis].channels)
-
-
-def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
-    finite = [np.where(np.isfinite(layer), layer, 0.0) for layer in layers]
-    largest = max(float(np.max(np.abs(layer))) for layer in finite) or 1.0  # scaled first: a sum may overflow
-    total = sum(float(np.sum(layer / largest)) for layer in finite) or 1.0
-    return [layer / largest / total for layer in finite]
-
-
-def serves_vision(scores: Scores) -> str:
-    """Return text naming up to 5 layers and heads that matter more for images than for text; "" if unknown."""
-    text = [arrays for kind, arrays in scores.by_token_type.items() if kind != "image"]
-    if "image" not in scores.by_token_type or not text:
-        return ""
-    image = scores.by_token_type["image"]
-    leaning = _leaning([layer_shares(image)], [[layer_shares(arrays)] for arrays in text])[0]
-    named = [f"layers {_named([(f'{i}', share) for i, share in enumerate(leaning)])}"]
-    heads = head_shares(image)
-    if heads is not None:
-        by_layer = _leaning(heads, [head_shares(arrays) or [] for arrays in text])
-        named.append(
-            f"heads {_named([(f'{i}.{n}', s) for i, layer in enumerate(by_layer) for n, s in enumerate(layer)])}"
-        )
-    return (
-        f"Most important for images: {'; '.join(named)}. In brackets: importance for images as a share of that for "
-        "images and text, each divided by its sum over the model; 0.50 is no preference. A head is named layer.head."
-    )
-
-
-def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return each layer's image share of importance (1 = only images matter, 0.5 = no importance)."""
-    shares = []
-    for i, layer in enumerate(image):
-        both = layer + np.mean([kind[i] for kind in text], axis=0)
-        shares.append(np.where(both > 0, layer / np.where(both > 0, both, 1.0), 0.5))
-    return shares
-
-
-def _named(shares: Sequence[tuple[str, float]]) -> str:
-    first = sorted(shares, key=lambda pair: -pair[1])[:MOST_SERVING]
-    return ", ".join(f"{name} ({share:.2f})" for name, share in first if share > 0.5) or "none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,54 +25,41 @@ from vlmprune_jax.run.report.style import (
     retention_axis,
     styled,
 )
+from vlmprune_jax.run.workdir.comparison import average_interval
 from vlmprune_jax.run.workdir.result import Result
 
 WIDTHS = {"points": 5, "rows": 4}  # relative widths of the panels of `score_figure`
 PANELS = tuple(WIDTHS)
+LABEL = "retained (%)"
 MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000, 64
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One number per model (None if unknown; unpruned model first), with its figure labels.
-
-    `intervals`: 95 % intervals of the numbers, None if unknown. `retention`: True for percentages of the unpruned
-    score.
-    """
-
-    name: str
-    title: str
-    label: str
-    values: Sequence[float | None]
-    intervals: Sequence[tuple[float, float] | None] = ()
-    retention: bool = False
-
-
-def score_figure(result: Result, measured: Measured, panels: Sequence[str] = PANELS) -> Figure:
-    """Plot a number per model against decoding speed or size ("points"), and as a ranking from best to worst ("rows").
+def score_figure(result: Result, title: str, panels: Sequence[str] = PANELS) -> Figure:
+    """Plot retention against decoding speed or size ("points"), and as a ranking from best to worst ("rows").
 
     The marker's shape shows the method, its colour the recovery.
     """
     runs, colours = result.runs, recovery_colours(result.runs)
-    values = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
+    kept = [run.evaluation.mean_of_ratios for run in runs]
+    values = [np.nan if value is None or not abs(value) < LARGEST else value for value in kept]
     names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
-    with styled(measured.label, measured.title, *names):
-        size = (4.6 * len(panels), max(3.9, 0.9 + 0.24 * min(len(values), MOST_ROWS)))
+    with styled(title, *names):
+        size = (4.6 * len(panels), max(3.9, 0.9 + 0.24 * min(1 + len(values), MOST_ROWS)))
         figure = Figure(figsize=size, layout="constrained")
         ratios = [WIDTHS[panel] for panel in panels]
         for panel, axes in zip(
             panels, figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0], strict=True
         ):
-            draw = _score_points if panel == "points" else _score_rows
-            draw(axes, result, values, measured, colours)
-            if measured.retention:
-                retention_axis(axes, "y" if panel == "points" else "x", values)
+            if panel == "points":
+                _score_points(axes, result, values, colours)
+                axes.set_title(legible(title, LONGEST_TITLE))
+            else:
+                _score_rows(axes, result, values, colours)
+            retention_axis(axes, "y" if panel == "points" else "x", values)
         return figure
 
 
-def _score_points(
-    axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
-) -> None:
+def _score_points(axes: Axes, result: Result, values: Sequence[float], colours: Mapping[str, str]) -> None:
     """Draw one point per model, against decoding speed if it is known for all models, otherwise against size."""
     runs = result.runs
     speedups = [run.speed.decode_speedup for run in runs if run.speed is not None]
@@ -82,36 +68,33 @@ def _score_points(
     if len(places) < len(runs):
         places = [100 * run.parameters / result.teacher.parameters for run in runs]
         x_label = "parameters, % of the unpruned model's"
-    axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
-    for run, x, value in itertools.islice(zip(runs, places, values[1:], strict=True), MOST_LINES):
+    axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
+    for run, x, value in itertools.islice(zip(runs, places, values, strict=True), MOST_LINES):
         axes.plot(x, value, **{**marker(run.method, colours[run.after_pruning]), "linestyle": "none"})
     axes.set_xlabel(x_label)
-    axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
-    axes.set_title(legible(measured.title, LONGEST_TITLE))
+    axes.set_ylabel(LABEL)
     axes.margins(x=0.15, y=0.08)
     axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best", fontsize=8)
 
 
-def _score_rows(
-    axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
-) -> None:
-    """Draw one row per model, with its value as text and as a point with its interval."""
+def _score_rows(axes: Axes, result: Result, values: Sequence[float], colours: Mapping[str, str]) -> None:
+    """Draw one row per model, with its retention as text and as a point with its interval."""
     runs, labels = result.runs, result.labels
     order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
-    axes.axvline(values[0], color=MUTED, linestyle="--", linewidth=1)
+    axes.axvline(100, color=MUTED, linestyle="--", linewidth=1)
     for row, i in enumerate(order):
-        colour, value, score = colours[runs[i].after_pruning], values[i + 1], measured.values[i + 1]
-        ends = measured.intervals[i + 1] if measured.intervals else None
+        colour, kept = colours[runs[i].after_pruning], runs[i].evaluation.mean_of_ratios
+        ends = average_interval(runs[i].evaluation, result.sets)
         if ends is not None:
             axes.plot(ends, [row, row], color=colour, linewidth=1.2, alpha=0.7)
-        axes.plot(value, row, **marker(runs[i].method, colour))
-        text = "" if score is None else f"{score:.2f}" if abs(score) < 1e9 else f"{score:.3g}"
+        axes.plot(values[i], row, **marker(runs[i].method, colour))
+        text = "" if kept is None else f"{kept:.2f}" if abs(kept) < 1e9 else f"{kept:.3g}"
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_yticks(range(len(order)), [legible(labels[runs[i].name]) for i in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
+    axes.set_xlabel(LABEL)
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
@@ -200,35 +183,6 @@ def removed_figure(
         return figure
 
 
-def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
-    """Plot importance of heads and layers by token type, one column per type.
-
-    `kinds`: {token type: (importance of heads per layer or None, float[n_layers] share of each layer in the sum)}.
-    """
-    drawn = {name: heads for name, (heads, _) in kinds.items() if heads is not None}
-    top = max(float(layers.max()) for _, layers in kinds.values()) or 1.0
-    with styled(title, *kinds):
-        figure = Figure(figsize=(9.2, 4.2 if drawn else 2.4), layout="constrained")
-        panels = figure.subplots(1 + bool(drawn), len(kinds), sharex=True, sharey="row", squeeze=False)
-        image = None
-        for column, (name, (heads, layers)) in zip(panels.T, kinds.items(), strict=True):
-            if heads is not None:
-                shares = _by_layer(heads)
-                image = column[0].imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
-                column[0].grid(visible=False)
-                column[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-            column[0].set_title(f"{name} tokens")
-            column[-1].bar(range(len(layers)), 100 * layers, color=COLOURS[0])
-            column[-1].set_ylim(0, 108 * top)
-            _layer_axis(column[-1], len(layers), most=8)
-        panels[-1, 0].set_ylabel("layer's share\nof the sum (%)")
-        if image is not None:
-            panels[0, 0].set_ylabel("attention head")
-            figure.colorbar(image, ax=panels[0], label="importance /\nlargest of layer")
-        figure.suptitle(legible(title, LONGEST_TITLE), x=0.01, ha="left", fontsize=10.5)
-        return figure
-
-
 def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
     """Return head importance relative to the layer's maximum, float[widest, n_layers]; NaN pads narrower layers."""
     shares = np.full((max(len(h) for h in heads), len(heads)), np.nan)
@@ -238,9 +192,9 @@ def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
     return shares
 
 
-def _layer_axis(axes: Axes, n_layers: int, most: int = 32) -> None:
+def _layer_axis(axes: Axes, n_layers: int) -> None:
     axes.set_xlabel("decoder layer (original number)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, most) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, 32) + 1))
     axes.set_xlim(-0.6, n_layers - 0.4)
     axes.grid(visible=False, axis="x")
 

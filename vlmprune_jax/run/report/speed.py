@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlmprune_jax.base.console import Reporter
-from vlmprune_jax.base.errors import UserError, printable
-from vlmprune_jax.core.mesh.machine import processor
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, QuestionTime, SpeedConfig
-from vlmprune_jax.run.evaluation.speed.measure import measure_questions
+from vlmprune_jax.base.errors import printable
+from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.run.evaluation.speed.ratio import STEADY, speedup, spread
 from vlmprune_jax.run.report.page import Table
-from vlmprune_jax.run.workdir.artefact import to_json, write_artefact
+from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.ledger import write_text
 from vlmprune_jax.run.workdir.speed import Bench, Speed
 
 _Row = tuple[str, ...]
-ANSWERS = (1, 16, 64)  # tokens of the answers of measured questions
 RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
 LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 
@@ -134,42 +127,6 @@ def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, repo
         reporter.table(*table.printed)
     for line in (*bench_notes(bench), *remarks):
         reporter.say(line)
-
-
-def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
-    """Measure and print the time of each phase of answering a question (`vlmprune bench --questions`)."""
-    for name in ("backends", "threads"):
-        if flags[name].present and not (name == "backends" and flags.backends == ["jax"]):
-            raise UserError(f"--{name}: --questions measures jax alone, with all cores: leave --{name} out")
-    models = {
-        name: load(name, vision_dir=flags.vision_dir, dtype=flags.dtype) for name in (flags.model, *flags.against)
-    }
-    batches = {"batches": (config.batch_size,)} if flags["batch_size"].present else {}
-    times = measure_questions(models, config, **batches)
-    if flags.json is not None:
-        write_text(Path(flags.json), json.dumps({"processor": processor(), "models": to_json(times)}, indent=1) + "\n")
-    reporter.table(*question_table(times).printed)
-    reporter.say(
-        f"Measured on {processor()}: {config.rounds} rounds in turns, prompts of {config.prompt_tokens} tokens."
-    )
-
-
-def question_table(times: Mapping[str, Mapping[int, QuestionTime]]) -> Table:
-    """Return a table of question times, by phase and in total, with one row per model and batch size."""
-    rows = tuple(
-        (
-            _path_end(name, 20),
-            str(batch),
-            *(f"{1000 * statistics.median(phase):,.1f}" for phase in (time.tower, time.projector, time.prefill)),
-            *(f"{1000 * statistics.median(time.answer(tokens)):,.1f}" for tokens in ANSWERS),
-            f"{100 * spread(time.answer(ANSWERS[-1])):.0f}",
-        )
-        for name, by_batch in times.items()
-        for batch, time in by_batch.items()
-    )
-    answers = tuple(f"{tokens} token{'s' * (tokens > 1)}" for tokens in ANSWERS)
-    header = ("model", "at once", "tower", "projector", "prefill", *answers, "spread, %")
-    return Table("Milliseconds of each phase, and of questions with answers of some tokens", header, rows)
 
 
 def bench_notes(bench: Bench) -> list[str]:

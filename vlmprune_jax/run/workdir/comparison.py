@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics.texts import BITS
-from vlmprune_jax.run.workdir.evaluation import Group, MetricInfo, Values
+from vlmprune_jax.run.workdir.evaluation import Group, MetricInfo, Values, find_evaluated, read_evaluated
 from vlmprune_jax.run.workdir.result import (
     Costs,
     Evaluations,
@@ -133,6 +135,29 @@ def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple
         return None
     below, above = (math.hypot(*(side[end] - side[2] for side in sides)) / len(sides) for end in (0, 1))
     return evaluation.mean_of_ratios - below, evaluation.mean_of_ratios + above
+
+
+def question_parts(
+    workdir: Path, path: str, model: ModelEvaluation, unpruned: ModelEvaluation, sets: Sets
+) -> np.ndarray | None:
+    """Return each question's contribution to a model's retention in %, float[questions], with the retention as mean.
+
+    The result is None if an evaluation of the model at `path` is not in the workdir, or its scores do not average to
+    the metric's value. The contributions of several sets follow one another, and each set has the same weight.
+    """
+    contributions = []
+    for name in (names := averaged_sets(sets)):
+        file, original = find_evaluated(workdir, path, name), unpruned.main(name, sets)
+        scores = [] if file is None or not original else read_evaluated(file).question_scores
+        value = model.main(name, sets)
+        if not scores or None in scores or value is None or not sets[name].higher_is_better:
+            return None
+        column = np.array(scores, float)
+        if not math.isclose(column.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        contributions.append(100 * column / (original or 1) / len(names) / len(column))
+    joined = np.concatenate(contributions)
+    return joined * len(joined)
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:

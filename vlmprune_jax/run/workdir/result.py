@@ -84,7 +84,7 @@ class Costs(Part, frozen=True, kw_only=True):
     """Costs of a model, computed from its layer shapes."""
 
     forward_flops: Finite
-    kv_bytes_per_token: Count
+    kv_bytes_per_token: Count = 0  # 0 if unknown
     file_bytes: Count
     active_parameters: Count | None = None  # parameters that one token uses; None in results of earlier versions
 

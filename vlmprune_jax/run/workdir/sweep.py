@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 from msgspec import Meta, field
 
 from vlmprune_jax.base.files import Count, Finite, Positive
@@ -18,9 +16,8 @@ from vlmprune_jax.base.markup import cell
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.workdir.artefact import Artefact, Part, read_artefact
-from vlmprune_jax.run.workdir.comparison import average_interval, averaged_sets
-from vlmprune_jax.run.workdir.evaluation import find_evaluated, read_evaluated
-from vlmprune_jax.run.workdir.result import ModelEvaluation, OfControl, RunEvaluation, Set, Sets
+from vlmprune_jax.run.workdir.comparison import average_interval
+from vlmprune_jax.run.workdir.result import Costs, ModelEvaluation, OfControl, RunEvaluation, Set, Sets
 
 SWEEP = "sweep.json"
 DONE, FAILED, PENDING = "done", "failed", "pending"
@@ -39,6 +36,11 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
     bytes: Count
     forward_flops: Finite
     evaluation: ModelEvaluation
+
+    @property
+    def costs(self) -> Costs:
+        """Costs of the model, without the size of its cache."""
+        return Costs(forward_flops=self.forward_flops, file_bytes=self.bytes)
 
 
 class SweptModel(Part, frozen=True, kw_only=True):
@@ -77,6 +79,11 @@ class SweptModel(Part, frozen=True, kw_only=True):
     def unpruned(self) -> str:
         """Name (key in `SweepResult.unpruned`) of the unpruned model with which this model is compared."""
         return unpruned_key(self.model, self.image_tokens)
+
+    @property
+    def costs(self) -> Costs:
+        """Costs of the model, without the size of its cache."""
+        return Costs(forward_flops=self.forward_flops, file_bytes=self.bytes)
 
 
 class Entry(Part, frozen=True, kw_only=True):
@@ -170,11 +177,6 @@ class Group:
         """Return the mean of a numeric property over the group's models."""
         return sum(getattr(model, field) for model in self.models) / len(self.models)
 
-    def show_mean(self, name: str, sets: Sets) -> str:
-        """Return the mean of an evaluation set's main value as text; "" if no model has this value."""
-        values = [value for model in self.models if (value := model.evaluation.main(name, sets)) is not None]
-        return sets[name].show(sum(values) / len(values), unit=False) if values else ""
-
 
 def groups_of(sweep: SweepResult) -> list[Group]:
     """Group a sweep's models that differ only in seeds."""
@@ -186,16 +188,14 @@ def groups_of(sweep: SweepResult) -> list[Group]:
     for name, entries in by_group.items():
         labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
         models = [entry.found for entry in entries if entry.found is not None]
-        retained = _mean_of_all([model.evaluation for model in models], sweep.sets)
-        groups.append(
-            Group(
-                name, labels, models, retained, _mean_of_all([model.evaluation.control for model in models], sweep.sets)
-            )
-        )
+        evaluations = [model.evaluation for model in models]
+        retained = mean_retention(evaluations, sweep.sets)
+        of_control = mean_retention([evaluation.control for evaluation in evaluations], sweep.sets)
+        groups.append(Group(name, labels, models, retained, of_control))
     return groups
 
 
-def _mean_of_all(
+def mean_retention(
     evaluations: Sequence[RunEvaluation | OfControl | None], sets: Sets
 ) -> tuple[float, float, float] | None:
     """Return the mean retention with its 95 % interval over seeds and questions; None if a value is unknown."""
@@ -204,28 +204,6 @@ def _mean_of_all(
     if len(values) < len(evaluations):
         return None
     return interval_of_mean(values, [average_interval(evaluation, sets) for evaluation in known])
-
-
-def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.ndarray | None:
-    """Return each question's contribution to a model's retention in %, float[questions], with the retention as mean.
-
-    The result is None if an evaluation is not in the sweep's workdir, or its scores do not average to the metric's
-    value. The contributions of several sets follow one another, and each set has the same weight.
-    """
-    contributions = []
-    for name in (names := averaged_sets(sweep.sets)):
-        path = find_evaluated(workdir, model.path, name)
-        unpruned = sweep.unpruned[model.unpruned].evaluation.main(name, sweep.sets)
-        scores = [] if path is None or not unpruned else read_evaluated(path).question_scores
-        value = model.evaluation.main(name, sweep.sets)
-        if not scores or None in scores or value is None or not sweep.sets[name].higher_is_better:
-            return None
-        column = np.array(scores, float)
-        if not math.isclose(column.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
-            return None
-        contributions.append(100 * column / (unpruned or 1) / len(names) / len(column))
-    joined = np.concatenate(contributions)
-    return joined * len(joined)
 
 
 def as_csv(sweep: SweepResult) -> str:

@@ -1,7 +1,6 @@
 """`vlmprune bench`: whose turn it is, what is computed of readings, what is refused, and every engine once."""
 
 import contextlib
-import json
 import sys
 import types
 
@@ -133,18 +132,6 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     monkeypatch.setattr(bench_file, "versions_of", lambda backend: {"xllamacpp": None})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
-
-
-def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # room for the folder's path and every column
-    llava, file = goldens / "ckpt/llava_hf", tmp_path / "questions.json"
-    workload = ["--prompt_tokens=24", "--new_tokens=2", "--rounds=1"]
-    assert main(["bench", f"--model={llava}", "--questions", *workload, f"--json={file}"]) == 0
-    times = json.loads(file.read_text())["models"][str(llava)]["16"]
-    assert min(times["tower"] + times["projector"] + times["token"]) > 0
-    assert "16 tokens" in capsys.readouterr().out
-    assert main(["bench", f"--model={llava}", "--questions", "--backends=llama_cpp"]) == 2
-    assert "--backends: --questions measures jax alone" in capsys.readouterr().err
 
 
 def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):

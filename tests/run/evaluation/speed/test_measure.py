@@ -10,12 +10,11 @@ from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import compile_generation, generate
-from vlmprune_jax.core.models.vlm import encode
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.run.evaluation.speed import clock
 from vlmprune_jax.run.evaluation.speed import measure as speed
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
-from vlmprune_jax.run.evaluation.speed.measure import measure_questions, measure_speed
+from vlmprune_jax.run.evaluation.speed.measure import measure_speed
 
 
 class Timed:
@@ -70,19 +69,6 @@ def test_what_no_clock_can_tell_is_refused(monkeypatch):
         measure_speed({}, rounds=0)
 
 
-def test_phases_of_a_question(monkeypatch):
-    """Prefill is what tower and projector leave of the time to the first token; text models have no image."""
-    seeing, reading = (model(config(vision=vision)) for vision in (True, False))
-    ran = []
-    monkeypatch.setattr(speed, "_compile", lambda model, run: Timed("answer", ran, (0.5, 0.2 * run.batch_size)))
-    monkeypatch.setattr(speed, "_Images", lambda model, run: Timed("image", ran, (0.125, 0.25)))
-    times = measure_questions({"vlm": seeing, "lm": reading}, batches=(1, 4), new_tokens=2, rounds=2)
-    assert times["vlm"][1].prefill == (0.125,) * 2
-    assert times["lm"][4].prefill == (0.5,) * 2
-    assert times["vlm"][4].answer(3) == pytest.approx((1.3,) * 2)
-    assert "image" in ran
-
-
 def test_the_program_is_that_of_generate(goldens):
     llava = load(goldens / "ckpt/llava_hf")
     ids, media = speed.make_prompts(llava.cfg, SpeedConfig(prompt_tokens=24, batch_size=2))
@@ -91,9 +77,6 @@ def test_the_program_is_that_of_generate(goldens):
     tokens, *_ = made.decode(made.params, *made.prefill(made.params, made.arrays))
     wanted = generate(llava, ids, media=media, max_new_tokens=5, eos_token_ids=())
     np.testing.assert_array_equal(tokens, wanted)
-    features = speed._project(llava.params, llava.cfg, speed._encode(llava.params, llava.cfg, media["vision"]))
-    _, aux = encode(llava.params, llava.cfg, ids, media=media)
-    np.testing.assert_allclose(features, aux["image_features"], atol=1e-5)
     assert min(made.run()) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
     assert weights < made.peak_bytes < 100 * weights

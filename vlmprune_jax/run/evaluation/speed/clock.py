@@ -6,7 +6,7 @@ Does not import jax, so that the process of another engine does not hold it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -91,29 +91,6 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
     prompt_tokens: Count
 
 
-class QuestionTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Duration of each phase (in seconds) for one batch of questions, with one value per repetition.
-
-    `tower`, `projector`: of the images. `first_token`: from the prompts with their images to the first token. `token`:
-    every further token.
-    """
-
-    tower: tuple[float, ...]
-    projector: tuple[float, ...]
-    first_token: tuple[float, ...]
-    token: tuple[float, ...]
-
-    @property
-    def prefill(self) -> tuple[float, ...]:
-        """Seconds to the first token without tower and projector."""
-        phases = zip(self.first_token, self.tower, self.projector, strict=True)
-        return tuple(max(first - tower - projector, 0.0) for first, tower, projector in phases)
-
-    def answer(self, tokens: int) -> tuple[float, ...]:
-        """Return the seconds of the whole question with an answer of `tokens` tokens."""
-        return tuple(first + (tokens - 1) * each for first, each in zip(self.first_token, self.token, strict=True))
-
-
 class Program(Protocol):
     """Interface for timing the text generation of one model on one batch of prompts.
 
@@ -124,33 +101,6 @@ class Program(Protocol):
         """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
 
 
-def time_in_turns(
-    programs: Sequence[Program],
-    rounds: int,
-    *,
-    min_runs: int = MIN_RUNS,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Seconds]]:
-    """Run programs in turns, in reverse order in every second round; return the seconds of each in every round.
-
-    Other work on the machine then slows all programs equally, so times of the same round can be compared. All processes
-    of a run repeat a program equally often, and return the times of process 0.
-    """
-
-    def agree(seconds: float) -> float:
-        return float(on_process_zero(lambda: seconds))
-
-    repeats = [max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6))) for program in programs]
-    times: list[list[Seconds]] = [[] for _ in programs]
-    for number in range(rounds):
-        for turn, place in enumerate(range(len(programs))[:: -1 if number % 2 else 1], start=1):
-            runs = [programs[place].run() for _ in range(repeats[place])]
-            first, rest = (agree(min(seconds)) for seconds in zip(*runs, strict=True))
-            times[place].append((first, rest))
-            progress(number * len(programs) + turn)
-    return times
-
-
 def measure(
     programs: Mapping[str, Program],
     config: SpeedConfig,
@@ -158,22 +108,39 @@ def measure(
     min_runs: int = MIN_RUNS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Measurement]:
-    """Measure the speed of named programs in turns.
+    """Measure the speed of named programs in turns, in reverse order in every second round.
+
+    Other work on the machine then slows all programs equally, so times of the same round can be compared. All processes
+    of a run repeat a program equally often, and return the times of process 0.
 
     Raises UserError if a measured time is 0.
     """
-    times = time_in_turns([*programs.values()], config.rounds, min_runs=min_runs, progress=progress)
+
+    def agree(seconds: float) -> float:
+        return float(on_process_zero(lambda: seconds))
+
+    repeats = {
+        name: max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
+        for name, program in programs.items()
+    }
+    times: dict[str, list[Seconds]] = {name: [] for name in programs}
+    for number in range(config.rounds):
+        for turn, name in enumerate([*programs][:: -1 if number % 2 else 1], start=1):
+            runs = [programs[name].run() for _ in range(repeats[name])]
+            first, rest = (agree(min(seconds)) for seconds in zip(*runs, strict=True))
+            times[name].append((first, rest))
+            progress(number * len(programs) + turn)
     measured = dict[str, Measurement]()
-    for (name, program), rounds in zip(programs.items(), times, strict=True):
+    for name, rounds in times.items():
         if min(map(min, rounds)) <= 0:
             raise UserError(
                 f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
             )
-        prompt_tokens = config.batch_size * getattr(program, "prompt_tokens", config.prompt_tokens)
+        prompt_tokens = config.batch_size * getattr(programs[name], "prompt_tokens", config.prompt_tokens)
         measured[name] = Measurement(
             prefill=tuple(prompt_tokens / first for first, _ in rounds),
             decode=tuple(config.batch_size * config.new_tokens / rest for _, rest in rounds),
             first_token=tuple(first for first, _ in rounds),
-            peak_bytes=getattr(program, "peak_bytes", None),
+            peak_bytes=getattr(programs[name], "peak_bytes", None),
         )
     return measured
