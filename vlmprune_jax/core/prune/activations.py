@@ -123,12 +123,8 @@ def visit_layers(
             layers.append([list(itertools.islice(results, len(parts))) for parts in group])
         carried[:] = [carry for _, carry in pairs]
 
-    stream.walk(visit, None if _carries(function) else stream.scan_groups())
+    stream.walk(visit, None if "carry" in inspect.signature(function).parameters else stream.scan_groups())
     return layers
-
-
-def _carries(function: Callable[..., Any]) -> bool:
-    return "carry" in inspect.signature(function).parameters
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "function", "options"))
@@ -172,7 +168,7 @@ def _sums(
 
     def weighted_sums(weights: jax.Array, carry: Any) -> Any:
         tokens = Tokens(weights[types], types)
-        if _carries(function):
+        if "carry" in inspect.signature(function).parameters:
             return function(layer_values, tokens, carry=carry, **dict(options))
         sums = function(layer_values, tokens, **dict(options))
         check_returned(function, sums, isinstance(sums, dict), "sums by name, {name: array}")

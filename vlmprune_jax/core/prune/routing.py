@@ -152,8 +152,7 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     room = _MOST_CHOICES // sum(2 * channel.top_k for channel in mixtures)  # tokens
     model, ways = on_devices(model), np.ones((1, len(TYPES)), np.float32)
     sums, choices, types = dict[int, np.ndarray](), dict[int, list[np.ndarray]](), list[np.ndarray]()
-    checked = calibration_batches(batches, model.cfg, labels=False)
-    for group in grouped(model, "text", checked, ways[0]):
+    for group in grouped(model, "text", calibration_batches(batches, model.cfg, labels=False), ways[0]):
         layers = visit_layers(model, "text", group, ("routed",), _route, {}, ways)
         for number, (batch,) in enumerate(group):
             real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
@@ -165,8 +164,7 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
                 choices.setdefault(i, []).append(chosen[real].astype(np.uint16))
             if progress is not None:
                 progress(len(types))
-    joined = {i: np.concatenate(rows) for i, rows in choices.items()}
-    return Routing(fingerprint(model), sums, joined, np.concatenate(types))
+    return Routing(fingerprint(model), sums, {i: np.concatenate(x) for i, x in choices.items()}, np.concatenate(types))
 
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:

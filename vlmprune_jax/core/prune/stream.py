@@ -113,8 +113,7 @@ class LayerStream:
         """Return the parameters of the norm after the decoder's last layer (`Layer.final_norm`); None for towers."""
         if self.stack != "text":
             return None
-        parts = {name: part for name, part in self.model.params["text"].items() if "norm" in name}
-        return jax.tree.map(to_device, parts)
+        return jax.tree.map(to_device, {name: x for name, x in self.model.params["text"].items() if "norm" in name})
 
     def rows(self, batch: int) -> Rows:
         """Return the rows of batch number `batch` at the present layer's input, on the devices or sharded over them."""
@@ -168,10 +167,9 @@ class LayerStream:
         for done, number in enumerate(range(self.n_layers) if numbers is None else numbers, start=1):
             self.number = number if isinstance(number, int) else number.start
             with use_mesh(self.mesh):
-                if isinstance(number, int):
-                    layer = visit(self.load(number))
-                else:
-                    layer = visit(Layer.stacked(self.model, self.stack, number))
+                layer = visit(
+                    self.load(number) if isinstance(number, int) else Layer.stacked(self.model, self.stack, number)
+                )
                 if layer is not None:
                     self.advance(layer)
             if progress is not None:

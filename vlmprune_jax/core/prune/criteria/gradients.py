@@ -41,6 +41,7 @@ from vlmprune_jax.core.prune.layers import Layer, Rows, State
 from vlmprune_jax.core.prune.stream import LayerStream, on_devices, placed_params
 
 LayerScores = dict[str, Any]  # path of a weight -> its reduced gradient
+_run_with_products = jax.jit(run_with_products)
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
@@ -212,7 +213,7 @@ class _Backward(LayerStream):
         """Run a layer; save its inputs and, while the memory budget lasts, the outputs of its projections."""
 
         def run(rows: Rows) -> tuple[State, Products | None]:
-            state, products = _block(layer, rows)
+            state, products = _run_with_products(layer, rows, {})
             size = sum(array.addressable_shards[0].data.nbytes for array in products)
             if size > self.budget:
                 return state, None
@@ -229,7 +230,7 @@ class _Backward(LayerStream):
         def differentiate(rows: Rows, cotangent: Cotangent, products: Any, counts: Any, labels: Any) -> Cotangent:
             nonlocal sums
             if products is None:
-                products = _block(layer, rows)[1]
+                products = _run_with_products(layer, rows, {})[1]
             sums, cotangent = _differentiate(layer, rows, products, counts, labels, cotangent, sums)
             return cotangent
 
@@ -311,11 +312,6 @@ def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     counts = [np.stack([way[row] for way in ways], axis=1) if ways else None for row in data["token_types"]]
     steps = zip(positions, targets, counts, strict=True)
     return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
-
-
-@jax.jit
-def _block(layer: Layer, rows: Rows) -> tuple[State, Products]:
-    return run_with_products(layer, rows, {})
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
