@@ -133,8 +133,8 @@ class Layer:
         """Return a run of equal layers as one pytree with a leading layer axis, for `jax.lax.scan`."""
         runs = enumerate(layer_runs(model.cfg.stack(stack).layers))
         params = model.params[stack]["layers"][str(next(index for index, run in runs if numbers[0] in run.numbers))]
-        layer, number = cls.of(model, stack, numbers[0], None), jnp.arange(numbers.start, numbers.stop)
-        return dataclasses.replace(layer, params=flatten(params), number=number)
+        number: Any = jnp.arange(numbers.start, numbers.stop)
+        return dataclasses.replace(cls.of(model, stack, numbers[0], None), params=flatten(params), number=number)
 
     @functools.cached_property
     def block(self) -> Block:
