@@ -40,6 +40,9 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
 def score_section(workdir: Path, result: Result) -> Section:
     """Return a report section that plots retention against speed or size, and write it as `report.png`."""
     title = f"Retained {over(result.sets)}"
+    if len(result.sets) == 1:
+        [metric] = result.sets.values()
+        title = f"Retained {metric.main} on {metric.size}"
     write_png(plots.score_figure(result, title), workdir / "report.png")
     values = []
     for run in result.runs[:MOST_LISTED]:
