@@ -90,7 +90,7 @@ BLOCKS = {"criterion": "block_influence"}
         (lambda: vp.reconstruct(ONE, PLAN, ONE, BATCH), "vp.reconstruct: batches must be of type Iterable, got dict"),
         (
             lambda: vp.make_plan(ONE, SCORES, ratio=0.1),
-            "scores must be of type Scores or tuple, got Model: call vp.make_p",
+            "scores must be of type Scores or Sequence, got Model: call vp.make_p",
         ),
         (
             lambda: vp.make_plan(SCORES, ONE, "depth"),

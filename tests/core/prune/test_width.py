@@ -199,8 +199,8 @@ def test_products_that_do_not_fit_are_computed_again_to_the_bit(budget, monkeypa
     from vlmprune_jax.core.prune.criteria import gradients as module
 
     cfg, made = config(EQUAL, vision=True), []
-    block = module._block
-    monkeypatch.setattr(module, "_block", lambda *args, **kwargs: made.append(args) or block(*args, **kwargs))
+    run = module._run_with_products
+    monkeypatch.setattr(module, "_run_with_products", lambda *args: made.append(args) or run(*args))
     batches = [batch(cfg), batch(cfg, seed=3)]
     expected = score(model(cfg), batches, criterion="taylor")
     assert len(made) == 10  # layers x steps

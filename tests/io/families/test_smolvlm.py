@@ -81,8 +81,8 @@ def test_positions_are_those_of_the_formula(model):
     [
         ({"pixel_attention_mask": np.ones((1, 2, 24, 23))}, r"mask has shape \[1, 2, 24, 23\] and pixel_values \["),
         (
-            {"pixel_values": np.zeros((2, 2, 3, 24, 24), np.float32)},
-            "the shapes must be equal except",
+            {"pixel_values": np.zeros((2, 2, 3, 24, 24), np.float32), "pixel_attention_mask": None},
+            "positions, but the images have 0 features",
         ),
         ({"input_ids": np.full((1, 12), 350)}, "have 12 image positions, but the images have 8 features: write 4 ids"),
         ({"pixel_values": np.zeros((1, 2, 3, 21, 24), np.float32)}, r"expected \[images, 3, 24, 24\]"),

@@ -24,7 +24,7 @@ from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.feature_pass import compute_features
 from vlmprune_jax.io.data.images import limited_files
 from vlmprune_jax.io.data.video.processor import load_video_config
-from vlmprune_jax.io.exports.token_sources import Source
+from vlmprune_jax.io.exports.token_sources import Source, tokens_of
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.templates import VideoText, in_words
 from vlmprune_jax.io.families.tiles import VideoShape
@@ -345,7 +345,8 @@ def test_exports_keep_what_videos_need(golden, tmp_path):
     source = Source.of(golden.ckpt, golden.model.cfg)
     for case in ("single", "minutes", "slow"):
         ids = golden.arrays[f"{case}_input_ids"]
-        question = next(source.tokens([golden.rows[case]["record"]["conversations"][0]["value"].split("\n")[1]]))
+        text = golden.rows[case]["record"]["conversations"][0]["value"].split("\n")[1]
+        question = next(tokens_of(source.tokenizer, [text]))
         video = set(ids[: golden.rows[case]["prompt_len"]].tolist()) - set(question)
         assert video <= source.needed.keys(), case
 

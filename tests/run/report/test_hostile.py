@@ -88,7 +88,7 @@ def test_mutants_of_plans_and_scores(workdir):
                 make_plan(read, CFG, method=method, ratio=0.3)
 
         data = json.loads(plan.read_text())
-        counts = refused_or_done(data, lambda v, plan=plan: plan.write_text(json.dumps(v)), use_plan, plan, 0.1)
+        counts = refused_or_done(data, lambda v, plan=plan: plan.write_text(json.dumps(v)), use_plan, plan, 0.2)
         assert counts[False] > 100
         refused_or_done(json.loads(str(arrays["meta"])), write_meta, use_scores, scores, 1.0)
 

@@ -110,7 +110,7 @@ def test_a_vocabulary_alone_needs_no_scores(root, capsys):
     with pytest.raises(vp.UserError, match=r"perhaps the vocabulary \(this model has 448 tokens, the plan's 640\)"):
         vp.apply_plan(pruned, plan)
     capsys.readouterr()
-    whole = dataclasses.replace(plan, vocabulary=None)
+    whole = dataclasses.replace(plan, kept={}, tokenizer=None)
     whole.to_json(root / "whole.json")
     assert main(["diff", str(root / "alone"), str(root / "whole.json")]) == 0
     said = capsys.readouterr().out

@@ -141,8 +141,16 @@ def repack(cfg: ModelConfig, input_ids: Any, attention_mask: Any, images: Packed
     return pack(cfg, visuals_by_row(cfg, input_ids, attention_mask, images), packs, images)
 
 
-def real_features(cfg: ModelConfig, features: Any, grid: Any) -> np.ndarray:
-    """Remove padding from vision features [packs, tokens, embed]; return float[tokens, embed] in order."""
-    counts = np.asarray(grid).prod(axis=2).sum(axis=1) // merge_of(cfg) ** 2
-    array = np.asarray(features)
-    return array[np.arange(array.shape[1])[None] < counts[:, None]]
+def real_features(cfg: ModelConfig, features: Any, images: Packed, input_ids: np.ndarray) -> Any:
+    """Remove padding from vision features, [tiles of all packed rows, tokens, embed] or [packs, tokens, embed].
+
+    Returns float[tiles, tokens, embed], or float[tokens, embed] for images of any size, in the order of the tokens.
+    """
+    if images.grid is None:
+        tokens = is_visual(input_ids, cfg.visual_token_ids).reshape(len(images.values), -1).sum(axis=1)
+        counts, size = tokens // cfg.tokens_per_image, images.values.shape[1]
+    else:
+        counts, size = images.grid.prod(axis=2).sum(axis=1) // merge_of(cfg) ** 2, features.shape[1]
+        features = features.reshape(-1, features.shape[-1])
+    filled = np.arange(size) < counts[:, None]
+    return features if filled.all() else features[np.flatnonzero(filled)]

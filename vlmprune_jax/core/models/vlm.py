@@ -325,15 +325,15 @@ def forward(
     """
     mesh = mesh_of(model.params)
     inputs = read_inputs(model.cfg, input_ids, attention_mask, visuals, packed_rows(len(input_ids), mesh))
+    ids = np.asarray(input_ids)
     arrays = {
-        "input_ids": np.asarray(input_ids),
+        "input_ids": ids,
         "attention_mask": None if attention_mask is None else np.asarray(attention_mask),
         "media": inputs.media,
         "position_ids": inputs.positions,
     }
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, **place_batch(arrays, mesh), capture=tuple(capture))
-    grid = inputs.media.get("vision", Packed(None)).grid
-    if grid is not None and "image_features" in aux:
-        aux["image_features"] = real_features(model.cfg, aux["image_features"], grid)
+    if "vision" in inputs.media and "image_features" in aux:
+        aux["image_features"] = real_features(model.cfg, aux["image_features"], inputs.media["vision"], ids)
     return logits, aux
