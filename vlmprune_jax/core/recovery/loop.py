@@ -273,7 +273,7 @@ def shapes_of(batch: Mapping[str, Any]) -> Any:
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
     """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
     lengths, counts = [f"{batch['input_ids'].shape[1]:,}" for batch in batches], list[str]()
-    for images in (batch["media"].get("vision") for batch in batches):
+    for images in (batch.get("media", {}).get("vision") for batch in batches):
         slots = 0 if images is None else images.values.shape[0] * images.values.shape[1]
         counts.append(f"{slots} image{'s' if slots != 1 else ''}")
         if images is not None and images.grid is not None:

@@ -166,7 +166,7 @@ class Program:
 
     def _padding(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Return a batch's number of tokens, its shares of padding, and its number of rows without tokens."""
-        mask, images = batch["attention_mask"], batch["media"].get("vision")
+        mask, images = batch["attention_mask"], batch.get("media", {}).get("vision")
         tokens = jnp.sum(mask, dtype=jnp.float32)
         empty = jnp.sum(~jnp.any(mask != 0, axis=1), dtype=jnp.float32)
         metrics = {"tokens": tokens, "padding": (mask.size - tokens) / mask.size, "empty_rows": empty}

@@ -32,7 +32,7 @@ def test_a_tap_sees_what_the_output_projections_read():
         ids, mask, pixels = arrays["input_ids"], arrays["attention_mask"], arrays.get("pixel_values")
         blocks = decoder_values(
             jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), ("o_proj", "down_proj"),
-            attention_mask=jnp.asarray(mask), images=None if pixels is None else packed(pixels),
+            attention_mask=jnp.asarray(mask), media={} if pixels is None else {"vision": packed(pixels)},
         )  # fmt: skip
         _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
         names = ("dense", "fc2") if cfg.text.block.parallel else ("o_proj", "down_proj")
