@@ -9,6 +9,7 @@ import recover_cases as cases
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
 from vlmprune_jax.core.recovery.flops import step_flops
@@ -70,8 +71,8 @@ def test_a_term_on_the_students_states_alone(terms):
     student, batch = cases.model(CFG, 1), next(cases.Stream(CFG, rows=2))
     found = vp.losses(student, batch, loss)
     ids = jnp.asarray(batch.arrays["input_ids"])
-    mask = batch.arrays["attention_mask"]
-    _, aux = apply(student.params, CFG, ids, capture=("hidden",), attention_mask=mask)
+    mask, media = batch.arrays["attention_mask"], check_batch(CFG, batch.arrays)["media"]
+    _, aux = apply(student.params, CFG, ids, capture=("hidden",), attention_mask=mask, media=media)
     states = [np.asarray(aux["hidden"][i], np.float64)[batch.arrays["attention_mask"] == 1] for i in (0, 1, -1)]
     assert found["small"] == pytest.approx(np.mean([np.square(x).mean() for x in states]), rel=1e-5)
     assert found["total"] == pytest.approx(found["ce"] + 0.1 * found["small"], rel=1e-6)
