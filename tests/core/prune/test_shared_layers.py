@@ -82,7 +82,7 @@ def test_gradients_equal_those_of_the_whole_model():
     typed = [{**b, "media": {}, "token_types": np.where(b["attention_mask"] == 1, 3, 0)} for b in batches]
     found, _ = gradient_channels(
         one, typed, raw_gradient, squares=False,
-        rows_per_step=None, memory_budget=None, weight_of=np.ones(4, np.float32), by_token_type=False, progress=None,
+        rows_per_step=None, memory_budget=None, weight_of=np.ones(5, np.float32), by_token_type=False, progress=None,
         cache=None,
     )  # fmt: skip
     assert "self_attn/k_proj/weight" in found[2]

@@ -177,9 +177,9 @@ def test_long_rows_are_unembedded_in_chunks(monkeypatch):
     cfg = config(EQUAL)
     expected = score(model(cfg), [batch(cfg)], criterion="taylor")
     monkeypatch.setattr(module, "CHUNK", 4)  # 8 positions of 4 rows: one of each at a time
-    module._loss_gradient.clear_cache()
+    module._loss_gradients.clear_cache()
     again = score(model(cfg), [batch(cfg)], criterion="taylor")
-    module._loss_gradient.clear_cache()
+    module._loss_gradients.clear_cache()
     for mine, whole in zip(again.values.values(), expected.values.values(), strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -58,15 +59,14 @@ def taylor(
         )
 
     def reduced(layers: list[LayerScores]) -> Values:
-        channels = [{name: scores[variant] for name, scores in layer.items()} for layer in layers]
-        return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
+        return reduce_groups(layers, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
     weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
     causal = model.cfg.stack(stack).causal  # all positions of a tower are of one type
     layers, by_type = gradient_channels(
         model,
         batches,
-        _saliencies,
+        _SALIENCIES[variant],
         stack=stack,
         squares=squares,
         rows_per_step=rows_per_step,
@@ -79,15 +79,17 @@ def taylor(
     return reduced(layers), {name: reduced(type_layers) for name, type_layers in by_type.items()}
 
 
-def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
-    """Return {variant: channel scores}: first-order variants, or second-order ones if squared gradients are passed."""
-    if a is None:
-        return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
-    return {
-        "param_second": jnp.sum(jnp.abs(w * a * w), axis=axis),
-        "param_mix": jnp.sum(jnp.abs(w * g - 0.5 * w * a * w), axis=axis),
-    }
+def _saliency(variant: str, w: jax.Array, g: jax.Array, a: jax.Array, axis: int) -> jax.Array:
+    """Return the channel scores of a weight `w` from its gradient `g` and mean squared gradients `a`."""
+    if variant == "vectorize":
+        return jnp.abs(jnp.sum(w * g, axis=axis))
+    change = w * g if variant == "param_first" else w * a * w
+    if variant == "param_mix":
+        change = w * g - 0.5 * change
+    return jnp.sum(jnp.abs(change), axis=axis)
 
+
+_SALIENCIES = {variant: functools.partial(_saliency, variant) for variant in VARIANTS}  # once: each is compiled once
 
 TAYLOR = Criterion(
     scores=("widths",),
