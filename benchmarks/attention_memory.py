@@ -32,7 +32,7 @@ from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models import block
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
-from vlmprune_jax.core.models.vlm import Model, encode, to_nnx
+from vlmprune_jax.core.models.vlm import Model, encode, features_of, to_nnx
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
@@ -67,7 +67,7 @@ def tower_case(mesh: Mesh) -> tuple[Callable[..., Any], list[Any]]:
 
     def features(pixels: Any, params: Any) -> Any:
         module = to_nnx(Model(params, cfg))
-        return module.projector(module.vision_features(Packed(pixels[None])))
+        return module.projector(features_of(module.vision, module.cfg, Packed(pixels[None])))
 
     return features, [pixels, _params(mesh, cfg)]
 

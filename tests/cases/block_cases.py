@@ -53,7 +53,7 @@ def values_of_blocks(
 def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (), **inputs: Any) -> list[BlockValues]:
     """Return the values of a decoder's blocks; `inputs`: arguments of `encode`."""
     module = to_nnx(Model(params, cfg))
-    x, _, embeds = module.embed(ids, inputs.get("media"))
+    x, embeds = module.embed(ids, inputs.get("media"))
     mask = inputs.get("attention_mask")
     context = module.text.context(jax.numpy.ones_like(ids) if mask is None else mask, inputs.get("position_ids"))
     found = values_of_blocks(module.text, x, context, names, embeds)

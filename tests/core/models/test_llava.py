@@ -8,7 +8,7 @@ import pytest
 from hf_cases import copy_golden, edit_config, expanded_batch, mean_loss
 from media_cases import packed
 
-from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
+from vlmprune_jax.core.models.vlm import Model, features_of, forward, to_nnx
 from vlmprune_jax.io.checkpoints.read import load
 
 FOLDERS = ("llava_orig", "llava_hf", "llava_orig_bin")
@@ -29,7 +29,7 @@ def test_every_vision_hidden_state(goldens, tmp_path, name, layer):
     model = load(folder, vision_dir=goldens / "ckpt/clip_tower" if name == "llava_orig" else None)
     golden = np.load(goldens / "forward/llava.npz")
     with_class_token = Model(model.params, dataclasses.replace(model.cfg, feature_select="full"))
-    states = to_nnx(with_class_token).vision_features(packed(golden["pixel_values"][:1]))
+    states = features_of(to_nnx(with_class_token).vision, with_class_token.cfg, packed(golden["pixel_values"][:1]))
     np.testing.assert_allclose(states, golden["vision_hidden_states"][layer], **close)
 
 
@@ -39,7 +39,9 @@ def test_llava(models, goldens, name, per_row):
     model, golden = models[name], np.load(goldens / "forward/llava.npz")
     pixels = golden["pixel_values"]
     ids, mask = expanded_batch(golden, model.cfg.image_token_id, model.cfg.tokens_per_image)
-    np.testing.assert_allclose(to_nnx(model).vision_features(packed(pixels)), golden["vision_features"], **close)
+    np.testing.assert_allclose(
+        features_of(to_nnx(model).vision, model.cfg, packed(pixels)), golden["vision_features"], **close
+    )
     # Row 2 is text only: the reference gives it an image of zeros, which is left out.
     pixels = pixels[:, None] if per_row else pixels[:2]
     want = ("hidden", "image_features", "inputs_embeds")

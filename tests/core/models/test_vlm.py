@@ -13,7 +13,7 @@ from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.params import stack_layers, unstack_layers
 from vlmprune_jax.core.models.projector import pixel_shuffle
 from vlmprune_jax.core.models.vision import bicubic
-from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
+from vlmprune_jax.core.models.vlm import Model, features_of, forward, to_nnx
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.pruning import make_plan
@@ -67,7 +67,9 @@ def test_bunny(goldens, bunny, per_row):
     golden = np.load(goldens / "forward/bunny.npz")
     pixels = golden["pixel_values"]
     assert bunny.cfg.tokens_per_image == 9
-    np.testing.assert_allclose(to_nnx(bunny).vision_features(packed(pixels)), golden["vision_features"], **close)
+    np.testing.assert_allclose(
+        features_of(to_nnx(bunny).vision, bunny.cfg, packed(pixels)), golden["vision_features"], **close
+    )
     ids, mask = expanded_batch(golden, bunny.cfg.image_token_id, bunny.cfg.tokens_per_image)
     # Row 2 is text only: the reference gives it an image of zeros, which is left out.
     logits = compare(bunny, golden, ids, mask, pixels[:, None] if per_row else pixels[:2], range(2))
@@ -82,7 +84,9 @@ def test_internvl(goldens, internvl):
     states = module.vision(packed(pixels))
     np.testing.assert_allclose(states, golden["vision_last_hidden_state"], **close)
     np.testing.assert_allclose(pixel_shuffle(states[:, 1:], 2, "v1"), golden["pixel_shuffled_v1"], **close)
-    np.testing.assert_allclose(module.vision_features(packed(pixels)), golden["vision_features"], **close)
+    np.testing.assert_allclose(
+        features_of(module.vision, module.cfg, packed(pixels)), golden["vision_features"], **close
+    )
     mask = golden["attention_mask"]
     logits = compare(internvl, golden, golden["input_ids"], mask, pixels[used], used)
     assert mean_loss(logits, golden["labels"]) == pytest.approx(float(golden["loss"]), rel=1e-5)

@@ -13,7 +13,7 @@ from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_confi
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import flatten, stack_layers, unstack_layers
-from vlmprune_jax.core.models.vlm import to_nnx
+from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.prune import KeptLayer, compose
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.exports.reload import check_export
@@ -48,7 +48,7 @@ def features(model, seed=0):
     side = model.cfg.vision.image_size
     pixels = np.random.default_rng(seed).standard_normal((2, 3, side, side), np.float32)
     module = to_nnx(model)
-    return np.asarray(module.projector(module.vision_features(packed(pixels))))
+    return np.asarray(module.projector(features_of(module.vision, module.cfg, packed(pixels))))
 
 
 def masked(model, layers):

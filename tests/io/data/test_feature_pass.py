@@ -25,7 +25,7 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.vlm import Model, to_nnx, tower_features
+from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data import feature_pass
 from vlmprune_jax.io.data.encoding import Encoder
@@ -75,7 +75,7 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
     meshed = load(goldens / "ckpt/internvl", mesh=make_mesh(2, 2, 2))
     split = make_loader(goldens, tmp_path / "eight", model)
     fill(split, (meshed, records), mesh=make_mesh(2, 2, 2))
-    direct = jax.jit(lambda pixels: to_nnx(model).vision_features(packed(pixels)))
+    direct = jax.jit(lambda pixels: features_of(to_nnx(model).vision, model.cfg, packed(pixels)))
     numbers = set()
     for record in records:
         for path in record.images:

@@ -20,7 +20,7 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.inputs import in_cells
 from vlmprune_jax.core.models.params import flatten, unstack_layers
-from vlmprune_jax.core.models.vlm import to_nnx
+from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups, summed_axes
 from vlmprune_jax.io.data.chat_template import choose_template
 from vlmprune_jax.io.data.images import load_image_processor
@@ -65,7 +65,7 @@ def test_tower(golden):
     states = golden.arrays["single_vision_states"]
     tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
     if golden.positioned:
-        pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
+        pixels, grid = in_cells(golden.model.cfg, pixels, golden.arrays["image0_position_ids"][None])
         images = packed(pixels[None], jnp.asarray(grid)[None])
         found = tower_values(tower, images)
         rows, columns = grid[0, 1:]
@@ -90,7 +90,7 @@ def test_deepstack(goldens):
     golden = Golden(goldens / "families/qwen3_vl")
     module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
     levels = module.projector.deepstack_features(
-        module.vision_features(packed(golden.arrays["image0_pixel_values"][None], grid))
+        features_of(module.vision, module.cfg, packed(golden.arrays["image0_pixel_values"][None], grid))
     )
     np.testing.assert_allclose(levels[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
@@ -242,10 +242,10 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
     if budget in (140, 280):
         pixels = images.load(golden.folder / "images/0.png", "record")
         levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
-        expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
+        expected, grid = in_cells(golden.model.cfg, levels[None] / 255, places[None])
         np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
         module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
-        features = module.projector(module.vision_features(packed(expected[None], grid)))
+        features = module.projector(features_of(module.vision, module.cfg, packed(expected[None], grid)))
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 
@@ -296,7 +296,7 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
             levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
             if golden.positioned:
                 places = golden.arrays[f"image{k}_position_ids"][None]
-                levels = in_cells(cfg, levels, None, places)[0]
+                levels = in_cells(cfg, levels, places)[0]
             expected = golden.arrays[f"image{k}_crops_pixel_values"] if one_level else (levels / 255 - mean) / std
             atol = one_level / std.min() + 1e-5
             np.testing.assert_allclose(pixels, expected, atol=atol, rtol=0, err_msg=str(path))

@@ -244,7 +244,7 @@ def test_images_are_prepared_as_in_transformers(images):
         counts = shape.positions_by_mark(0, template.context_tokens(shape))
         assert counts == [a * b // 4 for a, b in expected["spatial_shapes"].tolist()]
         assert sum(counts) == shape.tokens
-        cells = in_cells(cfg, expected["pixel_values"], None, None, expected["spatial_shapes"])
+        cells = in_cells(cfg, expected["pixel_values"], spatial_shapes=expected["spatial_shapes"])
         found = loader.load(path, "r")
         assert found.shape == cells[0].shape
         assert np.abs(found - cells[0]).max() <= 3 / 127.5

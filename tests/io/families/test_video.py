@@ -16,7 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.inputs import check_batch, in_cells
 from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.vlm import to_nnx
+from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
@@ -135,7 +135,7 @@ def test_pixels_are_pillows(golden):
     arrays, stored = golden.batches("single")[0].arrays, golden.arrays
     expected = golden.pixels(stored["single_levels_pillow"], golden.facts["video_processor"])
     if "single_video_position_ids" in stored:
-        expected, _ = in_cells(golden.model.cfg, expected, None, stored["single_video_position_ids"])
+        expected, _ = in_cells(golden.model.cfg, expected, stored["single_video_position_ids"])
     pixels = arrays["media"]["vision"].values[0]
     np.testing.assert_allclose(pixels[: len(expected)], expected, rtol=2e-6, atol=1e-7)
     assert not pixels[len(expected) :].any()
@@ -321,9 +321,9 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
     pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
     tower = to_nnx(golden.model)
     if cfg.dynamic_resolution:
-        expected = tower.vision_features(packed(pixels[None], np.array([[grid]], np.int32)))[0]
+        expected = features_of(tower.vision, tower.cfg, packed(pixels[None], np.array([[grid]], np.int32)))[0]
     else:
-        expected = tower.vision_features(packed(pixels))
+        expected = features_of(tower.vision, tower.cfg, packed(pixels))
     np.testing.assert_allclose(loader.load(visual, "r"), expected, atol=1e-5, rtol=0)
 
 

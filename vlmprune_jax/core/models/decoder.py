@@ -18,7 +18,6 @@ from vlmprune_jax.core.models.kernels import attention_mask, windowed
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, rope_tables
 from vlmprune_jax.core.models.parts import PARTS
 from vlmprune_jax.core.models.stack import BlockStack
-from vlmprune_jax.core.models.vocabulary import Head
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 
 
@@ -150,12 +149,6 @@ class Decoder(BlockStack):
                 hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
             aux["states"] = tuple(hidden_states[i] for i in states)
         return final, aux
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return the logits [..., vocab] for hidden states after the final norm."""
-        table = self.lm_head or self.embed_tokens
-        bias = None if table.bias is None else table.bias.get_value()
-        return Head(table.weight.get_value(), bias, self.cfg.logit_cap).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
         """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""

@@ -16,15 +16,14 @@ from jax.sharding import Mesh
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
-from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import Cache
 from vlmprune_jax.core.models.decoder import map_cache
-from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, check_ids, read_inputs, read_media
+from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, read_inputs
 from vlmprune_jax.core.models.media import Media
-from vlmprune_jax.core.models.params import flatten, param_axes, unflatten
+from vlmprune_jax.core.models.params import place_params, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import with_images
-from vlmprune_jax.core.models.vlm import Model, Params, VisionLanguageModel, to_nnx
+from vlmprune_jax.core.models.vlm import Model, Params, VisionLanguageModel, head_of, to_nnx
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def generate(
     inputs = read_inputs(model.cfg, shown_ids, shown_mask, visuals, packed_rows(len(shown_ids), mesh))
     host = _host_inputs(input_ids, attention_mask, inputs, prefix)
     if prefix is not None:
-        read_media(model.cfg, check_ids(model.cfg, input_ids, attention_mask), attention_mask, {}, 1)  # no image tokens
+        read_inputs(model.cfg, input_ids, attention_mask, {}, 1)  # refuses image tokens
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     tokens, short = list[np.ndarray](), _tokens_until_long(model.cfg, host)
     for count in (short, max_new_tokens - short) if 0 < short < max_new_tokens else (max_new_tokens,):
@@ -120,8 +119,7 @@ def compile_generation(model: Model, input_ids: Any, *, media: Media, max_new_to
     """
     mesh = mesh_of(model.params)
     inputs = read_inputs(model.cfg, input_ids, None, {"media": media}, packed_rows(len(input_ids), mesh))
-    host = _host_inputs(input_ids, None, inputs, None)
-    arrays = place_batch(host, mesh)
+    arrays = place_batch(_host_inputs(input_ids, None, inputs, None), mesh)
     with use_mesh(mesh):
         lowered = prefill.lower(model.params, model.cfg, arrays, max_new_tokens, ())
         first = lowered.compile()
@@ -191,14 +189,11 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
 
     `sizes`: (data, fsdp, tensor) of the mesh for generation; by default, this function chooses them.
     """
-    mesh = mesh_of(model.params)
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    target = decoding_mesh(model.cfg, mesh, n_bytes, sizes)
-    if target is None or target == mesh:
+    mesh = decoding_mesh(model.cfg, mesh_of(model.params), n_bytes, sizes)
+    if mesh is None or mesh == mesh_of(model.params):
         return model
-    axes, flat = param_axes(model.cfg), flatten(model.params)
-    shardings = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
-    return model.replace(params=unflatten(jax.device_put(flat, shardings)))
+    return model.replace(params=unflatten(place_params(model, mesh)))
 
 
 class DecodingState(NamedTuple):
@@ -238,21 +233,21 @@ def prefill(
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
-    x, _, layer_embeds = module.embed(arrays["ids"], None if start else arrays.get("media"))
+    x, layer_embeds = module.embed(arrays["ids"], None if start else arrays.get("media"))
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
     hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
-    token, ended = _choose(module, hidden, arrays["ended"], eos)
+    token, ended = _choose(params, cfg, hidden, arrays["ended"], eos)
     return aux["cache"], DecodingState(token, ended, slots, n_real)
 
 
 def _choose(
-    module: VisionLanguageModel, hidden: jax.Array, ended: jax.Array, eos: tuple[int, ...]
+    params: Params, cfg: ModelConfig, hidden: jax.Array, ended: jax.Array, eos: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Return each row's most likely next token, int32[batch], and bool[batch], True for rows that have ended."""
-    token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
-    token = jnp.where(ended, jnp.int32(_padding(module.cfg, eos)), token)
+    token = jnp.argmax(head_of(params, cfg).logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+    token = jnp.where(ended, jnp.int32(_padding(cfg, eos)), token)
     return token, ended | (token[:, None] == jnp.asarray(eos, jnp.int32)[None, :]).any(axis=1)
 
 
@@ -272,9 +267,9 @@ def decode(
         i, token, ended, tokens, cache = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         context = module.text.context(slots, position + i, slot=first + i)
-        x, _, layer_embeds = module.embed(token[:, None])
+        x, layer_embeds = module.embed(token[:, None])
         hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
-        token, ended = _choose(module, hidden, ended, eos)
+        token, ended = _choose(params, cfg, hidden, ended, eos)
         return i + 1, token, ended, tokens, aux["cache"]
 
     tokens = jnp.full((batch, max_new_tokens), _padding(cfg, eos), jnp.int32)
@@ -292,7 +287,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("media"))
+    x, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("media"))
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)

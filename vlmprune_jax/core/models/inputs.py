@@ -61,7 +61,6 @@ class VisualInputs(TypedDict, total=False):
     """Inputs in packed rows instead of all arrays above, as `vp.batches` returns them."""
 
 
-TYPE_IDS = {"mm_token_type_ids", "token_type_ids"}
 _IMAGES = ("pixel_values", "image_grid_thw", "image_position_ids", "spatial_shapes")
 _VIDEOS = ("pixel_values_videos", "video_grid_thw", "video_position_ids")
 
@@ -86,24 +85,37 @@ def read_inputs(cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: M
 
     Raises UserError for an array with an unknown name, or with a shape that does not match the model or other arrays.
     """
-    ids = check_ids(cfg, input_ids, attention_mask)
-    media = read_media(cfg, ids, attention_mask, arrays, packs)
+    media = _read_media(cfg, input_ids, attention_mask, arrays, packs)
     types = arrays.get("token_type_ids")
-    _check_types(cfg, ids, arrays.get("mm_token_type_ids") if types is None else types)
+    _check_types(cfg, input_ids, arrays.get("mm_token_type_ids") if types is None else types)
     images = media.get("vision", Packed(None))
     if images.grid is not None:
-        images = repack(cfg, ids, attention_mask, images, packs)
+        images = repack(cfg, input_ids, attention_mask, images, packs)
         media = {**media, "vision": images}
     if not cfg.text.rope.sections:
         return Inputs(media)
     options: dict[str, Any] = {"merge": merge_of(cfg), "tokens_per_second": cfg.tokens_per_second}
-    return Inputs(
-        media,
-        *mrope_positions(ids, attention_mask, images.grid, images.times, tokens=cfg.visual_token_ids, **options),
-    )
+    grid, times, tokens = images.grid, images.times, cfg.visual_token_ids
+    return Inputs(media, *mrope_positions(input_ids, attention_mask, grid, times, tokens=tokens, **options))
 
 
-def check_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.ndarray:
+def batch_media(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a batch for training or calibration that `read_inputs` takes."""
+    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays}
+    return {name: array for name, array in arrays.items() if name in names}
+
+
+def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training batch whose images, videos and items are in packed rows under "media".
+
+    The outputs of a processor get one packed row for each row. Raises UserError if the batch does not fit the model.
+    """
+    ids, inputs = arrays["input_ids"], batch_media(cfg, arrays)
+    media = _read_media(cfg, ids, arrays["attention_mask"], inputs, len(ids))
+    return {name: array for name, array in arrays.items() if name not in inputs} | {"media": media}
+
+
+def _checked_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.ndarray:
     """Return the ids as an array; raise UserError for ids outside the vocabulary, or packed rows of text."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
@@ -122,13 +134,14 @@ def check_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.ndarr
     return ids
 
 
-def read_media(
-    cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, arrays: Mapping[str, Any], packs: int
+def _read_media(
+    cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: Mapping[str, Any], packs: int
 ) -> dict[str, Packed]:
     """Return the images and videos, and the items of other encoders, in packed rows; a processor's images in `packs`.
 
     Raises UserError if the arrays do not fit model and tokens.
     """
+    ids = _checked_ids(cfg, input_ids, attention_mask)
     for name in arrays:
         if name not in (names := (*VisualInputs.__annotations__, *cfg.encoder_arrays)):
             raise UserError(f"the model has no input {name!r}{suggest(name, names)}: leave it out")
@@ -151,22 +164,6 @@ def read_media(
     if "vision" in media:
         _check_images(cfg, ids, attention_mask, media["vision"])
     return media
-
-
-def batch_media(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arrays of a batch for training or calibration that `read_media` takes."""
-    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays} - TYPE_IDS
-    return {name: array for name, array in arrays.items() if name in names}
-
-
-def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a training batch whose images, videos and items are in packed rows under "media".
-
-    The outputs of a processor get one packed row for each row. Raises UserError if the batch does not fit the model.
-    """
-    ids, mask, inputs = arrays["input_ids"], arrays["attention_mask"], batch_media(cfg, arrays)
-    others = {name: array for name, array in arrays.items() if name not in {*inputs, *TYPE_IDS}}
-    return others | {"media": read_media(cfg, check_ids(cfg, ids, mask), mask, inputs, len(ids))}
 
 
 def _read_images(
@@ -214,7 +211,7 @@ def _read_tiles(cfg: ModelConfig, arrays: Mapping[str, Any], positions: int) -> 
     tiles, real = np.asarray(arrays["pixel_values"]).reshape(-1, *wanted), None
     filled: Any = np.ones(len(tiles), bool)
     if len(shape) > 4 and len(tiles) * per_image > positions:
-        filled = tiles.reshape(len(tiles), -1).any(axis=1)
+        filled = tiles.any(axis=(1, 2, 3))
     if filled.sum() * per_image != positions:
         raise UserError(
             f"input_ids have {positions} image positions, but the images have {filled.sum() * per_image} features: "
@@ -236,7 +233,9 @@ def _read_tiles(cfg: ModelConfig, arrays: Mapping[str, Any], positions: int) -> 
 def _read_patches(cfg: ModelConfig, arrays: Mapping[str, Any], names: tuple[str, ...]) -> Packed:
     """Return a processor's images or videos of any size as one packed row."""
     assert cfg.vision is not None
-    values, grid = in_cells(cfg, *(arrays.get(name) for name in names))
+    values, grid, *sides = (arrays.get(name) for name in names)
+    if any(side is not None for side in sides):
+        values, grid = in_cells(cfg, values, *sides)
     if grid is None:
         raise UserError(f"{names[0]} needs {names[1]}: pass both, as the processor returns them")
     values, grid = np.asarray(values, np.float32), np.asarray(grid)
@@ -284,64 +283,50 @@ def _check_images(cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, images
 
 
 def in_cells(
-    cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any = None, spatial_shapes: Any = None
-) -> tuple[Any, Any]:
-    """Reorder the patches of all images by merged cell; return [patches, values] and image grids int[images, 3].
+    cfg: ModelConfig, pixel_values: Any, position_ids: Any = None, spatial_shapes: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder the patches of images by merged cell; return [patches of all images, values] and grids int[images, 3].
 
-    `image_position_ids`: int[images, patches, 2], column and row of each patch (-1: padding). `spatial_shapes`:
-    int[images, 2], numbers of rows and columns. Without either, pixels and grids are returned unchanged.
-
-    Raises UserError if the positions are not a complete grid of cells, or their number differs from the patches'.
+    `pixel_values`, float[images, patches, values], has the patches row by row and then padding. Their sides are in
+    `position_ids`, int[images, patches, 2], column and row of each patch (-1: padding), or in `spatial_shapes`,
+    int[images, 2], numbers of rows and columns. Raises UserError unless every image is a full grid of cells.
     """
-    if spatial_shapes is not None:
-        image_position_ids = _row_by_row(np.asarray(spatial_shapes), np.shape(pixel_values))
-    if image_position_ids is None:
-        return pixel_values, image_grid_thw
-    pixels, places, merge = np.asarray(pixel_values, np.float32), np.asarray(image_position_ids), merge_of(cfg)
-    if image_grid_thw is not None or pixels.ndim != 3 or places.shape != (*pixels.shape[:2], 2):
+    pixels, merge = np.asarray(pixel_values, np.float32), merge_of(cfg)
+    name, stated = ("spatial_shapes", spatial_shapes) if position_ids is None else ("image_position_ids", position_ids)
+    shapes = stated = np.asarray(stated)
+    if position_ids is not None and stated.ndim == 3:
+        shapes = stated.max(axis=1, initial=-1)[:, ::-1] + 1
+    fits = pixels.ndim == 3 and shapes.shape == (len(pixels), 2) and (shapes.prod(axis=1) <= pixels.shape[1]).all()
+    fits = fits and not (shapes % merge).any() and shapes.min(initial=1) > 0
+    if not fits or (position_ids is not None and not np.array_equal(_row_by_row(shapes, pixels.shape[1]), stated)):
         raise UserError(
-            f"image_position_ids has shape {list(places.shape)} and pixel_values {list(pixels.shape)}: pass both as "
-            "the processor returns them, without image_grid_thw"
+            f"{name} has shape {list(stated.shape)} and pixel_values {list(pixels.shape)}: pass both as the processor "
+            f"returns them (patches of a full grid row by row, sides that are multiples of {merge}, then padding)"
         )
-    patches, grids = [], []
-    for image, at in zip(pixels, places, strict=True):
-        real = (at >= 0).all(axis=1)
-        columns, rows = (int(at[real, axis].max(initial=-1)) + 1 for axis in (0, 1))
-        order = np.lexsort((at[real, 0], at[real, 1]))
-        if real.sum() != rows * columns or rows % merge or columns % merge or rows < 1:
-            raise UserError(
-                f"image_position_ids of an image have {int(real.sum())} patches in {rows} rows and {columns} columns: "
-                f"expected a full grid whose sides are multiples of {merge}"
-            )
-        cells = image[real][order].reshape(rows // merge, merge, columns // merge, merge, -1)
-        patches.append(cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1))
-        grids.append((1, rows, columns))
-    return np.concatenate(patches), np.array(grids)
-
-
-def _row_by_row(shapes: np.ndarray, pixels: tuple[int, ...]) -> np.ndarray:
-    """Return the column and row of every patch of images whose patches come row by row, then padding (-1)."""
-    if len(pixels) != 3 or shapes.shape != (pixels[0], 2) or (shapes.prod(axis=1) > pixels[1]).any():
-        raise UserError(
-            f"spatial_shapes has shape {list(shapes.shape)} and pixel_values {list(pixels)}: pass both as the "
-            "processor returns them"
-        )
-    at, columns = np.arange(pixels[1])[None], np.maximum(shapes[:, 1:], 1)
-    places = np.stack([at % columns, at // columns], axis=-1)
-    return np.where((at < shapes.prod(axis=1)[:, None])[..., None], places, -1)
+    patches = [image[_cell_order(rows, columns, merge)] for image, (rows, columns) in zip(pixels, shapes, strict=True)]
+    return np.concatenate(patches), np.pad(shapes, ((0, 0), (1, 0)), constant_values=1)
 
 
 def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Convert patches and grids to a processor's pixel_values and image_position_ids (undoes `in_cells`)."""
-    sizes, merge = grids.prod(axis=1), merge_of(cfg)
+    sizes = grids.prod(axis=1)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
-    places = np.full((*padded.shape[:2], 2), -1, np.int64)
-    image_patches = np.split(pixels, np.cumsum(sizes)[:-1])
-    for at, (_, rows, columns) in enumerate(grids):
-        cells = image_patches[at].reshape(rows // merge, columns // merge, merge, merge, -1)
-        padded[at, : sizes[at]] = cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
-        places[at, : sizes[at]] = np.indices((rows, columns))[::-1].reshape(2, -1).T
-    return padded, places
+    for image, patches, (_, rows, columns) in zip(padded, np.split(pixels, np.cumsum(sizes)[:-1]), grids, strict=True):
+        image[_cell_order(rows, columns, merge_of(cfg))] = patches
+    return padded, _row_by_row(grids[:, 1:], sizes.max())
+
+
+def _cell_order(rows: int, columns: int, merge: int) -> np.ndarray:
+    """Return the numbers, row by row, of an image's patches in the order of their merged cells."""
+    numbers = np.arange(rows * columns).reshape(rows // merge, merge, columns // merge, merge)
+    return numbers.transpose(0, 2, 1, 3).ravel()
+
+
+def _row_by_row(shapes: np.ndarray, patches: int) -> np.ndarray:
+    """Return the column and row of every patch, int[images, patches, 2], of images row by row; -1 for padding."""
+    number, columns = np.arange(patches), np.maximum(shapes[:, 1:], 1)
+    places = np.stack([number % columns, number // columns], axis=-1)
+    return np.where((number < shapes.prod(axis=1)[:, None])[..., None], places, -1)
 
 
 def _check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:

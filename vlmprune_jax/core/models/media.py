@@ -95,20 +95,19 @@ def visuals_by_row(
         grids = [[*row] for row in grids_by_row(marks, images.grid, merge)]
     rows, values = list[list[Visual]](), np.asarray(images.values, np.float32)
     for number, row_grids in enumerate(grids):
-        packed_row = number // (len(marks) // len(values))
-        if number % (len(marks) // len(values)) == 0:
+        packed_row, rows_before = divmod(number, len(marks) // len(values))
+        if rows_before == 0:
             start, times = 0, iter(list[float]())
             if images.times is not None:
                 times = iter(images.times[packed_row][images.grid[packed_row].any(axis=-1)].tolist())
-        lengths = [1 if grid is None else int(grid.prod()) for grid in row_grids]
-        n_tokens = [each if grid is None else tokens_of(grid, merge) for grid in row_grids]
-        firsts = np.flatnonzero(marks[number])[np.cumsum([0, *n_tokens])[:-1]].tolist()
-        rows.append([])
-        for first, grid, length in zip(firsts, row_grids, lengths, strict=True):
-            real = None if images.real is None else images.real[packed_row, start : start + length]
-            patches = values[packed_row, start : start + length]
-            rows[-1].append(Visual(first, patches, grid, real, next(times, 1.0)))
-            start += length
+        visuals, positions = list[Visual](), np.flatnonzero(marks[number])
+        for grid in row_grids:
+            length, tokens_of_visual = (1, each) if grid is None else (int(grid.prod()), tokens_of(grid, merge))
+            patches = slice(start, start + length)
+            real = None if images.real is None else images.real[packed_row, patches]
+            visuals.append(Visual(int(positions[0]), values[packed_row, patches], grid, real, next(times, 1.0)))
+            start, positions = start + length, positions[tokens_of_visual:]
+        rows.append(visuals)
     return rows
 
 
@@ -139,18 +138,3 @@ def repack(cfg: ModelConfig, input_ids: Any, attention_mask: Any, images: Packed
     if len(images.values) == packs:
         return images
     return pack(cfg, visuals_by_row(cfg, input_ids, attention_mask, images), packs, images)
-
-
-def real_features(cfg: ModelConfig, features: Any, images: Packed, input_ids: np.ndarray) -> Any:
-    """Remove padding from vision features, [tiles of all packed rows, tokens, embed] or [packs, tokens, embed].
-
-    Returns float[tiles, tokens, embed], or float[tokens, embed] for images of any size, in the order of the tokens.
-    """
-    if images.grid is None:
-        tokens = is_visual(input_ids, cfg.visual_token_ids).reshape(len(images.values), -1).sum(axis=1)
-        counts, size = tokens // cfg.tokens_per_image, images.values.shape[1]
-    else:
-        counts, size = images.grid.prod(axis=2).sum(axis=1) // merge_of(cfg) ** 2, features.shape[1]
-        features = features.reshape(-1, features.shape[-1])
-    filled = np.arange(size) < counts[:, None]
-    return features if filled.all() else features[np.flatnonzero(filled)]

@@ -97,18 +97,14 @@ def grids_by_row(is_image: np.ndarray, grid: Any, merge: int) -> list[list[np.nd
                 f"image_grid_thw {image.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
                 f"multiples of {merge}, the model's spatial_merge_size"
             )
-    by_row, size = list[list[np.ndarray]](), len(counts) // len(grids)
-    for number, packed in enumerate(grids):
-        left = [image for image in packed if image.any()]
-        of_pack = counts[number * size : (number + 1) * size]
-        for missing in of_pack:
-            images = list[np.ndarray]()
-            while missing > 0 and left:
-                images.append(left.pop(0))
-                missing -= tokens_of(images[-1], merge)
-            by_row.append(images)
-        last = max((row for row, count in enumerate(of_pack) if count), default=0)
-        by_row[number * size + last] += left  # too many, which is refused below
+    by_row = list[list[np.ndarray]]()
+    for packed, of_pack in zip(grids, np.reshape(counts, (len(grids), -1)), strict=True):
+        images = [image for image in packed if image.any()]
+        tokens = np.array([tokens_of(image, merge) for image in images], int)
+        # the row of its first token; images beyond all tokens, which are refused below, belong to the last row
+        rows = np.searchsorted(np.cumsum(of_pack), np.cumsum(tokens) - tokens, side="right")
+        rows = np.minimum(rows, np.flatnonzero(of_pack).max(initial=0))
+        by_row += [[image for image, n in zip(images, rows, strict=True) if n == row] for row in range(len(of_pack))]
     for row, (count, images) in enumerate(zip(counts, by_row, strict=True)):
         n_tokens = sum(tokens_of(image, merge) for image in images)
         if n_tokens != count:
@@ -129,22 +125,18 @@ def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]
 
     `grids`: sizes of its images and videos in merged patches, and temporal positions per temporal patch.
     """
-    positions = np.zeros((AXES, len(is_image)), np.int32)
-    at = first = 0  # tokens placed, and the position of the next one
+    places = np.zeros((AXES, len(is_image)), np.int32)  # of the cells of an image, relative to its position
+    lengths = np.ones(len(is_image), np.int32)  # positions from each token to the next
+    tokens = np.flatnonzero(is_image)
     for grid, interval in grids:
-        text = int(np.argmax(is_image[at:]))
-        positions[:, at : at + text] = first + np.arange(text)
-        at, first = at + text, first + text
-        tokens = int(np.prod(grid))
-        if not is_image[at : at + tokens].all():
+        cells = np.indices(tuple(map(int, grid))).reshape(AXES, -1)
+        cells[0] = cells[0].astype(np.float32) * interval
+        image, tokens = tokens[: cells.shape[1]], tokens[cells.shape[1] :]
+        if image[-1] - image[0] >= len(image):
             raise UserError(
-                f"text tokens interrupt the {tokens} tokens of an image (by image_grid_thw): write its ids without a "
-                "gap"
+                f"text tokens interrupt the {len(image)} tokens of an image (by image_grid_thw): write its ids without "
+                "a gap"
             )
-        place = np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
-        place[0] = place[0].astype(np.float32) * interval
-        positions[:, at : at + tokens] = first + place
-        at, first = at + tokens, first + int(max(grid[1:]))
-    rest = len(is_image) - at
-    positions[:, at:] = first + np.arange(rest)
-    return positions, first + rest
+        places[:, image], lengths[image] = cells, 0
+        lengths[image[-1]] = max(grid[1:])
+    return np.cumsum(lengths) - lengths + places, int(lengths.sum())

@@ -27,11 +27,6 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
     return x.reshape(n, small * small, factor * factor * width)
 
 
-def merged(x: jax.Array, factor: int) -> jax.Array:
-    """Concatenate each `factor`^2 consecutive patches: [images, patches, n] -> [images, patches / f^2, n * f^2]."""
-    return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
-
-
 def pooled(x: jax.Array, width: int) -> jax.Array:
     """Average n concatenated features of `width` channels: float[..., n * width] -> float[..., width]."""
     return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
@@ -64,11 +59,10 @@ class Projector(TwoLayers):
         wide = vision_size * (1 if cfg.pools else cfg.downsample**2)
         sizes = {into: wide, "projector": cfg.hidden_size or hidden_size, "embed": hidden_size}
         norm = functools.partial(Norm, sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+        self.cfg, self.vision_size = cfg, vision_size
         self.pool_norm = norm() if cfg.pools and not cfg.plain_norm else None
-        self.pool_scale, self.pool_eps = cfg.feature_scale, cfg.norm_eps if cfg.plain_norm else None
         self.std_bias = Leaf(sizes, ("vision",)) if cfg.standardizes else None
         self.std_scale = Leaf(sizes, ("vision",)) if cfg.standardizes else None
-        self.n_deepstack = cfg.deepstack
         if cfg.kind in ("linear", "pool"):
             whole = Leaf(sizes, (into, "embed")) if cfg.inputs_first else None
             self.linear: Projection | Leaf | None = whole or Projection(sizes, ("embed",), (into,), bias=cfg.bias)
@@ -76,7 +70,7 @@ class Projector(TwoLayers):
         self.linear, merges = None, cfg.kind == "merger"
         if merges:
             sizes |= {"projector": wide, "vision": vision_size}
-        self.patch_size, self.patch_norm = vision_size, norm() if merges else None
+        self.patch_norm = norm() if merges else None
         super().__init__(cfg, sizes, into, norm=cfg.kind == "pixel_shuffle" and cfg.input_norm)
         if cfg.deepstack:
             self.deepstack = nnx.Dict({str(i): TwoLayers(cfg, sizes, into, norm=True) for i in range(cfg.deepstack)})
@@ -88,22 +82,21 @@ class Projector(TwoLayers):
             return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
         if self.patch_norm is not None:
             x = x[..., : self.linear_1.inputs[0]]
-            patches = x.reshape(*x.shape[:-1], -1, self.patch_size)
-            x = self.patch_norm(patches).reshape(x.shape)
+            x = self.patch_norm(x.reshape(*x.shape[:-1], -1, self.vision_size)).reshape(x.shape)
         return super().__call__(x)
 
     def _normalized(self, x: jax.Array) -> jax.Array:
-        x = x if self.pool_scale == 1 else x * self.pool_scale
+        x = x if self.cfg.feature_scale == 1 else x * self.cfg.feature_scale
         if self.std_bias is not None and self.std_scale is not None:
             bias, scale = (broadcast(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
             x = (x - bias) * scale
-        if self.pool_eps is not None:
-            return unit_rms(x, self.pool_eps)
+        if self.cfg.plain_norm:
+            return unit_rms(x, self.cfg.norm_eps)
         return x if self.pool_norm is None else self.pool_norm(x)
 
     def deepstack_features(self, x: jax.Array) -> jax.Array | None:
         """Return the features float[n, ..., embed] to add after the first n decoder layers (DeepStack), or None."""
-        if not self.n_deepstack:
+        if not self.cfg.deepstack:
             return None
-        _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
+        _, *levels = jnp.split(x, 1 + self.cfg.deepstack, axis=-1)
         return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import Context, Names
 from vlmprune_jax.core.models.kernels import in_blocks
-from vlmprune_jax.core.models.layers import Leaf, Norm, declare
+from vlmprune_jax.core.models.layers import Leaf, Norm, Projection
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.stack import BlockStack
 
@@ -33,12 +32,6 @@ class Places(NamedTuple):
 
     row: jax.Array
     column: jax.Array
-    cell_row: jax.Array
-    """Row of the patch's merged cell."""
-
-    cell_column: jax.Array
-    """Column of the patch's merged cell."""
-
     rows: jax.Array
     """Number of rows of patches of the image."""
 
@@ -50,23 +43,6 @@ class Places(NamedTuple):
 
     real: jax.Array
     """bool, False for padding."""
-
-
-class PatchEmbedding(nnx.Module):
-    """Patch embedding: a convolution with stride = kernel size, as one matrix product."""
-
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        frames = ("temporal",) if cfg.dynamic_resolution else ()
-        axes = ("channel", *frames, "patch_row", "patch_column")
-        axes = ("patch_row", "patch_column", "channel") if cfg.patches.channels_last else axes
-        self.weight = declare(sizes, ("vision", *axes))
-        self.bias = declare(sizes, ("vision",)) if cfg.patches.bias else None
-
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        """Embed patches [images, patches, channel * temporal * row * column]: float[images, patches, vision]."""
-        weight = self.weight.get_value()
-        x = patches @ weight.reshape(len(weight), -1).T
-        return x if self.bias is None else x + self.bias.get_value()[None, None]
 
 
 class VisionTower(BlockStack):
@@ -87,7 +63,10 @@ class VisionTower(BlockStack):
             "axis": 2,
         }
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
-        self.patch_embedding = PatchEmbedding(cfg, sizes)
+        patch = ("channel", *(("temporal",) if cfg.dynamic_resolution else ()), "patch_row", "patch_column")
+        patch = ("patch_row", "patch_column", "channel") if cfg.patches.channels_last else patch
+        # a convolution with stride = kernel size, as one matrix product
+        self.patch_embedding = Projection(sizes, ("vision",), patch, bias=cfg.patches.bias)
         axes = ("axis", "position", "vision") if by_axis else ("position", "vision")
         self.position_embedding = Leaf(sizes, axes) if cfg.positions is not None else None
         norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.block.norm_eps)
@@ -108,20 +87,19 @@ class VisionTower(BlockStack):
         Raises UserError if the tower was trained with a different grid and does not resize its table (only InternViT
         does).
         """
-        table, cfg = self._table(), self.cfg
-        if (rows, columns) == (cfg.position_grid, cfg.position_grid):
+        table, cfg, first = self._table(), self.cfg, int(self.cfg.class_token)
+        grid = cfg.position_grid
+        if (rows, columns) == (grid, grid):
             return table
         if cfg.positions is None or not cfg.positions.resizes:
             raise UserError(
-                f"an image has {rows} x {columns} patches, but the {cfg.kind} vision tower takes {cfg.position_grid} "
-                f"per side: resize images to {cfg.image_size} pixels per side"
+                f"an image has {rows} x {columns} patches, but the {cfg.kind} vision tower takes {grid} per side: "
+                f"resize images to {cfg.image_size} pixels per side"
             )
-        patches = table[int(cfg.class_token) :].astype(jnp.float32)
-        patches = patches.reshape(cfg.position_grid, cfg.position_grid, -1)
-        down, across = bicubic(cfg.position_grid, rows), bicubic(cfg.position_grid, columns)
-        resized = jnp.einsum("ri,cj,ijd->rcd", jnp.asarray(down), jnp.asarray(across), patches)
-        resized = resized.reshape(rows * columns, -1).astype(table.dtype)
-        return jnp.concatenate([table[: int(cfg.class_token)], resized])
+        patches = table[first:].astype(jnp.float32).reshape(grid, grid, -1)
+        down, across = jnp.asarray(bicubic(grid, rows)), jnp.asarray(bicubic(grid, columns))
+        resized = jnp.einsum("ri,cj,ijd->rcd", down, across, patches).reshape(rows * columns, -1)
+        return jnp.concatenate([table[:first], resized.astype(table.dtype)])
 
     def spread(self, patches: jax.Array) -> jax.Array:
         """Return position embeddings float[images, positions, vision] for images that fill only part of their pixels.
@@ -156,6 +134,10 @@ class VisionTower(BlockStack):
         rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
+    def _embedded(self, patches: jax.Array) -> jax.Array:
+        """Embed patches [images, patches, values] as float[images, patches, vision]."""
+        return self.patch_embedding(patches.reshape(*patches.shape[:2], *self.patch_embedding.inputs))
+
     def embed(self, images: Packed) -> jax.Array:
         """Embed images as the first block's input: float[tiles, positions, vision], or float[packs, patches, vision].
 
@@ -163,7 +145,7 @@ class VisionTower(BlockStack):
         """
         cfg, pixels = self.cfg, 2 * (images.values - 0.5) if self.cfg.patches.centres else images.values
         if images.grid is not None:
-            x, places = self.patch_embedding(pixels), places_of(images.grid, pixels.shape[1], cfg.merge)
+            x, places = self._embedded(pixels), places_of(images.grid, pixels.shape[1], cfg.merge)
             if self.by_axis:
                 columns, rows = self._table()
                 x = x + columns[places.column] + rows[places.row]
@@ -172,7 +154,7 @@ class VisionTower(BlockStack):
                 x = x + (antialiased if cfg.positions.antialiased else resampled)(table, places)
             return constrain(x, ("batch", None, None))
         rows, columns = (side // cfg.patch_size for side in pixels.shape[-2:])
-        x = self.patch_embedding(split_tiles(pixels.reshape(-1, *pixels.shape[2:]), cfg.patch_size))
+        x = self._embedded(split_tiles(pixels.reshape(-1, *pixels.shape[2:]), cfg.patch_size))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, x.shape[-1])), x], axis=1)
@@ -186,8 +168,7 @@ class VisionTower(BlockStack):
 
     def __call__(self, images: Packed) -> jax.Array:
         """Run the vision tower; return the hidden states after the final norm."""
-        x = self.embed(images)
-        return self.final_norm(self.pass_through(x, self.context_of(x, images._asdict())).last)
+        return self.levels(images)[0]
 
     def levels(self, images: Packed) -> list[jax.Array]:
         """Return hidden states float[packs, patches, vision] after the final norm and each block in `deepstack`."""
@@ -233,7 +214,7 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
     frames = grid[..., 0].astype(jnp.int32)
     before, real = jnp.cumsum(frames, axis=1, dtype=jnp.int32) - frames, index < ends[:, -1:]
     image = jnp.where(real, of_visual(before) + frame, (before + frames)[:, -1:])
-    return Places(row, column, cell_row, cell_column, rows, columns, image, real)
+    return Places(row, column, rows, columns, image, real)
 
 
 def split_tiles(tiles: jax.Array, patch: int) -> jax.Array:
@@ -254,7 +235,7 @@ def windows_of(places: Places, merge: int, side: int) -> jax.Array:
     smaller. Padding has its own window.
     """
     down, across = (-(-sides // (merge * side)) for sides in (places.rows, places.columns))
-    window = places.cell_row // side * across + places.cell_column // side
+    window = places.row // (merge * side) * across + places.column // (merge * side)
     # windows of all images up to the patch's own, each counted at its first patch
     first = places.real & (places.row + places.column == 0)
     windows = jnp.cumsum(jnp.where(first, down * across, 0), axis=1, dtype=jnp.int32)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
 from vlmprune_jax.core.models.encoders import ENCODERS
 from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
-from vlmprune_jax.core.models.media import Media, Packed, real_features
+from vlmprune_jax.core.models.media import Media, Packed
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import is_visual, with_images
-from vlmprune_jax.core.models.projector import Projector, merged, pixel_shuffle, pooled
+from vlmprune_jax.core.models.projector import Projector, pixel_shuffle, pooled
 from vlmprune_jax.core.models.stack import BlockStack, fill
 from vlmprune_jax.core.models.vision import VisionTower
 from vlmprune_jax.core.models.vocabulary import Head, cross_entropy_sum
@@ -94,11 +94,16 @@ def config_of(model: Model | ModelConfig) -> ModelConfig:
 
 
 def features_of(tower: VisionTower, cfg: ModelConfig, images: Packed) -> jax.Array:
-    """Return the images' vision features, the input of the projector: [tiles, tokens, features] or in packed rows."""
+    """Return the features of images, the input of the projector.
+
+    The result is float[tiles, tokens, features], or float[packs, tokens, features of all levels] for images of varying
+    size.
+    """
     projector = cfg.projector
     if images.grid is not None:
         factor = 1 if projector is None else projector.downsample
-        levels = [merged(level, factor) for level in tower.levels(images)]
+        levels = tower.levels(images)
+        levels = [x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1) for x in levels]  # joins consecutive patches
         if projector is not None and projector.pools:
             levels = [pooled(level, tower.cfg.hidden_size) for level in levels]
         return jnp.concatenate(levels, axis=-1)
@@ -112,11 +117,9 @@ def features_of(tower: VisionTower, cfg: ModelConfig, images: Packed) -> jax.Arr
 
 
 def tower_features(tower: dict[str, Any], cfg: ModelConfig, images: Packed) -> jax.Array:
-    """Compute `VisionLanguageModel.vision_features` with the vision tower's parameters only."""
-    vision = cfg.vision
-    assert vision is not None
-    module = fill(nnx.eval_shape(lambda: VisionTower(vision)), tower)
-    return features_of(module, cfg, images._replace(values=images.values.astype(jax.tree.leaves(tower)[0].dtype)))
+    """Return `features_of` the vision tower with these parameters, in their data type."""
+    module, dtype = fill(stack_module("vision", cfg.stack("vision")), tower), jax.tree.leaves(tower)[0].dtype
+    return features_of(module, cfg, images._replace(values=images.values.astype(dtype)))
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, packs: int) -> jax.Array:
@@ -144,39 +147,28 @@ class VisionLanguageModel(nnx.Module):
                 self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
-    def vision_features(self, images: Packed) -> jax.Array:
-        """Return the features of images, the input of the projector.
-
-        The result is float[tiles, tokens, features], or float[packs, tokens, features of all levels] for images of
-        varying size.
-        """
-        return features_of(self.vision, self.cfg, images)
-
-    def embed(self, input_ids: jax.Array, media: Media | None = None) -> Embedded:
-        """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
+    def embed(self, input_ids: jax.Array, media: Media | None = None) -> tuple[jax.Array, LayerEmbeds]:
+        """Return the decoder's input embeddings float[batch, seq, embed], with media, and the embeddings of layers.
 
         `media`: inputs of tower and encoders in packed rows; for a model without its tower, the images' features.
         """
-        x, media = self.text.embed_tokens.lookup(input_ids), media or {}
+        x, media, deepstack = self.text.embed_tokens.lookup(input_ids), media or {}, None
         for name, encoder in self.cfg.encoders:
             if name in media:
                 tokens = getattr(self, name)(media[name]).astype(x.dtype)
                 x = splice(x, input_ids == encoder.token_id, tokens, len(media[name].values))
-        if "vision" not in media:
-            return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
-        images = media["vision"]
-        values, packs = images.values.astype(x.dtype), len(images.values)
-        states = values.reshape(-1, *values.shape[-2:])  # features, if there is no tower
-        if self.cfg.tower:
-            states = self.vision_features(images._replace(values=values))
-        features = self.projector(states)
-        is_image = is_visual(input_ids, self.cfg.visual_token_ids)
-        deepstack = self.projector.deepstack_features(states)
-        if deepstack is not None:
-            deepstack = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in deepstack])
-            deepstack = constrain(deepstack, (None, "batch", "sequence", None))
-        x = splice(x, is_image, features, packs)
-        return Embedded(x, features, LayerEmbeds(deepstack, self.layer_inputs(x, input_ids)))
+        if "vision" in media:
+            images, is_image = media["vision"], is_visual(input_ids, self.cfg.visual_token_ids)
+            values, packs = images.values.astype(x.dtype), len(images.values)
+            states = values.reshape(-1, *values.shape[-2:])  # features, if there is no tower
+            if self.cfg.tower:
+                states = features_of(self.vision, self.cfg, images._replace(values=values))
+            deepstack = self.projector.deepstack_features(states)
+            if deepstack is not None:
+                deepstack = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in deepstack])
+                deepstack = constrain(deepstack, (None, "batch", "sequence", None))
+            x = splice(x, is_image, self.projector(states), packs)
+        return x, LayerEmbeds(deepstack, self.layer_inputs(x, input_ids))
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
@@ -184,17 +176,6 @@ class VisionLanguageModel(nnx.Module):
             return None
         is_image = is_visual(input_ids, self.cfg.visual_token_ids)
         return self.text.extra_inputs(x, jnp.where(is_image, self.cfg.pad_token_id or 0, input_ids))
-
-
-class Embedded(NamedTuple):
-    """Decoder's input embeddings after inserting image features, and these features.
-
-    `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed].
-    """
-
-    x: jax.Array
-    features: jax.Array | None
-    layer_embeds: LayerEmbeds
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
@@ -235,18 +216,16 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
-    `media`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the
-    embedding of tokens and images (for example, to run the teacher on the student's embeddings). `position_ids`:
-    int[batch, seq], by default counted along `attention_mask`; int[batch, 3, seq] with images of varying size
-    (`positions.mrope_positions`). `states`: see `Decoder.__call__`. aux always has
-    "inputs_embeds" and "layer_embeds" and, with images, "image_features".
+    `media`: see `VisionLanguageModel.embed`. `inputs_embeds`, together with `layer_embeds`, replaces the embedding of
+    tokens and images (for example, to run the teacher on the student's embeddings). `position_ids`: int[batch, seq], by
+    default counted along `attention_mask`; int[batch, 3, seq] with images of varying size
+    (`positions.mrope_positions`). `states`: see `Decoder.__call__`. aux always has "inputs_embeds" and "layer_embeds".
 
     Raises UserError for images of varying size without `position_ids`.
     """
     module = to_nnx(Model(params, cfg))
-    features = None
     if inputs_embeds is None:
-        inputs_embeds, features, layer_embeds = module.embed(input_ids, media)
+        inputs_embeds, layer_embeds = module.embed(input_ids, media)
     elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
         layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
     x = constrain(inputs_embeds, ("batch", "sequence", None))
@@ -259,7 +238,7 @@ def encode(
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(x, context, states=states, remat=remat, layer_embeds=layer_embeds)
-    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "layer_embeds": layer_embeds}
+    return final, {**aux, "inputs_embeds": inputs_embeds, "layer_embeds": layer_embeds}
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
@@ -278,14 +257,11 @@ def text_loss(params: Params, cfg: ModelConfig, ids: jax.Array, mask: jax.Array)
 def apply(
     params: Params, cfg: ModelConfig, input_ids: jax.Array, *, capture: Collection[str] = (), **inputs: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
+    """Return logits float[batch, seq, vocab], and the intermediate values "hidden" or "inputs_embeds" in `capture`.
 
-    `inputs`: see `encode`. aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final norm (as
-    in Hugging Face).
+    `inputs`: arrays of `encode`. aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final
+    norm (as in Hugging Face).
     """
-    unknown = set(capture) - set(CAPTURE)
-    if unknown:
-        raise UserError(f"capture={sorted(unknown)}: no such intermediate value (choose among {', '.join(CAPTURE)})")
     states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in capture else ()
     final, aux = encode(params, cfg, input_ids, **inputs, states=states)
     aux["hidden"] = aux.get("states")
@@ -323,17 +299,23 @@ def forward(
       UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the
         images.
     """
-    mesh = mesh_of(model.params)
-    inputs = read_inputs(model.cfg, input_ids, attention_mask, visuals, packed_rows(len(input_ids), mesh))
-    ids = np.asarray(input_ids)
+    unknown = set(capture) - set(CAPTURE)
+    if unknown:
+        raise UserError(f"capture={sorted(unknown)}: no such intermediate value (choose among {', '.join(CAPTURE)})")
+    mesh, cfg, ids = mesh_of(model.params), model.cfg, np.asarray(input_ids)
+    inputs = read_inputs(cfg, ids, attention_mask, visuals, packed_rows(len(ids), mesh))
     arrays = {
         "input_ids": ids,
         "attention_mask": None if attention_mask is None else np.asarray(attention_mask),
         "media": inputs.media,
         "position_ids": inputs.positions,
     }
+    captured = {"inputs_embeds" if name == "image_features" else name for name in capture}
     with use_mesh(mesh):
-        logits, aux = _forward(model.params, model.cfg, **place_batch(arrays, mesh), capture=tuple(capture))
-    if "vision" in inputs.media and "image_features" in aux:
-        aux["image_features"] = real_features(model.cfg, aux["image_features"], inputs.media["vision"], ids)
-    return logits, aux
+        logits, aux = _forward(model.params, cfg, **place_batch(arrays, mesh), capture=tuple(sorted(captured)))
+    if "image_features" in capture:  # in the embeddings, they have no padding
+        features = aux["inputs_embeds"][np.nonzero(is_visual(ids, cfg.visual_token_ids))]
+        shape = (-1,) if cfg.dynamic_resolution else (-1, cfg.tokens_per_image)
+        shown = "vision" in inputs.media
+        aux["image_features"] = features.reshape(*shape, features.shape[-1]) if shown else None
+    return logits, {name: aux[name] for name in capture}

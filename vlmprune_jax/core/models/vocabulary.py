@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,42 +98,36 @@ def chunk_sums(
       pieces: additional inputs of `body` by position, [batch, seq, ...].
       fixed: additional inputs of `body` that are the same for all chunks.
     """
-    cut = _cut(chunk, states, counted, pieces)
+    _, arrays, used = _cut(chunk, states, counted, pieces)
 
     def add(i: jax.Array, totals: Tree) -> Tree:
-        return jax.tree.map(jnp.add, totals, body(head, *cut.at(i), fixed))
+        return jax.tree.map(jnp.add, totals, body(head, *at_layer(arrays, i), fixed))
 
-    sums = jax.eval_shape(lambda: body(head, *cut.at(0), fixed))
-    return cut.loop(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums))
-
-
-class _Cut(NamedTuple):
-    """Arrays split into chunks along the sequence; positions that contribute to the loss come first in each row."""
-
-    order: jax.Array  # int[batch, seq]: the positions in their new order
-    used: jax.Array  # int[]: number of chunks with a weighted position
-    arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
-
-    def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
-        """Return the arrays of chunk `i`."""
-        return at_layer(self.arrays, i)
-
-    def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Run `step(number, carry)` for every chunk that contributes to the loss; return the final carry."""
-        n = len(self.arrays[1])  # constant bound of the loop, which planning reads from the program
-
-        def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
-            return (state[0] < n) & (state[0] < self.used)
-
-        return jax.lax.while_loop(go_on, lambda state: (state[0] + 1, step(*state)), (jnp.int32(0), start))[1]
+    sums = jax.eval_shape(lambda: body(head, *at_layer(arrays, 0), fixed))
+    return _loop(arrays, used, add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums))
 
 
-def _cut(chunk: int, *arrays: Tree) -> _Cut:
+def _cut(chunk: int, *arrays: Tree) -> tuple[jax.Array, Tree, jax.Array]:
+    """Split states, counted and pieces into chunks along the sequence, with scored positions first in each row.
+
+    Returns the positions in their new order, int[batch, seq]; the chunks [n, batch, chunk, ...] of the arrays; and the
+    number of chunks with a scored position, int[].
+    """
     counted = arrays[1]
     size = min(chunk, -(-counted.shape[1] // _LEAST))
     order = jnp.argsort(~counted, axis=1, stable=True)
     used = -(-jnp.max(jnp.sum(counted, axis=1, dtype=jnp.int32)) // size)
-    return _Cut(order, used, jax.tree.map(lambda x: chunks(_ordered(x, order), size, 0), arrays))
+    return order, jax.tree.map(lambda x: chunks(_ordered(x, order), size, 0), arrays), used
+
+
+def _loop(arrays: Tree, used: jax.Array, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
+    """Run `step(number, carry)` for the first `used` chunks; return the final carry."""
+    n = len(arrays[1])  # constant bound of the loop, which planning reads from the program
+
+    def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
+        return (state[0] < n) & (state[0] < used)
+
+    return jax.lax.while_loop(go_on, lambda state: (state[0] + 1, step(*state)), (jnp.int32(0), start))[1]
 
 
 def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
@@ -150,7 +144,7 @@ def _forward(body: Any, chunk: int, *primals: Any) -> tuple[Any, Any]:
 
 def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ...]:
     (head, states, counted, pieces, fixed), trains = kept
-    cut = _cut(chunk, states, counted, pieces)
+    order, arrays, used = _cut(chunk, states, counted, pieces)
     zero = jax.custom_derivatives.SymbolicZero
     cotangent = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, zero) else leaf,
@@ -160,7 +154,7 @@ def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ..
 
     def add(i: jax.Array, gradients: tuple[Head | None, jax.Array]) -> tuple[Head | None, jax.Array]:
         of_head, of_states = gradients
-        here, *rest = cut.at(i)
+        here, *rest = at_layer(arrays, i)
         if of_head is None:
             _, pull = jax.vjp(lambda here: body(head, here, *rest, fixed), here)
             (gradient,) = pull(cotangent)
@@ -171,9 +165,9 @@ def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ..
         return of_head, jax.lax.dynamic_update_index_in_dim(of_states, gradient, i, 0)
 
     start = None if trains is None else jax.tree.map(jnp.zeros_like, head)
-    of_head, of_states = cut.loop(add, (start, jnp.zeros_like(cut.arrays[0])))
+    of_head, of_states = _loop(arrays, used, add, (start, jnp.zeros_like(arrays[0])))
     of_states = jnp.moveaxis(of_states, 0, 1).reshape(len(states), -1, states.shape[-1])[:, : states.shape[1]]
-    return of_head, _ordered(of_states, jnp.argsort(cut.order, axis=1)), None, None, None
+    return of_head, _ordered(of_states, jnp.argsort(order, axis=1)), None, None, None
 
 
 chunk_sums.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -201,7 +201,7 @@ def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any
     """Return the input of a stack's first layer, and the additional embeddings of all layers."""
     module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
     if stack == "text":
-        x, _, embeds = module.embed(inputs["input_ids"], inputs.get("media"))
+        x, embeds = module.embed(inputs["input_ids"], inputs.get("media"))
     else:
         values = inputs["media"][stack].values.astype(jax.tree.leaves(params[stack])[0].dtype)
         images = inputs["media"][stack]._replace(values=values)

@@ -127,7 +127,7 @@ def loss_sums(
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         inputs["position_ids"] = positions * mask if loss.teacher_inputs == "own" else positions
         if loss.teacher_inputs != "own":
-            x, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["media"])
+            x, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["media"])
             embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
     hidden = on_hidden(loss)
     states = student_layers(loss, cfg) if hidden else ()

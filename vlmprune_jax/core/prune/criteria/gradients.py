@@ -291,7 +291,7 @@ def _loss_gradients(
             final = module.text.final_norm(outputs[max(outputs)])
         else:
             getattr(module, stack).passed = passed
-            x, _, embeds = module.embed(step["input_ids"], step["media"])
+            x, embeds = module.embed(step["input_ids"], step["media"])
             final, _ = encode(
                 params, cfg, step["input_ids"], inputs_embeds=x, layer_embeds=embeds, remat="full",
                 position_ids=step.get("position_ids"), attention_mask=step["attention_mask"],
