@@ -1,14 +1,18 @@
-"""Gated delta net: the mixer of `DeltaNet` layers, a linear recurrence with a matrix per value head as its state.
+"""Mixers whose state has a fixed size: gated delta net (`DeltaNet`) and gated short convolution (`ShortConv`).
 
-The recurrence runs in chunks: within one, a triangular system gives all its updates at once (Yang et al. 2024, arXiv
-2406.06484); between chunks only the matrices are carried. Numbers are float32 or wider, whatever the model's dtype.
-Padding never reaches the state: rows are computed with their real tokens first, and padding neither decays nor writes.
+Both have a causal convolution, whose state is its last inputs. Padding never reaches the state: rows are computed with
+their real tokens first, and padding neither decays nor writes.
+
+The delta net's recurrence has a matrix per value head as its state, and runs in chunks: within one, a triangular system
+gives all its updates at once (Yang et al. 2024, arXiv 2406.06484); between chunks only the matrices are carried.
+Numbers are float32 or wider, whatever the model's dtype.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,36 +22,124 @@ from flax import nnx
 
 from vlmprune_jax.core.models.context import Builder, Context, LayerState, Mixed, dropout_masks
 from vlmprune_jax.core.models.layers import Leaf, Norm, at_layer, broadcast, widen
-from vlmprune_jax.core.models.mixers.short_conv import RealFirst, convolve, write_layer
 
 CHUNK = 64  # positions per chunk; a shorter sequence is a single chunk
 _EPS = 1e-6  # added to squared lengths of queries and keys
 _PRECISE = jax.lax.Precision.HIGHEST
 _matmul = functools.partial(jnp.matmul, precision=_PRECISE)
+State = tuple[jax.Array, ...]  # arrays of `Mixer.state`, with the rows of a batch
 
 
-class DeltaState(NamedTuple):
-    """Cached state of delta nets in a run of equal layers; both arrays have a leading layer axis."""
+class RealFirst(NamedTuple):
+    """Reordering of each row's positions that puts padding last; both fields are None if there is no padding."""
 
-    tail: jax.Array
-    """[layer, batch, taps - 1, channels], the last inputs of the convolution: queries, keys and values."""
+    order: jax.Array | None
+    """int[batch, seq], the original position of each entry."""
 
-    matrix: jax.Array
-    """float32[layer, batch, delta_heads, delta_key, delta_value]."""
+    valid: jax.Array | None
+    """bool[batch, seq], True for real tokens, in the new order."""
+
+    @classmethod
+    def of(cls, ctx: Context, length: int) -> RealFirst:
+        """Return the reordering for a call that computes `length` positions (None fields in decoding: no padding)."""
+        if ctx.valid is None or length == 1:
+            return cls(None, None)
+        valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
+        order = jnp.argsort(~valid, axis=1, stable=True)
+        return cls(order, jnp.take_along_axis(valid, order, axis=1))
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Reorder the positions of x [batch, seq, embed] so that padding comes last."""
+        return x if self.order is None else jnp.take_along_axis(x, self.order[:, :, None], axis=1)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """Return the positions of x [batch, seq, ...] to their original order (undoes `take`)."""
+        if self.order is None:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.argsort(self.order, axis=1).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), axis=1
+        )
+
+    def convolve(self, x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Return the causal depthwise convolution of x [batch, seq, channels], and its last inputs for the next call.
+
+        `kernel`: [channels, taps], the last tap for the current position. `before`: [batch, taps - 1, channels], the
+        last inputs of the previous call (None: zeros).
+        """
+        (channels, taps), length = kernel.shape, x.shape[1]
+        if before is None:
+            before = jnp.zeros((x.shape[0], taps - 1, channels), x.dtype)
+        inputs = jnp.concatenate([before, x], axis=1)
+        mixed = sum(inputs[:, i : i + length] * kernel[None, None, :, i] for i in range(taps))
+        assert not isinstance(mixed, int)
+        if self.valid is None:
+            return mixed, inputs[:, length:]
+        last = self.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(taps - 1, dtype=jnp.int32)[None]
+        return mixed, jnp.take_along_axis(inputs, last[:, :, None], axis=1)
 
 
-class DeltaNet(nnx.Module):
-    """Gated delta net: causal convolutions of queries, keys and values, the recurrence, and a gated norm."""
+class Recurrent(nnx.Module):
+    """Base class: projections of the input, a computation with a state, and an output projection."""
 
     writer = "out_proj"
-    state_axes = ((None, "batch", None, None), (None, "batch", "delta_heads", None, None))
+    inputs: tuple[str, ...]  # names of the projections of the input
+
+    def mix(
+        self, projected: Sequence[jax.Array], rows: RealFirst, before: State | None, dtype: Any
+    ) -> tuple[jax.Array, State]:
+        """Return the input of the output projection, in `dtype`, and the state after these positions.
+
+        `projected`: outputs of the input projections, [batch, seq, ...]; `before`: the state before (None: zeros).
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
+        """Run the mixer on its input float[batch, seq, embed], and update the cached state."""
+        rows = RealFirst.of(ctx, x.shape[1])
+        x = rows.take(x)
+        *projections, out_proj = (getattr(self, name) for name in (*self.inputs, self.writer))
+        *masks, last = dropout_masks(ctx.dropout_key, x, [*projections, out_proj])
+        projected = [projection(x, mask) for projection, mask in zip(projections, masks, strict=True)]
+        mixed, after = self.mix(projected, rows, None if state is None else at_layer(*state), x.dtype)
+        mixed, updated = rows.restore(mixed), None
+        if state is not None:
+            updated = tuple(
+                jax.lax.dynamic_update_index_in_dim(stacked, new.astype(stacked.dtype), state.layer, axis=0)
+                for stacked, new in zip(state.stacked, after, strict=True)
+            )
+        return Mixed(out_proj(mixed, last), mixed, updated, None)
+
+
+class ShortConv(Recurrent):
+    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the mixer's input."""
+
+    inputs = ("b_proj", "c_proj", "x_proj")
+
+    def __init__(self, build: Builder):
+        stream = (build.names.axis,)
+        for name in self.inputs:
+            setattr(self, name, build.projection(name, ("conv",), stream))
+        self.conv = Leaf(build.sizes, ("conv", "tap"))
+        self.out_proj = build.projection("out_proj", stream, ("conv",))
+
+    def mix(
+        self, projected: Sequence[jax.Array], rows: RealFirst, before: State | None, dtype: Any
+    ) -> tuple[jax.Array, State]:
+        """Return c * convolution(b * x), and the last inputs of the convolution."""
+        b, c, x = projected
+        mixed, tail = rows.convolve(b * x, self.conv.weight.get_value(), None if before is None else before[0])
+        return c * mixed, (tail,)
+
+
+class DeltaNet(Recurrent):
+    """Gated delta net: causal convolutions of queries, keys and values, the recurrence, and a gated norm."""
+
+    inputs = ("q_proj", "k_proj", "v_proj", "z_proj", "b_proj", "a_proj")
 
     def __init__(self, build: Builder):
         self.facts, sizes, stream = build.part, build.sizes, (build.names.axis,)
         keys, values, heads = ("delta_groups", "delta_key"), ("delta_heads", "delta_value"), ("delta_heads",)
-        outputs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "z_proj": values, "b_proj": heads, "a_proj": heads}
-        self.inputs = tuple(outputs)
-        for name, out in outputs.items():
+        for name, out in zip(self.inputs, (keys, keys, values, values, heads, heads), strict=True):
             setattr(self, name, build.projection(name, out, stream))
         for name, out in {"q_conv": keys, "k_conv": keys, "v_conv": values}.items():
             setattr(self, name, Leaf(sizes, (*out, "tap")))
@@ -55,52 +147,31 @@ class DeltaNet(nnx.Module):
         self.norm = Norm(sizes, "delta_value", kind="rms", eps=build.cfg.block.norm_eps)
         self.out_proj = build.projection("out_proj", stream, values)
 
-    def _convolved(self, x: list[jax.Array], before: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
-        """Return silu(convolution) of q, k and v in `x`, and the convolution's inputs, preceded by `before`."""
-        shapes = [array.shape[2:] for array in x]
-        flat = jnp.concatenate([array.reshape(*array.shape[:2], -1) for array in x], axis=-1)
+    def mix(
+        self, projected: Sequence[jax.Array], rows: RealFirst, before: State | None, dtype: Any
+    ) -> tuple[jax.Array, State]:
+        """Return the gated outputs of the recurrence, the last inputs of the convolution, and the matrices."""
+        *convolved, z, b, a = projected
+        tail, matrix = before or (None, None)
+        flat = jnp.concatenate([array.reshape(*array.shape[:2], -1) for array in convolved], axis=-1)
         taps = [getattr(self, name).weight.get_value() for name in ("q_conv", "k_conv", "v_conv")]
         kernel = jnp.concatenate([tap.reshape(-1, tap.shape[-1]) for tap in taps], axis=0)
-        mixed, seen = convolve(flat, kernel, before)
-        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+        mixed, tail = rows.convolve(flat, kernel, tail)
+        ends = np.cumsum([math.prod(array.shape[2:]) for array in convolved])[:-1].tolist()
         pieces = jnp.split(jax.nn.silu(mixed), ends, axis=-1)
-        return [p.reshape(*p.shape[:2], *s) for p, s in zip(pieces, shapes, strict=True)], seen
-
-    def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
-        """Run the delta net on its input float[batch, seq, embed], and update the cached state."""
-        rows = RealFirst.of(ctx, x.shape[1])
-        x = rows.take(x)
-        projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
-        masks = dropout_masks(ctx.dropout_key, x, projections)
-        q, k, v, z, b, a = (module(x, mask) for module, mask in zip(projections[:-1], masks[:-1], strict=True))
-        before = None if state is None else at_layer(*state)
-        (q, k, v), seen = self._convolved([q, k, v], None if before is None else before.tail)
+        q, k, v = (widen(piece.reshape(array.shape)) for piece, array in zip(pieces, convolved, strict=True))
         beta = widen(jax.nn.sigmoid(b))
         decay, step = (broadcast(widen(leaf.weight.get_value()), 3) for leaf in (self.decay, self.step))
         g = -jnp.exp(decay) * jax.nn.softplus(widen(a) + step)
         if rows.valid is not None:
             real = rows.valid[:, :, None]
             beta, g = jnp.where(real, beta, 0), jnp.where(real, g, 0)
-        q, k = unit(widen(q)) * self.facts.key_dim**-0.5, unit(widen(k))
-        matrix = None if before is None else before.matrix
-        out, matrix = (
-            recurrent(q, k, widen(v), beta, g, matrix) if x.shape[1] == 1 else chunked(q, k, widen(v), beta, g, matrix)
-        )
-        mixed = self.norm(out.astype(x.dtype))
-        mixed = (widen(mixed) * jax.nn.silu(widen(z))).astype(x.dtype)
-        updated = None
-        if state is not None:
-            updated = write_layer(state, DeltaState(rows.tail(seen, self.facts.taps - 1), matrix))
-        mixed = rows.restore(mixed)
-        return Mixed(self.out_proj(mixed, masks[-1]), mixed, updated, None)
-
-    @classmethod
-    def empty_state(cls, part: Any, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
-        """Return the initial cached state (zeros) of `length` equal delta nets; it does not depend on `slots`."""
-        del slots
-        matrix = (length, batch, part.delta_heads, part.key_dim, part.value_dim)
-        full = np.promote_types(dtype, np.float32)
-        return DeltaState(jnp.zeros((length, batch, part.taps - 1, part.channels), dtype), jnp.zeros(matrix, full))
+        if matrix is None:
+            matrix = jnp.zeros((len(v), v.shape[2], k.shape[-1], v.shape[-1]), v.dtype)
+        run = recurrent if v.shape[1] == 1 else chunked
+        out, matrix = run(unit(q) * self.facts.key_dim**-0.5, unit(k), v, beta, g, matrix)
+        mixed = self.norm(out.astype(dtype))
+        return (widen(mixed) * jax.nn.silu(widen(z))).astype(dtype), (tail, matrix)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -109,7 +180,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def recurrent(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Run the recurrence for one token per sequence; return the token's outputs and the new state matrices.
 
@@ -118,8 +189,6 @@ def recurrent(
     group = v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x[:, 0], group, axis=1) for x in (q, k))
     v, beta, g = v[:, 0], beta[:, 0], g[:, 0]
-    if matrix is None:
-        matrix = jnp.zeros((*v.shape[:2], k.shape[-1], v.shape[-1]), v.dtype)
     decay = jnp.exp(g)[..., None, None]
     read = jnp.einsum("bhck,bhkv->bhcv", jnp.stack([k, q], axis=2), matrix, precision=_PRECISE) * decay
     update = beta[..., None] * (v - read[:, :, 0])
@@ -128,7 +197,7 @@ def recurrent(
 
 
 def chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Run the recurrence over all positions; return outputs [batch, seq, heads, value] and the last matrices.
 
@@ -140,8 +209,6 @@ def chunked(
     batch, length, heads = v.shape[:3]
     group, size = heads // q.shape[2], min(CHUNK, length)
     n = -(-length // size)
-    if matrix is None:
-        matrix = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), v.dtype)
 
     def chunks(x: jax.Array) -> jax.Array:
         """Split x [batch, seq, heads, ...] into zero-padded chunks [chunk, batch, heads, position, ...]."""
@@ -152,7 +219,6 @@ def chunked(
         jax.checkpoint(functools.partial(_chunk, group)), matrix, tuple(map(chunks, (q, k, v, beta, g)))
     )
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, n * size, heads, v.shape[-1])
-    assert matrix is not None
     return out[:, :length], matrix
 
 
