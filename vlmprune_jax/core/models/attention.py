@@ -30,17 +30,17 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional rotary embedding, query and key norms, and key/value cache."""
 
     def __init__(self, build: Builder):
-        self.facts = facts = build.part
+        self.part = part = build.part
         self.causal, self.writer, self.norm_eps = build.cfg.causal, build.names.out, build.cfg.block.norm_eps
-        stream, keys, makes_keys = (build.names.axis,), ("kv_heads", "head"), facts.source is None
-        makes_values = makes_keys and not facts.keys_as_values
-        queries = ("q_heads", "gate", "head") if facts.gated else ("q_heads", "head")
-        self.q_proj = build.projection("q_proj", queries, stream, facts.bias)
-        self.k_proj = build.projection("k_proj", keys, stream, facts.bias) if makes_keys else None
-        self.v_proj = build.projection("v_proj", keys, stream, facts.bias) if makes_values else None
-        setattr(self, self.writer, build.projection(self.writer, stream, ("q_heads", "head"), facts.out_bias))
-        self.q_norm = build.norm("head", "rms") if facts.qk_norm else None
-        self.k_norm = build.norm("head", "rms") if facts.qk_norm and makes_keys else None
+        stream, keys, makes_keys = (build.names.axis,), ("kv_heads", "head"), part.source is None
+        makes_values = makes_keys and not part.keys_as_values
+        queries = ("q_heads", "gate", "head") if part.gated else ("q_heads", "head")
+        self.q_proj = build.projection("q_proj", queries, stream, part.bias)
+        self.k_proj = build.projection("k_proj", keys, stream, part.bias) if makes_keys else None
+        self.v_proj = build.projection("v_proj", keys, stream, part.bias) if makes_values else None
+        setattr(self, self.writer, build.projection(self.writer, stream, ("q_heads", "head"), part.out_bias))
+        self.q_norm = build.norm("head", "rms") if part.qk_norm else None
+        self.k_norm = build.norm("head", "rms") if part.qk_norm and makes_keys else None
 
     def _seen_by_kernel(self, queries: int, slots: int, ctx: Context) -> int:
         """Return how many leading cache positions the splash kernel attends to; 0 if it does not support this layer."""
@@ -49,37 +49,37 @@ class Attention(nnx.Module):
         if slots == queries:
             return slots
         # A window behind a prefix counts real keys, and padding may lie between the prefix and its rows.
-        in_kernel = isinstance(ctx.slot, int) and not (ctx.slot and self.facts.window)
+        in_kernel = isinstance(ctx.slot, int) and not (ctx.slot and self.part.window)
         return ctx.slot + queries if in_kernel else 0
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
         """Run attention on float[batch, seq, embed]; later layers may reuse its keys and values (`Mixed.shared`)."""
-        facts, pattern = self.facts, ctx.patterns.get(self.facts.pattern, Pattern())
+        part, pattern = self.part, ctx.patterns.get(self.part.pattern, Pattern())
         out_proj, gate = getattr(self, self.writer), None
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         present = [projection for projection in projections if projection is not None]
         first, *masks, last = dropout_masks(ctx.dropout_key, x, present)
         q = self.q_proj(x, first)
-        if facts.gated:
+        if part.gated:
             q, gate = q[..., 0, :], q[..., 1, :]
         if self.q_norm is not None:
             q = self.q_norm(q)
-        if facts.scale:
-            q = q * (facts.scale * facts.head_dim**0.5)  # attention multiplies by head_dim ** -0.5
+        if part.scale:
+            q = q * (part.scale * part.head_dim**0.5)  # attention multiplies by head_dim ** -0.5
         if pattern.rope is not None:
-            q = rotate(q, *pattern.rope, facts.rope_parts)
+            q = rotate(q, *pattern.rope, part.rope_parts)
         if self.k_proj is None:
             shared: Any = ctx.shared
-            k, v = shared[facts.source]
+            k, v = shared[part.source]
         else:
             k = self.k_proj(x, masks[0])
             v = k if self.v_proj is None else self.v_proj(x, masks[1])
             if self.k_norm is not None:
                 k = self.k_norm(k)
-            if facts.v_norm:
+            if part.v_norm:
                 v = unit_rms(v, self.norm_eps)
             if pattern.rope is not None:
-                k = rotate(k, *pattern.rope, facts.rope_parts)
+                k = rotate(k, *pattern.rope, part.rope_parts)
         new, updated = (k, v), None
         if state is not None:
             updated, (k, v) = _write(state.stacked, new, state.layer, ctx.slot)
@@ -89,10 +89,10 @@ class Attention(nnx.Module):
         elif seen and for_tpu():
             valid = None if ctx.valid is None else ctx.valid[:, :seen]
             keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
-            keys, values = (heads_of_rows(x, facts.kv_heads, q.shape[-1]) for x in (keys, values))
-            mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=facts.window or 0)
+            keys, values = (heads_of_rows(x, part.kv_heads, q.shape[-1]) for x in (keys, values))
+            mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=part.window or 0)
         else:
-            mixed = xla_attention(q, k, v, pattern.mask, facts.kv_heads // k.shape[2])
+            mixed = xla_attention(q, k, v, pattern.mask, part.kv_heads // k.shape[2])
         if gate is not None:
             mixed = mixed * jax.nn.sigmoid(gate)
         return Mixed(out_proj(mixed, last), mixed, updated, (k, v))

@@ -228,7 +228,7 @@ class _Blocks(NamedTuple):
     experts: jax.Array
     """int32[blocks], expert of a block."""
 
-    places: jax.Array
+    positions: jax.Array
     """int32[tokens, k], position of each row in the flattened `rows`."""
 
 
@@ -242,12 +242,11 @@ def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
     counts = jnp.bincount(chosen, length=n_experts)
     stops = jnp.cumsum(-(-counts // block))
     rank = jnp.arange(n) - (jnp.cumsum(counts) - counts)[chosen[order]]  # among the rows of its expert
-    places = (stops - -(-counts // block))[chosen[order]] * block + rank
-    rows = jnp.full(n_blocks * block, n).at[places].set(order)
+    positions = (stops - -(-counts // block))[chosen[order]] * block + rank
+    rows = jnp.full(n_blocks * block, n).at[positions].set(order)
     of_block = jnp.minimum(jnp.searchsorted(stops, jnp.arange(n_blocks), side="right"), n_experts - 1)
-    return _Blocks(
-        rows.reshape(n_blocks, block), of_block, jnp.zeros(n, places.dtype).at[order].set(places).reshape(experts.shape)
-    )
+    by_token = jnp.zeros(n, positions.dtype).at[order].set(positions).reshape(experts.shape)
+    return _Blocks(rows.reshape(n_blocks, block), of_block, by_token)
 
 
 def hidden_of(act: str, x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -265,7 +264,7 @@ def _scanned(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> ja
         return None, hidden_of(act, x_rows, gate, up) @ down.T
 
     _, outputs = jax.lax.scan(body, None, (blocks.rows, blocks.experts))
-    return outputs.reshape(-1, outputs.shape[-1])[blocks.places]
+    return outputs.reshape(-1, outputs.shape[-1])[blocks.positions]
 
 
 def _scanned_backward(
@@ -288,6 +287,6 @@ def _scanned_backward(
 
     zeros = tuple(jnp.zeros(w.shape, widen(w[:1, :1, :1]).dtype) for w in weights)
     sums, (grad_x, grad_gates) = jax.lax.scan(body, zeros, (blocks.rows, blocks.experts))
-    total = jnp.sum(widen(grad_x.reshape(-1, x.shape[-1])[blocks.places]), axis=1).astype(x.dtype)
+    total = jnp.sum(widen(grad_x.reshape(-1, x.shape[-1])[blocks.positions]), axis=1).astype(x.dtype)
     grad_weights = tuple(s.astype(w.dtype) for s, w in zip(sums, weights, strict=True))
-    return total, grad_gates.reshape(-1)[blocks.places], grad_weights
+    return total, grad_gates.reshape(-1)[blocks.positions], grad_weights

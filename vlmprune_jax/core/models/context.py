@@ -195,10 +195,10 @@ def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Pro
         return [None] * len(projections)
     rate = max(module.dropout for module in projections)
     drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
-    parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    masks = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
-        part.reshape(*x.shape[:2], *module.inputs) if size else None
-        for part, size, module in zip(parts, sizes, projections, strict=True)
+        mask.reshape(*x.shape[:2], *module.inputs) if size else None
+        for mask, size, module in zip(masks, sizes, projections, strict=True)
     ]
 
 

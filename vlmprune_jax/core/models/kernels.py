@@ -71,10 +71,10 @@ def xla_attention(
     """
     batch, queries, heads, head = q.shape
     scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
-    places = (batch, k.shape[2], in_row, -1, queries)
+    by_head = (batch, k.shape[2], in_row, -1, queries)
     eye = np.eye(in_row, dtype=bool)[:, None, None, :, None]
     if in_row > 1:
-        scaled = jnp.where(eye, scaled.reshape(*places, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
+        scaled = jnp.where(eye, scaled.reshape(*by_head, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
     if k.shape[-1] > scaled.shape[-1]:
         scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - scaled.shape[-1]),))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -85,7 +85,7 @@ def xla_attention(
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     mixed = mixed[..., : in_row * head]
     if in_row > 1:
-        mixed = jnp.where(eye, mixed.reshape(*places, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
+        mixed = jnp.where(eye, mixed.reshape(*by_head, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
     return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
 
 

@@ -272,11 +272,9 @@ def _expand_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.
 
 def _expand_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     low, b = saved
-    tokens, out = tuple(range(low.ndim - 1)), tuple(range(b.ndim - 1))
-    wide = tuple(range(len(tokens), grad.ndim))
-    grad_low = jax.lax.dot_general(grad, b, ((wide, out), ((), ())))
-    grad_b = jax.lax.dot_general(low, grad, ((tokens, tokens), ((), ())))
-    return grad_low, jnp.moveaxis(grad_b, 0, -1)
+    tokens = tuple(range(low.ndim - 1))
+    grad_b = jnp.tensordot(low, grad, (tokens, tokens))
+    return jnp.tensordot(grad, b, b.ndim - 1), jnp.moveaxis(grad_b, 0, -1)
 
 
 _expand.defvjp(_expand_forward, _expand_backward)

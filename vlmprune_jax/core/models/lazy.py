@@ -148,8 +148,8 @@ def to_device(array: Any, index: tuple[int, ...] = ()) -> jax.Array:
     return jnp.asarray(array[index] if index else array)
 
 
-def check_finite(array: np.ndarray, what: str) -> None:
-    """Raise a UserError that begins with `what` for weights with infinity or NaN.
+def check_finite(array: np.ndarray, title: str) -> None:
+    """Raise a UserError that begins with `title` for weights with infinity or NaN.
 
     Two maxima over the bit patterns (signed and unsigned) need no temporary array and are much faster than isfinite.
     """
@@ -159,4 +159,4 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} has {count} NaN or infinite values: check the weights, or use a wider dtype")
+        raise UserError(f"{title} has {count} NaN or infinite values: check the weights, or use a wider dtype")

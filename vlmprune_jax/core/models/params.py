@@ -203,9 +203,9 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
     stacked = {}
     for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
         members = [layers[number] for number in numbers]
-        kind = type(next(iter(members[0].values())))
+        array_type = type(next(iter(members[0].values())))
         # arrays outside memory (core/models/lazy.py) bring their own
-        join = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
+        join = np.stack if issubclass(array_type, np.ndarray) else getattr(array_type, "stack", jnp.stack)
         stacked[str(run)] = unflatten({name: join([layer[name] for layer in members]) for name in members[0]})
     return {**rest, stack: {**rest[stack], "layers": stacked}}
 
@@ -225,11 +225,11 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[st
 def _init(
     path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any
 ) -> jax.Array:
-    owner, leaf = path.split("/")[-2:]
-    if leaf == "bias" or leaf == "lora_b":
+    names = path.split("/")
+    stack, (owner, leaf) = names[0], names[-2:]
+    if leaf in ("bias", "lora_b"):
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
-        stack = path.split("/")[0]
         offset = cfg.stack(stack).block.norm_offset if stack in STACKS else 0.0
         return jnp.full(shape, 1 - offset, dtype)
     if owner.startswith("layer_scale"):
@@ -250,6 +250,5 @@ def _init(
         return jax.random.uniform(key, shape, dtype, -bound, bound)
     into = {"patch_embedding": axes[1:], **dict.fromkeys(("o_proj", "dense", "out_proj"), axes[2:])}
     fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
-    branch = owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2")
-    depth = len(cfg.stack(path.split("/")[0]).layers) if branch else 0
-    return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * (2 * depth if branch else 1)))
+    branches = 2 * len(cfg.stack(stack).layers) if owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2") else 1
+    return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * branches))

@@ -137,7 +137,7 @@ class DeltaNet(Recurrent):
     inputs = ("q_proj", "k_proj", "v_proj", "z_proj", "b_proj", "a_proj")
 
     def __init__(self, build: Builder):
-        self.facts, sizes, stream = build.part, build.sizes, (build.names.axis,)
+        self.part, sizes, stream = build.part, build.sizes, (build.names.axis,)
         keys, values, heads = ("delta_groups", "delta_key"), ("delta_heads", "delta_value"), ("delta_heads",)
         for name, out in zip(self.inputs, (keys, keys, values, values, heads, heads), strict=True):
             setattr(self, name, build.projection(name, out, stream))
@@ -169,7 +169,7 @@ class DeltaNet(Recurrent):
         if matrix is None:
             matrix = jnp.zeros((len(v), v.shape[2], k.shape[-1], v.shape[-1]), v.dtype)
         run = recurrent if v.shape[1] == 1 else chunked
-        out, matrix = run(unit(q) * self.facts.key_dim**-0.5, unit(k), v, beta, g, matrix)
+        out, matrix = run(unit(q) * self.part.key_dim**-0.5, unit(k), v, beta, g, matrix)
         mixed = self.norm(out.astype(dtype))
         return (widen(mixed) * jax.nn.silu(widen(z))).astype(dtype), (tail, matrix)
 
@@ -231,11 +231,10 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
     q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
     total = jnp.cumsum(g, axis=-1)
     # masked before exp: differences above the diagonal may overflow
-    place = jnp.arange(g.shape[-1])
-    past = (place[:, None] >= place[None, :])[None, None]
+    length = g.shape[-1]
+    past = jnp.tri(length, dtype=bool)[None, None]
     decay = jnp.exp(jnp.where(past, total[..., :, None] - total[..., None, :], -jnp.inf))
-    strictly = (place[:, None] > place[None, :])[None, None]
-    lower = jnp.where(strictly, of_keys * beta[..., None] * decay, 0)
+    lower = jnp.where(jnp.tri(length, k=-1, dtype=bool)[None, None], of_keys * beta[..., None] * decay, 0)
     right = jnp.concatenate([v, k * jnp.exp(total)[..., None]], axis=-1) * beta[..., None]
     solved = product("bhij,bhjc->bhic", _inverse(lower), right)
     update, read = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
@@ -257,16 +256,16 @@ def _inverse(lower: jax.Array) -> jax.Array:
     follow from each other. A batched triangular solve is not used: on CPUs, jaxlib 0.10.2 splits it over XLA's threads
     and waits for them in one of these threads, so that two solves at a time on two cores wait forever.
     """
-    place = jnp.arange(lower.shape[-1])
+    position = jnp.arange(lower.shape[-1])
 
     def double(step: Any, inverse: jax.Array) -> jax.Array:
-        row, column = place[:, None] >> step, place[None, :] >> step  # block number of each row and column
+        row, column = position[:, None] >> step, position[None, :] >> step  # block number of each row and column
         corners = jnp.where((row >> 1 == column >> 1) & (row > column), lower, 0)
         return inverse - _matmul(inverse, _matmul(corners, inverse))
 
     # A loop, and the derivative below: compilers for TPUs take minutes for the products of an unrolled one.
-    start = jnp.broadcast_to(jnp.eye(len(place), dtype=lower.dtype), lower.shape)
-    return jax.lax.fori_loop(0, (len(place) - 1).bit_length(), double, start)
+    start = jnp.broadcast_to(jnp.eye(len(position), dtype=lower.dtype), lower.shape)
+    return jax.lax.fori_loop(0, (len(position) - 1).bit_length(), double, start)
 
 
 def _inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
