@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune_jax"
 # One way: a room imports from itself and the rooms before it. Lines only fall: what needs more moves or removes
 # something first.
-BUDGETS = {"base": 2_200, "core": 16_420, "io": 19_000, "run": 16_250}
+BUDGETS = {"base": 2_200, "core": 16_200, "io": 19_000, "run": 16_250}
 ROOMS = (*BUDGETS, "__main__")
 # What a room knows nothing of, by word, in code, docstrings and messages.
 WORDS = {
@@ -28,7 +28,7 @@ WORDS = {
 }
 # (File, word it may contain): the reason. At most ten.
 EXCEPTIONS = {
-    ("core/rope.py", "llama"): "the name of a rotary type",
+    ("core/mixers.py", "llama"): "the name of a rotary type",
     ("core/models/layers.py", "llama"): "the name of a rotary type",
     ("core/prune/config.py", "gguf"): "names of block sizes in `prune.align_to`",
     ("core/recovery/loop.py", "workdir"): "an argument of vp.recover",

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.core.mixers import Mixer
-    from vlmprune_jax.core.models.encoders import ENCODERS as encoders
-    from vlmprune_jax.core.models.encoders import EncoderModule
+    from vlmprune_jax.core.models.block import PARTS as parts
     from vlmprune_jax.core.models.generate import generate
     from vlmprune_jax.core.models.params import count_params
-    from vlmprune_jax.core.models.parts import PARTS as parts
+    from vlmprune_jax.core.models.stack import ENCODERS as encoders
+    from vlmprune_jax.core.models.stack import EncoderModule
     from vlmprune_jax.core.models.vlm import Model, forward, to_nnx
     from vlmprune_jax.core.part import Axis, Part
     from vlmprune_jax.core.prune import (
@@ -86,7 +86,7 @@ _HOMES = {
     "Contents": "io.exports.format",
     "Criterion": "core.prune",
     "Encoder": "core.stack",
-    "EncoderModule": "core.models.encoders",
+    "EncoderModule": "core.models.stack",
     "Format": "io.exports.format",
     "KeptLayer": "core.prune",
     "LossConfig": "core.recovery.config",
@@ -110,7 +110,7 @@ _HOMES = {
     "compose": "core.prune",
     "count_params": "core.models.params",
     "criteria": "core.prune.criteria:CRITERIA",
-    "encoders": "core.models.encoders:ENCODERS",
+    "encoders": "core.models.stack:ENCODERS",
     "evaluate": "run.evaluation.runner",
     "expand_images": "io.data.placeholders",
     "fingerprint": "core.prune",
@@ -124,7 +124,7 @@ _HOMES = {
     "make_plan": "io.exports.pruning",
     "measure_speed": "run.evaluation.speed.measure",
     "metrics": "run.evaluation.metrics:METRICS",
-    "parts": "core.models.parts:PARTS",
+    "parts": "core.models.block:PARTS",
     "perplexity": "run.evaluation.runner",
     "prune": "io.exports.pruning",
     "prune_folder": "io.exports.pruning",

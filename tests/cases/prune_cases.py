@@ -11,20 +11,18 @@ import numpy as np
 from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
 from vlmprune_jax.core.channels import Dense
-from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.mixers import Attention, RopeConfig
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
 from vlmprune_jax.core.plans.kept import kept_units as units_of_layers
-from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.prune import KeptLayer, PrunePlan, Scores, fingerprint
 from vlmprune_jax.core.prune.fingerprints import shape_digest
-from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.checkpoints.read import load
 

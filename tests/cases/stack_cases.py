@@ -9,8 +9,7 @@ from typing import Any
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention
-from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.mixers import Attention, RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
 
 ROPE = RopeConfig(theta=700.0, kind="linear", factor=1.5)

@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 from prune_cases import config, model
-from stack_cases import changed, decoder_layer
+from stack_cases import decoder_layer
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import keep_layers, layer_runs, scan_groups
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.models.vlm import encode
@@ -67,8 +66,3 @@ def test_keys_come_from_the_source():
         assert scan_groups(both.cfg.text.layers)[0].runs[0].numbers == (0, 1)
         outputs.append(encode(both.params, both.cfg, ids)[0])
     assert float(abs(outputs[0] - outputs[1]).max()) > 1e-3
-
-
-def test_layers_of_one_window_are_alike():
-    with pytest.raises(UserError, match="same attention window differ"):
-        config((WINDOWED, changed(WINDOWED, {"sees_images": True})))

@@ -26,8 +26,10 @@ class ChannelMixer(Part):
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:
-        """Number of neurons that each of the part's down projections reads."""
-        return tuple(self.sizes.values())
+        """Number of neurons that each of the part's down projections reads, of experts those of one expert."""
+        parents = {axis.parent for axis in self.axes}
+        axes = (axis for axis in self.axes if axis.name not in parents)
+        return tuple(self.sizes[axis.name] // self.sizes.get(axis.parent, 1) for axis in axes)
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,6 @@ class Experts(ChannelMixer):
     def neurons(self) -> int:
         """Number of neurons of one expert."""
         return self.expert_mlp // self.experts
-
-    @property
-    def neuron_counts(self) -> tuple[int, ...]:
-        """Number of neurons of one expert, and of the dense MLP beside the experts (if any)."""
-        return self.neurons, *(size for axis, size in self.sizes.items() if axis not in ("experts", "expert_mlp"))
 
     def least(self, axis: str) -> int:
         """Return the minimum size of an axis: at least as many experts as a token uses, else 1."""

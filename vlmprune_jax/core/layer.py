@@ -52,7 +52,7 @@ class Layer:
     def shape_of(self, axis: Axis) -> tuple[int, int]:
         """Return (units, channels per unit) of a prunable axis."""
         part = next(part for part in self.parts if axis in part.axes)
-        return part.sizes[axis.name], part.channels_of(axis)
+        return part.sizes[axis.name], part.fixed_sizes.get(axis.channels, 1)
 
     @property
     def kind(self) -> Layer:
@@ -140,16 +140,15 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
     A grouping with few runs is chosen, because each run is traced and compiled once.
     """
     numbers, count = dict[Layer, int](), len(layers)
-    kinds = [numbers.setdefault(layer, len(numbers)) for layer in layers]
-    alike = [[0] * (count + 1) for _ in range(MOST_PERIOD + 1)]  # [p][i]: layers from i on that equal the p-th next
-    changes = [*itertools.accumulate(map(operator.ne, kinds, kinds[1:]), initial=0)]  # of kind, up to each layer
+    types = [numbers.setdefault(layer, len(numbers)) for layer in layers]
+    changes = [*itertools.accumulate(map(operator.ne, types, types[1:]), initial=0)]  # of type, up to each layer
     best = [(0, 0, 0)] * (count + 1)  # for the layers from each on: number of runs, first pattern's period and end
     for start in reversed(range(count)):
         best[start] = (best[start + 1][0] + 1, 1, start + 1)
         for period in range(1, min(MOST_PERIOD, count - start) + 1):
-            if start + period < count and kinds[start] == kinds[start + period]:
-                alike[period][start] = alike[period][start + 1] + 1
-            end = start + period * (1 + alike[period][start] // period)
+            end = start + period
+            while types[end : end + period] == types[start : start + period]:
+                end += period
             for stop in (end - period, end):  # the last repetition may belong to another pattern
                 if start < stop:
                     blocks = 1 + changes[start + period - 1] - changes[start]
@@ -161,7 +160,7 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
             [*neighbours] for _, neighbours in itertools.groupby(range(start, start + period), changes.__getitem__)
         ]
         repetitions = range(0, stop - start, period)
-        runs = [LayerRun(tuple(i + at for at in repetitions for i in run), layers[run[0]]) for run in pattern]
+        runs = [LayerRun(tuple(i + offset for offset in repetitions for i in run), layers[run[0]]) for run in pattern]
         groups.append(ScanGroup(len(repetitions), tuple(runs)))
         start = stop
     return tuple(groups)

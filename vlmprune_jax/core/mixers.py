@@ -2,14 +2,87 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.part import Axis, Part
-from vlmprune_jax.core.rope import RopeConfig
 
 NO_LAYER = -1  # `Attention.source` in a stack that cannot be computed, because no layer has the keys and values
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Parameters of rotary position embedding, as in the Hugging Face fields `rope_theta` and `rope_scaling`.
+
+    `kind` is "default", "linear", "llama3", "yarn", "longrope" or "proportional"; the other fields are its parameters,
+    0 or empty if unused. Proportional RoPE rotates only the share `rotated` of all frequencies (the fastest ones).
+    LongRoPE divides each frequency by its short factor. As soon as one position reaches `original_max_positions`, the
+    whole batch uses the long factors instead.
+
+    `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column. These
+    frequencies are in consecutive blocks, or `interleaved`.
+    """
+
+    theta: float
+    kind: str
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()
+    interleaved: bool = False
+    rotated: float = 1.0
+
+    def __post_init__(self) -> None:
+        wrong = (
+            (self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor)
+            or (self.kind == "yarn" and not (self.theta > 1 and 0 < self.beta_slow <= self.beta_fast))
+            or (self.kind in ("llama3", "yarn") and self.original_max_positions < 1)
+        )
+        if wrong:
+            raise UserError(
+                f"{self.kind} rope with theta {self.theta:g}, original_max_position_embeddings "
+                f"{self.original_max_positions}, low and high_freq_factor {self.low_freq_factor:g} and "
+                f"{self.high_freq_factor:g}, beta_slow and beta_fast {self.beta_slow:g} and {self.beta_fast:g}: "
+                "inconsistent values: check rope_parameters"
+            )
+
+    def check(self, rotary_dim: int) -> None:
+        """Raise UserError unless scaling factors or M-RoPE sections match the number of rotary frequencies."""
+        frequencies, sections = rotary_dim // 2, self.sections
+        if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies):
+            raise UserError(
+                f"mrope_section {list(sections)} must be three numbers that sum to {frequencies} (rotary_dim / 2)"
+            )
+        for factors in (self.short_factors, self.long_factors):
+            if self.kind == "longrope" and len(factors) != frequencies:
+                raise UserError(
+                    f"longrope: short_factor and long_factor have {len(factors)} numbers, expected "
+                    f"{frequencies} (one per rotary frequency)"
+                )
+
+
+class StateArray(NamedTuple):
+    """Array that generation caches for one sequence in one layer."""
+
+    sizes: Mapping[str, int]
+    """Size of every named axis, in order; "batch" is 1."""
+
+    wide: bool = False
+    """True if the values are float32 or wider, whatever the model's data type."""
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.sizes.values())
 
 
 @dataclass(frozen=True)
@@ -38,13 +111,18 @@ class Mixer(Part):
         """Return the FLOPs of mixing a causal sequence, without weight products; `last`: for its last token only."""
         raise NotImplementedError
 
+    def state(self, slots: int) -> tuple[StateArray, ...]:
+        """Return the arrays that generation caches for a sequence with room for `slots` tokens; () for none."""
+        raise NotImplementedError
+
     def state_size(self, length: int) -> int:
         """Return the number of values that generation caches for a sequence of `length` tokens."""
-        raise NotImplementedError
+        return sum(array.size for array in self.state(min(self.window or length, length)))
 
     def state_bytes(self, length: int, itemsize: float) -> float:
         """Return the bytes that generation caches for a sequence of `length` tokens, in values of `itemsize` bytes."""
-        return self.state_size(length) * itemsize
+        arrays = self.state(min(self.window or length, length))
+        return sum(array.size * (4 if array.wide else itemsize) for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -133,15 +211,21 @@ class Attention(Mixer):
         """Number of leading channels of a head that rotary embedding rotates."""
         return self.rotary_dim or self.head_dim
 
+    @property
+    def pattern(self) -> tuple[int, RopeConfig | None, int, bool]:
+        """Fields that determine masks and rotary tables; layers in which they are equal share them."""
+        return self.window or 0, self.rope, self.rotated, self.sees_images
+
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return the FLOPs of attention scores and sums: 4 per channel for every key that a query attends to."""
         span = min(self.window or length, length)  # from this position on a query sees a whole window
         pairs = span if last else span * (span + 1) // 2 + (length - span) * span
         return 4 * pairs * self.q_heads * self.head_dim
 
-    def state_size(self, length: int) -> int:
-        """Return the number of cached keys and values, at most of one window; 0 if another layer caches them."""
-        return 0 if self.source is not None else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
+    def state(self, slots: int) -> tuple[StateArray, ...]:
+        """Return keys and values; () if another layer caches them."""
+        keys = StateArray({"slots": slots, "kv_heads": self.kv_heads, "batch": 1, "head": self.head_dim})
+        return () if self.source is not None else (keys, keys)
 
 
 @dataclass(frozen=True)
@@ -176,24 +260,15 @@ class DeltaNet(Mixer):
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 8 FLOPs per token and state value (decay, reading, writing), plus the FLOPs of the convolution."""
-        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self.channels)
+        tail, matrix = self.state(length)
+        return (1 if last else length) * (8 * matrix.size + 2 * self.taps * tail.sizes["channel"])
 
-    def state_size(self, length: int) -> int:
-        """Return the number of values in the matrices and in the convolution's last inputs, for any `length`."""
-        return self._matrix_size + (self.taps - 1) * self.channels
-
-    def state_bytes(self, length: int, itemsize: float) -> float:
-        """Return the bytes of the state; its matrices are in float32."""
-        return 4 * self._matrix_size + (self.taps - 1) * self.channels * itemsize
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution: queries, keys and values."""
-        return 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
-
-    @property
-    def _matrix_size(self) -> int:
-        return self.delta_heads * self.key_dim * self.value_dim
+    def state(self, slots: int) -> tuple[StateArray, ...]:
+        """Return the last inputs of the convolution (queries, keys and values), and the matrices."""
+        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+        matrix = {"delta_heads": self.delta_heads, "delta_key": self.key_dim, "delta_value": self.value_dim}
+        tail = {"batch": 1, "tap": self.taps - 1, "channel": channels}
+        return StateArray(tail), StateArray({"batch": 1, **matrix}, wide=True)
 
 
 @dataclass(frozen=True)
@@ -214,6 +289,6 @@ class ShortConv(Mixer):
         """Return 2 FLOPs per channel, tap and token of the convolution, and 2 per channel and token of the gates."""
         return (1 if last else length) * 2 * (self.taps + 1) * self.channels
 
-    def state_size(self, length: int) -> int:
-        """Return the number of the convolution's last inputs, the same for every `length`."""
-        return (self.taps - 1) * self.channels
+    def state(self, slots: int) -> tuple[StateArray, ...]:
+        """Return the last inputs of the convolution."""
+        return (StateArray({"batch": 1, "tap": self.taps - 1, "channel": self.channels}),)

@@ -139,10 +139,6 @@ class Part:
         """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
         return {axis: getattr(self, field) for axis, field in self.fixed_axes}
 
-    def channels_of(self, axis: Axis) -> int:
-        """Return the number of channels that make up one unit of a prunable axis."""
-        return self.fixed_sizes.get(axis.channels, 1)
-
     def resized(self, sizes: Mapping[str, int]) -> Self:
         """Return a copy of the part with new sizes of its own axes; other names in `sizes` are ignored."""
         changes: dict[str, Any] = {axis.name: sizes[axis.name] for axis in self.axes if axis.name in sizes}

@@ -76,13 +76,13 @@ class Stack:
 
     def __post_init__(self) -> None:
         for i, layer in enumerate(self.layers):
-            least_sizes = {axis: part.least(axis.name) for part in layer.parts for axis in part.axes}
-            for axis, least in least_sizes.items():
-                size = layer.sizes[axis.name]
-                if size < least:
-                    raise UserError(
-                        f"layer {i}: has {size} {axis.title}, but every token uses {least}: keep at least {least}"
-                    )
+            for part in layer.parts:
+                for axis in part.axes:
+                    size, least = layer.sizes[axis.name], part.least(axis.name)
+                    if size < least:
+                        raise UserError(
+                            f"layer {i}: has {size} {axis.title}, but every token uses {least}: keep at least {least}"
+                        )
 
     @property
     def attentions(self) -> list[Attention]:

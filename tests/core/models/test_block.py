@@ -145,10 +145,11 @@ def test_blocks_name_what_writes_to_the_stream():
     phi = stack_module("text", config(EQUAL, **CASES["parallel"]).text).layers["0"]
     vision = with_facts(config(EQUAL, vision=True).vision, layer_scale=True)
     tower = stack_module("vision", vision).layers["0"]
-    assert [tuple(one) for block in (decoder, phi, tower) for one in block.writers.values()] == [
-        ("self_attn/o_proj", None, None), ("mlp/down_proj", None, None),
-        ("self_attn/dense", "attention_output_norm", None), ("mlp/fc2", "mlp_output_norm", None),
-        ("self_attn/out_proj", None, "layer_scale1"), ("mlp/fc2", None, "layer_scale2"),
+    blocks = (decoder, phi, tower)
+    assert [(path, block.norm_after(name)) for block in blocks for name, path in block.writers.items()] == [
+        ("self_attn/o_proj", None), ("mlp/down_proj", None),
+        ("self_attn/dense", phi.attention_output_norm), ("mlp/fc2", phi.mlp_output_norm),
+        ("self_attn/out_proj", None), ("mlp/fc2", None),
     ]  # fmt: skip
     paths = ("self_attn/k_proj", "self_attn/dense", "mlp/fc1", "mlp/fc2")
     assert [phi.reader_of(f"{path}/weight") for path in paths] == ["self_attn", "o_proj", "mlp", "down_proj"]

@@ -16,11 +16,10 @@ from stack_cases import decoder_layer
 
 from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
 from vlmprune_jax.core.mesh.rules import MESH_AXES
-from vlmprune_jax.core.models import kernels
+from vlmprune_jax.core.models import attention, kernels
 from vlmprune_jax.core.models.generate import decode, prefill
 from vlmprune_jax.core.models.kernels import attention_mask, splash_attention, windowed, xla_attention
 from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.mixers import attention
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, apply
 
@@ -148,7 +147,7 @@ def test_attention_within_segments_equals_a_mask(monkeypatch, sizes):
     ids = np.repeat([0, 1, 2, 8], (50, 20, 96, 34))[None].repeat(4, axis=0)
     ids[0, 70:166] += np.arange(96) // 4 % 2
     ids[3] = 5
-    first, end = kernels._shared_blocks(jnp.asarray(np.pad(ids[1], (0, 24), constant_values=9)), 32)
+    first, end = kernels._shared_blocks(jnp.asarray(np.pad(ids[1], (0, 24), constant_values=9)).reshape(-1, 32))
     assert (first.tolist(), end.tolist()) == ([0, 0, 1, 2, 2, 2, 5], [2, 3, 6, 6, 6, 7, 7])
     mask = (ids[:, :, None] == ids[:, None])[:, None]
 

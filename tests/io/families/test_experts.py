@@ -18,7 +18,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.models.channels.moe import Moe
+from vlmprune_jax.core.models.channels import Moe
 from vlmprune_jax.core.models.context import Builder, Context, Names
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.stack import fill
@@ -412,7 +412,7 @@ def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
         experts = Experts(count, count * 3, 2)
         build = Builder(experts, cfg, {"embed": 28, **experts.sizes}, Names("embed", ("", ""), ""))
         module = fill(Moe(build), jax.tree.map(jnp.asarray, unflatten(arrays)))
-        outs.append(module(jnp.asarray(x), Context(masks={})))
+        outs.append(module(jnp.asarray(x), Context({})))
     (whole, routed), (cut, _) = outs
     unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)
     np.testing.assert_allclose(cut[unaffected], whole[unaffected], atol=1e-4, rtol=1e-5)

@@ -14,8 +14,8 @@ from hf_cases import edit_config, edit_weights, make_folder, prune
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import SharedPrefix, generate
-from vlmprune_jax.core.models.mixers.delta_net import CHUNK, chunked, recurrent
 from vlmprune_jax.core.models.params import flatten
+from vlmprune_jax.core.models.recurrent import CHUNK, chunked, recurrent
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
@@ -106,14 +106,14 @@ def test_mixers_equal_stock(models):
     v, beta = draw.standard_normal((2, 70, 6, 5)).astype(np.float32), draw.random((2, 70, 6), np.float32)
     g = -20 * draw.random((2, 70, 6), np.float32) ** 4  # decays to almost nothing, and almost none
     arrays = [jnp.asarray(x) for x in (q, k, v, beta, g)]
-    out, last = chunked(*arrays, None)
-    state, steps = None, []
+    state, steps = jnp.zeros((2, 6, 8, 5)), []
+    out, last = chunked(*arrays, state)
     for at in range(70):
         step, state = recurrent(*(x[:, at : at + 1] for x in arrays), state)
         steps.append(step[:, 0])
     np.testing.assert_allclose(out, np.stack(steps, axis=1), atol=2e-5)
     np.testing.assert_allclose(last, state, atol=2e-5)
-    gradient = jax.grad(lambda g: jnp.sum(chunked(*arrays[:4], g, None)[0] ** 2))(arrays[4])
+    gradient = jax.grad(lambda g: jnp.sum(chunked(*arrays[:4], g, jnp.zeros_like(last))[0] ** 2))(arrays[4])
     assert np.isfinite(gradient).all()
 
 
@@ -126,7 +126,7 @@ def test_backward_keeps_a_matrix_per_chunk():
     arrays = [jax.ShapeDtypeStruct(size, np.float32) for size in sizes]
 
     def both(*x):
-        return jax.vjp(lambda *x: chunked(*x, None), *x)
+        return jax.vjp(lambda *x: chunked(*x, jnp.zeros((2, 6, 16, 16))), *x)
 
     assert "triangular_solve" not in str(jax.make_jaxpr(lambda *x: both(*x)[1](both(*x)[0]))(*arrays))
     stored = jax.eval_shape(lambda *x: both(*x)[1], *arrays)

@@ -10,10 +10,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vlmprune_jax.base.checks import check_returned
+from vlmprune_jax.base.checks import ModuleRegistry, check_returned
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mesh.rules import constrain
+from vlmprune_jax.core.mixers import Attention, DeltaNet, ShortConv
+from vlmprune_jax.core.models import attention, channels, recurrent
 from vlmprune_jax.core.models.context import (
     BRANCHES,
     KEYS,
@@ -25,14 +28,30 @@ from vlmprune_jax.core.models.context import (
     LayerState,
     Mixed,
     Names,
-    Writer,
 )
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, activation, compute_once
-from vlmprune_jax.core.models.parts import PARTS
+from vlmprune_jax.core.part import Part
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
 FIXED_POINT_STEPS = 16
+# Projection that writes to the residual stream -> the names of the norm and of the scale that follow it, if any.
+FOLLOWING = {"o_proj": ("attention_output_norm", "layer_scale1"), "down_proj": ("mlp_output_norm", "layer_scale2")}
+# Class of a mixer's or channel mixer's config -> its module. Users add kinds by `vlmprune_jax.parts[Mine] = ...`.
+PARTS: ModuleRegistry[Any] = ModuleRegistry(
+    "parts",
+    Part,
+    nnx.Module,
+    {
+        Attention: attention.Attention,
+        DeltaNet: recurrent.DeltaNet,
+        ShortConv: recurrent.ShortConv,
+        Dense: channels.Mlp,
+        Experts: channels.Moe,
+        ExpertsBesideDense: channels.MoeBesideDense,
+        ExpertsAndShared: channels.MoeAndShared,
+    },
+)
 
 
 class LayerInput(nnx.Module):
@@ -60,58 +79,54 @@ class Block(nnx.Module):
     def __init__(self, cfg: Stack, layer: Layer, length: int, names: Names, lora: LoraConfig | None = None):
         sizes = {"layer": length, names.axis: cfg.hidden_size, **layer.sizes, **layer.fixed_sizes}
         self.names, self.parallel = names, cfg.block.parallel
-        self.modules = tuple(part.module for part in layer.parts)
-        self.hidden, self.lacks = layer.channel.hidden, layer.channel.lacks
+        self.parts: tuple[Any, ...] = layer.parts
         build = Builder(None, cfg, sizes, names, lora)
         for part in layer.parts:
             setattr(self, part.module, PARTS[type(part)](build._replace(part=part)))
-        before = names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ()
-        after = ("attention_output_norm", "mlp_output_norm") if cfg.block.norm_place != "before" else ()
-        for name in (*before, *after):
+        for name in names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ():
             setattr(self, name, build.norm(names.axis))
-        scales = ("layer_scale1", "layer_scale2") if cfg.block.layer_scale else ()
-        for name in scales:
-            setattr(self, name, Leaf(sizes, (names.axis,)))
+        for norm, scale in FOLLOWING.values():
+            if cfg.block.norm_place != "before":
+                setattr(self, norm, build.norm(names.axis))
+            if cfg.block.layer_scale:
+                setattr(self, scale, Leaf(sizes, (names.axis,)))
         self.extra = LayerInput(cfg, sizes) if cfg.block.layer_inputs else None
         self.layer_scalar = Leaf({**sizes, "unit": 1}, ("unit",)) if cfg.block.layer_scalar else None
-        projections = [f"{module}/{getattr(self, module).writer}" for module in self.modules]
-        following = zip(projections, after or (None, None), scales or (None, None), strict=True)
-        self._writers = tuple(Writer(*parts) for parts in following)
 
     @property
-    def writers(self) -> dict[str, Writer]:
-        """{name: projection} of the block's projections whose output is added to the residual stream."""
-        return dict(zip(WRITERS, self._writers, strict=True))
+    def writers(self) -> dict[str, str]:
+        """{name: parameter path} of the projections whose output is added to the residual stream."""
+        paths = (f"{part.module}/{getattr(self, part.module).writer}" for part in self.parts)
+        return dict(zip(WRITERS, paths, strict=True))
 
     def reader_of(self, path: str) -> str:
         """Return the input (one of `READERS`) that the block's weight at `path` multiplies; "" if there is none."""
-        module = path.removesuffix("/weight")
-        names = dict(zip(self.modules, BRANCHES, strict=True))
-        names |= {writer.projection: name for name, writer in self.writers.items()}
+        module: str = path.removesuffix("/weight")
+        names: dict[str, str] = dict(zip((part.module for part in self.parts), BRANCHES, strict=True))
+        names |= {writer: name for name, writer in self.writers.items()}
         return names.get(module, names.get(module.split("/")[0], ""))
 
     def norm_after(self, name: str) -> Norm | None:
         """Return the norm applied to the output of projection `name` before the residual sum; None if there is none."""
-        path = self.writers[name].norm
-        return None if path is None else getattr(self, path)
+        return getattr(self, FOLLOWING[name][0], None)
 
     def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
         """Apply the norm and scale after projection `name` to its output; the result is added to the residual stream.
 
         `statistics`: see `Norm.__call__`.
         """
-        norm, scale = self.norm_after(name), self.writers[name].scale
+        norm, scale = self.norm_after(name), getattr(self, FOLLOWING[name][1], None)
         out = out if norm is None else norm(out, statistics)
-        return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
+        return out if scale is None else out * scale.weight.get_value()[None, None]
 
     def gain(self, name: str) -> jax.Array | None:
         """Return the constant factors on a projection's output channels (norm weights, scale); None if all are 1.
 
         The factors are float[embed], with a leading layer axis if the block's parameters are stacked.
         """
-        norm, scale = self.norm_after(name), self.writers[name].scale
+        norm, scale = self.norm_after(name), getattr(self, FOLLOWING[name][1], None)
         factors = [] if norm is None else [norm.gain]
-        factors += [] if scale is None else [getattr(self, scale).weight.get_value()]
+        factors += [] if scale is None else [scale.weight.get_value()]
         return functools.reduce(operator.mul, factors) if factors else None
 
     @property
@@ -136,7 +151,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
         """Run the block; return (output, the mixer's state, {name: intermediate value} for the names in `capture`)."""
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
-        mixer, channel = (getattr(self, module) for module in self.modules)
+        mixer, channel = (getattr(self, part.module) for part in self.parts)
         norms = [getattr(self, name, None) for name in self.names.norms]
         mixer_input = x if norms[0] is None else compute_once(norms[0](x))
         mixed, shape = mixer(mixer_input, ctx._replace(dropout_key=keys[0]), state), list(x.shape)
@@ -160,7 +175,7 @@ class Block(nnx.Module):
             y = y * self.scalar
         arrays = (mixer_input, channel_input, mixed.written, hidden, mixed.out, out, middle)
         values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=False)), KEYS: mixed.shared}
-        values[self.hidden] = values.pop("down_proj")
+        values[self.parts[1].hidden] = values.pop("down_proj")
         if not values.keys() >= {*capture}:
-            raise UserError(self.lacks)
+            raise UserError(self.parts[1].lacks)
         return y, mixed.state, {name: values[name] for name in capture}

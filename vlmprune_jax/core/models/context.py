@@ -17,7 +17,6 @@ import numpy as np
 
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.layers import Axes, Norm, Projection, compute_once, saveable
-from vlmprune_jax.core.models.random import bernoulli
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 
@@ -31,36 +30,41 @@ READERS = (*BRANCHES, *WRITERS)  # groups of matrices that read the same input
 # "routed": `Routed`, for layers with experts, which have one "down_proj" input per expert instead.
 VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle", "routed")
 KEYS = "keys"
+# Threefry-2x32: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
 
-# Mixer state of one run of equal layers (a scan); every array has a leading layer axis. The state of attention is
-# (keys, values), [layer, slots, kv_heads, batch, head] each. TPUs read them in this order for a token; with another
-# order, XLA copies the cache before and after the loop. On TPUs, heads share padded rows (`kernels.cache_rows`).
-RunCache = tuple[jax.Array, jax.Array]
-Cache = dict[str, RunCache]
-CACHE_AXES = (None, "slots", "kv_heads", "batch", None)
+# Mixer states by run of equal layers (a scan): the arrays of `Mixer.state`, each with a leading layer axis.
+Cache = dict[str, tuple[jax.Array, ...]]
+
+
+class Pattern(NamedTuple):
+    """Masks and rotary tables of the attention layers with equal `Attention.pattern`."""
+
+    mask: jax.Array | None = None
+    """bool[batch, 1, seq, slots], True if a query attends to a key; None: to all keys."""
+
+    rope: tuple[jax.Array, jax.Array] | None = None
+    """Rotary (cos, sin), float32[batch, seq, rotary / 2] each; None: no rotation."""
+
+    segments: jax.Array | None = None
+    """int32[batch, seq], segment of each position; a position attends to its own segment only."""
 
 
 class Context(NamedTuple):
     """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
 
-    Keys of the mappings are sliding-window sizes (0 = full attention). Kernels use `valid` and `segments` instead of
-    `masks`, unless `ahead` is set.
+    Kernels use `valid` and segments instead of masks, unless `ahead` is True.
     """
 
-    masks: Mapping[int, jax.Array | None]
-    """bool[batch, 1, seq, slots], True if a query attends to a key; absent or None: to all keys."""
+    patterns: Mapping[Any, Pattern]
+    """Masks and rotary tables by `Attention.pattern`; without an entry, layers attend to all keys without rotation."""
 
-    ropes: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
-    """Rotary (cos, sin), float32[batch, seq, rotary / 2] each; None: no rotation."""
-
-    ahead: jax.Array | None = None
-    """bool[batch, seq, seq], later keys to which queries attend (image tokens of the same image)."""
+    ahead: bool = False
+    """True if queries may attend to later keys (image tokens of the same image), which only masks describe."""
 
     valid: jax.Array | None = None
     """bool[batch, slots], True for keys that are not padding."""
-
-    segments: Mapping[int, jax.Array] | None = None
-    """int32[batch, seq], segment of each position; a position attends to its own segment only."""
 
     slot: Any = 0
     """First cache slot that this call writes: int32[], or an int while prefilling."""
@@ -99,7 +103,7 @@ class LayerState(NamedTuple):
     """Cached mixer states (such as keys and values) of a run of equal layers, and the index of the current layer."""
 
     stacked: Any
-    """Mixer states, as `empty_state` of the mixer's module returns them: a pytree with a leading layer axis."""
+    """Arrays of `Mixer.state`, with a leading layer axis."""
 
     layer: jax.Array
     """Index of the layer on this axis, int32[]."""
@@ -138,14 +142,6 @@ class Mixed(NamedTuple):
 
     shared: Any
     """Values that later layers may reuse, such as keys and values."""
-
-
-class Writer(NamedTuple):
-    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale that follow it."""
-
-    projection: str
-    norm: str | None
-    scale: str | None
 
 
 class Names(NamedTuple):
@@ -199,8 +195,38 @@ def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Pro
         return [None] * len(projections)
     rate = max(module.dropout for module in projections)
     drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
-    parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    masks = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
-        part.reshape(*x.shape[:2], *module.inputs) if size else None
-        for part, size, module in zip(parts, sizes, projections, strict=True)
+        mask.reshape(*x.shape[:2], *module.inputs) if size else None
+        for mask, size, module in zip(masks, sizes, projections, strict=True)
     ]
+
+
+def bernoulli(key: jax.Array, probability: float, shape: tuple[int, int, int]) -> jax.Array:
+    """Return random bool[rows, seq, width], True with this probability; values equal those of jax.random.bernoulli.
+
+    On CPUs, jax.random writes to memory after every fourth round of its generator, and dropout took 15 % of a step of
+    SmolLM2-135M (docs/explanation/results.md). A row may have at most 2^32 values.
+    """
+    first, second = jax.random.key_data(key)[:2]
+    schedule = (first, second, first ^ second ^ _PARITY)
+    high, low = _counters(shape)
+    high, low = high + first, low + second
+    for block in range(5):
+        for bits in _ROTATIONS[block % 2]:
+            high = high + low
+            low = (low << np.uint32(bits) | low >> np.uint32(32 - bits)) ^ high
+        high = high + schedule[(block + 1) % 3]
+        low = low + (schedule[(block + 2) % 3] + np.uint32(block + 1))
+    # jax.random makes 23 bits a float32 in [0, 1), which it compares: the same as this.
+    return (high ^ low) < np.uint32(math.ceil(float(np.float32(probability)) * 2**23) << 9)
+
+
+def _counters(shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Return the upper and lower 32 bits of each element's index, uint32[rows, seq, width] each."""
+    rows, seq, width = shape
+    position, channel = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 2))
+    within = position * np.uint32(width) + channel
+    start = (np.arange(rows, dtype=np.uint64) * np.uint64(seq * width))[:, None, None]
+    low = within + start.astype(np.uint32)
+    return (low < within).astype(jnp.uint32) + (start >> np.uint64(32)).astype(np.uint32), low

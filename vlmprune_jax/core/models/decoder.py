@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import Cache, Context, LayerEmbeds, Names
-from vlmprune_jax.core.models.fake_quant import fake_quant_product
-from vlmprune_jax.core.models.kernels import attention_mask, windowed
-from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, rope_tables
-from vlmprune_jax.core.models.parts import PARTS
+from vlmprune_jax.core.models.context import Cache, Context, LayerEmbeds, Names, Pattern
+from vlmprune_jax.core.models.kernels import attention_mask, cache_shape, windowed
+from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, declare, fake_quant_product, rope_tables
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 
@@ -106,18 +105,18 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}
         if positions.shape[1:-1] == (2,):  # image numbers are passed even if no layer of this stack needs them
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
-        masks = {size: windowed(seen, size)[:, None] for size in mixers}
-        if ahead is not None:  # sliding windows limit earlier keys only
-            masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if mixers[s].sees_images}
-        turned = {size: (mixer.rope or self.cfg.rope, mixer.rotated) for size, mixer in mixers.items()}
-        tables = {key: rope_tables(*key, positions) for key in dict.fromkeys(turned.values())}
-        ropes = {size: tables[key] for size, key in turned.items()}
-        return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
+        patterns = dict[Any, Pattern]()
+        for mixer in {mixer.pattern: mixer for mixer in self.cfg.attentions}.values():
+            allowed = windowed(seen, mixer.window or 0)
+            if ahead is not None and mixer.sees_images:  # sliding windows limit earlier keys only
+                allowed |= ahead
+            rope = rope_tables(mixer.rope or self.cfg.rope, mixer.rotated, positions)
+            patterns[mixer.pattern] = Pattern(allowed[:, None], rope)
+        return Context(patterns, ahead is not None, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return masks and rotary tables for a batch with "attention_mask" and optionally "position_ids"."""
@@ -142,30 +141,24 @@ class Decoder(BlockStack):
         keep = [i - 1 for i in states if 0 < i < n_layers]
         passed = self.pass_through(x, ctx, keep=keep, cache=cache, remat=remat, layer_embeds=layer_embeds)
         final = self.final_norm(passed.last)
-        aux: dict[str, Any] = {"cache": passed.cache} if cache is not None else {}
-        if states:
-            hidden_states = {0: x, n_layers: final}
-            if passed.kept is not None:
-                hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
-            aux["states"] = tuple(hidden_states[i] for i in states)
-        return final, aux
+        hidden_states = {0: x, n_layers: final} | {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
+        return final, {"cache": passed.cache, "states": tuple(hidden_states[i] for i in states)}
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
         """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
-        states = {
-            str(run): PARTS[type(layer.mixer)].empty_state(
-                layer.mixer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
-            )
-            for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers))
-        }
-        return {run: state for run, state in states.items() if state is not None}
+        cache = Cache()
+        for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers)):
+            for array in layer.mixer.state(slots):
+                shape = len(numbers), *cache_shape({**array.sizes, "batch": batch})
+                empty = jnp.zeros(shape, np.promote_types(dtype, np.float32) if array.wide else dtype)
+                cache[str(run)] = (*cache.get(str(run), ()), empty)
+        return cache
 
 
 def map_cache(cfg: TextConfig, function: Callable[..., Any], *caches: Cache) -> Cache:
     """Apply `function(named axes, *arrays)` to every array of caches with the same structure."""
     runs, result = layer_runs(cfg.layers), Cache()
-    for run, state in caches[0].items():
-        axes = PARTS[type(runs[int(run)].layer.mixer)].state_axes
-        arrays = map(function, axes, *(jax.tree.leaves(cache[run]) for cache in caches))
-        result[run] = jax.tree.unflatten(jax.tree.structure(state), arrays)
+    for run, states in caches[0].items():
+        axes = [(None, *array.sizes) for array in runs[int(run)].layer.mixer.state(1)]
+        result[run] = tuple(map(function, axes, states, *(cache[run] for cache in caches[1:])))
     return result

@@ -7,7 +7,7 @@ Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the ch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import spec
-from vlmprune_jax.core.models.layers import SAVEABLE, saveable
+from vlmprune_jax.core.models.layers import SAVEABLE, at_layer, saveable, widen
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 LANES, _LARGEST_BLOCK = 128, 512
@@ -37,18 +37,19 @@ def for_tpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
-def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
-    """Return (rows, channels per row) that a cache needs for one token's key or value heads.
+def cache_shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a cached array with these sizes by axis, as the devices of the mesh in use store it.
 
-    On TPUs, small heads share a row: as many as fit and let rows divide evenly over the mesh axis `tensor`. Rows are
-    padded to a full vector. The compiler would store unpadded rows in a
-    different order than decoding reads them, and copy the cache before and after decoding.
+    On TPUs, small key/value heads share a row: as many as fit and let rows divide evenly over the mesh axis `tensor`.
+    Rows are padded to a full vector. The compiler would store unpadded rows in a different order than decoding reads
+    them, and copy the cache before and after decoding.
     """
-    if not for_tpu():
-        return kv_heads, head
+    if "kv_heads" not in sizes or not for_tpu():
+        return tuple(sizes.values())
+    kv_heads, head = sizes["kv_heads"], sizes["head"]
     per_device = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     in_row = max(n for n in range(1, max(LANES // head, 1) + 1) if per_device % n == 0)
-    return kv_heads // in_row, -(-in_row * head // LANES) * LANES
+    return tuple({**sizes, "kv_heads": kv_heads // in_row, "head": -(-in_row * head // LANES) * LANES}.values())
 
 
 def heads_of_rows(x: jax.Array, heads: int, head: int) -> jax.Array:
@@ -70,10 +71,10 @@ def xla_attention(
     """
     batch, queries, heads, head = q.shape
     scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
-    places = (batch, k.shape[2], in_row, -1, queries)
+    by_head = (batch, k.shape[2], in_row, -1, queries)
     eye = np.eye(in_row, dtype=bool)[:, None, None, :, None]
     if in_row > 1:
-        scaled = jnp.where(eye, scaled.reshape(*places, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
+        scaled = jnp.where(eye, scaled.reshape(*by_head, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
     if k.shape[-1] > scaled.shape[-1]:
         scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - scaled.shape[-1]),))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -84,7 +85,7 @@ def xla_attention(
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     mixed = mixed[..., : in_row * head]
     if in_row > 1:
-        mixed = jnp.where(eye, mixed.reshape(*places, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
+        mixed = jnp.where(eye, mixed.reshape(*by_head, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
     return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
 
 
@@ -137,25 +138,29 @@ def splash_attention(
 
         return jax.vmap(row)(q, k, v, keys)
 
-    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
-    out = _on_devices(local, _per_head(scaled, n_queries), _per_head(k, n_keys), _per_head(v, n_keys), keys)
-    return out.swapaxes(1, 2)[:, :queries]
+    return _on_devices(local, q, k, v, keys, n_queries, n_keys)
 
 
-def _per_head(x: jax.Array, length: int) -> jax.Array:
-    """Pad [batch, positions, heads, head] to `length` positions, as [batch, heads, positions, head]."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+def _on_devices(
+    attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any, n_queries: int, n_keys: int
+) -> jax.Array:
+    """Run the function `attention` on every device for its rows and heads.
 
-
-def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any) -> jax.Array:
-    """Run the function `attention` on every device for its rows and heads; q, k, v: [batch, heads, positions, head]."""
+    It gets scaled queries, keys and values [batch, heads, positions, head], padded to `n_queries` and `n_keys`
+    positions, and its rows of `keys`, int32[batch, n_keys].
+    """
+    scaled = q * q.shape[-1] ** -0.5
+    queries, k, v = (
+        jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, length in ((scaled, n_queries), (k, n_keys), (v, n_keys))
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         rows = "batch" if len(q) % row_ways(mesh) == 0 else None
         heads, pairs = spec((rows, "q_heads", None, None)), spec((rows, "kv_heads", None, None))
         specs = (heads, pairs, pairs, spec((rows, None)))
         attention = jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)
-    return attention(q, k, v, keys)
+    return attention(queries, k, v, keys).swapaxes(1, 2)[:, : q.shape[1]]
 
 
 def in_blocks(positions: int) -> bool:
@@ -181,109 +186,99 @@ def segment_attention(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
         def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v, ids = arrays
+            blocks = ids.reshape(-1, block)
             if in_kernel:
-                return _segment_kernel(ids, block, interpret)(q, k, v, splash.SegmentIds(ids, ids))
+                return _segment_kernel(blocks, interpret)(q, k, v, splash.SegmentIds(ids, ids))
             grouped = q.reshape(len(k), -1, *q.shape[1:])
-            return _row_attention(block, grouped, k, v, ids).reshape(q.shape)
+            cut = (jnp.moveaxis(x.reshape(*x.shape[:-2], *blocks.shape, -1), -3, 0) for x in (grouped, k, v))
+            return jnp.moveaxis(_row_attention(*cut, blocks), 0, -3).reshape(q.shape)
 
         return jax.lax.map(row, (q, k, v, ids))
 
-    q, k, v = (_per_head(x, positions + pad) for x in (q * q.shape[-1] ** -0.5, k, v))
-    out = _on_devices(local, q, k, v, ids)
-    return out.swapaxes(1, 2)[:, :positions]
+    return _on_devices(local, q, k, v, ids, positions + pad, positions + pad)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return attention within the segments of one row: q [kv_heads, group, seq, head], k and v [kv_heads, seq, head].
+@jax.custom_vjp
+def _row_attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return attention within the segments of one row, all arrays in blocks of positions.
 
+    `q`: [blocks, kv_heads, group, block, head]; `k`, `v`: [blocks, kv_heads, block, head]; `ids`: int32[blocks, block].
     As in flash attention (Dao et al. 2022), softmax is accumulated over blocks of keys, and the backward pass computes
     the scores again from the stored logarithm of their sum.
     """
-    return _row_forward(block, q, k, v, ids)[0]
+    return _row_forward(q, k, v, ids)[0]
 
 
-def _row_forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-    first, end = _shared_blocks(ids, block)
-
-    def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q_i = _block_of(q, i, block)
+def _row_forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+    def queries(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q_i, ids_i, first, end = block
 
         def add(j: jax.Array, carry: Any) -> Any:
             top, total, out = carry
-            scores = _scores(q_i, _block_of(k, j, block), ids, i, j, block)
+            k_j, v_j, ids_j = at_layer((k, v, ids), j)
+            scores = _scores(q_i, k_j, ids_i, ids_j)
             higher = jnp.maximum(top, scores.max(axis=-1))
             weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-            values = _block_of(v, j, block)
-            mixed = jnp.einsum("kgts,ksh->kgth", weights.astype(v.dtype), values, preferred_element_type=out.dtype)
+            mixed = jnp.einsum("kgts,ksh->kgth", weights.astype(v.dtype), v_j, preferred_element_type=out.dtype)
             return higher, total * fade + weights.sum(axis=-1), out * fade[..., None] + mixed
 
-        start = jnp.full(q_i.shape[:-1], _HIDDEN, _sum_dtype(q)), jnp.zeros(q_i.shape[:-1], _sum_dtype(q))
-        top, total, out = jax.lax.fori_loop(first[i], end[i], add, (*start, jnp.zeros(q_i.shape, _sum_dtype(q))))
+        zeros = jnp.zeros_like(widen(q_i))
+        start = jnp.full_like(zeros[..., 0], _HIDDEN), zeros[..., 0], zeros
+        top, total, out = jax.lax.fori_loop(first, end, add, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, sums = jax.lax.map(queries, jnp.arange(len(first)))
-    out = saveable(jnp.moveaxis(out, 0, 2).reshape(q.shape))
-    return out, (q, k, v, ids, out, saveable(jnp.moveaxis(sums, 0, 2).reshape(q.shape[:-1])))
+    out, sums = map(saveable, jax.lax.map(queries, (q, ids, *_shared_blocks(ids))))
+    return out, (q, k, v, ids, out, sums)
 
 
-def _row_backward(block: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _row_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, ids, out, sums = saved
-    first, end = _shared_blocks(ids, block)
     inner = jnp.sum(out.astype(sums.dtype) * gradient.astype(sums.dtype), axis=-1)
+    product = functools.partial(jnp.einsum, preferred_element_type=sums.dtype)
 
-    def queries(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
-        q_i, gradient_i, inner_i, sums_i = (_block_of(x, i, block, 2) for x in (q, gradient, inner, sums))
+    def queries(carry: Any, block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        q_i, ids_i, first, end, gradient_i, inner_i, sums_i = block
 
         def add(j: jax.Array, carry: Any) -> Any:
             d_q, d_k, d_v = carry
-            k_j, v_j = _block_of(k, j, block), _block_of(v, j, block)
-            weights = jnp.exp(_scores(q_i, k_j, ids, i, j, block) - sums_i[..., None])
-            d_weights = jnp.einsum("kgth,ksh->kgts", gradient_i, v_j, preferred_element_type=sums.dtype)
+            k_j, v_j, ids_j = at_layer((k, v, ids), j)
+            weights = jnp.exp(_scores(q_i, k_j, ids_i, ids_j) - sums_i[..., None])
+            d_weights = product("kgth,ksh->kgts", gradient_i, v_j)
             d_scores = (weights * (d_weights - inner_i[..., None])).astype(q.dtype)
-            d_q += jnp.einsum("kgts,ksh->kgth", d_scores, k_j, preferred_element_type=sums.dtype)
-            of_keys = jnp.einsum("kgts,kgth->ksh", d_scores, q_i, preferred_element_type=sums.dtype)
-            mixed = jnp.einsum("kgts,kgth->ksh", weights.astype(q.dtype), gradient_i, preferred_element_type=sums.dtype)
-            at = (0, j * block, 0)
-            added = ((d, _block_of(d, j, block) + new) for d, new in ((d_k, of_keys), (d_v, mixed)))
-            return (d_q, *(jax.lax.dynamic_update_slice(d, new, at) for d, new in added))
+            of_keys = product("kgts,kgth->ksh", d_scores, q_i)
+            of_values = product("kgts,kgth->ksh", weights.astype(q.dtype), gradient_i)
+            return d_q + product("kgts,ksh->kgth", d_scores, k_j), _add(d_k, j, of_keys), _add(d_v, j, of_values)
 
-        d_q, *rest = jax.lax.fori_loop(first[i], end[i], add, (jnp.zeros(q_i.shape, sums.dtype), *carry))
-        return tuple(rest), d_q
+        d_q, *d_keys_values = jax.lax.fori_loop(first, end, add, (jnp.zeros(q_i.shape, sums.dtype), *carry))
+        return tuple(d_keys_values), d_q
 
     zeros = tuple(jnp.zeros(x.shape, sums.dtype) for x in (k, v))
-    (d_k, d_v), d_q = jax.lax.scan(queries, zeros, jnp.arange(len(first)))
-    d_q = jnp.moveaxis(d_q, 0, 2).reshape(q.shape)
+    (d_k, d_v), d_q = jax.lax.scan(queries, zeros, (q, ids, *_shared_blocks(ids), gradient, inner, sums))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _row_attention.defvjp(_row_forward, _row_backward)
 
 
-def _sum_dtype(x: jax.Array) -> Any:
-    return np.promote_types(x.dtype, np.float32)
+def _add(blocks: jax.Array, number: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(blocks, at_layer(blocks, number) + new, number, axis=0)
 
 
-def _block_of(x: jax.Array, number: jax.Array, block: int, axis: int = -2) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis)
-
-
-def _scores(q: jax.Array, k: jax.Array, ids: jax.Array, i: jax.Array, j: jax.Array, block: int) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, q_ids: jax.Array, k_ids: jax.Array) -> jax.Array:
     """Return attention scores [kv_heads, group, queries, keys] of two blocks, masked between different segments."""
-    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=_sum_dtype(q))
-    same = _block_of(ids, i, block, 0)[:, None] == _block_of(ids, j, block, 0)[None]
-    return jnp.where(same[None, None], scores, _HIDDEN)
+    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
+    return jnp.where((q_ids[:, None] == k_ids[None])[None, None], scores, _HIDDEN)
 
 
-def _meeting_blocks(ids: jax.Array, block: int) -> jax.Array:
+def _meeting_blocks(ids: jax.Array) -> jax.Array:
     """Return bool[blocks, blocks]: True if two blocks of positions in a row may have a segment in common."""
-    low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
+    low, high = ids.min(axis=1), ids.max(axis=1)
     return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
 
 
-def _shared_blocks(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def _shared_blocks(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return for each block of a row the range [first, end) of blocks that may share a segment with it."""
-    meets = _meeting_blocks(ids, block)
+    meets = _meeting_blocks(ids)
     return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
 
 
@@ -292,9 +287,12 @@ def _block(n: int) -> int:
     return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
 
 
-def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
-    """Return the splash kernel for one row that skips blocks without a common segment: the mask is per block."""
-    meets = _meeting_blocks(ids, block)[None]
+def _segment_kernel(ids: jax.Array, interpret: bool) -> Any:
+    """Return the splash kernel for one row that skips blocks without a common segment: the mask is per block.
+
+    `ids`: int32[blocks, block], the segment of each position.
+    """
+    meets = _meeting_blocks(ids)[None]
     number, marks = jnp.arange(meets.shape[1], dtype=jnp.int32), jnp.where(meets, 2, 0).astype(jnp.int32)
     by_keys, by_queries = (
         MaskInfo(jnp.where(meets, blocks, 0), None, marks, None, None) for blocks in (number, number[:, None])
@@ -303,7 +301,7 @@ def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
         by_keys,
         by_keys,
         by_queries,
-        block_sizes=splash.BlockSizes(*(block,) * 8),
+        block_sizes=splash.BlockSizes(*(ids.shape[1],) * 8),
         is_mqa=False,
         save_residuals=False,
         mask_value=_HIDDEN,

@@ -1,4 +1,4 @@
-"""Layers of towers and decoders: norms, projections with LoRA, activations and rotary embedding."""
+"""Layers of towers and decoders: norms, projections with LoRA or fake quantisation, activations, rotary embedding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mixers import RopeConfig
+from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 
 Axes = tuple[str, ...]
 Product = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -23,15 +24,14 @@ SAVEABLE = "saveable"
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of projections that clip (Gemma 4)
 
 
-class Parameter(nnx.Param):
-    """NNX parameter that declares its named axes; its value is abstract until a `params` dict fills it."""
+def declare(sizes: Mapping[str, int], axes: Axes) -> nnx.Param:
+    """Declare a parameter with named axes; if `sizes` has "layer", it gets a leading layer axis for scans.
 
-
-def declare(sizes: Mapping[str, int], axes: Axes) -> Parameter:
-    """Declare a parameter with named axes; if `sizes` has "layer", it gets a leading layer axis for scans."""
+    Its value is abstract until a `params` dict fills it.
+    """
     if "layer" in sizes:
         axes = ("layer", *axes)
-    return Parameter(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
+    return nnx.Param(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -47,9 +47,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """Return the activation function for a Hugging Face name such as "silu"."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation {name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -76,7 +74,7 @@ class Norm(nnx.Module):
             full = (full - statistics[..., :1]) * statistics[..., 1:]
         else:
             full = full if self.bias is None else full - jnp.mean(full, axis=-1, keepdims=True)
-            full = full * self._rate(full)
+            full = full * _rate(full, self.eps)
         gain = broadcast(self.gain, x.ndim)
         y = (full * gain).astype(x.dtype) if self.offset else full.astype(x.dtype) * gain
         return y if self.bias is None else y + broadcast(self.bias.get_value(), x.ndim)
@@ -91,16 +89,17 @@ class Norm(nnx.Module):
         """Return float32[..., 2] for each position: the mean that the norm subtracts from x, and its factor on x."""
         full = widen(x)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
-        return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
+        return jnp.concatenate([centre, _rate(full - centre, self.eps)], axis=-1)
 
-    def _rate(self, full: jax.Array) -> jax.Array:
-        return jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+
+def _rate(full: jax.Array, eps: float) -> jax.Array:
+    return jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + eps)
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     """Divide x by its root mean square over the last axis, computed in float32 or wider."""
     full = widen(x)
-    return (full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (full * _rate(full, eps)).astype(x.dtype)
 
 
 class Leaf(nnx.Module):
@@ -137,7 +136,6 @@ class Projection(nnx.Module):
         self.clips = clips
         for name in BOUNDS if clips else ():
             setattr(self, name, declare({**sizes, "unit": 1}, ("unit",)))
-        self.n_out, self.n_in = len(out), len(into)
         self.inputs = tuple(sizes[axis] for axis in into)
         self.bias = declare(sizes, out) if bias else None
         self.lora = lora
@@ -153,7 +151,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
         """Apply the linear layer; `dropout_mask` is True for adapter inputs that are kept (None = all)."""
-        y = self.product(self._bounded(x, "input"), self.weight.get_value(), self.n_in)
+        y = self.product(self._bounded(x, "input"), self.weight.get_value(), len(self.inputs))
         if self.bias is not None:
             y = y + broadcast(self.bias.get_value(), y.ndim)
         if self.lora is not None:
@@ -161,7 +159,7 @@ class Projection(nnx.Module):
             scale = self.lora.alpha / self.lora.rank
             if dropout_mask is not None:
                 x, scale = jnp.where(dropout_mask, x, jnp.zeros_like(x)), scale / (1 - self.lora.dropout)
-            low = saveable(contract(x, self.lora_a.get_value(), self.n_in) * scale)
+            low = saveable(contract(x, self.lora_a.get_value(), len(self.inputs)) * scale)
             y = y + _expand(low, self.lora_b.get_value())
         return saveable(_compute_gradient_once(self._bounded(y, "output")))
 
@@ -208,6 +206,56 @@ def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
     return jax.lax.dot_general(x, weight, ((left, right), ((), ())))
 
 
+# Rounding in training by the names of integer formats; the packages that know such formats add theirs.
+FAKE_QUANTS: dict[str, Callable[[ModelConfig], FakeQuant]] = {}
+
+
+def fake_quant_product(fake_quant: FakeQuant) -> Product:
+    """Return a matrix product that rounds inputs and weight to integers (quantisation-aware training).
+
+    Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), including
+    the gradients of the values that determine a scale.
+    """
+
+    def product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
+        columns = math.prod(weight.shape[weight.ndim - n :])
+        if columns % (fake_quant.group or 1):
+            return contract(x, weight, n)
+        if fake_quant.activations:
+            x = _replace(x, _nearest(x, columns, 8))
+        return contract(x, _replace(weight, _nearest(weight, fake_quant.group or columns, fake_quant.bits)), n)
+
+    return product
+
+
+def _nearest(values: jax.Array, group: int, bits: int) -> jax.Array:
+    """Quantise values to the nearest integer codes with one scale per `group` values, and dequantise them again.
+
+    The scale and its rounding are those of `CompressedTensors.grid` without zero points.
+    """
+    groups = values.reshape(-1, group).astype(jnp.float32)
+    steps = 2**bits - 1
+    scale = _divide(jnp.max(jnp.abs(groups), axis=1, keepdims=True), jnp.float32(steps / 2))
+    scale = scale.astype(values.dtype).astype(jnp.float32)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    codes = jnp.clip(jnp.rint(_divide(groups, scale)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (codes * scale).astype(values.dtype).reshape(values.shape)
+
+
+def _divide(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Return x / by correctly rounded (XLA would multiply by the reciprocal instead)."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
+
+
+@jax.custom_vjp
+def _replace(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Return `by` in the forward pass, with gradients passed to `x` (straight-through estimator)."""
+    return by
+
+
+_replace.defvjp(lambda x, by: (by, None), lambda _, grad: (grad, None))
+
+
 @jax.custom_vjp
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
     """Apply the second LoRA matrix: `[..., rank] x [out, rank] -> [..., out]`.
@@ -224,11 +272,9 @@ def _expand_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.
 
 def _expand_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     low, b = saved
-    tokens, out = tuple(range(low.ndim - 1)), tuple(range(b.ndim - 1))
-    wide = tuple(range(len(tokens), grad.ndim))
-    grad_low = jax.lax.dot_general(grad, b, ((wide, out), ((), ())))
-    grad_b = jax.lax.dot_general(low, grad, ((tokens, tokens), ((), ())))
-    return grad_low, jnp.moveaxis(grad_b, 0, -1)
+    tokens = tuple(range(low.ndim - 1))
+    grad_b = jnp.tensordot(low, grad, (tokens, tokens))
+    return jnp.tensordot(grad, b, b.ndim - 1), jnp.moveaxis(grad_b, 0, -1)
 
 
 _expand.defvjp(_expand_forward, _expand_backward)
@@ -282,10 +328,8 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tupl
         is_long = jnp.max(positions) >= rope.original_max_positions
         frequencies = jnp.where(is_long, jnp.asarray(inverse_frequencies(rope, rotary_dim, long=True)), frequencies)
     turned = positions.astype(jnp.float32)
-    if positions.ndim == 2:
-        angles = turned[..., None] * frequencies[None, None, :]
-    else:
-        angles = jnp.swapaxes(turned, 1, 2)[..., section_axes(rope)] * frequencies[None, None, :]
+    turned = turned[..., None] if turned.ndim == 2 else jnp.swapaxes(turned, 1, 2)[..., section_axes(rope)]
+    angles = turned * frequencies[None, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 

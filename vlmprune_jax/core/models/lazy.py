@@ -98,46 +98,32 @@ class LazyStack(LazyArray):
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read single elements, given one index array per axis."""
         numbers, *inner = positions
-        masks = [(number, numbers == number) for number in np.unique(numbers)]
-        read = [self.members[number].elements(tuple(p[mask] for p in inner)) for number, mask in masks]
-        result = np.empty(numbers.shape, read[0].dtype)
-        for (_, mask), values in zip(masks, read, strict=True):
-            result[mask] = values
-        return result
+        read = [self.members[n].elements(tuple(p[i : i + 1] for p in inner)) for i, n in enumerate(numbers)]
+        return np.concatenate(read)
 
 
-Place = int | tuple[int, ...] | None  # index of a layer in a stacked array, or (layer, expert); None: whole array
+def lazy_entry(array: Any, index: tuple[int, ...]) -> LazyArray | None:
+    """Return the entry of an array outside memory at `index`; None for arrays in memory."""
+    for number in index if isinstance(array, LazyStack) else ():
+        array = array[number]
+    return array if isinstance(array, LazyArray) else None
 
 
-def lazy_entry(array: Any, place: Place) -> LazyArray | None:
-    """Return the entry of an array outside memory at `place`; None for arrays in memory."""
-    entry = array
-    for index in _indices(place) if isinstance(array, LazyStack) else ():
-        entry = entry[index]
-    return entry if isinstance(entry, LazyArray) else None
-
-
-def location_of(array: Any, place: Place) -> str | None:
-    """Return the place of an entry outside memory, for messages; None for arrays in memory."""
-    entry = lazy_entry(array, place)
-    return None if entry is None else entry.location
-
-
-def to_host(array: Any, place: Place) -> np.ndarray:
-    """Return an array, or the layer or entry of a stacked array at `place`, in host memory.
+def to_host(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Return the entry of an array at `index`, such as (layer,) or (layer, expert), in host memory.
 
     Collective for sharded arrays.
     """
-    indices, stored = _indices(place), lazy_entry(array, place)
+    stored = lazy_entry(array, index)
     if stored is not None:
         return stored.read()
     if isinstance(array, np.ndarray):
-        host: np.ndarray = array[indices]
+        host: np.ndarray = array[index]
         return host
     if array.is_fully_replicated:
         # On CPU this is a view of the device buffer.
-        return np.asarray(array.addressable_data(0))[indices]
-    part = functools.reduce(at_layer, indices, array)
+        return np.asarray(array.addressable_data(0))[index]
+    part = functools.reduce(at_layer, index, array)
     if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
@@ -147,24 +133,23 @@ def to_host(array: Any, place: Place) -> np.ndarray:
     return host
 
 
-def to_device(array: Any, index: int | None = None) -> jax.Array:
-    """Return an array, or layer `index` of a stacked array, on the device; an array outside memory is read first.
+def to_device(array: Any, index: tuple[int, ...] = ()) -> jax.Array:
+    """Return the entry of an array at `index`, or the array, on the device; an array outside memory is read first.
 
     Raises UserError if a weight that is read is not finite.
     """
-    if isinstance(array, jax.Array):
-        return array if index is None else array[index]
-    array, index = (array[index], None) if isinstance(array, LazyStack) and index is not None else (array, index)
-    if isinstance(array, LazyStack):
-        return jnp.stack([to_device(member) for member in array.members])
-    host = to_host(array, index)
-    if isinstance(array, LazyArray):
-        check_finite(host, array.location)
-    return jnp.asarray(host)
+    stored = lazy_entry(array, index)
+    if isinstance(stored, LazyStack):
+        return jnp.stack([to_device(member) for member in stored.members])
+    if stored is not None:
+        host = stored.read()
+        check_finite(host, stored.location)
+        return jnp.asarray(host)
+    return jnp.asarray(array[index] if index else array)
 
 
-def check_finite(array: np.ndarray, what: str) -> None:
-    """Raise a UserError that begins with `what` for weights with infinity or NaN.
+def check_finite(array: np.ndarray, title: str) -> None:
+    """Raise a UserError that begins with `title` for weights with infinity or NaN.
 
     Two maxima over the bit patterns (signed and unsigned) need no temporary array and are much faster than isfinite.
     """
@@ -174,8 +159,4 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} has {count} NaN or infinite values: check the weights, or use a wider dtype")
-
-
-def _indices(place: Place) -> tuple[int, ...]:
-    return () if place is None else (place,) if isinstance(place, int) else place
+        raise UserError(f"{title} has {count} NaN or infinite values: check the weights, or use a wider dtype")

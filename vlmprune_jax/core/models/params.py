@@ -1,9 +1,12 @@
-"""Parameter dictionaries: flat paths, named axes, splitting of stacked layers, and random initialisation."""
+"""Parameter dictionaries: flat paths, named axes, counts, FLOPs, splitting of stacked layers, and initialisation.
+
+FLOPs are those of the forward pass, by part of the model, and the additional FLOPs of the backward pass.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.layer import layer_runs
+from vlmprune_jax.core.layer import Layer, array_axes, layer_runs
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.vlm import Model, Params, abstract, config_of
 
@@ -71,6 +74,104 @@ def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
     return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(part))
 
 
+def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
+    """Return the FLOPs per token of all matrices under a parameter path; `passes` includes the backward pass.
+
+    For experts, only the weights that one token uses are counted.
+    """
+    axes, total = param_axes(cfg), 0
+    for path, size in _active_weights(cfg).items():
+        is_matrix = not path.endswith("/bias") and len([axis for axis in axes[path] if axis != "layer"]) > 1
+        if path.startswith(prefix) and is_matrix:
+            total += 2 * size * (1 + passes + (path in trained))
+    return total
+
+
+def active_params(cfg: ModelConfig) -> int:
+    """Return the number of parameters that the computation of one token uses."""
+    return sum(_active_weights(cfg).values())
+
+
+def _active_weights(cfg: ModelConfig) -> dict[str, int]:
+    """Return how many weights of each parameter one token uses, by path (fewer than all for experts)."""
+    axes, counts = param_axes(cfg), {path: math.prod(shape) for path, shape in param_shapes(cfg).items()}
+    for path in counts:
+        stack, _, rest = path.partition("/layers/")
+        if rest:
+            layer = layer_runs(cfg.stack(stack).layers)[int(rest.split("/")[0])].layer
+            active = layer.active_sizes()
+            for axis in array_axes(axes[path]):
+                counts[path] = counts[path] * active.get(axis, 1) // layer.sizes.get(axis, 1)
+    return counts
+
+
+def head_of(cfg: ModelConfig) -> str:
+    """Return the parameter path of the output head's weights."""
+    return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
+
+
+def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -> tuple[int, int, int]:
+    """Return (length, tiles, tokens per tile) of a sequence after limiting each image to `image_tokens` tokens.
+
+    `length` includes the typical number of tokens for each of the `images` images; the result has `image_tokens` for
+    each instead. If images have one size, the result has 0 tokens per tile, and each image takes as many tiles as
+    `image_tokens` allow. With `image_tokens` 0, nothing changes.
+    """
+    if not image_tokens:
+        return length, images, 0
+    per_slot = cfg.tokens_per_image
+    slots = 1 if cfg.dynamic_resolution else max(image_tokens // per_slot, 1)
+    tokens = image_tokens if cfg.dynamic_resolution else slots * per_slot
+    return length + images * (tokens - per_slot), images * slots, image_tokens if cfg.dynamic_resolution else 0
+
+
+def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:
+    """Return the forward FLOPs of one sequence of `length` tokens, including `images` images or tiles.
+
+    `image_tokens`: tokens per image instead of the typical number; changes the length (see `limited_row`).
+    """
+    length, slots, per_slot = limited_row(cfg, length, images, image_tokens)
+    products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
+    return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), slots, per_slot)
+
+
+def causal_flops(cfg: ModelConfig, length: int) -> int:
+    """Return the forward FLOPs of attention scores and sums (no products with weights) for one causal sequence."""
+    return sum(layer.mixer.mixing_flops(length) for layer in cfg.text.layers)
+
+
+def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
+    """Return the FLOPs of projector and vision tower for `images` images or tiles; 0 for a tower that does not run."""
+    tower = cfg.vision
+    if tower is None or cfg.projector is None:
+        return 0
+    in_tower = any(path.startswith("vision/") for path in trained)
+    in_projector = in_tower or any(path.startswith("projector/") for path in trained)
+    projector = weight_flops(cfg, "projector/", trained, in_projector) * (image_tokens or cfg.tokens_per_image)
+    if not cfg.tower:
+        return images * projector
+    positions = positions_of(cfg, image_tokens)
+    blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
+    for layer in tower.layers:
+        blocks += tower_attention_flops(cfg, layer, positions) * (3 if in_tower else 1)
+    patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
+    return images * (blocks + patches + projector)
+
+
+def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
+    """Return the number of vision-tower positions of an image or tile."""
+    assert cfg.vision is not None
+    assert cfg.projector is not None
+    return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
+
+
+def tower_attention_flops(cfg: ModelConfig, layer: Layer, positions: int) -> int:
+    """Return the forward FLOPs of attention scores and sums for one image in one layer of the vision tower."""
+    assert cfg.projector is not None
+    side = (layer.mixer.window or positions) * cfg.projector.downsample
+    return 4 * positions * min(positions, side**2) * layer.mixer.q_heads * layer.mixer.head_dim
+
+
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
     """Return (layer, path in `params`, index in the stacked array) of each parameter of a weight table entry.
 
@@ -102,9 +203,9 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
     stacked = {}
     for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
         members = [layers[number] for number in numbers]
-        kind = type(next(iter(members[0].values())))
+        array_type = type(next(iter(members[0].values())))
         # arrays outside memory (core/models/lazy.py) bring their own
-        join = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
+        join = np.stack if issubclass(array_type, np.ndarray) else getattr(array_type, "stack", jnp.stack)
         stacked[str(run)] = unflatten({name: join([layer[name] for layer in members]) for name in members[0]})
     return {**rest, stack: {**rest[stack], "layers": stacked}}
 
@@ -124,11 +225,11 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[st
 def _init(
     path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any
 ) -> jax.Array:
-    owner, leaf = path.split("/")[-2:]
-    if leaf == "bias" or leaf == "lora_b":
+    names = path.split("/")
+    stack, (owner, leaf) = names[0], names[-2:]
+    if leaf in ("bias", "lora_b"):
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
-        stack = path.split("/")[0]
         offset = cfg.stack(stack).block.norm_offset if stack in STACKS else 0.0
         return jnp.full(shape, 1 - offset, dtype)
     if owner.startswith("layer_scale"):
@@ -149,6 +250,5 @@ def _init(
         return jax.random.uniform(key, shape, dtype, -bound, bound)
     into = {"patch_embedding": axes[1:], **dict.fromkeys(("o_proj", "dense", "out_proj"), axes[2:])}
     fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
-    branch = owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2")
-    depth = len(cfg.stack(path.split("/")[0]).layers) if branch else 0
-    return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * (2 * depth if branch else 1)))
+    branches = 2 * len(cfg.stack(stack).layers) if owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2") else 1
+    return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * branches))

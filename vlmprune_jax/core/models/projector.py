@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmprune_jax.core.config import ProjectorConfig
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, activation, broadcast, unit_rms
-from vlmprune_jax.core.projector import ProjectorConfig
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Stacks of transformer blocks, scanned over equal layers and over repeated patterns of layers."""
+"""Stacks of transformer blocks, scanned over equal layers and repeated patterns of layers; user-defined encoders."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.checks import ModuleRegistry, check_returned, one_of
 from vlmprune_jax.core.layer import layer_runs, scan_groups
 from vlmprune_jax.core.models.block import Block
 from vlmprune_jax.core.models.context import KEYS, Cache, Context, LayerEmbeds, LayerState, Names
 from vlmprune_jax.core.models.layers import SAVEABLE, at_layer
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.stack import Encoder, Stack
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
@@ -35,7 +36,7 @@ class Passed(NamedTuple):
     """
 
     last: jax.Array
-    kept: jax.Array | None
+    kept: Any
     cache: Cache
 
 
@@ -70,8 +71,9 @@ class BlockStack(nnx.Module):
         )
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return masks and rotary tables for a batch, whose arrays are named as the arguments of `encode`."""
-        raise NotImplementedError
+        """Return masks and rotary tables for a batch of hidden states and its other arrays; by default none."""
+        del x, arrays
+        return Context({})
 
     def pass_through(
         self,
@@ -97,62 +99,54 @@ class BlockStack(nnx.Module):
         one_of("remat", remat, REMAT_POLICIES)
         carry = Passed(x, jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None, {})
         slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in range(len(self.cfg.layers))])
-        updated, shared, names = Cache(), dict[int, tuple[jax.Array, jax.Array]](), map(str, itertools.count())
+        updated, shared, names = Cache(), dict[int, Any](), map(str, itertools.count())
         for group in scan_groups(self.cfg.layers):
-            steps, inputs, cached = list[Step](), list[Scanned](), Cache()
-            for numbers, _ in group.runs:
-                name, capture = next(names), (KEYS,) if self.cfg.producers.intersection(numbers) else ()
-                context = ctx._replace(shared=shared)
-                step, params = _run_step(name, self.layers[name], context, capture, remat, layer_embeds, slots)
-                steps.append(step)
-                inputs.append(Scanned(jnp.asarray(numbers), jnp.arange(len(numbers)), None if cache else params))
-                cached |= {name: cache[name]} if cache and name in cache else {}
-            carry, outputs = _scan_runs(steps, carry._replace(cache=cached), inputs, group.repetitions)
+            runs = {next(names): numbers for numbers, _ in group.runs}
+            states = {name: cache[name] for name in runs if name in cache} if cache else Cache()
+            steps, inputs = list[Step](), list[Scanned]()
+            for name, numbers in runs.items():
+                steps.append(self._step(name, numbers, ctx._replace(shared=shared), remat, layer_embeds, slots))
+                params = None if cache else nnx.state(self.layers[name])
+                inputs.append(Scanned(jnp.asarray(numbers), jnp.arange(len(numbers)), params))
+            carry, outputs = _scan_runs(steps, carry._replace(cache=states), inputs, group.repetitions)
             updated |= carry.cache
-            for (numbers, _), keys in zip(group.runs, outputs, strict=True):
-                for index, number in enumerate(numbers):
-                    if number in self.cfg.producers:
-                        shared = {**shared, number: jax.tree.map(operator.itemgetter(index), keys)}
+            for numbers, keys in zip(runs.values(), outputs, strict=True):
+                for number in self.cfg.producers.intersection(numbers):
+                    shared = {**shared, number: jax.tree.map(operator.itemgetter(numbers.index(number)), keys)}
         return carry._replace(cache=updated)
 
+    def _step(
+        self, name: str, numbers: Sequence[int], ctx: Context, remat: str, embeds: LayerEmbeds, slots: jax.Array
+    ) -> Step:
+        """Return the function that a scan over run `name`, the equal blocks `numbers`, evaluates.
 
-def _run_step(
-    name: str,
-    module: Block,
-    ctx: Context,
-    capture: tuple[str, ...],
-    remat: str,
-    layer_embeds: LayerEmbeds,
-    slots: jax.Array,
-) -> tuple[Step, nnx.State]:
-    """Return the function that a scan over a run of equal blocks evaluates, and the run's stacked parameters.
+        `slots`: int32[layers], entry of `Passed.kept` to which each block of the stack writes its output. The
+        function's output is the block's keys and values (None unless later layers read those of a block of the run).
+        """
+        graph, stacked = nnx.split(self.layers[name])
+        capture = (KEYS,) if self.cfg.producers.intersection(numbers) else ()
+        deepstack = embeds.deepstack_embeds
 
-    `slots`: int32[layers], entry of `Carry.kept` to which each block of the stack writes its output. The function's
-    output is the block's keys and values (None unless in `capture`).
-    """
-    graph, stacked = nnx.split(module)
-    deepstack_embeds, per_layer_embeds = layer_embeds
+        def block(params: nnx.State, x: jax.Array, number: jax.Array, state: LayerState | None) -> Any:
+            key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, number)
+            inputs = ctx._replace(dropout_key=key, layer_input=at_layer(embeds.per_layer_embeds, number))
+            return nnx.merge(graph, params)(x, inputs, state, capture)
 
-    def block(params: nnx.State, x: jax.Array, number: jax.Array, state: LayerState | None) -> Any:
-        key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, number)
-        inputs = ctx._replace(dropout_key=key, layer_input=at_layer(per_layer_embeds, number))
-        return nnx.merge(graph, params)(x, inputs, state, capture)
+        run = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
-    run = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+        def step(carry: Passed, scanned: Scanned) -> tuple[Passed, Any]:
+            (x, kept, cache), (number, entry, params) = carry, scanned
+            # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
+            params = at_layer(stacked, entry) if params is None else params
+            y, state, values = run(params, x, number, LayerState(cache[name], entry) if name in cache else None)
+            if deepstack is not None:
+                add, skip = (lambda y: y + at_layer(deepstack, number)), (lambda y: y)
+                y = jax.lax.cond(number < len(deepstack), add, skip, y)
+            if kept is not None:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, y, slots[number], axis=0)
+            return Passed(y, kept, cache if state is None else {**cache, name: state}), values.get(KEYS)
 
-    def step(carry: Passed, scanned: Scanned) -> tuple[Passed, Any]:
-        (x, kept, cache), (number, entry, params) = carry, scanned
-        # In decoding, index the weights: a scan would copy its slice, which costs more than a token's products.
-        params = at_layer(stacked, entry) if params is None else params
-        y, state, values = run(params, x, number, LayerState(cache[name], entry) if name in cache else None)
-        if deepstack_embeds is not None:
-            add, skip = (lambda y, embeds, number: y + at_layer(embeds, number)), (lambda y, embeds, number: y)
-            y = jax.lax.cond(number < len(deepstack_embeds), add, skip, y, deepstack_embeds, number)
-        if kept is not None:
-            kept = jax.lax.dynamic_update_index_in_dim(kept, y, slots[number], axis=0)
-        return Passed(y, kept, cache if state is None else {**cache, name: state}), values.get(KEYS)
-
-    return step, stacked
+        return step
 
 
 def _scan_runs(
@@ -187,3 +181,44 @@ def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes to it
     nnx.replace_by_pure_dict(state, dict(params))
     return nnx.merge(graph, state)
+
+
+class EncoderModule(BlockStack):
+    """Base class of user-defined encoders besides the vision tower, for audio, depth or other inputs.
+
+    A subclass embeds items (such as sounds) and projects to decoder tokens.
+
+    Args:
+      cfg: the encoder's config.
+      text_size: channels of the decoder's residual stream.
+    """
+
+    cfg: Encoder
+
+    def __init__(self, cfg: Encoder, text_size: int):
+        del text_size
+        super().__init__(cfg, Names("encoder", ("layer_norm1", "layer_norm2"), "out_proj"))
+
+    def embed(self, items: jax.Array) -> jax.Array:
+        """Embed items [items, ...], such as sounds, as the first block's input float[items, positions, hidden]."""
+        raise NotImplementedError
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """Project the last block's output [items, positions, hidden] to tokens float[items, tokens, text_size]."""
+        raise NotImplementedError
+
+    def __call__(self, items: Packed) -> jax.Array:
+        """Encode the items of a batch as decoder tokens float[items, tokens, text_size]."""
+        dtype, values = jax.tree.leaves(self.layers)[0].dtype, items.values
+        x = self.embed(jnp.asarray(values, dtype).reshape(-1, *values.shape[2:]))
+        shape = (values.shape[0] * values.shape[1], self.cfg.positions, self.cfg.hidden_size)
+        check_returned(type(self).embed, x, getattr(x, "shape", None) == shape, f"an array of shape {list(shape)}")
+        states = self.pass_through(x, self.context_of(x, {})).last
+        tokens, expected = self.project(states), f"an array [{len(states)}, {self.cfg.tokens}, channels of the decoder]"
+        fits = getattr(tokens, "ndim", 0) == 3 and tokens.shape[:2] == (len(states), self.cfg.tokens)
+        check_returned(type(self).project, tokens, fits, expected)
+        return tokens
+
+
+# Class of an `Encoder` config -> its module. Users add encoders by assignment (`vlmprune_jax.encoders[Mine] = ...`).
+ENCODERS: ModuleRegistry[type[EncoderModule]] = ModuleRegistry("encoders", Encoder, EncoderModule, {})

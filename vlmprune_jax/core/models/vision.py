@@ -13,7 +13,7 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.mesh.rules import constrain
-from vlmprune_jax.core.models.context import Context, Names
+from vlmprune_jax.core.models.context import Context, Names, Pattern
 from vlmprune_jax.core.models.kernels import in_blocks
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection
 from vlmprune_jax.core.models.media import Packed
@@ -120,19 +120,20 @@ class VisionTower(BlockStack):
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return masks and rotary tables for hidden states float[images, positions, ...], from fields of `Packed`."""
+        cfg = self.cfg
         if arrays["grid"] is None:
             real = None if arrays.get("real") is None else arrays["real"].reshape(len(x), -1)
-            return Context({} if real is None else {0: real[:, None, None]}, valid=real)
-        cfg, places = self.cfg, places_of(arrays["grid"], x.shape[1], self.cfg.merge)
-        sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
-        segments = {side: windows_of(places, cfg.merge, side) if side else places.image for side in sides}
-        whole = {} if in_blocks(x.shape[1]) else segments
-        masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in whole.items()}
-        facts = cfg.attention
-        if facts.rope is None:
-            return Context(masks, segments=segments)
-        rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
-        return Context(masks, dict.fromkeys(sides, rope), segments=segments)
+            pattern = Pattern() if real is None else Pattern(real[:, None, None])
+            return Context({mixer.pattern: pattern for mixer in cfg.attentions}, valid=real)
+        places, facts, patterns = places_of(arrays["grid"], x.shape[1], cfg.merge), cfg.attention, dict[Any, Pattern]()
+        rope = None
+        if facts.rope is not None:
+            rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
+        for key, side in {mixer.pattern: mixer.window for mixer in cfg.attentions}.items():
+            segments = windows_of(places, cfg.merge, side) if side else places.image
+            mask = None if in_blocks(x.shape[1]) else (segments[:, :, None] == segments[:, None])[:, None]
+            patterns[key] = Pattern(mask, rope, segments)
+        return Context(patterns)
 
     def _embedded(self, patches: jax.Array) -> jax.Array:
         """Embed patches [images, patches, values] as float[images, patches, vision]."""

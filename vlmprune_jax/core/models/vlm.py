@@ -22,13 +22,12 @@ from vlmprune_jax.core.mesh.mesh import use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
-from vlmprune_jax.core.models.encoders import ENCODERS
 from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
 from vlmprune_jax.core.models.media import Media, Packed
 from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.core.models.positions import is_visual, with_images
 from vlmprune_jax.core.models.projector import Projector, pixel_shuffle, pooled
-from vlmprune_jax.core.models.stack import BlockStack, fill
+from vlmprune_jax.core.models.stack import ENCODERS, BlockStack, fill
 from vlmprune_jax.core.models.vision import VisionTower
 from vlmprune_jax.core.models.vocabulary import Head, cross_entropy_sum
 from vlmprune_jax.core.plans.plan import PrunePlan

@@ -12,8 +12,9 @@ from vlmprune_jax.base.chips import slice_of
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.flops import (
+from vlmprune_jax.core.models.params import (
     causal_flops,
+    count_params,
     forward_flops,
     head_of,
     limited_row,
@@ -22,7 +23,6 @@ from vlmprune_jax.core.models.flops import (
     vision_flops,
     weight_flops,
 )
-from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune.layer_costs import Costs, layer_costs
 from vlmprune_jax.core.prune.solver import OutOfReach
 from vlmprune_jax.core.stack import Stack

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.mesh.mesh import gather_to_host
-from vlmprune_jax.core.models.channels.moe import blocks_of, hidden_of
+from vlmprune_jax.core.models.channels import blocks_of, hidden_of
 from vlmprune_jax.core.models.context import Routed
 from vlmprune_jax.core.prune.layers import Layer, Rows
 from vlmprune_jax.core.prune.layerwise import stream_error
@@ -41,7 +41,7 @@ def repair_experts(layer: Layer, stream: LayerStream, targets: Sequence[jax.Arra
     """
     original = layer
     before = lowest = stream_error(layer, stream, targets)
-    has_norm = layer.block.writers["down_proj"].norm is not None
+    has_norm = layer.block.norm_after("down_proj") is not None
     paths = [path for path in (SHARED, EXPERTS) if path in layer.params and not has_norm]
     changes = {path: np.zeros(layer.params[path].shape, np.float32) for path in paths}
     ridges, tokens = list[float](), 0

@@ -123,7 +123,7 @@ class Layer:
         if all(isinstance(leaf, jax.Array) for leaf in flat.values()):
             weights = at_layer(flat, index)
         else:
-            weights = {path: to_device(leaf, index) for path, leaf in flat.items()}
+            weights = {path: to_device(leaf, (index,)) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
         return cls(params, number, stack, cfg.alone(shape), stored, mesh_of(model.params), cfg.supplies(number))
@@ -190,7 +190,7 @@ class Layer:
 
         If a norm follows the projection, the correction is added at the norm's present statistics.
         """
-        path, gain = self.block.writers[module].projection, self.block.gain(module)
+        path, gain = self.block.writers[module], self.block.gain(module)
         if gain is not None:  # nothing can change a channel that is multiplied by 0
             factors = np.asarray(gather_to_host(gain))
             change = np.divide(change, factors, out=np.zeros_like(change), where=factors != 0)
@@ -235,7 +235,7 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
             for index, number in enumerate(numbers):
                 new = changed.get(number, {}).get(path)
                 if new is None:  # only then read it
-                    new = to_host(leaf, index) if old is None else old[index]
+                    new = to_host(leaf, (index,)) if old is None else old[index]
                 arrays.append(new)
             flat[path] = np.stack(arrays) if old is None else jax.device_put(np.stack(arrays), leaf.sharding)
         layers[str(run)] = unflatten(flat)

@@ -93,7 +93,7 @@ def train_layer(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array])
             lowest, stale, best = error, 0, {path: np.array(gather_to_host(leaf)) for path, leaf in params.items()}
         elif (stale := stale + 1) == PATIENCE:
             break
-    path = layer.block.writers["down_proj"].projection
+    path = layer.block.writers["down_proj"]
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
     solution = Solution(before, lowest, None if best is None else 0.0, count_tokens(stream), unknowns)
     return layer if best is None else layer.with_params(best), solution

@@ -95,7 +95,7 @@ def writer_sums(layer: Layer, rows: Rows, target: jax.Array, statistics: jax.Arr
     block, after, values = layer.compute(rows, (module, f"{module}_out", "middle"))
     missing = residual = target - (values["middle"] if module == "o_proj" else after.x)
     read = values[module].reshape(*rows.x.shape[:2], -1)
-    if f"{block.writers[module].projection}/bias" in layer.params:
+    if f"{block.writers[module]}/bias" in layer.params:
         read = jnp.concatenate([read, jnp.ones_like(read[..., :1])], axis=-1)
     out, factor = values[f"{module}_out"], jnp.float32(1)
     if module == "down_proj" and block.scalar is not None:
@@ -137,7 +137,7 @@ def repair_writer(
         return layer, solution
     ridge, difference = best
     after = before + difference / weight
-    if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: measure
+    if layer.block.norm_after(module) is not None:  # the norm's statistics change with the weight: measure
         trial = layer.changed(solved(fit, held, ridge, refit=False), module)
         after = float(total(trial, True).energy) / weight
         if after >= before:

@@ -194,7 +194,7 @@ def units_of(
                     axis.name,
                     size=layer.sizes[axis.name] // parents,
                     parents=parents,
-                    channels=part.channels_of(axis),
+                    channels=part.fixed_sizes.get(axis.channels, 1),
                     # heads of all parents are side by side in a row
                     step=multiples[name] // (math.gcd(multiples[name], parents) if axis.channels else 1),
                     prune=i in ranges[in_range],

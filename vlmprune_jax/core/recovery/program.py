@@ -21,7 +21,7 @@ from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import check_divides, constrain, sharding
-from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
+from vlmprune_jax.core.models.layers import FAKE_QUANTS
 from vlmprune_jax.core.models.media import merge_of
 from vlmprune_jax.core.models.params import Flat, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Params

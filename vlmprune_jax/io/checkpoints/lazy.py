@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmprune_jax.base.files import open_file
 from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
-from vlmprune_jax.core.models.lazy import LazyArray, Place, lazy_entry
+from vlmprune_jax.core.models.lazy import LazyArray, lazy_entry
 from vlmprune_jax.core.models.params import unflatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import StoredWeight
@@ -121,7 +121,7 @@ def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None =
     return Model(unflatten(stacked(arrays, FileArray.stack)), cfg, source=folder.absolute())
 
 
-def extent_of(weights: Sequence[tuple[Any, Place]], dtype: str) -> Extent | None:
+def extent_of(weights: Sequence[tuple[Any, tuple[int, ...]]], dtype: str) -> Extent | None:
     """Return the byte range of rows of one file that these weights fill side by side; None if their bytes differ."""
     arrays = [lazy_entry(*weight) for weight in weights]
     files = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
@@ -132,9 +132,9 @@ def extent_of(weights: Sequence[tuple[Any, Place]], dtype: str) -> Extent | None
     return files[0].extent if not columns or ends == starts else None
 
 
-def blocks_of(array: Any, place: Place) -> Callable[[], Iterator[np.ndarray]] | None:
+def blocks_of(array: Any, index: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]] | None:
     """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
-    stored = lazy_entry(array, place)
+    stored = lazy_entry(array, index)
     if not isinstance(stored, FileArray) or stored.slot.turned or stored.slot.columns:
         return None
     return None if math.prod(stored.slot.shape) * stored.dtype.itemsize <= 4 * BLOCK else stored.blocks

@@ -13,8 +13,7 @@ from vlmprune_jax.base.errors import printable
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.mixers import Attention
-from vlmprune_jax.core.models.flops import active_params
-from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.models.params import active_params, count_params
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.prune.solver import most_removable, units_of

@@ -310,7 +310,7 @@ def _encoded(key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], I
         step = max(1, _CHUNK // width)
         for piece in pieces():
             values = piece.reshape(-1, width)
-            check_finite(values, what=what)
+            check_finite(values, what)
             yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
 
     size = math.prod(shape) // block * block_bytes
@@ -325,7 +325,7 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
     if kind in WEIGHT_DTYPES:
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
             narrow = values.astype(WEIGHT_DTYPES[kind], copy=False)
-        check_finite(narrow, what=what)
+        check_finite(narrow, what)
         return np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
     return quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind]).reshape(-1)
 

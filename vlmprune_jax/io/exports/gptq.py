@@ -17,7 +17,7 @@ from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import Limit
 from vlmprune_jax.core.models.context import READERS
-from vlmprune_jax.core.models.fake_quant import FAKE_QUANTS
+from vlmprune_jax.core.models.layers import FAKE_QUANTS
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune.gptq import decoder_stream, finite_sums, round_matrices, squares
 from vlmprune_jax.core.prune.layers import Layer

@@ -122,7 +122,7 @@ class MtpCut:
         name = f"{layer}.{self._names[f'{part.module}/{part.writer}/weight']}"
         *parents, axis = part.axes
         writer = self._read(name).astype(np.float64)
-        strength = np.square(writer).sum(axis=0).reshape(-1, part.channels_of(axis)).sum(axis=1)
+        strength = np.square(writer).sum(axis=0).reshape(-1, part.fixed_sizes.get(axis.channels, 1)).sum(axis=1)
         if not parents:
             return {axis.name: self._largest(strength, part.sizes[axis.name], name)}
         (parent,) = parents

@@ -105,7 +105,7 @@ def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
     for slot in members:
         owner = slot.path.rpartition("/")[0]
         if f"{owner}/lora_a" in flat:
-            a, b = (to_host(flat[f"{owner}/{suffix}"], slot.index).astype(np.float32) for suffix in LORA_SUFFIXES)
+            a, b = (to_host(flat[f"{owner}/{suffix}"], slot.place).astype(np.float32) for suffix in LORA_SUFFIXES)
             pairs.append((slot, a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])))
     if not pairs:
         return None

@@ -16,8 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.models.flops import active_params, forward_flops
-from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.models.params import active_params, count_params, forward_flops
 from vlmprune_jax.core.models.vlm import Model, config_of
 from vlmprune_jax.core.plans.kept import KeptVocabulary
 from vlmprune_jax.core.plans.plan import PrunePlan

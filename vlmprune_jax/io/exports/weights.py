@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune_jax.base.weight_files import Extent
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.lazy import location_of, to_host
+from vlmprune_jax.core.models.lazy import lazy_entry, to_host
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
@@ -45,7 +45,8 @@ class Weights:
     def location(self, after: Slot) -> str:
         """Return the file and tensor of a parameter, or its key if it is in memory, for messages."""
         before = self.slots[after.name]
-        return location_of(self.flat[before.path], before.place) or after.key
+        stored = lazy_entry(self.flat[before.path], before.place)
+        return after.key if stored is None else stored.location
 
     def pieces(
         self, slots: Sequence[Slot], convert: Convert, dtype: str | None = None, *, reorders: bool = False

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights

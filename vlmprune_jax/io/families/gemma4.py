@@ -12,10 +12,9 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
-from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import NO_LAYER
-from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf

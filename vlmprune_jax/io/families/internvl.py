@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig, VisionConfig
-from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES

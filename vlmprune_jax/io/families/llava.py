@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, VisionConfig
-from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family, vlm_to_hf
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles

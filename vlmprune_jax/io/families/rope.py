@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.mixers import RopeConfig
 from vlmprune_jax.io.families.table import JsonDict
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.table import JsonDict

@@ -12,8 +12,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention
-from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.mixers import Attention, RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.families.table import JsonDict, Weight
 

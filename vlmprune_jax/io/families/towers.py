@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, VisionConfig
-from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.table import JsonDict, Weight
 from vlmprune_jax.io.families.tower import Tower, block_keys, first_axes, square_side
 

@@ -37,8 +37,8 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
     """
     return [
         {
-            name: np.asarray(_summed(layer.params[f"{writer.projection}/weight"], layer.block.gain(name), power, 0))
-            for name, writer in layer.block.writers.items()
+            name: np.asarray(_summed(layer.params[f"{path}/weight"], layer.block.gain(name), power, 0))
+            for name, path in layer.block.writers.items()
         }
         for layer in _layers(model, stack)
     ]

@@ -1,4 +1,4 @@
-"""Mixtures of experts, alone or together with a dense MLP, as channel mixers of transformer blocks.
+"""Channel mixers of transformer blocks: dense MLP, mixture of experts, and combinations of both.
 
 Only the chosen experts are computed. Tokens are sorted by expert; on TPUs `lax.ragged_dot` multiplies each expert's
 rows by its weights. On CPUs it would multiply all rows by all experts, so there a scan multiplies blocks of rows, each
@@ -20,15 +20,36 @@ from jax.sharding import PartitionSpec
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import spec
-from vlmprune_jax.core.models.channels.dense import Mlp
-from vlmprune_jax.core.models.context import Builder, Context, Routed
+from vlmprune_jax.core.models.context import Builder, Context, Routed, dropout_masks
 from vlmprune_jax.core.models.kernels import for_tpu
-from vlmprune_jax.core.models.layers import Leaf, activation, broadcast, declare, unit_rms, widen
+from vlmprune_jax.core.models.layers import Leaf, activation, broadcast, compute_once, declare, unit_rms, widen
 from vlmprune_jax.core.sections import LoraConfig
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128  # rows of a block
 # Gate and up [experts, neurons, embed], down [experts, embed, neurons].
 Weights = tuple[jax.Array, ...]
+
+
+class Mlp(nnx.Module):
+    """MLP: down(act(gate(x)) * up(x)), or fc2(act(fc1(x)))."""
+
+    def __init__(self, build: Builder):
+        self.names = ("gate_proj", "up_proj", "down_proj") if build.part.gated else ("fc1", "fc2")
+        self.activation, self.writer = build.part.activation, self.names[-1]
+        for name in self.names:
+            axes = (build.names.axis,), ("mlp",)
+            out, into = axes if name == self.writer else axes[::-1]
+            setattr(self, name, build.projection(name, out, into, build.part.bias))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        """Run the MLP; return (output, input of the writer)."""
+        projections = [getattr(self, name) for name in self.names]
+        first, *up, down = zip(projections, dropout_masks(ctx.dropout_key, x, projections), strict=True)
+        hidden = activation(self.activation)(first[0](x, first[1]))
+        for projection, mask in up:
+            hidden = hidden * projection(x, mask)
+        hidden = compute_once(hidden)
+        return down[0](hidden, down[1]), hidden
 
 
 class ExpertProjection(Leaf):
@@ -207,7 +228,7 @@ class _Blocks(NamedTuple):
     experts: jax.Array
     """int32[blocks], expert of a block."""
 
-    places: jax.Array
+    positions: jax.Array
     """int32[tokens, k], position of each row in the flattened `rows`."""
 
 
@@ -221,12 +242,11 @@ def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
     counts = jnp.bincount(chosen, length=n_experts)
     stops = jnp.cumsum(-(-counts // block))
     rank = jnp.arange(n) - (jnp.cumsum(counts) - counts)[chosen[order]]  # among the rows of its expert
-    places = (stops - -(-counts // block))[chosen[order]] * block + rank
-    rows = jnp.full(n_blocks * block, n).at[places].set(order)
+    positions = (stops - -(-counts // block))[chosen[order]] * block + rank
+    rows = jnp.full(n_blocks * block, n).at[positions].set(order)
     of_block = jnp.minimum(jnp.searchsorted(stops, jnp.arange(n_blocks), side="right"), n_experts - 1)
-    return _Blocks(
-        rows.reshape(n_blocks, block), of_block, jnp.zeros(n, places.dtype).at[order].set(places).reshape(experts.shape)
-    )
+    by_token = jnp.zeros(n, positions.dtype).at[order].set(positions).reshape(experts.shape)
+    return _Blocks(rows.reshape(n_blocks, block), of_block, by_token)
 
 
 def hidden_of(act: str, x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -244,7 +264,7 @@ def _scanned(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> ja
         return None, hidden_of(act, x_rows, gate, up) @ down.T
 
     _, outputs = jax.lax.scan(body, None, (blocks.rows, blocks.experts))
-    return outputs.reshape(-1, outputs.shape[-1])[blocks.places]
+    return outputs.reshape(-1, outputs.shape[-1])[blocks.positions]
 
 
 def _scanned_backward(
@@ -267,6 +287,6 @@ def _scanned_backward(
 
     zeros = tuple(jnp.zeros(w.shape, widen(w[:1, :1, :1]).dtype) for w in weights)
     sums, (grad_x, grad_gates) = jax.lax.scan(body, zeros, (blocks.rows, blocks.experts))
-    total = jnp.sum(widen(grad_x.reshape(-1, x.shape[-1])[blocks.places]), axis=1).astype(x.dtype)
+    total = jnp.sum(widen(grad_x.reshape(-1, x.shape[-1])[blocks.positions]), axis=1).astype(x.dtype)
     grad_weights = tuple(s.astype(w.dtype) for s, w in zip(sums, weights, strict=True))
-    return total, grad_gates.reshape(-1)[blocks.places], grad_weights
+    return total, grad_gates.reshape(-1)[blocks.positions], grad_weights

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmprune_jax.core.models.channels import moe
+from vlmprune_jax.core.models import channels
 
 
 def all_experts(x, experts, gates, weights):
@@ -23,8 +23,10 @@ def test_values_and_gradients(tokens, k, n_experts):
     chosen = jnp.asarray([draw.choice(n_experts, k, replace=False) for _ in range(tokens)], jnp.int32)
     direction = jnp.asarray(draw.standard_normal(x.shape), jnp.float32)
     ways = {
-        "scan": lambda x, gates, weights: moe._gated_sum("silu", x, chosen, gates, weights)[0],
-        "ragged": lambda x, gates, weights: moe._weighted(gates, moe._ragged("silu", x, chosen, weights), x.dtype),
+        "scan": lambda x, gates, weights: channels._gated_sum("silu", x, chosen, gates, weights)[0],
+        "ragged": lambda x, gates, weights: channels._weighted(
+            gates, channels._ragged("silu", x, chosen, weights), x.dtype
+        ),
     }
     arguments = x, gates, tuple(weights)
 
@@ -36,5 +38,5 @@ def test_values_and_gradients(tokens, k, n_experts):
     for name, function in ways.items():
         for actual, wanted in zip(*map(jax.tree.leaves, (with_gradients(function), expected)), strict=True):
             np.testing.assert_allclose(actual, wanted, atol=2e-4, rtol=1e-4, err_msg=name)
-    blocks = moe.blocks_of(chosen, n_experts)
+    blocks = channels.blocks_of(chosen, n_experts)
     assert blocks.rows.size <= tokens * k + min(n_experts, tokens * k) * blocks.rows.shape[1]

@@ -10,12 +10,13 @@ from recover_cases import Stream, config, model
 from stack_cases import decoder_layer, with_facts
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.fake_quant import fake_quant_product
+from vlmprune_jax.core.models.layers import fake_quant_product
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.io.exports import gptq  # noqa: F401 - which declares the integer formats
 
 
 def _exported(values, storage, dtype):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmprune_jax.core.models.random import _counters, bernoulli
+from vlmprune_jax.core.models.context import _counters, bernoulli
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 32, 96)])

@@ -1,1 +1,0 @@
-"""Modules of channel mixers: dense MLP and experts."""

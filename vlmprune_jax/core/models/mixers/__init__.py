@@ -1,1 +1,0 @@
-"""Modules of mixers: attention, delta net and short convolution."""
