@@ -286,7 +286,7 @@ def test_samples(tmp_path):
         parts = [
             part for of in read_artefact(tmp_path / SAMPLES, Samples).sets.values() for _, part in shown_samples(of, {})
         ]
-        return [image.uri for part in parts for one in part for image in one.images if image.uri]
+        return [image.uri for part in parts for one, _ in part for image in one.images if image.uri]
 
     assert pictures() == [image.uri]
 

@@ -141,9 +141,9 @@ def finish(workdir: Path, reporter: Reporter) -> None:
             exported = workdir / result.export.path
             for line in describe_export(exported, result.labels[result.best], result.export):
                 reporter.say(line)
-        numbers = f", plot: {workdir / 'report.png'}, numbers: {workdir / RESULT}"
+        numbers = f", numbers: {workdir / RESULT}"
     else:
         unfinished = read_unfinished(workdir).missing
         numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
-    page = build_report(workdir)
-    reporter.say(f"report: {page}{numbers}")
+    page, plot = build_report(workdir), workdir / "report.png"
+    reporter.say(f"report: {page}{f', plot: {plot}' if plot.is_file() else ''}{numbers}")

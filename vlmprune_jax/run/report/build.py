@@ -191,7 +191,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
     for name, samples in sets.items():
         shown = tuple(shown_samples(samples, labels))
         if shown:
-            notes = () if any(sample.images for _, mine in shown for sample in mine) else ("These have no images.",)
+            notes = () if any(sample.images for _, mine in shown for sample, _ in mine) else ("These have no images.",)
             yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
 
 

@@ -36,8 +36,6 @@ FEW_SEEDS = 2  # number of seeds whose interval is too uncertain to draw (with o
 BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
 
-Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -178,7 +176,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: ModelGroup, col
     assert group.retained is not None
     (mean, low, high), (x, left, right) = group.retained, place
     bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
-    if _is_drawn(group.retained, len(group.models)):
+    if _is_drawn(group):
         axes.plot([x, x], [low, high], **bar)
     if left < right:
         axes.plot([left, right], [mean, mean], **bar)
@@ -238,7 +236,10 @@ def curves_figure(
                 if name in lines:
                     _curve(axes, lines[name], x, styles[name])
             if scale == "log":
-                _log_ticks(axes, sorted({round(x.value_of(group.first), 6) for group in groups}), "g")
+                ticks = sorted({round(x.value_of(group.first), 6) for group in groups})
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
             retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
@@ -248,29 +249,21 @@ def curves_figure(
 
 
 def _curve(axes: Axes, groups: Sequence[ModelGroup], x: Cost, look: Mapping[str, Any]) -> None:
-    points = [
-        (float(np.mean([x.value_of(model) for model in group.models])), group.retained, len(group.models))
-        for group in groups
-        if group.retained is not None
-    ]
-    _band(axes, points, look)
-
-
-def _is_drawn(ends: tuple[float, float, float], seeds: int) -> bool:
-    """Return True if an interval is drawn: over three or more seeds, or over questions for one seed."""
-    return seeds > FEW_SEEDS or (seeds < FEW_SEEDS and ends[1] < ends[2])
-
-
-def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
     """Draw a line through mean values, and a band between their interval ends where enough seeds are known."""
-    rows = [(x, *(ends if _is_drawn(ends, seeds) else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
-    places, means, lows, highs = np.transpose(rows)
+    points = []
+    for group in groups:
+        if group.retained is not None:
+            mean, low, high = group.retained
+            ends = (low, high) if _is_drawn(group) else (np.nan, np.nan)
+            points.append((float(np.mean([x.value_of(model) for model in group.models])), mean, *ends))
+    places, means, lows, highs = np.transpose(sorted(points))
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, markersize=4, linewidth=1.4, **look)
 
 
-def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
-    """Make the x axis logarithmic with exactly these ticks."""
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+def _is_drawn(group: ModelGroup) -> bool:
+    """Return True if a group's interval is drawn: over three or more seeds, or over questions for one seed."""
+    seeds = len(group.models)
+    return seeds > FEW_SEEDS or (
+        seeds < FEW_SEEDS and group.retained is not None and group.retained[1] < group.retained[2]
+    )

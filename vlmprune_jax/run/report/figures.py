@@ -11,14 +11,13 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.base.errors import UserError, printable
-from vlmprune_jax.core.part import AXES, LAYERS, WRITERS, Key
+from vlmprune_jax.core.part import AXES, LAYERS, WRITERS
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, Scores
 from vlmprune_jax.core.prune.scores import Values
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.core.stack import stack_title
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.report import plots
 from vlmprune_jax.run.report.comparison_plots import (
     BANDS,
@@ -81,7 +80,12 @@ def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
     front = "The line is the Pareto front"
     caption = f"Shape: pruning method; colour: recovery. {front}; the star is the unpruned model."
     figures = [_in_panels(figure, alt, caption)]
-    timed = [group for group in drawn if all(_is_measurable(speedup_of(group.models, part)) for part in SPEEDS)]
+    speedups = [[speedup_of(group.models, part) for part in SPEEDS] for group in drawn]
+    timed = [
+        group
+        for group, of_group in zip(drawn, speedups, strict=True)
+        if all(speedup is not None and speedup.measurable for speedup in of_group)
+    ]
     if timed:
         alt = f"{len(timed)} models: percent retained against speed, as a multiple of the unpruned model's."
         caption = (
@@ -90,10 +94,6 @@ def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
         )
         figures.append(_in_panels(pareto_figure(timed, None, [*SPEEDS.values()]), alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
-
-
-def _is_measurable(speedup: SpeedUp | None) -> bool:
-    return speedup is not None and speedup.measurable
 
 
 def ratio_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
@@ -269,8 +269,4 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 def heads_of(values: Values) -> list[np.ndarray]:
     """Return the scores of units of several channels (such as attention heads), layer by layer."""
-    return [scores for key, scores in values.items() if _is_of_heads(key)]
-
-
-def _is_of_heads(key: Key) -> bool:
-    return key.layer is not None and bool(AXES[key.axis].channels)
+    return [scores for key, scores in values.items() if key.layer is not None and AXES[key.axis].channels]
