@@ -10,7 +10,7 @@ SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, im
 2,048). expertsN keeps N experts of every layer, with LoRA on attention and projector; routersN trains routers
 alone. depthN removes N % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29
 (SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned
-models instead.
+models instead, and counts the bytes of HBM that a decoded token reads.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    from hbm_traffic import bytes_per_token, compiled_programs, resident_bytes
+
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
@@ -132,8 +134,11 @@ def main() -> None:
                 _, cfg = read_config(Path(folder), None)
                 preparation = preparation_of(data, cfg, Path(folder))
                 target = make_slice(args.topology)
-                step = plan_evaluation(EvaluationCase(cfg, "bfloat16", target, preparation, args.rows))
-                print(json.dumps({"case": case, **to_json(step)}), flush=True)
+                planned_case = EvaluationCase(cfg, "bfloat16", target, preparation, args.rows)
+                with compiled_programs() as programs:
+                    step = plan_evaluation(planned_case)
+                traffic = {"read": bytes_per_token(programs[-1]), "resident": resident_bytes(planned_case, step)}
+                print(json.dumps({"case": case, **to_json(step), **traffic}), flush=True)
                 continue
             ranges = SMALL_RANGES if family == "smolvlm2" else RANGES
             changes = {

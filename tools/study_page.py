@@ -24,8 +24,9 @@ from vlmprune_jax.run.report.comparison_plots import Cost, curves_figure, drawab
 from vlmprune_jax.run.report.style import write_png
 from vlmprune_jax.run.workdir.comparison import averaged_sets
 from vlmprune_jax.run.workdir.evaluation import find_evaluated, read_evaluated
-from vlmprune_jax.run.workdir.result import WITHOUT, Set, recovery_label
-from vlmprune_jax.run.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
+from vlmprune_jax.run.workdir.groups import ModelGroup, groups_of
+from vlmprune_jax.run.workdir.result import WITHOUT, Run, Set, recovery_label
+from vlmprune_jax.run.workdir.sweep import SweepResult, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # reserved name of a source, not allowed for sweeps
@@ -249,7 +250,7 @@ def study_figure(sweep: SweepResult) -> Figure | None:
     several = len(set(series.values())) > len({group.first.method for group in groups})
     shares = {group.first.data_fraction for group in groups} - {0.0}
 
-    def way(group: Group) -> str:
+    def way(group: ModelGroup) -> str:
         share = group.first.data_fraction
         return f"{way_of(group)}, {100 * share:g} %" if share and len(shares) > 1 else way_of(group)
 
@@ -273,7 +274,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
     for name in (name for name, metric in sweep.sets.items() if metric.main == PERPLEXITY):
         values = {model: unpruned.evaluation.main(name, sweep.sets) for model, unpruned in sweep.unpruned.items()}
         before = {model: value for model, value in values.items() if value}
-        cells: dict[tuple[Any, ...], dict[tuple[float, str], list[SweptModel]]] = {}
+        cells: dict[tuple[Any, ...], dict[tuple[float, str], list[Run]]] = {}
         for row in sweep.done:
             if row.evaluation.main(name, sweep.sets) is not None and row.unpruned in before:
                 cells.setdefault(_cut(row), {}).setdefault(_done_to(row), []).append(row)
@@ -286,14 +287,14 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             by_column = cells[cut]
-            share = 100 * float(np.mean([row.decoder_ratio for rows in by_column.values() for row in rows]))
+            share = 100 * float(np.mean([row.decoder_ratio or 0.0 for rows in by_column.values() for row in rows]))
             shown = "|".join(_perplexity(by_column.get(column, ()), name, sweep) for column in columns)
             lines.append(f"|{markdown(f'{cut[1]}, {cut[2]}')}, {share:.1f} %|{shown}|")
         lines.append("")
     return lines
 
 
-def _perplexity(rows: Sequence[SweptModel], name: str, sweep: SweepResult) -> str:
+def _perplexity(rows: Sequence[Run], name: str, sweep: SweepResult) -> str:
     """Return a cell: the mean perplexity on a set (of logarithms), and the numbers of seeds and of different models."""
     if not rows:
         return ""
@@ -308,11 +309,11 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
-def _cut(row: SweptModel) -> tuple[Any, ...]:
+def _cut(row: Run) -> tuple[Any, ...]:
     return row.model, row.method, row.criterion, row.decoder_ratio if row.target_ratio is None else row.target_ratio
 
 
-def _done_to(row: SweptModel) -> tuple[float, str]:
+def _done_to(row: Run) -> tuple[float, str]:
     """Return the share of training data, and a model's repair and recovery in words, as a column of the table."""
-    words, data = recovery_label(row.recovery, reconstructed=row.reconstruct != "none"), row.data_fraction
-    return data, words + (f", {100 * data:g} %" if data else "")
+    data = row.data_fraction
+    return data, row.after_pruning + (f", {100 * data:g} %" if data else "")

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmprune_jax.run.planning.guide import SOLVED, read_guide
 from vlmprune_jax.run.workdir.comparison import average_interval, question_parts
+from vlmprune_jax.run.workdir.result import NOT_TRAINED
 from vlmprune_jax.run.workdir.sweep import SweepResult
 
 METHODS = ("depth", "width")  # methods that the study compares
@@ -53,8 +54,9 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
         if retained is None or not row.actual_ratio:
             continue
         solved = row.reconstruct != "none"
-        how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
-        reached, asked = row.decoder_ratio, row.target_ratio
+        trained = "none" if row.recovery in NOT_TRAINED else row.recovery
+        how = trained if not solved else SOLVED if trained == "none" else f"{SOLVED}+{trained}"
+        reached, asked = row.decoder_ratio or 0.0, row.target_ratio
         level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
         unpruned = sweep.unpruned[row.unpruned]
         questions = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.result import ModelEvaluation, RunEvaluation, Set
-from vlmprune_jax.run.workdir.sweep import Entry, SweepResult, SweptModel, UnprunedModel
+from vlmprune_jax.run.workdir.result import Costs, ModelEvaluation, Run, RunEvaluation, Set, Unpruned
+from vlmprune_jax.run.workdir.sweep import Entry, SweepResult
 
 SETS = {
     "questions": Set(
@@ -28,13 +28,24 @@ def row(method, level, recovery, retained, *, data=0.0, seed=0, solved=False, **
         paper_average=retained,
         seconds=0.5,
     )
-    found = SweptModel(
-        model="models/teacher", method=method, criterion={"depth": "block_influence", "width": "taylor"}[method],
-        target_ratio=DECODER * level, actual_ratio=DECODER * (level + 0.01), decoder_ratio=level + 0.01,
-        parameters=900, bytes=1800, forward_flops=1000, reconstruct="least_squares" if solved else "none",
-        recovery=recovery, data_fraction=data, seconds=1.5, evaluation=evaluation, digest=name,
+    found = Run(
+        name=method,
+        model="models/teacher",
+        method=method,
+        criterion={"depth": "block_influence", "width": "taylor"}[method],
+        target_ratio=DECODER * level,
+        actual_ratio=DECODER * (level + 0.01),
+        decoder_ratio=level + 0.01,
+        parameters=900,
+        costs=Costs(file_bytes=1800, forward_flops=1000),
+        reconstruct="least_squares" if solved else "none",
+        recovery="reconstructed" if solved and recovery == "none" else recovery,
+        data_fraction=data,
+        seconds=1.5,
+        evaluation=evaluation,
+        digest=name,
         path=f"runs/{name}/recovered",
-    )  # fmt: skip
+    )
     return Entry(
         name=name, run=name, group=name.rpartition(",")[0], labels={"method": method}, overrides={}, seed=seed,
         found=replace(found, **changes),
@@ -52,7 +63,7 @@ def sweep(rows):
     models, rows = {"models/teacher": 1_060_000}, list(rows)
     models |= {row.found.model: 135_200_000 for row in rows if row.found.model not in models}
     unpruned = {
-        model: UnprunedModel(parameters=parameters, bytes=2000, forward_flops=1100, evaluation=evaluation)
+        model: Unpruned(parameters=parameters, costs=Costs(file_bytes=2000, forward_flops=1100), evaluation=evaluation)
         for model, parameters in models.items()
     }
     return SweepResult(config="sweep.py", sets=SETS, unpruned=unpruned, models=rows)

@@ -13,7 +13,6 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
-from vlmprune_jax.run.report.comparison import tables_of_sweep
 from vlmprune_jax.run.report.comparison_plots import series_of, way_of
 from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
@@ -24,11 +23,12 @@ from vlmprune_jax.run.stages.evaluate import AnswerFacts
 from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
-from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_sweep, groups_of
+from vlmprune_jax.run.workdir.result import Result, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
 from vlmprune_jax.run.workdir.speed import Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
-from vlmprune_jax.run.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
+from vlmprune_jax.run.workdir.sweep import RunError, as_csv, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
 from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
@@ -50,7 +50,7 @@ def test_results(tmp_path):
 
     def shown():
         found = read_result(tmp_path)
-        return tables_of(found), best_run(found.runs, found.sets).name
+        return tables_of(comparison_of_run(found)), best_run(found.runs, found.sets).name
 
     write_workdir(tmp_path)
     whole = json.loads(path.read_text())
@@ -73,7 +73,7 @@ def test_sweeps(tmp_path):
         found = read_sweep(tmp_path)
         groups = groups_of(found)
         return (
-            tables_of_sweep(found, path.parent)[0],
+            tables_of(comparison_of_sweep(found), path.parent)[0],
             as_csv(found),
             series_of(groups),
             [way_of(group) for group in groups],
@@ -94,7 +94,7 @@ def test_runs_of_sweeps(tmp_path):
     runs = sweep_cases.some_runs(seeds=(1,))[:2]
     sweep_cases.write_sweep(tmp_path, runs=runs)
     sweep = Sweep(tmp_path, "c.py", overwrite=False)
-    paths = [sweep.folder(runs[0]) / name for name in ("run.json", "error.json")]
+    paths = [sweep.folder(runs[0]) / name for name in ("result.json", "error.json")]
     whole = [json.loads(paths[0].read_text()), saved(paths[1], RunError(error="no"))]
 
     @fuzz(100, run=json_files(whole[0]), error=json_files(whole[1]))
@@ -102,7 +102,7 @@ def test_runs_of_sweeps(tmp_path):
         paths[0].write_bytes(run)
         paths[1].write_bytes(error)
         found = read_run(runs[0], sweep)
-        assert found is None or all(isinstance(model, SweptModel) for model in found.models)
+        assert found is None or isinstance(found, Result)
         error = read_error(runs[0], sweep)
         assert error is None or isinstance(error, str)
 
@@ -193,7 +193,7 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
 
     def compared():
         result = read_unfinished(tmp_path).result
-        return [] if result is None else tables_of(result, tmp_path)
+        return [] if result is None else tables_of(comparison_of_run(result), tmp_path)
 
     whole = saved(path, evaluation)
     assert len(compared()) == 1
@@ -286,7 +286,7 @@ def test_samples(tmp_path):
         parts = [
             part for of in read_artefact(tmp_path / SAMPLES, Samples).sets.values() for _, part in shown_samples(of, {})
         ]
-        return [image.uri for part in parts for one in part for image in one.images if image.uri]
+        return [image.uri for part in parts for one, _ in part for image in one.images if image.uri]
 
     assert pictures() == [image.uri]
 

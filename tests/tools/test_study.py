@@ -279,7 +279,7 @@ def test_perplexities_stand_in_a_table_over_seeds():
 def test_a_figure_has_a_line_for_what_is_compared(changes, titles, lines):
     models = rows()
     if changes:
-        models = [one for one in models if one.found.recovery == "none" and one.found.method == "depth"]
+        models = [one for one in models if not one.found.data_fraction and one.found.method == "depth"]
         models += [replace(changed(one, **changes), name=f"{one.name}x", group=f"{one.group}x") for one in models]
     figure = study_figure(sweep(models))
     assert [axes.get_title("left") for axes in figure.axes] == titles

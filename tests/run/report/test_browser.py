@@ -11,8 +11,7 @@ from msgspec.structs import replace
 from report_cases import SPEED, write_answers, write_workdir
 from sweep_cases import write_sweep
 
-from vlmprune_jax.run.report.build import build_report
-from vlmprune_jax.run.report.comparison import build_comparison
+from vlmprune_jax.run.report.build import build_report, build_sweep_page
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.result import read_result
 
@@ -89,7 +88,7 @@ def report(workdir):
 def sweep_page(workdir):
     """The page of twenty runs with four evaluation sets."""
     write_sweep(workdir)
-    return build_comparison(workdir)
+    return build_sweep_page(workdir)
 
 
 @pytest.mark.slow

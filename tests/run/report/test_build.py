@@ -18,6 +18,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.groups import comparison_of_run
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.steps import STEPS, Steps
 from vlmprune_jax.run.workdir.tpu_plan import Planned, TpuPlan
@@ -116,7 +117,7 @@ def test_plot_is_a_png_of_its_size(workdir):
     data = (workdir / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (1840, 780)
+    assert (width, height) == (1840, 760)
 
 
 def test_the_same_result_gives_the_same_page(workdir):
@@ -163,7 +164,7 @@ def test_page_of_several_sets(several):
 def test_no_ratio_and_nothing_retained(workdir):
     evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None, retained={})
     change(workdir, 0, target_ratio=None, evaluation=evaluation)
-    (table,) = tables_of(read_result(workdir))
+    (table,) = tables_of(comparison_of_run(read_result(workdir)))
     assert table.rows[1][0] == "depth 34 %"  # by what was reached
     assert table.rows[1][1] == ""
     build_report(workdir)
@@ -171,7 +172,7 @@ def test_no_ratio_and_nothing_retained(workdir):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is not valid JSON"), ("{", "is not valid JSON"), ('{"format": 1, "sets": {}}', "sets")],
+    [("", "is not valid JSON"), ("{", "is not valid JSON"), ('{"format": 2, "sets": {}}', "sets")],
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)

@@ -7,7 +7,7 @@ from sweep_cases import some_runs, with_models, write_sweep
 
 from vlmprune_jax.run.report import comparison_plots as plots
 from vlmprune_jax.run.report.style import COLOURS
-from vlmprune_jax.run.workdir.sweep import groups_of
+from vlmprune_jax.run.workdir.groups import groups_of
 
 
 def test_lines_are_of_what_differs(tmp_path):
@@ -32,7 +32,9 @@ def test_ways(tmp_path):
     sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
     none, sft = groups_of(sweep)
     assert (plots.way_of(none), plots.way_of(sft)) == ("without recovery", "SFT")
-    none, sft = groups_of(with_models(sweep, reconstruct="least_squares"))
+    recovery = {"none": "reconstructed", "sft": "sft"}
+    sweep = with_models(sweep, reconstruct="least_squares", recovery=lambda one: recovery[one.found.recovery])
+    none, sft = groups_of(sweep)
     assert (plots.way_of(none), plots.way_of(sft)) == ("reconstructed", "reconstructed + SFT")
 
 

@@ -52,10 +52,10 @@ def test_scores_between_right_and_wrong(records):
     found = make_samples(records, RUNS[:2], {name: ["x"] * 40 for name in scores}, scores, max_pixels=10**6)
     assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
     labels = {"unpruned": "unpruned", "depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
-    answers = next(shown_samples(found, labels))[1][0].answers
+    _, answers = next(shown_samples(found, labels))[1][0]
     assert [(one.text, one.verdict, one.models) for one in answers] == [
         ("x", "right", "unpruned; depth 30 %, SFT"),
         ("x", "wrong", "depth 30 %"),
     ]
     del labels["depth"]  # a model that another one equals
-    assert [one.verdict for one in next(shown_samples(found, labels))[1][0].answers] == ["right"]
+    assert [one.verdict for one in next(shown_samples(found, labels))[1][0][1]] == ["right"]

@@ -9,12 +9,13 @@ from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.report.tables import key_numbers, lead, tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import compare
-from vlmprune_jax.run.workdir.result import Control, Costs, read_result
+from vlmprune_jax.run.workdir.groups import comparison_of_run
+from vlmprune_jax.run.workdir.result import Costs, Run, read_result
 
 
 def test_table(workdir):
     change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"])
-    (table,) = tables_of(read_result(workdir))
+    (table,) = tables_of(comparison_of_run(read_result(workdir)))
     assert table.header[:3] == ("model", "retained, %", "size, %")
     assert table.header[: table.first] == ("model", "retained, %", "size, %", "accuracy, %")
     assert all(len(row) == len(table.header) for row in table.rows)
@@ -31,16 +32,16 @@ def test_retention_beside_a_control(workdir):
     """The unpruned model was trained as well: its row, and what the recovered model retains of it."""
     result, evaluations = read_result(workdir), {"questions": evaluated(0.95)}
     teacher = {"questions": evaluated(0.8)}
-    control = Control(
-        name="control-sft", recovery="sft", data_fraction=0.05, seconds=9.5, path="control/sft/recovered",
-        evaluation=compare(evaluations, teacher),
+    control = Run(
+        name="control-sft", parameters=SIZE, recovery="sft", data_fraction=0.05, seconds=9.5,
+        path="control/sft/recovered", evaluation=compare(evaluations, teacher),
     )  # fmt: skip
     scored = replace(evaluated(0.76), retained_interval=(94, 96), control_interval=(78, 82))
     recovered = compare({"questions": scored}, teacher, evaluations)
     runs = [replace(run, evaluation=recovered) if run.name == "depth-sft" else run for run in result.runs]
     result = replace(result, controls=[control], runs=runs)
     write_artefact(workdir / "result.json", result)
-    (table,) = tables_of(result)
+    (table,) = tables_of(comparison_of_run(result))
     place = table.header.index("of control, %")
     cells = {row[0]: (row[1], row[place]) for row in table.rows}
     assert cells["unpruned"] == ("100.00", "")
@@ -49,9 +50,9 @@ def test_retention_beside_a_control(workdir):
     assert table.title.endswith(" (95 % intervals in brackets)")
     said = "retains 80.00 % (95 % interval 78.0 to 82.0) of the score of the unpruned model after the same recovery"
     assert f"{said}, and 95.00 % (95 % interval 94.0 to 96.0) of the unpruned score (accuracy 76.00 % on" in lead(
-        result
+        comparison_of_run(result)
     )
-    assert ("of control", "80.00 %") in key_numbers(result)
+    assert ("of control", "80.00 %") in key_numbers(comparison_of_run(result))
     page = build_report(workdir).read_text()
     assert "Of control: share of the score of the unpruned model after the same recovery" in page
 
@@ -62,7 +63,7 @@ def test_the_headline_has_retention_size_and_speed(workdir):
     result = read_result(workdir)
     teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), passthrough=1000)
     write_artefact(workdir / "result.json", replace(result, teacher=teacher))
-    told = lead(read_result(workdir))
+    told = lead(comparison_of_run(read_result(workdir)))
     assert "depth 30 %, SFT (trained on 5 % of the data) retains 95.00 % of the unpruned score" in told
     assert "40.0 % of the decoder; 3 to 2 MB)" in told
     assert told.endswith("(repeats differ by 10 %), prompt 1.50 (1.50 to 1.52).")
@@ -72,7 +73,7 @@ def test_the_headline_has_retention_size_and_speed(workdir):
 
 
 def test_tables_of_several_sets(several):
-    summary, scores, kept = tables_of(read_result(several))
+    summary, scores, kept = tables_of(comparison_of_run(read_result(several)))
     assert summary.header[:4] == ("model", "retained, %", "size, %", "paper avg, %")
     # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
     assert [(row[1], row[3]) for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]

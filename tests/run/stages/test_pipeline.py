@@ -303,6 +303,7 @@ def test_the_demo_table_fits_80_columns():
 
     from vlmprune_jax.run.report.tables import tables_of
     from vlmprune_jax.run.workdir.comparison import compare
+    from vlmprune_jax.run.workdir.groups import comparison_of_run
     from vlmprune_jax.run.workdir.result import Run
 
     teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
@@ -312,7 +313,7 @@ def test_the_demo_table_fits_80_columns():
         for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
     ]
     shown = reporter(80, False)
-    (table,) = tables_of(result_of(teacher, runs))
+    (table,) = tables_of(comparison_of_run(result_of(teacher, runs)))
     shown.table(table.title, table.header, table.rows)
     text = shown.console.file.getvalue()
     assert "depth 30 %, SFT + L2" in text

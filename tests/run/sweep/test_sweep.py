@@ -13,7 +13,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.report import comparison
+from vlmprune_jax.run.report import build
 from vlmprune_jax.run.sweep import run as sweep_run
 from vlmprune_jax.run.sweep import sweep as stages
 from vlmprune_jax.run.sweep.hyper import sweep_runs
@@ -61,7 +61,7 @@ def sweep(tmp_path, monkeypatch):
     call.ran, call.fail, call.pages, call.checked, call.workdir = [], {}, [], [], workdir
     monkeypatch.setattr(sweep_run, "make_models", lambda work: made(work.experiment, work))
     monkeypatch.setattr(sweep_run, "preflight", lambda work, command: call.checked.append(command))
-    monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
+    monkeypatch.setattr(build, "build_sweep_page", lambda folder: call.pages.append(folder))
     return call
 
 
@@ -81,9 +81,9 @@ def test_every_run_once(sweep, capsys):
     assert found.models[1].overrides == {"prune.ratio": 0.2}
     one = found.models[1].found
     assert (one.recovery, one.reconstruct, one.parameters) == ("none", "none", 800)
-    assert (one.bytes, one.forward_flops) == (6_400_000, 1_600_000_000)
-    assert (one.prefill_tokens_per_second, one.decode_tokens_per_second) == (1.25, 10.0)
-    assert one.prefill_speedup == SpeedUp(2.5, 2.375, 2.625, 0.05)
+    assert (one.costs.file_bytes, one.costs.forward_flops) == (6_400_000, 1_600_000_000)
+    assert (one.speed.prefill, one.speed.decode) == (1.25, 10.0)
+    assert one.speed.prefill_speedup == SpeedUp(2.5, 2.375, 2.625, 0.05)
     assert one.evaluation.retained["docs"] == pytest.approx(80)
     assert (sweep.workdir / one.path).is_dir()
     lines = list(csv.DictReader((sweep.workdir / "sweep.csv").read_text().splitlines()))
@@ -258,15 +258,15 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
 
 
-@pytest.mark.parametrize("path", ["runs/other/pruned", "elsewhere", "/tmp/x", "{}/../../../x"])
+@pytest.mark.parametrize("path", ["../other/pruned", "/tmp/x", "pruned/../../../x"])
 def test_a_run_whose_model_lies_elsewhere_is_done_again(tmp_path, path):
     runs = cases.some_runs(seeds=(1,))[:1]
     cases.write_sweep(tmp_path, runs=runs)
     sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
-    record = sweep.folder(runs[0]) / sweep_run.RUN
+    record = sweep.folder(runs[0]) / "result.json"
     assert sweep_run.read_run(runs[0], sweep) is not None
     found = json.loads(record.read_text())
-    found["models"][0]["path"] = path.format(f"runs/{runs[0].name}")
+    found["runs"][0]["path"] = path
     record.write_text(json.dumps(found))
     assert sweep_run.read_run(runs[0], sweep) is None
 

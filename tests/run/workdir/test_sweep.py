@@ -7,7 +7,8 @@ from sweep_cases import some_runs, write_sweep
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
-from vlmprune_jax.run.workdir.sweep import groups_of, read_sweep
+from vlmprune_jax.run.workdir.groups import groups_of
+from vlmprune_jax.run.workdir.sweep import read_sweep
 
 
 def test_groups_differ_in_more_than_seeds(tmp_path):

@@ -158,21 +158,30 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
         with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    text = str(error) if isinstance(error, UserError) else _of_the_system(argv, error) or _of_users(argv, error, ours)
+    text = _sentence(argv, error, ours)
     if text is not None:
         return end(f"vlmprune: error: {text}", text, USER_ERROR)
     if joined():
         return end(traceback.format_exc(), f"{type(error).__name__}: {printable(str(error))}"[:500], ABORTED)
-    return end(f"vlmprune: error: {_defect(argv, error)}", "", OURS)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
+    location = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
+    defect = printable(
+        f"{_command_line(argv)} failed{location}{_after()} with {type(error).__name__}: {reason(error)}; this is a bug "
+        "in vlmprune: please report it with the output of the same command with --debug"
+    )
+    return end(f"vlmprune: error: {defect}", "", OURS)
 
 
-def _of_the_system(argv: list[str], error: BaseException) -> str | None:
-    """Return a message with advice for an operating-system or out-of-memory error; None for any other error.
+def _sentence(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
+    """Return the message for an error that the user can solve, with what to do; None for a defect of vlmprune.
 
-    With several processes, OS errors other than disk errors return None, because the loss of another process may have
-    caused them; the launch script then restarts the run.
+    These are errors of the user's input and Python files, of the operating system, and of too little memory. With
+    several processes, OS errors other than disk errors return None, because the loss of another process may have caused
+    them; the launch script then restarts the run.
     """
-    command = " ".join(("vlmprune", *argv[:1]))
+    command = _command_line(argv)
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
         location = error.filename or split_flag(argv, "workdir")[0] or command
         location = os.fsdecode(location) if isinstance(location, bytes) else location
@@ -192,23 +201,14 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
             return str(problem)
     if isinstance(error, SystemExit):
         return printable(f"{command}: your Python file raised SystemExit({error.code!r}): remove that call")
+    if line := line_of_users(error, ours):
+        problem = f"failed at {line} with {type(error).__name__}: {reason(error)}"
+        return printable(f"{command} {problem}: correct that file (--debug shows more)")
     return None
 
 
-def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
-    """Return the message for an error raised in a user's Python file, such as a config; None for any other error."""
-    line = line_of_users(error, ours)
-    problem = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
-    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {problem}") if line else None
-
-
-def _defect(argv: list[str], error: BaseException) -> str:
-    """Return a message that asks the user to report a bug, with the source line that raised the exception."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
-    location = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
-    problem = f"failed{location}{_after()} with {type(error).__name__}: {reason(error)}"
-    todo = "this is a bug in vlmprune: please report it with the output of the same command with --debug"
-    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {problem}; {todo}")
+def _command_line(argv: list[str]) -> str:
+    return " ".join(("vlmprune", *argv[:1]))
 
 
 def _after() -> str:

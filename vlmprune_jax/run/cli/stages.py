@@ -122,6 +122,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     from vlmprune_jax.run.report.build import build_report
     from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.run.stages.export import describe_export
+    from vlmprune_jax.run.workdir.groups import comparison_of_run
     from vlmprune_jax.run.workdir.result import RESULT, read_result
     from vlmprune_jax.run.workdir.steps import read_unfinished
 
@@ -129,9 +130,10 @@ def finish(workdir: Path, reporter: Reporter) -> None:
         return
     if (workdir / RESULT).exists():
         result = read_result(workdir).distinct()
-        for table in tables_of(result):
+        comparison = comparison_of_run(result)
+        for table in tables_of(comparison):
             reporter.table(*table.printed)
-        reporter.say(lead(result))
+        reporter.say(lead(comparison))
         if note := parameter_note(result.teacher):
             reporter.say(note)
         reporter.say(f"best: {workdir / result.best_run.path}")
@@ -139,9 +141,9 @@ def finish(workdir: Path, reporter: Reporter) -> None:
             exported = workdir / result.export.path
             for line in describe_export(exported, result.labels[result.best], result.export):
                 reporter.say(line)
-        numbers = f", plot: {workdir / 'report.png'}, numbers: {workdir / RESULT}"
+        numbers = f", numbers: {workdir / RESULT}"
     else:
         unfinished = read_unfinished(workdir).missing
         numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
-    page = build_report(workdir)
-    reporter.say(f"report: {page}{numbers}")
+    page, plot = build_report(workdir), workdir / "report.png"
+    reporter.say(f"report: {page}{f', plot: {plot}' if plot.is_file() else ''}{numbers}")

@@ -33,9 +33,7 @@ def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
     from vlmprune_jax.run.cli.config_files import starting_point
     from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.run.report.comparison import build_comparison, tables_of_sweep
     from vlmprune_jax.run.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
-    from vlmprune_jax.run.workdir.sweep import SweepResult
 
     runs, sweep, reporter = prepare_sweep(flags)
     check_runs(runs, sweep, flags.jobs)
@@ -46,9 +44,4 @@ def run(flags: Any) -> None:
         tell_sharing(mine, sweep, reporter)
         return
     start = functools.partial(start_worker, sweep)
-    shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
-
-    def table(result: SweepResult) -> Any:
-        return tables_of_sweep(result, sweep.workdir)[0].printed
-
-    run_sweep(placed, sweep, reporter, **shared, page=build_comparison, table=table, start=start)
+    run_sweep(placed, sweep, reporter, only=flags.only, shard=flags.shard, jobs=flags.jobs, start=start)

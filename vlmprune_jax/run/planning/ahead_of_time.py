@@ -198,7 +198,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     slices".
     """
     computations = computations_of(hlo)
-    loops = _loops(hlo, computations)
+    loops = loops_of(hlo, computations)
     # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
     for name, lines in computations.items():
@@ -238,14 +238,7 @@ def computations_of(hlo: str) -> dict[str, list[str]]:
     return computations
 
 
-def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """Return {computation name: number of executions} in one run of a compiled program."""
-    return defaultdict(
-        int, {name: sum(levels[-1] for levels in ways) for name, ways in _loops(hlo, computations).items()}
-    )
-
-
-def _loops(hlo: str, computations: dict[str, list[str]]) -> dict[str, list[tuple[int, ...]]]:
+def loops_of(hlo: str, computations: dict[str, list[str]]) -> dict[str, list[tuple[int, ...]]]:
     """Return, for every way to reach a computation, how often each loop around it runs, the outermost first.
 
     The first number is 1, for the whole program; the last one is the number of executions.

@@ -21,10 +21,9 @@ from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu
 from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
-from vlmprune_jax.run.planning.traffic import hbm_bytes
 from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedEvaluation, PlannedModel
 
-_NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
+NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,6 @@ class EvaluationCase:
         return mesh
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Memory per chip in bytes: all weights, the weights read per token, and the state of the mixers per row."""
-
-    weights: float
-    read: float
-    cache: float
-
-
 def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
     """Compile prefill and decoding for the benchmark with the longest prompts; return memory and minimum times.
 
@@ -80,13 +70,13 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
     length, image = max(prompts.values(), key=lambda prompt: prompt[0])
     params, arrays = unflatten(abstract_params(case.cfg, case.dtype, mesh)), _arrays(case, rows, length, image, mesh)
     with use_mesh(mesh):
-        begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], _NEW_TOKENS, ()), params, arrays)
-        first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
-        later = compile_for_tpu(decode, params, case.cfg, *_placed(case.cfg, begun, mesh), _NEW_TOKENS, ())
-    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params, length)
+        begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], NEW_TOKENS, ()), params, arrays)
+        first = compile_for_tpu(prefill, params, case.cfg, arrays, NEW_TOKENS, ())
+        later = compile_for_tpu(decode, params, case.cfg, *_placed(case.cfg, begun, mesh), NEW_TOKENS, ())
+    leaves = flatten(params).values()
+    weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * case.itemsize for leaf in leaves)
     needed = max(program.arguments + program.temporaries for program in (first, later))
-    largest = int((chip.hbm - memory.weights) / max(needed - memory.weights, 1) * rows / ways) * ways
-    received = sum(later.received.values()) / steps
+    largest = int((chip.hbm - weights) / max(needed - weights, 1) * rows / ways) * ways
     phases = {
         form: {
             name: bound(case.cfg, chip, mesh.size, form, *prompts[name], question.answer).phases(BATCH, mesh.size)
@@ -101,11 +91,9 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
         model=PlannedModel(layers=len(case.cfg.text.layers), parameters=count_params(case.cfg)),
         rows=rows,
         tokens_per_row=length,
-        hbm=Hbm(arguments=memory.weights, temporaries=needed - memory.weights, free=chip.hbm - needed),
+        hbm=Hbm(arguments=weights, temporaries=needed - weights, free=chip.hbm - needed),
         largest_batch=largest,
-        resident=memory.read + memory.cache * rows,
-        read=hbm_bytes(later.text) / steps,
-        received=received,
+        received=sum(later.received.values()) / (NEW_TOKENS - 1),
         seconds={name: sum(phases[case.weights[0]][name].values()) for name in BENCHMARKS},
         phases=phases,
         compile_seconds=first.seconds + later.seconds,
@@ -143,11 +131,3 @@ def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
     cache, state = begun
     rows = jax.tree.map(lambda leaf: place(("batch", *(None,) * (leaf.ndim - 1)), leaf), state)
     return map_cache(cfg.text, place, cache), rows
-
-
-def _memory(case: EvaluationCase, mesh: Mesh, params: Any, length: int) -> _Memory:
-    cfg, size = case.cfg, case.itemsize
-    flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
-    read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    cache = sum(layer.mixer.state_bytes(length, size) for layer in cfg.text.layers)
-    return _Memory(sum(flat.values()), read, cache / mesh.size)

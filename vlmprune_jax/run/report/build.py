@@ -1,8 +1,9 @@
-"""From a workdir to `report.html` and `report.png`: of a finished run, or what an unfinished one has so far."""
+"""Pages of results: of a run, finished or not (`report.html`, `report.png`), and of a sweep (`sweep.html`)."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,25 +12,28 @@ from vlmprune_jax.base.files import MAX_JSON_BYTES, read_text
 from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.page import Section, Table, write_page
 from vlmprune_jax.run.report.samples import shown_samples
-from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
+from vlmprune_jax.run.report.speed import LIMITS, RULE, bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import P_NOTE, groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
+from vlmprune_jax.run.workdir.comparison import averaged_sets
+from vlmprune_jax.run.workdir.groups import Comparison, comparison_of_run, comparison_of_sweep
 from vlmprune_jax.run.workdir.result import RESULT, Result, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
+from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
-    "measured speed, as a multiple of the unpruned model's. Removed: share of all parameters, and of the decoder's. "
-    "Data: share of "
-    "the training records. MiB: weights on disk. Seconds: scoring, pruning and training, without evaluation.{p_best}"
+    "measured speed of the shape, as a multiple of the unpruned model's. {rule}. Removed: share of all parameters, and "
+    "of the decoder's. Data: share of the training records. MiB: weights on disk. Seconds: scoring, pruning, "
+    "reconstruction and training, without evaluation, in whichever run did it.{p_best}"
 )
 AVERAGES = (
-    ", the mean over sets. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
+    ", the mean over {sets}. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
     "unpruned model's sum"
 )
 CONTROLS = (
@@ -37,8 +41,8 @@ CONTROLS = (
     "on the task."
 )
 INTERVALS = (
-    " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
-    "by a paired bootstrap for other scores."
+    " Intervals: 95 %, over questions that both models answer (by Bonett and Price, 2006, for right and wrong answers, "
+    "by a paired bootstrap for other scores), and over seeds (Student's t) if there are several."
 )
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
@@ -60,7 +64,7 @@ def build_report(workdir: Path) -> Path:
     finished = unfinished is None
     result = None if known is None else known.distinct()
     variants = _variants(known) if unfinished is None else unfinished.variants
-    done = result if finished else None
+    done = comparison_of_run(result) if finished and result is not None else None
     return write_page(
         workdir / "report.html",
         _title(find_artefact(workdir / STEPS, Steps)),
@@ -68,9 +72,62 @@ def build_report(workdir: Path) -> Path:
         lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
         numbers=() if done is None else key_numbers(done),
         missing=missing,
-        best="" if done is None else done.labels[done.best],
+        best="" if done is None or done.best is None else done.best.title,
         result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
     )
+
+
+def build_sweep_page(workdir: Path) -> Path:
+    """Write a sweep's page `sweep.html` (one self-contained file); return its path.
+
+    Raises UserError if `sweep.json` is missing or damaged.
+    """
+    sweep = read_sweep(workdir)
+    comparison = comparison_of_sweep(sweep)
+    states = Counter({entry.run: entry.status for entry in sweep.models}.values())
+    left = ", ".join(f"{number} {state}" for state, number in states.items() if state != DONE)
+    runs = f"{states[DONE]} of {states.total()} runs are done{f' ({left})' if left else ''}"
+    return write_page(
+        workdir / "sweep.html",
+        "Comparison of pruned models",
+        [*_comparison_sections(comparison, workdir), *_open_runs(sweep)],
+        lead=[f"{runs}: {len(sweep.done)} models.", *filter(None, [lead(comparison)])],
+        numbers=key_numbers(comparison),
+        best="" if comparison.best is None else comparison.best.title,
+        origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
+    )
+
+
+def _comparison_sections(comparison: Comparison, workdir: Path, png: Path | None = None) -> Iterator[Section]:
+    """Yield the report sections that runs and sweeps share; `png`: file for the main figure."""
+    tables = tuple(tables_of(comparison, workdir))
+    yield Section("Models", tables=tables, notes=_notes(comparison), folded=False)
+    yield from figures.cost_section(comparison, png)
+    yield from figures.ratio_section(comparison.groups)
+    yield from figures.data_section(comparison.groups)
+
+
+def _notes(comparison: Comparison) -> tuple[str, ...]:
+    averaged, models = averaged_sets(comparison.sets), [group.first for group in comparison.groups]
+    averages = AVERAGES.format(sets=", ".join(averaged)) if len(averaged) > 1 else ""
+    notes = NOTES.format(averages=averages, rule=f"{RULE}{LIMITS}", p_best=P_NOTE)
+    notes += CONTROLS if any(model.evaluation.control for model in models) else ""
+    notes += INTERVALS if any(model.evaluation.retained_interval for model in models) else ""
+    return tuple(filter(None, (notes, *map(parameter_note, comparison.unpruned.values()))))
+
+
+def _open_runs(sweep: SweepResult) -> Iterator[Section]:
+    """Yield a report section that lists the runs without a result, with reasons."""
+    rows = [
+        (printable(entry.run), entry.status, printable(entry.error or ""))
+        for entry in sweep.models
+        if entry.status != DONE
+    ]
+    if rows:
+        failed = sum(row[1] == FAILED for row in rows)
+        table = Table(f"{failed} failed, {len(rows) - failed} pending", ("run", "state", "error"), tuple(rows))
+        note = "The same `vlmprune sweep` command runs pending runs, and tries failed runs again."
+        yield Section("Runs without a result", tables=(table,), notes=(note,))
 
 
 def _title(steps: Steps | None) -> str:
@@ -87,9 +144,7 @@ def _variants(result: Result | None) -> list[Variant]:
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
     labels = {} if result is None else result.labels
     if result is not None:
-        yield Section("Models", tables=tuple(tables_of(result, workdir)), notes=_notes(result), folded=False)
-    if result is not None and result.runs:
-        yield figures.score_section(workdir, result)
+        yield from _comparison_sections(comparison_of_run(result), workdir, workdir / "report.png")
     yield from _costs(workdir, result, finished)
     yield from _samples(workdir, labels, finished)
     if result is not None and result.runs:
@@ -125,13 +180,6 @@ def _export(result: Result) -> Section:
     return Section("Export", notes=(note,))
 
 
-def _notes(result: Result) -> tuple[str, ...]:
-    notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "", p_best=P_NOTE)
-    notes += CONTROLS if result.controls else ""
-    notes += INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else ""
-    return tuple(filter(None, (notes, parameter_note(result.teacher))))
-
-
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
     """Yield one report section of sample questions per evaluation set."""
     artefact = find_artefact(workdir / SAMPLES, Samples)
@@ -143,7 +191,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
     for name, samples in sets.items():
         shown = tuple(shown_samples(samples, labels))
         if shown:
-            notes = () if any(sample.images for _, mine in shown for sample in mine) else ("These have no images.",)
+            notes = () if any(sample.images for _, mine in shown for sample, _ in mine) else ("These have no images.",)
             yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
 
 

@@ -1,8 +1,7 @@
-"""Figures that compare the models of a sweep: retention by cost, ratio, data and benchmark."""
+"""Figures that compare the models of a run or a sweep: retention by cost, speed, ratio and data."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from vlmprune_jax.base.errors import printable
-from vlmprune_jax.run.report.plots import LABEL
 from vlmprune_jax.run.report.style import (
     COLOURS,
     INK,
@@ -29,16 +26,15 @@ from vlmprune_jax.run.report.style import (
     retention_axis,
     styled,
 )
-from vlmprune_jax.run.workdir.result import WITHOUT, recovery_label
-from vlmprune_jax.run.workdir.sweep import Group, UnprunedModel
+from vlmprune_jax.run.workdir.groups import ModelGroup
+from vlmprune_jax.run.workdir.result import WITHOUT, Run, Unpruned
 
+LABEL = "retained (%)"
 MOST_PANELS = 9
 LINE_LETTERS = 110  # characters per row of a legend
 FEW_SEEDS = 2  # number of seeds whose interval is too uncertain to draw (with one seed, it is over questions)
 BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
-
-Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Cost:
     rising: bool = False
     range_of: Callable[[Any], tuple[float, float]] | None = None
 
-    def of_group(self, group: Group) -> tuple[float, float, float]:
+    def of_group(self, group: ModelGroup) -> tuple[float, float, float]:
         """Return a group's (mean, low, high) cost over its seeds."""
         values = [self.value_of(model) for model in group.models]
         mean = float(np.mean(values))
@@ -66,32 +62,37 @@ class Cost:
 
 REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.actual_ratio)
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
+PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model.parameters / 1e6)
+COSTS = (
+    PARAMETERS,
+    Cost("Bytes of the weights", "MiB", lambda model: model.costs.file_bytes / 2**20),
+    Cost("FLOPs of a prompt", "GFLOPs", lambda model: model.costs.forward_flops / 1e9),
+)
 
 
-def way_of(group: Group) -> str:
+def _speed(title: str, part: str) -> Cost:
+    def ends(model: Run) -> tuple[float, float]:
+        speedup = getattr(model.speed, part)
+        return speedup.low, speedup.high
+
+    label = "times the unpruned model's tokens/s"
+    return Cost(title, label, lambda model: getattr(model.speed, part).ratio, True, ends)
+
+
+SPEEDS = {part: _speed(title, part) for part, title in (("prefill_speedup", "Prefill"), ("decode_speedup", "Decoding"))}
+
+
+def way_of(group: ModelGroup) -> str:
     """Return a group's recovery in words, such as "reconstructed + SFT"."""
-    return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
+    return group.first.after_pruning
 
 
-def titles_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Return readable group names such as "width 30 %, reconstructed + SFT", made unique by labels."""
-    words = {}
-    for group in groups:
-        ratio = group.mean("actual_ratio") if group.first.target_ratio is None else group.first.target_ratio
-        way = "" if way_of(group) == WITHOUT else f", {way_of(group)}"
-        data = f", {100 * group.first.data_fraction:g} % of the data" if group.first.data_fraction else ""
-        images = f", {group.first.image_tokens} image tokens" if group.first.image_tokens else ""
-        words[group.name] = printable(f"{group.first.method} {100 * ratio:.3g} %{way}{data}{images}")
-    counts = Counter(words.values())
-    return {name: title if counts[title] == 1 else f"{title} ({printable(name)})" for name, title in words.items()}
-
-
-def series_of(groups: Sequence[Group]) -> dict[str, str]:
+def series_of(groups: Sequence[ModelGroup]) -> dict[str, str]:
     """Return {group: name of its line in plots}, usually the pruning method."""
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
     models, limits = {group.first.model for group in groups}, {group.first.image_tokens for group in groups}
-    series, places = dict[str, str](), dict[tuple[Any, ...], list[Group]]()
+    series, places = dict[str, str](), dict[tuple[Any, ...], list[ModelGroup]]()
     for group in groups:
         first = group.first
         name = f"{first.method}, {first.criterion}" if first.method in several else first.method
@@ -109,12 +110,12 @@ def series_of(groups: Sequence[Group]) -> dict[str, str]:
     return series
 
 
-def _differing(groups: Sequence[Group]) -> list[str]:
+def _differing(groups: Sequence[ModelGroup]) -> list[str]:
     labels = dict.fromkeys(label for group in groups for label in group.labels)
     return [label for label in labels if len({group.labels.get(label) for group in groups}) > 1]
 
 
-def drawable(groups: Sequence[Group]) -> list[Group]:
+def drawable(groups: Sequence[ModelGroup]) -> list[ModelGroup]:
     """Return the groups whose retention is known and within the plot's axis."""
     return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
 
@@ -129,7 +130,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
+def pareto_figure(groups: Sequence[ModelGroup], unpruned: Sequence[Unpruned] | None, costs: Sequence[Cost]) -> Figure:
     """Plot retention against each cost in its own panel, with a line through the Pareto-optimal models.
 
     `unpruned`: None if costs are multiples of the unpruned model's.
@@ -171,11 +172,11 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat)[:count]
 
 
-def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: str) -> None:
+def _point(axes: Axes, place: tuple[float, float, float], group: ModelGroup, colour: str) -> None:
     assert group.retained is not None
     (mean, low, high), (x, left, right) = group.retained, place
     bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
-    if _is_drawn(group.retained, len(group.models)):
+    if _is_drawn(group):
         axes.plot([x, x], [low, high], **bar)
     if left < right:
         axes.plot([left, right], [mean, mean], **bar)
@@ -183,7 +184,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
 
 
 def _front(
-    places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
+    places: Sequence[tuple[float, float, float]], groups: Sequence[ModelGroup], *, rising: bool
 ) -> list[tuple[float, float]]:
     """Return the Pareto-optimal points, cheapest first.
 
@@ -211,13 +212,17 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def curves_figure(
-    groups: Sequence[Group], panel_of: Callable[[Group], str], line_of: Callable[[Group], str], x: Cost, scale: str
+    groups: Sequence[ModelGroup],
+    panel_of: Callable[[ModelGroup], str],
+    line_of: Callable[[ModelGroup], str],
+    x: Cost,
+    scale: str,
 ) -> Figure:
     """Plot retention against `x`, one panel per value of `panel_of` and one line per value of `line_of`.
 
     Bands are 95 % intervals over seeds and questions, except at points of `FEW_SEEDS`.
     """
-    panels: dict[str, dict[str, list[Group]]] = {}
+    panels: dict[str, dict[str, list[ModelGroup]]] = {}
     for group in drawable(groups):
         panels.setdefault(panel_of(group), {}).setdefault(line_of(group), []).append(group)
     panels = dict(list(panels.items())[:MOST_PANELS])
@@ -231,7 +236,10 @@ def curves_figure(
                 if name in lines:
                     _curve(axes, lines[name], x, styles[name])
             if scale == "log":
-                _log_ticks(axes, sorted({round(x.value_of(group.first), 6) for group in groups}), "g")
+                ticks = sorted({round(x.value_of(group.first), 6) for group in groups})
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
             retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
@@ -240,30 +248,22 @@ def curves_figure(
         return figure
 
 
-def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
-    points = [
-        (float(np.mean([x.value_of(model) for model in group.models])), group.retained, len(group.models))
-        for group in groups
-        if group.retained is not None
-    ]
-    _band(axes, points, look)
-
-
-def _is_drawn(ends: tuple[float, float, float], seeds: int) -> bool:
-    """Return True if an interval is drawn: over three or more seeds, or over questions for one seed."""
-    return seeds > FEW_SEEDS or (seeds < FEW_SEEDS and ends[1] < ends[2])
-
-
-def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
+def _curve(axes: Axes, groups: Sequence[ModelGroup], x: Cost, look: Mapping[str, Any]) -> None:
     """Draw a line through mean values, and a band between their interval ends where enough seeds are known."""
-    rows = [(x, *(ends if _is_drawn(ends, seeds) else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
-    places, means, lows, highs = np.transpose(rows)
+    points = []
+    for group in groups:
+        if group.retained is not None:
+            mean, low, high = group.retained
+            ends = (low, high) if _is_drawn(group) else (np.nan, np.nan)
+            points.append((float(np.mean([x.value_of(model) for model in group.models])), mean, *ends))
+    places, means, lows, highs = np.transpose(sorted(points))
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, markersize=4, linewidth=1.4, **look)
 
 
-def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
-    """Make the x axis logarithmic with exactly these ticks."""
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+def _is_drawn(group: ModelGroup) -> bool:
+    """Return True if a group's interval is drawn: over three or more seeds, or over questions for one seed."""
+    seeds = len(group.models)
+    return seeds > FEW_SEEDS or (
+        seeds < FEW_SEEDS and group.retained is not None and group.retained[1] < group.retained[2]
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.base.errors import UserError, printable
-from vlmprune_jax.core.part import AXES, LAYERS, WRITERS, Key
+from vlmprune_jax.core.part import AXES, LAYERS, WRITERS
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, Scores
 from vlmprune_jax.core.prune.scores import Values
@@ -19,16 +19,31 @@ from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.core.stack import stack_title
 from vlmprune_jax.run.report import plots
+from vlmprune_jax.run.report.comparison_plots import (
+    BANDS,
+    COSTS,
+    DATA,
+    PARAMETERS,
+    REMOVED,
+    SPEEDS,
+    curves_figure,
+    drawable,
+    pareto_figure,
+    series_of,
+    way_of,
+)
 from vlmprune_jax.run.report.page import Figure, Section
-from vlmprune_jax.run.report.style import to_svg, write_png
-from vlmprune_jax.run.report.tables import over
+from vlmprune_jax.run.report.style import stack_panels, to_svg, write_png
+from vlmprune_jax.run.report.tables import speedup_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_size
-from vlmprune_jax.run.workdir.result import Result, Run
+from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup
+from vlmprune_jax.run.workdir.result import Result
 from vlmprune_jax.run.workdir.steps import Variant
 
 T = TypeVar("T")
 MOST_UNITS = 1_000_000  # maximum cells of a figure
 MOST_DRAWN = 20  # maximum figures of a kind, and curves per figure; tables are complete
+MOST_CURVES = 6  # maximum figures of curves over the ratio, and over the data
 MOST_LISTED = 40  # maximum numbers in a sentence
 
 
@@ -37,22 +52,88 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(to_svg(drawn)), printable(alt), caption)
 
 
-def score_section(workdir: Path, result: Result) -> Section:
-    """Return a report section that plots retention against speed or size, and write it as `report.png`."""
-    title = f"Retained {over(result.sets)}"
-    if len(result.sets) == 1:
-        [metric] = result.sets.values()
-        title = f"Retained {metric.main} on {metric.size}"
-    write_png(plots.score_figure(result, title), workdir / "report.png")
-    values = []
-    for run in result.runs[:MOST_LISTED]:
-        kept = run.evaluation.mean_of_ratios
-        values.append(f"{result.labels[run.name]} {'unknown' if kept is None else f'{kept:.1f}'}")
-    alt = f"{title}, against speed or size and in rows, in %: {', '.join(values)}"
-    caption = "The dashed line is the unpruned model; the axis is logarithmic in the distance from 100 %."
-    # Narrow screens show the panels below each other.
-    points, rows = (figure_of(plots.score_figure(result, title, (panel,)), alt, caption) for panel in plots.PANELS)
-    return Section("Retention, size and speed", figures=(replace(points, svg=points.svg + rows.svg),), folded=False)
+def _in_panels(drawn: Any, alt: str, caption: str) -> Figure:
+    """Convert a matplotlib figure to a report `Figure`: panels side by side, and below each other on a phone."""
+    wide = figure_of(drawn, alt, caption)
+    stack_panels(drawn)
+    svg = Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide.svg, Markup(to_svg(drawn)))
+    return replace(wide, svg=svg)
+
+
+def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
+    """Yield a report section that plots retention against costs and measured speed.
+
+    `png`: file for the first figure.
+    """
+    drawn = drawable(comparison.groups)
+    if not drawn:
+        return
+    known_costs = [model.costs for model in comparison.unpruned.values()]
+    known_costs += [model.costs for group in drawn for model in group.models]
+    costs = (PARAMETERS,) if None in known_costs else COSTS
+    figure = pareto_figure(drawn, [*comparison.unpruned.values()], costs)
+    if png is not None:
+        write_png(figure, png)
+    known = [(group.title, group.retained[0]) for group in drawn[:MOST_LISTED] if group.retained is not None]
+    alt = f"{len(drawn)} models: percent retained against {', '.join(cost.title.lower() for cost in costs)}: "
+    alt += ", ".join(f"{title} {retained:.1f}" for title, retained in known)
+    front = "The line is the Pareto front"
+    caption = f"Shape: pruning method; colour: recovery. {front}; the star is the unpruned model."
+    figures = [_in_panels(figure, alt, caption)]
+    speedups = [[speedup_of(group.models, part) for part in SPEEDS] for group in drawn]
+    timed = [
+        group
+        for group, of_group in zip(drawn, speedups, strict=True)
+        if all(speedup is not None and speedup.measurable for speedup in of_group)
+    ]
+    if timed:
+        alt = f"{len(timed)} models: percent retained against speed, as a multiple of the unpruned model's."
+        caption = (
+            f"A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. {front}, "
+            "without models that are faster than a better one by less than this interval."
+        )
+        figures.append(_in_panels(pareto_figure(timed, None, [*SPEEDS.values()]), alt, caption))
+    yield Section("Retention and cost", figures=tuple(figures), folded=False)
+
+
+def ratio_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
+    """Yield a report section with curves of retention over the pruning ratio, if there are several ratios."""
+    groups = drawable(groups)
+    if len({_ratio(group) for group in groups}) < 2:
+        return
+    series, figures = series_of(groups), []
+    for fraction in sorted({group.first.data_fraction for group in groups})[:MOST_CURVES]:
+        some = [group for group in groups if group.first.data_fraction == fraction]
+        training = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
+        figure = curves_figure(some, way_of, lambda group: series[group.name], REMOVED, "linear")
+        alt = f"{training}: percent retained over the share of parameters removed, {len(some)} points."
+        figures.append(_in_panels(figure, alt, f"{training}. {BANDS}"))
+    yield Section("Over the ratio", figures=tuple(figures))
+
+
+def data_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
+    """Yield a report section with curves of retention over the share of the data, if there are several shares."""
+    trained = [group for group in drawable(groups) if group.first.data_fraction]
+    if len({group.first.data_fraction for group in trained}) < 2:
+        return
+    series, figures = series_of(groups), []
+    removed = dict[tuple[str, float], str]()
+    for group in trained:
+        whole, decoder = (100 * group.mean(name) for name in ("actual_ratio", "decoder_ratio"))
+        text = f"{whole:.0f} % removed ({decoder:.0f} % of the decoder)"
+        removed.setdefault((series[group.name], _ratio(group)), text)
+    for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_CURVES]:
+        some = sorted((group for group in trained if series[group.name] == name), key=_ratio)
+        figure = curves_figure(some, lambda group: removed[series[group.name], _ratio(group)], way_of, DATA, "log")
+        alt = f"{name}: percent retained over the share of the training data, {len(some)} points."
+        figures.append(_in_panels(figure, alt, f"{name}. {BANDS}"))
+    yield Section("Over the training data", figures=tuple(figures))
+
+
+def _ratio(group: ModelGroup) -> float:
+    """Return the pruning ratio by which a group is compared: the requested one, or the mean ratio reached."""
+    asked = group.first.target_ratio
+    return round(group.mean("actual_ratio"), 3) if asked is None else asked
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
@@ -172,7 +253,7 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
         path = workdir / run.metrics if run.metrics else None
         if path is not None and path.is_file() and sum(map(len, curves.values())) < MOST_DRAWN:
-            tokens = vocabulary_size((workdir / run.plan).parent) if isinstance(run, Run) else None
+            tokens = vocabulary_size((workdir / run.plan).parent) if run.plan else None
             curves.setdefault(tokens, {})[result.labels[run.name]] = read_metrics(path)
     figures = []
     for tokens, lines in curves.items():  # losses are per token, so those of different vocabularies do not compare
@@ -188,8 +269,4 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 def heads_of(values: Values) -> list[np.ndarray]:
     """Return the scores of units of several channels (such as attention heads), layer by layer."""
-    return [scores for key, scores in values.items() if _is_of_heads(key)]
-
-
-def _is_of_heads(key: Key) -> bool:
-    return key.layer is not None and bool(AXES[key.axis].channels)
+    return [scores for key, scores in values.items() if key.layer is not None and AXES[key.axis].channels]

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import replacing
 
 
@@ -73,6 +74,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], **values: An
     """
     loader = jinja2.PackageLoader("vlmprune_jax.run.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["printable"] = printable
     environment.filters["pieces"] = re.compile(r"[^-_/]*[-_/]+|[^-_/]+").findall
     script = loader.get_source(environment, "page.js")[0]
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,8 +1,7 @@
-"""Figures of a report: accuracy against size, importance per layer, losses over steps."""
+"""Figures of single models: importance per layer, removed layers, heads and neurons, losses over steps."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,88 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from vlmprune_jax.run.report.style import (
-    COLOURS,
-    LARGEST,
-    LONGEST_TITLE,
-    MUTED,
-    legend_entries,
-    legible,
-    marker,
-    recovery_colours,
-    retention_axis,
-    styled,
-)
-from vlmprune_jax.run.workdir.comparison import average_interval
-from vlmprune_jax.run.workdir.result import Result
+from vlmprune_jax.run.report.style import COLOURS, LARGEST, LONGEST_TITLE, legible, styled
 
-WIDTHS = {"points": 5, "rows": 4}  # relative widths of the panels of `score_figure`
-PANELS = tuple(WIDTHS)
-LABEL = "retained (%)"
-MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000, 64
-
-
-def score_figure(result: Result, title: str, panels: Sequence[str] = PANELS) -> Figure:
-    """Plot retention against decoding speed or size ("points"), and as a ranking from best to worst ("rows").
-
-    The marker's shape shows the method, its colour the recovery.
-    """
-    runs, colours = result.runs, recovery_colours(result.runs)
-    kept = [run.evaluation.mean_of_ratios for run in runs]
-    values = [np.nan if value is None or not abs(value) < LARGEST else value for value in kept]
-    names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
-    with styled(title, *names):
-        size = (4.6 * len(panels), max(3.9, 0.9 + 0.24 * min(1 + len(values), MOST_ROWS)))
-        figure = Figure(figsize=size, layout="constrained")
-        ratios = [WIDTHS[panel] for panel in panels]
-        for panel, axes in zip(
-            panels, figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0], strict=True
-        ):
-            if panel == "points":
-                _score_points(axes, result, values, colours)
-                axes.set_title(legible(title, LONGEST_TITLE))
-            else:
-                _score_rows(axes, result, values, colours)
-            retention_axis(axes, "y" if panel == "points" else "x", values)
-        return figure
-
-
-def _score_points(axes: Axes, result: Result, values: Sequence[float], colours: Mapping[str, str]) -> None:
-    """Draw one point per model, against decoding speed if it is known for all models, otherwise against size."""
-    runs = result.runs
-    speedups = [run.speed.decode_speedup for run in runs if run.speed is not None]
-    places = [speedup.ratio for speedup in speedups if speedup is not None and speedup.measurable]
-    x_label = "decoding speed, as a multiple of the unpruned model's"
-    if len(places) < len(runs):
-        places = [100 * run.parameters / result.teacher.parameters for run in runs]
-        x_label = "parameters, % of the unpruned model's"
-    axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
-    for run, x, value in itertools.islice(zip(runs, places, values, strict=True), MOST_LINES):
-        axes.plot(x, value, **{**marker(run.method, colours[run.after_pruning]), "linestyle": "none"})
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(LABEL)
-    axes.margins(x=0.15, y=0.08)
-    axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best", fontsize=8)
-
-
-def _score_rows(axes: Axes, result: Result, values: Sequence[float], colours: Mapping[str, str]) -> None:
-    """Draw one row per model, with its retention as text and as a point with its interval."""
-    runs, labels = result.runs, result.labels
-    order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
-    axes.axvline(100, color=MUTED, linestyle="--", linewidth=1)
-    for row, i in enumerate(order):
-        colour, kept = colours[runs[i].after_pruning], runs[i].evaluation.mean_of_ratios
-        ends = average_interval(runs[i].evaluation, result.sets)
-        if ends is not None:
-            axes.plot(ends, [row, row], color=colour, linewidth=1.2, alpha=0.7)
-        axes.plot(values[i], row, **marker(runs[i].method, colour))
-        text = "" if kept is None else f"{kept:.2f}" if abs(kept) < 1e9 else f"{kept:.3g}"
-        axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes.set_yticks(range(len(order)), [legible(labels[runs[i].name]) for i in order])
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel(LABEL)
+MOST_PANELS, MOST_POINTS, MOST_CELLS = 6, 20_000, 64
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vlmprune_jax.base.errors import printable
-from vlmprune_jax.run.workdir.samples import Picture, Sample, SampleSet
+from vlmprune_jax.run.workdir.samples import Sample, SampleSet
 
 MOST_MODELS = 3  # maximum models named for an answer; further ones are counted
 HEADINGS = {
@@ -25,27 +25,19 @@ class ShownAnswer:
     models: str
 
 
-@dataclass(frozen=True)
-class ShownSample:
-    """Sample question for the report, with texts made safe to print."""
-
-    id: str
-    question: str
-    expected: str
-    images: Sequence[Picture]
-    answers: Sequence[ShownAnswer]
-
-
-def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tuple[str, list[ShownSample]]]:
-    """Yield (heading, sample questions) for each category of samples in an evaluation set."""
+def shown_samples(
+    samples: SampleSet, labels: Mapping[str, str]
+) -> Iterator[tuple[str, list[tuple[Sample, list[ShownAnswer]]]]]:
+    """Yield (heading, sample questions with their answers) for each category of samples in an evaluation set."""
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:
             title = f"{heading} ({samples.counts.get(kind, 0):,} of {samples.questions:,})"
-            yield title, [_shown(sample, labels) for sample in mine]
+            yield title, [(sample, _answers(sample, labels)) for sample in mine]
 
 
-def _shown(sample: Sample, labels: Mapping[str, str]) -> ShownSample:
+def _answers(sample: Sample, labels: Mapping[str, str]) -> list[ShownAnswer]:
+    """Return the distinct answers to a sample question, with text made safe to print."""
     models = dict[tuple[str, str], list[str]]()
     for answer in sample.answers:
         if answer.model in labels:
@@ -54,7 +46,4 @@ def _shown(sample: Sample, labels: Mapping[str, str]) -> ShownSample:
     most = max(models.values(), key=len, default=[])
     if len(models) > 1 and len(most) > MOST_MODELS:
         most[:] = [f"the other {len(most)} models"]
-    answers = [ShownAnswer(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
-    question = "\n".join(map(printable, sample.question.splitlines()))
-    expected = " / ".join(map(printable, sample.references))
-    return ShownSample(printable(sample.id), question, expected, sample.images, answers)
+    return [ShownAnswer(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]

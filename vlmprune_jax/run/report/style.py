@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from matplotlib.ticker import NullLocator
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import replacing
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.result import WITHOUT, Run
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
@@ -104,13 +103,6 @@ def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[L
     return entries
 
 
-def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """Return {recovery: plot colour}; models without recovery are grey."""
-    names = list(dict.fromkeys(run.after_pruning for run in runs))
-    trained = [name for name in names if name != WITHOUT]
-    return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
-
-
 def legible(text: str, longest: int = LONGEST) -> str:
     """Return a user's name as safe plot text: not parsed as a formula, and shortened to the figure's width.
 
@@ -169,16 +161,16 @@ def stack_panels(figure: Figure) -> None:
     grid = figure.add_gridspec(len(panels), 1)
     for axes in set(figure.axes) - set(panels):
         axes.remove()
-    for place, axes in enumerate(panels):
-        axes.set_subplotspec(grid[place])
-        if axes.name == "rectilinear":
+    [legend] = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    legend.remove()
+    with styled(*labels):  # texts take the font of the moment in which they are made
+        for place, axes in enumerate(panels):
+            axes.set_subplotspec(grid[place])
             axes.tick_params(labelleft=True)
             axes.set_ylabel(panels[0].get_ylabel())
             if axes.get_xscale() == "linear":
                 axes.locator_params(axis="x", nbins=5)
-    for legend in [*figure.legends]:
-        labels = [text.get_text() for text in legend.get_texts()]
-        legend.remove()
         columns = 1 if max(map(len, labels)) > LONGEST // 2 else 2
         handles = [handle for handle in legend.legend_handles if handle is not None]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)

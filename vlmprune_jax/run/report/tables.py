@@ -11,10 +11,10 @@ from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.evaluation.statistics import holm, interval_of_mean, p_of_difference
 from vlmprune_jax.run.report.page import Table
-from vlmprune_jax.run.workdir.comparison import averaged_sets, interval, percent, question_parts, show_interval
-from vlmprune_jax.run.workdir.evaluation import UNPRUNED, Group
+from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, question_parts, show_interval
+from vlmprune_jax.run.workdir.evaluation import Group
+from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup, Retention
 from vlmprune_jax.run.workdir.result import (
-    Control,
     ModelEvaluation,
     OfControl,
     Result,
@@ -24,7 +24,6 @@ from vlmprune_jax.run.workdir.result import (
     Sets,
     Unpruned,
 )
-from vlmprune_jax.run.workdir.sweep import SweptModel, UnprunedModel, mean_retention
 
 RETAINED, OF_CONTROL, SIZE, P_BEST = "retained, %", "of control, %", "size, %", "p against best"
 SPEEDUPS = {"decoding, x": "decode_speedup", "prompt, x": "prefill_speedup"}
@@ -38,33 +37,33 @@ P_NOTE = (
 )
 SMALLEST_FIRST = (SIZE, *COSTS, "seconds")
 
-Model = Control | Run | SweptModel
 
+def tables_of(comparison: Comparison, workdir: Path | None = None) -> list[Table]:
+    """Return a table with one row per unpruned model, control and group of seeds, and those of `set_tables`.
 
-def tables_of(result: Result, workdir: Path | None = None) -> list[Table]:
-    """Return the report's tables of all models, with scores and retention per evaluation set.
-
-    `result` must not contain a model twice (see `Result.distinct`). Important columns come first: a narrow terminal
-    leaves out the last columns, and a phone folds all but the first. `workdir`: adds names of runs (equal to the names
-    of their folders), and p-values from the answers there.
+    The models of a run must not contain a model twice (see `Result.distinct`). Important columns come first: a narrow
+    terminal leaves out the last columns, and a phone folds all but the first. `workdir`: adds names of runs (equal to
+    the names of their folders), and p-values from the answers there.
     """
-    sets, labels, teacher = result.sets, result.labels, result.teacher
-    rows = [unpruned_row(labels[UNPRUNED], teacher, sets)]
-    rows += [model_row(labels[entry.name], [entry], sets, teacher) for entry in result.entries]
+    sets, groups, titles = comparison.sets, comparison.groups, comparison.unpruned_titles
+    trained = [*comparison.controls, *groups]
+    rows = [_unpruned_row(titles[key], model, sets) for key, model in comparison.unpruned.items()]
+    rows += [_model_row(group, comparison) for group in trained]
     if workdir is not None:
-        unpruned = teacher.evaluation
-        questions = {
-            run.name: [question_parts(workdir, run.path, run.evaluation, unpruned, sets)] for run in result.runs
-        }
-        p_values = p_against(result.best, questions)
-        for row, entry in zip(rows[1:], result.entries, strict=True):
-            row |= {P_BEST: p_values.get(entry.name, ""), "run": printable(entry.name)}
+        p_values = _p_against_best(comparison, workdir)
+        for row, group in zip(rows[len(titles) :], trained, strict=True):
+            row |= {P_BEST: p_values.get(group.name, ""), "run": printable(group.name)}
     title = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
-    evaluations = [(labels[name], [model.evaluation]) for name, model in result.models]
-    return [table_of_rows(title, rows, sets), *set_tables(evaluations, sets)]
+    if any(len(group.models) > 1 for group in groups):
+        title += ", means over seeds"
+    else:
+        rows = [{**row, "seeds": ""} for row in rows]
+    models = [(titles[key], [model.evaluation]) for key, model in comparison.unpruned.items()]
+    models += [(group.title, [model.evaluation for model in group.models]) for group in trained]
+    return [_table_of_rows(title, rows, sets), *_set_tables(models, sets)]
 
 
-def table_of_rows(title: str, rows: Sequence[Mapping[str, str]], sets: Sets) -> Table:
+def _table_of_rows(title: str, rows: Sequence[Mapping[str, str]], sets: Sets) -> Table:
     """Return a table of rows {column: cell}, without empty columns."""
     for column in SPEEDUPS:
         if any(row.get(column) for row in rows):
@@ -78,30 +77,28 @@ def table_of_rows(title: str, rows: Sequence[Mapping[str, str]], sets: Sets) -> 
     return Table(title, header, cells, first=first, ascending=(*SMALLEST_FIRST, *lower))
 
 
-def model_row(label: str, models: Sequence[Model], sets: Sets, unpruned: Unpruned | UnprunedModel) -> dict[str, str]:
-    """Return the cells {column: text} of a model: means over its seeds."""
-    evaluations = [model.evaluation for model in models]
-    pruned = [model for model in models if not isinstance(model, Control)]
-    sizes = [model.parameters for model in pruned] or [unpruned.parameters]
-    data = models[0].data_fraction
-    seconds = [model.seconds for model in models if model.seconds is not None]
+def _model_row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
+    """Return the cells {column: text} of a group of models: means over its seeds."""
+    evaluations = [model.evaluation for model in group.models]
+    seconds = [model.seconds for model in group.models if model.seconds is not None]
+    data, sets, pruned = group.first.data_fraction, comparison.sets, group.first.method != "none"
     return {
-        "model": label,
-        RETAINED: show_retention(mean_retention(evaluations, sets)),
-        OF_CONTROL: show_retention(mean_retention([evaluation.control for evaluation in evaluations], sets)),
-        SIZE: f"{100 * _mean(sizes) / unpruned.parameters:.1f}",
+        "model": group.title,
+        RETAINED: show_retention(group.retained),
+        OF_CONTROL: show_retention(group.of_control),
+        SIZE: f"{100 * group.mean('parameters') / comparison.original(group).parameters:.1f}",
         score_label(sets): _score(evaluations, sets),
-        **{column: _show_speedup(speedup_of(pruned, part)) for column, part in SPEEDUPS.items() if pruned},
+        **{column: _show_speedup(speedup_of(group.models, part)) for column, part in SPEEDUPS.items() if pruned},
         P_BEST: "",
-        "seeds": f"{len(models)}" if isinstance(models[0], SweptModel) else "",
-        REMOVED: _removed(pruned),
+        "seeds": f"{len(group.models)}",
+        REMOVED: _removed(group.models) if pruned else "",
         "data, %": f"{100 * data:g}" if data else "",
-        **(_costs(pruned) if pruned else _costs([unpruned])),
+        **_costs(group.models),
         "seconds": f"{_mean(seconds):.1f}" if seconds else "",
     }
 
 
-def unpruned_row(label: str, model: Unpruned | UnprunedModel, sets: Sets) -> dict[str, str]:
+def _unpruned_row(label: str, model: Unpruned, sets: Sets) -> dict[str, str]:
     """Return the cells {column: text} of the unpruned model."""
     score = "100.00" if len(sets) > 1 else _score([model.evaluation], sets)
     return {"model": label, RETAINED: "100.00", SIZE: "100.0", score_label(sets): score, **_costs([model])}
@@ -115,13 +112,13 @@ def score_label(sets: Mapping[str, Set]) -> str:
 def _score(evaluations: Sequence[ModelEvaluation], sets: Sets) -> str:
     """Return the cell of the column `score_label`."""
     if len(sets) == 1:
-        return mean_score(evaluations, next(iter(sets)), sets)
+        return _mean_score(evaluations, next(iter(sets)), sets)
     averages = [model.paper_average for model in evaluations if isinstance(model, RunEvaluation)]
     known = [value for value in averages if value is not None]
     return percent(_mean(known)) if known and len(known) == len(averages) else ""
 
 
-def mean_score(evaluations: Sequence[ModelEvaluation], name: str, sets: Sets) -> str:
+def _mean_score(evaluations: Sequence[ModelEvaluation], name: str, sets: Sets) -> str:
     """Return the mean of an evaluation set's main value over seeds as text; "" if no model has this value."""
     values = [value for model in evaluations if (value := model.main(name, sets)) is not None]
     return sets[name].show(_mean(values), unit=False) if values else ""
@@ -131,7 +128,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def show_retention(retained: tuple[float, float, float] | None) -> str:
+def show_retention(retained: Retention | None) -> str:
     """Return a mean retention as text, with its interval in brackets if it is known."""
     if retained is None:
         return ""
@@ -139,10 +136,9 @@ def show_retention(retained: tuple[float, float, float] | None) -> str:
     return percent(mean) + (f" ({show_interval(low, high)})" if low < high else "")
 
 
-def speedup_of(models: Sequence[Run | SweptModel], part: str) -> SpeedUp | None:
+def speedup_of(models: Sequence[Run], part: str) -> SpeedUp | None:
     """Return the mean speed-up over seeds; if a seed's is not measurable, that seed's; None if unknown."""
-    sides = [model.speed if isinstance(model, Run) else model for model in models]
-    speedups: list[SpeedUp | None] = [getattr(side, part, None) for side in sides]
+    speedups: list[SpeedUp | None] = [getattr(model.speed, part, None) for model in models]
     unclear = [speedup for speedup in speedups if speedup is None or not speedup.measurable]
     if unclear or len(speedups) < 2:
         return (unclear or speedups)[0]
@@ -155,16 +151,14 @@ def _show_speedup(speedup: SpeedUp | None) -> str:
     return "" if speedup is None else speedup.show(interval=False)
 
 
-def _removed(models: Sequence[Run | SweptModel]) -> str:
+def _removed(models: Sequence[Run]) -> str:
     """Return the removed shares of all parameters and of the decoder's as text."""
-    if not models:
-        return ""
     decoder = [model.decoder_ratio for model in models if model.decoder_ratio is not None]
     whole = f"{100 * _mean([model.actual_ratio for model in models]):.1f}"
     return whole + (f" ({100 * _mean(decoder):.1f})" if decoder else "")
 
 
-def _costs(models: Sequence[Run | SweptModel | Unpruned | UnprunedModel]) -> dict[str, str]:
+def _costs(models: Sequence[Run | Unpruned]) -> dict[str, str]:
     """Return the cells of parameters and of the costs of a prompt."""
     sizes, costs = [model.parameters for model in models], [model.costs for model in models]
     cells = {"parameters": f"{_mean(sizes):,.0f}"}
@@ -181,14 +175,14 @@ def _costs(models: Sequence[Run | SweptModel | Unpruned | UnprunedModel]) -> dic
     }
 
 
-def set_tables(models: Sequence[tuple[str, Sequence[ModelEvaluation]]], sets: Sets) -> list[Table]:
+def _set_tables(models: Sequence[tuple[str, Sequence[ModelEvaluation]]], sets: Sets) -> list[Table]:
     """Return tables of scores and of retention per evaluation set, if there are several.
 
     `models`: (name, evaluations of its seeds), the unpruned model first.
     """
     if len(sets) == 1:
         return []
-    scores = [(label, *(mean_score(seeds, name, sets) for name in sets)) for label, seeds in models]
+    scores = [(label, *(_mean_score(seeds, name, sets) for name in sets)) for label, seeds in models]
     kept = list[tuple[str, ...]]()
     for label, seeds in models:
         runs = [model for model in seeds if isinstance(model, RunEvaluation)]
@@ -212,63 +206,88 @@ def _retained(models: Sequence[RunEvaluation | OfControl], name: str) -> str:
     return show_retention(interval_of_mean(values, intervals)) if len(values) == len(models) else ""
 
 
-def p_against(best: str, questions: Mapping[str, Sequence[np.ndarray | None]]) -> dict[str, str]:
-    """Return {model: p-value as text} of tests against the model `best`, corrected for their number (Holm).
+def _p_against_best(comparison: Comparison, workdir: Path) -> dict[str, str]:
+    """Return {group: p-value as text} of tests against the best group, corrected for their number (Holm).
 
-    `questions`: every model's `question_parts`, one array per seed. Models with missing answers are not tested.
+    Groups with models whose answers are not in the workdir are not tested.
     """
     scores = dict[str, np.ndarray]()
-    for name, seeds in questions.items():
+    for group in comparison.groups:
+        original = comparison.original(group).evaluation
+        seeds = [
+            question_parts(workdir, model.path, model.evaluation, original, comparison.sets) for model in group.models
+        ]
         known = [part for part in seeds if part is not None]
-        if known and len(known) == len(seeds) and len({len(part) for part in known}) == 1:
-            scores[name] = np.stack(known)
-    if best not in scores:
+        if len(known) == len(seeds) and len({len(part) for part in known}) == 1:
+            scores[group.name] = np.stack(known)
+    if comparison.best is None or comparison.best.name not in scores:
         return {}
-    reference = scores.pop(best)
+    reference = scores.pop(comparison.best.name)
     others = {name: values for name, values in scores.items() if values.shape[1] == reference.shape[1]}
     adjusted = holm([p_of_difference(reference, values) for values in others.values()])
     return {name: f"{p:.3f}" if p >= 0.001 else "< 0.001" for name, p in zip(others, adjusted, strict=True)}
 
 
-def lead(result: Result) -> str:
-    """Return one sentence on the best model's retention, size and speed."""
-    run, teacher = result.best_run, result.teacher
-    among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
-    trained = f" (trained on {100 * run.data_fraction:g} % of the data)" if run.data_fraction else ""
-    decoder = "" if run.decoder_ratio is None else f", {100 * run.decoder_ratio:.1f} % of the decoder"
-    size = f"{100 * (1 - run.parameters / teacher.parameters):.1f} % fewer parameters"
-    files = ""
-    if run.costs is not None and teacher.costs is not None:
-        files = f"; {teacher.costs.file_bytes / 1e6:,.3g} to {run.costs.file_bytes / 1e6:,.3g} MB"
-    speeds = ", ".join(f"{name} {speedup}" for name, speedup in _speedups(run).items())
+def lead(comparison: Comparison) -> str:
+    """Return one sentence on the best model's retention, size and speed; "" if no retention is known."""
+    best, sets = comparison.best, comparison.sets
+    if best is None:
+        return ""
+    unpruned, data = comparison.original(best), best.first.data_fraction
+    among = f"Best of {len(comparison.groups)} models: " if len(comparison.groups) > 1 else ""
+    share = f" (trained on {100 * data:g} % of the data)"
+    trained = share if data and not best.title.endswith("of the data") else ""
+    kept = f"{_percent_of(best.retained)} of the unpruned score" if best.retained else "an unknown share of the score"
+    if best.of_control is not None:
+        kept = f"{_percent_of(best.of_control)} of the score of the unpruned model after the same recovery, and {kept}"
+    if len(sets) > 1:
+        kept += f" {over(sets)}"
+    else:
+        [(name, metric)] = sets.items()
+        ours = metric.show(_mean([model.evaluation.main(name, sets) or 0.0 for model in best.models]))
+        theirs = metric.show(unpruned.evaluation.main(name, sets))
+        kept += f" ({metric.main} {ours} on {metric.size}, unpruned {theirs})"
+    smaller = "" if best.first.method == "none" else f", with {_reduction(best, unpruned)}"
+    speeds = ", ".join(f"{name} {speedup}" for name, speedup in _speedups(best).items())
     speed = speeds and f" Speed as a multiple of the unpruned model's: {speeds}."
-    smaller = f", with {size} ({teacher.parameters:,} to {run.parameters:,}{decoder}{files})"
-    return (
-        f"{among}{result.labels[run.name]}{trained} {_scores(run, result)}{'' if run.method == 'none' else smaller}."
-        f"{speed}"
-    )
+    return f"{among}{best.title}{trained} retains {kept}{smaller}.{speed}"
 
 
-def key_numbers(result: Result) -> list[tuple[str, str]]:
+def _percent_of(retained: Retention) -> str:
+    """Return a mean retention as text, such as "95.00 % (95 % interval 94.0 to 96.0)"."""
+    mean, low, high = retained
+    return f"{percent(mean)} %" + (f" (95 % interval {show_interval(low, high)})" if low < high else "")
+
+
+def _reduction(group: ModelGroup, unpruned: Unpruned) -> str:
+    """Return by how much models are smaller than the unpruned one: parameters, and size of the weights."""
+    size, before = group.mean("parameters"), unpruned.parameters
+    ratio = group.mean("decoder_ratio")
+    decoder = f", {100 * ratio:.1f} % of the decoder" if ratio else ""
+    costs, files = [model.costs.file_bytes for model in group.models if model.costs is not None], ""
+    if costs and unpruned.costs is not None:
+        files = f"; {unpruned.costs.file_bytes / 1e6:,.3g} to {_mean(costs) / 1e6:,.3g} MB"
+    return f"{100 * (1 - size / before):.1f} % fewer parameters ({before:,} to {size:,.0f}{decoder}{files})"
+
+
+def key_numbers(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the best model's retention, size and speed as (name, value) pairs."""
-    run = result.best_run
-    kept = {"retained": run.evaluation, "of control": run.evaluation.control}
-    numbers = [
-        (name, f"{percent(evaluation.mean_of_ratios)} %")
-        for name, evaluation in kept.items()
-        if evaluation and evaluation.mean_of_ratios
-    ]
-    numbers.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
-    speedups = _speedups(run).items()
+    best = comparison.best
+    if best is None:
+        return []
+    kept = {"retained": best.retained, "of control": best.of_control}
+    numbers = [(name, f"{percent(retained[0])} %") for name, retained in kept.items() if retained]
+    numbers.append(("size", f"{100 * best.mean('parameters') / comparison.original(best).parameters:.1f} %"))
+    speedups = _speedups(best).items()
     return numbers + [
         (f"{name} speed", f"{speedup.show(interval=False)} x") for name, speedup in speedups if speedup.measurable
     ]
 
 
-def _speedups(run: Run) -> dict[str, SpeedUp]:
-    """Return a model's speed-ups in decoding and in reading prompts; {} if its speed was not measured."""
-    speed = run.speed
-    known = {} if speed is None else {"decoding": speed.decode_speedup, "prompt": speed.prefill_speedup}
+def _speedups(group: ModelGroup) -> dict[str, SpeedUp]:
+    """Return the speed-ups of models in decoding and in reading prompts; {} if their speed was not measured."""
+    known = {name: speedup_of(group.models, f"{part}_speedup")
+             for name, part in {"decoding": "decode", "prompt": "prefill"}.items()}  # fmt: skip
     return {name: speedup for name, speedup in known.items() if speedup is not None}
 
 
@@ -281,28 +300,6 @@ def parameter_note(teacher: Unpruned) -> str:
         f"transformers also counts {teacher.passthrough:,} in unused tower layers or an audio tower "
         f"({teacher.parameters + teacher.passthrough:,} unpruned)."
     )
-
-
-def _scores(run: Run, result: Result) -> str:
-    sets, kept = result.sets, _share(run.evaluation, result.sets)
-    share = f"retains {kept} of the unpruned score" if kept else "retains an unknown share of the score"
-    control = run.evaluation.control
-    if control is not None and control.mean_of_ratios is not None:
-        alike = f"{_share(control, sets)} of the score of the unpruned model after the same recovery"
-        share = f"retains {alike}, and {kept} of the unpruned score"
-    if len(sets) > 1:
-        return f"{share} {over(sets)}"
-    [metric] = sets.values()
-    ours, theirs = (metric.show(model.evaluation.main(name, sets)) for name in sets for model in (run, result.teacher))
-    return f"{share} ({metric.main} {ours} on {metric.size}, unpruned {theirs})"
-
-
-def _share(evaluation: RunEvaluation | OfControl, sets: Mapping[str, Set]) -> str:
-    """Return the mean retention as text, for one evaluation set with its interval; "" if unknown."""
-    kept, ends = percent(evaluation.mean_of_ratios), ""
-    if len(sets) == 1:
-        ends = interval(evaluation, next(iter(sets)))
-    return kept and f"{kept} %{f' (95 % interval {ends})' if ends else ''}"
 
 
 def over(sets: Mapping[str, Set]) -> str:

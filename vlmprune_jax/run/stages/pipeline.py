@@ -96,6 +96,7 @@ def make_models(root: Work) -> Result:
         result,
         teacher=measured(result.teacher, "", root.teacher, passthrough=count_passthrough(root.teacher, root.tower)),
         runs=[measured(run, run.name, models[run.name]) for run in result.runs],
+        controls=[measured(control, control.name, root.workdir / control.path) for control in result.controls],
         workload=workload,
     )
 

@@ -26,21 +26,13 @@ from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import compare_again
 from vlmprune_jax.run.workdir.content import content_key, digest
 from vlmprune_jax.run.workdir.ledger import remove
-from vlmprune_jax.run.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Sets, Unpruned, read_result
 from vlmprune_jax.run.workdir.store import Store
-from vlmprune_jax.run.workdir.sweep import (
-    Entry,
-    RunError,
-    RunRecord,
-    SweepResult,
-    SweptModel,
-    UnprunedModel,
-    unpruned_key,
-)
+from vlmprune_jax.run.workdir.sweep import Entry, RunError, SweepResult
 
 RUNS, SHARED = "runs", "shared"
 _QUIET = make_reporter(False)
-RUN, ERROR = "run.json", "error.json"  # results of a run, or the error that stopped it
+ERROR = "error.json"  # in the workdir of a run: the error that stopped it
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ def _below(folder: str, made_from: Any) -> str:
 
 
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
-    """Run all stages of one sweep run and write `run.json`; an interrupted run resumes.
+    """Run all stages of one sweep run and write its `result.json`; an interrupted run resumes.
 
     Raises UserError if a stage refuses its settings or inputs.
     """
@@ -100,50 +92,11 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     result = make_models(work)
     if not is_main_process():
         return
-    write_artefact(folder / RESULT, result)
-    unpruned, costs = result.teacher, _costs(result.teacher)
-    model, image_tokens = run.experiment.model.hf_dir, run.experiment.data.max_image_tokens
-    known = UnprunedModel(
-        image_tokens=image_tokens,
-        parameters=unpruned.parameters,
-        bytes=costs.file_bytes,
-        forward_flops=costs.forward_flops,
-        evaluation=unpruned.evaluation,
-    )
-    models = [_swept(run, model, sweep) for model in result.runs]
-    unpruned_models = {unpruned_key(model, image_tokens): known}
-    write_artefact(
-        folder / RUN, RunRecord(made_from=made_from, sets=result.sets, unpruned=unpruned_models, models=models)
-    )
-
-
-def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
-    path, costs = sweep.folder(run) / model.path, _costs(model)
-    shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
-    fields = {
-        "model": run.experiment.model.hf_dir,
-        "image_tokens": run.experiment.data.max_image_tokens,
-        "bytes": costs.file_bytes,
-        "forward_flops": costs.forward_flops,
-        "recovery": "none" if model.data_fraction == 0 else model.recovery,
-        "digest": digest(path, every_byte=True),
-        "path": path.relative_to(sweep.workdir).as_posix(),
-    }
-    return SweptModel(**{**shared, **fields, **_speeds(model)})
-
-
-def _costs(model: Run | Unpruned) -> Costs:
-    assert model.costs is not None  # `make_models` adds them to every model
-    return model.costs
-
-
-def _speeds(model: Run) -> dict[str, Any]:
-    """Return a model's tokens per second, and its speed-ups over the unpruned model."""
-    if model.speed is None:
-        return {}
-    phases = ("prefill", "decode")
-    speeds = {f"{part}_tokens_per_second": getattr(model.speed, part) for part in phases}
-    return speeds | {f"{part}_speedup": getattr(model.speed, f"{part}_speedup") for part in phases}
+    settings = run.experiment
+    shared: dict[str, Any] = {"model": settings.model.hf_dir, "image_tokens": settings.data.max_image_tokens}
+    models = [replace(model, **shared, digest=digest(folder / model.path, every_byte=True)) for model in result.runs]
+    unpruned = replace(result.teacher, image_tokens=shared["image_tokens"])
+    write_artefact(folder / RESULT, replace(result, teacher=unpruned, runs=models, made_from=made_from))
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
@@ -153,19 +106,17 @@ def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
     """Return True if a sweep run is complete, with unchanged settings and inputs."""
-    record = read_run(run, sweep)
-    return record is not None and record.made_from == made_from_of(run, sweep)
+    result = read_run(run, sweep)
+    return result is not None and result.made_from == made_from_of(run, sweep)
 
 
-def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
-    """Return a sweep run's results; None if its file is missing or damaged."""
+def read_run(run: SweepRun, sweep: Sweep) -> Result | None:
+    """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`."""
     try:
-        record = read_artefact(sweep.folder(run) / RUN, RunRecord)
+        result = read_result(sweep.folder(run))
     except UserError:
         return None
-    paths = [Path(model.path) for model in record.models]
-    inside = all(path.is_relative_to(Path(RUNS) / run.name) and ".." not in path.parts for path in paths)
-    return record if inside and paths else None
+    return result if result.made_from else None
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
@@ -200,23 +151,34 @@ def digest_once(path: Path | str) -> str:
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
     """Collect the results of all complete runs as the content of `sweep.json`."""
-    sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
+    sets, unpruned, models = dict[str, Set](), dict[str, Unpruned](), list[Entry]()
     seen = set[str]()
     for run in runs:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)
-        record = read_run(run, sweep)
-        if record is None or record.made_from != made_from_of(run, sweep):
+        result = read_run(run, sweep)
+        if result is None or result.made_from != made_from_of(run, sweep):
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
         # perplexities of different vocabularies are compared by bits per byte, in all runs
-        sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in record.sets.items()}
-        unpruned = {**record.unpruned, **unpruned}
-        models += _entries(run, entry, record.models, seen)
+        sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in result.sets.items()}
+        unpruned.setdefault(result.runs[0].unpruned, result.teacher)
+        models += _entries(run, entry, [_in_sweep(model, run) for model in result.runs], seen)
     return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=_alike(models, unpruned, sets))
 
 
-def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets: Sets) -> list[Entry]:
+def _in_sweep(model: Run, run: SweepRun) -> Run:
+    """Return a model's entry with paths relative to the sweep's workdir."""
+
+    def in_sweep(path: str) -> str:
+        return path and f"{RUNS}/{run.name}/{path}"
+
+    metrics = model.metrics and in_sweep(model.metrics)
+    scores = [in_sweep(path) for path in model.scores]
+    return replace(model, path=in_sweep(model.path), plan=in_sweep(model.plan), scores=scores, metrics=metrics)
+
+
+def _alike(models: Sequence[Entry], unpruned: Mapping[str, Unpruned], sets: Sets) -> list[Entry]:
     """Return sweep entries with retention recomputed from the same main metric per evaluation set."""
     return [
         entry
@@ -229,7 +191,7 @@ def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets:
     ]
 
 
-def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
+def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str]) -> Iterator[Entry]:
     """Yield the models of a sweep run that no earlier run contains."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):

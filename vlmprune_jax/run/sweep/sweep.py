@@ -40,11 +40,10 @@ from vlmprune_jax.run.sweep.run import (
 from vlmprune_jax.run.sweep.workers import Worker, in_processes
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import content_key
+from vlmprune_jax.run.workdir.groups import comparison_of_sweep
 from vlmprune_jax.run.workdir.ledger import write_text
 from vlmprune_jax.run.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv
 
-Page = Callable[[Path], object]  # function that writes the comparison page into a sweep's workdir
-Table = Callable[[SweepResult], tuple[str, Sequence[str], Sequence[Sequence[str]]]]  # title, header and rows
 PAGE_SECONDS = 300.0  # seconds between updates of the comparison page during a sweep
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
 
@@ -99,18 +98,17 @@ def run_sweep(
     shard: str,
     jobs: int,
     start: Callable[[], Worker],
-    page: Page,
-    table: Table,
     only: str = "",
 ) -> None:
     """Run all unfinished runs of a shard, then write and print the comparison of all runs.
 
     With `jobs` > 1, this number of worker processes do one run each at a time (`start` prepares a worker). Otherwise,
-    runs are done in sequence in this process, or together by all processes of a pod. `page` writes the comparison page,
-    `table` makes the table that is printed.
+    runs are done in sequence in this process, or together by all processes of a pod.
 
     Raises UserError if some runs failed.
     """
+    from vlmprune_jax.run.report.tables import tables_of
+
     digest_once.cache_clear()  # files may have changed since another command of this process
     mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
     left = _left(mine, sweep)
@@ -118,7 +116,7 @@ def run_sweep(
     def update_page() -> None:
         nonlocal written
         if time.monotonic() - written > PAGE_SECONDS and is_main_process():
-            write_sweep(runs, sweep, page)
+            write_sweep(runs, sweep)
             written = time.monotonic()
 
     if len(left) < len(mine):
@@ -128,9 +126,9 @@ def run_sweep(
     else:
         _run_here(left, sweep, reporter, update_page)
     if is_main_process():
-        result = write_sweep(runs, sweep, page)
+        result = write_sweep(runs, sweep)
         if result.done:
-            reporter.table(*table(result))
+            reporter.table(*tables_of(comparison_of_sweep(result), sweep.workdir)[0].printed)
         _finish(result, mine, sweep, reporter)
 
 
@@ -205,13 +203,15 @@ def _forget_programs() -> None:
         jax.clear_caches()
 
 
-def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
-    """Write `sweep.json`, `sweep.csv` and the comparison page from the results so far."""
+def write_sweep(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
+    """Write `sweep.json`, `sweep.csv` and `sweep.html` from the results so far."""
+    from vlmprune_jax.run.report import build  # draws figures, which no stage needs
+
     result = collect(runs, sweep)
     write_artefact(sweep.workdir / SWEEP, result)
     write_text(sweep.workdir / "sweep.csv", as_csv(result))
     if result.done:
-        page(sweep.workdir)
+        build.build_sweep_page(sweep.workdir)
     return result
 
 

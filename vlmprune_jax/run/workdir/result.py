@@ -99,64 +99,63 @@ class Workload(Part, frozen=True, kw_only=True):
 
 
 class Unpruned(Part, frozen=True, kw_only=True):
-    """Entry of the unpruned model in `result.json`: evaluation, costs and speed.
+    """Entry of an unpruned model in `result.json` and `sweep.json`: evaluation, costs and speed.
 
     `parameters`: number of parameters that a forward pass uses. `passthrough`: number of all other parameters in the
-    checkpoint, such as vision tower layers after the feature layer.
+    checkpoint, such as vision tower layers after the feature layer. `image_tokens`: in a sweep, setting
+    `data.max_image_tokens` of the evaluation.
     """
 
+    image_tokens: Count | None = None
     parameters: Positive
-    passthrough: Count = msgspec.field(default=0, name="carried")
+    passthrough: Count = 0
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
 
 
-class Trained(Part, frozen=True, kw_only=True):
-    """Fields that entries of pruned models and of controls share in `result.json`."""
+class Run(Part, frozen=True, kw_only=True):
+    """Entry of a model in `result.json` and `sweep.json`, pruned unless `method` is "none": how it was made, and its
+    scores.
+
+    `model`, `image_tokens`: in a sweep, the unpruned model's folder and setting `data.max_image_tokens`.
+    `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
+    removed share of the decoder's parameters. `plan`: "" if nothing was pruned. `scores`: importance files.
+    `metrics`: file of training metrics. `path`: the model's folder, of which `digest` is a hash in a sweep. `recovery`:
+    name of the recovery ("none" without training). `loss_terms`: {loss in `metrics`: title}. `seconds`: time of
+    scoring, pruning and training.
+    """
 
     name: str
+    model: str = ""
+    image_tokens: Count | None = None
+    method: str = "none"
+    criterion: str = "none"
+    target_ratio: Finite | None = None
+    actual_ratio: Finite = 0.0
+    decoder_ratio: Finite | None = None
+    parameters: Count
+    removed_layers: list[Count] = []
+    reconstruct: str = "none"
     recovery: str
     data_fraction: Finite = 0.0
     training_records: Count | None = None
     training_steps: Count | None = None
     loss_terms: dict[str, str] = {}
     seconds: float | None
+    plan: str = ""
+    scores: list[str] = []
     metrics: str | None = None
     path: str
+    digest: str = ""
     evaluation: RunEvaluation
-
-
-class Control(Trained, frozen=True, kw_only=True):
-    """Entry of a control in `result.json`: the unpruned model after the same training as pruned models."""
-
-    @property
-    def label(self) -> str:
-        """Readable name of the control, such as "unpruned, SFT"."""
-        return f"{UNPRUNED}, {recovery_label(self.recovery, reconstructed=False)}"
-
-
-class Run(Trained, frozen=True, kw_only=True):
-    """Entry of a model in `result.json`, pruned unless `method` is "none": how it was made, and its scores.
-
-    `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
-    removed share of the decoder's parameters. `plan`: "" if nothing was pruned. `scores`: importance files.
-    `metrics`: file of training metrics. `path`: the model's folder. `recovery`: name of the recovery ("none" without
-    training). `loss_terms`: {loss in `metrics`: title}. `seconds`: time of scoring, pruning and training.
-    """
-
-    method: str
-    criterion: str
-    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # field name in files of version 0.1.0
-    actual_ratio: Finite = msgspec.field(name="ratio_reached")
-    decoder_ratio: Finite | None = None
-    parameters: Count
-    removed_layers: list[Count] = []
-    reconstruct: str = "none"
-    plan: str
-    scores: list[str]
     costs: Costs | None = None
     speed: MedianSpeed | None = None
+
+    @property
+    def unpruned(self) -> str:
+        """Name (key in `SweepResult.unpruned`) of the unpruned model with which a sweep compares this model."""
+        return unpruned_key(self.model, self.image_tokens)
 
     @property
     def after_pruning(self) -> str:
@@ -186,18 +185,23 @@ class Export(Part, frozen=True, kw_only=True):
     seconds: float
 
 
-class Result(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `result.json`: all models of a run; `best` names the run that is exported."""
+class Result(Artefact, frozen=True, kw_only=True, tag=2):
+    """File `result.json`: all models of a run; `best` names the run that is exported.
+
+    `controls`: unpruned models after the same training as pruned ones. `made_from`: in a sweep, a hash of the run's
+    settings and inputs.
+    """
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
     sets: Annotated[dict[str, Set], Meta(min_length=1, max_length=1000)]
     teacher: Unpruned
     runs: Annotated[list[Run], Meta(min_length=1, max_length=10_000)]
-    controls: Annotated[list[Control], Meta(max_length=10_000)] = []
+    controls: Annotated[list[Run], Meta(max_length=10_000)] = []
     best: str
     export: Export | None = None
     workload: Workload | None = None
+    made_from: str = ""
 
     def problems(self, folder: Path) -> str | None:
         """Return an error message for an unknown name or a path outside the workdir; None if there is none."""
@@ -208,32 +212,27 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
             unknown = [key for key in model.evaluation.groups if key not in self.sets]
             if missing or unknown:
                 return f"{name}: set {(missing + unknown)[0]!r} has no score of this model, or is not listed in sets"
-        named = [path for run in self.runs for path in (run.plan, *run.scores)]
-        named += [path for entry in self.entries for path in (entry.path, entry.metrics) if path is not None]
+        named = [path for entry in self.entries for path in (entry.plan, *entry.scores, entry.path, entry.metrics)]
         named += [] if self.export is None else [self.export.path]
-        for path in dict.fromkeys(named):
+        for path in dict.fromkeys(filter(None, named)):
             if not is_inside(folder / path, folder):
                 return f"{path!r} lies outside the workdir"
         return None
 
     @property
-    def entries(self) -> list[Control | Run]:
+    def entries(self) -> list[Run]:
         """Entries of all controls and pruned models."""
         return [*self.controls, *self.runs]
 
     @property
-    def models(self) -> list[tuple[str, Unpruned | Control | Run]]:
+    def models(self) -> list[tuple[str, Unpruned | Run]]:
         """Entries of all models by name, including the unpruned one."""
         return [(UNPRUNED, self.teacher), *((entry.name, entry) for entry in self.entries)]
 
     @property
     def labels(self) -> dict[str, str]:
         """Readable names of all models by name, made unique."""
-        counts = Counter(entry.label for entry in self.entries)
-        labels = {
-            entry.name: entry.label + ("" if counts[entry.label] == 1 else f" ({entry.name})") for entry in self.entries
-        }
-        return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
+        return {UNPRUNED: UNPRUNED, **unique_titles({entry.name: entry.label for entry in self.entries})}
 
     def distinct(self) -> Result:
         """Return the result without duplicate models, such as one pruned model before several recoveries."""
@@ -248,6 +247,17 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     def best_run(self) -> Run:
         """Entry of the run named in `best`."""
         return next(run for run in self.runs if run.name == self.best)
+
+
+def unique_titles(titles: Mapping[str, str]) -> dict[str, str]:
+    """Return printable titles by name; a title that several models share is followed by the name."""
+    counts = Counter(titles.values())
+    return {name: printable(title + ("" if counts[title] == 1 else f" ({name})")) for name, title in titles.items()}
+
+
+def unpruned_key(model: str, image_tokens: int | None) -> str:
+    """Return the name of an unpruned model in a sweep: its folder, and the limit of tokens per image (if any)."""
+    return model if image_tokens is None else f"{model} at {image_tokens} tokens per image"
 
 
 def recovery_label(recovery: str, *, reconstructed: bool) -> str:

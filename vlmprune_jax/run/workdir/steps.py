@@ -20,7 +20,7 @@ from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.evaluation import TEACHER, evaluations_of
 from vlmprune_jax.run.workdir.ledger import StageRecord, finished_stages
-from vlmprune_jax.run.workdir.result import Control, Evaluations, Result, Run, RunEvaluation
+from vlmprune_jax.run.workdir.result import Evaluations, Result, Run, RunEvaluation
 from vlmprune_jax.run.workdir.speed import SPEED, Speed
 
 STEPS = ".stages/steps.json"
@@ -209,20 +209,20 @@ def make_result(
       evaluations: evaluations of other models, by folder relative to the workdir.
     """
     sets, records = describe_sets(teacher, evaluations.values()), finished_stages(workdir)
-    runs, controls = list[Run](), list[Control]()
+    unpruned = unpruned_of(teacher)
+    runs, controls = list[Run](), list[Run]()
     for number, step in enumerate(steps):
         if step.path not in evaluations or not step.model:
             continue
         compared = compare(evaluations[step.path], teacher, evaluations.get(step.compared_with), sets)
         same_model = [other for other in steps[:number] if other.folder in (step.variant, step.folder)]
         chain = [step] if step.control else [*(other for other in same_model if not other.control), step]
-        entry = _entry(step, chain, compared, records, workdir)
-        if step.control:
-            controls.append(Control(**entry))
-        else:
-            known = _of_plan(step, chain, records, workdir) if step.pruned else _unpruned(teacher)
-            runs.append(Run(**entry, **known))
-    return Result(sets=sets, teacher=unpruned_of(teacher), runs=runs, controls=controls, best="")
+        pruning: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
+        if step.pruned:
+            pruning = _of_plan(step, chain, records, workdir)
+        run = Run(**_entry(step, chain, compared, records, workdir), **pruning)
+        (controls if step.control else runs).append(run)
+    return Result(sets=sets, teacher=unpruned, runs=runs, controls=controls, best="")
 
 
 def _facts(stage: str, kind: Any, chain: Sequence[StepRecord], records: Mapping[str, StageRecord]) -> Any:
@@ -245,7 +245,7 @@ def _entry(
     records: Mapping[str, StageRecord],
     workdir: Path,
 ) -> dict[str, Any]:
-    """Return the fields of `result.json` that controls and pruned models have in common."""
+    """Return the fields of a model's entry in `result.json` that do not depend on a plan."""
     done = [records[member.record].seconds for member in chain if member.record in records]
     metrics, trained = Path(step.folder) / "training/metrics.jsonl", _facts("recover", RecoverFacts, chain, records)
     entry = {
@@ -270,7 +270,7 @@ def _entry(
 def _of_plan(
     step: StepRecord, chain: Sequence[StepRecord], records: Mapping[str, StageRecord], workdir: Path
 ) -> dict[str, Any]:
-    """Return the fields of `result.json` that pruned models alone have."""
+    """Return the fields of a pruned model's entry in `result.json` that its plan determines."""
     path, pruned = Path(step.variant) / "plan.json", _facts("prune", PruneFacts, chain, records)
     plan, repaired = PrunePlan.from_json(workdir / path), _facts("reconstruct", dict[str, Any], chain, records)
     return {
@@ -284,21 +284,6 @@ def _of_plan(
         "reconstruct": "none" if repaired is None else repaired[1].method,
         "plan": path.as_posix(),
         "scores": _scores(step, workdir),
-    }
-
-
-def _unpruned(teacher: Evaluations) -> dict[str, Any]:
-    """Return the fields of a pruned model's entry in `result.json`, for an unpruned model that was trained."""
-    parameters = unpruned_of(teacher).parameters
-    return {
-        "method": "none",
-        "criterion": "none",
-        "target_ratio": None,
-        "actual_ratio": 0.0,
-        "decoder_ratio": 0.0,
-        "parameters": parameters,
-        "plan": "",
-        "scores": [],
     }
 
 

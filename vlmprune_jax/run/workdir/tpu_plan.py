@@ -97,10 +97,9 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 class PlannedEvaluation(Part, frozen=True, kw_only=True):
     """Evaluation of a model on a TPU slice that fits in memory; all sizes are bytes per chip.
 
-    `rows`, `tokens_per_row`: shape of the compiled batch. `resident`: the weights that a token needs, and the cache.
-    `read`, `received`: bytes from HBM, and from other chips, to decode one token of every row in the compiled program.
-    `seconds`: lower bounds for 1,000 questions, by benchmark. `phases`: the same by weight format, benchmark and phase,
-    for any mesh.
+    `rows`, `tokens_per_row`: shape of the compiled batch. `received`: bytes from other chips to decode one token of
+    every row in the compiled program. `seconds`: lower bounds for 1,000 questions, by benchmark. `phases`: the same by
+    weight format, benchmark and phase, for any mesh.
     """
 
     topology: str
@@ -111,8 +110,6 @@ class PlannedEvaluation(Part, frozen=True, kw_only=True):
     tokens_per_row: Count
     hbm: Hbm
     largest_batch: Count
-    resident: Finite
-    read: Finite
     received: Finite
     seconds: dict[str, Finite]
     phases: dict[str, dict[str, dict[str, Finite]]] = {}
@@ -183,7 +180,7 @@ def _step_rows(step: PlannedStep) -> Iterator[tuple[str, str]]:
 
 def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
     """Return (name, value) rows that describe a planned evaluation."""
-    hbm, model, traffic = planned.hbm, planned.model, planned.read + planned.received
+    hbm, model = planned.hbm, planned.model
     mesh = " x ".join(f"{name} {size}" for name, size in planned.mesh.items())
     return [
         ("slice", f"{planned.topology}: {planned.chips} chips, mesh {mesh}"),
@@ -197,11 +194,7 @@ def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
             f"{hbm.arguments / GIB:.2f} GiB weights + {hbm.temporaries / GIB:.2f} GiB cache and temporaries, "
             f"{hbm.free / GIB:.2f} GiB free",
         ),
-        (
-            "a token",
-            f"{planned.read / GIB:.3f} GiB of HBM and {planned.received / 2**20:.2f} MiB received per chip, "
-            f"{traffic / planned.resident:.2f} times the chip's weights and cache",
-        ),
+        ("a token", f"{planned.received / 2**20:.2f} MiB received per chip"),
         *((f"1,000 questions, {form}", _phases(phases)) for form, phases in planned.phases.items()),
         ("compiled in", f"{planned.compile_seconds:.0f} s"),
     ]

@@ -1,6 +1,8 @@
 """Bytes of HBM that a compiled program touches, read off its text."""
 
-from vlmprune_jax.run.planning.traffic import hbm_bytes
+import importlib
+
+from repository import ROOT
 
 # Two tokens over three layers: weights are sliced inside a nested fusion, the cache is updated in place, a copy of the
 # loop's input is made once, and what lies in on-chip memory is free.
@@ -69,6 +71,7 @@ ENTRY %main (a: bf16[6,8]) -> (s32[], bf16[6,8]) {
 """
 
 
-def test_a_loop_reads_its_slices_and_updates_in_place():
+def test_a_loop_reads_its_slices_and_updates_in_place(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     layer, update, head = 8 * 8 * 2, 8 * 2, 6 * 8 * 2
-    assert hbm_bytes(HLO) == 2 * (3 * (layer + update) + head) + 2 * head
+    assert importlib.import_module("hbm_traffic").hbm_bytes(HLO) == 2 * (3 * (layer + update) + head) + 2 * head

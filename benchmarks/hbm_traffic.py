@@ -1,13 +1,19 @@
-"""Bytes that a compiled program reads from and writes to HBM, counted in its text."""
+"""Bytes that a compiled program reads from and writes to HBM, counted in its text (used by `plan.py --evaluation`)."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vlmprune_jax.run.planning.ahead_of_time import computations_of, executions, width_of
+from vlmprune_jax.core.models.flops import head_of
+from vlmprune_jax.core.models.params import abstract_params
+from vlmprune_jax.run.planning import evaluation
+from vlmprune_jax.run.planning.ahead_of_time import Compiled, computations_of, loops_of, width_of
+from vlmprune_jax.run.workdir.tpu_plan import PlannedEvaluation
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -31,6 +37,39 @@ class _Instruction:
 _Computations = Mapping[str, Sequence[_Instruction]]
 
 
+@contextlib.contextmanager
+def compiled_programs() -> Iterator[list[Compiled]]:
+    """Context that collects the programs that `plan_evaluation` compiles: prefill and decoding of each plan."""
+    programs, compile_for_tpu = list[Compiled](), evaluation.compile_for_tpu
+
+    def compile_and_keep(*arguments: Any) -> Compiled:
+        programs.append(compile_for_tpu(*arguments))
+        return programs[-1]
+
+    evaluation.compile_for_tpu = compile_and_keep
+    try:
+        yield programs
+    finally:
+        evaluation.compile_for_tpu = compile_for_tpu
+
+
+def bytes_per_token(decoding: Compiled) -> float:
+    """Return the bytes of HBM that each chip reads and writes to decode one token of every row."""
+    return hbm_bytes(decoding.text) / (evaluation.NEW_TOKENS - 1)
+
+
+def resident_bytes(case: evaluation.EvaluationCase, planned: PlannedEvaluation) -> float:
+    """Return the bytes per chip that a decoded token cannot avoid: the weights it needs, and the state of all rows."""
+    mesh, text = case.make_mesh(), case.cfg.text
+    needed = ("text/layers/", "text/norm", head_of(case.cfg))
+    params = abstract_params(case.cfg, case.dtype, mesh)
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) for path, leaf in params.items() if path.startswith(needed)
+    )
+    state = sum(layer.mixer.state_bytes(planned.tokens_per_row, case.itemsize) for layer in text.layers)
+    return weights * case.itemsize + state / mesh.size * planned.rows
+
+
 def hbm_bytes(hlo: str) -> int:
     """Return the bytes of HBM that each chip reads and writes in one run of a compiled program.
 
@@ -38,13 +77,13 @@ def hbm_bytes(hlo: str) -> int:
     updates a slice of an operand in place writes the update. Arrays in on-chip memory (`S(1)` and above) do not count.
     """
     computations = computations_of(hlo)
-    runs = executions(hlo, computations)
+    runs = {name: sum(levels[-1] for levels in ways) for name, ways in loops_of(hlo, computations).items()}
     parsed = {name: _parse(lines) for name, lines in computations.items()}
     fused = {match[1] for lines in computations.values() for line in lines
              if " fusion(" in line and (match := _CALLS.search(line))}  # fmt: skip
     total = 0
     for name, instructions in parsed.items():
-        if runs[name] and name not in fused:
+        if runs.get(name) and name not in fused:
             results = {op.name: op.result for op in instructions}
             total += runs[name] * sum(_touched(op, results, parsed) for op in instructions)
     return total
