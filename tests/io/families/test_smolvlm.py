@@ -21,7 +21,7 @@ from vlmprune_jax.io.data.encoding import measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.inputs import load_inputs
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.splitting import Splitting
+from vlmprune_jax.io.data.tiling import Splitting
 from vlmprune_jax.io.families import templates
 from vlmprune_jax.io.families.tiles import ImageShape
 

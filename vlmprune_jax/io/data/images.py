@@ -23,7 +23,6 @@ from vlmprune_jax.base.errors import UserError, error_context, reason
 from vlmprune_jax.base.files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import ASPECT_RATIOS
-from vlmprune_jax.io.data.cropping import cropping_from_processor
 from vlmprune_jax.io.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
@@ -35,12 +34,16 @@ from vlmprune_jax.io.data.image_processor import (
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.memory import DECODING
 from vlmprune_jax.io.data.naflex import naflex_from_processor
-from vlmprune_jax.io.data.patching import patching_from_processor
+from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.preparation import Preparation, Videos, fixed_size
 from vlmprune_jax.io.data.records import VideoSource, Visual
-from vlmprune_jax.io.data.splitting import splitting_from_processor
-from vlmprune_jax.io.data.tiling import Tiling, pad_to_square, tiling_from_processor
-from vlmprune_jax.io.data.token_budget import token_budget_from_processor
+from vlmprune_jax.io.data.tiling import (
+    Tiling,
+    cropping_from_processor,
+    pad_to_square,
+    splitting_from_processor,
+    tiling_from_processor,
+)
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.tiles import ImageShape
 

@@ -12,18 +12,14 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, normalize, pixel_fields
-from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.patching import Patches, token_buckets
 from vlmprune_jax.io.data.tiling import closest_grid
-from vlmprune_jax.io.families.tiles import MAX_TILES, ImageShape
-
-_BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
-_SMALLEST_BUCKET = 64  # tokens
+from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 
 
 @dataclass(frozen=True)
-class NaFlex(Preparation):
+class NaFlex(Patches):
     """Image preparation of LFM2-VL (reference: transformers' `Lfm2VlImageProcessor`).
 
     An image is resized to `min_tokens` to `max_tokens` tokens; a token is `merge` x `merge` patches of `patch` x
@@ -45,12 +41,6 @@ class NaFlex(Preparation):
     std: tuple[float, ...]
     resample: int
 
-    shares = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (3 * self.patch**2,)
-
     @property
     def _tile_side(self) -> int:
         """Number of tokens along each side of a tile."""
@@ -65,10 +55,7 @@ class NaFlex(Preparation):
     @property
     def image_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
-        buckets = [_SMALLEST_BUCKET]
-        while buckets[-1] < self._most_tokens:
-            buckets.append(padded_tokens(buckets[-1] + 1))
-        return tuple(buckets)
+        return token_buckets(self._most_tokens)
 
     @property
     def usual(self) -> tuple[int, ...]:
@@ -116,14 +103,8 @@ class NaFlex(Preparation):
             pieces = crop_grid(tiled, self.size)
         for across, down in [(c, r) for r, c in shape.pieces[len(pieces) :]]:
             pieces.append(image.resize((across * self.patch, down * self.patch), self.resample))
-        return np.concatenate([self._patches(piece) for piece in pieces])
-
-    def _patches(self, image: Image.Image) -> np.ndarray:
-        """Return the normalised patches of a resized image in merged cells, float32[patches, values]."""
-        pixels, m, p = normalize(np.asarray(image), self.mean, self.std), self.merge, self.patch
-        rows, columns = (side // (m * p) for side in pixels.shape[:2])
-        cells = pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        return cells.reshape(rows * columns * m * m, -1)
+        normalized = (normalize(np.asarray(piece), self.mean, self.std) for piece in pieces)
+        return np.concatenate([self.cells(pixels).reshape(-1, *self.shape) for pixels in normalized])
 
     def _tiles(self, width: int, height: int) -> tuple[int, int]:
         """Return (columns, rows) of tiles; (1, 1) for an image that is not cut."""
@@ -136,14 +117,8 @@ class NaFlex(Preparation):
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Return the (rows, columns) of patches of the whole image, both multiples of `merge`."""
         side = self.patch * self.merge
-        rows, columns = (max(1, round(length / side)) for length in (height, width))
-        if rows * columns > self.max_tokens:
-            shrink = math.sqrt(height * width / (self.max_tokens * side**2))
-            rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
-        elif rows * columns < self.min_tokens:
-            grow = math.sqrt(self.min_tokens * side**2 / (height * width))
-            rows, columns = (math.ceil(length * grow / side) for length in (height, width))
-        return rows * self.merge, columns * self.merge
+        rounded = max(1, round(height / side)), max(1, round(width / side))
+        return self.fitted(width, height, rounded, (self.min_tokens * side**2, self.max_tokens * side**2))
 
 
 def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
@@ -171,4 +146,4 @@ def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
         )
     thumbnail = config.get("use_thumbnail") is not False
     limits = (min_tiles, max_tiles, thumbnail, min_tokens, max_tokens, tolerance)
-    return NaFlex(patch, merge, size, *limits, **pixel_fields(config, resample=_BILINEAR))
+    return NaFlex(patch, merge, size, *limits, **pixel_fields(config, resample=BILINEAR))

@@ -1,4 +1,4 @@
-"""Qwen-VL's image preparation: images are resized to whole patches near their own size."""
+"""Preparation of images of any size as patches: near their own size (Qwen-VL), or with a budget of tokens (Gemma 4)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,72 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.image_processor import check_steps, normalize, pixel_fields
 from vlmprune_jax.io.data.preparation import FramePreparation
-from vlmprune_jax.io.families.tiles import ImageShape
+from vlmprune_jax.io.families.tiles import BICUBIC, ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
 _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
+BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that Gemma 4 was trained with
+DEFAULT_BUDGET = 280
+
+
+class Patches(FramePreparation, Protocol):
+    """Preparation that resizes an image to whole tokens; `merge` x `merge` patches of `patch` x `patch` pixels each."""
+
+    patch: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3 * self.patch**2,)
+
+    def cells(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the patches of pixels [height, width, 3], token by token: [rows, columns, merge, merge, p, p, 3]."""
+        side, m, p = self.merge * self.patch, self.merge, self.patch
+        rows, columns = (length // side for length in pixels.shape[:2])
+        return pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+
+    def fitted(
+        self,
+        width: int,
+        height: int,
+        rounded: tuple[int, int],
+        limits: tuple[int, int],
+        frames: int = 1,
+        whole: int = 1,
+    ) -> tuple[int, int]:
+        """Return an image's (rows, columns) in patches: `rounded` tokens, or as many as the limits of its area allow.
+
+        `limits`: pixels of all `frames` frames together, which become `whole` frames.
+        """
+        (rows, columns), (least, most), side = rounded, limits, self.patch * self.merge
+        if whole * rows * columns * side**2 > most:
+            shrink = math.sqrt(frames * height * width / most)
+            rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
+        elif whole * rows * columns * side**2 < least:
+            grow = math.sqrt(least / (frames * height * width))
+            rows, columns = (math.ceil(length * grow / side) for length in (height, width))
+        return rows * self.merge, columns * self.merge
+
+
+def token_buckets(most: int) -> tuple[int, ...]:
+    """Return numbers of tokens from the smallest bucket up to the first that holds `most`."""
+    buckets = [_SMALLEST_BUCKET]
+    while buckets[-1] < most:
+        buckets.append(padded_tokens(buckets[-1] + 1))
+    return tuple(buckets)
 
 
 @dataclass(frozen=True)
-class Patching(FramePreparation):
+class Patching(Patches):
     """Image preparation that makes patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     The image is resized so that its sides are whole tokens and its area is between `min_pixels` and `max_pixels`. A
@@ -40,7 +88,7 @@ class Patching(FramePreparation):
     std: tuple[float, ...]
     resample: int
 
-    shares, turns = False, True
+    turns = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,10 +97,7 @@ class Patching(FramePreparation):
     @property
     def image_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
-        buckets = [_SMALLEST_BUCKET]
-        while buckets[-1] < self._most_tokens:
-            buckets.append(padded_tokens(buckets[-1] + 1))
-        return (*buckets[:-1], self._most_tokens)
+        return (*token_buckets(self._most_tokens)[:-1], self._most_tokens)
 
     @property
     def _most_tokens(self) -> int:
@@ -109,14 +154,14 @@ class Patching(FramePreparation):
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Convert frames to temporal patches; the last frame is repeated to fill the last temporal patch."""
         rows, columns = self._grid(*frames[0].size, len(frames))
-        m, p, t = self.merge, self.patch, self.temporal
+        p, t = self.patch, self.temporal
         patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
         for number in range(len(patches) * t):
             if number < len(frames):
                 resized = frames[number].resize((columns * p, rows * p), self.resample)
                 pixels = normalize(np.asarray(resized), self.mean, self.std)
-                cells = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-            patches[number // t, :, :, number % t] = cells.reshape(rows * columns, 3, p, p)
+                patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, p, p)
+            patches[number // t, :, :, number % t] = patch_rows
         return patches.reshape(-1, *self.shape)
 
     def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
@@ -130,16 +175,10 @@ class Patching(FramePreparation):
                 f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
                 "crop it"
             )
-        side = self.patch * self.merge
         # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
-        rows, columns = round(height / side), round(width / side)
-        if whole * rows * columns * side**2 > self.max_pixels:
-            shrink = math.sqrt(frames * height * width / self.max_pixels)
-            rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
-        elif whole * rows * columns * side**2 < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (frames * height * width))
-            rows, columns = (math.ceil(length * grow / side) for length in (height, width))
-        return rows * self.merge, columns * self.merge
+        side = self.patch * self.merge
+        rounded = round(height / side), round(width / side)
+        return self.fitted(width, height, rounded, (self.min_pixels, self.max_pixels), frames, whole)
 
 
 @dataclass(frozen=True)
@@ -202,3 +241,94 @@ def patching_from_processor(config: Mapping[str, Any], location: str) -> Patchin
         max_pixels=most,
         **pixel_fields(config),
     )
+
+
+@dataclass(frozen=True)
+class TokenBudget(Patches):
+    """Image preparation that resizes an image to at most `tokens` tokens of `merge` x `merge` patches (Gemma 4).
+
+    Small images are enlarged, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
+    `Gemma4ImageProcessor`). `resample` is PIL's number of the resampling filter.
+    """
+
+    patch: int
+    merge: int
+    tokens: int
+    resample: int
+
+    def __post_init__(self) -> None:
+        if self.tokens not in BUDGETS:
+            budgets = ", ".join(map(str, BUDGETS))
+            raise UserError(f"max_soft_tokens {self.tokens} is not one of {budgets}: restore the file")
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        """Token counts to which images are padded: only the maximum, because most images nearly reach it."""
+        return (self.tokens,)
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        return {"max_soft_tokens": self.tokens}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
+        """Return a copy with this token limit per image; raise UserError if the model was not trained with it."""
+        if tokens not in BUDGETS:
+            raise UserError(
+                f"tokens per image must be one of {', '.join(map(str, BUDGETS))}, with which the model was trained"
+            )
+        return dataclasses.replace(self, tokens=tokens)
+
+    def for_video(self, video: VideoConfig) -> TokenBudget | None:
+        if video.max_soft_tokens is None:
+            return None
+        return TokenBudget(
+            patch=video.patch or self.patch,
+            merge=video.merge or self.merge,
+            tokens=video.max_soft_tokens,
+            resample=video.resample,
+        )
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        rows, columns = self._tokens(width, height)
+        return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        return self.tokens * (self.merge * self.patch) ** 2
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        (rows, columns), side = self._tokens(*image.size), self.merge * self.patch
+        size = (columns * side, rows * side)
+        resized = image if image.size == size else image.resize(size, self.resample)
+        pixels = np.asarray(resized).astype(np.float32) * np.float32(1 / 255)
+        return np.ascontiguousarray(self.cells(pixels).reshape(-1, *self.shape))
+
+    def _tokens(self, width: int, height: int) -> tuple[int, int]:
+        """Return an image's numbers of token rows and token columns."""
+        side = self.merge * self.patch
+        factor = math.sqrt(self.tokens * side**2 / (height * width))
+        rows, columns = (math.floor(factor * length / side) for length in (height, width))
+        if not rows:
+            return 1, min(width // height, self.tokens)
+        return (rows, columns) if columns else (min(height // width, self.tokens), 1)
+
+
+def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
+    """Return the image preparation that a Gemma 4 folder's image processor describes.
+
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing or rescaling is off,
+    normalisation is on, or the model was not trained with this number of tokens per image.
+    """
+    check_steps(config, location, "Gemma 4", normalizes=False)
+    if config.get("do_normalize"):
+        raise UserError(
+            f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
+            "set it to false"
+        )
+    resample = config.get("resample")
+    with error_context(location):
+        return TokenBudget(
+            patch=config.get("patch_size") or 16,
+            merge=config.get("pooling_kernel_size") or 3,
+            tokens=config.get("max_soft_tokens") or DEFAULT_BUDGET,
+            resample=BICUBIC if resample is None else resample,
+        )

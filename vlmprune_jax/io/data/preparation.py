@@ -27,7 +27,7 @@ class Preparation(Protocol):
     """
 
     merge: int
-    shares: bool
+    shares: bool = False
     turns: bool = False
 
     @property

@@ -1,9 +1,10 @@
-"""InternVL's dynamic tiling: an image becomes a grid of square tiles, optionally followed by a thumbnail."""
+"""Preparation of images as square tiles: grids (InternVL), pieces at the image's own aspect (SmolVLM), or crops."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, pixel_fields, sides
 from vlmprune_jax.io.data.preparation import SquarePieces
-from vlmprune_jax.io.families.tiles import ImageShape, TilingConfig
+from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
+
+_SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them
+# Defaults of Gemma 3's crops: minimum side (pixels), maximum number, minimum aspect ratio.
+_LEAST, _MOST, _RATIO = 256, 4, 1.2
 
 
 @dataclass(frozen=True)
@@ -146,4 +151,225 @@ def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
         pad=False,
         shares=False,
         **pixel_fields(config, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    )
+
+
+@dataclass(frozen=True)
+class Splitting(SquarePieces):
+    """Image preparation that splits an image into tiles of `size` x `size` pixels (SmolVLM).
+
+    The longer side is first resized to `longest` pixels. With `splits`, both sides are then rounded up to multiples of
+    `size`, and a small copy of the whole image follows the tiles. Without `splits`, the whole image is one tile. `mean`
+    and `std` normalise pixels. `resample` is PIL's number of the resampling filter (reference: transformers'
+    `SmolVLMImageProcessor`).
+    """
+
+    size: int
+    longest: int
+    splits: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    @property
+    def _along(self) -> int:
+        """Maximum number of tiles along the longer side."""
+        return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Usual numbers of tiles per image, the whole image included: from one row of tiles up to a square."""
+        along = self._along
+        return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        return {"size": {"longest_edge": self.longest}}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
+        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
+
+        Raises UserError if `tokens` is less than one tile.
+        """
+        slots = tokens // slot_tokens
+        if not slots:
+            raise UserError(
+                f"tokens per image must be at least {slot_tokens}, the number for an image without tiles: raise it"
+            )
+        along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
+        return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
+
+    def for_video(self, video: VideoConfig) -> Splitting | None:
+        if video.size is None or video.longest_edge is None:
+            return None
+        whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
+        return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return an image's tile grid, and its number of tiles including the whole image."""
+        rows, columns = self._grid(width, height)
+        return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        rows, columns = self._grid(width, height)
+        first_width, first_height = self._resized(width, height)
+        return max(rows * columns * self.size**2, first_width * first_height)
+
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return an image's tiles row by row, then the whole image, resized as in the reference code."""
+        rows, columns = self._grid(*image.size)
+        image = image.resize(self._resized(*image.size), self.resample)
+        image = image.resize((columns * self.size, rows * self.size), self.resample)
+        if rows * columns == 1:
+            return [image]
+        return [*crop_grid(image, self.size), image.resize((self.size, self.size), self.resample)]
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the resized (width, height): long side `longest`, even short side, both at most `MAX_SIDE`."""
+        ratio = width / height
+        if width >= height:
+            short = int(self.longest / ratio)
+            width, height = self.longest, max(short + short % 2, 1)
+        else:
+            short = int(self.longest * ratio)
+            width, height = max(short + short % 2, 1), self.longest
+        ratio = width / height
+        if width >= height and width > MAX_SIDE:
+            width, height = MAX_SIDE, int(MAX_SIDE / ratio)
+        elif height > MAX_SIDE:
+            width, height = int(MAX_SIDE * ratio), MAX_SIDE
+        return max(width, 1), max(height, 1)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return an image's (rows, columns) of tiles; (1, 1) if it is not split."""
+        if not self.splits:
+            return 1, 1
+        width, height = self._resized(width, height)
+        ratio, size = width / height, self.size
+        if width >= height:
+            width = math.ceil(width / size) * size
+            height = math.ceil(int(width / ratio) / size) * size
+        else:
+            height = math.ceil(height / size) * size
+            width = math.ceil(int(height * ratio) / size) * size
+        return max(height // size, 1), max(width // size, 1)
+
+
+def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
+    """Return the image splitting that a SmolVLM folder's image processor describes.
+
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
+    off, a size does not state the longest edge, or an image could have too many tiles.
+    """
+    check_steps(config, location, "split images (SmolVLM)")
+    splitting = Splitting(
+        size=_longest_edge(config, "max_image_size", _SIDE, location),
+        longest=_longest_edge(config, "size", 4 * _SIDE, location),
+        splits=config.get("do_image_splitting") is not False,
+        **pixel_fields(config, resample=LANCZOS),
+    )
+    if splitting.most(1) > MAX_TILES:
+        raise UserError(
+            f"{location}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
+            f"tiles per image, more than the maximum of {MAX_TILES}: restore the file from the model's source"
+        )
+    return splitting
+
+
+def _longest_edge(config: Mapping[str, Any], name: str, default: int, location: str) -> int:
+    size = config.get(name)
+    if size is None:
+        return default
+    edge = size.get("longest_edge") if isinstance(size, Mapping) else None
+    if edge is None:
+        raise UserError(f"{location}: {name} {size} has no longest_edge: restore the file from the model's source")
+    return int(edge)
+
+
+@dataclass(frozen=True)
+class Cropping(SquarePieces):
+    """Image preparation that resizes an image to `size` x `size` pixels and may add crops of that size (Gemma 3).
+
+    With `crops`, an image whose aspect ratio is at least `least_ratio` is divided along its longer side into equal
+    crops, unless the shorter side of the crops would be below `least_side`. `mean` and `std` normalise pixels.
+    `resample` is PIL's number of the resampling filter (reference: transformers' `Gemma3ImageProcessor`).
+    """
+
+    size: int
+    crops: bool
+    least_side: int
+    most_crops: int
+    least_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Usual tile counts per image: 1 without crops, otherwise the whole image and 2 or more crops."""
+        return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
+        """Return a copy of the preparation with at most `tokens` tokens per image; each crop has `slot_tokens` tokens.
+
+        Raises UserError if the resized whole image alone has more tokens.
+        """
+        crops = tokens // slot_tokens - 1
+        if crops < 0:
+            raise UserError(
+                f"tokens per image must be at least {slot_tokens}, the number for an image without crops: raise it"
+            )
+        if crops < 2:  # an image is cut into at least two
+            return dataclasses.replace(self, crops=False)
+        return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return an image's crop grid, and its number of tiles (crops plus the whole image)."""
+        count = self._count(width, height)
+        return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        return self.image_shape(width, height, sharing).slots * self.size**2
+
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the resized whole image, followed by crops along its longer side."""
+        count, (width, height) = self._count(*image.size), image.size
+        step = math.ceil(max(width, height) / count)
+        starts = range(0, count * step, step) if count != 1 else ()
+        if width >= height:
+            crops = [image.crop((at, 0, min(at + step, width), height)) for at in starts]
+        else:
+            crops = [image.crop((0, at, width, min(at + step, height))) for at in starts]
+        return [piece.resize((self.size, self.size), self.resample) for piece in (image, *crops)]
+
+    def _count(self, width: int, height: int) -> int:
+        """Return the number of crops of an image (1 = not cropped)."""
+        long, short = max(width, height), min(width, height)
+        if not self.crops or long / short < self.least_ratio:
+            return 1
+        count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
+        return count if min(math.ceil(long / count), short) >= self.least_side else 1
+
+
+def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
+    """Return the image cropping described by a Gemma 3 folder's image processor.
+
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
+    off, or the size is not a square.
+    """
+    check_steps(config, location, "Gemma 3")
+    height, width = sides(config.get("size") or 224, location)
+    if height != width:
+        raise UserError(f"{location}: image size {height} x {width} must be square for Gemma 3: restore the file")
+    return Cropping(
+        size=height,
+        crops=bool(config.get("do_pan_and_scan")),
+        least_side=config.get("pan_and_scan_min_crop_size") or _LEAST,
+        most_crops=config.get("pan_and_scan_max_num_crops") or _MOST,
+        least_ratio=config.get("pan_and_scan_min_ratio_to_activate") or _RATIO,
+        **pixel_fields(config, resample=BILINEAR),
     )

@@ -12,10 +12,8 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
-from vlmprune_jax.io.data.patching import Patching, patching_from_processor
-from vlmprune_jax.io.data.splitting import splitting_from_processor
-from vlmprune_jax.io.data.tiling import tiling_from_processor
-from vlmprune_jax.io.data.token_budget import token_budget_from_processor
+from vlmprune_jax.io.data.patching import Patching, patching_from_processor, token_budget_from_processor
+from vlmprune_jax.io.data.tiling import splitting_from_processor, tiling_from_processor
 from vlmprune_jax.io.exports.gguf_tokenizer import drops_white_space
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import (

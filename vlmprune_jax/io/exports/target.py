@@ -20,7 +20,7 @@ from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
-from vlmprune_jax.io.data.token_budget import DEFAULT_BUDGET
+from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
 from vlmprune_jax.io.exports.format import FolderOptions
 from vlmprune_jax.io.exports.uneven import (
     LOADER,

@@ -10,7 +10,7 @@ from vlmprune_jax.base.errors import UserError
 # Maximum number of tiles: far above any model's (40), and small enough to list all grids.
 MAX_TILES = 1000
 MAX_SIDE = 4096  # pixels per side of a tile or image (the largest real tower takes 1,536)
-BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+LANCZOS, BILINEAR, BICUBIC = 1, 2, 3  # of PIL.Image.Resampling
 
 
 @dataclass(frozen=True)
