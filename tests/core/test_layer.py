@@ -1,15 +1,16 @@
 """Grouping of layers into scans, and layers that reuse keys and values of others."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from prune_cases import config, model
-from stack_cases import decoder_layer
+from stack_cases import changed, decoder_layer
 
 from vlmprune_jax.core.layer import keep_layers, layer_runs, scan_groups
 from vlmprune_jax.core.mixers import NO_LAYER
-from vlmprune_jax.core.models.vlm import encode
+from vlmprune_jax.core.models.vlm import encode, stack_module
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,11 @@ def test_keys_come_from_the_source():
         assert scan_groups(both.cfg.text.layers)[0].runs[0].numbers == (0, 1)
         outputs.append(encode(both.params, both.cfg, ids)[0])
     assert float(abs(outputs[0] - outputs[1]).max()) > 1e-3
+
+
+def test_layers_of_one_window_have_their_own_rotation():
+    slow = changed(WINDOWED, {"rope": dataclasses.replace(WINDOWED.mixer.rope, theta=1e6)})
+    cfg = config((WINDOWED, slow)).text
+    patterns = stack_module("text", cfg).context(np.ones((1, 12), np.int32)).patterns
+    first, second = (patterns[layer.mixer.pattern].rope[0] for layer in cfg.layers)
+    assert float(abs(first - second).max()) > 0.1

@@ -78,7 +78,8 @@ def test_tower(golden):
         images = packed(np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])[None], grid)
         found = tower_values(tower, images)
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
-            windows = tower.context_of(images.values, images._asdict()).segments[tower.cfg.layers[0].mixer.window]
+            patterns = tower.context_of(images.values, images._asdict()).patterns
+            windows = patterns[tower.cfg.layers[0].mixer.pattern].segments
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(block.before[:, order], block.after[:, order]) for block in found]
     else:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.decoder import map_cache
 from vlmprune_jax.core.models.generate import decode, prefill
 from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, head_of, unflatten
+from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, unflatten
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu
