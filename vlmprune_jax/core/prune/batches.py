@@ -155,7 +155,7 @@ def batch_of(
     `weight_of`: float32[types], weight of a token of each type; by default 1, and 0 for padding.
     """
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
-    inputs = {name: arrays[name] for name in ("input_ids", "media") if name in arrays}
+    inputs: dict[str, Any] = {name: arrays[name] for name in ("input_ids", "media") if name in arrays}
     if "input_ids" not in arrays:
         (images,) = arrays["media"].values()
         context = {"grid": images.grid}

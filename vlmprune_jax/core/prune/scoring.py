@@ -91,7 +91,7 @@ def score(
         routing = measure_routing(model, batches or (), progress=progress)
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        kept = {"progress": progress, "cache": cache}
+        kept: dict[str, Any] = {"progress": progress, "cache": cache}
         kept["journal"] = journal if "layers" in chosen.scores else None  # sums of units are too many numbers
         values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
         for arrays in (values, *by_token_type.values()):
