@@ -108,14 +108,14 @@ def reconstruct(
     _check(pruned, plan, teacher, config)
     teacher = trim_vocabulary(teacher, plan.vocabulary)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
-    report, finished = list[dict[str, Any]](), itertools.count(1)
+    repairs, finished = list[dict[str, Any]](), itertools.count(1)
     with use_mesh(mesh_of(pruned.params)):
         for stack in _stacks(plan):
             repair = _Repair(plan.stacks[stack], *_streams(stack, teacher, pruned, checked, config), cache, config)
             repair.stream.walk(repair.visit, progress=lambda _: progress and progress(next(finished)))
             pruned = with_layers(pruned, stack, repair.changed)
-            report += repair.report
-    return pruned, report
+            repairs += repair.rows
+    return pruned, repairs
 
 
 def _check(pruned: Model, plan: PrunePlan, teacher: Model, config: ReconstructConfig) -> None:
@@ -162,7 +162,7 @@ class _Repair:
         config: ReconstructConfig,
     ):
         self.kept, self.unpruned, self.stream, self.cache, self.config = kept, unpruned, stream, cache, config
-        self.report, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
+        self.rows, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
         self._reads, self._trains = _reads(config, kept), False
 
     def visit(self, loaded: Layer) -> Layer | None:
@@ -203,7 +203,7 @@ class _Repair:
         stored = recorded(self.cache, [key, *keys.values()], compute)
         where, todo = f"the cached repair {key}", "remove the cache and run again"
         row = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
-        self.report.append({"stack": self.stream.stack, "layer": layer.number, "module": name, **row})
+        self.rows.append({"stack": self.stream.stack, "layer": layer.number, "module": name, **row})
         changed = {path: stored[name] for path, name in keys.items() if stored[name].size}
         return layer.with_params(changed) if changed else layer
 
