@@ -110,7 +110,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.core.mesh.rules import sharding
     from vlmprune_jax.core.models.context import LayerEmbeds
     from vlmprune_jax.core.models.params import layer_axes
-    from vlmprune_jax.core.prune import layers, least_squares, ridge
+    from vlmprune_jax.core.prune import layers, least_squares
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
     from vlmprune_jax.run.planning.ahead_of_time import compile_for_tpu, make_slice
@@ -152,14 +152,15 @@ def row(family: str, topology: str) -> str:
             return least_squares.writer_sums(whole(params), rows, target, None, module="down_proj")
 
         found["sums"] = compile_for_tpu(jax.jit(sums_of), params, inputs, stream)
-        sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))
-        ridges = abstract((len(ridge.RIDGES),), (None,))
-        found["errors"] = compile_for_tpu(ridge.held_out_errors, sums, sums, ridges)
-        found["change"] = compile_for_tpu(ridge.change, sums, abstract((), ()))
+        products = abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None))
+        sums = least_squares.Sums(*products, abstract((), ()))
+        ridges = abstract((len(least_squares.RIDGES),), (None,))
+        found["errors"] = compile_for_tpu(least_squares.held_out_errors, sums, sums, ridges)
+        found["change"] = compile_for_tpu(least_squares.change, sums, abstract((), ()))
     n_layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
     chips, hosts = len(target.devices), len({device.process_index for device in target.devices})
-    products = 2 * rows * length * mlp * (mlp + width)
-    flops = found["dense"].flops + found["sums"].flops + (PASSES - 1) * products + found["ours"].flops
+    product_flops = 2 * rows * length * mlp * (mlp + width)
+    flops = found["dense"].flops + found["sums"].flops + (PASSES - 1) * product_flops + found["ours"].flops
     arithmetic = steps * flops / chips / target.chip.flops
     solve = PASSES * (found["errors"].flops + found["change"].flops) / chips / target.chip.flops
     size = steps * rows * length * width * 4

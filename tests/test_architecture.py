@@ -22,8 +22,8 @@ PACKAGE = ROOT / "vlmprune_jax"
 <<<<<<< HEAD
 BUDGETS = {"base": 2_200, "core": 16_200, "io": 18_907, "run": 15_830}
 =======
-BUDGETS = {"base": 2_200, "core": 16_360, "io": 19_000, "run": 16_250}
->>>>>>> wt-C
+BUDGETS = {"base": 2_200, "core": 16_440, "io": 19_000, "run": 16_250}
+>>>>>>> wt-B
 ROOMS = (*BUDGETS, "__main__")
 # What a room knows nothing of, by word, in code, docstrings and messages.
 WORDS = {

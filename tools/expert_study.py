@@ -79,13 +79,10 @@ def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: in
 def plans(model: vp.Model, routings: dict[str, Routing], share: float, seed: int) -> Iterator[tuple[str, str, Any]]:
     """Yield (criterion, calibration data, plan) for every criterion and data set, at one share of removed experts."""
     kept = round((1 - share) * model.cfg.text.layers[0].sizes["experts"])
-    both = routings["text"].joined(routings["images"])
     for criterion in CRITERIA:
         for calibration in CALIBRATIONS:
             data, _, combination = calibration.partition(", ")
-            scores = vp.score(
-                model, criterion=criterion, routing=routings.get(data, both), token_types=combination or "pooled"
-            )
+            scores = vp.score(model, criterion=criterion, routing=routings[data], token_types=combination or "pooled")
             yield criterion, calibration, vp.make_plan(scores, model, method="experts", experts=kept)
     scores = vp.score(model, criterion="random", seed=seed)
     yield "random", "none", vp.make_plan(scores, model, method="experts", experts=kept)
@@ -163,6 +160,7 @@ def study(
                 chosen = [source[i] for i in draw.choice(len(source), records, replace=False)]
                 of_set = batches_of(chosen, encoder)
                 routings[name], batches = measure_routing(model, of_set), batches + of_set
+            routings["both"] = measure_routing(model, batches)
             if repair:
                 for name, trained in repairs(model, model, None, batches):
                     row = {"criterion": f"unpruned, {name}", "calibration": "both", "share": 0.0, "seed": seed}

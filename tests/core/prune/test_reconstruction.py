@@ -19,9 +19,9 @@ from vlmprune_jax.core.models.params import count_params, flatten, unflatten
 from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, stream
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
+from vlmprune_jax.core.prune.least_squares import RIDGES
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.prune.reconstruction import reconstruct
-from vlmprune_jax.core.prune.ridge import RIDGES
 from vlmprune_jax.io.checkpoints.lazy import open_model
 
 SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}

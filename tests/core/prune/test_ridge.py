@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.prune.ridge import RIDGES, Sums, change, held_out_errors, in_blocks
+from vlmprune_jax.core.prune.least_squares import RIDGES, Sums, change, held_out_errors, in_blocks
 
 
 def sums(n, tokens, seed=0, width=5):

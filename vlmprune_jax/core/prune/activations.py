@@ -20,7 +20,7 @@ from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.lazy import LazyArray
 from vlmprune_jax.core.models.placement import place_batch
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.batches import CalibrationBatch, text_batch, tower_batches
+from vlmprune_jax.core.prune.batches import CalibrationBatch, batch_of, tower_batches
 from vlmprune_jax.core.prune.calibration import Arrays
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
 from vlmprune_jax.core.prune.stream import LayerStream
@@ -72,9 +72,7 @@ def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Itera
         )
 
 
-def grouped(
-    model: Model, stack: str, batches: Iterable[Arrays], weight_of: np.ndarray
-) -> Iterator[list[list[CalibrationBatch]]]:
+def grouped(model: Model, stack: str, batches: Iterable[Arrays]) -> Iterator[list[list[CalibrationBatch]]]:
     """Yield groups of batches that pass a stack together: `TOGETHER` of them, or all if the weights are in files.
 
     A batch of rows may give several batches of images for a tower.
@@ -83,13 +81,12 @@ def grouped(
     batches = batches_of(model.cfg, stack, batches)
     while arrays := list(batches if in_files else itertools.islice(batches, TOGETHER)):
         if stack == "text":
-            yield [[text_batch(rows, weight_of)] for rows in arrays]
+            yield [[batch_of(rows)] for rows in arrays]
         else:
-            unnamed = [""] * max(len(rows["token_types"]) for rows in arrays)
-            yield [tower_batches([rows], {}, unnamed, model.cfg, stack, distinct=False) for rows in arrays]
+            yield [tower_batches([rows], {}, model.cfg, stack, distinct=False) for rows in arrays]
 
 
-def visit_layers(
+def layer_sums(
     model: Model,
     stack: str,
     group: Sequence[Sequence[CalibrationBatch]],
@@ -97,8 +94,8 @@ def visit_layers(
     function: Callable[..., Any],
     options: Mapping[str, Any],
     ways: np.ndarray,
-) -> list[list[list[dict[str, np.ndarray]]]]:
-    """Pass a group of batches through all layers; return a criterion's sums for each layer, batch, and part of it.
+) -> list[list[LayerSums]]:
+    """Pass a group of batches through all layers; return a criterion's sums for each batch and layer, in float64.
 
     Args:
       inputs: intermediate values to pass to `function`, of `context.VALUES`.
@@ -108,7 +105,7 @@ def visit_layers(
     batches = [batch for parts in group for batch in parts]
     stream = LayerStream(model, stack, batches, dtype=None, copies=2)
     types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
-    carried, layers = [None] * len(batches), list[list[list[dict[str, np.ndarray]]]]()
+    carried, totals = [None] * len(batches), [list[LayerSums]() for _ in group]
     fixed = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
     norm, last, weights = stream.final_norm(), stream.n_layers - 1, jnp.asarray(ways)
 
@@ -116,15 +113,22 @@ def visit_layers(
         def compute(rows: Rows, types: jax.Array, carry: Any) -> tuple[State, Any]:
             return _sums(layer, rows, types, carry, weights, norm, last, inputs, function=function, options=fixed)
 
-        pairs, stacked = stream.advance(layer, compute, types, carried), np.ndim(layer.number) > 0
-        batch_sums = [{name: np.asarray(x) for name, x in sums.items()} for sums, _ in pairs]
-        for index in range(np.size(layer.number)):
-            results = iter([{name: x[index] if stacked else x for name, x in sums.items()} for sums in batch_sums])
-            layers.append([list(itertools.islice(results, len(parts))) for parts in group])
+        pairs = stream.advance(layer, compute, types, carried)
         carried[:] = [carry for _, carry in pairs]
+        sums = [jax.tree.map(np.asarray, sums) for sums, _ in pairs]
+        for index in np.ndindex(np.shape(layer.number)):  # one of a single layer
+            of_layer = iter([{name: x[index] for name, x in batch_sums.items()} for batch_sums in sums])
+            for total, parts in zip(totals, group, strict=True):
+                total.append(added(list(itertools.islice(of_layer, len(parts)))))
 
     stream.walk(visit, None if "carry" in inspect.signature(function).parameters else stream.scan_groups())
-    return layers
+    return totals
+
+
+def added(results: Sequence[Mapping[str, Any]]) -> LayerSums:
+    """Add up sums of the same names in float64."""
+    names = results[0] if results else ()
+    return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], axis=0) for name in names}
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "function", "options"))

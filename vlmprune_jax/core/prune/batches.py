@@ -16,7 +16,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.media import Packed, visuals_by_row
 from vlmprune_jax.core.prune.calibration import IMAGE, PADDING, Arrays, stack_rows, weight_of_token_types
 
-_Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
+_Image = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and its row's name
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,7 @@ class CalibrationBatch:
     """Labels of text rows, int32[rows, seq], -100 for tokens without a label."""
 
 
-def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
-    """Return a name for every calibration row, for messages: the record's id if known."""
-    names = list[str]()
-    for batch, arrays in zip(batches, checked, strict=True):
-        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["token_types"])
-        names += [f"record {name}" if name else f"row {len(names) + index}" for index, name in enumerate(ids)]
-    return names
-
-
-def row_batches(
-    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None
-) -> list[CalibrationBatch]:
+def row_batches(batches: Sequence[Arrays], settings: Mapping[str, Any]) -> list[CalibrationBatch]:
     """Group calibration rows into batches; rows for fitting and held-out rows never share a batch.
 
     Without a setting `held_out`, no row is held out.
@@ -66,16 +55,11 @@ def row_batches(
     rows = [
         jax.tree.map(operator.itemgetter(row), arrays) for arrays in batches for row in range(len(arrays["input_ids"]))
     ]
-    names = names or [f"row {number}" for number in range(len(rows))]
-    rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
+    rows = [row for row in rows if row["attention_mask"].any()]
     # By content, so that the order of the rows is immaterial.
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
-    weight_of, size = weight_of_token_types(settings), len(batches[0]["token_types"])
-    grouped = [
-        text_batch(stack_rows(part, size), weight_of, [row["name"] for row in part], held_out)
-        for chosen, held_out in _parted(rows, settings, "rows")
-        for part in (chosen[start : start + size] for start in range(0, len(chosen), size))
-    ]
+    parts, size = _parted(rows, settings, "rows"), len(batches[0]["token_types"])
+    grouped = _in_batches(parts, size, weight_of_token_types(settings))
     for held_out in {batch.held_out for batch in grouped}:
         if not any(batch.weight.any() for batch in grouped if batch.held_out == held_out):
             raise UserError(
@@ -85,58 +69,39 @@ def row_batches(
     return grouped
 
 
-def text_batch(
-    arrays: Arrays, weight_of: np.ndarray, names: Sequence[str] = (), held_out: bool = False
-) -> CalibrationBatch:
-    """Return a batch from rows of `stack_rows`; `weight_of`: float32[types], weight of a token of each type."""
-    context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
-    inputs = {name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")}
-    types = arrays["token_types"]
-    return CalibrationBatch(inputs, context, weight_of[types], types, list(names), held_out, arrays.get("labels"))
-
-
 def tower_batches(
-    batches: Sequence[Arrays],
-    settings: Mapping[str, Any],
-    names: Sequence[str],
-    cfg: ModelConfig,
-    stack: str,
-    *,
-    distinct: bool = True,
+    batches: Sequence[Arrays], settings: Mapping[str, Any], cfg: ModelConfig, stack: str, *, distinct: bool = True
 ) -> list[CalibrationBatch]:
-    """Group images (or inputs of another encoder) into batches; none if there are no images.
+    """Group images (or inputs of another encoder) into batches of packed rows; none if there are no images.
 
     `distinct`: take equal images once, and order them by content; so no image is both fitted and held out.
     """
-    images, names_left = dict[bytes, _Picture](), iter(names)
     tower: Any = cfg.stack(stack)
-    tokens: dict[str, Any] = {} if stack == "vision" else {"tokens": (tower.token_id,), "each": tower.tokens}
-    for arrays in batches:
-        ids, mask, media = arrays["input_ids"], arrays["attention_mask"], arrays.get("media", {})
-        rows = visuals_by_row(cfg, ids, mask, media[stack], **tokens) if stack in media else [[]] * len(ids)
-        for row in rows:
-            name = next(names_left)
-            for visual in row:
-                key = hashlib.sha256(visual.values.tobytes() + (b"" if visual.grid is None else visual.grid.tobytes()))
-                images[key.digest() if distinct else len(images).to_bytes(8)] = visual.values, visual.grid, name
+    images, tokens, title = dict[bytes, _Image](), dict[str, Any](), "images"
+    if stack == "vision":
+        positions = tower.grid**2 + tower.class_token
+    else:
+        tokens, title = {"tokens": (tower.token_id,), "each": tower.tokens}, f"items of {stack}"
+        positions = tower.positions
+    for arrays in (arrays for arrays in batches if stack in arrays["media"]):
+        ids, mask, packed = arrays["input_ids"], arrays["attention_mask"], arrays["media"][stack]
+        for name, visuals in zip(arrays["names"], visuals_by_row(cfg, ids, mask, packed, **tokens), strict=True):
+            for visual in visuals:
+                content = hashlib.sha256(b"".join(x.tobytes() for x in (visual.values, visual.grid) if x is not None))
+                key = content.digest() if distinct else len(images).to_bytes(8)
+                images[key] = visual.values, visual.grid, name
     chosen = [images[key] for key in sorted(images)]
-    positions = tower.positions if stack != "vision" else tower.grid**2 + tower.class_token
     if stack == "vision" and cfg.dynamic_resolution:
-        positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
-    title = "images" if stack == "vision" else f"items of {stack}"
+        positions = max((len(values) for values, _, _ in chosen), default=0)
     parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, title)]
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
-    size = len(batches[0]["token_types"])
-    return [
-        _tower_batch(packs[start : start + size], (size, positions, most), held_out, stack)
-        for packs, held_out in parts
-        for start in range(0, len(packs), size)
-    ]
+    rows = [([_packed_row(pack, positions, most, stack) for pack in packs], held_out) for packs, held_out in parts]
+    return _in_batches(rows, len(batches[0]["token_types"]))
 
 
-def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
+def _in_packs(images: Sequence[_Image], positions: int) -> list[list[_Image]]:
     """Pack images of varying size in order into rows of `positions` patches; images of fixed size get a row each."""
-    packs, room = list[list[_Picture]](), 0
+    packs, room = list[list[_Image]](), 0
     for image in images:
         needed = positions if image[1] is None else len(image[0])
         if needed > room:
@@ -147,28 +112,20 @@ def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]
     return packs
 
 
-def _tower_batch(
-    packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool, stack: str
-) -> CalibrationBatch:
-    """Return a batch of images in packed rows; `shape`: number of rows, and of positions and images per row."""
-    size, positions, most = shape
-    first, grid, _ = packs[0][0]
-    pixels = np.zeros((size, *(first.shape if grid is None else (positions, *first.shape[1:]))), np.float32)
-    real, grids = np.zeros((size, positions), np.float32), np.zeros((size, most, 3), np.int32)
-    for row, visuals in enumerate(packs):
-        joined = np.concatenate([values for values, _, _ in visuals])
-        pixels[row, : len(joined)] = joined
-        real[row, : positions if grid is None else len(joined)] = 1
-        if grid is not None:
-            grids[row, : len(visuals)] = np.array([grid for _, grid, _ in visuals])
-    images = Packed(pixels, None if grid is None else grids)
-    names = [", ".join(name for _, _, name in visuals) for visuals in packs]
-    types = np.where(real > 0, IMAGE, PADDING)
-    return CalibrationBatch({"media": {stack: images}}, {"grid": images.grid}, real, types, names, held_out)
+def _packed_row(images: Sequence[_Image], positions: int, most: int, stack: str) -> Arrays:
+    """Return images in one packed row that is padded to `positions` patches and, of any size, to `most` images."""
+    values, grids, names = zip(*images, strict=True)
+    pixels, filled, grid = np.concatenate(values), positions, None
+    if grids[0] is not None:
+        filled = len(pixels)
+        pixels = np.concatenate([pixels, np.zeros((positions - filled, *pixels.shape[1:]), pixels.dtype)])
+        grid = np.concatenate([grids, np.zeros((most - len(grids), 3), np.int32)])
+    types = np.where(np.arange(positions) < filled, IMAGE, PADDING)
+    return {"media": {stack: Packed(pixels, grid)}, "token_types": types, "names": ", ".join(names)}
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], title: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Return (images to fit to, False) and (held-out images, True); raise UserError for fewer than two images."""
+    """Return (rows or images to fit to, False) and (those held out, True); raise UserError for fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
@@ -179,10 +136,29 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], title: str) -> t
     return (chosen[n_held:], False), (chosen[:n_held], True)
 
 
-def stack_batches(
-    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig, stack: str
+def _in_batches(
+    parts: Sequence[tuple[Sequence[Arrays], bool]], size: int, weight_of: np.ndarray | None = None
 ) -> list[CalibrationBatch]:
-    """Return calibration batches of a stack's inputs: rows for the decoder, images or other items for a tower."""
-    if stack == "text":
-        return row_batches(batches, settings, names)
-    return tower_batches(batches, settings, names, cfg, stack)
+    """Return batches of `size` rows each, in order; the last one of a part is padded with empty rows."""
+    return [
+        batch_of(stack_rows(chosen, size), weight_of, [row["names"] for row in chosen], held_out)
+        for rows, held_out in parts
+        for chosen in (rows[start : start + size] for start in range(0, len(rows), size))
+    ]
+
+
+def batch_of(
+    arrays: Arrays, weight_of: np.ndarray | None = None, names: Sequence[str] = (), held_out: bool = False
+) -> CalibrationBatch:
+    """Return a batch from rows of `stack_rows`, of the decoder or (without token ids) of a tower.
+
+    `weight_of`: float32[types], weight of a token of each type; by default 1, and 0 for padding.
+    """
+    context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
+    inputs: dict[str, Any] = {name: arrays[name] for name in ("input_ids", "media") if name in arrays}
+    if "input_ids" not in arrays:
+        (images,) = arrays["media"].values()
+        context = {"grid": images.grid}
+    types = arrays["token_types"]
+    weight = (types != PADDING).astype(np.float32) if weight_of is None else weight_of[types]
+    return CalibrationBatch(inputs, context, weight, types, list(names), held_out, arrays.get("labels"))

@@ -23,28 +23,33 @@ TOKEN_TYPE_WEIGHTS = {name: getattr(ScoreConfig(), name) for name in ("image_wei
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
-    """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels.
+    """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels, names.
 
-    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
+    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch. Names of
+    the rows are for messages: the `.record_ids` of a batch if it has them, otherwise the number of the row.
     Images, and items of other encoders, are returned under "media" in the form of `Packed`, one packed row for each
     row. Raises UserError if there is no batch, an array is missing, or the model cannot read the shapes, ids, images or
     labels.
     """
-    number = -1
+    rows = 0
     for number, batch in enumerate(batches):
         arrays = getattr(batch, "arrays", batch)
         with error_context(f"calibration batch {number}"):
             if not isinstance(arrays, Mapping):
                 raise UserError(f"must be a mapping of arrays, got {type(batch).__name__}: make it with vp.batches")
-            yield _checked({name: array for name, array in arrays.items() if array is not None}, cfg, labels)
-    if number < 0:
+            checked = _checked({name: array for name, array in arrays.items() if array is not None}, cfg, labels)
+        ids = getattr(batch, "record_ids", None) or [""] * len(checked["input_ids"])
+        names = [f"record {name}" if name else f"row {rows + index}" for index, name in enumerate(ids)]
+        rows += len(names)
+        yield checked | {"names": np.array(names)}
+    if not rows:
         raise UserError("there are no calibration batches: pass at least one")
 
 
 def stack_rows(rows: Sequence[Mapping[str, Any]], size: int) -> Arrays:
     """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
-    The result has ids, mask, token types, labels and media; positions are there only if the rows have them.
+    The result has the ids, mask, token types, labels, positions and media that any of the rows has.
     """
     longest = max(len(row["token_types"]) for row in rows)
 
@@ -59,7 +64,7 @@ def stack_rows(rows: Sequence[Mapping[str, Any]], size: int) -> Arrays:
                 array[index][tuple(map(slice, part.shape))] = part
         return array
 
-    names = (*_FILLS, *({"position_ids"} & rows[0].keys()))
+    names = [name for name in (*_FILLS, "position_ids") if any(name in row for row in rows)]
     arrays: Arrays = {name: stacked([row.get(name) for row in rows], name) for name in names}
     media = dict[str, Packed]()
     for name in dict.fromkeys(name for row in rows for name in row["media"]):

@@ -21,16 +21,11 @@ from vlmprune_jax.core.models.channels import blocks_of, hidden_of
 from vlmprune_jax.core.models.context import Routed
 from vlmprune_jax.core.prune.layers import Layer, Rows
 from vlmprune_jax.core.prune.layerwise import stream_error
-from vlmprune_jax.core.prune.ridge import Solution, Sums, best_ridge, solved, token_scale, token_sums, total_sums
+from vlmprune_jax.core.prune.least_squares import Solution, Sums, best_ridge, both_sums, solved, token_scale, token_sums
 from vlmprune_jax.core.prune.stream import LayerStream
 
 EXPERTS, SHARED = "mlp/experts/down_proj/weight", "mlp/dense/down_proj/weight"
 SWEEPS, STEPS = 3, (1.0, 0.5, 0.25)
-
-
-def has_experts(layer: Layer, module: str) -> bool:
-    """Return True if the output projection called `module` belongs to experts in this layer."""
-    return module == "down_proj" and EXPERTS in layer.params
 
 
 def repair_experts(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]) -> tuple[Layer, Solution]:
@@ -47,12 +42,10 @@ def repair_experts(layer: Layer, stream: LayerStream, targets: Sequence[jax.Arra
     ridges, tokens = list[float](), 0
     for path in [name for name in changes for _ in range(SWEEPS if name == EXPERTS else 1)]:
         compute = functools.partial(_sums, layer, shared=path == SHARED)
-        fit, held = (total_sums(stream, held_out, compute, targets, title="experts") for held_out in (False, True))
+        fit, held = both_sums(stream, compute, targets, title="experts")
         direction, used = _direction(fit, held)
-        tokens = int(np.mean(gather_to_host(fit.tokens)))
-        direction = direction.reshape(changes[path].shape)
-        old = layer.params[path]
-        trials = {step: layer.with_params({path: old + step * direction}) for step in STEPS if used}
+        tokens, direction = int(np.mean(gather_to_host(fit.tokens))), direction.reshape(changes[path].shape)
+        trials = {step: layer.with_params({path: layer.params[path] + step * direction}) for step in STEPS if used}
         errors = {step: stream_error(trial, stream, targets) for step, trial in trials.items()}
         step = min(errors, key=lambda step: errors[step], default=0.0)
         if step and errors[step] < lowest:
@@ -84,8 +77,8 @@ def _sums(layer: Layer, rows: Rows, target: jax.Array, *, shared: bool) -> Sums:
     used, scale = rows.weight > 0, token_scale(rows.weight, target)
     error = jnp.where(used[..., None], target - after.x, 0.0)  # padding may hold anything
     if shared:
-        gram, cross = token_sums(scale, used, routed.shared, error)
-        return Sums(gram[None], cross[None], tokens=jnp.sum(used, dtype=jnp.float32)[None])
+        sums = token_sums(scale, used, routed.shared, error)
+        return Sums(sums.gram[None], sums.cross[None], tokens=jnp.sum(used, dtype=jnp.float32)[None])
     return _of_experts(routed, layer.params, error, scale, layer.cfg.channel.activation)
 
 
@@ -96,14 +89,14 @@ def _of_experts(routed: Routed, params: Any, error: jax.Array, scale: jax.Array,
     flat = [array.reshape(-1, *array.shape[2:]) for array in (routed.read, error, scale)]
     gates, blocks = routed.gates.reshape(-1), blocks_of(routed.experts.reshape(-1, k), count)
 
-    def add(totals: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+    def add(totals: Sums, block: tuple[jax.Array, jax.Array]) -> tuple[Sums, None]:
         rows, expert = block
         read, missing, weight = (array.at[rows // k].get(mode="fill", fill_value=0) for array in flat)
         hidden = hidden_of(act, read, gate[expert], up[expert])
         hidden = hidden * gates.at[rows].get(mode="fill", fill_value=0)[:, None]
-        new = (*token_sums(weight, weight > 0, hidden, missing), jnp.sum(weight > 0, dtype=jnp.float32))
-        return tuple(total.at[expert].add(part) for total, part in zip(totals, new, strict=True)), None
+        new = token_sums(weight, weight > 0, hidden, missing)
+        new = new._replace(energy=None, tokens=jnp.sum(weight > 0, dtype=jnp.float32))
+        return jax.tree.map(lambda total, part: total.at[expert].add(part), totals, new), None
 
-    zeros = (jnp.zeros((count, neurons, neurons)), jnp.zeros((count, neurons, embed)), jnp.zeros(count))
-    gram, cross, tokens = jax.lax.scan(add, zeros, (blocks.rows, blocks.experts))[0]
-    return Sums(gram, cross, tokens=tokens)
+    zeros = jnp.zeros((count, neurons, neurons)), jnp.zeros((count, neurons, embed)), None, jnp.zeros(count)
+    return jax.lax.scan(add, Sums(*zeros), (blocks.rows, blocks.experts))[0]._replace(energy=0.0)

@@ -9,11 +9,12 @@ Layer by layer, the stream of the model rounded so far is on the hosts, and one 
 `reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
 weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
 
-`squares` are the diagonals of the same sums without these divisors, for quantisers that weigh channels.
+The diagonals of the same sums, without these divisors, are for quantisers that weigh channels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,11 +27,11 @@ from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import READERS, WRITERS
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.batches import names_of_rows, row_batches
+from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches, positive
 from vlmprune_jax.core.prune.layers import Layer, Rows
+from vlmprune_jax.core.prune.least_squares import check_finite, token_scale, token_sums
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
-from vlmprune_jax.core.prune.ridge import check_finite, token_scale, token_sums
 from vlmprune_jax.core.prune.stream import LayerStream
 
 _DAMPING = 0.01  # added to the diagonal of G, as a share of each entry (the paper: of the mean entry)
@@ -50,9 +51,7 @@ class IntegerGrid(Protocol):
 
 def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) -> LayerStream:
     """Return the residual stream of all calibration rows at the input of the decoder's first layer."""
-    batches = list(batches)
-    checked = list(calibration_batches(batches, model.cfg, labels=False))
-    grouped = row_batches(checked, weights.by_name, names_of_rows(batches, checked))
+    grouped = row_batches(list(calibration_batches(batches, model.cfg, labels=False)), weights.by_name)
     positive(len(grouped))
     return LayerStream(model, "text", grouped)
 
@@ -114,26 +113,24 @@ def finite_sums(
     return totals
 
 
-@jax.jit
-def input_sums(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
-    """Return the sums of w x x^T, float32[in, in], for each input x of a layer's matrices (`READERS`)."""
-    outs = {name: f"{name}_out" for name in WRITERS}
+@functools.partial(jax.jit, static_argnames="diagonal")
+def input_sums(layer: Layer, rows: Rows, *, diagonal: bool = False) -> dict[str, jax.Array]:
+    """Return the sums of w x x^T, float32[in, in], for each input x of a layer's matrices (`READERS`).
+
+    `diagonal`: return the sums of x^2, float32[in], with each token's weight as it is.
+    """
+    outs = {} if diagonal else {name: f"{name}_out" for name in WRITERS}
     block, after, values = layer.compute(rows, (*READERS, *outs.values()))
-    scales = dict.fromkeys(READERS, rows.weight)
+    scales, sums = dict.fromkeys(READERS, rows.weight), dict[str, jax.Array]()
     for name, out in outs.items():
         norm, scales[name] = block.norm_after(name), token_scale(rows.weight, after.x)
         if norm is not None:
             scales[name] *= norm.statistics(values[out])[..., 1] ** 2
-    flat = {name: values[name].reshape(*rows.x.shape[:2], -1) for name in READERS}
-    return {name: constrain(token_sums(scales[name], rows.weight > 0, read), ()) for name, read in flat.items()}
-
-
-@jax.jit
-def squares(layer: Layer, rows: Rows) -> dict[str, jax.Array]:
-    """Return the sums of w x^2, float32[in], for each input x of a layer's matrices (`READERS`)."""
-    _, _, values = layer.compute(rows, READERS)
-    sums = dict[str, jax.Array]()
     for name in READERS:
-        read = jnp.where(rows.weight[..., None] > 0, values[name].reshape(*rows.x.shape[:2], -1), 0.0)
-        sums[name] = constrain(jnp.einsum("bsi,bs->i", read**2, rows.weight, precision="highest"), ())
-    return sums
+        read, used = values[name].reshape(*rows.x.shape[:2], -1), rows.weight > 0
+        if diagonal:
+            square = jnp.where(used[..., None], read, 0.0) ** 2
+            sums[name] = jnp.einsum("bsi,bs->i", square, rows.weight, precision="highest")
+        else:
+            sums[name] = token_sums(scales[name], used, read).gram
+    return jax.tree.map(lambda total: constrain(total, ()), sums)

@@ -175,9 +175,9 @@ class Layer:
         return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), (state, captured))
 
     def final_norm(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
-        """Apply the norm after the decoder's last layer; `params`: {name of the norm: its parameters}."""
+        """Apply the norm after the decoder's last layer, with its parameters by name."""
         module = stack_module(self.stack, self.cfg)
-        return fill(getattr(module, module.norm_name), params[module.norm_name])(x)
+        return fill(getattr(module, module.norm_name), params)(x)
 
     def with_params(self, params: Mapping[str, Any], dtype: Any = None) -> Layer:
         """Return a copy of the layer with parameters replaced by path, rounded to `dtype` (default: the model's)."""

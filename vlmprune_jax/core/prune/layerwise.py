@@ -19,7 +19,7 @@ import optax
 
 from vlmprune_jax.core.mesh.mesh import gather_to_host
 from vlmprune_jax.core.prune.layers import Layer, Rows, to_devices
-from vlmprune_jax.core.prune.ridge import Solution, count_tokens, token_scale
+from vlmprune_jax.core.prune.least_squares import Solution, count_tokens, token_scale
 from vlmprune_jax.core.prune.stream import LayerStream
 
 RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # learning rate (1e-3 raises the error), epochs, warm-up steps

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -49,14 +49,13 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import WRITERS as WRITERS_OF
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.batches import names_of_rows, stack_batches
-from vlmprune_jax.core.prune.calibration import calibration_batches
-from vlmprune_jax.core.prune.expert_repair import has_experts, repair_experts
+from vlmprune_jax.core.prune.batches import row_batches, tower_batches
+from vlmprune_jax.core.prune.calibration import Arrays, calibration_batches
+from vlmprune_jax.core.prune.expert_repair import EXPERTS, repair_experts
 from vlmprune_jax.core.prune.layers import Layer, to_devices, with_layers
 from vlmprune_jax.core.prune.layerwise import train_layer
-from vlmprune_jax.core.prune.least_squares import READER_OF, Targets, norm_name, repair_readers, repair_writer
+from vlmprune_jax.core.prune.least_squares import READER_OF, Solution, Targets, norm_name, repair_readers, repair_writer
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
-from vlmprune_jax.core.prune.ridge import Solution
 from vlmprune_jax.core.prune.stream import LayerStream
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 
@@ -106,38 +105,49 @@ def reconstruct(
     config = override(ReconstructConfig() if config is None else config, options, "reconstruct")
     if config.method == "none":
         return pruned, []
+    _check(pruned, plan, teacher, config)
+    teacher = trim_vocabulary(teacher, plan.vocabulary)
+    checked = list(calibration_batches(batches, pruned.cfg, labels=False))
+    repairs, finished = list[dict[str, Any]](), itertools.count(1)
+    with use_mesh(mesh_of(pruned.params)):
+        for stack in _stacks(plan):
+            repair = _Repair(plan.stacks[stack], *_streams(stack, teacher, pruned, checked, config), cache, config)
+            repair.stream.walk(repair.visit, progress=lambda _: progress and progress(next(finished)))
+            pruned = with_layers(pruned, stack, repair.changed)
+            repairs += repair.rows
+    return pruned, repairs
+
+
+def _check(pruned: Model, plan: PrunePlan, teacher: Model, config: ReconstructConfig) -> None:
+    """Raise UserError for a plan that did not make `pruned` from `teacher`, or that has nothing for the method."""
     if config.trains_layers and not any(kept.removed_layers for kept in plan.stacks.values()):
         raise UserError(
             'reconstruct.method="layerwise" needs a plan that removes layers (training layers one by one gains nothing '
             'after width pruning): set it to "least_squares"'
         )
-    settings = {**config.by_name, "held_out": config.held_out}
     check_plan_is_for(teacher, plan)
     if param_shapes(plan.apply_to(teacher.cfg)) != param_shapes(pruned.cfg):
         raise UserError(
             "reconstruct: the pruned model was not made with this plan from this teacher: apply the plan to the teacher"
         )
-    teacher, batches = trim_vocabulary(teacher, plan.vocabulary), list(batches)
-    checked = list(calibration_batches(batches, pruned.cfg, labels=False))
-    names, repairs, finished = names_of_rows(batches, checked), list[dict[str, Any]](), itertools.count(1)
-    with use_mesh(mesh_of(pruned.params)):
-        for stack in _stacks(plan):
-            grouped = stack_batches(checked, settings, names, pruned.cfg, stack)
-            unpruned, stream = LayerStream(teacher, stack, grouped), LayerStream(pruned, stack, grouped)
-            _share_embeds(unpruned, stream)
-            repair = _Repair(plan.stacks[stack], unpruned, stream, cache, config)
-            stream.walk(repair.visit, progress=lambda _: progress and progress(next(finished)))
-            pruned = with_layers(pruned, stack, repair.changed)
-            repairs += [{"stack": stack, **row} for row in repair.repairs]
-    return pruned, repairs
 
 
-def _share_embeds(unpruned: LayerStream, stream: LayerStream) -> None:
-    """Keep the additional embeddings of both models in memory once if they come from one tower."""
+def _streams(
+    stack: str, teacher: Model, pruned: Model, checked: Sequence[Arrays], config: ReconstructConfig
+) -> tuple[LayerStream, LayerStream]:
+    """Return the streams of the unpruned and of the pruned model through a component, at the first layer.
+
+    Additional embeddings of both models are in memory once if they come from one tower.
+    """
+    settings = {**config.by_name, "held_out": config.held_out}
+    is_text, cfg = stack == "text", pruned.cfg
+    grouped = row_batches(checked, settings) if is_text else tower_batches(checked, settings, cfg, stack)
+    unpruned, stream = LayerStream(teacher, stack, grouped), LayerStream(pruned, stack, grouped)
     for number, pair in enumerate(zip(unpruned.embeds, stream.embeds, strict=True)):
         leaves = zip(*map(jax.tree.leaves, pair), strict=True)
         if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in leaves):
             stream.embeds[number] = unpruned.embeds[number]
+    return unpruned, stream
 
 
 class _Repair:
@@ -152,7 +162,7 @@ class _Repair:
         config: ReconstructConfig,
     ):
         self.kept, self.unpruned, self.stream, self.cache, self.config = kept, unpruned, stream, cache, config
-        self.repairs, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
+        self.rows, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
         self._reads, self._trains = _reads(config, kept), False
 
     def visit(self, loaded: Layer) -> Layer | None:
@@ -162,30 +172,30 @@ class _Repair:
         targets = self._targets(first, end, "middle" if self._reads or "o_proj" in lost else None)
         layer = dataclasses.replace(loaded, number=first)
         for module in WRITERS:
-            if module in lost and has_experts(layer, module):
-                layer = self._once(module, layer, repair_experts, targets.after)
+            if module in lost and module == "down_proj" and EXPERTS in layer.params:
+                layer = self._once(module, repair_experts, layer, targets.after)
                 continue
-            before = layer
+            before, options = layer, {"module": module, "refit": config.refits}
             if self._reads and hasattr(layer.block, norm_name(layer, module)):
-                repair = functools.partial(repair_readers, module=module, lost=module in lost, refit=config.refits)
-                layer = self._once(READER_OF[module], layer, repair, targets)
+                layer = self._once(READER_OF[module], repair_readers, layer, targets, lost=module in lost, **options)
             if module in lost or layer is not before:
-                repair = functools.partial(repair_writer, module=module, refit=config.refits)
-                layer = self._once(module, layer, repair, targets)
+                layer = self._once(module, repair_writer, layer, targets, **options)
         self._trains = self._trains or (config.trains_layers and end - first > 1)
         if self._trains:
-            layer = self._once("layer", layer, train_layer, targets.after)
+            layer = self._once("layer", train_layer, layer, targets.after)
         if layer.params is not loaded.params:
             self.changed[number] = layer.changes_from(loaded)
         return layer if number + 1 < self.stream.n_layers else None  # nothing reads what the last layer adds
 
-    def _once(self, name: str, layer: Layer, repair: Callable[..., tuple[Layer, Solution]], targets: Any) -> Layer:
+    def _once(
+        self, name: str, repair: Callable[..., tuple[Layer, Solution]], layer: Layer, targets: Any, **options: Any
+    ) -> Layer:
         """Return the layer after one repair, with changed parameters from the cache if they are there."""
         key = f"{self.stream.stack}/{self.stream.number}/{name}"
         keys = {path: f"{key}/{path}" for path in layer.params}
 
         def compute() -> dict[str, np.ndarray]:
-            repaired, solution = repair(layer, self.stream, targets)
+            repaired, solution = repair(layer, self.stream, targets, **options)
             arrays = dict.fromkeys(keys.values(), np.zeros(0))  # unchanged
             arrays |= {keys[path]: values for path, values in repaired.changes_from(layer).items()}
             return {key: np.frombuffer(msgspec.json.encode(solution), np.uint8), **arrays}
@@ -193,7 +203,7 @@ class _Repair:
         stored = recorded(self.cache, [key, *keys.values()], compute)
         where, todo = f"the cached repair {key}", "remove the cache and run again"
         row = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
-        self.repairs.append({"layer": layer.number, "module": name, **row})
+        self.rows.append({"stack": self.stream.stack, "layer": layer.number, "module": name, **row})
         changed = {path: stored[name] for path, name in keys.items() if stored[name].size}
         return layer.with_params(changed) if changed else layer
 

@@ -18,7 +18,7 @@ from vlmprune_jax.base.files import MAX_ARRAYS_BYTES, checked, parse_json, read_
 from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.activations import LayerValues, Tokens, grouped, visit_layers
+from vlmprune_jax.core.prune.activations import LayerValues, Tokens, grouped, layer_sums
 from vlmprune_jax.core.prune.calibration import PADDING, TOKEN_TYPES, TYPES, calibration_batches
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.stream import on_devices
@@ -74,12 +74,6 @@ class Routing:
         lost = np.any(~np.isin(self.choices[layer], list(kept)), axis=1)
         each = {name: lost[self.token_types == number] for name, number in TOKEN_TYPES.items()}
         return {name: float(tokens.mean()) for name, tokens in each.items() if len(tokens)}
-
-    def joined(self, other: Routing) -> Routing:
-        """Return the routing of both sets of calibration tokens."""
-        sums = {layer: _joined(own, other.sums[layer]) for layer, own in self.sums.items()}
-        choices = {layer: np.concatenate([own, other.choices[layer]]) for layer, own in self.choices.items()}
-        return Routing(self.fingerprint, sums, choices, np.concatenate([self.token_types, other.token_types]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the routing to an `.npz` file (without pickle), atomically."""
@@ -152,25 +146,20 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     room = _MOST_CHOICES // sum(2 * channel.top_k for channel in mixtures)  # tokens
     model, ways = on_devices(model), np.ones((1, len(TYPES)), np.float32)
     sums, choices, types = dict[int, np.ndarray](), dict[int, list[np.ndarray]](), list[np.ndarray]()
-    for group in grouped(model, "text", calibration_batches(batches, model.cfg, labels=False), ways[0]):
-        layers = visit_layers(model, "text", group, ("routed",), _route, {}, ways)
-        for number, (batch,) in enumerate(group):
+    for group in grouped(model, "text", calibration_batches(batches, model.cfg, labels=False)):
+        computed = layer_sums(model, "text", group, ("routed",), _route, {}, ways)
+        for (batch,), layers in zip(group, computed, strict=True):
             real = np.flatnonzero(batch.token_types != PADDING)[: max(room - sum(map(len, types)), 0)]
             types.append(batch.token_types.reshape(-1)[real].astype(np.uint8))
             for i, layer in enumerate(layers):
-                result = {name: np.asarray(array[0]) for name, array in layer[number][0].items()}
-                sums[i] = _joined(sums[i], result["sums"]) if i in sums else result["sums"].astype(np.float64)
-                chosen = result["experts"].reshape(-1, result["experts"].shape[-1])
-                choices.setdefault(i, []).append(chosen[real].astype(np.uint16))
+                (new,), (experts,) = layer["sums"], layer["experts"]
+                total = sums.get(i, np.zeros_like(new))
+                largest = np.maximum(total[:, -1:], new[:, -1:])  # the last row is no sum
+                sums[i] = np.concatenate([total[:, :-1] + new[:, :-1], largest], axis=1)
+                choices.setdefault(i, []).append(experts.reshape(-1, experts.shape[-1])[real].astype(np.uint16))
             if progress is not None:
                 progress(len(types))
     return Routing(fingerprint(model), sums, {i: np.concatenate(x) for i, x in choices.items()}, np.concatenate(types))
-
-
-def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Merge the statistics of two sets of tokens: add the sums, and take the larger maximum (last row)."""
-    largest = np.maximum(one[:, -1:], other[:, -1:])
-    return np.concatenate([one[:, :-1] + other[:, :-1], largest], axis=1)
 
 
 def _route(layer: LayerValues, tokens: Tokens) -> dict[str, jax.Array]:

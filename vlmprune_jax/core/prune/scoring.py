@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import VOCAB, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
-from vlmprune_jax.core.prune.activations import LayerSums, grouped, visit_layers
+from vlmprune_jax.core.prune.activations import LayerSums, added, grouped, layer_sums
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.calibration import (
     TOKEN_TYPE_WEIGHTS,
@@ -62,8 +62,8 @@ def score(
         that need labels. None for criteria that only read weights, or with a `routing`.
       stack: "text" for the decoder, or "vision" for the tower (on the images of the batches).
       routing: `Scores.routing` of an earlier call, from which criteria for experts are computed without a forward pass.
-      progress: called with the number of finished batches or layers (`Criterion.counts`).
-      journal: keeps the sums of each batch, to continue after an interruption, if the criterion supports this.
+      progress: called with the number of finished batches, or of layers for criteria that need labels.
+      journal: keeps the sums of each batch, to continue after an interruption, for criteria that score layers.
       cache: keeps the sums of each layer (for criteria that need labels), likewise.
       config: settings; each criterion uses the settings that it has, and `options` override single settings.
       options: settings of the criterion by name (`vp.criteria[name].settings`, see `ScoreConfig`).
@@ -89,11 +89,10 @@ def score(
         raise UserError(f"criterion {criterion!r} needs calibration batches: pass batches")
     if chosen.needs == "routing" and routing is None:
         routing = measure_routing(model, batches or (), progress=progress)
-    if not chosen.journals:
-        journal = cache = None
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        kept = {"progress": progress, "journal": journal, "cache": cache}
+        kept: dict[str, Any] = {"progress": progress, "cache": cache}
+        kept["journal"] = journal if "layers" in chosen.scores else None  # sums of units are too many numbers
         values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
         for arrays in (values, *by_token_type.values()):
             _check(criterion, chosen, arrays, model.cfg, stack)
@@ -133,7 +132,7 @@ def _activation_sums(
 
     def waiting() -> Iterator[tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]]:
         """Yield, for each batch, its group from it on, and a list for the sums of the group's batches."""
-        for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False), weight_of):
+        for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False)):
             computed = list[list[LayerSums]]()
             for number, parts in enumerate(group):
                 for batch in parts:
@@ -143,8 +142,7 @@ def _activation_sums(
     def sums_of(item: tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]) -> list[dict[str, Any]]:
         group, computed = item
         if not computed:  # the first batch of the group that the journal lacks
-            layers = visit_layers(model, stack, group, chosen.inputs, chosen.function, options, ways)
-            computed += [list(map(_added, batch)) for batch in zip(*layers, strict=True)]
+            computed += layer_sums(model, stack, group, chosen.inputs, chosen.function, options, ways)
         sums = computed[-len(group)]
         return sums if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in sums]
 
@@ -152,19 +150,13 @@ def _activation_sums(
     entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
     for done, entry in enumerate(entries, start=1):
         pairs = zip(totals or [{}] * n_layers, entry, strict=True)
-        totals = [_added([sums for sums in pair if sums]) for pair in pairs]
+        totals = [added([sums for sums in pair if sums]) for pair in pairs]
         if progress is not None:
             progress(done)
     positive(sum(map(len, totals)))
     by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
     of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
     return by_way[0], {name: of_type[name] for name in types_in(counts) if types}
-
-
-def _added(results: Sequence[Mapping[str, Any]]) -> LayerSums:
-    """Add up sums of the same names in float64."""
-    names = results[0] if results else ()
-    return {name: np.sum([np.asarray(sums[name], np.float64) for sums in results], axis=0) for name in names}
 
 
 def _fits(entry: Any, n_layers: int) -> bool:

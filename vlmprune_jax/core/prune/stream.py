@@ -35,7 +35,7 @@ from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.core.models.lazy import LazyArray, to_device
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
-from vlmprune_jax.core.models.vlm import Model, to_nnx
+from vlmprune_jax.core.models.vlm import Model, stack_module, to_nnx
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.layers import Layer, Rows, State, streamed, to_devices
 
@@ -113,7 +113,7 @@ class LayerStream:
         """Return the parameters of the norm after the decoder's last layer (`Layer.final_norm`); None for towers."""
         if self.stack != "text":
             return None
-        return jax.tree.map(to_device, {name: x for name, x in self.model.params["text"].items() if "norm" in name})
+        return jax.tree.map(to_device, self.model.params["text"][stack_module("text", self.model.cfg.text).norm_name])
 
     def rows(self, batch: int) -> Rows:
         """Return the rows of batch number `batch` at the present layer's input, on the devices or sharded over them."""

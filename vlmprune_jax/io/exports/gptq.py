@@ -19,7 +19,7 @@ from vlmprune_jax.core.limits import Limit
 from vlmprune_jax.core.models.context import READERS
 from vlmprune_jax.core.models.layers import FAKE_QUANTS
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.gptq import decoder_stream, finite_sums, round_matrices, squares
+from vlmprune_jax.core.prune.gptq import decoder_stream, finite_sums, input_sums, round_matrices
 from vlmprune_jax.core.prune.layers import Layer
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.core.prune.stream import LayerStream
@@ -131,7 +131,7 @@ def imatrix(
         keys = {f"{layer.number}/{name}": name for name in READERS}
 
         def compute() -> dict[str, np.ndarray]:
-            sums = finite_sums(squares, layer, stream, "imatrix")
+            sums = finite_sums(functools.partial(input_sums, diagonal=True), layer, stream, "imatrix")
             return {key: sums[name] for key, name in keys.items()}
 
         arrays = recorded(cache, keys, compute)

@@ -136,7 +136,7 @@ def _score(
     """Score one stack by one criterion, resuming an interrupted pass; `known`: keyword arguments for `vp.score`."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
-    if chosen.needs == "labels" and chosen.journals:
+    if chosen.needs == "labels":
         kept: dict[str, Any] = {"cache": ArrayCache(_parts(output), made_from)}
     else:
         kept = {"journal": work.journal(output, {"batches": total})}

@@ -1,7 +1,6 @@
 """What a criterion can be, what its functions get, and that nothing outside prune/criteria/ knows one by name."""
 
 import ast
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +88,6 @@ OWN = Criterion(
     function=energy,
     finish=mean_energy,
     options={"power": 2, "gqa": "groups"},
-    journals=True,
     inputs=("o_proj", "down_proj"),
 )
 
@@ -127,29 +125,28 @@ def test_unequal_layers_and_query_heads(own):
     )
 
 
-def test_an_interrupted_pass_continues_from_its_journal(own, tmp_path):
+def test_an_interrupted_pass_continues_from_its_journal(tmp_path):
     cfg = config(UNEQUAL)
     batches = [batch(cfg, seed=seed) for seed in range(3)]
-    expected = score(model(cfg), batches, criterion="energy")
+    expected = score(model(cfg), batches, criterion="block_influence")
 
     def stop(done):
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(model(cfg), batches, criterion="energy", progress=stop, journal=Journal(tmp_path / "j", {}))
+        score(model(cfg), batches, criterion="block_influence", progress=stop, journal=Journal(tmp_path / "j", {}))
     # what the journal has is not computed again: the first two batches may be any others
     others = [batch(cfg, seed=7), batch(cfg, seed=8), batches[2]]
-    again = score(model(cfg), others, criterion="energy", journal=Journal(tmp_path / "j", {}))
+    again = score(model(cfg), others, criterion="block_influence", journal=Journal(tmp_path / "j", {}))
     assert_equal(again, expected)
     complete = Journal(tmp_path / "j", {})
     assert len(complete.entries) == 3
-    assert_equal(score(model(cfg), batches, criterion="energy", journal=complete), expected)
+    assert_equal(score(model(cfg), batches, criterion="block_influence", journal=complete), expected)
 
 
-def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch):
+def test_a_criterion_that_scores_no_layers_leaves_no_journal(own, tmp_path):
     cfg = config(EQUAL)
-    monkeypatch.setitem(CRITERIA, "energy", dataclasses.replace(OWN, journals=False))
     score(model(cfg), [batch(cfg)], criterion="energy", journal=Journal(tmp_path / "j", {}))
     assert not (tmp_path / "j").exists()
 
@@ -162,7 +159,6 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
             {"needs": "gradients"},
             "a criterion's needs: 'gradients' is not one of weights, activations, routing, labels",
         ),
-        ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"inputs": ("gate_proj",)}, "input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "),

@@ -4,7 +4,6 @@ from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.activations import LayerValues, Tokens
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.core.prune.config import CRITERIA
-from vlmprune_jax.core.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.core.prune.criteria.criterion import Criterion
 from vlmprune_jax.core.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
 from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
@@ -12,7 +11,7 @@ from vlmprune_jax.core.prune.criteria.greedy import GREEDY_LOSS
 from vlmprune_jax.core.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
 from vlmprune_jax.core.prune.criteria.routed import EXPERT_FREQUENCY, EXPERT_NORM, MAN, MSAN, REAP
 from vlmprune_jax.core.prune.criteria.taylor import TAYLOR
-from vlmprune_jax.core.prune.criteria.weights import L1, L2, RANDOM, input_weights
+from vlmprune_jax.core.prune.criteria.weights import ACTIVATION, FLUCTUATION, L1, L2, RANDOM, input_weights
 
 CRITERIA.fill(
     Criterion,

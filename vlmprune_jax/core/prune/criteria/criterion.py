@@ -48,8 +48,8 @@ class Criterion:
       routing: function(routing, **options) -> values, from the choices of routers (`prune.routing.Routing`); with
         `splits` -> (values, {token type: values}).
       labels: function(model, batches, progress, **options) -> values, by a pass over checked batches with labels (for
-        weight gradients: `gradients.gradient_channels`). With `splits` -> (values, {token type: values}). With
-        `journals`, it has a parameter `cache` (`core.cache.ArrayCache`, or None) to continue from.
+        weight gradients: `gradients.gradient_channels`). With `splits` -> (values, {token type: values}). A parameter
+        `cache` (`base.cache.ArrayCache`, or None) lets it continue an interrupted pass.
     """
 
     finish: Callable[..., Values] | None = None
@@ -59,12 +59,6 @@ class Criterion:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Defaults by name. The value of an option `variant` is part of the criterion's name; `gqa` and `layers_removed`
     define the units that are scored (see `Scores`)."""
-
-    counts: str = "batches"
-    """Unit of `progress`: finished "batches" or "layers"."""
-
-    journals: bool = False
-    """True to keep the sums of every batch on disk, so that an interrupted pass continues (for sums of few numbers)."""
 
     stacks: tuple[str, ...] = ("text",)
     """Stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders)."""
@@ -84,13 +78,8 @@ class Criterion:
         for name in self.inputs:
             one_of("input", name, VALUES)
         one_of("a criterion's needs:", self.needs, NEEDS)
-        one_of("a criterion's counts:", self.counts, ("batches", "layers"))
-        streams = self.needs == "activations"
-        resumes = streams or taken(self.function, {"cache": None})
-        if streams != (self.finish is not None) or (self.journals and not resumes):
-            raise UserError(
-                'a criterion with finish= (or journals=True without a parameter cache) must have needs="activations"'
-            )
+        if (self.needs == "activations") != (self.finish is not None):
+            raise UserError('a criterion with finish= (and no other) must have needs="activations"')
         if self.splits and not self.needs_batches:
             raise UserError(
                 'a criterion with needs="weights" reads no tokens, so it cannot have splits=True: leave splits out'
@@ -126,8 +115,8 @@ class Criterion:
         return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
-        """Return the total number of layers or batches for the progress bar."""
-        return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
+        """Return the total for the progress bar: of layers for criteria that need labels, otherwise of batches."""
+        return len(cfg.stack(stack).layers) if self.needs == "labels" else len(batches)
 
 
 def declared(*names: str) -> dict[str, Any]:

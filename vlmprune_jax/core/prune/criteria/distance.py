@@ -4,6 +4,7 @@ the angle over several consecutive layers (arXiv 2403.17887).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -51,18 +52,6 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(zero[..., 0], jnp.float32(0.5), 0.5 * jnp.sum(gap * gap, axis=-1))
 
 
-BLOCK_INFLUENCE = Criterion(
-    scores=("layers",),
-    needs="activations",
-    function=distances,
-    finish=mean_distance,
-    options=declared("reference_compat"),
-    journals=True,
-    stacks=STACKS,
-    splits=True,
-)
-
-
 def angles(
     layer: LayerValues, tokens: Tokens, *, carry: jax.Array | None, layers_removed: int | None
 ) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -102,13 +91,6 @@ def mean_angle(
     return {Key(stack, None, LAYERS): importance}
 
 
-ANGULAR = Criterion(
-    scores=("layers",),
-    needs="activations",
-    function=angles,
-    finish=mean_angle,
-    options=declared("layers_removed", "reference_compat"),
-    journals=True,
-    stacks=STACKS,
-    splits=True,
-)
+_of_layers = functools.partial(Criterion, ("layers",), "activations", stacks=STACKS, splits=True)
+BLOCK_INFLUENCE = _of_layers(distances, mean_distance, declared("reference_compat"))
+ANGULAR = _of_layers(angles, mean_angle, declared("layers_removed", "reference_compat"))

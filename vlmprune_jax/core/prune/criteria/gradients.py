@@ -32,7 +32,7 @@ from vlmprune_jax.core.models.stack import Passed
 from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.core.prune.activations import batches_of
-from vlmprune_jax.core.prune.batches import CalibrationBatch, text_batch
+from vlmprune_jax.core.prune.batches import CalibrationBatch, batch_of
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPES, TYPES, Arrays, stack_rows, types_in
 from vlmprune_jax.core.prune.criteria.groups import summed_axes
 from vlmprune_jax.core.prune.criteria.linearized import Products, run_with_products
@@ -142,7 +142,7 @@ class _Backward(LayerStream):
         channels: Callable[..., jax.Array],
     ):
         if stack == "text":
-            mesh, batches = mesh_of(model.params), [text_batch(step, np.ones(len(TYPES), np.float32)) for step in steps]
+            mesh, batches = mesh_of(model.params), [batch_of(step) for step in steps]
             self.targets = [place_batch({name: s[name] for name in ("labels", "token_types")}, mesh) for s in steps]
         else:
             self.targets = [place_inputs(model.params, model.cfg, step) for step in steps]
@@ -271,8 +271,7 @@ def _images_of(images: Packed, stack: str) -> CalibrationBatch:
     """Return the images of a step's rows as they pass the tower: one in a row, or packed images of varying size."""
     if images.grid is None:
         images = images._replace(values=images.values.reshape(-1, 1, *images.values.shape[2:]))
-    unused = np.ones((len(images.values), 1), np.float32)
-    return CalibrationBatch({"media": {stack: images}}, {"grid": images.grid}, unused, unused, [])
+    return batch_of({"media": {stack: images}, "token_types": np.ones((len(images.values), 1), np.int32)})
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack"))

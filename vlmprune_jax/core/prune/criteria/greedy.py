@@ -196,6 +196,4 @@ GREEDY_LOSS = Criterion(
     needs="labels",
     function=greedy_loss,
     options={"solved": False, "candidates": 6, "search": None},
-    counts="layers",
-    journals=True,
 )

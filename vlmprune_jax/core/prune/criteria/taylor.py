@@ -100,8 +100,6 @@ TAYLOR = Criterion(
         "reduction": "sum",
         "rows_per_step": None,
     },
-    counts="layers",
     stacks=STACKS,
-    journals=True,
     splits=True,
 )

@@ -1,9 +1,16 @@
-"""Scores without calibration: sums of |W|^p over the axis that is not pruned, and random numbers as a control."""
+"""Scores of heads and neurons from norms of their weights, and random numbers as a control.
+
+`l1`, `l2`: sums of |W|^p over the axis that is not pruned, without calibration.
+
+`activation`: the norm of a channel's values over the tokens times the norm of the weights that they are multiplied with
+(Wanda's product, arXiv 2306.11695, for whole units). `fluctuation`: the variance of the values times the squared norm
+(FLAP, arXiv 2312.11983): a bias could replace a channel that hardly varies.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +18,14 @@ import numpy as np
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import LAYERS, Key
+from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens
+from vlmprune_jax.core.prune.calibration import positive
 from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
-from vlmprune_jax.core.prune.criteria.groups import Channels, reduce_groups, scored_axes, summed_axes
+from vlmprune_jax.core.prune.criteria.groups import Channels, reduce_groups, reduce_inputs, scored_axes, summed_axes
 from vlmprune_jax.core.prune.layers import Layer
 
 
@@ -58,16 +68,36 @@ def _summed(weight: jax.Array, gain: jax.Array | None, power: int, axis: int) ->
     return jnp.sum(full if power == 1 else full * full, axis=axis)
 
 
-L1, L2 = (
-    Criterion(
-        scores=("widths",),
-        needs="weights",
-        function=functools.partial(magnitude, power=power),
-        options={**declared("gqa"), "reduction": "mean"},
-        stacks=STACKS,
-    )
-    for power in (1, 2)
-)
+def moments(layer: LayerValues, tokens: Tokens) -> dict[str, jax.Array]:
+    """Return weighted sums over tokens of x and x^2, [2, ...], where x are the input channels of o_proj and down_proj.
+
+    "weight" is the sum of the weights.
+    """
+    sums = {"weight": jnp.sum(tokens.weight)}
+    for name, read in layer.inputs.items():
+        x = read.astype(jnp.float32)
+        if name in layer.scales:
+            scale = layer.scales[name]
+            x = x * scale.reshape(*scale.shape, *(1,) * (x.ndim - 3))
+        counts = tokens.weight.reshape(*tokens.weight.shape, *(1,) * (x.ndim - 2))
+        x = jnp.where(counts > 0, x, jnp.zeros_like(x))  # padding may hold anything
+        sums[name] = jnp.stack([jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))])
+    return sums
+
+
+def contribution(sums: Sequence[LayerSums], model: Model, *, variance: bool, gqa: str, stack: str) -> Values:
+    """Return head and neuron scores: the sum over channels of the norm of the values times that of the weights.
+
+    `variance`: instead, the sum of the variance of the values times the squared norm of the weights.
+    """
+    count, layers = positive(sums[0]["weight"]), list[Channels]()
+    for weights, layer in zip(input_weights(model, power=2, stack=stack), sums, strict=True):
+        layers.append({})
+        for name, squares in weights.items():
+            mean, of_squares = layer[name] / count
+            fluctuation = squares * np.maximum(of_squares - mean**2, 0)
+            layers[-1][name] = fluctuation if variance else np.sqrt(squares) * np.sqrt(of_squares)
+    return reduce_inputs(layers, model.cfg, gqa=gqa, stack=stack)
 
 
 def random(model: Model, *, seed: int, gqa: str, stack: str) -> Values:
@@ -87,10 +117,29 @@ def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text")
     return {Key(stack, None, LAYERS): importance, **dict(sorted(units.items(), key=lambda item: item[0].layer or 0))}
 
 
+ACTIVATION, FLUCTUATION = (
+    Criterion(
+        scores=("widths",),
+        needs="activations",
+        function=moments,
+        finish=functools.partial(contribution, variance=variance),
+        options=declared("gqa"),
+        inputs=WRITERS,
+        stacks=STACKS,
+        splits=True,
+    )
+    for variance in (False, True)
+)
+L1, L2 = (
+    Criterion(
+        scores=("widths",),
+        needs="weights",
+        function=functools.partial(magnitude, power=power),
+        options={**declared("gqa"), "reduction": "mean"},
+        stacks=STACKS,
+    )
+    for power in (1, 2)
+)
 RANDOM = Criterion(
-    scores=("layers", "widths"),
-    needs="weights",
-    function=random,
-    options=declared("seed", "gqa"),
-    stacks=STACKS,
+    scores=("layers", "widths"), needs="weights", function=random, options=declared("seed", "gqa"), stacks=STACKS
 )
