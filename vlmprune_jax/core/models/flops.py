@@ -58,11 +58,12 @@ def _declared(cfg: ModelConfig) -> tuple[Mapping[tuple[str, Layer], Weights], We
 def _weights(cfg: ModelConfig) -> tuple[Mapping[tuple[str, Layer], Weights], Weights]:
     """Return `_declared` of the smallest model with the same kinds of layers, which is traced once for all widths."""
     for name, stack in cfg.stacks.items():
+        numbered = getattr(stack, "deepstack", ())
         kinds = list[Layer]()
-        for layer in (layer.kind for layer in stack.layers):
+        for layer in (layer.kind for layer in (stack.layers if numbered else dict.fromkeys(stack.layers))):
             least = {axis.name: part.least(axis.name) for part in layer.parts for axis in part.axes if not axis.parent}
             kinds.append(layer.resized(layer.completed(least)))
-        if not getattr(stack, "deepstack", ()):  # else the layers are numbered
+        if not numbered:
             kinds = [*dict.fromkeys(kinds)]
             kinds += kinds[-1:] * (cfg.deepstack - len(kinds))  # features enter as many layers
         cfg = cfg.with_layers(kinds, name)
