@@ -19,7 +19,7 @@ from models import MODELS
 from plan import DATA, PROCESSORS
 
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.core.models.params import causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import preparation_of

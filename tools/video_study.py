@@ -54,7 +54,8 @@ def make_model(model: vp.Model, batches: Sequence[Batch], cell: dict[str, Any], 
         scores = vp.score(model, calibration, criterion=METHODS[cell["method"]])
         leaves = flatten(model.params)
         decoder = sum(leaves[path].size for path in leaves if path.startswith("text/layers/"))
-        plan = vp.make_plan(scores, model, method=cell["method"], ratio=cell["ratio"], parameters_total=decoder)
+        ratio = cell["ratio"] * decoder / vp.count_params(model)  # of all parameters
+        plan = vp.make_plan(scores, model, method=cell["method"], ratio=ratio)
         student = vp.apply_plan(model, plan)
         if cell["recovery"] != "none":
             student = vp.reconstruct(student, plan, model, calibration)[0]

@@ -9,8 +9,8 @@ from rounding import assert_same_sums
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, forward
-from vlmprune_jax.core.prune import PrunePlan, Scores, apply_plan, compose, score
-from vlmprune_jax.io.exports.pruning import make_plan
+from vlmprune_jax.core.prune import PrunePlan, Scores, apply_plan, score
+from vlmprune_jax.io.exports.pruning import prune_iteratively
 
 # Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
 QUICK = (
@@ -50,30 +50,30 @@ def replayed(
     want: dict[str, Any], case: str, arrays: dict[str, np.ndarray], model: Model, batch: Any, first: Scores
 ) -> PrunePlan:
     """Prune as the reference did, step by step with `first` as the first scores; return one plan after checking it."""
-    current, base, steps, plan = model, model.cfg, want.get("iterative_steps", 1), None
-    for step in range(steps):
-        scores = score(current, [batch], criterion=want["pruner"], **options_of(want)) if step else first
+    steps = want.get("iterative_steps", 1)
+    pruned, plan, used = prune_iteratively(
+        model,
+        lambda _: [batch],
+        criterion=want["pruner"],
+        scores=first,
+        score_options=options_of(want),
+        steps=steps,
+        sparsity=want["ratio"],
+        attn_layers=want["attn_range"],
+        mlp_layers=want["mlp_range"],
+        selection="global" if want.get("global") else "local",
+        heads="proportional",
+    )
+    for step, scores in enumerate(used):
         signed, options = want.get("taylor") == "vectorize", {**options_of(want), "variant": "param_first"}
-        magnitudes = score(current, [batch], criterion="taylor", **options) if signed else None
+        assert steps == 1 or not signed  # magnitudes are those of the first step
+        magnitudes = score(model, [batch], criterion="taylor", **options) if signed else None
         check_scores(scores, arrays, case, step, magnitudes)
-        now = make_plan(
-            scores,
-            current.cfg,
-            method="width",
-            sparsity=want["ratio"] * (step + 1) / steps,
-            attn_layers=want["attn_range"],
-            mlp_layers=want["mlp_range"],
-            selection="global" if want.get("global") else "local",
-            heads="proportional",
-            base=base,
-        )
-        current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)
-    assert plan is not None
     for layer in plan.layers:
         assert list(layer.kept["q_heads"]) == want["kept_heads"][str(layer.index)]
         assert list(layer.kept["mlp"]) == want["kept_neurons"][str(layer.index)]
-    assert count_params(current.cfg, "text") == want["params_after"]
-    assert plan.parameters_after == count_params(current.cfg)
+    assert count_params(pruned.cfg, "text") == want["params_after"]
+    assert plan.parameters_after == count_params(pruned.cfg)
     return plan
 
 

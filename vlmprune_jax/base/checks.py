@@ -177,7 +177,7 @@ def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a public function: an argument that does not fit its annotation raises a UserError that says what to do.
 
     Numbers, arrays and protocols are not checked. `batches` must be a collection of batches, not a single batch. The
-    signature lists the settings in `**options: Unpack[...]` by name.
+    signature lists the settings in `**options` by name.
     """
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
     usage = [name for name, param in signature.parameters.items() if param.kind is param.POSITIONAL_OR_KEYWORD]
@@ -191,7 +191,7 @@ def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     call.__module__ = _PACKAGE.name  # where pickle finds it
-    call.__signature__ = _with_settings(signature, hints)  # type: ignore[attr-defined]
+    call.__signature__ = _with_settings(function)  # type: ignore[attr-defined]
     return call
 
 
@@ -223,13 +223,12 @@ def _check_argument(function: str, usage: Sequence[str], name: str, value: Any, 
     raise UserError(f"vp.{function}: {name} must be of type {' or '.join(names)}, got {type(value).__name__}: {todo}")
 
 
-def _with_settings(signature: inspect.Signature, hints: Mapping[str, Any]) -> inspect.Signature:
-    """Return a signature in which the keys of `**options: Unpack[TypedDict]` are keyword arguments."""
+def _with_settings(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a signature with keywords for `**options: Unpack[TypedDict]` or `Annotated[Any, dataclass]`."""
+    signature, hints = inspect.signature(function), typing.get_type_hints(function, include_extras=True)
     *others, last = signature.parameters.values()
-    if typing.get_origin(hints.get(last.name)) is not typing.Unpack:
+    if typing.get_origin(hints.get(last.name)) not in (typing.Unpack, typing.Annotated):
         return signature
-    settings = typing.get_type_hints(typing.get_args(hints[last.name])[0])
-    keywords = [
-        inspect.Parameter(name, last.KEYWORD_ONLY, default=..., annotation=hint) for name, hint in settings.items()
-    ]
+    settings = typing.get_type_hints(typing.get_args(hints[last.name])[-1]).items()
+    keywords = [inspect.Parameter(name, last.KEYWORD_ONLY, default=..., annotation=hint) for name, hint in settings]
     return signature.replace(parameters=[*others, *keywords])

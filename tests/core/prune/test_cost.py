@@ -17,7 +17,8 @@ from vlmprune_jax.base.chips import CHIPS
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.models.params import count_params, forward_flops, param_shapes, vision_flops
+from vlmprune_jax.core.models.flops import forward_flops, vision_flops
+from vlmprune_jax.core.models.params import count_params, param_shapes
 from vlmprune_jax.core.prune import PrunePlan, score
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.cost import make_measure, speed_limits

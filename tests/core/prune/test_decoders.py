@@ -14,11 +14,11 @@ from stack_cases import with_facts
 from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.params import flatten, init_params, param_axes, unstack_layers
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import fingerprint, score
-from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.read import load

@@ -1,4 +1,4 @@
-"""Scores files, fingerprints, and what scoring refuses."""
+"""Scores files, fingerprints, what scoring refuses, and criteria of a user's that fail or return something else."""
 
 import dataclasses
 import json
@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
 
+import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import Scores, fingerprint, score
+from vlmprune_jax.core.prune.criteria import CRITERIA
+from vlmprune_jax.core.prune.criteria.criterion import Criterion
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.exports.pruning import make_plan
@@ -242,3 +246,54 @@ def test_lora_models_must_be_merged():
     for criterion in ("l1", "block_influence"):
         with pytest.raises(UserError, match=f"criterion '{criterion}' needs a model without LoRA adapters"):
             score(model(cfg), [batch(cfg)], criterion=criterion)
+
+
+LAYERS = len(EQUAL)
+
+
+def wrong(*arguments, **options):
+    raise KeyError("my mistake")
+
+
+RETURNED = {
+    "nothing": lambda model: None,
+    "other keys": lambda model: {"importance": np.zeros(LAYERS)},
+    "a list": lambda model: [1.0] * LAYERS,
+    "a text": lambda model: {Key("text", None, "layers"): "high"},
+    "texts": lambda model: {Key("text", None, "layers"): np.array(["a"] * LAYERS)},
+    "objects": lambda model: {Key("text", None, "layers"): [None] * LAYERS},
+    "too few": lambda model: layer_scores(np.zeros(2)),
+    "too much": lambda model: {**layer_scores(np.zeros(LAYERS)), Key("text", 0, "mlp"): np.zeros(12)},
+    "not a number": lambda model: layer_scores(np.full(LAYERS, np.nan)),
+}
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Callable: a criterion "mine" of these arguments, for the time of a test."""
+    return lambda *arguments, **more: monkeypatch.setitem(CRITERIA, "mine", Criterion(*arguments, **more))
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_criterion_returns(add, name):
+    add(("layers",), "weights", RETURNED[name])
+    with pytest.raises(UserError, match=r"criterion 'mine'|importance|mine"):
+        vp.score(model(config()), criterion="mine")
+
+
+@pytest.mark.parametrize("needs", ["weights", "activations", "labels"])
+def test_a_criterion_that_fails(add, needs):
+    finish = {"finish": lambda sums, model: layer_scores(np.zeros(LAYERS))} if needs == "activations" else {}
+    add(("layers",), needs, wrong, **finish)
+    batches = None if needs == "weights" else [batch(config())]
+    with pytest.raises(UserError, match=r"criterion 'mine' failed at .*test_scores.py:\d+ with KeyError: 'my mistake'"):
+        vp.score(model(config()), batches, criterion="mine")
+
+
+def test_sums_and_an_end_that_do_not_fit(add):
+    add(("layers",), "activations", lambda layer, tokens: {"n": jnp.zeros(3)}, finish=wrong)
+    with pytest.raises(UserError, match=r"criterion 'mine' failed at .* with KeyError"):
+        vp.score(model(config()), [batch(config())], criterion="mine")
+    add(("layers",), "activations", lambda layer, tokens: jnp.zeros(3), finish=lambda sums, model: sums)
+    with pytest.raises(UserError, match=r"<lambda> returned float32\[3\], expected sums by name"):
+        vp.score(model(config()), [batch(config())], criterion="mine")

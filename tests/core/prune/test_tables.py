@@ -8,9 +8,9 @@ from prune_cases import EQUAL, config, depth_scores, width_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.prune import keep_everything
 from vlmprune_jax.core.prune.config import PlanConfig
-from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.prune.tables import compare, explain
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.cli.main import main

@@ -7,9 +7,9 @@ from hf_cases import copy_llava
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune.config import PlanConfig
-from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.exports import pruning
 from vlmprune_jax.io.exports.formats import ExportSpec
@@ -217,7 +217,7 @@ def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, caps
     (tmp_path / "run.py").write_text(EXPERTS.format(golden=goldens / "families/qwen3_vl_moe", root=tmp_path))
     flags = [f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main(["score", *flags]) == 0
-    monkeypatch.setattr("vlmprune_jax.core.prune.scoring.measure_routing", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("vlmprune_jax.core.prune.scores.measure_routing", lambda *args, **options: 1 / 0)
     again = [*flags, "--config.score.width=man", "--config.score.token_types=floor", "--overwrite"]
     assert main(["score", *again]) == 0
     assert main(["prune", *again, "--config.prune.experts=6", "--explain"]) == 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import parse_json, read_json, replacing
+from vlmprune_jax.base.files import Count, Finite, checked, parse_json, read_json, replacing
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer, describe_layers, keep_layers
 from vlmprune_jax.core.limits import why_no_class
@@ -27,10 +31,46 @@ from vlmprune_jax.core.plans.kept import (
     check_units,
     kept_units,
 )
-from vlmprune_jax.core.plans.plan_json import FORMAT, TODO, as_plan, from_ranges, to_ranges
 
 VOCABULARY_ONLY = "vocabulary"  # method of a plan that only removes tokens
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything had 16 MB in format 3
+FORMAT = 5
+TODO = "plan again"
+_MANY = msgspec.Meta(max_length=100_000)
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+# Sizes of all layers together: ranges of any length take a few bytes, their indices 36 bytes each (Qwen3.5's 60 layers
+# of 512 experts with 1,024 neurons: 31.5 million).
+MAX_UNITS = 2**25
+_ATTRIBUTES = {"asked": "target_ratio", "reached": "actual_ratio"}  # where `plan.json` has another name
+
+
+class _Version(TypedDict):
+    format: int
+
+
+class PlanJson(TypedDict):
+    """Fields of `plan.json`; axes are named as "text/3/mlp", "text/layers" or "text/vocab"."""
+
+    fingerprint: str
+    method: str
+    criterion: str
+    asked: Finite | None
+    reached: NotRequired[Finite]
+    parameters_before: Count
+    parameters_after: Count
+    parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    options: dict[str, Any]
+    tokenizer: str | None  # digest of the tokenizer of the kept tokens
+    sizes_before: Annotated[dict[str, _Size], _MANY]  # every axis of the pruned components
+    kept: Annotated[dict[str, str], _MANY]  # ranges of original indices such as "0-3,7"; other axes are kept whole
+
+
+def check_format(data: Any, expected: int, location: str, command: str) -> None:
+    """Raise UserError unless a plan or scores file has the format that this version reads; `command` writes it."""
+    written = checked(data, _Version, location, f"{command} again")["format"]
+    if written != expected:
+        todo = "upgrade vlmprune-jax" if written > expected else f"run `vlmprune {command}` again"
+        raise UserError(f"{location}: has format {written}, but this version of vlmprune reads {expected}: {todo}")
 
 
 @dataclass(frozen=True)
@@ -185,21 +225,11 @@ class PrunePlan:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the plan as JSON text, with one line per axis; also write it to `path` if one is passed."""
-        head = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "method": self.method,
-            "criterion": self.criterion,
-            "asked": self.target_ratio,
-            "reached": self.actual_ratio,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "parameters_total": self.parameters_total,
-            "options": dict(self.options),
-            "tokenizer": self.tokenizer,
-        }
+        fields = [name for name in PlanJson.__annotations__ if name not in ("sizes_before", "kept")]
+        head = {"format": FORMAT, **{name: getattr(self, _ATTRIBUTES.get(name, name)) for name in fields}}
+        head["options"] = dict(self.options)
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        ranges = {key: to_ranges(units) for key, units in self.kept.items()}
+        ranges = {key: _to_ranges(units) for key, units in self.kept.items()}
         for name, entries in (("sizes_before", self.sizes_before), ("kept", ranges)):
             of_axes = ",\n".join(f"    {json.dumps(str(key))}: {json.dumps(value)}" for key, value in entries.items())
             lines.append(f'  "{name}": {{\n{of_axes}\n  }}' + "," * (name == "sizes_before"))
@@ -222,14 +252,24 @@ class PrunePlan:
             missing = "no such plan: run `vlmprune prune` first"
             data = read_json(Path(source), Any, missing=missing, todo=TODO, most=MAX_BYTES)
         try:
-            fields: dict[str, Any] = {**as_plan(data, where)}
-            sizes = {Key.parse(name): size for name, size in fields["sizes_before"].items()}
-            kept = {
-                name: from_ranges(text, fields["sizes_before"][name], name) for name, text in fields["kept"].items()
+            check_format(data, FORMAT, where, "prune")
+            plan: PlanJson = msgspec.convert(checked(data, PlanJson, where, TODO), PlanJson)
+            sizes = plan["sizes_before"]
+            if unknown := plan["kept"].keys() - sizes.keys():
+                raise UserError(
+                    f"prune plan: kept axes {', '.join(sorted(unknown))} are missing in sizes_before: {TODO}"
+                )
+            if sum(sizes.values()) > MAX_UNITS:
+                raise UserError(
+                    f"prune plan: its model has {sum(sizes.values()):,} heads, neurons, experts and tokens, more than "
+                    f"the maximum of {MAX_UNITS:,}: {TODO}"
+                )
+            fields: dict[str, Any] = {_ATTRIBUTES.get(name, name): value for name, value in plan.items()}
+            fields["sizes_before"] = {Key.parse(name): size for name, size in sizes.items()}
+            fields["kept"] = {
+                Key.parse(name): _from_ranges(text, sizes[name], name) for name, text in plan["kept"].items()
             }
-            fields |= {"sizes_before": sizes, "kept": {Key.parse(name): units for name, units in kept.items()}}
-            fields["target_ratio"] = fields.pop("asked")
-            return cls(**{name: value for name, value in fields.items() if name not in ("format", "reached")})
+            return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
         except UserError as error:
             raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
@@ -290,3 +330,26 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
         options={"first": dict(first.options), "second": dict(second.options)},
         tokenizer=first.tokenizer or second.tokenizer,
     )
+
+
+def _to_ranges(indices: Sequence[int]) -> str:
+    """Return ascending indices as text: "0-3,7" for 0, 1, 2, 3 and 7."""
+    edges = [i for i, (low, high) in enumerate(itertools.pairwise(indices), 1) if high != low + 1]
+    bounds = itertools.pairwise([0, *edges, len(indices)])
+    ends = [(indices[start], indices[stop - 1]) for start, stop in bounds if stop > start]
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ends)
+
+
+def _from_ranges(text: str, size: int, axis: str) -> tuple[int, ...]:
+    """Return the indices below `size` that `_to_ranges` wrote; raise UserError for other text."""
+    indices, edge = list[int](), -1
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part, re.ASCII)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not edge < low <= high < size:
+            raise UserError(
+                f"prune plan: {axis} {part[:40]!r} are not ascending ranges of numbers below {size}: {TODO}"
+            )
+        indices += range(low, high + 1)
+        edge = high
+    return tuple(indices)

@@ -7,8 +7,7 @@ from vlmprune_jax.core.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.prune.reconstruction import reconstruct
-from vlmprune_jax.core.prune.scores import Scores
-from vlmprune_jax.core.prune.scoring import score
+from vlmprune_jax.core.prune.scores import Scores, score
 from vlmprune_jax.core.prune.surgery import apply_plan
 
 __all__ = [

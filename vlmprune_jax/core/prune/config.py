@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,20 +20,11 @@ from vlmprune_jax.base.settings import (
     setting,
     settings_of,
 )
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import ENGINES
 from vlmprune_jax.core.part import LAYERS
 
 WIDTHS = "widths"  # heads and neurons: all axes with scores inside layers that are not parents of others
-# Method -> axes that it prunes, in order.
-METHODS = {"depth": (LAYERS,), "width": (WIDTHS,), "hybrid": (LAYERS, WIDTHS), "experts": ("experts",)}
-# Method -> settings that it takes as a target in place of a ratio.
-METHOD_TARGETS = {
-    "depth": ("layers_removed", "layers"),
-    "width": ("sparsity",),
-    "hybrid": (),
-    "experts": ("experts", "sparsity"),
-}
+EXPERTS = "experts"
 ROUNDINGS = ("nearest", "at_least")
 # Variant of Taylor importance -> True if it needs the squared gradient of every sample.
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
@@ -51,18 +42,32 @@ GQA = ("groups", "q_heads")
 # lanes of a TPU's registers; groups of int4 weights that share a scale; blocks of GGUF's Q8_0, Q4_0 and K-quants
 # along a row (a row that does not consist of whole blocks is stored in another type).
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
-_DEPTH = ("layers", "protect", "rounding", "deepstack", "producers")
+_DEPTH = ("layers_removed", "protect", "rounding", "deepstack", "producers")
 _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "align_to", "tensor_parallel", "heads",
     "selection",
 )  # fmt: skip
 _EXPERTS = ("experts", "experts_multiple")
-# Method -> settings that it does not have.
-_LACKS = {
-    "depth": (*_WIDTH, *_EXPERTS, "sparsity", "base", "depth_share"),
-    "width": (*_DEPTH, "layers_removed", "depth_share"),
-    "hybrid": ("layers", "sparsity", "base"),
-    "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
+
+
+class Method(NamedTuple):
+    """Pruning method: the axes that it prunes, and its settings."""
+
+    axes: tuple[str, ...]
+    """Axes in the order in which they are pruned."""
+
+    targets: tuple[str, ...]
+    """Settings that it takes as a target in place of a ratio."""
+
+    settings: tuple[str, ...]
+    """Settings that not all methods have."""
+
+
+METHODS = {
+    "depth": Method((LAYERS,), ("layers_removed", "layers"), ("layers", *_DEPTH)),
+    "width": Method((WIDTHS,), ("sparsity",), ("sparsity", *_WIDTH, *_EXPERTS)),
+    "hybrid": Method((LAYERS, WIDTHS), (), (*_DEPTH, *_WIDTH, *_EXPERTS, "depth_share")),
+    "experts": Method((EXPERTS,), ("experts", "sparsity"), ("sparsity", *_EXPERTS)),
 }
 # Criteria by name; `prune.criteria`, which needs jax, fills it. A user's file adds its own by assignment.
 CRITERIA: Registry[Any] = Registry("criteria")
@@ -153,7 +158,8 @@ class ScoreConfig:
 
     def criteria(self, method: str) -> tuple[str, ...]:
         """Return the criteria that a pruning method needs, that of layers before that of widths."""
-        return tuple(self.depth if axis == LAYERS else self.width for axis in METHODS.get(method, (WIDTHS,)))
+        axes = METHODS[method].axes if method in METHODS else (WIDTHS,)
+        return tuple(self.depth if axis == LAYERS else self.width for axis in axes)
 
 
 @dataclass(frozen=True)
@@ -315,16 +321,6 @@ class PlanConfig:
     depth_share: float = prune_setting(
         0.5, "Share of hybrid pruning's reduction that comes from removing layers.", unit=FRACTION, least=0, below=1
     )
-    parameters_total: int | None = setting(
-        None,
-        "Number of parameters that count as 100 % for ratios (None = all parameters that the unpruned model uses).",
-        unit="parameters",
-        least=1,
-        offered=False,
-    )
-    base: ModelConfig | None = setting(
-        None, "Config before the first step of iterative pruning, to which ratio and sparsity refer.", offered=False
-    )
     stack: str = prune_setting(
         "text",
         'Part of the model to prune: decoder ("text"), vision tower ("vision"), or both with the same share removed.',
@@ -355,11 +351,17 @@ class PlanConfig:
         """True if scores choose what is removed; False for listed layers, the vocabulary, or nothing."""
         return not (self.layers or self.only_vocabulary or self.method == "none")
 
-    def recorded(self) -> list[str]:
-        """Return the names of the pruning method's settings that a plan records in its options."""
-        targets = ("method", "ratio", "layers_removed", "layers", "stack", "steps")
-        known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
-        return [name for name in known if name not in (*targets, *_LACKS[self.method])]
+    @property
+    def lacked(self) -> list[str]:
+        """Names of the settings that the pruning method does not have."""
+        partial = {name for method in METHODS.values() for name in method.settings}
+        return [name for name in settings_of(self) if name in partial - {*METHODS[self.method].settings}]
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the pruning method's settings that a plan records in its options, as JSON values."""
+        others = ("method", "ratio", "layers_removed", "layers", "stack", "steps", *self.lacked)
+        values = {name: getattr(self, name) for name in settings_of(self) if name not in others}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def check(self, named: Collection[str] = ()) -> None:
         """Raise UserError for settings that the pruning method does not use, or unless exactly one target is set.
@@ -370,50 +372,18 @@ class PlanConfig:
         check_settings("prune", self, elsewhere=True)
         if self.method == "none":
             raise UserError(f'prune.method="none" removes nothing, so there is no plan: use {", ".join(METHODS)}')
-        for name in _LACKS[self.method]:
-            changed = getattr(self, name) != settings_of(PlanConfig)[name].default
+        for name in self.lacked:
+            changed = getattr(self, name) != settings_of(self)[name].default
             if name in named or (changed and name != "heads"):
-                others = [method for method, lacks in _LACKS.items() if name not in lacks]
+                others = [name_of for name_of, method in METHODS.items() if name in method.settings]
                 raise UserError(
                     f"prune.{name}: method {self.method!r} has no such setting, only {' and '.join(others)}: leave it "
                     "out, or change prune.method"
                 )
-        names = ("ratio", *METHOD_TARGETS[self.method])
+        names = ("ratio", *METHODS[self.method].targets)
         targets = [name for name in self.targets if name in (*names, "budget")]
         if len(targets) > 1 or (not targets and self.vocabulary.size is None and self.experts is None):
             raise UserError(
                 f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
                 f"{' and '.join(targets) or 'none'}"
             )
-
-
-class PlanOptions(TypedDict, total=False):
-    """Settings of `PlanConfig` as keyword arguments, with the types that callers may pass, for code editors."""
-
-    method: str
-    ratio: float | None
-    layers_removed: int | None
-    layers: Sequence[int]
-    protect: Sequence[int]
-    rounding: str
-    deepstack: str
-    producers: str
-    attn_layers: Sequence[int] | str
-    mlp_layers: Sequence[int] | str
-    heads_multiple: int
-    neurons_multiple: int
-    align_to: str | None
-    tensor_parallel: int
-    heads: str
-    selection: str
-    loads_in: Sequence[str]
-    sparsity: float | None
-    experts: int | None
-    experts_multiple: int | None
-    depth_share: float
-    parameters_total: int | None
-    base: ModelConfig | None
-    stack: str
-    steps: int
-    budget: Budget | Mapping[str, Any]
-    vocabulary: VocabularyConfig | Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,18 +12,17 @@ from vlmprune_jax.base.chips import slice_of
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.params import (
+from vlmprune_jax.core.models.flops import (
     causal_flops,
-    count_params,
     forward_flops,
     head_of,
+    layer_costs,
     limited_row,
-    positions_of,
-    tower_attention_flops,
     vision_flops,
+    weight_counts,
     weight_flops,
 )
-from vlmprune_jax.core.prune.layer_costs import Costs, layer_costs
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune.solver import OutOfReach
 from vlmprune_jax.core.stack import Stack
 
@@ -48,33 +47,28 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
             f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} image tokens of "
             f"prune.budget.images={images}: raise prune.budget.context"
         )
-    context, slots, slot_tokens = limited_row(cfg, budget.context, images, budget.image_tokens)
-    sizes = {name: layer_costs(cfg, name) for name in cfg.stacks}
-    products = {name: layer_costs(cfg, name, products=True) for name in cfg.stacks}
-    beside = count_params(cfg) - _total(cfg, sizes)
-    head = weight_flops(cfg, head_of(cfg), (), False)
-    forward = forward_flops(cfg, length=budget.context, images=images, image_tokens=budget.image_tokens)
-    forward -= _forward_of_layers(cfg, products, context, slots, slot_tokens)
+    context, _, _ = limited_row(cfg, budget.context, images, budget.image_tokens)
+    costs, head = layer_costs(cfg), weight_flops(cfg, head_of(cfg), (), False)
 
     def step_ms(now: ModelConfig) -> float:
-        weights = sum(sizes["text"].active(layer, budget.batch) for layer in now.text.layers) + head // 2
-        products_of = sum(products["text"].active(layer) for layer in now.text.layers)
+        weights = head // 2 + sum(int(costs.at(layer)(layer.active_sizes(budget.batch))) for layer in now.text.layers)
         attention = sum(layer.mixer.mixing_flops(context, last=True) for layer in now.text.layers)
-        flops = 2 * products_of + head + attention
+        flops = weight_flops(now, "text/layers/", (), False) + head + attention
         traffic = itemsize * (weights + budget.batch * cache_size(now.text, context))
         seconds = chip.seconds(budget.batch * flops / devices, traffic / devices, 0)
         return 1000 * max(seconds.values())
 
     exported = budget.exported or (lambda now: now)
+    prompt = {"length": budget.context, "images": images, "image_tokens": budget.image_tokens}
 
     def parameters(now: ModelConfig) -> int:
-        return beside + _total(now, sizes)
+        return sum(count for count, _ in weight_counts(now).values())
 
     measures: dict[str, Callable[[ModelConfig], float]] = {
         "parameters": parameters,
         "disk_bytes": lambda now: itemsize * parameters(exported(now)) + budget.other_bytes,
         "memory_bytes": lambda now: itemsize * (parameters(now) + budget.batch * cache_size(now.text, context)),
-        "flops": lambda now: forward + _forward_of_layers(now, products, context, slots, slot_tokens),
+        "flops": lambda now: forward_flops(now, **prompt),
         "step_ms": step_ms,
         "decode_ms": lambda now: _between(budget.curve, parameters(now)),
     }
@@ -126,31 +120,9 @@ def speed_limits(
     return largest(flops(before), flops(after)), largest(weights(before), weights(after))
 
 
-def _total(cfg: ModelConfig, costs: Mapping[str, Costs]) -> int:
-    """Return the summed costs of all layers in all stacks."""
-    return sum(costs[name].of(shape) for name, stack in cfg.stacks.items() for shape in stack.layers)
-
-
 def cache_size(text: Stack, context: int) -> int:
     """Return the number of values that generation caches per sequence (keys and values, or recurrent states)."""
     return sum(layer.mixer.state_size(context) for layer in text.layers)
-
-
-def _forward_of_layers(
-    cfg: ModelConfig, products: Mapping[str, Costs], length: int, slots: int, slot_tokens: int
-) -> int:
-    """Return the layers' share of the forward FLOPs (`forward_flops`)."""
-    total, text = 0, cfg.text
-    for layer in text.layers:
-        mixing = layer.mixer.mixing_flops(length)
-        total += 2 * length * products["text"].active(layer) + mixing
-    tower = cfg.stacks.get("vision")
-    if tower is not None and cfg.vision is not None and cfg.projector is not None:
-        positions = positions_of(cfg, slot_tokens)
-        for tower_layer in tower.layers:
-            attention = tower_attention_flops(cfg, tower_layer, positions)
-            total += slots * (2 * positions * products["vision"].of(tower_layer) + attention)
-    return total
 
 
 def least_ratio(

@@ -1,10 +1,11 @@
-"""Scores of layers, heads and neurons under one criterion: numbers only, in one small file."""
+"""Scores of layers, heads and neurons under one criterion: their file, and `score`, the entry point of all criteria."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -12,23 +13,37 @@ from typing import Annotated, Any, Literal, TypedDict
 import msgspec
 import numpy as np
 
+from vlmprune_jax.base.cache import ArrayCache
+from vlmprune_jax.base.checks import blaming, one_of, with_defaults
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, parse_json, read_arrays, reading, replacing
+from vlmprune_jax.base.journal import Journal, continued
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.part import AXES, LAYERS, Key
+from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.part import AXES, LAYERS, VOCAB, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
-from vlmprune_jax.core.prune.calibration import TOKEN_TYPES
-from vlmprune_jax.core.prune.criteria import scoring
-from vlmprune_jax.core.prune.routing import Routing
+from vlmprune_jax.core.plans.plan import check_format
+from vlmprune_jax.core.prune.activations import LayerSums, added, grouped, layer_sums
+from vlmprune_jax.core.prune.batches import CalibrationBatch
+from vlmprune_jax.core.prune.calibration import (
+    TOKEN_TYPE_WEIGHTS,
+    TOKEN_TYPES,
+    TYPES,
+    calibration_batches,
+    positive,
+    types_in,
+    weight_of_token_types,
+)
+from vlmprune_jax.core.prune.config import ScoreConfig
+from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
+from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, taken
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.core.prune.routing import Routing, measure_routing
+from vlmprune_jax.core.prune.stream import on_devices
 
+OPERATIONAL = ("memory_budget",)  # options that change how scores are computed, but not the scores
 FORMAT = 3
 _TODO = "score again"
-
-Values = Mapping[Key, np.ndarray]
-
-
-class _Version(TypedDict):
-    format: int
 
 
 class _Options(TypedDict, total=False):
@@ -39,7 +54,7 @@ class _Options(TypedDict, total=False):
     layers_removed: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None
 
 
-class _Meta(_Version):
+class _Meta(TypedDict):
     """Metadata of a scores file."""
 
     criterion: str
@@ -157,10 +172,7 @@ class Scores:
         arrays = read_arrays(Path(path), missing=missing, todo=_TODO)
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
-        written = checked(meta, _Version, f"{path}: meta", _TODO)["format"]
-        if written != FORMAT:
-            todo = "upgrade vlmprune-jax" if written > FORMAT else "run `vlmprune score` again"
-            raise UserError(f"{path}: has format {written}, but this version of vlmprune reads {FORMAT}: {todo}")
+        check_format(meta, FORMAT, str(path), "score")
         checked(meta, _Meta, f"{path}: meta", _TODO)
         values, by_token_type = dict[Key, np.ndarray](), dict[str, dict[Key, np.ndarray]]()
         with error_context(path):
@@ -199,3 +211,144 @@ def _numbers(array: np.ndarray, name: str) -> np.ndarray:
             f"{name} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"
         )
     return np.asarray(array, np.float64)
+
+
+def score(
+    model: Model,
+    batches: Iterable[Any] | None = None,
+    config: ScoreConfig | None = None,
+    *,
+    criterion: str,
+    stack: str = "text",
+    routing: Routing | None = None,
+    progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
+    cache: ArrayCache | None = None,
+    **options: Any,
+) -> Scores:
+    """Score the layers, or the heads and neurons, of one stack by a criterion in `vp.criteria`.
+
+    Args:
+      model: the model, on one device or on a mesh; scores are the same.
+      batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
+        int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
+        float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 = ignored) for criteria
+        that need labels. None for criteria that only read weights, or with a `routing`.
+      stack: "text" for the decoder, or "vision" for the tower (on the images of the batches).
+      routing: `Scores.routing` of an earlier call, from which criteria for experts are computed without a forward pass.
+      progress: called with the number of finished batches, or of layers for criteria that need labels.
+      journal: keeps the sums of each batch, to continue after an interruption, for criteria that score layers.
+      cache: keeps the sums of each layer (for criteria that need labels), likewise.
+      config: settings; each criterion uses the settings that it has, and `options` override single settings.
+      options: settings of the criterion by name (`vp.criteria[name].settings`, see `ScoreConfig`).
+
+    Raises:
+      UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
+        criterion does not score, or batches that the model cannot read.
+    """
+    chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
+    given = {} if config is None else chosen.options_in(config)
+    settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
+    model.cfg.stack(stack)
+    if (stack if stack == "text" else "vision") not in chosen.stacks:  # encoders are scored as towers
+        others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
+        raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
+    if model.cfg.lora is not None:
+        raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
+    if routing is not None and chosen.needs != "routing":
+        raise UserError(f"criterion {criterion!r} does not score experts by a routing: pass calibration batches")
+    if routing is not None and routing.fingerprint != fingerprint(model):
+        raise UserError("this routing is of another model: pass calibration batches")
+    if chosen.needs_batches and batches is None and routing is None:
+        raise UserError(f"criterion {criterion!r} needs calibration batches: pass batches")
+    if chosen.needs == "routing" and routing is None:
+        routing = measure_routing(model, batches or (), progress=progress)
+    score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
+    with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
+        kept: dict[str, Any] = {"progress": progress, "cache": cache}
+        kept["journal"] = journal if "layers" in chosen.scores else None  # sums of units are too many numbers
+        values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
+        for arrays in (values, *by_token_type.values()):
+            _check(criterion, chosen, arrays, model.cfg, stack)
+        return Scores(criterion, fingerprint(model), score_settings, values, by_token_type, routing)
+
+
+def _measure(
+    chosen: Criterion, model: Model, settings: Mapping[str, Any], stack: str, batches: Any, kept: Mapping[str, Any]
+) -> tuple[Values, Mapping[str, Values]]:
+    """Compute scores over all tokens, and scores by token type; `kept`: progress, journal and cache of `score`."""
+    options = taken(chosen.function, {**settings, "cache": kept["cache"], "stack": stack})
+    if not chosen.needs_batches:
+        return chosen.function(model, **options), {}
+    if isinstance(batches, Routing):
+        result = chosen.function(batches, **options)
+    elif chosen.finish is None:
+        checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
+        result = chosen.function(model, checked, kept["progress"], **options)
+    else:
+        sums, by_token_type = _activation_sums(chosen, model, settings, stack, batches, kept)
+        finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
+        return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
+    return result if chosen.splits else (result, {})
+
+
+def _activation_sums(
+    chosen: Criterion, model: Model, settings: Mapping[str, Any], stack: str, batches: Any, kept: Mapping[str, Any]
+) -> tuple[list[LayerSums], dict[str, list[LayerSums]]]:
+    """Return the criterion's sums of each layer over all tokens, and over the tokens of each type, in float64."""
+    splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
+    weight_of = weight_of_token_types({**TOKEN_TYPE_WEIGHTS, **(settings if splits else {})})
+    # the paper's sums include padding: they do not split by token type
+    types = [*TOKEN_TYPES.values()] if splits and not settings.get("reference_compat") else []
+    ways = np.stack([weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]])
+    options = taken(chosen.function, {**settings, "stack": stack})
+    counts, totals, model = np.zeros(len(TYPES), int), list[LayerSums](), on_devices(model)
+
+    def waiting() -> Iterator[tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]]:
+        """Yield, for each batch, its group from it on, and a list for the sums of the group's batches."""
+        for group in grouped(model, stack, calibration_batches(batches, model.cfg, labels=False)):
+            computed = list[list[LayerSums]]()
+            for number, parts in enumerate(group):
+                for batch in parts:
+                    counts[:] += np.bincount(batch.token_types.ravel(), minlength=len(TYPES))
+                yield group[number:], computed
+
+    def sums_of(item: tuple[list[list[CalibrationBatch]], list[list[LayerSums]]]) -> list[dict[str, Any]]:
+        group, computed = item
+        if not computed:  # the first batch of the group that the journal lacks
+            computed += layer_sums(model, stack, group, chosen.inputs, chosen.function, options, ways)
+        sums = computed[-len(group)]
+        return sums if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in sums]
+
+    n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
+    entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
+    for done, entry in enumerate(entries, start=1):
+        pairs = zip(totals or [{}] * n_layers, entry, strict=True)
+        totals = [added([sums for sums in pair if sums]) for pair in pairs]
+        if progress is not None:
+            progress(done)
+    positive(sum(map(len, totals)))
+    by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
+    of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))
+    return by_way[0], {name: of_type[name] for name in types_in(counts) if types}
+
+
+def _fits(entry: Any, n_layers: int) -> bool:
+    """Return True if a journal entry consists of numeric arrays for each layer."""
+    try:
+        arrays = [np.asarray(x) for layer in entry for x in layer.values()]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return len(entry) == n_layers and all(array.dtype.kind in "if" for array in arrays)
+
+
+def _check(name: str, chosen: Criterion, values: Values, cfg: ModelConfig, component: str) -> None:
+    """Raise UserError if a criterion returned scores of other axes or shapes than it declares."""
+    declared = {(component, what != "layers") for what in chosen.scores}
+    keyed = all(isinstance(key, Key) for key in values)
+    if keyed and fits_model(values, cfg) and {(key.component, key.layer is not None) for key in values} == declared:
+        return
+    sizes = {key: size for key, size in axis_sizes(cfg, [component]).items() if key.axis != VOCAB}
+    expected = {str(key): (size,) for key, size in sizes.items() if (component, key.layer is not None) in declared}
+    returned = {str(key): np.shape(array) for key, array in values.items()}
+    raise UserError(f"criterion {name!r} returns scores of shapes {returned}, expected shapes among {expected}")

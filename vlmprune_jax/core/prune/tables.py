@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.part import AXES, LAYERS, Key
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.config import PlanConfig
-from vlmprune_jax.core.prune.layer_costs import layer_costs
 from vlmprune_jax.core.prune.routing import Routing
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.select import merge_scores

@@ -1,33 +1,27 @@
-"""Choice of heads and neurons: equal widths layer by layer, or one pool over all layers."""
+"""Choice of heads, neurons and experts: equal widths layer by layer, or one pool over all layers."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.base.checks import layer_range
-from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer, keep_layers
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.kept import KeptLayer
-from vlmprune_jax.core.prune.config import METHODS, WIDTHS, PlanConfig
-from vlmprune_jax.core.prune.layer_costs import Costs, layer_costs
+from vlmprune_jax.core.prune.config import EXPERTS, METHODS, WIDTHS
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.solver import (
+    Component,
     OutOfReach,
     Units,
     Widths,
     apart,
-    check_divides,
     most_removable,
     multiples,
-    reason_of,
     solve_widths,
     units_of,
     widths_at,
@@ -35,100 +29,191 @@ from vlmprune_jax.core.prune.solver import (
 
 Kept = Mapping[str, np.ndarray]  # {pruned axis: sorted original indices} of one layer
 Values = Mapping[tuple[int, str], np.ndarray]  # {(layer, axis): scores}
+Chosen = tuple[dict[int, Kept], dict[str, Any]]  # kept units by layer, and results of the solver for the plan
 
 
-@dataclass(frozen=True)
-class Target:
-    """Target of width pruning: a number of parameters to remove, a sparsity, or counts of units by axis."""
-
-    removal: float | None = None
-    sparsity: float | None = None
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-
-def choose_widths(
-    scores: Scores,
-    cfg: ModelConfig,
-    alive: Sequence[int],
-    ratio: float | None,
-    config: PlanConfig,
-    total: int,
-    component: str,
-) -> tuple[dict[int, Kept], dict[str, Any]]:
+def choose_units(scores: Scores, component: Component, alive: Sequence[int]) -> Chosen:
     """Return the kept units of every remaining layer, and the solver's result for the plan.
 
-    If `config` sets a number of experts, they are removed before heads and neurons. With a `base`, ratio and sparsity
-    are relative to this wider config, as in the reference's iterative pruning. Raises UserError for ranges or multiples
+    If `prune.experts` is set, experts are removed before heads and neurons. Raises UserError for ranges or multiples
     that the layers cannot satisfy, or a target that pruning cannot reach.
     """
-    stack, base = cfg.stack(component), (config.base or cfg).stack(component)
-    if len(base.layers) != len(stack.layers):
-        raise UserError(
-            f"base has {len(base.layers)} layers, but the model has {len(stack.layers)}: only heads and neurons may "
-            "differ"
-        )
-    costs, gqa = layer_costs(cfg, component), scores.options.get("gqa", "groups")
-    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
-    by_count = counts if METHODS[config.method][-1] == WIDTHS else {}
-    snapped = multiples(config, stack if by_count else base, gqa)
-    layers = {i: base.layers[i] for i in alive}
-    removed = sum(map(costs.of, base.layers)) - sum(map(costs.of, layers.values()))
-    values = {(k.layer, k.axis): x for k, x in scores.values.items() if k.component == component and k.layer in layers}
-    first, numbers = dict[int, Kept](), dict[tuple[int, str], np.ndarray]()
-    if by_count:
-        axes = _pruned_axes(scores, values, "experts")
-        units = _units({i: stack.layers[i] for i in alive}, costs, axes, config, snapped, len(stack.layers))
-        first, _ = _local(values, units, Target(counts=by_count), trade=False)
-        numbers = {(i, axis): _remaining(axis, first[i], stack.layers[i]) for i, axis in values if axis not in axes}
-        values = {place: values[place][left] for place, left in numbers.items()}
-        narrowed = {i: pruned_layer(first[i], layer) for i, layer in layers.items()}
-        by_experts = sum(map(costs.of, layers.values())) - sum(map(costs.of, narrowed.values()))
-        layers, removed = narrowed, removed + by_experts
-    axes = _pruned_axes(scores, values, config.method)
-    units = _units(layers, costs, axes, config, snapped, len(stack.layers))
-    removal = None if ratio is None else max(ratio * total - removed, 0)
-    target = Target(removal, config.sparsity, {} if by_count else counts)
-    if ratio is not None and removal is not None and removal > most_removable([*units.values()]):
-        raise OutOfReach(
-            f"ratio {ratio:g} cannot be reached by width pruning of the {component} stack "
-            f"within attn_layers={config.attn_layers or 'all'}, "
-            f"mlp_layers={config.mlp_layers or 'all'}{', heads kept' if config.heads == 'keep' else ''}"
-            f"{' after removing layers' if len(alive) < len(stack.layers) else ''}"
-            f"{' after removing experts' if by_count else ''}: the most is "
-            f"{(removed + most_removable([*units.values()])) / total:.4f}"
-        )
+    config, costs, gqa = component.config, component.costs, scores.options.get("gqa", "groups")
+    original = component.original.stack(component.name).layers
+    current = {i: component.layers[i] for i in alive}
+    layers, before = {i: original[i] for i in alive}, sum(map(costs.of, original))
+    of_component = {key: array for key, array in scores.values.items() if key.component == component.name}
+    values = {(i, axis): array for (_, i, axis), array in of_component.items() if i is not None and i in layers}
     if gqa == "groups":
-        values = {**values, **_tied(values, base.layers, alive)}
-    if config.selection == "global":
-        if any(AXES[axis].parent for axis in axes) or max(snapped.values()) > 1:
-            raise UserError(
-                'selection="global" needs gqa="groups", a model without experts and no multiples, because every layer '
-                "gets its own width"
+        values |= _tied(values, original, alive)
+    numbers = {key: np.arange(len(array)) for key, array in values.items()}
+    snapped, result = multiples(component, gqa), dict[str, Any]()
+    kept: dict[int, dict[str, np.ndarray]] = {i: {} for i in alive}
+    last = METHODS[config.method].axes[-1]
+    stages = (EXPERTS, WIDTHS) if config.experts is not None and last == WIDTHS else (last,)
+    for wanted in stages:
+        axes = _scored_axes(scores, values, wanted)
+        units = units_of(component, layers, axes, snapped)
+        if wanted == EXPERTS and config.experts is not None:
+            chosen, result = _highest(values, units, _of_count(units, config.experts))
+        else:
+            if config.selection == "global" and (any(AXES[x].parent for x in axes) or max(snapped.values()) > 1):
+                raise UserError(
+                    'selection="global" needs gqa="groups", a model without experts and no multiples, because every '
+                    "layer gets its own width"
+                )
+            removed = before - sum(map(costs.of, layers.values()))
+            after = " after removing layers" * (len(alive) < len(original)) + " after removing experts" * (
+                stages[0] != last
             )
-        kept, solved, gone = _global(values, units, target)
-        if removal is not None and removal - gone > max(map(_coarsest_price, units.values())):
+            chosen, result = _to_target(values, units, component, removed, after)
+        for i, axis in values:
+            left = _remaining(axis, chosen[i], current[i])
+            values[i, axis], numbers[i, axis] = values[i, axis][left], numbers[i, axis][left]
+        for i in alive:
+            kept[i] |= {axis: numbers[i, axis] for axis in chosen[i]}
+            layers[i], current[i] = (pruned_layer(chosen[i], layer) for layer in (layers[i], current[i]))
+        values = {(i, axis): array for (i, axis), array in values.items() if axis not in axes}
+    for i, layer in current.items():
+        for axis, size in layer.sizes.items():
+            if size % config.tensor_parallel:
+                raise UserError(
+                    f"layer {i} keeps {size} {AXES[axis].title}, which tensor_parallel={config.tensor_parallel} does "
+                    "not divide: choose a number that divides them, or prune this layer too (attn_layers, mlp_layers, "
+                    "heads)"
+                )
+    return {**kept}, {**result, **snapped}
+
+
+def _to_target(values: Values, units: Mapping[int, Units], component: Component, removed: int, after: str) -> Chosen:
+    """Return the units that a ratio or sparsity keeps.
+
+    `removed`: number of parameters that are removed already. `after`: what has been removed, for messages.
+    """
+    config, total, ratio = component.config, component.total, component.config.ratio
+    removal = None if ratio is None else max(ratio * total - removed, 0)
+    most = most_removable(units.values())
+    if removal is not None and removal > most:
+        raise OutOfReach(
+            f"ratio {ratio:g} cannot be reached by width pruning of the {component.name} stack within "
+            f"attn_layers={config.attn_layers or 'all'}, mlp_layers={config.mlp_layers or 'all'}"
+            f"{', heads kept' if config.heads == 'keep' else ''}{after}: the most is {(removed + most) / total:.4f}"
+        )
+    if config.selection == "global":
+        kept, count, gone = _global(values, units, removal, config.sparsity)
+        prices = [
+            layer.removed({**layer.whole, axis.axis: axis.size - 1})
+            for layer in units.values()
+            for axis in layer.axes
+            if axis.prune
+        ]
+        if removal is not None and removal - gone > max(prices, default=0):
             raise OutOfReach(
                 f"ratio {ratio:g} cannot be reached by global selection, which never empties a layer (it reaches "
                 f'{(removed + gone) / total:.4f}): use selection="local" or a smaller ratio'
             )
+        return kept, {"units_removed": count}
+    layers = [*units.values()]
+    if removal is None:
+        assert config.sparsity is not None
+        return _highest(values, units, [widths_at(layers, config.sparsity)])
+    candidates = [solve_widths(layers, removal), *(apart(layers, removal) if config.heads == "auto" else ())]
+    # candidates about as near to the target as the first one: a difference of one neuron per layer is immaterial
+    price = sum(layer.neuron_price for layer in layers)
+    gap = max(abs(candidates[0].removed - removal), price)
+    return _highest(values, units, [widths for widths in candidates if abs(widths.removed - removal) <= gap])
+
+
+def _highest(values: Values, units: Mapping[int, Units], candidates: Sequence[Widths]) -> Chosen:
+    """Return the highest-scoring units of every layer, of equal scores the later ones.
+
+    Of several candidate widths, those are used whose removed scores have the smallest sum, which assumes that scores of
+    heads and neurons are comparable.
+    """
+    rows = {
+        (i, axis.axis): values[i, axis.axis].reshape(axis.parents, -1)
+        for i, layer in units.items()
+        for axis in layer.axes
+    }
+    order = {key: np.argsort(scores, axis=1, kind="stable") for key, scores in rows.items()}
+    lost = {key: np.pad(np.sort(scores, axis=1), ((0, 0), (1, 0))).cumsum(axis=1) for key, scores in rows.items()}
+
+    def starts(widths: Widths) -> dict[tuple[int, str], int]:
+        """Return the rank of the first kept unit; all are kept if earlier steps left fewer than the widths."""
+        counts = {(i, axis): n for i, layer in units.items() for axis, n in widths.counts[layer].items()}
+        return {key: max(order[key].shape[1] - n, 0) for key, n in counts.items()}
+
+    def loss(widths: Widths) -> float:
+        return sum(sum(lost[key][:, start].tolist()) for key, start in starts(widths).items())
+
+    best = min(candidates, key=loss) if len(candidates) > 1 else candidates[0]
+    kept: dict[int, dict[str, np.ndarray]] = {i: {} for i in units}
+    for (i, axis), start in starts(best).items():
+        parents, size = order[i, axis].shape
+        highest = np.sort(order[i, axis][:, start:], axis=1)
+        kept[i][axis] = (np.arange(parents)[:, None] * size + highest).reshape(-1)
+    return {**kept}, {"sparsity": best.sparsity}
+
+
+def _of_count(units: Mapping[int, Units], count: int) -> list[Widths]:
+    """Return the layer widths with this number of experts; raise UserError if a layer has fewer, or needs more."""
+    for i, axis in ((i, axis) for i, layer in units.items() for axis in layer.axes):
+        if not axis.least <= count <= axis.size:
+            raise UserError(
+                f"{axis.axis}={count} must be from {axis.least} to {axis.size}, the number of {AXES[axis.axis].title} "
+                f"in layer {i}: change it"
+            )
+    sparsity = max((1 - count / axis.size for layer in units.values() for axis in layer.axes), default=0.0)
+    return [Widths({layer: {axis.axis: count for axis in layer.axes} for layer in units.values()}, sparsity, 0)]
+
+
+def _global(
+    values: Values, units: Mapping[int, Units], removal: float | None, sparsity: float | None
+) -> tuple[dict[int, Kept], int, int]:
+    """Remove the lowest-scoring units, compared over all layers and axes; return the kept ones.
+
+    Also return the number of units up to the threshold, and of parameters removed. As in the reference, scores are not
+    normalised (heads, sums over many channels, are rarely removed), and a group that would lose everything stays whole.
+    All units up to the n-th smallest score are removed, where n = pool - int(initial units * (1 - sparsity)), or the n
+    that comes nearest to the ratio.
+    """
+    in_range = [values[i, axis.axis] for i, layer in units.items() for axis in layer.axes if axis.prune]
+    pool = np.sort(np.concatenate([*in_range, np.empty(0)]))
+
+    def keep(count: int) -> dict[int, Kept]:
+        threshold = pool[count - 1] if count > 0 else -np.inf
+        kept = dict[int, Kept]()
+        for i, layer in units.items():
+            above = {axis.axis: values[i, axis.axis] > (threshold if axis.prune else -np.inf) for axis in layer.axes}
+            kept[i] = {axis: np.flatnonzero(left if left.any() else ~left) for axis, left in above.items()}
+        return kept
+
+    def removed(count: int) -> int:
+        kept = keep(count)
+        return sum(int(units[i].removed({axis: len(left) for axis, left in kept[i].items()})) for i in units)
+
+    if removal is None:
+        assert sparsity is not None
+        initial = sum(axis.prune * axis.size for layer in units.values() for axis in layer.axes)
+        count = max(len(pool) - int(initial * (1 - sparsity)), 0)
     else:
-        kept, solved = _local(values, units, target, trade=config.heads == "auto")
-    if by_count:
-        kept = {i: {**first[i], **{axis: numbers[i, axis][own] for axis, own in kept[i].items()}} for i in alive}
-    check_divides(((i, pruned_layer(kept[i], stack.layers[i])) for i in alive), config.tensor_parallel)
-    return kept, {**solved, **snapped}
+        low, high = 0, len(pool)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if removed(middle) <= removal else (low, middle)
+        count = min((low, high), key=lambda count: abs(removed(count) - removal))
+    return keep(count), count, removed(count)
 
 
-def _pruned_axes(scores: Scores, values: Values, method: str) -> tuple[str, ...]:
-    """Return the scored axes that a method (or an axis of that name) prunes; raise UserError if there are none."""
+def _scored_axes(scores: Scores, values: Values, wanted: str) -> tuple[str, ...]:
+    """Return the scored axes to prune: those without scored children, or an axis by name; raise UserError for none."""
     scored = dict.fromkeys(axis for _, axis in values)
     parents = {AXES[axis].parent for axis in scored}
-    wanted = METHODS[method][-1]
     axes = tuple(axis for axis in scored if (axis not in parents if wanted == WIDTHS else axis == wanted))
     if not axes and wanted != WIDTHS:
         title = AXES[wanted].title
         raise UserError(
-            f"{scores.criterion} has no scores of {title}, which method {method!r} removes: use a model with {title} "
+            f"{scores.criterion} has no scores of {title}, which method {wanted!r} removes: use a model with {title} "
             f"and a criterion that scores {title}"
         )
     return axes
@@ -161,163 +246,7 @@ def _tied(values: Values, layers: Sequence[Layer], alive: Sequence[int]) -> Valu
             users.setdefault(alive[layer.mixer.source], []).append(i)
     tied = dict[tuple[int, str], np.ndarray]()
     for producer, sharing in users.items():
-        places = [(i, "kv_heads") for i in (*sharing, producer)]
-        if places[0] in values:
-            tied |= dict.fromkeys(places, np.sum([values[place] for place in places], axis=0))
+        keys = [(i, "kv_heads") for i in (*sharing, producer)]
+        if keys[0] in values:
+            tied |= dict.fromkeys(keys, np.sum([values[key] for key in keys], axis=0))
     return tied
-
-
-def _units(
-    layers: Mapping[int, Layer],
-    costs: Costs,
-    axes: Collection[str],
-    config: PlanConfig,
-    snapped: Mapping[str, int],
-    n_layers: int,
-) -> dict[int, Units]:
-    """Return the prunable units of the layers, within the ranges of the settings."""
-    attention = layer_range("attn_layers", config.attn_layers, n_layers)
-    ranges = {
-        "attn_layers": () if config.heads == "keep" else attention,
-        "mlp_layers": layer_range("mlp_layers", config.mlp_layers, n_layers),
-    }
-    reason = reason_of(config)
-    with error_context(reason) if reason else contextlib.nullcontext():
-        return units_of(layers, costs, axes, ranges=ranges, multiples=snapped)
-
-
-def _local(
-    values: Values, units: Mapping[int, Units], target: Target, *, trade: bool
-) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the highest-scoring units of every layer; all layers keep equally many.
-
-    Heads and neurons lose the same share. With `trade`, they lose the shares whose removed scores have the smallest
-    sum, which assumes that scores of heads and neurons are comparable.
-    """
-    layers = [*units.values()]
-    pools = {
-        (i, axis.axis): [
-            _Pool.of(row, n * len(row)) for n, row in enumerate(values[i, axis.axis].reshape(axis.parents, -1))
-        ]
-        for i, layer in units.items()
-        for axis in layer.axes
-    }
-
-    def lost(widths: Widths) -> float:
-        """Return the sum of the scores of all units that these widths remove."""
-        total = 0.0
-        for i, counts in zip(units, widths.counts, strict=True):
-            for axis, count in counts.items():
-                total += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool in pools[i, axis])
-        return total
-
-    if target.counts:
-        widths = _widths_of(units, target.counts)
-    elif target.removal is None:
-        assert target.sparsity is not None
-        widths = widths_at(layers, target.sparsity)
-    else:
-        candidates = [solve_widths(layers, target.removal)]
-        if trade:
-            candidates += apart(layers, target.removal)
-        # candidates about as near to the target as the first one: a difference of one neuron per layer is immaterial
-        price = sum(map(_fine_price, layers))
-        gap = max(abs(candidates[0].removed - target.removal), price)
-        near = [widths for widths in candidates if abs(widths.removed - target.removal) <= gap]
-        widths = min(near, key=lost)
-    kept: dict[int, Kept] = {
-        i: {axis: np.concatenate([pool.highest(count) for pool in pools[i, axis]]) for axis, count in counts.items()}
-        for i, counts in zip(units, widths.counts, strict=True)
-    }
-    return kept, {"sparsity": widths.sparsity}
-
-
-def _widths_of(units: Mapping[int, Units], counts: Mapping[str, int]) -> Widths:
-    """Return the layer widths with these numbers of units by axis; other axes stay whole.
-
-    Raises UserError if a layer has fewer units, or needs more.
-    """
-    kept, shares = [], [0.0]
-    for i, layer in units.items():
-        for axis in layer.axes:
-            if not axis.least <= counts.get(axis.axis, axis.size) <= axis.size:
-                raise UserError(
-                    f"{axis.axis}={counts[axis.axis]} must be from {axis.least} to {axis.size}, the "
-                    f"number of {AXES[axis.axis].title} in layer {i}: change it"
-                )
-        kept.append({axis.axis: counts.get(axis.axis, axis.size) for axis in layer.axes})
-        shares += [1 - kept[-1][axis] / layer.whole[axis] for axis in counts]
-    removed = sum(int(layer.removed(numbers)) for layer, numbers in zip(units.values(), kept, strict=True))
-    return Widths(tuple(kept), max(shares), removed)
-
-
-def _fine_price(layer: Units) -> int:
-    """Return the number of parameters of a layer's smallest removal: one neuron along every fine axis in range."""
-    fewer = {axis.axis: axis.size - (axis.fine and axis.prune) for axis in layer.axes}
-    return int(layer.removed(fewer))
-
-
-@dataclass(frozen=True, eq=False)
-class _Pool:
-    """Ranking of units that compete with each other: indices by ascending score, and cumulative scores."""
-
-    order: np.ndarray
-    lost: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray, first: int) -> _Pool:
-        """Rank units by score (of equal scores the earlier unit ranks lower); `first` is the first unit's index."""
-        order = np.argsort(values, kind="stable")
-        return cls(first + order, np.concatenate([[0.0], np.cumsum(values[order])]))
-
-    def highest(self, count: int) -> np.ndarray:
-        """Return the sorted indices of the `count` highest-scoring units."""
-        return np.sort(self.order[max(len(self.order) - count, 0) :])
-
-
-def _global(values: Values, units: Mapping[int, Units], target: Target) -> tuple[dict[int, Kept], dict[str, Any], int]:
-    """Remove the lowest-scoring units, compared over all layers and axes; also return the parameters removed.
-
-    As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
-    that would lose everything stays whole. All units up to the n-th smallest score are removed, where n = pool -
-    int(initial units * (1 - sparsity)), or the n that comes nearest to the ratio.
-    """
-    in_range = [values[i, axis.axis] for i, layer in units.items() for axis in layer.axes if axis.prune]
-    pool = np.sort(np.concatenate([*in_range, np.empty(0)]))
-
-    def keep(count: int) -> dict[int, Kept]:
-        threshold = pool[count - 1] if count > 0 else -np.inf
-        kept = dict[int, Kept]()
-        for i, layer in units.items():
-            above = {axis.axis: values[i, axis.axis] > (threshold if axis.prune else -np.inf) for axis in layer.axes}
-            kept[i] = {axis: np.flatnonzero(left if left.any() else ~left) for axis, left in above.items()}
-        return kept
-
-    def removed(count: int) -> int:
-        kept = keep(count)
-        return sum(int(units[i].removed({axis: len(left) for axis, left in kept[i].items()})) for i in units)
-
-    if target.removal is None:
-        assert target.sparsity is not None
-        if not 0 <= target.sparsity < 1:
-            raise UserError(f"sparsity {target.sparsity:g} must be at least 0 and below 1")
-        initial = sum(axis.prune * axis.size for layer in units.values() for axis in layer.axes)
-        count = max(len(pool) - int(initial * (1 - target.sparsity)), 0)
-    else:
-        count = _nearest_count(removed, len(pool), target.removal)
-    return keep(count), {"units_removed": count}, removed(count)
-
-
-def _coarsest_price(layer: Units) -> int:
-    """Return the parameters of the largest single unit in range."""
-    fewer = [{**layer.whole, axis.axis: axis.size - 1} for axis in layer.axes if axis.prune]
-    return max((int(layer.removed(counts)) for counts in fewer), default=0)
-
-
-def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:
-    """Return the count, up to `most`, whose `removed(count)` comes nearest to `removal`."""
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if removed(middle) <= removal else (low, middle)
-    return min((low, high), key=lambda count: abs(removed(count) - removal))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.core.models.media import Packed, merge_of
-from vlmprune_jax.core.models.params import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
 

@@ -13,10 +13,11 @@ from vlmprune_jax.base.errors import printable
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.mixers import Attention
-from vlmprune_jax.core.models.params import active_params, count_params
+from vlmprune_jax.core.models.flops import active_params, layer_costs
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.prune.layer_costs import layer_costs
-from vlmprune_jax.core.prune.solver import most_removable, units_of
+from vlmprune_jax.core.prune.config import PlanConfig
+from vlmprune_jax.core.prune.solver import Component, most_removable, units_of
 from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
@@ -100,17 +101,12 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     """
     total, costs, layers = count_params(cfg), layer_costs(cfg, stack), cfg.stack(stack).layers
     sizes = [costs.of(shape) for shape in layers]
-    everywhere = range(len(layers))
     most_by_depth = sum(sorted(sizes)[max(1, cfg.deepstack) :]) / total  # features enter as many decoder layers
     kinds = {type(layer.mixer): layer for layer in reversed(layers) if layer.mixer.axes}
     attention, parts = kinds.pop(Attention), [part for layer in layers for part in layer.parts]
-    units = units_of(
-        dict(enumerate(layers)),
-        costs,
-        {part.root for part in parts},
-        ranges={part.settings[0]: everywhere for part in parts},
-        multiples={axis.multiple or part.settings[1]: 1 for part in parts for axis in part.axes},
-    )
+    settings = {axis.multiple or part.settings[1]: 1 for part in parts for axis in part.axes}
+    component = Component(stack, cfg, cfg, PlanConfig(), total)
+    units = units_of(component, dict(enumerate(layers)), {part.root for part in parts}, settings)
     return {
         "layer": max(sizes) / total,
         "head_group": costs.price(attention, attention.mixer.root) / total,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Annotated, Any
 
 from jax.sharding import Mesh
 
@@ -16,18 +16,17 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.models.params import active_params, count_params, forward_flops
+from vlmprune_jax.core.models.flops import active_params, forward_flops
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, config_of
 from vlmprune_jax.core.plans.kept import KeptVocabulary
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.config import PlanConfig, PlanOptions, ScoreConfig, VocabularyConfig
+from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig, VocabularyConfig
 from vlmprune_jax.core.prune.cost import cache_size
 from vlmprune_jax.core.prune.fingerprints import fingerprint
-from vlmprune_jax.core.prune.iterative import prune_in_steps
 from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
-from vlmprune_jax.core.prune.scores import Scores
-from vlmprune_jax.core.prune.scoring import score
-from vlmprune_jax.core.prune.select import plan_with_scores, plan_without_scores
+from vlmprune_jax.core.prune.scores import Scores, score
+from vlmprune_jax.core.prune.select import plan_pruning, prune_in_steps, unscored
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.io.checkpoints.batches import Records, batches
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
@@ -46,7 +45,7 @@ def make_plan(
     scores: Scores | Sequence[Scores] | None,
     cfg: ModelConfig | Model,
     config: PlanConfig | None = None,
-    **options: Unpack[PlanOptions],
+    **options: Annotated[Any, PlanConfig],
 ) -> PrunePlan:
     """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
 
@@ -80,10 +79,10 @@ def make_plan(
                 "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
                 "or nothing but the vocabulary is trimmed: pass scores"
             )
-        return plan_without_scores(fingerprint(model), cfg, config, _vocabulary(config.vocabulary, cfg))
+        return plan_pruning(unscored(fingerprint(model)), cfg, config, _vocabulary(config.vocabulary, cfg))
     if config.steps > 1:
         raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
-    return plan_with_scores(scores, cfg, config, _vocabulary(config.vocabulary, cfg))
+    return plan_pruning(scores, cfg, config, _vocabulary(config.vocabulary, cfg))
 
 
 def prune_iteratively(
@@ -95,7 +94,7 @@ def prune_iteratively(
     scores: Scores | None = None,
     score_config: ScoreConfig | None = None,
     score_options: Mapping[str, Any] | None = None,
-    **options: Unpack[PlanOptions],
+    **options: Annotated[Any, PlanConfig],
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
     """Prune heads and neurons to a target in equal steps, with new scores before every step.
 

@@ -22,7 +22,7 @@ from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, Scores, Vocabular
 from vlmprune_jax.core.prune.config import METHODS
 from vlmprune_jax.core.prune.criteria.weights import random_scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
-from vlmprune_jax.core.prune.select import plan_with_scores, plan_without_scores
+from vlmprune_jax.core.prune.select import plan_pruning, unscored
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
@@ -154,12 +154,12 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     config.check()
     vocabulary = typical_vocabulary(config.vocabulary, cfg)
     if config.layers:
-        return plan_without_scores(f"{shape_digest(cfg)}-", cfg, config, vocabulary)
+        return plan_pruning(unscored(f"{shape_digest(cfg)}-"), cfg, config, vocabulary)
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, random_scores(cfg, seed=0, gqa=gqa))
     if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")
-    return plan_with_scores([scores] * len(METHODS[config.method]), cfg, config, vocabulary)
+    return plan_pruning([scores] * len(METHODS[config.method].axes), cfg, config, vocabulary)
 
 
 def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from vlmprune_jax.base.chips import Chip
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.params import (
-    active_params,
-    causal_flops,
-    count_params,
-    head_of,
-    vision_flops,
-    weight_flops,
-)
+from vlmprune_jax.core.models.flops import active_params, causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
 

@@ -49,8 +49,8 @@ def keeping(**axes):
     [
         (lambda d: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
         (lambda d: d.pop("kept"), "missing required field `kept`.*: plan again"),
-        (lambda d: d.update(format=7), "this plan has format 7, but .* reads 5: upgrade vlmprune-jax"),
-        (lambda d: d.update(format=4), "has format 4, but .* reads 5: make it again with `vlmprune prune`"),
+        (lambda d: d.update(format=7), "has format 7, but .* reads 5: upgrade vlmprune-jax"),
+        (lambda d: d.update(format=4), "has format 4, but .* reads 5: run `vlmprune prune` again"),
         (lambda d: d.update(kept={"text/layers": ""}), r"text/layers: kept layers \[\] are not incre"),
         (
             lambda d: d["kept"].update({"text/layers": "4,3"}),
