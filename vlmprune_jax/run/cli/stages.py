@@ -128,7 +128,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
 
     if not is_main_process():
         return
-    if (workdir / RESULT).exists():
+    if finished := (workdir / RESULT).exists():
         result = read_result(workdir).distinct()
         comparison = comparison_of_run(result)
         for table in tables_of(comparison):
@@ -146,4 +146,5 @@ def finish(workdir: Path, reporter: Reporter) -> None:
         unfinished = read_unfinished(workdir).missing
         numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
     page, plot = build_report(workdir), workdir / "report.png"
-    reporter.say(f"report: {page}{f', plot: {plot}' if plot.is_file() else ''}{numbers}")
+    shown = f", plot: {plot}" if finished and plot.is_file() else ""
+    reporter.say(f"report: {page}{shown}{numbers}")
