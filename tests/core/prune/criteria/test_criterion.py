@@ -160,7 +160,7 @@ def test_a_criterion_that_scores_no_layers_leaves_no_journal(own, tmp_path):
             "a criterion's needs: 'gradients' is not one of weights, activations, routing, labels",
         ),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
-        ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),
+        ({"needs": "labels"}, 'a criterion with finish= .* must have needs="activations"'),
         ({"inputs": ("gate_proj",)}, "input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "),
         ({"options": {"powr": 2}}, "a criterion: option 'powr' is not a parameter of any of its functions"),
     ],
