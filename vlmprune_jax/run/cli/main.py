@@ -202,8 +202,8 @@ def _sentence(argv: list[str], error: BaseException, ours: list[Path]) -> str | 
     if isinstance(error, SystemExit):
         return printable(f"{command}: your Python file raised SystemExit({error.code!r}): remove that call")
     if line := line_of_users(error, ours):
-        problem = f"failed at {line} with {type(error).__name__}: {reason(error)}"
-        return printable(f"{command} {problem}: correct that file (--debug shows more)")
+        failure = f"failed at {line} with {type(error).__name__}: {reason(error)}"
+        return printable(f"{command} {failure}: correct that file (--debug shows more)")
     return None
 
 
