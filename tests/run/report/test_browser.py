@@ -47,8 +47,8 @@ addEventListener("load", () => {{
   const heads = [...page.querySelector("table.sortable").tHead.rows[0].cells];
   const seen = heads.filter((head) => head.getBoundingClientRect().width && head.getBoundingClientRect().right <= {0});
   pre.id = "told";
-  const [points, rows] = [...page.querySelectorAll(".plot svg")].map((panel) => panel.getBoundingClientRect());
-  const below = rows.top >= points.bottom && rows.right <= {0};
+  const [wide, narrow] = [...page.querySelectorAll(".plot svg")].map((panel) => panel.getBoundingClientRect());
+  const below = narrow.width > 0 && narrow.right <= {0} && wide.width === 0;
   const names = seen.map((head) => head.textContent);
   pre.textContent = JSON.stringify([page.documentElement.scrollHeight, names, below]);
   document.body.append(pre);

@@ -23,8 +23,8 @@ The same as `vlmprune run --config=demo`, in 3 minutes: removes 30 % of a small 
 by width, trains it on 5 % of easy-VQA with hidden-state distillation, evaluates it on 9,673 questions and exports it.
 `--config=demo:full` has more recoveries."""
 REPORT = """\
-The page has accuracy against size, example questions with every model's answer, costs and speed, the removed parts,
-training curves and provenance. For an unfinished run, the page lists the commands that complete it."""
+The page has retention against cost, example questions with every model's answer, speed, the removed parts and training
+curves. For an unfinished run, the page lists the commands that complete it."""
 
 
 def commands() -> dict[str, str]:
