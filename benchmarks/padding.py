@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.io.data import grouping
+from vlmprune_jax.io.data import batching
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record
@@ -43,7 +43,7 @@ def main() -> None:
     begin = time.perf_counter()
     orders = {name: _order(sizes, name) for name in ("length", "modality_length")}
     seconds = (time.perf_counter() - begin) / len(orders)
-    grouping.MEGABATCH = 1
+    batching.MEGABATCH = 1
     orders["LLaVA's megabatch"] = _order(sizes, "modality_length")
     padding = {"one length": _padding(sizes[shuffled, 0], (LONGEST,)), "buckets": _padding(sizes[shuffled, 0], BUCKETS)}
     padding |= {f"buckets, {name}": _padding(sizes[order, 0], BUCKETS) for name, order in orders.items()}
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _order(sizes: np.ndarray, group_by: str) -> np.ndarray:
-    return grouping.grouped_order(sizes, group_by=group_by, batch_size=BATCH, seed=0, epoch=0)
+    return batching.grouped_order(sizes, group_by=group_by, batch_size=BATCH, seed=0, epoch=0)
 
 
 def _padding(lengths: np.ndarray, buckets: tuple[int, ...]) -> float:

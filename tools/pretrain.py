@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import einops
+import grain
 import numpy as np
 from initial import write_joined, write_random, write_upcycled
 from PIL import Image
@@ -41,7 +42,7 @@ from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.io.checkpoints.batches import open_inputs
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.batching import Batch, train_batches
+from vlmprune_jax.io.data.batching import Batch, TrainBatches, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.io.exports.write import save
@@ -187,8 +188,7 @@ def _train_stage(
     if stage.augment == "flip_shift":
         loader = encoder.image_loader
         patching = loader.preparation if loader is not None and encoder.image_buckets else None
-        moved = batches.batches.random_map(functools.partial(flip_shift, patching=patching), seed=stage.training.seed)
-        batches = dataclasses.replace(batches, batches=moved)
+        batches = MovedBatches(**vars(batches), patching=patching, seed=stage.training.seed)
     layers, rest = unstack_layers(model.params, model.cfg)
     cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
     shallow = Model(stack_layers(layers[: stage.decoder_layers], rest, cfg), cfg)
@@ -198,6 +198,19 @@ def _train_stage(
     whole = flatten(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg))
     kept = {path: leaf for path, leaf in whole.items() if re.fullmatch(stage.keeps, path)}
     return Model(unflatten({**flatten(model.params), **kept}), model.cfg), summary["last"]["loss"]
+
+
+@dataclass(frozen=True, eq=False)
+class MovedBatches(TrainBatches):
+    """Training batches whose images `flip_shift` moves at random."""
+
+    patching: Any | None
+    seed: int
+
+    @property
+    def batches(self) -> grain.IterDataset[Batch]:
+        move = functools.partial(flip_shift, patching=self.patching)
+        return super().batches.random_map(move, seed=self.seed)
 
 
 def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4, patching: Any | None = None) -> Batch:

@@ -19,8 +19,7 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.video import SAMPLING, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.data.media import video_part
-from vlmprune_jax.io.data.memory import MemoryBudget
+from vlmprune_jax.io.data.media import MemoryBudget, video_part
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video import process
 from vlmprune_jax.io.data.video.frames import frame_loader

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import shapes_of
-from vlmprune_jax.io.data.batching import Batch, train_batches
+from vlmprune_jax.io.data.batching import MEGABATCH, Batch, grouped_order, train_batches
 from vlmprune_jax.io.data.encoding import Encoder, measure, slots_of
-from vlmprune_jax.io.data.grouping import MEGABATCH, grouped_order
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record, read_records

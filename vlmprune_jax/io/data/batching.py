@@ -18,12 +18,12 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import BatchShapes
 from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
 from vlmprune_jax.io.data.encoding import Encoder, Shape
-from vlmprune_jax.io.data.grouping import grouped_order
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_rows import TeacherRows
 
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
+MEGABATCH = 50  # batches sorted together, like `mega_batch_mult` of transformers' `group_by_length`
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,26 @@ class Batch:
 class TrainBatches:
     """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
 
-    Like grain's iterators, its iterators have `get_state` and `set_state`. `batches` are made from `rows`, see
-    `_batch_rows`. `local`: rows of each batch that this process loads. `packs`: packed rows of images in each batch,
-    over all processes.
+    Like grain's iterators, its iterators have `get_state` and `set_state`. `rows`: see `_batch_rows`. `mine`: the rows
+    of each batch that this process loads, with `threads` threads. `packs`: packed rows of images in each batch, over
+    all processes. `skips`: unreadable records become padding.
     """
 
-    batches: grain.IterDataset[Batch]
     rows: grain.MapDataset[np.ndarray]
+    records: Sequence[Record]
     encoder: Encoder
     sizes: np.ndarray | None
     teacher: TeacherRows | None
-    local: int
+    mine: np.ndarray
     packs: int
+    threads: int
+    skips: bool
+
+    @property
+    def batches(self) -> grain.IterDataset[Batch]:
+        """Data set of this process's batches."""
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=PREFETCH)
+        return self.rows.map(self._load).to_iter_dataset(options)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -73,11 +81,12 @@ class TrainBatches:
         """
         kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
-            packs = self.packs * self.local // len(self.rows[0])
-            check_memory(self.local, shape, self.encoder, 0, packs)
-            row = _padding_row(self.encoder, shape, self.teacher)
-            kind = {name: jax.ShapeDtypeStruct((self.local, *array.shape), array.dtype) for name, array in row.items()}
-            kinds.append({**kind, "media": self.encoder.packed_shapes(shape, self.local, packs)})
+            local = len(self.mine)
+            packs = self.packs * local // len(self.rows[0])
+            check_memory(local, shape, self.encoder, 0, packs)
+            row = self._padding_row(shape)
+            kind = {name: jax.ShapeDtypeStruct((local, *array.shape), array.dtype) for name, array in row.items()}
+            kinds.append({**kind, "media": self.encoder.packed_shapes(shape, local, packs)})
         return kinds
 
     def _shapes(self, first: int, last: int) -> set[Shape]:
@@ -93,6 +102,46 @@ class TrainBatches:
             if len(shapes) == most:
                 break
         return shapes
+
+    def _load(self, batch: np.ndarray) -> Batch:
+        """Load this process's share of a global batch of record indices, padded to the batch's shape."""
+        sizes, encoder = self.sizes, self.encoder
+        if sizes is None:
+            every = [None if index == _PADDING_ROW else self.records[index] for index in batch.tolist()]
+            shape = encoder.shape_of(every, self.packs)
+        else:
+            shape = encoder.shape(_sizes_of(batch, sizes), self.packs)
+        packs = self.packs * len(self.mine) // len(batch)
+        check_memory(len(self.mine), shape, encoder, 0, packs)
+        rows, pictures, names, skipped = [], [], [], []
+        for index in batch[self.mine].tolist():
+            row, images, name = None, [], ""
+            if index != _PADDING_ROW:
+                record = self.records[index]
+                try:
+                    if sizes is not None and not sizes[index, 0]:
+                        problem = encoder.problem(record) or f"record {record.id}: could not be read when measured"
+                        raise UserError(problem)
+                    training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
+                    if self.teacher is not None:
+                        self.teacher.fill(training_row, record)
+                    row, name = training_row, record.id
+                except UserError as error:
+                    if not self.skips:
+                        raise
+                    skipped.append((record.id, str(error)))
+            rows.append(self._padding_row(shape) if row is None else row)
+            pictures.append([] if row is None else images)
+            names.append(name)
+        arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        arrays["media"] = encoder.packed(pictures, shape, packs)
+        return Batch(arrays, tuple(names), skipped=tuple(skipped))
+
+    def _padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
+        row = self.encoder.padding_row(shape.tokens)
+        if self.teacher is not None:
+            self.teacher.fill(row, None)
+        return row
 
 
 def train_batches(
@@ -146,73 +195,12 @@ def train_batches(
     elif seed is not None:
         indices = indices.shuffle(seed=seed)
     rows = _batch_rows(indices, batch_size, epochs, drop_remainder, order)
-    load = functools.partial(
-        _load_rows,
-        records=records,
-        encoder=encoder,
-        mine=mine,
-        packs=packs,
-        sizes=sizes,
-        skip=on_error == "skip",
-        teacher=teacher,
-    )
-    batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH))
-    return TrainBatches(batches, rows, encoder, sizes, teacher, len(mine), packs)
-
-
-def _load_rows(
-    batch: np.ndarray,
-    *,
-    records: Sequence[Record],
-    encoder: Encoder,
-    mine: np.ndarray,
-    packs: int,
-    sizes: np.ndarray | None,
-    skip: bool,
-    teacher: TeacherRows | None,
-) -> Batch:
-    """Load this process's share (`mine`) of a global batch of record indices, padded to the batch's shape."""
-    if sizes is None:
-        every = [None if index == _PADDING_ROW else records[index] for index in batch.tolist()]
-        shape = encoder.shape_of(every, packs)
-    else:
-        shape = encoder.shape(_sizes_of(batch, sizes), packs)
-    local = packs * len(mine) // len(batch)
-    check_memory(len(mine), shape, encoder, 0, local)
-    rows, pictures, names, skipped = [], [], [], []
-    for index in batch[mine].tolist():
-        row, images, name = None, [], ""
-        if index != _PADDING_ROW:
-            record = records[index]
-            try:
-                if sizes is not None and not sizes[index, 0]:
-                    raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
-                training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
-                if teacher is not None:
-                    teacher.fill(training_row, record)
-                row, name = training_row, record.id
-            except UserError as error:
-                if not skip:
-                    raise
-                skipped.append((record.id, str(error)))
-        rows.append(_padding_row(encoder, shape, teacher) if row is None else row)
-        pictures.append([] if row is None else images)
-        names.append(name)
-    arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    arrays["media"] = encoder.packed(pictures, shape, local)
-    return Batch(arrays, tuple(names), skipped=tuple(skipped))
+    return TrainBatches(rows, records, encoder, sizes, teacher, mine, packs, threads, on_error == "skip")
 
 
 def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return the sizes of a batch's records, int[rows, 3]; 0 for rows of padding."""
     return np.where(batch[:, None] == _PADDING_ROW, 0, sizes[batch])
-
-
-def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) -> dict[str, np.ndarray]:
-    row = encoder.padding_row(shape.tokens)
-    if teacher is not None:
-        teacher.fill(row, None)
-    return row
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int, packs: int) -> None:
@@ -252,3 +240,47 @@ def _batch_rows(
         return np.concatenate([rows, np.full(batch_size - len(rows), _PADDING_ROW, np.int64)])
 
     return indices.repeat(epochs).map_with_index(record_of).batch(batch_size, drop_remainder=drop_remainder).map(fill)
+
+
+def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return one epoch's record indices, shuffled and grouped by length or modality, int64[records].
+
+    Records are permuted (with "modality_length" separately for each modality, as in LLaVA) and divided into
+    megabatches. Each megabatch is sorted by length and divided into batches; the batches of all megabatches are
+    permuted. The batch with the longest row comes first, so that a lack of memory shows at once, and records that do
+    not fill a batch come last. In LLaVA, a megabatch is a single batch, which separates modalities but does not save
+    padding.
+
+    Batches continue across epochs: an epoch begins with the records that complete the previous epoch's last batch.
+
+    Args:
+      sizes: int[records, ...], tokens and image slots first (`measure.measure`). Unreadable records (0 tokens) are
+        spread like the others, so that no batch is empty.
+      group_by: "length" or "modality_length".
+      batch_size: rows of a global batch.
+    """
+    draw = np.random.Generator(np.random.PCG64([seed, epoch]))
+    unreadable = sizes[:, 0] == 0
+    if unreadable.any() and not unreadable.all():
+        sizes = sizes.copy()
+        sizes[unreadable] = sizes[draw.choice(np.flatnonzero(~unreadable), int(unreadable.sum()))]
+    order = draw.permutation(len(sizes))
+    begun = -epoch * len(sizes) % batch_size
+    head, rest = order[:begun], order[begun:]
+    kinds = [rest]
+    if group_by == "modality_length":
+        has_image = sizes[rest, 1] > 0
+        kinds = [rest[has_image], rest[~has_image]]
+    batches: list[np.ndarray] = []
+    for kind in kinds:
+        whole = kind[: len(kind) // batch_size * batch_size]
+        for start in range(0, len(whole), MEGABATCH * batch_size):
+            mega = whole[start : start + MEGABATCH * batch_size]
+            mega = mega[np.argsort(-sizes[mega, 0], kind="stable")]
+            batches += list(mega.reshape(-1, batch_size))
+    tails = [kind[len(kind) // batch_size * batch_size :] for kind in kinds]
+    batches = [batches[place] for place in draw.permutation(len(batches)).tolist()]
+    if batches:
+        longest = int(np.argmax([sizes[batch, 0].max() for batch in batches]))
+        batches.insert(0, batches.pop(longest))
+    return np.concatenate([head, *batches, *tails])

@@ -265,8 +265,10 @@ class Encoder:
         elif len(ids) > limit:
             if not self.truncate:
                 check_length(len(ids), record, limit)
-            if record.visuals and self._cuts_image(ids):
-                last = int(np.flatnonzero(is_visual(ids, self.visual_tokens))[-1])
+            visual, closed = is_visual(ids, self.visual_tokens), self.template.image_tokens is not None
+            # an image would be cut, or split from its end token
+            if record.visuals and (visual[limit:].any() or (closed and visual[limit - 1])):
+                last = int(np.flatnonzero(visual)[-1])
                 what = "an image or video" if record.videos else "an image"
                 raise UserError(
                     f"record {record.id}: {what} ends at token {last + 1}, beyond the maximum length "
@@ -303,12 +305,6 @@ class Encoder:
                 f"record {record.id}: has {len(ids)} tokens with its images, more than the model's maximum of "
                 f"{self.longest}: drop the record, or set data.max_length to truncate it in training"
             )
-
-    def _cuts_image(self, ids: np.ndarray) -> bool:
-        """Return True if truncation to `max_length` would cut through an image, or split it from its end token."""
-        visual = is_visual(ids, self.visual_tokens)
-        closed = self.template.image_tokens is not None
-        return bool(visual[self.max_length :].any() or (closed and visual[self.max_length - 1]))
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:

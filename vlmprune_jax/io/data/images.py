@@ -31,8 +31,7 @@ from vlmprune_jax.io.data.image_processor import (
     sides,
     way_of,
 )
-from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.memory import DECODING
+from vlmprune_jax.io.data.media import DECODING, StoredImage
 from vlmprune_jax.io.data.naflex import naflex_from_processor
 from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.preparation import Preparation, Videos, fixed_size
@@ -292,7 +291,12 @@ def load_image_processor(
     folder = Path(folder)
     preparation, location = _preparation(folder, aspect_ratio, image_size)
     changes = {name: value for name, value in (tiling or {}).items() if value is not None}
-    preparation = _with_tiling(preparation, changes, folder)
+    if changes and not isinstance(preparation, Tiling):
+        raise UserError(
+            f"{folder}: this model does not cut images into tiles by their aspect ratio: unset "
+            f"data.{', data.'.join(changes)}"
+        )
+    preparation = dataclasses.replace(preparation, **changes) if isinstance(preparation, Tiling) else preparation
     if max_image_tokens is not None:
         with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
             preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
@@ -328,18 +332,6 @@ def _check_fits(
         )
 
 
-def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path) -> Preparation:
-    """Return the image preparation with the user's tiling settings; raise UserError if the model does not use tiles."""
-    if not changes:
-        return preparation
-    if not isinstance(preparation, Tiling):
-        raise UserError(
-            f"{folder}: this model does not cut images into tiles by their aspect ratio: unset "
-            f"data.{', data.'.join(changes)}"
-        )
-    return dataclasses.replace(preparation, **changes)
-
-
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
     """Return {file name: new content} of a folder's JSON files after limiting images to `most` tokens.
 
@@ -350,6 +342,9 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
     if family is not None and family.images == "whole":  # its processor may lie in the tower's folder
         raise fixed_size(slot_tokens)
     preparation, _ = _preparation(folder, ASPECT_RATIOS[1], None)
+    processor, own_videos = folder / "processor_config.json", folder / "video_preprocessor_config.json"
+    described = read_json(processor).get("video_processor") if os.path.lexists(processor) else None
+    videos_read_images = family is not None and family.video is not None and described is None
     fields, changed = preparation.with_most_tokens(most, slot_tokens).limit_fields, {}
     if family is not None and family.tiling is not None:
         return {"config.json": config | {family.tile_limit: fields["max_patches"]}}
@@ -358,16 +353,9 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
         settings = content if section is None else content.get(section)
         if settings:
             changed[name] = {**content, **(fields if section is None else {section: {**settings, **fields}})}
-            if section is None and family is not None and family.video is not None and not _describes_videos(folder):
-                changed["video_preprocessor_config.json"] = content  # videos have read this file and keep its limits
+            if section is None and videos_read_images and not os.path.lexists(own_videos):
+                changed[own_videos.name] = content  # videos have read this file and keep its limits
     return changed
-
-
-def _describes_videos(folder: Path) -> bool:
-    """Return True if a model folder has video processor settings, separate from its image processor settings."""
-    path = folder / "processor_config.json"
-    section = read_json(path).get("video_processor") if os.path.lexists(path) else None
-    return section is not None or os.path.lexists(folder / "video_preprocessor_config.json")
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:

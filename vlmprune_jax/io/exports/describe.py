@@ -1,4 +1,4 @@
-"""Describe a Hugging Face folder from its headers: its model, the parts that can be pruned, and its exports."""
+"""Describe a Hugging Face folder from its headers: its model, the parts that can be pruned, and engines."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
-from vlmprune_jax.io.families import Family, target_of
-from vlmprune_jax.io.families.limits import uneven_problem, what_loads
+from vlmprune_jax.io.families.limits import what_loads
 
 PARTS = ("text", "vision", "projector")
 
@@ -66,7 +65,6 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "passthrough": count_passthrough(folder, tower),
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
-        "export": _export(cfg, family),
         "loads": what_loads(cfg),
     }
 
@@ -124,34 +122,6 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     }
 
 
-def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
-    """Return {pruning method or export option: exported size and programs that can load it} as text."""
-    stock, target = family.layout == "transformers", target_of(family)
-    loader = "stock transformers" if stock else "this package and the hub's own code"
-    # the hub's own code computes the head size as hidden_size / heads
-    heads = loader if stock else "this package, and in the hub's own code if all heads are kept"
-    per_layer = "this package" + (", and in transformers by the PyTorch file it ships" if stock else "")
-    found = {"depth": f"true size, loads in {loader}", "equal widths": f"true size, loads in {heads}"}
-    problem = uneven_problem(cfg.text)
-    if problem is None:
-        found["uneven=per_layer"] = f"true size, loads in {per_layer}"
-        found["uneven=pad"] = f"padded with zeros to the widest layer, loads in {heads}"
-    else:
-        found["unequal widths"] = f"refused: {problem}"
-    if target is not None and target.stock is not None:
-        found["layout=transformers"] = f"folder for the stock class {target.stock.name}, vision tower included"
-    if family.separate_vision:
-        found["tower"] = "not part of an export in this layout: it stays in its own folder (--vision_dir)"
-    elif cfg.vision is not None:
-        found["tower"] = (
-            "fewer layers and neurons load as above; fewer heads in this package only, or as above with uneven=pad; "
-            "unequal widths need uneven=pad"
-        )
-    if not cfg.text.uniform:
-        found["now"] = "this folder has layers of unequal width already"
-    return found
-
-
 def _images(found: dict[str, Any]) -> str:
     vision, tokens = found["vision"], found["tokens_per_image"]
     patch, side = vision["patch_size"], vision["merge"]
@@ -201,8 +171,6 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     lines += _prunable_lines(f"  prunable    a {'decoder ' if vision else ''}layer", prunable)
     if vision is not None:
         lines += _prunable_lines("              a layer of the vision tower", found["prunable_tower"])
-    exports = enumerate(found["export"].items())
-    lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
     targets = enumerate(found["loads"].items())
     return lines + [f"  {'loads in' if i == 0 else '':<11} {name}: {_loads(stacks)}" for i, (name, stacks) in targets]
 

@@ -87,7 +87,12 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
         fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
         fields["token_scores"] = _scores(tokens, merges)
         if tokenizer_model:
-            _check_lines(merges, str(folder))
+            crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
+            if crossing is not None:
+                raise UserError(
+                    f"{folder}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, "
+                    "which llama.cpp never does: this model cannot be exported to GGUF"
+                )
             fields["token_merges"] = [" ".join(pair) for pair in merges]
     else:
         pre = _pre(content, fast, str(folder))
@@ -122,16 +127,6 @@ def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], lis
         tokens.append(text)
         kinds.append(UNKNOWN if spaced and text == unknown else kind)
     return tokens, kinds
-
-
-def _check_lines(merges: list[list[str]], location: str) -> None:
-    """Raise UserError for merges across line ends, where llama.cpp's tokenizer always splits text."""
-    crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
-    if crossing is not None:
-        raise UserError(
-            f"{location}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, which "
-            "llama.cpp never does: this model cannot be exported to GGUF"
-        )
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:

@@ -75,7 +75,10 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(pieces[0].hf_shape)
     if is_main_process():
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
-        config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
+        classes = [name for name in stock.get("auto_map") or {} if name.startswith("AutoModel")]
+        classes += stock.get("architectures") or [] if plain.layout == "transformers" else []
+        loader = "AutoModelForCausalLM" if plain.vision is None else next(iter(classes), None)
+        config = _config(adapters, list(whole), lora, base, loader)  # no loader: the model needs remote code
         content = read_tokenizer(base_dir)  # an adapter fits only bases with the same vocabulary
         metadata = {"format": "pt"} | ({} if content is None else {"vocabulary": vocabulary_digest(content)})
         with atomic_folder(Path(out_dir)) as folder:
@@ -137,15 +140,6 @@ def _module(key: str, family: Family) -> str:
     for pattern, replacement in family.modules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
-    """Return the transformers class name for a base model; None if the model needs remote code."""
-    if cfg.vision is None:
-        return "AutoModelForCausalLM"
-    autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
-    stock = config.get("architectures") or [] if cfg.layout == "transformers" else []
-    return next(iter([*autos, *stock]), None)
 
 
 def _config(

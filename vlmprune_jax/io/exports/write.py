@@ -79,10 +79,12 @@ def save(
     mtp = None if mtp_dir is None else resolve(mtp_dir)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
     vocabulary = None if plan is None else plan.vocabulary
+    planned = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
+    chips = planned.get("tensor_parallel", 1) if "vllm_tpu" in planned.get("loads_in", ()) else 0
     card: dict[str, Any] = {"license": license, "datasets": datasets, "benchmarks": benchmarks}
     card |= {"reconstructed": reconstructed, "recovered": recovered, "library": chosen.library}
     with export_files(source, model.cfg, vocabulary, max_image_tokens) as files:
-        origin = Origin(files, f"{name}-pruned" if pruned else name, None, source, mtp, _tpu_chips(plan), pruned)
+        origin = Origin(files, f"{name}-pruned" if pruned else name, None, source, mtp, chips, pruned)
         contents = chosen.prepare(model, origin, settings)
 
         def check() -> None:
@@ -102,12 +104,6 @@ def save(
             for tensor in () if is_main_process() else contents.tensors:
                 tensor.fetch()  # gathering split arrays takes all processes, in the same order
             multihost_utils.sync_global_devices(f"saved {out}")
-
-
-def _tpu_chips(plan: PrunePlan | None) -> int:
-    """Return the tensor-parallel size if the plan was made for vLLM on TPUs, else 0."""
-    options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
-    return options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
 
 
 def check_saved(

@@ -12,6 +12,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.io.families.rope import for_both_versions
 from vlmprune_jax.io.families.shapes import tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
+from vlmprune_jax.io.families.towers import vision_of, vision_to_hf
 
 # Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
 UNUSED = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
@@ -125,9 +126,27 @@ def vlm_to_hf(cfg: ModelConfig, config: JsonDict, defaults: JsonDict) -> JsonDic
     return {**config, **tied, "text_config": {**text_to_hf(cfg.text, section), **tied}}
 
 
-def vlm_family(name: str, stock_class: str, *, stock: JsonDict | None = None, **fields: Any) -> Family:
-    """Return a family in transformers' layout, with the settings of most; `stock`, `fields`: those of Stock, Family."""
+def vlm_family(
+    name: str,
+    stock_class: str,
+    *,
+    stock: JsonDict | None = None,
+    tower: str = "",
+    feature_layer: tuple[str, int] | None = None,
+    defaults: JsonDict | None = None,
+    **fields: Any,
+) -> Family:
+    """Return a family in transformers' layout, with the settings of most; `stock`, `fields`: those of Stock, Family.
+
+    `tower` (in `towers.TOWERS`), `feature_layer` and `defaults` (of the decoder's section) are for families without
+    `to_hf`, see `vision_to_hf` and `vlm_to_hf`.
+    """
+
+    def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+        return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, tower, feature_layer), defaults or {})
+
     usual = {
+        "to_hf": to_hf,
         "model_types": (name,),
         "text_section": "text_config",
         "ignored": UNUSED,

@@ -10,14 +10,14 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
 from vlmprune_jax.io.families.templates import Template
-from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of, vision_to_hf
+from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of
 
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -174,16 +174,13 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
     return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=token, vision=tower, projector=projector)
 
 
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, _TOWER), _TEXT)
-
-
 # The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.
 GEMMA3 = vlm_family(
     "gemma3",
     "Gemma3ForConditionalGeneration",
     from_hf=_from_hf,
-    to_hf=_to_hf,
+    tower=_TOWER,
+    defaults=_TEXT,
     weights=lambda cfg: [
         *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
         Weight("projector/pool_norm/weight", "multi_modal_projector.mm_soft_emb_norm.weight", "vision"),

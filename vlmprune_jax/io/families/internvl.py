@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
@@ -144,11 +144,6 @@ def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> M
     tower = _tower(config, "InternVL", config.get("vision_feature_layer", -1), "internvl_vision")
     parts = {"vision": tower, "projector": _projector(config, "v2"), "feature_select": "patch"}
     return vlm_from_hf("internvl", config, _TEXT, tied=True, image_token=151667, **parts)
-
-
-def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
-    return vlm_to_hf(cfg, config, _TEXT)
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -285,7 +280,9 @@ INTERNVL_HF = vlm_family(
     "InternVLForConditionalGeneration",
     stock={"image_token": "image_token_id", "config": _stock_config, "lacks": _lacks, "processor": _processor},
     from_hf=_native_from_hf,
-    to_hf=_native_to_hf,
+    tower="internvl_vision",
+    feature_layer=("vision_feature_layer", -1),
+    defaults=_TEXT,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2"))

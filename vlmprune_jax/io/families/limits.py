@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer, keep_layers
 from vlmprune_jax.core.limits import ENGINES, Engine, Limit, first_unmet, why_no_class, why_not
 from vlmprune_jax.core.part import AXES
@@ -160,13 +160,6 @@ ENGINES.update(
 def why_not_in_transformers(cfg: ModelConfig, *, loader: bool) -> str | None:
     """Return why transformers cannot load a folder; `loader`: it has the PyTorch file for layers of unequal width."""
     return first_unmet(limits_of(cfg, "transformers", loader=loader), cfg)
-
-
-def uneven_problem(text: TextConfig) -> str | None:
-    """Return why no export format can store this decoder with layers of unequal width; None if one can."""
-    first, *others = text.layers
-    wider = first.completed({first.channel.root: first.sizes[first.channel.root] + 1})
-    return decoder_of(text.decoder).problem(text.with_layers([first.resized(wider), *others]))
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:

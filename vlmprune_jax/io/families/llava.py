@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
-from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family, vlm_to_hf
+from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
@@ -20,7 +20,6 @@ from vlmprune_jax.io.families.towers import (
     projector_weights,
     vision_from_hf,
     vision_of,
-    vision_to_hf,
 )
 
 _TOWER = TOWERS["clip_vision_model"]  # SigLIP's weights have the same names
@@ -92,10 +91,6 @@ def _one_of(config: Mapping[str, Any], field: str, default: str, other: str) -> 
     if value not in (default, other):
         raise UserError(f"{field} {value!r} is not one of {default}, {other}")
     return value
-
-
-def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)), {})
 
 
 def _original(
@@ -231,7 +226,8 @@ LLAVA_HF = vlm_family(
     },
     matches=lambda config: "vision_config" in config and "mm_vision_tower" not in config,
     from_hf=_hf_from_hf,
-    to_hf=_hf_to_hf,
+    tower="clip_vision_model",
+    feature_layer=("vision_feature_layer", -2),
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))

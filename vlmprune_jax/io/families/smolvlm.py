@@ -8,17 +8,10 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.towers import (
-    TOWERS,
-    projector_of,
-    projector_weights,
-    vision_from_hf,
-    vision_of,
-    vision_to_hf,
-)
+from vlmprune_jax.io.families.towers import TOWERS, projector_of, projector_weights, vision_from_hf, vision_of
 
 # Defaults of SmolVLMConfig for the decoder.
 _TEXT: JsonDict = {"model_type": "llama", "rms_norm_eps": 1e-5}
@@ -62,17 +55,14 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
     return vlm_from_hf("smolvlm", config, _TEXT, tied=False, image_token=128257, vision=tower, projector=projector)
 
 
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, _TOWER), _TEXT)
-
-
 SMOLVLM = vlm_family(
     "smolvlm",
     "SmolVLMForConditionalGeneration",
     # versions in which patches get the positions of their upper left neighbours
     stock={"by_row": True, "miscomputes": ("4.55.", "4.56.", "4.57.")},
     from_hf=_from_hf,
-    to_hf=_to_hf,
+    tower=_TOWER,
+    defaults=_TEXT,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.text_model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.connector.modality_projection.", ("proj",))

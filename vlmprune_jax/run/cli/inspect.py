@@ -1,4 +1,4 @@
-"""vlmprune inspect HF_DIR: print a model's family, layout, shapes and parameters, and what can be pruned and exported.
+"""vlmprune inspect HF_DIR: print a model's family, layout, shapes and size, what can be pruned and where it loads.
 
 Reads configs and tensor headers only. --config=FILE.py makes the model families that the file registers available.
 """

@@ -12,8 +12,7 @@ import pytest
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.memory import MemoryBudget
+from vlmprune_jax.io.data.media import MemoryBudget, StoredImage
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process

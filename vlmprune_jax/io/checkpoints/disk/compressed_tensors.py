@@ -111,16 +111,12 @@ class CompressedTensors:
         group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
         return {
             "quant_method": _METHOD,
-            "format": self._format,
+            "format": "int-quantized" if self.activations else "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(dict.fromkeys(map(_pattern, ["lm_head", *free]))),
             "kv_cache_scheme": None,
         }
-
-    @property
-    def _format(self) -> str:
-        return "int-quantized" if self.activations else "pack-quantized"
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.memory import DECODING
+from vlmprune_jax.io.data.media import DECODING
 from vlmprune_jax.io.data.preparation import FramePreparation, Preparation
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video.reader import ClipInfo, VideoReader
