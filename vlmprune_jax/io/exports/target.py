@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import copy_file, copy_folder
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
@@ -33,6 +31,7 @@ from vlmprune_jax.io.exports.uneven import (
 )
 from vlmprune_jax.io.exports.vocabulary import (
     add_token,
+    copy_files,
     prefixes_only_the_start,
     read_tokenizer,
     token_id,
@@ -44,6 +43,7 @@ from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import projector_of, stock_tower, vision_of
 
 # Files that make a folder usable, beside weights and config.json.
+_INDEX = ("*.index.json",)
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
     "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
@@ -147,7 +147,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
     if not target.converts:
-        _copy_files(source, folder, (*_SAME_LAYOUT, *code))
+        copy_files(source, folder, (*_SAME_LAYOUT, *code), _INDEX)
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
     if loader_class(target.config) is not None:
@@ -156,19 +156,9 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
 
 def copy_always(source: Path, folder: Path, plan: PrunePlan | None) -> None:
     """Copy licence files to an export, and write plan.json (from `plan`, otherwise a copy of the source's)."""
-    _copy_files(source, folder, _ALWAYS)
+    copy_files(source, folder, _ALWAYS, _INDEX)
     if plan is not None:
         plan.to_json(folder / "plan.json")
-
-
-def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    for name in sorted(os.listdir(source)):  # a glob would skip broken links
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        if wanted and not name.endswith(".index.json") and not os.path.isdir(source / name):
-            copy_file(source / name, folder / name, source)
-    templates = source / "additional_chat_templates"
-    if os.path.lexists(templates):
-        copy_folder(templates, folder / templates.name, source)
 
 
 # New vocabularies are padded to a multiple, as llava-hf does (32,002 words in 32,064 rows).

@@ -59,7 +59,7 @@ def export_files(
                     raise UserError("this model takes no images: unset the limit")
                 changed = limited_files(files, most, cfg.tokens_per_image)
             if files is source:
-                _copy_without_weights(source, folder)
+                copy_files(source, folder)
             for name, content in changed.items():
                 _write(folder / name, content)
             files = folder
@@ -77,7 +77,7 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
         raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
     if vocabulary_digest(content) != vocabulary.tokenizer:
         raise UserError(f"{source}: its tokenizer differs from the one that the plan was made with: plan again")
-    _copy_without_weights(source, folder)
+    copy_files(source, folder)
     with reading(f"{source}: its tokenizer"):
         _trim_tokenizer_files(source, folder, content, vocabulary)
     for name in CONFIGS:
@@ -86,14 +86,15 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
             _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
 
 
-def _copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy all files of a model folder except its weights."""
-    for name in sorted(os.listdir(source)):
-        if os.path.isdir(source / name):
-            if name == "additional_chat_templates":
-                copy_folder(source / name, folder / name, source)
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+def copy_files(source: Path, folder: Path, patterns: Sequence[str] = ("*",), but: Sequence[str] = _WEIGHTS) -> None:
+    """Copy the files of a model folder that match one of `patterns` and none of `but`, and its chat templates."""
+    for name in sorted(os.listdir(source)):  # a glob would skip broken links
+        wanted, unwanted = (any(fnmatch.fnmatchcase(name, x) for x in names) for names in (patterns, but))
+        if wanted and not unwanted and not os.path.isdir(source / name):
             copy_file(source / name, folder / name, source)
+    templates = source / "additional_chat_templates"
+    if os.path.lexists(templates):
+        copy_folder(templates, folder / templates.name, source)
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: KeptVocabulary) -> None:
