@@ -180,7 +180,6 @@ def test_markup_is_made_where_it_is_escaped():
             'Markup(\'<div class="wide">{}</div><div class="narrow">{}</div>\')',
             "Markup(script)",
             "Markup(to_svg(drawn))",
-            "Markup(wide)",  # as `to_svg` drew it
         },
         ".md": set(),
     }

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 PLAIN, SOLVED, BEST = "without recovery", "reconstructed", "SFT + L2"
-RECOVERIES = {"none": PLAIN, "projector": "projector", "sft": "SFT", "sft_kl": "SFT + KL", "sft_l2": BEST}
+RECOVERIES = {
+    "none": PLAIN, "reconstructed": PLAIN, "projector": "projector", "sft": "SFT", "sft_kl": "SFT + KL", "sft_l2": BEST,
+}  # fmt: skip
 
 
 class Cell(NamedTuple):

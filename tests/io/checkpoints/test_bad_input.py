@@ -73,7 +73,7 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
             {"text_config.rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}},
             "yarn rope with theta 10000, ",
         ),
-        ({"text_config.hidden_act": "evil"}, "activation 'evil' is not supported"),
+        ({"text_config.hidden_act": "evil"}, "activation 'evil' is not one of"),
         ({"architectures": ["LlavaForConditionalGeneration`\n"]}, "field architectures is ['LlavaFor"),
         ({"auto_map": {"a b": "c"}}, "field auto_map is {'a b': 'c'}, expected an object of names"),
         ({"deep": json.loads("[" * 200 + "]" * 200)}, "is not valid JSON (too deeply nested)"),
