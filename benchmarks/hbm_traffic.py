@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.models.flops import head_of
-
 from vlmprune_jax.core.models.params import abstract_params
 from vlmprune_jax.run.planning import evaluation
 from vlmprune_jax.run.planning.ahead_of_time import Compiled, computations_of, loops_of, width_of
