@@ -237,7 +237,8 @@ def score(
       stack: "text" for the decoder, or "vision" for the tower (on the images of the batches).
       routing: `Scores.routing` of an earlier call, from which criteria for experts are computed without a forward pass.
       progress: called with the number of finished batches, or of layers for criteria that need labels.
-      journal: keeps the sums of each batch, to continue after an interruption, for criteria that score layers.
+      journal: keeps the sums of each batch, to continue after an interruption, for criteria that score layers and for
+        your own.
       cache: keeps the sums of each layer (for criteria that need labels), likewise.
       config: settings; each criterion uses the settings that it has, and `options` override single settings.
       options: settings of the criterion by name (`vp.criteria[name].settings`, see `ScoreConfig`).
@@ -266,7 +267,8 @@ def score(
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
         kept: dict[str, Any] = {"progress": progress, "cache": cache}
-        kept["journal"] = journal if "layers" in chosen.scores else None  # sums of units are too many numbers
+        # the sums of units of the built-in criteria are too many numbers
+        kept["journal"] = journal if "layers" in chosen.scores or chosen.file else None
         values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
         for arrays in (values, *by_token_type.values()):
             _check(criterion, chosen, arrays, model.cfg, stack)

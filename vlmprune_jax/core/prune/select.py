@@ -160,25 +160,14 @@ def _plan_units(
     limit the cost of the model with these tokens. `original`: config before the first of several steps, to which ratio
     and sparsity refer; None = `cfg`.
     """
-    _check_scores(scores, cfg)
-    components = scores.components or (config.stack,)
+    _check_scores(scores, cfg, config)
     costed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
     total, several = count_params(original or cfg), len(scores.components) > 1
-    numbered = [
-        name for name, about in settings_of(PlanConfig).items() if about.unit == "layers" and getattr(config, name)
-    ]
-    if several and numbered:
-        raise UserError(
-            f"{', '.join(numbered)}: cannot be used for both stacks at once: prune decoder and vision tower one after "
-            "the other"
-        )
-    parameters = {name: sum(map(layer_costs(cfg, name).of, cfg.stack(name).layers)) for name in components}
-    configs = {
-        name: dataclasses.replace(config, heads="keep")
-        if config.heads == "auto" and keeps_heads(cfg, name, config.loads_in)
-        else config
-        for name in components
-    }
+    parameters, configs = dict[str, int](), dict[str, PlanConfig]()
+    for name in scores.components or (config.stack,):
+        parameters[name] = sum(map(layer_costs(cfg, name).of, cfg.stack(name).layers))
+        keeps = config.heads == "auto" and keeps_heads(cfg, name, config.loads_in)
+        configs[name] = dataclasses.replace(config, heads="keep") if keeps else config
 
     def choose(ratio: float | None) -> dict[str, tuple[Mapping[int, Kept], Mapping[str, Any]]]:
         """Return the kept units of every kept layer at this ratio, and the solver's result, by component."""
@@ -186,15 +175,7 @@ def _plan_units(
         for name, size in parameters.items():
             share = ratio * size / sum(parameters.values()) if several and ratio else ratio
             settings = dataclasses.replace(configs[name], ratio=share)
-            component = Component(name, costed, original or costed, settings, total)
-            alive = [*range(len(component.layers))]
-            for axis in METHODS[config.method].axes:
-                if axis == LAYERS:
-                    removed = choose_layers(scores, component)
-                    alive = [i for i in alive if i not in removed]
-                    chosen[name] = {i: {} for i in alive}, {}
-                else:
-                    chosen[name] = choose_units(scores, component, alive)
+            chosen[name] = _choose(scores, Component(name, costed, original or costed, settings, total))
         return chosen
 
     def config_at(ratio: float) -> ModelConfig:
@@ -208,12 +189,7 @@ def _plan_units(
     if config.budget.limits:
         ratio, cost = least_ratio(config.budget, make_measure(costed, config.budget), config_at, total)
         within = {"budget": config.budget.given, "budget_reached": cost}
-    unused = (  # settings that mean nothing for this model
-        *(() if cfg.text.producers else ("producers",)),
-        *(() if cfg.deepstack else ("deepstack",)),
-        *(() if config.loads_in else ("loads_in",)),
-        *(axis.multiple for name, axis in AXES.items() if not any(name in layer.sizes for layer in cfg.text.layers)),
-    )
+    unused = _unused(cfg, config)
     for name, (units, result) in choose(ratio).items():
         layers = cfg.stack(name).layers
         plan = plan.keeping(name, [kept_layer(i, kept, layers[i]) for i, kept in units.items()])
@@ -229,12 +205,42 @@ def _plan_units(
     )
 
 
-def _check_scores(scores: Scores, cfg: ModelConfig) -> None:
+def _choose(scores: Scores, component: Component) -> tuple[Mapping[int, Kept], Mapping[str, Any]]:
+    """Return the kept units of every kept layer of a component, and the solver's result for the plan."""
+    alive, chosen = [*range(len(component.layers))], (dict[int, Kept](), dict[str, Any]())
+    for axis in METHODS[component.config.method].axes:
+        if axis == LAYERS:
+            removed = choose_layers(scores, component)
+            alive = [i for i in alive if i not in removed]
+            chosen = {i: {} for i in alive}, {}
+        else:
+            chosen = choose_units(scores, component, alive)
+    return chosen
+
+
+def _unused(cfg: ModelConfig, config: PlanConfig) -> list[str]:
+    """Return the settings that mean nothing for a model, which plans do not record."""
+    conditions = {"producers": cfg.text.producers, "deepstack": cfg.deepstack, "loads_in": config.loads_in}
+    sizes = [layer.sizes for layer in cfg.text.layers]
+    multiples = [axis.multiple for name, axis in AXES.items() if not any(name in of_layer for of_layer in sizes)]
+    return [*(name for name, applies in conditions.items() if not applies), *multiples]
+
+
+def _check_scores(scores: Scores, cfg: ModelConfig, config: PlanConfig) -> None:
+    """Raise UserError for scores of another model, or settings that number layers with scores of both stacks."""
     if not scores.fingerprint.startswith(shape_digest(cfg)):
         raise UserError("these scores are for another model (their shapes do not match this config): score this model")
     for name in scores.components:
         if not fits_model({key: array for key, array in scores.values.items() if key.component == name}, cfg):
             raise UserError(f"{scores.criterion} scores do not match the {name} stack of this model: score this model")
+    numbered = [
+        name for name, about in settings_of(PlanConfig).items() if about.unit == "layers" and getattr(config, name)
+    ]
+    if len(scores.components) > 1 and numbered:
+        raise UserError(
+            f"{', '.join(numbered)}: cannot be used for both stacks at once: prune decoder and vision tower one after "
+            "the other"
+        )
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:

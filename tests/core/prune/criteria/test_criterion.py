@@ -125,29 +125,30 @@ def test_unequal_layers_and_query_heads(own):
     )
 
 
-def test_an_interrupted_pass_continues_from_its_journal(tmp_path):
+@pytest.mark.parametrize("criterion", ["block_influence", "energy"])
+def test_an_interrupted_pass_continues_from_its_journal(own, tmp_path, criterion):
     cfg = config(UNEQUAL)
     batches = [batch(cfg, seed=seed) for seed in range(3)]
-    expected = score(model(cfg), batches, criterion="block_influence")
+    expected = score(model(cfg), batches, criterion=criterion)
 
     def stop(done):
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(model(cfg), batches, criterion="block_influence", progress=stop, journal=Journal(tmp_path / "j", {}))
+        score(model(cfg), batches, criterion=criterion, progress=stop, journal=Journal(tmp_path / "j", {}))
     # what the journal has is not computed again: the first two batches may be any others
     others = [batch(cfg, seed=7), batch(cfg, seed=8), batches[2]]
-    again = score(model(cfg), others, criterion="block_influence", journal=Journal(tmp_path / "j", {}))
+    again = score(model(cfg), others, criterion=criterion, journal=Journal(tmp_path / "j", {}))
     assert_equal(again, expected)
     complete = Journal(tmp_path / "j", {})
     assert len(complete.entries) == 3
-    assert_equal(score(model(cfg), batches, criterion="block_influence", journal=complete), expected)
+    assert_equal(score(model(cfg), batches, criterion=criterion, journal=complete), expected)
 
 
-def test_a_criterion_that_scores_no_layers_leaves_no_journal(own, tmp_path):
+def test_a_criterion_of_ours_that_scores_no_layers_leaves_no_journal(tmp_path):
     cfg = config(EQUAL)
-    score(model(cfg), [batch(cfg)], criterion="energy", journal=Journal(tmp_path / "j", {}))
+    score(model(cfg), [batch(cfg)], criterion="activation", journal=Journal(tmp_path / "j", {}))
     assert not (tmp_path / "j").exists()
 
 
