@@ -26,14 +26,13 @@ from jax.sharding import AxisType, Mesh
 
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mesh.rules import MESH_AXES, sharding
 from vlmprune_jax.core.mixers import Attention, RopeConfig
 from vlmprune_jax.core.models import block
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, encode, features_of, to_nnx
-from vlmprune_jax.core.stack import BlockConfig
 
 CHIPS, LAYERS = 4, 4
 HEADS = Attention(32, 32, head_dim=128, rope=RopeConfig(1e4, "default"))

@@ -36,7 +36,7 @@ EXCEPTIONS = {
     ("core/recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
     ("run/workdir/content.py", "plain", "json.loads"): _OWN,
     ("base/processes.py", "_value", "json.loads"): _RUN,
-    ("core/mesh/failure.py", "_watch", "json.loads"): _RUN,
+    ("core/mesh/stop.py", "_watch", "json.loads"): _RUN,
     ("core/mesh/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
     ("run/evaluation/speed/engines.py", "serve", "msgspec.json.decode"): "a line of the process that started this one",
     ("run/evaluation/speed/engines.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",

@@ -25,6 +25,7 @@ from vlmprune_jax.base.errors import UserError
 if TYPE_CHECKING:
     from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
+    from vlmprune_jax.core.layer import Encoder
     from vlmprune_jax.core.mixers import Mixer
     from vlmprune_jax.core.models.block import PARTS as parts
     from vlmprune_jax.core.models.generate import generate
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.recovery.loop import recover
     from vlmprune_jax.core.recovery.losses import losses
     from vlmprune_jax.core.recovery.terms import LossTerm
-    from vlmprune_jax.core.stack import Encoder
     from vlmprune_jax.io.checkpoints.batches import batches
     from vlmprune_jax.io.checkpoints.read import load
     from vlmprune_jax.io.data.placeholders import expand_images
@@ -85,7 +85,7 @@ _HOMES = {
     "ChannelMixer": "core.channels",
     "Contents": "io.exports.format",
     "Criterion": "core.prune",
-    "Encoder": "core.stack",
+    "Encoder": "core.layer",
     "EncoderModule": "core.models.stack",
     "Format": "io.exports.format",
     "KeptLayer": "core.prune",

@@ -5,10 +5,9 @@ import dataclasses
 import vlmprune_jax as vp
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.layers import Leaf, Projection, activation
-from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.families.fields import check_fields
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids

@@ -12,7 +12,7 @@ from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.mixers import Attention, RopeConfig
@@ -20,10 +20,8 @@ from vlmprune_jax.core.models.params import count_params, flatten, param_axes, p
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
-from vlmprune_jax.core.plans.kept import kept_units as units_of_layers
 from vlmprune_jax.core.prune import KeptLayer, PrunePlan, Scores, fingerprint
 from vlmprune_jax.core.prune.fingerprints import shape_digest
-from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.checkpoints.read import load
 
 UNEQUAL = (decoder_layer(4, 2, 12), decoder_layer(4, 2, 12), decoder_layer(8, 2, 10), decoder_layer(4, 4, 12))
@@ -37,9 +35,10 @@ def kept_units(index: int, q_heads, kv_heads, neurons) -> KeptLayer:
 
 def hand_plan(cfg: ModelConfig, made_for: str = "a-b", method="hybrid", criterion="none", **stacks) -> PrunePlan:
     """A plan that keeps these layers of components, and all others whole."""
-    kept = {key: units for name, layers in stacks.items() for key, units in units_of_layers(name, layers).items()}
     before = count_params(cfg)
-    plan = PrunePlan(made_for, method, criterion, axis_sizes(cfg, ("text", *stacks)), kept, before, before, before)
+    plan = PrunePlan(made_for, method, criterion, axis_sizes(cfg, ("text", *stacks)), {}, before, before, before)
+    for name, layers in stacks.items():
+        plan = plan.keeping(name, layers)
     return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(cfg)))
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mixers import Attention, RopeConfig
-from vlmprune_jax.core.stack import BlockConfig
 
 ROPE = RopeConfig(theta=700.0, kind="linear", factor=1.5)
 _BIASES = {"bias": True, "out_bias": True}

@@ -105,13 +105,8 @@ class Experts(ChannelMixer):
 
 
 @dataclass(frozen=True)
-class ExpertsBesideDense(Experts):
-    """Experts and a dense MLP that read the same residual stream; their outputs are added.
-
-    The experts and the dense MLP each have a norm before and a norm after them. The router reads the residual stream
-    without these norms, divided by its root mean square and scaled by channel. The gates are multiplied by a learned
-    factor per expert.
-    """
+class ExpertsAndDense(Experts):
+    """Base class of experts with a dense MLP."""
 
     axes = (*Experts.axes, *Dense.axes)
 
@@ -120,12 +115,14 @@ class ExpertsBesideDense(Experts):
     """Number of neurons of the dense MLP."""
 
 
-@dataclass(frozen=True)
-class ExpertsAndShared(Experts):
+class ExpertsBesideDense(ExpertsAndDense):
+    """Experts and a dense MLP that read the same residual stream; their outputs are added.
+
+    The experts and the dense MLP each have a norm before and a norm after them. The router reads the residual stream
+    without these norms, divided by its root mean square and scaled by channel. The gates are multiplied by a learned
+    factor per expert.
+    """
+
+
+class ExpertsAndShared(ExpertsAndDense):
     """Experts and a dense MLP (the shared expert) with the same input; sigmoid gates the shared expert's output."""
-
-    axes = (*Experts.axes, *Dense.axes)
-
-    _: KW_ONLY
-    mlp: int
-    """Number of neurons of the shared expert."""

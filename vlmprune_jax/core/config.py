@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import Encoder, Layer, Stack
 from vlmprune_jax.core.mixers import RopeConfig
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
-from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.core.video import VideoConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
@@ -322,6 +321,11 @@ class ModelConfig:
         return self.vision is not None and self.vision.dynamic_resolution
 
     @property
+    def merge(self) -> int:
+        """Number of patches per side of a token (1 without a vision tower)."""
+        return 1 if self.vision is None else self.vision.merge
+
+    @property
     def tokens_per_image(self) -> int:
         """Number of decoder tokens per image or tile (0 without a vision tower; typical if image sizes vary)."""
         if self.vision is None:
@@ -380,8 +384,3 @@ class ModelConfig:
         changed: Any = self.stack(stack).with_layers(layers)
         encoders = tuple((name, changed if name == stack else encoder) for name, encoder in self.encoders)
         return dataclasses.replace(self, **{stack: changed} if stack in STACKS else {"encoders": encoders})
-
-    @property
-    def encoder_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays of a batch that the model's encoders read."""
-        return tuple(encoder.array for _, encoder in self.encoders)

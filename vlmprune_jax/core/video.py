@@ -98,11 +98,10 @@ def frame_indices(
       video_fps, video_frames: the settings `data.video_fps` and `data.video_frames` (None = the model folder's values).
     """
     seconds = total / fps if duration is None else duration
-    chosen = SAMPLING[video.sampling](video, _Request(total, fps, seconds, video_fps, video_frames))
-    return list(range(total)) if chosen is None else chosen
+    return SAMPLING[video.sampling](video, _Request(total, fps, seconds, video_fps, video_frames))
 
 
-def _linspace(video: VideoConfig, request: _Request) -> list[int] | None:
+def _linspace(video: VideoConfig, request: _Request) -> list[int]:
     """Choose frames from the first to the last in equal steps; a requested count repeats frames of short clips."""
     count, rate = request.wanted, video.fps if request.rate is None else request.rate
     if count is None:
@@ -111,7 +110,7 @@ def _linspace(video: VideoConfig, request: _Request) -> list[int] | None:
     return np.linspace(0, request.total - 1, count).round().astype(int).tolist()
 
 
-def _steps(video: VideoConfig, request: _Request) -> list[int] | None:
+def _steps(video: VideoConfig, request: _Request) -> list[int]:
     """Choose frames in equal steps from the first, as many as fill whole temporal patches."""
     patch, (rate, count) = video.temporal_patch, _or_default(video, request)
     if count is not None:
@@ -123,7 +122,7 @@ def _steps(video: VideoConfig, request: _Request) -> list[int] | None:
     return _arange(request.total, count, 0.0)
 
 
-def _middles(video: VideoConfig, request: _Request) -> list[int] | None:
+def _middles(video: VideoConfig, request: _Request) -> list[int]:
     """Choose the middle frame of equal segments; a count has priority over a rate."""
     rate, count = _or_default(video, request)
     if count is None and rate is not None:
@@ -131,17 +130,17 @@ def _middles(video: VideoConfig, request: _Request) -> list[int] | None:
     return _arange(request.total, count, 0.5)
 
 
-def _starts(video: VideoConfig, request: _Request) -> list[int] | None:
+def _starts(video: VideoConfig, request: _Request) -> list[int]:
     """Choose the first frame of equal segments; the stock processor has no rate."""
     count = video.num_frames if request.wanted is None else request.wanted
     if request.rate is not None:
         count = max(1, int(request.total / request.fps * request.rate))
     if count is None or count > request.total:
-        return None
+        return list(range(request.total))
     return [number * request.total // count for number in range(count)]
 
 
-def _trimmed(video: VideoConfig, request: _Request) -> list[int] | None:
+def _trimmed(video: VideoConfig, request: _Request) -> list[int]:
     """Choose frames from the first to the last by rate up to a maximum, without a second at both ends of long clips."""
     rate = (video.fps if request.rate is None else request.rate) or 1.0
     most = (video.num_frames if request.wanted is None else request.wanted) or DEFAULT_FRAMES
@@ -167,21 +166,21 @@ def _or_default(video: VideoConfig, request: _Request) -> tuple[float | None, in
     return None, DEFAULT_FRAMES if request.total > DEFAULT_FRAMES else None
 
 
-def _arange(total: int, count: int | None, shift: float) -> list[int] | None:
-    """Return torch.arange(shift * step, total, step).int() with step = total / count, or None for all frames.
+def _arange(total: int, count: int | None, shift: float) -> list[int]:
+    """Return torch.arange(shift * step, total, step).int() with step = total / count, or all frames.
 
     The float32 rounding of torch changes some indices. An index equal to `total`, which it may add at the end, is left
     out.
     """
     if not count or count > total:
-        return None
+        return list(range(total))
     step = total / count
     indices = [int(np.float32(shift * step + number * step)) for number in range(count)]
     return [index for index in indices if index < total]
 
 
-# Rules of the families' video processors: (config, request) -> indices, or None for all frames.
-SAMPLING: dict[str, Callable[[VideoConfig, _Request], list[int] | None]] = {
+# Rules of the families' video processors: (config, request) -> indices.
+SAMPLING: dict[str, Callable[[VideoConfig, _Request], list[int]]] = {
     "linspace": _linspace,
     "steps": _steps,
     "middles": _middles,

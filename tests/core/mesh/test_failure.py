@@ -11,26 +11,26 @@ from typing import Any
 import pytest
 from repository import HANG
 
-from vlmprune_jax.core.mesh import failure
+from vlmprune_jax.core.mesh import stop
 
 PROCESS = """
 import sys
 import jax, numpy
 from jax.experimental import multihost_utils
-from vlmprune_jax.core.mesh import failure, mesh
+from vlmprune_jax.core.mesh import mesh, stop
 
 jax.config.update("jax_platforms", "cpu")
 address, number, failing = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
-failure.POLL_SECONDS = 1e-4 if failing == ["none"] else 0.01 if str(number) in failing else 1.0  # hear of it late
+stop.POLL_SECONDS = 1e-4 if failing == ["none"] else 0.01 if str(number) in failing else 1.0  # hear of it late
 mesh.initialize(address, 3, number)
 multihost_utils.process_allgather(numpy.zeros(1))  # connects all with all
 print("so far")
 if str(number) in failing:
-    sys.exit(failure.end(f"first line\\nvlmprune: error: record r{number}", f"record r{number}", 2))
+    sys.exit(stop.end(f"first line\\nvlmprune: error: record r{number}", f"record r{number}", 2))
 try:
     multihost_utils.process_allgather(numpy.zeros(1))  # which the failing ones never join
 except Exception as error:
-    sys.exit(failure.end(f"vlmprune: error: {error}", "a broken connection", 134))
+    sys.exit(stop.end(f"vlmprune: error: {error}", "a broken connection", 134))
 """
 
 
@@ -78,6 +78,6 @@ def test_those_who_end_well_end_nobody():
 
 
 def test_alone_the_line_is_printed_and_the_code_returned(capsys):
-    assert not failure.joined()
-    assert failure.end("vlmprune: error: wrong", "wrong", 2) == 2
+    assert not stop.joined()
+    assert stop.end("vlmprune: error: wrong", "wrong", 2) == 2
     assert capsys.readouterr().err == "vlmprune: error: wrong\n"

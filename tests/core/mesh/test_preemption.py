@@ -16,7 +16,7 @@ from hf_cases import copy_llava
 from repository import ROOT
 
 from vlmprune_jax.base.journal import Journal
-from vlmprune_jax.core.mesh.preemption import StopSignal
+from vlmprune_jax.core.mesh.stop import StopSignal
 from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.run.cli.main import main

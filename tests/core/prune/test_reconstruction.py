@@ -225,8 +225,8 @@ def test_streams_of_both_models_come_back_once_per_layer(monkeypatch):
         reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
     assert moved == []
     reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
-    checked, defaults = list(calibration_batches(batches, teacher.cfg, labels=False)), ReconstructConfig()
-    n_steps = len(row_batches(checked, {**defaults.by_name, "held_out": defaults.held_out}))
+    checked = list(calibration_batches(batches, teacher.cfg, labels=False))
+    n_steps = len(row_batches(checked, vars(ReconstructConfig())))
     embedded, last = 2 * n_steps, n_steps  # nothing reads what the pruned model's last layer adds
     assert moved.count("in") == 4 * n_layers * n_steps - last
     assert moved.count("out") == embedded + 2 * n_layers * n_steps - last
@@ -300,7 +300,7 @@ def test_bad_input():
     teacher = model(config(EQUAL))
     plan = hybrid(teacher)
     pruned = apply_plan(teacher, plan)
-    with pytest.raises(UserError, match="plan of another model: shapes are equal, but fingerprints differ"):
+    with pytest.raises(UserError, match="plan of another model: sizes are equal, but fingerprints differ"):
         reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
     with pytest.raises(UserError, match="was not made with this plan from this teacher"):
         reconstruct(teacher, plan, teacher, rows())

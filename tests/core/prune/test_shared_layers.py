@@ -80,11 +80,7 @@ def test_gradients_equal_those_of_the_whole_model():
 
     expected = unstack_layers(jax.grad(loss)(jax.tree.map(jnp.asarray, one.params)), one.cfg)[0]
     typed = [{**b, "media": {}, "token_types": np.where(b["attention_mask"] == 1, 3, 0)} for b in batches]
-    found, _ = gradient_channels(
-        one, typed, raw_gradient, squares=False,
-        rows_per_step=None, memory_budget=None, weight_of=np.ones(5, np.float32), by_token_type=False, progress=None,
-        cache=None,
-    )  # fmt: skip
+    found, _ = gradient_channels(one, typed, raw_gradient)
     assert "self_attn/k_proj/weight" in found[2]
     assert "self_attn/k_proj/weight" not in found[3]
     for layer, other in zip(found, expected, strict=True):

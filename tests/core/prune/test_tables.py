@@ -86,7 +86,7 @@ def test_what_a_layer_was_spared_for_is_said():
         "neurons_multiple=2",
         "heads out of range, neurons_multiple=2",
     ]
-    with pytest.raises(UserError, match="this plan is for another model than the config's"):
+    with pytest.raises(UserError, match="text/layers has 5 units in the plan, but 3 in this model"):
         explain(plan, config(EQUAL[:3]), spec, [width])
 
 

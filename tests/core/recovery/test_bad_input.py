@@ -135,5 +135,5 @@ def test_another_teacher(root, capsys):
     losses = ["recover.losses.l2=0.0", "recover.losses.kl=0.5", "recover.losses.teacher_inputs=own"]
     for settings in ([], [*losses, f"recover.teacher_cache={root / 'cache'}"]):
         said = refused(root, capsys, f"model.hf_dir={other}", *settings)
-        assert "plan of another model: shapes are equal, but fingerprints differ" in said
+        assert "plan of another model: sizes are equal, but fingerprints differ" in said
     assert not (root / "cache").exists()

@@ -25,7 +25,7 @@ from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.losses import combine, loss_sums, losses, term_weights, vocabulary_sums
-from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, make_teacher, reported_terms, student_layers
+from vlmprune_jax.core.recovery.terms import LossTerm, check_losses, make_teacher, student_layers, terms_of
 from vlmprune_jax.io.checkpoints.read import load
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
@@ -141,7 +141,7 @@ def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tup
             continue
         norm = float(options.get("norm", 1))
         loss = _of_trainer(strategy, float(options["alpha"]), kl_norm=norm, l2_layers=layers)
-        value = combine({term: sums[term] for term in reported_terms(loss)}, weights, loss)
+        value = combine({term: sums[term] for term in terms_of(loss, reported=True)}, weights, loss)
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
         checked += 1
     assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)

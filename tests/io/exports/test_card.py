@@ -1,6 +1,5 @@
 """Model cards whose names and plans come from anywhere."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +7,7 @@ from importlib import resources
 
 import pytest
 from hf_cases import LLAMA, LLAVA, keep_layers, make_folder, prune
+from prune_cases import hand_plan
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import KeptLayer, keep_everything
@@ -57,9 +57,8 @@ def test_a_hub_id_is_the_name_and_stays_one_line(tmp_path):
 def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     """Widths alone do not tell that a layer shares its keys and values, or has heads of another size."""
     model = open_model(goldens / "families/gemma4/ckpt")
-    before = count_params(model.cfg)
-    plan = dataclasses.replace(keep_everything(model.cfg, "0" * 64, before), method="depth")
-    plan = plan.keeping("text", plan.layers[:1] + plan.layers[2:])
+    whole = keep_everything(model.cfg, "0" * 64, count_params(model.cfg))
+    plan = hand_plan(model.cfg, "0" * 64, "depth", text=whole.layers[:1] + whole.layers[2:])
     plan.to_json(tmp_path / "plan.json")
     write_card(
         tmp_path,
@@ -73,7 +72,7 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
         r"\| (?:language model|projector|vision.*?|total) \| ([\d,]+) \|", (tmp_path / "README.md").read_text()
     )
     counts = [int(row.replace(",", "")) for row in rows]
-    assert counts[-1] == before == sum(counts[:-1])
+    assert counts[-1] == whole.parameters_before == sum(counts[:-1])
 
 
 @pytest.mark.parametrize("template", [True, False])

@@ -68,7 +68,7 @@ def test_a_section_has_the_defaults_of_the_dataclass_that_the_function_takes(kin
     # a run measures speed and reconstructs on request, `measure_speed` and `reconstruct` always
     names = settings_of(kind).keys() - {"speed": {"rounds"}, "reconstruct": {"method"}}.get(section, set())
     assert {name: getattr(spec, name) for name in names} == {name: getattr(own, name) for name in names}
-    assert TokenWeights().by_name == ReconstructConfig().by_name
+    assert vars(TokenWeights()).items() <= vars(ReconstructConfig()).items()
 
 
 @pytest.mark.parametrize("name", vp.formats)

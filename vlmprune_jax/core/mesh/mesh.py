@@ -9,21 +9,22 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from vlmprune_jax.base.chips import chip_of
 from vlmprune_jax.base.console import without_output
 from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.processes import Processes, install, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh import failure
-from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, dividing_sizes
+from vlmprune_jax.core.mesh import stop
+from vlmprune_jax.core.mesh.rules import MESH_AXES, check_divides, dividing_sizes, sharding
 from vlmprune_jax.core.sections import MeshSpec
 
 # Environment variables for processes without a cluster (flags have priority).
@@ -38,7 +39,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
     The arguments (None: the environment variables VLMPRUNE_COORDINATOR etc.) name the processes; by default, they are
     the workers of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail
-    together (core/mesh/failure.py). Raises UserError if the arguments are incomplete or invalid, or the other
+    together (core/mesh/stop.py). Raises UserError if the arguments are incomplete or invalid, or the other
     processes cannot be reached.
     """
     if jax.distributed.is_initialized():
@@ -52,7 +53,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         worker = "process {2} of {1} at {0}".format(*process) if process else "the workers of this TPU slice"
         raise UserError(f"{worker}: cannot join the other processes ({reason(error)}): start all processes") from error
     if process_count() > 1:
-        failure.watch(process_number(), process_count())
+        stop.watch(process_number(), process_count())
 
 
 def start_devices() -> None:
@@ -124,7 +125,7 @@ def _slice_has_workers() -> bool:
         return False
 
 
-def mesh_of(sizes: MeshSpec) -> Mesh | None:
+def mesh_of_spec(sizes: MeshSpec) -> Mesh | None:
     """Return a device mesh with these axis sizes; None if all sizes are 1."""
     axes = (sizes.data, sizes.fsdp, sizes.tensor)
     return None if axes == (1, 1, 1) else make_mesh(*axes)
@@ -229,6 +230,28 @@ def gather_to_host(array: jax.Array) -> np.ndarray:
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """Context in which `rules.constrain` shards activations over `mesh`; without effect if `mesh` is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Return the device mesh over which the parameters are sharded; None for arrays on one device."""
+    leaf = jax.tree.leaves(params)[0]
+    placed = getattr(leaf, "sharding", None)
+    return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
+
+
+def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """Move host arrays to the devices, split along the batch axis if the mesh divides it (else replicated)."""
+
+    def place(array: Any) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(array)
+        axes = ("batch",) if len(array) % row_ways(mesh) == 0 else (None,)
+        array_sharding = sharding(mesh, axes + (None,) * (array.ndim - 1))
+        if isinstance(array, np.ndarray):  # device_put would first compare all of it between the processes
+            return jax.make_array_from_callback(array.shape, array_sharding, array.__getitem__)
+        return jax.device_put(array, array_sharding)
+
+    return jax.tree.map(place, dict(arrays))
 
 
 def row_ways(mesh: Mesh | AbstractMesh | None) -> int:

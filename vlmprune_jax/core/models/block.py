@@ -13,7 +13,7 @@ from flax import nnx
 from vlmprune_jax.base.checks import ModuleRegistry, check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import Layer, Stack
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.mixers import Attention, DeltaNet, ShortConv
 from vlmprune_jax.core.models import attention, channels, recurrent
@@ -32,7 +32,6 @@ from vlmprune_jax.core.models.context import (
 from vlmprune_jax.core.models.layers import Leaf, Norm, Projection, activation, compute_once
 from vlmprune_jax.core.part import Part
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
 
 FIXED_POINT_STEPS = 16
 # Projection that writes to the residual stream -> the names of the norm and of the scale that follow it, if any.

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.core.layer import Stack
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.layers import Axes, Norm, Projection, compute_once, saveable
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack
 
 STREAM = ("batch", "sequence", None)
 WRITERS = ("o_proj", "down_proj")  # projections that write to the residual stream, in this order
@@ -83,10 +83,7 @@ class Context(NamedTuple):
 
 
 class LayerEmbeds(NamedTuple):
-    """Additional embeddings of single layers, besides the residual stream (None: no such embeddings).
-
-    `of_layer` removes the first axis of both fields.
-    """
+    """Additional embeddings of single layers, besides the residual stream (None: no such embeddings)."""
 
     deepstack_embeds: Any = None
     """float[n, batch, seq, embed], image features added to the outputs of the first n layers (DeepStack)."""
@@ -95,7 +92,7 @@ class LayerEmbeds(NamedTuple):
     """float[layers, batch, seq, n], an additional input of each layer (Gemma)."""
 
     def of_layer(self, number: int) -> LayerEmbeds:
-        """Return the embeddings of one layer."""
+        """Return the embeddings of one layer, without the first axis."""
         return LayerEmbeds(*(None if embeds is None or number >= len(embeds) else embeds[number] for embeds in self))
 
 

@@ -136,9 +136,9 @@ def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes
     return sum(2 * weights[path] * (1 + passes + (path in trained)) for path in paths)
 
 
-def active_params(cfg: ModelConfig) -> int:
-    """Return the number of parameters that the computation of one token uses."""
-    return sum(count for count, _ in weight_counts(cfg, 1).values())
+def active_params(cfg: ModelConfig, tokens: int | None = 1) -> int:
+    """Return the number of parameters that the computation of so many tokens uses; None = all parameters."""
+    return sum(count for count, _ in weight_counts(cfg, tokens).values())
 
 
 def head_of(cfg: ModelConfig) -> str:

@@ -15,14 +15,12 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, use_mesh
+from vlmprune_jax.core.mesh.mesh import decoding_mesh, gather_to_host, mesh_of, place_batch, use_mesh
 from vlmprune_jax.core.models.context import Cache
 from vlmprune_jax.core.models.decoder import map_cache
 from vlmprune_jax.core.models.inputs import Inputs, VisualInputs, read_inputs
-from vlmprune_jax.core.models.media import Media
+from vlmprune_jax.core.models.media import Media, packed_rows, with_images
 from vlmprune_jax.core.models.params import place_params, unflatten
-from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
-from vlmprune_jax.core.models.positions import with_images
 from vlmprune_jax.core.models.vlm import Model, Params, VisionLanguageModel, head_of, to_nnx
 
 
@@ -232,7 +230,8 @@ def prefill(
         n_real = jnp.maximum(n_real + arrays["delta"], arrays["least"])
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
-        query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
+        shown = "vision" in arrays.get("media", {})
+        query_positions = with_images(cfg, shown, query_positions, arrays["ids"], valid)
     x, layer_embeds = module.embed(arrays["ids"], None if start else arrays.get("media"))
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else map_cache(cfg.text, _append_slots, cache, empty)
@@ -287,9 +286,10 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, layer_embeds = module.embed(arrays["prefix_ids"], arrays.get("media"))
+    ids, media = arrays["prefix_ids"], arrays.get("media", {})
+    x, layer_embeds = module.embed(ids, media)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
-    positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
+    positions = with_images(module.cfg, "vision" in media, arrays.get("positions"), ids, valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
 
     def select_rows(axes: Sequence[str | None], state: jax.Array) -> jax.Array:
@@ -300,10 +300,3 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
 
 def _append_slots(axes: Sequence[str | None], state: jax.Array, empty: jax.Array) -> jax.Array:
     return jnp.concatenate([state, empty], axis=axes.index("slots")) if "slots" in axes else state
-
-
-def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
-    """Add each token's image number to `positions` if image tokens attend to later tokens of their image (Gemma)."""
-    if "vision" not in arrays.get("media", {}) or not cfg.text.sees_images:
-        return positions
-    return with_images(positions, ids, valid, cfg.visual_token_ids)

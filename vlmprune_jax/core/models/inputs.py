@@ -10,8 +10,7 @@ import numpy as np
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.models.media import Media, Packed, merge_of, pack, repack, visuals_by_row
-from vlmprune_jax.core.models.positions import AXES, grids_by_row, is_visual, mrope_positions
+from vlmprune_jax.core.models.media import Media, Packed, grids_by_row, is_visual, mrope_positions, pack_sources, repack
 
 
 class VisualInputs(TypedDict, total=False):
@@ -94,15 +93,18 @@ def read_inputs(cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: M
         media = {**media, "vision": images}
     if not cfg.text.rope.sections:
         return Inputs(media)
-    options: dict[str, Any] = {"merge": merge_of(cfg), "tokens_per_second": cfg.tokens_per_second}
+    options: dict[str, Any] = {"merge": cfg.merge, "tokens_per_second": cfg.tokens_per_second}
     grid, times, tokens = images.grid, images.times, cfg.visual_token_ids
     return Inputs(media, *mrope_positions(input_ids, attention_mask, grid, times, tokens=tokens, **options))
 
 
 def batch_media(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays of a batch for training or calibration that `read_inputs` takes."""
-    names = {*VisualInputs.__annotations__, *cfg.encoder_arrays}
-    return {name: array for name, array in arrays.items() if name in names}
+    return {name: array for name, array in arrays.items() if name in _names(cfg)}
+
+
+def _names(cfg: ModelConfig) -> tuple[str, ...]:
+    return (*VisualInputs.__annotations__, *(encoder.array for _, encoder in cfg.encoders))
 
 
 def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,8 +117,13 @@ def check_batch(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name: array for name, array in arrays.items() if name not in inputs} | {"media": media}
 
 
-def _checked_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.ndarray:
-    """Return the ids as an array; raise UserError for ids outside the vocabulary, or packed rows of text."""
+def _read_media(
+    cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: Mapping[str, Any], packs: int
+) -> dict[str, Packed]:
+    """Return the images and videos, and the items of other encoders, in packed rows; a processor's images in `packs`.
+
+    Raises UserError for ids outside the vocabulary, packed rows of text, or arrays that do not fit model and tokens.
+    """
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
@@ -131,19 +138,8 @@ def _checked_ids(cfg: ModelConfig, input_ids: Any, attention_mask: Any) -> np.nd
         raise UserError(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
-    return ids
-
-
-def _read_media(
-    cfg: ModelConfig, input_ids: Any, attention_mask: Any, arrays: Mapping[str, Any], packs: int
-) -> dict[str, Packed]:
-    """Return the images and videos, and the items of other encoders, in packed rows; a processor's images in `packs`.
-
-    Raises UserError if the arrays do not fit model and tokens.
-    """
-    ids = _checked_ids(cfg, input_ids, attention_mask)
     for name in arrays:
-        if name not in (names := (*VisualInputs.__annotations__, *cfg.encoder_arrays)):
+        if name not in (names := _names(cfg)):
             raise UserError(f"the model has no input {name!r}{suggest(name, names)}: leave it out")
     media = dict(arrays.get("media") or {})
     media |= {
@@ -186,13 +182,9 @@ def _read_images(
             sources.append((_read_patches(cfg, arrays, names), token))
         elif (tiles := _read_tiles(cfg, arrays, positions)).values.size:
             sources.append((tiles, token))
-    if not sources:
-        return None
     if len(sources) == 1:
         return repack(cfg, ids, attention_mask, sources[0][0], packs)
-    by_source = [visuals_by_row(cfg, ids, attention_mask, images, (token,)) for images, token in sources]
-    rows = [sorted([*of_images, *of_videos]) for of_images, of_videos in zip(*by_source, strict=True)]
-    return pack(cfg, rows, packs, sources[1][0])
+    return pack_sources(cfg, ids, attention_mask, sources, packs) if sources else None
 
 
 def _read_tiles(cfg: ModelConfig, arrays: Mapping[str, Any], positions: int) -> Packed:
@@ -240,7 +232,7 @@ def _read_patches(cfg: ModelConfig, arrays: Mapping[str, Any], names: tuple[str,
         raise UserError(f"{names[0]} needs {names[1]}: pass both, as the processor returns them")
     values, grid = np.asarray(values, np.float32), np.asarray(grid)
     expected = [int(grid.prod(axis=-1).sum()), cfg.vision.patch_values]
-    if grid.ndim != 2 or grid.shape[1] != AXES or list(values.shape) != expected:
+    if grid.ndim != 2 or grid.shape[1] != 3 or list(values.shape) != expected:
         raise UserError(
             f"{names[0]} has shape {list(values.shape)}, expected {expected} (patches of all images, values per patch)"
             f", and {names[1]} {list(grid.shape)}, expected [images, 3]"
@@ -264,7 +256,7 @@ def _check_images(cfg: ModelConfig, ids: np.ndarray, attention_mask: Any, images
         each, tokens, cell = (vision.patch_values,) if cfg.tower else each[1:], 1, vision.merge**2 if cfg.tower else 1
         marks = marks if attention_mask is None else marks & (np.asarray(attention_mask) != 0)
     fits = len(shape) == 2 + len(each) and shape[2:] == each and shape[0] > 0 and shape[1] % cell == 0
-    fits = fits and (len(grid) == 3 and grid[::2] == (shape[0], AXES) if cfg.dynamic_resolution else not grid)
+    fits = fits and (len(grid) == 3 and grid[::2] == (shape[0], 3) if cfg.dynamic_resolution else not grid)
     if not fits or len(ids) % shape[0]:
         raise UserError(
             f"images have shape {list(shape)} and grids {list(grid)}, expected packed rows that divide the {len(ids)} "
@@ -291,7 +283,7 @@ def in_cells(
     `position_ids`, int[images, patches, 2], column and row of each patch (-1: padding), or in `spatial_shapes`,
     int[images, 2], numbers of rows and columns. Raises UserError unless every image is a full grid of cells.
     """
-    pixels, merge = np.asarray(pixel_values, np.float32), merge_of(cfg)
+    pixels, merge = np.asarray(pixel_values, np.float32), cfg.merge
     name, stated = ("spatial_shapes", spatial_shapes) if position_ids is None else ("image_position_ids", position_ids)
     shapes = stated = np.asarray(stated)
     if position_ids is not None and stated.ndim == 3:
@@ -312,7 +304,7 @@ def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tupl
     sizes = grids.prod(axis=1)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
     for image, patches, (_, rows, columns) in zip(padded, np.split(pixels, np.cumsum(sizes)[:-1]), grids, strict=True):
-        image[_cell_order(rows, columns, merge_of(cfg))] = patches
+        image[_cell_order(rows, columns, cfg.merge)] = patches
     return padded, _row_by_row(grids[:, 1:], sizes.max())
 
 

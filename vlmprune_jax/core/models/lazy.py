@@ -64,24 +64,20 @@ class LazyStack(LazyArray):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape `[layer, ...]` of the stacked weight."""
         return (len(self.members), *self.members[0].shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """Data type of the stacked weight once it is read."""
         return self.members[0].dtype
 
     @property
     def location(self) -> str:
-        """Name of the first member's place, for messages."""
         return self.members[0].location
 
     def __getitem__(self, index: int) -> LazyArray:
         return self.members[index]
 
     def take(self, indices: np.ndarray, axis: int) -> LazyStack:
-        """Select `indices` along one axis of the stacked weight, without reading it."""
         if axis == 0:
             return LazyStack(tuple(self.members[i] for i in indices))
         return LazyStack(tuple(member.take(indices, axis - 1) for member in self.members))
@@ -92,11 +88,9 @@ class LazyStack(LazyArray):
         return LazyStack(tuple(member.take(chosen, axis - 1) for member, chosen in pairs))
 
     def read(self) -> np.ndarray:
-        """Read the stacked weight."""
         return np.stack([member.read() for member in self.members])
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Read single elements, given one index array per axis."""
         numbers, *inner = positions
         read = [self.members[n].elements(tuple(p[i : i + 1] for p in inner)) for i, n in enumerate(numbers)]
         return np.concatenate(read)

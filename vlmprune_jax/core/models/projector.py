@@ -78,21 +78,19 @@ class Projector(TwoLayers):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map vision features float[..., features] to decoder embeddings float[..., embed]."""
         if self.linear is not None:
-            x = self._normalized(x)
+            x = x if self.cfg.feature_scale == 1 else x * self.cfg.feature_scale
+            if self.std_bias is not None and self.std_scale is not None:
+                bias, scale = (broadcast(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
+                x = (x - bias) * scale
+            if self.cfg.plain_norm:
+                x = unit_rms(x, self.cfg.norm_eps)
+            elif self.pool_norm is not None:
+                x = self.pool_norm(x)
             return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
         if self.patch_norm is not None:
             x = x[..., : self.linear_1.inputs[0]]
             x = self.patch_norm(x.reshape(*x.shape[:-1], -1, self.vision_size)).reshape(x.shape)
         return super().__call__(x)
-
-    def _normalized(self, x: jax.Array) -> jax.Array:
-        x = x if self.cfg.feature_scale == 1 else x * self.cfg.feature_scale
-        if self.std_bias is not None and self.std_scale is not None:
-            bias, scale = (broadcast(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
-            x = (x - bias) * scale
-        if self.cfg.plain_norm:
-            return unit_rms(x, self.cfg.norm_eps)
-        return x if self.pool_norm is None else self.pool_norm(x)
 
     def deepstack_features(self, x: jax.Array) -> jax.Array | None:
         """Return the features float[n, ..., embed] to add after the first n decoder layers (DeepStack), or None."""

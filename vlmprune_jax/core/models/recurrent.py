@@ -56,9 +56,8 @@ class RealFirst(NamedTuple):
         """Return the positions of x [batch, seq, ...] to their original order (undoes `take`)."""
         if self.order is None:
             return x
-        return jnp.take_along_axis(
-            x, jnp.argsort(self.order, axis=1).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), axis=1
-        )
+        places = jnp.argsort(self.order, axis=1)
+        return jnp.take_along_axis(x, places.reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), axis=1)
 
     def convolve(self, x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return the causal depthwise convolution of x [batch, seq, channels], and its last inputs for the next call.

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.base.checks import ModuleRegistry, check_returned, one_of
-from vlmprune_jax.core.layer import layer_runs, scan_groups
+from vlmprune_jax.core.layer import Encoder, Stack, layer_runs, scan_groups
 from vlmprune_jax.core.models.block import Block
 from vlmprune_jax.core.models.context import KEYS, Cache, Context, LayerEmbeds, LayerState, Names
 from vlmprune_jax.core.models.layers import SAVEABLE, at_layer
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Encoder, Stack
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,

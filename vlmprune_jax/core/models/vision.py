@@ -135,18 +135,17 @@ class VisionTower(BlockStack):
             patterns[key] = Pattern(mask, rope, segments)
         return Context(patterns)
 
-    def _embedded(self, patches: jax.Array) -> jax.Array:
-        """Embed patches [images, patches, values] as float[images, patches, vision]."""
-        return self.patch_embedding(patches.reshape(*patches.shape[:2], *self.patch_embedding.inputs))
-
     def embed(self, images: Packed) -> jax.Array:
         """Embed images as the first block's input: float[tiles, positions, vision], or float[packs, patches, vision].
 
         The class token of a tile (if any) comes first; patches follow row by row.
         """
         cfg, pixels = self.cfg, 2 * (images.values - 0.5) if self.cfg.patches.centres else images.values
-        if images.grid is not None:
-            x, places = self._embedded(pixels), places_of(images.grid, pixels.shape[1], cfg.merge)
+        tiles = images.grid is None
+        patches = split_tiles(pixels.reshape(-1, *pixels.shape[2:]), cfg.patch_size) if tiles else pixels
+        x = self.patch_embedding(patches.reshape(*patches.shape[:2], *self.patch_embedding.inputs))
+        if not tiles:
+            places = places_of(images.grid, pixels.shape[1], cfg.merge)
             if self.by_axis:
                 columns, rows = self._table()
                 x = x + columns[places.column] + rows[places.row]
@@ -155,7 +154,6 @@ class VisionTower(BlockStack):
                 x = x + (antialiased if cfg.positions.antialiased else resampled)(table, places)
             return constrain(x, ("batch", None, None))
         rows, columns = (side // cfg.patch_size for side in pixels.shape[-2:])
-        x = self._embedded(split_tiles(pixels.reshape(-1, *pixels.shape[2:]), cfg.patch_size))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, x.shape[-1])), x], axis=1)

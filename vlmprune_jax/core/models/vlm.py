@@ -18,20 +18,18 @@ from flax import nnx
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.layer import Encoder, Stack
+from vlmprune_jax.core.mesh.mesh import mesh_of, place_batch, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import LayerEmbeds
 from vlmprune_jax.core.models.decoder import Decoder
 from vlmprune_jax.core.models.inputs import VisualInputs, read_inputs
-from vlmprune_jax.core.models.media import Media, Packed
-from vlmprune_jax.core.models.placement import mesh_of, packed_rows, place_batch
-from vlmprune_jax.core.models.positions import is_visual, with_images
+from vlmprune_jax.core.models.media import Media, Packed, is_visual, packed_rows, with_images
 from vlmprune_jax.core.models.projector import Projector, pixel_shuffle, pooled
 from vlmprune_jax.core.models.stack import ENCODERS, BlockStack, fill
 from vlmprune_jax.core.models.vision import VisionTower
 from vlmprune_jax.core.models.vocabulary import Head, cross_entropy_sum
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.stack import Encoder, Stack
 
 Params = dict[str, Any]
 CAPTURE = ("hidden", "image_features", "inputs_embeds")
@@ -230,11 +228,10 @@ def encode(
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-    has_images = "vision" in (media or {})
-    if has_images and position_ids is None and cfg.text.rope.sections:
-        raise UserError("images need position_ids by row and column: compute them with models.positions")
-    if has_images and cfg.text.sees_images:
-        position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
+    shown = "vision" in (media or {})
+    if shown and position_ids is None and cfg.text.rope.sections:
+        raise UserError("images need position_ids by row and column: compute them with models.media.mrope_positions")
+    position_ids = with_images(cfg, shown, position_ids, input_ids, attention_mask)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(x, context, states=states, remat=remat, layer_embeds=layer_embeds)
     return final, {**aux, "inputs_embeds": inputs_embeds, "layer_embeds": layer_embeds}

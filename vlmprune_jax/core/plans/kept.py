@@ -133,23 +133,12 @@ def axis_sizes(cfg: ModelConfig, components: Iterable[str]) -> dict[Key, int]:
     return sizes
 
 
-def kept_units(component: str, layers: Sequence[KeptLayer]) -> dict[Key, tuple[int, ...]]:
-    """Return the kept units of a component by axis, from the entries of its kept layers."""
-    units = {Key(component, x.index, axis): indices for x in layers for axis, indices in x.kept.items()}
-    return {Key(component, None, LAYERS): tuple(layer.index for layer in layers), **units}
-
-
-def check_units(before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> None:
-    """Raise UserError if kept units do not fit the sizes before pruning."""
-    if problem := _inconsistency(before, kept):
-        raise UserError(f"prune plan: {problem}")
-
-
-def _inconsistency(before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> str | None:
-    components = {key.component: set[int]() for key in before}
-    for key in before:
-        if key.layer is not None:
-            components[key.component].add(key.layer)
+def inconsistency(before: Mapping[Key, int], kept: Mapping[Key, Sequence[int]]) -> str | None:
+    """Return why kept units do not fit the sizes before pruning; None if they do."""
+    names = dict.fromkeys(key.component for key in before)
+    components = {
+        name: {key.layer for key in before if key.component == name and key.layer is not None} for name in names
+    }
     if TOKENS.component not in components:
         return f"components are {', '.join(components)}, expected text among them"
     for name, numbers in components.items():

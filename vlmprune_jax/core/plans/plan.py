@@ -15,22 +15,14 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import Count, Finite, checked, parse_json, read_json, replacing
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Layer, describe_layers, keep_layers
 from vlmprune_jax.core.limits import why_no_class
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.part import LAYERS, Key
-from vlmprune_jax.core.plans.kept import (
-    TOKENS,
-    KeptLayer,
-    KeptStack,
-    KeptVocabulary,
-    axis_sizes,
-    check_units,
-    kept_units,
-)
+from vlmprune_jax.core.plans.kept import TOKENS, KeptLayer, KeptStack, KeptVocabulary, axis_sizes, inconsistency
 
 VOCABULARY_ONLY = "vocabulary"  # method of a plan that only removes tokens
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything had 16 MB in format 3
@@ -115,7 +107,8 @@ class PrunePlan:
     """Digest of the tokenizer to which the kept tokens belong; None if the vocabulary is kept whole."""
 
     def __post_init__(self) -> None:
-        check_units(self.sizes_before, self.kept)
+        if problem := inconsistency(self.sizes_before, self.kept):
+            raise UserError(f"prune plan: {problem}")
         if (self.tokenizer is None) != (TOKENS not in self.kept):
             raise UserError(
                 f"prune plan: has only one of kept tokens and tokenizer digest, expected both or none: {TODO}"
@@ -198,11 +191,6 @@ class PrunePlan:
             if key.layer is None or key.layer in numbers[key.component]
         }
 
-    def keeping(self, component: str, layers: Sequence[KeptLayer]) -> PrunePlan:
-        """Return a copy of the plan that keeps these layers of one of its components."""
-        others = {key: units for key, units in self.kept.items() if key.component != component or key == TOKENS}
-        return dataclasses.replace(self, kept={**others, **kept_units(component, layers)})
-
     def trimming(self, vocabulary: KeptVocabulary | None) -> PrunePlan:
         """Return a copy of the plan that keeps these tokens; None = the tokens of this plan."""
         if vocabulary is None:
@@ -210,6 +198,24 @@ class PrunePlan:
         sizes = {**self.sizes_before, TOKENS: vocabulary.rows_before}
         kept = {**self.kept, TOKENS: vocabulary.kept}
         return dataclasses.replace(self, sizes_before=sizes, kept=kept, tokenizer=vocabulary.tokenizer)
+
+    def keeping(self, component: str, layers: Sequence[KeptLayer]) -> PrunePlan:
+        """Return a copy of the plan that keeps these layers of one of its components."""
+        kept = {key: units for key, units in self.kept.items() if key.component != component or key == TOKENS}
+        kept[Key(component, None, LAYERS)] = tuple(layer.index for layer in layers)
+        kept |= {Key(component, x.index, axis): indices for x in layers for axis, indices in x.kept.items()}
+        return dataclasses.replace(self, kept=kept)
+
+    def check_sizes(self, cfg: ModelConfig) -> None:
+        """Raise UserError if the plan was made for a model of other sizes."""
+        sizes = axis_sizes(cfg, [name for name in self.stacks if name in cfg.stacks])
+        for key in {**self.sizes_before, **sizes}:
+            planned, actual = self.sizes_before.get(key, 0), sizes.get(key, 0)
+            if planned != actual:
+                raise UserError(
+                    f"plan of another model: {key} has {planned:,} units in the plan, but {actual:,} in this model: "
+                    "score and plan this model"
+                )
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """Return the pruned model's config; raise UserError if its transformers class does not support the layers."""
@@ -241,19 +247,19 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
-        """Read a plan from a JSON file or from JSON text.
+        """Read a plan from a JSON file, from a folder with a `plan.json`, or from JSON text.
 
         Raises UserError if there is no such file, it is not JSON, or a key is missing or inconsistent.
         """
         if isinstance(source, str) and source.lstrip().startswith("{"):
             where, data = "plan JSON", parse_json(source, "plan JSON", TODO)
         else:
-            where = str(source)
-            missing = "no such plan: run `vlmprune prune` first"
-            data = read_json(Path(source), Any, missing=missing, todo=TODO, most=MAX_BYTES)
-        try:
-            check_format(data, FORMAT, where, "prune")
-            plan: PlanJson = msgspec.convert(checked(data, PlanJson, where, TODO), PlanJson)
+            path = Path(source, "plan.json" if Path(source).is_dir() else "")
+            where, missing = str(path), "no such plan: run `vlmprune prune` first"
+            data = read_json(path, Any, missing=missing, todo=TODO, most=MAX_BYTES)
+        check_format(data, FORMAT, where, "prune")
+        plan: PlanJson = msgspec.convert(checked(data, PlanJson, where, TODO), PlanJson)
+        with error_context(where):
             sizes = plan["sizes_before"]
             if unknown := plan["kept"].keys() - sizes.keys():
                 raise UserError(
@@ -270,8 +276,6 @@ class PrunePlan:
                 Key.parse(name): _from_ranges(text, sizes[name], name) for name, text in plan["kept"].items()
             }
             return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
-        except UserError as error:
-            raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def _check_shared(layers: Sequence[Layer], entries: Sequence[KeptLayer]) -> None:

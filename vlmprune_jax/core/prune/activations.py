@@ -15,11 +15,12 @@ import numpy as np
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.mesh import place_batch
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import WRITERS
-from vlmprune_jax.core.models.lazy import LazyArray
-from vlmprune_jax.core.models.placement import place_batch
-from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.models.lazy import LazyArray, to_device
+from vlmprune_jax.core.models.stack import fill
+from vlmprune_jax.core.models.vlm import Model, stack_module
 from vlmprune_jax.core.prune.batches import CalibrationBatch, batch_of, tower_batches
 from vlmprune_jax.core.prune.calibration import Arrays
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
@@ -60,16 +61,15 @@ class LayerValues(NamedTuple):
 
 def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Iterator[Arrays]:
     """Yield the batches that contain inputs of a stack, such as images; raise UserError if none does."""
-    some = False
-    for arrays in batches:
-        if stack == "text" or stack in arrays["media"]:
-            some = True
-            yield arrays
-    if not some:
+    chosen = (arrays for arrays in batches if stack == "text" or stack in arrays["media"])
+    first = next(chosen, None)
+    if first is None:
         inputs = "images" if stack == "vision" else dict(cfg.encoders)[stack].array
         raise UserError(
             f"the calibration batches have no {inputs}, which scores of {stack} need: add records with {inputs}"
         )
+    yield first
+    yield from chosen
 
 
 def grouped(model: Model, stack: str, batches: Iterable[Arrays]) -> Iterator[list[list[CalibrationBatch]]]:
@@ -107,11 +107,13 @@ def layer_sums(
     types = [place_batch({"types": batch.token_types}, stream.mesh)["types"] for batch in batches]
     carried, totals = [None] * len(batches), [list[LayerSums]() for _ in group]
     fixed = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
-    norm, last, weights = stream.final_norm(), stream.n_layers - 1, jnp.asarray(ways)
+    norm, carries, weights = None, "carry" in inspect.signature(function).parameters, jnp.asarray(ways)
+    if stack == "text":
+        norm = jax.tree.map(to_device, model.params[stack][stack_module(stack, model.cfg.text).norm_name])
 
     def visit(layer: Layer) -> None:
         def compute(rows: Rows, types: jax.Array, carry: Any) -> tuple[State, Any]:
-            return _sums(layer, rows, types, carry, weights, norm, last, inputs, function=function, options=fixed)
+            return _sums(layer, rows, types, carry, weights, norm, stream.n_layers - 1, function, inputs, fixed)
 
         pairs = stream.advance(layer, compute, types, carried)
         carried[:] = [carry for _, carry in pairs]
@@ -121,7 +123,7 @@ def layer_sums(
             for total, parts in zip(totals, group, strict=True):
                 total.append(added(list(itertools.islice(of_layer, len(parts)))))
 
-    stream.walk(visit, None if "carry" in inspect.signature(function).parameters else stream.scan_groups())
+    stream.walk(visit, None if carries else stream.scan_groups())
     return totals
 
 
@@ -140,9 +142,8 @@ def _sums(
     ways: jax.Array,
     norm: Any,
     last: Any,
-    inputs: tuple[str, ...],
-    *,
     function: Callable[..., Any],
+    inputs: tuple[str, ...],
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[State, tuple[dict[str, jax.Array], Any]]:
     """Run a layer; return the state after it, and (the criterion's sums, what the next layer gets as `carry`).
@@ -152,8 +153,8 @@ def _sums(
     if jnp.ndim(layer.number):
 
         def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, dict[str, jax.Array]]:
-            at_layer = layer, rows._replace(x=x), types, None, ways, norm, last, inputs
-            state, (sums, _) = _sums(*at_layer, function=function, options=options)
+            at_layer = layer, rows._replace(x=x), types, None, ways, norm, last
+            state, (sums, _) = _sums(*at_layer, function, inputs, options)
             return state.x, sums
 
         x, sums = jax.lax.scan(step, rows.x, layer)
@@ -163,7 +164,9 @@ def _sums(
     scales = {name: statistics[name][..., 1:] for name in statistics if name in inputs}
     after = state.x
     if norm is not None:  # a condition, so that all layers are one program
-        after = jax.lax.cond(layer.number == last, lambda x: layer.final_norm(norm, x), lambda x: x, after)
+        module = stack_module(layer.stack, layer.cfg)
+        final_norm = fill(getattr(module, module.norm_name), norm)
+        after = jax.lax.cond(layer.number == last, final_norm, lambda x: x, after)
     arrays = rows.x, after, values, scales, types
     if not layer.cfg.causal:  # a tower's positions are rows of their own
         arrays = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), arrays)

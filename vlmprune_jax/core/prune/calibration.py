@@ -10,8 +10,7 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.inputs import batch_media, read_inputs
-from vlmprune_jax.core.models.media import Packed, repack
-from vlmprune_jax.core.models.positions import with_images
+from vlmprune_jax.core.models.media import Packed, repack, with_images
 from vlmprune_jax.core.prune.config import ScoreConfig
 
 Arrays = dict[str, Any]  # arrays by name, and "media": `Packed` by component
@@ -111,25 +110,20 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
         )
-    if "labels" in result:
-        _check_labels(result["labels"], cfg)
+    targets = result.get("labels", np.zeros((0, 0), np.int32))
+    wrong = np.argwhere((targets != IGNORED) & ((targets < 0) | (targets >= cfg.text.vocab_size)))
+    for row, column in wrong[:1]:
+        raise UserError(
+            f"labels[{row}, {column}] = {targets[row, column]} is neither {IGNORED} (ignored) nor below "
+            f"{cfg.text.vocab_size}"
+        )
     if "vision" in media:
         media["vision"] = repack(cfg, ids, mask, media["vision"], len(ids))._replace(times=None)
     if inputs.positions is not None:
         result["position_ids"] = inputs.positions
     if cfg.text.sees_images:
-        result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
+        result["position_ids"] = np.asarray(with_images(cfg, True, None, ids, mask))
     return {**result, "media": media, "token_types": _token_types(result, cfg)}
-
-
-def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= cfg.text.vocab_size))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise UserError(
-            f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORED} (ignored) nor below "
-            f"{cfg.text.vocab_size}"
-        )
 
 
 def _token_types(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:

@@ -25,7 +25,6 @@ from vlmprune_jax.core.part import LAYERS
 
 WIDTHS = "widths"  # heads and neurons: all axes with scores inside layers that are not parents of others
 EXPERTS = "experts"
-ROUNDINGS = ("nearest", "at_least")
 # Variant of Taylor importance -> True if it needs the squared gradient of every sample.
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
 # combination of the scores of experts over token types
@@ -235,7 +234,7 @@ class PlanConfig:
         "nearest",
         'Rounding of the number of removed layers: nearest to `ratio` ("nearest"), or smallest that reaches it '
         '("at_least").',
-        choices=ROUNDINGS,
+        choices=("nearest", "at_least"),
     )
     deepstack: str = prune_setting(
         "keep",

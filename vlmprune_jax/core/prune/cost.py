@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,19 +13,19 @@ from vlmprune_jax.base.chips import slice_of
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import Stack
 from vlmprune_jax.core.models.flops import (
+    active_params,
     causal_flops,
     forward_flops,
     head_of,
     layer_costs,
     limited_row,
     vision_flops,
-    weight_counts,
     weight_flops,
 )
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune.solver import OutOfReach
-from vlmprune_jax.core.stack import Stack
 
 Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the names of the limits
 
@@ -61,9 +62,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     exported = budget.exported or (lambda now: now)
     prompt = {"length": budget.context, "images": images, "image_tokens": budget.image_tokens}
 
-    def parameters(now: ModelConfig) -> int:
-        return sum(count for count, _ in weight_counts(now).values())
-
+    parameters = functools.partial(active_params, tokens=None)
     measures: dict[str, Callable[[ModelConfig], float]] = {
         "parameters": parameters,
         "disk_bytes": lambda now: itemsize * parameters(exported(now)) + budget.other_bytes,
@@ -114,10 +113,10 @@ def speed_limits(
         layers = weight_flops(cfg, "text/layers/", (), False) // 2 + batch * cache_size(cfg.text, length)
         return [layers, weight_flops(cfg, head_of(cfg), (), False) // 2]
 
-    def largest(unpruned: Sequence[int], pruned: Sequence[int]) -> float:
-        return max(old / new for old, new in zip(unpruned, pruned, strict=True) if new)
+    def largest(sizes: Callable[[ModelConfig], list[int]]) -> float:
+        return max(old / new for old, new in zip(sizes(before), sizes(after), strict=True) if new)
 
-    return largest(flops(before), flops(after)), largest(weights(before), weights(after))
+    return largest(flops), largest(weights)
 
 
 def cache_size(text: Stack, context: int) -> int:

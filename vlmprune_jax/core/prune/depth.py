@@ -83,10 +83,9 @@ def _check_listed(component: Component, protect: Collection[int], least: int) ->
             f'prune.layers={listed}: layers {fixed} must stay (prune.protect, or prune.deepstack="keep" or '
             'prune.producers="keep"): leave them out of the list, or change that setting'
         )
-    reason = _reason(component, listed)
-    if reason is not None:
-        reason = reason or f"at least {least} must remain"
-        raise UserError(f"prune.layers={listed}: these layers cannot be removed ({reason}): list others")
+    if (reason := _reason(component, listed)) is not None:
+        why = reason or f"at least {least} must remain"
+        raise UserError(f"prune.layers={listed}: these layers cannot be removed ({why}): list others")
 
 
 def _features(component: Component) -> int:

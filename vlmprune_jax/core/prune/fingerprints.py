@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import layer_runs
+from vlmprune_jax.core.mesh.mesh import mesh_of
 from vlmprune_jax.core.models.lazy import LazyArray
 from vlmprune_jax.core.models.params import Flat, flatten, param_axes, param_shapes
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 
 _LAYERS = "/layers/"
@@ -84,37 +84,33 @@ def _digested(path: str) -> str:
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     """Return bfloat16 samples of every parameter, without loading whole tensors from files."""
-    outside = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LazyArray)}
-    sampled = {path: _read_samples(leaf, stacked[path]) for path, leaf in outside.items()}
-    host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
-    device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
-    sampled |= {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
+    sampled, device = dict[str, np.ndarray](), Flat()
+    for path, leaf in flat.items():
+        if isinstance(leaf, LazyArray):
+            sampled[path] = _read_samples(leaf, stacked[path])
+        elif isinstance(leaf, np.ndarray) or [x.platform for x in leaf.devices()] == ["cpu"]:  # NumPy reads these
+            sampled[path] = np.asarray(leaf)[_indices(leaf.shape, stacked[path])]
+        else:
+            device[path] = leaf
     sampled = {path: values.astype(ml_dtypes.bfloat16) for path, values in sampled.items()}
     if device:
         mesh = mesh_of(device)
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        gather = jax.jit(functools.partial(_gather, stacked=stacked), out_shardings=everywhere)
+
+        @functools.partial(jax.jit, out_shardings=everywhere)
+        def gather(leaves: Flat) -> Flat:
+            return {
+                path: leaf[_indices(leaf.shape, stacked[path])].astype(jnp.bfloat16) for path, leaf in leaves.items()
+            }
+
         sampled |= {path: np.asarray(values) for path, values in gather(device).items()}
     return sampled
 
 
 def _read_samples(leaf: Any, stacked: bool) -> np.ndarray:
-    """Return weight samples of parameters outside memory."""
     if stacked:
         return np.stack([_read_samples(member, False) for member in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
-
-
-def _on_host(leaf: Any) -> bool:
-    """Return True if NumPy can read an array without copying it (NumPy arrays, jax arrays on one CPU device)."""
-    if isinstance(leaf, np.ndarray):
-        return True
-    devices = list(leaf.devices())
-    return len(devices) == 1 and devices[0].platform == "cpu"
-
-
-def _gather(leaves: Flat, stacked: dict[str, bool]) -> Flat:
-    return {path: leaf[_indices(leaf.shape, stacked[path])].astype(jnp.bfloat16) for path, leaf in leaves.items()}
 
 
 def _indices(shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:

@@ -51,7 +51,7 @@ class IntegerGrid(Protocol):
 
 def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) -> LayerStream:
     """Return the residual stream of all calibration rows at the input of the decoder's first layer."""
-    grouped = row_batches(list(calibration_batches(batches, model.cfg, labels=False)), weights.by_name)
+    grouped = row_batches(list(calibration_batches(batches, model.cfg, labels=False)), vars(weights))
     positive(len(grouped))
     return LayerStream(model, "text", grouped)
 

@@ -16,17 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.layer import layer_runs
-from vlmprune_jax.core.mesh.mesh import gather_to_host
+from vlmprune_jax.core.layer import Stack, layer_runs
+from vlmprune_jax.core.mesh.mesh import gather_to_host, mesh_of
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.block import Block
 from vlmprune_jax.core.models.context import KEYS, WRITERS, LayerEmbeds
 from vlmprune_jax.core.models.lazy import to_device, to_host
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.stack import at_layer, fill
 from vlmprune_jax.core.models.vlm import Model, stack_module
-from vlmprune_jax.core.stack import Stack
 
 Shared = Mapping[int, tuple[Any, Any]]  # number of a layer -> its keys and values, for layers that reuse them
 T = TypeVar("T")
@@ -174,11 +172,6 @@ class Layer:
             captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
         return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), (state, captured))
 
-    def final_norm(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
-        """Apply the norm after the decoder's last layer, with its parameters by name."""
-        module = stack_module(self.stack, self.cfg)
-        return fill(getattr(module, module.norm_name), params)(x)
-
     def with_params(self, params: Mapping[str, Any], dtype: Any = None) -> Layer:
         """Return a copy of the layer with parameters replaced by path, rounded to `dtype` (default: the model's)."""
         new = {path: values.astype(dtype or self.dtype).astype(np.float32) for path, values in params.items()}
@@ -206,16 +199,12 @@ class Layer:
         `reader`: the branch, "self_attn" or "mlp"; in a parallel block, both branches read the same input.
         """
         readers = ("self_attn", "mlp") if self.block.parallel else (reader,)
-        reads = {
-            path: weight
+        mapped = {
+            path: weight + jnp.einsum("...e,fe->...f", weight, jnp.asarray(change), precision="highest")
             for path, weight in self.params.items()
             if self.block.reader_of(path) in readers and weight.ndim > 1 and weight.shape[-1] == len(change)
         }
-        added = {
-            path: jnp.einsum("...e,fe->...f", weight, jnp.asarray(change), precision="highest")
-            for path, weight in reads.items()
-        }
-        return self.with_params({path: weight + added[path] for path, weight in reads.items()})
+        return self.with_params(mapped)
 
     def changes_from(self, other: Layer) -> dict[str, np.ndarray]:
         """Return the parameters that differ from those of the same layer before it was changed, in its dtype."""

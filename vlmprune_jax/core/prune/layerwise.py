@@ -30,17 +30,13 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 
 @jax.jit
 def _error(layer: Layer, rows: Rows, target: jax.Array) -> jax.Array:
-    """Return the weighted squared error of the residual stream, relative to its mean square, summed over tokens."""
     after = layer.compute(rows)[1].x
     error = jnp.where(rows.weight[..., None] > 0, target - after, 0.0)
     return jnp.sum(token_scale(rows.weight, target) * jnp.mean(error * error, axis=-1))
 
 
 def stream_error(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]) -> float:
-    """Return the error of the residual stream after a pruned layer, on held-out rows.
-
-    `targets`: residual stream of the unpruned model after the layer, for each batch.
-    """
+    """Return the squared error of the stream after a layer, relative to its mean square, per held-out token."""
     pairs = [*stream.visit(functools.partial(_error, layer), targets, held_out=True)]
     return sum(float(total) for _, total in pairs) / sum(float(batch.weight.sum()) for batch, _ in pairs)
 
@@ -61,13 +57,9 @@ def _step(
 
 
 def train_layer(layer: Layer, stream: LayerStream, targets: Sequence[jax.Array]) -> tuple[Layer, Solution]:
-    """Train one pruned layer to reproduce the unpruned model's stream; return it if the held-out error falls.
+    """Train one pruned layer to reproduce the unpruned model's stream after it; return it if the held-out error falls.
 
     All weights and norms are trained by Adam with a cosine schedule; the epoch with the lowest held-out error is kept.
-
-    Args:
-      stream: calibration rows at the layer's input.
-      targets: residual stream of the unpruned model after the layer, for each batch.
     """
     steps = list[tuple[int, slice]]()  # rows of each optimizer step: number of a batch, and its rows
     for number, batch in enumerate(stream.batches):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmprune_jax.base.settings import FRACTION, MAX_ROWS, check_settings, reconstruct_setting, settings_of
+from vlmprune_jax.base.settings import FRACTION, MAX_ROWS, check_settings, reconstruct_setting
 
 RECONSTRUCTIONS = ("none", "least_squares", "layerwise")
 
@@ -28,11 +28,6 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         check_settings("reconstruct", self)
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """Weights of calibration tokens as {setting name: weight}."""
-        return {name: getattr(self, name) for name in settings_of(TokenWeights)}
 
 
 @dataclass(frozen=True)
@@ -79,11 +74,6 @@ class ReconstructConfig(TokenWeights):
     )
 
     @property
-    def trains_layers(self) -> bool:
-        """True if every layer is also trained after its least-squares repair."""
-        return self.method == "layerwise"
-
-    @property
     def refits(self) -> bool:
         """True if weights are solved again on all records after the ridge penalty is chosen."""
-        return not self.trains_layers if self.refit is None else self.refit
+        return self.method != "layerwise" if self.refit is None else self.refit

@@ -41,10 +41,9 @@ from vlmprune_jax.base.cache import ArrayCache, recorded
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import checked, parse_json
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, use_mesh
 from vlmprune_jax.core.models.context import WRITERS
 from vlmprune_jax.core.models.params import param_shapes
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import WRITERS as WRITERS_OF
 from vlmprune_jax.core.plans.kept import KeptStack
@@ -111,16 +110,16 @@ def reconstruct(
     repairs, finished = list[dict[str, Any]](), itertools.count(1)
     with use_mesh(mesh_of(pruned.params)):
         for stack in _stacks(plan):
-            repair = _Repair(plan.stacks[stack], *_streams(stack, teacher, pruned, checked, config), cache, config)
-            repair.stream.walk(repair.visit, progress=lambda _: progress and progress(next(finished)))
-            pruned = with_layers(pruned, stack, repair.changed)
-            repairs += repair.rows
+            stream = _Repair(stack, plan.stacks[stack], teacher, pruned, checked, cache, config)
+            stream.walk(stream.repair, progress=lambda _: progress and progress(next(finished)))
+            pruned = with_layers(pruned, stack, stream.changed)
+            repairs += stream.repairs
     return pruned, repairs
 
 
 def _check(pruned: Model, plan: PrunePlan, teacher: Model, config: ReconstructConfig) -> None:
     """Raise UserError for a plan that did not make `pruned` from `teacher`, or that has nothing for the method."""
-    if config.trains_layers and not any(kept.removed_layers for kept in plan.stacks.values()):
+    if config.method == "layerwise" and not any(kept.removed_layers for kept in plan.stacks.values()):
         raise UserError(
             'reconstruct.method="layerwise" needs a plan that removes layers (training layers one by one gains nothing '
             'after width pruning): set it to "least_squares"'
@@ -132,70 +131,68 @@ def _check(pruned: Model, plan: PrunePlan, teacher: Model, config: ReconstructCo
         )
 
 
-def _streams(
-    stack: str, teacher: Model, pruned: Model, checked: Sequence[Arrays], config: ReconstructConfig
-) -> tuple[LayerStream, LayerStream]:
-    """Return the streams of the unpruned and of the pruned model through a component, at the first layer.
-
-    Additional embeddings of both models are in memory once if they come from one tower.
-    """
-    settings = {**config.by_name, "held_out": config.held_out}
-    is_text, cfg = stack == "text", pruned.cfg
-    grouped = row_batches(checked, settings) if is_text else tower_batches(checked, settings, cfg, stack)
-    unpruned, stream = LayerStream(teacher, stack, grouped), LayerStream(pruned, stack, grouped)
-    for number, pair in enumerate(zip(unpruned.embeds, stream.embeds, strict=True)):
-        leaves = zip(*map(jax.tree.leaves, pair), strict=True)
-        if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in leaves):
-            stream.embeds[number] = unpruned.embeds[number]
-    return unpruned, stream
-
-
-class _Repair:
-    """Visitor of a pruned component's layers that repairs them, in step with the unpruned model."""
+class _Repair(LayerStream):
+    """Stream through a pruned component that repairs its layers, in step with the unpruned component's stream."""
 
     def __init__(
         self,
+        stack: str,
         kept: KeptStack,
-        unpruned: LayerStream,
-        stream: LayerStream,
+        teacher: Model,
+        pruned: Model,
+        batches: Sequence[Arrays],
         cache: ArrayCache | None,
         config: ReconstructConfig,
     ):
-        self.kept, self.unpruned, self.stream, self.cache, self.config = kept, unpruned, stream, cache, config
-        self.rows, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
-        self._reads, self._trains = _reads(config, kept), False
+        if stack == "text":
+            grouped = row_batches(batches, vars(config))
+        else:
+            grouped = tower_batches(batches, vars(config), pruned.cfg, stack)
+        super().__init__(pruned, stack, grouped)
+        self.unpruned = LayerStream(teacher, stack, grouped)
+        for number, pair in enumerate(zip(self.unpruned.embeds, self.embeds, strict=True)):
+            leaves = zip(*map(jax.tree.leaves, pair), strict=True)
+            if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in leaves):
+                self.embeds[number] = self.unpruned.embeds[number]  # of a tower that both models have: in memory once
+        self.cache, self.config, self.lost, self.spans = cache, config, _lost_modules(kept), _spans(kept)
+        self.repairs, self.changed = list[dict[str, Any]](), dict[int, dict[str, np.ndarray]]()
+        left, before = (
+            sum(size for sizes in layers for axis, size in sizes.items() if WRITERS_OF[axis] == WRITERS[1])
+            for layers in (kept.sizes, [kept.sizes_before[layer.index] for layer in kept.layers])
+        )
+        self.repairs_readers, self.trains = config.readers == "auto" and left < READ_BELOW * before, False
 
-    def visit(self, loaded: Layer) -> Layer | None:
+    def repair(self, loaded: Layer) -> Layer | None:
         """Repair one layer: attention, then MLP, each first its inputs and then its output; then train the layer."""
-        number, lost, config = loaded.number, _lost_modules(self.kept, loaded.number), self.config
-        first, end = _spans(self.kept)[number]
-        targets = self._targets(first, end, "middle" if self._reads or "o_proj" in lost else None)
+        lost, (first, end) = self.lost[loaded.number], self.spans[loaded.number]
+        targets = self._targets(first, end, ("middle",) if self.repairs_readers or "o_proj" in lost else ())
         layer = dataclasses.replace(loaded, number=first)
         for module in WRITERS:
             if module in lost and module == "down_proj" and EXPERTS in layer.params:
-                layer = self._once(module, repair_experts, layer, targets.after)
+                layer = self._repaired(module, repair_experts, layer, targets.after)
                 continue
-            before, options = layer, {"module": module, "refit": config.refits}
-            if self._reads and hasattr(layer.block, norm_name(layer, module)):
-                layer = self._once(READER_OF[module], repair_readers, layer, targets, lost=module in lost, **options)
+            before, options = layer, {"module": module, "refit": self.config.refits}
+            if self.repairs_readers and hasattr(layer.block, norm_name(layer, module)):
+                reader = READER_OF[module]
+                layer = self._repaired(reader, repair_readers, layer, targets, lost=module in lost, **options)
             if module in lost or layer is not before:
-                layer = self._once(module, repair_writer, layer, targets, **options)
-        self._trains = self._trains or (config.trains_layers and end - first > 1)
-        if self._trains:
-            layer = self._once("layer", train_layer, layer, targets.after)
+                layer = self._repaired(module, repair_writer, layer, targets, **options)
+        self.trains = self.trains or (self.config.method == "layerwise" and end - first > 1)
+        if self.trains:
+            layer = self._repaired("layer", train_layer, layer, targets.after)
         if layer.params is not loaded.params:
-            self.changed[number] = layer.changes_from(loaded)
-        return layer if number + 1 < self.stream.n_layers else None  # nothing reads what the last layer adds
+            self.changed[loaded.number] = layer.changes_from(loaded)
+        return layer if loaded.number + 1 < self.n_layers else None  # nothing reads what the last layer adds
 
-    def _once(
+    def _repaired(
         self, name: str, repair: Callable[..., tuple[Layer, Solution]], layer: Layer, targets: Any, **options: Any
     ) -> Layer:
         """Return the layer after one repair, with changed parameters from the cache if they are there."""
-        key = f"{self.stream.stack}/{self.stream.number}/{name}"
+        key = f"{self.stack}/{self.number}/{name}"
         keys = {path: f"{key}/{path}" for path in layer.params}
 
         def compute() -> dict[str, np.ndarray]:
-            repaired, solution = repair(layer, self.stream, targets, **options)
+            repaired, solution = repair(layer, self, targets, **options)
             arrays = dict.fromkeys(keys.values(), np.zeros(0))  # unchanged
             arrays |= {keys[path]: values for path, values in repaired.changes_from(layer).items()}
             return {key: np.frombuffer(msgspec.json.encode(solution), np.uint8), **arrays}
@@ -203,29 +200,20 @@ class _Repair:
         stored = recorded(self.cache, [key, *keys.values()], compute)
         where, todo = f"the cached repair {key}", "remove the cache and run again"
         row = checked(parse_json(stored[key].tobytes(), where, todo), Solution, where, todo)
-        self.rows.append({"stack": self.stream.stack, "layer": layer.number, "module": name, **row})
+        self.repairs.append({"stack": self.stack, "layer": layer.number, "module": name, **row})
         changed = {path: stored[name] for path, name in keys.items() if stored[name].size}
         return layer.with_params(changed) if changed else layer
 
-    def _targets(self, first: int, end: int, middle: str | None) -> Targets:
+    def _targets(self, first: int, end: int, middle: tuple[str, ...]) -> Targets:
         """Run the unpruned model's layers up to `end`; return the targets for repairing layer `first`."""
         unpruned = self.unpruned
         unpruned.walk(numbers=range(unpruned.number, first))
-        before = [state.x for state in unpruned.states] if self._reads else []
-        layer, capture = unpruned.load(first), ("statistics", *((middle,) if middle else ()))
-        captured = unpruned.advance(layer, functools.partial(layer.run, capture=capture))
+        before = [state.x for state in unpruned.states] if self.repairs_readers else []
+        layer = unpruned.load(first)
+        captured = unpruned.advance(layer, functools.partial(layer.run, capture=("statistics", *middle)))
         unpruned.walk(numbers=range(first + 1, end))
         after, statistics = [state.x for state in unpruned.states], [values["statistics"] for values in captured]
         return Targets(before, [values.get("middle") for values in captured], after, statistics)
-
-
-def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
-    """Return True if attention and MLP input projections are repaired as well as output projections."""
-    left, whole = (
-        sum(size for sizes in layers for axis, size in sizes.items() if WRITERS_OF[axis] == WRITERS[1])
-        for layers in (kept.sizes, [kept.sizes_before[layer.index] for layer in kept.layers])
-    )
-    return config.readers == "auto" and left < READ_BELOW * whole
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
@@ -236,8 +224,7 @@ def layers_to_solve(plan: PrunePlan) -> int:
 def _stacks(plan: PrunePlan) -> list[str]:
     """Return the pruned stacks that reconstruction can repair, in the order of the forward pass."""
     order = sorted(plan.stacks, key=lambda name: name == "text")  # towers first
-    kept = plan.stacks
-    return [name for name in order if any(_lost_modules(kept[name], i) for i in range(len(kept[name].layers)))]
+    return [name for name in order if any(_lost_modules(plan.stacks[name]))]
 
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
@@ -245,13 +232,16 @@ def _spans(kept: KeptStack) -> list[tuple[int, int]]:
     return list(itertools.pairwise((*kept.kept_layers, len(kept.sizes_before))))
 
 
-def _lost_modules(kept: KeptStack, number: int) -> set[str]:
-    """Return the names of a layer's output projections to repair."""
-    layer, (first, end) = kept.layers[number], _spans(kept)[number]
-    before, cut = kept.sizes_before[layer.index], end - first > 1
-    lost = {WRITERS_OF[axis] for axis, size in layer.sizes.items() if size < before[axis]}
-    lost |= {WRITERS[1]} if cut else set()
-    earlier = zip(kept.layers[:number], kept.sizes, strict=False)
-    if any(sizes.get("experts", 0) < kept.sizes_before[x.index].get("experts", 0) for x, sizes in earlier):
-        lost |= {WRITERS[0]}  # sees all tokens, which an expert does not
-    return lost & {*WRITERS}
+def _lost_modules(kept: KeptStack) -> list[set[str]]:
+    """Return the names of the output projections to repair in each kept layer."""
+    modules, fewer_experts = list[set[str]](), False
+    for layer, (first, end) in zip(kept.layers, _spans(kept), strict=True):
+        smaller = {axis for axis, size in layer.sizes.items() if size < kept.sizes_before[layer.index][axis]}
+        lost = {WRITERS_OF[axis] for axis in smaller}
+        if end - first > 1:
+            lost.add(WRITERS[1])
+        if fewer_experts:  # in an earlier layer: attention sees all tokens, which an expert does not
+            lost.add(WRITERS[0])
+        modules.append(lost & {*WRITERS})
+        fewer_experts = fewer_experts or "experts" in smaller
+    return modules

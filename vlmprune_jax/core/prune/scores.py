@@ -181,7 +181,12 @@ class Scores:
                 if token_type and token_type not in TOKEN_TYPES:
                     raise UserError(f"{name[:80]!r} has scores of an unknown token type: {_TODO}")
                 of_type = by_token_type.setdefault(token_type, {}) if token_type else values
-                of_type[Key.parse(key)] = _numbers(array, name)
+                if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not array.size:
+                    raise UserError(
+                        f"{name} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: "
+                        f"{_TODO}"
+                    )
+                of_type[Key.parse(key)] = np.asarray(array, np.float64)
             shapes = {key: array.shape for key, array in values.items()}
             for of_type in by_token_type.values():
                 if {key: array.shape for key, array in of_type.items()} != shapes:
@@ -202,15 +207,6 @@ def fits_model(values: Values, cfg: ModelConfig) -> bool:
     sizes = axis_sizes(cfg, (name for name, _ in scored))
     expected = {key: (size,) for key, size in sizes.items() if (key.component, key.axis) in scored}
     return {key: np.shape(array) for key, array in values.items()} == expected
-
-
-def _numbers(array: np.ndarray, name: str) -> np.ndarray:
-    """Return an array as float64; raise UserError unless it is one-dimensional, floating-point and not empty."""
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not array.size:
-        raise UserError(
-            f"{name} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"
-        )
-    return np.asarray(array, np.float64)
 
 
 def score(
@@ -267,7 +263,7 @@ def score(
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
         kept: dict[str, Any] = {"progress": progress, "cache": cache}
-        # the sums of units of the built-in criteria are too many numbers
+        # sums of units are many numbers: built-in criteria compute them again
         kept["journal"] = journal if "layers" in chosen.scores or chosen.file else None
         values, by_token_type = _measure(chosen, model, settings, stack, routing or batches or (), kept)
         for arrays in (values, *by_token_type.values()):

@@ -11,7 +11,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import check_loads, keeps_heads
-from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import AXES, LAYERS, Key
@@ -49,15 +48,14 @@ def plan_pruning(
         raise UserError('prune.layers lists layers of one stack: set prune.stack to "text" or "vision"')
     plan = _trimmed_plan(cfg, merged.fingerprint, vocabulary, components)
     if components:
-        share = _share_left(plan, config)
-        plan = _plan_units(merged, plan, cfg, dataclasses.replace(config, ratio=share), vocabulary)
-        plan = dataclasses.replace(plan, target_ratio=config.ratio)
+        config_left = dataclasses.replace(config, ratio=_share_left(plan, config))
+        plan = _plan_units(merged, plan, cfg, config_left, vocabulary)
     elif config.loads_in:
         options = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel}
         plan = dataclasses.replace(plan, options=options)
     pruned = plan.apply_to(cfg)
     check_loads(pruned, config.loads_in)
-    return dataclasses.replace(plan, parameters_after=count_params(pruned))
+    return dataclasses.replace(plan, target_ratio=config.ratio, parameters_after=count_params(pruned))
 
 
 def prune_in_steps(
@@ -163,19 +161,20 @@ def _plan_units(
     _check_scores(scores, cfg, config)
     costed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
     total, several = count_params(original or cfg), len(scores.components) > 1
-    parameters, configs = dict[str, int](), dict[str, PlanConfig]()
+    components = dict[str, Component]()
     for name in scores.components or (config.stack,):
-        parameters[name] = sum(map(layer_costs(cfg, name).of, cfg.stack(name).layers))
         keeps = config.heads == "auto" and keeps_heads(cfg, name, config.loads_in)
-        configs[name] = dataclasses.replace(config, heads="keep") if keeps else config
+        settings = dataclasses.replace(config, heads="keep") if keeps else config
+        components[name] = Component(name, costed, original or costed, settings, total)
+    parameters = {name: sum(map(part.costs.of, part.layers)) for name, part in components.items()}
 
     def choose(ratio: float | None) -> dict[str, tuple[Mapping[int, Kept], Mapping[str, Any]]]:
         """Return the kept units of every kept layer at this ratio, and the solver's result, by component."""
         chosen = dict[str, Any]()
         for name, size in parameters.items():
             share = ratio * size / sum(parameters.values()) if several and ratio else ratio
-            settings = dataclasses.replace(configs[name], ratio=share)
-            chosen[name] = _choose(scores, Component(name, costed, original or costed, settings, total))
+            settings = dataclasses.replace(components[name].config, ratio=share)
+            chosen[name] = _choose(scores, dataclasses.replace(components[name], config=settings))
         return chosen
 
     def config_at(ratio: float) -> ModelConfig:
@@ -193,7 +192,7 @@ def _plan_units(
     for name, (units, result) in choose(ratio).items():
         layers = cfg.stack(name).layers
         plan = plan.keeping(name, [kept_layer(i, kept, layers[i]) for i, kept in units.items()])
-        recorded = {name: value for name, value in configs[name].recorded().items() if name not in unused}
+        recorded = {name: value for name, value in components[name].config.recorded().items() if name not in unused}
         options[name] = {**recorded, **result}
     return dataclasses.replace(
         plan,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import Counter
@@ -81,13 +80,10 @@ def multiples(component: Component, gqa: str) -> dict[str, Any]:
         steps[name] = max(multiple, needed)
     for axis in {axis for layer in stack.layers for axis in layer.axes if axis.multiple}:
         smallest = min(layer.sizes[axis.name] for layer in stack.layers if axis in layer.axes)
-        steps[axis.multiple] = getattr(config, axis.multiple) or served_multiple(smallest)
+        # engines serve these multiples without a slower path
+        served = (multiple for multiple in (64, 32) if smallest % multiple == 0 and smallest >= 4 * multiple)
+        steps[axis.multiple] = getattr(config, axis.multiple) or next(served, 1)
     return steps
-
-
-def served_multiple(size: int) -> int:
-    """Return the multiple of units that engines serve without a slower path: 64, 32, or 1 for small sizes."""
-    return next((multiple for multiple in (64, 32) if size % multiple == 0 and size >= 4 * multiple), 1)
 
 
 def reason_of(config: PlanConfig) -> str:
@@ -177,21 +173,6 @@ class Units:
         """Number of units by axis in the unpruned layer."""
         return {units.axis: units.size for units in self.axes}
 
-    @property
-    def neuron_price(self) -> int:
-        """Number of parameters of the smallest removal: one neuron along every fine axis in range."""
-        return int(self.removed({units.axis: units.size - (units.fine and units.prune) for units in self.axes}))
-
-    def without_coarse(self, counts: Mapping[str, int]) -> Units:
-        """Return the layer's units with the coarse axes (heads) pruned to `counts` and fixed from then on."""
-        sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes if not units.fine}
-        layer = self.layer.resized(self.layer.completed(sizes))
-        axes = tuple(
-            units if units.fine else dataclasses.replace(units, size=counts[units.axis], prune=False)
-            for units in self.axes
-        )
-        return Units(layer, self.cost, axes)
-
 
 def units_of(
     component: Component, layers: Mapping[int, Layer], scored: Collection[str], multiples: Mapping[str, int]
@@ -278,14 +259,21 @@ class _Choices:
         return Widths(counts, sparsity, int(self.removed[index]))
 
 
-def _at_sparsities(units: Iterable[Units], sparsities: np.ndarray) -> _Choices:
-    return _Choices.of(units, len(sparsities), lambda _, axis: axis.rounded(axis.left(sparsities)))
+def _at_sparsities(units: Iterable[Units], sparsities: np.ndarray, fewer_heads: int | None = None) -> _Choices:
+    """Return the widths at these sparsities; with `fewer_heads`, the heads are those that this number leaves."""
+
+    def kept(_: Units, axis: AxisUnits) -> np.ndarray:
+        if fewer_heads is None or axis.fine:
+            return axis.rounded(axis.left(sparsities))
+        return axis.rounded(np.full(len(sparsities), axis.size - fewer_heads))
+
+    return _Choices.of(units, len(sparsities), kept)
 
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
-def _grid(units: tuple[Units, ...]) -> _Choices:
+def _grid(units: tuple[Units, ...], fewer_heads: int | None) -> _Choices:
     """Return the widths at every sparsity that the solver tries."""
-    return _at_sparsities(units, np.arange(GRID + 1) / GRID)
+    return _at_sparsities(units, np.arange(GRID + 1) / GRID, fewer_heads)
 
 
 def widths_at(units: Sequence[Units], sparsity: float) -> Widths:
@@ -301,28 +289,29 @@ def widths_at(units: Sequence[Units], sparsity: float) -> Widths:
     return _at_sparsities(units, np.asarray([sparsity])).widths(0, sparsity)
 
 
-def smallest_sparsity(units: Sequence[Units], removal: float) -> Widths:
+def smallest_sparsity(units: Sequence[Units], removal: float, fewer_heads: int | None = None) -> Widths:
     """Return the widths at the lowest sparsity that removes at least `removal` parameters."""
-    grid = _grid(tuple(units))
+    grid = _grid(tuple(units), fewer_heads)
     index = int(np.argmax(grid.removed >= removal)) if grid.removed[-1] >= removal else GRID
     return grid.widths(index, index / GRID)
 
 
-def most_removable(units: Iterable[Units]) -> int:
+def most_removable(units: Iterable[Units], fewer_heads: int | None = None) -> int:
     """Return the maximum number of parameters that width pruning can remove (each axis keeps its minimum of units)."""
-    return int(_at_sparsities(units, np.ones(1)).removed[0])
+    return int(_at_sparsities(units, np.ones(1), fewer_heads).removed[0])
 
 
-def solve_widths(units: Sequence[Units], removal: float) -> Widths:
+def solve_widths(units: Sequence[Units], removal: float, fewer_heads: int | None = None) -> Widths:
     """Return equal layer widths whose number of removed parameters is nearest to `removal`.
 
-    Heads follow the smallest common sparsity that reaches the target. Then the share of fine units (neurons), the same
-    in all layers in range, is changed until the total is nearest. With neurons in range, the error is at most half of
-    one neuron (or multiple) in every layer; with heads alone, half of one head in every layer.
+    Heads follow the smallest common sparsity that reaches the target, or every layer loses `fewer_heads`. Then the
+    share of fine units (neurons), the same in all layers in range, is changed until the total is nearest. With neurons
+    in range, the error is at most half of one neuron (or multiple) in every layer; with heads alone, half of one head
+    in every layer.
     """
-    candidates = [smallest_sparsity(units, removal)]
+    candidates = [smallest_sparsity(units, removal, fewer_heads)]
     if index := round(candidates[0].sparsity * GRID):
-        candidates.append(_grid(tuple(units)).widths(index - 1, (index - 1) / GRID))
+        candidates.append(_grid(tuple(units), fewer_heads).widths(index - 1, (index - 1) / GRID))
     return min((_tune(units, widths, removal) for widths in candidates), key=lambda x: abs(x.removed - removal))
 
 
@@ -332,21 +321,15 @@ def apart(units: Sequence[Units], removal: float) -> list[Widths]:
     Neurons account for the parameters that the heads leave to remove, the same share in all layers in range. A number
     of heads has no candidate if it alone removes too much, or if there are too few neurons for the remainder.
     """
-    sizes = [axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine]
-    candidates = []
-    for gone in range(max(sizes, default=0)):
-        counts = {
-            layer: {axis.axis: axis.size if axis.fine else int(axis.rounded(axis.size - gone)) for axis in layer.axes}
-            for layer in dict.fromkeys(units)
-        }
-        after = {layer: layer.without_coarse(heads) for layer, heads in counts.items()}
-        by_heads = sum(times * int(layer.removed(counts[layer])) for layer, times in Counter(units).items())
-        fixed, rest = [after[layer] for layer in units], removal - by_heads
-        if 0 <= rest <= most_removable(fixed):
-            widths = solve_widths(fixed, rest)
-            of_layers = {layer: widths.counts[left] for layer, left in after.items()}
-            candidates.append(Widths(of_layers, widths.sparsity, widths.removed + by_heads))
-    return candidates
+    heads = max((axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine), default=0)
+    fewer = np.arange(heads)
+
+    def without_heads(_: Units, axis: AxisUnits) -> np.ndarray:
+        return np.full(heads, axis.size) if axis.fine else axis.rounded(axis.size - fewer)
+
+    by_heads = _Choices.of(units, heads, without_heads).removed
+    possible = [n for n in range(heads) if by_heads[n] <= removal <= most_removable(units, n)]
+    return [solve_widths(units, removal, n) for n in possible]
 
 
 def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:

@@ -29,13 +29,13 @@ from vlmprune_jax.base.processes import from_all
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.mesh.machine import free_memory
-from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, place_batch, row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.core.models.lazy import LazyArray, to_device
+from vlmprune_jax.core.models.media import place_inputs
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
-from vlmprune_jax.core.models.vlm import Model, stack_module, to_nnx
+from vlmprune_jax.core.models.vlm import Model, to_nnx
 from vlmprune_jax.core.prune.batches import CalibrationBatch
 from vlmprune_jax.core.prune.layers import Layer, Rows, State, streamed, to_devices
 
@@ -108,12 +108,6 @@ class LayerStream:
     def embeds_of(self, batch: int) -> LayerEmbeds:
         """Return the additional embeddings of the present layer, for batch number `batch`."""
         return self.embeds[batch].of_layer(self.number)
-
-    def final_norm(self) -> Any:
-        """Return the parameters of the norm after the decoder's last layer (`Layer.final_norm`); None for towers."""
-        if self.stack != "text":
-            return None
-        return jax.tree.map(to_device, self.model.params["text"][stack_module("text", self.model.cfg.text).norm_name])
 
     def rows(self, batch: int) -> Rows:
         """Return the rows of batch number `batch` at the present layer's input, on the devices or sharded over them."""

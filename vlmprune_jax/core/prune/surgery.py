@@ -12,16 +12,15 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.mesh.mesh import mesh_of
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.lazy import LazyStack
 from vlmprune_jax.core.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.core.part import AXES, VOCAB
-from vlmprune_jax.core.plans.kept import KeptLayer, KeptVocabulary, Sizes
+from vlmprune_jax.core.plans.kept import KeptLayer, KeptVocabulary
 from vlmprune_jax.core.plans.plan import PrunePlan, compose
-from vlmprune_jax.core.prune.fingerprints import fingerprint, shape_digest
+from vlmprune_jax.core.prune.fingerprints import fingerprint
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
@@ -71,27 +70,13 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
-    """Raise UserError if a plan was made for another model (compares widths, then weight samples)."""
-    stacks = {name: tuple(layer.sizes for layer in stack.layers) for name, stack in model.cfg.stacks.items()}
-    others = {name: kept.sizes_before for name, kept in plan.stacks.items() if kept.sizes_before != stacks.get(name)}
-    if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
-        if not others:
-            tokens = "" if plan.vocabulary is None else f", the plan's {plan.vocabulary.rows_before:,}"
-            raise UserError(
-                "plan of another model: the layers match, but other weights have different shapes, perhaps the "
-                f"vocabulary (this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
-            )
-        name, planned = next(iter(others.items()))
-        raise UserError(
-            f"plan of another model: the plan's {name} stack has {_describe(planned)}, this model's "
-            f"{_describe(stacks.get(name, ()))}: score and plan this model"
-        )
+    """Raise UserError if a plan was made for another model (compares sizes, then weight samples)."""
+    plan.check_sizes(model.cfg)
     actual = fingerprint(model)
     if plan.fingerprint != actual:
         raise UserError(
-            f"plan of another model: shapes are equal, but fingerprints differ (plan {plan.fingerprint}, model "
-            f"{actual}): "
-            "score and plan this model"
+            f"plan of another model: sizes are equal, but fingerprints differ (plan {plan.fingerprint}, model "
+            f"{actual}): score and plan this model"
         )
 
 
@@ -136,15 +121,9 @@ def _take(
 
 
 def _place_all(params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Params:
-    if mesh is None:
-        return params
     axes = param_axes(cfg)
     return unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
 
 
 def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
     return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes, leaf.shape))
-
-
-def _describe(layers: Sequence[Sizes]) -> str:
-    return f"{len(layers)} layers ({describe_layers(layers, most=3)})" if layers else "no layers"

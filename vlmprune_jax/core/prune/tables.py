@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import stack_title
 from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.part import AXES, LAYERS, Key
 from vlmprune_jax.core.plans.kept import KeptLayer, KeptStack, Sizes
@@ -18,11 +18,9 @@ from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.routing import Routing
 from vlmprune_jax.core.prune.scores import Scores
 from vlmprune_jax.core.prune.select import merge_scores
-from vlmprune_jax.core.stack import stack_title
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 NONE = "-"
-AFFECTED = "A token that keeps all its experts leaves a layer unchanged, if the layer's input is the same."
 
 
 def explain(
@@ -38,10 +36,9 @@ def explain(
 
     Raises UserError if the plan is for another model.
     """
+    plan.check_sizes(cfg)
     tables = []
     for name, kept in plan.stacks.items():
-        if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
-            raise UserError("this plan is for another model than the config's: plan again")
         if not kept.is_whole or len(plan.stacks) == 1:
             merged = merge_scores([part for part in scores if name in part.components], plan.method)
             tables.append(_explain_stack(plan, cfg, spec, merged, name))
@@ -64,40 +61,33 @@ def affected_tokens(plan: PrunePlan, routing: Routing) -> Table:
 
 
 def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Scores, name: str) -> Table:
-    kept, cost = plan.stacks[name], layer_costs(cfg, name).of
-    layers = {layer.index: layer for layer in kept.layers}
+    stack, cost = plan.stacks[name], layer_costs(cfg, name).of
+    entries = {layer.index: layer for layer in stack.layers}
+    layers = [(i, layer, entries.get(i)) for i, layer in enumerate(cfg.stack(name).layers)]
+    columns = [("layer", [*(str(i) for i, *_ in layers), "all"])]
+    for axis in _shown(stack.sizes_before):
+        left = [0 if entry is None else entry.sizes.get(axis, 0) for *_, entry in layers]
+        sizes = [layer.sizes.get(axis) for _, layer, _ in layers]
+        cells = [NONE if size is None else f"{kept:,} of {size:,}" for kept, size in zip(left, sizes, strict=True)]
+        columns.append((_heading(axis), [*cells, NONE]))
+    before = [cost(layer) for _, layer, _ in layers]
+    after = [0 if entry is None else cost(layer.resized(entry.sizes)) for _, layer, entry in layers]
+    costs = [*zip(before, after, strict=True), (sum(before), sum(after))]
+    columns.append(("parameters lost", [f"{whole - kept:,}" for whole, kept in costs]))
+    columns.append(("share", [f"{100 * (whole - kept) / whole:.1f} %" for whole, kept in costs]))
     importance = scores.values.get(Key(name, None, LAYERS))
-    axes = _shown(kept.sizes_before)
-    header = ["layer", *(_heading(axis) for axis in axes), "parameters lost", "share"]
-    order = [] if importance is None else np.argsort(importance, kind="stable").tolist()
-    header += [] if importance is None else ["score", "rank"]
-    header += [f"score lost, {_heading(axis)}" for axis in scores.axes]
-    whole = cfg.stack(name).layers
-    rows, before = [], [cost(layer) for layer in whole]
-    left = {layer.index: cost(whole[layer.index].resized(layer.sizes)) for layer in kept.layers}
-    for i, sizes in enumerate(kept.sizes_before):
-        layer = layers.get(i)
-        remaining = {} if layer is None else layer.sizes
-        row = [str(i)]
-        row += [f"{remaining.get(axis, 0):,} of {sizes[axis]:,}" if axis in sizes else NONE for axis in axes]
-        row += _loss(before[i], left.get(i, 0))
-        row += [] if importance is None else [f"{importance[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
-        row += [_score_lost(scores, Key(name, i, axis), layer) for axis in scores.axes]
-        rows.append([*row, _why(i, layer, spec, plan.method)])
-    total = _loss(sum(before), sum(left.values()))
-    rows.append(
-        ["all", *[NONE] * len(axes), *total, *[NONE] * (len(header) - 3 - len(axes)), f"{len(kept.layers)} layers kept"]
-    )
+    if importance is not None:
+        ranks = np.argsort(np.argsort(importance, kind="stable"))
+        columns.append(("score", [*(f"{score:.4g}" for score in importance), NONE]))
+        columns.append(("rank", [*(f"{rank + 1} of {len(ranks)}" for rank in ranks), NONE]))
+    for axis in scores.axes:
+        cells = [_score_lost(scores, Key(name, i, axis), entry) for i, _, entry in layers]
+        columns.append((f"score lost, {_heading(axis)}", [*cells, NONE]))
+    reasons = [_why(i, entry, spec, plan.method) for i, _, entry in layers]
+    columns.append(("why", [*reasons, f"{len(entries)} layers kept"]))
     rounds = f", scores of the first of {plan.options['steps']} rounds" if plan.options.get("steps", 1) > 1 else ""
-    return (
-        f"{stack_title(name)}: what each layer lost ({plan.method} by {plan.criterion}{rounds})",
-        [*header, "why"],
-        rows,
-    )
-
-
-def _loss(before: int, after: int) -> list[str]:
-    return [f"{before - after:,}", f"{100 * (before - after) / before:.1f} %"]
+    title = f"{stack_title(name)}: what each layer lost ({plan.method} by {plan.criterion}{rounds})"
+    return title, [header for header, _ in columns], [[*row] for row in zip(*(x for _, x in columns), strict=True)]
 
 
 def _shown(sizes: Sequence[Sizes]) -> list[str]:
@@ -137,12 +127,6 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
     return ", ".join(reasons) or "by score"
 
 
-def read_plan(place: str) -> PrunePlan:
-    """Read a prune plan from a file, or from a folder with a plan.json."""
-    path = Path(place)
-    return PrunePlan.from_json(path / "plan.json" if path.is_dir() else path)
-
-
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
     """Compare two plans layer by layer: Jaccard overlap of the heads, neurons and layers that they keep.
 
@@ -153,9 +137,8 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
             f"these plans are for different models (fingerprints {first.fingerprint} and {second.fingerprint}): "
             "compare plans for one model"
         )
-    tables = [
-        _compare_stack(name, first.stacks[name], second.stacks[name]) for name in first.stacks if name in second.stacks
-    ]
+    names = [name for name in first.stacks if name in second.stacks]
+    tables = [_compare_stack(name, first.stacks[name], second.stacks[name]) for name in names]
     trimmed = [plan.vocabulary for plan in (first, second) if plan.vocabulary is not None]
     if trimmed:
         whole = np.arange(trimmed[0].rows_before)

@@ -61,17 +61,13 @@ class Subwords:
                 f"{location}: tokenizers of type {kind!r} cannot be trimmed (supported: {', '.join(CLOSED + LOCAL)})"
             )
         vocab = model["vocab"]
-        texts = (
-            {i: piece for i, (piece, _) in enumerate(vocab)}
-            if isinstance(vocab, list)
-            else {i: t for t, i in vocab.items()}
-        )
-        added = {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
-        special = frozenset(token["id"] for token in content.get("added_tokens") or () if token.get("special"))
-        merges = [
-            tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1))
-            for merge in model.get("merges") or ()
-        ]
+        if isinstance(vocab, list):
+            texts = dict(enumerate(piece for piece, _ in vocab))
+        else:
+            texts = {i: text for text, i in vocab.items()}
+        additions = content.get("added_tokens") or ()
+        added = {token["id"]: token["content"] for token in additions}
+        merges = [tuple(x) if isinstance(x, list) else tuple(x.split(" ", 1)) for x in model.get("merges") or ()]
         unknown = model.get("unk_token")
         if unknown is None and model.get("unk_id") is not None:
             unknown = texts[model["unk_id"]]
@@ -80,7 +76,7 @@ class Subwords:
             tokens={i: text for i, text in texts.items() if i not in added},
             ranks={pair: rank for rank, pair in reversed(list(enumerate(merges)))},
             added=added,
-            special=special,
+            special=frozenset(token["id"] for token in additions if token.get("special")),
             unknown=unknown,
             byte_level="ByteLevel" in _types(content.get("pre_tokenizer")) | _types(content.get("decoder")),
             byte_fallback=bool(model.get("byte_fallback")),
@@ -91,17 +87,12 @@ class Subwords:
         """Mapping {token text: id} of the subword model."""
         return {text: i for i, text in self.tokens.items()}
 
-    @property
-    def size(self) -> int:
-        """Number of tokens, including added tokens."""
-        return len({*self.tokens, *self.added})
-
     @functools.cached_property
     def required(self) -> frozenset[int]:
         """Tokens that any text may need: bytes, the unknown token, and SentencePiece's space symbol."""
-        texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
-        texts |= byte_symbols() if self.byte_level else set()
-        texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
+        texts = {*byte_symbols()} if self.byte_level else set[str]()
+        if self.byte_fallback or self.kind == "Unigram":
+            texts |= {SPACE, *(f"<0x{byte:02X}>" for byte in range(256))}
         texts |= {self.unknown} if self.unknown is not None else set()
         reserved = ("<unused", "<|reserved_")  # added tokens that occur in no text
         added = frozenset(i for i, text in self.added.items() if not text.startswith(reserved))
@@ -130,15 +121,13 @@ class Subwords:
         closed = {*self.required, *kept}
         return closed.union(*(self.needs(i) for i in closed))
 
+    @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
     def needs(self, i: int) -> frozenset[int]:
         """Return the intermediate tokens from which BPE builds a token (none for tokenizers without merges)."""
-        return self._needs(self.tokens.get(i, "")) if self.kind in CLOSED else frozenset()
-
-    @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
-    def _needs(self, text: str) -> frozenset[int]:
-        letters = {symbol for letter in text for symbol in self._spell(letter)}
-        pieces = {piece for pair in self.derivation(text) for piece in (*pair, "".join(pair))}
-        return frozenset(self.ids[piece] for piece in letters | pieces if piece in self.ids)
+        text = self.tokens.get(i, "") if self.kind in CLOSED else ""
+        pieces = {symbol for letter in text for symbol in self._spell(letter)}
+        pieces |= {piece for pair in self.derivation(text) for piece in (*pair, "".join(pair))}
+        return frozenset(self.ids[piece] for piece in pieces if piece in self.ids)
 
     def by_rank(self) -> Iterator[int]:
         """Yield the tokens in the order in which the tokenizer was trained: by merge rank (BPE) or by id."""
@@ -146,12 +135,8 @@ class Subwords:
             yield from sorted(self.tokens)
             return
         yield from (i for text, i in sorted(self.ids.items(), key=lambda item: item[1]) if len(text) == 1)
-        seen = set[int]()
-        for left, right in sorted(self.ranks, key=self.ranks.__getitem__):
-            i = self.ids.get(left + right)
-            if i is not None and i not in seen:
-                seen.add(i)
-                yield i
+        merged = (self.ids.get("".join(pair)) for pair in sorted(self.ranks, key=self.ranks.__getitem__))
+        yield from dict.fromkeys(i for i in merged if i is not None)
 
 
 def check_size(size: int | None, rows: int) -> None:
@@ -182,23 +167,21 @@ def choose_tokens(
 
     Raises UserError for ids beyond the vocabulary, or if `size` is smaller than what must be kept.
     """
-    known = {*subwords.tokens, *subwords.added}
-    beyond = sorted(set(used) - known)
+    tokens = {*subwords.tokens, *subwords.added}
+    beyond = sorted(set(used) - tokens)
     if beyond:
-        raise UserError(f"vocabulary: token id {beyond[0]} is not in the tokenizer, which has {len(known):,} tokens")
-    if multiple < 1:
-        raise UserError(f"vocabulary.multiple={multiple}, to which the number of tokens is rounded, must be at least 1")
+        raise UserError(f"vocabulary: token id {beyond[0]} is not in the tokenizer, which has {len(tokens):,} tokens")
     counts = used if isinstance(used, Mapping) else dict.fromkeys(used, 1)
     kept = subwords.closure(always if size is not None else {*used, *always})
     least = -(-len(kept) // multiple) * multiple
-    wanted = least if size is None else min(-(-size // multiple) * multiple, max(len(known), len(kept)))
+    wanted = least if size is None else min(-(-size // multiple) * multiple, max(len(tokens), len(kept)))
     if len(kept) > wanted:
         raise UserError(
             f"prune.vocabulary.size={size}: {len(kept):,} tokens must stay (bytes, special tokens, templates): set "
             f"at least {least:,}"
         )
     by_count = sorted(counts, key=lambda i: (-counts[i], i))
-    for i in itertools.chain(by_count, subwords.by_rank(), sorted(known)):
+    for i in itertools.chain(by_count, subwords.by_rank(), sorted(tokens)):
         if len(kept) >= wanted:
             break
         missing = (subwords.needs(i) | {i}) - kept
@@ -209,8 +192,6 @@ def choose_tokens(
 
 def _types(step: Any) -> set[str]:
     """Return the type names of a tokenizer.json step and of all steps nested in it."""
-    if isinstance(step, list):
-        return set().union(*map(_types, step))
-    if not isinstance(step, dict):
-        return set()
-    return {str(step.get("type"))}.union(*(_types(part) for part in step.values()))
+    names = {str(step.get("type"))} if isinstance(step, dict) else set[str]()
+    nested = step.values() if isinstance(step, dict) else step if isinstance(step, list) else ()
+    return names.union(*map(_types, nested))

@@ -119,7 +119,8 @@ def _to_target(values: Values, units: Mapping[int, Units], component: Component,
         return _highest(values, units, [widths_at(layers, config.sparsity)])
     candidates = [solve_widths(layers, removal), *(apart(layers, removal) if config.heads == "auto" else ())]
     # candidates about as near to the target as the first one: a difference of one neuron per layer is immaterial
-    price = sum(layer.neuron_price for layer in layers)
+    fewer = [{axis.axis: axis.size - (axis.fine and axis.prune) for axis in layer.axes} for layer in layers]
+    price = sum(int(layer.removed(counts)) for layer, counts in zip(layers, fewer, strict=True))
     gap = max(abs(candidates[0].removed - removal), price)
     return _highest(values, units, [widths for widths in candidates if abs(widths.removed - removal) <= gap])
 
@@ -235,7 +236,7 @@ def pruned_layer(kept: Kept, layer: Layer) -> Layer:
 
 def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
     """Return a layer's entry in the prune plan; children of a scored axis are kept with their parents."""
-    return KeptLayer(index, {axis: tuple(map(int, _remaining(axis, kept, layer))) for axis in layer.sizes})
+    return KeptLayer(index, {axis: tuple(_remaining(axis, kept, layer).tolist()) for axis in layer.sizes})
 
 
 def _tied(values: Values, layers: Sequence[Layer], alive: Sequence[int]) -> Values:

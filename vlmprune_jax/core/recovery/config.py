@@ -33,7 +33,6 @@ PRESETS: dict[str, Rules] = {
 RECOVERIES = ("train", "none")
 REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
-COMPUTE_DTYPES = ("float32", "bfloat16")
 WEIGHT = "weight"  # unit of settings that weight loss terms
 
 teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"))
@@ -207,7 +206,7 @@ class RecoverConfig:
     compute_dtype: str = teacher_setting(
         "float32",
         "Data type of the forward and backward passes; trained parameters always have float32 master copies.",
-        choices=COMPUTE_DTYPES,
+        choices=("float32", "bfloat16"),
     )
     quantize: str = recover_setting(
         "none",

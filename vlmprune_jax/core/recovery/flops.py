@@ -11,9 +11,9 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
-from vlmprune_jax.core.models.media import Packed, merge_of
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, only_at_labels
+from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ def step_flops(
     tokens = rows * length
     looked_at = tokens if looked_at is None else looked_at
     student = weight_flops(cfg, "text/layers/", trained, True) * tokens
-    logits = needs_logits(loss)
+    logits = bool(terms_of(loss, hidden=False))
     student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * looked_at
     attention = 3 * causal_flops(cfg, length) * rows
     vision = vision_flops(cfg, trained, images, image_tokens)
     teacher = 0
     if teacher_cfg is not None and needs_teacher(loss):
         teacher = weight_flops(teacher_cfg, "text/layers/", (), False) * tokens
-        if compares_logits(loss):
+        if terms_of(loss, teacher=True, hidden=False):
             teacher += weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) * looked_at
         attention += causal_flops(teacher_cfg, length) * rows
         vision += vision_flops(teacher_cfg, (), images, image_tokens) if loss.teacher_inputs == "own" else 0
@@ -91,34 +91,34 @@ def batch_flops(
     The rows of other processes are assumed to have equally many image tokens and, if losses use only labelled
     positions, equally many labels. Padding after the images of packed rows is not counted.
     """
-
-    @functools.cache
-    def count(rows: int, length: int, images: int, tokens: int, looked_at: int | None) -> int:
-        sizes = {"rows": rows, "length": length, "images": images, "image_tokens": tokens}
-        return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
+    count = functools.cache(functools.partial(step_flops, cfg, teacher_cfg, loss, trained))
+    terms = terms_of(loss, reported=True).values()
+    only_at_labels = loss.kl_positions == "labels" or all(term.counts != "positions" for term in terms)
 
     def of_images(arrays: Mapping[str, Any]) -> int:
         images = arrays["media"].get("vision")
         if images is None:
             return 0
+        images_only = {"rows": 0, "length": 0, "looked_at": 0}
         if images.grid is None:
-            return count(0, 0, images.values.shape[0] * images.values.shape[1], 0, 0)
-        frames, cells = images.grid[..., 0], images.grid[..., 1:].prod(axis=-1) // merge_of(cfg) ** 2
+            return count(**images_only, images=images.values.shape[0] * images.values.shape[1]).total
+        frames, cells = images.grid[..., 0], images.grid[..., 1:].prod(axis=-1) // cfg.merge**2
         sizes = zip(frames.ravel().tolist(), cells.ravel().tolist(), strict=True)
-        return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
+        return sum(count(**images_only, images=patches, image_tokens=size).total for patches, size in sizes if size)
 
     def count_batch(arrays: Mapping[str, Any]) -> int:
         mine, length = arrays["input_ids"].shape
         vision = of_images(arrays) * rows // mine
-        if not only_at_labels(loss):
-            return vision + count(rows, length, 0, 0, None)
+        text = {"rows": rows, "length": length, "images": 0}
+        if not only_at_labels:
+            return vision + count(**text).total
         labels = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
-        without = count(rows, length, 0, 0, 0)
-        return vision + without + labels * (count(rows, length, 0, 0, 1) - without)
+        without = count(**text, looked_at=0).total
+        return vision + without + labels * (count(**text, looked_at=1).total - without)
 
     return count_batch
 
 
 def room_of(cfg: ModelConfig, images: Packed) -> int:
     """Return the tokens of a packed row of images of any size, padding included; the row may hold features."""
-    return int(images.values.shape[1]) // (merge_of(cfg) ** 2 if cfg.tower else 1)
+    return int(images.values.shape[1]) // (cfg.merge**2 if cfg.tower else 1)

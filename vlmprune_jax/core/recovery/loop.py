@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import rows_of_process
-from vlmprune_jax.core.mesh.preemption import StopSignal
+from vlmprune_jax.core.mesh.mesh import mesh_of, rows_of_process
+from vlmprune_jax.core.mesh.stop import StopSignal
 from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.params import Flat, flatten, place_params, unflatten
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.prune.surgery import trim_vocabulary
@@ -30,7 +29,7 @@ from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import batch_flops, room_of
 from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.core.recovery.program import Program, TrainState, make_program, place_rows, step_context
-from vlmprune_jax.core.recovery.terms import reported_terms, student_layers
+from vlmprune_jax.core.recovery.terms import student_layers, terms_of
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora, partition
 
 BatchShapes = Mapping[str, Any]  # a batch with a jax.ShapeDtypeStruct in place of every array
@@ -97,7 +96,7 @@ def recover(
                 "trained_parameters": sum(leaf.size for leaf in state.params.values()),
                 "frozen_parameters": sum(leaf.size for leaf in run.frozen.values()),
                 **recorder.summary(),
-                "terms": {name: term.label or name for name, term in reported_terms(config.losses).items()},
+                "terms": {name: term.label or name for name, term in terms_of(config.losses, reported=True).items()},
             }
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     original = flatten(model.params)  # arrays that are frozen and not moved are returned, not copies of them

@@ -17,25 +17,14 @@ import jax.numpy as jnp
 from vlmprune_jax.base.checks import blaming
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED, ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.inputs import check_batch
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import ENCODED, Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
-from vlmprune_jax.core.recovery.terms import (
-    TERMS,
-    LossTerm,
-    Teacher,
-    compares_logits,
-    make_teacher,
-    on_hidden,
-    only_at_labels,
-    reported_terms,
-    student_layers,
-)
+from vlmprune_jax.core.recovery.terms import TERMS, LossTerm, Teacher, make_teacher, student_layers, terms_of
 
 
 class LossTerms(UserDict[str, LossTerm]):
@@ -78,7 +67,7 @@ class LossTerms(UserDict[str, LossTerm]):
         params = None if teacher is None or taught is None else teacher.params
         with use_mesh(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
-        return {name: float(values[name]) for name in (*reported_terms(loss), "total")}
+        return {name: float(values[name]) for name in (*terms_of(loss, reported=True), "total")}
 
 
 losses = LossTerms()
@@ -101,7 +90,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
         "tokens": tokens,
         "features": tokens * float(cfg.text.hidden_size),
     }
-    return {name: every[term.counts] for name, term in reported_terms(loss).items()}
+    return {name: every[term.counts] for name, term in terms_of(loss, reported=True).items()}
 
 
 def loss_sums(
@@ -129,7 +118,7 @@ def loss_sums(
         if loss.teacher_inputs != "own":
             x, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, inputs["media"])
             embeds = {"inputs_embeds": x * mask[..., None].astype(x.dtype), "layer_embeds": layer_embeds}
-    hidden = on_hidden(loss)
+    hidden = terms_of(loss, reported=True, hidden=True)
     states = student_layers(loss, cfg) if hidden else ()
     final, aux = encode(params, cfg, ids, states=states, dropout_key=dropout_key, **inputs, **embeds)
     sums: dict[str, Any] = {}
@@ -140,7 +129,7 @@ def loss_sums(
         inputs |= {name: aux[name] for name in shared}
         target, seen = encode(teacher_params, teacher.cfg, ids, states=teacher.layers if hidden else (), **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
-        if compares_logits(loss):
+        if terms_of(loss, teacher=True, hidden=False):
             teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     for name, term in hidden.items():
         sums[name] = 0
@@ -150,7 +139,7 @@ def loss_sums(
             sums[name] += jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
     top = _top_k(batch, loss) if loss.teacher_top_k else None
     sums |= vocabulary_sums(final, gathered_head(params, cfg), batch["labels"], mask, loss, target, teacher_head, top)
-    return {name: sums[name] for name in reported_terms(loss)}
+    return {name: sums[name] for name in terms_of(loss, reported=True)}
 
 
 def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
@@ -195,12 +184,11 @@ def vocabulary_sums(
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
     if loss.kl_positions == "labels":
         weigh = (targets != IGNORED).astype(mask.dtype)
-    terms = {name: term for name, term in reported_terms(loss).items() if not term.on_hidden}
     cached = top is not None
-    if teacher_head is None and not cached:
-        terms = {name: term for name, term in terms.items() if not term.needs_teacher}
+    alone = teacher_head is None and not cached
+    terms = terms_of(loss, reported=True, teacher=False if alone else None, hidden=False)
     counted = targets != IGNORED
-    if not only_at_labels(loss):
+    if any(term.counts == "positions" for term in terms.values()):
         counted |= weigh > 0
     xs: dict[str, Any] = {"y": targets, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:

@@ -135,7 +135,9 @@ class Recorder:
         self._tokens += tokens
         self.last = {"step": step, **values, **self._speeds(tokens, flops, seconds)}
         self.last |= {"seconds": seconds, "data_seconds": data_seconds}
-        self._show(step, _shown(self.last))
+        mfu = f", MFU {100 * self.last['mfu']:.0f} %" if "mfu" in self.last else ""
+        speed = f"{self.last['tokens_per_second']:,.0f} tok/s{mfu}"
+        self._show(step, f"loss {values['loss']:.4f}, lr {values['learning_rate']:.1e}, {speed}")
         if step % self._log_every == 0 or step == self._total:
             if self._file is not None:
                 self._file.write(json.dumps(self.last) + "\n")
@@ -176,12 +178,6 @@ class Recorder:
             **self._speeds(self._counted, self._flops, steady or 1.0),
             "last": self.last,
         }
-
-
-def _shown(last: Mapping[str, float]) -> str:
-    """Return a step's metrics for the progress bar."""
-    mfu = f", MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
-    return f"loss {last['loss']:.4f}, lr {last['learning_rate']:.1e}, {last['tokens_per_second']:,.0f} tok/s{mfu}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
 from vlmprune_jax.core.mesh.rules import check_divides, constrain, sharding
 from vlmprune_jax.core.models.layers import FAKE_QUANTS
-from vlmprune_jax.core.models.media import merge_of
 from vlmprune_jax.core.models.params import Flat, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Params
 from vlmprune_jax.core.recovery.config import PROJECTOR, RecoverConfig
@@ -57,14 +56,6 @@ def make_schedule(config: RecoverConfig, num_steps: int, peak: float | None = No
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-
-
-def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
-    """Return {metric name: learning-rate schedule}, with a separate one for the projector if it is trained."""
-    schedules = {"learning_rate": make_schedule(config, num_steps)}
-    if PROJECTOR in groups.values():
-        schedules["projector_learning_rate"] = make_schedule(config, num_steps, config.projector_learning_rate)
-    return schedules
 
 
 def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
@@ -171,7 +162,7 @@ class Program:
         empty = jnp.sum(~jnp.any(mask != 0, axis=1), dtype=jnp.float32)
         metrics = {"tokens": tokens, "padding": (mask.size - tokens) / mask.size, "empty_rows": empty}
         if images is not None and images.grid is not None:
-            room = len(images.grid) * room_of(self.cfg, images) * merge_of(self.cfg) ** 2  # patches
+            room = len(images.grid) * room_of(self.cfg, images) * self.cfg.merge**2  # patches
             metrics["image_padding"] = 1 - jnp.sum(jnp.prod(images.grid, axis=-1), dtype=jnp.float32) / room
         return metrics
 
@@ -253,7 +244,10 @@ def make_program(
     optimizer = make_optimizer(config, groups, num_steps)
     masters = {path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in groups}
     shardings = state_shardings(masters, optimizer, cfg, mesh)
-    return Program(cfg, config, teacher, groups, optimizer, learning_rates(config, groups, num_steps), shardings)
+    rates = {"learning_rate": make_schedule(config, num_steps)}
+    if PROJECTOR in groups.values():
+        rates["projector_learning_rate"] = make_schedule(config, num_steps, config.projector_learning_rate)
+    return Program(cfg, config, teacher, groups, optimizer, rates, shardings)
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
@@ -292,8 +286,7 @@ def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
 
     Implicit dtype promotion is allowed in bfloat16, because jax.nn's attention mixes it with float32.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(use_mesh(mesh))
-        if compute_dtype == "bfloat16":
-            stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    mixed = compute_dtype == "bfloat16"
+    promotion: Any = jax.numpy_dtype_promotion("standard") if mixed else contextlib.nullcontext()
+    with use_mesh(mesh), promotion:
         yield

@@ -159,46 +159,26 @@ TERMS: dict[str, LossTerm] = {  # users add theirs, see `losses`
 }
 
 
-def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms to compute: terms with a positive weight, and terms that are always reported."""
-    weights = loss.weights()
-    return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
+def terms_of(
+    loss: LossConfig, *, reported: bool = False, teacher: bool | None = None, hidden: bool | None = None
+) -> dict[str, LossTerm]:
+    """Return the loss terms with a positive weight and, if `reported`, those that are always reported.
 
-
-def weighted_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms with a positive weight."""
+    `teacher`, `hidden`: only terms that need a teacher, or use hidden states (True), or only terms that do not (False).
+    """
     weights = loss.weights()
-    return {name: term for name, term in TERMS.items() if weights.get(name)}
+    return {
+        name: term
+        for name, term in TERMS.items()
+        if (weights.get(name) or (reported and term.reported))
+        and teacher in (None, term.needs_teacher)
+        and hidden in (None, term.on_hidden)
+    }
 
 
 def needs_teacher(loss: LossConfig) -> bool:
     """Return True if the teacher model must run: a weighted term needs it, and its logits are not cached."""
-    return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
-
-
-def uses_labels(loss: LossConfig) -> bool:
-    """Return True if a weighted loss term learns from labels (not only from a teacher)."""
-    return not all(term.needs_teacher for term in weighted_terms(loss).values())
-
-
-def compares_logits(loss: LossConfig) -> bool:
-    """Return True if a weighted loss term needs the teacher's logits."""
-    return any(term.needs_teacher and not term.on_hidden for term in weighted_terms(loss).values())
-
-
-def needs_logits(loss: LossConfig) -> bool:
-    """Return True if a weighted loss term needs the student's logits."""
-    return not all(term.on_hidden for term in weighted_terms(loss).values())
-
-
-def only_at_labels(loss: LossConfig) -> bool:
-    """Return True if all loss terms use logits only at positions whose next token has a label."""
-    return loss.kl_positions == "labels" or all(term.counts != "positions" for term in reported_terms(loss).values())
-
-
-def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms that compare hidden states."""
-    return {name: term for name, term in reported_terms(loss).items() if term.on_hidden}
+    return not loss.teacher_top_k and bool(terms_of(loss, teacher=True))
 
 
 def check_losses(loss: LossConfig) -> None:
@@ -206,20 +186,20 @@ def check_losses(loss: LossConfig) -> None:
     for name in loss.weights():
         if name not in TERMS:
             raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, TERMS)}")
-    if on_hidden(loss) and not loss.l2_layers:
-        names = " and ".join(on_hidden(loss))
-        raise UserError(f"recover.losses: {names} needs l2_layers: set it, for example to [-1] (after the final norm)")
+    hidden = " and ".join(terms_of(loss, reported=True, hidden=True))
+    if hidden and not loss.l2_layers:
+        raise UserError(f"recover.losses: {hidden} needs l2_layers: set it, for example to [-1] (after the final norm)")
     if not loss.teacher_top_k:
         return
-    terms, cached = weighted_terms(loss), [name for name, term in TERMS.items() if term.from_top_k is not None]
-    others = [name for name, term in terms.items() if term.needs_teacher and name not in cached]
+    cached = [name for name, term in TERMS.items() if term.from_top_k is not None]
+    others = [name for name in terms_of(loss, teacher=True) if name not in cached]
     if others:
         raise UserError(
             f"recover.losses: {' and '.join(others)} cannot be computed from cached top-k logits of a teacher (only "
             f"{' and '.join(cached)} can): set {' and '.join(f'{name}=0' for name in others)}, or train without "
             "teacher_cache"
         )
-    if not terms.keys() & {*cached}:
+    if not terms_of(loss).keys() & {*cached}:
         raise UserError(
             f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {' and '.join(cached)} "
             "above 0"
@@ -268,7 +248,7 @@ def make_teacher(
     if not needs_teacher(loss):
         return None
     if teacher is None:
-        names = " and ".join(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
+        names = " and ".join(terms_of(loss, teacher=True))
         raise UserError(f"losses: {names} needs a teacher: pass the unpruned model, or set the weight to 0")
     _check_teacher(loss, student, teacher)
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
@@ -291,21 +271,16 @@ def make_teacher(
 
 
 def _check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig) -> None:
-    ours, theirs = student.text, teacher.text
-    if ours.hidden_size != theirs.hidden_size:
-        raise UserError(
-            f"teacher: hidden_size {theirs.hidden_size} differs from the student's {ours.hidden_size}: pass the "
-            "unpruned model"
-        )
-    own = loss.teacher_inputs == "own"
-    if (compares_logits(loss) or own) and ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"teacher: vocab_size {theirs.vocab_size} differs from the student's {ours.vocab_size}: pass the "
-            'unpruned model, or use only terms on hidden states with teacher_inputs="student"'
-        )
-    if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
-        raise UserError(
-            f"teacher: an image has {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, but for the "
-            f"student {student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
-            'teacher_inputs="student"'
-        )
+    uses_inputs, remedy = loss.teacher_inputs == "own", "pass the unpruned model"
+    facts: dict[str, tuple[object, object, str]] = {}
+    facts["hidden_size"] = student.text.hidden_size, teacher.text.hidden_size, remedy
+    if uses_inputs or terms_of(loss, teacher=True, hidden=False):
+        other = f'{remedy}, or use only terms on hidden states with teacher_inputs="student"'
+        facts["vocab_size"] = student.text.vocab_size, teacher.text.vocab_size, other
+    if uses_inputs:
+        other = f'{remedy}, or use teacher_inputs="student"'
+        facts["image_token_id"] = student.image_token_id, teacher.image_token_id, other
+        facts["tokens per image"] = student.tokens_per_image, teacher.tokens_per_image, other
+    for name, (ours, theirs, advice) in facts.items():
+        if ours != theirs:
+            raise UserError(f"teacher: {name} {theirs} differs from the student's {ours}: {advice}")

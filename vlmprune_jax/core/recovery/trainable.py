@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.mesh import mesh_of
 from vlmprune_jax.core.models.params import Flat, flatten, init_params, layer_axes, param_axes, place_params, unflatten
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.recovery.config import MAIN, Rule, resolve_rules
 from vlmprune_jax.core.sections import LoraConfig

@@ -13,8 +13,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.positions import AXES, is_visual, mrope_positions
+from vlmprune_jax.core.models.media import AXES, Packed, is_visual, mrope_positions
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training

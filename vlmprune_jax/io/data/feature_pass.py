@@ -19,9 +19,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import rows_of_process
-from vlmprune_jax.core.models.media import Media, Packed
+from vlmprune_jax.core.models.media import AXES, Media, Packed
 from vlmprune_jax.core.models.params import param_shapes
-from vlmprune_jax.core.models.positions import AXES
 from vlmprune_jax.core.models.vlm import Params, tower_features
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.program import batch_sharding, local_rows, place_rows, step_context

@@ -11,14 +11,13 @@ from typing import Any
 
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.layer import Stack, describe_layers, stack_title
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.flops import active_params, layer_costs
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.solver import Component, most_removable, units_of
-from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve

@@ -17,10 +17,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json, read_bytes
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import gather_to_host
+from vlmprune_jax.core.mesh.mesh import gather_to_host, mesh_of
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor

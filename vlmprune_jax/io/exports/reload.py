@@ -20,10 +20,9 @@ from vlmprune_jax.base.files import reading
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import gather_to_host
+from vlmprune_jax.core.mesh.mesh import gather_to_host, mesh_of
 from vlmprune_jax.core.models.inputs import with_places
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots

@@ -12,11 +12,10 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer, keep_layers
+from vlmprune_jax.core.layer import Layer, Stack, keep_layers
 from vlmprune_jax.core.limits import ENGINES, Engine, Limit, first_unmet, why_no_class, why_not
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.gguf import Architecture
 from vlmprune_jax.io.families.gguf_towers import tower_lacks

@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.stack import BlockConfig
+from vlmprune_jax.core.layer import BlockConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.rope import rope_from_hf

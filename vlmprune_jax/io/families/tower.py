@@ -11,9 +11,8 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mixers import Attention, RopeConfig
-from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
 # Config fields of most towers.

@@ -1,7 +1,6 @@
 """vlmprune diff A B: compare the heads and neurons that two plans for one model keep, layer by layer.
 
-A and B are plan.json files, or folders that contain one. Prints the Jaccard index of the kept heads and neurons per
-layer and, in the last row, over all layers.
+A and B are plan.json files or folders with one. Prints Jaccard indices of kept heads and neurons per layer and overall.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ def run(flags: Any) -> None:
     """Print one table per stack (decoder, vision tower) that compares two prune plans layer by layer."""
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.errors import UserError
-    from vlmprune_jax.core.prune.tables import compare, read_plan
+    from vlmprune_jax.core.plans.plan import PrunePlan
+    from vlmprune_jax.core.prune.tables import compare
 
     if len(flags.args) != 2:
         raise UserError("diff takes two plans: vlmprune diff A B (plan.json files, or folders that contain one)")
     reporter = make_reporter(True)
-    for table in compare(*map(read_plan, flags.args)):
+    for table in compare(*map(PrunePlan.from_json, flags.args)):
         reporter.table(*table)

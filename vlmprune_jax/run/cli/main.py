@@ -20,7 +20,7 @@ from typing import Any
 from vlmprune_jax.base.checks import line_of_users, suggest
 from vlmprune_jax.base.errors import SharedError, Stopped, UserError, printable, reason
 from vlmprune_jax.base.files import last_read
-from vlmprune_jax.core.mesh.failure import end, joined
+from vlmprune_jax.core.mesh.stop import end, joined
 from vlmprune_jax.run.cli import env
 from vlmprune_jax.run.cli.flags import help_of, parse, split_flag, switch
 from vlmprune_jax.run.cli.messages import kept, leave_quietly

@@ -20,7 +20,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.generate import SharedPrefix
-from vlmprune_jax.core.models.positions import is_visual
+from vlmprune_jax.core.models.media import is_visual
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.batching import PREFETCH, Batch, check_memory
 from vlmprune_jax.io.data.config import DataSpec

@@ -13,10 +13,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
 from vlmprune_jax.base.journal import Journal, continued, is_of
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import row_ways, use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, place_batch, row_ways, use_mesh
 from vlmprune_jax.core.models.generate import generate, on_decoding_mesh
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.models.placement import mesh_of, place_batch
 from vlmprune_jax.core.models.vlm import Model, text_loss
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.metrics import Metric, metric_named

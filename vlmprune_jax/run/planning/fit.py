@@ -13,7 +13,7 @@ from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.config import REMAT
-from vlmprune_jax.core.recovery.terms import uses_labels
+from vlmprune_jax.core.recovery.terms import terms_of
 from vlmprune_jax.io.data.inputs import count_records
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
@@ -156,7 +156,7 @@ def fit_all(
             case = make_case(run.experiment, shapes, topology, records)
             reporter.say(f"{run.name}: compiling for {topology} ...")
             recoveries[run.name] = plan_recovery(case, search, reporter.say)
-            if run.experiment.recover.control and uses_labels(case.config.losses):
+            if run.experiment.recover.control and terms_of(case.config.losses, teacher=False):
                 reporter.say(
                     "  control       training the unpruned model in the same way, once for all prune variants, needs "
                     "more memory and time than this step (recover.control=False leaves it out)"

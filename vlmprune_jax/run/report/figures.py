@@ -11,13 +11,13 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.core.layer import stack_title
 from vlmprune_jax.core.part import AXES, LAYERS, WRITERS
 from vlmprune_jax.core.plans.kept import KeptStack
 from vlmprune_jax.core.prune import PrunePlan, Scores
 from vlmprune_jax.core.prune.scores import Values
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
-from vlmprune_jax.core.stack import stack_title
 from vlmprune_jax.run.report import plots
 from vlmprune_jax.run.report.comparison_plots import (
     BANDS,

@@ -24,9 +24,8 @@ from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import decoding_mesh, row_ways
+from vlmprune_jax.core.mesh.mesh import decoding_mesh, mesh_of, row_ways
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.io.data import inputs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.recovery.terms import uses_labels
+from vlmprune_jax.core.recovery.terms import terms_of
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
 from vlmprune_jax.run.stages import evaluate, export, prune, reconstruct, recover, score, speed
@@ -106,7 +106,7 @@ def _control(root: Work, run: Variant, pruned: Variant, known: dict[str, Work]) 
     new one is added.
     """
     spec, below = run.experiment, run.folder.relative_to(pruned.folder)
-    if not (spec.recover.control and uses_labels(spec.recover.losses)) or spec.prune.method == "none":
+    if not (spec.recover.control and terms_of(spec.recover.losses, teacher=False)) or spec.prune.method == "none":
         return None
     if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
         for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):

@@ -25,7 +25,7 @@ from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.program import Program, make_program
-from vlmprune_jax.core.recovery.terms import needs_teacher, weighted_terms
+from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.core.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.layout import PARTS
@@ -51,7 +51,7 @@ from vlmprune_jax.run.workdir.steps import RecoverFacts
 def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) -> Task:
     """Add the recover stage's extra files: users' loss files, the adapter, cached teacher outputs."""
     losses = recover_config(spec).losses
-    loss_files = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
+    loss_files = {f"loss {name}": term.file for name, term in terms_of(losses).items()}
     return task.add(
         inputs={name: path for name, path in loss_files.items() if path is not None},
         outputs=[work.folder / "adapter"] if spec.save_adapter else [],

@@ -15,7 +15,7 @@ from vlmprune_jax.core.prune import CRITERIA
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.terms import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
+from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.io.families import family_of
@@ -151,12 +151,12 @@ def _training(recover: RecoverConfig, prune: PlanConfig, data: DataSpec, cfg: Mo
     yield "recover.projector_learning_rate", cfg.projector is None, "this model has no projector"
     yield "recover.teacher_*", not taught, "no loss needs a teacher"
     yield "recover.teacher_top_k", recover.teacher_cache is None, "recover.teacher_cache is not set"
-    compares = compares_logits(losses) or bool(losses.extra)
+    compares = bool(terms_of(losses, teacher=True, hidden=False)) or bool(losses.extra)
     yield "recover.losses.temperature recover.losses.kl_positions", not compares, "no loss compares logits"
-    yield "recover.losses.chunk", not needs_logits(losses), "no loss uses logits"
-    yield "recover.losses.l2_layers", not on_hidden(losses), "no loss compares hidden states"
+    yield "recover.losses.chunk", not terms_of(losses, hidden=False), "no loss uses logits"
+    yield "recover.losses.l2_layers", not terms_of(losses, reported=True, hidden=True), "no loss compares hidden states"
     yield "recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
-    yield "recover.control", not uses_labels(losses), "no loss uses labels, so there is no control"
+    yield "recover.control", not terms_of(losses, teacher=False), "no loss uses labels, so there is no control"
     yield "recover.control", prune.method == "none", without_scores(prune)
     yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
 

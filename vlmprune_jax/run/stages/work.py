@@ -15,8 +15,8 @@ from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import mesh_of
-from vlmprune_jax.core.mesh.preemption import StopSignal
+from vlmprune_jax.core.mesh.mesh import mesh_of_spec
+from vlmprune_jax.core.mesh.stop import StopSignal
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
@@ -140,7 +140,7 @@ class Work:
     @property
     def devices(self) -> Mesh | None:
         """Device mesh of the experiment; None for one device."""
-        return mesh_of(self.mesh)
+        return mesh_of_spec(self.mesh)
 
     @property
     def tokens(self) -> ModelSpec:

@@ -21,7 +21,7 @@ from vlmprune_jax.base.errors import Stopped, UserError, differences, reason
 from vlmprune_jax.base.files import Finite, checked, read_json, replacing
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.mesh.mesh import start_devices
-from vlmprune_jax.core.mesh.preemption import noticed
+from vlmprune_jax.core.mesh.stop import noticed
 from vlmprune_jax.run.workdir.content import MadeFrom, digest, made_from, plain
 from vlmprune_jax.run.workdir.provenance import MadeBy, made_by
 from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive

@@ -59,9 +59,8 @@ def whole_gradient(w, g, a, axis):
 def test_shares_of_kinds_add_up_to_the_gradient():
     batches = calibration_batches([batch(CFG)], CFG, labels=True)
     layers, kinds = gradients.gradient_channels(
-        model(CFG), batches, whole_gradient, squares=False, rows_per_step=2, memory_budget=0,
-        weight_of=np.ones(5, np.float32), by_token_type=True, progress=None, cache=None,
-    )  # fmt: skip
+        model(CFG), batches, whole_gradient, rows_per_step=2, memory_budget=0, by_token_type=True
+    )
     added = jax.tree.map(lambda *shares: sum(shares), *kinds.values())
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-7, rtol=1e-4), added, layers)
 

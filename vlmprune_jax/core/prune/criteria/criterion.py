@@ -125,6 +125,7 @@ def declared(*names: str) -> dict[str, Any]:
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the criterion's options that a function has as parameters."""
+    """Return those of the criterion's options that a function has as parameters; all for a function of `**options`."""
     parameters = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in parameters}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in options.items() if takes_all or name in parameters}

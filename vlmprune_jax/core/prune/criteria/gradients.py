@@ -23,17 +23,16 @@ from vlmprune_jax.base.errors import Stopped, UserError
 from vlmprune_jax.base.processes import from_all
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.mesh.machine import free_memory
-from vlmprune_jax.core.mesh.mesh import gather_to_host, use_mesh
+from vlmprune_jax.core.mesh.mesh import gather_to_host, mesh_of, place_batch, use_mesh
 from vlmprune_jax.core.mesh.rules import constrain
 from vlmprune_jax.core.models.context import STREAM
-from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.placement import mesh_of, place_batch, place_inputs
+from vlmprune_jax.core.models.media import place_inputs
 from vlmprune_jax.core.models.stack import Passed
 from vlmprune_jax.core.models.vlm import Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.core.prune.activations import batches_of
-from vlmprune_jax.core.prune.batches import CalibrationBatch, batch_of
-from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPES, TYPES, Arrays, stack_rows, types_in
+from vlmprune_jax.core.prune.batches import batch_of
+from vlmprune_jax.core.prune.calibration import TOKEN_TYPES, Arrays, stack_rows, types_in, weight_of_token_types
 from vlmprune_jax.core.prune.criteria.groups import summed_axes
 from vlmprune_jax.core.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.core.prune.layers import Layer, Rows, State
@@ -52,13 +51,15 @@ def gradient_channels(
     channels: Callable[..., jax.Array],
     *,
     stack: str = "text",
-    squares: bool,
-    rows_per_step: int | None,
-    memory_budget: int | None,
-    weight_of: np.ndarray,
-    by_token_type: bool,
-    progress: Callable[[int], None] | None,
-    cache: ArrayCache | None,
+    squares: bool = False,
+    by_token_type: bool = False,
+    image_weight: float = 1.0,
+    prompt_weight: float = 1.0,
+    answer_weight: float = 1.0,
+    rows_per_step: int | None = None,
+    memory_budget: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    cache: ArrayCache | None = None,
 ) -> tuple[list[LayerScores], dict[str, list[LayerScores]]]:
     """Return {path: channel scores} of the weights that are pruned together, for each layer, from gradients.
 
@@ -67,9 +68,10 @@ def gradient_channels(
     All are float32 in the weight's shape. `axis` is the axis that is not pruned: `channels` reduces over this axis, on
     the device, and returns one array.
 
-    The gradient of a projection's weight is a sum over tokens of (gradient at the output) x (input). `weight_of`
-    weights the terms by token type. With `by_token_type`, the result also has `channels` of each token type's share of
-    the gradient, by name; the shares add up to the gradient.
+    The gradient of a projection's weight is a sum over tokens of (gradient at the output) x (input). `image_weight`,
+    `prompt_weight` and `answer_weight` weight the terms by token type. With `by_token_type`, the result also has
+    `channels` of each token type's share of the gradient, by name; the shares add up to the gradient, and each costs
+    one more product per weight. All positions of a tower are of one type.
 
     Args:
       batches: batches with labels (-100 ignored, not shifted). Rows of different length are padded on the right. For a
@@ -78,34 +80,26 @@ def gradient_channels(
       rows_per_step: number of rows differentiated at once, by default that of the first batch; 1 with `squares`.
       memory_budget: bytes on a device for products that are kept for the backward pass, by default half of the free
         memory; products beyond this limit are computed twice. The result is the same to the bit.
-      weight_of: weight of a token of each type, float32[token types] (`weight_of_token_types`).
       progress: called with the number of finished layers.
       cache: saves results after each eighth of the layers, and on `Stopped`, so that an interrupted pass continues.
 
     Raises UserError if no batch (with images) has a label, or if gradients of experts are weighted.
     """
-    cfg, is_text = model.cfg, stack == "text"
-    steps = _steps(batches if is_text else batches_of(cfg, stack, batches), 1 if squares else rows_per_step)
-    # the first position is not predicted
-    labels = [np.float32((step["labels"][:, 1:] != IGNORED).sum()) for step in steps]
-    if not any(labels):
-        raise UserError(
-            f"the calibration batches{'' if is_text else ' with images'} have no labels (all are {IGNORED}), so there "
-            "is no loss to differentiate"
-        )
-    counts = np.bincount(np.concatenate([step["token_types"] for step in steps]).ravel(), minlength=len(TYPES))
-    types = types_in(counts) if by_token_type else []
-    plain = not by_token_type and bool((weight_of[[PROMPT, IMAGE, ANSWER]] == 1).all())
-    if not plain and any("experts" in layer.sizes for layer in cfg.text.layers):
+    steps = _steps(batches_of(model.cfg, stack, batches), 1 if squares else rows_per_step)
+    weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
+    weight_of, causal = weight_of_token_types(weights), model.cfg.stack(stack).causal
+    plain = not causal or (not by_token_type and bool((weight_of[1:] == 1).all()))  # but for padding
+    if not plain and any("experts" in layer.sizes for layer in model.cfg.text.layers):
         raise UserError(
             "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
             "prompt_weight and answer_weight, or use a criterion such as reap"
         )
-    eye = np.eye(len(TYPES), dtype=np.float32)
+    counts = np.bincount(np.concatenate([step["token_types"] for step in steps]).ravel(), minlength=len(weight_of))
+    types, eye = types_in(counts) if by_token_type and causal else [], np.eye(len(weight_of), dtype=np.float32)
     ways = np.stack([weight_of, *(eye[TOKEN_TYPES[name]] for name in types)])
     with use_mesh(mesh_of(model.params)):
-        stream = _Backward(on_devices(model), stack, steps, labels, None if plain else ways, squares, channels)
-        layers = stream.scores(memory_budget, progress, cache)
+        backward = _Backward(on_devices(model), stack, steps, None if plain else ways, squares, channels)
+        layers = backward.scores(memory_budget, progress, cache)
     scores = [[{path: array[way] for path, array in layer.items()} for layer in layers] for way in range(len(ways))]
     return scores[0], dict(zip(types, scores[1:], strict=True))
 
@@ -126,7 +120,6 @@ class _Backward(LayerStream):
 
     Args:
       steps: rows that are differentiated together, from `_steps`.
-      labels: number of labels of each step.
       ways: float32[ways, token types], weights of the token types in each way; None: one way with all weights 1.
       squares, channels: see `gradient_channels`.
     """
@@ -136,20 +129,31 @@ class _Backward(LayerStream):
         model: Model,
         stack: str,
         steps: Sequence[Arrays],
-        labels: list[np.float32],
         ways: np.ndarray | None,
         squares: bool,
         channels: Callable[..., jax.Array],
     ):
+        # number of labels of each step; the first position is not predicted
+        self.labels = [np.float32((step["labels"][:, 1:] != IGNORED).sum()) for step in steps]
+        if not any(self.labels):
+            raise UserError(
+                f"the calibration batches{'' if stack == 'text' else ' with images'} have no labels (all are "
+                f"{IGNORED}), so there is no loss to differentiate"
+            )
         if stack == "text":
             mesh, batches = mesh_of(model.params), [batch_of(step) for step in steps]
             self.targets = [place_batch({name: s[name] for name in ("labels", "token_types")}, mesh) for s in steps]
         else:
-            self.targets = [place_inputs(model.params, model.cfg, step) for step in steps]
-            batches = [_images_of(arrays["media"][stack], stack) for arrays in self.targets]
+            self.targets, batches = [place_inputs(model.params, model.cfg, step) for step in steps], []
+            for step in self.targets:
+                images = step["media"][stack]
+                if images.grid is None:  # each image of one size is a row of the tower
+                    images = images._replace(values=images.values.reshape(-1, 1, *images.values.shape[2:]))
+                types = np.ones((len(images.values), 1), np.int32)
+                batches.append(batch_of({"media": {stack: images}, "token_types": types}))
         super().__init__(model, stack, batches, dtype=None, copies=None)
         self.cfg, self.axes = model.cfg.stack(stack), summed_axes(model.cfg, stack)
-        self.labels, self.ways, self.squares, self.channels = labels, ways, squares, channels
+        self.ways, self.squares, self.channels = ways, squares, channels
         self.saved = list[tuple[list[State], list[Products | None]]]()  # inputs and products of each layer
         # Gradients of the loss with respect to the state after a layer, and to the outputs of tower layers from which
         # features are taken (DeepStack), {layer: gradient}; one of each for every batch.
@@ -265,13 +269,6 @@ class _Backward(LayerStream):
                     paths = [path for path in self.axes if path in params]
                     self.layers.append({path: cache[f"layer {number}/{path}"] for path in paths})
                 return
-
-
-def _images_of(images: Packed, stack: str) -> CalibrationBatch:
-    """Return the images of a step's rows as they pass the tower: one in a row, or packed images of varying size."""
-    if images.grid is None:
-        images = images._replace(values=images.values.reshape(-1, 1, *images.values.shape[2:]))
-    return batch_of({"media": {stack: images}, "token_types": np.ones((len(images.values), 1), np.int32)})
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack"))

@@ -8,7 +8,6 @@ squares in the layer before it, as by `reconstruct`, so that the search finds th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +20,8 @@ from vlmprune_jax.base.cache import ArrayCache, recorded
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import keep_layers
 from vlmprune_jax.core.limits import why_no_class
-from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, place_batch, use_mesh
 from vlmprune_jax.core.models.context import LayerEmbeds
-from vlmprune_jax.core.models.placement import mesh_of, place_batch
 from vlmprune_jax.core.models.vlm import Model, head_of, to_nnx
 from vlmprune_jax.core.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.core.part import LAYERS, Key
@@ -70,7 +68,7 @@ def greedy_loss(
         )
     model = on_devices(model)
     with use_mesh(mesh_of(model.params)):
-        cut = _Cut(model, row_batches(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
+        cut = _Cut(model, row_batches(list(batches), vars(ReconstructConfig())), solved)
         # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):
@@ -176,18 +174,14 @@ class _Cut(LayerStream):
         return layer, cut
 
     def _loss(self) -> float:
-        model = self.model
         labels = [place_batch({"labels": batch.labels}, self.mesh)["labels"] for batch in self.batches]
-
-        def loss(rows: Rows, labels: jax.Array) -> jax.Array:
-            return _loss(model.params, rows.x, labels, cfg=model.cfg)
-
+        loss = functools.partial(_loss, self.model.params, cfg=self.model.cfg)
         return sum(float(total) for _, total in self.visit(loss, labels))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _loss(params: Any, x: jax.Array, labels: jax.Array, *, cfg: Any) -> jax.Array:
-    final = to_nnx(Model(params, cfg)).text.final_norm(x)
+def _loss(params: Any, rows: Rows, labels: jax.Array, *, cfg: Any) -> jax.Array:
+    final = to_nnx(Model(params, cfg)).text.final_norm(rows.x)
     return cross_entropy_sum(final, head_of(params, cfg), labels, chunk=_CHUNK)
 
 

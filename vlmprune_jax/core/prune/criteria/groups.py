@@ -42,18 +42,17 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> dict[str, dict[str, int]]:
         summed = [i for i, axis in enumerate(names) if axis not in axes and axis not in inner]
         if summed:  # a number per unit is no weight of its channels
             groups.setdefault(along[0].parent or along[0].name, {})[name] = summed[0]
-    return {axis: dict(sorted(group.items(), key=lambda item: _rank(item[0]))) for axis, group in groups.items()}
+
+    def rank(weight: tuple[str, int]) -> int:
+        tensor = weight[0].split("/")[-2]
+        return ORDER.index(tensor) if tensor in ORDER else len(ORDER)
+
+    return {axis: dict(sorted(group.items(), key=rank)) for axis, group in groups.items()}
 
 
 def summed_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, int]:
     """Return {path of every weight that is pruned along with an axis: the axis over which scores sum}."""
     return {name: axis for group in coupled(cfg, stack).values() for name, axis in group.items()}
-
-
-def _rank(path: str) -> int:
-    """Return a weight's position in the reference code's order of coupled weights; weights not in it come last."""
-    name = path.split("/")[-2]
-    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:

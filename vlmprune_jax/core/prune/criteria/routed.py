@@ -33,13 +33,11 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
         token_types: str,
         fewest_tokens: float,
         few_tokens: str,
-        image_weight: float,
-        prompt_weight: float,
-        answer_weight: float,
+        **options: Any,
     ) -> tuple[Values, Mapping[str, Values]]:
         one_of("few_tokens", few_tokens, FEW_TOKENS)
-        weights = {"image": image_weight, "video": image_weight, "prompt": prompt_weight, "answer": answer_weight}
         names = routing.occurring
+        weights = {name: options["image_weight" if name == "video" else f"{name}_weight"] for name in names}
         units, of_types = dict[Key, np.ndarray](), dict[str, dict[Key, np.ndarray]]()
         for layer, sums in routing.sums.items():
             rows = {name: sums[TOKEN_TYPES[name] - 1] for name in names}

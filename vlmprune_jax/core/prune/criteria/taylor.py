@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune.calibration import TOKEN_TYPE_WEIGHTS, Arrays, weight_of_token_types
+from vlmprune_jax.core.prune.calibration import Arrays
 from vlmprune_jax.core.prune.config import VARIANTS
 from vlmprune_jax.core.prune.criteria.criterion import Criterion, Values, declared
-from vlmprune_jax.core.prune.criteria.gradients import LayerScores, gradient_channels
+from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups
 
 
@@ -28,14 +28,9 @@ def taylor(
     variant: str,
     reduction: str,
     gqa: str,
-    rows_per_step: int | None,
     stack: str,
-    memory_budget: int | None,
-    by_token_type: bool,
-    image_weight: float,
-    prompt_weight: float,
-    answer_weight: float,
-    cache: ArrayCache | None,
+    rows_per_step: int | None,
+    **options: Any,
 ) -> tuple[Values, dict[str, Values]]:
     """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
 
@@ -44,11 +39,9 @@ def taylor(
     sum |W A W|, param_mix sum |W g - W A W / 2|.
 
     Args:
-      batches, progress, memory_budget, cache: see `gradient_channels`.
+      batches, progress: see `gradient_channels`.
       rows_per_step: rows differentiated at once, by default those of the first batch (second order: one row).
-      by_token_type: also return scores by token type, from each type's share of the gradients; this costs one more
-        product per type and weight.
-      image_weight, prompt_weight, answer_weight: weights of the token types' shares in the gradient.
+      options: arguments of `gradient_channels`: weights of the token types, `by_token_type`, memory and cache.
 
     Raises UserError if there is no label, or for rows_per_step with second order.
     """
@@ -58,11 +51,6 @@ def taylor(
             f"rows_per_step={rows_per_step} must be 1 for taylor {variant}, which squares the gradient of each record"
         )
 
-    def reduced(layers: list[LayerScores]) -> Values:
-        return reduce_groups(layers, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
-
-    weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
-    causal = model.cfg.stack(stack).causal  # all positions of a tower are of one type
     layers, by_type = gradient_channels(
         model,
         batches,
@@ -70,12 +58,10 @@ def taylor(
         stack=stack,
         squares=squares,
         rows_per_step=rows_per_step,
-        memory_budget=memory_budget,
-        weight_of=weight_of_token_types(weights if causal else TOKEN_TYPE_WEIGHTS),
-        by_token_type=by_token_type and causal,
         progress=progress,
-        cache=cache,
+        **options,
     )
+    reduced = functools.partial(reduce_groups, cfg=model.cfg, reduction=reduction, gqa=gqa, stack=stack)
     return reduced(layers), {name: reduced(type_layers) for name, type_layers in by_type.items()}
 
 

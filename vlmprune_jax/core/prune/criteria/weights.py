@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.mesh.mesh import use_mesh
+from vlmprune_jax.core.mesh.mesh import mesh_of, use_mesh
 from vlmprune_jax.core.models.context import WRITERS
-from vlmprune_jax.core.models.placement import mesh_of
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.prune.activations import LayerSums, LayerValues, Tokens

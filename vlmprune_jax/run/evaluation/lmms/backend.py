@@ -30,10 +30,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.base.settings import check_settings, override
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import initialize, mesh_of, row_ways
+from vlmprune_jax.core.mesh.mesh import initialize, mesh_of, mesh_of_spec, row_ways
 from vlmprune_jax.core.models.generate import on_decoding_mesh
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.models.vlm import mesh_of as params_mesh
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.io.checkpoints.read import load, resolve
 from vlmprune_jax.io.data.batching import PREFETCH
@@ -69,9 +68,7 @@ class _Answering:
         arranged = arrange_questions(
             records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
         )
-        batches = arranged.batches(
-            threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=params_mesh(self.model.params)
-        )
+        batches = arranged.batches(threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=mesh_of(self.model.params))
         max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
         with tqdm(total=len(arranged), desc="Model Responding") as bar:  # as lmms-eval's own models
             return ask(
@@ -141,9 +138,9 @@ class VlmpruneJax(lmms):
         spec = override(spec, {"dtype": dtype}, "--model_args")
         check_settings("--model_args", spec, elsewhere=True)
         data_spec = override(DataSpec(), settings, "--model_args")
-        model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(mesh))
+        model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of_spec(mesh))
         model = on_decoding_mesh(model)
-        ways = row_ways(params_mesh(model.params))
+        ways = row_ways(mesh_of(model.params))
         inputs = load_inputs(spec, data_spec, model.cfg)
         for note in inputs.notes:  # a prompt that differs from the model folder's own
             print(f"vlmprune_jax: {note}", file=sys.stderr)

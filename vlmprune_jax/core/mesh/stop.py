@@ -1,25 +1,33 @@
-"""Failure of one process of a run: all processes end, each with a line that names the one that failed.
+"""Early end of a run: failure of one of its processes, preemption of the machine, or Ctrl-C.
 
-Otherwise the others would wait in a collective until the coordination service misses a heartbeat and end by SIGABRT,
-which a pod takes for a preemption and restarts. Failures are published in that service's key-value store. jax is
-imported inside functions, since a command's help must not import it.
+If a process fails, all processes end, each with a line that names the one that failed. Otherwise the others would wait
+in a collective until the coordination service misses a heartbeat and end by SIGABRT, which a pod takes for a preemption
+and restarts. Failures are published in that service's key-value store. jax is imported inside functions, since a
+command's help must not import it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
+
+from vlmprune_jax.base.errors import Stopped
+from vlmprune_jax.base.processes import process_count
 
 _FAILED, _HEARD, _LEFT = "vlmprune/failed", "vlmprune/heard", "vlmprune/left"
 POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # polling interval; maximum time for all processes to hear of a failure
 _ending, _done = threading.Event(), threading.Event()  # set when this process ends after a failure; and normally
 _position: tuple[int, int] | None = None  # this process's number, number of processes
+_calls = itertools.count(1)  # calls of `noticed` over all phases, by which processes agree where to stop
 
 
 def watch(number: int, count: int) -> None:
@@ -113,3 +121,53 @@ def _leave_together(store: Any, number: int, count: int) -> None:
     else:
         meet(_LEFT, count - 1)
         time.sleep(POLL_SECONDS)  # the others still have to receive the confirmation
+
+
+def noticed() -> bool:
+    """Return True if any process of the run received SIGTERM (collective).
+
+    Once processes have joined, `jax.distributed` catches the signal, so that it does not kill them.
+    """
+    from jax.experimental import multihost_utils
+
+    return process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+class StopSignal:
+    """Context in which SIGTERM sets a flag instead of ending the process; all processes of a pod stop at the same step.
+
+    In a single process, SIGINT does the same, and a second SIGINT interrupts at once. Signals that are ignored remain
+    ignored. Outside the main thread, signals cannot be caught, and they end the process as usual.
+    """
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._previous: dict[int, Any] = {}
+        self.signal = "SIGTERM"
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread() and process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._flag.is_set():
+                raise KeyboardInterrupt
+            os.write(1, b"\n  stopping after this step; press Ctrl-C again to stop at once\n")  # print() may be busy
+        self.signal = signal.Signals(signum).name
+        self._flag.set()
+
+    def requested(self) -> bool:
+        """Return True if the run should save and stop now (collective)."""
+        return self._flag.is_set() or noticed()
+
+    def stopped(self, what: str, then: str) -> Stopped:
+        """Return the exception that ends the command; `what`: what the signal stopped, `then`: what is saved."""
+        return Stopped(f"{what} stopped on {self.signal} {then}", self.signal)

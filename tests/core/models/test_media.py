@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.positions import mrope_positions
+from vlmprune_jax.core.models.media import mrope_positions
 
 IMAGE, VIDEO = 354, 355
 
