@@ -6,7 +6,6 @@ Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the ch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from vlmprune_jax.core.mesh.mesh import row_ways
 from vlmprune_jax.core.mesh.rules import spec
-from vlmprune_jax.core.models.layers import SAVEABLE, at_layer, saveable, widen
+from vlmprune_jax.core.models.layers import SAVEABLE, saveable, widen
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 LANES, _LARGEST_BLOCK = 128, 512
@@ -190,96 +189,52 @@ def segment_attention(
             if in_kernel:
                 return _segment_kernel(blocks, interpret)(q, k, v, splash.SegmentIds(ids, ids))
             grouped = q.reshape(len(k), -1, *q.shape[1:])
-            cut = (jnp.moveaxis(x.reshape(*x.shape[:-2], *blocks.shape, -1), -3, 0) for x in (grouped, k, v))
-            return jnp.moveaxis(_row_attention(*cut, blocks), 0, -3).reshape(q.shape)
+            q, k, v = (jnp.moveaxis(x.reshape(*x.shape[:-2], *blocks.shape, -1), -3, 0) for x in (grouped, k, v))
+            return jnp.moveaxis(_row_attention(q, k, v, blocks), 0, -3).reshape(arrays[0].shape)
 
         return jax.lax.map(row, (q, k, v, ids))
 
     return _on_devices(local, q, k, v, ids, positions + pad, positions + pad)
 
 
-@jax.custom_vjp
 def _row_attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
     """Return attention within the segments of one row, all arrays in blocks of positions.
 
     `q`: [blocks, kv_heads, group, block, head]; `k`, `v`: [blocks, kv_heads, block, head]; `ids`: int32[blocks, block].
     As in flash attention (Dao et al. 2022), softmax is accumulated over blocks of keys, and the backward pass computes
-    the scores again from the stored logarithm of their sum.
+    the scores again.
     """
-    return _row_forward(q, k, v, ids)[0]
 
+    @jax.checkpoint
+    def queries(block: tuple[jax.Array, ...]) -> jax.Array:
+        q_i, ids_i, meets_i = block
 
-def _row_forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-    def queries(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q_i, ids_i, first, end = block
-
-        def add(j: jax.Array, carry: Any) -> Any:
-            top, total, out = carry
-            k_j, v_j, ids_j = at_layer((k, v, ids), j)
-            scores = _scores(q_i, k_j, ids_i, ids_j)
-            higher = jnp.maximum(top, scores.max(axis=-1))
+        @jax.checkpoint
+        def add(keys: tuple[jax.Array, ...], carry: Any) -> Any:
+            (k_j, v_j, ids_j), (top, total, out) = keys, carry
+            scores = jnp.einsum("kgth,ksh->kgts", q_i, k_j, preferred_element_type=out.dtype)
+            scores = jnp.where((ids_i[:, None] == ids_j[None])[None, None], scores, _HIDDEN)
+            higher = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1)))
             weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
             mixed = jnp.einsum("kgts,ksh->kgth", weights.astype(v.dtype), v_j, preferred_element_type=out.dtype)
             return higher, total * fade + weights.sum(axis=-1), out * fade[..., None] + mixed
 
+        def visit(carry: Any, pair: tuple[jax.Array, ...]) -> tuple[Any, None]:
+            meets, *keys = pair
+            return jax.lax.cond(meets, add, lambda _, carry: carry, tuple(keys), carry), None
+
         zeros = jnp.zeros_like(widen(q_i))
         start = jnp.full_like(zeros[..., 0], _HIDDEN), zeros[..., 0], zeros
-        top, total, out = jax.lax.fori_loop(first, end, add, start)
-        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+        _, total, out = jax.lax.scan(visit, start, (meets_i, k, v, ids))[0]
+        return (out / total[..., None]).astype(q.dtype)
 
-    out, sums = map(saveable, jax.lax.map(queries, (q, ids, *_shared_blocks(ids))))
-    return out, (q, k, v, ids, out, sums)
-
-
-def _row_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, ids, out, sums = saved
-    inner = jnp.sum(out.astype(sums.dtype) * gradient.astype(sums.dtype), axis=-1)
-    product = functools.partial(jnp.einsum, preferred_element_type=sums.dtype)
-
-    def queries(carry: Any, block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        q_i, ids_i, first, end, gradient_i, inner_i, sums_i = block
-
-        def add(j: jax.Array, carry: Any) -> Any:
-            d_q, d_k, d_v = carry
-            k_j, v_j, ids_j = at_layer((k, v, ids), j)
-            weights = jnp.exp(_scores(q_i, k_j, ids_i, ids_j) - sums_i[..., None])
-            d_weights = product("kgth,ksh->kgts", gradient_i, v_j)
-            d_scores = (weights * (d_weights - inner_i[..., None])).astype(q.dtype)
-            of_keys = product("kgts,kgth->ksh", d_scores, q_i)
-            of_values = product("kgts,kgth->ksh", weights.astype(q.dtype), gradient_i)
-            return d_q + product("kgts,ksh->kgth", d_scores, k_j), _add(d_k, j, of_keys), _add(d_v, j, of_values)
-
-        d_q, *d_keys_values = jax.lax.fori_loop(first, end, add, (jnp.zeros(q_i.shape, sums.dtype), *carry))
-        return tuple(d_keys_values), d_q
-
-    zeros = tuple(jnp.zeros(x.shape, sums.dtype) for x in (k, v))
-    (d_k, d_v), d_q = jax.lax.scan(queries, zeros, (q, ids, *_shared_blocks(ids), gradient, inner, sums))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_row_attention.defvjp(_row_forward, _row_backward)
-
-
-def _add(blocks: jax.Array, number: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(blocks, at_layer(blocks, number) + new, number, axis=0)
-
-
-def _scores(q: jax.Array, k: jax.Array, q_ids: jax.Array, k_ids: jax.Array) -> jax.Array:
-    """Return attention scores [kv_heads, group, queries, keys] of two blocks, masked between different segments."""
-    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
-    return jnp.where((q_ids[:, None] == k_ids[None])[None, None], scores, _HIDDEN)
+    return saveable(jax.lax.map(queries, (q, ids, _meeting_blocks(ids))))
 
 
 def _meeting_blocks(ids: jax.Array) -> jax.Array:
     """Return bool[blocks, blocks]: True if two blocks of positions in a row may have a segment in common."""
     low, high = ids.min(axis=1), ids.max(axis=1)
     return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
-
-
-def _shared_blocks(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return for each block of a row the range [first, end) of blocks that may share a segment with it."""
-    meets = _meeting_blocks(ids)
-    return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
 
 
 def _block(n: int) -> int:

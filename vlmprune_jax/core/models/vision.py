@@ -151,7 +151,7 @@ class VisionTower(BlockStack):
                 x = x + columns[places.column] + rows[places.row]
             elif cfg.positions is not None:
                 table = constrain(self._table(), (None, None))  # replicated, since any device reads any row
-                x = x + (antialiased if cfg.positions.antialiased else resampled)(table, places)
+                x = x + resampled(table, places, antialiased=cfg.positions.antialiased)
             return constrain(x, ("batch", None, None))
         rows, columns = (side // cfg.patch_size for side in pixels.shape[-2:])
         if self.class_embedding is not None:
@@ -241,47 +241,30 @@ def windows_of(places: Places, merge: int, side: int) -> jax.Array:
     return jnp.where(places.real, windows - down * across + window, windows)
 
 
-def resampled(table: jax.Array, places: Places) -> jax.Array:
-    """Interpolate a position table [side * side, vision] to each image's grid: float[packs, patches, vision].
+def resampled(table: jax.Array, places: Places, *, antialiased: bool) -> jax.Array:
+    """Interpolate a position table [side * side, vision] bilinearly to each image's grid: [packs, patches, vision].
 
-    Interpolation is bilinear, with aligned corners.
+    Corners are aligned. With `antialiased`, they are not, and images smaller than the table get an antialiasing filter.
     """
     side = round(table.shape[0] ** 0.5)
-    top, left = _between(places.row, places.rows, side), _between(places.column, places.columns, side)
-    ((row, below), down), ((column, beside), right) = top, left
-    taps = [
-        table[r * side + c] * (share_r * share_c)[..., None].astype(table.dtype)
-        for r, share_r in ((row, 1 - down), (below, down))
-        for c, share_c in ((column, 1 - right), (beside, right))
-    ]
-    return taps[0] + taps[1] + taps[2] + taps[3]
-
-
-def antialiased(table: jax.Array, places: Places) -> jax.Array:
-    """Interpolate like `resampled`, but without aligned corners, and with an antialiasing filter for smaller images."""
-    side = round(table.shape[0] ** 0.5)
+    entries = jnp.arange(side, dtype=jnp.int32)[None, None]
 
     def shares(at: jax.Array, count: jax.Array) -> jax.Array:
         """Return interpolation weights of the table's entries along one image axis, float32[packs, patches, side]."""
-        scale = side / jnp.maximum(count, 1).astype(jnp.float32)[..., None]
-        centre = (jnp.minimum(at, count - 1).astype(jnp.float32)[..., None] + 0.5) * scale - 0.5
-        distance = jnp.abs(jnp.arange(side, dtype=jnp.float32)[None, None] - centre) / jnp.maximum(scale, 1)
+        at, count = at[..., None], jnp.maximum(count, 1)[..., None]
+        if not antialiased:  # in integers, so that no weight is lost to rounding
+            last = jnp.maximum(count - 1, 1)
+            near = jnp.maximum(last - jnp.abs(entries * last - at * (side - 1)), 0)
+            return near.astype(jnp.float32) / last.astype(jnp.float32)
+        scale = side / count.astype(jnp.float32)
+        centre = (jnp.minimum(at, count - 1).astype(jnp.float32) + 0.5) * scale - 0.5
+        distance = jnp.abs(entries.astype(jnp.float32) - centre) / jnp.maximum(scale, 1)
         weights = jnp.maximum(1 - distance, 0)
         return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-6)
 
     down, across = shares(places.row, places.rows), shares(places.column, places.columns)
     weights = (down[..., :, None] * across[..., None, :]).reshape(*down.shape[:2], side * side)
     return weights.astype(table.dtype) @ table
-
-
-def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Return the two table entries around position `at` of `count`, and the interpolation weight of the second."""
-    last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
-    scaled = jnp.clip(at * (side - 1), 0, last * (side - 1))
-    # integers until the end, so that rounding cannot move a position past an entry
-    first = scaled // last
-    share = (scaled - first * last).astype(jnp.float32) / last.astype(jnp.float32)
-    return (first, jnp.minimum(first + 1, side - 1)), share
 
 
 def axial_angles(

@@ -108,13 +108,12 @@ def batch_flops(
 
     def count_batch(arrays: Mapping[str, Any]) -> int:
         mine, length = arrays["input_ids"].shape
-        vision = of_images(arrays) * rows // mine
+        looked_at = rows * length
+        if only_at_labels:
+            looked_at = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
         text = {"rows": rows, "length": length, "images": 0}
-        if not only_at_labels:
-            return vision + count(**text).total
-        labels = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
-        without = count(**text, looked_at=0).total
-        return vision + without + labels * (count(**text, looked_at=1).total - without)
+        nowhere, once = (count(**text, looked_at=positions).total for positions in (0, 1))
+        return of_images(arrays) * rows // mine + nowhere + looked_at * (once - nowhere)
 
     return count_batch
 
