@@ -138,7 +138,7 @@ def test_the_fingerprint_is_that_of_the_loaded_model(goldens, name):
 def test_a_plan_of_another_model_is_refused(llama, tmp_path):
     plan = keep_layers(vp.load(llama), [0, 3])[1]
     other = make_folder(tmp_path / "other", LLAMA, seed=1)
-    with pytest.raises(UserError, match="shapes are equal, but fingerprints differ"):
+    with pytest.raises(UserError, match="sizes are equal, but fingerprints differ"):
         prune_folder(other, plan, tmp_path / "out")
     narrow = make_folder(tmp_path / "narrow", {**LLAMA, "intermediate_size": 40})
     with pytest.raises(UserError, match="plan of another model"):

@@ -127,7 +127,7 @@ def test_shard_of_the_same_shapes_of_another_model(folder, plan):
     """Headers cannot tell; the plan's fingerprint does."""
     draw = np.random.default_rng(0)
     edit_weights(folder, lambda all_: {k: v + draw.normal(size=v.shape).astype("f4") for k, v in all_.items()}, SECOND)
-    with pytest.raises(UserError, match="shapes are equal, but fingerprints differ"):
+    with pytest.raises(UserError, match="sizes are equal, but fingerprints differ"):
         vp.prune_folder(folder, plan, folder.parent / "out")
 
 
