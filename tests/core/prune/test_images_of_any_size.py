@@ -226,11 +226,12 @@ def seen_streams(monkeypatch):
     """A list that gets the streams of `reconstruct`: the dense one, then the pruned model's."""
     streams = []
 
-    def made(*arguments):
-        streams.append(LayerStream(*arguments))
-        return streams[-1]
+    class Seen(reconstruction._Repair):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            streams[:] = [self.unpruned, self]
 
-    monkeypatch.setattr(reconstruction, "LayerStream", made)
+    monkeypatch.setattr(reconstruction, "_Repair", Seen)
     return streams
 
 
