@@ -143,7 +143,7 @@ def test_guides(tmp_path):
                 methods=["depth"],
                 guide=guide,
             ).promise
-            for ratio in (0.1, 0.3, 0.6)
+            for ratio in (0.05, 0.1, 0.15)
             for compute in ("none", "full")
             for size in (1056576, 7 * 10**9)
         ]
