@@ -28,7 +28,6 @@ from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR, Calibration, DataSp
 from vlmprune_jax.io.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
@@ -311,22 +310,15 @@ class TrainingRows:
     sizes: np.ndarray | None
 
 
-def training_rows(
-    data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar, features: FeatureLoader | None
-) -> TrainingRows:
-    """Measure the recovery's training records, and return them with their sizes and `Encoder`.
-
-    `bar` shows the progress of measuring; `features` is a loader of cached features, used instead of pixels.
-    """
+def training_rows(data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar) -> TrainingRows:
+    """Measure the recovery's training records with the progress `bar`; return them with their sizes and `Encoder`."""
     one_of("data.group_by", data.group_by, GROUPINGS)
     sizes = None
     varied = encoder.length_buckets is not None or encoder.images_decide  # shapes must be known before compilation
     if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
-    return TrainingRows(
-        records, encoder if features is None else dataclasses.replace(encoder, image_loader=features), sizes
-    )
+    return TrainingRows(records, encoder, sizes)
 
 
 def recovery_batches(
