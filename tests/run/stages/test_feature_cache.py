@@ -264,7 +264,7 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
 
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
     monkeypatch.setattr(ImageLoader, "load", stopped)
-    with pytest.raises(Stopped, match=r"image features stopped on SIGTERM after . of 3; the same command continues"):
+    with pytest.raises(Stopped, match=r"image features stopped on SIGTERM after . of [23]; the same command continues"):
         recovered(experiment, tmp_path, "cached", tmp_path / "cache")
     monkeypatch.setattr(ImageLoader, "load", decode)
     monkeypatch.setattr(Recorder, "step", killed)
