@@ -99,9 +99,7 @@ class ImageLoader:
     def __init__(
         self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: VideoReader | None = None
     ) -> None:
-        self.preparation = preparation
-        self.videos = videos
-        self.shape = preparation.shape
+        self.preparation, self.videos, self.shape = preparation, videos, preparation.shape
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -123,7 +121,7 @@ class ImageLoader:
         if isinstance(path, VideoSource):
             pixels = self._videos(record).load(path, record)
         else:
-            with self._open(path, record, sharing) as image, DECODING.reserve(self._memory(image.size, sharing)):
+            with self._open(path, record, sharing) as (image, memory), DECODING.reserve(memory):
                 pixels = self.preparation.prepare(to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
@@ -152,22 +150,18 @@ class ImageLoader:
 
         Raises UserError naming the file and the record.
         """
-        images = sum(not isinstance(path, VideoSource) for path in paths)
-        return [self._shape(path, record, images) for path in paths]
-
-    def _shape(self, path: Visual, record: str, sharing: int) -> ImageShape:
-        if isinstance(path, VideoSource):
-            return self._videos(record).shape(path, record)
-        if isinstance(self.preparation, WholeImage):
-            return ImageShape()
-        if path not in self._sizes:
-            with self._open(path, record, sharing) as image:
-                self._sizes[path] = image.size
-        return self.preparation.image_shape(*self._sizes[path], sharing)
-
-    def _memory(self, size: tuple[int, int], sharing: int) -> int:
-        """Return the bytes that decoding and preparing an image takes: two copies in uint8, two in float32."""
-        return 6 * math.prod(size) + 24 * self.preparation.plan(*size, sharing).pixels
+        sharing, shapes = sum(not isinstance(path, VideoSource) for path in paths), list[ImageShape]()
+        for path in paths:
+            if isinstance(path, VideoSource):
+                shapes.append(self._videos(record).shape(path, record))
+            elif isinstance(self.preparation, WholeImage):
+                shapes.append(ImageShape())
+            else:
+                if path not in self._sizes:
+                    with self._open(path, record, sharing) as (image, _):
+                        self._sizes[path] = image.size
+                shapes.append(self.preparation.image_shape(*self._sizes[path], sharing))
+        return shapes
 
     def _videos(self, record: str) -> VideoReader:
         if self.videos is None:
@@ -178,16 +172,20 @@ class ImageLoader:
         return self.videos
 
     @contextlib.contextmanager
-    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
-        """Context that opens an image and checks its size; errors inside it name the file and the record."""
+    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[tuple[Image.Image, int]]:
+        """Context that opens an image and checks its size; also yields the bytes that decoding and preparing it takes.
+
+        Errors inside the context name the file and the record.
+        """
         with opened_image(path, record) as image:
             width, height = image.size
-            if max(width * height, self.preparation.plan(width, height, sharing).pixels) > self._max_pixels:
+            prepared = self.preparation.plan(width, height, sharing).pixels
+            if max(width * height, prepared) > self._max_pixels:
                 raise UserError(
                     f"{path}: image of {width}x{height} pixels exceeds the limit of {self._max_pixels} pixels after "
                     "preparation: shrink it or raise data.max_image_pixels"
                 )
-            yield image
+            yield image, 6 * width * height + 24 * prepared  # two copies in uint8, two in float32
 
 
 def load_image_processor(
@@ -234,25 +232,18 @@ def load_image_processor(
     if max_image_tokens is not None:
         with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
             preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
-    _check_fits(preparation, location, image_size, patches)
-    if isinstance(preparation, WholeImage):
-        with reading(location):  # try the settings on a small image, so that errors name this file and not a record
-            preparation.prepare(Image.new("RGB", (8, 8)), 1)
-    with error_context(folder):
-        frames = videos(preparation)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
-
-
-def _check_fits(
-    preparation: Preparation, location: str, image_size: int | None, patches: tuple[int, int] | None
-) -> None:
-    """Raise UserError if the vision tower does not accept the shape that an image preparation produces."""
     takes = f"{image_size} x {image_size} pixels" if patches is None else described_patches(*patches)
     if (patches or image_size) and preparation.described != takes:
         raise UserError(
             f"{location}: the image processor returns {preparation.described}, but the vision tower takes {takes}: "
             "use the model's processor"
         )
+    if isinstance(preparation, WholeImage):
+        with reading(location):  # try the settings on a small image, so that errors name this file and not a record
+            preparation.prepare(Image.new("RGB", (8, 8)), 1)
+    with error_context(folder):
+        frames = videos(preparation)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
 
 
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
