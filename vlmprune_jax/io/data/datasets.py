@@ -41,7 +41,10 @@ _TYPES = (
     pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal,
     pa.types.is_temporal, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
 )  # fmt: skip
-_LISTS = (pa.types.is_list, pa.types.is_large_list)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 class _File(TypedDict):
@@ -81,11 +84,7 @@ def datasets_state(folder: Path) -> str:
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a split that Hugging Face datasets saved to disk.
-
-    Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
-    become records with a `problem`, as in `read_records`.
-    """
+    """Return the records of a split that Hugging Face datasets saved to disk; see `read_records` for malformed rows."""
     split = _Split(folder)
     records = [
         make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
@@ -121,7 +120,6 @@ class _Split:
 
     def find(self, name: str, location: str) -> StoredImage:
         """Return the stored image with this digest; rows with equal images share one stored image."""
-        del location
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
@@ -130,17 +128,13 @@ class _Split:
         batch = bisect.bisect_right(self._firsts, row) - 1
         with self._lock, reading(f"{self.folder}, row {row}", _TODO):
             if self._batch[0] != batch:
-                self._batch = (batch, self._read_batch(batch))
+                path, offset = self._places[batch]
+                with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+                    self._batch = (batch, _read_batch(source, offset, self._schemas[path]))
             _, rows = self._batch
             assert rows is not None
             images = _images(rows.slice(row - self._firsts[batch], 1), _image_columns(rows.schema))[0]
             return list(itertools.chain(*images.values()))[place]
-
-    def _read_batch(self, number: int) -> pa.RecordBatch:
-        path, offset = self._places[number]
-        with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
-            source.seek(offset)
-            return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield every row of the split as an entry of a JSON data file."""
@@ -152,8 +146,7 @@ class _Split:
                 self._schemas[path] = schema = check_schema(pa.ipc.read_schema(pa.ipc.read_message(source)))
                 images = _image_columns(schema)
                 for offset in messages:
-                    source.seek(offset)
-                    batch = _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
+                    batch = _read_batch(source, offset, schema)
                     self._firsts.append(row)
                     self._places.append((path, offset))
                     for start in range(0, batch.num_rows, _AT_ONCE):
@@ -177,17 +170,16 @@ class _Split:
             yield to_entry(json.loads(json.dumps(values, default=str)), named)
 
 
-def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return an Arrow record batch after checking its offsets and texts, which pyarrow does not check."""
-    batch.validate(full=True)
+def _read_batch(source: pa.PythonFile, offset: int, schema: pa.Schema) -> pa.RecordBatch:
+    source.seek(offset)
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
+    batch.validate(full=True)  # offsets and texts, which pyarrow has not checked
     return batch
 
 
 def _image_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns whose feature type is `Image` or a list of `Image`."""
-    kinds = {field.name: field.type for field in schema}
-    lists = pa.types.is_list, pa.types.is_large_list
-    items = {name: kind.value_type if any(is_list(kind) for is_list in lists) else kind for name, kind in kinds.items()}
+    items = {field.name: field.type.value_type if _is_list(field.type) else field.type for field in schema}
     structs = {name: kind for name, kind in items.items() if pa.types.is_struct(kind)}
     return [name for name, kind in structs.items() if {field.name for field in kind} == {"bytes", "path"}]
 
@@ -224,7 +216,7 @@ def check_schema(schema: pa.Schema) -> pa.Schema:
     for field in schema:
         kinds = [field.type]
         for _ in range(_MAX_DEPTH):
-            lists = [kind.value_type for kind in kinds if any(is_kind(kind) for is_kind in _LISTS)]
+            lists = [kind.value_type for kind in kinds if _is_list(kind)]
             fields = [part.type for kind in kinds if pa.types.is_struct(kind) for part in kind]
             plain = [kind for kind in kinds if any(is_kind(kind) for is_kind in _TYPES)]
             structs = [kind for kind in kinds if pa.types.is_struct(kind) and kind.num_fields]

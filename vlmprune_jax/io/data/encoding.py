@@ -246,11 +246,6 @@ class Encoder:
                     f"({buckets[-1]}): raise data.{name}_buckets or lower data.{limit}"
                 )
 
-    def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return the number of tokens that a prompt gains when its image placeholders are expanded."""
-        written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
-        return sum(image.positions(self.tokens_per_image) for image in images) - written
-
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a training record, cut at `max_length` tokens (0 = no limit)."""
         limit = self.max_length or None
@@ -381,7 +376,9 @@ def measure(
             for place, (record, part) in enumerate(zip(chunk, images_and_pieces, strict=True), start):
                 if part is None:
                     continue
-                tokens = next(text_tokens) + encoder.image_positions(part[0])
+                tokens = next(text_tokens) + sum(image.positions(encoder.tokens_per_image) for image in part[0])
+                if encoder.template.image_tokens is not None:  # are tokens of the text already
+                    tokens -= sum(map(encoder.template.context_tokens, part[0]))
                 if 0 < (encoder.max_length or encoder.longest) < tokens:
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])

@@ -98,19 +98,22 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def video_names(entry: Mapping[str, Any], location: str) -> list[str | list[str]]:
-    """Return the videos of an entry: names of files, folders or data URIs, or lists of names of frames."""
-    values = [entry[key] for key in ("video", "videos") if entry.get(key) is not None]
+def media_names(entry: Mapping[str, Any], key: str, location: str) -> list[Any]:
+    """Return the names of an entry's images (`key` "image"), or of its videos, which may be lists of names of frames.
+
+    A name is that of a file, a folder of frames, or a data URI.
+    """
+    values = [entry[name] for name in (key, f"{key}s") if entry.get(name) is not None]
     if len(values) > 1:
-        raise UserError(f"{location}: has both 'video' and 'videos': keep one")
+        raise UserError(f"{location}: has both '{key}' and '{key}s': keep one")
     names = values[0] if values else []
     names = [names] if isinstance(names, str) else names
-    lists = [name if isinstance(name, list) else [name] for name in names] if isinstance(names, list) else [[]]
-    if not all(listed and all(isinstance(name, str) and name for name in listed) for listed in lists):
-        raise UserError(
-            f"{location}: 'video' must be a path or a list whose items are paths or lists of frames, got "
-            f"{shown(values[0])}"
-        )
+    several = key == "video"
+    listed = names if isinstance(names, list) else [[]]
+    lists = [name if several and isinstance(name, list) else [name] for name in listed]
+    if not all(each and all(isinstance(name, str) and name for name in each) for each in lists):
+        items = "a list whose items are paths or lists of frames" if several else "a list of paths"
+        raise UserError(f"{location}: '{key}' must be a path or {items}, got {shown(values[0])}")
     return names
 
 

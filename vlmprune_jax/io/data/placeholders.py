@@ -65,7 +65,6 @@ def expand_images(
 
 
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
-    """Return each image's number of decoder tokens, int64[images]."""
     if (tiles if cfg.dynamic_resolution else image_grid_thw) is not None:
         wanted, passed = ("image_grid_thw", "tiles") if cfg.dynamic_resolution else ("tiles", "image_grid_thw")
         raise UserError(f"expand_images: this model takes {wanted}, not {passed}: omit {passed}")

@@ -22,22 +22,14 @@ from vlmprune_jax.io.data.media import (
     StoredImage,
     Video,
     find_video,
+    media_names,
     shown,
-    video_names,
     video_part,
 )
 
 _SPEAKERS = ("human", "gpt")
-_OWN_FIELDS = (
-    "id",
-    "image",
-    "images",
-    "conversations",
-    "messages",
-    "answers",
-    "video",
-    "videos",
-)  # all others are `Record.fields`
+# All other fields are `Record.fields`.
+_OWN_FIELDS = ("id", "image", "images", "conversations", "messages", "answers", "video", "videos")
 MAX_REPEATS = 1000  # maximum repeat_time of a data set, since its records are copied
 
 
@@ -125,10 +117,7 @@ def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of parsed entries of a data file.
-
-    Raises UserError with the record for malformed entries.
-    """
+    """Return the records of parsed entries of a data file; raise UserError with the record for malformed entries."""
     root = MediaRoot(image_root)
     return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
 
@@ -273,31 +262,25 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     if "conversations" not in entry and "messages" in entry:
         entry = from_messages(entry, location)
     elif "conversations" not in entry and isinstance(entry.get("question"), str):
-        entry = from_question(entry, [*_image_names(entry, location)], len(video_names(entry, location)))
-    turns = _make_turns(entry.get("conversations"), location)
-    videos = tuple(find_video(video, root, location) for video in video_names(entry, location))
-    if videos and not _placeholders(turns, VIDEO_TOKEN) and not any(_image_names(entry, location)):
+        names = media_names(entry, "image", location)
+        entry = from_question(entry, names, len(media_names(entry, "video", location)))
+    turns, names = _make_turns(entry.get("conversations"), location), media_names(entry, "image", location)
+    videos = tuple(find_video(video, root, location) for video in media_names(entry, "video", location))
+    if videos and not names and not any(VIDEO_TOKEN in text for _, text in turns):
         # LLaVA-Video's records write <image> for a video
         turns = tuple((speaker, text.replace(IMAGE_TOKEN, VIDEO_TOKEN)) for speaker, text in turns)
-    if _placeholders(turns, VIDEO_TOKEN) != len(videos):
-        raise UserError(
-            f"{location}: text has {_placeholders(turns, VIDEO_TOKEN)} {VIDEO_TOKEN} placeholder(s) for {len(videos)} "
-            "video(s): write one placeholder per video"
-        )
-    images = tuple(root.find(image, location) for image in _image_names(entry, location))
-    placeholders = _placeholders(turns, IMAGE_TOKEN)
-    if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
-        raise UserError(
-            f"{location}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
-            "placeholder per image"
-        )
+    images = tuple(root.find(image, location) for image in names)
+    for token, media, what in ((VIDEO_TOKEN, videos, "video"), (IMAGE_TOKEN, images, "image")):
+        marks = sum(text.count(token) for _, text in turns)
+        added = image_lead and what == "image" and (marks, len(media)) == (0, 1)  # by the template
+        if marks != len(media) and not added:
+            raise UserError(
+                f"{location}: text has {marks} {token} placeholder(s) for {len(media)} {what}(s): write one "
+                f"placeholder per {what}"
+            )
     answers = _answers(entry.get("answers"), location)
     fields = {name: value for name, value in entry.items() if name not in _OWN_FIELDS}
     return Record(str(name), turns, images, None, answers, fields, videos, video_part(entry, videos, location))
-
-
-def _placeholders(turns: Sequence[tuple[str, str]], token: str) -> int:
-    return sum(text.count(token) for _, text in turns)
 
 
 def is_name(name: Any) -> bool:
@@ -349,14 +332,3 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def _image_names(entry: dict[str, Any], location: str) -> Iterable[str]:
-    values = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
-    if len(values) > 1:
-        raise UserError(f"{location}: has both 'image' and 'images': keep one")
-    names = values[0] if values else []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{location}: 'image' must be a path or a list of paths, got {shown(values[0])}")
-    return names

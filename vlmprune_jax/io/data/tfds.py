@@ -202,14 +202,13 @@ class ImageStore:
         self._lock = threading.Lock()
 
     def identity(self) -> str:
-        """Return a digest of the data set's metadata, including the number of images and their total size."""
+        """Return a digest of the data set's metadata, which has the number of images and their total size."""
         if self._identity is None:
             text = _text(self.folder / IMAGES / VERSION / _INFO)
             self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
     def find(self, name: str, location: str) -> StoredImage:
-        """Return the stored image called `name`."""
         return StoredImage(name, self.numbers[name], self)
 
     def read(self, number: int) -> bytes:
@@ -263,7 +262,6 @@ class _Source:
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    """Return the number of examples in each file of a TFDS data set, from its metadata."""
     file = place / _INFO
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
@@ -280,11 +278,7 @@ def _text(file: Path | epath.Path) -> str:
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Read the records in a folder that `write_tfds` wrote.
-
-    Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
-    they become records with a `problem`, as in `read_records`.
-    """
+    """Return the records in a folder that `write_tfds` wrote; see `read_records` for malformed entries."""
     store, records = ImageStore(folder), []
     with _on_this_machine(folder) as near:
         source = _Source(near, RECORDS)

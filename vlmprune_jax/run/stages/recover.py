@@ -16,7 +16,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import row_ways
+from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan
 from vlmprune_jax.core.prune.fingerprints import content_digest
@@ -29,6 +29,7 @@ from vlmprune_jax.core.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.data import inputs
+from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
@@ -174,14 +175,20 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
     student = work.load(work.start, parts)
     model, summary = recover(
         student,
-        inputs.recovery_batches(
-            rows,
-            data,
+        train_batches(
+            rows.records,
+            rows.encoder,
             batch_size=config.batch_size,
-            accumulation=config.accumulation,
             seed=config.seed,
+            epochs=None,
+            drop_remainder=True,
+            mine=rows_of_process(work.devices, config.batch_size),
+            packs=row_ways(work.devices) * config.accumulation,
+            threads=data.threads,
+            sizes=rows.sizes,
+            group_by=data.group_by,
+            on_error=data.on_error,
             teacher=taught,
-            mesh=work.devices,
         ),
         config,
         teacher=work.load(work.teacher, parts) if recovery.runs_teacher else None,
