@@ -206,15 +206,13 @@ def load_image_processor(
     Args:
       folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
       aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
-      max_pixels: maximum size of an image.
-      cache_bytes: memory for prepared images.
+      max_pixels, cache_bytes: see `ImageLoader`.
       image_size: pixels per side of the vision tower's input; also determines the settings for families whose processor
         is in the hub's code instead of a file.
       tiling: fields of `Tiling` that replace the folder's fields, for models with tiling.
       patches: (values per patch, patches per side of a token) of a tower with dynamic resolution.
-      max_image_tokens: maximum number of tokens per image; see `Preparation.with_most_tokens`.
-      slot_tokens: tokens per image or tile, needed with `max_image_tokens` (`ModelConfig.tokens_per_image`).
-      videos: returns the loader of videos for the preparation of images.
+      max_image_tokens, slot_tokens: maximum number of tokens per image, and those of a tile (`with_most_tokens`).
+      videos: returns the reader of videos for the preparation of images.
 
     Raises:
       UserError: the folder does not describe a processor, its type is unknown, a field is invalid, prepared images are

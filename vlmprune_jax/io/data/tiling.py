@@ -90,11 +90,12 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
 
 
+@functools.lru_cache(maxsize=4096)
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's.
+    """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's; (1, 1) if no grid is allowed.
 
     Of two equally close grids, the larger is used if the image has more than half of this grid's pixels (reference:
-    InternVL dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
+    InternVL dataset.py `find_closest_aspect_ratio`).
     """
     best, closest = (1, 1), float("inf")
     for columns, rows in _grids(min_tiles, max_tiles):
