@@ -104,7 +104,6 @@ class TrainBatches:
         return shapes
 
     def _load(self, batch: np.ndarray) -> Batch:
-        """Load this process's share of a global batch of record indices, padded to the batch's shape."""
         sizes, encoder = self.sizes, self.encoder
         if sizes is None:
             every = [None if index == _PADDING_ROW else self.records[index] for index in batch.tolist()]
@@ -199,7 +198,6 @@ def train_batches(
 
 
 def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the sizes of a batch's records, int[rows, 3]; 0 for rows of padding."""
     return np.where(batch[:, None] == _PADDING_ROW, 0, sizes[batch])
 
 

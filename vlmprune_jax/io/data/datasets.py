@@ -54,8 +54,6 @@ class _File(TypedDict):
 
 
 class _State(TypedDict):
-    """Fields of state.json that are read from a split saved by Hugging Face datasets."""
-
     _data_files: list[_File]
 
 

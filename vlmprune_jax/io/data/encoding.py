@@ -271,7 +271,6 @@ class Encoder:
         return ids[:limit], labels[:limit]
 
     def _placeholders(self, record: Record) -> dict[str, Any]:
-        """Return the arguments of `tokenize_prompt` from which a record's placeholders are expanded."""
         sizes = {"image_token_id": self.image_token_id, "tokens_per_image": self.tokens_per_image}
         return {**sizes, "images": self.shapes(record)}
 
@@ -317,7 +316,6 @@ def tokens_of(images: Sequence[ImageShape]) -> int:
 
 
 def _doubled(buckets: Sequence[int], needed: int) -> list[int]:
-    """Return the buckets, and doubles of the last one until they hold `needed`."""
     more = [*buckets]
     while more[-1] < needed:
         more.append(2 * more[-1])

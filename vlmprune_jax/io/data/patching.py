@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,18 +136,20 @@ class Patching(Patches):
         return Plan(shape, rows * columns * self.temporal * self.patch**2)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        return self.prepare_frames([image])
+        return self.prepare_frames([image], 1)
 
-    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        rows, columns = self._grid(*frames[0].size, len(frames))
-        p, t = self.patch, self.temporal
-        patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
-        for number in range(len(patches) * t):
-            if number < len(frames):  # the last one is repeated to fill the last temporal patch
-                resized = frames[number].resize((columns * p, rows * p), self.resample)
-                pixels = normalize(np.asarray(resized), self.mean, self.std)
-                patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, p, p)
-            patches[number // t, :, :, number % t] = patch_rows
+    def prepare_frames(self, frames: Iterable[Image.Image], count: int) -> np.ndarray:
+        p, t, patches = self.patch, self.temporal, np.empty(0)
+        for number, frame in enumerate(frames):
+            if number == 0:
+                rows, columns = self._grid(*frame.size, count)
+                patches = np.empty((-(-count // t), rows * columns, 3, t, p, p), np.float32)
+            resized = frame.resize((columns * p, rows * p), self.resample)
+            pixels = normalize(np.asarray(resized), self.mean, self.std)
+            patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, 1, p, p)
+            # the last frame is repeated to fill the last temporal patch
+            last = t if number == count - 1 else number % t + 1
+            patches[number // t, :, :, number % t : last] = patch_rows
         return patches.reshape(-1, *self.shape)
 
     def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:

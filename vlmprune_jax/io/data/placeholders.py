@@ -34,11 +34,8 @@ def expand_images(
       tiles: int[images], number of tiles of each image, in order of appearance; default 1.
       image_grid_thw: int[images, 3], frames, rows and columns of patches, for images of varying size.
 
-    Returns:
-      input_ids and attention_mask int32[batch, longest], and labels if passed.
-
-    Raises:
-      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
+    Returns input_ids and attention_mask int32[batch, longest], and labels if passed. Raises UserError if the model
+    takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
     """
     ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:

@@ -58,8 +58,6 @@ class _Split(TypedDict):
 
 
 class _Info(TypedDict):
-    """Fields that are read from a TFDS data set's dataset_info.json."""
-
     fileFormat: str
     splits: list[_Split]
 
@@ -126,7 +124,6 @@ def write_tfds(
 
 
 def _features(name: str) -> Any:
-    """Return the TFDS field types of the records or of the images."""
     features = _load_tfds().features
     text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
@@ -294,7 +291,6 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
 
 
 def _entry(example: Mapping[str, Any], location: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Convert a TFDS example to an entry of a JSON data file, and return {image name: number} of its images."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
     entry = {

@@ -159,7 +159,6 @@ class Splitting(SquarePieces):
 
     @property
     def _along(self) -> int:
-        """Maximum number of tiles along the longer side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
 
     @property

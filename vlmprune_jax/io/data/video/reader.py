@@ -9,10 +9,10 @@ import importlib.metadata
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -104,7 +104,7 @@ class VideoReader:
         decoded = 3 * len(info.indices) * info.height * info.width
         with DECODING.reserve(decoded + 4 * _values(preparation, shape)):
             clip = self.read(video.source, record, video.part)
-            return preparation.prepare_frames(_Images(clip.frames))
+            return preparation.prepare_frames(map(Image.fromarray, clip.frames), len(clip.frames))
 
     def keys(self, video: VideoSource, record: str) -> list[str]:
         """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
@@ -157,7 +157,9 @@ class VideoReader:
             self.video, used, video.fps, duration=seconds, video_fps=self.fps, video_frames=self.count
         )
         indices, size = tuple(first + index for index in sampled), (video.height, video.width)
-        return ClipInfo(indices, video.fps, video.total, used, seconds, *size, _key(source))
+        changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
+        key = f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
+        return ClipInfo(indices, video.fps, video.total, used, seconds, *size, key)
 
     def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
         pixels = len(info.indices) * info.height * info.width
@@ -263,33 +265,8 @@ def _named(source: Path | StoredImage, record: str) -> str:
     return f"{source} (record {record})"
 
 
-def _key(source: Path | StoredImage) -> str:
-    changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
-    return f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
-
-
 def _values(preparation: Preparation, shape: VideoShape) -> int:
-    """Return the size of a video's prepared array."""
     return (shape.tokens * preparation.merge**2 or shape.slots) * math.prod(preparation.shape)
-
-
-class _Images(Sequence[Image.Image]):
-    """Frames uint8[frames, height, width, 3] as images, each made when it is used: Pillow copies pixels."""
-
-    def __init__(self, frames: np.ndarray) -> None:
-        self._frames = frames
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @overload
-    def __getitem__(self, number: int) -> Image.Image: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Image.Image]: ...
-
-    def __getitem__(self, number: int | slice) -> Image.Image | Sequence[Image.Image]:
-        return _Images(self._frames[number]) if isinstance(number, slice) else Image.fromarray(self._frames[number])
 
 
 def _padded(indices: tuple[int, ...], patch: int) -> list[int]:
