@@ -191,9 +191,7 @@ class Encoder:
         if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
             for at, record in enumerate(records):
                 if record is not None:
-                    images = self.shapes(record)
-                    self._check_buckets(record, images)
-                    sizes[at] = 0, slots_of(images), tokens_of(images)
+                    sizes[at, 1:] = self.image_sizes(record, self.shapes(record))
         return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
@@ -233,18 +231,22 @@ class Encoder:
             0 if self.image_buckets is None else smallest(self.image_buckets, image_tokens),
         )
 
-    def _check_buckets(self, record: Record, images: Sequence[ImageShape]) -> None:
-        if record.videos:
-            return
+    def image_sizes(self, record: Record, images: Sequence[ImageShape]) -> tuple[int, int]:
+        """Return a record's numbers of images or tiles, and of image tokens (0 if all images have one size).
+
+        Raises UserError naming the record if they are above all buckets; for records with videos, buckets are doubled.
+        """
+        slots, tokens = sum(image.slots for image in images), sum(image.tokens for image in images)
         for needed, buckets, name, limit in (
-            (slots_of(images), self.tile_buckets, "tile", "max_tiles"),
-            (tokens_of(images), self.image_buckets, "image", "max_image_tokens"),
+            (slots, self.tile_buckets, "tile", "max_tiles"),
+            (tokens, self.image_buckets, "image", "max_image_tokens"),
         ):
-            if buckets is not None and needed > buckets[-1]:
+            if buckets is not None and needed > buckets[-1] and not record.videos:
                 raise UserError(
                     f"record {record.id}: needs {needed} image {limit.split('_')[-1]}, more than the largest bucket "
                     f"({buckets[-1]}): raise data.{name}_buckets or lower data.{limit}"
                 )
+        return slots, tokens
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a training record, cut at `max_length` tokens (0 = no limit)."""
@@ -278,8 +280,7 @@ class Encoder:
         """Return why a record cannot be used for training, as text; None if it can."""
         try:
             self.training_tokens(record)
-            images = self.shapes(record)
-            self._check_buckets(record, images)
+            self.image_sizes(record, self.shapes(record))
             self.images(record)
         except UserError as error:
             return str(error)
@@ -303,16 +304,6 @@ class Encoder:
     def visual_tokens(self) -> tuple[int, ...]:
         """Token ids that stand for image and video features in a prompt."""
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
-
-
-def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of images and tiles in `images`."""
-    return sum(image.slots for image in images)
-
-
-def tokens_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of tokens of these images, for models with dynamic resolution (else 0)."""
-    return sum(image.tokens for image in images)
 
 
 def _doubled(buckets: Sequence[int], needed: int) -> list[int]:
@@ -359,29 +350,30 @@ def measure(
                 raise
             return None
 
-    def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
-        encoder.shape_of([record])  # refuses records that no bucket holds
+    def parts(record: Record) -> tuple[tuple[int, int], list[ImageShape], list[str]]:
         images = encoder.shapes(record)
-        return images, prompt_pieces(record, encoder.template, images)
+        return encoder.image_sizes(record, images), images, prompt_pieces(record, encoder.template, images)
 
     sizes = np.zeros((len(records), 3), np.int32)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(records), _CHUNK):
             chunk = records[start : start + _CHUNK]
-            images_and_pieces = list(pool.map(lambda record: attempt(parts, record), chunk))
-            pieces = [pieces for _, pieces in filter(None, images_and_pieces)]
-            text_tokens = iter(count_tokens(pieces, encoder.tokenizer).tolist())
-            for place, (record, part) in enumerate(zip(chunk, images_and_pieces, strict=True), start):
+            parsed = list(pool.map(lambda record: attempt(parts, record), chunk))
+            text_tokens = iter(
+                count_tokens([pieces for *_, pieces in filter(None, parsed)], encoder.tokenizer).tolist()
+            )
+            for place, (record, part) in enumerate(zip(chunk, parsed, strict=True), start):
                 if part is None:
                     continue
-                tokens = next(text_tokens) + sum(image.positions(encoder.tokens_per_image) for image in part[0])
+                of_images, images, _ = part
+                tokens = next(text_tokens) + sum(image.positions(encoder.tokens_per_image) for image in images)
                 if encoder.template.image_tokens is not None:  # are tokens of the text already
-                    tokens -= sum(map(encoder.template.context_tokens, part[0]))
+                    tokens -= sum(map(encoder.template.context_tokens, images))
                 if 0 < (encoder.max_length or encoder.longest) < tokens:
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
-                    sizes[place] = tokens, slots_of(part[0]), tokens_of(part[0])
+                    sizes[place] = tokens, *of_images
             if progress is not None:
                 progress(start + len(chunk))
     return sizes

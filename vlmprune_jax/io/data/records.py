@@ -88,7 +88,7 @@ class Record:
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
-    """Return the records of a `.json` list, a `.jsonl` file, or all data sets in InternVL's `.json` object.
+    """Return the records of a `.json` list, a `.jsonl` file, or all sets in InternVL's `.json` object (as "set/id").
 
     Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or have one of the forms in
     data/forms.py. `image` is a path or a list of paths below `image_root`. `video` has the same form; an inner list is
@@ -103,16 +103,17 @@ def read_records(
     becomes a record with only a `problem`, so that the other records keep their positions.
     """
     path = Path(path)
-    read = _read_sets if _lists_sets(path) else _read_list
-    return read(path, image_root, image_lead, on_error)
-
-
-def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    root = MediaRoot(image_root)
-    entries = read_entries(path, on_error)
-    records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
+    records: list[Record] = []
+    for name, (annotation, folder, repeat) in _sets(path, image_root).items():
+        root, entries = MediaRoot(folder), read_entries(annotation, on_error)
+        read = [make_record(entry, at, annotation, root, image_lead, on_error) for at, entry in enumerate(entries)]
+        if not read:
+            raise UserError(f"{annotation}: contains no records: check that it is a list of conversations")
+        if name is not None:
+            read = [replace(record, id=f"{name}/{record.id}") for record in read]
+        records += read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
     if not records:
-        raise UserError(f"{path}: contains no records: check that it is a list of conversations")
+        raise UserError(f"{path}: the data sets in this file have no records: add data sets, or raise repeat_time")
     return records
 
 
@@ -123,37 +124,24 @@ def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead:
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
-    """Return the files that `read_records` reads: `path`, or the annotation files listed in InternVL's object."""
-    return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
+    """Return the files that `read_records` reads: `path`, and the annotation files listed in InternVL's object."""
+    return [*dict.fromkeys([path, *(annotation for annotation, *_ in _sets(path, image_root).values())])]
 
 
-def _lists_sets(path: Path) -> bool:
-    try:
-        with open_file(path) as file:
-            return path.suffix == ".json" and file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] == "{"
-    except (UserError, OSError):
-        return False  # reported when the file is read
-
-
-def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    """Return the records of all data sets in InternVL's `{name: {root, annotation, repeat_time}}`; ids are "name/id".
+def _sets(path: Path, image_root: Path | None) -> dict[str | None, tuple[Path, Path | None, float]]:
+    """Return {name: (annotation file, image folder, repeat_time)} of InternVL's list of data sets, or None for a file.
 
     `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats all (reference: InternVL
     `LazySupervisedDataset`). Sets cannot be nested.
     """
-    records: list[Record] = []
-    for name, (annotation, root, repeat) in _sets(path, image_root).items():
-        read = _read_list(annotation, root, image_lead, on_error)
-        named = [replace(record, id=f"{name}/{record.id}") for record in read]
-        records += named[: int(len(read) * repeat)] if repeat < 1 else named * int(repeat)
-    if not records:
-        raise UserError(f"{path}: the data sets in this file have no records: add data sets, or raise repeat_time")
-    return records
-
-
-def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
-    """Return {name: (annotation file, image folder, repeat_time)} of InternVL's list of data sets."""
-    base, sets = Path(image_root or ""), {}
+    alone: dict[str | None, tuple[Path, Path | None, float]] = {None: (path, image_root, 1)}
+    try:
+        with open_file(path) as file:
+            if path.suffix != ".json" or file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] != "{":
+                return alone
+    except (UserError, OSError):
+        return alone  # reported when the file is read
+    base, sets = Path(image_root or ""), dict[str | None, tuple[Path, Path | None, float]]()
     for name, entry in next(read_entries(path, "stop", kind=dict)).items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
             raise UserError(

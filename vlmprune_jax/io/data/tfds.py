@@ -14,13 +14,14 @@ in place (array_record reads Google Cloud Storage itself; the small metadata fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -113,11 +114,17 @@ def write_tfds(
     building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
     try:
         with reading(out_dir, "free disk space or use another folder", "written"):
-            examples = (_example(record, names, numbers) for record in records)
-            _write(RECORDS, building, _counted(examples, 0, progress))
+            done = itertools.count(1)
+
+            def counted(examples: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+                for number, example in enumerate(examples):
+                    yield number, example
+                    if progress is not None:
+                        progress(next(done))
+
+            _write(RECORDS, building, counted(_example(record, names, numbers) for record in records))
             if names:
-                pictures = (_picture(image, name) for image, name in names.items())
-                _write(IMAGES, building, _counted(pictures, len(records), progress))
+                _write(IMAGES, building, counted(_picture(image, name) for image, name in names.items()))
             os.replace(building, out_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -151,13 +158,6 @@ def _picture(image: Path | StoredImage, name: str) -> dict[str, Any]:
     with reading(image, "check the image root"):
         content = read_bytes(image, MAX_COPY_BYTES) if isinstance(image, Path) else image.read_bytes()
     return {"name": name, "image": io.BytesIO(content)}  # encoded bytes: arrays would go through TensorFlow
-
-
-def _counted(examples: Iterable[Any], before: int, progress: Callable[[int], None] | None) -> Iterator[tuple[int, Any]]:
-    for number, example in enumerate(examples):
-        yield number, example
-        if progress is not None:
-            progress(before + number + 1)
 
 
 def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> None:
@@ -194,15 +194,17 @@ class ImageStore:
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
         self.numbers: dict[str, int] = {}  # name of an image -> its number
-        self._source: _Source | None = None
-        self._identity: str | None = None
-        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _images(self) -> _Source:
+        return _Source(self.folder, IMAGES)
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        return hashlib.sha256(_text(self.folder / IMAGES / VERSION / _INFO).encode()).hexdigest()[:16]
 
     def identity(self) -> str:
         """Return a digest of the data set's metadata, which has the number of images and their total size."""
-        if self._identity is None:
-            text = _text(self.folder / IMAGES / VERSION / _INFO)
-            self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
     def find(self, name: str, location: str) -> StoredImage:
@@ -210,13 +212,10 @@ class ImageStore:
 
     def read(self, number: int) -> bytes:
         """Return an image's encoded bytes; raise OSError if it is missing, UserError if the folder is damaged."""
-        with self._lock:
-            if self._source is None:
-                self._source = _Source(self.folder, IMAGES)
-        if not 0 <= number < len(self._source):
+        if not 0 <= number < len(self._images):
             raise OSError(f"image {number} is not in {self.folder / IMAGES}")
         with reading(f"{self.folder / IMAGES}, image {number}", _TODO):
-            return self._source[number]["image"]
+            return self._images[number]["image"]
 
 
 class _Source:
