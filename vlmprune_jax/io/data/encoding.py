@@ -77,9 +77,8 @@ class Encoder:
         """
         ids, labels = self.training_tokens(record)
         row = self.padding_row(self.max_length if length is None else length)
-        row["input_ids"][: len(ids)] = ids
-        row["attention_mask"][: len(ids)] = 1
-        row["labels"][: len(ids)] = labels
+        for name, values in (("input_ids", ids), ("attention_mask", 1), ("labels", labels)):
+            row[name][: len(ids)] = values
         if self.image_loader is not None and self.image_loader.preparation.turns:
             shapes = self.shapes(record)
             row["position_ids"] = mrope_positions(
@@ -109,8 +108,7 @@ class Encoder:
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return the token ids int32[tokens] of a record's prompt, with image placeholders expanded."""
         ids = tokenize_prompt(record, self.tokenizer, self.template, **self._placeholders(record))
-        self._check_ids(ids, record)
-        self._check_longest(ids, record)
+        self._check_ids(ids, record, self.longest)
         return ids
 
     def images(self, record: Record, *, read: bool = True) -> list[tuple[np.ndarray, ImageShape]]:
@@ -122,8 +120,9 @@ class Encoder:
         if loader is None or not record.visuals:
             return images
         for path, image in zip(record.visuals, self.shapes(record), strict=True):
-            size = (loader.room(image.slots, image.tokens), *loader.shape)
-            zeros = np.broadcast_to(np.zeros((), loader.dtype), size)
+            zeros = np.broadcast_to(
+                np.zeros((), loader.dtype), (_room(loader, image.slots, image.tokens), *loader.shape)
+            )
             pixels = loader.load(path, record.id, len(record.images)) if read else zeros
             if len(pixels) != len(zeros):
                 raise UserError(f"record {record.id}: {_CHANGED}")
@@ -161,7 +160,7 @@ class Encoder:
         if loader is None:
             return {}
         slots, tokens = shape.slots * each, shape.image_tokens * each
-        values = jax.ShapeDtypeStruct((packs, loader.room(slots, tokens), *loader.shape), loader.dtype)
+        values = jax.ShapeDtypeStruct((packs, _room(loader, slots, tokens), *loader.shape), loader.dtype)
         grid = jax.ShapeDtypeStruct((packs, slots, AXES), np.int32) if loader.preparation.merge else None
         times = jax.ShapeDtypeStruct((packs, slots), np.float32) if self.tokens_per_second else None
         return {"vision": Packed(values, grid, times=times)}
@@ -255,10 +254,8 @@ class Encoder:
         ids, labels = tokenize_training(
             record, self.tokenizer, self.template, cut_text_at=cut, **self._placeholders(record)
         )
-        self._check_ids(ids, record)
-        if limit is None:
-            self._check_longest(ids, record)
-        elif len(ids) > limit:
+        self._check_ids(ids, record, 0 if limit else self.longest)
+        if limit is not None and len(ids) > limit:
             if not self.truncate:
                 check_length(len(ids), record, limit)
             visual, closed = is_visual(ids, self.visual_tokens), self.template.image_tokens is not None
@@ -286,24 +283,27 @@ class Encoder:
             return str(error)
         return None
 
-    def _check_ids(self, ids: np.ndarray, record: Record) -> None:
+    def _check_ids(self, ids: np.ndarray, record: Record, longest: int) -> None:
         if self.words and (ids[ids != self.image_token_id] >= self.words).any():
             raise UserError(
                 f"record {record.id}: token id {ids.max()} is outside the model's vocabulary of {self.words}: use the "
                 "model's own tokenizer"
             )
-
-    def _check_longest(self, ids: np.ndarray, record: Record) -> None:
-        if 0 < self.longest < len(ids):
+        if 0 < longest < len(ids):
             raise UserError(
                 f"record {record.id}: has {len(ids)} tokens with its images, more than the model's maximum of "
-                f"{self.longest}: drop the record, or set data.max_length to truncate it in training"
+                f"{longest}: drop the record, or set data.max_length to truncate it in training"
             )
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
         """Token ids that stand for image and video features in a prompt."""
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
+
+
+def _room(loader: ImageLoader | FeatureLoader, slots: int, image_tokens: int) -> int:
+    """Return the number of tiles, patches or feature vectors of images that have so many tiles or tokens."""
+    return image_tokens * loader.per_token if loader.per_token else slots
 
 
 def _doubled(buckets: Sequence[int], needed: int) -> list[int]:

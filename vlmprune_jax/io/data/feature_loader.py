@@ -47,9 +47,10 @@ class FeatureLoader:
         """Image preparation (resizing, tiling) that was used when the features were computed."""
         return self.images.preparation
 
-    def room(self, slots: int, image_tokens: int) -> int:
-        """Return the number of tiles or tokens whose features a packed row holds, see `ImageLoader.room`."""
-        return image_tokens if self.preparation.merge else slots
+    @property
+    def per_token(self) -> int:
+        """Feature vectors of an image token; 0 if all images have one size."""
+        return int(self.preparation.merge > 0)
 
     @property
     def videos(self) -> VideoReader | None:

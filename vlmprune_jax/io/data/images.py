@@ -18,7 +18,6 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
 from vlmprune_jax.io.data.config import ASPECT_RATIOS
-from vlmprune_jax.io.data.image_files import opened_image, to_rgb
 from vlmprune_jax.io.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
@@ -27,7 +26,7 @@ from vlmprune_jax.io.data.image_processor import (
     sides,
     way_of,
 )
-from vlmprune_jax.io.data.media import DECODING, StoredImage
+from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
 from vlmprune_jax.io.data.naflex import naflex_from_processor
 from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
@@ -100,6 +99,7 @@ class ImageLoader:
         self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: VideoReader | None = None
     ) -> None:
         self.preparation, self.videos, self.shape = preparation, videos, preparation.shape
+        self.per_token = preparation.merge**2  # patches of an image token; 0 if all images have one size
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -136,14 +136,6 @@ class ImageLoader:
             while self._cached_bytes > self._cache_bytes:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
-
-    def room(self, slots: int, image_tokens: int) -> int:
-        """Return the number of tiles or patches that a packed row holds.
-
-        `slots`: images or tiles in the row. `image_tokens`: their total tokens, used only for images of varying size.
-        """
-        merge = self.preparation.merge
-        return image_tokens * merge**2 if merge else slots
 
     def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
         """Return the tile or patch grid of each image or video of a record; files are opened only if grids need it.

@@ -186,8 +186,7 @@ def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -
     After any error the worker is killed, since its state is unknown.
     """
     _check_file(file, name, limits)
-    sent: dict[str, float] = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
-    sent |= {"decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY, "wall": limits.wall}
+    sent = {**vars(limits), "decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY}
     deadline = time.monotonic() + limits.wall
     with _LOCK:
         worker = _IDLE.pop() if _IDLE else _Worker()

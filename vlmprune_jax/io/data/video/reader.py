@@ -21,8 +21,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.image_files import opened_image, read_rgb
-from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key
+from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key, opened_image, read_rgb
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video.process import Limits, decode, describe
