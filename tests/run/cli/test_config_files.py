@@ -9,7 +9,6 @@ from repository import ROOT
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.run.cli import plan
 from vlmprune_jax.run.cli.config_files import (
     experiment_config,
     read_experiment,
@@ -20,6 +19,7 @@ from vlmprune_jax.run.cli.config_files import (
 )
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.stages import stage_command
+from vlmprune_jax.run.cli.tools import TOOLS
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.recipes import recipe, recipes
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -112,7 +112,7 @@ def test_a_yaml_file_is_a_config(tmp_path):
     assert read_experiment(flags.config, explicit=flags.explicit) == override(Experiment(), config.to_dict())
     assert starting_point(flags) == override(Experiment(), shipped_config("demo").to_dict())
     (tmp_path / "my.yml").write_text("recipe: internvl")
-    flags = parse("plan", plan, [f"--config={tmp_path}/my.yml"])
+    flags = parse("plan", TOOLS["plan"], [f"--config={tmp_path}/my.yml"])
     assert read_experiment(flags.config) == override(Experiment(), recipe("internvl"))
 
 

@@ -52,12 +52,12 @@ def test_refusals(model, tmp_path, capsys, flags, message):
 def test_recommend_offers_a_large_vocabulary_first(tmp_path, capsys):
     folder = tokenized_folder(tmp_path / "model", "llama")
     assert vocabulary_share(read_config(folder)[1]) > LARGE_VOCABULARY
-    assert main(["recommend", f"--model={folder}", "--ratio=0.2", "--compute=none"]) == 0
+    assert main(["recommend", f"--model={folder}", "--ratio=0.1", "--compute=none"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("first: ", "prune: "))]
     assert lines[0].startswith("first: trim the vocabulary, whose 640 tokens are ")
     assert len(lines) == 2
     edit_config(folder, vocab_size=16)
-    assert main(["recommend", f"--model={folder}", "--ratio=0.2", "--compute=none"]) == 0
+    assert main(["recommend", f"--model={folder}", "--ratio=0.1", "--compute=none"]) == 0
     assert "first: trim" not in capsys.readouterr().out
 
 

@@ -226,8 +226,9 @@ def find_command(name: str, *rest: str) -> Command:
 
 
 def script_command(script: ModuleType) -> Command:
-    """Return the command of a script that has `define` and `run`, and its help text as docstring."""
-    return Command(inspect.cleandoc(script.__doc__ or ""), script.run, script.define)
+    """Return the command of a script that has `define`, `run`, perhaps TAKES_ARGUMENTS, and its help text as docstring."""
+    arguments = getattr(script, "TAKES_ARGUMENTS", False)
+    return Command(inspect.cleandoc(script.__doc__ or ""), script.run, script.define, arguments)
 
 
 if __name__ == "__main__":
