@@ -39,7 +39,6 @@ from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.stages.graph import task_of
 from vlmprune_jax.run.stages.recover import cached_features, prepare
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.ledger import run_task
@@ -96,7 +95,7 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     changed = override(experiment, {"data": data, "recover": recover})
     place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
     work = quiet(root, changed, stage="recover", **place)
-    run_task(task_of(work), overwrite=False, say=work.say)
+    run_task(work.task, overwrite=False, say=work.say)
     return root / name
 
 

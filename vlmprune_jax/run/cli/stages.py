@@ -12,7 +12,7 @@ from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.flags import Flags, common
-from vlmprune_jax.run.stages.registry import STAGES
+from vlmprune_jax.run.stages.stage import STAGES
 
 RUN = """\
 Stages with unchanged inputs are skipped, and an interrupted run continues.

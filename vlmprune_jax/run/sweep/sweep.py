@@ -22,8 +22,7 @@ from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import CONTROL, check_experiment
-from vlmprune_jax.run.stages.graph import steps_of, task_of
-from vlmprune_jax.run.stages.registry import STAGES
+from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
 from vlmprune_jax.run.stages.work import teacher_folder
 from vlmprune_jax.run.sweep.hyper import SweepRun
@@ -274,8 +273,8 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}
     run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
-    for step in steps_of(sweep.work(run, reporter)):
-        task = task_of(step)
+    for step in sweep.work(run, reporter).steps:
+        task = step.task
         before = [keys[earlier.stage] for earlier in step.before]
         stage = CONTROL if step.is_control else step.stage
         keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
