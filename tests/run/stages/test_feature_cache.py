@@ -39,7 +39,7 @@ from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.stages.recover import cached_features, prepare
+from vlmprune_jax.run.stages.recover import Recovery
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.ledger import run_task
 
@@ -151,7 +151,7 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    return cached_features(prepare(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover))
+    return Recovery(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover).cached_features()
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

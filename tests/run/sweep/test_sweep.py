@@ -252,7 +252,7 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     names = []
     for run in runs:
         one = row("depth", 0.15, "none", 50.0, digest="same")
-        models = [replace(one.found, path=f"runs/{run.name}/{name}") for name in ("pruned", "recovered")]
+        models = [replace(one.found, path=name) for name in ("pruned", "recovered")]
         entry = replace(one, name=run.name, run=run.name, group=run.group, found=None)
         names += [one.name for one in sweep_run._entries(run, entry, models, seen)]
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]

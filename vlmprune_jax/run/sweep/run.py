@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import compare_again
 from vlmprune_jax.run.workdir.content import content_key, digest
 from vlmprune_jax.run.workdir.ledger import remove
-from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Sets, Unpruned, read_result
+from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Unpruned, read_result
 from vlmprune_jax.run.workdir.store import Store
 from vlmprune_jax.run.workdir.sweep import Entry, RunError, SweepResult
 
@@ -61,19 +61,16 @@ def with_caches(experiment: Experiment) -> Experiment:
 
     A cache of logits or features refuses entries from another teacher, tower or preprocessing.
     """
-    teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
-    model, sections = experiment.model, experiment.sections
-    shared = affecting("teacher_cache", sections)
-    if teacher is not None:
-        recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
-        experiment = dataclasses.replace(experiment, recover=recover)
-    if features is not None:
+    recover, data, sections = experiment.recover, experiment.data, experiment.sections
+    model, shared = vars(experiment.model), affecting("teacher_cache", sections)
+    if recover.teacher_cache is not None:
+        recover = dataclasses.replace(recover, teacher_cache=_below(recover.teacher_cache, [model, shared]))
+    if data.feature_cache is not None:
         stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
         tower = [affecting(stage, sections) for stage in stages]
-        data = [shared, experiment.data.max_images, experiment.data.images, experiment.recover.compute_dtype]
-        cache = _below(features, [vars(model), data, tower])
-        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=cache))
-    return experiment
+        made_from = [model, [shared, data.max_images, data.images, recover.compute_dtype], tower]
+        data = dataclasses.replace(data, feature_cache=_below(data.feature_cache, made_from))
+    return dataclasses.replace(experiment, recover=recover, data=data)
 
 
 def _below(folder: str, made_from: Any) -> str:
@@ -104,12 +101,6 @@ def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
     write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
 
 
-def is_done(run: SweepRun, sweep: Sweep) -> bool:
-    """Return True if a sweep run is complete, with unchanged settings and inputs."""
-    result = read_run(run, sweep)
-    return result is not None and result.made_from == made_from_of(run, sweep)
-
-
 def read_run(run: SweepRun, sweep: Sweep) -> Result | None:
     """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`."""
     try:
@@ -117,6 +108,12 @@ def read_run(run: SweepRun, sweep: Sweep) -> Result | None:
     except UserError:
         return None
     return result if result.made_from else None
+
+
+def finished_run(run: SweepRun, sweep: Sweep) -> Result | None:
+    """Return the results of a complete sweep run with unchanged settings and inputs; None otherwise."""
+    result = read_run(run, sweep)
+    return result if result is not None and result.made_from == made_from_of(run, sweep) else None
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
@@ -151,56 +148,38 @@ def digest_once(path: Path | str) -> str:
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
     """Collect the results of all complete runs as the content of `sweep.json`."""
-    sets, unpruned, models = dict[str, Set](), dict[str, Unpruned](), list[Entry]()
-    seen = set[str]()
+    sets, unpruned, models, seen = dict[str, Set](), dict[str, Unpruned](), list[Entry](), set[str]()
     for run in runs:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)
-        result = read_run(run, sweep)
-        if result is None or result.made_from != made_from_of(run, sweep):
+        result = finished_run(run, sweep)
+        if result is None:
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
         # perplexities of different vocabularies are compared by bits per byte, in all runs
         sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in result.sets.items()}
         unpruned.setdefault(result.runs[0].unpruned, result.teacher)
-        models += _entries(run, entry, [_in_sweep(model, run) for model in result.runs], seen)
-    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=_alike(models, unpruned, sets))
+        models += _entries(run, entry, result.runs, seen)
+    for number, entry in enumerate(models):  # retention by the same main metric of a set in all runs
+        if (model := entry.found) is not None:
+            again = compare_again(model.evaluation, unpruned[model.unpruned].evaluation, sets)
+            models[number] = replace(entry, found=replace(model, evaluation=again))
+    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=models)
 
 
-def _in_sweep(model: Run, run: SweepRun) -> Run:
-    """Return a model's entry with paths relative to the sweep's workdir."""
+def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str]) -> Iterator[Entry]:
+    """Yield the models of a sweep run that no earlier run contains, with paths relative to the sweep's workdir."""
+    several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
 
     def in_sweep(path: str) -> str:
         return path and f"{RUNS}/{run.name}/{path}"
 
-    metrics = model.metrics and in_sweep(model.metrics)
-    scores = [in_sweep(path) for path in model.scores]
-    return replace(model, path=in_sweep(model.path), plan=in_sweep(model.plan), scores=scores, metrics=metrics)
-
-
-def _alike(models: Sequence[Entry], unpruned: Mapping[str, Unpruned], sets: Sets) -> list[Entry]:
-    """Return sweep entries with retention recomputed from the same main metric per evaluation set."""
-    return [
-        entry
-        if (model := entry.found) is None
-        else replace(
-            entry,
-            found=replace(model, evaluation=compare_again(model.evaluation, unpruned[model.unpruned].evaluation, sets)),
-        )
-        for entry in models
-    ]
-
-
-def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str]) -> Iterator[Entry]:
-    """Yield the models of a sweep run that no earlier run contains."""
-    several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
         last, known = number == len(models), model.digest in seen
         seen.add(model.digest)
         if known and not last:
             continue
-        if last and not several:
-            yield replace(entry, found=model)
-        else:
-            relative = Path(model.path).relative_to(Path(RUNS) / run.name).as_posix()
-            yield replace(entry, name=f"{entry.name}/{relative}", group=f"{entry.group}/{relative}", found=model)
+        paths = {name: in_sweep(getattr(model, name)) for name in ("path", "plan", "metrics")}
+        found = replace(model, **paths, scores=[*map(in_sweep, model.scores)])
+        part = "" if last and not several else f"/{model.path}"
+        yield replace(entry, name=f"{entry.name}{part}", group=f"{entry.group}{part}", found=found)

@@ -31,7 +31,7 @@ from vlmprune_jax.run.sweep.run import (
     collect,
     digest_once,
     do_run,
-    is_done,
+    finished_run,
     note_error,
     read_error,
     read_run,
@@ -167,7 +167,7 @@ def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
     """Return the unfinished runs, with runs that failed before at the end."""
 
     def ranked() -> list[int]:
-        left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
+        left = [number for number, run in enumerate(runs) if finished_run(run, sweep) is None]
         return sorted(left, key=lambda number: read_error(runs[number], sweep) is not None)
 
     return [runs[number] for number in on_process_zero(ranked)]
