@@ -24,7 +24,7 @@ from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
-from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
@@ -158,7 +158,7 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
         yield from figures.loss_section(workdir, result)
     planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
     if planned is not None and planned.recoveries:
-        facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.recoveries.items())
+        facts = tuple((printable(name), tuple(recovery.table())) for name, recovery in planned.recoveries.items())
         yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
     if finished and result is not None:
         yield _export(result)
