@@ -176,7 +176,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     shutil.copy(root / "plan.json", tmp_path)
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         edit_weights(tmp_path / "pruned", _other_tower, file.name)
-    with pytest.raises(UserError, match="have different vision towers: unset feature_cache"):
+    with pytest.raises(UserError, match="have different vision towers: unset it or use"):
         prepared(experiment, tmp_path, cache)
     with pytest.raises(UserError, match=r'weights.digest was "\w+", now "\w+"'):
         prepared(experiment, tmp_path, cache, recover={"losses": {"teacher_inputs": "student"}})

@@ -82,7 +82,11 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
     card: Any = _benchmarks(work)
     if card and _is_quantised(values) and spec.evaluate:
-        card = [card, [_without_model(part.task) for part in _evaluations(work)]]
+        evaluations = []
+        for task in (part.task for part in _evaluations(work)):
+            data_files = {name: path for name, path in task.inputs.items() if name != "model"}
+            evaluations.append(content_key(made_from(task.settings, data_files, task.version)))
+        card = [card, evaluations]
     return task.add(
         inputs={
             **(inputs.record_files(data, "train") if calibrates else {}),
@@ -135,7 +139,9 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     if _is_quantised(values):
         loaded = None if chosen.read is None else {out: chosen.read(out, model, values)}
         del model
-        rows, remark = _after_rounding(work, spec, out, loaded), _remark(facts)
+        rows, moved = _after_rounding(work, spec, out, loaded), facts.moved_by_rounding
+        if moved is not None:
+            remark = f"Quantisation moves the model's logits by at most {moved:.2g} (random text and images)."
     if is_main_process():
         add_evaluation(out, rows, remark)
     if spec.push_to_hub is not None and is_main_process():
@@ -187,19 +193,6 @@ def _evaluations(work: Work) -> list[Work]:
     """Return a `Work` for evaluating the model that is exported on each set."""
     maker = work.before[-1]
     return evaluation_works(maker, maker.out, maker.out.name)
-
-
-def _without_model(task: Task) -> str:
-    """Return a key of an evaluation's settings and data."""
-    data = {name: path for name, path in task.inputs.items() if name != "model"}
-    return content_key(made_from(task.settings, data, task.version))
-
-
-def _remark(facts: ExportFacts) -> str:
-    """Return the card's sentence on the effect of the quantisation on logits; "" if the format does not tell."""
-    if facts.moved_by_rounding is None:
-        return ""
-    return f"Quantisation moves the model's logits by at most {facts.moved_by_rounding:.2g} (random text and images)."
 
 
 # Calibration ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -104,16 +103,12 @@ def _check_files(what: str, files: Mapping[str, Path | str]) -> None:
             raise UserError(f"{what}: {name} is {path}: no such file or folder")
 
 
-def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
-    return inputs.load_inputs(work.model, data, work.config(work.teacher))
-
-
 def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
     """Yield a line with size and settings of each evaluation set, after reading its records."""
     data, sizes = work.experiment.data, list[str]()
     for name, eval_set in sets.items():
         if eval_set.text is None:
-            shared = _load_inputs(work, data)
+            shared = inputs.load_inputs(work.model, data, work.config(work.teacher))
             yield from shared.notes
             records = evaluation_records(eval_set, image_lead=shared.template.image_lead)
             check_answered(records)
@@ -129,7 +124,7 @@ def _about(step: Work) -> Iterator[str]:
     """Yield lines that describe a step, with its numbers of records and optimizer steps."""
     data, counted = step.experiment.data, ""
     if any(name.startswith("data.train") for name in step.task.inputs):
-        shared, spec = _load_inputs(step, data), step.sections[step.stage]
+        shared, spec = inputs.load_inputs(step.model, data, step.config(step.teacher)), step.sections[step.stage]
         yield from shared.notes
         available = inputs.training_records(data, shared.template)
         total = len(available)
@@ -137,7 +132,10 @@ def _about(step: Work) -> Iterator[str]:
         if step.stage == "recover":
             records = inputs.recovery_records(data, shared.template)
             if data.on_error == "stop":
-                _check_sample(records, shared.training_encoder(step.config(step.teacher)))
+                encoder = shared.training_encoder(step.config(step.teacher))
+                for problem in map(encoder.problem, records[:: max(1, len(records) // SAMPLE)][:SAMPLE]):
+                    if problem is not None:
+                        raise UserError(f"data.train: {problem}")
             config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
@@ -150,13 +148,6 @@ def _about(step: Work) -> Iterator[str]:
     if step.is_control:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
     yield f"{step.task.name}{counted}"
-
-
-def _check_sample(records: Any, encoder: Any) -> None:
-    for record in records[:: max(1, len(records) // SAMPLE)][:SAMPLE]:
-        problem = encoder.problem(record)
-        if problem is not None:
-            raise UserError(f"data.train: {problem}")
 
 
 def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
