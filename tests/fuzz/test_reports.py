@@ -20,7 +20,7 @@ from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
-from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
+from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_sweep, groups_of
