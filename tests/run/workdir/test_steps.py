@@ -44,7 +44,6 @@ def test_everything_but_the_export(workdir):
     assert [run.evaluation.retained["questions"] for run in found.runs] == pytest.approx(
         [100 * 10 / 32, 100 * 30 / 32, 100 * 31 / 32]
     )
-    assert "p against best" in page
     assert (workdir / "report.png").is_file()
     assert missing(page) == {
         "width-sft: recover": "recover",

@@ -128,7 +128,7 @@ def run_sweep(
     if is_main_process():
         result = write_sweep(runs, sweep)
         if result.done:
-            reporter.table(*tables_of(comparison_of_sweep(result), sweep.workdir)[0].printed)
+            reporter.table(*tables_of(comparison_of_sweep(result), runs=True)[0].printed)
         _finish(result, mine, sweep, reporter)
 
 

@@ -20,7 +20,7 @@ from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.evaluation import TEACHER, evaluations_of
 from vlmprune_jax.run.workdir.ledger import StageRecord, finished_stages
-from vlmprune_jax.run.workdir.result import Evaluations, Result, Run, RunEvaluation
+from vlmprune_jax.run.workdir.result import Evaluations, ModelEvaluation, Result, Run
 from vlmprune_jax.run.workdir.speed import SPEED, Speed
 
 STEPS = ".stages/steps.json"
@@ -241,7 +241,7 @@ def _facts(stage: str, kind: Any, chain: Sequence[StepRecord], records: Mapping[
 def _entry(
     step: StepRecord,
     chain: Sequence[StepRecord],
-    evaluation: RunEvaluation,
+    evaluation: ModelEvaluation,
     records: Mapping[str, StageRecord],
     workdir: Path,
 ) -> dict[str, Any]:
