@@ -18,9 +18,9 @@ from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_section
-from vlmprune_jax.run.stages import answers
+from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
-from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
+from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_sweep, groups_of
@@ -73,7 +73,7 @@ def test_sweeps(tmp_path):
         found = read_sweep(tmp_path)
         groups = groups_of(found)
         return (
-            tables_of(comparison_of_sweep(found), path.parent)[0],
+            tables_of(comparison_of_sweep(found))[0],
             as_csv(found),
             series_of(groups),
             [way_of(group) for group in groups],
@@ -166,7 +166,7 @@ def test_answers(tmp_path):
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():
-        return answers._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
+        return evaluate._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -192,7 +192,7 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
 
     def compared():
         result = read_unfinished(tmp_path).result
-        return [] if result is None else tables_of(comparison_of_run(result), tmp_path)
+        return [] if result is None else tables_of(comparison_of_run(result))
 
     whole = saved(path, evaluation)
     assert len(compared()) == 1

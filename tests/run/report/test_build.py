@@ -66,7 +66,7 @@ def test_links_are_found():
 
 def test_page_tells_the_numbers_and_is_one_file(workdir):
     page = build_report(workdir).read_text()
-    for text in ("depth-<wbr>sft", "76.00", "95.00", "5 %", "12.3", "3.2e-06", "Best of 3 models"):
+    for text in ("depth-<wbr>sft", "76.00", "95.00", ">5</td>", "12.3", "3.2e-06", "Best of 3 models"):
         assert text in page
     assert page.count("<svg") == 7  # accuracy (two panels), what two plans removed, two importances, losses
     assert outside_of(page) == []
@@ -153,7 +153,7 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
     assert page.count("<svg") == 7  # the average (two panels), what two plans removed, two importances, losses
-    assert "retains 82.50 % of the unpruned score on average over 2 evaluation sets" in page
+    assert "<dt>retained, % (mean of 2 sets)</dt><dd>82.50</dd>" in page
     assert "accuracy" not in page.lower().split("<summary>")[0]
 
 

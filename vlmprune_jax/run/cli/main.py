@@ -226,7 +226,7 @@ def find_command(name: str, *rest: str) -> Command:
 
 
 def script_command(script: ModuleType) -> Command:
-    """Return the command of a script that has `define`, `run`, perhaps TAKES_ARGUMENTS, and its help text as docstring."""
+    """Return the command of a script with `define`, `run`, perhaps TAKES_ARGUMENTS, and help as docstring."""
     arguments = getattr(script, "TAKES_ARGUMENTS", False)
     return Command(inspect.cleandoc(script.__doc__ or ""), script.run, script.define, arguments)
 

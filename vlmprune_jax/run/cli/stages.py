@@ -10,7 +10,7 @@ from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.flags import COMMON, Command, Flags, Spec, define_all
-from vlmprune_jax.run.stages.registry import STAGES
+from vlmprune_jax.run.stages.stage import STAGES
 
 RUN = """\
 Stages with unchanged inputs are skipped, and an interrupted run continues.
@@ -119,10 +119,11 @@ def run_command(name: str, flags: Any) -> None:
 def _sweep(flags: Any) -> None:
     from vlmprune_jax.run.cli.config_files import starting_point
     from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.run.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
+    from vlmprune_jax.run.sweep.hyper import check_runs, runs_named, shard_of
+    from vlmprune_jax.run.sweep.sweep import run_sweep, tell_sharing, tell_unused
 
     runs, sweep, reporter = prepare_sweep(flags)
-    check_runs(runs, sweep, flags.jobs)
+    check_runs(runs, flags.jobs)
     mine = shard_of(runs_named(runs, flags.only), flags.shard)
     placed = runs if flags.dry_run else place_all(runs, sweep)
     tell_unused(placed, starting_point(flags), reporter)
@@ -148,7 +149,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.base.processes import is_main_process
     from vlmprune_jax.run.report.build import build_report
-    from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
+    from vlmprune_jax.run.report.tables import key_numbers, lead, parameter_note, tables_of
     from vlmprune_jax.run.stages.export import describe_export
     from vlmprune_jax.run.workdir.groups import comparison_of_run
     from vlmprune_jax.run.workdir.result import RESULT, read_result
@@ -161,7 +162,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
         comparison = comparison_of_run(result)
         for table in tables_of(comparison):
             reporter.table(*table.printed)
-        reporter.say(lead(comparison))
+        reporter.say("; ".join([lead(comparison), *map(" ".join, key_numbers(comparison))]))
         if note := parameter_note(result.teacher):
             reporter.say(note)
         reporter.say(f"best: {workdir / result.best_run.path}")

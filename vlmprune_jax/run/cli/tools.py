@@ -295,7 +295,7 @@ def env(flags: Any) -> None:
 
     from vlmprune_jax.core.mesh.machine import cores, cpu, processor
     from vlmprune_jax.core.mesh.mesh import start_devices
-    from vlmprune_jax.run.workdir.provenance import commit, versions
+    from vlmprune_jax.run.workdir.content import commit, versions
 
     try:
         start_devices()
@@ -345,6 +345,6 @@ def tfds(flags: Any) -> None:
 
 def version() -> str:
     """Return the version of vlmprune-jax."""
-    from vlmprune_jax.run.workdir.provenance import versions
+    from vlmprune_jax.run.workdir.content import versions
 
     return versions(("vlmprune-jax",)).get("vlmprune-jax", "not installed")
