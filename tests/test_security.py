@@ -20,7 +20,7 @@ SAFE = {
     ("io/exports/gguf_file.py", "_ask"): "-P",
     ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
-    ("run/workdir/provenance.py", "commit"): "git, in the folder of this package",
+    ("run/workdir/content.py", "commit"): "git, in the folder of this package",
     ("run/sweep/workers.py", "__init__"): "_safe_path",
 }
 _NEW = "a new folder, which appears when it is complete"

@@ -13,14 +13,13 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
+from vlmprune_jax.run.report.build import shown_samples, vocabulary_section
 from vlmprune_jax.run.report.comparison_plots import series_of, way_of
-from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import tables_of
-from vlmprune_jax.run.report.vocabulary import vocabulary_section
-from vlmprune_jax.run.stages import answers
+from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
-from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
+from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_sweep, groups_of
@@ -29,7 +28,7 @@ from vlmprune_jax.run.workdir.samples import SAMPLES, Picture, Sample, SampleAns
 from vlmprune_jax.run.workdir.speed import Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.run.workdir.sweep import RunError, as_csv, read_sweep
-from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 CFG = cases.config()
@@ -73,7 +72,7 @@ def test_sweeps(tmp_path):
         found = read_sweep(tmp_path)
         groups = groups_of(found)
         return (
-            tables_of(comparison_of_sweep(found), path.parent)[0],
+            tables_of(comparison_of_sweep(found))[0],
             as_csv(found),
             series_of(groups),
             [way_of(group) for group in groups],
@@ -111,11 +110,10 @@ def test_runs_of_sweeps(tmp_path):
 
 def test_tpu_plans(tmp_path):
     path = tmp_path / TPU_PLAN
-    fits = Planned(step=PLANNED, search={"batch": PLANNED})
-    whole = saved(path, TpuPlan(recoveries={"depth": fits, "width": Planned(problem="too large")}))
+    whole = saved(path, TpuPlan(recoveries={"depth": PLANNED, "width": PLANNED}))
 
     def shown():
-        return [as_rows(planned) for planned in read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()]
+        return [[*planned.table()] for planned in read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()]
 
     assert len(shown()) == 2
 
@@ -167,7 +165,7 @@ def test_answers(tmp_path):
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():
-        return answers._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
+        return evaluate._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -193,7 +191,7 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
 
     def compared():
         result = read_unfinished(tmp_path).result
-        return [] if result is None else tables_of(comparison_of_run(result), tmp_path)
+        return [] if result is None else tables_of(comparison_of_run(result))
 
     whole = saved(path, evaluation)
     assert len(compared()) == 1
