@@ -270,14 +270,14 @@ def test_rows_keep_the_positions_that_count(tmp_path):
     nothing = {"labels": np.full(6, -100), "attention_mask": row["attention_mask"]}
     ids = np.arange(12).reshape(6, 2) + 70_000
     logprobs = -np.arange(18, dtype=np.float32).reshape(6, 3)
-    assert not rows.has(records[0])
+    assert not rows.has(rows.keys(records[0]))
     for record, labels, at in zip(records, (row, row, nothing), (ids, ids - 70_000, ids), strict=True):
         rows.cache.add(rows.arrays(record, labels, at, logprobs))
     rows.cache.publish()
     for number, base in ((0, 70_000), (1, 0)):
         found = dict(row)
         rows.fill(found, records[number])
-        assert rows.has(records[number])
+        assert rows.has(rows.keys(records[number]))
         kept = [rows.cache[f"{record_key(records[number])}.{name}"].dtype for name in ("ids", "logprobs")]
         assert kept == [np.int32 if base else np.uint16, rows.dtype]
         assert found["teacher_ids"].tolist() == [[0, 0], [base + 2, base + 3], [base + 4, base + 5], [0, 0],

@@ -320,7 +320,7 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
     )
     options = {"size": 1, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
     compute_records(loader, rows, [0], program, **options)
-    assert loader.has(records[0])
+    assert loader.has(loader.keys(records[0]))
     visual = records[0].visuals[0]
     pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
     tower = to_nnx(golden.model)

@@ -93,9 +93,8 @@ class FeatureLoader:
         sharing = len(record.images)
         return [key for visual in record.visuals for key in self._keys(visual, record.id, sharing)]
 
-    def has(self, record: Record) -> bool:
-        """Return True if a record's features are cached, or one of its images could not be read."""
-        keys = self.keys(record)
+    def has(self, keys: Sequence[str]) -> bool:
+        """Return True if a record's features, with these keys, are cached, or one of its images could not be read."""
         missing = self.cache.missing(keys)
         return not missing or any(not len(self.cache[key]) for key in keys if key not in missing)
 

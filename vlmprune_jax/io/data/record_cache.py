@@ -58,8 +58,8 @@ class RecordCache(Protocol):
     def keys(self, record: Record) -> Sequence[str]:
         """Return the keys of a record's arrays; none if the record needs no arrays."""
 
-    def has(self, record: Record) -> bool:
-        """Return True if a record's arrays are cached."""
+    def has(self, keys: Sequence[str]) -> bool:
+        """Return True if a record's arrays, with these keys, are cached."""
 
     def bytes_of(self, record: Record, encoder: Encoder) -> int:
         """Return the number of bytes that the cache needs for a record."""
@@ -76,10 +76,9 @@ def records_to_compute(training: TrainingRows, arrays: RecordCache, size: int) -
     if sizes is not None:
         usable = np.flatnonzero(sizes[:, 0])
         order = usable[np.argsort(-sizes[usable, arrays.size_columns].sum(axis=1), kind="stable")].tolist()
-    distinct = {tuple(keys): number for number in order if (keys := arrays.keys(records[number]))}
-    numbers = list(distinct.values())
-    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    return [number for batch in batches if not all(arrays.has(records[number]) for number in batch) for number in batch]
+    distinct = [*{tuple(keys): number for number in order if (keys := arrays.keys(records[number]))}.items()]
+    batches = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+    return [number for batch in batches if not all(arrays.has(keys) for keys, _ in batch) for _, number in batch]
 
 
 def compute_records(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,9 +44,9 @@ class TeacherRows:
         key = record_key(record)
         return f"{key}.ids", f"{key}.logprobs"
 
-    def has(self, record: Record) -> bool:
-        """Return True if the teacher's outputs for this record are cached."""
-        return not self.cache.missing(self.keys(record))
+    def has(self, keys: Sequence[str]) -> bool:
+        """Return True if the teacher's outputs with these keys are cached."""
+        return not self.cache.missing(keys)
 
     def arrays(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the arrays to cache for one record, by their keys, from the teacher's outputs int, float[tokens, ...].
