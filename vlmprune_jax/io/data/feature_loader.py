@@ -30,14 +30,10 @@ class FeatureLoader:
     share patches. Images that could not be read when the features were computed have no tiles in the cache.
     """
 
-    images: ImageLoader
-    """Loader of the pixels of the same images."""
-
+    images: ImageLoader  # loader of the pixels of the same images
     cache: ArrayCache
 
-    shape: tuple[int, ...]
-    """(tokens, features) of one tile, or (features,) for images of varying size."""
-
+    shape: tuple[int, ...]  # (tokens, features) of one tile, or (features,) for images of varying size
     dtype: np.dtype
 
     size_columns: ClassVar[slice] = slice(1, 3)  # tiles and image tokens (see `RecordCache`)

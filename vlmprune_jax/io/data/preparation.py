@@ -32,11 +32,8 @@ class Preparation:
     merge: int
     """Patches per side of a token (n x n patches become one) for images of varying size; 0 if the size is fixed."""
 
-    shares = False
-    """True if an image's arrays depend on the number of images in its record."""
-
-    turns = False
-    """True if image tokens have rotary positions by row and column (M-RoPE)."""
+    shares = False  # True if an image's arrays depend on the number of images in its record
+    turns = False  # True if image tokens have rotary positions by row and column (M-RoPE)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -37,23 +37,12 @@ _Positive = Annotated[float, Meta(gt=0, le=1e12)]
 class Limits:
     """Limits on a video, checked before its memory is taken; settings of the section `data` have their names."""
 
-    file_bytes: int
-    """Size of the file (`max_video_megabytes`)."""
-
-    frames: int
-    """Frames in the file (`max_video_frames`)."""
-
-    seconds: float
-    """Duration (`max_video_seconds`)."""
-
-    pixels: int
-    """Pixels of a frame (`max_image_pixels`)."""
-
-    kept_pixels: int
-    """Pixels of all sampled frames together (`max_video_pixels`)."""
-
-    wall: int
-    """Seconds that decoding may take (`video_timeout`)."""
+    file_bytes: int  # size of the file (`max_video_megabytes`)
+    frames: int  # frames in the file (`max_video_frames`)
+    seconds: float  # duration (`max_video_seconds`)
+    pixels: int  # pixels of a frame (`max_image_pixels`)
+    kept_pixels: int  # pixels of all sampled frames together (`max_video_pixels`)
+    wall: int  # seconds that decoding may take (`video_timeout`)
 
 
 class Described(msgspec.Struct, frozen=True):

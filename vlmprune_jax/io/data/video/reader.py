@@ -32,37 +32,21 @@ from vlmprune_jax.io.families.tiles import VideoShape
 class ClipInfo:
     """Size, rate and sampled frame indices of one video, which are known without decoding all of its frames."""
 
-    indices: tuple[int, ...]
-    """Numbers of the sampled frames; a frame may occur more than once."""
-
-    fps: float
-    """Frames per second of the video (24 for a list of frame files)."""
-
-    total: int
-    """Frames in the video."""
-
-    used: int
-    """Number of frames in the sampled part of the video."""
-
-    duration: float
-    """Duration of the sampled part of the video (seconds)."""
-
-    height: int
-    """Pixels of a frame, before any preparation."""
-
-    width: int
-    """Pixels of a frame, before any preparation."""
-
-    key: str
-    """Identity of the video's content and of its decoder, for cache keys."""
+    indices: tuple[int, ...]  # numbers of the sampled frames; a frame may occur more than once
+    fps: float  # frames per second of the video (24 for a list of frame files)
+    total: int  # frames in the video
+    used: int  # number of frames in the sampled part of the video
+    duration: float  # duration of the sampled part of the video (seconds)
+    height: int  # pixels of a frame, before any preparation
+    width: int  # pixels of a frame, before any preparation
+    key: str  # identity of the video's content and of its decoder, for cache keys
 
 
 @dataclass(frozen=True)
 class Clip(ClipInfo):
     """One video's sampled frames, and facts about the video."""
 
-    frames: np.ndarray
-    """uint8[frames, height, width, 3], one for each of `indices`."""
+    frames: np.ndarray  # uint8[frames, height, width, 3], one for each of `indices`
 
 
 @dataclass(eq=False)
@@ -72,24 +56,14 @@ class VideoReader:
     video: VideoConfig
     limits: Limits
 
-    preparation: Preparation
-    """Conversion of frames to arrays."""
-
+    preparation: Preparation  # conversion of frames to arrays
     mismatch: str = ""
     """Why the vision tower does not accept these arrays, as text; "" if it does."""
 
-    fps: float | None = None
-    """Setting `data.video_fps` (None = the model folder's value)."""
-
-    count: int | None = None
-    """Setting `data.video_frames` (None = the model folder's value)."""
-
-    max_tokens: int | None = None
-    """Maximum number of tokens per video (None = as many as the preparation gives)."""
-
-    slot_tokens: int = 0
-    """Tokens of a frame, for models whose images have one size."""
-
+    fps: float | None = None  # setting `data.video_fps` (None = the model folder's value)
+    count: int | None = None  # setting `data.video_frames` (None = the model folder's value)
+    max_tokens: int | None = None  # maximum number of tokens per video (None = as many as the preparation gives)
+    slot_tokens: int = 0  # tokens of a frame, for models whose images have one size
     _described: dict[tuple[Video, Part], ClipInfo] = dataclasses.field(default_factory=dict, init=False)
 
     def shape(self, video: VideoSource, record: str) -> VideoShape:
