@@ -161,6 +161,8 @@ def test_several_limits_and_a_budget_that_holds_already():
     for name in ("parameters", "memory_bytes"):
         limit = 0.8 * make_measure(cfg, Budget(**{name: 1.0}, **work))(cfg)[name]
         alone[name] = limit, make_plan(scores, cfg, method="width", budget={name: limit, **work})
+    cache = 40 * 30 * sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in EQUAL)
+    assert alone["memory_bytes"][0] == pytest.approx(0.8 * 2 * (count_params(cfg) + cache))
     limit, nearest = alone["parameters"]
     assert limit - nearest.parameters_after < 5 * layer_costs(cfg).price(cfg.text.layers[0], "mlp")
     both = {name: limit for name, (limit, _) in alone.items()}
