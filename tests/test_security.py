@@ -22,7 +22,7 @@ SAFE = {
     ("io/data/video/process.py", "__init__"): "-P",
     ("io/data/chat_template.py", "chat_prompt"): "-P",
     ("run/workdir/content.py", "commit"): "git, in the folder of this package",
-    ("run/sweep/workers.py", "__init__"): "_safe_path",
+    ("run/sweep/workers.py", "in_processes"): "_safe_path",
 }
 _NEW = "a new folder, which appears when it is complete"
 _REPLACED = "a file that was removed or replaced a moment ago"
