@@ -57,7 +57,7 @@ UNBOUNDED = {
     ("run/evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
     ("io/exports/gguf_file.py", "_header"): "what was written a moment ago",
     ("core/mesh/machine.py", "_lines"): _SYSTEM,
-    ("run/sweep/sweep.py", "_forget_programs"): _SYSTEM,
+    ("run/sweep/sweep.py", "attempt"): _SYSTEM,
 }
 
 
