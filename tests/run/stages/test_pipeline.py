@@ -158,7 +158,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 17
+    assert out.count("unchanged, skipped") == 18
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
     steps = [step for step in root.steps if step.stage == name]
     if not steps:
         raise UserError(f"no model needs the stage {name}: {STAGES[name].off(root.sections)}")
-    for number, step in enumerate(steps):
-        check_disk(root, steps[number:], exported=False)
-        run_task(step.task, overwrite=root.overwrite, say=root.say)
+    for step in _execute(root, steps):
         _note_steps(root)
         if explain:
             for table in explain_plan(step, step.experiment.score, step.experiment.prune):
@@ -64,9 +62,7 @@ def make_models(root: Work) -> Result:
     teacher = evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
     finished, evaluations, pending = {""}, dict[str, Evaluations](), list[Work]()
-    for number, step in enumerate(root.steps):
-        check_disk(root, root.steps[number:], exported=False)
-        run_task(step.task, overwrite=root.overwrite, say=root.say)
+    for step in _execute(root, root.steps):
         finished.add(step.record.path)
         pending += [step] if step.record.model and step.record.evaluated else []
         if {model.record.compared_with for model in pending} <= finished:
@@ -162,6 +158,14 @@ def export(root: Work, part: str = "") -> None:
 def _models(root: Work) -> Iterator[Work]:
     """Yield the steps whose models exist in the workdir, without controls."""
     return (step for step in root.steps if step.record.model and not step.record.control and step.out.is_dir())
+
+
+def _execute(root: Work, steps: Sequence[Work]) -> Iterator[Work]:
+    """Run the tasks of these steps in order; yield every step that is done."""
+    for number, step in enumerate(steps):
+        check_disk(root, steps[number:], exported=False)
+        run_task(step.task, overwrite=root.overwrite, say=root.say)
+        yield step
 
 
 def _note_steps(root: Work) -> None:

@@ -24,7 +24,7 @@ from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.mesh.mesh import start_devices
 from vlmprune_jax.core.mesh.stop import noticed
 from vlmprune_jax.run.workdir.artefact import Artefact, read_artefact, write_artefact
-from vlmprune_jax.run.workdir.content import MadeFrom, digest, made_by, made_from, plain
+from vlmprune_jax.run.workdir.content import MadeFrom, content_key, digest, made_by, made_from, plain
 from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive, link
 
 
@@ -151,7 +151,9 @@ def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> Stag
             held.enter_context(_alone(task, say))
             record = _begin(task, overwrite, say)
             if record is None and task.store is not None:
-                key = task.store.key(task.kind, task.settings, task.inputs, task.version, task.outputs)
+                origin = made_from(task.settings, task.inputs, task.version, every_byte=True)
+                names = [path.name for path in task.outputs]
+                key = f"{task.kind}-{content_key(origin, names, task.store.also)}"
                 lock, waits = task.store.folder / f"{key}.lock", f"{task.name}: waiting for another run to compute it"
                 held.enter_context(exclusive(lock, math.inf, lambda: say(waits)))
                 record = _take(task, key, say)

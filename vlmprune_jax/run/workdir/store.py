@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,7 @@ from typing import IO, Any
 from vlmprune_jax.base.atomic import atomic_folder
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import open_file
-from vlmprune_jax.run.workdir.content import content_key, is_hidden, made_from
+from vlmprune_jax.run.workdir.content import is_hidden
 
 RECORD = "stage.json"
 _AT_ONCE = 16 << 20
@@ -23,6 +23,8 @@ _AT_ONCE = 16 << 20
 @dataclass(frozen=True)
 class Store:
     """Folder of stage results that a sweep's runs share; an entry has the outputs of a stage and their ledger entry.
+
+    An entry's name is a hash of all inputs of the result (every byte of them), and of the names of its files.
 
     The ledger entry is written last. An entry holds hard links to files of the runs (copies on disks without hard
     links), so that it takes no additional space and can be removed at any time. A stage replaces its files and never
@@ -33,18 +35,6 @@ class Store:
 
     folder: Path
     also: Mapping[str, Any] = field(default_factory=dict)
-
-    def key(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, Path | str],
-        version: int,
-        outputs: Sequence[Path],
-    ) -> str:
-        """Return the key of a stage's result: a hash of all its inputs and of its file names."""
-        origin = made_from(settings, inputs, version, every_byte=True)
-        return f"{stage}-{content_key(origin, [path.name for path in outputs], self.also)}"
 
 
 def link(source: Path, target: Path) -> None:
