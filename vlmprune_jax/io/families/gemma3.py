@@ -11,7 +11,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.rope import rope_from_hf
@@ -169,8 +169,7 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
         inputs_first=True,
         downsample=grid // side,
     )
-    token = int(config.get("image_token_index") or 262144)
-    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=token, vision=tower, projector=projector)
+    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=262144, vision=tower, projector=projector)
 
 
 # The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.
@@ -178,13 +177,13 @@ GEMMA3 = vlm_family(
     "gemma3",
     "Gemma3ForConditionalGeneration",
     from_hf=_from_hf,
-    tower=_TOWER,
+    tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=lambda cfg: [
-        *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
-        *part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
-        *TOWERS[_TOWER].weights("vision_tower.vision_model."),
-    ],
+    weights=vlm_weights(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
+        TOWERS[_TOWER].weights("vision_tower.vision_model."),
+    ),
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
     modules=HF_MODULES,
