@@ -13,14 +13,13 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
+from vlmprune_jax.run.report.build import shown_samples, vocabulary_section
 from vlmprune_jax.run.report.comparison_plots import series_of, way_of
-from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import tables_of
-from vlmprune_jax.run.report.vocabulary import vocabulary_section
-from vlmprune_jax.run.stages import answers
+from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
-from vlmprune_jax.run.sweep.run import Sweep, read_error, read_run
+from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_sweep, groups_of
@@ -166,7 +165,7 @@ def test_answers(tmp_path):
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():
-        return answers._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
+        return evaluate._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

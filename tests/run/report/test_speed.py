@@ -75,7 +75,7 @@ def test_no_place_shows_a_speedup_of_a_busy_machine(workdir):
     result = read_result(workdir)
     reason = "not measurable on this busy machine (repeats differ by {} %)"
     numbers = key_numbers(comparison_of_run(result))
-    assert numbers[-2:] == [("decoding, x", reason.format(146)), ("prompt, x", reason.format(140))]
+    assert numbers[-2:] == [("decoding speed-up", reason.format(146)), ("prompt speed-up", reason.format(140))]
     (table,) = tables_of(comparison_of_run(result))
     assert table.rows[2][table.header.index("decoding, x")] == "not measurable"
     rows = benchmark_rows(result.best_run, result.teacher, result.sets)[1:]

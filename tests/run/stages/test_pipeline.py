@@ -158,7 +158,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 17
+    assert out.count("unchanged, skipped") == 18
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
 
     def killed(work, start, subject):
         evaluations = evaluate_model(work, start, subject)
-        if not work.pruned:
+        if not work.record.pruned:
             raise KeyboardInterrupt
         return evaluations
 
@@ -223,16 +223,15 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.graph import steps_of
     from vlmprune_jax.run.stages.work import Work
 
     def controls(**changes):
         experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
-        steps = steps_of(Work.at(tmp_path, experiment, make_reporter(False)))
-        assert all(step.control is None for step in steps if step.stage != "recover")
-        found = [step.control and step.control.relative_to(tmp_path).as_posix() for step in steps]
-        trained = [step.path for step in steps if not step.pruned]
-        return trained, [path for step, path in zip(steps, found, strict=True) if step.stage == "recover" and path]
+        steps = Work.at(tmp_path, experiment, make_reporter(False)).steps
+        found = [step.record for step in steps]
+        assert not any(step.compared_with for step in found if step.stage != "recover")
+        trained = [step.path for step in found if not step.pruned]
+        return trained, [step.compared_with for step in found if step.compared_with]
 
     assert controls() == (["control/recovered"], ["control/recovered"])
     assert controls(recover={"control": False}) == ([], [])
@@ -250,14 +249,13 @@ def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.graph import record_of, steps_of
     from vlmprune_jax.run.stages.work import Work
 
     def steps(**changes):
         settings = {"model": {"hf_dir": "teacher"}, "prune": {"method": "none", "ratio": 0.3}, **changes}
-        return steps_of(Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)))
+        return Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)).steps
 
-    [trained] = map(record_of, steps(reconstruct={"method": "least_squares"}))
+    (trained,) = [step.record for step in steps(reconstruct={"method": "least_squares"})]
     assert (trained.stage, trained.name) == ("recover", "unpruned-recovered")
     assert not trained.pruned
     assert not trained.control

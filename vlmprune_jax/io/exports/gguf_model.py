@@ -23,7 +23,7 @@ from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
-from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
@@ -267,12 +267,12 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         lines = []
-        for line in family.weights(cfg):
+        for line in weight_table(cfg, family):
             inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
             if line.path.startswith(f"{part}/"):
                 whole = names[inside].endswith(WITHOUT_LEAF)
                 key = names[inside] if whole else f"{names[inside]}.{leaf}"
-                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
+                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout or "")
                 line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
             lines.append(line)
         return lines

@@ -18,7 +18,7 @@ from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.part import AXES, Part
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
-from vlmprune_jax.io.checkpoints.layout import dimensions
+from vlmprune_jax.io.checkpoints.layout import dimensions, weight_table
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.families import Family
 
@@ -47,11 +47,13 @@ class MtpCut:
         }
         if not self.keys:
             raise self._error(f"has no module for multi-token prediction ({prefix or f'family {family.name}'})")
-        lines = [line for line in family.weights(cfg) if _NUMBERED in line.key and line.path.startswith("text/layers/")]
+        lines = [
+            line for line in weight_table(cfg, family) if _NUMBERED in line.key and line.path.startswith("text/layers/")
+        ]
         others = {layer.mixer.module for layer in cfg.text.layers} - {Attention.module}
         own = [line for line in lines if line.path.partition("{i}/")[2].split("/")[0] not in others]
         self._names = {line.path.partition("{i}/")[2]: line.key.partition(_NUMBERED)[2] for line in own}
-        self._layouts = {line.key.partition(_NUMBERED)[2]: dimensions(line.layout) for line in own}
+        self._layouts = {line.key.partition(_NUMBERED)[2]: dimensions(line.layout or "") for line in own}
         self._fixed = {**self._layer.fixed_sizes, "embed": cfg.text.hidden_size}
         layers = {name.split(".")[1] for name in self.keys if name.startswith(_LAYER)}
         self.count, stated = len(layers), family.text_config(read_fields(source.folder / "config.json")).get(field)

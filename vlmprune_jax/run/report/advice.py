@@ -20,7 +20,6 @@ from vlmprune_jax.run.planning.rules import Recommendation, merge
 from vlmprune_jax.run.workdir.ledger import write_text
 
 WIDTH = 80  # characters per line of a recommendation
-LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _PRUNING = {
     "depth": "remove whole layers by Block Influence",
     "width": "remove neurons and heads by Taylor importance",
@@ -92,7 +91,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     recommendation, cfg = advice.recommendation, advice.cfg
     asked, whole = recommendation.target, size_text(exported_bytes(count_params(cfg)))
     yield "asked", _shares(asked.ratio, asked.decoder_ratio)
-    yield from _vocabulary(advice)
     yield from _integers(advice)
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
@@ -109,14 +107,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
 
 def _shares(ratio: float, decoder_ratio: float) -> str:
     return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
-
-
-def _vocabulary(advice: Advice) -> Iterator[tuple[str, str]]:
-    """Yield advice to trim a large vocabulary before other pruning; nothing for a small one."""
-    share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
-    if share > LARGE_VOCABULARY:
-        command = f"vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k"
-        yield "first", f"trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters: {command}"
 
 
 def _integers(advice: Advice) -> Iterator[tuple[str, str]]:

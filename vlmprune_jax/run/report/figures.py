@@ -35,10 +35,10 @@ from vlmprune_jax.run.report.comparison_plots import (
 from vlmprune_jax.run.report.page import Figure, Section
 from vlmprune_jax.run.report.style import stack_panels, to_svg, write_png
 from vlmprune_jax.run.report.tables import speedup_of
-from vlmprune_jax.run.report.vocabulary import vocabulary_size
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup
 from vlmprune_jax.run.workdir.result import Result
 from vlmprune_jax.run.workdir.steps import Variant
+from vlmprune_jax.run.workdir.vocabulary import vocabulary_size
 
 T = TypeVar("T")
 MOST_UNITS = 1_000_000  # maximum cells of a figure
