@@ -14,7 +14,8 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.inputs import check_batch, in_cells
+from vlmprune_jax.core.models import generate
+from vlmprune_jax.core.models.inputs import check_batch, in_cells, read_inputs
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
@@ -241,6 +242,13 @@ def check_answers(golden, cases, batch_size):
 def test_an_answer_after_a_video_longer_than_its_sides(golden):
     """Temporal positions exceed those of the question, which follows as after an image."""
     check_answers(golden, ["single"], 1)
+    names = ("input_ids", "video_grid_thw", "second_per_grid_ts", "rope_delta")
+    ids, grid, seconds, delta = (golden.arrays[f"slow_{name}"] for name in names)
+    model, pixels = golden.model, np.zeros((grid.prod(), golden.model.cfg.vision.patch_values), np.float32)
+    video = {"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": seconds}
+    arrays = generate._host_inputs(ids[None], None, read_inputs(model.cfg, ids[None], None, video, 1), None)
+    state = generate.prefill(model.params, model.cfg, arrays, 1, ())[1]
+    assert state.position.item() == len(ids) + delta.item()  # the first generated token follows the last frame
 
 
 @pytest.mark.slow
