@@ -14,8 +14,8 @@ import vlmprune_jax as vp
 from vlmprune_jax.run.cli.config_files import read_hyper
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.stages import stage_command
-from vlmprune_jax.run.experiment.options import sections
 from vlmprune_jax.run.experiment.recipes import shipped_configs
+from vlmprune_jax.run.experiment.spec import sections
 
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -279,7 +279,7 @@ def help(flags: Any) -> None:
     `vlmprune help` lists the commands.
     """
     from vlmprune_jax.base.console import wrap_lines
-    from vlmprune_jax.run.experiment.options import describe
+    from vlmprune_jax.run.experiment.spec import describe
 
     for name in flags.args:
         print("\n".join(wrap_lines(describe(name))))

@@ -31,10 +31,10 @@ from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_pass import check_frozen
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.inputs import length_buckets
 from vlmprune_jax.io.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
+from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
