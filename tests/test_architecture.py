@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from vlmprune_jax.io.families import FAMILIES, rope, templates, towers
+from vlmprune_jax.io.families import FAMILIES, shapes, templates, towers
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune_jax"
@@ -224,7 +224,7 @@ def family_facts(path: Path, tree: ast.Module, names: set[str]) -> Iterator[str]
             word = plain(node.value)
             if (
                 not re.search(r"\s", node.value)
-                and node.value not in rope.KINDS
+                and node.value not in shapes.ROPE_KINDS
                 and (word in names or inside.search(word))
             ):
                 yield f"{where(path, node)}: {node.value!r}"

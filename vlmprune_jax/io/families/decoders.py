@@ -10,8 +10,7 @@ from typing import Any
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.io.families.rope import for_both_versions
-from vlmprune_jax.io.families.shapes import tied_embeddings, token_ids, vlm_token_ids
+from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
 from vlmprune_jax.io.families.towers import Tower, vision_of
 
@@ -56,11 +55,6 @@ def decoder_of(model_type: str) -> Decoder:
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
     return _read(decoder_of(config.get("model_type", "llama")), config)
-
-
-def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a decoder's config dictionary `source` with its layer counts and widths updated from a TextConfig."""
-    return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
@@ -124,7 +118,8 @@ def vlm_to_hf(cfg: ModelConfig, config: JsonDict, defaults: JsonDict) -> JsonDic
     """
     tied = {"tie_word_embeddings": cfg.text.tie_embeddings}
     section = {**defaults, **(config.get("text_config") or {})}
-    return {**config, **tied, "text_config": {**text_to_hf(cfg.text, section), **tied}}
+    written = for_both_versions(decoder_of(cfg.text.decoder).to_hf(cfg.text, section))
+    return {**config, **tied, "text_config": {**written, **tied}}
 
 
 def vlm_weights(text: tuple[str, str], *others: list[Weight]) -> Callable[[ModelConfig], list[Weight]]:

@@ -14,8 +14,7 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
-from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
+from vlmprune_jax.io.families.shapes import layers_to_hf, rope_from_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
@@ -53,7 +52,7 @@ GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attenti
 
 _PROJECTOR_KEYS = {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"}
 
-_TEMPLATE = Template(
+TEMPLATE = Template(
     name="gemma3",
     start="<bos>",
     system="",
@@ -192,7 +191,7 @@ GEMMA3 = vlm_family(
         r"language_model\.lm_head\.weight",
         r"vision_tower\.vision_model\.(head\..*|embeddings\.position_ids)",
     ),
-    templates=(_TEMPLATE,),
+    templates=(TEMPLATE,),
     image_processors=("Gemma3",),
     images="crops",
     decoder=Decoder(

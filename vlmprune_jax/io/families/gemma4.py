@@ -20,11 +20,11 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, expert_sizes, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
+from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, rope_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
-from vlmprune_jax.io.families.templates import Template, VideoText
+from vlmprune_jax.io.families.templates import VideoText
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
@@ -54,22 +54,17 @@ _ROPE: JsonDict = {
     _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
     _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
 }
-_TEMPLATE = Template(
+_TEMPLATE = dataclasses.replace(
+    GEMMA3_TEMPLATE,
     name="gemma4",
-    start="<bos>",
     system_start="<|turn>system\n",
-    system="",
     system_end="<turn|>\n",
     user="<|turn>user\n",
     user_end="<turn|>\n",
     assistant="<|turn>model\n",
     assistant_end="<turn|>\n",
-    gap="",
-    image_first=False,
-    tight_image=True,
-    strips=True,
     image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
-    by_turn=True,
+    crops="",
     special=("<|turn>", "<turn|>"),
     video=VideoText("<|video|>", "{clock} <|image><|video|><image|>", start="\n\n", joint=" ", end="\n\n"),
 )

@@ -1,17 +1,28 @@
-"""Qwen3-VL, dense: a tower for images of any size with features for several decoder layers, and a Qwen3 decoder."""
+"""Qwen3-VL, dense and with experts: a tower for images of any size whose features enter several decoder layers."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import RECIPE, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.experts import (
+    QWEN_EXPERT_NAMES,
+    expert_layouts,
+    expert_names,
+    experts_problem,
+    experts_to_hf,
+    with_expert_count,
+    with_experts,
+)
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
@@ -224,4 +235,54 @@ QWEN3_VL = qwen3_vl_family(
         gguf=(gguf.QWEN3VL,),
     ),
     _TEXT,
+)
+
+# Qwen3-VL with experts ------------------------------------------------------------------------------------------------
+
+_VL_DECODER = "qwen3_vl_moe_text"
+# Defaults of the config class in transformers.
+_VL_TEXT: JsonDict = {
+    "model_type": _VL_DECODER,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+}
+
+
+def _vl_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = with_expert_count({**_VL_TEXT, **config}, 60)
+    # the class divides by the sum regardless of norm_topk_prob
+    return with_experts(text_of(config, _VL_DECODER, {}), config, renormalise=True)
+
+
+def _vl_problem(text: TextConfig) -> str | None:
+    """Return why transformers' class does not load these layers, with advice; None if it does."""
+    neurons = {layer.channel.neurons for layer in text.layers if isinstance(layer.channel, Experts)}
+    if neurons & {text.hidden_size, text.hidden_size / 2}:
+        return (
+            "it tells transposed experts by their shape, and the neurons of an expert are the hidden size "
+            f"({text.hidden_size}) or half of it: keep another number of neurons"
+        )
+    return experts_problem(text)
+
+
+QWEN3_VL_MOE = qwen3_vl_family(
+    "qwen3_vl_moe",
+    Decoder(
+        _VL_DECODER,
+        "Qwen3VLMoeForConditionalGeneration",
+        _vl_from_hf,
+        experts_to_hf,
+        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(), layouts=expert_layouts()),
+        gguf=(gguf.QWEN3VLMOE,),
+        problem=_vl_problem,
+    ),
+    _VL_TEXT,
 )

@@ -310,16 +310,6 @@ _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _POOLING_HEAD = ("vision_tower.head.", "vision_tower.vision_model.head.")
 
 
-def _tower_of(config: Mapping[str, Any], default_type: str) -> tuple[Tower, Mapping[str, Any]]:
-    """Return the tower of a vision config dictionary, or of a complete CLIP or SigLIP config, and its section."""
-    default_type = _OUTER.get(config.get("model_type", ""), default_type)
-    section = config.get("vision_config") or config
-    model_type = section.get("model_type") or default_type
-    if model_type not in TOWERS:
-        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(TOWERS)})")
-    return TOWERS[model_type], section
-
-
 def vision_from_hf(
     config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
 ) -> VisionConfig:
@@ -333,7 +323,11 @@ def vision_from_hf(
 
     Raises UserError if the type of tower or an option is not supported, or there are several feature layers.
     """
-    tower, section = _tower_of(config, default_type)
+    section = config.get("vision_config") or config
+    model_type = section.get("model_type") or _OUTER.get(config.get("model_type", ""), default_type)
+    if model_type not in TOWERS:
+        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(TOWERS)})")
+    tower = TOWERS[model_type]
     section = tower.filled(section)
     _check_internvit(section)
     total = int(section["num_hidden_layers"])

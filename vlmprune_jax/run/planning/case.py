@@ -33,9 +33,9 @@ from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_pass import check_frozen
 from vlmprune_jax.io.data.inputs import count_records, length_buckets
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets, within_row
+from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import Variant, prune_runs, recover_runs
