@@ -208,11 +208,8 @@ def parse_bytes(text: str) -> float:
 
     Raises UserError for text of another form, or a number that is not above 0.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    number = float(match[1]) if match else math.nan
     if match is None or not 0 < number < math.inf:
         raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
     return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]

@@ -110,7 +110,7 @@ def plan(flags: Any) -> None:
     import jax
 
     from vlmprune_jax.run.cli.config_files import read_experiment, to_workdir
-    from vlmprune_jax.run.planning.fit import fit_all
+    from vlmprune_jax.run.planning.case import fit_all
     from vlmprune_jax.run.workdir.artefact import write_artefact
     from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN
 
@@ -126,22 +126,14 @@ def plan(flags: Any) -> None:
         write_artefact(Path(saved), planned)
 
 
-def _vocabulary_flags() -> dict[str, Spec]:
-    from vlmprune_jax.base.settings import settings_of
-    from vlmprune_jax.core.prune.config import VocabularyConfig
-
-    multiple = settings_of(VocabularyConfig())["multiple"].default
-    return {"multiple": (multiple, "round each size up to a multiple of this number")}
-
-
 @command(
     TOOLS,
-    _vocabulary_flags,
     model=_MODEL,
     vision_dir=_VISION,
     sources=([], "files with texts whose tokens are kept"),
     held_out=([], "files with texts to measure (default: a tenth of the sources)"),
     sizes=(["16k", "32k", "64k"], "numbers of tokens, as 16384 or 16k (x 1,024)"),
+    multiple=(64, "round each size up to a multiple of this number"),
 )
 def vocabulary(flags: Any) -> None:
     """vlmprune vocabulary --model=DIR --sources=FILE,... --sizes=16k,32k: print what fewer tokens save and cost.
