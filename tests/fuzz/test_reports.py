@@ -73,7 +73,7 @@ def test_sweeps(tmp_path):
         found = read_sweep(tmp_path)
         groups = groups_of(found)
         return (
-            tables_of(comparison_of_sweep(found), path.parent)[0],
+            tables_of(comparison_of_sweep(found))[0],
             as_csv(found),
             series_of(groups),
             [way_of(group) for group in groups],
@@ -193,7 +193,7 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
 
     def compared():
         result = read_unfinished(tmp_path).result
-        return [] if result is None else tables_of(comparison_of_run(result), tmp_path)
+        return [] if result is None else tables_of(comparison_of_run(result))
 
     whole = saved(path, evaluation)
     assert len(compared()) == 1

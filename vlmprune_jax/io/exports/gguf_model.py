@@ -7,9 +7,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,9 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
-from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
@@ -213,11 +211,11 @@ def _tensors(
         return spelled(array, slot, wide, architecture)
 
     for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        kind, first = _type_of(key, slots[0].hf_shape, plain, quantize), slots[0]
-        reorders = "delta_heads" in first.axes[:1]
-        pieces = functools.partial(parameters.pieces, slots, convert, reorders=reorders)
-        what = f"{parameters.location(first)}, to be written as {kind},"
-        tensors.append(_encoded(key, kind, first.hf_shape or (1,), pieces, what))
+        kind, reorders = _type_of(key, slots[0].hf_shape, plain, quantize), "delta_heads" in slots[0].axes[:1]
+        dtype = kind if kind in WEIGHT_DTYPES else "F32"
+        tensor = parameters.tensor(key, slots, dtype, convert, reorders=reorders)
+        tensor = dataclasses.replace(tensor, shape=tensor.shape or (1,))
+        tensors.append(tensor if dtype == kind else _quantised(tensor, kind))
     return tensors
 
 
@@ -298,36 +296,20 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
-def _encoded(key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[Any]], what: str) -> Tensor:
-    """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
+def _quantised(plain: Tensor, kind: str) -> Tensor:
+    """Return a float32 tensor that is quantised in groups of whole rows while it is written; memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    # the parts of a vector may come one by one
-    width = shape[-1] if len(shape) > 1 else 1
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-
-    def encode() -> Iterator[np.ndarray]:
-        step = max(1, _CHUNK // width)
-        for piece in pieces():
-            values = piece.reshape(-1, width)
-            check_finite(values, what)
-            yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
-
-    size = math.prod(shape) // block * block_bytes
-    return Tensor(key, kind, shape, size, encode)
-
-
-def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """Quantise float[rows, width] to a GGML type; return the bytes."""
-    from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    if kind in WEIGHT_DTYPES:
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            narrow = values.astype(WEIGHT_DTYPES[kind], copy=False)
-        check_finite(narrow, what)
-        return np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
-    return quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind]).reshape(-1)
+    kind_of, width = GGMLQuantizationType[kind], plain.shape[-1]
+    block, block_bytes = GGML_QUANT_SIZES[kind_of]
+
+    def blocks() -> Iterator[np.ndarray]:
+        step = max(1, _CHUNK // width)
+        for values in (piece.view(np.float32).reshape(-1, width) for piece in plain.blocks()):
+            yield from (quantize(values[at : at + step], kind_of).reshape(-1) for at in range(0, len(values), step))
+
+    return Tensor(plain.key, kind, plain.shape, math.prod(plain.shape) // block * block_bytes, blocks)
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -342,7 +324,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
         arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    constants = [_encoded(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
+    constants = [weight(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         constants.append(dataclasses.replace(embedding, key="output.weight"))
