@@ -280,7 +280,10 @@ def layers_called(*names):
         (shaped(LAYER + "mlp.up_proj.weight", (39, 28)), r"_proj.weight has shape .*, expected"),
         (shaped(LAYER + "self_attn.k_proj.weight", (48, 28)), r"has shape .*, expected"),
         (shaped(LAYER + "mlp.down_proj.weight", (28, 40), np.nan), "down_proj.weight has 1120 NaN or infinite values"),
-        (shaped("mtp.norm.weight", (28,), np.inf), "mtp.norm.weight, to be written as F32, has 28 NaN or infinite values"),
+        (
+            shaped("mtp.norm.weight", (28,), np.inf),
+            "mtp.norm.weight, to be written as F32, has 28 NaN",
+        ),
     ],
 )
 def test_damaged_heads_for_several_tokens_are_refused(models, tmp_path, damage, message):

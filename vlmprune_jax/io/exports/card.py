@@ -47,7 +47,7 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
-_TEMPLATES.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format}
+_TEMPLATES.filters |= {"printable": printable, "number": "{:,}".format, "percent": "{:.1%}".format}
 _TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
 
 
@@ -88,50 +88,53 @@ def _metadata(source: Path) -> str:
     return text.split("\n---", 1)[0] if text.startswith("---\n") else ""
 
 
-def write_card(
-    folder: Path,
-    cfg: ModelConfig,
-    name: str,
-    source: Path,
-    *,
-    loading: str,
-    library: str,
-    reconstructed: bool = False,
-    recovered: bool = False,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    benchmarks: Sequence[Sequence[str]] = (),
-) -> None:
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts for the model card that the weights do not tell: arguments of `save`."""
+
+    name: str | None = None
+    """Name of the unpruned model, if possible a hub id (None = the name of `source_dir`)."""
+
+    license: str | None = None
+    """License as the hub names it (None = that of `source_dir`'s card)."""
+
+    datasets: Sequence[str] = ()
+    """Names of the training data, if possible hub ids."""
+
+    reconstructed: bool = False
+    recovered: bool = False
+    """True if the card names these steps after pruning."""
+
+    benchmarks: Sequence[Sequence[str]] = ()
+    """Rows of the table: set, scores of unpruned and this model, retained % and its interval."""
+
+
+def write_card(folder: Path, cfg: ModelConfig, facts: CardFacts, source: Path, *, loading: str, library: str) -> None:
     """Write the model card (README.md) of an exported folder that already has all other files.
 
-    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For the
-    other arguments, see `save`.
+    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder.
     """
     plan_file = folder / "plan.json"
     plan = PrunePlan.from_json(plan_file) if os.path.lexists(plan_file) else None
-    after = "recovered" if plan or reconstructed else "trained"
-    steps = {"pruned": plan is not None, "reconstructed": reconstructed, after: recovered}
+    after, name = "recovered" if plan or facts.reconstructed else "trained", facts.name or model_name(source)
+    steps = {"pruned": plan is not None, "reconstructed": facts.reconstructed, after: facts.recovered}
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
-    values: dict[str, Any] = {}
-    if plan is not None:
-        values["removed"] = plan.removed_layers
-        values["layers_before"] = len(plan.stacks["text"].sizes_before)
+    license = license_of(source) if facts.license is None else {"license": facts.license}
     card = render(
         "model",
-        fields=fields | (license_of(source) if license is None else {"license": license}),
-        listed=[dataset for dataset in datasets if "/" in dataset],
+        fields=fields | license,
+        listed=[dataset for dataset in facts.datasets if "/" in dataset],
         tags=tags_of(plan is not None),
         name=name,
         steps=[step for step, done in steps.items() if done],
         plan=plan,
-        datasets=datasets,
+        datasets=facts.datasets,
         table=_table(cfg, plan),
         layers=cfg.text.layers,
         tower=cfg.stack("vision").layers if plan is not None and "vision" in plan.stacks else (),
-        evaluation=render("evaluation", rows=benchmarks, remark="") if benchmarks else "",
+        evaluation=render("evaluation", rows=facts.benchmarks, remark="") if facts.benchmarks else "",
         loading=loading,
-        **values,
     )
     _write(folder, f"{card}\n")
 

@@ -25,6 +25,7 @@ from vlmprune_jax.io.checkpoints.layout import (
     template,
     tied_head,
 )
+from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import loading_of
 from vlmprune_jax.io.exports.format import Contents, FolderOptions, Origin
 from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage, matrices
@@ -40,6 +41,8 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     """Return the exported folder's content; weights that the integers' storage cannot hold remain unquantised."""
+    if options.rounding == "gptq" and options.storage is None:
+        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
     target, storage, dtype = make_target(model.cfg, origin.folder, options), options.storage, options.dtype
     if storage is None and options.quantize != "none":
         integers = options.quantize, options.group_size, options.symmetric
@@ -50,7 +53,9 @@ def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Con
             check_on_tpus(target.cfg, storage, origin.tpu_chips)
     weights = origin.weights or origin.folder
     tensors, config = make_tensors(model, target, Checkpoint(weights), dtype, storage), target.config
-    module = mtp_tensors(Checkpoint(origin.mtp or weights), target.cfg, dtype) if options.mtp == "cut" else []
+    module = (
+        mtp_tensors(Checkpoint(resolve(options.mtp_dir or weights)), target.cfg, dtype) if options.mtp == "cut" else []
+    )
     section, text, field = target.family.text_section, target.family.text_config(config), target.family.mtp[1]
     if section is not None and field in text:
         layers = {tensor.key.partition("layers.")[2].split(".")[0] for tensor in module} - {""}

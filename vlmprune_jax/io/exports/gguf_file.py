@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Comparison, GgufOptions, Importance
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, spelled, tiled, under_names
+from vlmprune_jax.io.exports.format import Comparison, Contents, GgufOptions, Importance, Origin
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, make_gguf, spelled, tiled, under_names
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
@@ -76,23 +75,35 @@ def _header(content: GgufFile, folder: Path) -> bytes:
         path.unlink(missing_ok=True)
 
 
-def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
-    """Return the model card's section "Loading" for GGUF files."""
-    stem, _, label = files[0].name.removesuffix(".gguf").rpartition("-")
-    padded = cfg.with_layers(files[0].layers)
-    if len(files) > 1:
-        padded = padded.with_layers(files[1].layers, "vision")
-    return render(
-        "gguf",
-        files=files,
-        unquantised=[key for file in files for key in file.unquantised],
-        before=count_params(cfg),
-        after=count_params(padded),
-        imatrix=imatrix,
-        stem=stem,
-        label=label,
-        remarks=[remark for file in files for remark in file.remarks],
-    )
+def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Contents:
+    """Return the content of a GGUF export: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf`, `imatrix-NAME.gguf_file`."""
+    models, imatrix = make_gguf(model, origin, options), None
+    if isinstance(options.imatrix, Importance):
+        imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
+    elif options.imatrix:
+        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
+    files, padded = models if imatrix is None else [*models, imatrix], model.cfg
+    for file, stack in zip(models, ("text", "vision"), strict=False):
+        padded = padded.with_layers(file.layers, stack)
+
+    def write(folder: Path) -> None:
+        for file in files:
+            write_gguf(file, folder)
+
+    def card(folder: Path) -> str:
+        stem, _, label = models[0].name.removesuffix(".gguf").rpartition("-")
+        return render(
+            "gguf",
+            files=models,
+            before=count_params(model.cfg),
+            after=count_params(padded),
+            imatrix=imatrix,
+            unquantised=[key for file in models for key in file.unquantised],
+            stem=stem,
+            label=label,
+        )
+
+    return Contents([tensor for file in files for tensor in file.tensors], write, card)
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
@@ -182,11 +193,11 @@ print("\\n" + json.dumps(results))
 Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest next token: log-probability})
 
 
-def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -> Comparison:
+def check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
     """Compare the float32 logits of written GGUF files with the model's, on random text and images.
 
     If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the tokenizer of the
-    folder `source`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
+    folder of `origin`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
     JAX.
 
     Returns the backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), the difference
@@ -211,7 +222,7 @@ def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -
         quantised = coarsest.startswith("Q")
         if importlib.util.find_spec(WHEEL) is not None:
             path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
-            comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
+            comparison = _in_llama(written, path, origin.folder, quantised)
         if quantised:
             comparison["moved_by_rounding"] = difference
         return comparison
@@ -223,7 +234,7 @@ def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -
         return on_process_zero(compare)
 
 
-def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
+def _in_llama(written: Model, path: Path, source: Path, quantised: bool) -> Comparison:
     tokens = _tokens(load_tokenizer(source), written.cfg)
     answers = _ask(path, [*tokens, *tokens.values()])
     gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
@@ -235,7 +246,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
             )
         here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
         gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
-    difference = max(gaps)
+    difference, tolerance = max(gaps), _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
     if not difference <= tolerance:
         raise UserError(
             f"{path}: log-probabilities of llama.cpp differ from the model's by {difference:.2g} (tolerance "

@@ -14,7 +14,8 @@ from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import Patching, patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.tiling import splitting_from_processor, tiling_from_processor
-from vlmprune_jax.io.exports.gguf_tokenizer import drops_white_space
+from vlmprune_jax.io.exports.card import render
+from vlmprune_jax.io.exports.gguf_tokenizer import Vocabulary, drops_white_space
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import (
     DROPPING_NAME,
@@ -25,7 +26,7 @@ from vlmprune_jax.io.families.gguf import (
 )
 from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.io.families.table import JsonDict
-from vlmprune_jax.io.families.towers import PIXELS, projector_of, vision_of
+from vlmprune_jax.io.families.towers import PIXELS, vision_of
 
 _BLOCK = 32  # values of a row per block in kernels of llama.cpp
 _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
@@ -179,92 +180,28 @@ def title(name: str, tokenizer: Any) -> str:
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
-def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
-    """Return notes for the model card on how llama.cpp's decoder differs from the model's."""
-    remarks = []
-    longest = architecture.context_length(text)
-    if longest < text.max_positions:
-        remarks.append(
-            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
-            "context length in the file."
-        )
-    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
-    widths = sorted(width for width in neurons if width % _BLOCK)
-    if widths:
-        listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
-        remarks.append(
-            f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
-            '`prune.align_to="gguf"` plans multiples of it.'
-        )
-    if architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None:
-        listed = ", ".join(str(i) for i, layer in enumerate(text.layers) if isinstance(layer.mixer, Attention))
-        remarks.append(
-            f"Full attention is in layers {listed} of {len(text.layers)}. Builds of llama.cpp before September 2026 "
-            "expect it in every fourth layer (#28207), and compute nonsense without an error."
-        )
-    if text.rope.kind == "longrope":
-        remarks.append(
-            "LongRoPE: llama.cpp uses the long factors if the context size (`-c`) is above "
-            f"{text.rope.original_max_positions:,} tokens, transformers if the text is that long."
-        )
-    return tuple(remarks)
+def differences(
+    cfg: ModelConfig, architecture: Architecture, vocabulary: Vocabulary, rolled: bool, source: Path
+) -> str:
+    """Return the list of the model card on how llama.cpp computes, tokenizes and prepares images differently.
 
-
-# All builds up to October 2026.
-_FAULT = "builds of llama.cpp that put the class token after the patches (#25814, #25844)"
-
-
-def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ...]:
-    """Return notes for the model card on how llama.cpp's vision tower and image processing differ from the model's.
-
-    `source` is the folder with the image processor.
+    `cfg`: config of the model before zero-padding. `source`: the folder with the image processor.
     """
-    remarks = []
-    processor = processor_settings(source) if family_of(cfg).images == "crops" else None
-    if processor is not None and processor[0].get("do_pan_and_scan"):
-        remarks.append(
-            "llama.cpp has no pan and scan: it encodes every image whole, without the crops that the processor of this "
-            "model adds, so answers about wide and tall images differ."
-        )
-    if vision_of(cfg).class_token and rolled:
-        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
-    elif vision_of(cfg).class_token:
-        remarks.append(
-            f"In {_FAULT}, every patch gets its neighbour's position, so answers about images differ. This file is for "
-            "corrected builds. `rolled_positions=True` writes a file for the others, in which each patch has its own "
-            "position and only the class token is misplaced: compare the answers of both."
-        )
-    vision, template = vision_of(cfg), family_of(cfg).templates[0]
-    if projector_of(cfg).pools and vision.dynamic_resolution:
-        side = vision.merge * vision.patch_size
-        advice = (
-            f"sides that are multiples of {side} pixels and give {LEAST_TOKENS} tokens up to the maximum need no "
-            "resizing; smaller images are not enlarged to the token budget of the processor. The audio tower is left "
-            "out."
-        )
-        if not cfg.text.local_attention.sees_images:
-            remarks.append(
-                "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
-                "of the family; in this model they only see those before them, so answers about images differ."
-            )
-    elif vision.dynamic_resolution:
-        side = vision.merge * vision.patch_size
-        advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
-    else:
-        advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
-    if vision.dynamic_resolution:
-        remarks.append("The file cannot hold the limits of tokens per image: use the options above in every program.")
-    remarks.append(
-        f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
+    text, family = cfg.text, family_of(cfg)
+    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
+    moved = architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None
+    processor = processor_settings(source) if cfg.vision is not None and family.images == "crops" else None
+    return render(
+        "differences",
+        cfg=cfg,
+        architecture=architecture.name,
+        context_length=architecture.context_length(text),
+        block=_BLOCK,
+        odd_widths=sorted(width for width in neurons if width % _BLOCK),
+        attention_layers=[i for i, layer in enumerate(text.layers) if moved and isinstance(layer.mixer, Attention)],
+        vocabulary=vocabulary,
+        pans_and_scans=processor is not None and processor[0].get("do_pan_and_scan"),
+        rolled=rolled,
+        least_tokens=LEAST_TOKENS,
+        prompt=family.templates[0],
     )
-    if template.image_tokens is not None and template.image_tokens[0].startswith("\n\n"):
-        remarks.append(
-            "The chat interface of llama.cpp writes no empty lines around an image, with which this model was trained: "
-            'put "\\n\\n" before and after it.'
-        )
-    elif template.behind_image:
-        remarks.append(
-            "The chat interface of llama.cpp joins an image and the text after it without a newline, with which this "
-            'model was trained: begin the text with "\\n".'
-        )
-    return tuple(remarks)

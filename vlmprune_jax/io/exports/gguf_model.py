@@ -26,13 +26,12 @@ from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
     cut,
+    differences,
     file_type,
     image_options,
     pixels,
     text_fields,
-    text_remarks,
     title,
-    tower_remarks,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.io.exports.uneven import fit
@@ -66,7 +65,7 @@ class GgufFile:
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
       layers: widths of the layers in the file.
-      remarks: how llama.cpp computes differently, as messages for the user.
+      differences: how llama.cpp computes the model differently, for the model card.
       options: command-line options that llama.cpp's programs need for this file, each after a space.
     """
 
@@ -75,7 +74,7 @@ class GgufFile:
     fields: JsonDict
     tensors: list[Tensor]
     layers: tuple[Layer, ...]
-    remarks: tuple[str, ...] = ()
+    differences: str = ""
     options: str = ""
 
     @property
@@ -118,7 +117,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     tensors += _constants(wide.text, architecture, tensors)
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
-    remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
+    remarks = differences(cfg, architecture, vocabulary, options.rolled_positions, source)
     files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks)]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
@@ -130,9 +129,8 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         tensors = _tower_tensors(model, wide, family, plain, options.rolled_positions)
         fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
         fields |= tower_fields(wide, cut(family, source)) | _size_label(tensors)
-        remarks = tower_remarks(wide, options.rolled_positions, source)
         layers, flags = wide.vision.layers, image_options(family, source)
-        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, remarks, flags))
+        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
     return files
 
 

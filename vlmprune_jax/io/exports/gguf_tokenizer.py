@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.checkpoints.read import read_fields
@@ -49,12 +49,16 @@ class Vocabulary:
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
       fast: the same tokenizer as a transformers object.
-      remarks: how llama.cpp tokenizes differently, as messages for the user.
+      normalises: True if the tokenizer normalises texts, as llama.cpp does not.
+      marks_spaces: True if it does not put a space mark before every text, as llama.cpp does.
+      drops: special tokens after which it drops white space, which llama.cpp keeps.
     """
 
     fields: JsonDict
     fast: Any
-    remarks: tuple[str, ...]
+    normalises: bool
+    marks_spaces: bool
+    drops: list[str]
 
 
 def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_model: str = "") -> Vocabulary:
@@ -102,7 +106,10 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
     fields |= _special_tokens(cfg, content, fast, str(folder))
     fields["chat_template"] = _chat_template(folder, family, fast)
-    return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
+    normalises = bool(content.get("normalizer")) and content["normalizer"].get("type") == "NFC"
+    marks = (content.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
+    return Vocabulary(fields, fast, normalises, marks, [] if drops_white_space(fast) else drops)
 
 
 def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], list[int]]:
@@ -258,19 +265,3 @@ def _chat_template(folder: Path, family: Family, fast: Any) -> str:
     marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
     bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
     return chat_template(dataclasses.replace(template, **bare), "")
-
-
-def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
-    if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
-        yield "llama.cpp does not normalise texts to Unicode NFC, as this tokenizer does: send normalised texts."
-    if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
-        yield (
-            "llama.cpp puts a space mark before every text. This tokenizer does not if the text begins with a space or "
-            "follows a special token or an image. Prompts of one turn are the same."
-        )
-    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
-    if drops and not drops_white_space(fast):
-        yield (
-            f"This tokenizer drops white space after {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
-            "write none there (the chat template in the file has none)."
-        )

@@ -39,14 +39,17 @@ def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor
     Raises UserError if there is no such module, it has experts, it is narrower than the decoder's attention layers or
     the decoder has none, or tensors are missing, unknown, of other shapes or dtypes, or not finite.
     """
-    (family, whole), (prefix, field, outside) = read_config(source.folder), family_of(cfg).mtp
+    prefix, field, outside = family_of(cfg).mtp
+    if not prefix:
+        raise _refusal(source, f"has no module for multi-token prediction (family {cfg.family})")
+    family, whole = read_config(source.folder)
     wide, own = (_last_attention(source, x) for x in (whole, cfg))
     if not isinstance(wide.channel, Dense):
         raise _refusal(source, "MTP layers with experts cannot be pruned")
     names = {family.canonical(key): key for key in source.entries}
-    keys = {name: key for name, key in names.items() if prefix and name.startswith(prefix)}
+    keys = {name: key for name, key in names.items() if name.startswith(prefix)}
     if not keys:
-        raise _refusal(source, f"has no module for multi-token prediction ({prefix or f'family {family.name}'})")
+        raise _refusal(source, f"has no module for multi-token prediction ({prefix})")
     if any(size < own.sizes[axis] for axis, size in wide.sizes.items()):
         raise _refusal(source, f"its layers of {wide.sizes} are narrower than the decoder's, {own.sizes}")
     stated = family.text_config(read_fields(source.folder / "config.json")).get(field) or 0
@@ -65,8 +68,9 @@ def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor
         if name in layers:
             tensors.append(parameters.tensor(key, layers[name], stored))
         else:
+            what = f"{entry.file}: tensor {key}, to be written as {stored},"
             pieces = lambda entry=entry, stored=stored: [cast(entry.array(), stored)]  # noqa: E731
-            tensors.append(weight(key, stored, entry.shape, pieces, f"{entry.file}: tensor {key}, to be written as {stored},"))
+            tensors.append(weight(key, stored, entry.shape, pieces, what))
     return tensors
 
 

@@ -45,7 +45,7 @@ _ROWS, _TEXT_TOKENS = 2, 24
 _KERNELS = logging.getLogger("transformers.integrations.hub_kernels")
 
 
-def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
+def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | None = None) -> Comparison:
     """Reload a written folder and compare its float32 logits with the model's, on random text and images.
 
     The folder is reloaded in PyTorch if torch is installed and stock transformers has the model's class, else in JAX.
