@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -26,14 +27,12 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.format import Comparison, Contents, GgufOptions, Importance, Origin
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, make_gguf, spelled, tiled, under_names
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL
-from vlmprune_jax.io.families.gguf_towers import projector_tensors, tower_tensors
-from vlmprune_jax.io.families.towers import vision_of
 
 _ALIGNMENT = 32
 # Importance file, as in llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of
@@ -109,8 +108,7 @@ def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Content
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
     """Return the importance matrix file that belongs to a GGUF file (zero-padded layers if `uneven` is "pad")."""
     architecture, wide = fit(cfg, uneven)
-    family = family_of(cfg)
-    here = under_names(family, "text", architecture.tensors)
+    here = gguf_family(family_of(cfg), architecture, wide)
     before = {slot.name: slot for slot in make_slots(cfg, here)}
     slots = [
         slot
@@ -294,10 +292,7 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
     from gguf.quants import dequantize
 
     architecture, wide = fit(cfg, options.uneven)
-    family = under_names(family_of(cfg), "text", architecture.tensors)
-    if wide.vision is not None and wide.projector is not None:
-        family = under_names(family, "vision", tower_tensors(wide))
-        family = under_names(family, "projector", projector_tensors(wide))
+    family = gguf_family(family_of(cfg), architecture, wide)
     files = [*folder.glob("*.gguf")]
     for file in files:
         read_gguf_header(file)  # refuses a file that is cut short, in words
@@ -309,16 +304,11 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
             return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
         return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
 
+    spell = functools.partial(spelled, cfg=wide, architecture=architecture, rolled=options.rolled_positions, back=True)
     arrays = []
     for key, slots in by_key(make_slots(wide, family)).items():
-        path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
-        if path == "vision/patch_embedding/weight" and vision_of(wide).patches.channels_last:
-            tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
-        if options.rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
-            tensor = np.roll(tensor, 1, axis=0)
-        for slot in slots:
-            array = spelled(slot.array_of(tensor), slot, wide, architecture if slot.part == "text" else None, back=True)
-            arrays.append((slot, array))
+        tensor = stored(key, slots[0].hf_shape or (1,))
+        arrays += [(slot, spell(slot.array_of(tensor), slot)) for slot in slots]
     return Model(unflatten(stacked(arrays, np.stack)), wide), {tensor.tensor_type.name for tensor in tensors.values()}
 
 

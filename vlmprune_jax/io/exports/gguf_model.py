@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ from vlmprune_jax.io.exports.gguf_metadata import (
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.io.exports.uneven import fit
-from vlmprune_jax.io.exports.weights import Weights
+from vlmprune_jax.io.exports.weights import Convert, Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -46,12 +46,12 @@ from vlmprune_jax.io.families.gguf_towers import (
     tower_tensors,
 )
 from vlmprune_jax.io.families.table import JsonDict, Weight
-from vlmprune_jax.io.families.towers import vision_of
 
 # Values of a row that share a scale, in all quantised types.
 BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
+PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
 _STILL = 1e-30  # frequency of channels that do not rotate
 _EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 # Tensors whose rows some architectures interleave (rotary pairs).
@@ -105,15 +105,14 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     plain = file_name(embedding.dtype.name if options.dtype == "source" else options.dtype)
     label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
-    about = {
-        "name": title(name, vocabulary.fast),
-        **_name_parts(name, origin.pruned),
-        **license_of(source),
-        "tags": tags_of(origin.pruned),
-    }
+    about = {"name": title(name, vocabulary.fast), **_name_parts(name, origin.pruned), **license_of(source)}
+    about |= {"tags": tags_of(origin.pruned)}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
-    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, options.quantize, architecture)
+    here = gguf_family(family, architecture, wide)
+    parameters = Weights.of(model, here, wide)
+    spell = functools.partial(spelled, cfg=wide, architecture=architecture, rolled=options.rolled_positions)
+    tensors = _tensors(parameters, here, "text", spell, plain, options.quantize)
     tensors += _constants(wide.text, architecture, tensors)
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
@@ -126,7 +125,9 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         )
     if wide.vision is not None:
         plain = plain if plain == "F32" else "F16"  # the types that llama.cpp's convolution supports
-        tensors = _tower_tensors(model, wide, family, plain, options.rolled_positions)
+        tensors = _tensors(parameters, here, "vision", spell, plain)
+        tensors = [part for x in tensors for part in (_filters(x, wide.vision) if x.key == _FILTERS else (x,))]
+        tensors += _tensors(parameters, here, "projector", spell, plain)
         fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
         fields |= tower_fields(wide, cut(family, source)) | _size_label(tensors)
         layers, flags = wide.vision.layers, image_options(family, source)
@@ -152,29 +153,15 @@ def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
     return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
 
 
-def _tower_tensors(model: Model, wide: ModelConfig, family: Family, plain: str, rolled: bool) -> list[Tensor]:
-    vision = vision_of(wide)
-    tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
-    if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
-        place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
-        table = tensors[place]
-        rolled_table = lambda: iter([np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))])  # noqa: E731
-        tensors[place] = dataclasses.replace(table, blocks=rolled_table)
-    if vision.patches.channels_last or vision.patches.temporal > 1:
-        tensors = [part for x in tensors for part in (_filters(x, vision) if x.key == _FILTERS else (x,))]
-    return tensors + _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
-
-
 def _filters(table: Tensor, vision: VisionConfig) -> list[Tensor]:
     """Return patch filters as llama.cpp reads them, [vision, channel, row, column], one tensor per video frame."""
     rows, channels, copies = table.shape[0], vision.channels, vision.patches.temporal or 1
+    if copies == 1 and not vision.patches.channels_last:
+        return [table]
     side = math.isqrt(math.prod(table.shape[1:]) // (channels * copies))
 
     def blocks(number: int) -> Iterator[np.ndarray]:
-        filters = table.fetch()
-        if vision.patches.channels_last:
-            filters = filters.reshape(rows, side**2, channels, -1).swapaxes(1, 2)
-        filters = filters.reshape(rows * channels, copies, -1)
+        filters = table.fetch().reshape(rows * channels, copies, -1)
         yield np.ascontiguousarray(filters[:, number]).reshape(-1)
 
     shape, size = (rows, channels, side, side), table.n_bytes // copies
@@ -188,66 +175,50 @@ def copy_of(number: int) -> str:
     return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
-# Tensors --------------------------------------------------------------------------------------------------------------
-
-
 def _tensors(
-    model: Model,
-    wide: ModelConfig,
-    family: Family,
-    part: str,
-    names: Mapping[str, str],
-    plain: str,
-    quantize: str = "none",
-    architecture: Architecture | None = None,
+    parameters: Weights, family: Family, part: str, spell: Convert, plain: str, quantize: str = "none"
 ) -> list[Tensor]:
-    """Return the tensors of one model part under llama.cpp's names, zero-padded to the widths of `wide`."""
-    here = under_names(family, part, names)
-    parameters, tensors = Weights.of(model, here, wide), []
-
-    def convert(array: np.ndarray, slot: Slot) -> np.ndarray:
-        return spelled(array, slot, wide, architecture)
-
-    for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        kind, reorders = _type_of(key, slots[0].hf_shape, plain, quantize), "delta_heads" in slots[0].axes[:1]
+    """Return the tensors of one model part under llama.cpp's names."""
+    tensors = []
+    for key, slots in by_key(slot for slot in make_slots(parameters.wide, family) if slot.part == part).items():
+        kind, first = _type_of(key, slots[0].hf_shape, plain, quantize), slots[0]
         dtype = kind if kind in WEIGHT_DTYPES else "F32"
-        tensor = parameters.tensor(key, slots, dtype, convert, reorders=reorders)
+        reorders = "delta_heads" in first.axes[:1] or first.path == POSITIONS
+        tensor = parameters.tensor(key, slots, dtype, spell, reorders=reorders)
         tensor = dataclasses.replace(tensor, shape=tensor.shape or (1,))
         tensors.append(tensor if dtype == kind else _quantised(tensor, kind))
     return tensors
 
 
 def spelled(
-    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
+    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture, rolled: bool, back: bool = False
 ) -> np.ndarray:
-    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets.
+    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets, patches.
 
-    `back=True` undoes this. `architecture`: llama.cpp's architecture of the decoder (needed for decoder parameters).
+    `rolled`: the class token's row moves to the end of the table of positions. `back=True` undoes the conversion.
     """
-    module, text = slot.path.split("/")[-2], cfg.text
-    if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
+    module, text, vision = slot.path.split("/")[-2], cfg.text, cfg.vision
+    if vision is not None and slot.path == POSITIONS and rolled and vision.class_token:
+        return np.roll(array, 1 if back else -1, axis=0)
+    if vision is not None and slot.path == PATCHES and vision.patches.channels_last:
+        pair = (vision.channels, -1) if back else (-1, vision.channels)
+        return array.reshape(len(array), *pair).swapaxes(1, 2).reshape(array.shape)
+    if slot.part == "text" and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
         return neighbours(array, back)
     if DeltaNet.module in slot.path.split("/"):
-        return _delta_spelled(array, slot, text, back)
+        if slot.path.endswith("/decay/weight"):
+            array = array.astype(np.float32)
+            array = np.log(-array) if back else -np.exp(array)
+        return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer or 0], back)
     if "norm" not in module or slot.part == "vision":
         return array
-    offset = (
-        cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.block.norm_offset
-    )
-    gain = architecture.query_gain(text) if architecture is not None and module == "q_norm" else 1.0
+    projector = cfg.projector if slot.part == "projector" else None
+    offset = text.block.norm_offset if projector is None else projector.norm_offset
+    gain = architecture.query_gain(text) if module == "q_norm" else 1.0
     if offset == 0 and gain == 1:
         return array
     array = array.astype(np.float32)
     return array / gain - offset if back else (array + offset) * gain
-
-
-def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) -> np.ndarray:
-    """Convert a delta net's parameter to llama.cpp's form: decays -exp(a), and heads reordered (see `tiled`)."""
-    if slot.path.endswith("/decay/weight"):
-        array = array.astype(np.float32)
-        array = np.log(-array) if back else -np.exp(array)
-    assert slot.layer is not None
-    return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer], back)
 
 
 def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
@@ -258,22 +229,22 @@ def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = Fal
     return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
 
 
-def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
+def gguf_family(family: Family, architecture: Architecture, cfg: ModelConfig) -> Family:
     """Return a copy of the model family whose weight table has llama.cpp's tensor names."""
+    names = {"text": architecture.tensors}
+    if cfg.vision is not None and cfg.projector is not None:
+        names |= {"vision": tower_tensors(cfg), "projector": projector_tensors(cfg)}
 
-    def weights(cfg: ModelConfig) -> list[Weight]:
-        lines = []
-        for line in family.weights(cfg):
-            inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
-            if line.path.startswith(f"{part}/"):
-                whole = names[inside].endswith(WITHOUT_LEAF)
-                key = names[inside] if whole else f"{names[inside]}.{leaf}"
-                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
-                line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
-            lines.append(line)
-        return lines
+    def renamed(line: Weight) -> Weight:
+        part, _, rest = line.path.partition("/")
+        inside, _, leaf = rest.rpartition("/")
+        if part not in names:
+            return line
+        name, layout = names[part][inside], LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
+        key = name if name.endswith(WITHOUT_LEAF) else f"{name}.{leaf}"
+        return Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
 
-    return dataclasses.replace(family, weights=weights)
+    return dataclasses.replace(family, weights=lambda cfg: [renamed(line) for line in family.weights(cfg)])
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
