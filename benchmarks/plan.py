@@ -2,15 +2,13 @@
 
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
     python benchmarks/plan.py --cases=qwen3vl_moe/experts96,qwen3vl_moe/routers96
-    python benchmarks/plan.py --topology=v5e:2x4 --evaluation --cases=llava,bunny [--rows=32]
 
 LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full remat,
 global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
 SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280; Gemma:
 2,048). expertsN keeps N experts of every layer, with LoRA on attention and projector; routersN trains routers
 alone. depthN removes N % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29
-(SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned
-models instead, and counts the bytes of HBM that a decoded token reads.
+(SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers.
 """
 
 from __future__ import annotations
@@ -105,22 +103,16 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from hbm_traffic import bytes_per_token, compiled_programs, resident_bytes
-
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.planning.ahead_of_time import make_slice
-    from vlmprune_jax.run.planning.case import Shapes, estimate, make_case, predict_plan, preparation_of
-    from vlmprune_jax.run.planning.evaluation import EvaluationCase, plan_evaluation
+    from vlmprune_jax.run.planning.case import Shapes, estimate, make_case, predict_plan
     from vlmprune_jax.run.workdir.artefact import to_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--remat", default=SETTINGS["recover"]["remat"])
     parser.add_argument("--cases", default=",".join(f"{family}/{kind}" for family in FAMILIES for kind in KINDS))
-    parser.add_argument("--evaluation", action="store_true")
-    parser.add_argument("--rows", type=int, default=32)
     args = parser.parse_args()
     for case in args.cases.split(","):
         family, _, kind = case.partition("/")
@@ -129,17 +121,6 @@ def main() -> None:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
             if family in PROCESSORS:
                 (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family]))
-            if args.evaluation:
-                data = override(Experiment(), {"data": DATA.get(family, {})}).data
-                _, cfg = read_config(Path(folder), None)
-                preparation = preparation_of(data, cfg, Path(folder))
-                target = make_slice(args.topology)
-                planned_case = EvaluationCase(cfg, "bfloat16", target, preparation, args.rows)
-                with compiled_programs() as programs:
-                    step = plan_evaluation(planned_case)
-                traffic = {"read": bytes_per_token(programs[-1]), "resident": resident_bytes(planned_case, step)}
-                print(json.dumps({"case": case, **to_json(step), **traffic}), flush=True)
-                continue
             ranges = SMALL_RANGES if family == "smolvlm2" else RANGES
             changes = {
                 "model": {"hf_dir": folder, "dtype": "bfloat16"},

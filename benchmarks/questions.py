@@ -53,7 +53,7 @@ def variants(name: str) -> Iterator[tuple[str, Any, Any]]:
 def rows(name: str, topology: str) -> Iterator[dict[str, Any]]:
     """Yield a row per cut and format: mean chip-seconds of 1,000 questions by phase, seconds of a single question."""
     from vlmprune_jax.base.chips import slice_of
-    from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
+    from vlmprune_jax.run.planning.evaluation import BATCH, BENCHMARKS, bound, prompt_of
 
     chip, chips = slice_of(topology)
     for cut, cfg, preparation in variants(name):

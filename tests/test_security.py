@@ -21,7 +21,7 @@ SAFE = {
     ("io/data/tokenizer_files.py", "_try_rules"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
     ("io/data/chat_template.py", "chat_prompt"): "-P",
-    ("run/workdir/provenance.py", "commit"): "git, in the folder of this package",
+    ("run/workdir/content.py", "commit"): "git, in the folder of this package",
     ("run/sweep/workers.py", "__init__"): "_safe_path",
 }
 _NEW = "a new folder, which appears when it is complete"

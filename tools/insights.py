@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from crossed_effects import holm
 from pooling import Effect, Heterogeneity, Value, heterogeneity, pooled
 from sweep_points import METHODS, Point
 
-from vlmprune_jax.run.evaluation.statistics import holm
 from vlmprune_jax.run.planning.guide import SOLVED
 
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
@@ -111,7 +111,7 @@ def _adjusted(tests: Sequence[tuple[Insight, Effect | None]]) -> list[tuple[floa
             p_values[place, False] = effect.p_differs(insight.threshold)
             if insight.margin is not None:
                 p_values[place, True] = effect.p_equivalent(insight.margin)
-    adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    adjusted = holm(p_values)
     return [(adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0)) for place in range(len(tests))]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vlmprune_jax.run.planning.guide import SOLVED, read_guide
-from vlmprune_jax.run.workdir.comparison import average_interval, question_parts
-from vlmprune_jax.run.workdir.result import NOT_TRAINED
+from vlmprune_jax.run.workdir.comparison import average_interval, averaged_sets
+from vlmprune_jax.run.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.run.workdir.result import NOT_TRAINED, ModelEvaluation, Sets
 from vlmprune_jax.run.workdir.sweep import SweepResult
 
 METHODS = ("depth", "width")  # methods that the study compares
@@ -85,3 +87,26 @@ def _name(folder: str, parameters: int) -> str:
     """Return a model's display name: its folder's name and its size, because many folders are named `teacher`."""
     millions = parameters / 1e6
     return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
+
+
+def question_parts(
+    workdir: Path, path: str, model: ModelEvaluation, unpruned: ModelEvaluation, sets: Sets
+) -> np.ndarray | None:
+    """Return each question's contribution to a model's retention in %, float[questions], with the retention as mean.
+
+    The result is None if an evaluation of the model at `path` is not in the workdir, or its scores do not average to
+    the metric's value. The contributions of several sets follow one another, and each set has the same weight.
+    """
+    contributions = []
+    for name in (names := averaged_sets(sets)):
+        file, original = find_evaluated(workdir, path, name), unpruned.main(name, sets)
+        scores = [] if file is None or not original else read_evaluated(file).question_scores
+        value = model.main(name, sets)
+        if not scores or None in scores or value is None or not sets[name].higher_is_better:
+            return None
+        column = np.array(scores, float)
+        if not math.isclose(column.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        contributions.append(100 * column / (original or 1) / len(names) / len(column))
+    joined = np.concatenate(contributions)
+    return joined * len(joined)

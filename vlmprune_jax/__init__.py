@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.run.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
     from vlmprune_jax.run.evaluation.speed.measure import measure_speed
-    from vlmprune_jax.run.stages.registry import STAGES as stages
+    from vlmprune_jax.run.stages.stage import STAGES as stages
     from vlmprune_jax.run.stages.stage import Stage
 
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
@@ -80,7 +80,7 @@ _HOMES = {
     "Family": "io.families",
     "Stage": "run.stages.stage",
     "families": "io.families:FAMILIES",
-    "stages": "run.stages.registry:STAGES",
+    "stages": "run.stages.stage:STAGES",
     "Axis": "core.part",
     "ChannelMixer": "core.channels",
     "Contents": "io.exports.format",

@@ -60,14 +60,10 @@ def to_hf(cfg, source):
 
 
 def weights(cfg):
-    layer = {
-        "self_attn/q_proj": "(q_heads head) encoder", "self_attn/k_proj": "(kv_heads head) encoder",
-        "self_attn/v_proj": "(kv_heads head) encoder", "self_attn/out_proj": "encoder (q_heads head)",
-        "mlp/fc1": "mlp encoder", "mlp/fc2": "encoder mlp", "layer_norm1": "encoder", "layer_norm2": "encoder",
-    }  # fmt: skip
-    lines = {"layers/{i}/" + path: layout for path, layout in layer.items()}
-    lines |= {"frames": "encoder channel", "to_text": "embed encoder", "places": "position encoder"}
-    table = [Weight(f"audio/{path}/weight", f"audio.{path}.weight".replace("/", "."), lines[path]) for path in lines]
+    layer = ["layer_norm1", "layer_norm2", "mlp/fc1", "mlp/fc2"]
+    layer += [f"self_attn/{name}_proj" for name in ("q", "k", "v", "out")]
+    paths = ["frames", "to_text", "places", *(f"layers/{{i}}/{name}" for name in layer)]
+    table = [Weight(f"audio/{path}", f"audio.{path}".replace("/", ".")) for path in paths]
     return llama_like_weights(cfg.text, "model.", "lm_head.weight") + table
 
 

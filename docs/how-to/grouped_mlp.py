@@ -59,10 +59,8 @@ def to_hf(text, source):
 
 
 def weights(text, prefix, head):
-    layouts = {"mlp embed": "(groups group) embed", "embed mlp": "embed (groups group)"}
-    table = llama_like_weights(text, prefix, head)
-    table = [dataclasses.replace(line, layout=layouts.get(line.layout, line.layout)) for line in table]
-    return [*table, Weight("text/layers/{i}/mlp/scale/weight", prefix + "layers.{i}.mlp.scale", "groups")]
+    scale = Weight("text/layers/{i}/mlp/scale/weight", prefix + "layers.{i}.mlp.scale")
+    return [*llama_like_weights(text, prefix, head), scale]
 
 
 vp.families["grouped"] = decoder_family(Decoder("grouped", "GroupedForCausalLM", from_hf, to_hf, weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.result import Costs, ModelEvaluation, Run, RunEvaluation, Set, Unpruned
+from vlmprune_jax.run.workdir.result import Costs, ModelEvaluation, Run, Set, Unpruned
 from vlmprune_jax.run.workdir.sweep import Entry, SweepResult
 
 SETS = {
@@ -20,7 +20,7 @@ DECODER = 0.5  # of all parameters
 def row(method, level, recovery, retained, *, data=0.0, seed=0, solved=False, **changes):
     """One evaluated model, by what matters of it."""
     name = f"{method},{level},{recovery},{solved},{data},{seed}"
-    evaluation = RunEvaluation(
+    evaluation = ModelEvaluation(
         scores={"questions": {"accuracy": retained / 100}},
         retained={"questions": retained},
         retained_interval={"questions": (retained - 2, retained + 2)},

@@ -11,9 +11,9 @@ from report_cases import METRICS, found
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.sweep import run as stages
+from vlmprune_jax.run.sweep import sweep as stages
 from vlmprune_jax.run.sweep.hyper import Hyper, SweepRun, sweep_runs
-from vlmprune_jax.run.sweep.run import Sweep, collect
+from vlmprune_jax.run.sweep.sweep import Sweep, collect
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.result import Costs, Result, Run

@@ -21,16 +21,17 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import MemoryBudget, video_part
 from vlmprune_jax.io.data.records import VideoSource
+from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process
-from vlmprune_jax.io.data.video.frames import frame_loader
 from vlmprune_jax.io.data.video.process import Limits
 from vlmprune_jax.io.data.video.processor import load_video_config
-from vlmprune_jax.io.data.video.reader import VideoReader
+from vlmprune_jax.io.data.video.reader import VideoReader, video_reader
 from vlmprune_jax.io.families import find
 
 pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 CLIPS = ("main.mp4", "second.webm", "ntsc.mp4", "minutes.mkv", "audio.webm", "rotated.mp4", "no_video.m4a")
 LIMITS = Limits(file_bytes=2**20, frames=200, seconds=1000, pixels=10**5, kept_pixels=10**6, wall=20)
+FRAMES = Tiling(16, 1, 1, False, False, (0.5,) * 3, (0.5,) * 3, 3, False)
 FAMILIES = ("gemma4", "internvl3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 COUNTS = st.sampled_from((1, 2, 3, 7, 100, 4000, 2**20, 2**31)) | st.integers(1, 2**31)
 
@@ -51,7 +52,7 @@ def test_clips(goldens, tmp_path):
     @fuzz(25, content=st.sampled_from(whole).flatmap(damaged))
     def check(content):
         path.write_bytes(content)
-        reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=4)
+        reader = VideoReader(VideoConfig("linspace"), LIMITS, FRAMES, count=4)
         clip = reads(lambda: reader.read(path, "r1"), path.name)
         assert clip is None or clip.frames.shape == (4, clip.height, clip.width, 3)
 
@@ -85,7 +86,7 @@ def test_video_processors(goldens, tmp_path, family):
 
         def read():
             config = load_video_config(tmp_path, default)
-            videos = functools.partial(frame_loader, DataSpec(max_video_pixels=10**6), config, 9)
+            videos = functools.partial(video_reader, DataSpec(max_video_pixels=10**6), config, 9)
             limits = {"aspect_ratio": "pad", "max_pixels": 10**6, "cache_bytes": 0}
             loader = load_image_processor(tmp_path, **limits, slot_tokens=9, videos=videos)
             return loader, loader.load(VideoSource(clip), "r1")
@@ -109,7 +110,7 @@ def test_settings_of_videos(goldens):
     def check(rule, values):
         def read():
             data = override(DataSpec(), values, "data")
-            return VideoReader.from_settings(VideoConfig(rule), data).read(clip, "r1")
+            return video_reader(data, VideoConfig(rule, size=(16, 16)), 1, FRAMES).read(clip, "r1")
 
         found, peak = most_bytes(lambda: reads(read, "data.", "record r1"))
         assert peak < 2**26
@@ -143,7 +144,7 @@ def test_sampling():
 @pytest.mark.parametrize("field", ["start", "end", "both"])
 def test_parts(goldens, field):
     clip, odd = goldens / "video/clips/main.mp4", st.sampled_from(_ODD) | st.floats() | st.integers(-3, 10**30)
-    reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=2)
+    reader = VideoReader(VideoConfig("linspace"), LIMITS, FRAMES, count=2)
 
     @fuzz(40, first=odd | st.floats(0, 3), last=odd | st.floats(0, 3))
     def check(first, last):
@@ -200,7 +201,7 @@ def test_large_screens_of_small_files(tmp_path):
         screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
         path.write_bytes(b"GIF89a" + screen + frame * frames + b";")
         with pytest.raises(UserError, match=r"frames of \d+x\d+ pixels, which take more than 10 s to decode"):
-            VideoReader(VideoConfig("linspace"), limits, video_frames=2).read(path, "r1")
+            VideoReader(VideoConfig("linspace"), limits, FRAMES, count=2).read(path, "r1")
 
     check()
 

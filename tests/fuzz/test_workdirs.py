@@ -27,7 +27,7 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report.figures import removed_section
-from vlmprune_jax.run.workdir import provenance
+from vlmprune_jax.run.workdir import content as provenance
 from vlmprune_jax.run.workdir.ledger import Task, finished_stages, run_task, write_text
 from vlmprune_jax.run.workdir.steps import Variant
 

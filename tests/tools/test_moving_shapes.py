@@ -12,10 +12,12 @@ import video_study
 
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.records import read_records
+from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video.process import Limits
 from vlmprune_jax.io.data.video.reader import VideoReader
 
 LIMITS = Limits(file_bytes=2**20, frames=16, seconds=2, pixels=64 * 64, kept_pixels=2**17, wall=60)
+FRAMES = Tiling(16, 1, 1, False, False, (0.5,) * 3, (0.5,) * 3, 3, False)
 ANSWERS = (
     *("left", "right", "up", "down", "circle", "square", "triangle", "yes", "no", "1", "2", "3", "4"),
     *("red", "green", "blue", "yellow", "faster", "slower", "first", "second"),
@@ -48,7 +50,7 @@ def written(tmp_path_factory):
 
 def test_answers_are_in_the_frames(written):
     out, sets = written
-    reader, checked = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=8), Counter()
+    reader, checked = VideoReader(VideoConfig("linspace"), LIMITS, FRAMES, count=8), Counter()
     (out / "test.json").write_text(json.dumps(sets["test"]))
     for record in read_records(out / "test.json", out):
         frames = reader.read(record.videos[0], record.id).frames
@@ -77,7 +79,7 @@ def test_answers_are_in_the_frames(written):
 
 def test_reversed_clips(written):
     out, sets = written
-    reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=16)
+    reader = VideoReader(VideoConfig("linspace"), LIMITS, FRAMES, count=16)
     differ = Counter()
     by_id = {record["id"]: record for record in sets["test"]}
     for name, record in by_id.items():
@@ -95,7 +97,7 @@ def test_reversed_clips(written):
 
 def test_controls(written):
     out, sets = written
-    reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=8)
+    reader = VideoReader(VideoConfig("linspace"), LIMITS, FRAMES, count=8)
     frames = {name: reader.read(out / records[0]["video"], name).frames.astype(int) for name, records in sets.items()}
     assert np.abs(frames["test_middle"] - frames["test"][4]).mean() < 2
     assert np.abs(frames["test_shuffled"] - frames["test"]).mean() > 2

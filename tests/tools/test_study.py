@@ -21,7 +21,7 @@ from sweep_points import Point, points_of
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.planning.guide import FILE, read_guide
-from vlmprune_jax.run.workdir.result import OfControl
+from vlmprune_jax.run.workdir.result import ModelEvaluation
 
 
 def concluded(models):
@@ -88,7 +88,7 @@ def test_an_effect_in_one_noisy_setting_is_found():
 def test_retention_of_the_control_is_a_claim_of_its_own():
     models = [row("depth", 0.15, "sft_l2", 99.0, data=0.05, seed=seed) for seed in range(4)]
     for seed, model in enumerate(models):
-        control = OfControl(scores={}, retained={}, mean_of_ratios=97.0 + 0.1 * seed)
+        control = ModelEvaluation(scores={}, mean_of_ratios=97.0 + 0.1 * seed)
         models[seed] = changed(model, evaluation=replace(model.found.evaluation, control=control))
     found = concluded(models)["7"]
     assert (found.verdict, found.effect.mean) == ("does not hold", pytest.approx(97.15))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
 from vlmprune_jax.core.models import channels
 
 
@@ -40,3 +41,16 @@ def test_values_and_gradients(tokens, k, n_experts):
             np.testing.assert_allclose(actual, wanted, atol=2e-4, rtol=1e-4, err_msg=name)
     blocks = channels.blocks_of(chosen, n_experts)
     assert blocks.rows.size <= tokens * k + min(n_experts, tokens * k) * blocks.rows.shape[1]
+
+
+def test_devices_share_the_neurons_of_experts():
+    """Rows over two devices, neurons of every expert over four: the sums and norms of one device."""
+    draw = np.random.default_rng(0)
+    shapes = (4, 3, 6), (4, 3, 2), (5, 8, 6), (5, 8, 6), (5, 6, 8)
+    x, gates, *weights = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
+    arguments = x, jnp.asarray(draw.integers(0, 5, (4, 3, 2)), jnp.int32), gates, tuple(weights)
+    expected = channels.run_experts(*arguments, "silu")
+    with use_mesh(make_mesh(2, 1, 4)):
+        found = jax.jit(channels.run_experts, static_argnums=4)(*arguments, "silu")
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)

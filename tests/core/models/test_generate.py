@@ -101,6 +101,10 @@ def test_end_token_is_kept_then_padding(llava, goldens):
     tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=(end,))[0]
     np.testing.assert_array_equal(tokens[:3], expected[:3])
     assert set(tokens[3:]) == {llava.cfg.pad_token_id}
+    prompts = np.stack([golden["gen_text_prompt"], golden["gen_text_prompt"][::-1]])  # the second row goes on
+    rows = generate(llava, prompts, max_new_tokens=8, eos_token_ids=(end,))
+    np.testing.assert_array_equal(rows[0], tokens)
+    assert end not in rows[1]
 
 
 @pytest.mark.slow

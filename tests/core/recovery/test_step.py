@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -22,7 +23,6 @@ from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import term_weights
 from vlmprune_jax.core.recovery.program import Program, TrainState, _split, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, merge_lora, partition
-from vlmprune_jax.run.planning.ahead_of_time import collective_bytes
 
 CFG = cases.config()
 QUIET = {"progress": False}
@@ -188,7 +188,8 @@ def test_micro_batches_take_rows_from_where_they_lie():
     rows = jax.device_put(np.arange(48).reshape(16, 3), batch_sharding(mesh, 2))
     with step_context(mesh, "float32"):
         compiled = jax.jit(functools.partial(_split, n=2)).lower(rows).compile()
-    assert not collective_bytes(compiled.as_text())
+    moves = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    assert not re.search(moves, compiled.as_text())
     assert sorted(np.asarray(compiled(rows))[:, :, 0].ravel()) == list(range(0, 48, 3))
 
 

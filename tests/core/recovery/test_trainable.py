@@ -20,6 +20,7 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import dropout_masks
 from vlmprune_jax.core.models.layers import Projection
 from vlmprune_jax.core.models.params import flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.core.models.stack import fill
 from vlmprune_jax.core.models.vlm import Model, encode
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, decays, merge_lora, partition
 from vlmprune_jax.core.sections import LoraConfig
@@ -161,9 +162,15 @@ def test_dropout_scales_what_it_keeps():
     first, second, again = run(jax.random.key(1)), run(jax.random.key(2)), run(jax.random.key(1))
     assert np.array_equal(first, again)
     assert np.abs(first - second).max() > 1e-2
+    module = nnx.eval_shape(lambda: Projection({"embed": 5, "mlp": 3}, ("mlp",), ("embed",), bias=False, lora=lora))
+    shapes = {"weight": (3, 5), "lora_a": (lora.rank, 5), "lora_b": (3, lora.rank)}
+    arrays = {name: jax.random.normal(jax.random.key(1), shape) for name, shape in shapes.items()}
+    projection, x = fill(module, arrays), jnp.ones((1, 2, 5))
+    whole, kept = (projection(x, mask) - x @ arrays["weight"].T for mask in (None, jnp.ones(x.shape, bool)))
+    np.testing.assert_allclose(kept, 2 * whole, rtol=1e-5)
 
 
-def testdropout_masks_are_independent_and_drop_the_share_asked_for():
+def test_dropout_masks_are_independent_and_drop_the_share_asked_for():
     """Of one token's inputs, of two tokens and of two projections, which share a draw; an odd number of inputs too."""
     rate, lora = 0.3, LoraConfig(2, 4.0, 0.3, ("x",))
     sizes = {"embed": 45, "mlp": 30}

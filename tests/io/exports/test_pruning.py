@@ -25,7 +25,6 @@ from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages import work as work_module
-from vlmprune_jax.run.stages.graph import task_of
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.ledger import run_task
 
@@ -307,8 +306,8 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
         model=ModelSpec(hf_dir=str(llama)), score=ScoreConfig(depth="random"), prune=PlanConfig(layers_removed=2)
     )
     monkeypatch.setattr(work_module, "load", None)
-    place = Work.at(work, experiment, make_reporter(False), stage="prune", out=work / "pruned")
-    facts = run_task(task_of(place), overwrite=False, say=place.say).facts
+    place = Work.at(work, experiment, make_reporter(False), stage="prune")
+    facts = run_task(place.task, overwrite=False, say=place.say).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")

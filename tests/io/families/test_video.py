@@ -150,9 +150,9 @@ def test_sizes_of_frames(golden):
         frames, size = case["frames"], (case["width"], case["height"])
         if "error" in case:
             with pytest.raises(UserError, match=r"too short|long side"):
-                preparation.frame_shape(frames, *size)
+                preparation.image_shape(*size, 1, frames)
             continue
-        shape = preparation.frame_shape(frames, *size)
+        shape = preparation.image_shape(*size, 1, frames)
         if "grid_thw" in case:
             assert [-(-frames // 2), shape.rows, shape.columns] == case["grid_thw"], case
             assert shape.tokens * case["grid_thw"][0] == case["tokens"], case

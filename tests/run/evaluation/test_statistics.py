@@ -13,10 +13,7 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Metric, mean
 from vlmprune_jax.run.evaluation.statistics import (
-    holm,
     interval_of_mean,
-    mcnemar,
-    p_of_difference,
     retained_interval,
 )
 
@@ -154,24 +151,6 @@ def test_no_interval_where_the_unpruned_model_may_score_nothing():
         retained_interval(ACCURACY, [], [], [])
 
 
-@pytest.mark.parametrize(
-    ("lost", "gained", "p_value"),
-    # Two tails of a fair coin: 2 * (1 + 6) / 64, 2 * (1 + 12 + 66) / 4096, 2 * (1 + 11 + 55) / 2048, ...
-    [(5, 1, 14 / 64), (2, 10, 158 / 4096), (2, 9, 134 / 2048), (0, 10, 2 / 1024), (3, 3, 1.0), (0, 0, 1.0)],
-)
-def test_mcnemar(lost, gained, p_value):
-    first = [1.0] * lost + [0.0] * gained + [1.0] * 30 + [0.0] * 7
-    second = [0.0] * lost + [1.0] * gained + [1.0] * 30 + [0.0] * 7
-    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(p_value, rel=1e-9)
-
-
-def test_mcnemar_of_many_questions_is_the_binomial_tail():
-    few, number = 4800, 10_000  # 2 ** 10_000 is no float
-    found = mcnemar([1] * few + [0] * (number - few), [0] * few + [1] * (number - few))
-    logs = (math.lgamma(number + 1) - math.lgamma(i + 1) - math.lgamma(number - i + 1) for i in range(few + 1))
-    assert found == pytest.approx(2 * sum(math.exp(log - number * math.log(2)) for log in logs), rel=1e-8)
-
-
 def test_a_mean_over_seeds_has_an_interval_over_questions_too():
     values, intervals = [1.0, 2.0, 3.0], [(0.0, 1.5), (1.0, 2.5), (2.0, 3.5)]
     mean, low, high = interval_of_mean(values)
@@ -180,28 +159,3 @@ def test_a_mean_over_seeds_has_an_interval_over_questions_too():
     assert interval_of_mean(values, intervals) == pytest.approx((mean, *wide))
     assert interval_of_mean([99.8] * 3, [(99.0, 100.1)] * 3) == pytest.approx((99.8, 99.0, 100.1))
     assert interval_of_mean([5.0], [(4.0, 5.5)]) == (5.0, 4.0, 5.5)
-
-
-def test_a_difference_is_that_of_seeds_and_of_questions():
-    """One seed is McNemar's test; with several, chance rarely passes for a difference, and a real one is found."""
-    ours, theirs = np.array([[1.0] * 9 + [0.0]]), np.array([[1.0] * 3 + [0.0] * 6 + [1.0]])
-    assert p_of_difference(ours, theirs) == mcnemar(ours[0], theirs[0]) == 0.125
-    assert p_of_difference(ours, ours) == 1.0
-    draw, wrong, right = np.random.default_rng(0), 0, 0
-    for _ in range(300):
-        hard, seeds = draw.normal(size=200), draw.normal(scale=0.2, size=(6, 1))
-        models = hard + seeds + draw.normal(scale=0.5, size=(6, 200))
-        wrong += p_of_difference(models[:3], models[3:]) < 0.05
-        right += p_of_difference(models[:3], models[3:] + 1.0) < 0.05
-    assert wrong < 0.08 * 300
-    assert right > 0.9 * 300
-    # two noisy seeds do not get the small spread of twelve quiet ones
-    quiet, noisy = (np.array([[value] * 50 for value in values]) for values in ([99.8, 99.9] * 6, [98.9, 99.7]))
-    assert 0.1 < p_of_difference(quiet, noisy) == p_of_difference(noisy, quiet)
-
-
-def test_holm_raises_every_p_and_keeps_their_order():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # the textbook's example
-    assert holm([0.2, 0.9]) == pytest.approx([0.4, 0.9])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []

@@ -16,7 +16,6 @@ from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.options import options, sections
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import check_experiment
-from vlmprune_jax.run.stages.graph import task_of
 from vlmprune_jax.run.stages.recover import _made_from
 from vlmprune_jax.run.stages.work import Work
 
@@ -126,7 +125,7 @@ def kept(tmp_path):
         place = {"stage": stage, "start": tmp_path / "pruned"} | (
             {"subject": "pruned", "part": "questions"} if stage == "evaluate" else {}
         )
-        return task_of(Work.at(tmp_path, experiment, make_reporter(False), **place)).settings
+        return Work.at(tmp_path, experiment, make_reporter(False), **place).task.settings
 
     return of
 

@@ -9,13 +9,15 @@ from prune_cases import config
 from repository import ROOT
 from stack_cases import decoder_layer
 
+from vlmprune_jax.base.chips import CHIPS, GIB
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
+from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.planning import evaluation
-from vlmprune_jax.run.planning.ahead_of_time import Compiled, make_slice
-from vlmprune_jax.run.planning.evaluation import EvaluationCase, plan_evaluation
-from vlmprune_jax.run.planning.questions import BENCHMARKS, Questions
+from vlmprune_jax.run.evaluation.config import EvaluateSpec
+from vlmprune_jax.run.planning.ahead_of_time import make_slice
+from vlmprune_jax.run.planning.evaluation import BATCH, BENCHMARKS, bound, plan_evaluation
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.tpu_plan import TpuPlan
 
@@ -33,64 +35,60 @@ def get_config():
 
 
 @pytest.fixture
-def planned_traffic(monkeypatch):
-    """Callable (config, rows) -> plan on a slice, the decoding program, bytes read and resident bytes of a token."""
+def compiled(monkeypatch):
+    """Callable (config, rows) -> compiled decoding on a slice for prompts of 4,096 tokens."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    traffic = importlib.import_module("hbm_traffic")
+    decoding = importlib.import_module("decoding_plan")
 
-    def plan(cfg, rows):
-        case = EvaluationCase(cfg, "bfloat16", make_slice("v5e:2x2"), None, rows, (2, 1, 2))
-        with jax.default_matmul_precision("default"), traffic.compiled_programs() as programs:
-            planned = plan_evaluation(case)
-        return planned, programs[-1], traffic.bytes_per_token(programs[-1]), traffic.resident_bytes(case, planned)
+    def compile_for(cfg, rows):
+        with jax.default_matmul_precision("default"):
+            return decoding.compile_evaluation(cfg, make_slice("v5e:2x2"), 4096, ImageShape(slots=0), rows, (2, 1, 2))
 
-    return plan
+    return compile_for
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [64, 96, 128])
-def test_decoding_touches_little_more_than_weights_and_cache(head, monkeypatch, planned_traffic):
+def test_decoding_touches_little_more_than_weights_and_cache(head, compiled):
     """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip. The cache is not copied."""
-    monkeypatch.setattr(evaluation, "BENCHMARKS", {"long": Questions(0, 0, text=4096, answer=16)})
     widths = {"hidden_size": 1024, "head_dim": head, "vocab_size": 4096, "max_positions": 8192}
-    cfg = config((decoder_layer(8, 8, 16384),) * 3, **widths)
-    planned, decoding, read, resident = planned_traffic(cfg, 32)
-    assert (read + planned.received) / resident < 1.25
-    assert 0 < planned.received < 0.05 * read
-    assert decoding.temporaries < 0.1 * resident
+    found = compiled(config((decoder_layer(8, 8, 16384),) * 3, **widths), 32)
+    assert (found.read + found.received) / found.resident < 1.25
+    assert 0 < found.received < 0.05 * found.read
+    assert found.programs[1].temporaries < 0.1 * found.resident
 
 
 @pytest.mark.slow
-def test_the_state_of_delta_nets_is_read_once_a_token(planned_traffic):
+def test_the_state_of_delta_nets_is_read_once_a_token(compiled):
     """Bytes per token of a hybrid decoder: those of its weights, keys and values, and matrices, whatever the length."""
     widths = {"hidden_size": 1024, "head_dim": 128, "vocab_size": 4096, "max_positions": 8192}
     cfg = config((decoder_layer(8, 8, 16384),) * 2, **widths)
     delta = Layer(DeltaNet(16, 8, key_dim=128, value_dim=128), cfg.text.channel)
     cfg = cfg.with_layers([delta, cfg.text.layers[1]])
     assert delta.mixer.state_bytes(10, 2) == delta.mixer.state_bytes(1000, 2) == 4 * 16 * 128**2 + 2 * 3 * 4096
-    planned, _, read, resident = planned_traffic(cfg, 8)
-    assert (read + planned.received) / resident < 1.25  # below 1: some weights stay in VMEM
+    found = compiled(cfg, 8)
+    assert (found.read + found.received) / found.resident < 1.25  # below 1: some weights stay in VMEM
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    monkeypatch.setattr(evaluation, "compile_for_tpu", lambda *_: Compiled(2**30, 2**30, {}, 1, 1.0))
-
-
-def test_times_follow_from_the_shapes(uncompiled):
+def test_memory_and_times_follow_from_the_shapes():
     """A model of half the layers takes less; longer answers take more; rows fill what shares them."""
     target, cfg = make_slice("v5e:2x2"), cases.config(layers=8)
     whole, half = (
-        plan_evaluation(EvaluationCase(one, "bfloat16", target, None, 6))
+        plan_evaluation(one, "bfloat16", target, None, EvaluateSpec(batch_size=6))
         for one in (cfg, cfg.with_layers(cfg.text.layers[:4]))
     )
     assert whole.rows == 8
-    assert list(whole.seconds) == list(BENCHMARKS)
-    assert all(half.seconds[name] < whole.seconds[name] for name in BENCHMARKS)
-    assert whole.seconds["MathVista"] > whole.seconds["AI2D"] > 0
+    assert (whole.cache, whole.weights) > (half.cache, half.weights)
+    assert half.largest_batch > whole.largest_batch > 8
+    seconds = [{name: sum(parts.values()) for name, parts in one.phases["bf16"].items()} for one in (whole, half)]
+    assert list(seconds[0]) == list(BENCHMARKS)
+    assert all(seconds[1][name] < seconds[0][name] for name in BENCHMARKS)
+    assert seconds[0]["MathVista"] > seconds[0]["AI2D"] > 0
+    with pytest.raises(UserError, match=r"needs .* GiB of HBM per chip for weights and cache, which is"):
+        plan_evaluation(CFG.with_layers(CFG.text.layers * 4), "bfloat16", target, None, EvaluateSpec(batch_size=8192))
 
 
-def test_the_command_plans_evaluation_without_training(uncompiled, goldens, tmp_path, capsys):
+def test_the_command_plans_evaluation_without_training(goldens, tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(goldens / "ckpt/llava_hf")))
     flags = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", f"--save={tmp_path / 'p.json'}"]
     assert main(["plan", *flags, "--evaluation"]) == 0, capsys.readouterr().err
@@ -99,3 +97,59 @@ def test_the_command_plans_evaluation_without_training(uncompiled, goldens, tmp_
     assert planned.model.layers == 5
     assert main(["plan", *flags]) == 2
     assert "there is no training to plan" in capsys.readouterr().err
+
+
+# --- lower bounds on the time of questions: what each phase is limited by, and who gains where -----------------------
+
+CHIP = CHIPS["v5e"]
+WIDE = {"hidden_size": 1024, "head_dim": 128, "vocab_size": 4096, "max_positions": 8192}
+CFG = config((decoder_layer(8, 8, 4096),) * 4, **WIDE)
+LAYERS = 4 * (4 * 1024 * 1024 + 3 * 1024 * 4096)  # weights of the layers' matrices
+HEAD = 4096 * 1024
+
+
+def of(weights="bf16", cfg=CFG, length=2048, answer=16, rows=None, chips=1):
+    return bound(cfg, CHIP, chips, weights, length, ImageShape(slots=0), answer, rows)
+
+
+def test_a_long_prompt_is_arithmetic_and_a_token_is_memory():
+    """By hand: 2 FLOPs per weight and token, and attention's; a step reads all weights once, and half-filled rows."""
+    found = of(rows=1)
+    flops = 2 * 2048 * LAYERS + 2 * HEAD + sum(layer.mixer.mixing_flops(2048) for layer in CFG.text.layers)
+    assert found.prefill == pytest.approx(flops / CHIP.flops)
+    cache = 2 * 4 * 2 * 8 * 128 * (2048 + 8)
+    assert found.decode == pytest.approx(15 * (2 * (LAYERS + HEAD) + cache) / CHIP.hbm_bandwidth)
+    assert (found.tower, found.chips, found.rows) == (0, 1, 1)
+
+
+def test_four_bits_help_a_token_and_eight_bits_a_prompt():
+    """On hardware that multiplies in bfloat16, 4-bit weights save nothing of prefill; int8 units halve its products."""
+    bf16, w4a16, w8a8 = (of(weights, rows=1) for weights in ("bf16", "w4a16", "w8a8"))
+    assert w4a16.prefill == bf16.prefill
+    assert w4a16.decode < 0.5 * bf16.decode
+    assert 0.5 < w8a8.prefill / bf16.prefill < 0.65  # attention and head stay in bfloat16
+    assert w4a16.decode < w8a8.decode < bf16.decode
+
+
+def test_pruning_helps_both():
+    half = CFG.with_layers(CFG.text.layers[:2])
+    assert of(cfg=half, rows=1).prefill == pytest.approx(of(rows=1).prefill / 2, rel=1e-3)
+    assert of(cfg=half).rows > of().rows  # a smaller cache leaves room for more
+
+
+def test_groups_of_chips_are_those_with_the_most_questions_a_second():
+    """Four chips take a quarter of the time; one question takes all of them; weights that fit nowhere are an error."""
+    one, four = of(), of(chips=4)
+    assert sum(four.phases(BATCH, 4).values()) <= 0.27 * sum(one.phases(BATCH, 1).values())
+    assert of(chips=4, rows=1).chips == 4
+    assert of(chips=4, rows=1).seconds == pytest.approx(of(rows=1).seconds / 4)
+    large = config((decoder_layer(8, 8, 2**20),) * 4, **WIDE)  # 25 GB
+    assert of(cfg=large, chips=8).chips >= 2
+    with pytest.raises(UserError, match=r"24.1 GiB of weights do not fit on 1 chips"):
+        of(cfg=large)
+    assert large.text.layers[0].sizes["mlp"] * 1024 * 3 * 4 * 2 > CHIP.hbm > 15 * GIB
+
+
+def test_a_chip_without_int8_is_said():
+    with pytest.raises(UserError, match="w8a8: this TPU has no int8 units"):
+        bound(CFG, CHIPS["tpu7x"], 1, "w8a8", 100, ImageShape(slots=0), 4)

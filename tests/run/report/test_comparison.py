@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from report_cases import evaluated
 from sweep_cases import image_runs, some_runs, with_models, write_sweep
 
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
@@ -16,13 +15,12 @@ from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.build import build_sweep_page
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.evaluation import evaluation_file
 from vlmprune_jax.run.workdir.groups import comparison_of_sweep
 from vlmprune_jax.run.workdir.sweep import as_csv, read_sweep
 
 
-def tables_of_sweep(sweep, folder):
-    return tables_of(comparison_of_sweep(sweep), folder)
+def tables_of_sweep(sweep):
+    return tables_of(comparison_of_sweep(sweep), runs=True)
 
 
 def test_interval_over_seeds():
@@ -45,9 +43,9 @@ def test_page(tmp_path, sets):
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
     assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
     lead = html.unescape(page).replace("\u00a0", " ")
-    assert "Best of 12 models: depth 10 %, SFT, 5 % of the data retains" in lead
+    assert "Best of 12 models: depth 10 %, SFT, 5 % of the data<" in lead
     assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
-    assert "Speed as a multiple of the unpruned model's: decoding 1.33 (1.28 to 1.39)" in lead
+    assert "<dt>decoding, x</dt><dd>1.33 (1.28 to 1.39)</dd>" in lead
     assert "20 of 20 runs are done: 20 models." in page
     assert list(tmp_path.glob(".*")) == []
 
@@ -59,8 +57,8 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
     write_artefact(tmp_path / "sweep.json", sweep)
     page = build_sweep_page(tmp_path).read_text().replace("\u00a0", " ")
     reason = "not measurable on this busy machine (repeats differ by 146 %)"
-    assert f"decoding {reason}" in page
-    table, *_ = tables_of_sweep(sweep, tmp_path)
+    assert f"<dt>decoding, x</dt><dd>{reason}</dd>" in page
+    table, *_ = tables_of_sweep(sweep)
     assert {row[table.header.index("decoding, x")] for row in table.rows} == {"1.00", "not measurable"}
     assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
     assert page.count("<svg") == 2 * 6
@@ -68,11 +66,10 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
 
 def test_the_table_of_terminal_and_page(tmp_path):
     """Groups of seeds have one row with their spread; what a person looks for comes first."""
-    table, *_ = tables_of_sweep(write_sweep(tmp_path), tmp_path)
+    table, *_ = tables_of_sweep(write_sweep(tmp_path))
     first = ("model", "retained, %", "of control, %", "size, %", "paper avg, %", "decoding, x")
     assert table.header[:6] == first
     seeds = table.header.index("seeds")
-    assert "p against best" not in table.header  # nothing is tested without evaluations
     assert len(table.rows) == 13
     assert table.rows[0][:4] == ("unpruned", "100.00", "", "100.0")
     assert (table.rows[1][0], table.rows[1][2], table.rows[1][seeds]) == ("depth 10 %", "", "1")
@@ -84,33 +81,21 @@ def test_the_table_of_terminal_and_page(tmp_path):
 
 
 def test_the_best_is_told_as_in_the_report_of_one_run(tmp_path):
-    """One question of 300 more is chance, a hundred are not; intervals are over questions where there is one seed."""
+    """Intervals are over questions where there is one seed."""
     sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,)))
-    right = dict.fromkeys((entry.name for entry in sweep.models), 140)
-    right |= {sweep.models[0].name: 240, sweep.models[1].name: 239}
-    for entry in sweep.models:
-        scores = [1.0] * right[entry.name] + [0.0] * (300 - right[entry.name])
-        path = tmp_path / entry.found.path
-        write_artefact(evaluation_file(path.parent, path.name, "docs"), evaluated(0.8, scores={"anls": scores}))
+    kept = {entry.name: 100 - 0.42 * number for number, entry in enumerate(sweep.models)}
 
     def measured(entry):
-        kept = right[entry.name] / 2.4
-        changes = {"retained": {"docs": kept}, "mean_of_ratios": kept, "control": None}
-        scores, interval = {"docs": {"anls": right[entry.name] / 300}}, {"docs": (kept - 1, kept + 0.5)}
-        return replace(entry.found.evaluation, **changes, scores=scores, retained_interval=interval)
+        share = kept[entry.name]
+        changes = {"retained": {"docs": share}, "mean_of_ratios": share, "control": None}
+        return replace(entry.found.evaluation, **changes, retained_interval={"docs": (share - 1, share + 0.5)})
 
     write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=measured))
     page = html.unescape(build_sweep_page(tmp_path).read_text()).replace("\u00a0", " ")
-    assert "depth 10 % retains 100.00 % (95 % interval 99.0 to 100.5) of the unpruned score (anls 80.00 %" in page
+    assert "<dt>retained, %</dt><dd>100.00 (99.0 to 100.5)</dd>" in page
     assert re.search(r'<tr class="best">\s*<th scope="row">depth', page)
-    (table,) = tables_of_sweep(read_sweep(tmp_path), tmp_path)
-    p_value, ends = map(table.header.index, ("p against best", "retained, %"))
-    assert [row[p_value] for row in table.rows[1:]] == ["", "1.000", *["< 0.001"] * 10]
-    assert table.rows[2][ends] == "99.58 (98.6 to 100.1)"
-    (path,) = (tmp_path / sweep.models[1].found.path).parent.glob("eval/*.json")
-    path.unlink()
-    (table,) = tables_of_sweep(read_sweep(tmp_path), tmp_path)
-    assert [row[p_value] for row in table.rows[1:3]] == ["", ""]
+    (table,) = tables_of_sweep(read_sweep(tmp_path))
+    assert table.rows[2][table.header.index("retained, %")] == "99.58 (98.6 to 100.1)"
 
 
 def test_accuracy_over_the_tokens_per_image(tmp_path):
@@ -118,7 +103,7 @@ def test_accuracy_over_the_tokens_per_image(tmp_path):
     sweep = write_sweep(tmp_path, runs=image_runs())
     assert [one.image_tokens for one in sweep.done] == [70, 140, 280]
     assert sorted(sweep.unpruned) == sorted(f" at {one} tokens per image" for one in (70, 140, 280))
-    unpruned = [row[0] for row in tables_of_sweep(sweep, tmp_path)[0].rows[:3]]
+    unpruned = [row[0] for row in tables_of_sweep(sweep)[0].rows[:3]]
     assert unpruned == [f"unpruned, {tokens} image tokens" for tokens in (280, 140, 70)]
     page = build_sweep_page(tmp_path).read_text()
     assert "depth 10 %, 140 image tokens" in html.unescape(page).replace("\u00a0", " ")

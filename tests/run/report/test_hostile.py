@@ -25,7 +25,7 @@ from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run
 from vlmprune_jax.run.workdir.result import read_result
-from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 
 
 def printed(workdir):
@@ -106,12 +106,11 @@ def test_mutants_of_metrics_and_of_what_was_planned(workdir):
 
     assert min(refused_or_done(rows, write, draw, path, 0.5).values()) > 5
     path = workdir / "tpu_plan.json"
-    search = Planned(problem="too large", search={"slice": PLANNED})
-    write_artefact(path, TpuPlan(recoveries={"a": Planned(step=PLANNED), "<b>": search}))
+    write_artefact(path, TpuPlan(recoveries={"a": PLANNED, "<b>": PLANNED}))
     told = json.loads(path.read_text())
 
     def shown():
-        return [as_rows(planned) for planned in read_artefact(workdir / TPU_PLAN, TpuPlan).recoveries.values()]
+        return [[*planned.table()] for planned in read_artefact(workdir / TPU_PLAN, TpuPlan).recoveries.values()]
 
     counts = refused_or_done(told, lambda v: path.write_text(json.dumps(v)), shown, path, 0.2)
     assert min(counts.values()) > 20

@@ -259,7 +259,7 @@ def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "read_result", lambda _: found)
     monkeypatch.setattr(pipeline, "best_run", lambda runs, _: runs[0])
     monkeypatch.setattr(
-        pipeline, "_export_run", lambda _, run, *__: exported.append(run.path) or SimpleNamespace(facts=None)
+        pipeline, "_export", lambda _, model, *__: exported.append(model) or SimpleNamespace(facts=None)
     )
     monkeypatch.setattr(pipeline, "describe_export", lambda *_: [])
     (tmp_path / "result.json").touch()
@@ -267,6 +267,6 @@ def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):
     experiment = override(Experiment(), {"prune_variants": variants})
     for only in ("", "width"):
         pipeline.export(Work.at(tmp_path, choose_variants(experiment, only), make_reporter(False)))
-    assert exported == ["depth/pruned", "width/pruned"]
+    assert exported == [tmp_path / "depth/pruned", tmp_path / "width/pruned"]
     with pytest.raises(UserError, match="has no model of these variants"):
         pipeline.export(Work.at(tmp_path, choose_variants(experiment, "hybrid"), make_reporter(False)))

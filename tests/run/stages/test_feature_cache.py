@@ -39,8 +39,7 @@ from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.stages.graph import task_of
-from vlmprune_jax.run.stages.recover import cached_features, prepare
+from vlmprune_jax.run.stages.recover import Recovery
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.ledger import run_task
 
@@ -96,7 +95,7 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     changed = override(experiment, {"data": data, "recover": recover})
     place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
     work = quiet(root, changed, stage="recover", **place)
-    run_task(task_of(work), overwrite=False, say=work.say)
+    run_task(work.task, overwrite=False, say=work.say)
     return root / name
 
 
@@ -152,7 +151,7 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    return cached_features(prepare(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover))
+    return Recovery(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover).cached_features()
 
 
 def test_what_is_refused(llava, goldens, tmp_path):
@@ -177,7 +176,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     shutil.copy(root / "plan.json", tmp_path)
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         edit_weights(tmp_path / "pruned", _other_tower, file.name)
-    with pytest.raises(UserError, match="have different vision towers: unset feature_cache"):
+    with pytest.raises(UserError, match="have different vision towers: unset it or use"):
         prepared(experiment, tmp_path, cache)
     with pytest.raises(UserError, match=r'weights.digest was "\w+", now "\w+"'):
         prepared(experiment, tmp_path, cache, recover={"losses": {"teacher_inputs": "student"}})

@@ -223,12 +223,11 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.graph import steps_of
     from vlmprune_jax.run.stages.work import Work
 
     def controls(**changes):
         experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
-        steps = steps_of(Work.at(tmp_path, experiment, make_reporter(False)))
+        steps = Work.at(tmp_path, experiment, make_reporter(False)).steps
         assert all(step.control is None for step in steps if step.stage != "recover")
         found = [step.control and step.control.relative_to(tmp_path).as_posix() for step in steps]
         trained = [step.path for step in steps if not step.pruned]
@@ -250,14 +249,13 @@ def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.graph import record_of, steps_of
     from vlmprune_jax.run.stages.work import Work
 
     def steps(**changes):
         settings = {"model": {"hf_dir": "teacher"}, "prune": {"method": "none", "ratio": 0.3}, **changes}
-        return steps_of(Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)))
+        return Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)).steps
 
-    [trained] = map(record_of, steps(reconstruct={"method": "least_squares"}))
+    (trained,) = [step.record for step in steps(reconstruct={"method": "least_squares"})]
     assert (trained.stage, trained.name) == ("recover", "unpruned-recovered")
     assert not trained.pruned
     assert not trained.control

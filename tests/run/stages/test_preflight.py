@@ -8,7 +8,7 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.stages import answers, pipeline, preflight
+from vlmprune_jax.run.stages import evaluate, pipeline, preflight
 
 CONFIG = """
 from vlmprune_jax.run.cli.config_files import experiment_config
@@ -36,7 +36,7 @@ def run(goldens, tmp_path, capsys, monkeypatch):
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path))
     monkeypatch.setattr(pipeline, "run_task", None)
-    monkeypatch.setattr(answers, "run_task", None)
+    monkeypatch.setattr(evaluate, "run_task", None)
 
     def call(*flags, command="run"):
         code = main([command, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_meanwhile(run, monkeypatch):
     """Space is checked again before every stage, and not only at the start."""
     usage, begun = SimpleNamespace(free=2**40), []
     monkeypatch.setattr("vlmprune_jax.base.atomic.shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr(pipeline, "evaluate_teacher", lambda root: {})
+    monkeypatch.setattr(pipeline, "evaluate_model", lambda *_: {})
 
     def run_task(task, **options):
         begun.append(task.name)

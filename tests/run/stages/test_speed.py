@@ -7,7 +7,6 @@ from repository import ROOT
 from sweep_cases import QUIET
 
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages import speed as stage
 from vlmprune_jax.run.stages.work import Work
@@ -27,27 +26,16 @@ def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage, "measure_speed", measure)
     monkeypatch.setattr(Work, "load", lambda self, folder: None)
-    monkeypatch.setattr(Work, "phase", lambda self, title, total: QUIET_BAR)
     teacher = str(ROOT / "vlmprune_jax/demo/teacher")
-    experiment = override(Experiment(), {"model": {"hf_dir": teacher}})
-    for number, spec in enumerate((SpeedConfig(), SpeedConfig(), SpeedConfig(prompt_tokens=100))):
+    for number, tokens in enumerate((640, 640, 100)):
         workdir = tmp_path / f"run{number}"
         shutil.copytree(teacher, workdir / "pruned")
-        models = {f"depth-{number}": workdir / "pruned"}
-        work = Work.at(workdir, experiment, QUIET, store=Store(tmp_path / "shared"), models=models)
-        stage.speed_stage(work, spec)
+        spec = {"rounds": 5, "prompt_tokens": tokens}
+        experiment = override(Experiment(), {"model": {"hf_dir": teacher}, "speed": spec})
+        work = Work.at(workdir, experiment, QUIET, store=Store(tmp_path / "shared"))
+        for _ in range(2):
+            stage.measure_shapes(work, {f"depth-{number}": workdir / "pruned"})
         (measured_pair,) = read_artefact(workdir / "speed.json", Speed).pairs
         assert measured_pair.models == [f"depth-{number}"]
         assert measured_pair.prefill_limit == measured_pair.decode_limit == 1.0  # nothing is removed
     assert measured == [640, 100]
-
-
-class _Bar:
-    def __enter__(self):
-        return lambda done: None
-
-    def __exit__(self, *_):
-        pass
-
-
-QUIET_BAR = _Bar()

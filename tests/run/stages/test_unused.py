@@ -14,8 +14,7 @@ from vlmprune_jax.run.cli.stages import StageCommand
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.stages.registry import STAGES
-from vlmprune_jax.run.stages.stage import Stage
+from vlmprune_jax.run.stages.stage import STAGES, Stage
 from vlmprune_jax.run.stages.unused import unused_settings
 from vlmprune_jax.run.sweep.hyper import sweep_runs
 

@@ -14,10 +14,9 @@ from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.report import build
-from vlmprune_jax.run.sweep import run as sweep_run
-from vlmprune_jax.run.sweep import sweep as stages
+from vlmprune_jax.run.sweep import hyper
+from vlmprune_jax.run.sweep import sweep as sweep_run
 from vlmprune_jax.run.sweep.hyper import sweep_runs
-from vlmprune_jax.run.sweep.run import Sweep
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.sweep import read_sweep
 
@@ -150,11 +149,11 @@ def test_shards_are_a_partition(sweep, capsys):
     assert sweep.ran == [0.3]
     runs = cases.some_runs()
     for count in (1, 2, 3, 7, 40):
-        shards = [stages.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
+        shards = [hyper.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
         assert sorted(run.name for shard in shards for run in shard) == sorted(run.name for run in runs)
     for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 5000, "²/2"):
         with pytest.raises(UserError, match=r"--shard=.*: must be i/n with i from 1 to n"):
-            stages.shard_of(runs, shard)
+            hyper.shard_of(runs, shard)
 
 
 def test_runs_are_chosen_by_their_names(sweep, capsys):
@@ -197,9 +196,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, bo
 
 def test_runs_with_other_sets_cannot_be_compared(tmp_path):
     runs = sweep_runs(Experiment(), [{"evaluate.questions": 9}, {"evaluate.questions": 8}])
-    stages.check_runs(runs[:1], Sweep(tmp_path, "x.py", False), 1)
+    hyper.check_runs(runs[:1], 1)
     with pytest.raises(UserError, match="run questions=8: its evaluation sets differ from those of questions=9"):
-        stages.check_runs(runs, Sweep(tmp_path, "x.py", False), 1)
+        hyper.check_runs(runs, 1)
 
 
 def test_a_config_without_runs(sweep, tmp_path, capsys):
@@ -252,7 +251,7 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     names = []
     for run in runs:
         one = row("depth", 0.15, "none", 50.0, digest="same")
-        models = [replace(one.found, path=f"runs/{run.name}/{name}") for name in ("pruned", "recovered")]
+        models = [replace(one.found, path=name) for name in ("pruned", "recovered")]
         entry = replace(one, name=run.name, run=run.name, group=run.group, found=None)
         names += [one.name for one in sweep_run._entries(run, entry, models, seen)]
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]

@@ -21,11 +21,13 @@ from vlmprune_jax.core.models.params import locate, param_axes, param_shapes
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.families import Family
-from vlmprune_jax.io.families.table import checked_table
+from vlmprune_jax.io.families.table import Weight, checked_table
 
 PARTS = ("text", "projector", "vision")
 # Entries (experts) of all layers: each has slots of its own (Qwen3.5's 60 layers of 512 experts: 30,720).
 MAX_ENTRIES = 2**17
+# Axes that are one dimension in files, up to another axis, as heads are with their channels.
+_JOINED = {"patch_row": "channel", "depth": "extra"}
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,12 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
-    for weight in checked_table(family.weights, family.weights(cfg)):
-        layout = dimensions(weight.layout)
+    for weight in weight_table(cfg, family):
+        layout = dimensions(weight.layout or "")
         tokens = [*itertools.chain(*layout)]
-        places = locate(cfg, weight.path)
-        some = any(path in axes for _, path, _ in places)  # a parameter that only some layers have
+        places = [place for place in locate(cfg, weight.path) if place[1] in axes]
         for i, path, index in places:
             line = weight if i is None else weight.at(i)
-            if path not in axes:
-                if some:
-                    continue
-                raise UserError(
-                    f"family {family.name}: its weight table lists {line.path}, which is not a parameter of this model"
-                )
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
@@ -162,6 +157,38 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     if missing:
         raise UserError(f"family {family.name}: its weight table lacks {', '.join(missing[:3])}")
     return slots
+
+
+def weight_table(cfg: ModelConfig, family: Family) -> list[Weight]:
+    """Return the family's weight table with one entry per parameter, all of which the model has and have a layout.
+
+    Raises UserError if the model was loaded without its vision tower.
+    """
+    if cfg.vision is not None and not cfg.tower:
+        raise UserError("the model was loaded without its vision tower: load all parts of the model")
+    axes, table = param_axes(cfg), []
+    for line in checked_table(family.weights, family.weights(cfg)):
+        places = locate(cfg, line.path)
+        for leaf in ("", "weight", "bias"):
+            names = next((axes[path] for _, at, _ in places if (path := f"{at}/{leaf}".rstrip("/")) in axes), None)
+            if names is not None:
+                layout = usual_layout(names) if line.layout is None or leaf == "bias" else line.layout
+                key = f"{line.key}.{leaf}".rstrip(".")
+                table.append(Weight(f"{line.path}/{leaf}".rstrip("/"), key, layout))
+    return table
+
+
+def usual_layout(names: Sequence[str]) -> str:
+    """Return the layout of a parameter with these axes in PyTorch's modules, without the axis of stacked layers."""
+    joined = {name: axis.channels for name, axis in AXES.items()} | _JOINED
+    tokens, end = list[str](), ""
+    for place, name in enumerate(names):
+        if name == "layer":
+            continue
+        start = not end and joined.get(name) in names[place + 1 :]
+        tokens.append(f"{'1 ' if name == 'tap' else ''}{'(' if start else ''}{name}{')' if name == end else ''}")
+        end = joined[name] if start else "" if name == end else end
+    return " ".join(tokens)
 
 
 def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
@@ -314,7 +341,8 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
-    return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
+    head = next(line.key for line in family.weights(untied) if line.path.startswith("text/lm_head"))
+    return f"{head.removesuffix('.weight')}.weight"
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:

@@ -11,8 +11,9 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.media import image_key
-from vlmprune_jax.io.data.preparation import Preparation, Videos
+from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
+from vlmprune_jax.io.data.video.reader import VideoReader
 from vlmprune_jax.io.families.tiles import ImageShape, VideoShape
 
 
@@ -57,7 +58,7 @@ class FeatureLoader:
         return image_tokens if self.preparation.merge else slots
 
     @property
-    def videos(self) -> Videos | None:
+    def videos(self) -> VideoReader | None:
         """Loader of the frames of videos; None if the model takes images only."""
         return self.images.videos
 

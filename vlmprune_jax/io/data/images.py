@@ -1,28 +1,24 @@
-"""Image files to pixel arrays: safe decoding, LLaVA's square padding, the folder's processor, tiles or patches."""
+"""Image files to pixel arrays: LLaVA's square padding, the image processor of a model folder, tiles or patches."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import io
-import logging
 import math
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from vlmprune_jax.base.errors import UserError, error_context, reason
-from vlmprune_jax.base.files import IMAGE_FORMATS, open_image, read_json, reading
-from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.base.files import read_json, reading
 from vlmprune_jax.io.data.config import ASPECT_RATIOS
+from vlmprune_jax.io.data.image_files import opened_image, to_rgb
 from vlmprune_jax.io.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
@@ -34,7 +30,7 @@ from vlmprune_jax.io.data.image_processor import (
 from vlmprune_jax.io.data.media import DECODING, StoredImage
 from vlmprune_jax.io.data.naflex import naflex_from_processor
 from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
-from vlmprune_jax.io.data.preparation import Preparation, Videos, fixed_size
+from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
 from vlmprune_jax.io.data.records import VideoSource, Visual
 from vlmprune_jax.io.data.tiling import (
     Tiling,
@@ -43,64 +39,52 @@ from vlmprune_jax.io.data.tiling import (
     splitting_from_processor,
     tiling_from_processor,
 )
+from vlmprune_jax.io.data.video.reader import VideoReader
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.tiles import ImageShape
 
-_CRISP = 96  # pixels per side up to which thumbnails are stored without loss
-# Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
-# Silenced for the whole process, because warning filters are not per thread.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
-
-class WholeImage:
+class WholeImage(Preparation):
     """Preparation of an image as a single tile: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
     `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" does nothing.
     """
 
-    shares, usual, merge, image_buckets, turns = False, (1,), 0, (), False
+    merge = 0
 
     def __init__(self, config: Mapping[str, Any], *, location: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS[1:]:
             raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
         self._processor = make_processor(config, location)
         self._pad = aspect_ratio == "pad"
-        self.limit_fields: dict[str, Any] = {}
-        self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
+        self._settings = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
             raise UserError(f"{location}: do_resize and do_center_crop are off, so images differ in size: restore one")
         self._resized = sides(self._processor.size, location)
         self._short_side = "shortest_edge" in dict(self._processor.size)
-        self.shape = (3, *(sides(self._processor.crop_size, location) if crops else self._resized))
+        self._shape = (3, *(sides(self._processor.crop_size, location) if crops else self._resized))
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        return ImageShape()
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
-    def most(self, images: int) -> int:
-        return images
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
 
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        height_after, width_after = self._resized
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+        pixels = math.prod(self._resized)
         if self._pad:
-            return max(max(width, height) ** 2, height_after * width_after)
-        if self._short_side:
-            return height_after * width_after * max(width, height) // min(width, height)
-        return height_after * width_after
+            pixels = max(max(width, height) ** 2, pixels)
+        elif self._short_side:
+            pixels = pixels * max(width, height) // min(width, height)
+        return Plan(ImageShape(), pixels)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         if self._pad:
             image = pad_to_square(image, tuple(self._processor.image_mean))
         return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
-
-    def for_video(self, video: VideoConfig) -> None:
-        return None
-
-    def with_most_tokens(self, tokens: int, slot_tokens: int) -> WholeImage:
-        raise fixed_size(slot_tokens)
 
 
 class ImageLoader:
@@ -113,7 +97,7 @@ class ImageLoader:
     dtype = np.dtype(np.float32)
 
     def __init__(
-        self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: Videos | None = None
+        self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: VideoReader | None = None
     ) -> None:
         self.preparation = preparation
         self.videos = videos
@@ -140,7 +124,7 @@ class ImageLoader:
             pixels = self._videos(record).load(path, record)
         else:
             with self._open(path, record, sharing) as image, DECODING.reserve(self._memory(image.size, sharing)):
-                pixels = self.preparation.prepare(_to_rgb(image), sharing)
+                pixels = self.preparation.prepare(to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
                 f"{path} (record {record}): prepared size is {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
@@ -183,9 +167,9 @@ class ImageLoader:
 
     def _memory(self, size: tuple[int, int], sharing: int) -> int:
         """Return the bytes that decoding and preparing an image takes: two copies in uint8, two in float32."""
-        return 6 * math.prod(size) + 24 * self.preparation.prepared_pixels(*size, sharing)
+        return 6 * math.prod(size) + 24 * self.preparation.plan(*size, sharing).pixels
 
-    def _videos(self, record: str) -> Videos:
+    def _videos(self, record: str) -> VideoReader:
         if self.videos is None:
             raise UserError(
                 f"record {record}: has a video, but this model takes images only: pass frames as images "
@@ -196,64 +180,14 @@ class ImageLoader:
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
         """Context that opens an image and checks its size; errors inside it name the file and the record."""
-        with _opened(path, record) as image:
+        with opened_image(path, record) as image:
             width, height = image.size
-            if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
+            if max(width * height, self.preparation.plan(width, height, sharing).pixels) > self._max_pixels:
                 raise UserError(
                     f"{path}: image of {width}x{height} pixels exceeds the limit of {self._max_pixels} pixels after "
                     "preparation: shrink it or raise data.max_image_pixels"
                 )
             yield image
-
-
-def thumbnail(
-    image: Path | StoredImage, record: str, *, side: int, max_pixels: int
-) -> tuple[bytes, str, tuple[int, int]]:
-    """Return (encoded JPEG or PNG, format, (width, height)) of an image reduced to sides of at most `side` pixels.
-
-    Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
-    """
-    with _opened(image, record, max_pixels) as opened:
-        opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
-        small = _to_rgb(opened)
-        small.thumbnail((side, side))
-    kind = "png" if max(small.size) <= _CRISP else "jpeg"
-    encoded = io.BytesIO()
-    small.save(encoded, kind, **({} if kind == "png" else {"quality": 80}))
-    return encoded.getvalue(), kind, small.size
-
-
-def read_rgb(image: Path | StoredImage, record: str, max_pixels: int) -> Image.Image:
-    """Return a decoded image in RGB; raise UserError naming the file and the record, also above `max_pixels`."""
-    with _opened(image, record, max_pixels) as opened:
-        return _to_rgb(opened)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        # same colours as a direct conversion, without PIL's warning about transparent palettes
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
-
-
-@contextlib.contextmanager
-def _opened(path: Path | StoredImage, record: str, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """Context that opens an image and reads its header; errors inside it name the file and the record."""
-    try:
-        with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise UserError(
-                    f"{path}: image of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels: "
-                    "shrink it or raise data.max_image_pixels"
-                )
-            yield image
-    except UserError as error:
-        raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} (record {record}): image is far too large ({error}): shrink it") from error
-    except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
-        problem = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise UserError(f"{path} (record {record}): not a readable image ({problem}): replace the file") from error
 
 
 def load_image_processor(
@@ -267,7 +201,7 @@ def load_image_processor(
     patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
     slot_tokens: int = 0,
-    videos: Callable[[Preparation], Videos | None] = lambda preparation: None,
+    videos: Callable[[Preparation], VideoReader | None] = lambda preparation: None,
 ) -> ImageLoader:
     """Return the `ImageLoader` for the image processor described in a Hugging Face folder.
 
@@ -313,22 +247,11 @@ def _check_fits(
     preparation: Preparation, location: str, image_size: int | None, patches: tuple[int, int] | None
 ) -> None:
     """Raise UserError if the vision tower does not accept the shape that an image preparation produces."""
-
-    def described(first: int | None, second: int | None, in_patches: bool) -> str:
-        return (
-            f"patches of {first} values, {second} per side of a token" if in_patches else f"{first} x {second} pixels"
-        )
-
-    if patches is None and image_size is None:
-        return
-    in_patches = preparation.merge > 0
-    first, second = (*preparation.shape, preparation.merge) if in_patches else preparation.shape[1:]
-    makes = described(first, second, in_patches)
-    takes = described(*(patches or (image_size, image_size)), patches is not None)
-    if makes != takes:
+    takes = f"{image_size} x {image_size} pixels" if patches is None else described_patches(*patches)
+    if (patches or image_size) and preparation.described != takes:
         raise UserError(
-            f"{location}: the image processor returns {makes}, but the vision tower takes {takes}: use the model's "
-            "processor"
+            f"{location}: the image processor returns {preparation.described}, but the vision tower takes {takes}: "
+            "use the model's processor"
         )
 
 

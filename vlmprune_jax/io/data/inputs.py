@@ -36,7 +36,7 @@ from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.io.data.video.frames import frame_loader
+from vlmprune_jax.io.data.video.reader import video_reader
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
 
@@ -144,7 +144,7 @@ def _load_inputs(
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
             slot_tokens=slot_tokens,
-            videos=functools.partial(frame_loader, data, None if template.video is None else video, slot_tokens),
+            videos=functools.partial(video_reader, data, None if template.video is None else video, slot_tokens),
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:

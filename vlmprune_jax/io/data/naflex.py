@@ -14,6 +14,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.patching import Patches, token_buckets
+from vlmprune_jax.io.data.preparation import Plan
 from vlmprune_jax.io.data.tiling import closest_grid
 from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 
@@ -54,12 +55,10 @@ class NaFlex(Patches):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
         return token_buckets(self._most_tokens)
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual numbers of tiles per image, the resized whole image included."""
         most = self.max_tiles + self.thumbnail if self.max_tiles > 1 else 1
         return (*(n for n in (1, 3, 5, 7) if n < most), most)
 
@@ -69,10 +68,6 @@ class NaFlex(Patches):
         return {**names, "do_image_splitting": self.max_tiles > 1}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> NaFlex:
-        """Return a copy of the preparation with at most `tokens` tokens per image.
-
-        Raises UserError if the smallest images have more tokens.
-        """
         if tokens < self.min_tokens:
             raise UserError(
                 f"tokens per image must be at least {self.min_tokens}, the number of tokens of the smallest image: "
@@ -83,17 +78,14 @@ class NaFlex(Patches):
             return dataclasses.replace(self, max_tiles=tiles)
         return dataclasses.replace(self, min_tiles=1, max_tiles=1, max_tokens=min(tokens, self.max_tokens))
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         columns, rows = self._tiles(width, height)
         side, whole = self._tile_side * self.merge, self._grid(width, height)
         tiled = rows * columns > 1
         pieces = [(side, side)] * (rows * columns) * tiled + [whole] * (self.thumbnail or not tiled)
         tokens = sum(r * c for r, c in pieces) // self.merge**2
-        return ImageShape(rows, columns, len(pieces), tokens, tuple(pieces))
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        (columns, rows), whole = self._tiles(width, height), self._grid(width, height)
-        return max(columns * rows * self.size**2, math.prod(whole) * self.patch**2)
+        largest = max(columns * rows * self.size**2, math.prod(whole) * self.patch**2)
+        return Plan(ImageShape(rows, columns, len(pieces), tokens, tuple(pieces)), largest)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         shape, (columns, rows) = self.image_shape(*image.size, sharing), self._tiles(*image.size)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.image_processor import check_steps, normalize, pixel_fields
-from vlmprune_jax.io.data.preparation import FramePreparation
+from vlmprune_jax.io.data.preparation import Plan, Preparation
 from vlmprune_jax.io.families.tiles import BICUBIC, ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
@@ -24,7 +24,7 @@ BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that Gemma 4 was trained
 DEFAULT_BUDGET = 280
 
 
-class Patches(FramePreparation, Protocol):
+class Patches(Preparation):
     """Preparation that resizes an image to whole tokens; `merge` x `merge` patches of `patch` x `patch` pixels each."""
 
     patch: int
@@ -96,7 +96,6 @@ class Patching(Patches):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
         return (*token_buckets(self._most_tokens)[:-1], self._most_tokens)
 
     @property
@@ -113,10 +112,6 @@ class Patching(Patches):
         return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        """Return a copy of the preparation with at most `tokens` tokens per image.
-
-        Raises UserError if images of `min_pixels` have more tokens.
-        """
         pixels = tokens * (self.patch * self.merge) ** 2
         if pixels < self.min_pixels:
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
@@ -127,7 +122,6 @@ class Patching(Patches):
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
     def for_video(self, video: VideoConfig) -> Patching | None:
-        """Return the patch settings for videos; None if the video processor has no pixel limits."""
         if video.min_pixels is None or video.max_pixels is None:
             return None
         names = ("min_pixels", "max_pixels", "mean", "std", "resample")
@@ -136,28 +130,20 @@ class Patching(Patches):
         patch, merge = video.patch or self.patch, video.merge or self.merge
         return kind(patch=patch, temporal=video.temporal_patch, merge=merge, **fields)
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        return self.frame_shape(1, width, height)
-
-    def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
-        """Return the grid and number of tokens of one temporal patch of a video with `frames` frames."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         rows, columns = self._grid(width, height, frames)
-        return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        rows, columns = self._grid(width, height)
-        return rows * columns * self.temporal * self.patch**2
+        shape = ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
+        return Plan(shape, rows * columns * self.temporal * self.patch**2)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         return self.prepare_frames([image])
 
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        """Convert frames to temporal patches; the last frame is repeated to fill the last temporal patch."""
         rows, columns = self._grid(*frames[0].size, len(frames))
         p, t = self.patch, self.temporal
         patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
         for number in range(len(patches) * t):
-            if number < len(frames):
+            if number < len(frames):  # the last one is repeated to fill the last temporal patch
                 resized = frames[number].resize((columns * p, rows * p), self.resample)
                 pixels = normalize(np.asarray(resized), self.mean, self.std)
                 patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, p, p)
@@ -186,13 +172,10 @@ class VideoPatching(Patching):
     """Preparation of a video's frames with pixel limits for all frames together (`Qwen3VLVideoProcessor`)."""
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        """Return the preparation of frames with at most `tokens` tokens per temporal patch.
-
-        The result limits each temporal patch separately, not all frames together.
-        """
         if not tokens:
             raise UserError("a temporal patch has at least 1 token: use fewer frames")
         fields = {name: value for name, value in vars(self).items() if name not in ("min_pixels", "max_pixels")}
+        # limits each temporal patch separately, not all frames together
         return Patching(min_pixels=1, max_pixels=tokens * (self.patch * self.merge) ** 2, **fields)
 
     def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
@@ -263,15 +246,13 @@ class TokenBudget(Patches):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded: only the maximum, because most images nearly reach it."""
-        return (self.tokens,)
+        return (self.tokens,)  # because most images nearly reach it
 
     @property
     def limit_fields(self) -> dict[str, Any]:
         return {"max_soft_tokens": self.tokens}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
-        """Return a copy with this token limit per image; raise UserError if the model was not trained with it."""
         if tokens not in BUDGETS:
             raise UserError(
                 f"tokens per image must be one of {', '.join(map(str, BUDGETS))}, with which the model was trained"
@@ -288,12 +269,10 @@ class TokenBudget(Patches):
             resample=video.resample,
         )
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         rows, columns = self._tokens(width, height)
-        return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        return self.tokens * (self.merge * self.patch) ** 2
+        shape = ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
+        return Plan(shape, self.tokens * (self.merge * self.patch) ** 2)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         (rows, columns), side = self._tokens(*image.size), self.merge * self.patch

@@ -1,10 +1,10 @@
-"""Interface of image preparations for the vision tower, their padded sizes, and the base class for square tiles."""
+"""Conversion of images and video frames to arrays for the vision tower, and the padded sizes of these arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,26 +13,42 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.image_processor import normalize
-from vlmprune_jax.io.data.records import VideoSource
-from vlmprune_jax.io.families.tiles import ImageShape, VideoShape
+from vlmprune_jax.io.families.tiles import ImageShape
 
 
-class Preparation(Protocol):
-    """Conversion of a decoded image to arrays for the vision tower; `sharing` is the number of images in its record.
+class Plan(NamedTuple):
+    """Grid and number of tiles of a prepared image, and the pixels of the largest image made on the way."""
 
-    Attributes:
-      merge: patch-merge factor n (n x n patches become one token) for images of varying size; 0 if the size is fixed.
-      shares: True if an image's arrays depend on the number of images in its record.
-      turns: True if image tokens have rotary positions by row and column (M-RoPE).
+    shape: ImageShape
+    pixels: int
+
+
+class Preparation:
+    """Preparation of images and video frames; a subclass defines `plan`, and `prepare` or `cut`.
+
+    `sharing` is the number of images in an image's record, `frames` the number of frames in its video.
     """
 
     merge: int
-    shares: bool = False
-    turns: bool = False
+    """Patches per side of a token (n x n patches become one) for images of varying size; 0 if the size is fixed."""
+
+    shares = False
+    """True if an image's arrays depend on the number of images in its record."""
+
+    turns = False
+    """True if image tokens have rotary positions by row and column (M-RoPE)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the vision tower's input: (channels, height, width); (values,) per patch if image sizes vary."""
+        raise NotImplementedError
+
+    @property
+    def described(self) -> str:
+        """Text that states the shape of the vision tower's input in messages."""
+        if self.merge:
+            return described_patches(self.shape[0], self.merge)
+        return f"{self.shape[1]} x {self.shape[2]} pixels"
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
@@ -47,42 +63,28 @@ class Preparation(Protocol):
     @property
     def limit_fields(self) -> dict[str, Any]:
         """Fields of preprocessor_config.json that limit the tokens per image; {} if there are none."""
+        return {}
 
     @property
     def usual(self) -> tuple[int, ...]:
         """Usual tile counts per image, ascending, from which default batch shapes are chosen."""
         return (1,)
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid and number of tiles of an image of this size after its preparation."""
-
     def most(self, images: int) -> int:
         """Return the maximum number of tiles of a record with up to `images` images."""
         return images * self.usual[-1]
 
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixel count of the largest intermediate image that the preparation creates."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+        """Return what an image or frame of this size becomes; it is not decoded."""
+        raise NotImplementedError
+
+    def image_shape(self, width: int, height: int, sharing: int, frames: int = 1) -> ImageShape:
+        """Return the grid and number of tiles of an image, or of one temporal patch of a video, of this size."""
+        return self.plan(width, height, sharing, frames).shape
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Convert an RGB image to float32[tiles, channels, height, width], or float32[patches, values]."""
-
-    def for_video(self, video: VideoConfig) -> FramePreparation | None:
-        """Return the preparation of a video's frames for the same vision tower; None if the model takes no videos."""
-        return None
-
-    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
-        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
-
-        Raises UserError if the model cannot process images with so few tokens.
-        """
-
-
-class FramePreparation(Preparation, Protocol):
-    """Preparation that also converts the frames of videos."""
-
-    def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
-        """Return the grid and number of tiles or tokens of one temporal patch of a video with `frames` frames."""
-        return self.image_shape(width, height, 1)
+        raise NotImplementedError
 
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Convert a video's RGB frames to arrays like `prepare`, one frame after the other."""
@@ -92,43 +94,49 @@ class FramePreparation(Preparation, Protocol):
             prepared[number] = first if number == 0 else self.prepare(frame, 1)
         return prepared.reshape(-1, *first.shape[1:])
 
-    def with_most_tokens(self, tokens: int, slot_tokens: int) -> FramePreparation:
-        """Return a copy with at most `tokens` tokens per image or temporal patch."""
+    def for_video(self, video: VideoConfig) -> Preparation | None:
+        """Return the preparation of a video's frames for the same vision tower; None if the model takes no videos."""
+        return None
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
+        """Return a copy with at most `tokens` tokens per image or temporal patch; a tile has `slot_tokens` tokens.
+
+        Raises UserError if the model cannot process images with so few tokens.
+        """
+        raise fixed_size(slot_tokens)
 
 
-class SquarePieces(FramePreparation, Protocol):
+class SquarePieces(Preparation):
     """Preparation that divides an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
 
-    merge: int = 0
+    merge = 0
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @property
-    def shape(self: Any) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         return (3, self.size, self.size)
 
-    def prepare(self: Any, image: Image.Image, sharing: int) -> np.ndarray:
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the tiles of an image, and its overview where it has one, in the order of the prompt."""
+        raise NotImplementedError
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         pieces = np.stack([np.asarray(piece) for piece in self.cut(image, sharing)])
         return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
 
 
-class Videos(Protocol):
-    """Loader of the prepared frames of videos; errors name the record."""
-
-    def shape(self, video: VideoSource, record: str) -> VideoShape:
-        """Return the grid of a video's frames, and the times of the frames."""
-
-    def load(self, video: VideoSource, record: str) -> np.ndarray:
-        """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
-
-    def keys(self, video: VideoSource, record: str) -> list[str]:
-        """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
+def described_patches(values: int, merge: int) -> str:
+    """Return the shape of a vision tower's input as text, for images of varying size."""
+    return f"patches of {values} values, {merge} per side of a token"
 
 
 def fixed_size(slot_tokens: int) -> UserError:
     """Return the error for a limit on image tokens that a model with one image size cannot satisfy."""
     return UserError(
         f"every image of this model has {slot_tokens} tokens, whatever its size: unset this limit, or use a model "
-        "whose "
-        "images differ in tokens (InternVL, SmolVLM, Qwen-VL, Gemma)"
+        "whose images differ in tokens (InternVL, SmolVLM, Qwen-VL, Gemma)"
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, pixel_fields, sides
-from vlmprune_jax.io.data.preparation import SquarePieces
+from vlmprune_jax.io.data.preparation import Plan, SquarePieces
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
 _SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them
@@ -28,8 +28,7 @@ class Tiling(TilingConfig, SquarePieces):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual numbers of tiles per image: 1, or 1, 3, 6 or 12 tiles plus a thumbnail."""
-        return (1, 2, 4, 7, 13)
+        return (1, 2, 4, 7, 13)  # 1, or 1, 3, 6 or 12 tiles plus a thumbnail
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
         """Return (columns, rows) of tiles for an image that is one of `sharing` images in its record."""
@@ -40,10 +39,10 @@ class Tiling(TilingConfig, SquarePieces):
     def _most_tiles(self, sharing: int) -> int:
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return an image's tile grid, and its number of tiles including the thumbnail."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         columns, rows = self.grid(width, height, sharing)
-        return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
+        shape = ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
+        return Plan(shape, max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0))
 
     def most(self, images: int) -> int:
         def tiles(sharing: int) -> int:
@@ -58,10 +57,6 @@ class Tiling(TilingConfig, SquarePieces):
         return {"max_patches": self.max_tiles}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Tiling:
-        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
-
-        Raises UserError if fewer than `min_tiles` tiles fit.
-        """
         slots = tokens // slot_tokens
         tiles = slots - (self.thumbnail and slots > 1)
         if tiles < self.min_tiles:
@@ -74,17 +69,11 @@ class Tiling(TilingConfig, SquarePieces):
     def for_video(self, video: VideoConfig) -> Tiling | None:
         if video.size is None:
             return None
-        pixels: dict[str, Any] = {"mean": video.mean, "std": video.std, "resample": video.resample}
         whole = dataclasses.replace(self, size=video.size[0], min_tiles=1, max_tiles=1, thumbnail=False, pad=False)
-        return dataclasses.replace(whole, **pixels)
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        columns, rows = self.grid(width, height, sharing)
-        return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
+        return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return an image's tiles row by row, then its thumbnail (like InternVL's `dynamic_preprocess`)."""
-        if self.pad:
+        if self.pad:  # like InternVL's `dynamic_preprocess`
             image = pad_to_square(image, self.mean)
         columns, rows = self.grid(*image.size, sharing)
         resized = image.resize((columns * self.size, rows * self.size), self.resample)
@@ -178,8 +167,7 @@ class Splitting(SquarePieces):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual numbers of tiles per image, the whole image included: from one row of tiles up to a square."""
-        along = self._along
+        along = self._along  # with the whole image: from one row of tiles up to a square
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
 
     @property
@@ -187,10 +175,6 @@ class Splitting(SquarePieces):
         return {"size": {"longest_edge": self.longest}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
-        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
-
-        Raises UserError if `tokens` is less than one tile.
-        """
         slots = tokens // slot_tokens
         if not slots:
             raise UserError(
@@ -205,18 +189,12 @@ class Splitting(SquarePieces):
         whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
         return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return an image's tile grid, and its number of tiles including the whole image."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         rows, columns = self._grid(width, height)
-        return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        rows, columns = self._grid(width, height)
-        first_width, first_height = self._resized(width, height)
-        return max(rows * columns * self.size**2, first_width * first_height)
+        shape = ImageShape(rows, columns, rows * columns + (rows * columns != 1))
+        return Plan(shape, max(rows * columns * self.size**2, math.prod(self._resized(width, height))))
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return an image's tiles row by row, then the whole image, resized as in the reference code."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)
@@ -306,18 +284,13 @@ class Cropping(SquarePieces):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual tile counts per image: 1 without crops, otherwise the whole image and 2 or more crops."""
-        return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
+        return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)  # the whole image and 2 or more crops
 
     @property
     def limit_fields(self) -> dict[str, Any]:
         return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
-        """Return a copy of the preparation with at most `tokens` tokens per image; each crop has `slot_tokens` tokens.
-
-        Raises UserError if the resized whole image alone has more tokens.
-        """
         crops = tokens // slot_tokens - 1
         if crops < 0:
             raise UserError(
@@ -327,16 +300,12 @@ class Cropping(SquarePieces):
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
-    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return an image's crop grid, and its number of tiles (crops plus the whole image)."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         count = self._count(width, height)
-        return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
-
-    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        return self.image_shape(width, height, sharing).slots * self.size**2
+        shape = ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
+        return Plan(shape, shape.slots * self.size**2)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the resized whole image, followed by crops along its longer side."""
         count, (width, height) = self._count(*image.size), image.size
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()

@@ -21,7 +21,7 @@ from vlmprune_jax.core.models.layers import inverse_frequencies
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
-from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
@@ -240,11 +240,11 @@ def gguf_family(family: Family, architecture: Architecture, cfg: ModelConfig) ->
         inside, _, leaf = rest.rpartition("/")
         if part not in names:
             return line
-        name, layout = names[part][inside], LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
+        name, layout = names[part][inside], LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout or "")
         key = name if name.endswith(WITHOUT_LEAF) else f"{name}.{leaf}"
         return Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
 
-    return dataclasses.replace(family, weights=lambda cfg: [renamed(line) for line in family.weights(cfg)])
+    return dataclasses.replace(family, weights=lambda cfg: [renamed(line) for line in weight_table(cfg, family)])
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:

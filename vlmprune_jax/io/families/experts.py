@@ -10,9 +10,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import ChannelMixer, Experts, ExpertsBesideDense
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.io.families.llama_like import llama_like_weights
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
-from vlmprune_jax.io.families.table import Family, JsonDict, Weight, checked_table
+from vlmprune_jax.io.families.table import Family, JsonDict, Weight, checked_table, in_layers
 
 _COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one that transformers 5 writes
 
@@ -83,23 +82,27 @@ def experts_problem(text: TextConfig) -> str | None:
     return None if text.uniform else "its class needs equal numbers of experts and heads per layer: prune layers alike"
 
 
-# (Layouts of gate and up projection, and of the down projection; keys of the three below the experts' prefix.)
-FUSED = (("experts expert_mlp embed", "experts embed expert_mlp"), ("gate_up_proj", "gate_up_proj", "down_proj"))
-TRANSPOSED = (("experts embed expert_mlp", "experts expert_mlp embed"), FUSED[1])
-SEPARATE = (
-    ("expert_mlp embed", "embed expert_mlp"),
-    tuple(f"{{experts}}.{name}_proj.weight" for name in ("gate", "up", "down")),
-)
+# Layouts of the experts' projections: of all experts in one tensor, and of one expert.
+_FUSED = dict.fromkeys(("gate_proj", "up_proj"), "experts expert_mlp embed") | {"down_proj": "experts embed expert_mlp"}
+_SEPARATE = {name: layout.removeprefix("experts ") for name, layout in _FUSED.items()}
 
 
-def expert_weights(layer: str, experts: str, files: tuple[tuple[str, ...], tuple[str, ...]] = FUSED) -> list[Weight]:
-    """Return the weight table entries of a layer's experts, with paths under `layer`/mlp/experts.
+def expert_names(experts: str = "mlp.experts", *, separate: bool = False) -> dict[str, str]:
+    """Return {path: name in files} of the experts of layers, in fused tensors or in one of each expert."""
+    fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    names = {name: f"{{experts}}.{name}.weight" for name in fused} if separate else fused
+    return in_layers({f"mlp/experts/{path}/weight": f"{experts}.{name}" for path, name in names.items()})
 
-    `experts`: prefix of the checkpoint keys. `files`: layouts and keys, such as `FUSED`.
-    """
-    (inner, down), keys = files
-    lines = zip(("gate_proj", "up_proj", "down_proj"), keys, (inner, inner, down), strict=True)
-    return [Weight(f"{layer}/mlp/experts/{name}/weight", experts + key, layout) for name, key, layout in lines]
+
+def expert_layouts(*, separate: bool = False) -> dict[str, str]:
+    """Return {path: layout} of experts with a tensor of their own, or else of transposed fused ones."""
+    layouts = _SEPARATE if separate else {name: _transposed(layout) for name, layout in _FUSED.items()}
+    return {f"layers/{{i}}/mlp/experts/{name}/weight": layout for name, layout in layouts.items()}
+
+
+def _transposed(layout: str) -> str:
+    experts, rows, columns = layout.split()
+    return f"{experts} {columns} {rows}"
 
 
 def with_separate_experts(family: Family) -> Family:
@@ -108,8 +111,7 @@ def with_separate_experts(family: Family) -> Family:
     def separated(line: Weight) -> Weight:
         before, experts, _ = line.key.rpartition("experts.")
         name = line.path.split("/")[-2]
-        layout = SEPARATE[0][name == "down_proj"]
-        return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", layout)
+        return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", _SEPARATE[name])
 
     return _with_fused_experts(family, separated)
 
@@ -129,13 +131,16 @@ def as_stored(family: Family, cfg: ModelConfig, shapes: Mapping[str, tuple[int, 
     for line in family.weights(cfg) if shapes else ():
         for shape in [shapes.get(line.at(i).key, ()) for i in range(len(cfg.text.layers))]:
             if _is_fused_expert(line) and len(shape) == 3 and shape[1] != shape[2]:
-                transposed.add(shape[line.layout.split().index("embed")] != cfg.text.hidden_size)
+                transposed.add(shape[_layout(line).split().index("embed")] != cfg.text.hidden_size)
 
     def turned(line: Weight) -> Weight:
-        experts, rows, columns = line.layout.split()
-        return dataclasses.replace(line, layout=f"{experts} {columns} {rows}")
+        return dataclasses.replace(line, layout=_transposed(_layout(line)))
 
     return _with_fused_experts(family, turned) if transposed == {True} else family
+
+
+def _layout(line: Weight) -> str:
+    return line.layout or _FUSED[line.path.split("/")[-2]]
 
 
 def _is_fused_expert(line: Weight) -> bool:
@@ -151,15 +156,3 @@ def _with_fused_experts(family: Family, change: Callable[[Weight], Weight]) -> F
         return [change(line) if _is_fused_expert(line) else line for line in table]
 
     return dataclasses.replace(family, weights=weights)
-
-
-def qwen_expert_weights(
-    text: TextConfig, prefix: str, head: str, files: tuple[tuple[str, ...], tuple[str, ...]]
-) -> list[Weight]:
-    """Return the weight table of a Qwen decoder with experts; `files` as in `expert_weights`."""
-    layer, key = "text/layers/{i}", prefix + "layers.{i}.mlp"
-    table = llama_like_weights(text, prefix, head)
-    if not any("mlp" in layer.sizes for layer in text.layers):  # no dense layer
-        table = [line for line in table if "/mlp/" not in line.path]
-    router = Weight(f"{layer}/mlp/router/weight", f"{key}.gate.weight", "experts embed")
-    return [*table, router, *expert_weights(layer, f"{key}.experts.", files)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,13 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
-from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf, vision_of
+from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -41,12 +42,16 @@ _TEXT: JsonDict = {
     "tie_word_embeddings": True,
 }
 THETA = {_FULL: 1e6, _SLIDING: 1e4}
-# Names of a layer's norms in `params`, and in checkpoint files.
-NORMS = {
-    "post_attention_layernorm": "pre_feedforward_layernorm",  # the norm of the MLP's input
-    "attention_output_norm": "post_attention_layernorm",
-    "mlp_output_norm": "post_feedforward_layernorm",
-}
+# Names of decoders whose layers have a norm before and after attention and MLP.
+GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attention_layernorm" not in path} | in_layers(
+    {
+        "post_attention_layernorm": "pre_feedforward_layernorm",  # the norm of the MLP's input
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    }
+)
+
+_PROJECTOR_KEYS = {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"}
 
 _TEMPLATE = Template(
     name="gemma3",
@@ -145,12 +150,6 @@ def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
     )
 
 
-def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    table, layer, key = llama_like_weights(text, prefix, head), "text/layers/{i}", prefix + "layers.{i}"
-    norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in NORMS.items()]
-    return [line for line in table if line.path not in {norm.path for norm in norms}] + norms
-
-
 def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = dataclasses.replace(vision_from_hf(config.get("vision_config") or {}, -1, _TOWER), post_norm=True)
     tokens, grid = int(config.get("mm_tokens_per_image") or 256), tower.grid
@@ -183,9 +182,8 @@ GEMMA3 = vlm_family(
     defaults=_TEXT,
     weights=lambda cfg: [
         *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
-        Weight("projector/pool_norm/weight", "multi_modal_projector.mm_soft_emb_norm.weight", "vision"),
-        Weight("projector/linear/weight", "multi_modal_projector.mm_input_projection_weight", "vision embed"),
-        *TOWERS[_TOWER].weights(vision_of(cfg), "vision_tower.vision_model."),
+        *part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
+        *TOWERS[_TOWER].weights("vision_tower.vision_model."),
     ],
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
@@ -203,7 +201,7 @@ GEMMA3 = vlm_family(
         "Gemma3ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        _text_weights,
+        functools.partial(llama_like_weights, names=GEMMA_NAMES),
         heads_divide=True,
         gguf=(gguf.GEMMA3,),
         problem=_problem,

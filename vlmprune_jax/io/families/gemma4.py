@@ -18,15 +18,15 @@ from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
-from vlmprune_jax.io.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
-from vlmprune_jax.io.families.gemma3 import NORMS, THETA, gemma_windows
+from vlmprune_jax.io.families.experts import beside_dense, expert_names, expert_sizes, has_experts
+from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys
-from vlmprune_jax.io.families.towers import projector_of, vision_of
+from vlmprune_jax.io.families.tower import FIELDS, Tower
+from vlmprune_jax.io.families.towers import vision_of
 
 _DECODER = "gemma4_text"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -189,41 +189,38 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     }
 
 
-# Parameters of layers with experts, apart from the experts' own, and their names in checkpoint files.
-_MOE = {
-    "dense_output_norm": ("post_feedforward_layernorm_1.weight", "embed"),
-    "experts_norm": ("pre_feedforward_layernorm_2.weight", "embed"),
-    "experts_output_norm": ("post_feedforward_layernorm_2.weight", "embed"),
-    "router": ("router.proj.weight", "experts embed"),
-    "router_scale": ("router.scale", "embed"),
-    "expert_scale": ("router.per_expert_scale", "experts"),
+_NAMES = GEMMA_NAMES | {
+    "layers/{i}/layer_scalar/weight": "layers.{i}.layer_scalar",
+    **in_layers(
+        {
+            "extra/gate": "per_layer_input_gate",
+            "extra/project": "per_layer_projection",
+            "extra/norm": "post_per_layer_input_norm",
+        }
+    ),
+    "extra_inputs/table": "embed_tokens_per_layer",
+    "extra_inputs/project": "per_layer_model_projection",
+    "extra_inputs/norm": "per_layer_projection_norm",
+}
+# Of layers with experts, whose MLP is beside them.
+_MOE_NAMES = {
+    **{path.replace("/mlp/", "/mlp/dense/"): name for path, name in _NAMES.items()},
+    **expert_names("experts"),
+    **in_layers(
+        {
+            "mlp/dense_output_norm": "post_feedforward_layernorm_1",
+            "mlp/experts_norm": "pre_feedforward_layernorm_2",
+            "mlp/experts_output_norm": "post_feedforward_layernorm_2",
+            "mlp/router": "router.proj",
+            "mlp/router_scale/weight": "router.scale",
+            "mlp/expert_scale/weight": "router.per_expert_scale",
+        }
+    ),
 }
 
 
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    layer, key = "text/layers/{i}", prefix + "layers.{i}"
-    lines = {f"{layer}/{path}": (f"{key}.{name}", "embed") for path, name in NORMS.items()}
-    lines[f"{layer}/layer_scalar"] = (f"{key}.layer_scalar", "unit")
-    if text.block.layer_inputs:
-        lines |= {
-            f"{layer}/extra/gate": (f"{key}.per_layer_input_gate", "extra embed"),
-            f"{layer}/extra/project": (f"{key}.per_layer_projection", "embed extra"),
-            f"{layer}/extra/norm": (f"{key}.post_per_layer_input_norm", "embed"),
-            "text/extra_inputs/table": (f"{prefix}embed_tokens_per_layer", "vocab (depth extra)"),
-            "text/extra_inputs/project": (f"{prefix}per_layer_model_projection", "(depth extra) embed"),
-            "text/extra_inputs/norm": (f"{prefix}per_layer_projection_norm", "extra"),
-        }
-    weights = [
-        Weight(f"{path}/weight", name if name.endswith("scalar") else f"{name}.weight", layout)
-        for path, (name, layout) in lines.items()
-    ]
-    paths = {line.path for line in weights}
-    table = [line for line in llama_like_weights(text, prefix, head) if line.path not in paths]
-    if has_experts(text):
-        weights += expert_weights(layer, f"{key}.experts.")
-        weights += [Weight(f"{layer}/mlp/{path}/weight", f"{key}.{name}", axes) for path, (name, axes) in _MOE.items()]
-        table = [dataclasses.replace(line, path=line.path.replace("/mlp/", "/mlp/dense/")) for line in table]
-    return table + weights
+    return llama_like_weights(text, prefix, head, _MOE_NAMES if has_experts(text) else _NAMES)
 
 
 # Clipped projections have their bounds beside `linear.weight`.
@@ -245,10 +242,9 @@ _TOWER = Tower(
         "standardize": False,
     },
     {
-        "patch_embedding": "patch_embedder.input_proj.weight",
-        "position_embedding": "patch_embedder.position_embedding_table",
-        **block_keys(
-            "encoder.layers",
+        "patch_embedding": "patch_embedder.input_proj",
+        "position_embedding/weight": "patch_embedder.position_embedding_table",
+        **in_layers(
             {
                 "layer_norm1": "input_layernorm",
                 "attention_output_norm": "post_attention_layernorm",
@@ -260,6 +256,7 @@ _TOWER = Tower(
                 "self_attn/out_proj": "self_attn.o_proj.linear",
                 **{f"mlp/{name}_proj": f"mlp.{name}_proj.linear" for name in ("gate", "up", "down")},
             },
+            "encoder.layers",
         ),
     },
     fields=FIELDS | {"kv_heads": "num_key_value_heads", "activation": "hidden_activation", "norm_eps": "rms_norm_eps"},
@@ -314,12 +311,14 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _weights(cfg: ModelConfig) -> list[Weight]:
-    tower = "model.vision_tower."
-    table = text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-    table += _TOWER.weights(vision_of(cfg), tower)
-    for name in ("std_bias", "std_scale") if projector_of(cfg).standardizes else ():
-        table.append(Weight(f"projector/{name}/weight", tower + name, "vision"))
-    return [*table, Weight("projector/linear/weight", "model.embed_vision.embedding_projection.weight", "embed vision")]
+    return (
+        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+        + _TOWER.weights("model.vision_tower.")
+        + part_weights(
+            "projector", "model.vision_tower.", {f"{name}/weight": name for name in ("std_bias", "std_scale")}
+        )
+        + part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"})
+    )
 
 
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:

@@ -13,14 +13,14 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig, whole_number
 from vlmprune_jax.io.families.towers import (
     PIXELS,
+    PROJECTOR_KEYS,
     TOWERS,
     projector_of,
-    projector_weights,
     vision_from_hf,
     vision_of,
     vision_to_hf,
@@ -252,8 +252,8 @@ INTERNVL_ORIGINAL = Family(
     to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))
-        + TOWERS["intern_vit_6b"].weights(vision_of(cfg), "vision_model.")
+        + part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"})
+        + TOWERS["intern_vit_6b"].weights("vision_model.")
     ),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
@@ -285,8 +285,8 @@ INTERNVL_HF = vlm_family(
     defaults=_TEXT,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + projector_weights(projector_of(cfg), "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2"))
-        + TOWERS["internvl_vision"].weights(vision_of(cfg), "vision_tower.")
+        + part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS)
+        + TOWERS["internvl_vision"].weights("vision_tower.")
     ),
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,14 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, V
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, tied_embeddings
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL
 from vlmprune_jax.io.families.tower import position_side
 from vlmprune_jax.io.families.towers import (
+    PROJECTOR_KEYS,
     TOWERS,
-    projector_of,
-    projector_weights,
     vision_from_hf,
     vision_of,
     vision_to_hf,
@@ -44,23 +44,24 @@ _TEXT: JsonDict = {
 }
 _THETA = 1e6
 _TOWER = "siglip2_vision_model"
-# Names in files that differ from Llama's.
 _NAMES = {
-    ".input_layernorm.": ".operator_norm.",
-    ".post_attention_layernorm.": ".ffn_norm.",
-    ".self_attn.o_proj.": ".self_attn.out_proj.",
-    ".self_attn.q_norm.": ".self_attn.q_layernorm.",
-    ".self_attn.k_norm.": ".self_attn.k_layernorm.",
-    ".mlp.gate_proj.": ".feed_forward.w1.",
-    ".mlp.up_proj.": ".feed_forward.w3.",
-    ".mlp.down_proj.": ".feed_forward.w2.",
-}
-_CONV = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
-    "b_proj/weight": ("in_proj.weight", "conv embed"),
-    "c_proj/weight": ("in_proj.weight", "conv embed"),
-    "x_proj/weight": ("in_proj.weight", "conv embed"),
-    "conv/weight": ("conv.weight", "conv 1 tap"),
-    "out_proj/weight": ("out_proj.weight", "embed conv"),
+    **LLAMA_NAMES,
+    **in_layers(
+        {
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn/o_proj": "self_attn.out_proj",
+            "self_attn/q_norm": "self_attn.q_layernorm",
+            "self_attn/k_norm": "self_attn.k_layernorm",
+            "mlp/gate_proj": "feed_forward.w1",
+            "mlp/up_proj": "feed_forward.w3",
+            "mlp/down_proj": "feed_forward.w2",
+            **{f"short_conv/{name}_proj": "conv.in_proj" for name in "bcx"},  # its rows, in order
+            "short_conv/conv": "conv.conv",
+            "short_conv/out_proj": "conv.out_proj",
+        }
+    ),
+    "norm": "embedding_norm",
 }
 
 
@@ -100,26 +101,13 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return {name: value for name, value in config.items() if name not in ("block_ff_dim", "full_attn_idxs")}
 
 
-def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    table = []
-    for line in llama_like_weights(text, prefix, head):
-        key = line.key if line.path != "text/norm/weight" else f"{prefix}embedding_norm.weight"
-        for llama, name in _NAMES.items():
-            key = key.replace(llama, name)
-        table.append(dataclasses.replace(line, key=key))
-    if any(isinstance(layer.mixer, ShortConv) for layer in text.layers):
-        layer, key = "text/layers/{i}/short_conv", prefix + "layers.{i}.conv"
-        table += [Weight(f"{layer}/{path}", f"{key}.{name}", layout) for path, (name, layout) in _CONV.items()]
-    return table
-
-
 LFM2 = decoder_family(
     Decoder(
         "lfm2",
         "Lfm2ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        _text_weights,
+        functools.partial(llama_like_weights, names=_NAMES),
         gguf=(gguf.LFM2,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="",
@@ -170,23 +158,17 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return vlm_to_hf(cfg, {**source, "vision_config": tower}, _TEXT)
 
 
-def _weights(cfg: ModelConfig) -> list[Weight]:
-    projector = projector_of(cfg)
-    names = ("layer_norm", "linear_1", "linear_2")[not projector.input_norm :]
-    return [
-        *text_weights(cfg.text, "model.language_model.", "lm_head.weight"),
-        *projector_weights(projector, "model.multi_modal_projector.", names),
-        *TOWERS[_TOWER].weights(vision_of(cfg), "model.vision_tower."),
-    ]
-
-
 LFM2_VL = vlm_family(
     "lfm2_vl",
     "Lfm2VlForConditionalGeneration",
     model_types=("lfm2_vl", "lfm2-vl"),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=_weights,
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+        + part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS)
+        + TOWERS[_TOWER].weights("model.vision_tower.")
+    ),
     renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
     dropped=(r"model\.vision_tower\.head\..*",),
     templates=(_TEMPLATE,),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import BlockConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.rope import rope_from_hf
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf, same_windows, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
 
 # Defaults of the config classes in transformers: Llama's, and what differs in others.
 _LLAMA: JsonDict = {
@@ -85,33 +85,33 @@ def llama_like(
     )
 
 
-def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the weight table of a Llama-like decoder; keys begin with `prefix`, and `head` is the key of lm_head."""
-    layer, key = "text/layers/{i}", prefix + "layers.{i}"
-    mlp_bias = isinstance(text.channel, Dense) and text.channel.bias
-    table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        table.append(Weight(f"{layer}/{name}/weight", f"{key}.{name}.weight", "embed"))
-    for name in ("q_norm", "k_norm") if text.attention.qk_norm else ():
-        table.append(Weight(f"{layer}/self_attn/{name}/weight", f"{key}.self_attn.{name}.weight", "head"))
-    projections = {
-        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)", text.attention.bias),
-        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
-        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
-        "self_attn.o_proj": ("embed (q_heads head)", "embed", text.attention.out_bias),
-        "mlp.gate_proj": ("mlp embed", "mlp", mlp_bias),
-        "mlp.up_proj": ("mlp embed", "mlp", mlp_bias),
-        "mlp.down_proj": ("embed mlp", "embed", mlp_bias),
-    }
-    for name, (weight, bias, has_bias) in projections.items():
-        path = f"{layer}/{name.replace('.', '/')}"
-        table.append(Weight(f"{path}/weight", f"{key}.{name}.weight", weight))
-        if has_bias:
-            table.append(Weight(f"{path}/bias", f"{key}.{name}.bias", bias))
-    table.append(Weight("text/norm/weight", prefix + "norm.weight", "embed"))
-    if not text.tie_embeddings:
-        table.append(Weight("text/lm_head/weight", head, "vocab embed"))
-    return table
+# {path of a module in `params["text"]`: its name in files}, of Llama and most other decoders.
+LLAMA_LAYER = {
+    path: path.replace("/", ".")
+    for path in (
+        *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
+        *(f"self_attn/{name}_proj" for name in "qkvo"),
+        *("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
+    )
+}
+LLAMA_NAMES = {"embed_tokens": "embed_tokens", **in_layers(LLAMA_LAYER), "norm": "norm", "lm_head": "lm_head"}
+
+
+def llama_like_weights(
+    text: TextConfig,
+    prefix: str,
+    head: str,
+    names: Mapping[str, str] = LLAMA_NAMES,
+    layouts: Mapping[str, str] | None = None,
+) -> list[Weight]:
+    """Return the weight table of a decoder; keys begin with `prefix`, and `head` is the key of lm_head.
+
+    `names`, `layouts`: {path of a module: its name in files} and layouts by path, see `part_weights`.
+    """
+    names = {path: name for path, name in names.items() if path != "lm_head" or not text.tie_embeddings}
+    lines = part_weights("text", prefix, names, layouts)
+    module = head.removesuffix(".weight")
+    return [dataclasses.replace(line, key=module) if line.path == "text/lm_head" else line for line in lines]
 
 
 def _llama_from_hf(config: Mapping[str, Any]) -> TextConfig:

@@ -10,14 +10,14 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import BICUBIC
 from vlmprune_jax.io.families.towers import (
     PIXELS,
+    PROJECTOR_KEYS,
     TOWERS,
     projector_of,
-    projector_weights,
     vision_from_hf,
     vision_of,
 )
@@ -230,8 +230,8 @@ LLAVA_HF = vlm_family(
     feature_layer=("vision_feature_layer", -2),
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))
-        + _TOWER.weights(vision_of(cfg), "vision_tower.vision_model.")
+        + part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS)
+        + _TOWER.weights("vision_tower.vision_model.")
     ),
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
@@ -253,8 +253,8 @@ LLAVA_ORIGINAL = Family(
     to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
-        + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
-        + _TOWER.weights(vision_of(cfg), "vision_tower.")
+        + part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"})
+        + _TOWER.weights("vision_tower.")
     ),
     renames=TOWER_RENAMES,
     ignored=(*UNUSED, UNUSED_VISION, OTHER_TOWERS),

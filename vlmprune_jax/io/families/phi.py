@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +10,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import as_mistral, llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, as_mistral, llama_like, llama_like_weights
 from vlmprune_jax.io.families.rope import longrope_to_hf, rotary_dim
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, same_windows
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.
 _PHI: JsonDict = {
@@ -35,11 +35,25 @@ _PHI3: JsonDict = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
-# Rows of a fused tensor, in order.
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+_PHI_LAYER = (
+    "input_layernorm",
+    *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
+    "mlp/fc1",
+    "mlp/fc2",
+)
+_PHI_NAMES = {
+    "embed_tokens": "embed_tokens",
+    **in_layers({path: path.replace("/", ".") for path in _PHI_LAYER}),
+    "final_layernorm": "final_layernorm",
+    "lm_head": "lm_head",
 }
+# Paths with one name are rows of a fused tensor, in order.
+_PHI3_NAMES = LLAMA_NAMES | in_layers(
+    {
+        **{f"self_attn/{name}_proj": "self_attn.qkv_proj" for name in "qkv"},
+        **{f"mlp/{name}_proj": "mlp.gate_up_proj" for name in ("gate", "up")},
+    }
+)
 
 
 def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -55,30 +69,6 @@ def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
         dense={"gated": False, "bias": True},
         block={"norm": "layer", "parallel": True},
     )
-
-
-def _phi_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    layer, key = "text/layers/{i}", prefix + "layers.{i}"
-    table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
-    lines = {
-        "input_layernorm": ("embed", "embed"),
-        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)"),
-        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)"),
-        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)"),
-        "self_attn.dense": ("embed (q_heads head)", "embed"),
-        "mlp.fc1": ("mlp embed", "mlp"),
-        "mlp.fc2": ("embed mlp", "embed"),
-    }
-    for name, layouts in lines.items():
-        for part, layout in zip(("weight", "bias"), layouts, strict=True):
-            table.append(Weight(f"{layer}/{name.replace('.', '/')}/{part}", f"{key}.{name}.{part}", layout))
-    for part in ("weight", "bias"):
-        table.append(Weight(f"text/final_layernorm/{part}", f"{prefix}final_layernorm.{part}", "embed"))
-    if not text.tie_embeddings:
-        table.append(Weight("text/lm_head/weight", head, "vocab embed"))
-    if text.head_bias:
-        table.append(Weight("text/lm_head/bias", head.removesuffix("weight") + "bias", "vocab"))
-    return table
 
 
 def _phi3_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -114,23 +104,13 @@ def _phi3_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
 
 
-def _phi3_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return Phi-3's weight table: Llama's, but with fused query-key-value and gate-up tensors."""
-    fused = {name: whole for whole, names in _FUSED.items() for name in names}
-    table = []
-    for line in llama_like_weights(text, prefix, head):
-        owner = next((part for part in fused if f".{part}." in line.key), None)
-        table.append(line if owner is None else dataclasses.replace(line, key=line.key.replace(owner, fused[owner])))
-    return table
-
-
 PHI3 = decoder_family(
     Decoder(
         "phi3",
         "Phi3ForCausalLM",
         _phi3_from_hf,
         _phi3_to_hf,
-        _phi3_weights,
+        functools.partial(llama_like_weights, names=_PHI3_NAMES),
         heads_divide=True,
         gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("mlx",),
@@ -142,7 +122,7 @@ PHI = decoder_family(
         "PhiForCausalLM",
         _phi_from_hf,
         layers_to_hf,
-        _phi_weights,
+        functools.partial(llama_like_weights, names=_PHI_NAMES),
         head_bias=True,
         gguf=(gguf.PHI2,),
         derives_head_dim=("vllm", "vllm_tpu", "mlx"),

@@ -21,10 +21,10 @@ from vlmprune_jax.io.families.qwen3_vl import (
     with_sections,
 )
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
-from vlmprune_jax.io.families.tower import Tower, block_keys
-from vlmprune_jax.io.families.towers import PIXELS, projector_of, projector_weights, vision_of
+from vlmprune_jax.io.families.tower import Tower
+from vlmprune_jax.io.families.towers import PIXELS, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
@@ -59,10 +59,9 @@ _TOWER = Tower(
         "fullatt_block_indexes": [7, 15, 23, 31],
     },
     {
-        "patch_embedding": "patch_embed.proj.weight",
-        **block_keys(
-            "blocks",
-            {**ATTENTION_KEYS, **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}},
+        "patch_embedding": "patch_embed.proj",
+        **in_layers(
+            {**ATTENTION_KEYS, **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks"
         ),
     },
     dense={"bias": True},
@@ -167,8 +166,8 @@ QWEN2_5_VL = patch_family(
     to_hf=_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
-        + _TOWER.weights(vision_of(cfg), "visual.")
-        + projector_weights(projector_of(cfg), "visual.merger.", ("ln_q", "mlp.0", "mlp.2"))
+        + _TOWER.weights("visual.")
+        + part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"})
     ),
     # in files of transformers 4 and 5, and in memory in transformers 5
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),

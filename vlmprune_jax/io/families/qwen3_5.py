@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +13,16 @@ from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.experts import (
     expert_count,
+    expert_names,
     expert_sizes,
-    expert_weights,
     with_channels,
     with_expert_count,
 )
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, with_sections
 from vlmprune_jax.io.families.rope import rotary_dim
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_5_text"
@@ -49,20 +49,28 @@ _MTP = (
     {"fc.weight": (1, 2), "norm.weight": (1,), "pre_fc_norm_embedding.weight": (1,), "pre_fc_norm_hidden.weight": (1,)},
 )
 _SECTIONS = (11, 11, 10)
-_DELTA = {  # parameter -> (key in files, layout); parameters with one key are its rows, in order
-    "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
-    "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
-    "v_proj/weight": ("in_proj_qkv.weight", "(delta_heads delta_value) embed"),
-    "z_proj/weight": ("in_proj_z.weight", "(delta_heads delta_value) embed"),
-    "b_proj/weight": ("in_proj_b.weight", "delta_heads embed"),
-    "a_proj/weight": ("in_proj_a.weight", "delta_heads embed"),
-    "q_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
-    "k_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
-    "v_conv/weight": ("conv1d.weight", "(delta_heads delta_value) 1 tap"),
-    "decay/weight": ("A_log", "delta_heads"),
-    "step/weight": ("dt_bias", "delta_heads"),
-    "norm/weight": ("norm.weight", "delta_value"),
-    "out_proj/weight": ("out_proj.weight", "embed (delta_heads delta_value)"),
+_NAMES = LLAMA_NAMES | in_layers(
+    {
+        f"linear_attn/{path}": f"linear_attn.{name}"
+        for path, name in {
+            **{f"{name}_proj": "in_proj_qkv" for name in "qkv"},  # its rows, in order
+            **{f"{name}_proj": f"in_proj_{name}" for name in "zba"},
+            **{f"{name}_conv": "conv1d" for name in "qkv"},
+            "decay/weight": "A_log",
+            "step/weight": "dt_bias",
+            "norm": "norm",
+            "out_proj": "out_proj",
+        }.items()
+    }
+)
+# The MLP is the expert of all tokens.
+_MOE_NAMES = {
+    **{
+        path.replace("/mlp/", "/mlp/dense/"): name.replace(".mlp.", ".mlp.shared_expert.")
+        for path, name in _NAMES.items()
+    },
+    **in_layers({"mlp/router": "mlp.gate", "mlp/dense_gate": "mlp.shared_expert_gate"}),
+    **expert_names(),
 }
 
 
@@ -99,18 +107,6 @@ def _hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return hybrid_layers_to_hf(text, config)
 
 
-def _hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the weight table of a Qwen3.5 decoder with dense MLPs; `prefix` begins keys, `head` is that of lm_head."""
-    table = llama_like_weights(text, prefix, head)
-    q_proj = "text/layers/{i}/self_attn/q_proj"
-    gated = {f"{q_proj}/weight": "(q_heads gate head) embed", f"{q_proj}/bias": "(q_heads gate head)"}
-    table = [dataclasses.replace(line, layout=gated.get(line.path, line.layout)) for line in table]
-    if any(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
-        layer, key = "text/layers/{i}/linear_attn", prefix + "layers.{i}.linear_attn"
-        table += [Weight(f"{layer}/{path}", f"{key}.{name}", layout) for path, (name, layout) in _DELTA.items()]
-    return table
-
-
 QWEN3_5 = qwen3_vl_family(
     "qwen3_5",
     Decoder(
@@ -118,7 +114,7 @@ QWEN3_5 = qwen3_vl_family(
         "Qwen3_5ForConditionalGeneration",
         lambda config: _hybrid_from_hf(config, _DECODER),
         _hybrid_to_hf,
-        _hybrid_weights,
+        functools.partial(llama_like_weights, names=_NAMES),
         gguf=(gguf.QWEN35,),
         problem=hybrid_problem,
     ),
@@ -164,22 +160,6 @@ def _moe_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return {**config, **expert_sizes(text), "shared_expert_intermediate_size": shared}
 
 
-def _moe_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    layer, key = "text/layers/{i}/mlp", prefix + "layers.{i}.mlp"
-    table = [
-        dataclasses.replace(
-            line, path=line.path.replace("/mlp/", "/mlp/dense/"), key=line.key.replace(".mlp.", ".mlp.shared_expert.")
-        )
-        for line in _hybrid_weights(text, prefix, head)
-    ]
-    return [
-        *table,
-        Weight(f"{layer}/router/weight", f"{key}.gate.weight", "experts embed"),
-        Weight(f"{layer}/dense_gate/weight", f"{key}.shared_expert_gate.weight", "unit embed"),
-        *expert_weights("text/layers/{i}", f"{key}.experts."),
-    ]
-
-
 QWEN3_5_MOE = qwen3_vl_family(
     "qwen3_5_moe",
     Decoder(
@@ -187,7 +167,7 @@ QWEN3_5_MOE = qwen3_vl_family(
         "Qwen3_5MoeForConditionalGeneration",
         _moe_from_hf,
         _moe_to_hf,
-        _moe_weights,
+        functools.partial(llama_like_weights, names=_MOE_NAMES),
         gguf=(gguf.QWEN35MOE,),
         problem=hybrid_problem,
         reads_quantised_experts=True,

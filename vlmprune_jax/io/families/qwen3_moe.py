@@ -11,18 +11,17 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.experts import (
-    SEPARATE,
-    TRANSPOSED,
+    expert_layouts,
+    expert_names,
     experts_problem,
     experts_to_hf,
-    qwen_expert_weights,
     with_expert_count,
     with_experts,
 )
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, text_of
 from vlmprune_jax.io.families.shapes import windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {
@@ -36,6 +35,7 @@ _DEFAULTS: JsonDict = {
     "moe_intermediate_size": 768,
     "num_experts_per_tok": 8,
 }
+_NAMES = LLAMA_NAMES | in_layers({"mlp/router": "mlp.gate"})
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -50,7 +50,11 @@ QWEN3_MOE = decoder_family(
         "Qwen3MoeForCausalLM",
         _from_hf,
         experts_to_hf,
-        functools.partial(qwen_expert_weights, files=SEPARATE),
+        functools.partial(
+            llama_like_weights,
+            names=_NAMES | expert_names(separate=True),
+            layouts=expert_layouts(separate=True),
+        ),
         gguf=(gguf.QWEN3MOE,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",
@@ -102,7 +106,7 @@ QWEN3_VL_MOE = qwen3_vl_family(
         "Qwen3VLMoeForConditionalGeneration",
         _vl_from_hf,
         experts_to_hf,
-        functools.partial(qwen_expert_weights, files=TRANSPOSED),
+        functools.partial(llama_like_weights, names=_NAMES | expert_names(), layouts=expert_layouts()),
         gguf=(gguf.QWEN3VLMOE,),
         problem=_vl_problem,
     ),

@@ -14,10 +14,10 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import RECIPE, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict
+from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.io.families.tower import FIELDS, Tower, block_keys, position_side
-from vlmprune_jax.io.families.towers import projector_of, projector_weights, vision_of
+from vlmprune_jax.io.families.tower import FIELDS, Tower, position_side
+from vlmprune_jax.io.families.towers import projector_of, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
@@ -65,13 +65,25 @@ _TOWER = Tower(
         "deepstack_visual_indexes": [8, 16, 24],
     },
     {
-        "patch_embedding": "patch_embed.proj.weight",
-        "position_embedding": "pos_embed.weight",
-        **block_keys("blocks", {**ATTENTION_KEYS, "mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}),
+        "patch_embedding": "patch_embed.proj",
+        "position_embedding": "pos_embed",
+        **in_layers({**ATTENTION_KEYS, "mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}, "blocks"),
     },
     block={"norm": "layer", "norm_eps": NORM_EPS},
     **TOWER,
 )
+
+
+def _merger_keys(deepstack: int) -> dict[str, str]:
+    """Return {path: key} of the merger and of the `deepstack` mergers of other blocks' features."""
+    layers = {"linear_1": "linear_fc1", "linear_2": "linear_fc2"}
+    mergers = {f"deepstack/{number}/": f"deepstack_merger_list.{number}" for number in range(deepstack)}
+    keys = {
+        f"{path}{name}": f"{key}.{end}"
+        for path, key in mergers.items()
+        for name, end in {"layer_norm": "norm", **layers}.items()
+    }
+    return {"patch_norm": "merger.norm", **{name: f"merger.{end}" for name, end in layers.items()}, **keys}
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
@@ -198,8 +210,8 @@ def qwen3_vl_family(
         to_hf=to_hf,
         weights=lambda cfg: (
             text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-            + _TOWER.weights(vision_of(cfg), "model.visual.")
-            + projector_weights(projector_of(cfg), "model.visual.merger.", ("norm", "linear_fc1", "linear_fc2"))
+            + _TOWER.weights("model.visual.")
+            + part_weights("projector", "model.visual.", _merger_keys(projector_of(cfg).deepstack))
         ),
         templates=(TEMPLATE,),
         video=_VIDEO,

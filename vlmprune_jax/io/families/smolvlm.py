@@ -9,9 +9,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf
-from vlmprune_jax.io.families.table import JsonDict
+from vlmprune_jax.io.families.table import JsonDict, part_weights
 from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.towers import TOWERS, projector_of, projector_weights, vision_from_hf, vision_of
+from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
 # Defaults of SmolVLMConfig for the decoder.
 _TEXT: JsonDict = {"model_type": "llama", "rms_norm_eps": 1e-5}
@@ -65,8 +65,8 @@ SMOLVLM = vlm_family(
     defaults=_TEXT,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.text_model.", "lm_head.weight")
-        + projector_weights(projector_of(cfg), "model.connector.modality_projection.", ("proj",))
-        + TOWERS[_TOWER].weights(vision_of(cfg), "model.vision_model.")
+        + part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"})
+        + TOWERS[_TOWER].weights("model.vision_model.")
     ),
     ignored=(*UNUSED, r"model\.vision_model\.embeddings\.position_ids"),
     templates=(_TEMPLATE,),

@@ -20,19 +20,34 @@ JsonDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """Entry of a weight table: path in `params`, Hugging Face key, and stored layout in einops notation.
+    """Entry of a weight table: a module or parameter of `params`, and its key in files.
 
-    `{i}` in path and key is the layer number. Layouts use the named axes that modules declare, for example `"(q_heads
-    head) embed"`.
+    `{i}` in path and key is the layer number. The entry of a module stands for its weight and bias, whose names are
+    appended to path and key. Entries that a model lacks (biases, other kinds of layers) are skipped.
     """
 
     path: str
     key: str
-    layout: str
+    layout: str | None = None
+    """Axes of the tensor in files, in einops notation; None: axes that modules declare, such as "(q_heads head) embed",
+    in which the channels of a head are joined with the heads.
+    """
 
     def at(self, i: int) -> Weight:
         """Return the weight table entry with `{i}` replaced by layer number `i`."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
+
+
+def in_layers(names: Mapping[str, str], layers: str = "layers") -> dict[str, str]:
+    """Return {path of a module: key} of all layers, from those inside a layer; `layers`: key of the list of layers."""
+    return {f"layers/{{i}}/{path}": f"{layers}.{{i}}.{key}" for path, key in names.items()}
+
+
+def part_weights(
+    part: str, prefix: str, names: Mapping[str, str], layouts: Mapping[str, str] | None = None
+) -> list[Weight]:
+    """Return the weight table of a part of the model: {path in the part: key after `prefix`}, and layouts by path."""
+    return [Weight(f"{part}/{path}", prefix + key, (layouts or {}).get(path)) for path, key in names.items()]
 
 
 @dataclass(frozen=True)

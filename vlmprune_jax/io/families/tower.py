@@ -13,7 +13,7 @@ from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mixers import Attention, RopeConfig
-from vlmprune_jax.io.families.table import JsonDict, Weight
+from vlmprune_jax.io.families.table import JsonDict, Weight, part_weights
 
 # Config fields of most towers.
 FIELDS = {
@@ -25,21 +25,6 @@ FIELDS = {
     "channels": "num_channels",
 }
 _SIZES = ("q_heads", "kv_heads", "mlp")  # fields of axes
-# File layouts by the last part of a path (otherwise "vision"); a bias has the first axes of its weight.
-_LAYOUTS = {
-    "position_embedding": "position vision",
-    "q_norm": "head",
-    "k_norm": "head",
-    "q_proj": "(q_heads head) vision",
-    "k_proj": "(kv_heads head) vision",
-    "v_proj": "(kv_heads head) vision",
-    "out_proj": "vision (q_heads head)",
-    "fc1": "mlp vision",
-    "gate_proj": "mlp vision",
-    "up_proj": "mlp vision",
-    "fc2": "vision mlp",
-    "down_proj": "vision mlp",
-}
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped projections
 
 
@@ -54,9 +39,12 @@ class Tower:
     """Defaults of the config class in transformers (InternViT: in the hub's remote code)."""
 
     keys: Mapping[str, str]
-    """{path in `params["vision"]` without the leaf: key in files}, in the order of exported files, with the layer as
-    `{i}`; paths that share a key are rows of a fused tensor.
+    """{path in `params["vision"]`: key in files}, in the order of exported files, as in `Weight`; paths that share a
+    key are rows of a fused tensor.
     """
+
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """{path: layout} of tensors that are stored in an unusual layout."""
 
     fields: Mapping[str, str] = field(default_factory=lambda: FIELDS)
     """{depth, axis, activation, norm_eps or channels: config field}."""
@@ -155,63 +143,15 @@ class Tower:
             section["vision_use_head"] = False
         return {**source, "vision_config": section}
 
-    def weights(self, vision: VisionConfig, prefix: str) -> list[Weight]:
-        """Return the tower's weight table up to the layer whose features are used; keys begin with `prefix`."""
-        absent = {
-            "class_embedding": not vision.class_token,
-            "position_embedding": vision.positions is None,
-            "pre_layrnorm": not vision.pre_norm,
-            "post_layernorm": not vision.post_norm,
-        }
+    def weights(self, prefix: str) -> list[Weight]:
+        """Return the tower's weight table; keys begin with `prefix`."""
         table = []
-        for path, key in self.keys.items():
-            if absent.get(path):
-                continue
-            layout = _layout(path, vision)
-            table.append(Weight(f"vision/{path}/weight", prefix + key, layout))
-            if _has_bias(path, vision):
-                bias = prefix + key.removesuffix("weight") + "bias"
-                table.append(Weight(f"vision/{path}/bias", bias, first_axes(layout)))
-            if vision.block.clips and key.endswith(".linear.weight"):
-                module = prefix + key.removesuffix("linear.weight")
-                table += [Weight(f"vision/{path}/{bound}", module + bound, "") for bound in _BOUNDS]
+        for line in part_weights("vision", prefix, self.keys, self.layouts):
+            table.append(line)
+            if line.key.endswith(".linear"):  # clipped projections have their bounds beside it
+                module = line.key.removesuffix("linear")
+                table += [Weight(f"{line.path}/{bound}", module + bound, "") for bound in _BOUNDS]
         return table
-
-
-def _layout(path: str, vision: VisionConfig) -> str:
-    """Return the layout of a tower's weight in files."""
-    layout = _LAYOUTS.get(path.split("/")[-1], "vision")
-    if path == "patch_embedding":
-        if vision.patches.channels_last:
-            return "vision (patch_row patch_column channel)"
-        return f"vision channel {'temporal ' * vision.dynamic_resolution}patch_row patch_column"
-    if path == "position_embedding" and vision.positions is not None and vision.positions.by_axis:
-        return f"axis {layout}"
-    # InternViT stores class token and positions with a batch axis of size 1
-    batched = {"class_embedding": "1 1 ", "position_embedding": "1 "} if vision.kind == "internvit" else {}
-    return batched.get(path, "") + layout
-
-
-def _has_bias(path: str, vision: VisionConfig) -> bool:
-    """Return True if the module at this path of a tower has a bias."""
-    module = path.split("/")[-1]
-    if "norm" in module:
-        return vision.block.norm == "layer"
-    if path == "patch_embedding":
-        return vision.patches.bias
-    if module == "out_proj":
-        return vision.attention.out_bias
-    if "/self_attn/" in path:
-        return vision.attention.bias
-    return "/mlp/" in path and vision.channel.bias
-
-
-def block_keys(blocks: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return {path of a layer's module: key of its weight}, of {path in the layer: name in files below `blocks`}."""
-    return {
-        f"layers/{{i}}/{path}": f"{blocks}.{{i}}.{name}" + ("" if "scale" in path else ".weight")
-        for path, name in names.items()
-    }
 
 
 def position_side(positions: int) -> int:
@@ -233,8 +173,3 @@ def square_side(size: Any, name: str) -> int:
             f"vision tower: {name} {size} has unequal height and width, but only square sizes are supported"
         )
     return sides.pop()
-
-
-def first_axes(layout: str) -> str:
-    """Return the layout of a bias: the output axes of its weight's layout."""
-    return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]

@@ -8,16 +8,15 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, VisionConfig
-from vlmprune_jax.io.families.table import JsonDict, Weight
-from vlmprune_jax.io.families.tower import Tower, block_keys, first_axes, square_side
+from vlmprune_jax.io.families.table import JsonDict, in_layers
+from vlmprune_jax.io.families.tower import Tower, square_side
 
 _CLIP_KEYS = {
-    "class_embedding": "embeddings.class_embedding",
-    "patch_embedding": "embeddings.patch_embedding.weight",
-    "position_embedding": "embeddings.position_embedding.weight",
-    "pre_layrnorm": "pre_layrnorm.weight",
-    **block_keys(
-        "encoder.layers",
+    "class_embedding/weight": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding",
+    "position_embedding": "embeddings.position_embedding",
+    "pre_layrnorm": "pre_layrnorm",
+    **in_layers(
         {
             "layer_norm1": "layer_norm1",
             **{f"self_attn/{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
@@ -25,45 +24,47 @@ _CLIP_KEYS = {
             "mlp/fc1": "mlp.fc1",
             "mlp/fc2": "mlp.fc2",
         },
+        "encoder.layers",
     ),
-    "post_layernorm": "post_layernorm.weight",
+    "post_layernorm": "post_layernorm",
 }
 _INTERNVIT_KEYS = {
-    "class_embedding": "embeddings.class_embedding",
-    "patch_embedding": "embeddings.patch_embedding.weight",
-    "position_embedding": "embeddings.position_embedding",
-    **block_keys(
-        "encoder.layers",
+    "class_embedding/weight": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding",
+    "position_embedding/weight": "embeddings.position_embedding",
+    **in_layers(
         {
             "layer_norm1": "norm1",
             **{f"self_attn/{name}_proj": "attn.qkv" for name in "qkv"},
             "self_attn/out_proj": "attn.proj",
-            "layer_scale1": "ls1",
+            "layer_scale1/weight": "ls1",
             "layer_norm2": "norm2",
             "mlp/fc1": "mlp.fc1",
             "mlp/fc2": "mlp.fc2",
-            "layer_scale2": "ls2",
+            "layer_scale2/weight": "ls2",
         },
+        "encoder.layers",
     ),
 }
 _INTERNVL_KEYS = {
-    "class_embedding": "embeddings.cls_token",
-    "patch_embedding": "embeddings.patch_embeddings.projection.weight",
-    "position_embedding": "embeddings.position_embeddings",
-    **block_keys(
-        "encoder.layer",
+    "class_embedding/weight": "embeddings.cls_token",
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "position_embedding/weight": "embeddings.position_embeddings",
+    **in_layers(
         {
             "layer_norm1": "layernorm_before",
             **{f"self_attn/{name}_proj": f"attention.{name}_proj" for name in "qkv"},
             "self_attn/out_proj": "attention.projection_layer",
-            "layer_scale1": "lambda_1",
+            "layer_scale1/weight": "lambda_1",
             "layer_norm2": "layernorm_after",
             "mlp/fc1": "mlp.fc1",
             "mlp/fc2": "mlp.fc2",
-            "layer_scale2": "lambda_2",
+            "layer_scale2/weight": "lambda_2",
         },
+        "encoder.layer",
     ),
 }
+PROJECTOR_KEYS = {name: name for name in ("layer_norm", "linear_1", "linear_2")}  # of transformers' projectors
 _BIASED = PatchConfig(bias=True)
 _CLIP: JsonDict = {
     "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
@@ -83,6 +84,8 @@ _INTERNVIT: JsonDict = {
 }  # fmt: skip
 _OF_SIGLIP: JsonDict = {"class_token": False, "patches": _BIASED, "pre_norm": False}
 _OF_INTERNVIT: JsonDict = {
+    # class token and positions have a batch axis
+    "layouts": {"class_embedding/weight": "1 1 vision", "position_embedding/weight": "1 position vision"},
     "block": {"norm": "layer", "layer_scale": True},
     "vision": {"patches": _BIASED, "pre_norm": False, "positions": PositionTable(resizes=True)},
 }
@@ -200,30 +203,6 @@ def _check_internvit(config: Mapping[str, Any]) -> None:
                 f"vision tower: {name} = {config[name]!r} is not supported (supported: InternViT-300M with layer_norm, "
                 "no norm of queries and keys, mean pooling, absolute positions)"
             )
-
-
-def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
-    """Return the projector's weight table; `names` are the checkpoint names of its layers in order."""
-    into = "shuffled" if projector.shuffles else "vision"
-    layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
-    if projector.kind == "pixel_shuffle" and projector.input_norm:
-        layouts = {"layer_norm": into, **layouts}
-    if projector.kind == "linear":
-        layouts = {"linear": f"embed {into}"}
-    if projector.kind == "merger":
-        layouts = {"patch_norm": "vision", **layouts}
-    lines = [(path, prefix + name, layouts[path]) for path, name in zip(layouts, names, strict=True)]
-    for number in range(projector.deepstack):
-        merger = f"{prefix.removesuffix('merger.')}deepstack_merger_list.{number}"
-        lines.append((f"deepstack/{number}/layer_norm", f"{merger}.norm", into))
-        for n in (1, 2):
-            lines.append((f"deepstack/{number}/linear_{n}", f"{merger}.linear_fc{n}", layouts[f"linear_{n}"]))
-    table = []
-    for path, key, layout in lines:
-        table.append(Weight(f"projector/{path}/weight", f"{key}.weight", layout))
-        if projector.norm == "layer" if path.endswith("norm") else projector.bias:
-            table.append(Weight(f"projector/{path}/bias", f"{key}.bias", first_axes(layout)))
-    return table
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:

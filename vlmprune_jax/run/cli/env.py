@@ -20,7 +20,7 @@ def run(flags: Any) -> None:
     import platform
 
     from vlmprune_jax.core.mesh.machine import cores, cpu
-    from vlmprune_jax.run.workdir.provenance import commit, versions
+    from vlmprune_jax.run.workdir.content import commit, versions
 
     installed = versions((*_REQUIRED, *_OPTIONAL))
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
@@ -35,7 +35,7 @@ def run(flags: Any) -> None:
 
 def version() -> str:
     """Return the version of vlmprune-jax."""
-    from vlmprune_jax.run.workdir.provenance import versions
+    from vlmprune_jax.run.workdir.content import versions
 
     return versions(("vlmprune-jax",)).get("vlmprune-jax", "not installed")
 

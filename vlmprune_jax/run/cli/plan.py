@@ -3,8 +3,8 @@
 Compiles the real training step of student and teacher for every variant (1 to 2 minutes each), for the largest length
 and tile buckets. Prints memory, FLOPs, communication and minimum time; the report of --workdir shows them as well.
 Reads config.json but no weights. Pruned shapes come from plan.json in --workdir, or are predicted.
---evaluation also compiles prefill and decoding, and prints the minimum time for 1,000 questions of each benchmark by
-phase, and with --weights=bf16,w8a8,w4a16 for quantised weights.
+--evaluation adds memory and the minimum time for 1,000 questions of each benchmark by phase, computed from shapes;
+--weights=bf16,w8a8,w4a16 includes quantised weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_string("topology", None, about, flag_values=values)
     about = "number of training records, if data.train is not on this machine"
     absl_flags.DEFINE_integer("records", None, about, lower_bound=1, flag_values=values)
-    about = "also find the cheapest remat, the largest batch and the smallest slice that fit"
-    absl_flags.DEFINE_bool("search", False, about, flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
     about = "formats of the decoder's weights for --evaluation: bf16, w8a8, w4a16"
     absl_flags.DEFINE_list("weights", ["bf16"], about, flag_values=values)
@@ -54,7 +52,7 @@ def run(flags: Any) -> None:
         raise UserError("no TPU slice given: add --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
     formats = tuple(flags.weights) if flags.evaluation else ()
-    planned = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, formats)
+    planned = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, formats)
     saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:
         write_artefact(Path(saved), planned)

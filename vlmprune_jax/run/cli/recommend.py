@@ -1,7 +1,6 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-Uses the guide of arXiv 2604.24380 and measurements; reads no weights. --for=GOAL --on=SLICE ranks pruning methods for
-a goal, and recommends the best one.
+Uses the guide of arXiv 2604.24380 and measurements; reads no weights.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ def define(values: Flags) -> None:
     text("data", None, "share of the training data to use at most, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
-    text("for", None, "goal that chooses the method: memory, decode, question or throughput", flag_values=values)
-    text("on", "v5e:2x4", "TPU slice for --for, on which costs are estimated", flag_values=values)
     text("train", None, "value of data.train in the config, whose records are counted", flag_values=values)
     for name in ("images", "eval"):
         text(name, None, f"value of data.{name} in the config", flag_values=values)
     text("guide", None, "guide file with your own measurements", flag_values=values)
     text("save", None, "output file FILE.yaml for the config", flag_values=values)
-    absl_flags.DEFINE_bool("evidence", False, "print all measurements and the config as well", flag_values=values)
 
 
 def run(flags: Any) -> None:
@@ -45,15 +41,15 @@ def run(flags: Any) -> None:
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR")
-    guide, goal = read_guide(Path(flags.guide or FILE)), flags["for"].value
-    given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
+    guide = read_guide(Path(flags.guide or FILE))
+    given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present]
     advice = advise(
         flags.model, vision_dir=flags.vision_dir,
         ratio=None if flags.ratio is None else parse_share("ratio", flags.ratio),
         most_bytes=None if flags.bytes is None else parse_bytes(flags.bytes),
         data_fraction=None if flags.data is None else parse_share("data", flags.data),
-        compute=flags.compute, speed=flags.speed, goal=None if goal is None else (goal, flags.on),
+        compute=flags.compute, speed=flags.speed,
         files={name: flags[name].value for name in PLACEHOLDERS if flags[name].value},
         guide=guide,
     )  # fmt: skip
-    tell(advice, guide, flags.save, given, flags.evidence, make_reporter(True))
+    tell(advice, guide, flags.save, given, make_reporter(True))

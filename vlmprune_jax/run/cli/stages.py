@@ -12,7 +12,7 @@ from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.flags import Flags, common
-from vlmprune_jax.run.stages.registry import STAGES
+from vlmprune_jax.run.stages.stage import STAGES
 
 RUN = """\
 Stages with unchanged inputs are skipped, and an interrupted run continues.
@@ -120,7 +120,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.base.processes import is_main_process
     from vlmprune_jax.run.report.build import build_report
-    from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
+    from vlmprune_jax.run.report.tables import key_numbers, lead, parameter_note, tables_of
     from vlmprune_jax.run.stages.export import describe_export
     from vlmprune_jax.run.workdir.groups import comparison_of_run
     from vlmprune_jax.run.workdir.result import RESULT, read_result
@@ -133,7 +133,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
         comparison = comparison_of_run(result)
         for table in tables_of(comparison):
             reporter.table(*table.printed)
-        reporter.say(lead(comparison))
+        reporter.say("; ".join([lead(comparison), *map(" ".join, key_numbers(comparison))]))
         if note := parameter_note(result.teacher):
             reporter.say(note)
         reporter.say(f"best: {workdir / result.best_run.path}")

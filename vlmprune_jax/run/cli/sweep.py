@@ -33,10 +33,11 @@ def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
     from vlmprune_jax.run.cli.config_files import starting_point
     from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.run.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
+    from vlmprune_jax.run.sweep.hyper import check_runs, runs_named, shard_of
+    from vlmprune_jax.run.sweep.sweep import run_sweep, tell_sharing, tell_unused
 
     runs, sweep, reporter = prepare_sweep(flags)
-    check_runs(runs, sweep, flags.jobs)
+    check_runs(runs, flags.jobs)
     mine = shard_of(runs_named(runs, flags.only), flags.shard)
     placed = runs if flags.dry_run else place_all(runs, sweep)
     tell_unused(placed, starting_point(flags), reporter)

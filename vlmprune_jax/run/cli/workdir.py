@@ -20,8 +20,7 @@ from vlmprune_jax.run.experiment.arguments import export_in
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.sweep.hyper import SweepRun, sweep_runs
-from vlmprune_jax.run.sweep.run import Sweep, with_caches
-from vlmprune_jax.run.sweep.sweep import attempt
+from vlmprune_jax.run.sweep.sweep import Sweep, attempt, with_caches
 from vlmprune_jax.run.sweep.workers import Worker
 
 

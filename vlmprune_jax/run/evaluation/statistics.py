@@ -1,4 +1,4 @@
-"""Confidence intervals over questions and over seeds, and tests of differences between models."""
+"""Confidence intervals over questions and over seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.special import bdtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtrit
 
 from vlmprune_jax.base.checks import blaming
 from vlmprune_jax.base.errors import UserError
@@ -153,49 +153,3 @@ def interval_of_mean(
     known = [ends for ends in intervals if ends is not None]
     low, high = np.mean(known, axis=0) - mean if known and len(known) == count else (0.0, 0.0)
     return mean, mean - math.hypot(half, low), mean + math.hypot(half, high)
-
-
-def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the p-value of McNemar's exact test: do two models answer equally many of the same questions correctly?
-
-    Only questions that exactly one model got right have weight. If the models are equally good, each such question
-    favours either model with probability 1/2. The p-value is the two-sided binomial probability of this or a more
-    uneven result.
-
-    Args:
-      first, second: 1 (right) or 0 (wrong) per question.
-    """
-    pairs = list(zip(first, second, strict=True))
-    lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
-    return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
-
-
-def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the two-sided p-value of the difference between two models' mean scores, each float[seeds, questions].
-
-    With one seed and scores of right or wrong, this is McNemar's exact test. Otherwise, it is Student's t-test with
-    Welch-Satterthwaite degrees of freedom, whose variance is the sum of each model's variance over seeds and the
-    variance of the difference over questions. A model with a single seed is assigned the other's variance.
-    """
-    if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
-        return mcnemar(first[0] > 0, second[0] > 0)
-    by_question = first.mean(axis=0) - second.mean(axis=0)
-    variances = [(by_question.var() / max(len(by_question) - 1, 1), max(len(by_question) - 1, 1))]
-    for group, other in ((first, second), (second, first)):
-        seeds = group if len(group) > 1 else other
-        if len(seeds) > 1:
-            variances.append((seeds.mean(axis=1).var(ddof=1) / len(group), len(seeds) - 1))
-    total, difference = sum(variance for variance, _ in variances), by_question.mean()
-    if not total:
-        return float(difference == 0)
-    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in variances)
-    return 2 * float(stdtr(freedom, -abs(difference) / math.sqrt(total)))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests so that the chance of any false positive stays bounded (Holm 1979)."""
-    adjusted, largest = [1.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted

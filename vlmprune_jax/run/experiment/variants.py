@@ -13,7 +13,7 @@ from vlmprune_jax.base.checks import one_of, suggest, with_defaults
 from vlmprune_jax.base.chips import slice_of
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.settings import check_settings, override
-from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
 from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.run.experiment.arguments import (
@@ -148,15 +148,6 @@ def _check_criteria(spec: ScoreConfig) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def _check_target(config: PlanConfig) -> None:
-    """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
-    if config.method != "none" and config.targets:
-        config.check()
-    if config.budget.limits:
-        with error_context("prune.budget.slice"):
-            slice_of(config.budget.slice)
-
-
 def _check_rounding(quantize: str, export: ExportSpec) -> None:
     """Raise UserError if the exported integer format differs from the rounding in training (`recover.quantize`)."""
     same = export.quantize == quantize and export.group_size is None and export.symmetric
@@ -182,7 +173,12 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
                 "hybrid pruning take one step"
             )
         _check_criteria(spec.score)
-        _check_target(plan_config(spec.prune, spec.model, spec.data, spec.export))
+        plan = plan_config(spec.prune, spec.model, spec.data, spec.export)
+        if plan.method != "none" and plan.targets:
+            plan.check()
+        if plan.budget.limits:
+            with error_context("prune.budget.slice"):
+                slice_of(plan.budget.slice)
         choose_format(spec.export.format, export_options(spec.export))
         for run in recoveries:
             changed = run.experiment

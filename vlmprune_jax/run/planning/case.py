@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from vlmprune_jax.core.prune.criteria.weights import random_scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.prune.select import plan_pruning, unscored
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.core.recovery.flops import StepFlops as ModelFlops
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
@@ -39,7 +39,7 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import Variant
-from vlmprune_jax.run.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
+from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu, make_slice
 from vlmprune_jax.run.stages.work import teacher_folder
 from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
@@ -209,7 +209,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
     if cfg.video is None or frames is None or data.video_frames is None:
         return slots, tokens, 1
     patches = -(-data.video_frames // cfg.video.temporal_patch)
-    size = frames.frame_shape(data.video_frames, *_VIDEO).tokens
+    size = frames.image_shape(*_VIDEO, 1, data.video_frames).tokens
     if not size:
         return (*slots, data.max_images * patches) if slots[-1] < data.max_images * patches else slots, (), 1
     most = data.max_images * min(size * patches, data.video_tokens or size * patches)
@@ -219,19 +219,21 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
 def estimate(case: Case) -> PlannedStep:
     """Compile the training step of a planned recovery and return its cost.
 
+    The step time is a roofline estimate from arithmetic, memory traffic and links between chips. For memory traffic,
+    arguments are read once, and temporaries and received data are written and read once. MFU is model FLOPs / (peak
+    FLOP/s of all chips x step time).
+
     Raises:
       DoesNotFit: the step needs more HBM than a chip has.
       UserError: the settings contradict the model or the slice.
     """
-    mesh = case.make_mesh()
-    config = case.config
+    mesh, config, chip = case.make_mesh(), case.config, case.slice.chip
     steps = config.steps or 1000  # length of the schedule: any number gives the same operations
     program = make_program(
         case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
     )
-    arguments = _arguments(case, program, mesh)
     with step_context(mesh, config.compute_dtype):
-        compiled = compile_for_tpu(program.step, *arguments)
+        compiled = compile_for_tpu(program.step, *_arguments(case, program, mesh))
     model = step_flops(
         program.cfg,
         case.teacher_cfg,
@@ -242,48 +244,65 @@ def estimate(case: Case) -> PlannedStep:
         images=config.batch_size * (case.patches if case.image_tokens_per_row else case.images),
         image_tokens=case.image_tokens_per_row // case.patches,
     )
-    return planned_step(case, compiled, model)
-
-
-def planned_step(case: Case, compiled: Compiled, model: ModelFlops) -> PlannedStep:
-    """Return a compiled training step's cost: bytes per chip, FLOPs, and throughput of all chips.
-
-    The step time is a roofline estimate from arithmetic, memory traffic and links between chips. For memory traffic,
-    arguments are read once, and temporaries and received data are written and read once. MFU is model FLOPs / (peak
-    FLOP/s of all chips x step time).
-    """
-    config, chip, devices = case.config, case.slice.chip, len(case.slice.devices)
-    received = sum(compiled.received.values())
-    traffic = compiled.arguments + 2 * (compiled.temporaries + received)
-    seconds = chip.seconds(compiled.flops / devices, traffic, received)
-    step = max(seconds.values())
-    free = int(chip.hbm - compiled.arguments - compiled.temporaries)
+    received = received_bytes(case, program, mesh)
+    in_all = sum(received.values())
+    traffic = compiled.arguments + 2 * (compiled.temporaries + in_all)
+    seconds = chip.seconds(compiled.flops / mesh.size, traffic, in_all)
     known = config.steps is not None or case.records is None
     return PlannedStep(
         topology=case.slice.name,
-        chips=devices // chip.halves,
-        mesh=dict(case.make_mesh().shape),
+        chips=mesh.size // chip.halves,
+        mesh=dict(mesh.shape),
         student=_size(case.cfg),
         teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.remat,
-        tokens_per_row=case.length,
-        images_per_row=case.images,
         tokens_buckets=list(case.lengths),
         images_buckets=list(case.slots),
         image_tokens_buckets=list(case.image_tokens),
         feature_cache=not case.cfg.tower,
         teacher_top_k=config.losses.teacher_top_k,
-        hbm=Hbm(arguments=compiled.arguments, temporaries=compiled.temporaries, free=free),
-        flops=StepFlops(executed=compiled.flops, model=model.total, **dataclasses.asdict(model)),
-        received=dict(compiled.received),
-        seconds=StepSeconds(step=step, **seconds),
-        mfu=model.total / (step * devices * chip.flops),
-        tokens_per_second=config.batch_size * case.length / step,
+        hbm=Hbm(
+            arguments=compiled.arguments,
+            temporaries=compiled.temporaries,
+            free=int(chip.hbm - compiled.arguments - compiled.temporaries),
+        ),
+        flops=StepFlops(executed=compiled.flops, **dataclasses.asdict(model)),
+        received=received,
+        seconds=StepSeconds(**seconds),
+        mfu=model.total / (max(seconds.values()) * mesh.size * chip.flops),
         steps=config.steps if known else config.num_steps(case.records or 0),
         compile_seconds=compiled.seconds,
     )
+
+
+def received_bytes(case: Case, program: Program, mesh: Mesh) -> dict[str, float]:
+    """Return the bytes that each chip receives from others in a training step, by what is received.
+
+    Computed from shards, for rings: every micro-batch gathers the weights that are split over `fsdp` (those of the
+    student's decoder and of trained parameters once more for the backward pass) and sums the gradients of trained
+    parameters; `tensor` sums activations behind attention and MLP. `benchmarks/compiled_text.py` counts what the
+    compiled program receives, which may be less where the compiler keeps or moves activations instead.
+    """
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    weights = gradients = 0.0
+    models = [(program.cfg, program.groups)]
+    models += [] if program.teacher is None else [(program.teacher.cfg, {})]
+    for number, (cfg, trained) in enumerate(models):
+        for path, leaf in abstract_params(cfg, case.dtype, mesh).items():
+            size, split = math.prod(leaf.sharding.shard_shape(leaf.shape)), "fsdp" in leaf.sharding.spec
+            passes = 2 if path in trained or (number == 0 and path.startswith("text/")) else 1
+            weights += passes * size * (fsdp - 1) * split
+            if path in trained:
+                gradients += size * ((fsdp - 1) if split else 2 * (fsdp - 1) / fsdp) + size * 2 * (data - 1) / data
+    layers = len(case.cfg.text.layers) * (4 if case.config.remat == "none" else 6)  # sums: forward, backward, again
+    layers += 0 if program.teacher is None else 2 * len(program.teacher.cfg.text.layers)
+    rows = case.config.batch_size / case.config.accumulation / (data * fsdp)
+    activations = layers * rows * case.length * case.cfg.text.hidden_size * 2 * (tensor - 1) / tensor
+    itemsize = case.config.accumulation * np.dtype(case.config.compute_dtype).itemsize
+    received = {"weights": weights, "gradients": gradients, "activations": activations}
+    return {name: itemsize * size for name, size in received.items() if size}
 
 
 def _size(cfg: ModelConfig) -> PlannedModel:

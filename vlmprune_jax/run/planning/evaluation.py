@@ -1,133 +1,233 @@
-"""Planning of evaluation on a TPU slice: memory, bytes per token and minimum times, compiled without TPUs."""
+"""Evaluation on a TPU slice, computed from shapes: memory, and lower bounds on the time of benchmark questions.
+
+A question is the vision tower's pass over its image, the prefill of the prompt, and an answer of some tokens. A phase
+takes at least the longer of its arithmetic at the chip's peak and of reading its weights and cache once from HBM.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
+from vlmprune_jax.base.chips import Chip
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
-from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.decoder import map_cache
-from vlmprune_jax.core.models.generate import decode, prefill
-from vlmprune_jax.core.models.media import Packed
-from vlmprune_jax.core.models.params import abstract_params, count_params, flatten, unflatten
+from vlmprune_jax.core.mesh.mesh import decoding_mesh, make_mesh, row_ways
+from vlmprune_jax.core.models.flops import active_params, causal_flops, head_of, vision_flops, weight_flops
+from vlmprune_jax.core.models.params import abstract_params, count_params
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.families.tiles import ImageShape
-from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu
-from vlmprune_jax.run.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
-from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedEvaluation, PlannedModel
+from vlmprune_jax.run.evaluation.config import EvaluateSpec
+from vlmprune_jax.run.planning.ahead_of_time import Slice
+from vlmprune_jax.run.workdir.tpu_plan import GIB, PlannedEvaluation, PlannedModel
 
-NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
+BATCH = 1000  # number of questions in the estimate; as many run at once as fit
+_CACHE = 2  # bytes per number: bfloat16
 
 
 @dataclass(frozen=True)
-class EvaluationCase:
-    """Inputs for planning the evaluation of one model on a TPU slice.
+class Questions:
+    """Typical question of a benchmark: image size in pixels, text tokens, and tokens of the longest answer."""
 
-    `preparation`: how the model prepares images (None: images of one size, or no images). `mesh`: sizes (data, fsdp,
-    tensor), or () for the sizes that `decoding_mesh` chooses. `rows`: rows of a batch, rounded up so that devices share
-    them evenly. `weights`: weight formats for which minimum times are computed; the compiled programs have weights of
-    `dtype`.
+    width: int
+    height: int
+    text: int
+    answer: int
+
+
+BENCHMARKS = {
+    "MMMU": Questions(900, 500, 160, 16),
+    "ScienceQA": Questions(500, 300, 120, 4),
+    "MathVista": Questions(700, 500, 140, 256),
+    "AI2D": Questions(700, 500, 70, 4),
+    "MME-C": Questions(900, 600, 50, 4),
+    "MME-P": Questions(1000, 700, 50, 4),
+    "POPE": Questions(640, 480, 40, 4),
+    "DocVQA": Questions(1700, 2200, 45, 32),
+    "GQA": Questions(500, 400, 40, 8),
+}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Storage of the matrices in the decoder's layers: bytes per weight with scales, and whether products are int8.
+
+    Embeddings, output head, projector and tower stay in bfloat16, as in exports.
     """
 
-    cfg: ModelConfig
-    dtype: str
-    slice: Slice
-    preparation: Preparation | None
+    bytes: float
+    int8: bool = False
+
+
+WEIGHT_FORMATS = {
+    "bf16": WeightFormat(2.0),
+    "w8a8": WeightFormat(1.0, int8=True),  # one scale per row, which is negligible
+    "w4a16": WeightFormat(0.5 + 2 / 128),  # a bfloat16 scale per group of 128
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Lower bounds (s) on the phases tower, prefill and decode, for `rows` questions at once on one group of chips.
+
+    `chips`: number of chips in the group, a power of two; other groups answer other questions.
+    """
+
+    chips: int
     rows: int
-    mesh: tuple[int, ...] = ()
-    weights: tuple[str, ...] = ("bf16",)
+    tower: float
+    prefill: float
+    decode: float
 
     @property
-    def itemsize(self) -> int:
-        """Number of bytes per weight."""
-        return np.dtype(self.dtype).itemsize
+    def seconds(self) -> float:
+        """Lower bound on the seconds for all `rows` questions."""
+        return self.tower + self.prefill + self.decode
 
-    def make_mesh(self) -> Mesh:
-        """Return the mesh for generation on the TPU slice's devices."""
-        every = make_mesh(1, -1, 1, devices=self.slice.devices)
-        mesh = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
-        assert mesh is not None
-        return mesh
+    def phases(self, questions: int, chips: int) -> dict[str, float]:
+        """Return the seconds of each phase for answering `questions` questions on all groups of `chips` chips."""
+        batches = questions / self.rows / (chips // self.chips)
+        return {name: batches * getattr(self, name) for name in ("tower", "prefill", "decode")}
 
 
-def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
-    """Compile prefill and decoding for the benchmark with the longest prompts; return memory and minimum times.
+def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:
+    """Return a question's prompt length in tokens and its image's shape (0 tiles for text models).
 
-    Raises:
-      DoesNotFit: a batch needs more HBM than a chip has.
+    `preparation`: how the model prepares images (None: images have one size).
     """
-    mesh, chip = case.make_mesh(), case.slice.chip
+    if cfg.vision is None:
+        return question.text, ImageShape(slots=0)
+    image = ImageShape()
+    if preparation is not None:
+        image = preparation.image_shape(question.width, question.height, 1)
+    return question.text + image.positions(cfg.tokens_per_image), image
+
+
+def bound(
+    cfg: ModelConfig,
+    chip: Chip,
+    chips: int,
+    weights: str,
+    length: int,
+    image: ImageShape,
+    answer: int,
+    rows: int | None = None,
+) -> Bound:
+    """Return a lower bound on the time of questions with prompts of `length` and answers of `answer` tokens.
+
+    The chips are split into equal groups; each group holds a copy of the weights and answers its own questions.
+    `rows`: questions that a group answers at once (None: as many as fit in memory, at most `BATCH` over all chips).
+    The group size is the fastest one if `rows` is given, otherwise the one with the most questions per second.
+
+    Raises UserError if the weights do not fit on the chips, or the chip has no int8 units.
+    """
+    if WEIGHT_FORMATS[weights].int8 and not chip.int8:
+        raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
+    sizes = weight_bytes(cfg, weights)
+    total = sum(sizes.values())
+    groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
+    if not groups:
+        raise UserError(f"{total / 2**30:.1f} GiB of weights do not fit on {chips} chips: use a larger slice")
+    cache, mean = (
+        sum(layer.mixer.state_bytes(tokens, _CACHE) for layer in cfg.text.layers)
+        for tokens in (length + answer, length + answer // 2)
+    )
+    layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
+    rate = chip.int8 if WEIGHT_FORMATS[weights].int8 else chip.flops
+
+    def on(group: int) -> Bound:
+        n = rows or max(1, min(-(-BATCH * group // chips), int((group * chip.hbm - total) / cache)))
+
+        def at_least(of_layers: float, others: float, n_bytes: float) -> float:
+            """Return seconds per group: the longer of arithmetic (layers, other FLOPs) and memory traffic."""
+            return max(of_layers / rate + others / chip.flops, n_bytes / chip.hbm_bandwidth) / group
+
+        return Bound(
+            chips=group,
+            rows=n,
+            tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), sizes["vision"]),
+            # the output head is needed for the last token alone
+            prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), sizes["layers"]),
+            decode=max(answer - 1, 0) * at_least(n * layers, n * head, sizes["layers"] + sizes["head"] + n * mean),
+        )
+
+    return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))
+
+
+def weight_bytes(cfg: ModelConfig, weights: str) -> dict[str, float]:
+    """Return the weight bytes in a format, by part: layers, output head, vision tower with projector, and the rest.
+
+    All experts count, since the tokens of a batch choose all of them.
+    """
+    layers = weight_flops(cfg, "text/layers/", (), False) / 2
+    layers += count_params(cfg) - active_params(cfg)  # experts that a token does not use
+    head = weight_flops(cfg, head_of(cfg), (), False) / 2
+    vision = sum(count_params(cfg, part) for part in ("vision", "projector")) if cfg.vision is not None else 0
+    rest = count_params(cfg) - layers - head - vision
+    return {
+        "layers": layers * WEIGHT_FORMATS[weights].bytes,
+        "head": 2 * head,
+        "vision": 2.0 * vision,
+        "rest": 2 * rest,
+    }
+
+
+def plan_evaluation(
+    cfg: ModelConfig,
+    dtype: str,
+    target: Slice,
+    preparation: Preparation | None,
+    spec: EvaluateSpec,
+    formats: Sequence[str] = ("bf16",),
+) -> PlannedEvaluation:
+    """Return memory and least seconds of an evaluation; its rows are those of the benchmark with the longest prompts.
+
+    Args:
+      cfg, dtype: the model, and the data type of its weights for the memory.
+      preparation: how the model prepares images (None: images of one size, or no images).
+      spec: rows per batch, rounded up so that devices share them evenly, and the mesh.
+      formats: names of `WEIGHT_FORMATS` for the least seconds.
+
+    Raises UserError if weights and cache do not fit on the slice.
+    """
+    itemsize, chip = np.dtype(dtype).itemsize, target.chip
+    every = make_mesh(1, -1, 1, devices=target.devices)
+    mesh = decoding_mesh(cfg, every, count_params(cfg) * itemsize, spec.mesh)
+    assert mesh is not None
     ways = row_ways(mesh)
-    rows = -(-case.rows // ways) * ways
-    prompts = {name: prompt_of(case.cfg, case.preparation, question) for name, question in BENCHMARKS.items()}
-    length, image = max(prompts.values(), key=lambda prompt: prompt[0])
-    params, arrays = unflatten(abstract_params(case.cfg, case.dtype, mesh)), _arrays(case, rows, length, image, mesh)
-    with use_mesh(mesh):
-        begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], NEW_TOKENS, ()), params, arrays)
-        first = compile_for_tpu(prefill, params, case.cfg, arrays, NEW_TOKENS, ())
-        later = compile_for_tpu(decode, params, case.cfg, *_placed(case.cfg, begun, mesh), NEW_TOKENS, ())
-    leaves = flatten(params).values()
-    weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * case.itemsize for leaf in leaves)
-    needed = max(program.arguments + program.temporaries for program in (first, later))
-    largest = int((chip.hbm - weights) / max(needed - weights, 1) * rows / ways) * ways
+    rows = -(-spec.batch_size // ways) * ways
+    prompts = {name: prompt_of(cfg, preparation, question) for name, question in BENCHMARKS.items()}
+    longest = max(prompts, key=lambda name: prompts[name][0])
+    length = prompts[longest][0]
+    leaves = abstract_params(cfg, dtype, mesh).values()
+    weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize for leaf in leaves)
+    tokens = length + BENCHMARKS[longest].answer
+    per_row = sum(layer.mixer.state_bytes(tokens, itemsize) for layer in cfg.text.layers) / mesh.size
+    if weights + rows * per_row > chip.hbm:
+        raise UserError(
+            f"the evaluation on {target.name} needs {(weights + rows * per_row) / GIB:.2f} GiB of HBM per chip for "
+            f"weights and cache, which is more than it has ({chip.hbm / GIB:.2f} GiB): use a larger slice or a smaller "
+            "evaluate.batch_size"
+        )
     phases = {
         form: {
-            name: bound(case.cfg, chip, mesh.size, form, *prompts[name], question.answer).phases(BATCH, mesh.size)
+            name: bound(cfg, chip, mesh.size, form, *prompts[name], question.answer).phases(BATCH, mesh.size)
             for name, question in BENCHMARKS.items()
         }
-        for form in case.weights
+        for form in formats
     }
     return PlannedEvaluation(
-        topology=case.slice.name,
-        chips=mesh.size,
+        topology=target.name,
+        chips=mesh.size // chip.halves,
         mesh=dict(mesh.shape),
-        model=PlannedModel(layers=len(case.cfg.text.layers), parameters=count_params(case.cfg)),
+        model=PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg)),
         rows=rows,
         tokens_per_row=length,
-        hbm=Hbm(arguments=weights, temporaries=needed - weights, free=chip.hbm - needed),
-        largest_batch=largest,
-        received=sum(later.received.values()) / (NEW_TOKENS - 1),
-        seconds={name: sum(phases[case.weights[0]][name].values()) for name in BENCHMARKS},
+        weights=weights,
+        cache=rows * per_row,
+        largest_batch=int((chip.hbm - weights) / per_row / ways) * ways,
         phases=phases,
-        compile_seconds=first.seconds + later.seconds,
     )
-
-
-def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mesh: Mesh) -> dict[str, Any]:
-    """Return the inputs of `prefill` as abstract arrays."""
-    cfg = case.cfg
-
-    def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        axes = ("batch", *(None,) * len(shape))
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding(mesh, axes))
-
-    arrays: dict[str, Any] = {"ids": array(length), "valid": array(length), "ended": array(dtype=bool)}
-    vision = cfg.vision
-    if vision is not None and vision.dynamic_resolution:
-        patches = image.rows * image.columns
-        images = Packed(array(patches, vision.patch_values, dtype=np.float32), array(1, 3))
-        arrays["media"] = {"vision": images}
-        if cfg.text.rope.sections:
-            arrays |= {"positions": array(3, length), "delta": array(1), "least": array(1)}
-    elif vision is not None:
-        side = vision.image_size
-        arrays["media"] = {"vision": Packed(array(image.slots, vision.channels, side, side, dtype=np.float32))}
-    return arrays
-
-
-def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
-    """Add shardings to the abstract cache and decoding state: rows over (data, fsdp), heads over `tensor`."""
-
-    def place(axes: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
-
-    cache, state = begun
-    rows = jax.tree.map(lambda leaf: place(("batch", *(None,) * (leaf.ndim - 1)), leaf), state)
-    return map_cache(cfg.text, place, cache), rows

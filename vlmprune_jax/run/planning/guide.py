@@ -1,7 +1,7 @@
 """Decision guide for pruning and recovery, as a file: the paper's advice and our measurements.
 
-`guide.json` has the rules (the first that fits applies), rows of evidence, the settings of each recommendation, and the
-contradictions between sources. `tools/study_guide.py` adds the rows of a sweep; `rules.py` applies the guide.
+`guide.json` has the rules (the first that fits applies), rows of evidence, and the settings of each recommendation.
+`tools/study_guide.py` adds the rows of a sweep; `rules.py` applies the guide.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Finite, read_json
 
 FILE = Path(__file__).with_name("guide.json")
-VERSION, SOLVED = 5, "reconstruct"
+VERSION, SOLVED = 6, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width", "hybrid"), ("none", "projector", "sft_l2")  # choices of recommendations
-ALWAYS = ("nominal", "average", "five_percent", "speed")  # contradictions that do not depend on the rule
 NEAR = 0.08  # maximum difference between the removed shares of the decoder of a plan and a quoted measurement
 PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
@@ -95,14 +94,7 @@ class Rule:
     up_to: Finite
     methods: tuple[str, ...]
     recovery: str
-    why: str
     source: str
-    conflicts: tuple[str, ...]
-
-    @property
-    def supported(self) -> bool:
-        """True if any measurement supports the rule."""
-        return self.source != "nothing"
 
     def words(self, method: str) -> list[str]:
         """Return the pruning method and recoveries under their names in `Guide.settings`."""
@@ -141,7 +133,6 @@ class Guide:
     rules: tuple[Rule, ...]
     settings: dict[str, dict[str, Any]]
     data: Data
-    conflicts: dict[str, str]
     evidence: tuple[Evidence, ...]
 
 
@@ -158,7 +149,7 @@ def read_guide(path: Path = FILE) -> Guide:
 
 
 def _problems(guide: Guide) -> Iterator[str]:
-    """Yield errors in a guide's content: unknown names, ratios that no rule covers."""
+    """Yield errors in a guide's content, such as unknown names."""
     if guide.version != VERSION:
         yield f"written in format {guide.version}, this version reads {VERSION}"
     if PAPER not in guide.sources:
@@ -176,12 +167,5 @@ def _problems(guide: Guide) -> Iterator[str]:
                 yield f"rule {rule.name!r} advises {name!r}, which has no settings"
         if not rule.methods or not {*rule.methods} <= {*METHODS} or rule.recovery not in RECOVERIES:
             yield f"rule {rule.name!r} must advise of {', '.join(METHODS)} and one of {', '.join(RECOVERIES)}"
-        if any(name not in guide.conflicts for name in rule.conflicts):
-            yield f"rule {rule.name!r} names an unknown conflict"
-    for compute in COMPUTE:
-        if not any(rule.compute == compute and rule.up_to >= 1 for rule in guide.rules):
-            yield f"no rule for compute {compute!r} covers all ratios"
     if guide.data.steps < 1:
         yield f"data.steps is {guide.data.steps}, but must be at least 1"
-    if any(name not in guide.conflicts for name in ALWAYS):
-        yield f"conflicts must include {', '.join(ALWAYS)}"

@@ -23,7 +23,6 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.recipes import recipes
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import predict_plan
-from vlmprune_jax.run.planning.goals import RATIO, Ranking, rank
 from vlmprune_jax.run.planning.guide import METHODS, Guide
 from vlmprune_jax.run.planning.rules import Recommendation, Target, merge, recommend
 from vlmprune_jax.run.stages.unused import unused_settings
@@ -41,7 +40,7 @@ class Advice:
 
     `steps`: number of optimizer steps and records of the training, or why none is recommended. `own_data`: True if the
     config names the user's files. `missing`: settings of `data` that the user still has to set. `most_bytes`: the
-    requested maximum size. `ranking`: the compared methods for a goal.
+    requested maximum size.
     """
 
     folder: str
@@ -53,7 +52,6 @@ class Advice:
     own_data: bool
     missing: tuple[str, ...]
     most_bytes: float | None = None
-    ranking: Ranking | None = None
 
 
 def advise(
@@ -65,7 +63,6 @@ def advise(
     data_fraction: float | None = None,
     compute: str = "full",
     speed: bool = False,
-    goal: tuple[str, str] | None = None,
     guide: Guide,
     files: Mapping[str, str] | None = None,
 ) -> Advice:
@@ -74,12 +71,10 @@ def advise(
     Args:
       hf_dir, vision_dir: see `load`.
       ratio: share of all parameters to remove.
-      most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes` (neither with `goal`: 30 % of
-        the decoder).
+      most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes`.
       data_fraction: share of the training data that is available; None: all records of `files["train"]`, else 5 %.
       compute, guide: see `recommend`.
       speed: True to choose only pruning that speeds up decoding.
-      goal: (goal, machine) of `planning.goals.rank`, whose best pruning methods are the ones to choose from.
       files: values of `data.train`, `data.images` and `data.eval` for the config, instead of the evidence's data.
 
     Raises:
@@ -90,29 +85,26 @@ def advise(
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector, use none or full")
-    size = _target_size(cfg, ratio, most_bytes, goal is not None)
-    aligned = {} if goal is None else {"prune": {"align_to": "tpu"}}
-    align, plans = {"depth": {}, "width": aligned, "hybrid": aligned}, dict[str, PrunePlan]()
+    size = _target_size(cfg, ratio, most_bytes)
+    plans = dict[str, PrunePlan]()
     for method in METHODS:
         with contextlib.suppress(UserError):
-            plans[method] = size.predict(guide.settings[method], align[method])
-    ranking = None if goal is None else rank(cfg, folder, *goal, plans)
-    methods = ("depth",) if speed else METHODS if ranking is None else ranking.methods
+            plans[method] = size.predict(guide.settings[method])
+    methods = ("depth",) if speed else METHODS
     if data_fraction is None:
         data_fraction = 1.0 if "train" in files else guide.data.least
     own: dict[str, Any] = {"data": files} if files else {}
     records = count_records(override(Experiment(), own).data)
     recommendation, steps = _with_enough_steps(size, plans, records, data_fraction, compute, methods, guide)
-    variants = {method: merge(settings, align[method]) for method, settings in recommendation.variants.items()}
-    recommendation = dataclasses.replace(recommendation, variants=variants)
-    plans = {method: size.predict(recommendation.recipe, settings) for method, settings in variants.items()}
+    variants = recommendation.variants.items()
+    plans = {method: size.predict(recommendation.recipe, settings) for method, settings in variants}
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
     data = own or recommendation.task
     known = {*PLACEHOLDERS} if "source" in data.get("data", {}) else {*files}
     known |= {"images"} if files or cfg.vision is None else set()
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
     config = _config_file(recommendation, cfg, merge({"model": model}, data, size.settings))
-    return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing, most_bytes, ranking)
+    return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing, most_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +132,8 @@ class _TargetSize:
             return predict_plan(override(Experiment(), merge(*settings, self.settings)), self.cfg)
 
 
-def _target_size(cfg: ModelConfig, ratio: float | None, most_bytes: float | None, for_goal: bool) -> _TargetSize:
+def _target_size(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> _TargetSize:
     """Return the size to reach; raise UserError unless exactly one of `ratio` and `most_bytes` is set, and prunes."""
-    if for_goal and ratio is most_bytes is None:
-        ratio = RATIO * count_params(cfg, "text") / count_params(cfg)
     if (ratio is None) == (most_bytes is None):
         raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
     if most_bytes is not None:
@@ -190,8 +180,10 @@ def _with_enough_steps(
     counted = f"{steps:,} of {batch} records ({used:,} of {records:,} records in {passes})"
     if steps >= guide.data.steps:
         return dataclasses.replace(recommendation, data_fraction=share), counted
-    untrained = recommend(target, data_fraction=available, compute="none", methods=methods, guide=guide)
-    return untrained, f"do not train: too few: {counted}; the shortest measured training has {guide.data.steps} steps"
+    too_few = f"too few: {counted}; the shortest measured training has {guide.data.steps} steps"
+    with error_context(f"training steps: {too_few}"):
+        untrained = recommend(target, data_fraction=available, compute="none", methods=methods, guide=guide)
+    return untrained, f"do not train: {too_few}"
 
 
 def exported_bytes(parameters: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune_jax.base.checks import fraction, one_of
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.planning.guide import ALWAYS, COMPUTE, METHODS, NEAR, PAPER, SOLVED, Evidence, Guide, Rule
+from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, NEAR, PAPER, SOLVED, Evidence, Guide, Rule
 
 LIKE = 10  # models within this factor of the target's size count as similar
 TIE = 1.0  # points of retention; lower ends of intervals further apart are no tie
@@ -34,21 +34,20 @@ class Target:
 class Recommendation:
     """Recommendation for a target model: settings, and the measurements behind them.
 
-    `rule`: the guide's rule that applies. `head`: row of a model of the same shape, which overrules the rule. `rows`:
-    the evidence: `head`, or rows of similar models. `because`: why this is recommended. `data_fraction`: share of the
-    training data to train on; 0 without training. `conflicts`: contradictions between the sources. `warnings`: limits
-    of this recommendation. `recipe`: partial experiment that made the evidence. `of_family`: True if `recipe` is added
-    to the recipe of the model's family. `task`: data and evaluation of the evidence, empty unless the evidence is from
-    a model of this shape. `variants`: settings of each recommended method.
+    `rule`: the guide's rule that applies, None if measurements alone support this. `head`: row of a model of the same
+    shape, which overrules the rule. `rows`: the evidence: `head`, or rows of similar models. `because`: why this is
+    recommended. `data_fraction`: share of the training data to train on; 0 without training. `warnings`: limits of this
+    recommendation. `recipe`: partial experiment that made the evidence. `of_family`: True if `recipe` is added to the
+    recipe of the model's family. `task`: data and evaluation of the evidence, empty unless the evidence is from a model
+    of this shape. `variants`: settings of each recommended method.
     """
 
-    rule: Rule
+    rule: Rule | None
     target: Target
     data_fraction: float
     head: Evidence | None
     rows: tuple[Evidence, ...]
     because: str
-    conflicts: tuple[str, ...]
     warnings: tuple[str, ...]
     of_family: bool
     recipe: dict[str, Any]
@@ -82,7 +81,7 @@ def recommend(
       compute: "none" (no training), "projector" (only the projector is trained) or "full" (with the teacher).
       methods: pruning methods to choose from, the first one instead of a rule's if that is not among them.
 
-    Raises UserError for an invalid ratio or share, or an unknown `compute`.
+    Raises UserError for an invalid ratio or share, an unknown `compute`, or a ratio that no measurement supports.
     """
     if not fraction("ratio", target.ratio):
         raise UserError("ratio=0 must be above 0: set the share of parameters to remove")
@@ -92,11 +91,20 @@ def recommend(
             f"data={data_fraction:g} must be a share of the training data: between 0 and 1, or for example 5%"
         )
     trains, share = compute if data_fraction else "none", target.decoder_ratio
-    rule = next(rule for rule in guide.rules if rule.compute == trains and min(share, 1.0) <= rule.up_to)
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
-    used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    head, because = _choose(target, rule, data_fraction, methods, guide)
+    used = min(data_fraction, needed) if trains != "none" else 0.0
+    rules = [rule for rule in guide.rules if rule.compute == trains]
+    rule = next((rule for rule in rules if min(share, 1.0) <= rule.up_to), None)
+    head, because = _choose(target, trains, data_fraction, methods, guide)
     if head is None:
+        if rule is None:
+            most = 100 * max((rule.up_to for rule in rules), default=0.0)
+            todo = "remove less" if trains == "full" else "remove less, or train more (--compute=full --data=5%)"
+            raise UserError(
+                f"no measurement supports removing {100 * share:.3g} % of the decoder with compute={trains!r} (at most "
+                f"{most:.3g} %): {todo}"
+            )
+        because = f"the guide's rule ({rule.source})"
         advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
         rows = _of_similar_models(target, rule, advised, used, guide)
         words = {method: rule.words(method) for method in advised}
@@ -114,8 +122,7 @@ def recommend(
         head=head,
         rows=tuple(rows),
         because=because,
-        conflicts=() if head else tuple(_conflicts(target, rule, used, methods, guide)),
-        warnings=tuple(_warnings(target, rule, head, rows, data_fraction, needed, compute, guide)),
+        warnings=tuple(_warnings(target, head, rows, data_fraction, needed, trains, compute, guide)),
         of_family=name == PAPER,
         recipe=source.recipe,
         task=source.task if row in shape else {},
@@ -126,31 +133,21 @@ def recommend(
     )
 
 
-def _conflicts(target: Target, rule: Rule, used: float, methods: Sequence[str], guide: Guide) -> list[str]:
-    """Return the contradictions between the sources of the guide that concern its rule for this target."""
-    nominal, average, five_percent, speed = ALWAYS
-    names = [*((nominal, average) if target.vision else ()), *rule.conflicts]
-    names += [five_percent] * (used > 0 and target.vision) + [speed] * (rule.methods[0] not in methods)
-    return [guide.conflicts[name] for name in names]
-
-
 def _warnings(
     target: Target,
-    rule: Rule,
     head: Evidence | None,
     rows: Sequence[Evidence],
     available: float,
     needed: float,
+    trains: str,
     compute: str,
     guide: Guide,
 ) -> Iterator[str]:
     """Yield the limits of a recommendation; `available` and `needed` are shares of the training data."""
     least = guide.data.least
-    trained = head.recovery not in ("none", SOLVED) if head is not None else rule.recovery != "none"
+    trained = (trains if head is None else _trained(head)) != "none"
     if not rows:
         yield f"no model of this kind within {LIKE} times its size was measured with these steps: evaluate first"
-    if head is None and not rule.supported:
-        yield rule.why
     if not target.vision:
         yield "the guide is for models with a vision tower; for decoders, only text was measured"
     if trained and all(row.of_control is None for row in rows):
@@ -185,7 +182,7 @@ def _distance(target: Target, row: Evidence) -> float:
 
 
 def _choose(
-    target: Target, rule: Rule, data: float, methods: Sequence[str], guide: Guide
+    target: Target, trains: str, data: float, methods: Sequence[str], guide: Guide
 ) -> tuple[Evidence | None, str]:
     """Return the measurement of the same model shape to follow (None to follow the rule), and why.
 
@@ -195,7 +192,7 @@ def _choose(
 
     def fits(row: Evidence) -> bool:
         known = all(word in guide.settings for word in row.made_by)
-        affordable = rule.compute == "full" or _trained(row) in ("none", rule.compute)
+        affordable = trains == "full" or _trained(row) in ("none", trains)
         return known and affordable and (row.data_fraction or 0.0) <= data and row.method in methods
 
     rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
@@ -206,7 +203,7 @@ def _choose(
     rows = [row for row in quoted.values() if (row.seeds or 1) > 1] or [*quoted.values()]
     within = sorted(filter(fits, rows), key=_lower_end, reverse=True)
     if not within:
-        return None, f"the guide's rule ({rule.source})" if rule.supported else "nothing measured supports this"
+        return None, ""
     best, rival = within[0], max(rows, key=_lower_end)
     ties = [row for row in within if not is_better(best, row) and _lower_end(row) >= _lower_end(best) - TIE]
     head = min(ties, key=lambda row: (*_work(row), -_lower_end(row)))

@@ -12,13 +12,11 @@ from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.limits import ENGINES, why_not
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
 from vlmprune_jax.run.planning.guide import SOLVED, Evidence, Guide
 from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
 from vlmprune_jax.run.planning.rules import Recommendation, merge
-from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.ledger import write_text
 
 WIDTH = 80  # characters per line of a recommendation
@@ -32,31 +30,23 @@ _TRAINED = {"projector": "the projector alone", "lora": "adapters and projector"
 _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
 
-def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
+def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], reporter: Reporter) -> None:
     """Print a recommendation, the command to run, and the evidence; with `save`, write the config to a file.
 
     `guide`: the guide of the recommendation. `given`: flags of this command; if `save` is None, the printed command
-    repeats them and writes the config. `full`: also print engines, notes, contradictions and the config.
+    repeats them and writes the config.
     """
     recommendation = advice.recommendation
     path = saved_as(save, recommendation.target.ratio)
     if save is not None:
         _write(path, advice.config)
-    if (ranking := advice.ranking) is not None:
-        rows = [(way.name, way.cost, "" if way.gain is None else f"{way.gain:.2f}") for way in ranking.choices]
-        reporter.table(*Table(ranking.title, ("model", "least", "times less"), tuple(rows)).printed)
-        _say([("note", ranking.note)], reporter)
     _say(decision(advice), reporter)
     first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
     for line in ["", *_shell(first), *_shell(command(advice, str(path))), ""]:
         reporter.say(line)
     _say(evidence(recommendation, guide, advice.own_data), reporter)
-    if full:
-        for line in [*details(advice), "", "config:", *advice.config.splitlines()]:
-            reporter.say(line)
-    else:
-        data_hint = "" if advice.own_data else "--train, --images and --eval set your files; "
-        _say([("more", f"{data_hint}--evidence prints all evidence and the config")], reporter)
+    if not advice.own_data:
+        _say([("more", "--train, --images and --eval set your files")], reporter)
 
 
 def saved_as(text: str | None, ratio: float = 0.0) -> Path:
@@ -104,8 +94,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     yield "asked", _shares(asked.ratio, asked.decoder_ratio)
     yield from _vocabulary(advice)
     yield from _integers(advice)
-    if advice.ranking is not None:
-        yield "goal", advice.ranking.summary
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
     if advice.steps is not None:
@@ -154,23 +142,6 @@ def command(advice: Advice, config: str) -> list[str]:
     return ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in flags.items())]
 
 
-def details(advice: Advice) -> list[str]:
-    """Return additional lines: the model, engines that load the pruned models, the rule, and `remarks`."""
-    cfg, recommendation = advice.cfg, advice.recommendation
-    lines = [f"{advice.folder}: {count_params(cfg):,} parameters"]
-    for method, plan in advice.plans.items():
-        lines += [f"{method}: {plan.parameters_after:,} parameters", *_loading_lines(plan.apply_to(cfg))]
-    rule = [] if recommendation.head else [f"rule: {recommendation.rule.why}"]
-    return [*lines, *rule, *remarks(recommendation)]
-
-
-def _loading_lines(cfg: ModelConfig) -> list[str]:
-    """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
-    unmet = {target: why_not(cfg, target) for target in ENGINES}
-    loads = ", ".join(target for target, reason in unmet.items() if reason is None) or "no engine"
-    return [f"  loads in {loads}", *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
-
-
 def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of the retention to expect, the measurements behind it, the reason, and warnings.
 
@@ -186,12 +157,6 @@ def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> It
     yield "because", recommendation.because
     for warning in recommendation.warnings:
         yield "warning", warning
-
-
-def remarks(recommendation: Recommendation) -> list[str]:
-    """Return lines with the notes on the measurements, and where the sources disagree."""
-    notes = [f"note: {row.model}, {row.way}: {row.note}" for row in recommendation.rows if row.note]
-    return [*notes, *(f"conflict: {text}" for text in recommendation.conflicts)]
 
 
 def _measured(row: Evidence, guide: Guide) -> str:

@@ -13,7 +13,7 @@ from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.page import Section, Table, write_page
 from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import LIMITS, RULE, bench_notes, bench_tables, speed_notes, speed_tables
-from vlmprune_jax.run.report.tables import P_NOTE, groups_of, key_numbers, lead, parameter_note, tables_of
+from vlmprune_jax.run.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
 from vlmprune_jax.run.workdir.comparison import averaged_sets
@@ -24,13 +24,13 @@ from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
-from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
+from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
     "measured speed of the shape, as a multiple of the unpruned model's. {rule}. Removed: share of all parameters, and "
     "of the decoder's. Data: share of the training records. MiB: weights on disk. Seconds: scoring, pruning, "
-    "reconstruction and training, without evaluation, in whichever run did it.{p_best}"
+    "reconstruction and training, without evaluation, in whichever run did it."
 )
 AVERAGES = (
     ", the mean over {sets}. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
@@ -90,7 +90,7 @@ def build_sweep_page(workdir: Path) -> Path:
     return write_page(
         workdir / "sweep.html",
         "Comparison of pruned models",
-        [*_comparison_sections(comparison, workdir), *_open_runs(sweep)],
+        [*_comparison_sections(comparison), *_open_runs(sweep)],
         lead=[f"{runs}: {len(sweep.done)} models.", *filter(None, [lead(comparison)])],
         numbers=key_numbers(comparison),
         best="" if comparison.best is None else comparison.best.title,
@@ -98,9 +98,9 @@ def build_sweep_page(workdir: Path) -> Path:
     )
 
 
-def _comparison_sections(comparison: Comparison, workdir: Path, png: Path | None = None) -> Iterator[Section]:
+def _comparison_sections(comparison: Comparison, png: Path | None = None) -> Iterator[Section]:
     """Yield the report sections that runs and sweeps share; `png`: file for the main figure."""
-    tables = tuple(tables_of(comparison, workdir))
+    tables = tuple(tables_of(comparison, runs=True))
     yield Section("Models", tables=tables, notes=_notes(comparison), folded=False)
     yield from figures.cost_section(comparison, png)
     yield from figures.ratio_section(comparison.groups)
@@ -110,7 +110,7 @@ def _comparison_sections(comparison: Comparison, workdir: Path, png: Path | None
 def _notes(comparison: Comparison) -> tuple[str, ...]:
     averaged, models = averaged_sets(comparison.sets), [group.first for group in comparison.groups]
     averages = AVERAGES.format(sets=", ".join(averaged)) if len(averaged) > 1 else ""
-    notes = NOTES.format(averages=averages, rule=f"{RULE}{LIMITS}", p_best=P_NOTE)
+    notes = NOTES.format(averages=averages, rule=f"{RULE}{LIMITS}")
     notes += CONTROLS if any(model.evaluation.control for model in models) else ""
     notes += INTERVALS if any(model.evaluation.retained_interval for model in models) else ""
     return tuple(filter(None, (notes, *map(parameter_note, comparison.unpruned.values()))))
@@ -144,7 +144,7 @@ def _variants(result: Result | None) -> list[Variant]:
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
     labels = {} if result is None else result.labels
     if result is not None:
-        yield from _comparison_sections(comparison_of_run(result), workdir, workdir / "report.png")
+        yield from _comparison_sections(comparison_of_run(result), workdir / "report.png")
     yield from _costs(workdir, result, finished)
     yield from _samples(workdir, labels, finished)
     if result is not None and result.runs:
@@ -158,7 +158,7 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
         yield from figures.loss_section(workdir, result)
     planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
     if planned is not None and planned.recoveries:
-        facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.recoveries.items())
+        facts = tuple((printable(name), tuple(recovery.table())) for name, recovery in planned.recoveries.items())
         yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
     if finished and result is not None:
         yield _export(result)

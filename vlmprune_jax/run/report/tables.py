@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-
-import numpy as np
 
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
-from vlmprune_jax.run.evaluation.statistics import holm, interval_of_mean, p_of_difference
+from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.report.page import Table
-from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, question_parts, show_interval
+from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, show_interval
 from vlmprune_jax.run.workdir.evaluation import Group
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup, Retention
-from vlmprune_jax.run.workdir.result import (
-    ModelEvaluation,
-    OfControl,
-    Result,
-    Run,
-    RunEvaluation,
-    Set,
-    Sets,
-    Unpruned,
-)
+from vlmprune_jax.run.workdir.result import ModelEvaluation, Result, Run, Set, Sets, Unpruned
 
-RETAINED, OF_CONTROL, SIZE, P_BEST = "retained, %", "of control, %", "size, %", "p against best"
+RETAINED, OF_CONTROL, SIZE = "retained, %", "of control, %", "size, %"
 SPEEDUPS = {"decoding, x": "decode_speedup", "prompt, x": "prefill_speedup"}
 IN_BRACKETS = " (95 % intervals in brackets)"
 REMOVED, COSTS = "removed, % (of decoder)", ("parameters", "active parameters", "MiB", "GFLOPs", "cache, bytes a token")
-OTHERS = (*SPEEDUPS, P_BEST, "seeds", REMOVED, "data, %", *COSTS, "seconds", "run")  # columns after the score
-P_NOTE = (
-    " p against best: probability of a difference at least as large if this model and the best one were equally good "
-    "(McNemar's exact test, or for several seeds Student's t over seeds and questions), corrected for the number of "
-    "tests (Holm)."
-)
+OTHERS = (*SPEEDUPS, "seeds", REMOVED, "data, %", *COSTS, "seconds", "run")  # columns after the score
 SMALLEST_FIRST = (SIZE, *COSTS, "seconds")
 
 
-def tables_of(comparison: Comparison, workdir: Path | None = None) -> list[Table]:
+def tables_of(comparison: Comparison, *, runs: bool = False) -> list[Table]:
     """Return a table with one row per unpruned model, control and group of seeds, and those of `set_tables`.
 
     The models of a run must not contain a model twice (see `Result.distinct`). Important columns come first: a narrow
-    terminal leaves out the last columns, and a phone folds all but the first. `workdir`: adds names of runs (equal to
-    the names of their folders), and p-values from the answers there.
+    terminal leaves out the last columns, and a phone folds all but the first. `runs`: adds the names of the runs, which
+    are the names of their folders.
     """
     sets, groups, titles = comparison.sets, comparison.groups, comparison.unpruned_titles
     trained = [*comparison.controls, *groups]
     rows = [_unpruned_row(titles[key], model, sets) for key, model in comparison.unpruned.items()]
-    rows += [_model_row(group, comparison) for group in trained]
-    if workdir is not None:
-        p_values = _p_against_best(comparison, workdir)
-        for row, group in zip(rows[len(titles) :], trained, strict=True):
-            row |= {P_BEST: p_values.get(group.name, ""), "run": printable(group.name)}
+    rows += [_model_row(group, comparison) | {"run": printable(group.name) if runs else ""} for group in trained]
     title = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
     if any(len(group.models) > 1 for group in groups):
         title += ", means over seeds"
@@ -89,7 +68,6 @@ def _model_row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
         SIZE: f"{100 * group.mean('parameters') / comparison.original(group).parameters:.1f}",
         score_label(sets): _score(evaluations, sets),
         **{column: _show_speedup(speedup_of(group.models, part)) for column, part in SPEEDUPS.items() if pruned},
-        P_BEST: "",
         "seeds": f"{len(group.models)}",
         REMOVED: _removed(group.models) if pruned else "",
         "data, %": f"{100 * data:g}" if data else "",
@@ -113,9 +91,8 @@ def _score(evaluations: Sequence[ModelEvaluation], sets: Sets) -> str:
     """Return the cell of the column `score_label`."""
     if len(sets) == 1:
         return _mean_score(evaluations, next(iter(sets)), sets)
-    averages = [model.paper_average for model in evaluations if isinstance(model, RunEvaluation)]
-    known = [value for value in averages if value is not None]
-    return percent(_mean(known)) if known and len(known) == len(averages) else ""
+    known = [model.paper_average for model in evaluations if model.paper_average is not None]
+    return percent(_mean(known)) if len(known) == len(evaluations) else ""
 
 
 def _mean_score(evaluations: Sequence[ModelEvaluation], name: str, sets: Sets) -> str:
@@ -185,10 +162,9 @@ def _set_tables(models: Sequence[tuple[str, Sequence[ModelEvaluation]]], sets: S
     scores = [(label, *(_mean_score(seeds, name, sets) for name in sets)) for label, seeds in models]
     kept = list[tuple[str, ...]]()
     for label, seeds in models:
-        runs = [model for model in seeds if isinstance(model, RunEvaluation)]
-        controls = [model.control for model in runs if model.control is not None]
-        for title, compared in ((label, runs), (f"{label}, of control", controls)):
-            if compared:
+        controls = [model.control for model in seeds if model.control is not None]
+        for title, compared in ((label, seeds), (f"{label}, of control", controls)):
+            if compared and compared[0].retained:
                 kept.append((title, *(_retained(compared, name) for name in sets)))
     smallest = tuple(name for name, metric in sets.items() if not metric.higher_is_better)
     titles = ", ".join(f"{name}: {metric.label}" for name, metric in sets.items())
@@ -199,96 +175,34 @@ def _set_tables(models: Sequence[tuple[str, Sequence[ModelEvaluation]]], sets: S
     ]
 
 
-def _retained(models: Sequence[RunEvaluation | OfControl], name: str) -> str:
+def _retained(models: Sequence[ModelEvaluation], name: str) -> str:
     """Return the mean retention of seeds on an evaluation set as text, with its interval."""
     values = [value for model in models if (value := model.retained.get(name)) is not None]
     intervals = [model.retained_interval.get(name) for model in models]
     return show_retention(interval_of_mean(values, intervals)) if len(values) == len(models) else ""
 
 
-def _p_against_best(comparison: Comparison, workdir: Path) -> dict[str, str]:
-    """Return {group: p-value as text} of tests against the best group, corrected for their number (Holm).
-
-    Groups with models whose answers are not in the workdir are not tested.
-    """
-    scores = dict[str, np.ndarray]()
-    for group in comparison.groups:
-        original = comparison.original(group).evaluation
-        seeds = [
-            question_parts(workdir, model.path, model.evaluation, original, comparison.sets) for model in group.models
-        ]
-        known = [part for part in seeds if part is not None]
-        if len(known) == len(seeds) and len({len(part) for part in known}) == 1:
-            scores[group.name] = np.stack(known)
-    if comparison.best is None or comparison.best.name not in scores:
-        return {}
-    reference = scores.pop(comparison.best.name)
-    others = {name: values for name, values in scores.items() if values.shape[1] == reference.shape[1]}
-    adjusted = holm([p_of_difference(reference, values) for values in others.values()])
-    return {name: f"{p:.3f}" if p >= 0.001 else "< 0.001" for name, p in zip(others, adjusted, strict=True)}
-
-
-def lead(comparison: Comparison) -> str:
-    """Return one sentence on the best model's retention, size and speed; "" if no retention is known."""
-    best, sets = comparison.best, comparison.sets
-    if best is None:
-        return ""
-    unpruned, data = comparison.original(best), best.first.data_fraction
-    among = f"Best of {len(comparison.groups)} models: " if len(comparison.groups) > 1 else ""
-    share = f" (trained on {100 * data:g} % of the data)"
-    trained = share if data and not best.title.endswith("of the data") else ""
-    kept = f"{_percent_of(best.retained)} of the unpruned score" if best.retained else "an unknown share of the score"
-    if best.of_control is not None:
-        kept = f"{_percent_of(best.of_control)} of the score of the unpruned model after the same recovery, and {kept}"
-    if len(sets) > 1:
-        kept += f" {over(sets)}"
-    else:
-        [(name, metric)] = sets.items()
-        ours = metric.show(_mean([model.evaluation.main(name, sets) or 0.0 for model in best.models]))
-        theirs = metric.show(unpruned.evaluation.main(name, sets))
-        kept += f" ({metric.main} {ours} on {metric.size}, unpruned {theirs})"
-    smaller = "" if best.first.method == "none" else f", with {_reduction(best, unpruned)}"
-    speeds = ", ".join(f"{name} {speedup}" for name, speedup in _speedups(best).items())
-    speed = speeds and f" Speed as a multiple of the unpruned model's: {speeds}."
-    return f"{among}{best.title}{trained} retains {kept}{smaller}.{speed}"
-
-
-def _percent_of(retained: Retention) -> str:
-    """Return a mean retention as text, such as "95.00 % (95 % interval 94.0 to 96.0)"."""
-    mean, low, high = retained
-    return f"{percent(mean)} %" + (f" (95 % interval {show_interval(low, high)})" if low < high else "")
-
-
-def _reduction(group: ModelGroup, unpruned: Unpruned) -> str:
-    """Return by how much models are smaller than the unpruned one: parameters, and size of the weights."""
-    size, before = group.mean("parameters"), unpruned.parameters
-    ratio = group.mean("decoder_ratio")
-    decoder = f", {100 * ratio:.1f} % of the decoder" if ratio else ""
-    costs, files = [model.costs.file_bytes for model in group.models if model.costs is not None], ""
-    if costs and unpruned.costs is not None:
-        files = f"; {unpruned.costs.file_bytes / 1e6:,.3g} to {_mean(costs) / 1e6:,.3g} MB"
-    return f"{100 * (1 - size / before):.1f} % fewer parameters ({before:,} to {size:,.0f}{decoder}{files})"
-
-
 def key_numbers(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the best model's retention, size and speed as (name, value) pairs."""
+    """Return the best model's retention, size and speed as (name, value) pairs; [] if no retention is known."""
     best = comparison.best
     if best is None:
         return []
-    kept = {"retained": best.retained, "of control": best.of_control}
-    numbers = [(name, f"{percent(retained[0])} %") for name, retained in kept.items() if retained]
-    numbers.append(("size", f"{100 * best.mean('parameters') / comparison.original(best).parameters:.1f} %"))
-    speedups = _speedups(best).items()
-    return numbers + [
-        (f"{name} speed", f"{speedup.show(interval=False)} x") for name, speedup in speedups if speedup.measurable
-    ]
+    averaged = averaged_sets(comparison.sets)
+    mean = f" (mean of {len(averaged)} sets)" if len(averaged) > 1 else ""
+    size = 100 * best.mean("parameters") / comparison.original(best).parameters
+    numbers = {
+        f"retained, %{mean}": show_retention(best.retained),
+        OF_CONTROL: show_retention(best.of_control),
+        SIZE: f"{size:.1f}",
+        **{name: str(speedup_of(best.models, part) or "") for name, part in SPEEDUPS.items()},
+    }
+    return [(name, value) for name, value in numbers.items() if value]
 
 
-def _speedups(group: ModelGroup) -> dict[str, SpeedUp]:
-    """Return the speed-ups of models in decoding and in reading prompts; {} if their speed was not measured."""
-    known = {name: speedup_of(group.models, f"{part}_speedup")
-             for name, part in {"decoding": "decode", "prompt": "prefill"}.items()}  # fmt: skip
-    return {name: speedup for name, speedup in known.items() if speedup is not None}
+def lead(comparison: Comparison) -> str:
+    """Return the name of the best model, and of how many; "" if no retention is known."""
+    among = f"Best of {len(comparison.groups)} models: " if len(comparison.groups) > 1 else ""
+    return "" if comparison.best is None else f"{among}{comparison.best.title}"
 
 
 def parameter_note(teacher: Unpruned) -> str:
@@ -300,12 +214,6 @@ def parameter_note(teacher: Unpruned) -> str:
         f"transformers also counts {teacher.passthrough:,} in unused tower layers or an audio tower "
         f"({teacher.parameters + teacher.passthrough:,} unpruned)."
     )
-
-
-def over(sets: Mapping[str, Set]) -> str:
-    """Return text naming the evaluation sets over which an average is taken."""
-    averaged = averaged_sets(sets)
-    return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 
 
 def groups_of(result: Result) -> Iterator[Table]:

@@ -1,47 +1,60 @@
-"""The answers of one model to an evaluation set -> `eval/<name>.answers.jsonl`, which run/stages/answers.py scores.
+"""The answers of one model to an evaluation set -> `eval/<name>.answers.jsonl`, and their scores -> `eval/<name>.json`.
 
-Every set is a separate ledger task, so that adding one does not repeat the others.
+Every set is a separate ledger task, so that adding one does not repeat the others. Scores are computed from the stored
+answers each time, which takes seconds: after a change of metric, no model runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import msgspec
 from jax.sharding import Mesh
 
-from vlmprune_jax.base.files import Count, Finite, Positive, read_text, reading
-from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import Count, Finite, Positive, read_json_lines, read_text, reading
+from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, mesh_of, row_ways
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.sections import MeshSpec, ModelSpec
+from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import PREFETCH
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import METRICS
-from vlmprune_jax.run.evaluation.questions import arranged_questions
+from vlmprune_jax.run.evaluation.metrics.metric import Scores
+from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.run.evaluation.runner import ask, check_answered, log_likelihoods
+from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.run.experiment.spec import affecting
-from vlmprune_jax.run.stages.task import make_task
 from vlmprune_jax.run.stages.work import Work, journal_path
-from vlmprune_jax.run.workdir.evaluation import evaluation_file
-from vlmprune_jax.run.workdir.ledger import Task, write_text
+from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.evaluation import (
+    TEACHER,
+    UNPRUNED,
+    Evaluated,
+    MetricInfo,
+    as_columns,
+    as_groups,
+    evaluation_file,
+    find_evaluated,
+    read_evaluated,
+)
+from vlmprune_jax.run.workdir.ledger import StageRecord, Task, run_task, write_text
+from vlmprune_jax.run.workdir.result import Run
+from vlmprune_jax.run.workdir.samples import SAMPLES, Samples, make_samples
 
 Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the answers file, and fields of `AnswerFacts`
 
@@ -54,23 +67,6 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     questions: Count = 0
     tokens: Count = 0
     mean_generated_tokens: Finite | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Asking:
-    """Loaded model for answering questions, with tokenizer, mesh and settings.
-
-    `tokens`: model settings with the tokenizer's folder. `rows`: number of which the rows of a batch are a multiple, so
-    that devices share them evenly. `phase(total)`: shows progress. `journal`: keeps the answers of an interrupted run.
-    """
-
-    model: Model
-    tokens: ModelSpec
-    data: DataSpec
-    spec: EvaluateSpec
-    rows: int
-    phase: Callable[[int], AbstractContextManager[Callable[[int], None]]]
-    journal: Callable[[Mapping[str, Any]], Journal]
 
 
 def evaluation_works(work: Work, start: Path, subject: str) -> list[Work]:
@@ -116,41 +112,30 @@ def set_files(data: DataSpec, key: str, eval_set: EvaluationSetSpec) -> dict[str
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
     """Generate a model's answers to a set, or score a text; write the answers file."""
     path, eval_set = result_file(work), evaluation_sets(data, spec)[work.part]
-    model = work.load(work.start, choose_mesh=functools.partial(_decoding_mesh, work.devices, work.model.dtype, spec))
-    mesh = mesh_of(model.params)
-    if mesh is not None:  # the journal's
+
+    def choose_mesh(cfg: ModelConfig) -> Mesh | None:
+        return decoding_mesh(cfg, work.devices, count_params(cfg) * DTYPES[work.model.dtype].itemsize, spec.mesh)
+
+    model = work.load(work.start, choose_mesh=choose_mesh)
+    if (mesh := mesh_of(model.params)) is not None:  # the journal's
         work = work.replace(experiment=dataclasses.replace(work.experiment, mesh=MeshSpec(**mesh.shape)))
-    asking = Asking(
-        model=model,
-        tokens=work.tokens,
-        data=data,
-        spec=spec,
-        rows=row_ways(mesh),
-        phase=functools.partial(work.phase, f"evaluate {work.label}"),
-        journal=functools.partial(work.journal, path),
-    )
-    lines, facts = (_ask if eval_set.text is None else _read_text)(asking, eval_set)
+    lines, facts = (_ask if eval_set.text is None else _read_text)(work, model, eval_set)
     write_text(answers_file(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return AnswerFacts(parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)), **facts)
 
 
-def _decoding_mesh(devices: Mesh | None, dtype: str, spec: EvaluateSpec, cfg: ModelConfig) -> Mesh | None:
-    """Return the device mesh for evaluating a model with this config."""
-    return decoding_mesh(cfg, devices, count_params(cfg) * DTYPES[dtype].itemsize, spec.mesh)
-
-
-def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
+def _ask(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     """Generate answers to all questions; return rows for the answers file, and the counts and times of the pass."""
     assert eval_set.max_new_tokens is not None
-    model, data = asking.model, asking.data
+    data, spec, mesh = work.experiment.data, work.experiment.evaluate, mesh_of(model.params)
     model.cfg.check_row("evaluate's max_new_tokens", eval_set.max_new_tokens)
-    questions = arranged_questions(asking.tokens, data, asking.spec, eval_set, model.cfg, multiple=asking.rows)
+    questions = arranged_questions(work.tokens, data, spec, eval_set, model.cfg, multiple=row_ways(mesh))
     _check_metric(eval_set, questions.records)  # fail now, not after hours of generation
-    start, journal = time.perf_counter(), asking.journal({"batches": len(questions)})
-    with asking.phase(len(questions)) as progress:
+    start, journal = time.perf_counter(), work.journal(result_file(work), {"batches": len(questions)})
+    with work.phase(f"evaluate {work.label}", len(questions)) as progress:
         replies = ask(
             model,
-            questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh_of(model.params)),
+            questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh),
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=eval_set.max_new_tokens,
             progress=progress,
@@ -178,19 +163,19 @@ def _check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> Non
     metric.values(metric.score_all([record.references[0].strip() for record in records], records), records)
 
 
-def _read_text(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
+def _read_text(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     """Compute a text's log-likelihood in windows; return one row per batch of windows, the token count and seconds."""
     assert eval_set.text is not None
     assert eval_set.text_window is not None
-    file, size, window, model = Path(eval_set.text), asking.spec.batch_size, eval_set.text_window, asking.model
+    file, size, window = Path(eval_set.text), work.experiment.evaluate.batch_size, eval_set.text_window
     model.cfg.check_row("evaluate's text_window", window)
-    tokenizer = inputs.load_inputs(asking.tokens, asking.data, model.cfg).tokenizer
+    tokenizer = inputs.load_inputs(work.tokens, work.experiment.data, model.cfg).tokenizer
     text = read_text(file, missing="no such file (set in evaluate.text)")
     with reading(file, "give another text"):
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
-    with asking.phase(total) as progress:
-        journal = asking.journal({"batches": total})
+    with work.phase(f"evaluate {work.label}", total) as progress:
+        journal = work.journal(result_file(work), {"batches": total})
         lines = list(log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=journal))
     seconds, tokens = round(time.perf_counter() - start, 3), int(sum(line["tokens"] for line in lines))
     per_token = len(text.encode()) / len(ids)
@@ -211,6 +196,112 @@ def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def evaluation_task(work: Work) -> Task:
-    """Return the task that evaluates one model on one set."""
-    return make_task(work, evaluate_stage, evaluate_task)
+class _Answer(TypedDict):
+    """One line of an answers file: a question's answer."""
+
+    id: str
+    prediction: str
+    references: list[str]
+    tokens: Count
+
+
+class _Window(TypedDict):
+    """One line of a text's answers file: log-likelihoods of one batch of text windows."""
+
+    nll: float
+    tokens: Count
+    bytes: NotRequired[float]
+
+
+def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated]:
+    """Evaluate the model in folder `start` on all evaluation sets; write `eval/<subject>*.json`.
+
+    Raises UserError if an evaluation fails (see `run_task`).
+    """
+    sets, evaluations = evaluation_sets(work.experiment.data, work.experiment.evaluate), dict[str, Evaluated]()
+    for part in evaluation_works(work, start, subject):
+        done = run_task(part.task, overwrite=work.overwrite, say=work.say)
+        evaluations[part.part] = _measure_set(part, sets[part.part], done)
+    return evaluations
+
+
+def _measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> Evaluated:
+    """Score a model's answers to an evaluation set, and print one line."""
+    path = result_file(work)
+    others = {"retained_interval": evaluation_file(work.workdir, TEACHER, work.part)}
+    if work.control is not None:
+        others["control_interval"] = evaluation_file(work.control.parent, work.control.name, work.part)
+    compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
+    evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
+    size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"
+    work.say(f"  {work.label}: {evaluated.main_line()} ({size}, {seconds})")
+    if work.subject == TEACHER and evaluated.metric.higher_is_better and not evaluated.values[evaluated.metric.main]:
+        work.say(
+            "  warning: the unpruned model scores 0: compare its answers with the references in "
+            f"{answers_file(path)}; the prompt (data.template, data.system, evaluate.prompt_suffix) or "
+            "evaluate.max_new_tokens may be wrong for this model, or it was not trained for these questions"
+        )
+    return evaluated
+
+
+def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: StageRecord) -> Evaluated:
+    """Score a model's stored answers, and compare them with other models' answers."""
+    assert eval_set.metric is not None
+    metric, answers, facts = METRICS[eval_set.metric], answers_file(path), done.facts
+    # Whether a lone image's mark may be missing was checked when the records were asked.
+    records = () if eval_set.text is not None else evaluation_records(eval_set, image_lead=True)
+    scores = _scores(eval_set, answers, records)
+    intervals = dict[str, Any]()
+    for name, original in compared.items() if is_quick(metric, scores) else ():
+        intervals[name] = retained_interval(metric, scores, _scores(eval_set, original, records), records)
+    evaluated = Evaluated(
+        **intervals,
+        metric=MetricInfo(name=eval_set.metric, **metric.describe()),
+        values=metric.values(scores, records),
+        groups=as_groups(metric.values_of_groups(scores, records)),
+        counted="questions" if eval_set.text is None else "tokens",
+        count=facts.questions if eval_set.text is None else facts.tokens,
+        parameters=facts.parameters,
+        seconds=done.seconds,
+        model_seconds=facts.model_seconds,
+        mean_generated_tokens=facts.mean_generated_tokens,
+        answers=answers.name,
+        scores=as_columns(scores),
+    )
+    write_artefact(path, evaluated)
+    return evaluated
+
+
+def _scores(eval_set: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
+    """Return the metric's scores of every answer (or text window) in an answers file."""
+    assert eval_set.metric is not None
+    if eval_set.text is not None:
+        return read_json_lines(answers, _Window)
+    lines = read_json_lines(answers, _Answer)
+    if len(lines) != len(records):
+        raise UserError(
+            f"{answers}: has {len(lines)} answers to {len(records)} questions: remove the file, and run the command "
+            "again"
+        )
+    return METRICS[eval_set.metric].score_all([line["prediction"] for line in lines], records)
+
+
+def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
+    """Choose the sample questions of every evaluation set from the stored answers, for the report."""
+    sets = {}
+    for key, eval_set in evaluation_sets(data, evaluate).items():
+        if eval_set.text is not None:
+            continue
+        records = evaluation_records(eval_set, image_lead=True)
+        predictions, scores = dict[str, list[str]](), dict[str, list[float | None]]()
+        for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs)]:
+            path = find_evaluated(workdir, folder, key)
+            if path is None:
+                continue
+            answers, worth = read_json_lines(answers_file(path), _Answer), read_evaluated(path).question_scores
+            if len(answers) == len(worth) == len(records):  # else an earlier evaluation, on other questions
+                predictions[name], scores[name] = [line["prediction"] for line in answers], worth
+        if UNPRUNED in predictions and len(predictions) > 1:
+            sets[key] = make_samples(records, runs, predictions, scores, max_pixels=data.max_image_pixels)
+    if sets:
+        write_artefact(workdir / SAMPLES, Samples(sets=sets))

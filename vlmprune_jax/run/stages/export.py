@@ -23,8 +23,7 @@ from vlmprune_jax.io.exports.gptq import gptq, imatrix
 from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.run.experiment.arguments import export_options, image_tokens, with_rounding
 from vlmprune_jax.run.experiment.spec import affecting
-from vlmprune_jax.run.stages.answers import evaluate_model
-from vlmprune_jax.run.stages.evaluate import evaluation_task, evaluation_works
+from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.comparison import benchmark_rows, rounded_rows
 from vlmprune_jax.run.workdir.content import content_key, made_from
@@ -83,7 +82,11 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
     card: Any = _benchmarks(work)
     if card and _is_quantised(values) and spec.evaluate:
-        card = [card, [_without_model(evaluation_task(part)) for part in _evaluations(work)]]
+        evaluations = []
+        for task in (part.task for part in _evaluations(work)):
+            data_files = {name: path for name, path in task.inputs.items() if name != "model"}
+            evaluations.append(content_key(made_from(task.settings, data_files, task.version)))
+        card = [card, evaluations]
     return task.add(
         inputs={
             **(inputs.record_files(data, "train") if calibrates else {}),
@@ -137,7 +140,9 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     if _is_quantised(values):
         loaded = None if chosen.read is None else {out: chosen.read(out, model, values)}
         del model
-        rows, remark = _after_rounding(work, spec, out, loaded), _remark(facts)
+        rows, moved = _after_rounding(work, spec, out, loaded), facts.moved_by_rounding
+        if moved is not None:
+            remark = f"Quantisation moves the model's logits by at most {moved:.2g} (random text and images)."
     if is_main_process():
         add_evaluation(out, rows, remark)
     if spec.push_to_hub is not None and is_main_process():
@@ -176,39 +181,19 @@ def _after_rounding(work: Work, spec: ExportSpec, out: Path, loaded: dict[Path, 
     if work.evaluation is None:
         return ()
     run, result = work.evaluation
+    evaluated = [part.task for part in (*evaluation_works(work, work.teacher, TEACHER), *_evaluations(work))]
     readable, evaluations = loaded is not None or (out / "config.json").is_file(), None
-    if spec.evaluate and readable and on_process_zero(lambda: all(map(differs_only_in, _evaluated(work)))):
+    if spec.evaluate and readable and on_process_zero(lambda: all(map(differs_only_in, evaluated))):
         maker = work.before[-1].replace(folder=work.folder, loaded=loaded, overwrite=True)
         tokenizer = None if loaded is None else work.start
         evaluations = evaluate_model(maker.replace(tokenizer=tokenizer), out, out.name)
     return rounded_rows(run, result.teacher, result.sets, evaluations)
 
 
-def _evaluated(work: Work) -> list[Task]:
-    """Return the tasks that evaluated the unpruned model and the exported one before its quantisation."""
-    return [
-        *map(evaluation_task, evaluation_works(work, work.teacher, TEACHER)),
-        *map(evaluation_task, _evaluations(work)),
-    ]
-
-
 def _evaluations(work: Work) -> list[Work]:
     """Return a `Work` for evaluating the model that is exported on each set."""
     maker = work.before[-1]
     return evaluation_works(maker, maker.out, maker.out.name)
-
-
-def _without_model(task: Task) -> str:
-    """Return a key of an evaluation's settings and data."""
-    data = {name: path for name, path in task.inputs.items() if name != "model"}
-    return content_key(made_from(task.settings, data, task.version))
-
-
-def _remark(facts: ExportFacts) -> str:
-    """Return the card's sentence on the effect of the quantisation on logits; "" if the format does not tell."""
-    if facts.moved_by_rounding is None:
-        return ""
-    return f"Quantisation moves the model's logits by at most {facts.moved_by_rounding:.2g} (random text and images)."
 
 
 # Calibration ------------------------------------------------------------------------------------------------

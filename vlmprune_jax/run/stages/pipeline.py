@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,18 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.describe import count_passthrough
-from vlmprune_jax.run.experiment.variants import NO_RECOVERY
-from vlmprune_jax.run.stages.answers import evaluate_model, write_samples
-from vlmprune_jax.run.stages.evaluate import evaluation_works, names_of_sets
+from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works, names_of_sets, write_samples
 from vlmprune_jax.run.stages.export import describe_export, export_folder
-from vlmprune_jax.run.stages.graph import makes_model, record_of, steps_of, task_of
 from vlmprune_jax.run.stages.preflight import check_disk
 from vlmprune_jax.run.stages.prune import explain_plan
-from vlmprune_jax.run.stages.registry import STAGES
-from vlmprune_jax.run.stages.speed import costs_of_folder, workload_of
+from vlmprune_jax.run.stages.speed import costs_of_folder, measure_shapes, workload_of
+from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
-from vlmprune_jax.run.workdir.evaluation import TEACHER, Evaluated
+from vlmprune_jax.run.workdir.evaluation import TEACHER
 from vlmprune_jax.run.workdir.ledger import StageRecord, Task, differs_only_in, run_task
 from vlmprune_jax.run.workdir.result import RESULT, Evaluations, Export, Result, Run, read_result
-from vlmprune_jax.run.workdir.speed import MedianSpeed, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, make_result, read_unfinished
 
 
@@ -36,12 +32,12 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
 
     `root`: the `Work` of the command. Raises UserError if the stage is turned off in all variants.
     """
-    steps = [step for step in steps_of(root) if step.stage == name]
+    steps = [step for step in root.steps if step.stage == name]
     if not steps:
         raise UserError(f"no model needs the stage {name}: {STAGES[name].off(root.sections)}")
     for number, step in enumerate(steps):
         check_disk(root, steps[number:], exported=False)
-        run_task(task_of(step), overwrite=root.overwrite, say=root.say)
+        run_task(step.task, overwrite=root.overwrite, say=root.say)
         _note_steps(root)
         if explain:
             for table in explain_plan(step, step.experiment.score, step.experiment.prune):
@@ -50,11 +46,11 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
 
 def run_all(root: Work) -> Result | None:
     """Run all stages of all variants and write `result.json`; if no stage changes the model, only evaluate it."""
-    if not any(makes_model(step) for step in steps_of(root)):
+    if not any(step.makes_model for step in root.steps):
         evaluate(root)
         return None
     result = make_models(root)
-    done = _export_run(root, result.best_run, result)
+    done = _export(root, root.workdir / result.best_run.path, (result.best_run, result))
     result = replace(result, export=Export(path="export", seconds=done.seconds, **asdict(done.facts)))
     write_artefact(root.workdir / RESULT, result)
     return result
@@ -65,27 +61,26 @@ def make_models(root: Work) -> Result:
     spec = root.experiment
     if spec.speed.rounds:  # prompts that do not fit the model would otherwise fail after all other stages
         spec.speed.check(root.config(root.teacher))
-    teacher = evaluate_teacher(root)
+    teacher = evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
-    steps, finished = steps_of(root), set[Path | None]()
-    evaluations, pending = dict[str, Evaluations](), list[Work]()
-    for number, step in enumerate(steps):
-        check_disk(root, steps[number:], exported=False)
-        run_task(task_of(step), overwrite=root.overwrite, say=root.say)
+    finished, evaluations, pending = set[Path | None](), dict[str, Evaluations](), list[Work]()
+    for number, step in enumerate(root.steps):
+        check_disk(root, root.steps[number:], exported=False)
+        run_task(step.task, overwrite=root.overwrite, say=root.say)
         finished.add(step.out)
-        pending += [step] * (makes_model(step) and step.evaluated)
+        pending += [step] * (step.makes_model and step.evaluated)
         if {model.control for model in pending} <= {None, *finished}:
             evaluations |= _evaluate(pending)
             pending.clear()
 
     def compared() -> Result:
-        result = make_result(root.workdir, [*map(record_of, steps)], teacher, evaluations)
+        result = make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations)
         return replace(result, best=best_run(result.runs, result.sets).name)
 
     result: Result = on_process_zero(compared, Result)
     on_process_zero(lambda: write_samples(root.workdir, spec.data, spec.evaluate, result.runs))
     models = {run.name: root.workdir / run.path for run in result.runs}
-    speeds = _speeds(root, models) if spec.speed.rounds else {}
+    speeds = measure_shapes(root, models).medians() if spec.speed.rounds else {}
     workload = workload_of(root, spec.data, spec.speed, spec.export)
 
     def measured(entry: Any, name: str, folder: Path, **fields: Any) -> Any:
@@ -103,26 +98,20 @@ def make_models(root: Work) -> Result:
 
 def evaluate(root: Work) -> None:
     """Evaluate the unpruned model and all models in the workdir, and update an existing `result.json`."""
-    spec, teacher = root.experiment, evaluate_teacher(root)
+    spec, teacher = root.experiment, evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
-    steps = steps_of(root)
-    evaluations = _evaluate(step for step in steps if makes_model(step) and step.evaluated and step.out.is_dir())
+    evaluations = _evaluate(step for step in root.steps if step.makes_model and step.evaluated and step.out.is_dir())
     on_process_zero(lambda: write_samples(root.workdir, spec.data, spec.evaluate, read_unfinished(root.workdir).runs))
     if not evaluations:
-        why = "no pruned or recovered model in this workdir yet" if steps else "nothing is pruned or trained"
+        why = "no pruned or recovered model in this workdir yet" if root.steps else "nothing is pruned or trained"
         root.say(f"{why}: only the unpruned model was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
-        _renew(root, make_result(root.workdir, [*map(record_of, steps)], teacher, evaluations))
-
-
-def evaluate_teacher(root: Work) -> dict[str, Evaluated]:
-    """Evaluate the unpruned model on every set; write `eval/teacher.json`."""
-    return evaluate_model(root, root.teacher, TEACHER)
+        _renew(root, make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations))
 
 
 def tasks_of(root: Work) -> list[Task]:
     """Return the tasks of all stages except the export, with the unpruned model evaluated on every set."""
-    return [*map(task_of, evaluation_works(root, root.start, TEACHER)), *map(task_of, steps_of(root))]
+    return [step.task for step in (*evaluation_works(root, root.start, TEACHER), *root.steps)]
 
 
 def measure_speed(root: Work) -> None:
@@ -137,7 +126,7 @@ def measure_speed(root: Work) -> None:
     models = {step.name: step.out for step in _models(root) if step.evaluated}
     if not models:
         raise UserError(f"{root.workdir}: no pruned or recovered model yet: run `vlmprune prune` first")
-    _speeds(root, models)
+    measure_shapes(root, models)
 
 
 def export(root: Work, part: str = "") -> None:
@@ -147,31 +136,30 @@ def export(root: Work, part: str = "") -> None:
     """
     workdir = root.workdir
     if (workdir / RESULT).is_file():
-        result, paths = read_result(workdir), {step.path for step in steps_of(root) if makes_model(step)}
+        result, paths = read_result(workdir), {step.path for step in root.steps if step.makes_model}
         runs = [run for run in result.runs if run.path in paths]
         if not runs:
             raise UserError(f"{workdir / RESULT}: has no model of these variants: run `vlmprune run` for them first")
         best = best_run(runs, result.sets)
-        label, done = result.labels[best.name], _export_run(root, best, result, part)
+        label, done = result.labels[best.name], _export(root, workdir / best.path, (best, result), part)
     else:
         models = [step for step in _models(root) if step.folder == workdir]
         if not models:
             raise UserError(
                 f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
             )
-        last = models[-1]
+        label = models[-1].path
         # Without evaluations there may be a model alone.
         known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
-        run = None if known is None else next((run for run in known.runs if run.path == last.path), None)
-        evaluation = None if run is None or known is None else (run, known)
-        label, done = last.path, _export(root, last.out, last.reconstructed, last.recovered, evaluation, part)
+        evaluation = None if known is None else next(((run, known) for run in known.runs if run.path == label), None)
+        done = _export(root, models[-1].out, evaluation, part)
     for line in describe_export(export_folder(workdir, part), label, done.facts):
         root.say(line)
 
 
 def _models(root: Work) -> Iterator[Work]:
     """Yield the steps whose models exist in the workdir, without controls."""
-    return (step for step in steps_of(root) if makes_model(step) and not step.is_control and step.out.is_dir())
+    return (step for step in root.steps if step.makes_model and not step.is_control and step.out.is_dir())
 
 
 def _note_steps(root: Work) -> None:
@@ -180,7 +168,7 @@ def _note_steps(root: Work) -> None:
     steps = Steps(
         model=spec.export.base_model or model_name(root.teacher),
         sets=names_of_sets(spec.data, spec.evaluate),
-        steps=[record_of(step) for step in steps_of(root)],
+        steps=[step.record for step in root.steps],
     )
     write_artefact(root.workdir / STEPS, steps)
 
@@ -207,26 +195,11 @@ def _renew(root: Work, renewed: Result) -> None:
         root.say("result.json has the new results: run `vlmprune report` to update the report")
 
 
-def _speeds(root: Work, models: Mapping[str, Path]) -> dict[str, MedianSpeed]:
-    """Return {model: median speeds}, with "" for the unpruned model."""
-    task = task_of(root.replace(stage="speed", models=models))
-    speed: Speed = run_task(task, overwrite=True, say=root.say).facts
-    return speed.medians()
-
-
-def _export_run(root: Work, run: Run, result: Result, part: str = "") -> StageRecord:
-    """Export the model of one run in `result.json`."""
-    reconstructed = run.recovery != NO_RECOVERY and run.reconstruct != "none"
-    path, unrecovered = Path(run.path), [stage.model for stage in STAGES.values() if stage.per == "variant"]
-    return _export(root, root.workdir / path, reconstructed, path.name not in unrecovered, (run, result), part)
-
-
-def _export(
-    root: Work, model: Path, reconstructed: bool, recovered: bool, evaluation: tuple[Run, Result] | None, part: str
-) -> StageRecord:
-    card = {"reconstructed": reconstructed, "recovered": recovered, "evaluation": evaluation}
-    before = tuple(step for step in steps_of(root) if makes_model(step) and step.out == model)
-    task = task_of(root.replace(stage="export", start=model, part=part, before=before, **card))
+def _export(root: Work, model: Path, evaluation: tuple[Run, Result] | None, part: str = "") -> StageRecord:
+    """Export the model that a step of this experiment made; `evaluation`: its entry in a result, if there is one."""
+    maker = next(step for step in root.steps if step.makes_model and step.out == model)
+    before = (*maker.before, maker)
+    task = root.replace(stage="export", start=model, part=part, before=before, evaluation=evaluation).task
     # With the same weights only the card is outdated.
     overwrite = root.overwrite or on_process_zero(lambda: differs_only_in(task, "benchmarks", "export.evaluate"))
     return run_task(task, overwrite=overwrite, say=root.say)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -31,10 +30,9 @@ from vlmprune_jax.run.evaluation.questions import evaluation_records
 from vlmprune_jax.run.evaluation.runner import check_answered
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, image_tokens, recover_config
 from vlmprune_jax.run.stages.evaluate import set_files
-from vlmprune_jax.run.stages.graph import makes_model, steps_of, task_of
 from vlmprune_jax.run.stages.prune import check_plan
-from vlmprune_jax.run.stages.registry import STAGES
 from vlmprune_jax.run.stages.score import stacks_of
+from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work, teacher_folder
 from vlmprune_jax.run.workdir.evaluation import TEACHER
 
@@ -49,7 +47,7 @@ def preflight(work: Work, command: str) -> None:
     """
     stages, spec = [*STAGES] if command == "run" else [command], work.experiment
     check_inputs(work, stages)
-    steps = [step for step in steps_of(work) if step.stage in stages]
+    steps = [step for step in work.steps if step.stage in stages]
     sets = evaluation_sets(spec.data, spec.evaluate) if "evaluate" in stages else {}
     start_devices()
     lines = [_devices(work), *_questions(work, sets)]
@@ -75,14 +73,13 @@ def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
     for name, eval_set in sets.items():
         _check_files("evaluate", set_files(experiment.data, name, eval_set))
     work.open_model(teacher)
-    for step in steps_of(work):
+    for step in work.steps:
         if step.stage in stages:
-            task = task_of(step)
-            _check_files(task.name, task.outside)
+            _check_files(step.task.name, step.task.outside)
             for stack in stacks_of(step.sections["prune"]):
                 work.config(teacher).stack(stack)  # refuses one that the model does not have
             if step.stage == "prune":
-                with error_context(task.name):
+                with error_context(step.task.name):
                     check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
 
 
@@ -106,16 +103,12 @@ def _check_files(what: str, files: Mapping[str, Path | str]) -> None:
             raise UserError(f"{what}: {name} is {path}: no such file or folder")
 
 
-def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
-    return inputs.load_inputs(work.model, data, work.config(work.teacher))
-
-
 def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
     """Yield a line with size and settings of each evaluation set, after reading its records."""
     data, sizes = work.experiment.data, list[str]()
     for name, eval_set in sets.items():
         if eval_set.text is None:
-            shared = _load_inputs(work, data)
+            shared = inputs.load_inputs(work.model, data, work.config(work.teacher))
             yield from shared.notes
             records = evaluation_records(eval_set, image_lead=shared.template.image_lead)
             check_answered(records)
@@ -129,9 +122,9 @@ def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[st
 
 def _about(step: Work) -> Iterator[str]:
     """Yield lines that describe a step, with its numbers of records and optimizer steps."""
-    data, counted, task = step.experiment.data, "", task_of(step)
-    if any(name.startswith("data.train") for name in task.inputs):
-        shared, spec = _load_inputs(step, data), step.sections[step.stage]
+    data, counted = step.experiment.data, ""
+    if any(name.startswith("data.train") for name in step.task.inputs):
+        shared, spec = inputs.load_inputs(step.model, data, step.config(step.teacher)), step.sections[step.stage]
         yield from shared.notes
         available = inputs.training_records(data, shared.template)
         total = len(available)
@@ -139,7 +132,10 @@ def _about(step: Work) -> Iterator[str]:
         if step.stage == "recover":
             records = inputs.recovery_records(data, shared.template)
             if data.on_error == "stop":
-                _check_sample(records, shared.training_encoder(step.config(step.teacher)))
+                encoder = shared.training_encoder(step.config(step.teacher))
+                for problem in map(encoder.problem, records[:: max(1, len(records) // SAMPLE)][:SAMPLE]):
+                    if problem is not None:
+                        raise UserError(f"data.train: {problem}")
             config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
@@ -151,14 +147,7 @@ def _about(step: Work) -> Iterator[str]:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
     if step.is_control:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
-    yield f"{task.name}{counted}"
-
-
-def _check_sample(records: Any, encoder: Any) -> None:
-    for record in records[:: max(1, len(records) // SAMPLE)][:SAMPLE]:
-        problem = encoder.problem(record)
-        if problem is not None:
-            raise UserError(f"data.train: {problem}")
+    yield f"{step.task.name}{counted}"
 
 
 def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
@@ -195,7 +184,7 @@ def check_disk(work: Work, steps: Sequence[Work], *, exported: bool) -> None:
     size, needed = _weights(work), [0]
     for step in steps:
         ratio = step.sections["prune"].ratio if step.pruned else 0.0
-        if makes_model(step) and not step.out.is_dir() and ratio is not None:
+        if step.makes_model and not step.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
     needed_bytes = sum(needed) + (max(needed) if exported else 0)
     on_process_zero(lambda: check_space(work.workdir / "models", needed_bytes))

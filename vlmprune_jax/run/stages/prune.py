@@ -11,7 +11,7 @@ from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import LAYERS, Key
-from vlmprune_jax.core.prune import CRITERIA, KeptStack, PrunePlan, Scores
+from vlmprune_jax.core.prune import CRITERIA, PrunePlan, Scores
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.cost import amount
 from vlmprune_jax.core.prune.criteria.weights import random_scores
@@ -91,17 +91,24 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         for line in vocabulary_lines(report):
             work.say(f"  {line}")
     facts = plan_facts(plan, cfg)
+    tower = "" if facts.tower_ratio is None else f", {_percent(facts.tower_ratio)} of the tower"
     work.say(
-        f"  {plan.method}: {_percent(plan.actual_ratio)} of all parameters removed ({_of_parts(facts)}), "
+        f"  {plan.method}: {_percent(plan.actual_ratio)} of all parameters removed "
+        f"({_percent(facts.decoder_ratio)} of the decoder{tower}), "
         f"{_percent(plan.target_ratio)} requested"
     )
     notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
-    for line in (*_budget_lines(plan), *_affected_lines(plan, routing), *(f"  {notice}" for notice in notices)):
-        work.say(line)
-    work.say(
-        f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"
-        + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
-    )
+    limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
+    lines = [f"{name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
+    if routing is not None:
+        _, (_, *names), (*_, (_, *means)) = affected_tokens(plan, routing)
+        shares = ", ".join(f"{mean} of {name}" for name, mean in zip(names, means, strict=True))
+        lines.append(f"in the mean over layers, {shares} lose an expert")
+    for line in (*lines, *notices):
+        work.say(f"  {line}")
+    gone = [(stack.removed_layers, "" if name == "text" else " of the tower") for name, stack in plan.stacks.items()]
+    without = "".join(f"; without layers {', '.join(map(str, layers))}{part}" for layers, part in gone if layers)
+    work.say(f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left{without}")
     return facts
 
 
@@ -193,21 +200,6 @@ def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table
     return explain(work.plan, work.config(work.teacher), spec, scores, routing)
 
 
-def _affected_lines(plan: PrunePlan, routing: Routing | None) -> list[str]:
-    """Return a line with the calibration tokens that lose an expert, by type."""
-    if routing is None:
-        return []
-    _, (_, *names), (*_, (_, *means)) = affected_tokens(plan, routing)
-    shares = ", ".join(f"{mean} of {name}" for name, mean in zip(names, means, strict=True))
-    return [f"  in the mean over layers, {shares} lose an expert"]
-
-
-def _budget_lines(plan: PrunePlan) -> list[str]:
-    """Return a line per budget limit with the cost that the plan reaches."""
-    limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
-    return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
-
-
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
     """Return a plan's numbers for tables and reports."""
     lost = {}
@@ -229,14 +221,3 @@ def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
 
 def _percent(value: float | None) -> str:
     return "no ratio" if value is None else f"{100 * value:.2f} %"
-
-
-def _of_parts(facts: PruneFacts) -> str:
-    """Return text such as "30 % of the decoder" for a plan's removed shares."""
-    decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
-    return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
-
-
-def _layers_gone(name: str, stack: KeptStack) -> str:
-    suffix = "" if name == "text" else " of the tower"
-    return f"; without layers {', '.join(map(str, stack.removed_layers))}{suffix}" if stack.removed_layers else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from vlmprune_jax.core.prune.fingerprints import content_digest
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.program import Program, make_program
+from vlmprune_jax.core.recovery.program import make_program
 from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.core.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.core.sections import ModelSpec
@@ -32,11 +31,9 @@ from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.io.data.images import ImageLoader
-from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.peft import check_adapters, write_adapter
@@ -59,85 +56,203 @@ def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) ->
     )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Recovery:
-    """Checked recovery of a pruned model: settings, number of steps, records, and both models (weights in files).
-
-    `program`: training step, whose groups name the trained parameters. `runs_teacher`: True if the loss needs the
-    teacher during training.
-    """
-
-    work: Work
-    data: DataSpec
-    spec: RecoverConfig
-    config: RecoverConfig
-    steps: int
-    encoder: Encoder
-    records: tuple[Record, ...]
-    runs_teacher: bool
-    program: Program
-    student: Model
-    teacher: Model
-    plan: PrunePlan
-
-
 def recover_stage(work: Work, data: DataSpec, spec: RecoverConfig) -> RecoverFacts:
     """Train the pruned or reconstructed model, logging to `training/metrics.jsonl`."""
-    recovery = prepare(work, data, spec)
-    model, summary = train(recovery)
+    recovery = Recovery(work, data, spec)
+    model, summary = recovery.train()
     work.save(model)
     return msgspec.convert(plain({**summary, "records": len(recovery.records), "recovery": spec.name}), RecoverFacts)
 
 
-def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
-    """Check a recovery's settings and data before long computations."""
-    config, plan, student, teacher = recover_config(spec), work.plan, *map(work.open_model, (work.start, work.teacher))
-    cfg = student.cfg
-    if spec.save_adapter:
-        check_adapters(cfg, spec.lora.targets)
-    runs_teacher = needs_teacher(config.losses)
-    if runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
-        with error_context(work.start.with_name("plan.json")):
-            check_plan_is_for(teacher, plan)
-            _check_teacher_differs(plan, config)
-    shared = inputs.load_inputs(work.tokens, data, cfg)
-    records = inputs.recovery_records(data, shared.template)
-    config = config.fit_records(len(records), row_ways(work.devices))
-    if config.batch_size != spec.batch_size:
-        work.say(
-            f"  batches have {config.batch_size} rows instead of recover.batch_size={spec.batch_size}, because "
-            f"there are only {len(records)} training records in {spec.epochs:g} epochs"
+class Recovery:
+    """Recovery of a pruned model, whose settings and data are checked before long computations.
+
+    `student`, `teacher`: both models, with weights in files. `program`: training step, whose groups name the trained
+    parameters. `runs_teacher`: True if the loss needs the teacher during training.
+    """
+
+    def __init__(self, work: Work, data: DataSpec, spec: RecoverConfig):
+        config, self.work, self.data, self.spec, self.plan = recover_config(spec), work, data, spec, work.plan
+        self.student, self.teacher = map(work.open_model, (work.start, work.teacher))
+        cfg = self.student.cfg
+        if spec.save_adapter:
+            check_adapters(cfg, spec.lora.targets)
+        self.runs_teacher = needs_teacher(config.losses)
+        if self.runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
+            with error_context(work.start.with_name("plan.json")):
+                check_plan_is_for(self.teacher, self.plan)
+                _check_teacher_differs(self.plan, config)
+        shared = inputs.load_inputs(work.tokens, data, cfg)
+        self.encoder, self.records = shared.training_encoder(cfg), inputs.recovery_records(data, shared.template)
+        self.config = config = config.fit_records(len(self.records), row_ways(work.devices))
+        if config.batch_size != spec.batch_size:
+            work.say(
+                f"  batches have {config.batch_size} rows instead of recover.batch_size={spec.batch_size}, because "
+                f"there are only {len(self.records)} training records in {spec.epochs:g} epochs"
+            )
+        if data.feature_cache is not None:
+            check_frozen(cfg, config)
+        self.steps = config.num_steps(len(self.records))
+        taught = trim_vocabulary(self.teacher, self.plan.vocabulary) if self.runs_teacher else None
+        self.program = make_program(
+            self._trained_cfg(self.student),
+            config,
+            teacher_cfg=None if taught is None else self._trained_cfg(taught),
+            kept_layers=self.plan.kept_layers,
+            mesh=work.devices,
+            num_steps=self.steps,
         )
-    if data.feature_cache is not None:
-        check_frozen(cfg, config)
-    steps = config.num_steps(len(records))
-    program = make_program(
-        _trained_cfg(student, data),
-        config,
-        teacher_cfg=_trained_cfg(trim_vocabulary(teacher, plan.vocabulary), data) if runs_teacher else None,
-        kept_layers=plan.kept_layers,
-        mesh=work.devices,
-        num_steps=steps,
-    )
-    return Recovery(
-        work=work,
-        data=data,
-        spec=spec,
-        config=config,
-        steps=steps,
-        encoder=shared.training_encoder(cfg),
-        records=records,
-        runs_teacher=runs_teacher,
-        program=program,
-        student=student,
-        teacher=teacher,
-        plan=plan,
-    )
 
+    def _trained_cfg(self, model: Model) -> ModelConfig:
+        """Return the config of a model as it trains: without its tower if the features are cached."""
+        return dataclasses.replace(model.cfg, tower=model.cfg.tower and self.data.feature_cache is None)
 
-def _trained_cfg(model: Model, data: DataSpec) -> ModelConfig:
-    """Return the config of a model as it trains: without its tower if the features are cached."""
-    return dataclasses.replace(model.cfg, tower=model.cfg.tower and data.feature_cache is None)
+    def train(self) -> tuple[Model, dict[str, Any]]:
+        """Train a model; return it with merged adapters, and the run's summary.
+
+        Raises UserError if no weight changed.
+        """
+        data, config, work, training = self.data, self.config, self.work, self.work.folder / "training"
+        on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
+        features = None if data.feature_cache is None else self.cached_features()
+        rows = inputs.training_rows(data, self.encoder, self.records, work.reporter.bar, features)
+        parts = [part for part in PARTS if features is None or part != TOWER]
+        taught = self.cached_teacher(rows, parts) if config.losses.teacher_top_k else None
+        student = work.load(work.start, parts)
+        model, summary = recover(
+            student,
+            inputs.recovery_batches(
+                rows,
+                data,
+                batch_size=config.batch_size,
+                accumulation=config.accumulation,
+                seed=config.seed,
+                teacher=taught,
+                mesh=work.devices,
+            ),
+            config,
+            teacher=work.load(work.teacher, parts) if self.runs_teacher else None,
+            plan=self.plan,
+            workdir=training,
+            mesh=work.devices,
+            progress=work.reporter.enabled,
+            num_steps=self.steps,
+            program=self.program,
+        )
+        if summary["skipped_rows"]:
+            work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
+        if features is not None:
+            tower = self.student.params[TOWER]
+            model = model.replace(params={**model.params, TOWER: tower}, cfg=dataclasses.replace(model.cfg, tower=True))
+        merged = merge_lora(model)
+        if unchanged(student, merged, self.program.groups):
+            raise UserError(
+                f"recover: training changed no weight of {work.start.name} ({self.steps} steps of "
+                f"{config.batch_size} rows, {len(self.records)} records, learning rate {config.learning_rate:g}, last "
+                f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise "
+                "recover.learning_rate, recover.epochs or recover.steps, or train parameters that these records use "
+                "(recover.trainable)"
+            )
+        if self.spec.save_adapter:
+            write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=self.program.groups)
+        return merged, summary
+
+    def cached_features(self) -> FeatureLoader:
+        """Open the vision feature cache, and compute the features of images that are not in the cache yet.
+
+        Training then needs neither the vision tower nor the images.
+
+        Raises:
+          UserError: the teacher's tower differs, the cache was made with another tower or is not writable, or an image
+            cannot be read.
+          Stopped: on SIGTERM; features computed so far stay in the cache.
+        """
+        data, config, work, images = self.data, self.config, self.work, self.encoder.image_loader
+        assert isinstance(images, ImageLoader)  # there is a tower
+        cfg = self.student.cfg
+        made_from = {"digest": on_process_zero(self._tower_digest), "dtype": work.model.dtype}
+        identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
+        shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
+        dtype: np.dtype = DTYPES[config.compute_dtype]
+        loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
+        missing = loader.missing(self.records)
+        if missing:
+            with work.phase("features", len(missing)) as progress:
+                compute_features(
+                    work.load(work.start, (TOWER,)).params[TOWER],
+                    cfg,
+                    loader,
+                    missing,
+                    batch_size=config.batch_size // config.accumulation,
+                    on_error=data.on_error,
+                    threads=data.threads,
+                    mesh=work.devices,
+                    progress=progress,
+                )
+        work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+        return loader
+
+    def _tower_digest(self) -> str:
+        """Return a digest of the vision tower that produces cached features."""
+        losses, work = self.config.losses, self.work
+        digest_of_student = content_digest(self.student, f"{TOWER}/")
+        looks = losses.teacher_inputs == "own" and (self.runs_teacher or losses.teacher_top_k)
+        if looks and content_digest(self.teacher, f"{TOWER}/") != digest_of_student:
+            raise UserError(
+                f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: unset it "
+                'or use losses.teacher_inputs="student"'
+            )
+        return digest_of_student
+
+    def cached_teacher(self, training: inputs.TrainingRows, parts: Sequence[str]) -> TeacherRows:
+        """Open the teacher cache, and compute teacher outputs for records that are not in the cache yet.
+
+        The batches do not depend on the cache's content, so that an interrupted pass ends with the same bytes.
+
+        Raises:
+          UserError: the cache was made with another teacher or other settings, or the disk is too small.
+          Stopped: on SIGTERM; outputs computed so far stay in the cache.
+        """
+        data, config, loss, work = self.data, self.config, self.config.losses, self.work
+        cache = ArrayCache(
+            Path(self.spec.teacher_cache or ""),
+            on_process_zero(lambda: _made_from(work.model, data, self.spec, self.plan.vocabulary)),
+        )
+        dtype, vocab_size = np.dtype(config.compute_dtype), self.student.cfg.text.vocab_size
+        rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
+        size = config.batch_size // config.accumulation
+        todo = records_to_compute(training, rows, size)
+        work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+        if not todo:
+            return rows
+        on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
+        mine = rows_of_process(work.devices, size)
+        batches = train_batches(
+            [training.records[number] for number in todo],
+            training.encoder,
+            batch_size=size,
+            mine=mine,
+            packs=row_ways(work.devices),
+            threads=data.threads,
+            sizes=None if training.sizes is None else training.sizes[todo],
+            on_error=data.on_error,
+        )
+        teacher = trim_vocabulary(work.load(work.teacher, parts), self.plan.vocabulary)
+        outputs = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
+
+        def results() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+            for number, (batch, ids, logprobs) in enumerate(outputs):
+                arrays = dict[str, np.ndarray]()
+                for row, name in enumerate(batch.record_ids):
+                    if name:
+                        record = training.records[todo[number * size + mine[row]]]
+                        real = {key: batch.arrays[key][row] for key in ("labels", "attention_mask")}
+                        arrays |= rows.arrays(record, real, ids[row], logprobs[row])
+                yield number + 1, arrays
+
+        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+            cache.fill(results(), progress)
+        return rows
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
@@ -148,157 +263,6 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
             "the plan prunes only the vision tower, so a teacher with the student's image embeddings equals the "
             'student: set recover.losses.teacher_inputs="own"'
         )
-
-
-def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
-    """Train a model; return it with merged adapters, and the run's summary.
-
-    Raises UserError if no weight changed.
-    """
-    data, config, work, training = recovery.data, recovery.config, recovery.work, recovery.work.folder / "training"
-    on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
-    features = None if data.feature_cache is None else cached_features(recovery)
-    rows = inputs.training_rows(data, recovery.encoder, recovery.records, work.reporter.bar, features)
-    parts = [part for part in PARTS if features is None or part != TOWER]
-    taught = cached_teacher(recovery, rows, parts) if config.losses.teacher_top_k else None
-    student = work.load(work.start, parts)
-    model, summary = recover(
-        student,
-        inputs.recovery_batches(
-            rows,
-            data,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
-            seed=config.seed,
-            teacher=taught,
-            mesh=work.devices,
-        ),
-        config,
-        teacher=work.load(work.teacher, parts) if recovery.runs_teacher else None,
-        plan=recovery.plan,
-        workdir=training,
-        mesh=work.devices,
-        progress=work.reporter.enabled,
-        num_steps=recovery.steps,
-        program=recovery.program,
-    )
-    if summary["skipped_rows"]:
-        work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
-    if features is not None:
-        tower = recovery.student.params[TOWER]
-        model = model.replace(params={**model.params, TOWER: tower}, cfg=dataclasses.replace(model.cfg, tower=True))
-    merged = merge_lora(model)
-    if unchanged(student, merged, recovery.program.groups):
-        raise UserError(
-            f"recover: training changed no weight of {work.start.name} ({recovery.steps} steps of "
-            f"{config.batch_size} rows, {len(recovery.records)} records, learning rate {config.learning_rate:g}, last "
-            f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise "
-            "recover.learning_rate, recover.epochs or recover.steps, or train parameters that these records use "
-            "(recover.trainable)"
-        )
-    if recovery.spec.save_adapter:
-        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=recovery.program.groups)
-    return merged, summary
-
-
-def cached_features(recovery: Recovery) -> FeatureLoader:
-    """Open the vision feature cache, and compute the features of images that are not in the cache yet.
-
-    Training then needs neither the vision tower nor the images.
-
-    Raises:
-      UserError: the teacher's tower differs, the cache was made with another tower or is not writable, or an image
-        cannot be read.
-      Stopped: on SIGTERM; features computed so far stay in the cache.
-    """
-    data, config, work, images = recovery.data, recovery.config, recovery.work, recovery.encoder.image_loader
-    assert isinstance(images, ImageLoader)  # there is a tower
-    cfg = recovery.student.cfg
-    made_from = {"digest": on_process_zero(lambda: _tower_digest(recovery)), "dtype": work.model.dtype}
-    identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
-    shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
-    dtype: np.dtype = DTYPES[config.compute_dtype]
-    loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
-    missing = loader.missing(recovery.records)
-    if missing:
-        with work.phase("features", len(missing)) as progress:
-            compute_features(
-                work.load(work.start, (TOWER,)).params[TOWER],
-                cfg,
-                loader,
-                missing,
-                batch_size=config.batch_size // config.accumulation,
-                on_error=data.on_error,
-                threads=data.threads,
-                mesh=work.devices,
-                progress=progress,
-            )
-    work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
-    return loader
-
-
-def _tower_digest(recovery: Recovery) -> str:
-    """Return a digest of the vision tower that produces cached features."""
-    losses, work = recovery.config.losses, recovery.work
-    digest_of_student = content_digest(recovery.student, f"{TOWER}/")
-    looks = losses.teacher_inputs == "own" and (recovery.runs_teacher or losses.teacher_top_k)
-    if looks and content_digest(recovery.teacher, f"{TOWER}/") != digest_of_student:
-        raise UserError(
-            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: unset feature_cache "
-            'or use losses.teacher_inputs="student"'
-        )
-    return digest_of_student
-
-
-def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Sequence[str]) -> TeacherRows:
-    """Open the teacher cache, and compute teacher outputs for records that are not in the cache yet.
-
-    The batches do not depend on the cache's content, so that an interrupted pass ends with the same bytes.
-
-    Raises:
-      UserError: the cache was made with another teacher or other settings, or the disk is too small.
-      Stopped: on SIGTERM; outputs computed so far stay in the cache.
-    """
-    data, config, loss, work = recovery.data, recovery.config, recovery.config.losses, recovery.work
-    cache = ArrayCache(
-        Path(recovery.spec.teacher_cache or ""),
-        on_process_zero(lambda: _made_from(work.model, data, recovery.spec, recovery.plan.vocabulary)),
-    )
-    dtype, vocab_size = np.dtype(config.compute_dtype), recovery.student.cfg.text.vocab_size
-    rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
-    size = config.batch_size // config.accumulation
-    todo = records_to_compute(training, rows, size)
-    work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
-    if not todo:
-        return rows
-    on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
-    mine = rows_of_process(work.devices, size)
-    batches = train_batches(
-        [training.records[number] for number in todo],
-        training.encoder,
-        batch_size=size,
-        mine=mine,
-        packs=row_ways(work.devices),
-        threads=data.threads,
-        sizes=None if training.sizes is None else training.sizes[todo],
-        on_error=data.on_error,
-    )
-    teacher = trim_vocabulary(work.load(work.teacher, parts), recovery.plan.vocabulary)
-    outputs = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
-
-    def results() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for number, (batch, ids, logprobs) in enumerate(outputs):
-            arrays = dict[str, np.ndarray]()
-            for row, name in enumerate(batch.record_ids):
-                if name:
-                    record = training.records[todo[number * size + mine[row]]]
-                    real = {key: batch.arrays[key][row] for key in ("labels", "attention_mask")}
-                    arrays |= rows.arrays(record, real, ids[row], logprobs[row])
-            yield number + 1, arrays
-
-    with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
-        cache.fill(results(), progress)
-    return rows
 
 
 def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverConfig, kept: KeptVocabulary | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -86,16 +87,22 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
     for stack in stacks_of(prune):
         model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
     batches, routes = None, any(CRITERIA[name].needs == "routing" for name in criteria.values())
-    key = _routing_key(work, data, spec) if routes else ""
-    routing = _stored_routing(work, key, fingerprint(model)) if routes else None
+    key, routing = "", None
+    if routes:  # of the same records and model, the routing of tokens is known from an earlier run
+        named = affecting("score", {"model": work.model, "data": data})
+        named |= {name: getattr(spec, name) for name in ("samples", "longest_text", "seed")}
+        key = content_key(made_from(named, {**work.model_files, **inputs.record_files(data, "train")}, 1))
+        with contextlib.suppress(UserError):
+            stored = Routing.load(work.folder / ROUTING)
+            routing = stored if (stored.made_from, stored.fingerprint) == (key, fingerprint(model)) else None
     if _needs_records({name: c for name, c in criteria.items() if CRITERIA[c].needs != "routing" or routing is None}):
         batches = inputs.calibration_batches(work.model, data, spec, model.cfg, seed=spec.seed)
     settings = affecting("score", {"model": work.model, "data": data, "score": spec})
     for stack in stacks_of(prune):
         for name, criterion in criteria_of(spec, prune, stack).items():
-            made_from = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
+            origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
             known = {"routing": routing} if CRITERIA[criterion].needs == "routing" else {}
-            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, made_from, **known)
+            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, origin, **known)
             if is_main_process():
                 scores.save(work.folder / name)
                 if scores.routing is not None and routing is None:
@@ -104,22 +111,6 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
     if skipped:
         work.say(f"  {len(skipped)} unreadable records were skipped: {', '.join(skipped[:5])}")
     return ScoreFacts(criteria=criteria, samples=0 if batches is None else spec.samples, skipped=skipped)
-
-
-def _routing_key(work: Work, data: DataSpec, spec: ScoreConfig) -> str:
-    """Return a hash of the model and the calibration records, on which the routing of tokens depends."""
-    settings = affecting("score", {"model": work.model, "data": data})
-    settings |= {name: getattr(spec, name) for name in ("samples", "longest_text", "seed")}
-    return content_key(made_from(settings, {**work.model_files, **inputs.record_files(data, "train")}, 1))
-
-
-def _stored_routing(work: Work, key: str, model: str) -> Routing | None:
-    """Return the routing that an earlier run stored for the same records and the model with this fingerprint."""
-    try:
-        routing = Routing.load(work.folder / ROUTING)
-    except UserError:
-        return None
-    return routing if (routing.made_from, routing.fingerprint) == (key, model) else None
 
 
 def _score(

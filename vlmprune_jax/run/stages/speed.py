@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -38,67 +39,45 @@ def costs_of_folder(work: Work, folder: Path, workload: Workload, export: Export
     return Costs(**costs_of(work.config(folder), uneven=export.uneven, **asdict(workload)))
 
 
-def _shapes(work: Work) -> list[list[str]]:
-    """Group models by layer shape, on which speed depends (not on weight values)."""
-    shapes: dict[ModelConfig, list[str]] = {}
-    for name, folder in work.models.items():
-        shapes.setdefault(work.config(folder), []).append(name)
-    return list(shapes.values())
-
-
-def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
-    """Add the speed stage's inputs: one model config per layer shape."""
-    shapes = _shapes(work)
-    return task.add(
-        inputs={names[0]: work.models[names[0]] / "config.json" for names in shapes}, settings={"models": shapes}
-    )
-
-
 class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured speed of one layer shape, and of the unpruned model in the same repetitions."""
+    """Measured speed of one layer shape, and of the unpruned model in the same repetitions, on which machine."""
 
+    processor: str
+    load: float  # load average of the machine before the measurement
     unpruned: Measurement
     pruned: Measurement
 
 
-def speed_stage(work: Work, spec: SpeedConfig) -> Speed:
-    """Measure one model of each layer shape, in turns with the unpruned model."""
-    load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
-    before = work.config(work.teacher)
-    image = spec.with_image(before)
+def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
+    """Complete the task of one layer shape: speed depends on shapes, not on weights."""
+    shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, work.start)]
+    # Machines that share a sweep's results measure for themselves.
+    machine = {} if work.store is None else {"mesh": vars(work.mesh), "processor": processor()}
+    return dataclasses.replace(task, inputs={}, settings={**task.settings, "shapes": shapes, **machine})
+
+
+def speed_stage(work: Work, spec: SpeedConfig) -> ShapeSpeed:
+    """Measure the model in `work.start` in turns with the unpruned model."""
+    load = round(os.getloadavg()[0], 1)
+    measured = measure_speed({"unpruned": work.load(work.teacher), "pruned": work.load(work.start)}, spec)
+    return ShapeSpeed(processor=processor(), load=load, **measured)
+
+
+def measure_shapes(root: Work, models: Mapping[str, Path]) -> Speed:
+    """Measure one of {name: model folder} for each layer shape; write `speed.json`."""
+    spec, before, shapes = root.experiment.speed, root.config(root.teacher), dict[ModelConfig, list[str]]()
+    for name, folder in models.items():
+        shapes.setdefault(root.config(folder), []).append(name)
+    image, measured, pairs = spec.with_image(before), list[ShapeSpeed](), list[Pair]()
     row = {"length": spec.prompt_tokens, "images": int(image), "batch": spec.batch_size}
-    with work.phase("speed", len(shapes)) as progress:
-        for done, names in enumerate(shapes, start=1):
-            folder = work.models[names[0]]
-            speed = _shape_speed(work, spec, folder)
-            prefill, decode = speed_limits(before, work.config(folder), **row)
-            limits = {"prefill_limit": prefill, "decode_limit": decode}
-            pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
-            progress(done)
-    workload = SpeedWorkload(**{**vars(spec), "image": image}, dtype=work.model.dtype)
-    speeds = Speed(processor=processor(), load=round(load, 1), workload=workload, pairs=pairs)
-    write_artefact(work.folder / SPEED, speeds)
+    for shape, names in shapes.items():
+        task = root.replace(stage="speed", subject=names[0], start=models[names[0]]).task
+        speed: ShapeSpeed = run_task(task, overwrite=True, say=root.say).facts
+        prefill, decode = speed_limits(before, shape, **row)
+        limits = {"prefill_limit": prefill, "decode_limit": decode}
+        pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
+        measured.append(speed)
+    workload = SpeedWorkload(**{**vars(spec), "image": image}, dtype=root.model.dtype)
+    speeds = Speed(processor=measured[0].processor, load=measured[0].load, workload=workload, pairs=pairs)
+    write_artefact(root.workdir / SPEED, speeds)
     return speeds
-
-
-def _shape_speed(work: Work, spec: SpeedConfig, folder: Path) -> ShapeSpeed:
-    """Measure the speed of the model in a folder; runs of a sweep share the result per layer shape."""
-
-    def measure() -> ShapeSpeed:
-        models = {"unpruned": work.load(work.teacher), "pruned": work.load(folder)}
-        return ShapeSpeed(**measure_speed(models, spec))
-
-    if work.store is None:
-        return measure()
-    shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, folder)]
-    settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
-    task = Task(
-        name=f"speed of {shapes[1][:8]}",
-        function=measure,
-        workdir=work.workdir,
-        settings={**settings, "shapes": shapes},
-        facts=ShapeSpeed,
-        kind="speed_of_shape",
-        store=work.store,
-    )
-    return run_task(task, overwrite=True, say=work.say).facts

@@ -1,18 +1,18 @@
-"""A stage is a declaration: the settings it takes, the files it reads and makes, and its function."""
+"""A stage is a declaration: settings, files and function. `STAGES` has all, and users' files add to `vp.stages`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-if TYPE_CHECKING:
-    from vlmprune_jax.run.workdir.ledger import Task
+from vlmprune_jax.base.checks import Registry
 
-# What a stage is applied to: every prune variant, every recovery variant, every model made by these, the whole run.
-SCOPES = ("variant", "recovery", "model", "run")
+if TYPE_CHECKING:
+    from vlmprune_jax.core.prune.config import PlanConfig
+    from vlmprune_jax.run.workdir.ledger import Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Stage:
     Args:
       help: one line, in the imperative.
       run: function `run(work, *sections)` that makes the outputs and returns facts for the ledger: a `msgspec.Struct`
-        (its annotated return type), or None. Built-in stages leave this field out, see `graph.BUILT_IN`.
+        (its annotated return type), or None. A built-in stage NAME leaves this field out: its function is
+        `stages.NAME.NAME_stage`.
       sections: config sections that `run` receives besides the model, in the order of its arguments.
       inputs: what the stage reads: "data.train" (records), "start" (the input model), or file names in its folder.
       outputs: names of the files that the stage writes besides `model`; a pattern if `task` adds the files.
@@ -31,7 +32,7 @@ class Stage:
       journals: like `scratch`, but deleted when inputs change.
       task: function that adds the files and settings that depend on the experiment: `task(task, work, *sections) ->
         Task`.
-      per: what the stage is applied to, one of `SCOPES`.
+      per: what the stage is applied to: every prune variant, every recovery variant, every model, or the whole run.
       switch: setting whose value "none" turns the stage off, such as "recover.method".
       unneeded: function that returns why the settings make the stage unnecessary: `unneeded(sections) -> str | None`.
       version: number to raise whenever the code gives different results for the same inputs; then outputs are remade.
@@ -48,7 +49,7 @@ class Stage:
     scratch: tuple[str, ...] = ()
     journals: tuple[str, ...] = ()
     task: Callable[..., Task] | None = None
-    per: str = "recovery"
+    per: Literal["variant", "recovery", "model", "run"] = "recovery"
     switch: str = ""
     unneeded: Callable[[Mapping[str, Any]], str | None] | None = None
     version: int = 1
@@ -61,3 +62,90 @@ class Stage:
         if self.switch and getattr(sections[section], name) == "none":
             return f'{self.switch} is "none": choose a method (`vlmprune help {self.switch}`)'
         return None if self.unneeded is None else self.unneeded(sections)
+
+
+def no_scores(sections: Mapping[str, Any]) -> str | None:
+    """Return why the settings need no scores, with the command to run instead; None if they need scores."""
+    if sections["prune"].needs_scores:
+        return None
+    return f"{without_scores(sections['prune'])}, so no scores are needed: run `vlmprune prune`"
+
+
+def without_scores(prune: PlanConfig) -> str:
+    """Return why settings need no scores."""
+    if prune.method == "none":
+        return 'prune.method="none" removes nothing'
+    return "prune.layers lists the layers to remove" if prune.layers else "only the vocabulary is trimmed"
+
+
+def nothing_pruned(sections: Mapping[str, Any]) -> str | None:
+    """Return why there are no pruned weights to repair; None if there are some."""
+    return without_scores(sections["prune"]) if sections["prune"].method == "none" else None
+
+
+STAGES = Registry(
+    "stages",
+    Stage,
+    {
+        "score": Stage(
+            "measure the importance of layers, heads and neurons -> scores.npz",
+            sections=("data", "score", "prune"),
+            outputs=("scores*.npz",),
+            per="variant",
+            unneeded=no_scores,
+        ),
+        "prune": Stage(
+            "plan from the scores and write the pruned model -> plan.json, pruned/",
+            sections=("data", "score", "prune", "export"),
+            outputs=("plan.json",),
+            model="pruned",
+            per="variant",
+            switch="prune.method",
+        ),
+        "reconstruct": Stage(
+            "repair the pruned weights by least squares, without training -> reconstructed/",
+            sections=("data", "reconstruct"),
+            inputs=("start", "data.train"),
+            model="reconstructed",
+            journals=(".reconstructed.parts",),
+            per="variant",
+            switch="reconstruct.method",
+            unneeded=nothing_pruned,
+        ),
+        "recover": Stage(
+            "train the pruned model -> recovered/",
+            sections=("data", "recover"),
+            inputs=("start", "data.train"),
+            model="recovered",
+            scratch=("training/checkpoints",),
+            switch="recover.method",
+            version=2,
+            details="Metrics are in training/metrics.jsonl.",
+        ),
+        "evaluate": Stage(
+            "run the evaluation sets and compute their metrics -> eval/*.json",
+            sections=("data", "evaluate"),
+            outputs=("eval/*.answers.jsonl",),
+            per="model",
+            version=2,
+            details="""\
+After a change of metric, stored answers are scored again.
+The command also updates result.json, if the workdir has one.""",
+        ),
+        "speed": Stage(
+            "measure the speed of the unpruned model and of each pruned layer shape, in turns -> speed.json",
+            sections=("speed",),
+            per="run",
+            version=3,
+        ),
+        "export": Stage(
+            "write the best model as a Hugging Face folder or GGUF files, and check it -> export/",
+            sections=("data", "reconstruct", "export"),
+            inputs=("start",),
+            outputs=("export*",),
+            per="run",
+            details="vlmprune reloads the export and compares its logits with those of the model in memory.",
+            beside="write another format or quantisation to export-NAME/ with --format=NAME",
+        ),
+    },
+)

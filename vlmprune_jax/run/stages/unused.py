@@ -25,8 +25,8 @@ from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_option
 from vlmprune_jax.run.experiment.options import options
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.run.stages.registry import STAGES, without_scores
 from vlmprune_jax.run.stages.score import criteria_of
+from vlmprune_jax.run.stages.stage import STAGES, without_scores
 
 # (patterns of settings, separated by spaces; True if these have no effect; the reason)
 Rule = tuple[str, bool, str]

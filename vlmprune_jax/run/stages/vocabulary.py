@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import unicodedata
@@ -10,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
@@ -99,15 +102,8 @@ def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Seque
         rows.append([f"{len(vocabulary.kept):,}", f"{left:,}", f"{share:.1f}", f"{2 * left / 1e9:.3f}", *cost])
     per_text = f"{before / max(len(sample.held_out), 1):,.1f}"
     unpruned = [f"{cfg.text.vocab_size:,}", f"{whole:,}", "0.0", f"{2 * whole / 1e9:.3f}", "0.00", per_text, ""]
-    header = [
-        "tokens",
-        "parameters",
-        "removed, %",
-        "bfloat16, GB",
-        "tokens, +%",
-        "tokens a text",
-        "texts split as before",
-    ]
+    costs = ["tokens, +%", "tokens a text", "texts split as before"]
+    header = ["tokens", "parameters", "removed, %", "bfloat16, GB", *costs]
     return f"Vocabularies, on {len(sample.held_out):,} held-out texts", header, [unpruned, *rows]
 
 
@@ -126,23 +122,14 @@ def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
 
 def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocabulary: KeptVocabulary) -> TextSample:
     """Count the tokens of texts before and after trimming the vocabulary."""
-    kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
-    after = tokens_of(trimmed, texts)
-    for old, new in zip(tokens_of(source.tokenizer, texts), after, strict=True):
-        same = old == [vocabulary.kept[i] for i in new]
-        inside = kept.issuperset(old)
-        equal, whole, broken = equal + same, whole + inside, broken + (inside and not same)
-        sizes.update(before=len(old), after=len(new))
-    return TextSample(
-        name=name,
-        texts=len(texts),
-        equal=equal,
-        kept=whole,
-        broken=broken,
-        bytes=sum(len(text.encode()) for text in texts),
-        tokens_before=sizes["before"],
-        tokens_after=sizes["after"],
-    )
+    kept, counts = set(vocabulary.kept), Counter[str]()
+    for old, new in zip(tokens_of(source.tokenizer, texts), tokens_of(trimmed, texts), strict=True):
+        equal, inside = old == [vocabulary.kept[i] for i in new], kept.issuperset(old)
+        counts.update(equal=equal, kept=inside, broken=inside and not equal)
+        counts.update(tokens_before=len(old), tokens_after=len(new))
+    names = ("equal", "kept", "broken", "tokens_before", "tokens_after")
+    size = sum(len(text.encode()) for text in texts)
+    return TextSample(name=name, texts=len(texts), bytes=size, **{field: counts[field] for field in names})
 
 
 def _with_bits(
@@ -156,15 +143,9 @@ def _with_bits(
         some.append(text)
         size += len(text.encode())
     model = work.load(work.teacher, ("text", "projector"))
-    bits = [
-        _bits(version, [i for ids in tokens for i in ids], size)
-        for version, tokens in (
-            (model, tokens_of(source.tokenizer, some)),
-            (trim_vocabulary(model, vocabulary), tokens_of(load_tokenizer(work.out), some)),
-        )
-    ]
-    values = {f: getattr(sample, f) for f in sample.__struct_fields__}
-    return TextSample(**{**values, "measured_bytes": size, "bits_before": bits[0], "bits_after": bits[1]})
+    versions = ((model, source.tokenizer), (trim_vocabulary(model, vocabulary), load_tokenizer(work.out)))
+    bits = [_bits(version, [*itertools.chain(*tokens_of(by, some))], size) for version, by in versions]
+    return replace(sample, measured_bytes=size, bits_before=bits[0], bits_after=bits[1])
 
 
 def _bits(model: Model, ids: list[int], size: int) -> float | None:

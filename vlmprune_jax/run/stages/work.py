@@ -1,16 +1,20 @@
-"""The argument of a stage's function: settings, its place in a workdir, the model folders, and the reporter."""
+"""One stage at one place of a workdir, its ledger task, and the steps of a command in their order."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from vlmprune_jax.base.checks import file_of_users
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
@@ -20,15 +24,22 @@ from vlmprune_jax.core.mesh.stop import StopSignal
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
+from vlmprune_jax.core.recovery.terms import terms_of
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.io.checkpoints import lazy
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.checkpoints.read import load, read_config
+from vlmprune_jax.io.data.inputs import record_files
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.write import save
-from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.spec import Experiment, affecting
+from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
+from vlmprune_jax.run.stages.stage import STAGES
+from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import DEFAULT_SET
+from vlmprune_jax.run.workdir.ledger import NoFacts, Task
 from vlmprune_jax.run.workdir.result import Result, Run
+from vlmprune_jax.run.workdir.steps import StepRecord
 from vlmprune_jax.run.workdir.store import Store
 
 
@@ -36,7 +47,7 @@ from vlmprune_jax.run.workdir.store import Store
 class Work:
     """Argument of a stage's function: settings, folders, models and console output of one stage in a workdir.
 
-    `Work.at` makes the `Work` of a command; `steps_of` makes one `Work` for each stage that the command runs.
+    `Work.at` makes the `Work` of a command; its `steps` are one `Work` for each stage of every variant.
     """
 
     experiment: Experiment
@@ -49,26 +60,22 @@ class Work:
     variant: Path  # folder of the prune variant, with scores, plan.json and the models made before recovery
     folder: Path  # folder of the outputs; after pruning, that of the recovery variant
     start: Path  # model that the stage starts from: the last one made in `variant`, at first the unpruned one
-    out: Path  # folder of the model that the stage makes
-    name: str = ""  # name of the model in `out`, in result files
+    name: str = ""  # name of the model that the stage makes, in result files
     recovery: str = ""  # name of the recovery of that model
     evaluated: bool = False  # True if that model is evaluated
-    subject: str = ""  # for evaluations: name of the model in file names
+    subject: str = ""  # for evaluations and speed: name of the model
     part: str = ""  # name of the evaluation set or additional export
-    models: Mapping[str, Path] = field(default_factory=dict)  # all models of the run, for stages that compare them
     loaded: dict[Path, Model] | None = None  # models that several evaluations share
     pruned: bool = True  # False with prune.method="none", and for a control
     is_control: bool = False  # True for a control, the unpruned model that is trained like pruned ones
     control: Path | None = None  # model folder of the control of a recovered model
-    reconstructed: bool = False  # this and the next two fields are for the model card
-    recovered: bool = False
     evaluation: tuple[Run, Result] | None = None  # of the exported model, and the result that the entry is from
     tokenizer: Path | None = None  # folder of the tokenizer if `start` has none (GGUF)
 
     @classmethod
     def at(cls, workdir: Path, experiment: Experiment, reporter: Reporter, **fields: Any) -> Work:
         """Return the `Work` of a command in a workdir, which starts from the unpruned model unless `fields` differ."""
-        place: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), workdir)
+        place: dict[str, Any] = dict.fromkeys(("variant", "folder"), workdir)
         place |= {"start": Path(experiment.model.hf_dir), **fields}
         return cls(workdir=workdir, experiment=experiment, reporter=reporter, **place)
 
@@ -97,9 +104,125 @@ class Work:
         return " ".join(filter(None, (self.subject, self.part if self.part != DEFAULT_SET else "")))
 
     @property
+    def makes_model(self) -> bool:
+        """True if the stage writes a model folder."""
+        return bool(STAGES[self.stage].model)
+
+    @property
+    def out(self) -> Path:
+        """Folder of the model that the stage makes."""
+        return self.folder / STAGES[self.stage].model
+
+    @property
     def path(self) -> str:
-        """Path of the stage's output folder `out`, relative to the workdir."""
-        return self.out.relative_to(self.workdir).as_posix()
+        """Path of the folder `out`, relative to the workdir."""
+        return self.relative(self.out)
+
+    def relative(self, path: Path) -> str:
+        """Return a path relative to the workdir."""
+        return path.relative_to(self.workdir).as_posix()
+
+    @property
+    def reconstructed(self) -> bool:
+        """True if this step or an earlier one repaired the model without training."""
+        return any(step.stage == "reconstruct" for step in (*self.before, self))
+
+    @property
+    def recovered(self) -> bool:
+        """True if this step or an earlier one trained the model."""
+        return any(STAGES[step.stage].per == "recovery" for step in (*self.before, self))
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Ledger task: the stage's settings, inputs and outputs for this variant and folder."""
+        stage, sections = STAGES[self.stage], self.sections
+        run, complete = stage.run, stage.task
+        if run is None:  # built in
+            module = importlib.import_module(f"{__package__}.{self.stage}")
+            run, complete = getattr(module, f"{self.stage}_stage"), getattr(module, f"{self.stage}_task", None)
+        arguments = [sections[section] for section in stage.sections]
+        inputs: dict[str, Path | str] = {**self.model_files}
+        for source in stage.inputs:
+            section, _, which = source.partition(".")
+            path = self.start if source == "start" else self.folder / source
+            inputs |= record_files(self.experiment.data, which) if section == "data" else {path.name: path}
+        below, title = self.relative(self.folder), f"{self.stage} {self.label}".strip()
+        files = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
+        task = Task(
+            name=title if below == "." else f"{below}/{title}",
+            function=functools.partial(run, self, *arguments),
+            workdir=self.workdir,
+            settings=affecting(self.stage, {section: sections[section] for section in ("model", *stage.sections)}),
+            inputs=inputs,
+            outputs=[self.folder / name for name in files],
+            version=stage.version,
+            facts=typing.get_type_hints(run).get("return", NoFacts),
+            scratch=[self.folder / name for name in stage.scratch],
+            journals=[self.folder / name for name in stage.journals],
+            makers={pattern: name for name, maker in STAGES.items() for pattern in (*maker.outputs, maker.model)},
+            kind=self.stage,
+            store=self.store,
+            beside=stage.beside,
+        )
+        task = task if complete is None else complete(task, self, *arguments)
+        user_file = file_of_users(run)
+        return task if user_file is None else task.add(inputs={f"stage {self.stage}": user_file})
+
+    @functools.cached_property
+    def steps(self) -> list[Work]:
+        """Stages to run for every prune variant and its recovery variants, in order, from the `Work` of a command.
+
+        A recovery's control comes after the first model with this recovery.
+        """
+        steps, controls = list[Work](), dict[str, Work]()  # controls by everything that they depend on
+        for pruned in prune_runs(self.experiment, self.workdir):
+            recoveries = recover_runs(pruned)
+            is_pruned = pruned.experiment.prune.method != "none"  # otherwise the model is its own control
+            place = self.replace(variant=pruned.folder, pruned=is_pruned)
+            variant = place.replace(
+                experiment=pruned.experiment, folder=pruned.folder, name=pruned.name, recovery=NO_RECOVERY
+            )
+            shared = _chain("variant", variant, last=not recoveries)
+            steps += shared
+            for run in recoveries:
+                work = place.replace(
+                    experiment=run.experiment,
+                    folder=run.folder,
+                    name=run.name,
+                    recovery=run.experiment.recover.name,
+                    before=tuple(shared),
+                )
+                spec = run.experiment.recover
+                if not (is_pruned and spec.control and terms_of(spec.losses, teacher=False)):
+                    steps += _chain("recovery", work)
+                    continue
+                control = _control(self, run, pruned, {control.folder for control in controls.values()})
+                data, model = control.experiment.data, control.model
+                key = content_key(affecting("recover", control.sections), [data.train, data.images, model.hf_dir])
+                steps += _chain("recovery", work.replace(control=controls.get(key, control).out))
+                if key not in controls:
+                    controls[key] = control
+                    steps.append(control)
+        return steps
+
+    @property
+    def record(self) -> StepRecord:
+        """Record of this step for the workdir's list of steps."""
+        stage = STAGES[self.stage]
+        return StepRecord(
+            stage=self.stage,
+            name=self.name,
+            recovery=self.recovery,
+            about=stage.help,
+            variant=self.relative(self.variant),
+            folder=self.relative(self.folder),
+            outputs=list(stage.outputs),
+            model=stage.model,
+            evaluated=self.evaluated,
+            pruned=self.pruned,
+            control=self.is_control,
+            compared_with="" if self.control is None else self.relative(self.control),
+        )
 
     def say(self, text: str) -> None:
         """Print one line to the console."""
@@ -217,3 +340,57 @@ def teacher_folder(spec: ModelSpec) -> Path:
     if not folder.is_dir():
         raise UserError(f"model.hf_dir={folder}: no such folder: set it to the folder of the model to prune")
     return folder
+
+
+def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
+    """Return the stages of one variant that change the model, in order; `place` is the `Work` of the variant's folder.
+
+    `last`: True if no recovery follows, so that the last model is evaluated in any case.
+    """
+    steps, settings = list[Work](), place.sections
+    stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.off(settings) is None}
+    final = [name for name, stage in stages.items() if stage.model and last][-1:]
+    for name, stage in stages.items():
+        title, recovery = place.name, place.recovery
+        starts = [step.out for step in (place.before or steps) if step.makes_model]
+        if any(step.makes_model for step in steps):
+            title = f"{title}-{stage.model}"
+            recovery = stage.model if recovery == NO_RECOVERY else f"{recovery}-{stage.model}"
+        steps.append(
+            place.replace(
+                stage=name,
+                name=title,
+                recovery=recovery,
+                evaluated=scope == "recovery" or place.experiment.evaluate.unrecovered or name in final,
+                before=(*place.before, *steps),
+                start=starts[-1] if starts else place.start,
+            )
+        )
+    return steps
+
+
+def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[Path]) -> Work:
+    """Return the step that trains the control (an unpruned model) of a recovery; `taken`: folders of other controls."""
+    spec, below = run.experiment, run.folder.relative_to(pruned.folder)
+    if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
+        for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
+            folder = getattr(spec.sections[section], cache)
+            if folder is not None:
+                changed: dict[str, Any] = {cache: str(Path(folder) / CONTROL)}
+                changed = {section: dataclasses.replace(spec.sections[section], **changed)}
+                spec = dataclasses.replace(spec, **changed)
+    name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
+    folder = root.workdir / CONTROL / below
+    if folder in taken:
+        name, folder = f"{pruned.name}-{name}", pruned.folder / CONTROL / below
+    return root.replace(
+        stage="recover",
+        experiment=spec,
+        name=name,
+        recovery=spec.recover.name,
+        evaluated=True,
+        variant=folder,
+        folder=folder,
+        pruned=False,
+        is_control=True,
+    )

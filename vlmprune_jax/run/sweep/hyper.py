@@ -1,17 +1,21 @@
-"""The list of runs of a sweep: names and overrides, from `get_hyper` of a config file."""
+"""The list of runs of a sweep: names and overrides, from `get_hyper` of a config file, and which of them to run."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, differences, error_context
+from vlmprune_jax.base.processes import process_count
 from vlmprune_jax.base.settings import nested, override
+from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import prefer_explicit
+from vlmprune_jax.run.experiment.variants import check_experiment, prefer_explicit
 
 SEED = "seed"  # last part of the names of seed settings
 MOST_RUNS = 10_000
@@ -133,6 +137,48 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
         runs.append(SweepRun(name, group, run_labels, overrides, experiment))
     _check_names(runs)
     return runs
+
+
+def check_runs(runs: Sequence[SweepRun], jobs: int) -> None:
+    """Check the settings of all sweep runs before the first one starts.
+
+    Raises UserError if `check_experiment` refuses a run, runs have different evaluation sets, or `jobs` is not
+    possible.
+    """
+    if jobs < 1 or (jobs > 1 and process_count() > 1):
+        raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
+    for run in runs:
+        with error_context(f"run {run.name}"):
+            check_experiment(run.experiment, Path())
+        sets, first = (evaluation_sets(each.experiment.data, each.experiment.evaluate) for each in (run, runs[0]))
+        if sets != first:
+            raise UserError(
+                f"run {run.name}: its evaluation sets differ from those of {runs[0].name}: use the same sets in all "
+                "runs"
+            )
+
+
+def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
+    """Return shard `i/n` of the runs: every n-th run, starting with the i-th.
+
+    Raises UserError unless `shard` has the form i/n with 1 <= i <= n.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, such as 2/8")
+    return list(runs)[number - 1 :: count]
+
+
+def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
+    """Return the runs whose names match a pattern with * and ?; "" matches all.
+
+    Raises UserError if no run matches.
+    """
+    matches = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
+    if not matches:
+        raise UserError(f"--only={pattern}: no run matches (the first is {runs[0].name}): see --dry_run for all names")
+    return matches
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:

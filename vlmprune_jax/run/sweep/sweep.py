@@ -1,93 +1,202 @@
-"""Execution of a sweep: runs in order, in this process or several, and the comparison of their results."""
+"""Execution of a sweep: runs in order, in this process or several, with shared results, and their comparison."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
-import re
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+from msgspec.structs import replace
 
-from vlmprune_jax.base.console import Reporter
-from vlmprune_jax.base.errors import SharedError, Stopped, UserError, error_context, reason
+from vlmprune_jax.base.console import Reporter, make_reporter
+from vlmprune_jax.base.errors import SharedError, Stopped, UserError, reason
 from vlmprune_jax.base.files import read_bytes
+from vlmprune_jax.base.links import real_path
 from vlmprune_jax.base.processes import is_main_process, on_process_zero, process_count
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.run.evaluation.metrics.texts import BITS
 from vlmprune_jax.run.experiment.arguments import evaluation_sets
-from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import CONTROL, check_experiment
-from vlmprune_jax.run.stages.graph import steps_of, task_of
-from vlmprune_jax.run.stages.registry import STAGES
+from vlmprune_jax.run.experiment.spec import Experiment, affecting
+from vlmprune_jax.run.experiment.variants import CONTROL
+from vlmprune_jax.run.stages.pipeline import make_models, tasks_of
+from vlmprune_jax.run.stages.preflight import preflight
+from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
-from vlmprune_jax.run.stages.work import teacher_folder
-from vlmprune_jax.run.sweep.hyper import SweepRun
-from vlmprune_jax.run.sweep.run import (
-    Sweep,
-    collect,
-    digest_once,
-    do_run,
-    is_done,
-    note_error,
-    read_error,
-    read_run,
-)
+from vlmprune_jax.run.stages.work import Work, teacher_folder
+from vlmprune_jax.run.sweep.hyper import SweepRun, runs_named, shard_of
 from vlmprune_jax.run.sweep.workers import Worker, in_processes
-from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.content import content_key
+from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.run.workdir.comparison import compare_again
+from vlmprune_jax.run.workdir.content import content_key, digest
 from vlmprune_jax.run.workdir.groups import comparison_of_sweep
-from vlmprune_jax.run.workdir.ledger import write_text
-from vlmprune_jax.run.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv
+from vlmprune_jax.run.workdir.ledger import remove, write_text
+from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Unpruned, read_result
+from vlmprune_jax.run.workdir.store import Store
+from vlmprune_jax.run.workdir.sweep import FAILED, SWEEP, Entry, RunError, SweepResult, as_csv
 
 PAGE_SECONDS = 300.0  # seconds between updates of the comparison page during a sweep
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
+RUNS, SHARED = "runs", "shared"
+_QUIET = make_reporter(False)
+ERROR = "error.json"  # in the workdir of a run: the error that stopped it
 
 
-def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
-    """Check the settings of all sweep runs before the first one starts.
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep: its workdir and config file, and whether to overwrite results."""
 
-    Raises UserError if `check_experiment` refuses a run, runs have different evaluation sets, or `jobs` is not
-    possible.
+    workdir: Path
+    config: str
+    overwrite: bool
+
+    def folder(self, run: SweepRun) -> Path:
+        """Return the workdir of one run of the sweep."""
+        return self.workdir / RUNS / run.name
+
+    def work(self, run: SweepRun, reporter: Reporter) -> Work:
+        """Return the `Work` of one run; all runs of the sweep share one result store."""
+        data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
+        # Image folders are inputs of no stage, as they hold many files.
+        images = [data.images, *(eval_set.images for eval_set in sets.values())]
+        store = Store(self.workdir / SHARED, {"images": [path and str(real_path(path)) for path in images]})
+        return Work.at(self.folder(run), run.experiment, reporter, overwrite=self.overwrite, store=store)
+
+
+def with_caches(experiment: Experiment) -> Experiment:
+    """Return the experiment with its own cache folders, shared only with runs whose caches have equal content.
+
+    A cache of logits or features refuses entries from another teacher, tower or preprocessing.
     """
-    if jobs < 1 or (jobs > 1 and process_count() > 1):
-        raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
+    recover, data, sections = experiment.recover, experiment.data, experiment.sections
+    model, shared = vars(experiment.model), affecting("teacher_cache", sections)
+    if recover.teacher_cache is not None:
+        recover = dataclasses.replace(recover, teacher_cache=_below(recover.teacher_cache, [model, shared]))
+    if data.feature_cache is not None:
+        stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
+        tower = [affecting(stage, sections) for stage in stages]
+        made_from = [model, [shared, data.max_images, data.images, recover.compute_dtype], tower]
+        data = dataclasses.replace(data, feature_cache=_below(data.feature_cache, made_from))
+    return dataclasses.replace(experiment, recover=recover, data=data)
+
+
+def _below(folder: str, made_from: Any) -> str:
+    return str(Path(folder) / content_key(made_from)[:16])
+
+
+def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
+    """Run all stages of one sweep run and write its `result.json`; an interrupted run resumes.
+
+    Raises UserError if a stage refuses its settings or inputs.
+    """
+    folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
+    on_process_zero(lambda: remove(folder / ERROR))
+    work = sweep.work(run, reporter)
+    preflight(work, "run")
+    result = make_models(work)
+    if not is_main_process():
+        return
+    settings = run.experiment
+    shared: dict[str, Any] = {"model": settings.model.hf_dir, "image_tokens": settings.data.max_image_tokens}
+    models = [replace(model, **shared, digest=digest(folder / model.path, every_byte=True)) for model in result.runs]
+    unpruned = replace(result.teacher, image_tokens=shared["image_tokens"])
+    write_artefact(folder / RESULT, replace(result, teacher=unpruned, runs=models, made_from=made_from))
+
+
+def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
+    """Record the error that stopped a sweep run."""
+    write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
+
+
+def read_run(run: SweepRun, sweep: Sweep) -> Result | None:
+    """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`."""
+    try:
+        result = read_result(sweep.folder(run))
+    except UserError:
+        return None
+    return result if result.made_from else None
+
+
+def finished_run(run: SweepRun, sweep: Sweep) -> Result | None:
+    """Return the results of a complete sweep run with unchanged settings and inputs; None otherwise."""
+    result = read_run(run, sweep)
+    return result if result is not None and result.made_from == made_from_of(run, sweep) else None
+
+
+def read_error(run: SweepRun, sweep: Sweep) -> str | None:
+    """Return the error message that stopped a sweep run; None if there is none."""
+    try:
+        return read_artefact(sweep.folder(run) / ERROR, RunError).error
+    except UserError:
+        return None
+
+
+def made_from_of(run: SweepRun, sweep: Sweep) -> str:
+    """Return a hash of all inputs of a sweep run: settings, versions and outside files."""
+    experiment, tasks = run.experiment, dict[str, Any]()
+    for task in tasks_of(sweep.work(run, _QUIET)):
+        files = {name: digest_once(path) for name, path in task.outside.items()}
+        tasks[task.name] = (task.settings, files, task.version)
+    sections, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
+    results = [
+        {name: eval_set.metric for name, eval_set in sets.items()},
+        experiment.evaluate.unrecovered,
+        experiment.recover.name,
+    ]
+    variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
+    return content_key(tasks, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
+
+
+@functools.cache
+def digest_once(path: Path | str) -> str:
+    """Return `digest(path)`, which is computed only once per path and command."""
+    return digest(path)
+
+
+def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
+    """Collect the results of all complete runs as the content of `sweep.json`."""
+    sets, unpruned, models, seen = dict[str, Set](), dict[str, Unpruned](), list[Entry](), set[str]()
     for run in runs:
-        with error_context(f"run {run.name}"):
-            check_experiment(run.experiment, sweep.folder(run))
-        sets, first = (evaluation_sets(each.experiment.data, each.experiment.evaluate) for each in (run, runs[0]))
-        if sets != first:
-            raise UserError(
-                f"run {run.name}: its evaluation sets differ from those of {runs[0].name}: use the same sets in all "
-                "runs"
-            )
+        settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
+        entry = Entry(name=run.name, run=run.name, **settings)
+        result = finished_run(run, sweep)
+        if result is None:
+            models.append(replace(entry, error=read_error(run, sweep)))
+            continue
+        # perplexities of different vocabularies are compared by bits per byte, in all runs
+        sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in result.sets.items()}
+        unpruned.setdefault(result.runs[0].unpruned, result.teacher)
+        models += _entries(run, entry, result.runs, seen)
+    for number, entry in enumerate(models):  # retention by the same main metric of a set in all runs
+        if (model := entry.found) is not None:
+            again = compare_again(model.evaluation, unpruned[model.unpruned].evaluation, sets)
+            models[number] = replace(entry, found=replace(model, evaluation=again))
+    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=models)
 
 
-def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
-    """Return shard `i/n` of the runs: every n-th run, starting with the i-th.
+def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str]) -> Iterator[Entry]:
+    """Yield the models of a sweep run that no earlier run contains, with paths relative to the sweep's workdir."""
+    several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
 
-    Raises UserError unless `shard` has the form i/n with 1 <= i <= n.
-    """
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
-    number, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, such as 2/8")
-    return list(runs)[number - 1 :: count]
+    def in_sweep(path: str) -> str:
+        return path and f"{RUNS}/{run.name}/{path}"
 
-
-def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
-    """Return the runs whose names match a pattern with * and ?; "" matches all.
-
-    Raises UserError if no run matches.
-    """
-    matches = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
-    if not matches:
-        raise UserError(f"--only={pattern}: no run matches (the first is {runs[0].name}): see --dry_run for all names")
-    return matches
+    for number, model in enumerate(models, start=1):
+        last, known = number == len(models), model.digest in seen
+        seen.add(model.digest)
+        if known and not last:
+            continue
+        paths = {name: in_sweep(getattr(model, name)) for name in ("path", "plan", "metrics")}
+        found = replace(model, **paths, scores=[*map(in_sweep, model.scores)])
+        part = "" if last and not several else f"/{model.path}"
+        yield replace(entry, name=f"{entry.name}{part}", group=f"{entry.group}{part}", found=found)
 
 
 def run_sweep(
@@ -111,67 +220,43 @@ def run_sweep(
 
     digest_once.cache_clear()  # files may have changed since another command of this process
     mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
-    left = _left(mine, sweep)
 
-    def update_page() -> None:
-        nonlocal written
+    def unfinished() -> list[int]:  # those that failed before at the end
+        left = [number for number, run in enumerate(mine) if finished_run(run, sweep) is None]
+        return sorted(left, key=lambda number: read_error(mine[number], sweep) is not None)
+
+    left = [*enumerate((mine[number] for number in on_process_zero(unfinished)), start=1)]
+    if len(left) < len(mine):
+        reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
+    count = len(left)
+
+    def done(item: tuple[int, SweepRun], line: str | None) -> None:
+        nonlocal count, written
+        count -= 1
+        if line is not None:  # a process that was killed has not recorded it
+            note_error(item[1], sweep, line)
+        if jobs > 1:
+            say = "done" if line is None else f"failed: {line}"
+            reporter.say(f"[{item[0]}] {say}; {count} of {len(left)} runs left")
+        elif line is not None:
+            reporter.say(f"  failed: {line}")
         if time.monotonic() - written > PAGE_SECONDS and is_main_process():
             write_sweep(runs, sweep)
             written = time.monotonic()
 
-    if len(left) < len(mine):
-        reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
     if jobs > 1:
-        _run_in_processes(left, sweep, reporter, update_page, jobs, start)
+        for number, run in left:
+            reporter.say(f"[{number}] {run.name}")
+        in_processes(left, jobs, start, done)
     else:
-        _run_here(left, sweep, reporter, update_page)
+        for number, run in left:
+            reporter.say(f"run {number} of {len(left)}: {run.name}")
+            done((number, run), attempt(run, sweep, reporter))
     if is_main_process():
         result = write_sweep(runs, sweep)
         if result.done:
-            reporter.table(*tables_of(comparison_of_sweep(result), sweep.workdir)[0].printed)
+            reporter.table(*tables_of(comparison_of_sweep(result), runs=True)[0].printed)
         _finish(result, mine, sweep, reporter)
-
-
-def _run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, update_page: Callable[[], None]) -> None:
-    for number, run in enumerate(runs, start=1):
-        reporter.say(f"run {number} of {len(runs)}: {run.name}")
-        line = attempt(run, sweep, reporter)
-        if line is not None:
-            reporter.say(f"  failed: {line}")
-        update_page()
-
-
-def _run_in_processes(
-    runs: Sequence[SweepRun],
-    sweep: Sweep,
-    reporter: Reporter,
-    update_page: Callable[[], None],
-    jobs: int,
-    start: Callable[[], Worker],
-) -> None:
-    left = len(runs)
-
-    def done(item: tuple[int, SweepRun], line: str | None) -> None:
-        nonlocal left
-        left -= 1
-        if line is not None:  # a process that was killed has not recorded it
-            note_error(item[1], sweep, line)
-        reporter.say(f"[{item[0]}] {'done' if line is None else f'failed: {line}'}; {left} of {len(runs)} runs left")
-        update_page()
-
-    for number, run in enumerate(runs, start=1):
-        reporter.say(f"[{number}] {run.name}")
-    in_processes(list(enumerate(runs, start=1)), jobs, start, done)
-
-
-def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return the unfinished runs, with runs that failed before at the end."""
-
-    def ranked() -> list[int]:
-        left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
-        return sorted(left, key=lambda number: read_error(runs[number], sweep) is not None)
-
-    return [runs[number] for number in on_process_zero(ranked)]
 
 
 def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
@@ -193,14 +278,9 @@ def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
         note_error(run, sweep, line)
         return line
     finally:
-        _forget_programs()
-
-
-def _forget_programs() -> None:
-    """Discard compiled programs before the process exceeds its limit of memory maps."""
-    maps = Path("/proc/self/maps")
-    if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
+        maps = Path("/proc/self/maps")
+        if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
+            jax.clear_caches()  # discards compiled programs
 
 
 def write_sweep(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
@@ -274,8 +354,8 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}
     run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
-    for step in steps_of(sweep.work(run, reporter)):
-        task = task_of(step)
+    for step in sweep.work(run, reporter).steps:
+        task = step.task
         before = [keys[earlier.stage] for earlier in step.before]
         stage = CONTROL if step.is_control else step.stage
         keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)

@@ -1,4 +1,4 @@
-"""Content keys: hashes of all inputs of a stage's result, by which ledger, store and sweeps compare results.
+"""Content keys, by which ledger, store and sweeps compare results: hashes of all inputs; and who made a result.
 
 Files are hashed by one of two rules. The ledger asks if a file changed since a stage read it: whoever replaces a large
 file changes blocks all over it, so a sample of 2 MiB tells, in milliseconds for a 13 GB checkpoint. A sweep's store
@@ -8,18 +8,28 @@ byte is read, once for each version of a file.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, printable
 from vlmprune_jax.base.files import open_file, written
+from vlmprune_jax.core.mesh.machine import processor
+
+_PACKAGES = ("vlmprune-jax", "jax", "flax", "optax", "transformers", "numpy")
+_SOURCE = Path(__file__).parents[3]
 
 _SAMPLED = 8 << 20  # bytes: larger files are sampled
 _BLOCK, _BLOCKS = 64 << 10, 32
@@ -110,3 +120,39 @@ def _every_byte(path: Path, *state: int) -> str:
 def plain(value: Any) -> Any:
     """Convert a value to JSON values (tuples to lists), so that it equals its copy read from a file."""
     return json.loads(json.dumps(value, default=msgspec.to_builtins))
+
+
+def made_by() -> dict[str, Any]:
+    """Return command, machine and code version of this process; `commit` ends in "-dirty" if source was changed."""
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "command": printable(shlex.join(["vlmprune", *sys.argv[1:]])),
+        "processor": processor(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+@functools.cache
+def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Return {package: version} of Python and the installed dependencies."""
+    installed = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
+            continue
+    return installed
+
+
+@functools.cache
+def commit() -> str | None:
+    """Return the Git commit of vlmprune's source; None if the source is not in a repository."""
+    if not (_SOURCE / ".git").exists():
+        return None
+    command = ["git", "-C", str(_SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -10,10 +10,9 @@ from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.workdir.comparison import average_interval
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
 from vlmprune_jax.run.workdir.result import (
-    OfControl,
+    ModelEvaluation,
     Result,
     Run,
-    RunEvaluation,
     Sets,
     Unpruned,
     unique_titles,
@@ -120,7 +119,7 @@ def _group(name: str, title: str, labels: Mapping[str, str], models: Sequence[Ru
     return ModelGroup(name, title, labels, models, _mean_retention(evaluations, sets), _mean_retention(controls, sets))
 
 
-def _mean_retention(evaluations: Sequence[RunEvaluation | OfControl | None], sets: Sets) -> Retention | None:
+def _mean_retention(evaluations: Sequence[ModelEvaluation | None], sets: Sets) -> Retention | None:
     known = [evaluation for evaluation in evaluations if evaluation is not None]
     values = [evaluation.mean_of_ratios for evaluation in known if evaluation.mean_of_ratios is not None]
     if len(values) < len(evaluations):

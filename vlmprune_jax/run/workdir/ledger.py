@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import fnmatch
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import msgspec
 from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import Stopped, UserError, differences, reason
-from vlmprune_jax.base.files import Finite, checked, read_json, replacing
+from vlmprune_jax.base.files import Finite, checked, replacing
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.mesh.mesh import start_devices
 from vlmprune_jax.core.mesh.stop import noticed
-from vlmprune_jax.run.workdir.content import MadeFrom, digest, made_from, plain
-from vlmprune_jax.run.workdir.provenance import MadeBy, made_by
+from vlmprune_jax.run.workdir.artefact import Artefact, read_artefact, write_artefact
+from vlmprune_jax.run.workdir.content import MadeFrom, digest, made_by, made_from, plain
 from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive
 
 
-class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StageRecord(Artefact, frozen=True, kw_only=True, tag=1):
     """Ledger entry of a task's last run; an unfinished task has only its inputs.
 
-    `facts`: the result of the task's function. `outputs`: digests of the files and folders that the task made.
+    `facts`: the result of the task's function. `outputs`: digests of the files and folders that the task made. `by`:
+    see `made_by`.
     """
 
-    format: Literal[1]
     made_from: MadeFrom
     done: bool
     seconds: Finite = 0.0
     facts: Any = {}
     outputs: dict[str, str] = {}
-    by: MadeBy = MadeBy(finished="", command="", processor="", versions={}, commit=None)
+    by: dict[str, Any] = {}
+
+    def is_intact(self, outputs: Sequence[Path]) -> bool:
+        """Return True if the task is done, and these outputs are as it made them."""
+        return self.done and all(path.exists() for path in outputs) and self.outputs == _digests(outputs)
 
 
 FOLDER = ".stages"
@@ -64,7 +68,7 @@ class Task:
       version: number that changes whenever the function gives different results for the same inputs.
       scratch: files from which an interrupted task resumes.
       journals: like `scratch`, but deleted without asking if the inputs changed.
-      makers: {name of an input: command that makes it}, for the message that the input is missing.
+      makers: {pattern of file names in the workdir: command that makes them}, for messages about missing inputs.
       kind: tasks of one kind can reuse each other's results from a `store` that the runs of a sweep share.
       beside: advice on how to make a second result without replacing the first, for messages.
     """
@@ -88,6 +92,11 @@ class Task:
     def record(self) -> Path:
         """Path of the task's ledger entry."""
         return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
+
+    @property
+    def made_from(self) -> MadeFrom:
+        """Settings, digests of input files and version, as in the task's ledger entry."""
+        return made_from(self.settings, self.inputs, self.version)
 
     @property
     def outside(self) -> dict[str, Path | str]:
@@ -205,20 +214,19 @@ def _check_inputs(task: Task) -> None:
     """Raise UserError if an input is missing, with the command that makes it if it is a stage's."""
     for name, path in task.inputs.items():
         if isinstance(path, Path) and not path.exists():
-            if name in task.makers:
-                raise UserError(
-                    f"{path}: no such file or folder: run `vlmprune {task.makers[name]}` (or `vlmprune run`) first"
-                )
+            maker = next(
+                (maker for pattern, maker in task.makers.items() if fnmatch.fnmatchcase(path.name, pattern)), None
+            )
+            if maker is not None and name not in task.outside:
+                raise UserError(f"{path}: no such file or folder: run `vlmprune {maker}` (or `vlmprune run`) first")
             raise UserError(f"{task.name}: {name} is {path}: no such file or folder")
 
 
 def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageRecord | None:
     """Return the task's ledger entry if it is done; otherwise remove its old outputs and return None."""
-    now = made_from(task.settings, task.inputs, task.version)
-    last = _read(task.record, task.facts)
+    now, last = task.made_from, _read(task.record, task.facts)
     same = last is not None and last.made_from == now
-    present = [path for path in task.outputs if path.exists()]
-    if last and same and last.done and len(present) == len(task.outputs) and last.outputs == _digests(task.outputs):
+    if last and same and last.is_intact(task.outputs):
         output = task.outputs[0] if task.outputs else task.record
         path = output.relative_to(task.workdir).as_posix() if output.is_relative_to(task.workdir) else output
         media = "; files of images and videos are not compared" if _names_media(task) else ""
@@ -227,10 +235,10 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
         return last
     resumes = last is not None and same and not last.done
     if not resumes and not overwrite:
-        _refuse(task, present, last, now)
+        _refuse(task, last, now)
     for path in [*task.outputs, *(() if resumes else (*task.scratch, *task.journals))]:
         remove(path)
-    write_json(task.record, StageRecord(format=1, made_from=now, done=False))
+    write_artefact(task.record, StageRecord(made_from=now, done=False))
     return None
 
 
@@ -245,14 +253,12 @@ def _take(task: Task, key: str, say: Callable[[str], None]) -> StageRecord | Non
     """Reuse the result of another sweep run: link its outputs and return its ledger entry; None if none has it."""
     assert task.store is not None
     entry = task.store.folder / key
-    last, begun = _read(entry / RECORD, task.facts), _read(task.record, task.facts)
-    sources = [entry / path.name for path in task.outputs]
-    if last is None or not last.done or not all(path.exists() for path in sources) or last.outputs != _digests(sources):
+    last = _read(entry / RECORD, task.facts)
+    if last is None or not last.is_intact([entry / path.name for path in task.outputs]):
         remove(entry)
         return None
-    assert begun is not None
     task.store.take(key, task.outputs)
-    write_json(task.record, replace(last, made_from=begun.made_from))
+    write_artefact(task.record, last)
     say(f"{task.name}: linked from another run")
     _clear(task)
     return last
@@ -263,7 +269,6 @@ def _end(task: Task, facts: msgspec.Struct, seconds: float, key: str | None) -> 
     last = _read(task.record, task.facts)
     assert last is not None
     done = StageRecord(
-        format=1,
         made_from=last.made_from,
         done=True,
         seconds=seconds,
@@ -271,9 +276,9 @@ def _end(task: Task, facts: msgspec.Struct, seconds: float, key: str | None) -> 
         outputs=_digests(task.outputs),
         by=made_by(),
     )
-    write_json(task.record, done)
+    write_artefact(task.record, done)
     if task.store is not None and key is not None:
-        task.store.put(key, task.outputs, msgspec.to_builtins(done))
+        task.store.put(key, task.outputs, task.record)
     _clear(task)
     return done
 
@@ -292,8 +297,8 @@ def _digests(outputs: Sequence[Path]) -> dict[str, str]:
     return {path.name: digest(path) for path in outputs}
 
 
-def _refuse(task: Task, present: Sequence[Path], last: StageRecord | None, now: MadeFrom) -> None:
-    left = [*present, *(path for path in task.scratch if _holds(path))]
+def _refuse(task: Task, last: StageRecord | None, now: MadeFrom) -> None:
+    left = [*(path for path in task.outputs if path.exists()), *filter(_holds, task.scratch)]
     if not left:
         return
     if last is not None and last.made_from == now:
@@ -317,16 +322,12 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
 
 def differs_only_in(task: Task, *settings: str) -> bool:
     """Return True if outputs are unmodified and inputs equal those of the last run, except perhaps these settings."""
-    last = _read(task.record, task.facts)
-    if last is None or not last.done or not all(path.exists() for path in task.outputs):
+    last, now = _read(task.record, task.facts), task.made_from
+    if last is None or not last.is_intact(task.outputs):
         return False
-    if last.outputs != _digests(task.outputs):
-        return False
-    now = made_from(task.settings, task.inputs, task.version)
-    before, after = (
-        {k: v for k, v in origin.settings.items() if k not in settings} for origin in (last.made_from, now)
-    )
-    return (before, last.made_from.inputs, last.made_from.version) == (after, now.inputs, now.version)
+    ignored: dict[str, Any] = dict.fromkeys(settings)
+    before, after = (msgspec.structs.replace(it, settings={**it.settings, **ignored}) for it in (last.made_from, now))
+    return before == after
 
 
 def finished_stages(workdir: Path) -> dict[str, StageRecord]:
@@ -344,11 +345,6 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="backslashreplace"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically (process 0 only)."""
-    write_text(path, json.dumps(value, indent=2, default=msgspec.to_builtins) + "\n")
-
-
 def remove(path: Path) -> None:
     """Delete a file or folder of a workdir if it exists."""
     if path.is_dir() and not path.is_symlink():
@@ -360,8 +356,8 @@ def remove(path: Path) -> None:
 def _read(path: Path, facts: type[msgspec.Struct] | None) -> StageRecord | None:
     """Read a task's ledger entry; None if it is missing or damaged."""
     try:
-        record = msgspec.convert(read_json(path, StageRecord, missing="", unicode=False), StageRecord)
+        record = read_artefact(path, StageRecord)
         checked(record.facts, dict[str, Any] if facts is None or not record.done else facts, "", "")
     except UserError:
         return None
-    return record if record.by.finished or not record.done else None
+    return record if record.by or not record.done else None

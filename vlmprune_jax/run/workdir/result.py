@@ -40,44 +40,25 @@ Sets = Mapping[str, Set]
 
 
 class ModelEvaluation(Part, frozen=True, kw_only=True):
-    """A model's metric values by evaluation set, also for groups of questions."""
+    """A model's metric values by evaluation set, and its retention relative to another model; {} or None if unknown."""
 
     scores: dict[str, Values]
-    groups: dict[str, dict[str, Group]] = {}
+    groups: dict[str, dict[str, Group]] = {}  # values for groups of questions
+    # 100 * value / the unpruned model's value, by set (inverted if lower is better; None for a zero divisor).
+    retained: dict[str, float | None] = {}
+    retained_interval: dict[str, tuple[float, float]] = {}  # see `Evaluated`
+    # Averages over sets whose metric has a full score (perplexity only if no set has a full score) and on which the
+    # unpruned model does not score 0: the mean of `retained`, and AVG-% of arXiv 2604.24380, which is 100 * sum of
+    # value / full over the same sum of the unpruned model.
+    mean_of_ratios: float | None = None
+    paper_average: float | None = None
+    seconds: float = 0.0
+    # The unpruned model after the same training: its scores, and the retention of this model relative to these.
+    control: ModelEvaluation | None = None
 
     def main(self, name: str, sets: Sets) -> float | None:
         """Return the model's main metric value on a set; None if it was not evaluated."""
         return self.scores.get(name, {}).get(sets[name].main)
-
-
-class OfControl(Part, frozen=True, kw_only=True):
-    """Retention relative to the control: the unpruned model after the same training.
-
-    `scores`: the control's metric values by set and name. For the other fields, see `RunEvaluation`.
-    """
-
-    scores: dict[str, Values]
-    retained: dict[str, float | None]
-    retained_interval: dict[str, tuple[float, float]] = {}
-    mean_of_ratios: float | None
-
-
-class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
-    """Metric values of a pruned model, and its retention relative to the unpruned model and the control.
-
-    `retained`: 100 * value / the unpruned model's value, by set (inverted if lower is better; None for a zero divisor).
-    `retained_interval`: see `Evaluated`. `mean_of_ratios`: mean of `retained`. `paper_average`: AVG-% of arXiv
-    2604.24380, which is 100 * sum of value / full over the same sum of the unpruned model. Both averages use sets whose
-    metric has a full score (perplexity only if no set has a full score) and on which the unpruned model does not score
-    0; None if there is no such set. `control`: None if no control was trained.
-    """
-
-    retained: dict[str, float | None]
-    retained_interval: dict[str, tuple[float, float]] = {}
-    mean_of_ratios: float | None
-    paper_average: float | None
-    seconds: float
-    control: OfControl | None = None
 
 
 class Costs(Part, frozen=True, kw_only=True):
@@ -148,7 +129,7 @@ class Run(Part, frozen=True, kw_only=True):
     metrics: str | None = None
     path: str
     digest: str = ""
-    evaluation: RunEvaluation
+    evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
 

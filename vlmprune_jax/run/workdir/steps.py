@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.files import Count, Finite
+from vlmprune_jax.base.links import is_inside
 from vlmprune_jax.core.prune import PrunePlan
 from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.evaluation import TEACHER, evaluations_of
 from vlmprune_jax.run.workdir.ledger import StageRecord, finished_stages
-from vlmprune_jax.run.workdir.result import Evaluations, Result, Run, RunEvaluation
+from vlmprune_jax.run.workdir.result import Evaluations, Result, Run
 from vlmprune_jax.run.workdir.speed import SPEED, Speed
 
 STEPS = ".stages/steps.json"
@@ -33,8 +33,8 @@ class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     method: str
     criterion: str
-    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # field name in files of version 0.1.0
-    actual_ratio: Finite = msgspec.field(name="ratio_reached")
+    target_ratio: Finite | None
+    actual_ratio: Finite
     decoder_ratio: Finite
     parameters: Count
     parameters_before: Count
@@ -91,6 +91,15 @@ class StepRecord(Part, frozen=True, kw_only=True):
         """Name of the step's ledger entry."""
         return self.stage if self.folder == "." else f"{self.folder}/{self.stage}".replace("/", ".")
 
+    @property
+    def plan(self) -> str:
+        """Path of the variant's plan, relative to the workdir."""
+        return (Path(self.variant) / "plan.json").as_posix()
+
+    def scores(self, workdir: Path) -> list[str]:
+        """Return the paths of the variant's scores files, relative to the workdir."""
+        return [path.relative_to(workdir).as_posix() for path in sorted((workdir / self.variant).glob("scores*.npz"))]
+
     def is_done(self, workdir: Path) -> bool:
         """Return True if all outputs of the step exist."""
         patterns = (*self.outputs, *([self.model] if self.model else []))
@@ -108,17 +117,15 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
     def problems(self, folder: Path) -> str | None:
         """Return the first invalid path in the list of steps; None if all are valid."""
         for step in self.steps:
-            for pattern in (*step.outputs, *([step.model] if step.model else [])):  # both are looked for by glob
+            for pattern in (*step.outputs, *filter(None, [step.model])):  # both are looked for by glob
                 if not _PATTERN.fullmatch(pattern):
                     return f"{pattern[:40]!r} cannot be an output"
             for path in (step.variant, step.folder, step.model, step.compared_with, *step.outputs):
-                if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+                if not is_inside(folder.parent / path, folder.parent):
                     return f"{path!r} lies outside the workdir"
                 try:
-                    os.lstat(folder.parent / path)
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
-                except (OSError, ValueError) as error:
+                    (folder.parent / path).exists()
+                except OSError as error:
                     return f"{path[:40]!r} cannot be a path ({reason(error)})"
         return None
 
@@ -164,9 +171,7 @@ def read_unfinished(workdir: Path) -> Unfinished:
     if not teacher and not any(step.is_done(workdir) for step in steps):
         raise UserError(f"{workdir}: contains no run: run `vlmprune run` first")
     planned = [
-        step
-        for step in steps
-        if step.model and (step.control or not step.pruned or (workdir / step.variant / "plan.json").is_file())
+        step for step in steps if step.model and (step.control or not step.pruned or (workdir / step.plan).is_file())
     ]
     models = [step for step in planned if (workdir / step.path).is_dir()]
     evaluations = {step.path: evaluations_of((workdir / step.path).parent, step.model) for step in models}
@@ -183,18 +188,13 @@ def read_unfinished(workdir: Path) -> Unfinished:
         result = replace(result, runs=runs, teacher=replace(result.teacher, speed=speeds.get("")))
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
     missing = [(what, _COMMAND.format(name, workdir)) for what, name in _missing(steps, bool(teacher), left, workdir)]
-    return Unfinished(result, [_variant(step, workdir) for step in steps if step.stage == "prune"], missing)
-
-
-def _scores(step: StepRecord, workdir: Path) -> list[str]:
-    return [path.relative_to(workdir).as_posix() for path in sorted((workdir / step.variant).glob("scores*.npz"))]
-
-
-def _variant(step: StepRecord, workdir: Path) -> Variant:
-    plan = Path(step.variant) / "plan.json"
-    known = PrunePlan.from_json(workdir / plan) if (workdir / plan).is_file() else None
-    method, path = (None, None) if known is None else (known.method, plan.as_posix())
-    return Variant(name=step.name, method=method, plan=path, scores=_scores(step, workdir))
+    variants = []
+    for step in steps:
+        if step.stage == "prune":
+            is_planned = (workdir / step.plan).is_file()
+            method = PrunePlan.from_json(workdir / step.plan).method if is_planned else None
+            variants.append(Variant(step.name, method, step.plan if is_planned else None, step.scores(workdir)))
+    return Unfinished(result, variants, missing)
 
 
 def make_result(
@@ -217,49 +217,40 @@ def make_result(
         compared = compare(evaluations[step.path], teacher, evaluations.get(step.compared_with), sets)
         same_model = [other for other in steps[:number] if other.folder in (step.variant, step.folder)]
         chain = [step] if step.control else [*(other for other in same_model if not other.control), step]
+        done = {member.stage: records[member.record] for member in chain if member.record in records}
         pruning: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
         if step.pruned:
-            pruning = _of_plan(step, chain, records, workdir)
-        run = Run(**_entry(step, chain, compared, records, workdir), **pruning)
+            pruning = _of_plan(step, done, workdir)
+        metrics = Path(step.folder) / "training/metrics.jsonl"
+        run = Run(
+            name=step.name,
+            recovery=step.recovery,
+            seconds=round(sum(record.seconds for record in done.values()), 2) if len(done) == len(chain) else None,
+            metrics=metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None,
+            path=step.path,
+            evaluation=compared,
+            **pruning,
+            **_of_training(done),
+        )
         (controls if step.control else runs).append(run)
     return Result(sets=sets, teacher=unpruned, runs=runs, controls=controls, best="")
 
 
-def _facts(stage: str, kind: Any, chain: Sequence[StepRecord], records: Mapping[str, StageRecord]) -> Any:
-    """Return (facts, settings) in the ledger of a stage among the steps that led to a model; None if there are none.
-
-    `kind`: type of the facts.
-    """
-    for step in chain:
-        if step.stage == stage and step.record in records:
-            record = records[step.record]
-            with contextlib.suppress(msgspec.ValidationError, RecursionError):
-                return msgspec.convert((record.facts, record.made_from.settings), tuple[kind, _Settings])
+def _facts(record: StageRecord | None, kind: Any) -> Any:
+    """Return (facts of type `kind`, settings) of a ledger entry; None if there is none, or it is of another type."""
+    if record is not None:
+        with contextlib.suppress(msgspec.ValidationError, RecursionError):
+            return msgspec.convert((record.facts, record.made_from.settings), tuple[kind, _Settings])
     return None
 
 
-def _entry(
-    step: StepRecord,
-    chain: Sequence[StepRecord],
-    evaluation: RunEvaluation,
-    records: Mapping[str, StageRecord],
-    workdir: Path,
-) -> dict[str, Any]:
-    """Return the fields of a model's entry in `result.json` that do not depend on a plan."""
-    done = [records[member.record].seconds for member in chain if member.record in records]
-    metrics, trained = Path(step.folder) / "training/metrics.jsonl", _facts("recover", RecoverFacts, chain, records)
-    entry = {
-        "name": step.name,
-        "recovery": step.recovery,
-        "seconds": round(sum(done), 2) if len(done) == len(chain) else None,
-        "metrics": metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None,
-        "path": step.path,
-        "evaluation": evaluation,
-    }
+def _of_training(done: Mapping[str, StageRecord]) -> dict[str, Any]:
+    """Return the fields of a model's entry in `result.json` that its training determines."""
+    trained = _facts(done.get("recover"), RecoverFacts)
     if trained is None:
-        return entry
+        return {}
     facts, settings = trained
-    return entry | {
+    return {
         "data_fraction": settings.fraction,
         "training_records": facts.records,
         "training_steps": facts.steps,
@@ -267,12 +258,10 @@ def _entry(
     }
 
 
-def _of_plan(
-    step: StepRecord, chain: Sequence[StepRecord], records: Mapping[str, StageRecord], workdir: Path
-) -> dict[str, Any]:
+def _of_plan(step: StepRecord, done: Mapping[str, StageRecord], workdir: Path) -> dict[str, Any]:
     """Return the fields of a pruned model's entry in `result.json` that its plan determines."""
-    path, pruned = Path(step.variant) / "plan.json", _facts("prune", PruneFacts, chain, records)
-    plan, repaired = PrunePlan.from_json(workdir / path), _facts("reconstruct", dict[str, Any], chain, records)
+    plan, pruned = PrunePlan.from_json(workdir / step.plan), _facts(done.get("prune"), PruneFacts)
+    repaired = _facts(done.get("reconstruct"), dict[str, Any])
     return {
         "method": plan.method,
         "criterion": plan.criterion,
@@ -282,8 +271,8 @@ def _of_plan(
         "parameters": plan.parameters_after,
         "removed_layers": list(plan.removed_layers),
         "reconstruct": "none" if repaired is None else repaired[1].method,
-        "plan": path.as_posix(),
-        "scores": _scores(step, workdir),
+        "plan": step.plan,
+        "scores": step.scores(workdir),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import time
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 from vlmprune_jax.base.atomic import atomic_folder
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import open_file, replacing
+from vlmprune_jax.base.files import open_file
 from vlmprune_jax.run.workdir.content import content_key, is_hidden, made_from
 
 RECORD = "stage.json"
@@ -54,13 +53,12 @@ class Store:
         with exclusive(self.folder / f"{key}.lock", math.inf, waiting):
             yield
 
-    def put(self, key: str, outputs: Sequence[Path], record: Mapping[str, Any]) -> None:
-        """Add a stage's outputs to the store that the runs of a sweep share."""
+    def put(self, key: str, outputs: Sequence[Path], record: Path) -> None:
+        """Add a stage's outputs and ledger entry to the store that the runs of a sweep share."""
         with atomic_folder(self.folder / key) as entry:
             for path in outputs:
                 _link(path, entry / path.name)
-            with replacing(entry / RECORD) as file:
-                file.write(json.dumps(record, indent=2).encode())
+            _link(record, entry / RECORD)
 
     def take(self, key: str, outputs: Sequence[Path]) -> None:
         """Link stored outputs into a run's folder."""

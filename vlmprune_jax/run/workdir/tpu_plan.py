@@ -1,4 +1,4 @@
-"""`tpu_plan.json`: memory, FLOPs and minimum time of the recovery step on a TPU slice (`vlmprune plan`)."""
+"""`tpu_plan.json`: memory, FLOPs and minimum time of recovery and evaluation on a TPU slice (`vlmprune plan`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from vlmprune_jax.run.workdir.artefact import Artefact, Part
 TPU_PLAN = "tpu_plan.json"
 NOTES = (
     "Computed from the compiled training step, which was not run. Times are lower bounds: the slowest of arithmetic, "
-    "memory and links between chips. Executed FLOPs include recomputation in the backward pass."
+    "memory and links between chips. Executed FLOPs include recomputation in the backward pass; bytes from other chips "
+    "are computed from the shards of weights, gradients and activations."
 )
 GIB = 2**30
 
@@ -32,10 +33,9 @@ class Hbm(Part, frozen=True, kw_only=True):
 
 
 class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a training step on all chips: executed FLOPs, and FLOPs that the model needs (total and by part)."""
+    """FLOPs of a training step on all chips: executed FLOPs, and FLOPs that the model needs, by part."""
 
     executed: Finite
-    model: Finite
     student: Finite
     teacher: Finite
     attention: Finite
@@ -43,16 +43,15 @@ class StepFlops(Part, frozen=True, kw_only=True):
 
 
 class StepSeconds(Part, frozen=True, kw_only=True):
-    """Lower bounds on the step time in seconds, by limiting resource (compute, memory, network)."""
+    """Lower bounds on the step time in seconds, by limiting resource."""
 
-    step: Finite
     compute: Finite
     memory: Finite
     interconnect: Finite
 
 
 class PlannedStep(Part, frozen=True, kw_only=True):
-    """Recovery step that fits in memory; `received`: bytes per chip, by collective operation."""
+    """Recovery step that fits in memory; the planned batch has the largest bucket of each kind."""
 
     topology: str
     chips: Count
@@ -62,156 +61,102 @@ class PlannedStep(Part, frozen=True, kw_only=True):
     batch_size: Count
     accumulation: Count
     remat: str
-    tokens_per_row: Count
-    images_per_row: Count
-    tokens_buckets: list[Count]
-    images_buckets: list[Count]
-    image_tokens_buckets: list[Count] = []  # for images of any size
+    tokens_buckets: list[Count]  # per row
+    images_buckets: list[Count]  # per row
+    image_tokens_buckets: list[Count] = []  # per row, for images of any size
     feature_cache: bool
     teacher_top_k: Count
     hbm: Hbm
     flops: StepFlops
-    received: dict[str, Finite]
+    received: dict[str, Finite]  # bytes per chip from other chips: weights, gradients, activations
     seconds: StepSeconds
     mfu: Finite
-    tokens_per_second: Finite
     steps: Count | None
     compile_seconds: Finite
 
-    @property
-    def hours(self) -> float | None:
-        """Lower bound on the training time in hours; None if the number of steps is unknown."""
-        return None if self.steps is None else self.steps * self.seconds.step / 3600
-
-    @property
-    def buckets(self) -> str:
-        """Batch shapes of the step as text, such as "768, 1024 tokens and 1, 13 images"; "" for a single shape."""
-        named = {
-            "tokens": self.tokens_buckets,
-            "images": self.images_buckets,
-            "tokens an image": self.image_tokens_buckets,
-        }
-        return " and ".join(f"{', '.join(map(str, sizes))} {what}" for what, sizes in named.items() if len(sizes) > 1)
+    def table(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, value) rows that describe the step."""
+        hbm, flops, teacher, tokens = self.hbm, self.flops, self.teacher, max(self.tokens_buckets, default=0)
+        yield "slice", _slice(self)
+        models = f"{self.student.parameters:,} parameters in {self.student.layers} layers"
+        if teacher:
+            models += f", teacher {teacher.parameters:,} in {teacher.layers}"
+        if self.teacher_top_k:
+            models += f", the teacher's top {self.teacher_top_k} from its cache"
+        yield "student", models
+        n_images = max(self.images_buckets, default=0)
+        images = f"{n_images}{' cached' if self.feature_cache else ''} image{'' if n_images == 1 else 's'}"
+        yield (
+            "step",
+            f"{self.batch_size} rows of {tokens:,} tokens and {images}, {self.accumulation} micro-batches, "
+            f"remat {self.remat}",
+        )
+        named = {"tokens": self.tokens_buckets, "images": self.images_buckets}
+        named["tokens an image"] = self.image_tokens_buckets
+        buckets = [f"{', '.join(map(str, sizes))} {what}" for what, sizes in named.items() if len(sizes) > 1]
+        if buckets:
+            yield "buckets", f"the largest of {' and '.join(buckets)}; smaller ones need less"
+        memory = f"{hbm.arguments / GIB:.2f} GiB arguments + {hbm.temporaries / GIB:.2f} GiB temporaries"
+        yield "HBM per chip", f"{memory}, {hbm.free / GIB:.2f} GiB free"
+        parts = {name: getattr(flops, name) for name in ("student", "teacher", "attention", "vision")}
+        terms = ", ".join(f"{name} {value:.2e}" for name, value in parts.items())
+        yield "FLOPs", f"{flops.executed:.2e} executed, {sum(parts.values()):.2e} of the model ({terms})"
+        received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in self.received.items()) or "none"
+        yield "received", f"per chip, in GiB: {received}"
+        limits = {name: getattr(self.seconds, name) for name in ("compute", "memory", "interconnect")}
+        seconds = max(limits.values())
+        by_limit = ", ".join(f"{name} {value:.3f}" for name, value in limits.items())
+        yield "step time", f"at least {seconds:.3f} s ({by_limit}); MFU at most {100 * self.mfu:.1f} %"
+        if seconds > 0:
+            yield "throughput", f"at most {self.batch_size * tokens / seconds:,.0f} tokens/s"
+        if self.steps is not None:
+            hours = self.steps * seconds / 3600
+            run = f"{self.steps:,} steps: at least {hours:.2f} hours, {hours * self.chips:.1f} chip-hours"
+            largest = " if every batch is of the largest bucket (how many are of each depends on the data)"
+            yield "run", run + (largest if buckets else "")
+        yield "compiled in", f"{self.compile_seconds:.0f} s"
 
 
 class PlannedEvaluation(Part, frozen=True, kw_only=True):
-    """Evaluation of a model on a TPU slice that fits in memory; all sizes are bytes per chip.
-
-    `rows`, `tokens_per_row`: shape of the compiled batch. `received`: bytes from other chips to decode one token of
-    every row in the compiled program. `seconds`: lower bounds for 1,000 questions, by benchmark. `phases`: the same by
-    weight format, benchmark and phase, for any mesh.
-    """
+    """Evaluation of a model on a TPU slice, computed from shapes; all sizes are bytes per chip."""
 
     topology: str
     chips: Count
     mesh: dict[str, Count]
     model: PlannedModel
-    rows: Count
+    rows: Count  # of a batch
     tokens_per_row: Count
-    hbm: Hbm
+    weights: Finite
+    cache: Finite
     largest_batch: Count
-    received: Finite
-    seconds: dict[str, Finite]
-    phases: dict[str, dict[str, dict[str, Finite]]] = {}
-    compile_seconds: Finite
+    phases: dict[str, dict[str, dict[str, Finite]]]  # least seconds of 1,000 questions: format, benchmark, phase
+
+    def table(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, value) rows that describe the evaluation."""
+        yield "slice", _slice(self)
+        yield "model", f"{self.model.parameters:,} parameters in {self.model.layers} layers"
+        yield (
+            "batch",
+            f"{self.rows} rows of {self.tokens_per_row:,} tokens; at most {self.largest_batch:,} rows fit",
+        )
+        yield "HBM per chip", f"{self.weights / GIB:.2f} GiB weights + {self.cache / GIB:.2f} GiB cache"
+        for form, benchmarks in self.phases.items():
+            texts = [
+                f"{name} {sum(phases.values()):.2f} ({' + '.join(f'{value:.2f}' for value in phases.values())})"
+                for name, phases in benchmarks.items()
+            ]
+            least = f"at least, in seconds (tower + prefill + decoding): {', '.join(texts)}"
+            yield f"1,000 questions, {form}", least
 
 
-class Planned(Part, frozen=True, kw_only=True):
-    """One planned recovery: its step, or why the step needs too much memory, and the best steps that searches found."""
-
-    step: PlannedStep | None = None
-    problem: str | None = None
-    search: dict[str, PlannedStep] = {}
-
-
-class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
+class TpuPlan(Artefact, frozen=True, kw_only=True, tag=3):
     """File `tpu_plan.json`: planned recoveries by name, and planned evaluations by prune variant."""
 
     HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
-    recoveries: dict[str, Planned]
+    recoveries: dict[str, PlannedStep]
     evaluations: dict[str, PlannedEvaluation] = {}
 
 
-def as_rows(planned: Planned) -> list[tuple[str, str]]:
-    """Return (name, value) rows that describe a planned recovery."""
-    rows = [] if planned.step is None else [*_step_rows(planned.step)]
-    if planned.problem is not None:
-        rows.append(("does not fit", planned.problem))
-    return rows + [(f"best {what}", _summary(step)) for what, step in planned.search.items()]
-
-
-def _step_rows(step: PlannedStep) -> Iterator[tuple[str, str]]:
-    hbm, flops, seconds, teacher = step.hbm, step.flops, step.seconds, step.teacher
-    mesh = " x ".join(f"{name} {size}" for name, size in step.mesh.items())
-    yield "slice", f"{step.topology}: {step.chips} chips, mesh {mesh}"
-    models = f"{step.student.parameters:,} parameters in {step.student.layers} layers"
-    if teacher:
-        models += f", teacher {teacher.parameters:,} in {teacher.layers}"
-    if step.teacher_top_k:
-        models += f", the teacher's top {step.teacher_top_k} from its cache"
-    yield "student", models
-    images = f"{step.images_per_row}{' cached' if step.feature_cache else ''} image"
-    images += "" if step.images_per_row == 1 else "s"
-    yield (
-        "step",
-        f"{step.batch_size} rows of {step.tokens_per_row:,} tokens and {images}, "
-        f"{step.accumulation} micro-batches, remat {step.remat}",
-    )
-    if step.buckets:
-        yield "buckets", f"the largest of {step.buckets}; smaller ones need less"
-    yield (
-        "HBM per chip",
-        f"{hbm.arguments / GIB:.2f} GiB arguments + {hbm.temporaries / GIB:.2f} GiB temporaries, "
-        f"{hbm.free / GIB:.2f} GiB free",
-    )
-    terms = ", ".join(f"{name} {getattr(flops, name):.2e}" for name in ("student", "teacher", "attention", "vision"))
-    yield "FLOPs", f"{flops.executed:.2e} executed, {flops.model:.2e} of the model ({terms})"
-    received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in step.received.items()) or "none"
-    yield "received", f"per chip, in GiB: {received}"
-    limits = ", ".join(f"{name} {getattr(seconds, name):.3f}" for name in ("compute", "memory", "interconnect"))
-    yield "step time", f"at least {seconds.step:.3f} s ({limits}); MFU at most {100 * step.mfu:.1f} %"
-    yield "throughput", f"at most {step.tokens_per_second:,.0f} tokens/s"
-    if step.hours is not None:
-        run = f"{step.steps:,} steps: at least {step.hours:.2f} hours, {step.hours * step.chips:.1f} chip-hours"
-        largest = " if every batch is of the largest bucket (how many are of each depends on the data)"
-        yield "run", run + (largest if step.buckets else "")
-    yield "compiled in", f"{step.compile_seconds:.0f} s"
-
-
-def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
-    """Return (name, value) rows that describe a planned evaluation."""
-    hbm, model = planned.hbm, planned.model
+def _slice(planned: PlannedStep | PlannedEvaluation) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in planned.mesh.items())
-    return [
-        ("slice", f"{planned.topology}: {planned.chips} chips, mesh {mesh}"),
-        ("model", f"{model.parameters:,} parameters in {model.layers} layers"),
-        (
-            "batch",
-            f"{planned.rows} rows of {planned.tokens_per_row:,} tokens; about {planned.largest_batch:,} rows fit",
-        ),
-        (
-            "HBM per chip",
-            f"{hbm.arguments / GIB:.2f} GiB weights + {hbm.temporaries / GIB:.2f} GiB cache and temporaries, "
-            f"{hbm.free / GIB:.2f} GiB free",
-        ),
-        ("a token", f"{planned.received / 2**20:.2f} MiB received per chip"),
-        *((f"1,000 questions, {form}", _phases(phases)) for form, phases in planned.phases.items()),
-        ("compiled in", f"{planned.compile_seconds:.0f} s"),
-    ]
-
-
-def _phases(benchmarks: dict[str, dict[str, float]]) -> str:
-    """Return the least seconds of benchmarks as text, with those of each phase."""
-    texts = [
-        f"{name} {sum(phases.values()):.2f} ({' + '.join(f'{value:.2f}' for value in phases.values())})"
-        for name, phases in benchmarks.items()
-    ]
-    return f"at least, in seconds (tower + prefill + decoding): {', '.join(texts)}"
-
-
-def _summary(step: PlannedStep) -> str:
-    return (
-        f"{step.batch_size} rows in {step.accumulation}, remat {step.remat}, on {step.topology}: "
-        f"{step.hbm.free / GIB:.2f} GiB free, at least {step.seconds.step:.3f} s a step, "
-        f"{step.tokens_per_second:,.0f} tokens/s"
-    )
+    return f"{planned.topology}: {planned.chips} chips, mesh {mesh}"

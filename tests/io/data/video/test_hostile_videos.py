@@ -9,6 +9,7 @@ import pytest
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process
 from vlmprune_jax.io.data.video.process import Limits
 from vlmprune_jax.io.data.video.reader import VideoReader
@@ -16,6 +17,7 @@ from vlmprune_jax.io.data.video.reader import VideoReader
 av = pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 EVERY = VideoConfig("linspace", min_frames=10**6, max_frames=10**6)
 LIMITS = Limits(file_bytes=2**26, frames=1000, seconds=100, pixels=10**6, kept_pixels=10**7, wall=60)
+FRAMES = Tiling(16, 1, 1, False, False, (0.5,) * 3, (0.5,) * 3, 3, False)
 FASTSTART = {"movflags": "faststart"}
 PICTURES = np.zeros((12, 48, 64, 3), np.uint8)
 for _number, _picture in enumerate(PICTURES):
@@ -23,7 +25,7 @@ for _number, _picture in enumerate(PICTURES):
 
 
 def read(path):
-    return VideoReader(EVERY, LIMITS).read(path, "r7")
+    return VideoReader(EVERY, LIMITS, FRAMES).read(path, "r7")
 
 
 def refusal(path, content):

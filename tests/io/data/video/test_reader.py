@@ -16,13 +16,13 @@ from vlmprune_jax.io.data.media import MemoryBudget, StoredImage
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process
-from vlmprune_jax.io.data.video.frames import FrameLoader
 from vlmprune_jax.io.data.video.process import Limits
 from vlmprune_jax.io.data.video.reader import VideoReader
 
 pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 EVERY = VideoConfig("linspace", min_frames=10**6, max_frames=10**6)
 LIMITS = Limits(file_bytes=2**26, frames=1000, seconds=100, pixels=10**6, kept_pixels=10**7, wall=60)
+FRAMES = Tiling(16, 1, 1, False, False, (0.5,) * 3, (0.5,) * 3, 3, False)
 
 
 def limits(**changes):
@@ -39,7 +39,7 @@ def test_every_frame_of_every_clip(clips):
     facts = json.loads((clips / "clips.json").read_text())["clips"]
     with np.load(clips / "frames.npz") as frames:
         for name, expected in facts.items():
-            clip = VideoReader(EVERY, LIMITS).read(clips / expected["file"], name)
+            clip = VideoReader(EVERY, LIMITS, FRAMES).read(clips / expected["file"], name)
             assert (clip.total, clip.fps, clip.duration) == tuple(
                 expected[field] for field in ("frames", "fps", "duration")
             )
@@ -50,19 +50,19 @@ def test_every_frame_of_every_clip(clips):
 
 def test_sampled_and_repeated_frames(clips):
     with np.load(clips / "frames.npz") as frames:
-        clip = VideoReader(EVERY, LIMITS, video_frames=8).read(clips / "few.mp4", "r")
+        clip = VideoReader(EVERY, LIMITS, FRAMES, count=8).read(clips / "few.mp4", "r")
         assert clip.indices == (0, 0, 1, 1, 1, 1, 2, 2)
         np.testing.assert_array_equal(clip.frames, frames["few"][list(clip.indices)])
 
 
 def test_parts_of_a_clip(clips):
     """Frames from the first to the last second, as qwen-vl-utils counts them; times are those of the whole clip."""
-    read = VideoReader(EVERY, LIMITS).read
+    read = VideoReader(EVERY, LIMITS, FRAMES).read
     whole, middle, rest = (read(clips / "main.mp4", "r", part) for part in (None, (0.5, 1.0), (1.6, math.inf)))
     assert (middle.indices, middle.used, middle.duration) == ((4, 5, 6, 7, 8), 5, 5 / 8)
     assert (rest.indices, rest.total, rest.fps) == ((13, 14, 15), 16, 8)
     np.testing.assert_array_equal(middle.frames, whole.frames[4:9])
-    assert VideoReader(EVERY, LIMITS, video_frames=3).read(clips / "main.mp4", "r", (0.5, 1.0)).indices == (4, 6, 8)
+    assert VideoReader(EVERY, LIMITS, FRAMES, count=3).read(clips / "main.mp4", "r", (0.5, 1.0)).indices == (4, 6, 8)
     with pytest.raises(UserError, match=r"main.mp4 \(record r\): lasts 2.00 s and has no frame from 'start' to 'end'"):
         read(clips / "main.mp4", "r", (3.0, 4.0))
 
@@ -76,7 +76,7 @@ def test_bytes_and_frame_lists(clips):
             return "store"
 
     stored = StoredImage("video 0", 0, Store())
-    read = VideoReader(EVERY, LIMITS)
+    read = VideoReader(EVERY, LIMITS, FRAMES)
     np.testing.assert_array_equal(read.read(stored, "r").frames, read.read(clips / "second.webm", "r").frames)
     listed = read.read(tuple(clips / f"frame_{number}.png" for number in range(5)), "r")
     with np.load(clips / "frames.npz") as frames:
@@ -89,9 +89,9 @@ def test_bytes_and_frame_lists(clips):
 def test_the_key_follows_the_file(clips, tmp_path):
     path = tmp_path / "clip.mp4"
     shutil.copy(clips / "main.mp4", path)
-    first = VideoReader(EVERY, LIMITS).describe(path, "r")
+    first = VideoReader(EVERY, LIMITS, FRAMES).describe(path, "r")
     os.utime(path, ns=(1, 1))
-    assert VideoReader(EVERY, LIMITS).describe(path, "r").key != first.key
+    assert VideoReader(EVERY, LIMITS, FRAMES).describe(path, "r").key != first.key
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_key_follows_the_file(clips, tmp_path):
 )
 def test_what_is_no_video(clips, name, message):
     with pytest.raises(UserError, match=message) as error:
-        VideoReader(EVERY, LIMITS).read(clips / name, "r7")
+        VideoReader(EVERY, LIMITS, FRAMES).read(clips / name, "r7")
     assert str(clips / name) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -125,40 +125,30 @@ def test_what_is_no_video(clips, name, message):
 )
 def test_limits(clips, changes, message):
     with pytest.raises(UserError, match=message):
-        VideoReader(EVERY, limits(**changes)).read(clips / "main.mp4", "r")
+        VideoReader(EVERY, limits(**changes), FRAMES).read(clips / "main.mp4", "r")
 
 
 def test_a_worker_that_hangs_or_dies_is_replaced(clips, monkeypatch):
     """The next clip is read by a new process."""
-    read = VideoReader(EVERY, LIMITS)
+    read = VideoReader(EVERY, LIMITS, FRAMES)
     assert read.read(clips / "one.mp4", "r").total == 1
     (worker,) = process._IDLE[-1:]
     os.kill(worker._process.pid, 19)  # SIGSTOP
     with pytest.raises(UserError, match=r"one.mp4 .record r.: takes too long to decode: raise data.video_timeout"):
-        VideoReader(EVERY, limits(wall=0)).read(clips / "one.mp4", "r")
+        VideoReader(EVERY, limits(wall=0), FRAMES).read(clips / "one.mp4", "r")
     assert worker._process.returncode is not None
-    assert VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r").total == 3
+    assert VideoReader(EVERY, LIMITS, FRAMES).read(clips / "few.mp4", "r").total == 3
     process._IDLE[-1]._process.kill()
     with pytest.raises(UserError, match=r"the decoder stopped"):
-        VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r")
-    assert VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r").total == 3
+        VideoReader(EVERY, LIMITS, FRAMES).read(clips / "few.mp4", "r")
+    assert VideoReader(EVERY, LIMITS, FRAMES).read(clips / "few.mp4", "r").total == 3
     with pytest.raises(ProcessLookupError):
         os.kill(worker._process.pid, 0)
 
 
 def test_threads_decode_within_one_budget(clips, monkeypatch):
     """Three clips of 147,456 bytes, and 48,000 or so of prepared frames, in a budget for one and for all."""
-    size = {
-        "size": 16,
-        "min_tiles": 1,
-        "max_tiles": 1,
-        "thumbnail": False,
-        "pad": False,
-        "resample": 3,
-        "shares": False,
-    }
-    tiles, reading, most = Tiling(**size, mean=(0.5,) * 3, std=(0.5,) * 3), [], []
-    reader = VideoReader(EVERY, LIMITS)
+    reading, most, reader = [], [], VideoReader(EVERY, LIMITS, FRAMES, slot_tokens=1)
     read = reader.read
 
     def slow(*arguments):
@@ -170,11 +160,10 @@ def test_threads_decode_within_one_budget(clips, monkeypatch):
         return clip
 
     monkeypatch.setattr(reader, "read", slow)
-    loader = FrameLoader(reader, tiles, None, 1)
     for budget, together in ((200_000, 1), (10**6, 3)):
-        monkeypatch.setattr("vlmprune_jax.io.data.video.frames.DECODING", MemoryBudget(budget))
-        loader.shape(VideoSource(clips / "main.mp4"), "r")
-        threads = [threading.Thread(target=loader.load, args=(VideoSource(clips / "main.mp4"), "r")) for _ in range(3)]
+        monkeypatch.setattr("vlmprune_jax.io.data.video.reader.DECODING", MemoryBudget(budget))
+        reader.shape(VideoSource(clips / "main.mp4"), "r")
+        threads = [threading.Thread(target=reader.load, args=(VideoSource(clips / "main.mp4"), "r")) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -210,4 +199,4 @@ def test_a_large_clip_is_not_overtaken_and_failures_free_memory():
 def test_without_pyav(clips, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs PyAV: pip install 'vlmprune-jax\[video\]'"):
-        VideoReader(EVERY, LIMITS).read(clips / "one.mp4", "r")
+        VideoReader(EVERY, LIMITS, FRAMES).read(clips / "one.mp4", "r")

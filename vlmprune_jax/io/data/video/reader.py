@@ -1,25 +1,32 @@
-"""Sampled frames of videos, from video files, bytes and lists of frame files."""
+"""Sampled frames of videos, from files, bytes and lists of frame files, prepared for the vision tower."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, overload
 
 import numpy as np
+from PIL import Image
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import read_rgb
-from vlmprune_jax.io.data.media import Part, StoredImage, Video, image_key
+from vlmprune_jax.io.data.image_files import opened_image, read_rgb
+from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video.process import Limits, decode, describe
+from vlmprune_jax.io.families.tiles import VideoShape
 
 
 @dataclass(frozen=True)
@@ -59,45 +66,57 @@ class Clip(ClipInfo):
     """uint8[frames, height, width, 3], one for each of `indices`."""
 
 
+@dataclass(eq=False)
 class VideoReader:
-    """Reader of sampled frames; `ImageLoader` caches what is made of them. Thread-safe.
+    """Reader of the sampled frames of videos, prepared for the vision tower; thread-safe. Errors name the record."""
 
-    `video_fps` and `video_frames` are the settings of these names; None: the values of the model folder.
-    """
+    video: VideoConfig
+    limits: Limits
 
-    def __init__(
-        self,
-        video: VideoConfig,
-        limits: Limits,
-        *,
-        video_fps: float | None = None,
-        video_frames: int | None = None,
-    ) -> None:
-        self.video = video
-        self._limits = limits
-        self._video_fps, self._video_frames = video_fps, video_frames
-        self._described: dict[tuple[Video, Part], ClipInfo] = {}
+    preparation: Preparation
+    """Conversion of frames to arrays."""
 
-    @property
-    def max_pixels(self) -> int:
-        """Maximum number of pixels in all sampled frames of a video (`data.max_video_pixels`)."""
-        return self._limits.kept_pixels
+    mismatch: str = ""
+    """Why the vision tower does not accept these arrays, as text; "" if it does."""
 
-    @classmethod
-    def from_settings(cls, video: VideoConfig, data: DataSpec) -> VideoReader:
-        """Return a reader with the settings of the section `data`."""
-        limits = Limits(
-            file_bytes=data.max_video_megabytes << 20,
-            frames=data.max_video_frames,
-            seconds=data.max_video_seconds,
-            pixels=data.max_image_pixels,
-            kept_pixels=data.max_video_pixels,
-            wall=data.video_timeout,
-        )
-        return cls(video, limits, video_fps=data.video_fps, video_frames=data.video_frames)
+    fps: float | None = None
+    """Setting `data.video_fps` (None = the model folder's value)."""
+
+    count: int | None = None
+    """Setting `data.video_frames` (None = the model folder's value)."""
+
+    max_tokens: int | None = None
+    """Maximum number of tokens per video (None = as many as the preparation gives)."""
+
+    slot_tokens: int = 0
+    """Tokens of a frame, for models whose images have one size."""
+
+    _described: dict[tuple[Video, Part], ClipInfo] = dataclasses.field(default_factory=dict, init=False)
+
+    def shape(self, video: VideoSource, record: str) -> VideoShape:
+        """Return the grid of a video's frames, and the times of the frames."""
+        return self._prepared(video, self.describe(video.source, record, video.part), record)[1]
+
+    def load(self, video: VideoSource, record: str) -> np.ndarray:
+        """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
+        info = self.describe(video.source, record, video.part)
+        preparation, shape = self._prepared(video, info, record)
+        decoded = 3 * len(info.indices) * info.height * info.width
+        with DECODING.reserve(decoded + 4 * _values(preparation, shape)):
+            clip = self.read(video.source, record, video.part)
+            return preparation.prepare_frames(_Images(clip.frames))
+
+    def keys(self, video: VideoSource, record: str) -> list[str]:
+        """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
+        info = self.describe(video.source, record, video.part)
+        shape, patch = self._prepared(video, info, record)[1], self.video.temporal_patch
+        digest = hashlib.sha256(json.dumps(self.preparation.settings).encode()).hexdigest()[:16]
+        frames = _padded(info.indices, patch)
+        numbers = ["+".join(map(str, frames[at : at + patch])) for at in range(0, len(frames), patch)]
+        return [f"{info.key}:frame {number} as {shape.rows}x{shape.columns} by {digest}" for number in numbers]
 
     def describe(self, source: Video, record: str, part: Part = None) -> ClipInfo:
-        """Return the sampled indices, rate and size of a video; only its first frame is decoded.
+        """Return the sampled indices, rate and size of a video; of a file, only the first frame is decoded.
 
         Raises UserError that names the file and the record.
         """
@@ -112,17 +131,18 @@ class VideoReader:
 
     def _describe(self, source: Video, part: Part, record: str) -> ClipInfo:
         if isinstance(source, tuple):
-            if not 0 < len(source) <= self._limits.frames:
+            if not 0 < len(source) <= self.limits.frames:
                 raise UserError(
                     f"record {record}: lists {len(source):,} frames as one video, expected 1 to "
-                    f"data.max_video_frames={self._limits.frames:,}: sample them"
+                    f"data.max_video_frames={self.limits.frames:,}: sample them"
                 )
-            width, height = read_rgb(source[0], record, self._limits.pixels).size
+            with opened_image(source[0], record, self.limits.pixels) as image:
+                width, height = image.size
             key = " ".join(map(image_key, source))
             total = len(source)
             return ClipInfo(tuple(range(total)), LIST_FPS, total, total, total / LIST_FPS, height, width, key)
         with _opened(source) as file:
-            video = describe(file, _named(source, record), self._limits)
+            video = describe(file, _named(source, record), self.limits)
         first, used, seconds = 0, video.total, video.duration
         if part is not None:  # frames as in qwen-vl-utils' calculate_video_frame_range
             first, end = math.ceil(part[0] * video.fps), min(part[1] * video.fps, video.total - 1)
@@ -133,26 +153,27 @@ class VideoReader:
                 f"{_named(source, record)}: lasts {video.duration:.2f} s and has no frame from 'start' to 'end' "
                 f"{part}: correct them"
             )
-        rate, count = self._video_fps, self._video_frames
-        sampled = frame_indices(self.video, used, video.fps, duration=seconds, video_fps=rate, video_frames=count)
+        sampled = frame_indices(
+            self.video, used, video.fps, duration=seconds, video_fps=self.fps, video_frames=self.count
+        )
         indices, size = tuple(first + index for index in sampled), (video.height, video.width)
         return ClipInfo(indices, video.fps, video.total, used, seconds, *size, _key(source))
 
     def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
         pixels = len(info.indices) * info.height * info.width
-        if pixels > self._limits.kept_pixels:
+        if pixels > self.limits.kept_pixels:
             raise UserError(
                 f"record {record}: the {len(info.indices):,} frames of a video have {pixels:,} pixels, more than "
-                f"data.max_video_pixels={self._limits.kept_pixels:,}: raise it, or lower data.video_frames or "
+                f"data.max_video_pixels={self.limits.kept_pixels:,}: raise it, or lower data.video_frames or "
                 "data.video_fps"
             )
         if not isinstance(source, tuple):
             with _opened(source) as file:
                 name = _named(source, record)
-                return decode(file, name, self._limits, info.indices, info.total, (info.height, info.width))
+                return decode(file, name, self.limits, info.indices, info.total, (info.height, info.width))
         frames = np.empty((len(source), info.height, info.width, 3), np.uint8)
         for frame, image in zip(frames, source, strict=True):
-            values = np.asarray(read_rgb(image, record, self._limits.pixels))
+            values = np.asarray(read_rgb(image, record, self.limits.pixels))
             if values.shape != frame.shape:
                 raise UserError(
                     f"{image} (record {record}): has {values.shape[1]}x{values.shape[0]} pixels, but the first frame "
@@ -160,6 +181,69 @@ class VideoReader:
                 )
             frame[:] = values
         return frames
+
+    def _prepared(self, video: VideoSource, info: ClipInfo, record: str) -> tuple[Preparation, VideoShape]:
+        patch, frames = self.video.temporal_patch, len(info.indices)
+        seconds = [index / info.fps for index in _padded(info.indices, patch)]
+        times = tuple((seconds[at] + seconds[at + patch - 1]) / 2 for at in range(0, len(seconds), patch))
+        preparation = self.preparation
+        with error_context(f"record {record}: its video"):
+            if self.mismatch:
+                raise UserError(self.mismatch)
+            frame = preparation.image_shape(info.width, info.height, 1, frames)
+            needed = frame.positions(self.slot_tokens) * len(times)
+            if self.max_tokens is not None and needed > self.max_tokens:
+                try:
+                    preparation = preparation.with_most_tokens(self.max_tokens // len(times), self.slot_tokens)
+                except UserError:
+                    raise UserError(
+                        f"{frames} frames have {needed} tokens, more than data.video_tokens={self.max_tokens}: raise "
+                        "it, or lower data.video_frames or data.video_fps"
+                    ) from None
+                frame = preparation.image_shape(info.width, info.height, 1, frames)
+        shape = VideoShape(
+            frame.rows,
+            frame.columns,
+            slots=1 if frame.tokens else frame.slots * len(times),
+            tokens=frame.tokens * len(times),
+            times=times,
+            # a list of frame files has no duration in the reference
+            duration=times[-1] if isinstance(video.source, tuple) else info.duration,
+            interval=patch / (frames / info.used * info.fps),
+        )
+        pixels, most = _values(preparation, shape) // 3, self.limits.kept_pixels // 4  # float32 instead of uint8
+        if pixels > most:
+            raise UserError(
+                f"record {record}: its video: {frames:,} frames have {pixels:,} pixels after resizing, more than a "
+                f"quarter of data.max_video_pixels={self.limits.kept_pixels:,}: raise it, or lower data.video_tokens"
+            )
+        return preparation, shape
+
+
+def video_reader(
+    data: DataSpec, video: VideoConfig | None, slot_tokens: int, preparation: Preparation
+) -> VideoReader | None:
+    """Return the reader of a model's videos, or None if it takes none; `preparation` is that of its images."""
+    frames = None if video is None else preparation.for_video(video)
+    if video is None or frames is None:
+        return None
+    limits = Limits(
+        file_bytes=data.max_video_megabytes << 20,
+        frames=data.max_video_frames,
+        seconds=data.max_video_seconds,
+        pixels=data.max_image_pixels,
+        kept_pixels=data.max_video_pixels,
+        wall=data.video_timeout,
+    )
+    mismatch = ""
+    if (frames.shape, frames.merge) != (preparation.shape, preparation.merge):
+        mismatch = (
+            f"the video processor returns {frames.described}, but the vision tower takes {preparation.described}: "
+            "restore the video processor's settings from the model's source"
+        )
+    return VideoReader(
+        video, limits, frames, mismatch, data.video_fps, data.video_frames, data.video_tokens, slot_tokens
+    )
 
 
 @contextlib.contextmanager
@@ -182,3 +266,32 @@ def _named(source: Path | StoredImage, record: str) -> str:
 def _key(source: Path | StoredImage) -> str:
     changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
     return f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
+
+
+def _values(preparation: Preparation, shape: VideoShape) -> int:
+    """Return the size of a video's prepared array."""
+    return (shape.tokens * preparation.merge**2 or shape.slots) * math.prod(preparation.shape)
+
+
+class _Images(Sequence[Image.Image]):
+    """Frames uint8[frames, height, width, 3] as images, each made when it is used: Pillow copies pixels."""
+
+    def __init__(self, frames: np.ndarray) -> None:
+        self._frames = frames
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @overload
+    def __getitem__(self, number: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Image.Image]: ...
+
+    def __getitem__(self, number: int | slice) -> Image.Image | Sequence[Image.Image]:
+        return _Images(self._frames[number]) if isinstance(number, slice) else Image.fromarray(self._frames[number])
+
+
+def _padded(indices: tuple[int, ...], patch: int) -> list[int]:
+    """Return the frame numbers, with the last one repeated until they fill whole temporal patches."""
+    return [*indices, *[indices[-1]] * (-len(indices) % patch)]
