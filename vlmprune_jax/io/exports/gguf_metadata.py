@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
@@ -65,7 +65,18 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
         "layer_norm_rms_eps" if text.block.norm == "rms" else "layer_norm_eps": text.block.norm_eps,
     }
     if architecture.windows is not None:
-        fields |= _window_fields(text)
+        local, pattern = text.local_attention, [shape.mixer.window is not None for shape in text.layers]
+        windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
+        fields["sliding_window"] = max(windows, default=text.max_positions)
+        fields["sliding_window_pattern"] = full_attention_period(text.layers)
+        fields["rope_freq_base_swa"] = (local.rope or rope).theta
+        if text.attention.head_dim != local.head_dim:
+            fields |= {"key_length_swa": local.head_dim, "value_length_swa": local.head_dim}
+            fields |= {"sliding_window_pattern": pattern, "rope_dimension_count_swa": local.rotated}
+            fields["shared_kv_layers"] = sum(shape.mixer.source is not None for shape in text.layers)
+            fields["embedding_length_per_layer_input"] = text.block.layer_inputs
+        if text.logit_cap:
+            fields["final_logit_softcapping"] = text.logit_cap
     if rope.sections:
         fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and an unused section
     if cfg.deepstack:
@@ -85,59 +96,31 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
     return fields
 
 
-def _window_fields(text: TextConfig) -> JsonDict:
-    """Return GGUF metadata of sliding windows, shared keys and values, and per-layer embeddings."""
-    windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
-    fields: JsonDict = {
-        "sliding_window": max(windows, default=text.max_positions),
-        "sliding_window_pattern": full_attention_period(text.layers),
-        "rope_freq_base_swa": (text.local_attention.rope or text.rope).theta,
-    }
-    if text.attention.head_dim != text.local_attention.head_dim:
-        fields |= {
-            "sliding_window_pattern": [shape.mixer.window is not None for shape in text.layers],
-            "key_length_swa": text.local_attention.head_dim,
-            "value_length_swa": text.local_attention.head_dim,
-            "rope_dimension_count_swa": text.local_attention.rotated,
-            "shared_kv_layers": sum(shape.mixer.source is not None for shape in text.layers),
-            "embedding_length_per_layer_input": text.block.layer_inputs,
-        }
-    return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
+def image_fields(cfg: ModelConfig, family: Family, source: Path) -> tuple[JsonDict, JsonDict]:
+    """Return GGUF metadata on pixel statistics, and on limits of image size or tiles, from the image processor.
 
-
-def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
-    """Return the pixel mean and standard deviation from the folder's image processor, or the family's defaults."""
-    if family.images == "patches":
-        patching = _patching(source)
-        return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
-    if family.images == "budget":  # the tower centres them
-        return {"vision_image_mean": [0.0] * 3, "vision_image_std": [1.0] * 3}
-    mean, std = PIXELS[vision_of(cfg).kind]
-    processor = None if family.tiling is not None else processor_settings(source)
-    if processor is not None:
-        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
-    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}
-
-
-def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or tiles, for families that divide images into tiles.
-
-    Raises UserError if images have only one tile.
+    Raises UserError if an image that is divided into tiles has only one.
     """
-    if family.images == "patches":
-        patching = _patching(source)
-        return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
-    processor = None if family.images in ("whole", "crops", "budget", "naflex") else processor_settings(source)
+    mean, std = PIXELS[vision_of(cfg).kind]
     fields: JsonDict = {}
     tiling, tiles = None, 0
-    if family.tiling is not None:
+    processor = None if family.tiling is not None else processor_settings(source)
+    if family.images == "patches":
+        patching = _patching(source)
+        mean, std = patching.mean, patching.std
+        fields = {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
+    elif family.images == "budget":  # the tower centres pixels
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    elif family.tiling is not None:
         config = source / "config.json"
         tiling = family.tiling(read_fields(config), str(config))
-    elif processor is not None and family.images == "splits":
-        splitting = splitting_from_processor(*processor)
-        fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
     elif processor is not None:
-        tiling = tiling_from_processor(*processor)
+        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
+        if family.images == "splits":
+            splitting = splitting_from_processor(*processor)
+            fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
+        elif family.images == "tiles":
+            tiling = tiling_from_processor(*processor)
     if tiling is not None:
         fields = {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
         tiles = tiling.max_tiles
@@ -146,7 +129,7 @@ def cut(family: Family, source: Path) -> JsonDict:
             'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
             "(export.max_image_tokens)"
         )
-    return fields
+    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}, fields
 
 
 def image_options(family: Family, source: Path) -> str:
@@ -166,7 +149,6 @@ def image_options(family: Family, source: Path) -> str:
 
 
 def _patching(source: Path) -> Patching:
-    """Return the patch settings of a folder whose model takes images of any size."""
     processor = processor_settings(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")

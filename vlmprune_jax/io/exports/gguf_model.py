@@ -25,11 +25,10 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
-    cut,
     differences,
     file_type,
+    image_fields,
     image_options,
-    pixels,
     text_fields,
     title,
 )
@@ -128,8 +127,9 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         tensors = _tensors(parameters, here, "vision", spell, plain)
         tensors = [part for x in tensors for part in (_filters(x, wide.vision) if x.key == _FILTERS else (x,))]
         tensors += _tensors(parameters, here, "projector", spell, plain)
-        fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
-        fields |= tower_fields(wide, cut(family, source)) | _size_label(tensors)
+        pixels, limits = image_fields(wide, family, source)
+        fields = {"type": "mmproj", **about, **file_type(plain), **pixels, **tower_fields(wide), **limits}
+        fields |= _size_label(tensors)
         layers, flags = wide.vision.layers, image_options(family, source)
         files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
     return files

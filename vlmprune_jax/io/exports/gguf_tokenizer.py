@@ -66,8 +66,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
 
     `tokenizer_model`: llama.cpp's name for the architecture's tokenizer (SentencePiece's rules and a list of merges).
 
-    Raises:
-      UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
+    Raises UserError if there is no tokenizer, llama.cpp would split texts differently, or it has too many tokens.
     """
     if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
         raise UserError(f"{folder}: has no tokenizer files, which llama.cpp needs: add them")
@@ -89,7 +88,10 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
         prefix = _check_spaced(content, str(folder))
         pre = tokenizer_model or "default"
         fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
-        fields["token_scores"] = _scores(tokens, merges)
+        ranks: dict[str, int] = {}  # SentencePiece applies the merge of the highest score first
+        for rank, (left, right) in enumerate(merges):
+            ranks.setdefault(left + right, rank)
+        fields["token_scores"] = [-float(ranks.get(token, len(merges))) for token in tokens]
         if tokenizer_model:
             crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
             if crossing is not None:
@@ -134,14 +136,6 @@ def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], lis
         tokens.append(text)
         kinds.append(UNKNOWN if spaced and text == unknown else kind)
     return tokens, kinds
-
-
-def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Return token scores for SentencePiece, which applies the highest-scoring merge first: minus the merge rank."""
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
-    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _check_spaced(content: JsonDict, location: str) -> bool:
