@@ -40,20 +40,20 @@ def shapes(layers: Sequence[Layer]) -> str:
     return f"each with {texts[0]}" if len(texts) == 1 else f"of unequal width: {'; '.join(texts)}"
 
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("vlmprune_jax.io.exports", "cards"),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
-_TEMPLATES.filters |= {"printable": printable, "number": "{:,}".format, "percent": "{:.1%}".format}
-_TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
+TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
+TEMPLATES.filters |= {"printable": printable, "number": "{:,}".format, "percent": "{:.1%}".format}
+TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
 
 
 def render(template: str, **values: Any) -> str:
     """Return the text of a template in `cards/`; runs of empty lines, which missing paragraphs leave, become one."""
-    return re.sub(r"\n{3,}", "\n\n", _TEMPLATES.get_template(f"{template}.md.jinja").render(values)).strip("\n")
+    return re.sub(r"\n{3,}", "\n\n", TEMPLATES.get_template(f"{template}.md.jinja").render(values)).strip("\n")
 
 
 def model_name(folder: Path) -> str:

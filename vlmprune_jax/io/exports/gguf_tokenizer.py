@@ -85,7 +85,11 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
     fields: JsonDict = {"token_list": tokens, "token_types": kinds}
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
     if spaced:
-        prefix = _check_spaced(content, str(folder))
+        rules = [content.get("normalizer"), content.get("pre_tokenizer")]
+        prefix = next((prefix for *known, prefix in _SPACED if rules == known), None)
+        if prefix is None:
+            found = f"normalizer and pre_tokenizer {json.dumps(rules, sort_keys=True)[:200]}"
+            raise _refusal(folder, f"llama.cpp has no tokenizer with the rules of this tokenizer.json ({found})")
         pre = tokenizer_model or "default"
         fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
         ranks: dict[str, int] = {}  # SentencePiece applies the merge of the highest score first
@@ -95,18 +99,18 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
         if tokenizer_model:
             crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
             if crossing is not None:
-                raise UserError(
-                    f"{folder}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, "
-                    "which llama.cpp never does: this model cannot be exported to GGUF"
+                pair = f"{crossing[0]!r} and {crossing[1]!r}"
+                raise _refusal(
+                    folder, f"the tokenizer merges {pair}, a newline and other text, which llama.cpp never does"
                 )
             fields["token_merges"] = [" ".join(pair) for pair in merges]
     else:
-        pre = _pre(content, fast, str(folder))
+        pre = _pre(content, fast, folder)
         fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
         # gguf omits an empty list, and llama.cpp then refuses the file: write a merge that never applies.
         specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
-    fields |= _special_tokens(cfg, content, fast, str(folder))
+    fields |= _special_tokens(cfg, content, fast, folder)
     fields["chat_template"] = _chat_template(folder, family, fast)
     normalises = bool(content.get("normalizer")) and content["normalizer"].get("type") == "NFC"
     marks = (content.get("pre_tokenizer") or {}).get("type") == "Metaspace"
@@ -138,16 +142,8 @@ def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], lis
     return tokens, kinds
 
 
-def _check_spaced(content: JsonDict, location: str) -> bool:
-    """Return True if a SentencePiece tokenizer puts a space mark before each text; refuse other variants."""
-    rules = [content.get("normalizer"), content.get("pre_tokenizer")]
-    for *known, prefix in _SPACED:
-        if rules == known:
-            return prefix
-    raise UserError(
-        f"{location}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
-        f"{json.dumps(rules, sort_keys=True)[:200]}): this model cannot be exported to GGUF"
-    )
+def _refusal(folder: Path, problem: str) -> UserError:
+    return UserError(f"{folder}: {problem}: this model cannot be exported to GGUF")
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
@@ -171,24 +167,21 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
         yield json.dumps(step, sort_keys=True)
 
 
-def _pre(content: JsonDict, fast: Any, location: str) -> str:
+def _pre(content: JsonDict, fast: Any, folder: Path) -> str:
     """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer rules."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
     if pre is None:
-        raise UserError(
-            f"{location}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
-            f"{' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}): this model cannot be exported to GGUF"
-        )
+        found = f"found {' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}"
+        what = f"llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json ({found})"
+        raise _refusal(folder, what)
     if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
         return pre
     if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
         return OF_WORDS
-    raise UserError(
-        f"{location}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
-        f"llama.cpp's {pre}: this model cannot be exported to GGUF"
-    )
+    ignores = bool(model.get("ignore_merges"))
+    raise _refusal(folder, f"ignore_merges is {ignores} in this tokenizer.json, and the opposite in llama.cpp's {pre}")
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
@@ -206,7 +199,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
     return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
 
 
-def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: str) -> JsonDict:
+def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, folder: Path) -> JsonDict:
     """Return GGUF metadata with special token ids, and flags for tokens that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
@@ -221,7 +214,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: st
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:
         raise UserError(
-            f"{location}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
+            f"{folder}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
             "use the model's tokenizer"
         )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -230,10 +223,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: st
     if added is None and marked[1:-1] == bare:
         added = (marked[0], marked[-1])
     if added not in adds:
-        raise UserError(
-            f"{location}: the tokenizer adds other special tokens than begin and end: "
-            "this model cannot be exported to GGUF"
-        )
+        raise _refusal(folder, "the tokenizer adds other special tokens than begin and end")
     fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
     return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
 

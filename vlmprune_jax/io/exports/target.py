@@ -19,6 +19,7 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
+from vlmprune_jax.io.exports.card import TEMPLATES
 from vlmprune_jax.io.exports.format import FolderOptions
 from vlmprune_jax.io.exports.uneven import (
     LOADER,
@@ -281,30 +282,8 @@ def chat_template(template: Template, image: str, video: str = "") -> str:
     A message's content is a string or a list of image, video and text parts. The family's system prompt is used unless
     the first message is a system message.
     """
-
-    def literal(text: str) -> str:
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
-
-    items = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
-    marks = ("{%- if part['type'] == '" + kind + "' -%}" for kind in ("image", "video"))
-    marks = (mark + literal(text) + "{%- endif -%}" for mark, text in zip(marks, (image, video), strict=True) if text)
-    images = "{%- for part in parts -%}" + "".join(marks) + "{%- endfor -%}"
-    texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    stripped = "{%- set text -%}" + texts + "{%- endset -%}"
-    # as the reference does: only beside an image
-    trimmed = "{{ text | trim if parts | selectattr('type', 'equalto', 'image') | list else text }}"
-    trimmed = trimmed if template.image_first else "{{ text }}"
-    system = literal(template.system_start), literal(template.system_end)
-    gap = template.gap
-    start = literal(template.start) if template.start else ""
-    default = system[0] + literal(template.system) + system[1] if template.system else ""
-    return "".join([
-        start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
-        "{%- for message in messages -%}", "{%- set parts = ", items, " -%}", stripped,
-        "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
-        "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
-        literal(template.user_end),
-        "{%- else -%}", literal(template.assistant + gap), "{{ text }}", literal(template.assistant_end),
-        "{%- endif -%}", "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}", literal(template.assistant), "{%- endif -%}",
-    ])  # fmt: skip
+    blocks, variables = ("<%", "%>"), ("<<", ">>")  # since "{%" and "{{" are those of the result
+    jinja = TEMPLATES.overlay(*blocks, *variables)
+    jinja.filters["literal"] = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    text = jinja.get_template("chat_template.jinja").render(template=template, image=image, video=video)
+    return text.replace("\n", "")
