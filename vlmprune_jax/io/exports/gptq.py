@@ -202,8 +202,7 @@ def make_storage(
     """Return the integer storage format for a checkpoint with layers of these widths.
 
     Without `group_size`, 8-bit weights have one scale per row, and 4-bit weights have the largest group size that
-    divides every row. If no group size does, the smallest is used, and matrices whose rows it does not divide remain
-    unquantised.
+    divides every row, otherwise the smallest; matrices whose rows it does not divide remain unquantised.
 
     Raises UserError if `group_size` does not divide every row, or no group size divides any row.
     """

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
@@ -39,6 +40,7 @@ from vlmprune_jax.io.exports.vocabulary import (
     write_tokenizer,
 )
 from vlmprune_jax.io.families import Family, detect, family_of, target_of, template_of
+from vlmprune_jax.io.families.limits import limits_of
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import projector_of, stock_tower, vision_of
@@ -72,12 +74,12 @@ class Target:
 def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Target:
     """Return the family and configs of the exported folder, for a model loaded from `source`.
 
-    Raises:
-      UserError: the source has another family, layers are unequal with uneven="refuse", heads cannot be padded to
-        `head_dim` channels, or the layout cannot hold the model.
+    Raises UserError if the source has another family, or the options do not fit the model.
     """
     if options.uneven == "refuse":
-        _check_uneven(cfg)
+        widths = (limit for limit in limits_of(cfg, "transformers") if limit.equal or limit.component == "vision")
+        if (problem := first_unmet(widths, cfg)) is not None:
+            raise UserError(f'uneven="refuse": transformers could not load the export: {problem}')
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(
@@ -112,23 +114,6 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if family.layout == "transformers" and not wide.text.uniform:
         written = with_loader(written, cfg.text, family)
     return Target(family, wide, _with_dtype(written, options.dtype, family), new_family is not None, tokenizer)
-
-
-def _check_uneven(cfg: ModelConfig) -> None:
-    """Raise UserError if stock transformers cannot load layers of unequal width at their true size."""
-    if not cfg.text.uniform:
-        raise UserError(
-            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
-            'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
-            "(true sizes)"
-        )
-    tower = cfg.vision if cfg.tower else None
-    if tower is not None and tower.uniform and not tower.whole_heads:
-        raise UserError(
-            "the vision tower has fewer heads than its width requires, which its PyTorch class cannot load: prune it "
-            'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
-            "for this package)"
-        )
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
@@ -239,8 +224,7 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
     """Write tokenizer, image processor, chat template and generation config as transformers' processors expect them.
 
-    `source`, `cfg` and `config`: folder, model config and config.json in the hub layout. `tokenizer`: content of
-    tokenizer.json with the new image token.
+    `config`: config.json in the hub layout. `tokenizer`: content of tokenizer.json with the new image token.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)

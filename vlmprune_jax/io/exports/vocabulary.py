@@ -69,8 +69,7 @@ def export_files(
 def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: ModelConfig) -> None:
     """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
-    Raises:
-      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
+    Raises UserError if the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
     """
     content = read_tokenizer(source)
     if content is None:
@@ -125,10 +124,9 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
 
 
 def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], location: str) -> bytes:
-    """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
+    """Return the content of SentencePiece's `tokenizer.model` with only the pieces whose old ids are `kept`.
 
-    `kept`: old ids; ids beyond the last piece are added tokens from other files. `new_ids`: old id -> new id; a removed
-    special token gets id -1 ("none"). `location`: name of the file, for messages.
+    A removed special token gets the id -1 ("none").
     """
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -361,11 +359,7 @@ def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
-    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens.
-
-    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged. LlamaTokenizer of transformers 5 would
-    replace the file's rules by its own rules, which differ from Phi-3's.
-    """
+    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
         if os.path.lexists(source / name):
@@ -373,6 +367,7 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
     config = {name: value for name, value in config.items() if name not in _REBUILD}
     known = config.get("extra_special_tokens")
     config |= {
+        # LlamaTokenizer of transformers 5 would replace the file's rules by its own, which differ from Phi-3's
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": processor,
         "extra_special_tokens": (known if isinstance(known, dict) else {}) | named,
@@ -381,4 +376,4 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
         "clean_up_tokenization_spaces": False,
     }
     for name, value in ((TOKENIZER, tokenizer), (TOKENIZER_CONFIG, config)):
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(folder / name, value)

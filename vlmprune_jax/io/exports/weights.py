@@ -49,11 +49,8 @@ class Weights:
     ) -> Tensor:
         """Return one tensor of the export, which is fetched, padded, converted and cast when it is written.
 
-        Args:
-          key, dtype: key and dtype of the tensor in its file.
-          slots: the export's slots that share the tensor, in order.
-          convert: applied to every array before it is cast and joined with others.
-          reorders: True if `convert` needs all rows of a parameter at once.
+        The export's `slots` share the tensor, in order. `convert` is applied to every array before it is cast and
+        joined with others; it `reorders` rows if it needs all of a parameter at once.
         """
         before = self.slots[slots[0].name]
         stored = lazy_entry(self.flat[before.path], before.place)
@@ -100,10 +97,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """Extend an embedding or output head to `size` rows; each new row is the mean of all existing rows.
-
-    The logit of a new word is then the mean of all logits, so it is never the largest.
-    """
+    """Extend an embedding or output head to `size` rows with their mean, so that no new word has the largest logit."""
     axis = axes.index("vocab")
     mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)
