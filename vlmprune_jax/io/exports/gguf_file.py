@@ -22,7 +22,7 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
@@ -125,8 +125,9 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
                 "save (vp.imatrix)"
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
-        tensors.append(_tensor(f"{key}.in_sum2", sums[None]))
-        tensors.append(_tensor(f"{key}.counts", np.full((1, 1), importance.tokens)))
+        for name, values in (("in_sum2", sums[None]), ("counts", np.full((1, 1), importance.tokens))):
+            pieces = functools.partial(iter, [values.astype(np.float32)])
+            tensors.append(weight(f"{key}.{name}", "F32", values.shape, pieces))
     fields = {
         "type": "imatrix",
         "imatrix.datasets": ["calibration records"],
@@ -147,11 +148,6 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     if before.shape != after.shape:
         mean = pad_tensor(mean, axes, "text", before.layer, cfg, wide)
     return (tiled(mean, axes, wide.text.layers[before.layer]) if "delta_heads" in axes else mean).reshape(-1)
-
-
-def _tensor(key: str, values: np.ndarray) -> Tensor:
-    data = np.ascontiguousarray(values, np.float32)
-    return Tensor(key, "F32", data.shape, data.nbytes, lambda: iter([data.reshape(-1).view(np.uint8)]))
 
 
 # Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two

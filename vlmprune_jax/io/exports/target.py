@@ -106,7 +106,7 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     else:
         written = family.to_hf(wide, without_loader(config))
         if not family.separate_vision:  # else config.json does not describe the tower
-            family = detect(written, "the new config.json")
+            family = detect(written, "the new config.json")  # perhaps of another decoder, which holds these layers
             wide = family.from_hf(written, None)
     if family.budget_field and (settings := processor_settings(source)) is not None:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
