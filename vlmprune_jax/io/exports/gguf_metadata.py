@@ -101,7 +101,7 @@ def image_fields(cfg: ModelConfig, family: Family, source: Path) -> tuple[JsonDi
 
     Raises UserError if an image that is divided into tiles has only one.
     """
-    mean, std = PIXELS[vision_of(cfg).kind]
+    mean, std = PIXELS.get(vision_of(cfg).kind, ((0.0,) * 3, (1.0,) * 3))  # Gemma 4's tower centres them itself
     fields: JsonDict = {}
     tiling, tiles = None, 0
     processor = None if family.tiling is not None else processor_settings(source)
@@ -109,12 +109,10 @@ def image_fields(cfg: ModelConfig, family: Family, source: Path) -> tuple[JsonDi
         patching = _patching(source)
         mean, std = patching.mean, patching.std
         fields = {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
-    elif family.images == "budget":  # the tower centres pixels
-        mean, std = (0.0,) * 3, (1.0,) * 3
     elif family.tiling is not None:
         config = source / "config.json"
         tiling = family.tiling(read_fields(config), str(config))
-    elif processor is not None:
+    elif processor is not None and family.images != "budget":
         mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
         if family.images == "splits":
             splitting = splitting_from_processor(*processor)
