@@ -13,9 +13,9 @@ from repository import ROOT
 import vlmprune_jax as vp
 from vlmprune_jax.run.cli.config_files import read_hyper
 from vlmprune_jax.run.cli.flags import parse
-from vlmprune_jax.run.cli.stages import StageCommand
-from vlmprune_jax.run.experiment.options import sections
+from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.experiment.recipes import shipped_configs
+from vlmprune_jax.run.experiment.spec import sections
 
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -140,7 +140,7 @@ def test_generated_pages_are_up_to_date(name):
 def test_configs_of_pages_are_valid(tmp_path, page, file, methods):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (tmp_path / file).write_text(re.search(rf"```\w+\n(# {file}\n.*?)```", text, re.DOTALL)[1])
-    config = parse("run", StageCommand("run"), [f"--config={tmp_path / file}"]).config
+    config = parse("run", stage_command("run"), [f"--config={tmp_path / file}"]).config
     assert (config.prune.method, config.reconstruct.method) == methods
 
 

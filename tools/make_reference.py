@@ -21,7 +21,7 @@ import msgspec
 import vlmprune_jax as vp
 from vlmprune_jax.run import workdir
 from vlmprune_jax.run.cli.main import COMMANDS, main
-from vlmprune_jax.run.experiment.options import Option, options, sections
+from vlmprune_jax.run.experiment.spec import Option, options, sections
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"

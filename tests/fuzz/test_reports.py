@@ -13,11 +13,10 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
+from vlmprune_jax.run.report.build import shown_samples, vocabulary_section
 from vlmprune_jax.run.report.comparison_plots import series_of, way_of
-from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import tables_of
-from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
 from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run

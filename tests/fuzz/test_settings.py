@@ -10,7 +10,7 @@ from repository import ROOT
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.run.cli.config_files import read_experiment
 from vlmprune_jax.run.cli.flags import parse
-from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import check_experiment
 
@@ -46,7 +46,7 @@ def test_flags(tmp_path):
         def read():
             flags = parse(
                 "score",
-                StageCommand("score"),
+                stage_command("score"),
                 [f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"],
             )
             return read_experiment(flags.config)
@@ -62,6 +62,6 @@ def test_yaml(tmp_path):
     @fuzz(60, content=damaged(YAML))
     def check(content):
         file.write_bytes(content)
-        reads(lambda: read_experiment(parse("score", StageCommand("score"), [f"--config={file}"]).config), file.name)
+        reads(lambda: read_experiment(parse("score", stage_command("score"), [f"--config={file}"]).config), file.name)
 
     check()

@@ -9,7 +9,6 @@ from repository import ROOT
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.recovery.config import RecoverConfig
-from vlmprune_jax.run.cli import plan
 from vlmprune_jax.run.cli.config_files import (
     experiment_config,
     read_experiment,
@@ -19,7 +18,8 @@ from vlmprune_jax.run.cli.config_files import (
     to_experiment,
 )
 from vlmprune_jax.run.cli.flags import parse
-from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.cli.stages import stage_command
+from vlmprune_jax.run.cli.tools import TOOLS
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.recipes import recipe, recipes
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -108,11 +108,11 @@ def test_a_yaml_file_is_a_config(tmp_path):
     config.prune = {"method": "width", "ratio": 0.2}
     config.data.system = "1e4x"
     config.recover = {"learning_rate": 1e-4, "losses": {"l2": 0.5, "l2_layers": (-1,)}}
-    flags = parse("run", StageCommand("run"), [f"--config={tmp_path}/my.yaml", "--config.prune.ratio=0.2"])
+    flags = parse("run", stage_command("run"), [f"--config={tmp_path}/my.yaml", "--config.prune.ratio=0.2"])
     assert read_experiment(flags.config, explicit=flags.explicit) == override(Experiment(), config.to_dict())
     assert starting_point(flags) == override(Experiment(), shipped_config("demo").to_dict())
     (tmp_path / "my.yml").write_text("recipe: internvl")
-    flags = parse("plan", plan, [f"--config={tmp_path}/my.yml"])
+    flags = parse("plan", TOOLS["plan"], [f"--config={tmp_path}/my.yml"])
     assert read_experiment(flags.config) == override(Experiment(), recipe("internvl"))
 
 
@@ -143,7 +143,7 @@ def test_wrong_yaml(tmp_path, monkeypatch, text, message):
     Path("evil.py").write_text("raise SystemExit('executed')")
     Path("my.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        parse("run", StageCommand("run"), ["--config=my.yaml"])
+        parse("run", stage_command("run"), ["--config=my.yaml"])
     assert message in str(error.value)
 
 
@@ -152,7 +152,7 @@ def test_a_sweep_in_yaml_is_all_combinations(tmp_path, monkeypatch):
     Path("my.yaml").write_text("prune: {method: depth}\nsweep: {prune.ratio: [0.1, 0.3], recover.seed: [1, 2]}")
     pairs = [(0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2)]
     assert read_hyper("my.yaml") == [{"prune.ratio": ratio, "recover.seed": seed} for ratio, seed in pairs]
-    assert parse("run", StageCommand("run"), ["--config=my.yaml"]).config.prune.method == "depth"
+    assert parse("run", stage_command("run"), ["--config=my.yaml"]).config.prune.method == "depth"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from repository import ROOT
 
 from vlmprune_jax.run.cli.flags import _define, parse
-from vlmprune_jax.run.cli.main import COMMANDS, _command
+from vlmprune_jax.run.cli.main import COMMANDS, find_command, script_command
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 
 PAGES = ("README.md", "launch/README.md", "docs/**/*.md", "configs/*.py", "configs/sweeps/*.py")
@@ -50,13 +50,13 @@ def test_commands_are_as_documented(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, *rest = words
     assert name in COMMANDS or (ROOT / f"tools/{name}.py").is_file()
-    module = _command(name) if name in COMMANDS else importlib.import_module(name)
+    command = find_command(name) if name in COMMANDS else script_command(importlib.import_module(name))
     config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
     file = (config or "").partition(":")[0]
     if file in shipped_configs() or (file.endswith(".py") and (ROOT / file).is_file()):
-        parse(name, module, rest)  # loads it, and refuses settings that do not exist
+        parse(name, command, rest)  # loads it, and refuses settings that do not exist
     else:
-        known = set(_define(module))
+        known = set(_define(command))
         flags = [word[2:].partition("=")[0].removeprefix("no") for word in rest if word.startswith("--")]
         assert [flag for flag in flags if flag not in known and not flag.startswith("config")] == []
 

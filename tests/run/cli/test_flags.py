@@ -6,7 +6,7 @@ from repository import ROOT
 from vlmprune_jax.run.cli.config_files import read_experiment
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.cli.stages import stage_command
 
 
 def failing(capsys, *argv):
@@ -120,7 +120,7 @@ def test_a_setting_can_be_unset(config_file, monkeypatch):
 
 def test_every_spelling_of_a_setting_replaces_that_of_a_variant(config_file):
     spellings = ["--config.data.threads=2", "-config.prune.ratio", "0.4", "--noconfig.data.truncate"]
-    found = parse("run", StageCommand("run"), [f"--config={config_file}", *spellings])
+    found = parse("run", stage_command("run"), [f"--config={config_file}", *spellings])
     assert found.explicit == ["data.threads", "prune.ratio", "data.truncate"]
 
 

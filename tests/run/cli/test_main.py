@@ -81,8 +81,8 @@ def test_interrupt(capsys, monkeypatch, command, then):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    place = "inspect.run" if command == "inspect" else "stages.run_command"
-    monkeypatch.setattr(f"vlmprune_jax.run.cli.{place}", stop)
+    place = "io.exports.describe.describe" if command == "inspect" else "run.cli.stages.run_command"
+    monkeypatch.setattr(f"vlmprune_jax.{place}", stop)
     assert main([command] + ["x"] * (command == "inspect")) == 130
     assert f"the same command {then}" in capsys.readouterr().err
 

@@ -16,8 +16,10 @@ from repository import ROOT
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
+from vlmprune_jax.run.cli.flags import Command
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.cli.messages import kept
+from vlmprune_jax.run.cli.tools import TOOLS
 
 
 class Panic(BaseException):
@@ -96,8 +98,9 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
     [("bench", "starts from the beginning"), ("plan", "starts from the beginning"), ("report", "continues the work")],
 )
 def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
-    place = "stages.run_command" if command == "report" else f"{command}.run"
-    monkeypatch.setattr(f"vlmprune_jax.run.cli.{place}", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("vlmprune_jax.run.cli.stages.run_command", raising(KeyboardInterrupt()))
+    if command in TOOLS:
+        monkeypatch.setitem(TOOLS, command, Command("", raising(KeyboardInterrupt()), lambda values: None))
     assert main([command]) == 130
     assert capsys.readouterr().err == f"\nvlmprune: interrupted; the same command {then}\n"
 

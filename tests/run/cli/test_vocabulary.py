@@ -1,7 +1,6 @@
 """`vlmprune vocabulary`: what sizes save and cost, before anything is written; and the advice to trim one first."""
 
 import pytest
-from hf_cases import edit_config
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder
 
 from vlmprune_jax.base.settings import override
@@ -10,7 +9,6 @@ from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import predict_plan
-from vlmprune_jax.run.report.advice import LARGE_VOCABULARY, vocabulary_share
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +45,6 @@ def test_refusals(model, tmp_path, capsys, flags, message):
     file = texts_file(tmp_path / "s.json", ["a"])
     assert main(["vocabulary", *(flag.format(model=model, file=file) for flag in flags)]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_recommend_offers_a_large_vocabulary_first(tmp_path, capsys):
-    folder = tokenized_folder(tmp_path / "model", "llama")
-    assert vocabulary_share(read_config(folder)[1]) > LARGE_VOCABULARY
-    assert main(["recommend", f"--model={folder}", "--ratio=0.2", "--compute=none"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("first: ", "prune: "))]
-    assert lines[0].startswith("first: trim the vocabulary, whose 640 tokens are ")
-    assert len(lines) == 2
-    edit_config(folder, vocab_size=16)
-    assert main(["recommend", f"--model={folder}", "--ratio=0.2", "--compute=none"]) == 0
-    assert "first: trim" not in capsys.readouterr().out
 
 
 def test_the_planner_predicts_its_shapes(model):

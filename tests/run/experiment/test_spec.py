@@ -13,8 +13,7 @@ from vlmprune_jax.core.models.stack import REMAT_POLICIES
 from vlmprune_jax.core.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.losses import losses
 from vlmprune_jax.run.experiment.arguments import recover_config
-from vlmprune_jax.run.experiment.options import options, sections
-from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.spec import Experiment, options, sections
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.stages.recover import _made_from
 from vlmprune_jax.run.stages.work import Work

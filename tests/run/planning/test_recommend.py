@@ -19,7 +19,7 @@ from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
 from vlmprune_jax.run.cli.flags import parse, parse_bytes, parse_share
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.planning.case import predict_plan
 from vlmprune_jax.run.planning.guide import FILE
@@ -67,7 +67,7 @@ def failing(capsys, *argv):
 
 
 def experiment_of(path):
-    return read_experiment(parse("score", StageCommand("score"), [f"--config={path}", "--workdir=w"]).config)
+    return read_experiment(parse("score", stage_command("score"), [f"--config={path}", "--workdir=w"]).config)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
     assert page.count("<svg") == 7  # the average (two panels), what two plans removed, two importances, losses
-    assert "<dt>retained, % (mean of 2 sets)</dt><dd>82.50</dd>" in page
+    assert "<dt>retained (mean of 2 sets)</dt><dd>82.50 %</dd>" in page
     assert "accuracy" not in page.lower().split("<summary>")[0]
 
 

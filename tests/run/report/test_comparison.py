@@ -43,9 +43,9 @@ def test_page(tmp_path, sets):
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
     assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
     lead = html.unescape(page).replace("\u00a0", " ")
-    assert "Best of 12 models: depth 10 %, SFT, 5 % of the data<" in lead
+    assert "Best of 12 models: depth 10 %, SFT, 5 % of the data; retained" in lead
     assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
-    assert "<dt>decoding, x</dt><dd>1.33 (1.28 to 1.39)</dd>" in lead
+    assert "<dt>decoding speed-up</dt><dd>1.33 (1.28 to 1.39)</dd>" in lead
     assert "20 of 20 runs are done: 20 models." in page
     assert list(tmp_path.glob(".*")) == []
 
@@ -57,7 +57,7 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
     write_artefact(tmp_path / "sweep.json", sweep)
     page = build_sweep_page(tmp_path).read_text().replace("\u00a0", " ")
     reason = "not measurable on this busy machine (repeats differ by 146 %)"
-    assert f"<dt>decoding, x</dt><dd>{reason}</dd>" in page
+    assert f"; decoding speed-up {reason}; " in page
     table, *_ = tables_of_sweep(sweep)
     assert {row[table.header.index("decoding, x")] for row in table.rows} == {"1.00", "not measurable"}
     assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
@@ -92,7 +92,7 @@ def test_the_best_is_told_as_in_the_report_of_one_run(tmp_path):
 
     write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=measured))
     page = html.unescape(build_sweep_page(tmp_path).read_text()).replace("\u00a0", " ")
-    assert "<dt>retained, %</dt><dd>100.00 (99.0 to 100.5)</dd>" in page
+    assert "<dt>retained</dt><dd>100.00 % (99.0 to 100.5)</dd>" in page
     assert re.search(r'<tr class="best">\s*<th scope="row">depth', page)
     (table,) = tables_of_sweep(read_sweep(tmp_path))
     assert table.rows[2][table.header.index("retained, %")] == "99.58 (98.6 to 100.1)"

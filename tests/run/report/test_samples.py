@@ -7,8 +7,7 @@ import pytest
 from report_cases import write_answers, write_workdir
 from sample_cases import RUNS, answered, write_records
 
-from vlmprune_jax.run.report.build import build_report
-from vlmprune_jax.run.report.samples import shown_samples
+from vlmprune_jax.run.report.build import build_report, shown_samples
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.samples import Samples, make_samples
 

@@ -49,7 +49,7 @@ def test_retention_beside_a_control(workdir):
     assert cells["depth 30 %, SFT"] == ("95.00 (94.0 to 96.0)", "80.00 (78.0 to 82.0)")
     assert table.title.endswith(" (95 % intervals in brackets)")
     assert key_numbers(comparison_of_run(result))[:2] == [
-        ("retained, %", "95.00 (94.0 to 96.0)"), ("of control, %", "80.00 (78.0 to 82.0)")
+        ("retained", "95.00 % (94.0 to 96.0)"), ("of control", "80.00 % (78.0 to 82.0)")
     ]  # fmt: skip
     page = build_report(workdir).read_text()
     assert "Of control: share of the score of the unpruned model after the same recovery" in page
@@ -62,13 +62,15 @@ def test_the_headline_has_retention_size_and_speed(workdir):
     teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), passthrough=1000)
     write_artefact(workdir / "result.json", replace(result, teacher=teacher))
     comparison = comparison_of_run(read_result(workdir))
-    assert lead(comparison) == "Best of 3 models: depth 30 %, SFT"
-    assert dict(key_numbers(comparison)) == {
-        "retained, %": "95.00", "size, %": "66.0", "prompt, x": "1.50 (1.50 to 1.52)",
-        "decoding, x": "not measurable on this busy machine (repeats differ by 10 %)",
+    numbers = {
+        "retained": "95.00 %", "size": "66.0 %",
+        "decoding speed-up": "not measurable on this busy machine (repeats differ by 10 %)",
+        "prompt speed-up": "1.50 (1.50 to 1.52)",
     }  # fmt: skip
+    assert dict(key_numbers(comparison)) == numbers
+    assert lead(comparison) == "; ".join(["Best of 3 models: depth 30 %, SFT", *map(" ".join, numbers.items())])
     page = build_report(workdir).read_text()
-    assert re.findall(r"<dt>(.*?)</dt>", page) == [name for name, _ in key_numbers(comparison)]
+    assert re.findall(r"<dt>(.*?)</dt>", page) == ["retained", "size", "prompt speed-up"]
     assert f"also counts 1,000 in unused tower layers or an audio tower ({SIZE + 1000:,} unpruned)" in page
 
 

@@ -10,7 +10,7 @@ from vlmprune_jax.base.settings import nested, override
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, read_hyper, starting_point
 from vlmprune_jax.run.cli.flags import parse
-from vlmprune_jax.run.cli.stages import StageCommand
+from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -104,7 +104,7 @@ def test_shipped_configs_print_no_note_on_their_own_settings(goldens, cfg, name)
         ("sweeps/image_tokens", "sweeps/study_vlm", "sweeps/study_vlm_text"), (f":{goldens / 'ckpt/llava_hf'}",)
     )
     for variant in variants.get(name, ("",)):
-        flags = parse("run", StageCommand("run"), [f"--config={name}{variant}", "--workdir=w"])
+        flags = parse("run", stage_command("run"), [f"--config={name}{variant}", "--workdir=w"])
         start, whole = starting_point(flags), read_experiment(flags.config)
         if name.startswith("sweeps/"):
             runs = [run.experiment for run in sweep_runs(whole, read_hyper(flags.config_file))]
@@ -125,6 +125,6 @@ def test_settings_that_a_config_file_took_over_are_not_the_users(tmp_path, cfg):
     )
     for flag, names in ("rounds=0", ["recover.lora.rank"]), ("new_tokens=7", ["recover.lora.rank", "speed.new_tokens"]):
         argv = [f"--config={file}", "--workdir=w", "--config.speed.rounds=0", f"--config.speed.{flag}"]
-        flags = parse("run", StageCommand("run"), argv)
+        flags = parse("run", stage_command("run"), argv)
         unused = unused_settings([(read_experiment(flags.config), cfg)], start=starting_point(flags))
         assert sorted(itertools.chain(*unused.values())) == names

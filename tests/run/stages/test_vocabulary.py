@@ -13,7 +13,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.prune.surgery import trim_vocabulary
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.report.vocabulary import vocabulary_section
+from vlmprune_jax.run.report.build import vocabulary_section
 from vlmprune_jax.run.stages.vocabulary import _by_script
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.evaluation import read_evaluated

@@ -182,7 +182,7 @@ def test_runs_are_chosen_by_their_names(sweep, capsys):
             "return [{'recover.lora': {'rank': 3}}]",
             "--config.recover.lora.rank: get_hyper sets this setting too",
         ),
-        (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
+        (("--jobs=0",), BODY, "--jobs=0: 0 is not a positive integer"),
         (("--shard=5",), BODY, "--shard=5: must be i/n"),
         (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
     ],

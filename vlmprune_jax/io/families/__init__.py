@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.families import limits  # its engines are added to core.limits.ENGINES
+from vlmprune_jax.io.families.experts import QWEN3_MOE
 from vlmprune_jax.io.families.gemma3 import GEMMA3
 from vlmprune_jax.io.families.gemma4 import GEMMA4
 from vlmprune_jax.io.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
@@ -16,8 +17,7 @@ from vlmprune_jax.io.families.llava import BUNNY, LLAVA_HF, LLAVA_ORIGINAL
 from vlmprune_jax.io.families.phi import PHI, PHI3
 from vlmprune_jax.io.families.qwen2_5_vl import QWEN2_5_VL
 from vlmprune_jax.io.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
-from vlmprune_jax.io.families.qwen3_moe import QWEN3_MOE, QWEN3_VL_MOE
-from vlmprune_jax.io.families.qwen3_vl import QWEN3_VL
+from vlmprune_jax.io.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from vlmprune_jax.io.families.smolvlm import SMOLVLM
 from vlmprune_jax.io.families.table import FAMILIES, Family, Weight, family_of, target_of
 from vlmprune_jax.io.families.templates import Template

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.io.families.rope import for_both_versions
-from vlmprune_jax.io.families.shapes import tied_embeddings, token_ids, vlm_token_ids
+from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
-from vlmprune_jax.io.families.towers import vision_of, vision_to_hf
+from vlmprune_jax.io.families.towers import Tower, vision_of
 
 # Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
 UNUSED = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
@@ -55,11 +55,6 @@ def decoder_of(model_type: str) -> Decoder:
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
     return _read(decoder_of(config.get("model_type", "llama")), config)
-
-
-def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a decoder's config dictionary `source` with its layer counts and widths updated from a TextConfig."""
-    return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
@@ -110,7 +105,7 @@ def vlm_from_hf(
         family=name,
         layout="transformers",
         text=text_from_hf({**section, "tie_word_embeddings": shared}),
-        image_token_id=int(config.get("image_token_id", image_token)),
+        image_token_id=int(config.get("image_token_id", config.get("image_token_index", image_token))),
         **{"feature_select": "full", **fields},
         **vlm_token_ids(config, section),
     )
@@ -123,29 +118,38 @@ def vlm_to_hf(cfg: ModelConfig, config: JsonDict, defaults: JsonDict) -> JsonDic
     """
     tied = {"tie_word_embeddings": cfg.text.tie_embeddings}
     section = {**defaults, **(config.get("text_config") or {})}
-    return {**config, **tied, "text_config": {**text_to_hf(cfg.text, section), **tied}}
+    written = for_both_versions(decoder_of(cfg.text.decoder).to_hf(cfg.text, section))
+    return {**config, **tied, "text_config": {**written, **tied}}
+
+
+def vlm_weights(text: tuple[str, str], *others: list[Weight]) -> Callable[[ModelConfig], list[Weight]]:
+    """Return a family's `weights`: of its decoder (`text`: prefix and head of `text_weights`), and of other parts."""
+    return lambda cfg: [*text_weights(cfg.text, *text), *itertools.chain(*others)]
 
 
 def vlm_family(
     name: str,
     stock_class: str,
     *,
+    from_hf: Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig],
     stock: JsonDict | None = None,
-    tower: str = "",
-    feature_layer: tuple[str, int] | None = None,
+    tower: Tower | None = None,
+    feature_layer: str | None = None,
     defaults: JsonDict | None = None,
     **fields: Any,
 ) -> Family:
     """Return a family in transformers' layout, with the settings of most; `stock`, `fields`: those of Stock, Family.
 
-    `tower` (in `towers.TOWERS`), `feature_layer` and `defaults` (of the decoder's section) are for families without
-    `to_hf`, see `vision_to_hf` and `vlm_to_hf`.
+    `tower`, `feature_layer` and `defaults` are for families without `to_hf`, see `Tower.write` and `vlm_to_hf`.
     """
 
     def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-        return vlm_to_hf(cfg, vision_to_hf(vision_of(cfg), source, tower, feature_layer), defaults or {})
+        assert tower is not None
+        written = tower.write(vision_of(cfg), source, vision_of(from_hf(source, None)), feature_layer)
+        return vlm_to_hf(cfg, written, defaults or {})
 
     usual = {
+        "from_hf": from_hf,
         "to_hf": to_hf,
         "model_types": (name,),
         "text_section": "text_config",

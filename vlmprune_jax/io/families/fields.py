@@ -20,10 +20,6 @@ def _whole(value: Any, most: int = _MAX) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
-def _side(value: Any) -> bool:
-    return _whole(value, MAX_SIDE)
-
-
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1e30  # neither infinite nor NaN
 
@@ -71,7 +67,7 @@ _KINDS: tuple[_Kind, ...] = (
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers", "depth"), ()),
     (
         f"a whole number from 1 to {MAX_SIDE}, or a pair of them",
-        lambda v: _side(v) or (_list_of(_side, v) and len(v) == 2),
+        lambda v: all(_whole(side, MAX_SIDE) for side in (v if isinstance(v, list) and len(v) == 2 else [v])),
         ("image_size", "patch_size"),
         ("force_image_size",),
     ),

@@ -11,11 +11,10 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
-from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import layers_to_hf, windows_from_hf
+from vlmprune_jax.io.families.shapes import layers_to_hf, rope_from_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
@@ -53,7 +52,7 @@ GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attenti
 
 _PROJECTOR_KEYS = {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"}
 
-_TEMPLATE = Template(
+TEMPLATE = Template(
     name="gemma3",
     start="<bos>",
     system="",
@@ -169,8 +168,7 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
         inputs_first=True,
         downsample=grid // side,
     )
-    token = int(config.get("image_token_index") or 262144)
-    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=token, vision=tower, projector=projector)
+    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=262144, vision=tower, projector=projector)
 
 
 # The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.
@@ -178,13 +176,13 @@ GEMMA3 = vlm_family(
     "gemma3",
     "Gemma3ForConditionalGeneration",
     from_hf=_from_hf,
-    tower=_TOWER,
+    tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=lambda cfg: [
-        *text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight"),
-        *part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
-        *TOWERS[_TOWER].weights("vision_tower.vision_model."),
-    ],
+    weights=vlm_weights(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
+        TOWERS[_TOWER].weights("vision_tower.vision_model."),
+    ),
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
     modules=HF_MODULES,
@@ -193,7 +191,7 @@ GEMMA3 = vlm_family(
         r"language_model\.lm_head\.weight",
         r"vision_tower\.vision_model\.(head\..*|embeddings\.position_ids)",
     ),
-    templates=(_TEMPLATE,),
+    templates=(TEMPLATE,),
     image_processors=("Gemma3",),
     images="crops",
     decoder=Decoder(

@@ -17,16 +17,15 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, expert_sizes, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
+from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, rope_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
-from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.tower import FIELDS, Tower
-from vlmprune_jax.io.families.towers import vision_of
+from vlmprune_jax.io.families.templates import VideoText
+from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -55,22 +54,17 @@ _ROPE: JsonDict = {
     _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
     _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
 }
-_TEMPLATE = Template(
+_TEMPLATE = dataclasses.replace(
+    GEMMA3_TEMPLATE,
     name="gemma4",
-    start="<bos>",
     system_start="<|turn>system\n",
-    system="",
     system_end="<turn|>\n",
     user="<|turn>user\n",
     user_end="<turn|>\n",
     assistant="<|turn>model\n",
     assistant_end="<turn|>\n",
-    gap="",
-    image_first=False,
-    tight_image=True,
-    strips=True,
     image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
-    by_turn=True,
+    crops="",
     special=("<|turn>", "<turn|>"),
     video=VideoText("<|video|>", "{clock} <|image><|video|><image|>", start="\n\n", joint=" ", end="\n\n"),
 )
@@ -305,22 +299,6 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
     return vlm_from_hf("gemma4", config, _TEXT, tied=True, image_token=258880, **parts)
 
 
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    before = _vision_from_hf(source.get("vision_config") or {})
-    return vlm_to_hf(cfg, _TOWER.write(vision_of(cfg), source, before), _TEXT)
-
-
-def _weights(cfg: ModelConfig) -> list[Weight]:
-    return (
-        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-        + _TOWER.weights("model.vision_tower.")
-        + part_weights(
-            "projector", "model.vision_tower.", {f"{name}/weight": name for name in ("std_bias", "std_scale")}
-        )
-        + part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"})
-    )
-
-
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
     if engine == "openvino" and cfg.text.block.layer_inputs:
         return "optimum-intel 2.2 did not convert an E model of Gemma 4: serve it with another engine"
@@ -333,8 +311,14 @@ GEMMA4 = vlm_family(
     "gemma4",
     "Gemma4ForConditionalGeneration",
     from_hf=_from_hf,
-    to_hf=_to_hf,
-    weights=_weights,
+    tower=_TOWER,
+    defaults=_TEXT,
+    weights=vlm_weights(
+        ("model.language_model.", "lm_head.weight"),
+        _TOWER.weights("model.vision_tower."),
+        part_weights("projector", "model.vision_tower.", {f"{x}/weight": x for x in ("std_bias", "std_scale")}),
+        part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"}),
+    ),
     ignored=(*UNUSED, r"model\.(audio_tower|embed_audio)\..*"),
     dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
     templates=(_TEMPLATE,),

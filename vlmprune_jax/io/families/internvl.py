@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, text_weights, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
@@ -23,7 +23,6 @@ from vlmprune_jax.io.families.towers import (
     projector_of,
     vision_from_hf,
     vision_of,
-    vision_to_hf,
 )
 
 # Epsilon of the projector's layer norm in both layouts (torch's default).
@@ -147,7 +146,8 @@ def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> M
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = vision_to_hf(vision_of(cfg), source, "intern_vit_6b", ("select_layer", -1))
+    before = vision_of(_original_from_hf(source, None))
+    config = TOWERS["intern_vit_6b"].write(vision_of(cfg), source, before, "select_layer")
     # the hub has no class for unequal widths
     return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
 
@@ -250,10 +250,10 @@ INTERNVL_ORIGINAL = Family(
     from_hf=_original_from_hf,
     text_section="llm_config",
     to_hf=_original_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"})
-        + TOWERS["intern_vit_6b"].weights("vision_model.")
+    weights=vlm_weights(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}),
+        TOWERS["intern_vit_6b"].weights("vision_model."),
     ),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
@@ -280,13 +280,13 @@ INTERNVL_HF = vlm_family(
     "InternVLForConditionalGeneration",
     stock={"image_token": "image_token_id", "config": _stock_config, "lacks": _lacks, "processor": _processor},
     from_hf=_native_from_hf,
-    tower="internvl_vision",
-    feature_layer=("vision_feature_layer", -1),
+    tower=TOWERS["internvl_vision"],
+    feature_layer="vision_feature_layer",
     defaults=_TEXT,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS)
-        + TOWERS["internvl_vision"].weights("vision_tower.")
+    weights=vlm_weights(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
+        TOWERS["internvl_vision"].weights("vision_tower."),
     ),
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,

@@ -11,18 +11,17 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import decoder_family, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, tied_embeddings
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL
-from vlmprune_jax.io.families.tower import position_side
 from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
     TOWERS,
+    position_side,
     vision_from_hf,
     vision_of,
-    vision_to_hf,
 )
 
 # Defaults of the config classes in transformers.
@@ -152,8 +151,9 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     vision, old = vision_of(cfg), source.get("vision_config") or {}
-    read = {**source, "vision_config": {**old, "model_type": _TOWER, "image_size": vision.image_size}}
-    tower = {**vision_to_hf(vision, read, _TOWER)["vision_config"], "vision_use_head": False}
+    section = {**old, "model_type": _TOWER, "image_size": vision.image_size}
+    written = TOWERS[_TOWER].write(vision, {"vision_config": section}, vision_from_hf(section, -1, _TOWER))
+    tower = {**written["vision_config"], "vision_use_head": False}
     tower = {name: value for name, value in tower.items() if name != "image_size" or name in old}
     return vlm_to_hf(cfg, {**source, "vision_config": tower}, _TEXT)
 
@@ -164,10 +164,10 @@ LFM2_VL = vlm_family(
     model_types=("lfm2_vl", "lfm2-vl"),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-        + part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS)
-        + TOWERS[_TOWER].weights("model.vision_tower.")
+    weights=vlm_weights(
+        ("model.language_model.", "lm_head.weight"),
+        part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS),
+        TOWERS[_TOWER].weights("model.vision_tower."),
     ),
     renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
     dropped=(r"model\.vision_tower\.head\..*",),

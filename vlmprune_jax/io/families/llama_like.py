@@ -12,8 +12,14 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import BlockConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.rope import rope_from_hf
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf, same_windows, windows_from_hf
+from vlmprune_jax.io.families.shapes import (
+    PER_LAYER,
+    layers_from_hf,
+    layers_to_hf,
+    rope_from_hf,
+    same_windows,
+    windows_from_hf,
+)
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
 
 # Defaults of the config classes in transformers: Llama's, and what differs in others.

@@ -8,8 +8,8 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
-from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, text_weights, vlm_family
-from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids, vlm_token_ids
+from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import BICUBIC
@@ -59,9 +59,9 @@ OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|
 
 
 def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
-    text = dict(config.get("text_config") or {})
+    section = config.get("text_config") or {}
     # transformers 5 ties if either flag is set, 4 if the decoder's flag is set (and 4 never writes the outer default)
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    tied = {"tie_word_embeddings": bool(config.get("tie_word_embeddings") or section.get("tie_word_embeddings"))}
     select = _one_of(config, "vision_feature_select_strategy", "default", "full")
     layer = config.get("vision_feature_layer", -2)
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
@@ -70,19 +70,12 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
             f"LLaVA with a {tower.kind} vision tower is not supported (supported: clip_vision_model, "
             "siglip_vision_model)"
         )
-    return ModelConfig(
-        family="llava",
-        layout="transformers",
-        text=text_from_hf(text),
-        vision=tower,
-        projector=ProjectorConfig(
-            activation=config.get("projector_hidden_act", "gelu"),
-            bias=bool(config.get("multimodal_projector_bias", True)),
-        ),
-        image_token_id=int(config.get("image_token_id", config.get("image_token_index", 32000))),
-        feature_select="patch" if select == "default" else "full",
-        **vlm_token_ids(config, text),
+    projector = ProjectorConfig(
+        activation=config.get("projector_hidden_act", "gelu"), bias=bool(config.get("multimodal_projector_bias", True))
     )
+    parts = {"vision": tower, "projector": projector, "feature_select": "patch" if select == "default" else "full"}
+    config = {**config, **tied, "text_config": {**section, **tied}}
+    return vlm_from_hf("llava", config, {}, tied=False, image_token=32000, **parts)
 
 
 def _one_of(config: Mapping[str, Any], field: str, default: str, other: str) -> str:
@@ -226,12 +219,12 @@ LLAVA_HF = vlm_family(
     },
     matches=lambda config: "vision_config" in config and "mm_vision_tower" not in config,
     from_hf=_hf_from_hf,
-    tower="clip_vision_model",
-    feature_layer=("vision_feature_layer", -2),
-    weights=lambda cfg: (
-        text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
-        + part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS)
-        + _TOWER.weights("vision_tower.vision_model.")
+    tower=_TOWER,
+    feature_layer="vision_feature_layer",
+    weights=vlm_weights(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
+        _TOWER.weights("vision_tower.vision_model."),
     ),
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
@@ -251,10 +244,10 @@ LLAVA_ORIGINAL = Family(
     matches=lambda config: "mm_vision_tower" in config,
     from_hf=_original_from_hf,
     to_hf=_original_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.", "lm_head.weight")
-        + part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"})
-        + _TOWER.weights("vision_tower.")
+    weights=vlm_weights(
+        ("model.", "lm_head.weight"),
+        part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"}),
+        _TOWER.weights("vision_tower."),
     ),
     renames=TOWER_RENAMES,
     ignored=(*UNUSED, UNUSED_VISION, OTHER_TOWERS),

@@ -11,8 +11,7 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, as_mistral, llama_like, llama_like_weights
-from vlmprune_jax.io.families.rope import longrope_to_hf, rotary_dim
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, same_windows
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, rotary_dim, same_windows
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.

@@ -9,7 +9,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import text_weights, vlm_to_hf
+from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import (
     ATTENTION_KEYS,
@@ -23,8 +23,7 @@ from vlmprune_jax.io.families.qwen3_vl import (
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
-from vlmprune_jax.io.families.tower import Tower
-from vlmprune_jax.io.families.towers import PIXELS, vision_of
+from vlmprune_jax.io.families.towers import PIXELS, Tower, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
@@ -164,10 +163,10 @@ QWEN2_5_VL = patch_family(
     ),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.", "lm_head.weight")
-        + _TOWER.weights("visual.")
-        + part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"})
+    weights=vlm_weights(
+        ("model.", "lm_head.weight"),
+        _TOWER.weights("visual."),
+        part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"}),
     ),
     # in files of transformers 4 and 5, and in memory in transformers 5
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),

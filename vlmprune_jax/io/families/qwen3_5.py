@@ -20,8 +20,7 @@ from vlmprune_jax.io.families.experts import (
 )
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, with_sections
-from vlmprune_jax.io.families.rope import rotary_dim
-from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, rotary_dim
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.

@@ -1,23 +1,33 @@
-"""Qwen3-VL, dense: a tower for images of any size with features for several decoder layers, and a Qwen3 decoder."""
+"""Qwen3-VL, dense and with experts: a tower for images of any size whose features enter several decoder layers."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import RECIPE, text_weights, vlm_family, vlm_from_hf, vlm_to_hf
+from vlmprune_jax.io.families.decoders import RECIPE, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.experts import (
+    QWEN_EXPERT_NAMES,
+    expert_layouts,
+    expert_names,
+    experts_problem,
+    experts_to_hf,
+    with_expert_count,
+    with_experts,
+)
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.io.families.tower import FIELDS, Tower, position_side
-from vlmprune_jax.io.families.towers import projector_of, vision_of
+from vlmprune_jax.io.families.towers import FIELDS, Tower, position_side
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
@@ -74,16 +84,17 @@ _TOWER = Tower(
 )
 
 
-def _merger_keys(deepstack: int) -> dict[str, str]:
-    """Return {path: key} of the merger and of the `deepstack` mergers of other blocks' features."""
-    layers = {"linear_1": "linear_fc1", "linear_2": "linear_fc2"}
-    mergers = {f"deepstack/{number}/": f"deepstack_merger_list.{number}" for number in range(deepstack)}
-    keys = {
-        f"{path}{name}": f"{key}.{end}"
-        for path, key in mergers.items()
-        for name, end in {"layer_norm": "norm", **layers}.items()
-    }
-    return {"patch_norm": "merger.norm", **{name: f"merger.{end}" for name, end in layers.items()}, **keys}
+_MERGERS = 32  # blocks with a merger of their own, more than any model has
+_MERGER_LAYERS = {"linear_1": "linear_fc1", "linear_2": "linear_fc2"}
+_MERGER_KEYS = {
+    "patch_norm": "merger.norm",
+    **{path: f"merger.{name}" for path, name in _MERGER_LAYERS.items()},
+    **{
+        f"deepstack/{number}/{path}": f"deepstack_merger_list.{number}.{name}"
+        for number in range(_MERGERS)
+        for path, name in {"layer_norm": "norm", **_MERGER_LAYERS}.items()
+    },
+}
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
@@ -188,30 +199,24 @@ def qwen3_vl_family(
     features of the tower's blocks enter the decoder.
     """
 
-    def vision_from_hf(tower: Mapping[str, Any]) -> VisionConfig:
-        if not deepstack and tower.get("deepstack_visual_indexes"):
-            raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
-        return _vision_from_hf(tower if deepstack else {**tower, "deepstack_visual_indexes": []})
-
     def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
         section = config.get("vision_config") or {}
-        tower, width = vision_from_hf(section), int({**_TOWER.defaults, **section}["out_hidden_size"])
+        if not deepstack and section.get("deepstack_visual_indexes"):
+            raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
+        tower = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
+        width = int({**_TOWER.defaults, **section}["out_hidden_size"])
         return qwen_from_hf(name, {**(ids or {}), **config}, defaults, tower, width)
-
-    def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-        before = vision_from_hf(source.get("vision_config") or {})
-        config = _TOWER.write(vision_of(cfg), source, before)
-        return vlm_to_hf(cfg, config, {"model_type": decoder.model_type})
 
     return patch_family(
         name,
         decoder,
         from_hf=from_hf,
-        to_hf=to_hf,
-        weights=lambda cfg: (
-            text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-            + _TOWER.weights("model.visual.")
-            + part_weights("projector", "model.visual.", _merger_keys(projector_of(cfg).deepstack))
+        tower=_TOWER,
+        defaults={"model_type": decoder.model_type},
+        weights=vlm_weights(
+            ("model.language_model.", "lm_head.weight"),
+            _TOWER.weights("model.visual."),
+            part_weights("projector", "model.visual.", _MERGER_KEYS),
         ),
         templates=(TEMPLATE,),
         video=_VIDEO,
@@ -230,4 +235,54 @@ QWEN3_VL = qwen3_vl_family(
         gguf=(gguf.QWEN3VL,),
     ),
     _TEXT,
+)
+
+# Qwen3-VL with experts ------------------------------------------------------------------------------------------------
+
+_VL_DECODER = "qwen3_vl_moe_text"
+# Defaults of the config class in transformers.
+_VL_TEXT: JsonDict = {
+    "model_type": _VL_DECODER,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+}
+
+
+def _vl_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = with_expert_count({**_VL_TEXT, **config}, 60)
+    # the class divides by the sum regardless of norm_topk_prob
+    return with_experts(text_of(config, _VL_DECODER, {}), config, renormalise=True)
+
+
+def _vl_problem(text: TextConfig) -> str | None:
+    """Return why transformers' class does not load these layers, with advice; None if it does."""
+    neurons = {layer.channel.neurons for layer in text.layers if isinstance(layer.channel, Experts)}
+    if neurons & {text.hidden_size, text.hidden_size / 2}:
+        return (
+            "it tells transposed experts by their shape, and the neurons of an expert are the hidden size "
+            f"({text.hidden_size}) or half of it: keep another number of neurons"
+        )
+    return experts_problem(text)
+
+
+QWEN3_VL_MOE = qwen3_vl_family(
+    "qwen3_vl_moe",
+    Decoder(
+        _VL_DECODER,
+        "Qwen3VLMoeForConditionalGeneration",
+        _vl_from_hf,
+        experts_to_hf,
+        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(), layouts=expert_layouts()),
+        gguf=(gguf.QWEN3VLMOE,),
+        problem=_vl_problem,
+    ),
+    _VL_TEXT,
 )

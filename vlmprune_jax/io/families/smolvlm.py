@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import UNUSED, text_weights, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.table import JsonDict, part_weights
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
@@ -61,12 +61,12 @@ SMOLVLM = vlm_family(
     # versions in which patches get the positions of their upper left neighbours
     stock={"by_row": True, "miscomputes": ("4.55.", "4.56.", "4.57.")},
     from_hf=_from_hf,
-    tower=_TOWER,
+    tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.text_model.", "lm_head.weight")
-        + part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"})
-        + TOWERS[_TOWER].weights("model.vision_model.")
+    weights=vlm_weights(
+        ("model.text_model.", "lm_head.weight"),
+        part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"}),
+        TOWERS[_TOWER].weights("model.vision_model."),
     ),
     ignored=(*UNUSED, r"model\.vision_model\.embeddings\.position_ids"),
     templates=(_TEMPLATE,),

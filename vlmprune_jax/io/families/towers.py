@@ -1,15 +1,198 @@
-"""Vision towers of several families (CLIP, SigLIP, InternViT), and weight names of projectors."""
+"""Declaration of a vision tower (config in both directions, names of weights), and towers of several families."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, VisionConfig
-from vlmprune_jax.io.families.table import JsonDict, in_layers
-from vlmprune_jax.io.families.tower import Tower, square_side
+from vlmprune_jax.core.layer import BlockConfig, Layer
+from vlmprune_jax.core.mixers import Attention, RopeConfig
+from vlmprune_jax.io.families.table import JsonDict, Weight, in_layers, part_weights
+
+# Config fields of most towers, in the order of exported files.
+FIELDS = {
+    "hidden_size": "hidden_size",
+    "mlp": "intermediate_size",
+    "q_heads": "num_attention_heads",
+    "depth": "num_hidden_layers",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "norm_eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped projections
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Declaration of a vision tower: its config section in both directions, and the names of its weights."""
+
+    kind: str
+    """`VisionConfig.kind`."""
+
+    defaults: JsonDict
+    """Defaults of the config class in transformers (InternViT: in the hub's remote code)."""
+
+    keys: Mapping[str, str]
+    """{path in `params["vision"]`: key in files}, in the order of exported files, as in `Weight`; paths that share a
+    key are rows of a fused tensor.
+    """
+
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """{path: layout} of tensors that are stored in an unusual layout."""
+
+    fields: Mapping[str, str] = field(default_factory=lambda: FIELDS)
+    """{size, axis or setting of the tower: config field}."""
+
+    rope_theta: float | None = None
+    """Default base of the rotary embedding by rows and columns; None: no rotary embedding."""
+
+    attention: Mapping[str, Any] = field(default_factory=lambda: {"out_bias": True})
+    """Fields of Attention; without `bias`, the config says whether queries, keys and values have biases."""
+
+    dense: Mapping[str, Any] = field(default_factory=lambda: {"gated": False, "bias": True})
+    """Fields of Dense."""
+
+    block: Mapping[str, Any] = field(default_factory=lambda: {"norm": "layer"})
+    """Fields of BlockConfig; without `norm_eps`, the config has the epsilon."""
+
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of VisionConfig."""
+
+    def filled(self, section: Mapping[str, Any]) -> JsonDict:
+        """Return a config section with the defaults of absent fields."""
+        return {**self.defaults, **{name: value for name, value in section.items() if value is not None}}
+
+    def read(
+        self,
+        section: Mapping[str, Any],
+        *,
+        windows: Sequence[int | None] = (),
+        block: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> VisionConfig:
+        """Return the VisionConfig of a config section that has all fields.
+
+        `windows` has the side of each layer's attention windows (empty: full attention); `block` and `fields` are
+        fields of BlockConfig and VisionConfig besides the declared ones.
+
+        Raises UserError if the heads do not divide the width, or the type of rotary embedding is not supported.
+        """
+        hidden, heads = int(section["hidden_size"]), int(section[self.fields["q_heads"]])
+        if "head_dim" not in section and hidden % heads:
+            raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
+        depth = int(section[self.fields["depth"]])
+        attention = {"bias": bool(section.get("qkv_bias", section.get("attention_bias", True))), **self.attention}
+        if self.rope_theta is not None:
+            rope = section.get("rope_parameters") or {}
+            if rope.get("rope_type", "axial") not in ("axial", "default"):
+                raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
+            attention["rope"] = RopeConfig(float(rope.get("rope_theta", self.rope_theta)), "axial")
+        mixer = Attention(
+            heads,
+            int(section[self.fields.get("kv_heads", self.fields["q_heads"])]),
+            head_dim=int(section.get("head_dim", hidden // heads)),
+            **attention,
+        )
+        neurons, activation = int(section[self.fields["mlp"]]), section[self.fields["activation"]]
+        channel = Dense(neurons, activation=activation, **self.dense)
+        block = {**self.block, **(block or {})}
+        if "norm_eps" not in block:
+            block["norm_eps"] = float(section[self.fields["norm_eps"]])
+        return VisionConfig(
+            hidden_size=hidden,
+            layers=tuple(
+                Layer(dataclasses.replace(mixer, window=window), channel) for window in windows or [None] * depth
+            ),
+            block=BlockConfig(**block),
+            n_layers_total=depth,
+            patch_size=square_side(section["patch_size"], "patch_size"),
+            kind=self.kind,
+            **{"channels": int(section.get(self.fields["channels"], 3)), **self.vision, **fields},
+        )
+
+    def write(
+        self, vision: VisionConfig, source: JsonDict, before: VisionConfig, feature_layer: str | None = None
+    ) -> JsonDict:
+        """Return config.json with the fields updated that depend on the tower's layers.
+
+        Args:
+          vision: the tower; if it is pruned, it ends with its feature layer, which then is the last hidden state.
+          source: config.json, which is returned if the layers are the same.
+          before: VisionConfig of `source`.
+          feature_layer: field with the feature layer; None for classes that always use the last.
+
+        Raises UserError if the layers have unequal widths, which no class loads.
+        """
+        if (before.layers, before.n_layers_total) == (vision.layers, vision.n_layers_total):
+            return source
+        if not vision.uniform:
+            raise UserError(
+                "the layers of the vision tower have unequal widths, which no transformers class can load: prune all "
+                'layers alike, or export with uneven="pad" (same function, no savings)'
+            )
+        section = dict(source.get("vision_config") or {})
+        sizes = {"depth": len(vision.layers), **vision.layers[0].sizes}
+        for name in ("depth", "q_heads", "kv_heads", "mlp"):
+            if name in self.fields:
+                section[self.fields[name]] = sizes[name]
+        if any(layer.mixer.window for layer in vision.layers):
+            section["fullatt_block_indexes"] = [i for i, x in enumerate(vision.layers) if x.mixer.window is None]
+        if "head_dim" not in self.defaults and ("head_dim" in section or not vision.whole_heads):
+            section["head_dim"] = vision.attention.head_dim
+        if vision.kind == "siglip":
+            section["vision_use_head"] = False
+        return {**source, "vision_config": section, **({feature_layer: -1} if feature_layer else {})}
+
+    def whole_config(self, vision: VisionConfig) -> JsonDict:
+        """Return the config section of a tower whose fields all differ from the defaults, except its type."""
+        values = {
+            **{name: getattr(vision, name) for name in ("hidden_size", "image_size", "patch_size", "channels")},
+            **vision.layers[0].sizes,
+            "depth": len(vision.layers),
+            "norm_eps": vision.block.norm_eps,
+            "activation": vision.channel.activation,
+        }
+        return {field: values[name] for name, field in self.fields.items()}
+
+    def weights(self, prefix: str) -> list[Weight]:
+        """Return the tower's weight table; keys begin with `prefix`."""
+        table = []
+        for line in part_weights("vision", prefix, self.keys, self.layouts):
+            table.append(line)
+            if line.key.endswith(".linear"):  # clipped projections have their bounds beside it
+                module = line.key.removesuffix("linear")
+                table += [Weight(f"{line.path}/{bound}", module + bound, "") for bound in _BOUNDS]
+        return table
+
+
+def position_side(positions: int) -> int:
+    """Return the side length of a square position embedding table.
+
+    Raises UserError if the number of positions is not a square.
+    """
+    side = math.isqrt(positions)
+    if side**2 != positions:
+        raise UserError(f"vision tower: num_position_embeddings {positions} is not the square of an integer")
+    return side
+
+
+def square_side(size: Any, name: str) -> int:
+    """Return the side length of a square image or patch, given as a number or a pair."""
+    sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
+    if len(sides) != 1:
+        raise UserError(
+            f"vision tower: {name} {size} has unequal height and width, but only square sizes are supported"
+        )
+    return sides.pop()
+
 
 _CLIP_KEYS = {
     "class_embedding/weight": "embeddings.class_embedding",
@@ -127,16 +310,6 @@ _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _POOLING_HEAD = ("vision_tower.head.", "vision_tower.vision_model.head.")
 
 
-def _tower_of(config: Mapping[str, Any], default_type: str) -> tuple[Tower, Mapping[str, Any]]:
-    """Return the tower of a vision config dictionary, or of a complete CLIP or SigLIP config, and its section."""
-    default_type = _OUTER.get(config.get("model_type", ""), default_type)
-    section = config.get("vision_config") or config
-    model_type = section.get("model_type") or default_type
-    if model_type not in TOWERS:
-        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(TOWERS)})")
-    return TOWERS[model_type], section
-
-
 def vision_from_hf(
     config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
 ) -> VisionConfig:
@@ -150,7 +323,11 @@ def vision_from_hf(
 
     Raises UserError if the type of tower or an option is not supported, or there are several feature layers.
     """
-    tower, section = _tower_of(config, default_type)
+    section = config.get("vision_config") or config
+    model_type = section.get("model_type") or _OUTER.get(config.get("model_type", ""), default_type)
+    if model_type not in TOWERS:
+        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(TOWERS)})")
+    tower = TOWERS[model_type]
     section = tower.filled(section)
     _check_internvit(section)
     total = int(section["num_hidden_layers"])
@@ -165,22 +342,6 @@ def vision_from_hf(
         positions = dataclasses.replace(positions, image_size=table_size)
     vision = tower.read(section, image_size=image_size or table_size, positions=positions)
     return dataclasses.replace(vision, layers=vision.layers[:used])
-
-
-def vision_to_hf(
-    vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int] | None = None
-) -> JsonDict:
-    """Return config.json with the fields updated that depend on the vision tower's layers.
-
-    A pruned tower ends with its feature layer, which then is the last hidden state. `feature_layer` is the name and the
-    default of the field with the feature layer; None for classes that always use the last.
-
-    Raises UserError if the layers have unequal widths, which no class loads.
-    """
-    section = source.get("vision_config") or {}
-    before = vision_from_hf(section, source.get(*feature_layer) if feature_layer else -1, default_type)
-    config = _tower_of(section, default_type)[0].write(vision, source, before)
-    return config if config is source or feature_layer is None else {**config, feature_layer[0]: -1}
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
@@ -219,19 +380,8 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
 
 def stock_tower(vision: VisionConfig) -> JsonDict:
     """Return transformers' vision_config for a tower without the layers after the one whose features are used."""
-    shape = vision.layers[0]
-    config = {
-        "model_type": next(model_type for model_type, tower in TOWERS.items() if tower.kind == vision.kind),
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": shape.sizes["mlp"],
-        "num_attention_heads": shape.mixer.q_heads,
-        "num_hidden_layers": len(vision.layers),
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "num_channels": vision.channels,
-        "layer_norm_eps": vision.block.norm_eps,
-        "hidden_act": vision.channel.activation,
-    }
+    model_type, tower = next(item for item in TOWERS.items() if item[1].kind == vision.kind)
+    config = {"model_type": model_type, **tower.whole_config(vision)}
     if vision.kind == "siglip":
         config["vision_use_head"] = False
     if vision.kind == "internvit":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,7 +26,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, open_file, parse_json, read_text, reading
 from vlmprune_jax.base.links import check_links, real_path
 from vlmprune_jax.base.settings import hints_of, override
-from vlmprune_jax.io.data.hub import fetch_dataset, is_hub
+from vlmprune_jax.io.data.datasets import fetch_dataset, is_hub
 from vlmprune_jax.run.experiment import recipes
 from vlmprune_jax.run.experiment.recipes import YAML, file_of, locate, shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -212,17 +211,6 @@ def read_hyper(config: str) -> Any:
         return module.get_hyper(Hyper())
 
 
-@contextlib.contextmanager
-def _importing_beside(config: str) -> Iterator[None]:
-    """Context in which a config file can import Python files from its own folder, for example the user's criteria."""
-    folder = str(real_path(file_of(config)).parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
 def load_file(config: str) -> tuple[types.ModuleType, Any]:
     """Import a config file FILE.py:VARIANT; return the module and the result of its function `get_config`.
 
@@ -233,9 +221,13 @@ def load_file(config: str) -> tuple[types.ModuleType, Any]:
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    with _importing_beside(config):
+    folder = str(real_path(file).parent)
+    sys.path.insert(0, folder)  # so that the file can import the user's criteria from files beside it
+    try:
         loader.exec_module(module)
         return module, module.get_config(*([variant] if mark else []))
+    finally:
+        sys.path.remove(folder)
 
 
 def load_config(config: str) -> ConfigDict:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from absl import flags
@@ -16,38 +17,93 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.experiment.recipes import locate
 
 Flags = flags.FlagValues
+# Help text of a flag, or (default, help). The default says the type: a text (also if there is none), True or False, a
+# number from 1, `int` for a number from 0 without default, a list of texts, or a tuple of choices (the first if unset).
+Spec = str | tuple[Any, str]
 _SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Positional arguments, settings given as --config.x.y, and the path of the config file.
 _HIDDEN = ("args", "explicit", "config_file")
 
 
-def config_flag(values: Flags) -> None:
-    """Define the flag `--config`, unless the command has already defined it."""
-    if "config" not in values:
-        text = "FILE.yaml, FILE.py or FILE.py:VARIANT, or the name of a shipped config such as llava15_7b:depth,0.3"
-        flags.DEFINE_string("config", None, text, flag_values=values)
+CONFIG = "FILE.yaml, FILE.py or FILE.py:VARIANT, or the name of a shipped config such as llava15_7b:depth,0.3"
+ONLY = ("", "run only variants whose names match patterns such as 'width*,depth*'; in a sweep: runs, by one pattern")
+# Flags that all commands with an experiment share.
+COMMON: dict[str, Spec] = {
+    "config": CONFIG,
+    "workdir": "folder for all files of this run",
+    "only": ONLY,
+    "overwrite": (False, "replace outputs whose inputs or settings have changed"),
+    "dry_run": (False, "check everything and print the steps without running them"),
+    "coordinator": "HOST:PORT of process 0 (TPU slices detect it)",
+    "num_processes": (int, "number of processes that run this command"),
+    "process_id": (int, "number of this process, from 0"),
+}
 
 
-def only_flag(values: Flags) -> None:
-    """Define the flag --only, which selects variants or runs by name."""
-    text = "run only variants whose names match patterns such as 'width*,depth*'; in a sweep: runs, by one pattern"
-    flags.DEFINE_string("only", "", text, flag_values=values)
+def define_all(values: Flags, specs: Mapping[str, Spec]) -> None:
+    """Define flags by name, unless they are defined already (as `config` is once its file is loaded)."""
+    for name, spec in specs.items():
+        default, about = (None, spec) if isinstance(spec, str) else spec
+        given: Any = {"flag_values": values, "help": about}
+        if name in values:
+            continue
+        if isinstance(default, bool):
+            flags.DEFINE_bool(name, default, **given)
+        elif isinstance(default, int):
+            flags.DEFINE_integer(name, default, lower_bound=1, **given)
+        elif default is int:
+            flags.DEFINE_integer(name, None, lower_bound=0, **given)
+        elif isinstance(default, list):
+            flags.DEFINE_list(name, default, **given)
+        elif isinstance(default, tuple):
+            flags.DEFINE_enum(name, default[0], default, **given)
+        else:
+            flags.DEFINE_string(name, default, **given)
 
 
-def common(values: Flags) -> None:
-    """Define the flags that all stage commands share, such as `--workdir`."""
-    config_flag(values)
-    flags.DEFINE_string("workdir", None, "folder for all files of this run", flag_values=values)
-    only_flag(values)
-    flags.DEFINE_bool("overwrite", False, "replace outputs whose inputs or settings have changed", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "check everything and print the steps without running them", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (TPU slices detect it)", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "number of processes that run this command", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=values)
+@dataclass(frozen=True)
+class Command:
+    """One command: its help text (USAGE: SUMMARY. DETAILS), and the functions that run it and define its flags.
+
+    `arguments`: True if it takes words without "--". `config`: default of `--config`.
+    """
+
+    text: str
+    run: Callable[[Flags], None]
+    define: Callable[[Flags], None]
+    arguments: bool = False
+    config: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """What the command does, as in the overview of all commands."""
+        return self.text.partition("\n")[0].partition(": ")[2].removesuffix(".")
 
 
-def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
+def command(
+    commands: dict[str, Command],
+    more: Callable[[], Mapping[str, Spec]] = dict,
+    *,
+    arguments: bool = False,
+    **specs: Spec,
+) -> Callable[[Callable[[Flags], None]], Callable[[Flags], None]]:
+    """Decorate a function that runs a command and has its help text as docstring; add the command to `commands`.
+
+    `specs`: its flags by name. `more`: returns further flags, whose defaults take long to import.
+    """
+
+    def declare(run: Callable[[Flags], None]) -> Callable[[Flags], None]:
+        def define(values: Flags) -> None:
+            define_all(values, {**specs, **more()})
+
+        commands[run.__name__] = Command(inspect.cleandoc(run.__doc__ or ""), run, define, arguments)
+        return run
+
+    return declare
+
+
+def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:
     """Parse a command line into flags; `values.config` is a locked ConfigDict, `values.args` the other arguments.
 
     Raises UserError for an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
@@ -55,7 +111,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     values, loaded, unset = _define(command), None, dict[str, None]()
     explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]
     config, others = split_flag(argv, "config")
-    config = getattr(command, "CONFIG", None) if config is None else config
+    config = command.config if config is None else config
     if "config" in values and config is not None:
         from vlmprune_jax.run.cli.config_files import load_config
 
@@ -81,12 +137,12 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"vlmprune {name}: {error}") from None
     values["args"].value, values["explicit"].value, values["config_file"].value = rest, explicit, config
-    if rest and not getattr(command, "TAKES_ARGUMENTS", False):
+    if rest and not command.arguments:
         raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: write settings with --, as --config.{rest[0]}")
     return values
 
 
-def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
+def _define(command: Command, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
     """Define the command's flags and, if a config is passed, one flag per config field that the arguments set."""
     values = Flags()
     if config is not None:
@@ -94,8 +150,7 @@ def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] 
     flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
     for name in _HIDDEN:
         flags.DEFINE_list(name, [], "", flag_values=values)
-    if hasattr(command, "define"):  # it has flags of its own
-        command.define(values)
+    command.define(values)
     return values
 
 
@@ -132,19 +187,14 @@ def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return value, others
 
 
-def switch(argv: Sequence[str], name: str) -> bool:
-    """Return True if a yes/no flag is set; works even if parsing the other flags has failed."""
-    return f"--{name}" in argv or f"--{name}=true" in argv
-
-
 def _names(values: Flags) -> list[str]:
     return sorted(name for name in values if name not in (*_HIDDEN, "help"))
 
 
-def help_of(name: str, command: Any) -> str:
-    """Return the help text of a command: its docstring and its flags."""
+def help_of(command: Command) -> str:
+    """Return the help text of a command and its flags."""
     values = _define(command)
-    lines = [inspect.cleandoc(command.__doc__ or ""), "", "flags:"]
+    lines = [command.text, "", "flags:"]
     for flag in _names(values):
         shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
         lines.append(f"  {shown:<18} {values[flag].help}")
@@ -158,11 +208,8 @@ def parse_bytes(text: str) -> float:
 
     Raises UserError for text of another form, or a number that is not above 0.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    number = float(match[1]) if match else math.nan
     if match is None or not 0 < number < math.inf:
         raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
     return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
+import inspect
 import io
 import os
 import signal
@@ -15,35 +15,20 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
 
 from vlmprune_jax.base.checks import line_of_users, suggest
 from vlmprune_jax.base.errors import SharedError, Stopped, UserError, printable, reason
 from vlmprune_jax.base.files import last_read
 from vlmprune_jax.core.mesh.stop import end, joined
-from vlmprune_jax.run.cli import env
-from vlmprune_jax.run.cli.flags import help_of, parse, split_flag, switch
+from vlmprune_jax.run.cli.flags import Command, Flags, help_of, parse, split_flag
 from vlmprune_jax.run.cli.messages import kept, leave_quietly
-from vlmprune_jax.run.cli.stages import StageCommand, commands
+from vlmprune_jax.run.cli.stages import commands, stage_command
+from vlmprune_jax.run.cli.tools import TOOLS, version
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 
-# Command -> one-line help, for commands in modules of this folder, which are imported when called to keep help fast.
-OTHERS = {
-    "sweep": "run a config with many combinations of settings and compare the results -> sweep.json, sweep.html",
-    "inspect": "print the parts of a Hugging Face model that can be pruned, without reading weights",
-    "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
-    "plan": "compile the recovery step for a TPU slice, without a TPU, and print its memory and minimum time",
-    "vocabulary": "print what smaller vocabularies save and cost, without writing files",
-    "bench": "measure speed, memory and size of models on this machine in jax, transformers and llama.cpp",
-    "chat": "ask models a question about an image, for example before and after pruning",
-    "diff": "compare two plans layer by layer",
-    "help": "explain a setting (`vlmprune help kl`): meaning, default, choices",
-    "env": "print versions, devices and installed packages, for a bug report",
-    "tfds": "pack records and images into a tensorflow-datasets data set",
-}
-COMMANDS = {**commands(), **OTHERS}
+COMMANDS = {**commands(), **{name: command.summary for name, command in TOOLS.items()}}  # with one-line help
 _TOOLS = ("help", "env", "tfds")
-_LOOK = ("report", *(name for name in OTHERS if name not in ("sweep", *_TOOLS)))
+_LOOK = ("report", *(name for name in TOOLS if name not in _TOOLS))
 _PIPELINE = tuple(name for name in COMMANDS if name not in (*_LOOK, *_TOOLS))
 # The groups of commands in the overview.
 GROUPS = {"Run the pipeline or one stage": _PIPELINE, "Look at models and results": _LOOK, "Tools": _TOOLS}
@@ -65,8 +50,6 @@ Examples:
 {configs}
 """
 _WIDTH = 80  # characters per line of the overview
-# Commands that start from the beginning after an interruption, because they store no partial results.
-_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "plan", "recommend", "tfds", "vocabulary")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # Errors that the user can solve: no space left (disk, quota, maximum file size), or no permission to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -116,7 +99,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
             stream.reconfigure(errors="backslashreplace")
     if script is not None:
         argv = [Path(script.__file__ or "").stem, *argv]
-    debug = switch(argv, "debug")
+    debug = "--debug" in argv or "--debug=true" in argv  # even if parsing the other flags fails
     with contextlib.ExitStack() as at_the_end:
         if threading.current_thread() is threading.main_thread():  # elsewhere no signal can be caught
             if alone and not debug:
@@ -142,56 +125,57 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
     """Print as one line why a command ended, notify the run's other processes, and return the exit code."""
-    if isinstance(error, Stopped):
-        print(f"vlmprune: {error}", file=sys.stderr)
-        return INTERRUPTED if error.signal == "SIGINT" else TERMINATED
-    if isinstance(error, SharedError):
-        print(f"vlmprune: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    if isinstance(error, KeyboardInterrupt):
-        terminated = isinstance(error, _Terminated)
-        what = "stopped on SIGTERM" if terminated else "interrupted"
-        anew = argv[:1] and argv[0] in _ANEW
-        line = f"\nvlmprune: {what}; the same command {'starts from the beginning' if anew else 'continues the work'}"
-        return end(line, what, TERMINATED if terminated else INTERRUPTED)
-    if isinstance(error, BrokenPipeError) and not joined():
-        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    text = _sentence(argv, error, ours)
+    command = " ".join(("vlmprune", *argv[:1]))
+    match error:
+        case Stopped():
+            print(f"vlmprune: {error}", file=sys.stderr)
+            return INTERRUPTED if error.signal == "SIGINT" else TERMINATED
+        case SharedError():
+            print(f"vlmprune: error: {error}", file=sys.stderr)
+            return USER_ERROR
+        case KeyboardInterrupt():
+            terminated = isinstance(error, _Terminated)
+            what = "stopped on SIGTERM" if terminated else "interrupted"
+            then = "starts from the beginning" if argv and argv[0] in TOOLS else "continues the work"
+            line = f"\nvlmprune: {what}; the same command {then}"
+            return end(line, what, TERMINATED if terminated else INTERRUPTED)
+        case BrokenPipeError() if not joined():
+            with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
+    text = _sentence(command, argv, error, ours)
     if text is not None:
+        text = printable(text)
         return end(f"vlmprune: error: {text}", text, USER_ERROR)
     if joined():
         return end(traceback.format_exc(), f"{type(error).__name__}: {printable(str(error))}"[:500], ABORTED)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
     location = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
     defect = printable(
-        f"{_command_line(argv)} failed{location}{_after()} with {type(error).__name__}: {reason(error)}; this is a bug "
+        f"{command} failed{location}{_after()} with {type(error).__name__}: {reason(error)}; this is a bug "
         "in vlmprune: please report it with the output of the same command with --debug"
     )
     return end(f"vlmprune: error: {defect}", "", OURS)
 
 
-def _sentence(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
+def _sentence(command: str, argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
     """Return the message for an error that the user can solve, with what to do; None for a defect of vlmprune.
 
-    These are errors of the user's input and Python files, of the operating system, and of too little memory. With
-    several processes, OS errors other than disk errors return None, because the loss of another process may have caused
-    them; the launch script then restarts the run.
+    With several processes, OS errors other than disk errors return None, because the loss of another process may have
+    caused them; the launch script then restarts the run.
     """
-    command = _command_line(argv)
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
-        location = error.filename or split_flag(argv, "workdir")[0] or command
-        location = os.fsdecode(location) if isinstance(location, bytes) else location
-        todo = "free disk space or repair the disk, and run the same command"
-        return printable(f"{location}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
+    match error:
+        case UserError():
+            return str(error)
+        case OSError() if error.errno in _DISK or not joined():
+            location = os.fsdecode(error.filename or split_flag(argv, "workdir")[0] or command)
+            todo = _TODO.get(error.errno or 0, "free disk space or repair the disk, and run the same command")
+            return f"{location}: {error.strerror or reason(error)}: {todo}"
+        case SystemExit():
+            return f"{command}: your Python file raised SystemExit({error.code!r}): remove that call"
     if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and _NO_MEMORY in str(error)):
-        return printable(
-            f"{command}{_after()}: not enough memory ({reason(error)}): use shorter sequences, a "
-            "smaller batch or a larger machine"
-        )
+        todo = "use shorter sequences, a smaller batch or a larger machine"
+        return f"{command}{_after()}: not enough memory ({reason(error)}): {todo}"
     if isinstance(error, RuntimeError | AssertionError) and "JAX_PLATFORMS" in os.environ and "jax" in sys.modules:
         from vlmprune_jax.core.mesh.mesh import start_devices
 
@@ -199,16 +183,10 @@ def _sentence(argv: list[str], error: BaseException, ours: list[Path]) -> str | 
             start_devices()
         except UserError as problem:
             return str(problem)
-    if isinstance(error, SystemExit):
-        return printable(f"{command}: your Python file raised SystemExit({error.code!r}): remove that call")
     if line := line_of_users(error, ours):
         failure = f"failed at {line} with {type(error).__name__}: {reason(error)}"
-        return printable(f"{command} {failure}: correct that file (--debug shows more)")
+        return f"{command} {failure}: correct that file (--debug shows more)"
     return None
-
-
-def _command_line(argv: list[str]) -> str:
-    return " ".join(("vlmprune", *argv[:1]))
 
 
 def _after() -> str:
@@ -217,41 +195,40 @@ def _after() -> str:
     return "" if path is None else f" after reading {path}"
 
 
-def _call(argv: list[str], script: ModuleType | None) -> tuple[Any, Any] | None:
+def _call(argv: list[str], script: ModuleType | None) -> tuple[Command, Flags] | None:
     """Return the command to run and its flags; None if the arguments asked for help or the version, now printed."""
     if script is None and (not argv or argv[0] in ("-h", "--help") or argv == ["help"]):
-        lines = [line for title, names in GROUPS.items() for line in ("", f"{title}:", *map(_listed, names))]
-        print(OVERVIEW.format(commands="\n".join(lines), configs=_shipped()))
+        lines = list[str]()
+        for title, names in GROUPS.items():
+            lines += ["", f"{title}:", *(_wrapped(f"  {name:<11} {COMMANDS[name]}", 14) for name in names)]
+        configs = f"Configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
+        print(OVERVIEW.format(commands="\n".join(lines), configs=_wrapped(configs, 2)))
     elif script is None and argv == ["--version"]:
-        print(f"vlmprune {env.version()}")
+        print(f"vlmprune {version()}")
     else:
         name, *rest = argv
-        command = _command(name, *rest) if script is None else script
+        command = find_command(name, *rest) if script is None else script_command(script)
         if not any(arg in ("-h", "--help") for arg in rest):
             return command, parse(name, command, rest)
-        print(help_of(name, command))
+        print(help_of(command))
     return None
 
 
-def _shipped() -> str:
-    """Return the names of the bundled configs as wrapped help text."""
-    text = f"Configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
-    return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+def _wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
-def _listed(name: str) -> str:
-    """Return a command's entry in the overview: its name and its wrapped one-line help."""
-    text = f"  {name:<11} {COMMANDS[name]}"
-    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False)
-
-
-def _command(name: str, *rest: str) -> ModuleType | StageCommand:
+def find_command(name: str, *rest: str) -> Command:
     """Return the command named `name`; an unknown name may be a stage that the file in `--config` registers."""
-    if name in OTHERS:
-        return importlib.import_module(f"vlmprune_jax.run.cli.{name}")
     if name not in COMMANDS and split_flag(rest, "config")[0] is None:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
-    return StageCommand(name)
+    return TOOLS.get(name) or stage_command(name)
+
+
+def script_command(script: ModuleType) -> Command:
+    """Return the command of a script with `define`, `run`, perhaps TAKES_ARGUMENTS, and help as docstring."""
+    arguments = getattr(script, "TAKES_ARGUMENTS", False)
+    return Command(inspect.cleandoc(script.__doc__ or ""), script.run, script.define, arguments)
 
 
 if __name__ == "__main__":

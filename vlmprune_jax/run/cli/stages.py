@@ -1,4 +1,4 @@
-"""The commands that take an experiment: one of every stage, and `run`, `report` and `demo`."""
+"""The commands that take an experiment: one of every stage, and `run`, `report`, `demo` and `sweep`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import Flags, common
+from vlmprune_jax.run.cli.flags import COMMON, Command, Flags, Spec, define_all
 from vlmprune_jax.run.stages.stage import STAGES
 
 RUN = """\
@@ -25,45 +23,58 @@ by width, trains it on 5 % of easy-VQA with hidden-state distillation, evaluates
 REPORT = """\
 The page has retention against cost, example questions with every model's answer, speed, the removed parts and training
 curves. For an unfinished run, the page lists the commands that complete it."""
+SWEEP = """\
+Besides get_config(), FILE.py has a function get_hyper(hyper) that returns the settings of each run:
+  return hyper.product([hyper.sweep("config.prune.ratio", [0.1, 0.3]), hyper.sweep("config.recover.seed", range(3))])
+Also: hyper.zipit, chainit, fixed, named("recovery", {"sft": {...}, "none": {...}}), or a list of dicts.
+
+Each run has a workdir W/runs/NAME; sweep.json, sweep.csv and sweep.html in W compare the runs. Finished runs are
+skipped, interrupted runs continue, and failed runs (exit code 2) are repeated by the next call.
+  vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
+  vlmprune sweep --config=FILE.py --workdir=W --dry_run            # list the runs and the stages that they share
+  vlmprune sweep --config=FILE.py --workdir=W --only='*seed=1*'    # only runs with these names
+  vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # on the second of eight machines"""
+_OWN_FLAGS: dict[str, dict[str, Spec]] = {
+    "prune": {"explain": (False, "print what each layer loses and why")},
+    "export": {"format": ([], "write further exports in these formats: gguf,w4a16 -> export-gguf/, export-w4a16/")},
+    "sweep": {
+        "jobs": (1, "number of runs at a time on this machine"),
+        "shard": ("1/1", "i/n: only every n-th run, from run i on"),
+    },
+}
 
 
 def commands() -> dict[str, str]:
-    """Return {command: one-line help} of all commands, in the order in which a run uses them."""
+    """Return {command: one-line help} of the commands that take an experiment, in the order of a run."""
     return {
         "run": "run all stages and report -> result.json, report.html",
         **{name: stage.help for name, stage in STAGES.items()},
         "report": "write the results of a finished or unfinished run as one page -> report.html, report.png",
         "demo": "run the whole pipeline on a bundled model and real data, on a CPU",
+        "sweep": "run a config with many combinations of settings and compare the results -> sweep.json, sweep.html",
     }
 
 
-class StageCommand:
-    """Command that runs one stage, or `run`, `report` or `demo`; its docstring is the help text."""
-
-    def __init__(self, name: str):
-        self.name, stage = name, STAGES.get(name)
-        self.run = functools.partial(run_command, "run" if name == "demo" else name)
-        details = {"run": RUN, "report": REPORT, "demo": DEMO}.get(name, "" if stage is None else _details(name))
-        config = "" if name in ("report", "demo") else "--config=FILE.py "
-        self.CONFIG = "demo" if name == "demo" else None  # the default
-        about = commands().get(name, "")
-        self.__doc__ = f"vlmprune {name} {config}--workdir=DIR\n\n{about[:1].upper()}{about[1:]}.\n{details}"
-
-    def define(self, values: Flags) -> None:
-        """Define the command-line flags of a stage command."""
-        common(values)
-        if self.name == "demo":
-            values["workdir"].value = "runs/demo"
-        if self.name == "prune":
-            absl_flags.DEFINE_bool("explain", False, "print what each layer loses and why", flag_values=values)
-        if self.name == "export":
-            about = "write further exports in these formats or quantisations: gguf,w4a16 -> export-gguf/, export-w4a16/"
-            absl_flags.DEFINE_list("format", [], about, flag_values=values)
+def stage_command(name: str) -> Command:
+    """Return the command of a stage, which a config may have registered, or `run`, `report`, `demo` or `sweep`."""
+    about, stage = commands().get(name, ""), STAGES.get(name)
+    details = {"run": RUN, "report": REPORT, "demo": DEMO, "sweep": SWEEP}.get(name, "")
+    if stage is not None:
+        details = f"{stage.details}\nConfig sections: {', '.join(('model', *stage.sections))}.".lstrip()
+    config = "" if name in ("report", "demo") else "--config=FILE.py "
+    usage = f"vlmprune {name} {config}--workdir=DIR"
+    return Command(
+        f"{usage}\n\n{about[:1].upper()}{about[1:]}.\n{details}",
+        functools.partial(run_command, "run" if name == "demo" else name),
+        functools.partial(_define, name),
+        config="demo" if name == "demo" else None,
+    )
 
 
-def _details(name: str) -> str:
-    stage = STAGES[name]
-    return f"{stage.details}\nConfig sections: {', '.join(('model', *stage.sections))}.".lstrip()
+def _define(name: str, values: Flags) -> None:
+    define_all(values, {**COMMON, **_OWN_FLAGS.get(name, {})})
+    if name == "demo":
+        values["workdir"].value = "runs/demo"
 
 
 def run_command(name: str, flags: Any) -> None:
@@ -79,8 +90,8 @@ def run_command(name: str, flags: Any) -> None:
     from vlmprune_jax.run.stages.preflight import preflight
     from vlmprune_jax.run.stages.unused import unused_lines
 
-    if name == "report":
-        _report(flags)
+    if name in ("report", "sweep"):
+        (_report if name == "report" else _sweep)(flags)
         return
     works = prepare(flags, flags.format if name == "export" else ())
     work = next(iter(works.values()))
@@ -105,6 +116,24 @@ def run_command(name: str, flags: Any) -> None:
         pipeline.run_stage(work, name, explain=name == "prune" and flags.explain)
 
 
+def _sweep(flags: Any) -> None:
+    from vlmprune_jax.run.cli.config_files import starting_point
+    from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
+    from vlmprune_jax.run.sweep.hyper import check_runs, runs_named, shard_of
+    from vlmprune_jax.run.sweep.sweep import run_sweep, tell_sharing, tell_unused
+
+    runs, sweep, reporter = prepare_sweep(flags)
+    check_runs(runs, flags.jobs)
+    mine = shard_of(runs_named(runs, flags.only), flags.shard)
+    placed = runs if flags.dry_run else place_all(runs, sweep)
+    tell_unused(placed, starting_point(flags), reporter)
+    if flags.dry_run:
+        tell_sharing(mine, sweep, reporter)
+        return
+    start = functools.partial(start_worker, sweep)
+    run_sweep(placed, sweep, reporter, only=flags.only, shard=flags.shard, jobs=flags.jobs, start=start)
+
+
 def _report(flags: Any) -> None:
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.run.cli.config_files import to_workdir
@@ -120,7 +149,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.base.processes import is_main_process
     from vlmprune_jax.run.report.build import build_report
-    from vlmprune_jax.run.report.tables import key_numbers, lead, parameter_note, tables_of
+    from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.run.stages.export import describe_export
     from vlmprune_jax.run.workdir.groups import comparison_of_run
     from vlmprune_jax.run.workdir.result import RESULT, read_result
@@ -133,7 +162,7 @@ def finish(workdir: Path, reporter: Reporter) -> None:
         comparison = comparison_of_run(result)
         for table in tables_of(comparison):
             reporter.table(*table.printed)
-        reporter.say("; ".join([lead(comparison), *map(" ".join, key_numbers(comparison))]))
+        reporter.say(lead(comparison))
         if note := parameter_note(result.teacher):
             reporter.say(note)
         reporter.say(f"best: {workdir / result.best_run.path}")

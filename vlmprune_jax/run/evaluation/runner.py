@@ -68,10 +68,6 @@ class Evaluation:
         """Value of the metric "accuracy"; raise KeyError if the metric does not define it."""
         return self.values["accuracy"]
 
-    def summary(self) -> dict[str, Any]:
-        """Return the evaluation as JSON values, without the answers to single questions."""
-        return {name: value for name, value in vars(self).items() if name != "answers"}
-
 
 @dataclass(frozen=True)
 class Perplexity:

@@ -71,6 +71,26 @@ class Evidence:
     of_control: Finite | None = None
 
     @property
+    def n_seeds(self) -> int:
+        """Number of seeds, 1 if unknown."""
+        return self.seeds or 1
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95 % interval; 0 without an interval."""
+        return 0.0 if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+
+    @property
+    def lower_end(self) -> float:
+        """Lower end of the 95 % interval, around the retention."""
+        return self.retained - self.half
+
+    @property
+    def trained(self) -> str:
+        """Training after pruning, such as "sft", without "reconstruct"; "none" without training."""
+        return self.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
+
+    @property
     def way(self) -> str:
         """Pruning method, recovery and share of the data as text."""
         data = f" on {100 * self.data_fraction:.4g} % of the data" if self.data_fraction else ""

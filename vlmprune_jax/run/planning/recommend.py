@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -36,22 +37,17 @@ PLACEHOLDERS = {"train": "TRAIN.json", "images": "IMAGES", "eval": "QUESTIONS.js
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file (YAML).
-
-    `steps`: number of optimizer steps and records of the training, or why none is recommended. `own_data`: True if the
-    config names the user's files. `missing`: settings of `data` that the user still has to set. `most_bytes`: the
-    requested maximum size.
-    """
+    """Recommendation for a model folder, with a config file."""
 
     folder: str
     cfg: ModelConfig
     recommendation: Recommendation
-    plans: dict[str, PrunePlan]
-    config: str
-    steps: str | None
-    own_data: bool
-    missing: tuple[str, ...]
-    most_bytes: float | None = None
+    plans: dict[str, PrunePlan]  # predicted, by pruning method
+    config: str  # as YAML
+    steps: str | None  # number of optimizer steps and records of the training, or why none is recommended
+    own_data: bool  # True if the config names the user's files
+    missing: tuple[str, ...]  # settings of `data` that the user still has to set
+    most_bytes: float | None = None  # the requested maximum size
 
 
 def advise(
@@ -85,55 +81,47 @@ def advise(
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector, use none or full")
-    size = _target_size(cfg, ratio, most_bytes)
-    plans = dict[str, PrunePlan]()
+    ratio = _ratio(cfg, ratio, most_bytes)
+    bound = {"ratio": ratio} if most_bytes is None else {"budget": {"disk_bytes": most_bytes}}
+    goal: dict[str, Any] = {"export": {"dtype": DTYPE}, "prune": bound}
+
+    def predict(*settings: Mapping[str, Any]) -> PrunePlan:
+        with error_context("--ratio" if most_bytes is None else "--bytes"):
+            return predict_plan(override(Experiment(), merge(*settings, goal)), cfg)
+
+    of_decoder, removed = count_params(cfg, "text") / count_params(cfg), dict[str, float]()
     for method in METHODS:
         with contextlib.suppress(UserError):
-            plans[method] = size.predict(guide.settings[method])
+            removed[method] = predict(guide.settings[method]).actual_ratio / of_decoder
+    target = Target(count_params(cfg), cfg.vision is not None, ratio, ratio / of_decoder, removed)
     methods = ("depth",) if speed else METHODS
     if data_fraction is None:
         data_fraction = 1.0 if "train" in files else guide.data.least
     own: dict[str, Any] = {"data": files} if files else {}
-    records = count_records(override(Experiment(), own).data)
-    recommendation, steps = _with_enough_steps(size, plans, records, data_fraction, compute, methods, guide)
+    choose = functools.partial(recommend, target, data_fraction=data_fraction, methods=methods, guide=guide)
+    recommendation, steps = choose(compute=compute), None
+    if recommendation.data_fraction:
+        records = count_records(override(Experiment(), own).data)
+        share, enough, steps = _steps(recommendation, cfg, records, data_fraction, guide)
+        if enough:
+            recommendation = dataclasses.replace(recommendation, data_fraction=share)
+        else:
+            with error_context(f"training steps: {steps}"):
+                recommendation = choose(compute="none")
+            steps = f"do not train: {steps}"
     variants = recommendation.variants.items()
-    plans = {method: size.predict(recommendation.recipe, settings) for method, settings in variants}
+    plans = {method: predict(recommendation.recipe, settings) for method, settings in variants}
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
     data = own or recommendation.task
     known = {*PLACEHOLDERS} if "source" in data.get("data", {}) else {*files}
     known |= {"images"} if files or cfg.vision is None else set()
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
-    config = _config_file(recommendation, cfg, merge({"model": model}, data, size.settings))
+    config = _config_file(recommendation, cfg, merge({"model": model}, data, goal))
     return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing, most_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _TargetSize:
-    """Size to reach: a model without `ratio` of all parameters; `most_bytes` is set if the user asked in bytes."""
-
-    cfg: ModelConfig
-    ratio: float
-    most_bytes: float | None
-
-    @property
-    def of_decoder(self) -> float:
-        """Share of the model's parameters that are in the decoder."""
-        return count_params(self.cfg, "text") / count_params(self.cfg)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings of a config that reach this size."""
-        bound = {"ratio": self.ratio} if self.most_bytes is None else {"budget": {"disk_bytes": self.most_bytes}}
-        return {"export": {"dtype": DTYPE}, "prune": bound}
-
-    def predict(self, *settings: Mapping[str, Any]) -> PrunePlan:
-        """Return the predicted plan of this size; raise UserError if there is none."""
-        with error_context("--ratio" if self.most_bytes is None else "--bytes"):
-            return predict_plan(override(Experiment(), merge(*settings, self.settings)), self.cfg)
-
-
-def _target_size(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> _TargetSize:
-    """Return the size to reach; raise UserError unless exactly one of `ratio` and `most_bytes` is set, and prunes."""
+def _ratio(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> float:
+    """Return the share of all parameters to remove; raise UserError unless exactly one target is set, and prunes."""
     if (ratio is None) == (most_bytes is None):
         raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
     if most_bytes is not None:
@@ -143,47 +131,33 @@ def _target_size(cfg: ModelConfig, ratio: float | None, most_bytes: float | None
                 f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in {DTYPE}, so no "
                 "pruning is needed"
             )
-        ratio = 1 - most_bytes / whole
+        return 1 - most_bytes / whole
     assert ratio is not None
-    return _TargetSize(cfg, ratio, most_bytes)
+    return ratio
 
 
-def _with_enough_steps(
-    size: _TargetSize,
-    plans: Mapping[str, PrunePlan],
-    records: int | None,
-    available: float,
-    compute: str,
-    methods: Sequence[str],
-    guide: Guide,
-) -> tuple[Recommendation, str | None]:
-    """Return the recommendation, without training if the records are too few, and `Advice.steps`.
+def _steps(
+    recommendation: Recommendation, cfg: ModelConfig, records: int | None, available: float, guide: Guide
+) -> tuple[float, bool, str]:
+    """Return the share of the data to train on, whether it gives enough optimizer steps, and both in words.
 
-    The share of the data is raised, up to `available`, until training has as many steps as the shortest measured one.
+    The recommended share is raised, up to `available`, until training has as many steps as the shortest measured one.
     """
-    cfg, removed = size.cfg, {method: plan.actual_ratio / size.of_decoder for method, plan in plans.items()}
-    target = Target(count_params(cfg), cfg.vision is not None, size.ratio, size.ratio / size.of_decoder, removed)
-    recommendation = recommend(target, data_fraction=available, compute=compute, methods=methods, guide=guide)
-    if not recommendation.data_fraction:
-        return recommendation, None
     recover = _experiment(recommendation, cfg, *recommendation.variants.values())[2].recover
     batch, passes = recover.batch_size, f"{recover.epochs:g} pass{'es' * (recover.epochs != 1)}"
     least = math.ceil(guide.data.steps * batch / recover.epochs)
     if records is None:
-        return recommendation, (
+        return recommendation.data_fraction, True, (
             f"at least {guide.data.steps}, as in the shortest measured training: {least:,} records in batches of "
             f"{batch} and {passes} (--train=FILE counts yours)"
-        )
+        )  # fmt: skip
     share = min(max(recommendation.data_fraction, math.ceil(1e4 * least / records) / 1e4), available)
     used = max(1, int(records * share))
     steps = recover.num_steps(used)
     counted = f"{steps:,} of {batch} records ({used:,} of {records:,} records in {passes})"
     if steps >= guide.data.steps:
-        return dataclasses.replace(recommendation, data_fraction=share), counted
-    too_few = f"too few: {counted}; the shortest measured training has {guide.data.steps} steps"
-    with error_context(f"training steps: {too_few}"):
-        untrained = recommend(target, data_fraction=available, compute="none", methods=methods, guide=guide)
-    return untrained, f"do not train: {too_few}"
+        return share, True, counted
+    return share, False, f"too few: {counted}; the shortest measured training has {guide.data.steps} steps"
 
 
 def exported_bytes(parameters: int) -> int:

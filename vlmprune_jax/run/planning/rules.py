@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune_jax.base.checks import fraction, one_of
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, NEAR, PAPER, SOLVED, Evidence, Guide, Rule
+from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, NEAR, PAPER, Evidence, Guide, Rule
 
 LIKE = 10  # models within this factor of the target's size count as similar
 TIE = 1.0  # points of retention; lower ends of intervals further apart are no tie
@@ -32,27 +32,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommendation for a target model: settings, and the measurements behind them.
+    """Recommendation for a target model: settings, and the measurements behind them."""
 
-    `rule`: the guide's rule that applies, None if measurements alone support this. `head`: row of a model of the same
-    shape, which overrules the rule. `rows`: the evidence: `head`, or rows of similar models. `because`: why this is
-    recommended. `data_fraction`: share of the training data to train on; 0 without training. `warnings`: limits of this
-    recommendation. `recipe`: partial experiment that made the evidence. `of_family`: True if `recipe` is added to the
-    recipe of the model's family. `task`: data and evaluation of the evidence, empty unless the evidence is from a model
-    of this shape. `variants`: settings of each recommended method.
-    """
-
-    rule: Rule | None
+    rule: Rule | None  # of the guide; None if measurements alone support this
     target: Target
-    data_fraction: float
-    head: Evidence | None
-    rows: tuple[Evidence, ...]
+    data_fraction: float  # share of the training data to train on; 0 without training
+    head: Evidence | None  # row of a model of the same shape, which overrules the rule
+    rows: tuple[Evidence, ...]  # the evidence: `head`, or rows of similar models
     because: str
-    warnings: tuple[str, ...]
-    of_family: bool
-    recipe: dict[str, Any]
-    task: dict[str, Any]
-    variants: dict[str, dict[str, Any]]
+    warnings: tuple[str, ...]  # limits of this recommendation
+    of_family: bool  # True if `recipe` is added to the recipe of the model's family
+    recipe: dict[str, Any]  # partial experiment that made the evidence
+    task: dict[str, Any]  # data and evaluation of the evidence; empty unless from a model of this shape
+    variants: dict[str, dict[str, Any]]  # settings of each recommended method
 
     @property
     def promise(self) -> tuple[float, float] | None:
@@ -61,9 +53,9 @@ class Recommendation:
         Only measurements with several seeds, of a model of this shape, on data that anyone can load, make a promise.
         """
         head = self.head
-        if head is None or head.interval is None or (head.seeds or 1) < 2 or "source" not in self.task.get("data", {}):
+        if head is None or head.interval is None or head.n_seeds < 2 or "source" not in self.task.get("data", {}):
             return None
-        half = _half(head) * math.sqrt((head.seeds or 1) + 1)  # of one seed, from the interval of the mean
+        half = head.half * math.sqrt(head.n_seeds + 1)  # of one seed, from the interval of the mean
         high = head.retained + half
         return max(0.0, head.retained - half), high if head.retained > 100 else min(high, 100.0)
 
@@ -93,59 +85,51 @@ def recommend(
     trains, share = compute if data_fraction else "none", target.decoder_ratio
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if trains != "none" else 0.0
-    rules = [rule for rule in guide.rules if rule.compute == trains]
-    rule = next((rule for rule in rules if min(share, 1.0) <= rule.up_to), None)
-    head, because = _choose(target, trains, data_fraction, methods, guide)
-    if head is None:
-        if rule is None:
-            most = 100 * max((rule.up_to for rule in rules), default=0.0)
-            todo = "remove less" if trains == "full" else "remove less, or train more (--compute=full --data=5%)"
-            raise UserError(
-                f"no measurement supports removing {100 * share:.3g} % of the decoder with compute={trains!r} (at most "
-                f"{most:.3g} %): {todo}"
-            )
-        because = f"the guide's rule ({rule.source})"
-        advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
-        rows = _of_similar_models(target, rule, advised, used, guide)
-        words = {method: rule.words(method) for method in advised}
-    else:
+    rule = next((rule for rule in guide.rules if rule.compute == trains and min(share, 1.0) <= rule.up_to), None)
+    of_kind = [row for row in guide.evidence if row.counts and guide.sources[row.source].vision == target.vision]
+    shape = [row for row in of_kind if row.parameters == target.parameters]
+    head, because = _choose(target, shape, trains, data_fraction, methods, guide)
+    if head is not None:
         rows, words = [head], {head.method: head.made_by}
         used = min(data_fraction, needed) if head.data_fraction is None else head.data_fraction  # the paper's: unknown
-    shape = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
-    row = rows[0] if rows else max(shape, key=lambda row: row.seeds or 1, default=None)
+    elif rule is not None:
+        because = f"the guide's rule ({rule.source})"
+        advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
+        rows = _of_similar_models(target, [row for row in of_kind if row.method in advised], rule, used)
+        words = {method: rule.words(method) for method in advised}
+    else:
+        most = 100 * max((rule.up_to for rule in guide.rules if rule.compute == trains), default=0.0)
+        todo = "remove less" if trains == "full" else "remove less, or train more (--compute=full --data=5%)"
+        raise UserError(
+            f"no measurement supports removing {100 * share:.3g} % of the decoder with compute={trains!r} (at most "
+            f"{most:.3g} %): {todo}"
+        )
+    row = rows[0] if rows else max(shape, key=lambda row: row.n_seeds, default=None)
     name = PAPER if row is None else row.source
-    source = guide.sources[name]
+    source, settings = guide.sources[name], guide.settings
+    variants = {
+        method: merge(*(settings[word] for word in words[method]), source.methods.get(method, {})) for method in words
+    }
+    trained = (trains if head is None else head.trained) != "none"
+    needed = needed if head is None else 0.0
+    warnings = tuple(_warnings(target, rows, trained, compute, data_fraction, needed, guide))
+    task = source.task if row in shape else {}
     return Recommendation(
-        rule=rule,
-        target=target,
-        data_fraction=used,
-        head=head,
-        rows=tuple(rows),
-        because=because,
-        warnings=tuple(_warnings(target, head, rows, data_fraction, needed, trains, compute, guide)),
-        of_family=name == PAPER,
-        recipe=source.recipe,
-        task=source.task if row in shape else {},
-        variants={
-            method: merge(*(guide.settings[word] for word in words[method]), source.methods.get(method, {}))
-            for method in words
-        },
+        rule, target, used, head, tuple(rows), because, warnings, name == PAPER, source.recipe, task, variants
     )
 
 
 def _warnings(
     target: Target,
-    head: Evidence | None,
     rows: Sequence[Evidence],
+    trained: bool,
+    compute: str,
     available: float,
     needed: float,
-    trains: str,
-    compute: str,
     guide: Guide,
 ) -> Iterator[str]:
-    """Yield the limits of a recommendation; `available` and `needed` are shares of the training data."""
+    """Yield the limits of a recommendation; `available` and `needed` (by the rule) are shares of the training data."""
     least = guide.data.least
-    trained = (trains if head is None else _trained(head)) != "none"
     if not rows:
         yield f"no model of this kind within {LIKE} times its size was measured with these steps: evaluate first"
     if not target.vision:
@@ -158,7 +142,7 @@ def _warnings(
         yield "scoring and reconstruction still need 50 to 500 records of the model's task"
     if trained and available < least:
         yield f"no measurement used less than {100 * least:g} % of the training data"
-    if trained and head is None and least <= available < needed:
+    if trained and least <= available < needed:
         yield f"at this ratio the guide recommends all training data; {100 * available:g} % are available"
 
 
@@ -172,19 +156,15 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
-    return row.parameters == target.parameters and guide.sources[row.source].vision == target.vision
-
-
 def _distance(target: Target, row: Evidence) -> float:
     """Return the difference (a share of the decoder) between what a row and the target's plan removed."""
     return abs(row.decoder_ratio - target.removed.get(row.method, math.inf))
 
 
 def _choose(
-    target: Target, trains: str, data: float, methods: Sequence[str], guide: Guide
+    target: Target, shape: Sequence[Evidence], trains: str, data: float, methods: Sequence[str], guide: Guide
 ) -> tuple[Evidence | None, str]:
-    """Return the measurement of the same model shape to follow (None to follow the rule), and why.
+    """Return the measurement in `shape`, rows of the same model shape, to follow (None to follow the rule), and why.
 
     The row with the most seeds stands for each way to prune and recover; single seeds decide only if there is nothing
     else. Of the rows within the budget that tie with the best of them, the one with the least work is followed.
@@ -192,21 +172,24 @@ def _choose(
 
     def fits(row: Evidence) -> bool:
         known = all(word in guide.settings for word in row.made_by)
-        affordable = trains == "full" or _trained(row) in ("none", trains)
+        affordable = trains == "full" or row.trained in ("none", trains)
         return known and affordable and (row.data_fraction or 0.0) <= data and row.method in methods
 
-    rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
-    near = [row for row in rows if _distance(target, row) <= guide.at]
+    def work(row: Evidence) -> tuple[int, bool, float, float]:
+        rank = WORK.index(row.trained) if row.trained in WORK else len(WORK)
+        return rank, row.recovery != row.trained, row.data_fraction or 0.0, -row.lower_end
+
+    near = [row for row in shape if _distance(target, row) <= guide.at]
     quoted = dict[tuple[str, str, float | None], Evidence]()
-    for row in sorted(near, key=lambda row: (row.seeds or 1, -row.retained)):  # later rows replace earlier ones
+    for row in sorted(near, key=lambda row: (row.n_seeds, -row.retained)):  # later rows replace earlier ones
         quoted[row.method, row.recovery, row.data_fraction] = row
-    rows = [row for row in quoted.values() if (row.seeds or 1) > 1] or [*quoted.values()]
-    within = sorted(filter(fits, rows), key=_lower_end, reverse=True)
+    rows = [row for row in quoted.values() if row.n_seeds > 1] or [*quoted.values()]
+    within = sorted(filter(fits, rows), key=lambda row: row.lower_end, reverse=True)
     if not within:
         return None, ""
-    best, rival = within[0], max(rows, key=_lower_end)
-    ties = [row for row in within if not is_better(best, row) and _lower_end(row) >= _lower_end(best) - TIE]
-    head = min(ties, key=lambda row: (*_work(row), -_lower_end(row)))
+    best, rival = within[0], max(rows, key=lambda row: row.lower_end)
+    ties = [row for row in within if not is_better(best, row) and row.lower_end >= best.lower_end - TIE]
+    head = min(ties, key=work)
     if is_better(rival, head):
         return head, f"best within these options; outside them, {rival.way} ({rival.retained:.2f} %) is better"
     if rival != head:
@@ -218,50 +201,23 @@ def _choose(
 
 def is_better(row: Evidence, other: Evidence) -> bool:
     """Return True if a row retained more than another, and the 95 % interval of the difference excludes 0."""
-    return row.retained - other.retained > math.hypot(_half(row), _half(other))
+    return row.retained - other.retained > math.hypot(row.half, other.half)
 
 
-def _half(row: Evidence) -> float:
-    """Return half the width of a measurement's 95 % interval; 0 without an interval."""
-    return 0.0 if row.interval is None else (row.interval[1] - row.interval[0]) / 2
+def _of_similar_models(target: Target, rows: Sequence[Evidence], rule: Rule, used: float) -> list[Evidence]:
+    """Return, of these rows, the nearest to the advice of each model of similar size, the most similar model first."""
 
-
-def _lower_end(row: Evidence) -> float:
-    return row.retained - _half(row)
-
-
-def _trained(row: Evidence) -> str:
-    """Return a measurement's training after pruning, such as "sft", without "reconstruct"; "none" without training."""
-    return row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
-
-
-def _work(row: Evidence) -> tuple[int, bool, float]:
-    """Return a sort key for the cost of a measured recovery: training, reconstruction, share of the data."""
-    trained = _trained(row)
-    rank = WORK.index(trained) if trained in WORK else len(WORK)
-    return rank, row.recovery != trained, row.data_fraction or 0.0
-
-
-def _of_similar_models(target: Target, rule: Rule, methods: Sequence[str], used: float, guide: Guide) -> list[Evidence]:
-    """Return the row nearest to the advice of each model of similar size, the most similar model first."""
+    def size_difference(row: Evidence) -> float:
+        return abs(math.log(row.parameters / target.parameters))
 
     def nearness(row: Evidence) -> tuple[float, float, int]:
-        return _distance(target, row), abs((row.data_fraction or 0.0) - used), -(row.seeds or 1)
+        return _distance(target, row), abs((row.data_fraction or 0.0) - used), -row.n_seeds
 
-    like = [
-        row
-        for row in guide.evidence
-        if guide.sources[row.source].vision == target.vision and row.counts and row.method in methods
-        if _size_difference(target, row) <= math.log(LIKE) and _distance(target, row) <= NEAR
-    ]
+    like = [row for row in rows if size_difference(row) <= math.log(LIKE) and _distance(target, row) <= NEAR]
     for recovery in rule.recoveries:
         nearest: dict[str, Evidence] = {}
         for row in sorted((row for row in like if row.recovery == recovery), key=nearness):
             nearest.setdefault(row.model, row)
         if nearest:
-            return sorted(nearest.values(), key=lambda row: _size_difference(target, row))
+            return sorted(nearest.values(), key=size_difference)
     return []
-
-
-def _size_difference(target: Target, row: Evidence) -> float:
-    return abs(math.log(row.parameters / target.parameters))

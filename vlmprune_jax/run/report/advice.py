@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
 from vlmprune_jax.run.planning.guide import SOLVED, Evidence, Guide
@@ -20,7 +18,6 @@ from vlmprune_jax.run.planning.rules import Recommendation, merge
 from vlmprune_jax.run.workdir.ledger import write_text
 
 WIDTH = 80  # characters per line of a recommendation
-LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _PRUNING = {
     "depth": "remove whole layers by Block Influence",
     "width": "remove neurons and heads by Taylor importance",
@@ -92,7 +89,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     recommendation, cfg = advice.recommendation, advice.cfg
     asked, whole = recommendation.target, size_text(exported_bytes(count_params(cfg)))
     yield "asked", _shares(asked.ratio, asked.decoder_ratio)
-    yield from _vocabulary(advice)
     yield from _integers(advice)
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
@@ -111,21 +107,13 @@ def _shares(ratio: float, decoder_ratio: float) -> str:
     return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
 
 
-def _vocabulary(advice: Advice) -> Iterator[tuple[str, str]]:
-    """Yield advice to trim a large vocabulary before other pruning; nothing for a small one."""
-    share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
-    if share > LARGE_VOCABULARY:
-        command = f"vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k"
-        yield "first", f"trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters: {command}"
-
-
 def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
     """Yield advice to quantise instead of pruning, if the quantised unpruned model meets the requested size.
 
     The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
     """
     cfg = advice.cfg
-    layers = count_params(cfg, "text") - vocabulary_share(cfg) * count_params(cfg)
+    layers = count_params(cfg, "text/layers/")
     for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
         size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
         if advice.most_bytes is not None and size <= advice.most_bytes:
@@ -162,17 +150,12 @@ def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> It
 def _measured(row: Evidence, guide: Guide) -> str:
     """Return a measurement as text: retention, interval, model, data, and what was removed."""
     ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
-    seeds = "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
+    seeds = "1 seed" if row.n_seeds == 1 else f"{row.seeds} seeds"
     control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
     return (
         f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its decoder "
         f"removed, {row.way}: {guide.sources[row.source].measure}"
     )
-
-
-def summarize(recommendation: Recommendation) -> str:
-    """Return the recommendation in one sentence."""
-    return f"{pruning_of(recommendation)}; {recovery_of(recommendation)}"
 
 
 def pruning_of(recommendation: Recommendation) -> str:
@@ -199,11 +182,3 @@ def recovery_of(recommendation: Recommendation) -> str:
 def percent(value: float) -> str:
     """Format a fraction as a percentage, such as "30 %"."""
     return f"{100 * value:.4g} %"
-
-
-def vocabulary_share(cfg: ModelConfig) -> float:
-    """Return the share of a model's parameters in embedding, output head and output bias."""
-    rows = cfg.text.vocab_size
-    without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
-    per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
-    return per_row * rows / count_params(cfg)

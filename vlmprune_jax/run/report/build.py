@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import MAX_JSON_BYTES, read_text
 from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.page import Section, Table, write_page
-from vlmprune_jax.run.report.samples import shown_samples
 from vlmprune_jax.run.report.speed import LIMITS, RULE, bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
-from vlmprune_jax.run.report.vocabulary import vocabulary_section
 from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
 from vlmprune_jax.run.workdir.comparison import averaged_sets
 from vlmprune_jax.run.workdir.groups import Comparison, comparison_of_run, comparison_of_sweep
 from vlmprune_jax.run.workdir.result import RESULT, Result, read_result
-from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
+from vlmprune_jax.run.workdir.samples import SAMPLES, Sample, Samples, SampleSet
 from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
@@ -44,6 +44,19 @@ INTERVALS = (
     " Intervals: 95 %, over questions that both models answer (by Bonett and Price, 2006, for right and wrong answers, "
     "by a paired bootstrap for other scores), and over seeds (Student's t) if there are several."
 )
+VOCABULARY_HEADER = (
+    "held-out texts", "texts", "split as before", "tokens, +%", "broken", "bits/byte before", "bits/byte after"
+)  # fmt: skip
+VOCABULARY_NOTE = (
+    "Broken: texts made of kept tokens that are tokenised differently (0 for a closed vocabulary). Bits per "
+    "byte: of the unpruned model with the whole and with the trimmed vocabulary."
+)
+MOST_MODELS = 3  # maximum models named for an answer; further ones are counted
+HEADINGS = {
+    "repaired": "Broken by pruning, repaired by recovery",
+    "broken": "Broken by pruning, and still wrong",
+    "other": "Other questions",
+}
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
@@ -70,7 +83,7 @@ def build_report(workdir: Path) -> Path:
         _title(find_artefact(workdir / STEPS, Steps)),
         [*_sections(workdir, result, variants, finished)],
         lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
-        numbers=() if done is None else key_numbers(done),
+        numbers=() if done is None else _measured(done),
         missing=missing,
         best="" if done is None or done.best is None else done.best.title,
         result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
@@ -92,10 +105,15 @@ def build_sweep_page(workdir: Path) -> Path:
         "Comparison of pruned models",
         [*_comparison_sections(comparison), *_open_runs(sweep)],
         lead=[f"{runs}: {len(sweep.done)} models.", *filter(None, [lead(comparison)])],
-        numbers=key_numbers(comparison),
+        numbers=_measured(comparison),
         best="" if comparison.best is None else comparison.best.title,
         origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
     )
+
+
+def _measured(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return the key numbers without speed-ups that are not measurable."""
+    return [(name, value) for name, value in key_numbers(comparison) if value[0].isdigit()]
 
 
 def _comparison_sections(comparison: Comparison, png: Path | None = None) -> Iterator[Section]:
@@ -193,6 +211,58 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
         if shown:
             notes = () if any(sample.images for _, mine in shown for sample, _ in mine) else ("These have no images.",)
             yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """One distinct answer to a sample question, and the models that gave it."""
+
+    text: str
+    verdict: str
+    models: str
+
+
+def shown_samples(
+    samples: SampleSet, labels: Mapping[str, str]
+) -> Iterator[tuple[str, list[tuple[Sample, list[ShownAnswer]]]]]:
+    """Yield (heading, sample questions with their answers) for each category of samples in an evaluation set."""
+    for kind, heading in HEADINGS.items():
+        mine = [sample for sample in samples.samples if sample.kind == kind]
+        if mine:
+            title = f"{heading} ({samples.counts.get(kind, 0):,} of {samples.questions:,})"
+            yield title, [(sample, _answers(sample, labels)) for sample in mine]
+
+
+def _answers(sample: Sample, labels: Mapping[str, str]) -> list[ShownAnswer]:
+    """Return the distinct answers to a sample question, with text made safe to print."""
+    models = dict[tuple[str, str], list[str]]()
+    for answer in sample.answers:
+        if answer.model in labels:
+            verdict = "" if answer.score is None else "right" if answer.score >= 0.5 else "wrong"
+            models.setdefault((printable(answer.said) or "(nothing)", verdict), []).append(labels[answer.model])
+    most = max(models.values(), key=len, default=[])
+    if len(models) > 1 and len(most) > MOST_MODELS:
+        most[:] = [f"the other {len(most)} models"]
+    return [ShownAnswer(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
+
+
+def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
+    """Yield a report section on trimmed vocabularies, with one table per variant."""
+    tables = []
+    for folder in dict.fromkeys((workdir / variant.plan).parent for variant in variants if variant.plan):
+        report = find_artefact(folder / VOCABULARY, VocabularyReport)
+        if report is not None:
+            name = "" if folder == workdir else f"{printable(folder.name)}: "
+            title = f"{name}{report.rows:,} of {report.rows_before:,} tokens, {report.parameters:,} parameters fewer"
+            tables.append(Table(title, VOCABULARY_HEADER, tuple(map(_vocabulary_row, report.samples))))
+    if tables:
+        yield Section("Vocabulary", tables=tuple(tables), notes=(VOCABULARY_NOTE,))
+
+
+def _vocabulary_row(sample: TextSample) -> tuple[str, ...]:
+    bits = ["" if value is None else f"{value:.3f}" for value in (sample.bits_before, sample.bits_after)]
+    counts = (f"{sample.texts:,}", f"{sample.equal:,}", f"{100 * sample.growth:.2f}", f"{sample.broken:,}")
+    return (printable(sample.name), *counts, *bits)
 
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:

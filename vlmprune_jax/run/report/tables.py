@@ -105,12 +105,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def show_retention(retained: Retention | None) -> str:
+def show_retention(retained: Retention | None, unit: str = "") -> str:
     """Return a mean retention as text, with its interval in brackets if it is known."""
     if retained is None:
         return ""
     mean, low, high = retained
-    return percent(mean) + (f" ({show_interval(low, high)})" if low < high else "")
+    return percent(mean) + unit + (f" ({show_interval(low, high)})" if low < high else "")
 
 
 def speedup_of(models: Sequence[Run], part: str) -> SpeedUp | None:
@@ -189,20 +189,21 @@ def key_numbers(comparison: Comparison) -> list[tuple[str, str]]:
         return []
     averaged = averaged_sets(comparison.sets)
     mean = f" (mean of {len(averaged)} sets)" if len(averaged) > 1 else ""
-    size = 100 * best.mean("parameters") / comparison.original(best).parameters
     numbers = {
-        f"retained, %{mean}": show_retention(best.retained),
-        OF_CONTROL: show_retention(best.of_control),
-        SIZE: f"{size:.1f}",
-        **{name: str(speedup_of(best.models, part) or "") for name, part in SPEEDUPS.items()},
+        f"retained{mean}": show_retention(best.retained, " %"),
+        "of control": show_retention(best.of_control, " %"),
+        "size": f"{100 * best.mean('parameters') / comparison.original(best).parameters:.1f} %",
+        "decoding speed-up": str(speedup_of(best.models, "decode_speedup") or ""),
+        "prompt speed-up": str(speedup_of(best.models, "prefill_speedup") or ""),
     }
     return [(name, value) for name, value in numbers.items() if value]
 
 
 def lead(comparison: Comparison) -> str:
-    """Return the name of the best model, and of how many; "" if no retention is known."""
+    """Return one line with the best model and its key numbers; "" if no retention is known."""
+    best, numbers = comparison.best, map(" ".join, key_numbers(comparison))
     among = f"Best of {len(comparison.groups)} models: " if len(comparison.groups) > 1 else ""
-    return "" if comparison.best is None else f"{among}{comparison.best.title}"
+    return "" if best is None else "; ".join([f"{among}{best.title}", *numbers])
 
 
 def parameter_note(teacher: Unpruned) -> str:

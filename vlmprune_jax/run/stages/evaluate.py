@@ -229,8 +229,9 @@ def _measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> 
     """Score a model's answers to an evaluation set, and print one line."""
     path = result_file(work)
     others = {"retained_interval": evaluation_file(work.workdir, TEACHER, work.part)}
-    if work.control is not None:
-        others["control_interval"] = evaluation_file(work.control.parent, work.control.name, work.part)
+    if work.record.compared_with:
+        control = work.workdir / work.record.compared_with
+        others["control_interval"] = evaluation_file(control.parent, control.name, work.part)
     compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
     evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
     size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"

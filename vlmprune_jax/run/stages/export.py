@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.comparison import benchmark_rows, rounded_rows
-from vlmprune_jax.run.workdir.content import content_key, made_from
+from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import TEACHER
 from vlmprune_jax.run.workdir.ledger import Task, differs_only_in, remove
 
@@ -85,7 +86,7 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
         evaluations = []
         for task in (part.task for part in _evaluations(work)):
             data_files = {name: path for name, path in task.inputs.items() if name != "model"}
-            evaluations.append(content_key(made_from(task.settings, data_files, task.version)))
+            evaluations.append(content_key(dataclasses.replace(task, inputs=data_files).made_from))
         card = [card, evaluations]
     return task.add(
         inputs={

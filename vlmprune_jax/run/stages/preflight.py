@@ -139,13 +139,13 @@ def _about(step: Work) -> Iterator[str]:
             config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
-            if steps < FEW_STEPS and not step.is_control:
+            if steps < FEW_STEPS and not step.record.control:
                 counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
-    if step.is_control:
+    if step.record.control:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
     yield f"{step.task.name}{counted}"
 
@@ -183,8 +183,8 @@ def check_disk(work: Work, steps: Sequence[Work], *, exported: bool) -> None:
     """Raise UserError if the disk cannot hold the models that these steps, and the export, have yet to write."""
     size, needed = _weights(work), [0]
     for step in steps:
-        ratio = step.sections["prune"].ratio if step.pruned else 0.0
-        if step.makes_model and not step.out.is_dir() and ratio is not None:
+        ratio = step.sections["prune"].ratio if step.record.pruned else 0.0
+        if step.record.model and not step.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
     needed_bytes = sum(needed) + (max(needed) if exported else 0)
     on_process_zero(lambda: check_space(work.workdir / "models", needed_bytes))

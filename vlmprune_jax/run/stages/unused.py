@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import operator
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import ModelConfig
@@ -22,8 +21,7 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, with_rounding
-from vlmprune_jax.run.experiment.options import options
-from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.spec import Experiment, options
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.run.stages.score import criteria_of
 from vlmprune_jax.run.stages.stage import STAGES, without_scores
@@ -59,8 +57,9 @@ def unused_settings(
     user_sections = {section for stage in STAGES.values() if stage.run is not None for section in stage.sections}
     taken = ({*sections} or {name.partition(".")[0] for name in names}) - user_sections
     names = [name for name in names if name.partition(".")[0] in taken]
-    given = {name: [_value(run, name) for run in (DEFAULTS, start, *_variants(start))] for name in names}
-    changed = [name for name in names if any(_value(run, name) not in given[name] for run, _ in runs)]
+    values = {name: operator.attrgetter(name) for name in names}
+    given = {name: [value(run) for run in (DEFAULTS, start, *_variants(start))] for name, value in values.items()}
+    changed = [name for name, value in values.items() if any(value(run) not in given[name] for run, _ in runs)]
     reasons = list[dict[str, str]]()
     for run, cfg in runs:
         rules = itertools.chain(
@@ -70,7 +69,12 @@ def unused_settings(
             _evaluation(run.evaluate, run.data, last=run.recover.method == run.reconstruct.method == "none"),
             _model(run.speed, cfg),
         )
-        reasons.append(_reasons(rules, changed))
+        by_setting = dict[str, str]()
+        for patterns, idle, why in rules:
+            for name in changed if idle else ():
+                if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+                    by_setting.setdefault(name, why)
+        reasons.append(by_setting)
     unused: dict[str, list[str]] = {}
     for name in changed:
         if all(name in by_setting for by_setting in reasons):
@@ -85,20 +89,6 @@ def _variants(experiment: Experiment) -> list[Experiment]:
         for pruned in prune_runs(experiment, Path())
         for variant in [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
     ]
-
-
-def _value(settings: object, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), settings)
-
-
-def _reasons(rules: Iterable[Rule], names: list[str]) -> dict[str, str]:
-    """Return {setting: why it has no effect in this variant}."""
-    reasons: dict[str, str] = {}
-    for patterns, idle, why in rules:
-        for name in names if idle else ():
-            if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
-                reasons.setdefault(name, why)
-    return reasons
 
 
 def _scoring(score: ScoreConfig, prune: PlanConfig) -> Iterator[Rule]:

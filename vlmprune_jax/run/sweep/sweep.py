@@ -357,6 +357,6 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     for step in sweep.work(run, reporter).steps:
         task = step.task
         before = [keys[earlier.stage] for earlier in step.before]
-        stage = CONTROL if step.is_control else step.stage
+        stage = CONTROL if step.record.control else step.stage
         keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
     return keys

@@ -6,6 +6,7 @@ The questions are chosen during the evaluation, so that the report does not need
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from msgspec import Meta
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
-from vlmprune_jax.io.data.image_files import thumbnail
+from vlmprune_jax.io.data.media import thumbnail
 from vlmprune_jax.io.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
@@ -139,22 +140,19 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
 
 
 def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, most: int) -> list[int]:
-    """Choose up to `most` sample questions, the best ranked first, with varied answers and images."""
-    places = sorted(np.flatnonzero(chosen).tolist(), key=lambda place: (-int(ranks[place]), place))
-    picks: list[int] = []
-    seen: set[tuple[str, ...]] = set()
-    images: set[tuple[str, ...]] = set()
-    while places and len(picks) < most:
-        fresh = (p for p in places if records[p].references[:1] not in seen and _images(records[p]) not in images)
-        place = next(fresh, None)
-        if place is None and seen:  # every answer has had its turn
-            seen = set()
-            place = next((p for p in places if _images(records[p]) not in images), None)
-        place = places[0] if place is None else place
-        places.remove(place)
-        picks.append(place)
-        seen.add(records[place].references[:1])
-        images.add(_images(records[place]))
+    """Choose up to `most` sample questions with images and answers that were shown least, the best ranked first."""
+    left, picks = set(np.flatnonzero(chosen).tolist()), list[int]()
+    images, answers = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+
+    def order(place: int) -> tuple[int, int, int, int]:
+        record = records[place]
+        return images[_images(record)], answers[record.references[:1]], -int(ranks[place]), place
+
+    while left and len(picks) < most:
+        picks.append(place := min(left, key=order))
+        left.remove(place)
+        images[_images(records[place])] += 1
+        answers[records[place].references[:1]] += 1
     return picks
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
 from vlmprune_jax.base.files import Count, Finite
-from vlmprune_jax.run.workdir.artefact import Artefact, Part
+from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
 
 VOCABULARY = "vocabulary.json"
 
@@ -49,3 +50,9 @@ class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
     rows: Count
     parameters: Count
     samples: Annotated[list[TextSample], Meta(max_length=100)]
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """Return the number of tokens that the plan in a folder keeps; None for the whole vocabulary."""
+    report = find_artefact(folder / VOCABULARY, VocabularyReport)
+    return None if report is None else report.rows

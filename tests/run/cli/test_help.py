@@ -2,7 +2,7 @@
 
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.experiment.options import sections
+from vlmprune_jax.run.experiment.spec import sections
 
 
 def test_help_of_settings(capsys):
