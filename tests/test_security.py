@@ -18,9 +18,8 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 SAFE = {
     ("run/evaluation/speed/bench.py", "start"): "-P",
     ("io/exports/gguf_file.py", "_ask"): "-P",
-    ("io/data/tokenizer_files.py", "_try_rules"): "-P",
+    ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
-    ("io/data/chat_template.py", "chat_prompt"): "-P",
     ("run/workdir/content.py", "commit"): "git, in the folder of this package",
     ("run/sweep/workers.py", "in_processes"): "_safe_path",
 }

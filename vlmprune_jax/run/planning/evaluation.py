@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from vlmprune_jax.base.chips import Chip
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, make_mesh, row_ways
 from vlmprune_jax.core.models.flops import active_params, causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.core.models.params import abstract_params, count_params
-from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.preparation import Preparation, fixed_size
+from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.run.evaluation.config import EvaluateSpec
 from vlmprune_jax.run.planning.ahead_of_time import Slice
@@ -91,6 +95,27 @@ class Bound:
         """Return the seconds of each phase for answering `questions` questions on all groups of `chips` chips."""
         batches = questions / self.rows / (chips // self.chips)
         return {name: batches * getattr(self, name) for name in ("tower", "prefill", "decode")}
+
+
+def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
+    """Return how a model divides images into tiles or patches; None if images stay whole."""
+    if cfg.vision is None:
+        return None
+    if family_of(cfg).images == "whole":
+        if data.max_image_tokens is not None:
+            with error_context(f"data.max_image_tokens={data.max_image_tokens}"):
+                raise fixed_size(cfg.tokens_per_image)
+        return None
+    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
+    return load_image_processor(
+        folder,
+        aspect_ratio="pad",
+        max_pixels=data.max_image_pixels,
+        cache_bytes=0,
+        tiling=tiling,
+        max_image_tokens=data.max_image_tokens,
+        slot_tokens=cfg.tokens_per_image,
+    ).preparation
 
 
 def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:
