@@ -44,6 +44,11 @@ class QuestionBatch(Batch):
     prefix: SharedPrefix
     places: np.ndarray
 
+    @property
+    def questions(self) -> list[tuple[int, Record]]:
+        """Index and record of all rows that hold a question."""
+        return [(int(self.places[row]), self.records[row]) for row in np.flatnonzero(self.valid)]
+
 
 @dataclass(frozen=True)
 class _Question:

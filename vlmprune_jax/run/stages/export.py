@@ -84,9 +84,9 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     card: Any = _benchmarks(work)
     if card and _is_quantised(values) and spec.evaluate:
         evaluations = []
-        for task in (part.task for part in _evaluations(work)):
-            data_files = {name: path for name, path in task.inputs.items() if name != "model"}
-            evaluations.append(content_key(dataclasses.replace(task, inputs=data_files).made_from))
+        for asked in (part.task for part in _evaluations(work)):
+            data_files = {name: path for name, path in asked.inputs.items() if name != "model"}
+            evaluations.append(content_key(dataclasses.replace(asked, inputs=data_files).made_from))
         card = [card, evaluations]
     return task.add(
         inputs={

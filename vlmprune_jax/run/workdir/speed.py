@@ -32,10 +32,11 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
     decode_speedup: SpeedUp | None = None
 
 
-def medians(measured: Measurement) -> MedianSpeed:
-    """Return the medians of a model's speeds over repeated measurements."""
-    speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
-    return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
+def medians(*measured: Measurement) -> MedianSpeed:
+    """Return the medians of a model's speeds over all repeated measurements."""
+    names = ("prefill", "decode", "first_token")
+    speeds = {name: statistics.median([value for one in measured for value in getattr(one, name)]) for name in names}
+    return MedianSpeed(**speeds, peak_bytes=measured[0].peak_bytes)
 
 
 class Pair(Part, frozen=True, kw_only=True):
@@ -88,17 +89,8 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
         """Return {run: median speeds}, with "" for the unpruned model."""
         if not self.pairs:
             return {}
-        unpruned = [pair.unpruned for pair in self.pairs]
-        every = Measurement(
-            prefill=tuple(value for measurement in unpruned for value in measurement.prefill),
-            decode=tuple(value for measurement in unpruned for value in measurement.decode),
-            first_token=tuple(value for measurement in unpruned for value in measurement.first_token),
-            peak_bytes=unpruned[0].peak_bytes,
-        )
-        return {
-            "": medians(every),
-            **{name: speeds for pair in self.pairs for speeds in [pair.medians] for name in pair.models},
-        }
+        of_pairs = {name: speeds for pair in self.pairs for speeds in [pair.medians] for name in pair.models}
+        return {"": medians(*(pair.unpruned for pair in self.pairs)), **of_pairs}
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
