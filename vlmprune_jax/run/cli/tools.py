@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Spec, command, parse_bytes, parse_share
+from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Specs, command, parse_bytes, parse_share
 
 _MODEL = "Hugging Face folder or hub id of the model"
 _VISION = "vision tower folder (original LLaVA, Bunny)"
@@ -158,7 +158,7 @@ def vocabulary(flags: Any) -> None:
     reporter.say("to apply a size: --config.prune.vocabulary.size=N --config.prune.vocabulary.sources=\"('FILE',)\"")
 
 
-def _bench_flags() -> dict[str, Spec]:
+def _bench_flags() -> Specs:
     from vlmprune_jax.base.settings import settings_of
     from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 
@@ -170,7 +170,7 @@ def _bench_flags() -> dict[str, Spec]:
 
 @command(
     TOOLS,
-    _bench_flags,
+    more=_bench_flags,
     model="Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)",
     against=([], "more models to measure, in turns with --model"),
     vision_dir=_VISION,

@@ -17,7 +17,7 @@ from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan
+from vlmprune_jax.core.prune import KeptVocabulary
 from vlmprune_jax.core.prune.fingerprints import content_digest
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
@@ -90,7 +90,12 @@ class Recovery:
         if self.runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
             with error_context(work.start.with_name("plan.json")):
                 check_plan_is_for(self.teacher, self.plan)
-                _check_teacher_differs(self.plan, config)
+                cut = [name for name, kept in self.plan.stacks.items() if not kept.is_whole]
+                if cut == ["vision"] and config.losses.teacher_inputs == "student":
+                    raise UserError(
+                        "the plan prunes only the vision tower, so a teacher with the student's image embeddings "
+                        'equals the student: set recover.losses.teacher_inputs="own"'
+                    )
         shared = inputs.load_inputs(work.tokens, data, cfg)
         self.encoder, self.records = shared.training_encoder(cfg), inputs.recovery_records(data, shared.template)
         self.config = config = config.fit_records(len(self.records), row_ways(work.devices))
@@ -255,16 +260,6 @@ class Recovery:
 
         self._fill(rows, training, f"teacher's top-{rows.top_k} logits", program)
         return rows
-
-
-def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
-    """Raise UserError if the teacher would compute exactly what the student computes."""
-    cut = [name for name, kept in plan.stacks.items() if not kept.is_whole]
-    if cut == ["vision"] and config.losses.teacher_inputs == "student":
-        raise UserError(
-            "the plan prunes only the vision tower, so a teacher with the student's image embeddings equals the "
-            'student: set recover.losses.teacher_inputs="own"'
-        )
 
 
 def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverConfig, kept: KeptVocabulary | None) -> dict[str, Any]:
