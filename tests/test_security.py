@@ -18,9 +18,8 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 SAFE = {
     ("run/evaluation/speed/bench.py", "start"): "-P",
     ("io/exports/gguf_file.py", "_ask"): "-P",
-    ("io/data/tokenizer_files.py", "_try_rules"): "-P",
+    ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
-    ("io/data/chat_template.py", "chat_prompt"): "-P",
     ("run/workdir/content.py", "commit"): "git, in the folder of this package",
     ("run/sweep/workers.py", "in_processes"): "_safe_path",
 }
@@ -35,7 +34,6 @@ WRITERS = {
     ("run/demo/easyvqa.py", "_build"): _NEW,
     ("io/exports/target.py", "write_processor"): _NEW,
     ("io/exports/target.py", "write_files"): _NEW,
-    ("io/exports/vocabulary.py", "write_tokenizer"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,

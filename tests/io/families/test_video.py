@@ -22,8 +22,9 @@ from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
-from vlmprune_jax.io.data.feature_pass import compute_features
 from vlmprune_jax.io.data.images import limited_files
+from vlmprune_jax.io.data.inputs import TrainingRows
+from vlmprune_jax.io.data.record_cache import compute_records, feature_program
 from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.exports.token_sources import Source, tokens_of
 from vlmprune_jax.io.families import find
@@ -320,11 +321,14 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
     records, cfg = to_records([golden.rows["single"]["record"]], inputs), golden.model.cfg
     shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
     loader = FeatureLoader(inputs.image_loader, ArrayCache(tmp_path, {"weights": "x"}), shape, np.dtype(np.float32))
-    missing = loader.missing(records)
-    assert len(missing) == {"qwen3_vl": 4, "smolvlm": 6}[golden.name]  # pairs, and frames
-    options = {"batch_size": 2, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
-    compute_features(golden.model.params["vision"], cfg, loader, missing, **options)
-    assert not loader.missing(records)
+    assert len(loader.keys(records[0])) == {"qwen3_vl": 4, "smolvlm": 6}[golden.name]  # pairs, and frames
+    rows, program = (
+        TrainingRows(tuple(records), inputs.encoder(cfg, 500), None),
+        feature_program(golden.model.params["vision"], cfg, loader, None),
+    )
+    options = {"size": 1, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
+    compute_records(loader, rows, [0], program, **options)
+    assert loader.has(loader.keys(records[0]))
     visual = records[0].visuals[0]
     pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
     tower = to_nnx(golden.model)

@@ -12,18 +12,19 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.describe import count_passthrough
-from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works, names_of_sets, write_samples
+from vlmprune_jax.io.exports.pruning import costs_of
+from vlmprune_jax.run.stages.evaluate import evaluate_model, names_of_sets, write_samples
 from vlmprune_jax.run.stages.export import describe_export, export_folder
 from vlmprune_jax.run.stages.preflight import check_disk
 from vlmprune_jax.run.stages.prune import explain_plan
-from vlmprune_jax.run.stages.speed import costs_of_folder, measure_shapes, workload_of
+from vlmprune_jax.run.stages.speed import measure_shapes, workload_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.evaluation import TEACHER
-from vlmprune_jax.run.workdir.ledger import StageRecord, Task, differs_only_in, run_task
-from vlmprune_jax.run.workdir.result import RESULT, Evaluations, Export, Result, Run, read_result
+from vlmprune_jax.run.workdir.ledger import StageRecord, differs_only_in, run_task
+from vlmprune_jax.run.workdir.result import RESULT, Costs, Evaluations, Export, Result, Run, read_result
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, make_result, read_unfinished
 
 
@@ -80,8 +81,8 @@ def make_models(root: Work) -> Result:
     workload = workload_of(root, spec.data, spec.speed, spec.export)
 
     def measured(entry: Any, name: str, folder: Path, **fields: Any) -> Any:
-        costs = costs_of_folder(root, folder, workload, spec.export)
-        return replace(entry, costs=costs, speed=speeds.get(name), **fields)
+        costs = costs_of(root.config(folder), uneven=spec.export.uneven, **asdict(workload))
+        return replace(entry, costs=Costs(**costs), speed=speeds.get(name), **fields)
 
     return replace(
         result,
@@ -105,11 +106,6 @@ def evaluate(root: Work) -> None:
         root.say(f"{why}: only the unpruned model was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
         _renew(root, make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations))
-
-
-def tasks_of(root: Work) -> list[Task]:
-    """Return the tasks of all stages except the export, with the unpruned model evaluated on every set."""
-    return [step.task for step in (*evaluation_works(root, root.start, TEACHER), *root.steps)]
 
 
 def measure_speed(root: Work) -> None:
