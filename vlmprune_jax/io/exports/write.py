@@ -51,8 +51,7 @@ def save(
       max_image_tokens: maximum tokens per image in the processor files (None = as in `source_dir`).
       **options: options of the format, which are the settings `export.NAME` of a config, such as `dtype`, `layout`,
         `uneven` and `quantize`; in Python also `mtp_dir`, `storage` (the result of `vp.gptq`) and `imatrix` (that of
-        `vp.imatrix`). Facts for the model card: `name`, `license`, `datasets`, `benchmarks`, `reconstructed` and
-        `recovered` (see `CardFacts`).
+        `vp.imatrix`); and the fields of `CardFacts`, such as `name` and `license`.
 
     Raises UserError if out_dir exists, source_dir is unknown or belongs to another model, an option is invalid, the
     format cannot hold a weight, or the disk is full.
@@ -80,8 +79,7 @@ def save(
             with atomic_folder(out) as folder:
                 contents.write(folder)
                 copy_always(source, folder, plan)
-                loading = contents.card(folder)
-                write_card(folder, model.cfg, facts, source, loading=loading, library=chosen.library)
+                write_card(folder, model.cfg, facts, source, loading=contents.card(folder), library=chosen.library)
         if split:
             for tensor in () if is_main_process() else contents.tensors:
                 tensor.fetch()  # gathering split arrays takes all processes, in the same order
