@@ -106,7 +106,7 @@ def vlm_from_hf(
         family=name,
         layout="transformers",
         text=text_from_hf({**section, "tie_word_embeddings": shared}),
-        image_token_id=int(config.get("image_token_id", config.get("image_token_index", image_token))),
+        image_token_id=int(config.get("image_token_id", image_token)),
         **{"feature_select": "full", **fields},
         **token_ids({**section, **outer_ids}),
     )
