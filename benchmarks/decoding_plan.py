@@ -115,7 +115,7 @@ def main() -> None:
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.planning.case import preparation_of
+    from vlmprune_jax.run.planning.evaluation import preparation_of
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4")

@@ -35,7 +35,8 @@ def variants(name: str) -> Iterator[tuple[str, Any, Any]]:
     from vlmprune_jax.core.models.params import count_params
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.planning.case import predict_plan, preparation_of
+    from vlmprune_jax.run.planning.case import predict_plan
+    from vlmprune_jax.run.planning.evaluation import preparation_of
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from vlmprune_jax.run.cli.main import main as vlmprune
 from vlmprune_jax.run.planning.guide import read_guide
 from vlmprune_jax.run.planning.recommend import advise
-from vlmprune_jax.run.report.advice import summarize
+from vlmprune_jax.run.report.advice import pruning_of, recovery_of
 from vlmprune_jax.run.workdir.result import read_result
 
 CASES = {
@@ -36,10 +36,11 @@ def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, o
     if vlmprune(["run", f"--config={config}", f"--workdir={workdir / name}", *flags]):
         raise SystemExit(f"{name}: vlmprune run failed")
     run, promise = read_result(workdir / name).best_run, advice.recommendation.promise
+    advised = f"{pruning_of(advice.recommendation)}; {recovery_of(advice.recommendation)}"
     retained = run.evaluation.mean_of_ratios
     inside = None if promise is None or retained is None else promise[0] <= retained <= max(100.0, promise[1])
     return {
-        **{"case": name, **CASES[name], "advice": summarize(advice.recommendation), "model": run.label},
+        **{"case": name, **CASES[name], "advice": advised, "model": run.label},
         **{"interval": promise, "retained": retained, "inside": inside},
     }
 

@@ -22,8 +22,7 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.planning.case import preparation_of
-from vlmprune_jax.run.planning.evaluation import BENCHMARKS, Questions, prompt_of
+from vlmprune_jax.run.planning.evaluation import BENCHMARKS, Questions, preparation_of, prompt_of
 
 NAMES = {
     "llava": "LLaVA-1.5-7B",

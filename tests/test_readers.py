@@ -54,7 +54,7 @@ EXCEPTIONS = {
     ("io/data/video/worker.py", "main", "os.fdopen"): "a file that the process which started this one has opened",
     ("io/data/media.py", "find", "os.path.realpath"): "a file that is there; its root is resolved once for all images",
     ("io/data/records.py", "_parse", "json.loads"): "a text that read_text has read; the message counts the lines",
-    ("io/data/image_files.py", "opened_image", ".read_bytes"): _STORED,
+    ("io/data/media.py", "opened_image", ".read_bytes"): _STORED,
     ("io/data/tfds.py", "_picture", ".read_bytes"): _STORED,
     ("io/data/tfds.py", "_text", ".read_text"): _BUCKET,
     ("io/data/tfds.py", "_on_this_machine", ".open"): _BUCKET,

@@ -18,11 +18,10 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 SAFE = {
     ("run/evaluation/speed/bench.py", "start"): "-P",
     ("io/exports/gguf_file.py", "_ask"): "-P",
-    ("io/data/tokenizer_files.py", "_try_rules"): "-P",
+    ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
-    ("io/data/chat_template.py", "chat_prompt"): "-P",
     ("run/workdir/content.py", "commit"): "git, in the folder of this package",
-    ("run/sweep/workers.py", "__init__"): "_safe_path",
+    ("run/sweep/workers.py", "in_processes"): "_safe_path",
 }
 _NEW = "a new folder, which appears when it is complete"
 _REPLACED = "a file that was removed or replaced a moment ago"
@@ -35,7 +34,6 @@ WRITERS = {
     ("run/demo/easyvqa.py", "_build"): _NEW,
     ("io/exports/target.py", "write_processor"): _NEW,
     ("io/exports/target.py", "write_files"): _NEW,
-    ("io/exports/vocabulary.py", "write_tokenizer"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
@@ -57,7 +55,7 @@ UNBOUNDED = {
     ("run/evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
     ("io/exports/gguf_file.py", "_header"): "what was written a moment ago",
     ("core/mesh/machine.py", "_lines"): _SYSTEM,
-    ("run/sweep/sweep.py", "_forget_programs"): _SYSTEM,
+    ("run/sweep/sweep.py", "attempt"): _SYSTEM,
 }
 
 

@@ -24,12 +24,10 @@ from typing import Any
 
 import av
 import numpy as np
-from absl import flags as absl_flags
 from PIL import Image, ImageDraw
 
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import Flags
 from vlmprune_jax.run.cli.main import main
 
 TAKES_ARGUMENTS = True
@@ -252,14 +250,11 @@ def by_clip(records: Sequence[Any], seed: int) -> list[Any]:
     return clips
 
 
-def define(values: Flags) -> None:
-    """Define the command-line flags of this script."""
-    for name, default, about in (
-        ("train", 1000, "number of training clips, without the reversed ones"),
-        ("test", 200, "number of test clips, without the reversed ones"),
-        ("seed", 0, "random seed"),
-    ):
-        absl_flags.DEFINE_integer(name, default, about, lower_bound=0, flag_values=values)
+FLAGS = {
+    "train": (1000, "number of training clips, without the reversed ones"),
+    "test": (200, "number of test clips, without the reversed ones"),
+    "seed": (0, "random seed"),
+}
 
 
 def run(flags: Any) -> None:

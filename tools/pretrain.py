@@ -47,7 +47,7 @@ from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.config_files import to_workdir
-from vlmprune_jax.run.cli.flags import COMMON, Flags, define_all
+from vlmprune_jax.run.cli.flags import COMMON
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.demo.topics import topic_records
 
@@ -313,9 +313,7 @@ def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[R
     return rows
 
 
-def define(values: Flags) -> None:
-    """Define the command-line flags of this script."""
-    define_all(values, COMMON)
+FLAGS = COMMON
 
 
 def run(flags: Any) -> None:

@@ -11,24 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
 from study_guide import update_guide
 from study_page import as_markdown, read_studies, update_page
 
 from vlmprune_jax.base.console import make_reporter
-from vlmprune_jax.run.cli.flags import Flags
 from vlmprune_jax.run.cli.main import main
 
 TAKES_ARGUMENTS = True
-
-
-def define(values: Flags) -> None:
-    """Define the command-line flags of this script."""
-    about = "write the results between the marks of this page, with figures beside it, instead of printing them"
-    absl_flags.DEFINE_string("page", None, about, flag_values=values)
-    absl_flags.DEFINE_string(
-        "guide", None, "add the rows to this guide, FILE.json (created if absent)", flag_values=values
-    )
+FLAGS = {
+    "page": "write the results between the marks of this page, with figures beside it, instead of printing them",
+    "guide": "add the rows to this guide, FILE.json (created if absent)",
+}
 
 
 def run(flags: Any) -> None:

@@ -13,6 +13,7 @@ from vlmprune_jax.io.data.video import process
 
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "webbrowser.open"}
 NAMED = ("/secret", "/dev/zero")  # by the values that fuzz_cases puts into files
+_TRIAL = tokenizer_files.LIMITED + tokenizer_files.TRIAL
 _DECODER = str(Path(process.__file__).with_name("worker.py"))
 _watching: list[str] | None = None
 
@@ -21,7 +22,7 @@ def _audit(event: str, arguments: tuple) -> None:
     """Python calls it with whatever it does; a hook stays until the process ends."""
     if _watching is None:
         return
-    if event == "subprocess.Popen" and [*arguments[1]] == [sys.executable, "-P", "-c", tokenizer_files._TRIAL]:
+    if event == "subprocess.Popen" and [*arguments[1]] == [sys.executable, "-P", "-c", _TRIAL]:
         return  # the package's own trial of a tokenizer's rules, which come to it as data
     if event == "subprocess.Popen" and [*arguments[1]][:3] == [sys.executable, "-P", _DECODER]:
         return  # the package's own decoder of videos, which come to it as open files

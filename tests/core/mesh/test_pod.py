@@ -347,13 +347,17 @@ def test_text_on_one_process_images_on_the_other_and_a_cached_teacher(experiment
 
 
 @pytest.mark.slow
-def test_groups_buckets_skipped_records_and_a_shared_feature_cache(experiment, pruned):
+def test_groups_buckets_skipped_records_and_a_shared_feature_cache(experiment, pruned, goldens):
     """Of two processes each writes the shards of its own images; one process has the tower."""
     answers = ["Yes.", "It is a red car. " * 3, "It is 10:45. " * 8]
-    lines = [entry(f"r{n}", f"img{n % 4}.png" if n % 3 else None, answers[n % 7 % 3]) for n in range(58)]
+    (experiment / "many").mkdir()
+    for n in range(16):
+        shutil.copy(goldens / f"data/images/img{n % 4}.png", experiment / f"many/{n}.png")
+    lines = [entry(f"r{n}", f"{n % 16}.png" if n % 3 else None, answers[n % 7 % 3]) for n in range(58)]
     lines[5:5] = [entry("missing", "none.png", "Yes."), '{"id": "broken"', entry("late", None, "<image>")]
     lines[30:30] = [entry("long", None, "It is 10:45. " * 40), '{"id": "empty"}', entry("also missing", "a.png", "No.")]
     buckets = ("--config.data.length_buckets=(64, 128, 256)", "--config.data.truncate=False")
+    buckets += (f"--config.data.images={experiment / 'many'}",)
     grouped = ("--config.data.group_by=modality_length", "--config.data.on_error=skip")
     shared = {"cache": "data.feature_cache", "counts": (2,), "term": "l2"}
     whole, *_ = one_and_two(experiment, pruned, "ragged", lines, *buckets, *grouped, **shared)

@@ -62,6 +62,7 @@ def test_a_row_continues_after_its_beginning(cut):
     ids = np.array([[1, 1, *[VIDEO] * 4, 1, 1, 1, 1]])
     grids, seconds = [[4, 2, 2]], [1.2]
     whole, _ = positions_of(ids, None, grids, seconds, 3.0)
+    assert whole[0, 0, 6:].tolist() == [3, 4, 5, 6]  # as after an image of one cell
     beginning, deltas = positions_of(ids[:, :cut], None, grids, seconds, 3.0)
     np.testing.assert_array_equal(beginning, whole[:, :, :cut])
     expected = np.arange(cut, ids.shape[1]) + deltas

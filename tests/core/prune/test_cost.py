@@ -17,7 +17,7 @@ from vlmprune_jax.base.chips import CHIPS
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.models.flops import forward_flops, vision_flops
+from vlmprune_jax.core.models.flops import forward_flops, layer_costs, vision_flops
 from vlmprune_jax.core.models.params import count_params, param_shapes
 from vlmprune_jax.core.prune import PrunePlan, score
 from vlmprune_jax.core.prune.config import PlanConfig
@@ -161,6 +161,10 @@ def test_several_limits_and_a_budget_that_holds_already():
     for name in ("parameters", "memory_bytes"):
         limit = 0.8 * make_measure(cfg, Budget(**{name: 1.0}, **work))(cfg)[name]
         alone[name] = limit, make_plan(scores, cfg, method="width", budget={name: limit, **work})
+    cache = 40 * 30 * sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in EQUAL)
+    assert alone["memory_bytes"][0] == pytest.approx(0.8 * 2 * (count_params(cfg) + cache))
+    limit, nearest = alone["parameters"]
+    assert limit - nearest.parameters_after < 5 * layer_costs(cfg).price(cfg.text.layers[0], "mlp")
     both = {name: limit for name, (limit, _) in alone.items()}
     plan = make_plan(scores, cfg, method="width", budget={**both, **work})
     assert plan.stacks == max((one for _, one in alone.values()), key=lambda one: one.actual_ratio).stacks

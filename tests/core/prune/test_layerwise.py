@@ -7,12 +7,19 @@ from prune_cases import EQUAL, config, missing, model, narrow, plan_for, rows
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.prune import apply_plan
+from vlmprune_jax.core.prune import apply_plan, layerwise
 from vlmprune_jax.core.prune.reconstruction import reconstruct
 
 
 def test_layers_behind_a_cut_come_nearer_to_the_dense_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmprune_jax.core.prune.layerwise.RATE", 3e-3)  # a small random model learns slowly
+    monkeypatch.setattr(layerwise, "RATE", 3e-3)  # a small random model learns slowly
+    seen, step = set(), layerwise._step
+
+    def recorded(*arguments):
+        seen.add(np.asarray(arguments[4].x).tobytes())
+        return step(*arguments)
+
+    monkeypatch.setattr(layerwise, "_step", recorded)
     teacher, batches = model(config(EQUAL)), rows(64, batch=16)
     heads, keys, neurons = tuple(range(4)), (0, 1), tuple(range(12))
     plan = plan_for(teacher, [(i, heads, keys, neurons) for i in (0, 1, 3, 4)])
@@ -24,6 +31,7 @@ def test_layers_behind_a_cut_come_nearer_to_the_dense_stream(tmp_path, monkeypat
     assert [one["layer"] for one in layers] == [1, 3, 4]  # from the layer before the cut on
     assert all(one["error_after"] <= one["error_before"] for one in layers)
     assert any(one["ridge"] == 0 for one in layers)
+    assert len(seen) == 3 * (64 - 8) // layerwise.ROWS  # of three layers, without the rows held out
     new = rows(16, seed=1)
     errors = [sum(missing(one, teacher, batch) for batch in new) for one in (trained, solved)]
     assert errors[0] < errors[1]

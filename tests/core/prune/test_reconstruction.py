@@ -104,6 +104,8 @@ def test_held_out_rows_stay_unseen_without_a_refit():
     pruned, batches = apply_plan(teacher, plan), rows()
     found = {refit: reconstruct(pruned, plan, teacher, batches, refit=refit) for refit in (None, True, False)}
     assert found[None][1] == found[True][1] == found[False][1]
+    (told,), (again,) = found[False][1], reconstruct(found[False][0], plan, teacher, batches, refit=False)[1]
+    assert again["error_before"] == pytest.approx(told["error_after"], rel=1e-4)
     leaves = {refit: jax.tree.leaves(one.params) for refit, (one, _) in found.items()}
     assert all(map(np.array_equal, leaves[None], leaves[True]))
     assert not all(map(np.array_equal, leaves[None], leaves[False]))

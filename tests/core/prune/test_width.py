@@ -74,7 +74,9 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
         forward(apply_plan(original, plan), calibration["text"]["input_ids"])[0],
         forward(pruned, calibration["text"]["input_ids"])[0],
     )
-    _, by_ratio, _ = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
+    _, by_ratio, (whole, half) = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
+    sizes = [len(scores.along("mlp")[0]) for scores in (whole, half)]
+    assert by_ratio.layers[0].sizes["mlp"] < sizes[1] < sizes[0]
     assert by_ratio.target_ratio == 0.2
     assert abs(by_ratio.actual_ratio - 0.2) < 0.5 * 6 * 3 * 48 / by_ratio.parameters_before
 

@@ -11,7 +11,7 @@ import pytest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.io.data.batching import train_batches
-from vlmprune_jax.io.data.encoding import Encoder, measure, slots_of
+from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record, read_records
@@ -50,6 +50,10 @@ def encoder(goldens: Path) -> Encoder:
     )
 
 
+def slots_of(encoder: Encoder, record: Record) -> int:
+    return encoder.image_sizes(record, encoder.shapes(record))[0]
+
+
 def pixels_of(encoder: Encoder, record: Record) -> np.ndarray:
     assert encoder.image_loader is not None
     return np.concatenate([encoder.image_loader.load(path, record.id, len(record.images)) for path in record.images])
@@ -64,14 +68,14 @@ def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) 
     for batch, records in zip(batches, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
         for row, record in enumerate(records):
             pixels = batch.arrays["media"]["vision"].values[row]
-            tiles = slots_of(encoder.shapes(record))
+            tiles = slots_of(encoder, record)
             assert (batch.arrays["input_ids"][row] == CONTEXT).sum() == 4 * tiles
             assert not pixels[tiles:].any()
             if record.images:
                 assert np.array_equal(pixels[:tiles], pixels_of(encoder, record))
     packed = train_batches(chosen, encoder, **TRAIN, packs=1)
     for batch, other, records in zip(batches, packed, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
-        tiles = [slots_of(encoder.shapes(record)) for record in records]
+        tiles = [slots_of(encoder, record) for record in records]
         real = [pixels[:count] for pixels, count in zip(batch.arrays["media"]["vision"].values, tiles, strict=False)]
         (joined,) = other.arrays["media"]["vision"].values
         assert len(joined) == 3 * min(bucket for bucket in (1, 2, 4, 7) if 3 * bucket >= sum(tiles))
@@ -128,9 +132,7 @@ def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Enc
     positions = np.maximum(np.cumsum(batch.arrays["attention_mask"], axis=1) - 1, 0)  # as the model counts them
     assert np.array_equal(positions[mask], stored["internvl_collator_position_ids"][mask])
     # The reference adds a white tile with flag 0 for the row of text; ours leaves its slots empty.
-    assert int(stored["internvl_collator_image_flags"].sum()) == sum(
-        slots_of(encoder.shapes(samples[i])) for i in (0, 1, 4)
-    )
+    assert int(stored["internvl_collator_image_flags"].sum()) == sum(slots_of(encoder, samples[i]) for i in (0, 1, 4))
 
 
 @pytest.mark.parametrize(("name", "tower"), [("llava", "clip_tower"), ("bunny", "siglip_tower")])
@@ -187,4 +189,4 @@ def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encod
 def test_longest_counts_tiles(samples: list[Record], encoder: Encoder) -> None:
     sizes = measure(samples[:6], encoder, on_error="stop", threads=2)
     assert sizes[:, 0].max() == 292
-    assert sizes[2].tolist() == [207, slots_of(encoder.shapes(samples[2])), 0]
+    assert sizes[2].tolist() == [207, slots_of(encoder, samples[2]), 0]

@@ -1,4 +1,4 @@
-"""The pass that fills a cache of features: each image once, in tiles, kept, continued, refused; and what it is of."""
+"""The pass that fills a cache of features: each record once, kept, continued, refused; and what the cache is of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import recover_cases as cases
 from hf_cases import copy_llava
 from media_cases import packed
-from PIL import Image
 from stack_cases import with_facts
 from vlm_cases import row_of
 
@@ -27,13 +26,20 @@ from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data import feature_pass
-from vlmprune_jax.io.data.encoding import Encoder
-from vlmprune_jax.io.data.feature_loader import FeatureLoader, Picture
-from vlmprune_jax.io.data.feature_pass import compute_features, feature_identity
-from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.record_cache import (
+    check_room,
+    compute_records,
+    feature_identity,
+    feature_program,
+    records_to_compute,
+)
 from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.io.families import templates
 from vlmprune_jax.io.families.templates import QWEN3_VL
 
 
@@ -56,25 +62,41 @@ def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
     return FeatureLoader(images, cache, model.cfg.feature_shape, np.dtype(np.float32))
 
 
-def fill(loader: FeatureLoader, tiled: tuple[Model, list[Record]], **changes: Any) -> int:
-    """Compute what is missing; returns how many pictures that were."""
+def encoder(goldens: Path, images: ImageLoader, **changes: Any) -> Encoder:
+    """Of the golden InternVL, for rows that hold every record."""
+    options = {
+        "tokenizer": load_tokenizer(goldens / "tokenizers/internvl"), "template": templates()["phi3-chat"],
+        "max_length": 2000, "image_loader": images, "image_token_id": 393, "tokens_per_image": 4, "max_images": 2,
+        "truncate": False, "tile_buckets": (1, 2, 4, 7, 14),
+    }  # fmt: skip
+    return Encoder(**{**options, **changes})
+
+
+def fill(of: Path | Encoder, loader: FeatureLoader, tiled: tuple[Model, list[Record]], **changes: Any) -> int:
+    """Compute what is missing; returns how many records that were."""
     model, records = tiled
-    missing = loader.missing(records)
-    options = {"batch_size": 8, "on_error": "stop", "threads": 2, "mesh": None, "progress": lambda done: None}
-    compute_features(model.params["vision"], model.cfg, loader, missing, **{**options, **changes})
-    return len(missing)
+    rows = of if isinstance(of, Encoder) else encoder(of, loader.images)
+    options = {"size": 2, "on_error": "stop", "threads": 2, "mesh": None, "progress": lambda done: None, **changes}
+    sizes = measure(records, rows, on_error=options["on_error"], threads=1)
+    training = TrainingRows(tuple(records), rows, sizes)
+    todo = records_to_compute(training, loader, options["size"])
+    if todo:
+        check_room(loader, training, todo)
+        program = feature_program(model.params["vision"], model.cfg, loader, options["mesh"])
+        compute_records(loader, training, todo, program, **options)
+    return len(todo)
 
 
 def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
-    """On one device and on a mesh, in batches that no picture fills; a second pass finds nothing to do."""
+    """On one device and on a mesh; a second pass finds nothing to do."""
     model, records = tiled
     seen: list[int] = []
     loader = make_loader(goldens, tmp_path / "one", model)
-    assert fill(loader, tiled, progress=seen.append) == 6  # two of them have fewer tiles in the last record
+    assert fill(goldens, loader, tiled, progress=seen.append) == len({r.images for r in records if r.images})
     assert seen == sorted(seen)
     meshed = load(goldens / "ckpt/internvl", mesh=make_mesh(2, 2, 2))
     split = make_loader(goldens, tmp_path / "eight", model)
-    fill(split, (meshed, records), mesh=make_mesh(2, 2, 2))
+    fill(goldens, split, (meshed, records), mesh=make_mesh(2, 2, 2), size=8)
     direct = jax.jit(lambda pixels: features_of(to_nnx(model).vision, model.cfg, packed(pixels)))
     numbers = set()
     for record in records:
@@ -86,7 +108,7 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
                 assert features.shape == (len(pixels), *model.cfg.feature_shape)
                 np.testing.assert_allclose(features, direct(pixels), atol=1e-5, rtol=0)
     assert len(numbers) > 3
-    assert fill(make_loader(goldens, tmp_path / "one", model), tiled) == 0
+    assert fill(goldens, make_loader(goldens, tmp_path / "one", model), tiled) == 0
 
 
 @pytest.mark.slow
@@ -99,20 +121,6 @@ def test_images_of_any_size(goldens, tmp_path):
     images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7)
     model, mesh = load(folder / "ckpt"), make_mesh(2, 1, 1, devices=jax.devices()[:2])
     direct = jax.jit(lambda pixels, grid: tower_features(model.params["vision"], model.cfg, packed(pixels, grid)))
-    loaders = []
-    for name, devices in (("one", None), ("two", mesh)):
-        cache = ArrayCache(tmp_path / name, {"weights": "x"})
-        loader = FeatureLoader(images, cache, model.cfg.feature_shape[1:], np.dtype(np.float32))
-        options = {"mesh": devices, "batch_size": 2}
-        assert fill(loader, (load(folder / "ckpt", mesh=devices), records), **options) == 4
-        loaders.append(loader)
-    for record in records:
-        for path, shape in zip(record.images, images.shapes(record.images, "r"), strict=True):
-            pixels = np.zeros((1, 80, *images.shape), np.float32)
-            pixels[0, : shape.tokens * 4] = images.load(path, "r")
-            alone = direct(pixels, np.array([shape.grids], np.int32))[0, : shape.tokens]
-            for loader in loaders:
-                np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
     encoder = Encoder(
         tokenizer=load_tokenizer(folder / "ckpt"),
         template=QWEN3_VL,
@@ -124,6 +132,19 @@ def test_images_of_any_size(goldens, tmp_path):
         truncate=False,
         image_buckets=(40,),
     )
+    loaders = []
+    for name, devices in (("one", None), ("two", mesh)):
+        cache = ArrayCache(tmp_path / name, {"weights": "x"})
+        loader = FeatureLoader(images, cache, model.cfg.feature_shape[1:], np.dtype(np.float32))
+        assert fill(encoder, loader, (load(folder / "ckpt", mesh=devices), records), mesh=devices) == 2
+        loaders.append(loader)
+    for record in records:
+        for path, shape in zip(record.images, images.shapes(record.images, "r"), strict=True):
+            pixels = np.zeros((1, 80, *images.shape), np.float32)
+            pixels[0, : shape.tokens * 4] = images.load(path, "r")
+            alone = direct(pixels, np.array([shape.grids], np.int32))[0, : shape.tokens]
+            for loader in loaders:
+                np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
     losses = []
     for loader, cfg, params in (
         (images, model.cfg, model.params),
@@ -141,22 +162,17 @@ def test_images_of_any_size(goldens, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_processes_share_pictures_by_size(goldens, tmp_path, monkeypatch):
-    """Those of any size are dealt out from the largest on, whoever counted them: batches of a step hold like ones."""
-    folder = goldens / "families/qwen3_vl"
-    images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
-    loader = FeatureLoader(images, ArrayCache(tmp_path, {"weights": "x"}), (4,), np.dtype(np.float32))
-    turns = (("human", "<image>"), ("gpt", "a"))
-    records = [Record(f"{n}", turns, (folder / f"images/{n}.png",)) for n in range(4)]
-    pictures = {record.id: Picture(record, 0) for record in records}
-    counts = {key: loader.count(picture) for key, picture in pictures.items()}
-    names = list(pictures)
-    monkeypatch.setattr(feature_pass, "process_count", lambda: 3)
-    monkeypatch.setattr(feature_pass, "from_all", lambda _: [[counts[k] for k in names[i::3]] for i in range(3)])
-    shares = feature_pass._shares(loader, pictures, "stop")
-    dealt = [list(shares[turn % 3])[turn // 3] for turn in range(4)]
-    assert dealt == sorted(names, key=lambda key: -counts[key])
-    assert len(set(counts.values())) == 4
+def test_the_largest_come_first(goldens, tiled, tmp_path):
+    """A lack of memory shows at once; text alone and images that an earlier record shows need nothing."""
+    model, records = tiled
+    loader = make_loader(goldens, tmp_path, model)
+    rows = encoder(goldens, loader.images)
+    sizes = measure(records, rows, on_error="stop", threads=1)
+    todo = records_to_compute(TrainingRows(tuple(records), rows, sizes), loader, 2)
+    assert (
+        sizes[todo, 1].tolist()
+        == sorted({r.images: sizes[n, 1] for n, r in enumerate(records) if r.images}.values())[::-1]
+    )
 
 
 def test_a_stopped_pass_continues(goldens, tiled, tmp_path):
@@ -169,29 +185,40 @@ def test_a_stopped_pass_continues(goldens, tiled, tmp_path):
 
     loader = make_loader(goldens, tmp_path, model)
     with pytest.raises(Stopped):
-        fill(loader, tiled, progress=stop)
-    left = make_loader(goldens, tmp_path, model).missing(records)
-    assert 0 < len(left) < len(make_loader(goldens, tmp_path / "empty", model).missing(records))
-    assert fill(make_loader(goldens, tmp_path, model), tiled) == len(left)
-    assert not make_loader(goldens, tmp_path, model).missing(records)
+        fill(goldens, loader, tiled, progress=stop)
+    begun = make_loader(goldens, tmp_path, model)
+    left = [record for record in records if not begun.has(begun.keys(record))]
+    assert 0 < len(left) < len([record for record in records if record.images])
+    assert fill(goldens, make_loader(goldens, tmp_path, model), tiled) > 0
+    assert all(map(make_loader(goldens, tmp_path, model).has, map(loader.keys, records)))
 
 
-def test_images_that_cannot_be_read(goldens, tiled, tmp_path):
-    """Stop names the record; skip keeps the reason for the row that it is wanted in. Another file is another image."""
-    model, _ = tiled
+@pytest.fixture
+def truncated(goldens, tmp_path):
+    """A record whose image has a header and nothing else, and the whole image."""
     image = tmp_path / "one.png"
-    image.write_bytes(b"no image")
-    records = [Record("first", (("human", "<image>"), ("gpt", "a")), (image,))]
+    good = (goldens / "data/images/img0.png").read_bytes()
+    image.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
+    return Record("first", (("human", "<image>"), ("gpt", "a")), (image,)), good
+
+
+def test_images_that_cannot_be_read(goldens, tiled, truncated, tmp_path):
+    """Stop names the record; skip keeps the reason for the row that it is wanted in. Another file is another image."""
+    model, records = tiled
+    record, good = truncated
+    (image,) = record.images
     loader = make_loader(goldens, tmp_path / "cache", model)
     with pytest.raises(UserError, match=r"one.png \(record first\): not a readable image"):
-        fill(loader, (model, records))
-    assert fill(loader, (model, records), on_error="skip") == 1
-    assert not make_loader(goldens, tmp_path / "cache", model).missing(records)
+        fill(goldens, loader, (model, [record]))
+    both = dataclasses.replace(records[-1], images=(image, records[-1].images[0]))
+    assert fill(goldens, loader, (model, [record, both]), on_error="skip") == 2
+    again = make_loader(goldens, tmp_path / "cache", model)
+    assert fill(goldens, again, (model, [record, both]), on_error="skip") == 0
     with pytest.raises(UserError, match=r"one.png \(record other\): not a readable image"):
         loader.load(image, "other")
-    Image.new("RGB", (60, 40)).save(image)
-    assert fill(loader, (model, records)) == 1
-    assert len(loader.load(image, "other")) == loader.count(Picture(records[0], 0))
+    image.write_bytes(good + b"more")
+    assert fill(goldens, loader, (model, [record])) == 1
+    assert len(loader.load(image, "other")) == loader.positions(record)
 
 
 def test_headers_are_read_before_anything_is_computed(goldens, tiled, tmp_path):
@@ -201,36 +228,28 @@ def test_headers_are_read_before_anything_is_computed(goldens, tiled, tmp_path):
     image.write_bytes(b"no image")
     last = Record("last", (("human", "<image>"), ("gpt", "a")), (image,))
     with pytest.raises(UserError, match=r"one.png \(record last\): not a readable image"):
-        fill(make_loader(goldens, tmp_path / "cache", model), (model, [*records, last]), progress=seen.append)
+        fill(goldens, make_loader(goldens, tmp_path / "cache", model), (model, [*records, last]), progress=seen.append)
     assert seen == []
 
 
-def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(goldens, tiled, tmp_path):
+def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(goldens, tiled, truncated, tmp_path):
     """A disk that was away, say."""
-    model, _ = tiled
-    image = tmp_path / "one.png"
-    Image.new("RGB", (60, 40)).save(image)
-    good = image.read_bytes()
-    image.write_bytes(bytes(len(good)))
-    loader = make_loader(goldens, tmp_path / "cache", model)
-    records = [Record("first", (("human", "<image>"), ("gpt", "a")), (image,))]
-    fill(loader, (model, records), on_error="skip")
-    image.write_bytes(good)
+    (record, good), loader = truncated, make_loader(goldens, tmp_path / "cache", tiled[0])
+    fill(goldens, loader, (tiled[0], [record]), on_error="skip")
+    record.images[0].write_bytes(good)
     with pytest.raises(
         UserError, match=r"one.png \(record other\): could not be read when .* readable now: remove .*cache"
     ):
-        loader.load(image, "other")
+        loader.load(record.images[0], "other")
 
 
-def test_an_image_without_tiles_is_one_however_many_share_a_record(goldens, tmp_path):
-    """And it is named after the first record that shows it."""
+def test_an_image_without_tiles_has_one_key_however_many_share_a_record(goldens, tmp_path):
     copy_llava(goldens, tmp_path / "teacher")
     images = load_image_processor(tmp_path / "teacher", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
     loader = FeatureLoader(images, ArrayCache(tmp_path / "cache", {}), (4, 8), np.dtype(np.float32))
-    paths = [goldens / f"data/images/img{number}.png" for number in range(2)]
-    shown = {"first": paths[:1], "both": paths, "again": paths[:1]}
-    found = loader.missing(Record(name, (), tuple(images)) for name, images in shown.items())
-    assert [(picture.record.id, picture.place) for picture in found.values()] == [("first", 0), ("both", 1)]
+    paths = tuple(goldens / f"data/images/img{number}.png" for number in range(2))
+    both, first = loader.keys(Record("both", (), paths)), loader.keys(Record("first", (), paths[:1]))
+    assert both[:1] == first
 
 
 def test_features_are_computed_and_kept_in_the_given_precision(goldens, tiled, tmp_path):
@@ -238,7 +257,7 @@ def test_features_are_computed_and_kept_in_the_given_precision(goldens, tiled, t
     loader, exact = (make_loader(goldens, tmp_path / name, model) for name in ("half", "exact"))
     loader.dtype = np.dtype(jnp.bfloat16)
     for each in (loader, exact):
-        fill(each, (model, records[:2]))
+        fill(goldens, each, (model, records[:2]))
     (path, *_), number = records[0].images, len(records[0].images)
     features, expected = (each.load(path, "", number) for each in (loader, exact))
     assert features.dtype == loader.dtype
@@ -249,7 +268,8 @@ def test_features_are_computed_and_kept_in_the_given_precision(goldens, tiled, t
 def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, monkeypatch):
     """To the byte; the records of two images have other tiles than these alone."""
     loader = make_loader(goldens, tmp_path, tiled[0])
-    tiles = sum(len(loader.pixels(picture)) for picture in loader.missing(tiled[1]).values())
+    shown = {record.images: record for record in tiled[1]}
+    tiles = sum(len(loader.images.load(path, "", len(images))) for images in shown for path in images)
     free = 4 * tiles * math.prod(tiled[0].cfg.feature_shape) + SPARE_BYTES
 
     def begun(done: int) -> None:
@@ -259,7 +279,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, mon
         usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free - short)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         with pytest.raises(error, match=told):
-            fill(loader, tiled, progress=begun)
+            fill(goldens, loader, tiled, progress=begun)
 
 
 def test_whatever_changes_features_is_in_the_identity():

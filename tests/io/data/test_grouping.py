@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import shapes_of
 from vlmprune_jax.io.data.batching import MEGABATCH, Batch, grouped_order, train_batches
-from vlmprune_jax.io.data.encoding import Encoder, measure, slots_of
+from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record, read_records
@@ -134,7 +134,7 @@ def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list
     for other in (tiled, bunny):
         sizes = sizes_of(samples, other)
         assert sizes[:, 0].tolist() == [len(other.training_tokens(record)[0]) for record in samples]
-        assert sizes[:, 1].tolist() == [slots_of(other.shapes(record)) for record in samples]
+        assert sizes[:, 1].tolist() == [other.image_sizes(record, other.shapes(record))[0] for record in samples]
 
 
 def test_batches_have_the_smallest_bucket(samples: list[Record], encoder: Encoder) -> None:

@@ -9,8 +9,7 @@ from datasets_cases import write_split
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.data.datasets import datasets_folder, read_datasets
-from vlmprune_jax.io.data.hub import fetch_dataset
+from vlmprune_jax.io.data.datasets import datasets_folder, fetch_dataset, read_datasets
 from vlmprune_jax.io.data.inputs import name_of_records
 from vlmprune_jax.run.cli.config_files import experiment_config, to_experiment
 

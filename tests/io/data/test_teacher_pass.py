@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -28,8 +27,8 @@ from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
 from vlmprune_jax.core.recovery.terms import check_losses, make_teacher, top_k_divergence, top_k_logprobs
 from vlmprune_jax.io.data.media import StoredImage
+from vlmprune_jax.io.data.record_cache import teacher_top_k
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_pass import teacher_top_k
 from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 
 TEMPERATURE = 1.7
@@ -129,11 +128,11 @@ class Taught(cases.Stream):
         self.kept = TeacherRows(
             cache, loss.teacher_top_k, loss.kl_positions, np.dtype("float32"), teacher.cfg.text.vocab_size
         )
-        self.pass_over = functools.partial(teacher_top_k, teacher, loss=loss, compute_dtype="float32", mesh=mesh)
+        self.pass_over = teacher_top_k(teacher, loss, compute_dtype="float32", mesh=mesh)
 
     def __next__(self):
         batch = super().__next__()
-        ((_, ids, logprobs),) = self.pass_over([batch])
+        ids, logprobs = self.pass_over(batch.arrays)
         rows = [{name: array[row] for name, array in batch.arrays.items()} for row in range(self.rows)]
         for name, row, *found in zip(batch.record_ids, rows, ids, logprobs, strict=True):
             self.kept.cache.add(self.kept.arrays(Record(name, (), ()), row, *found))
@@ -181,8 +180,7 @@ def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only(
     teacher, loss = cases.model(cases.config(vision=False, layers=1)), dataclasses.replace(KL, teacher_top_k=VOCAB)
     batch = next(cases.Stream(teacher.cfg))
     exact, half = (
-        next(teacher_top_k(teacher, [batch], loss, compute_dtype=dtype, mesh=None))[1:]
-        for dtype in ("float32", "bfloat16")
+        teacher_top_k(teacher, loss, compute_dtype=dtype, mesh=None)(batch.arrays) for dtype in ("float32", "bfloat16")
     )
     logprobs = [
         np.take_along_axis(found, np.argsort(ids), -1)
@@ -191,7 +189,7 @@ def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only(
     assert 1e-4 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
     batch.arrays["input_ids"][0, 0] = VOCAB
     with pytest.raises(UserError, match=f"outside the vocabulary of {VOCAB}"):
-        next(teacher_top_k(teacher, [batch], loss, compute_dtype="float32", mesh=None))
+        teacher_top_k(teacher, loss, compute_dtype="float32", mesh=None)(batch.arrays)
 
 
 def _lines(folder):
@@ -272,14 +270,14 @@ def test_rows_keep_the_positions_that_count(tmp_path):
     nothing = {"labels": np.full(6, -100), "attention_mask": row["attention_mask"]}
     ids = np.arange(12).reshape(6, 2) + 70_000
     logprobs = -np.arange(18, dtype=np.float32).reshape(6, 3)
-    assert not rows.has(records[0])
+    assert not rows.has(rows.keys(records[0]))
     for record, labels, at in zip(records, (row, row, nothing), (ids, ids - 70_000, ids), strict=True):
         rows.cache.add(rows.arrays(record, labels, at, logprobs))
     rows.cache.publish()
     for number, base in ((0, 70_000), (1, 0)):
         found = dict(row)
         rows.fill(found, records[number])
-        assert rows.has(records[number])
+        assert rows.has(rows.keys(records[number]))
         kept = [rows.cache[f"{record_key(records[number])}.{name}"].dtype for name in ("ids", "logprobs")]
         assert kept == [np.int32 if base else np.uint16, rows.dtype]
         assert found["teacher_ids"].tolist() == [[0, 0], [base + 2, base + 3], [base + 4, base + 5], [0, 0],

@@ -14,15 +14,17 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.models.inputs import check_batch, in_cells
+from vlmprune_jax.core.models import generate
+from vlmprune_jax.core.models.inputs import check_batch, in_cells, read_inputs
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
-from vlmprune_jax.io.data.feature_pass import compute_features
 from vlmprune_jax.io.data.images import limited_files
+from vlmprune_jax.io.data.inputs import TrainingRows
+from vlmprune_jax.io.data.record_cache import compute_records, feature_program
 from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.exports.token_sources import Source, tokens_of
 from vlmprune_jax.io.families import find
@@ -240,6 +242,13 @@ def check_answers(golden, cases, batch_size):
 def test_an_answer_after_a_video_longer_than_its_sides(golden):
     """Temporal positions exceed those of the question, which follows as after an image."""
     check_answers(golden, ["single"], 1)
+    names = ("input_ids", "video_grid_thw", "second_per_grid_ts", "rope_delta")
+    ids, grid, seconds, delta = (golden.arrays[f"slow_{name}"] for name in names)
+    model, pixels = golden.model, np.zeros((grid.prod(), golden.model.cfg.vision.patch_values), np.float32)
+    video = {"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": seconds}
+    arrays = generate._host_inputs(ids[None], None, read_inputs(model.cfg, ids[None], None, video, 1), None)
+    state = generate.prefill(model.params, model.cfg, arrays, 1, ())[1]
+    assert state.position.item() == len(ids) + delta.item()  # the first generated token follows the last frame
 
 
 @pytest.mark.slow
@@ -312,11 +321,14 @@ def test_features_are_cached_by_temporal_patch(golden, tmp_path):
     records, cfg = to_records([golden.rows["single"]["record"]], inputs), golden.model.cfg
     shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
     loader = FeatureLoader(inputs.image_loader, ArrayCache(tmp_path, {"weights": "x"}), shape, np.dtype(np.float32))
-    missing = loader.missing(records)
-    assert len(missing) == {"qwen3_vl": 4, "smolvlm": 6}[golden.name]  # pairs, and frames
-    options = {"batch_size": 2, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
-    compute_features(golden.model.params["vision"], cfg, loader, missing, **options)
-    assert not loader.missing(records)
+    assert len(loader.keys(records[0])) == {"qwen3_vl": 4, "smolvlm": 6}[golden.name]  # pairs, and frames
+    rows, program = (
+        TrainingRows(tuple(records), inputs.encoder(cfg, 500), None),
+        feature_program(golden.model.params["vision"], cfg, loader, None),
+    )
+    options = {"size": 1, "on_error": "stop", "threads": 1, "mesh": None, "progress": lambda done: None}
+    compute_records(loader, rows, [0], program, **options)
+    assert loader.has(loader.keys(records[0]))
     visual = records[0].visuals[0]
     pixels, grid = inputs.image_loader.load(visual, "r"), inputs.image_loader.shapes([visual], "r")[0].grid
     tower = to_nnx(golden.model)

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.run.cli.flags import _define, parse
+from vlmprune_jax.run.cli.flags import define, parse
 from vlmprune_jax.run.cli.main import COMMANDS, find_command, script_command
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 
@@ -56,7 +56,7 @@ def test_commands_are_as_documented(page, words, monkeypatch):
     if file in shipped_configs() or (file.endswith(".py") and (ROOT / file).is_file()):
         parse(name, command, rest)  # loads it, and refuses settings that do not exist
     else:
-        known = set(_define(command))
+        known = set(define(command))
         flags = [word[2:].partition("=")[0].removeprefix("no") for word in rest if word.startswith("--")]
         assert [flag for flag in flags if flag not in known and not flag.startswith("config")] == []
 

@@ -100,7 +100,7 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
 def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
     monkeypatch.setattr("vlmprune_jax.run.cli.stages.run_command", raising(KeyboardInterrupt()))
     if command in TOOLS:
-        monkeypatch.setitem(TOOLS, command, Command("", raising(KeyboardInterrupt()), lambda values: None))
+        monkeypatch.setitem(TOOLS, command, Command("", raising(KeyboardInterrupt())))
     assert main([command]) == 130
     assert capsys.readouterr().err == f"\nvlmprune: interrupted; the same command {then}\n"
 

@@ -31,9 +31,9 @@ from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
-from vlmprune_jax.io.data.feature_pass import check_frozen
 from vlmprune_jax.io.data.images import ImageLoader
-from vlmprune_jax.io.data.inputs import load_inputs
+from vlmprune_jax.io.data.inputs import load_inputs, training_rows
+from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.io.data.records import read_records
 from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
@@ -151,7 +151,9 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    return Recovery(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover).cached_features()
+    recovery = Recovery(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover)
+    rows = training_rows(changed.data, recovery.encoder, recovery.records, recovery.work.reporter.bar)
+    return recovery.cached_features(rows)
 
 
 def test_what_is_refused(llava, goldens, tmp_path):
@@ -213,7 +215,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
             assert row.keys() == wanted.keys() >= {"pixel_values"}
             assert all(np.array_equal(row[name], wanted[name]) for name in row)
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
-    assert not stored.missing(read_tfds(tmp_path / "copy"))
+    assert all(map(stored.has, map(stored.keys, read_tfds(tmp_path / "copy"))))
     with pytest.raises(UserError, match="has no array for"):
         stored.load(records[0].images[0], "r0")
 
@@ -261,7 +263,7 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
 
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
     monkeypatch.setattr(ImageLoader, "load", stopped)
-    with pytest.raises(Stopped, match=r"features stopped on SIGTERM after . of 5; the same command continues"):
+    with pytest.raises(Stopped, match=r"image features stopped on SIGTERM after . of [23]; the same command continues"):
         recovered(experiment, tmp_path, "cached", tmp_path / "cache")
     monkeypatch.setattr(ImageLoader, "load", decode)
     monkeypatch.setattr(Recorder, "step", killed)

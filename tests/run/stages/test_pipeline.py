@@ -158,7 +158,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 17
+    assert out.count("unchanged, skipped") == 18
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
 
     def killed(work, start, subject):
         evaluations = evaluate_model(work, start, subject)
-        if not work.pruned:
+        if not work.record.pruned:
             raise KeyboardInterrupt
         return evaluations
 
@@ -228,10 +228,10 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     def controls(**changes):
         experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
         steps = Work.at(tmp_path, experiment, make_reporter(False)).steps
-        assert all(step.control is None for step in steps if step.stage != "recover")
-        found = [step.control and step.control.relative_to(tmp_path).as_posix() for step in steps]
-        trained = [step.path for step in steps if not step.pruned]
-        return trained, [path for step, path in zip(steps, found, strict=True) if step.stage == "recover" and path]
+        found = [step.record for step in steps]
+        assert not any(step.compared_with for step in found if step.stage != "recover")
+        trained = [step.path for step in found if not step.pruned]
+        return trained, [step.compared_with for step in found if step.compared_with]
 
     assert controls() == (["control/recovered"], ["control/recovered"])
     assert controls(recover={"control": False}) == ([], [])

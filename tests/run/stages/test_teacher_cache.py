@@ -16,11 +16,11 @@ from vlmprune_jax.base.atomic import check_space
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data import record_cache
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.stages import recover
 from vlmprune_jax.run.stages.work import Work
 
 VOCAB = 416
@@ -119,7 +119,7 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
     whole = f"--config.recover.teacher_top_k={VOCAB}"
     assert main(["recover", *experiment("beside", None)]) == 0
     assert main(["recover", *experiment("cached", "whole", whole)]) == 0
-    assert "teacher's top 416: 13 of 14 records to compute" in capsys.readouterr().out
+    assert "teacher's top-416 logits: 13 of 14 records to compute" in capsys.readouterr().out
     expected, found = metrics(root, "beside"), metrics(root, "cached")
     assert sum(found["empty_rows"]) >= 1
     assert found["loss"][0] > found["loss"][-1]
@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_pass(experiment, straigh
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, needed))
         check_space(folder, needed)
 
-    monkeypatch.setattr(recover, "check_space", full)
+    monkeypatch.setattr(record_cache, "check_space", full)
     monkeypatch.setattr(Work, "load", only_the_student)
     assert main(["recover", *experiment("small", "small-cache")]) == 2
     line = capsys.readouterr().err.strip()
@@ -209,12 +209,12 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, c
     capsys.readouterr()
     assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == code
     if code == 143:
-        line = "vlmprune: teacher's top-k logits stopped on SIGTERM after 2 of 4; the same command continues"
+        line = "vlmprune: teacher's top-8 logits stopped on SIGTERM after 2 of 4; the same command continues"
         assert capsys.readouterr().err.strip() == line
     assert not (root / name / "training/checkpoints").exists()
     before = len(kept)
     assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == 0
-    assert f"teacher's top 8: {again} of 14 records to compute" in capsys.readouterr().out
+    assert f"teacher's top-8 logits: {again} of 14 records to compute" in capsys.readouterr().out
     assert len(kept) - before == again
     expected, ours = held(straight), held(root / f"{name}-cache")
     assert len(expected) == 2 * 13
@@ -225,15 +225,18 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, c
 
 def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeypatch):
     """What does not fit in memory is met at once; the last batch is filled up."""
-    seen, compute = [], recover.teacher_top_k
+    seen, read = [], record_cache.train_batches
 
-    def watched(teacher, batches, *args, **options):
-        for batch, *found in compute(teacher, batches, *args, **options):
+    def watched(*args, **options):
+        for batch in read(*args, **options):
             seen.append((batch.arrays["attention_mask"], batch.record_ids))
-            yield batch, *found
+            yield batch
+
+    def ended(cache):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recover, "teacher_top_k", watched)
+    monkeypatch.setattr(ArrayCache, "publish", ended)
+    monkeypatch.setattr(record_cache, "train_batches", watched)
     assert main(["recover", *experiment("ordered", "ordered-cache")]) == 130
     lengths = [mask.sum(1).max() for mask, _ in seen]
     assert lengths == sorted(lengths, reverse=True)

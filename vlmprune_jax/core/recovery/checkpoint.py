@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class _Meta(TypedDict):
 
     identity: dict[str, Any]
     data: Annotated[list[str], msgspec.Meta(min_length=1)]
-    digest: NotRequired[str]
+    digest: str
 
 
 class Checkpointer:
@@ -136,7 +136,7 @@ class Checkpointer:
                 raise UserError(
                     f"{location}: contains training step {int(state.step)}, expected step {step}: {_REMEDY}"
                 )
-            if "digest" in meta and weights_digest(tree) != meta["digest"]:
+            if weights_digest(tree) != meta["digest"]:
                 raise UserError(f"{location}: the arrays differ from the saved ones: {_REMEDY}")
         # Streams over global batches have one position on all processes, so any number of processes continues them.
         positions = meta["data"]

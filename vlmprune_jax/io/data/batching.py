@@ -104,7 +104,6 @@ class TrainBatches:
         return shapes
 
     def _load(self, batch: np.ndarray) -> Batch:
-        """Load this process's share of a global batch of record indices, padded to the batch's shape."""
         sizes, encoder = self.sizes, self.encoder
         if sizes is None:
             every = [None if index == _PADDING_ROW else self.records[index] for index in batch.tolist()]
@@ -199,7 +198,6 @@ def train_batches(
 
 
 def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the sizes of a batch's records, int[rows, 3]; 0 for rows of padding."""
     return np.where(batch[:, None] == _PADDING_ROW, 0, sizes[batch])
 
 
@@ -246,18 +244,13 @@ def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: in
     """Return one epoch's record indices, shuffled and grouped by length or modality, int64[records].
 
     Records are permuted (with "modality_length" separately for each modality, as in LLaVA) and divided into
-    megabatches. Each megabatch is sorted by length and divided into batches; the batches of all megabatches are
-    permuted. The batch with the longest row comes first, so that a lack of memory shows at once, and records that do
-    not fill a batch come last. In LLaVA, a megabatch is a single batch, which separates modalities but does not save
-    padding.
+    megabatches. Each megabatch is sorted by length and divided into batches of `batch_size`; the batches of all
+    megabatches are permuted. The batch with the longest row comes first, so that a lack of memory shows at once, and
+    records that do not fill a batch come last. An epoch begins with the records that complete the previous epoch's last
+    batch. In LLaVA, a megabatch is a single batch, which separates modalities but does not save padding.
 
-    Batches continue across epochs: an epoch begins with the records that complete the previous epoch's last batch.
-
-    Args:
-      sizes: int[records, ...], tokens and image slots first (`measure.measure`). Unreadable records (0 tokens) are
-        spread like the others, so that no batch is empty.
-      group_by: "length" or "modality_length".
-      batch_size: rows of a global batch.
+    `sizes`: int[records, ...], tokens and image slots first (`measure`). Unreadable records (0 tokens) are spread like
+    the others, so that no batch is empty.
     """
     draw = np.random.Generator(np.random.PCG64([seed, epoch]))
     unreadable = sizes[:, 0] == 0
@@ -271,14 +264,14 @@ def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: in
     if group_by == "modality_length":
         has_image = sizes[rest, 1] > 0
         kinds = [rest[has_image], rest[~has_image]]
-    batches: list[np.ndarray] = []
+    batches, tails = list[np.ndarray](), list[np.ndarray]()
     for kind in kinds:
-        whole = kind[: len(kind) // batch_size * batch_size]
+        whole, tail = np.split(kind, [len(kind) // batch_size * batch_size])
+        tails.append(tail)
         for start in range(0, len(whole), MEGABATCH * batch_size):
             mega = whole[start : start + MEGABATCH * batch_size]
             mega = mega[np.argsort(-sizes[mega, 0], kind="stable")]
             batches += list(mega.reshape(-1, batch_size))
-    tails = [kind[len(kind) // batch_size * batch_size :] for kind in kinds]
     batches = [batches[place] for place in draw.permutation(len(batches)).tolist()]
     if batches:
         longest = int(np.argmax([sizes[batch, 0].max() for batch in batches]))

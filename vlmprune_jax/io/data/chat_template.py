@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +13,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import MAX_JSON_BYTES, read_json, read_text
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.io.data.prompts import render
+from vlmprune_jax.io.data.tokenizer_files import try_script
 from vlmprune_jax.io.families import Family, template_of, templates
 from vlmprune_jax.io.families.templates import Template
 
@@ -26,19 +23,18 @@ _SYSTEM = "\0"  # placeholder for the system text
 # Runs the folder's template in jinja's sandbox, in a process with limited time and memory, because it may loop.
 _SECONDS, _BYTES, _WALL_SECONDS = 5, 2**30, 30
 _RENDER = """
-import json, re, resource, sys
+import re
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-text, values, seconds, most = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
+text, names = values
+limit()
 def refuse(message):
     raise ValueError(message)
 jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 jinja.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
 jinja.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
 text = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", text)  # a tag of transformers
-sys.stdout.buffer.write(jinja.from_string(text).render(**values).encode()[:10000])
+sys.stdout.buffer.write(jinja.from_string(text).render(**names)[:10000].encode())
 """
 
 
@@ -120,13 +116,9 @@ def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool, part: str = "i
     content: Any = [{"type": part}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     values = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True, **tokens}
-    command = [sys.executable, "-P", "-c", _RENDER]
-    request = json.dumps([text, values, _SECONDS, _BYTES]).encode()
-    with contextlib.suppress(subprocess.TimeoutExpired, UnicodeDecodeError):
-        trial = subprocess.run(command, input=request, capture_output=True, timeout=_WALL_SECONDS)
-        if trial.returncode == 0:
-            return trial.stdout.decode().removeprefix(tokenizer.bos_token if adds_begin(tokenizer) else "")
-    return None
+    output = try_script(_RENDER, [text, values], seconds=_SECONDS, memory=_BYTES, wall=_WALL_SECONDS)
+    begin = tokenizer.bos_token if adds_begin(tokenizer) else ""
+    return None if output is None else output.decode().removeprefix(begin)
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Records from folders written by `save_to_disk` of Hugging Face datasets, read with pyarrow image by image.
+"""Records of folders written by `save_to_disk` of Hugging Face datasets, read with pyarrow, and of hub data sets.
 
 A folder is one split: Arrow streams, `state.json` that lists them, and `dataset_info.json`. Texts are read at once, an
 image's bytes when it is decoded, so that at most one Arrow record batch is in memory. Files are not memory-mapped, so
@@ -15,6 +15,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +25,7 @@ from typing import Any, BinaryIO, TypedDict
 
 import pyarrow as pa
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.files import open_file, read_json, reading
 from vlmprune_jax.io.data.forms import to_entry
 from vlmprune_jax.io.data.media import StoredImage
@@ -41,7 +43,10 @@ _TYPES = (
     pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal,
     pa.types.is_temporal, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
 )  # fmt: skip
-_LISTS = (pa.types.is_list, pa.types.is_large_list)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 class _File(TypedDict):
@@ -49,8 +54,6 @@ class _File(TypedDict):
 
 
 class _State(TypedDict):
-    """Fields of state.json that are read from a split saved by Hugging Face datasets."""
-
     _data_files: list[_File]
 
 
@@ -81,11 +84,7 @@ def datasets_state(folder: Path) -> str:
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a split that Hugging Face datasets saved to disk.
-
-    Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
-    become records with a `problem`, as in `read_records`.
-    """
+    """Return the records of a split that Hugging Face datasets saved to disk; see `read_records` for malformed rows."""
     split = _Split(folder)
     records = [
         make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
@@ -121,7 +120,6 @@ class _Split:
 
     def find(self, name: str, location: str) -> StoredImage:
         """Return the stored image with this digest; rows with equal images share one stored image."""
-        del location
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
@@ -130,17 +128,13 @@ class _Split:
         batch = bisect.bisect_right(self._firsts, row) - 1
         with self._lock, reading(f"{self.folder}, row {row}", _TODO):
             if self._batch[0] != batch:
-                self._batch = (batch, self._read_batch(batch))
+                path, offset = self._places[batch]
+                with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+                    self._batch = (batch, _read_batch(source, offset, self._schemas[path]))
             _, rows = self._batch
             assert rows is not None
             images = _images(rows.slice(row - self._firsts[batch], 1), _image_columns(rows.schema))[0]
             return list(itertools.chain(*images.values()))[place]
-
-    def _read_batch(self, number: int) -> pa.RecordBatch:
-        path, offset = self._places[number]
-        with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
-            source.seek(offset)
-            return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield every row of the split as an entry of a JSON data file."""
@@ -152,8 +146,7 @@ class _Split:
                 self._schemas[path] = schema = check_schema(pa.ipc.read_schema(pa.ipc.read_message(source)))
                 images = _image_columns(schema)
                 for offset in messages:
-                    source.seek(offset)
-                    batch = _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
+                    batch = _read_batch(source, offset, schema)
                     self._firsts.append(row)
                     self._places.append((path, offset))
                     for start in range(0, batch.num_rows, _AT_ONCE):
@@ -177,17 +170,16 @@ class _Split:
             yield to_entry(json.loads(json.dumps(values, default=str)), named)
 
 
-def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return an Arrow record batch after checking its offsets and texts, which pyarrow does not check."""
-    batch.validate(full=True)
+def _read_batch(source: pa.PythonFile, offset: int, schema: pa.Schema) -> pa.RecordBatch:
+    source.seek(offset)
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
+    batch.validate(full=True)  # offsets and texts, which pyarrow has not checked
     return batch
 
 
 def _image_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns whose feature type is `Image` or a list of `Image`."""
-    kinds = {field.name: field.type for field in schema}
-    lists = pa.types.is_list, pa.types.is_large_list
-    items = {name: kind.value_type if any(is_list(kind) for is_list in lists) else kind for name, kind in kinds.items()}
+    items = {field.name: field.type.value_type if _is_list(field.type) else field.type for field in schema}
     structs = {name: kind for name, kind in items.items() if pa.types.is_struct(kind)}
     return [name for name, kind in structs.items() if {field.name for field in kind} == {"bytes", "path"}]
 
@@ -211,6 +203,56 @@ def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, lis
     return rows
 
 
+# Data sets of the Hugging Face hub ------------------------------------------------------------------------------------
+
+_HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?:([\w.-]+)(?:\[:(\d+)\])?")
+
+
+def is_hub(text: str | None) -> bool:
+    """Return True if a setting's value names a data set on the Hugging Face hub."""
+    return text is not None and text.startswith("hub:")
+
+
+def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = None) -> str:
+    """Download a hub data set into `folder` if it is missing, and return "datasets:FOLDER".
+
+    `text` is "hub:ORG/NAME:SPLIT", or "hub:ORG/NAME/CONFIG:SPLIT" for a configuration. With "[:N]" at the end, only the
+    first N rows are streamed, so that the rest of a large data set is never downloaded. `what`: name of the setting,
+    for messages. `scratch`: folder for a missing data set, instead of `folder` (None = none). Raises UserError for
+    another form, or if the package datasets is missing, or the hub has no such data set or cannot be reached.
+    """
+    match = _HUB_NAME.fullmatch(text)
+    if match is None:
+        raise UserError(f"{what}={text}: expected hub:ORG/NAME:SPLIT, as hub:lmms-lab/VQAv2:validation[:5000]")
+    name, config, split, rows = match.groups()
+    target = folder / re.sub(r"[^\w.-]+", "--", text).strip("-")
+    if scratch is not None and not target.is_dir():
+        target = scratch / target.name
+    if target.is_dir():
+        return f"{PREFIX}{target}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{what}={text}: needs the package datasets: pip install 'vlmprune-jax[hub]'") from error
+    building = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, streaming=rows is not None)
+        if rows is not None:
+            first = list(dataset.take(int(rows)))
+            dataset = datasets.Dataset.from_list(first, features=dataset.features)
+        building.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_to_disk(str(building))
+    except Exception as error:  # its own errors, of the hub's client, of the network and of files
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(
+            f"{what}={text}: not available from the hub ({reason(error)}): check name, split and connection, or give "
+            "files or a folder written by save_to_disk"
+        ) from error
+    os.replace(building, target)
+    return f"{PREFIX}{target}"
+
+
 # Bounds on Arrow files ------------------------------------------------------------------------------------------------
 
 # A record batch of a few bytes may decode to any size: compressed buffers, null and run-end encoded columns, views and
@@ -224,7 +266,7 @@ def check_schema(schema: pa.Schema) -> pa.Schema:
     for field in schema:
         kinds = [field.type]
         for _ in range(_MAX_DEPTH):
-            lists = [kind.value_type for kind in kinds if any(is_kind(kind) for is_kind in _LISTS)]
+            lists = [kind.value_type for kind in kinds if _is_list(kind)]
             fields = [part.type for kind in kinds if pa.types.is_struct(kind) for part in kind]
             plain = [kind for kind in kinds if any(is_kind(kind) for is_kind in _TYPES)]
             structs = [kind for kind in kinds if pa.types.is_struct(kind) and kind.num_fields]

@@ -77,9 +77,8 @@ class Encoder:
         """
         ids, labels = self.training_tokens(record)
         row = self.padding_row(self.max_length if length is None else length)
-        row["input_ids"][: len(ids)] = ids
-        row["attention_mask"][: len(ids)] = 1
-        row["labels"][: len(ids)] = labels
+        for name, values in (("input_ids", ids), ("attention_mask", 1), ("labels", labels)):
+            row[name][: len(ids)] = values
         if self.image_loader is not None and self.image_loader.preparation.turns:
             shapes = self.shapes(record)
             row["position_ids"] = mrope_positions(
@@ -109,8 +108,7 @@ class Encoder:
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return the token ids int32[tokens] of a record's prompt, with image placeholders expanded."""
         ids = tokenize_prompt(record, self.tokenizer, self.template, **self._placeholders(record))
-        self._check_ids(ids, record)
-        self._check_longest(ids, record)
+        self._check_ids(ids, record, self.longest)
         return ids
 
     def images(self, record: Record, *, read: bool = True) -> list[tuple[np.ndarray, ImageShape]]:
@@ -122,8 +120,9 @@ class Encoder:
         if loader is None or not record.visuals:
             return images
         for path, image in zip(record.visuals, self.shapes(record), strict=True):
-            size = (loader.room(image.slots, image.tokens), *loader.shape)
-            zeros = np.broadcast_to(np.zeros((), loader.dtype), size)
+            zeros = np.broadcast_to(
+                np.zeros((), loader.dtype), (_room(loader, image.slots, image.tokens), *loader.shape)
+            )
             pixels = loader.load(path, record.id, len(record.images)) if read else zeros
             if len(pixels) != len(zeros):
                 raise UserError(f"record {record.id}: {_CHANGED}")
@@ -161,7 +160,7 @@ class Encoder:
         if loader is None:
             return {}
         slots, tokens = shape.slots * each, shape.image_tokens * each
-        values = jax.ShapeDtypeStruct((packs, loader.room(slots, tokens), *loader.shape), loader.dtype)
+        values = jax.ShapeDtypeStruct((packs, _room(loader, slots, tokens), *loader.shape), loader.dtype)
         grid = jax.ShapeDtypeStruct((packs, slots, AXES), np.int32) if loader.preparation.merge else None
         times = jax.ShapeDtypeStruct((packs, slots), np.float32) if self.tokens_per_second else None
         return {"vision": Packed(values, grid, times=times)}
@@ -191,9 +190,7 @@ class Encoder:
         if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
             for at, record in enumerate(records):
                 if record is not None:
-                    images = self.shapes(record)
-                    self._check_buckets(record, images)
-                    sizes[at] = 0, slots_of(images), tokens_of(images)
+                    sizes[at, 1:] = self.image_sizes(record, self.shapes(record))
         return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
@@ -233,23 +230,22 @@ class Encoder:
             0 if self.image_buckets is None else smallest(self.image_buckets, image_tokens),
         )
 
-    def _check_buckets(self, record: Record, images: Sequence[ImageShape]) -> None:
-        if record.videos:
-            return
+    def image_sizes(self, record: Record, images: Sequence[ImageShape]) -> tuple[int, int]:
+        """Return a record's numbers of images or tiles, and of image tokens (0 if all images have one size).
+
+        Raises UserError naming the record if they are above all buckets; for records with videos, buckets are doubled.
+        """
+        slots, tokens = sum(image.slots for image in images), sum(image.tokens for image in images)
         for needed, buckets, name, limit in (
-            (slots_of(images), self.tile_buckets, "tile", "max_tiles"),
-            (tokens_of(images), self.image_buckets, "image", "max_image_tokens"),
+            (slots, self.tile_buckets, "tile", "max_tiles"),
+            (tokens, self.image_buckets, "image", "max_image_tokens"),
         ):
-            if buckets is not None and needed > buckets[-1]:
+            if buckets is not None and needed > buckets[-1] and not record.videos:
                 raise UserError(
                     f"record {record.id}: needs {needed} image {limit.split('_')[-1]}, more than the largest bucket "
                     f"({buckets[-1]}): raise data.{name}_buckets or lower data.{limit}"
                 )
-
-    def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return the number of tokens that a prompt gains when its image placeholders are expanded."""
-        written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
-        return sum(image.positions(self.tokens_per_image) for image in images) - written
+        return slots, tokens
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a training record, cut at `max_length` tokens (0 = no limit)."""
@@ -258,10 +254,8 @@ class Encoder:
         ids, labels = tokenize_training(
             record, self.tokenizer, self.template, cut_text_at=cut, **self._placeholders(record)
         )
-        self._check_ids(ids, record)
-        if limit is None:
-            self._check_longest(ids, record)
-        elif len(ids) > limit:
+        self._check_ids(ids, record, 0 if limit else self.longest)
+        if limit is not None and len(ids) > limit:
             if not self.truncate:
                 check_length(len(ids), record, limit)
             visual, closed = is_visual(ids, self.visual_tokens), self.template.image_tokens is not None
@@ -276,7 +270,6 @@ class Encoder:
         return ids[:limit], labels[:limit]
 
     def _placeholders(self, record: Record) -> dict[str, Any]:
-        """Return the arguments of `tokenize_prompt` from which a record's placeholders are expanded."""
         sizes = {"image_token_id": self.image_token_id, "tokens_per_image": self.tokens_per_image}
         return {**sizes, "images": self.shapes(record)}
 
@@ -284,25 +277,22 @@ class Encoder:
         """Return why a record cannot be used for training, as text; None if it can."""
         try:
             self.training_tokens(record)
-            images = self.shapes(record)
-            self._check_buckets(record, images)
+            self.image_sizes(record, self.shapes(record))
             self.images(record)
         except UserError as error:
             return str(error)
         return None
 
-    def _check_ids(self, ids: np.ndarray, record: Record) -> None:
+    def _check_ids(self, ids: np.ndarray, record: Record, longest: int) -> None:
         if self.words and (ids[ids != self.image_token_id] >= self.words).any():
             raise UserError(
                 f"record {record.id}: token id {ids.max()} is outside the model's vocabulary of {self.words}: use the "
                 "model's own tokenizer"
             )
-
-    def _check_longest(self, ids: np.ndarray, record: Record) -> None:
-        if 0 < self.longest < len(ids):
+        if 0 < longest < len(ids):
             raise UserError(
                 f"record {record.id}: has {len(ids)} tokens with its images, more than the model's maximum of "
-                f"{self.longest}: drop the record, or set data.max_length to truncate it in training"
+                f"{longest}: drop the record, or set data.max_length to truncate it in training"
             )
 
     @property
@@ -311,18 +301,12 @@ class Encoder:
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
 
-def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of images and tiles in `images`."""
-    return sum(image.slots for image in images)
-
-
-def tokens_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of tokens of these images, for models with dynamic resolution (else 0)."""
-    return sum(image.tokens for image in images)
+def _room(loader: ImageLoader | FeatureLoader, slots: int, image_tokens: int) -> int:
+    """Return the number of tiles, patches or feature vectors of images that have so many tiles or tokens."""
+    return image_tokens * loader.per_token if loader.per_token else slots
 
 
 def _doubled(buckets: Sequence[int], needed: int) -> list[int]:
-    """Return the buckets, and doubles of the last one until they hold `needed`."""
     more = [*buckets]
     while more[-1] < needed:
         more.append(2 * more[-1])
@@ -366,27 +350,30 @@ def measure(
                 raise
             return None
 
-    def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
-        encoder.shape_of([record])  # refuses records that no bucket holds
+    def parts(record: Record) -> tuple[tuple[int, int], list[ImageShape], list[str]]:
         images = encoder.shapes(record)
-        return images, prompt_pieces(record, encoder.template, images)
+        return encoder.image_sizes(record, images), images, prompt_pieces(record, encoder.template, images)
 
     sizes = np.zeros((len(records), 3), np.int32)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(records), _CHUNK):
             chunk = records[start : start + _CHUNK]
-            images_and_pieces = list(pool.map(lambda record: attempt(parts, record), chunk))
-            pieces = [pieces for _, pieces in filter(None, images_and_pieces)]
-            text_tokens = iter(count_tokens(pieces, encoder.tokenizer).tolist())
-            for place, (record, part) in enumerate(zip(chunk, images_and_pieces, strict=True), start):
+            parsed = list(pool.map(lambda record: attempt(parts, record), chunk))
+            text_tokens = iter(
+                count_tokens([pieces for *_, pieces in filter(None, parsed)], encoder.tokenizer).tolist()
+            )
+            for place, (record, part) in enumerate(zip(chunk, parsed, strict=True), start):
                 if part is None:
                     continue
-                tokens = next(text_tokens) + encoder.image_positions(part[0])
+                of_images, images, _ = part
+                tokens = next(text_tokens) + sum(image.positions(encoder.tokens_per_image) for image in images)
+                if encoder.template.image_tokens is not None:  # are tokens of the text already
+                    tokens -= sum(map(encoder.template.context_tokens, images))
                 if 0 < (encoder.max_length or encoder.longest) < tokens:
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
-                    sizes[place] = tokens, slots_of(part[0]), tokens_of(part[0])
+                    sizes[place] = tokens, *of_images
             if progress is not None:
                 progress(start + len(chunk))
     return sizes

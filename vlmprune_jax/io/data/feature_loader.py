@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,22 +17,10 @@ from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
 from vlmprune_jax.io.data.video.reader import VideoReader
-from vlmprune_jax.io.families.tiles import ImageShape, VideoShape
+from vlmprune_jax.io.families.tiles import ImageShape
 
 
-class Picture(NamedTuple):
-    """One image of a record, or one temporal patch of a video; `place` is its index among the record's visuals."""
-
-    record: Record
-    place: int
-    patch: int = 0
-
-    @property
-    def image(self) -> Visual:
-        """Image file, image stored inside a data set, or video."""
-        return self.record.visuals[self.place]
-
-
+@dataclass(eq=False)
 class FeatureLoader:
     """Loader of cached vision features, used in place of an `ImageLoader` of pixels.
 
@@ -37,25 +28,25 @@ class FeatureLoader:
     key of an image is its `image_key`, with the number of images in its record if its tiles depend on this number.
     Videos are cached by temporal patch (a frame, or frames that share a patch), so that different samples of a video
     share patches. Images that could not be read when the features were computed have no tiles in the cache.
-
-    Args:
-      images: loader of the pixels of the same images.
-      cache: cache of the features.
-      shape: (tokens, features) of one tile, or (features,) for images of varying size.
-      dtype: dtype of the features.
     """
 
-    def __init__(self, images: ImageLoader, cache: ArrayCache, shape: tuple[int, ...], dtype: np.dtype):
-        self.images, self.cache, self.shape, self.dtype = images, cache, shape, dtype
+    images: ImageLoader  # loader of the pixels of the same images
+    cache: ArrayCache
+
+    shape: tuple[int, ...]  # (tokens, features) of one tile, or (features,) for images of varying size
+    dtype: np.dtype
+
+    size_columns: ClassVar[slice] = slice(1, 3)  # tiles and image tokens (see `RecordCache`)
 
     @property
     def preparation(self) -> Preparation:
         """Image preparation (resizing, tiling) that was used when the features were computed."""
         return self.images.preparation
 
-    def room(self, slots: int, image_tokens: int) -> int:
-        """Return the number of tiles or tokens whose features a packed row holds, see `ImageLoader.room`."""
-        return image_tokens if self.preparation.merge else slots
+    @property
+    def per_token(self) -> int:
+        """Feature vectors of an image token; 0 if all images have one size."""
+        return int(self.preparation.merge > 0)
 
     @property
     def videos(self) -> VideoReader | None:
@@ -68,7 +59,7 @@ class FeatureLoader:
 
     def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:
         """Return the cached features of an image or video; raise UserError naming the file and the record."""
-        return np.concatenate([self._cached(key, path, record, sharing) for key in self.keys(path, record, sharing)])
+        return np.concatenate([self._cached(key, path, record, sharing) for key in self._keys(path, record, sharing)])
 
     def _cached(self, key: str, path: Visual, record: str, sharing: int) -> np.ndarray:
         features = self.cache[key]
@@ -87,35 +78,49 @@ class FeatureLoader:
             f"remove {self.cache.folder}"
         )
 
-    def keys(self, path: Visual, record: str, sharing: int) -> list[str]:
-        """Return the keys under which the features of an image, or of a video's temporal patches, are cached."""
+    def _keys(self, path: Visual, record: str, sharing: int) -> list[str]:
         if isinstance(path, VideoSource):
             return [] if self.videos is None else self.videos.keys(path, record)
         name = image_key(path)
         return [f"{name}:1/{sharing}" if self.preparation.shares else name]
 
-    def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
-        """Return the images of these records whose features are not cached, without duplicates and in order."""
-        pictures: dict[str, Picture] = {}
-        for record in records:
-            for place, image in enumerate(record.visuals):
-                for patch, key in enumerate(self.keys(image, record.id, len(record.images))):
-                    pictures.setdefault(key, Picture(record, place, patch))
-        return {key: pictures[key] for key in self.cache.missing(pictures)}
+    def keys(self, record: Record) -> list[str]:
+        """Return the keys of the features of a record's images, and of the temporal patches of its videos."""
+        sharing = len(record.images)
+        return [key for visual in record.visuals for key in self._keys(visual, record.id, sharing)]
 
-    def pixels(self, picture: Picture) -> np.ndarray:
-        """Load a picture's pixels, as `ImageLoader.load` does; raise UserError naming the file and the record."""
-        pixels = self.images.load(picture.image, picture.record.id, len(picture.record.images))
-        if not isinstance(picture.image, VideoSource):
-            return pixels
-        patches = len(self.keys(picture.image, picture.record.id, 1))
-        return pixels.reshape(patches, -1, *pixels.shape[1:])[picture.patch]
+    def has(self, keys: Sequence[str]) -> bool:
+        """Return True if a record's features, with these keys, are cached, or one of its images could not be read."""
+        missing = self.cache.missing(keys)
+        return not missing or any(not len(self.cache[key]) for key in keys if key not in missing)
 
-    def shape_of(self, picture: Picture) -> ImageShape:
-        """Return the tile or patch grid of one picture; raise UserError naming the file and the record."""
-        shape = self.images.shapes(picture.record.visuals, picture.record.id)[picture.place]
-        return shape.patch_shape if isinstance(shape, VideoShape) else shape
+    def positions(self, record: Record) -> int:
+        """Return the number of tiles or tokens of a record's images."""
+        return sum(image.positions(1) for image in self.shapes(record.visuals, record.id))
 
-    def count(self, picture: Picture) -> int:
-        """Return the number of tiles or tokens of one image; raise UserError naming the file and the record."""
-        return self.shape_of(picture).positions(1)
+    def bytes_of(self, record: Record, encoder: object) -> int:
+        """Return the number of bytes that the cache needs for a record's features."""
+        del encoder
+        return self.positions(record) * math.prod(self.shape) * self.dtype.itemsize
+
+    def arrays(self, record: Record, features: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays to cache for one record, by their keys, from features that begin with its images'."""
+        arrays, start = dict[str, np.ndarray](), 0
+        for visual, image in zip(record.visuals, self.shapes(record.visuals, record.id), strict=True):
+            keys, positions = self._keys(visual, record.id, len(record.images)), image.positions(1)
+            parts = features[start : start + positions].reshape(len(keys), -1, *self.shape)
+            arrays |= zip(keys, parts[:, None] if self.preparation.merge else parts, strict=True)
+            start += positions
+        return arrays
+
+    def unreadable(self, record: Record) -> dict[str, np.ndarray]:
+        """Return arrays without tiles for those of a record's images that cannot be read."""
+        arrays = dict[str, np.ndarray]()
+        nothing = np.empty((0, *[0] * (2 - len(self.shape)), *self.shape), self.dtype)
+        for visual in record.visuals:
+            try:
+                self.images.load(visual, record.id, len(record.images))
+            except UserError:
+                with contextlib.suppress(UserError):  # a video without a readable header has no keys
+                    arrays |= dict.fromkeys(self._keys(visual, record.id, len(record.images)), nothing)
+        return arrays

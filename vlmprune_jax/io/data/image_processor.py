@@ -214,7 +214,6 @@ def sides(size: Any, location: str) -> tuple[int, int]:
 
 
 def _processors(way: str) -> dict[str, tuple[str, str]]:
-    """Return {image_processor_type: transformers classes to try} for one kind of image preparation."""
     kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
     suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
     return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}

@@ -18,7 +18,6 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
 from vlmprune_jax.io.data.config import ASPECT_RATIOS
-from vlmprune_jax.io.data.image_files import opened_image, to_rgb
 from vlmprune_jax.io.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
@@ -27,7 +26,7 @@ from vlmprune_jax.io.data.image_processor import (
     sides,
     way_of,
 )
-from vlmprune_jax.io.data.media import DECODING, StoredImage
+from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
 from vlmprune_jax.io.data.naflex import naflex_from_processor
 from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
@@ -99,9 +98,8 @@ class ImageLoader:
     def __init__(
         self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: VideoReader | None = None
     ) -> None:
-        self.preparation = preparation
-        self.videos = videos
-        self.shape = preparation.shape
+        self.preparation, self.videos, self.shape = preparation, videos, preparation.shape
+        self.per_token = preparation.merge**2  # patches of an image token; 0 if all images have one size
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -123,7 +121,7 @@ class ImageLoader:
         if isinstance(path, VideoSource):
             pixels = self._videos(record).load(path, record)
         else:
-            with self._open(path, record, sharing) as image, DECODING.reserve(self._memory(image.size, sharing)):
+            with self._open(path, record, sharing) as (image, memory), DECODING.reserve(memory):
                 pixels = self.preparation.prepare(to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
@@ -139,35 +137,23 @@ class ImageLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
-    def room(self, slots: int, image_tokens: int) -> int:
-        """Return the number of tiles or patches that a packed row holds.
-
-        `slots`: images or tiles in the row. `image_tokens`: their total tokens, used only for images of varying size.
-        """
-        merge = self.preparation.merge
-        return image_tokens * merge**2 if merge else slots
-
     def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
         """Return the tile or patch grid of each image or video of a record; files are opened only if grids need it.
 
         Raises UserError naming the file and the record.
         """
-        images = sum(not isinstance(path, VideoSource) for path in paths)
-        return [self._shape(path, record, images) for path in paths]
-
-    def _shape(self, path: Visual, record: str, sharing: int) -> ImageShape:
-        if isinstance(path, VideoSource):
-            return self._videos(record).shape(path, record)
-        if isinstance(self.preparation, WholeImage):
-            return ImageShape()
-        if path not in self._sizes:
-            with self._open(path, record, sharing) as image:
-                self._sizes[path] = image.size
-        return self.preparation.image_shape(*self._sizes[path], sharing)
-
-    def _memory(self, size: tuple[int, int], sharing: int) -> int:
-        """Return the bytes that decoding and preparing an image takes: two copies in uint8, two in float32."""
-        return 6 * math.prod(size) + 24 * self.preparation.plan(*size, sharing).pixels
+        sharing, shapes = sum(not isinstance(path, VideoSource) for path in paths), list[ImageShape]()
+        for path in paths:
+            if isinstance(path, VideoSource):
+                shapes.append(self._videos(record).shape(path, record))
+            elif isinstance(self.preparation, WholeImage):
+                shapes.append(ImageShape())
+            else:
+                if path not in self._sizes:
+                    with self._open(path, record, sharing) as (image, _):
+                        self._sizes[path] = image.size
+                shapes.append(self.preparation.image_shape(*self._sizes[path], sharing))
+        return shapes
 
     def _videos(self, record: str) -> VideoReader:
         if self.videos is None:
@@ -178,16 +164,20 @@ class ImageLoader:
         return self.videos
 
     @contextlib.contextmanager
-    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
-        """Context that opens an image and checks its size; errors inside it name the file and the record."""
+    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[tuple[Image.Image, int]]:
+        """Context that opens an image and checks its size; also yields the bytes that decoding and preparing it takes.
+
+        Errors inside the context name the file and the record.
+        """
         with opened_image(path, record) as image:
             width, height = image.size
-            if max(width * height, self.preparation.plan(width, height, sharing).pixels) > self._max_pixels:
+            prepared = self.preparation.plan(width, height, sharing).pixels
+            if max(width * height, prepared) > self._max_pixels:
                 raise UserError(
                     f"{path}: image of {width}x{height} pixels exceeds the limit of {self._max_pixels} pixels after "
                     "preparation: shrink it or raise data.max_image_pixels"
                 )
-            yield image
+            yield image, 6 * width * height + 24 * prepared  # two copies in uint8, two in float32
 
 
 def load_image_processor(
@@ -208,15 +198,13 @@ def load_image_processor(
     Args:
       folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
       aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
-      max_pixels: maximum size of an image.
-      cache_bytes: memory for prepared images.
+      max_pixels, cache_bytes: see `ImageLoader`.
       image_size: pixels per side of the vision tower's input; also determines the settings for families whose processor
         is in the hub's code instead of a file.
       tiling: fields of `Tiling` that replace the folder's fields, for models with tiling.
       patches: (values per patch, patches per side of a token) of a tower with dynamic resolution.
-      max_image_tokens: maximum number of tokens per image; see `Preparation.with_most_tokens`.
-      slot_tokens: tokens per image or tile, needed with `max_image_tokens` (`ModelConfig.tokens_per_image`).
-      videos: returns the loader of videos for the preparation of images.
+      max_image_tokens, slot_tokens: maximum number of tokens per image, and those of a tile (`with_most_tokens`).
+      videos: returns the reader of videos for the preparation of images.
 
     Raises:
       UserError: the folder does not describe a processor, its type is unknown, a field is invalid, prepared images are
@@ -234,25 +222,18 @@ def load_image_processor(
     if max_image_tokens is not None:
         with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
             preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
-    _check_fits(preparation, location, image_size, patches)
-    if isinstance(preparation, WholeImage):
-        with reading(location):  # try the settings on a small image, so that errors name this file and not a record
-            preparation.prepare(Image.new("RGB", (8, 8)), 1)
-    with error_context(folder):
-        frames = videos(preparation)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
-
-
-def _check_fits(
-    preparation: Preparation, location: str, image_size: int | None, patches: tuple[int, int] | None
-) -> None:
-    """Raise UserError if the vision tower does not accept the shape that an image preparation produces."""
     takes = f"{image_size} x {image_size} pixels" if patches is None else described_patches(*patches)
     if (patches or image_size) and preparation.described != takes:
         raise UserError(
             f"{location}: the image processor returns {preparation.described}, but the vision tower takes {takes}: "
             "use the model's processor"
         )
+    if isinstance(preparation, WholeImage):
+        with reading(location):  # try the settings on a small image, so that errors name this file and not a record
+            preparation.prepare(Image.new("RGB", (8, 8)), 1)
+    with error_context(folder):
+        frames = videos(preparation)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
 
 
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:

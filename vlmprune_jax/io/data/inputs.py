@@ -5,36 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.base.processes import from_all, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
-from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.batching import Batch, TrainBatches, train_batches
+from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
-from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR, Calibration, DataSpec
+from vlmprune_jax.io.data.config import Calibration, DataSpec
 from vlmprune_jax.io.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import Record, data_files, read_records, take_fraction
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.io.data.video.reader import video_reader
 from vlmprune_jax.io.families import Family, family_of, templates
@@ -162,22 +158,42 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
     return "pad" if settings is None or settings[0].get("do_pad") else "square"
 
 
-@functools.lru_cache(maxsize=16)
-def _records(path: str, root: Path | None, image_lead: bool, on_error: str, state: str) -> list[Record]:
-    del state  # part of the cache key, so that a changed file is read again
+class _Source(NamedTuple):
+    """Records of a setting: their files or folder, a text that changes whenever the data change, and the reader."""
+
+    files: Sequence[Path | str]
+    state: str
+    read: Callable[..., list[Record]]  # with `image_lead` and `on_error`
+
+
+def _source(path: str | None, images: str | None, what: str) -> _Source:
+    if path is None:
+        raise UserError(
+            f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
+            f"{DATASETS}FOLDER"
+        )
     if path.startswith(PREFIX):
-        return read_tfds(tfds_folder(path), image_lead=image_lead, on_error=on_error)
+        place = tfds_folder(path)
+        state = tfds_state(place)
+        return _Source([place if isinstance(place, Path) else state], state, functools.partial(read_tfds, place))
     if path.startswith(DATASETS):
-        return read_datasets(datasets_folder(path), image_lead=image_lead, on_error=on_error)
-    return read_records(Path(path), root, image_lead=image_lead, on_error=on_error)
+        folder = datasets_folder(path)
+        return _Source([folder], datasets_state(folder), functools.partial(read_datasets, folder))
+    refuse_folder(path, what)
+    root = None if images is None else Path(images)
+    files = data_files(Path(path), root)
+    state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
+    return _Source(files, state, functools.partial(read_records, Path(path), root))
+
+
+@functools.lru_cache(maxsize=16)
+def _records(path: str, images: str | None, image_lead: bool, on_error: str, state: str) -> list[Record]:
+    del state  # part of the cache key, so that a changed file is read again
+    return _source(path, images, "").read(image_lead=image_lead, on_error=on_error)
 
 
 def training_records(data: DataSpec, template: Template) -> list[Record]:
-    """Return all training records, before `data.fraction` is applied.
-
-    Raises UserError if `data.train` is not set, or the file is malformed.
-    """
-    one_of("data.on_error", data.on_error, ON_ERROR)
+    """Return all training records, before `data.fraction`; raise UserError if unset or malformed."""
     return read_set(data.train, data.images, "data.train", template.image_lead, data.on_error)
 
 
@@ -192,26 +208,7 @@ def count_records(data: DataSpec) -> int | None:
 
 def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
     """Read the records of a JSON file, TFDS folder or datasets folder; errors name the setting `what`."""
-    _, state = _sources(path, images, what)
-    return _records(path or "", None if images is None else Path(images), image_lead, on_error, state)
-
-
-def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path | str], str]:
-    """Return a data set's files or folder, and a fingerprint (as text) that changes whenever the data change."""
-    if path is None:
-        raise UserError(
-            f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
-            f"{DATASETS}FOLDER"
-        )
-    if path.startswith(PREFIX):
-        folder = tfds_folder(path)
-        state = tfds_state(folder)
-        return [folder if isinstance(folder, Path) else state], state
-    if path.startswith(DATASETS):
-        return [datasets_folder(path)], datasets_state(datasets_folder(path))
-    refuse_folder(path, what)
-    files = data_files(Path(path), None if images is None else Path(images))
-    return [*files], str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
+    return _records(path or "", images, image_lead, on_error, _source(path, images, what).state)
 
 
 def refuse_folder(path: str, what: str) -> None:
@@ -235,7 +232,7 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
     Raises UserError if the setting is not set.
     """
     images = data.images if which == "train" else data.eval_images or data.images
-    (first, *listed), _ = _sources(getattr(data, which), images, f"data.{which}")
+    first, *listed = _source(getattr(data, which), images, f"data.{which}").files
     return {f"data.{which}": first, **{f"data.{which} ({file})": file for file in listed}}
 
 
@@ -264,6 +261,11 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
     records = training_records(data, encoder.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
+    counts: dict[str, Any] = {"image_token_id": encoder.image_token_id, "tokens_per_image": 1, "cut_text_at": None}
+
+    def length(record: Record) -> int:
+        return len(tokenize_training(record, encoder.tokenizer, encoder.template, **counts)[0])
+
     for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
         if len(chosen) == spec.samples:
             break
@@ -272,7 +274,7 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
             if problem is not None:
                 skipped.append((records[index].id, problem))
                 continue
-        if spec.longest_text is None or _text_length(records[index], encoder) <= spec.longest_text:
+        if spec.longest_text is None or length(records[index]) <= spec.longest_text:
             chosen.append(records[index])
     if len(chosen) < min(spec.samples, len(records)):
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
@@ -282,19 +284,6 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
             f"lower {spec.SECTION}.samples"
         )
     return chosen, skipped
-
-
-def _text_length(record: Record, encoder: Encoder) -> int:
-    """Return a record's length in tokens, counting each image as one token."""
-    ids, _ = tokenize_training(
-        record,
-        encoder.tokenizer,
-        encoder.template,
-        image_token_id=encoder.image_token_id,
-        tokens_per_image=1,
-        cut_text_at=None,
-    )
-    return len(ids)
 
 
 def recovery_records(data: DataSpec, template: Template) -> tuple[Record, ...]:
@@ -311,50 +300,14 @@ class TrainingRows:
     sizes: np.ndarray | None
 
 
-def training_rows(
-    data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar, features: FeatureLoader | None
-) -> TrainingRows:
-    """Measure the recovery's training records, and return them with their sizes and `Encoder`.
-
-    `bar` shows the progress of measuring; `features` is a loader of cached features, used instead of pixels.
-    """
-    one_of("data.group_by", data.group_by, GROUPINGS)
+def training_rows(data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar) -> TrainingRows:
+    """Measure the recovery's training records with the progress `bar`; return them with their sizes and `Encoder`."""
     sizes = None
     varied = encoder.length_buckets is not None or encoder.images_decide  # shapes must be known before compilation
     if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
-    return TrainingRows(
-        records, encoder if features is None else dataclasses.replace(encoder, image_loader=features), sizes
-    )
-
-
-def recovery_batches(
-    rows: TrainingRows,
-    data: DataSpec,
-    *,
-    batch_size: int,
-    accumulation: int,
-    seed: int,
-    teacher: TeacherRows | None,
-    mesh: Mesh | None,
-) -> TrainBatches:
-    """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to them."""
-    return train_batches(
-        rows.records,
-        rows.encoder,
-        batch_size=batch_size,
-        seed=seed,
-        epochs=None,
-        drop_remainder=True,
-        mine=rows_of_process(mesh, batch_size),
-        packs=row_ways(mesh) * accumulation,
-        threads=data.threads,
-        sizes=rows.sizes,
-        group_by=data.group_by,
-        on_error=data.on_error,
-        teacher=teacher,
-    )
+    return TrainingRows(records, encoder, sizes)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,26 +1,40 @@
-"""Images and videos of records: files below one folder, parts of data sets, and bytes in data URIs."""
+"""Images and videos of records: files below one folder, parts of data sets, bytes in data URIs; decoding of images."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import hashlib
+import io
+import logging
 import math
 import mimetypes
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from vlmprune_jax.base.errors import UserError, error_context
+from PIL import Image, UnidentifiedImageError
+
+from vlmprune_jax.base.errors import UserError, error_context, reason
+from vlmprune_jax.base.files import IMAGE_FORMATS, open_image
 from vlmprune_jax.base.links import real_path
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 SHOWN = 200  # maximum characters of a value in a message
 _MAX_SECONDS = 1e9  # of the start and end of a video's part
+_CRISP = 96  # pixels per side up to which thumbnails are stored without loss
+# Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
+# Silenced for the whole process, because warning filters are not per thread.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class _Store(Protocol):
@@ -98,19 +112,22 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def video_names(entry: Mapping[str, Any], location: str) -> list[str | list[str]]:
-    """Return the videos of an entry: names of files, folders or data URIs, or lists of names of frames."""
-    values = [entry[key] for key in ("video", "videos") if entry.get(key) is not None]
+def media_names(entry: Mapping[str, Any], key: str, location: str) -> list[Any]:
+    """Return the names of an entry's images (`key` "image"), or of its videos, which may be lists of names of frames.
+
+    A name is that of a file, a folder of frames, or a data URI.
+    """
+    values = [entry[name] for name in (key, f"{key}s") if entry.get(name) is not None]
     if len(values) > 1:
-        raise UserError(f"{location}: has both 'video' and 'videos': keep one")
+        raise UserError(f"{location}: has both '{key}' and '{key}s': keep one")
     names = values[0] if values else []
     names = [names] if isinstance(names, str) else names
-    lists = [name if isinstance(name, list) else [name] for name in names] if isinstance(names, list) else [[]]
-    if not all(listed and all(isinstance(name, str) and name for name in listed) for listed in lists):
-        raise UserError(
-            f"{location}: 'video' must be a path or a list whose items are paths or lists of frames, got "
-            f"{shown(values[0])}"
-        )
+    several = key == "video"
+    listed = names if isinstance(names, list) else [[]]
+    lists = [name if several and isinstance(name, list) else [name] for name in listed]
+    if not all(each and all(isinstance(name, str) and name for name in each) for each in lists):
+        items = "a list whose items are paths or lists of frames" if several else "a list of paths"
+        raise UserError(f"{location}: '{key}' must be a path or {items}, got {shown(values[0])}")
     return names
 
 
@@ -215,3 +232,54 @@ class MemoryBudget:
 
 
 DECODING = MemoryBudget(2**31)  # one image or clip at the default limits, or many usual ones
+
+
+def thumbnail(
+    image: Path | StoredImage, record: str, *, side: int, max_pixels: int
+) -> tuple[bytes, str, tuple[int, int]]:
+    """Return (encoded JPEG or PNG, format, (width, height)) of an image reduced to sides of at most `side` pixels.
+
+    Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
+    """
+    with opened_image(image, record, max_pixels) as opened:
+        opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
+        small = to_rgb(opened)
+        small.thumbnail((side, side))
+    kind = "png" if max(small.size) <= _CRISP else "jpeg"
+    encoded = io.BytesIO()
+    small.save(encoded, kind, **({} if kind == "png" else {"quality": 80}))
+    return encoded.getvalue(), kind, small.size
+
+
+def read_rgb(image: Path | StoredImage, record: str, max_pixels: int) -> Image.Image:
+    """Return a decoded image in RGB; raise UserError naming the file and the record, also above `max_pixels`."""
+    with opened_image(image, record, max_pixels) as opened:
+        return to_rgb(opened)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB."""
+    if image.mode == "P" and "transparency" in image.info:
+        # same colours as a direct conversion, without PIL's warning about transparent palettes
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def opened_image(path: Path | StoredImage, record: str, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Context that opens an image and reads its header; errors inside it name the file and the record."""
+    try:
+        with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise UserError(
+                    f"{path}: image of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels: "
+                    "shrink it or raise data.max_image_pixels"
+                )
+            yield image
+    except UserError as error:
+        raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} (record {record}): image is far too large ({error}): shrink it") from error
+    except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
+        problem = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UserError(f"{path} (record {record}): not a readable image ({problem}): replace the file") from error

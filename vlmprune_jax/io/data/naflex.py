@@ -44,7 +44,6 @@ class NaFlex(Patches):
 
     @property
     def _tile_side(self) -> int:
-        """Number of tokens along each side of a tile."""
         return self.size // (self.patch * self.merge)
 
     @property
@@ -107,17 +106,16 @@ class NaFlex(Patches):
         return closest_grid(width, height, self.size, self.min_tiles, self.max_tiles)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (rows, columns) of patches of the whole image, both multiples of `merge`."""
         side = self.patch * self.merge
         rounded = max(1, round(height / side)), max(1, round(width / side))
         return self.fitted(width, height, rounded, (self.min_tokens * side**2, self.max_tokens * side**2))
 
 
 def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
-    """Return the image preparation that an LFM2-VL folder's image processor describes.
+    """Return the image preparation of checked settings of LFM2-VL's image processor.
 
-    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
-    off, tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
+    Raises UserError if resizing, rescaling or normalisation is off, tiles are not a whole number of tokens, or a
+    minimum of tiles or tokens is above the maximum.
     """
     check_steps(config, location, "images in tiles before an overview")
     values: dict[str, Any] = {

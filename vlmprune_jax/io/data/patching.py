@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Patches(Preparation):
 
 
 def token_buckets(most: int) -> tuple[int, ...]:
-    """Return numbers of tokens from the smallest bucket up to the first that holds `most`."""
+    """Return numbers of tokens, 64, 96, 128, 192, 256, ..., up to the first that holds `most`."""
     buckets = [_SMALLEST_BUCKET]
     while buckets[-1] < most:
         buckets.append(padded_tokens(buckets[-1] + 1))
@@ -136,22 +136,24 @@ class Patching(Patches):
         return Plan(shape, rows * columns * self.temporal * self.patch**2)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        return self.prepare_frames([image])
+        return self.prepare_frames([image], 1)
 
-    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        rows, columns = self._grid(*frames[0].size, len(frames))
-        p, t = self.patch, self.temporal
-        patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
-        for number in range(len(patches) * t):
-            if number < len(frames):  # the last one is repeated to fill the last temporal patch
-                resized = frames[number].resize((columns * p, rows * p), self.resample)
-                pixels = normalize(np.asarray(resized), self.mean, self.std)
-                patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, p, p)
-            patches[number // t, :, :, number % t] = patch_rows
+    def prepare_frames(self, frames: Iterable[Image.Image], count: int) -> np.ndarray:
+        p, t, patches = self.patch, self.temporal, np.empty(0)
+        for number, frame in enumerate(frames):
+            if number == 0:
+                rows, columns = self._grid(*frame.size, count)
+                patches = np.empty((-(-count // t), rows * columns, 3, t, p, p), np.float32)
+            resized = frame.resize((columns * p, rows * p), self.resample)
+            pixels = normalize(np.asarray(resized), self.mean, self.std)
+            patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, 1, p, p)
+            # the last frame is repeated to fill the last temporal patch
+            last = t if number == count - 1 else number % t + 1
+            patches[number // t, :, :, number % t : last] = patch_rows
         return patches.reshape(-1, *self.shape)
 
     def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
-        """Return the (rows, columns) of an image or of a video's frames in patches, both multiples of `merge`."""
+        """Return the (rows, columns) of an image or frame in patches, both multiples of `merge`."""
         return self._limited(width, height)
 
     def _limited(self, width: int, height: int, frames: int = 1, whole: int = 1) -> tuple[int, int]:
@@ -192,21 +194,18 @@ class VideoPatching(Patching):
 
 
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
-    """Return the patching that a Qwen-VL folder's image processor describes.
+    """Return the patching of checked settings of Qwen-VL's image processor.
 
-    `config`: result of `image_processor.checked_processor`. Missing settings are refused, because several models share
-    the class, and its defaults suit only one of them. Raises UserError if resizing, rescaling or normalisation is off,
-    or a setting is missing or contradicts another.
+    Raises UserError if resizing, rescaling or normalisation is off, or a setting contradicts another or is missing
+    (several models share the class, and its defaults suit only one of them).
     """
     check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}
+    names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     fields: dict[str, Any] = {
         "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
         "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
-        **{
-            name: config.get(name)
-            for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-        },
+        **{name: config.get(name) for name in names},
     }
     missing = [name for name, value in fields.items() if value is None]
     if missing:
@@ -216,14 +215,7 @@ def patching_from_processor(config: Mapping[str, Any], location: str) -> Patchin
         raise UserError(
             f"{location}: min_pixels {least} is above max_pixels {most}: restore the file from the model's source"
         )
-    return Patching(
-        patch=patch,
-        temporal=temporal,
-        merge=merge,
-        min_pixels=least,
-        max_pixels=most,
-        **pixel_fields(config),
-    )
+    return Patching(patch, temporal, merge, least, most, **pixel_fields(config))
 
 
 @dataclass(frozen=True)
@@ -262,12 +254,8 @@ class TokenBudget(Patches):
     def for_video(self, video: VideoConfig) -> TokenBudget | None:
         if video.max_soft_tokens is None:
             return None
-        return TokenBudget(
-            patch=video.patch or self.patch,
-            merge=video.merge or self.merge,
-            tokens=video.max_soft_tokens,
-            resample=video.resample,
-        )
+        patch, merge = video.patch or self.patch, video.merge or self.merge
+        return TokenBudget(patch, merge, video.max_soft_tokens, video.resample)
 
     def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
         rows, columns = self._tokens(width, height)
@@ -282,7 +270,6 @@ class TokenBudget(Patches):
         return np.ascontiguousarray(self.cells(pixels).reshape(-1, *self.shape))
 
     def _tokens(self, width: int, height: int) -> tuple[int, int]:
-        """Return an image's numbers of token rows and token columns."""
         side = self.merge * self.patch
         factor = math.sqrt(self.tokens * side**2 / (height * width))
         rows, columns = (math.floor(factor * length / side) for length in (height, width))
@@ -292,10 +279,10 @@ class TokenBudget(Patches):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
-    """Return the image preparation that a Gemma 4 folder's image processor describes.
+    """Return the image preparation of checked settings of Gemma 4's image processor.
 
-    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing or rescaling is off,
-    normalisation is on, or the model was not trained with this number of tokens per image.
+    Raises UserError if resizing or rescaling is off, normalisation is on, or the model was not trained with this number
+    of tokens per image.
     """
     check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):

@@ -34,11 +34,8 @@ def expand_images(
       tiles: int[images], number of tiles of each image, in order of appearance; default 1.
       image_grid_thw: int[images, 3], frames, rows and columns of patches, for images of varying size.
 
-    Returns:
-      input_ids and attention_mask int32[batch, longest], and labels if passed.
-
-    Raises:
-      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
+    Returns input_ids and attention_mask int32[batch, longest], and labels if passed. Raises UserError if the model
+    takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
     """
     ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:
@@ -65,7 +62,6 @@ def expand_images(
 
 
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
-    """Return each image's number of decoder tokens, int64[images]."""
     if (tiles if cfg.dynamic_resolution else image_grid_thw) is not None:
         wanted, passed = ("image_grid_thw", "tiles") if cfg.dynamic_resolution else ("tiles", "image_grid_thw")
         raise UserError(f"expand_images: this model takes {wanted}, not {passed}: omit {passed}")

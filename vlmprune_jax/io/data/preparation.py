@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +32,8 @@ class Preparation:
     merge: int
     """Patches per side of a token (n x n patches become one) for images of varying size; 0 if the size is fixed."""
 
-    shares = False
-    """True if an image's arrays depend on the number of images in its record."""
-
-    turns = False
-    """True if image tokens have rotary positions by row and column (M-RoPE)."""
+    shares = False  # True if an image's arrays depend on the number of images in its record
+    turns = False  # True if image tokens have rotary positions by row and column (M-RoPE)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,13 +83,14 @@ class Preparation:
         """Convert an RGB image to float32[tiles, channels, height, width], or float32[patches, values]."""
         raise NotImplementedError
 
-    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        """Convert a video's RGB frames to arrays like `prepare`, one frame after the other."""
-        first = self.prepare(frames[0], 1)
-        prepared = np.empty((len(frames), *first.shape), first.dtype)  # one array: the list and its sum would be two
+    def prepare_frames(self, frames: Iterable[Image.Image], count: int) -> np.ndarray:
+        """Convert a video's `count` RGB frames to arrays like `prepare`, one frame after the other."""
+        prepared = np.empty(0)  # one array: a list and its sum would be two
         for number, frame in enumerate(frames):
-            prepared[number] = first if number == 0 else self.prepare(frame, 1)
-        return prepared.reshape(-1, *first.shape[1:])
+            arrays = self.prepare(frame, 1)
+            prepared = prepared if number else np.empty((count, *arrays.shape), arrays.dtype)
+            prepared[number] = arrays
+        return prepared.reshape(-1, *prepared.shape[2:])
 
     def for_video(self, video: VideoConfig) -> Preparation | None:
         """Return the preparation of a video's frames for the same vision tower; None if the model takes no videos."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ def load_tokenizer(folder: Path) -> Any:
     transformers 5's LlamaTokenizer replaces its normalisation (Phi-3 loses a space symbol after `</img>`). Without this
     file, tokenizer_config.json names the class; the model's config.json is not read, because it may name remote code.
     """
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
     check_tokenizer_files(folder)
@@ -39,27 +41,19 @@ def load_tokenizer(folder: Path) -> Any:
         else:
             options = {"config": PretrainedConfig(), "trust_remote_code": False, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-            _mark_every_piece(tokenizer)
+            # transformers 5's LlamaTokenizer omits the space symbol before a piece that begins with a space, which
+            # SentencePiece writes with `legacy` (Phi-3: `<img> z` loses one)
+            backend = tokenizer.backend_tokenizer
+            split = backend.pre_tokenizer
+            if isinstance(split, pre_tokenizers.Metaspace) and split.prepend_scheme == "always":
+                backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+                backend.pre_tokenizer = None
         if not tokenizer.is_fast:
             raise UserError(f"{folder}: has no tokenizer.json: convert its slow tokenizer to a fast one")
         tokenizer.model_max_length = sys.maxsize  # long records raise errors elsewhere; no warning
         # the first call switches off stored truncation and padding, before several threads use the tokenizer
         tokenizer("A word, 1 é\n")
     return tokenizer
-
-
-def _mark_every_piece(tokenizer: Any) -> None:
-    """Make the tokenizer put a space symbol before every text segment, as SentencePiece does with `legacy` (Phi-3).
-
-    transformers 5's LlamaTokenizer omits the mark before a piece that begins with a space: `<img> z` loses one.
-    """
-    from tokenizers import normalizers, pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    metaspace = backend.pre_tokenizer
-    if isinstance(metaspace, pre_tokenizers.Metaspace) and metaspace.prepend_scheme == "always":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.pre_tokenizer = None
 
 
 class Rendered(NamedTuple):
@@ -87,8 +81,10 @@ def render(
     placeholder = "|".join([IMAGE_TOKEN] * has_image + [VIDEO_TOKEN] * has_video)
     text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
     unplaced, answers = iter(visuals), list[tuple[int, int]]()
-    if has_image and template.image_lead:
-        turns = _lead_with_image(turns)
+    if has_image and template.image_lead:  # reference: InternVL `multi_modal_get_item`, for records with one image
+        (speaker, first), *rest = turns
+        if IMAGE_TOKEN not in first and sum(content.count(IMAGE_TOKEN) for _, content in rest) <= 1:
+            turns = [(speaker, f"{IMAGE_TOKEN}\n{first}"), *rest]  # a placeholder in a later turn is then plain text
     for speaker, content in turns:
         if has_image and template.image_first and not has_video:
             content = move_images_first(content, template.behind_image)
@@ -106,17 +102,6 @@ def render(
         if speaker != "human":
             answers.append((start, len(text) - len(end) + len(end.rstrip())))
     return Rendered(text + template.assistant if generation else text, answers)
-
-
-def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Return the turns with an image placeholder in the first turn (reference: InternVL `multi_modal_get_item`).
-
-    Applies to records with one image; a placeholder in a later turn is then plain text.
-    """
-    (speaker, first), *rest = turns
-    if IMAGE_TOKEN in first or sum(content.count(IMAGE_TOKEN) for _, content in rest) > 1:
-        return turns
-    return [(speaker, f"{IMAGE_TOKEN}\n{first}"), *rest]
 
 
 def move_images_first(content: str, behind: str = "\n") -> str:
@@ -146,19 +131,16 @@ def tokenize_training(
     length does not remove the record's labels. If the turns cannot be parsed (an empty turn, a separator inside a
     text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
-    images = _shapes(record, images)
-    prompt, spans = _prompt(record, template, images)
-    covered = len(prompt)
+    prompt, tokens, repeats = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images)
+    (text, spans), covered = prompt, len(prompt.text)
     if not template.by_turn:
-        spans, covered = _answer_spans(prompt, template)
-    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
+        spans, covered = _answer_spans(text, template)
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
         # a token of the role may include the white space that begins the answer: it starts before the answer
         keep |= (tokens.ends > start) & (tokens.starts >= start) & (tokens.starts < stop)
-    repeats = _repeats(tokens.is_image, tokens_per_image, template, images)
     padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
-    if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
+    if _is_mismatched(tokens, repeats, covered, text, padding, cut_text_at):
         keep[:] = False
     keep &= tokens.ids != (IGNORED if padding is None else padding)
     labels = np.where(keep & ~tokens.is_image, tokens.ids, IGNORED).astype(np.int32)
@@ -192,10 +174,28 @@ def tokenize_prompt(
     images: Sequence[ImageShape] | None = None,
 ) -> np.ndarray:
     """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
-    images = _shapes(record, images)
-    prompt = _prompt(record, template, images, generation=True).text
-    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
-    return np.repeat(tokens.ids, _repeats(tokens.is_image, tokens_per_image, template, images))
+    _, tokens, repeats = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images, generation=True)
+    return np.repeat(tokens.ids, repeats)
+
+
+def _encode(
+    record: Record,
+    tokenizer: Any,
+    template: Template,
+    image_token_id: int,
+    tokens_per_image: int,
+    images: Sequence[ImageShape] | None,
+    *,
+    generation: bool = False,
+) -> tuple[Rendered, _Tokens, np.ndarray]:
+    """Return a record's prompt, its tokens, and the number of decoder positions of each token, int64[tokens]."""
+    images = [ImageShape()] * len(record.visuals) if images is None else images
+    prompt = _prompt(record, template, images, generation=generation)
+    tokens = _tokenize(prompt.text, record, tokenizer, template, image_token_id)
+    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
+    repeats = np.ones(len(tokens.ids), np.int64)
+    repeats[tokens.is_image] = [*itertools.chain(*per_image)][: int(np.count_nonzero(tokens.is_image))]
+    return prompt, tokens, repeats
 
 
 def _is_mismatched(
@@ -215,10 +215,6 @@ def _is_mismatched(
     return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
-def _shapes(record: Record, images: Sequence[ImageShape] | None) -> Sequence[ImageShape]:
-    return [ImageShape()] * len(record.visuals) if images is None else images
-
-
 def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *, generation: bool = False) -> Rendered:
     """Return a record's prompt, with the placeholder of each image and video replaced by its text.
 
@@ -226,14 +222,8 @@ def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *,
     """
     turns = record.turns[:-1] if generation and record.turns[-1][0] == "gpt" else record.turns
     visuals = [] if template.image_tokens is None else [template.image_text(image) for image in images]
-    prompt = render(
-        turns,
-        template,
-        has_image=bool(record.images),
-        has_video=bool(record.videos),
-        generation=generation,
-        visuals=visuals,
-    )
+    shown = {"has_image": bool(record.images), "has_video": bool(record.videos)}
+    prompt = render(turns, template, **shown, generation=generation, visuals=visuals)
     if template.image_tokens is None:
         return prompt
     for context in {template.image_tokens[1], *([] if template.video is None else [template.video.token])}:
@@ -243,17 +233,6 @@ def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *,
                 "it from the text"
             )
     return prompt
-
-
-def _repeats(
-    is_image: np.ndarray, tokens_per_image: int, template: Template, images: Sequence[ImageShape]
-) -> np.ndarray:
-    """Return the number of decoder positions per token (image tokens are repeated)."""
-    repeats = np.ones(len(is_image), np.int64)
-    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
-    per_token = [positions for marks in per_image for positions in marks]
-    repeats[is_image] = per_token[: int(np.count_nonzero(is_image))]
-    return repeats
 
 
 def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
@@ -275,14 +254,11 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, i
     Images have `image_token_id`. A leading BOS is kept once and dropped from later pieces (reference:
     `tokenizer_image_token`).
     """
-    ids: list[int] = []
-    places: list[tuple[int, int]] = []
-    is_image: list[bool] = []
+    ids, places, is_image = list[int](), list[tuple[int, int]](), list[bool]()
     offset = 0
     for number, piece in enumerate(_pieces(prompt, record, template)):
         if number:
-            ids.append(image_token_id)
-            places.append((offset, offset + len(IMAGE_TOKEN)))
+            ids, places = [*ids, image_token_id], [*places, (offset, offset + len(IMAGE_TOKEN))]
             is_image.append(True)
             offset += len(IMAGE_TOKEN)
         with reading(f"record {record.id}: its text", "drop the record or use another tokenizer"):
@@ -290,8 +266,7 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, i
         piece_ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id and spans[0][1] == 0
         if has_bos and not number:
-            ids.append(piece_ids[0])
-            places.append((-1, -1))
+            ids, places = [piece_ids[0]], [(-1, -1)]
         ids += piece_ids[has_bos:]
         places += [(offset + start, offset + end) for start, end in spans[has_bos:]]
         is_image += [False] * (len(ids) - len(is_image))

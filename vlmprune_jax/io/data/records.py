@@ -22,22 +22,14 @@ from vlmprune_jax.io.data.media import (
     StoredImage,
     Video,
     find_video,
+    media_names,
     shown,
-    video_names,
     video_part,
 )
 
 _SPEAKERS = ("human", "gpt")
-_OWN_FIELDS = (
-    "id",
-    "image",
-    "images",
-    "conversations",
-    "messages",
-    "answers",
-    "video",
-    "videos",
-)  # all others are `Record.fields`
+# All other fields are `Record.fields`.
+_OWN_FIELDS = ("id", "image", "images", "conversations", "messages", "answers", "video", "videos")
 MAX_REPEATS = 1000  # maximum repeat_time of a data set, since its records are copied
 
 
@@ -96,7 +88,7 @@ class Record:
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
-    """Return the records of a `.json` list, a `.jsonl` file, or all data sets in InternVL's `.json` object.
+    """Return the records of a `.json` list, a `.jsonl` file, or all sets in InternVL's `.json` object (as "set/id").
 
     Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or have one of the forms in
     data/forms.py. `image` is a path or a list of paths below `image_root`. `video` has the same form; an inner list is
@@ -111,60 +103,45 @@ def read_records(
     becomes a record with only a `problem`, so that the other records keep their positions.
     """
     path = Path(path)
-    read = _read_sets if _lists_sets(path) else _read_list
-    return read(path, image_root, image_lead, on_error)
-
-
-def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    root = MediaRoot(image_root)
-    entries = read_entries(path, on_error)
-    records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
-    if not records:
-        raise UserError(f"{path}: contains no records: check that it is a list of conversations")
-    return records
-
-
-def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of parsed entries of a data file.
-
-    Raises UserError with the record for malformed entries.
-    """
-    root = MediaRoot(image_root)
-    return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
-
-
-def data_files(path: Path, image_root: Path | None) -> list[Path]:
-    """Return the files that `read_records` reads: `path`, or the annotation files listed in InternVL's object."""
-    return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
-
-
-def _lists_sets(path: Path) -> bool:
-    try:
-        with open_file(path) as file:
-            return path.suffix == ".json" and file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] == "{"
-    except (UserError, OSError):
-        return False  # reported when the file is read
-
-
-def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    """Return the records of all data sets in InternVL's `{name: {root, annotation, repeat_time}}`; ids are "name/id".
-
-    `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats all (reference: InternVL
-    `LazySupervisedDataset`). Sets cannot be nested.
-    """
     records: list[Record] = []
-    for name, (annotation, root, repeat) in _sets(path, image_root).items():
-        read = _read_list(annotation, root, image_lead, on_error)
-        named = [replace(record, id=f"{name}/{record.id}") for record in read]
-        records += named[: int(len(read) * repeat)] if repeat < 1 else named * int(repeat)
+    for name, (annotation, folder, repeat) in _sets(path, image_root).items():
+        root, entries = MediaRoot(folder), read_entries(annotation, on_error)
+        read = [make_record(entry, at, annotation, root, image_lead, on_error) for at, entry in enumerate(entries)]
+        if not read:
+            raise UserError(f"{annotation}: contains no records: check that it is a list of conversations")
+        if name is not None:
+            read = [replace(record, id=f"{name}/{record.id}") for record in read]
+        records += read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
     if not records:
         raise UserError(f"{path}: the data sets in this file have no records: add data sets, or raise repeat_time")
     return records
 
 
-def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
-    """Return {name: (annotation file, image folder, repeat_time)} of InternVL's list of data sets."""
-    base, sets = Path(image_root or ""), {}
+def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
+    """Return the records of parsed entries of a data file; raise UserError with the record for malformed entries."""
+    root = MediaRoot(image_root)
+    return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
+
+
+def data_files(path: Path, image_root: Path | None) -> list[Path]:
+    """Return the files that `read_records` reads: `path`, and the annotation files listed in InternVL's object."""
+    return [*dict.fromkeys([path, *(annotation for annotation, *_ in _sets(path, image_root).values())])]
+
+
+def _sets(path: Path, image_root: Path | None) -> dict[str | None, tuple[Path, Path | None, float]]:
+    """Return {name: (annotation file, image folder, repeat_time)} of InternVL's list of data sets, or None for a file.
+
+    `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats all (reference: InternVL
+    `LazySupervisedDataset`). Sets cannot be nested.
+    """
+    alone: dict[str | None, tuple[Path, Path | None, float]] = {None: (path, image_root, 1)}
+    try:
+        with open_file(path) as file:
+            if path.suffix != ".json" or file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] != "{":
+                return alone
+    except (UserError, OSError):
+        return alone  # reported when the file is read
+    base, sets = Path(image_root or ""), dict[str | None, tuple[Path, Path | None, float]]()
     for name, entry in next(read_entries(path, "stop", kind=dict)).items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
             raise UserError(
@@ -273,31 +250,25 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     if "conversations" not in entry and "messages" in entry:
         entry = from_messages(entry, location)
     elif "conversations" not in entry and isinstance(entry.get("question"), str):
-        entry = from_question(entry, [*_image_names(entry, location)], len(video_names(entry, location)))
-    turns = _make_turns(entry.get("conversations"), location)
-    videos = tuple(find_video(video, root, location) for video in video_names(entry, location))
-    if videos and not _placeholders(turns, VIDEO_TOKEN) and not any(_image_names(entry, location)):
+        names = media_names(entry, "image", location)
+        entry = from_question(entry, names, len(media_names(entry, "video", location)))
+    turns, names = _make_turns(entry.get("conversations"), location), media_names(entry, "image", location)
+    videos = tuple(find_video(video, root, location) for video in media_names(entry, "video", location))
+    if videos and not names and not any(VIDEO_TOKEN in text for _, text in turns):
         # LLaVA-Video's records write <image> for a video
         turns = tuple((speaker, text.replace(IMAGE_TOKEN, VIDEO_TOKEN)) for speaker, text in turns)
-    if _placeholders(turns, VIDEO_TOKEN) != len(videos):
-        raise UserError(
-            f"{location}: text has {_placeholders(turns, VIDEO_TOKEN)} {VIDEO_TOKEN} placeholder(s) for {len(videos)} "
-            "video(s): write one placeholder per video"
-        )
-    images = tuple(root.find(image, location) for image in _image_names(entry, location))
-    placeholders = _placeholders(turns, IMAGE_TOKEN)
-    if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
-        raise UserError(
-            f"{location}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
-            "placeholder per image"
-        )
+    images = tuple(root.find(image, location) for image in names)
+    for token, media, what in ((VIDEO_TOKEN, videos, "video"), (IMAGE_TOKEN, images, "image")):
+        marks = sum(text.count(token) for _, text in turns)
+        added = image_lead and what == "image" and (marks, len(media)) == (0, 1)  # by the template
+        if marks != len(media) and not added:
+            raise UserError(
+                f"{location}: text has {marks} {token} placeholder(s) for {len(media)} {what}(s): write one "
+                f"placeholder per {what}"
+            )
     answers = _answers(entry.get("answers"), location)
     fields = {name: value for name, value in entry.items() if name not in _OWN_FIELDS}
     return Record(str(name), turns, images, None, answers, fields, videos, video_part(entry, videos, location))
-
-
-def _placeholders(turns: Sequence[tuple[str, str]], token: str) -> int:
-    return sum(text.count(token) for _, text in turns)
 
 
 def is_name(name: Any) -> bool:
@@ -349,14 +320,3 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def _image_names(entry: dict[str, Any], location: str) -> Iterable[str]:
-    values = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
-    if len(values) > 1:
-        raise UserError(f"{location}: has both 'image' and 'images': keep one")
-    names = values[0] if values else []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{location}: 'image' must be a path or a list of paths, got {shown(values[0])}")
-    return names

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
+
+if TYPE_CHECKING:
+    from vlmprune_jax.io.data.encoding import Encoder
 
 Row = dict[str, np.ndarray]
 
@@ -33,9 +37,16 @@ class TeacherRows:
     dtype: np.dtype
     vocab_size: int
 
-    def has(self, record: Record) -> bool:
-        """Return True if the teacher's outputs for this record are cached."""
-        return not self.cache.missing(_keys(record))
+    size_columns: ClassVar[slice] = slice(1)  # tokens (see `RecordCache`)
+
+    def keys(self, record: Record) -> tuple[str, str]:
+        """Return the keys of a record's token ids and log-probabilities."""
+        key = record_key(record)
+        return f"{key}.ids", f"{key}.logprobs"
+
+    def has(self, keys: Sequence[str]) -> bool:
+        """Return True if the teacher's outputs with these keys are cached."""
+        return not self.cache.missing(keys)
 
     def arrays(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the arrays to cache for one record, by their keys, from the teacher's outputs int, float[tokens, ...].
@@ -48,10 +59,11 @@ class TeacherRows:
             raise UserError(
                 f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
             )
-        return dict(zip(_keys(record), (ids.astype(_narrow(ids.max(initial=0))), logprobs), strict=True))
+        return dict(zip(self.keys(record), (ids.astype(_narrow(ids.max(initial=0))), logprobs), strict=True))
 
-    def bytes_of(self, labels: np.ndarray) -> int:
-        """Return the number of bytes that the cache needs for a record with these labels, int[tokens]."""
+    def bytes_of(self, record: Record, encoder: Encoder) -> int:
+        """Return the number of bytes that the cache needs for a record."""
+        _, labels = encoder.training_tokens(record)
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
         per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position
@@ -66,7 +78,7 @@ class TeacherRows:
         row["teacher_logprobs"] = np.zeros((tokens, self.top_k + 1), self.dtype)
         if record is None:
             return
-        counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
+        counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in self.keys(record))
         if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
             raise UserError(
                 f"record {record.id}: the cache {self.cache.folder} does not have the teacher's top {self.top_k} "
@@ -107,8 +119,3 @@ def _visual_key(visual: Visual) -> Any:
         return image_key(visual)
     files = visual.source if isinstance(visual.source, tuple) else (visual.source,)
     return [*map(image_key, files), *([] if visual.part is None else visual.part)]
-
-
-def _keys(record: Record) -> tuple[str, str]:
-    key = record_key(record)
-    return f"{key}.ids", f"{key}.logprobs"

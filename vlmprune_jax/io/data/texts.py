@@ -28,14 +28,10 @@ class Texts(NamedTuple):
 
 
 def read_texts(source: str, template: Template) -> Texts:
-    """Read a file of texts and token ids.
+    """Read records in a form for `data.train`, a JSON list of texts or of token ids, or a text file.
 
-    Args:
-      source: records in a form for `data.train` (rendered with the template; images are not opened), a JSON list of
-        texts or of token ids, or else a text file, which is split into parts of a few paragraphs.
-      template: the model's prompt template.
-
-    Raises UserError if there is no such file, or it has none of these forms.
+    Records are rendered with `template`, and their images are not opened. A text file is split into parts of a few
+    paragraphs. Raises UserError if there is no such file, or it has none of these forms.
     """
     if source.startswith((TFDS, DATASETS)):
         records = read_set(source, None, "prune.vocabulary.sources", True, "skip")
@@ -60,11 +56,7 @@ def read_texts(source: str, template: Template) -> Texts:
 
 
 class _Unopened:
-    """Image lookup that returns image names as paths, without opening files."""
-
     def find(self, name: str, location: str) -> Path:
-        """Return the image name as a path."""
-        del location
         return Path(name)
 
 
@@ -80,7 +72,6 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _texts_of(record: Record, template: Template) -> Iterator[str]:
-    """Yield all texts of a record: the formatted conversation, its answers, and other text lists (choices, labels)."""
     prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos)).text
     yield from (piece for piece in re.split(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", prompt) if piece)
     yield from record.answers

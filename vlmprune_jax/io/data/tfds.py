@@ -14,13 +14,14 @@ in place (array_record reads Google Cloud Storage itself; the small metadata fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -58,8 +59,6 @@ class _Split(TypedDict):
 
 
 class _Info(TypedDict):
-    """Fields that are read from a TFDS data set's dataset_info.json."""
-
     fileFormat: str
     splits: list[_Split]
 
@@ -115,18 +114,23 @@ def write_tfds(
     building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
     try:
         with reading(out_dir, "free disk space or use another folder", "written"):
-            examples = (_example(record, names, numbers) for record in records)
-            _write(RECORDS, building, _counted(examples, 0, progress))
+            done = itertools.count(1)
+
+            def counted(examples: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+                for number, example in enumerate(examples):
+                    yield number, example
+                    if progress is not None:
+                        progress(next(done))
+
+            _write(RECORDS, building, counted(_example(record, names, numbers) for record in records))
             if names:
-                pictures = (_picture(image, name) for image, name in names.items())
-                _write(IMAGES, building, _counted(pictures, len(records), progress))
+                _write(IMAGES, building, counted(_picture(image, name) for image, name in names.items()))
             os.replace(building, out_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def _features(name: str) -> Any:
-    """Return the TFDS field types of the records or of the images."""
     features = _load_tfds().features
     text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
@@ -154,13 +158,6 @@ def _picture(image: Path | StoredImage, name: str) -> dict[str, Any]:
     with reading(image, "check the image root"):
         content = read_bytes(image, MAX_COPY_BYTES) if isinstance(image, Path) else image.read_bytes()
     return {"name": name, "image": io.BytesIO(content)}  # encoded bytes: arrays would go through TensorFlow
-
-
-def _counted(examples: Iterable[Any], before: int, progress: Callable[[int], None] | None) -> Iterator[tuple[int, Any]]:
-    for number, example in enumerate(examples):
-        yield number, example
-        if progress is not None:
-            progress(before + number + 1)
 
 
 def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> None:
@@ -197,30 +194,28 @@ class ImageStore:
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
         self.numbers: dict[str, int] = {}  # name of an image -> its number
-        self._source: _Source | None = None
-        self._identity: str | None = None
-        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _images(self) -> _Source:
+        return _Source(self.folder, IMAGES)
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        return hashlib.sha256(_text(self.folder / IMAGES / VERSION / _INFO).encode()).hexdigest()[:16]
 
     def identity(self) -> str:
-        """Return a digest of the data set's metadata, including the number of images and their total size."""
-        if self._identity is None:
-            text = _text(self.folder / IMAGES / VERSION / _INFO)
-            self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Return a digest of the data set's metadata, which has the number of images and their total size."""
         return self._identity
 
     def find(self, name: str, location: str) -> StoredImage:
-        """Return the stored image called `name`."""
         return StoredImage(name, self.numbers[name], self)
 
     def read(self, number: int) -> bytes:
         """Return an image's encoded bytes; raise OSError if it is missing, UserError if the folder is damaged."""
-        with self._lock:
-            if self._source is None:
-                self._source = _Source(self.folder, IMAGES)
-        if not 0 <= number < len(self._source):
+        if not 0 <= number < len(self._images):
             raise OSError(f"image {number} is not in {self.folder / IMAGES}")
         with reading(f"{self.folder / IMAGES}, image {number}", _TODO):
-            return self._source[number]["image"]
+            return self._images[number]["image"]
 
 
 class _Source:
@@ -263,7 +258,6 @@ class _Source:
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    """Return the number of examples in each file of a TFDS data set, from its metadata."""
     file = place / _INFO
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
@@ -280,11 +274,7 @@ def _text(file: Path | epath.Path) -> str:
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Read the records in a folder that `write_tfds` wrote.
-
-    Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
-    they become records with a `problem`, as in `read_records`.
-    """
+    """Return the records in a folder that `write_tfds` wrote; see `read_records` for malformed entries."""
     store, records = ImageStore(folder), []
     with _on_this_machine(folder) as near:
         source = _Source(near, RECORDS)
@@ -300,7 +290,6 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
 
 
 def _entry(example: Mapping[str, Any], location: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Convert a TFDS example to an entry of a JSON data file, and return {image name: number} of its images."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
     entry = {

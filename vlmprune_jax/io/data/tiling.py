@@ -85,19 +85,17 @@ class Tiling(TilingConfig, SquarePieces):
 
 @functools.lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all tile grids (columns, rows) with `min_tiles` to `max_tiles` tiles, ordered by area.
-
-    The order within an area does not matter: neighbouring ratios have different areas.
-    """
+    """Return all tile grids (columns, rows), by area; grids of neighbouring ratios have different areas."""
     pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
     return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
 
 
+@functools.lru_cache(maxsize=4096)
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's.
+    """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's; (1, 1) if no grid is allowed.
 
     Of two equally close grids, the larger is used if the image has more than half of this grid's pixels (reference:
-    InternVL dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
+    InternVL dataset.py `find_closest_aspect_ratio`).
     """
     best, closest = (1, 1), float("inf")
     for columns, rows in _grids(min_tiles, max_tiles):
@@ -120,10 +118,9 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
-    """Return the tiling described in a transformers InternVL folder (`GotOcr2ImageProcessor`).
+    """Return the tiling of checked settings of `GotOcr2ImageProcessor`; InternVL's processor always uses tiles.
 
-    `config`: result of `image_processor.checked_processor`. `InternVLProcessor` always uses tiles. Raises UserError if
-    resizing, rescaling or normalisation is off, or the size is not a square.
+    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
     """
     check_steps(config, location, "InternVL tiles")
     size = config.get("size") or 384
@@ -162,7 +159,6 @@ class Splitting(SquarePieces):
 
     @property
     def _along(self) -> int:
-        """Maximum number of tiles along the longer side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
 
     @property
@@ -219,7 +215,6 @@ class Splitting(SquarePieces):
         return max(width, 1), max(height, 1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return an image's (rows, columns) of tiles; (1, 1) if it is not split."""
         if not self.splits:
             return 1, 1
         width, height = self._resized(width, height)
@@ -234,10 +229,10 @@ class Splitting(SquarePieces):
 
 
 def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
-    """Return the image splitting that a SmolVLM folder's image processor describes.
+    """Return the image splitting of checked settings of SmolVLM's image processor.
 
-    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
-    off, a size does not state the longest edge, or an image could have too many tiles.
+    Raises UserError if resizing, rescaling or normalisation is off, a size does not state the longest edge, or an image
+    could have too many tiles.
     """
     check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(
@@ -309,14 +304,12 @@ class Cropping(SquarePieces):
         count, (width, height) = self._count(*image.size), image.size
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()
-        if width >= height:
-            crops = [image.crop((at, 0, min(at + step, width), height)) for at in starts]
-        else:
-            crops = [image.crop((0, at, width, min(at + step, height))) for at in starts]
+        across = ((at, 0, min(at + step, width), height) for at in starts)
+        down = ((0, at, width, min(at + step, height)) for at in starts)
+        crops = map(image.crop, across if width >= height else down)
         return [piece.resize((self.size, self.size), self.resample) for piece in (image, *crops)]
 
     def _count(self, width: int, height: int) -> int:
-        """Return the number of crops of an image (1 = not cropped)."""
         long, short = max(width, height), min(width, height)
         if not self.crops or long / short < self.least_ratio:
             return 1
@@ -325,10 +318,9 @@ class Cropping(SquarePieces):
 
 
 def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
-    """Return the image cropping described by a Gemma 3 folder's image processor.
+    """Return the image cropping of checked settings of Gemma 3's image processor.
 
-    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
-    off, or the size is not a square.
+    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
     """
     check_steps(config, location, "Gemma 3")
     height, width = sides(config.get("size") or 224, location)

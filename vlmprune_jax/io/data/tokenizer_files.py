@@ -94,12 +94,10 @@ _RULES = ("normalizer", "pre_tokenizer", "decoder")
 _TRIAL_SECONDS, _TRIAL_BYTES, _WALL_SECONDS = 10, 2**31, 50  # CPU time, memory, wall time on a busy machine
 _MAX_RULE = 10_000  # characters of a rule's text
 _RUN = 1000  # characters of a repetitive test text
-_TRIAL = """
-import json, resource, sys
+TRIAL = """
 from tokenizers import Tokenizer
-rules, texts, most, seconds = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
+rules, texts = values
+limit()
 try:
     tokenizer = Tokenizer.from_str(json.dumps(rules))
 except Exception:
@@ -107,6 +105,13 @@ except Exception:
 tokenizer.encode_batch(texts)
 if tokenizer.decoder is not None:
     tokenizer.decoder.decode(texts)
+"""
+LIMITED = """
+import json, resource, sys
+values, seconds, most = json.load(sys.stdin)
+def limit():
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 """
 _MODEL = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}  # replaces the large real model
 _FORMAT: dict[str, Any] = {
@@ -133,21 +138,30 @@ def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     letters = "".join(sorted(set("".join(words))))[:100]  # all letters, so that no expression fails at once
     runs = dict.fromkeys(filter(None, [*words[:10], *letters, *"aA0 \n.-_'é中"]))
     texts = [f"{run * count}{end}" for run in runs for count in (40, _RUN // len(run)) for end in ("", f"!{letters}!")]
-    command = [sys.executable, "-P", "-c", _TRIAL]  # -P: do not import from the current folder
-    request = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES, _TRIAL_SECONDS]).encode()
+    tokenizer = {**_FORMAT, **rules, "model": _MODEL}
+    if try_script(TRIAL, [tokenizer, texts], seconds=_TRIAL_SECONDS, memory=_TRIAL_BYTES, wall=_WALL_SECONDS) is None:
+        raise UserError(
+            f"{path}: its rules for splitting and replacing text need more than {_TRIAL_SECONDS} s or "
+            f"{_TRIAL_BYTES >> 30} GiB for plain text, or crash: use the tokenizer of the model's source"
+        )
+
+
+def try_script(script: str, values: list[Any], *, seconds: int, memory: int, wall: int) -> bytes | None:
+    """Run a script on JSON `values` in another process; return its output, or None if it fails or exceeds a limit.
+
+    After its imports, the script calls `limit()`, which limits processor time (seconds) and memory (bytes) from then
+    on. `wall`: seconds after which the process is killed.
+    """
+    command = [sys.executable, "-P", "-c", LIMITED + script]  # -P: do not import from the current folder
+    request = json.dumps([values, seconds, memory]).encode()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.suppress(subprocess.TimeoutExpired):
-        trial = subprocess.run(command, input=request, capture_output=True, env=environment, timeout=_WALL_SECONDS)
-        if trial.returncode == 0:
-            return
-    raise UserError(
-        f"{path}: its rules for splitting and replacing text need more than {_TRIAL_SECONDS} s or "
-        f"{_TRIAL_BYTES >> 30} GiB for plain text, or crash: use the tokenizer of the model's source"
-    )
+        trial = subprocess.run(command, input=request, capture_output=True, env=environment, timeout=wall)
+        return trial.stdout if trial.returncode == 0 else None
+    return None
 
 
 def _walk(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every JSON object nested anywhere in a value."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if isinstance(value, dict):
         yield value
@@ -156,7 +170,6 @@ def _walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lengthens(part: dict[str, Any]) -> bool:
-    """Return True if a normalizer rule can make a text longer, or puts text before it."""
     content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)

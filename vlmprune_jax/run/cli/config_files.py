@@ -26,7 +26,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import checked, open_file, parse_json, read_text, reading
 from vlmprune_jax.base.links import check_links, real_path
 from vlmprune_jax.base.settings import hints_of, override
-from vlmprune_jax.io.data.hub import fetch_dataset, is_hub
+from vlmprune_jax.io.data.datasets import fetch_dataset, is_hub
 from vlmprune_jax.run.experiment import recipes
 from vlmprune_jax.run.experiment.recipes import YAML, file_of, locate, shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment

@@ -20,6 +20,8 @@ Flags = flags.FlagValues
 # Help text of a flag, or (default, help). The default says the type: a text (also if there is none), True or False, a
 # number from 1, `int` for a number from 0 without default, a list of texts, or a tuple of choices (the first if unset).
 Spec = str | tuple[Any, str]
+Specs = Mapping[str, Spec]
+# --config.x.y=value or --noconfig.x.y; --config.x.y=None
 _SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Positional arguments, settings given as --config.x.y, and the path of the config file.
@@ -29,7 +31,7 @@ _HIDDEN = ("args", "explicit", "config_file")
 CONFIG = "FILE.yaml, FILE.py or FILE.py:VARIANT, or the name of a shipped config such as llava15_7b:depth,0.3"
 ONLY = ("", "run only variants whose names match patterns such as 'width*,depth*'; in a sweep: runs, by one pattern")
 # Flags that all commands with an experiment share.
-COMMON: dict[str, Spec] = {
+COMMON: Specs = {
     "config": CONFIG,
     "workdir": "folder for all files of this run",
     "only": ONLY,
@@ -41,37 +43,16 @@ COMMON: dict[str, Spec] = {
 }
 
 
-def define_all(values: Flags, specs: Mapping[str, Spec]) -> None:
-    """Define flags by name, unless they are defined already (as `config` is once its file is loaded)."""
-    for name, spec in specs.items():
-        default, about = (None, spec) if isinstance(spec, str) else spec
-        given: Any = {"flag_values": values, "help": about}
-        if name in values:
-            continue
-        if isinstance(default, bool):
-            flags.DEFINE_bool(name, default, **given)
-        elif isinstance(default, int):
-            flags.DEFINE_integer(name, default, lower_bound=1, **given)
-        elif default is int:
-            flags.DEFINE_integer(name, None, lower_bound=0, **given)
-        elif isinstance(default, list):
-            flags.DEFINE_list(name, default, **given)
-        elif isinstance(default, tuple):
-            flags.DEFINE_enum(name, default[0], default, **given)
-        else:
-            flags.DEFINE_string(name, default, **given)
-
-
 @dataclass(frozen=True)
 class Command:
-    """One command: its help text (USAGE: SUMMARY. DETAILS), and the functions that run it and define its flags.
+    """One command: its help text (USAGE: SUMMARY. DETAILS), the function that runs it, and its flags by name.
 
     `arguments`: True if it takes words without "--". `config`: default of `--config`.
     """
 
     text: str
     run: Callable[[Flags], None]
-    define: Callable[[Flags], None]
+    flags: Callable[[], Specs] = dict
     arguments: bool = False
     config: str | None = None
 
@@ -82,11 +63,7 @@ class Command:
 
 
 def command(
-    commands: dict[str, Command],
-    more: Callable[[], Mapping[str, Spec]] = dict,
-    *,
-    arguments: bool = False,
-    **specs: Spec,
+    commands: dict[str, Command], *, arguments: bool = False, more: Callable[[], Specs] = dict, **specs: Spec
 ) -> Callable[[Callable[[Flags], None]], Callable[[Flags], None]]:
     """Decorate a function that runs a command and has its help text as docstring; add the command to `commands`.
 
@@ -94,10 +71,8 @@ def command(
     """
 
     def declare(run: Callable[[Flags], None]) -> Callable[[Flags], None]:
-        def define(values: Flags) -> None:
-            define_all(values, {**specs, **more()})
-
-        commands[run.__name__] = Command(inspect.cleandoc(run.__doc__ or ""), run, define, arguments)
+        text = inspect.cleandoc(run.__doc__ or "")
+        commands[run.__name__] = Command(text, run, lambda: {**specs, **more()}, arguments)
         return run
 
     return declare
@@ -108,8 +83,8 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:
 
     Raises UserError for an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
-    values, loaded, unset = _define(command), None, dict[str, None]()
-    explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]
+    values, loaded, unset = define(command), None, dict[str, None]()
+    explicit = [match[1] for arg in argv if (match := _SETTING.match(arg))]
     config, others = split_flag(argv, "config")
     config = command.config if config is None else config
     if "config" in values and config is not None:
@@ -124,7 +99,7 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:
     elif "config" in values and explicit:
         raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
     try:
-        values = _define(command, loaded, argv)
+        values = define(command, loaded, argv)
         rest = values([name, *argv])[1:]
         if loaded is not None:  # ml_collections reads None as a text
             flag: Any = values["config"]
@@ -142,22 +117,30 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:
     return values
 
 
-def _define(command: Command, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
+def define(command: Command, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
     """Define the command's flags and, if a config is passed, one flag per config field that the arguments set."""
     values = Flags()
     if config is not None:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
-    flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
-    for name in _HIDDEN:
-        flags.DEFINE_list(name, [], "", flag_values=values)
-    command.define(values)
+    hidden: dict[str, Spec] = {name: ([], "") for name in _HIDDEN}
+    for name, spec in {"debug": (False, "show the traceback of an error"), **hidden, **command.flags()}.items():
+        default, about = (None, spec) if isinstance(spec, str) else spec
+        given: Any = {"flag_values": values, "help": about}
+        if name in values:  # the config
+            continue
+        if isinstance(default, bool):
+            flags.DEFINE_bool(name, default, **given)
+        elif isinstance(default, int):
+            flags.DEFINE_integer(name, default, lower_bound=min(default, 1), **given)
+        elif default is int:
+            flags.DEFINE_integer(name, None, lower_bound=0, **given)
+        elif isinstance(default, list):
+            flags.DEFINE_list(name, default, **given)
+        elif isinstance(default, tuple):
+            flags.DEFINE_enum(name, default[0], default, **given)
+        else:
+            flags.DEFINE_string(name, default, **given)
     return values
-
-
-def _setting_of(arg: str) -> str | None:
-    """Return the setting `x.y` that an argument `--config.x.y=value` or `--noconfig.x.y` sets, or None."""
-    match = _SETTING.match(arg)
-    return None if match is None else match[1]
 
 
 def _check_path(names: Sequence[str], config: Any) -> None:
@@ -193,7 +176,7 @@ def _names(values: Flags) -> list[str]:
 
 def help_of(command: Command) -> str:
     """Return the help text of a command and its flags."""
-    values = _define(command)
+    values = define(command)
     lines = [command.text, "", "flags:"]
     for flag in _names(values):
         shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
@@ -208,11 +191,8 @@ def parse_bytes(text: str) -> float:
 
     Raises UserError for text of another form, or a number that is not above 0.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    number = float(match[1]) if match else math.nan
     if match is None or not 0 < number < math.inf:
         raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
     return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
     Other codes: 1 (a defect in vlmprune), 2 (wrong input, or refused by the system), 130 (Ctrl-C), 141 (the output's
     reader ended), 143 (stopped by SIGTERM).
 
-    A `script` with the functions `define` and `run` of a command module runs instead of a built-in command; `argv` then
+    A `script` with a function `run` and `FLAGS` (specs by name) runs instead of a built-in command; `argv` then
     holds only its flags.
 
     If one of several connected processes fails, all of them exit with its code (134 for an unforeseen error).
@@ -226,9 +226,9 @@ def find_command(name: str, *rest: str) -> Command:
 
 
 def script_command(script: ModuleType) -> Command:
-    """Return the command of a script with `define`, `run`, perhaps TAKES_ARGUMENTS, and help as docstring."""
+    """Return the command of a script with `run`, `FLAGS`, perhaps TAKES_ARGUMENTS, and help as docstring."""
     arguments = getattr(script, "TAKES_ARGUMENTS", False)
-    return Command(inspect.cleandoc(script.__doc__ or ""), script.run, script.define, arguments)
+    return Command(inspect.cleandoc(script.__doc__ or ""), script.run, lambda: script.FLAGS, arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import COMMON, Command, Flags, Spec, define_all
+from vlmprune_jax.run.cli.flags import COMMON, Command, Specs
 from vlmprune_jax.run.stages.stage import STAGES
 
 RUN = """\
@@ -34,7 +34,8 @@ skipped, interrupted runs continue, and failed runs (exit code 2) are repeated b
   vlmprune sweep --config=FILE.py --workdir=W --dry_run            # list the runs and the stages that they share
   vlmprune sweep --config=FILE.py --workdir=W --only='*seed=1*'    # only runs with these names
   vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # on the second of eight machines"""
-_OWN_FLAGS: dict[str, dict[str, Spec]] = {
+_OWN_FLAGS: dict[str, Specs] = {
+    "demo": {"workdir": ("runs/demo", "folder for all files of this run")},
     "prune": {"explain": (False, "print what each layer loses and why")},
     "export": {"format": ([], "write further exports in these formats: gguf,w4a16 -> export-gguf/, export-w4a16/")},
     "sweep": {
@@ -66,15 +67,9 @@ def stage_command(name: str) -> Command:
     return Command(
         f"{usage}\n\n{about[:1].upper()}{about[1:]}.\n{details}",
         functools.partial(run_command, "run" if name == "demo" else name),
-        functools.partial(_define, name),
+        lambda: {**COMMON, **_OWN_FLAGS.get(name, {})},
         config="demo" if name == "demo" else None,
     )
-
-
-def _define(name: str, values: Flags) -> None:
-    define_all(values, {**COMMON, **_OWN_FLAGS.get(name, {})})
-    if name == "demo":
-        values["workdir"].value = "runs/demo"
 
 
 def run_command(name: str, flags: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Spec, command, parse_bytes, parse_share
+from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Specs, command, parse_bytes, parse_share
 
 _MODEL = "Hugging Face folder or hub id of the model"
 _VISION = "vision tower folder (original LLaVA, Bunny)"
@@ -110,7 +110,7 @@ def plan(flags: Any) -> None:
     import jax
 
     from vlmprune_jax.run.cli.config_files import read_experiment, to_workdir
-    from vlmprune_jax.run.planning.fit import fit_all
+    from vlmprune_jax.run.planning.case import fit_all
     from vlmprune_jax.run.workdir.artefact import write_artefact
     from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN
 
@@ -126,22 +126,14 @@ def plan(flags: Any) -> None:
         write_artefact(Path(saved), planned)
 
 
-def _vocabulary_flags() -> dict[str, Spec]:
-    from vlmprune_jax.base.settings import settings_of
-    from vlmprune_jax.core.prune.config import VocabularyConfig
-
-    multiple = settings_of(VocabularyConfig())["multiple"].default
-    return {"multiple": (multiple, "round each size up to a multiple of this number")}
-
-
 @command(
     TOOLS,
-    _vocabulary_flags,
     model=_MODEL,
     vision_dir=_VISION,
     sources=([], "files with texts whose tokens are kept"),
     held_out=([], "files with texts to measure (default: a tenth of the sources)"),
     sizes=(["16k", "32k", "64k"], "numbers of tokens, as 16384 or 16k (x 1,024)"),
+    multiple=(64, "round each size up to a multiple of this number"),
 )
 def vocabulary(flags: Any) -> None:
     """vlmprune vocabulary --model=DIR --sources=FILE,... --sizes=16k,32k: print what fewer tokens save and cost.
@@ -166,7 +158,7 @@ def vocabulary(flags: Any) -> None:
     reporter.say("to apply a size: --config.prune.vocabulary.size=N --config.prune.vocabulary.sources=\"('FILE',)\"")
 
 
-def _bench_flags() -> dict[str, Spec]:
+def _bench_flags() -> Specs:
     from vlmprune_jax.base.settings import settings_of
     from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
 
@@ -178,7 +170,7 @@ def _bench_flags() -> dict[str, Spec]:
 
 @command(
     TOOLS,
-    _bench_flags,
+    more=_bench_flags,
     model="Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)",
     against=([], "more models to measure, in turns with --model"),
     vision_dir=_VISION,

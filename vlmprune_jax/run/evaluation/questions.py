@@ -44,6 +44,11 @@ class QuestionBatch(Batch):
     prefix: SharedPrefix
     places: np.ndarray
 
+    @property
+    def questions(self) -> list[tuple[int, Record]]:
+        """Index and record of all rows that hold a question."""
+        return [(int(self.places[row]), self.records[row]) for row in np.flatnonzero(self.valid)]
+
 
 @dataclass(frozen=True)
 class _Question:
@@ -233,6 +238,9 @@ def _with_suffix(record: Record, suffix: str) -> Record:
     return dataclasses.replace(record, turns=tuple(turns))
 
 
+_arranged = functools.lru_cache(maxsize=16)(arrange_questions)  # all models of an experiment read the same batches
+
+
 def evaluation_records(eval_set: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
     """Return the questions of an evaluation set, at most as many as its setting `questions`."""
     return tuple(read_set(eval_set.data, eval_set.images, "data.eval", image_lead, "stop")[: eval_set.questions])
@@ -256,11 +264,5 @@ def arranged_questions(
     cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
     encoder = inputs.encoder(cfg, evaluate.max_length or 0)
     rows = -(-evaluate.batch_size // multiple) * multiple
-    return _arranged(records, encoder, rows, multiple, eval_set.prompt_suffix or "")
-
-
-@functools.lru_cache(maxsize=16)
-def _arranged(
-    records: tuple[Record, ...], encoder: Encoder, batch_size: int, multiple: int, suffix: str
-) -> ArrangedQuestions:
-    return arrange_questions(records, encoder, batch_size=batch_size, multiple=multiple, prompt_suffix=suffix)
+    suffix = eval_set.prompt_suffix or ""
+    return _arranged(records, encoder, batch_size=rows, multiple=multiple, prompt_suffix=suffix)

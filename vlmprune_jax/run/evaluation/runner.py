@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
@@ -19,7 +21,6 @@ from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, text_loss
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.metrics import Metric, metric_named
-from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.metrics.texts import PERPLEXITY
 from vlmprune_jax.run.evaluation.questions import ArrangedQuestions, QuestionBatch
 
@@ -28,24 +29,17 @@ Answers = list[tuple[str, Count]]  # texts and token counts in a journal
 _Windows = tuple[np.ndarray, np.ndarray]  # ids and mask, int32[batch, window]
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A model's answer to one question: text, and number of generated tokens including the end token."""
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model's answer to one question, as in `eval/*.answers.jsonl`.
 
-    record: Record
-    prediction: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A scored answer to one question; `tokens` is the number of generated tokens, including the end token."""
+    `tokens` is the number of generated tokens, including the end token. `scores`: {} before a metric scores the answer.
+    """
 
     id: str
     prediction: str
     references: tuple[str, ...]
-    scores: Scores
-    tokens: int
+    tokens: Count
+    scores: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,6 @@ class Evaluation:
     def accuracy(self) -> float:
         """Value of the metric "accuracy"; raise KeyError if the metric does not define it."""
         return self.values["accuracy"]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the evaluation as JSON values, without the answers to single questions."""
-        return {name: value for name, value in vars(self).items() if name != "answers"}
 
 
 @dataclass(frozen=True)
@@ -105,27 +95,36 @@ def evaluate(
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
     tokenizer = batches.encoder.tokenizer if tokenizer is None and isinstance(batches, ArrangedQuestions) else tokenizer
-    replies = ask(
+    asked = list[tuple[int, Record]]()
+
+    def checked() -> Iterator[QuestionBatch]:
+        for batch in batches:
+            if not isinstance(batch, QuestionBatch):
+                raise UserError(
+                    f"evaluate: a batch must be a QuestionBatch, got {type(batch).__name__}: use vp.questions"
+                )
+            check_answered(record for _, record in batch.questions)
+            asked.extend(batch.questions)
+            yield batch
+
+    answers = ask(
         on_decoding_mesh(model),
-        _with_answers(batches),
+        checked(),
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
         progress=progress,
         journal=journal,
     )
-    records = [reply.record for reply in replies]
-    scores = metric.score_all([reply.prediction for reply in replies], records)
+    records = [record for _, record in sorted(asked, key=lambda pair: pair[0])]
+    scores = metric.score_all([answer.prediction for answer in answers], records)
     return Evaluation(
         values=metric.values(scores, records),
         groups=metric.values_of_groups(scores, records),
-        questions=len(replies),
+        questions=len(answers),
         parameters=count_params(model.cfg),
         seconds=round(time.perf_counter() - start, 3),
-        mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
-        answers=tuple(
-            Answer(reply.record.id, reply.prediction, reply.record.references, score, reply.tokens)
-            for reply, score in zip(replies, scores, strict=True)
-        ),
+        mean_generated_tokens=sum(answer.tokens for answer in answers) / len(answers),
+        answers=tuple(replace(answer, scores=score) for answer, score in zip(answers, scores, strict=True)),
     )
 
 
@@ -137,7 +136,7 @@ def ask(
     max_new_tokens: int,
     progress: Progress | None = None,
     journal: Journal | None = None,
-) -> list[Reply]:
+) -> list[Answer]:
     """Generate the greedy answers to all questions; return them in the records' order.
 
     Args:
@@ -152,13 +151,11 @@ def ask(
 
     Raises UserError if there is no question.
     """
-    asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
-    answers: list[tuple[str, int]] = []
+    asked, replies = list[tuple[int, Record]](), list[tuple[str, int]]()  # in the order of the batches
 
     def noted() -> Iterator[QuestionBatch]:
         for batch in batches:
-            rows = np.flatnonzero(batch.valid).tolist()
-            asked.extend(zip(batch.places[rows].tolist(), [batch.records[row] for row in rows], strict=True))
+            asked.extend(batch.questions)
             yield batch
 
     def answer(batch: QuestionBatch) -> list[tuple[str, int]]:
@@ -176,13 +173,16 @@ def ask(
         return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
 
     for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
-        answers += answered
+        replies += answered
         if progress is not None:
             progress(done)
-    if not answers:
+    if not replies:
         raise UserError("evaluation: no questions found: check the evaluation records")
-    replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, answers, strict=True)]
-    return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
+    answers = [
+        (place, Answer(id=record.id, prediction=text, references=record.references, tokens=tokens))
+        for (place, record), (text, tokens) in zip(asked, replies, strict=True)
+    ]
+    return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
 
 
 def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
@@ -192,15 +192,6 @@ def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mode
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
     texts = tokenizer.batch_decode([tokens[row, : lengths[row]].tolist() for row in rows], skip_special_tokens=True)
     return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
-
-
-def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
-    """Yield question batches; raise UserError if a question has no reference answer."""
-    for batch in batches:
-        if not isinstance(batch, QuestionBatch):
-            raise UserError(f"evaluate: a batch must be a QuestionBatch, got {type(batch).__name__}: use vp.questions")
-        check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
-        yield batch
 
 
 def check_answered(records: Iterable[Record]) -> None:

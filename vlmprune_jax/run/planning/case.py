@@ -1,4 +1,4 @@
-"""One recovery on a TPU slice: its training step, compiled ahead of time without weights or TPUs."""
+"""Recoveries on a TPU slice: their training steps, compiled ahead of time without weights or TPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.base.checks import one_of
+from vlmprune_jax.base.console import Reporter
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.limits import keeps_heads
 from vlmprune_jax.core.mesh.mesh import make_mesh, row_ways
@@ -27,21 +29,26 @@ from vlmprune_jax.core.prune.select import plan_pruning, unscored
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
-from vlmprune_jax.core.recovery.terms import needs_teacher
+from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_pass import check_frozen
-from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.data.inputs import length_buckets
-from vlmprune_jax.io.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
-from vlmprune_jax.io.families import family_of
+from vlmprune_jax.io.data.inputs import count_records, length_buckets
+from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets, within_row
+from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import Variant
-from vlmprune_jax.run.planning.ahead_of_time import Slice, compile_for_tpu, make_slice
+from vlmprune_jax.run.experiment.variants import Variant, prune_runs, recover_runs
+from vlmprune_jax.run.planning.ahead_of_time import DoesNotFit, Slice, compile_for_tpu, make_slice
+from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of
 from vlmprune_jax.run.stages.work import teacher_folder
-from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
+from vlmprune_jax.run.workdir.tpu_plan import (
+    Hbm,
+    PlannedEvaluation,
+    PlannedModel,
+    PlannedStep,
+    TpuPlan,
+)
 
 _VIDEO = 1920, 1080  # width and height of planned videos
 
@@ -89,29 +96,21 @@ class Case:
         return make_mesh(*self.mesh, devices=self.slice.devices)
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Layer shapes for planning: folder and config of the unpruned model, and its prune plan."""
-
-    folder: Path
-    cfg: ModelConfig
-    plan: PrunePlan
-
-
-def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: int | None = None) -> Case:
-    """Return the planning inputs for a recovery of the pruned model.
+def make_case(
+    experiment: Experiment, folder: Path, cfg: ModelConfig, plan: PrunePlan, topology: str, records: int | None = None
+) -> Case:
+    """Return the planning inputs for a recovery after pruning the model in `folder`, with config `cfg`, by a plan.
 
     Raises UserError if the topology is unknown, or the settings do not determine the shapes of rows.
     """
     target = make_slice(topology)
-    cfg, plan = shapes.cfg, shapes.plan
     config = recover_config(experiment.recover)
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError(
             "data.max_length is not set, but planning needs the sequence length: add --config.data.max_length=2048"
         )
-    slots, image_tokens, patches = _image_slots(experiment.data, cfg, shapes.folder)
+    slots, image_tokens, patches = _image_slots(experiment.data, cfg, folder)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -132,13 +131,13 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
     )
 
 
-def read_shapes(run: Variant, pruned: bool) -> Shapes:
-    """Read an unpruned model's config and its plan; if the run has not `pruned` yet, predict the plan."""
+def read_shapes(run: Variant, pruned: bool) -> tuple[Path, ModelConfig, PrunePlan]:
+    """Return an unpruned model's folder, config and plan; if the run has not `pruned` yet, predict the plan."""
     model, file = run.experiment.model, run.folder / "plan.json"
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
     plan = PrunePlan.from_json(file) if pruned and file.is_file() else predict_plan(run.experiment, cfg)
-    return Shapes(hf_dir, cfg, plan)
+    return hf_dir, cfg, plan
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -173,27 +172,6 @@ def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabu
     others = (i for i in range(rows) if i not in needed)
     kept = sorted([*needed, *itertools.islice(others, size - len(needed))])
     return KeptVocabulary(rows, tuple(kept), "")
-
-
-def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
-    """Return how a model divides images into tiles or patches; None if images stay whole."""
-    if cfg.vision is None:
-        return None
-    if family_of(cfg).images == "whole":
-        if data.max_image_tokens is not None:
-            with error_context(f"data.max_image_tokens={data.max_image_tokens}"):
-                raise fixed_size(cfg.tokens_per_image)
-        return None
-    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
-    return load_image_processor(
-        folder,
-        aspect_ratio="pad",
-        max_pixels=data.max_image_pixels,
-        cache_bytes=0,
-        tiling=tiling,
-        max_image_tokens=data.max_image_tokens,
-        slot_tokens=cfg.tokens_per_image,
-    ).preparation
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -268,9 +246,10 @@ def estimate(case: Case) -> PlannedStep:
             temporaries=compiled.temporaries,
             free=int(chip.hbm - compiled.arguments - compiled.temporaries),
         ),
-        flops=StepFlops(executed=compiled.flops, **dataclasses.asdict(model)),
+        executed_flops=compiled.flops,
+        flops=dataclasses.asdict(model),
         received=received,
-        seconds=StepSeconds(**seconds),
+        seconds=seconds,
         mfu=model.total / (max(seconds.values()) * mesh.size * chip.flops),
         steps=config.steps if known else config.num_steps(case.records or 0),
         compile_seconds=compiled.seconds,
@@ -345,3 +324,71 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
         batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), np.dtype(case.config.compute_dtype))
     return state, frozen, teacher, batch
+
+
+def too_large(case: Case, error: DoesNotFit) -> UserError:
+    """Return an error that the training step needs too much memory, with advice on settings to change."""
+    config, chip = case.config, case.slice.chip
+    ways = [] if config.remat == "full" else ["recover.remat=full"]
+    if config.batch_size // config.accumulation > len(case.slice.devices):
+        ways.append(f"recover.accumulation={2 * config.accumulation}")
+    place = chip.slices.index(grid) if (grid := case.slice.name.partition(":")[2]) in chip.slices else -1
+    if place + 1 < len(chip.slices):
+        ways.append(f"--topology={case.slice.name.partition(':')[0]}:{chip.slices[place + 1]}")
+    return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter sequences'}")
+
+
+def fit_all(
+    experiment: Experiment,
+    workdir: Path | None,
+    reporter: Reporter,
+    topology: str,
+    n_records: int | None,
+    evaluation: tuple[str, ...] = (),
+) -> TpuPlan:
+    """Plan every recovery of an experiment on a TPU slice, and print each.
+
+    `evaluation`: plan the evaluation of each pruned model as well, with these `WEIGHT_FORMATS`.
+
+    Raises UserError if the slice is unknown, a step needs more memory than it has (with advice), or there is nothing to
+    plan.
+    """
+    for form in evaluation:
+        one_of("--weights", form, tuple(WEIGHT_FORMATS))
+    recoveries, evaluations = dict[str, PlannedStep](), dict[str, PlannedEvaluation]()
+    for pruned in prune_runs(experiment, workdir or Path()):
+        (folder, cfg, plan), spec = read_shapes(pruned, workdir is not None), pruned.experiment
+        for run in recover_runs(pruned):
+            records = count_records(run.experiment.data) if n_records is None else n_records
+            case = make_case(run.experiment, folder, cfg, plan, topology, records)
+            reporter.say(f"{run.name}: compiling for {topology} ...")
+            try:
+                recoveries[run.name] = estimate(case)
+            except DoesNotFit as error:
+                raise too_large(case, error) from error
+            _say(recoveries[run.name], reporter)
+            if run.experiment.recover.control and terms_of(case.config.losses, teacher=False):
+                reporter.say(
+                    "  control       training the unpruned model in the same way, once for all prune variants, needs "
+                    "more memory and time than this step (recover.control=False leaves it out)"
+                )
+        if evaluation:
+            planned = plan_evaluation(
+                plan.apply_to(cfg),
+                spec.model.dtype,
+                make_slice(topology),
+                preparation_of(spec.data, cfg, folder),
+                spec.evaluate,
+                evaluation,
+            )
+            reporter.say(f"{pruned.name}, evaluation:")
+            _say(planned, reporter)
+            evaluations[pruned.name] = planned
+    if not recoveries and not evaluations:
+        raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
+    return TpuPlan(recoveries=recoveries, evaluations=evaluations)
+
+
+def _say(planned: PlannedStep | PlannedEvaluation, reporter: Reporter) -> None:
+    for name, value in planned.table():
+        reporter.say(f"  {name:<13} {value}")

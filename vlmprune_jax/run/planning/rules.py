@@ -86,7 +86,8 @@ def recommend(
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if trains != "none" else 0.0
     rule = next((rule for rule in guide.rules if rule.compute == trains and min(share, 1.0) <= rule.up_to), None)
-    shape = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
+    of_kind = [row for row in guide.evidence if row.counts and guide.sources[row.source].vision == target.vision]
+    shape = [row for row in of_kind if row.parameters == target.parameters]
     head, because = _choose(target, shape, trains, data_fraction, methods, guide)
     if head is not None:
         rows, words = [head], {head.method: head.made_by}
@@ -94,7 +95,7 @@ def recommend(
     elif rule is not None:
         because = f"the guide's rule ({rule.source})"
         advised = [method for method in rule.methods if method in methods] or [*methods[:1]]
-        rows = _of_similar_models(target, rule, advised, used, guide)
+        rows = _of_similar_models(target, [row for row in of_kind if row.method in advised], rule, used)
         words = {method: rule.words(method) for method in advised}
     else:
         most = 100 * max((rule.up_to for rule in guide.rules if rule.compute == trains), default=0.0)
@@ -155,10 +156,6 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
-    return row.parameters == target.parameters and guide.sources[row.source].vision == target.vision
-
-
 def _distance(target: Target, row: Evidence) -> float:
     """Return the difference (a share of the decoder) between what a row and the target's plan removed."""
     return abs(row.decoder_ratio - target.removed.get(row.method, math.inf))
@@ -207,8 +204,8 @@ def is_better(row: Evidence, other: Evidence) -> bool:
     return row.retained - other.retained > math.hypot(row.half, other.half)
 
 
-def _of_similar_models(target: Target, rule: Rule, methods: Sequence[str], used: float, guide: Guide) -> list[Evidence]:
-    """Return the row nearest to the advice of each model of similar size, the most similar model first."""
+def _of_similar_models(target: Target, rows: Sequence[Evidence], rule: Rule, used: float) -> list[Evidence]:
+    """Return, of these rows, the nearest to the advice of each model of similar size, the most similar model first."""
 
     def size_difference(row: Evidence) -> float:
         return abs(math.log(row.parameters / target.parameters))
@@ -216,12 +213,7 @@ def _of_similar_models(target: Target, rule: Rule, methods: Sequence[str], used:
     def nearness(row: Evidence) -> tuple[float, float, int]:
         return _distance(target, row), abs((row.data_fraction or 0.0) - used), -row.n_seeds
 
-    like = [
-        row
-        for row in guide.evidence
-        if guide.sources[row.source].vision == target.vision and row.counts and row.method in methods
-        if size_difference(row) <= math.log(LIKE) and _distance(target, row) <= NEAR
-    ]
+    like = [row for row in rows if size_difference(row) <= math.log(LIKE) and _distance(target, row) <= NEAR]
     for recovery in rule.recoveries:
         nearest: dict[str, Evidence] = {}
         for row in sorted((row for row in like if row.recovery == recovery), key=nearness):

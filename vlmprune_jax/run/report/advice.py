@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
 from vlmprune_jax.run.planning.guide import SOLVED, Evidence, Guide
@@ -115,7 +113,7 @@ def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
     The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
     """
     cfg = advice.cfg
-    layers = count_params(cfg, "text") - vocabulary_share(cfg) * count_params(cfg)
+    layers = count_params(cfg, "text/layers/")
     for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
         size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
         if advice.most_bytes is not None and size <= advice.most_bytes:
@@ -152,17 +150,12 @@ def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> It
 def _measured(row: Evidence, guide: Guide) -> str:
     """Return a measurement as text: retention, interval, model, data, and what was removed."""
     ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
-    seeds = "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
+    seeds = "1 seed" if row.n_seeds == 1 else f"{row.seeds} seeds"
     control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
     return (
         f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its decoder "
         f"removed, {row.way}: {guide.sources[row.source].measure}"
     )
-
-
-def summarize(recommendation: Recommendation) -> str:
-    """Return the recommendation in one sentence."""
-    return f"{pruning_of(recommendation)}; {recovery_of(recommendation)}"
 
 
 def pruning_of(recommendation: Recommendation) -> str:
@@ -189,11 +182,3 @@ def recovery_of(recommendation: Recommendation) -> str:
 def percent(value: float) -> str:
     """Format a fraction as a percentage, such as "30 %"."""
     return f"{100 * value:.4g} %"
-
-
-def vocabulary_share(cfg: ModelConfig) -> float:
-    """Return the share of a model's parameters in embedding, output head and output bias."""
-    rows = cfg.text.vocab_size
-    without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
-    per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
-    return per_row * rows / count_params(cfg)

@@ -80,12 +80,10 @@ def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
     front = "The line is the Pareto front"
     caption = f"Shape: pruning method; colour: recovery. {front}; the star is the unpruned model."
     figures = [_in_panels(figure, alt, caption)]
-    speedups = [[speedup_of(group.models, part) for part in SPEEDS] for group in drawn]
-    timed = [
-        group
-        for group, of_group in zip(drawn, speedups, strict=True)
-        if all(speedup is not None and speedup.measurable for speedup in of_group)
-    ]
+    timed = list[ModelGroup]()
+    for group in drawn:
+        speedups = [speedup_of(group.models, part) for part in SPEEDS]
+        timed += [group] if all(speedup is not None and speedup.measurable for speedup in speedups) else []
     if timed:
         alt = f"{len(timed)} models: percent retained against speed, as a multiple of the unpruned model's."
         caption = (
@@ -211,7 +209,11 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
         gone = () if kept_of is None else kept_of.removed_layers
         return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
     rows, unit = (heads, "attention head") if heads else (experts, "expert")
-    _check_drawable(f"{scores.criterion} scores are", list(map(len, rows)))
+    if len(rows) * (widest := max(map(len, rows))) > MOST_UNITS:
+        raise UserError(
+            f"{scores.criterion} scores are of {len(rows):,} layers with up to {widest:,} {unit}s, too many for a "
+            "figure: score again"
+        )
     if kept_of is None:
         kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(rows)}
     else:
@@ -232,18 +234,8 @@ def _importance_alt(scores: Scores) -> str:
     if experts := scores.along("experts"):
         return f"Importance by {scores.criterion} of the experts of {len(experts)} layers"
     order = sorted(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
-    return f"Importance by {scores.criterion} of {len(order)} layers, least first: {_listed(order)}"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:MOST_LISTED])) + (", ..." if len(numbers) > MOST_LISTED else "")
-
-
-def _check_drawable(what: str, widths: Sequence[int]) -> None:
-    if len(widths) * max(widths) > MOST_UNITS:
-        raise UserError(
-            f"{what} has {len(widths):,} layers with up to {max(widths):,} heads, too many for a figure: score again"
-        )
+    listed = ", ".join(map(str, order[:MOST_LISTED])) + (", ..." if len(order) > MOST_LISTED else "")
+    return f"Importance by {scores.criterion} of {len(order)} layers, least first: {listed}"
 
 
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:

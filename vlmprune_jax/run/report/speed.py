@@ -9,11 +9,10 @@ from pathlib import Path
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
-from vlmprune_jax.run.evaluation.speed.ratio import STEADY, speedup, spread
 from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.speed import Bench, Speed
+from vlmprune_jax.run.workdir.speed import Bench, Speed, speedup
 
 _Row = tuple[str, ...]
 RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
@@ -39,15 +38,11 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
     )  # fmt: skip
 
 
-def together(names: Sequence[str]) -> str:
-    """Return one name for models of equal layer shape: the shortest of their names."""
-    first = min(names, key=len)
-    return first if len(names) == 1 else f"{first} (and {len(names) - 1} of its shape)"
-
-
 def _shape_name(models: Sequence[str], labels: Mapping[str, str] | None) -> str:
+    """Return one name for models of equal layer shape: the shortest of their names."""
     named = models if labels is None else [labels[name] for name in models if name in labels] or models
-    return together([printable(name) for name in named])
+    first = min(map(printable, named), key=len)
+    return first if len(named) == 1 else f"{first} (and {len(named) - 1} of its shape)"
 
 
 def _cells(speed: Measurement) -> _Row:
@@ -64,30 +59,23 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def speed_notes(measured: Speed) -> list[str]:
-    """Return notes on the machine, workload and spread of speed measurements."""
+def _conditions(measured: Speed | Bench) -> str:
+    """Return machine, prompt and number of repetitions of a measurement as text."""
     workload = measured.workload
-    images = ", an image first" if workload.image else ""
-    lines = [
-        f"Measured on {printable(measured.processor)} (load {measured.load:.1f} before) in "
-        f"{printable(workload.dtype)}: {workload.batch_size:,} row(s) of {workload.prompt_tokens:,} tokens{images}, "
-        f"then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns. Memory is that "
-        "of the compiled program on one device. Measured in vlmprune's JAX forward pass, not in another engine.",
-    ]
-    if measured.pairs:
-        speeds = [speed for pair in measured.pairs for speed in (pair.unpruned, pair.pruned)]
-        lines.append(f"{_spread_note(speeds)} {RULE}{LIMITS}.")
-    return lines
-
-
-def _spread_note(speeds: Sequence[Measurement]) -> str:
-    """Return a note on how much measured speeds vary between rounds."""
-    prefill, decode = (max(spread(getattr(speed, name)) for speed in speeds) for name in ("prefill", "decode"))
-    busy = "; other work disturbed them: measure on a quiet machine" if decode > STEADY else ""
+    image = ", an image first" if workload.image else ""
     return (
-        f"Repeated measurements of a model differ by up to {100 * prefill:.1f} % in prefill, "
-        f"{100 * decode:.1f} % in decoding{busy}."
+        f"Measured on {printable(measured.processor)} (load {measured.load:.1f} before): "
+        f"{workload.batch_size:,} row(s) of {workload.prompt_tokens:,} tokens{image}, then "
+        f"{workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns."
     )
+
+
+def speed_notes(measured: Speed) -> list[str]:
+    """Return notes on the conditions of speed measurements."""
+    return [
+        f"{_conditions(measured)} Weights in {printable(measured.workload.dtype)}, in vlmprune's JAX forward pass, not "
+        "in another engine. Memory is that of the compiled program on one device."
+    ]
 
 
 def bench_tables(bench: Bench) -> list[Table]:
@@ -130,18 +118,15 @@ def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, repo
 
 
 def bench_notes(bench: Bench) -> list[str]:
-    """Return notes on machine, prompt and number of repetitions of a benchmark."""
-    workload, versions = bench.workload, dict[str, str]()
+    """Return notes on the conditions of a benchmark, and on its engines."""
+    versions = dict[str, str]()
     for side in bench.sides:
         versions |= side.versions
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
-        f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
-        f"{workload.batch_size:,} prompt(s) at once, then {workload.new_tokens:,} tokens generated for each (together "
-        f"a question), {workload.rounds:,} rounds in turns.",
-        f"{_spread_note(bench.sides)} {RULE}.",
-        f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
-        f"included: {named}.",
+        f"{_conditions(bench)} A question is a prompt and the tokens generated for it. {RULE}.",
+        f"Each engine had a process of its own with {bench.threads} thread(s), whose peak memory is all that it held, "
+        f"libraries and loading included: {named}.",
     ]
 
 

@@ -35,7 +35,7 @@ from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
-from vlmprune_jax.run.evaluation.runner import ask, check_answered, log_likelihoods
+from vlmprune_jax.run.evaluation.runner import Answer, ask, check_answered, log_likelihoods
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.run.experiment.spec import affecting
@@ -133,7 +133,7 @@ def _ask(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     _check_metric(eval_set, questions.records)  # fail now, not after hours of generation
     start, journal = time.perf_counter(), work.journal(result_file(work), {"batches": len(questions)})
     with work.phase(f"evaluate {work.label}", len(questions)) as progress:
-        replies = ask(
+        answers = ask(
             model,
             questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh),
             tokenizer=questions.encoder.tokenizer,
@@ -141,18 +141,9 @@ def _ask(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
             progress=progress,
             journal=journal,
         )
-    lines = [
-        {
-            "id": reply.record.id,
-            "prediction": reply.prediction,
-            "references": reply.record.references,
-            "tokens": reply.tokens,
-        }
-        for reply in replies
-    ]
-    tokens, seconds = sum(reply.tokens for reply in replies), round(time.perf_counter() - start, 3)
-    facts = {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
-    return lines, facts
+    tokens, seconds = sum(answer.tokens for answer in answers), round(time.perf_counter() - start, 3)
+    facts = {"model_seconds": seconds, "questions": len(answers), "mean_generated_tokens": tokens / len(answers)}
+    return msgspec.to_builtins(answers), facts
 
 
 def _check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:
@@ -196,15 +187,6 @@ def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class _Answer(TypedDict):
-    """One line of an answers file: a question's answer."""
-
-    id: str
-    prediction: str
-    references: list[str]
-    tokens: Count
-
-
 class _Window(TypedDict):
     """One line of a text's answers file: log-likelihoods of one batch of text windows."""
 
@@ -229,8 +211,9 @@ def _measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> 
     """Score a model's answers to an evaluation set, and print one line."""
     path = result_file(work)
     others = {"retained_interval": evaluation_file(work.workdir, TEACHER, work.part)}
-    if work.control is not None:
-        others["control_interval"] = evaluation_file(work.control.parent, work.control.name, work.part)
+    if work.record.compared_with:
+        control = work.workdir / work.record.compared_with
+        others["control_interval"] = evaluation_file(control.parent, control.name, work.part)
     compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
     evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
     size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"
@@ -277,7 +260,7 @@ def _scores(eval_set: EvaluationSetSpec, answers: Path, records: Sequence[Record
     assert eval_set.metric is not None
     if eval_set.text is not None:
         return read_json_lines(answers, _Window)
-    lines = read_json_lines(answers, _Answer)
+    lines = read_json_lines(answers, Answer)
     if len(lines) != len(records):
         raise UserError(
             f"{answers}: has {len(lines)} answers to {len(records)} questions: remove the file, and run the command "
@@ -298,7 +281,7 @@ def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: S
             path = find_evaluated(workdir, folder, key)
             if path is None:
                 continue
-            answers, worth = read_json_lines(answers_file(path), _Answer), read_evaluated(path).question_scores
+            answers, worth = read_json_lines(answers_file(path), Answer), read_evaluated(path).question_scores
             if len(answers) == len(worth) == len(records):  # else an earlier evaluation, on other questions
                 predictions[name], scores[name] = [line["prediction"] for line in answers], worth
         if UNPRUNED in predictions and len(predictions) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.comparison import benchmark_rows, rounded_rows
-from vlmprune_jax.run.workdir.content import content_key, made_from
+from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import TEACHER
 from vlmprune_jax.run.workdir.ledger import Task, differs_only_in, remove
 
@@ -83,9 +84,9 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     card: Any = _benchmarks(work)
     if card and _is_quantised(values) and spec.evaluate:
         evaluations = []
-        for task in (part.task for part in _evaluations(work)):
-            data_files = {name: path for name, path in task.inputs.items() if name != "model"}
-            evaluations.append(content_key(made_from(task.settings, data_files, task.version)))
+        for asked in (part.task for part in _evaluations(work)):
+            data_files = {name: path for name, path in asked.inputs.items() if name != "model"}
+            evaluations.append(content_key(dataclasses.replace(asked, inputs=data_files).made_from))
         card = [card, evaluations]
     return task.add(
         inputs={
@@ -112,6 +113,8 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     plan_file = work.start / "plan.json"  # missing if nothing was pruned
     options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
+    if spec.mtp == "cut":
+        options["mtp_dir"] = work.teacher
     if calibration is not None:
         options[calibration.option] = _calibrate(calibration, work, data, repair, model)
     elif spec.quantize == "w4a16":
@@ -120,7 +123,6 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         model,
         out,
         source_dir=work.start,
-        mtp_dir=work.teacher,
         plan=PrunePlan.from_json(plan_file) if plan_file.is_file() else None,
         name=spec.base_model or model_name(work.teacher),
         license=spec.license,

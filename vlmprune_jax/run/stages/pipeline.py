@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.describe import count_passthrough
-from vlmprune_jax.run.stages.evaluate import evaluate_model, evaluation_works, names_of_sets, write_samples
+from vlmprune_jax.io.exports.pruning import costs_of
+from vlmprune_jax.run.stages.evaluate import evaluate_model, names_of_sets, write_samples
 from vlmprune_jax.run.stages.export import describe_export, export_folder
 from vlmprune_jax.run.stages.preflight import check_disk
 from vlmprune_jax.run.stages.prune import explain_plan
-from vlmprune_jax.run.stages.speed import costs_of_folder, measure_shapes, workload_of
+from vlmprune_jax.run.stages.speed import measure_shapes, workload_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.evaluation import TEACHER
-from vlmprune_jax.run.workdir.ledger import StageRecord, Task, differs_only_in, run_task
-from vlmprune_jax.run.workdir.result import RESULT, Evaluations, Export, Result, Run, read_result
+from vlmprune_jax.run.workdir.ledger import StageRecord, differs_only_in, run_task
+from vlmprune_jax.run.workdir.result import RESULT, Costs, Evaluations, Export, Result, Run, read_result
 from vlmprune_jax.run.workdir.steps import STEPS, Steps, make_result, read_unfinished
 
 
@@ -35,9 +36,7 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
     steps = [step for step in root.steps if step.stage == name]
     if not steps:
         raise UserError(f"no model needs the stage {name}: {STAGES[name].off(root.sections)}")
-    for number, step in enumerate(steps):
-        check_disk(root, steps[number:], exported=False)
-        run_task(step.task, overwrite=root.overwrite, say=root.say)
+    for step in _execute(root, steps):
         _note_steps(root)
         if explain:
             for table in explain_plan(step, step.experiment.score, step.experiment.prune):
@@ -46,7 +45,7 @@ def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
 
 def run_all(root: Work) -> Result | None:
     """Run all stages of all variants and write `result.json`; if no stage changes the model, only evaluate it."""
-    if not any(step.makes_model for step in root.steps):
+    if not any(step.record.model for step in root.steps):
         evaluate(root)
         return None
     result = make_models(root)
@@ -63,13 +62,11 @@ def make_models(root: Work) -> Result:
         spec.speed.check(root.config(root.teacher))
     teacher = evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
-    finished, evaluations, pending = set[Path | None](), dict[str, Evaluations](), list[Work]()
-    for number, step in enumerate(root.steps):
-        check_disk(root, root.steps[number:], exported=False)
-        run_task(step.task, overwrite=root.overwrite, say=root.say)
-        finished.add(step.out)
-        pending += [step] * (step.makes_model and step.evaluated)
-        if {model.control for model in pending} <= {None, *finished}:
+    finished, evaluations, pending = {""}, dict[str, Evaluations](), list[Work]()
+    for step in _execute(root, root.steps):
+        finished.add(step.record.path)
+        pending += [step] if step.record.model and step.record.evaluated else []
+        if {model.record.compared_with for model in pending} <= finished:
             evaluations |= _evaluate(pending)
             pending.clear()
 
@@ -84,8 +81,8 @@ def make_models(root: Work) -> Result:
     workload = workload_of(root, spec.data, spec.speed, spec.export)
 
     def measured(entry: Any, name: str, folder: Path, **fields: Any) -> Any:
-        costs = costs_of_folder(root, folder, workload, spec.export)
-        return replace(entry, costs=costs, speed=speeds.get(name), **fields)
+        costs = costs_of(root.config(folder), uneven=spec.export.uneven, **asdict(workload))
+        return replace(entry, costs=Costs(**costs), speed=speeds.get(name), **fields)
 
     return replace(
         result,
@@ -100,18 +97,15 @@ def evaluate(root: Work) -> None:
     """Evaluate the unpruned model and all models in the workdir, and update an existing `result.json`."""
     spec, teacher = root.experiment, evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
-    evaluations = _evaluate(step for step in root.steps if step.makes_model and step.evaluated and step.out.is_dir())
+    evaluations = _evaluate(
+        step for step in root.steps if step.record.model and step.record.evaluated and step.out.is_dir()
+    )
     on_process_zero(lambda: write_samples(root.workdir, spec.data, spec.evaluate, read_unfinished(root.workdir).runs))
     if not evaluations:
         why = "no pruned or recovered model in this workdir yet" if root.steps else "nothing is pruned or trained"
         root.say(f"{why}: only the unpruned model was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
         _renew(root, make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations))
-
-
-def tasks_of(root: Work) -> list[Task]:
-    """Return the tasks of all stages except the export, with the unpruned model evaluated on every set."""
-    return [step.task for step in (*evaluation_works(root, root.start, TEACHER), *root.steps)]
 
 
 def measure_speed(root: Work) -> None:
@@ -123,7 +117,7 @@ def measure_speed(root: Work) -> None:
         raise UserError(
             "speed.rounds is 0, so no speed would be measured: set the number of repeats (--config.speed.rounds=5)"
         )
-    models = {step.name: step.out for step in _models(root) if step.evaluated}
+    models = {step.record.name: step.out for step in _models(root) if step.record.evaluated}
     if not models:
         raise UserError(f"{root.workdir}: no pruned or recovered model yet: run `vlmprune prune` first")
     measure_shapes(root, models)
@@ -136,7 +130,7 @@ def export(root: Work, part: str = "") -> None:
     """
     workdir = root.workdir
     if (workdir / RESULT).is_file():
-        result, paths = read_result(workdir), {step.path for step in root.steps if step.makes_model}
+        result, paths = read_result(workdir), {step.record.path for step in root.steps if step.record.model}
         runs = [run for run in result.runs if run.path in paths]
         if not runs:
             raise UserError(f"{workdir / RESULT}: has no model of these variants: run `vlmprune run` for them first")
@@ -148,7 +142,7 @@ def export(root: Work, part: str = "") -> None:
             raise UserError(
                 f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
             )
-        label = models[-1].path
+        label = models[-1].record.path
         # Without evaluations there may be a model alone.
         known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
         evaluation = None if known is None else next(((run, known) for run in known.runs if run.path == label), None)
@@ -159,7 +153,15 @@ def export(root: Work, part: str = "") -> None:
 
 def _models(root: Work) -> Iterator[Work]:
     """Yield the steps whose models exist in the workdir, without controls."""
-    return (step for step in root.steps if step.makes_model and not step.is_control and step.out.is_dir())
+    return (step for step in root.steps if step.record.model and not step.record.control and step.out.is_dir())
+
+
+def _execute(root: Work, steps: Sequence[Work]) -> Iterator[Work]:
+    """Run the tasks of these steps in order; yield every step that is done."""
+    for number, step in enumerate(steps):
+        check_disk(root, steps[number:], exported=False)
+        run_task(step.task, overwrite=root.overwrite, say=root.say)
+        yield step
 
 
 def _note_steps(root: Work) -> None:
@@ -175,8 +177,8 @@ def _note_steps(root: Work) -> None:
 
 def _evaluate(models: Iterable[Work]) -> dict[str, Evaluations]:
     """Evaluate models, controls first: other models are compared with the answers of their controls."""
-    ordered = sorted(models, key=lambda step: not step.is_control)
-    return {step.path: evaluate_model(step, step.out, step.out.name) for step in ordered}
+    ordered = sorted(models, key=lambda step: not step.record.control)
+    return {step.record.path: evaluate_model(step, step.out, step.out.name) for step in ordered}
 
 
 def _renew(root: Work, renewed: Result) -> None:
@@ -197,7 +199,7 @@ def _renew(root: Work, renewed: Result) -> None:
 
 def _export(root: Work, model: Path, evaluation: tuple[Run, Result] | None, part: str = "") -> StageRecord:
     """Export the model that a step of this experiment made; `evaluation`: its entry in a result, if there is one."""
-    maker = next(step for step in root.steps if step.makes_model and step.out == model)
+    maker = next(step for step in root.steps if step.record.model and step.out == model)
     before = (*maker.before, maker)
     task = root.replace(stage="export", start=model, part=part, before=before, evaluation=evaluation).task
     # With the same weights only the card is outdated.

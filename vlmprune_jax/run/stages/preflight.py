@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,8 +21,8 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import remarks
 from vlmprune_jax.io.exports.card import check_upload, license_of, model_name
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.io.exports.gguf_metadata import cut
-from vlmprune_jax.io.exports.mtp import MtpCut
+from vlmprune_jax.io.exports.gguf_metadata import image_fields
+from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.vocabulary import export_files
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
@@ -43,12 +43,22 @@ SAMPLE = 8  # number of recovery records whose images are decoded as a check
 def preflight(work: Work, command: str) -> None:
     """Check before a command that its inputs exist and its settings are possible, and print what the command will do.
 
-    Raises UserError if a setting, file, record or image is missing or malformed, or disk or memory is too small.
+    Files and pruning targets are checked before the devices start. Raises UserError if a setting, file, record or image
+    is missing or malformed, no plan can reach the target, or disk or memory is too small.
     """
-    stages, spec = [*STAGES] if command == "run" else [command], work.experiment
-    check_inputs(work, stages)
-    steps = [step for step in work.steps if step.stage in stages]
+    stages, spec, teacher = [*STAGES] if command == "run" else [command], work.experiment, teacher_folder(work.model)
     sets = evaluation_sets(spec.data, spec.evaluate) if "evaluate" in stages else {}
+    for name, eval_set in sets.items():
+        _check_files("evaluate", set_files(spec.data, name, eval_set))
+    work.open_model(teacher)  # refuses truncated weights, and those of another config.json
+    steps = [step for step in work.steps if step.stage in stages]
+    for step in steps:
+        _check_files(step.task.name, step.task.outside)
+        for stack in stacks_of(step.sections["prune"]):
+            work.config(teacher).stack(stack)  # refuses one that the model does not have
+        if step.stage == "prune":
+            with error_context(step.task.name):
+                check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
     start_devices()
     lines = [_devices(work), *_questions(work, sets)]
     for step in steps:
@@ -60,27 +70,6 @@ def preflight(work: Work, command: str) -> None:
     if {*stages} != {"prune"}:
         _check_memory(work)
     check_disk(work, steps, exported="export" in stages)
-
-
-def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
-    """Check model, input files and pruning targets without using devices.
-
-    Raises UserError if a file is missing, the weights are truncated or not those of config.json, or no plan can reach
-    the target.
-    """
-    experiment, teacher = work.experiment, teacher_folder(work.model)
-    sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
-    for name, eval_set in sets.items():
-        _check_files("evaluate", set_files(experiment.data, name, eval_set))
-    work.open_model(teacher)
-    for step in work.steps:
-        if step.stage in stages:
-            _check_files(step.task.name, step.task.outside)
-            for stack in stacks_of(step.sections["prune"]):
-                work.config(teacher).stack(stack)  # refuses one that the model does not have
-            if step.stage == "prune":
-                with error_context(step.task.name):
-                    check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
 
 
 def _devices(work: Work) -> str:
@@ -139,13 +128,13 @@ def _about(step: Work) -> Iterator[str]:
             config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
-            if steps < FEW_STEPS and not step.is_control:
+            if steps < FEW_STEPS and not step.record.control:
                 counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
-    if step.is_control:
+    if step.record.control:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
     yield f"{step.task.name}{counted}"
 
@@ -155,9 +144,9 @@ def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     cfg = work.config(work.teacher)
     with export_files(work.teacher, cfg, most=image_tokens(data, spec)) as files:
         if spec.format == "gguf" and cfg.vision is not None:
-            cut(family_of(cfg), files)
+            image_fields(cfg, family_of(cfg), files)
     if spec.mtp == "cut":
-        MtpCut(Checkpoint(work.teacher), family_of(cfg), cfg)  # refuses a missing or damaged module
+        mtp_tensors(Checkpoint(work.teacher), cfg, "source")  # refuses a missing or damaged module
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:
@@ -183,8 +172,8 @@ def check_disk(work: Work, steps: Sequence[Work], *, exported: bool) -> None:
     """Raise UserError if the disk cannot hold the models that these steps, and the export, have yet to write."""
     size, needed = _weights(work), [0]
     for step in steps:
-        ratio = step.sections["prune"].ratio if step.pruned else 0.0
-        if step.makes_model and not step.out.is_dir() and ratio is not None:
+        ratio = step.sections["prune"].ratio if step.record.pruned else 0.0
+        if step.record.model and not step.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
     needed_bytes = sum(needed) + (max(needed) if exported else 0)
     on_process_zero(lambda: check_space(work.workdir / "models", needed_bytes))

@@ -75,7 +75,15 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
     if not spec.needs_scores:
         plan = make_plan(None, work.open_model(work.teacher), config)
     elif spec.steps > 1:
-        plan = _plan_in_steps(work, data, score, config, scores[0])
+        model = work.load(work.teacher)
+
+        def batches(step: int) -> list[Batch]:
+            if not CRITERIA[score.width].needs_batches:
+                return []
+            return inputs.calibration_batches(work.model, data, score, model.cfg, seed=score.seed + step)
+
+        kept: dict[str, Any] = {"criterion": score.width, "scores": scores[0], "score_config": score}
+        _, plan, _ = prune_iteratively(model, batches, config, **kept)
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
             plan = make_plan(scores, cfg, config)
@@ -146,26 +154,6 @@ def _load(path: Path, stack: str) -> Scores:
             f"{path}: has scores for the {scores.components[0]} stack, expected the {stack} stack: score again"
         )
     return scores
-
-
-def _plan_in_steps(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, scores: Scores) -> PrunePlan:
-    """Score and prune in several rounds; return one plan for all of them."""
-    model = work.load(work.teacher)
-
-    def batches(step: int) -> list[Batch]:
-        if not CRITERIA[score.width].needs_batches:
-            return []
-        return inputs.calibration_batches(work.model, data, score, model.cfg, seed=score.seed + step)
-
-    _, plan, _ = prune_iteratively(
-        model,
-        batches,
-        spec,
-        criterion=score.width,
-        scores=scores,
-        score_config=score,
-    )
-    return plan
 
 
 def _check_integers(cfg: ModelConfig, spec: PlanConfig, export: ExportSpec) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from vlmprune_jax.base.atomic import check_space
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.processes import on_process_zero
@@ -18,7 +17,7 @@ from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan
+from vlmprune_jax.core.prune import KeptVocabulary
 from vlmprune_jax.core.prune.fingerprints import content_digest
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
@@ -32,9 +31,19 @@ from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
-from vlmprune_jax.io.data.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.io.data.images import ImageLoader
-from vlmprune_jax.io.data.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
+from vlmprune_jax.io.data.record_cache import (
+    TOWER,
+    Compute,
+    RecordCache,
+    check_frozen,
+    check_room,
+    compute_records,
+    feature_identity,
+    feature_program,
+    records_to_compute,
+    teacher_program,
+)
 from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.peft import check_adapters, write_adapter
 from vlmprune_jax.run.experiment.arguments import recover_config
@@ -81,7 +90,12 @@ class Recovery:
         if self.runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
             with error_context(work.start.with_name("plan.json")):
                 check_plan_is_for(self.teacher, self.plan)
-                _check_teacher_differs(self.plan, config)
+                cut = [name for name, kept in self.plan.stacks.items() if not kept.is_whole]
+                if cut == ["vision"] and config.losses.teacher_inputs == "student":
+                    raise UserError(
+                        "the plan prunes only the vision tower, so a teacher with the student's image embeddings "
+                        'equals the student: set recover.losses.teacher_inputs="own"'
+                    )
         shared = inputs.load_inputs(work.tokens, data, cfg)
         self.encoder, self.records = shared.training_encoder(cfg), inputs.recovery_records(data, shared.template)
         self.config = config = config.fit_records(len(self.records), row_ways(work.devices))
@@ -114,21 +128,29 @@ class Recovery:
         """
         data, config, work, training = self.data, self.config, self.work, self.work.folder / "training"
         on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
-        features = None if data.feature_cache is None else self.cached_features()
-        rows = inputs.training_rows(data, self.encoder, self.records, work.reporter.bar, features)
+        rows, features = inputs.training_rows(data, self.encoder, self.records, work.reporter.bar), None
+        if data.feature_cache is not None:
+            features = self.cached_features(rows)
+            rows = dataclasses.replace(rows, encoder=dataclasses.replace(rows.encoder, image_loader=features))
         parts = [part for part in PARTS if features is None or part != TOWER]
         taught = self.cached_teacher(rows, parts) if config.losses.teacher_top_k else None
         student = work.load(work.start, parts)
         model, summary = recover(
             student,
-            inputs.recovery_batches(
-                rows,
-                data,
+            train_batches(
+                rows.records,
+                rows.encoder,
                 batch_size=config.batch_size,
-                accumulation=config.accumulation,
                 seed=config.seed,
+                epochs=None,
+                drop_remainder=True,
+                mine=rows_of_process(work.devices, config.batch_size),
+                packs=row_ways(work.devices) * config.accumulation,
+                threads=data.threads,
+                sizes=rows.sizes,
+                group_by=data.group_by,
+                on_error=data.on_error,
                 teacher=taught,
-                mesh=work.devices,
             ),
             config,
             teacher=work.load(work.teacher, parts) if self.runs_teacher else None,
@@ -157,7 +179,7 @@ class Recovery:
             write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=self.program.groups)
         return merged, summary
 
-    def cached_features(self) -> FeatureLoader:
+    def cached_features(self, rows: inputs.TrainingRows) -> FeatureLoader:
         """Open the vision feature cache, and compute the features of images that are not in the cache yet.
 
         Training then needs neither the vision tower nor the images.
@@ -175,22 +197,33 @@ class Recovery:
         shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
         dtype: np.dtype = DTYPES[config.compute_dtype]
         loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
-        missing = loader.missing(self.records)
-        if missing:
-            with work.phase("features", len(missing)) as progress:
-                compute_features(
-                    work.load(work.start, (TOWER,)).params[TOWER],
-                    cfg,
-                    loader,
-                    missing,
-                    batch_size=config.batch_size // config.accumulation,
-                    on_error=data.on_error,
-                    threads=data.threads,
-                    mesh=work.devices,
-                    progress=progress,
-                )
-        work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+
+        def program() -> Compute:
+            return feature_program(work.load(work.start, (TOWER,)).params[TOWER], cfg, loader, work.devices)
+
+        self._fill(loader, rows, "image features", program)
         return loader
+
+    def _fill(self, arrays: RecordCache, rows: inputs.TrainingRows, what: str, program: Callable[[], Compute]) -> None:
+        """Compute the arrays of records that are not cached yet; `program` loads the model that computes them."""
+        size, work = self.config.batch_size // self.config.accumulation, self.work
+        todo = records_to_compute(rows, arrays, size)
+        work.say(f"  {what}: {len(todo):,} of {len(rows.records):,} records to compute")
+        if not todo:
+            return
+        on_process_zero(lambda: check_room(arrays, rows, todo))
+        with work.phase(what, -(-len(todo) // size)) as progress:
+            compute_records(
+                arrays,
+                rows,
+                todo,
+                program(),
+                size=size,
+                threads=self.data.threads,
+                on_error=self.data.on_error,
+                mesh=work.devices,
+                progress=progress,
+            )
 
     def _tower_digest(self) -> str:
         """Return a digest of the vision tower that produces cached features."""
@@ -220,49 +253,13 @@ class Recovery:
         )
         dtype, vocab_size = np.dtype(config.compute_dtype), self.student.cfg.text.vocab_size
         rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
-        size = config.batch_size // config.accumulation
-        todo = records_to_compute(training, rows, size)
-        work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
-        if not todo:
-            return rows
-        on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
-        mine = rows_of_process(work.devices, size)
-        batches = train_batches(
-            [training.records[number] for number in todo],
-            training.encoder,
-            batch_size=size,
-            mine=mine,
-            packs=row_ways(work.devices),
-            threads=data.threads,
-            sizes=None if training.sizes is None else training.sizes[todo],
-            on_error=data.on_error,
-        )
-        teacher = trim_vocabulary(work.load(work.teacher, parts), self.plan.vocabulary)
-        outputs = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
 
-        def results() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-            for number, (batch, ids, logprobs) in enumerate(outputs):
-                arrays = dict[str, np.ndarray]()
-                for row, name in enumerate(batch.record_ids):
-                    if name:
-                        record = training.records[todo[number * size + mine[row]]]
-                        real = {key: batch.arrays[key][row] for key in ("labels", "attention_mask")}
-                        arrays |= rows.arrays(record, real, ids[row], logprobs[row])
-                yield number + 1, arrays
+        def program() -> Compute:
+            teacher = trim_vocabulary(work.load(work.teacher, parts), self.plan.vocabulary)
+            return teacher_program(teacher, rows, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
 
-        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
-            cache.fill(results(), progress)
+        self._fill(rows, training, f"teacher's top-{rows.top_k} logits", program)
         return rows
-
-
-def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
-    """Raise UserError if the teacher would compute exactly what the student computes."""
-    cut = [name for name, kept in plan.stacks.items() if not kept.is_whole]
-    if cut == ["vision"] and config.losses.teacher_inputs == "student":
-        raise UserError(
-            "the plan prunes only the vision tower, so a teacher with the student's image embeddings equals the "
-            'student: set recover.losses.teacher_inputs="own"'
-        )
 
 
 def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverConfig, kept: KeptVocabulary | None) -> dict[str, Any]:

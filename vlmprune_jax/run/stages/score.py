@@ -15,12 +15,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
 from vlmprune_jax.base.processes import is_main_process
 from vlmprune_jax.core.config import STACKS
-from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.core.prune import CRITERIA, Scores, fingerprint, score
+from vlmprune_jax.core.prune import CRITERIA, fingerprint, score
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.routing import ROUTING, Routing
 from vlmprune_jax.io.data import inputs
-from vlmprune_jax.io.data.batching import Batch
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.work import Work, journal_path
@@ -100,38 +98,24 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
     settings = affecting("score", {"model": work.model, "data": data, "score": spec})
     for stack in stacks_of(prune):
         for name, criterion in criteria_of(spec, prune, stack).items():
-            origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
-            known = {"routing": routing} if CRITERIA[criterion].needs == "routing" else {}
-            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, origin, **known)
+            chosen, output = CRITERIA[criterion], work.folder / name
+            total = chosen.total(model.cfg, batches or [], stack)
+            options: dict[str, Any] = {"stack": stack}
+            if chosen.needs == "routing":
+                options["routing"] = routing
+            if chosen.needs == "labels":
+                origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
+                options["cache"] = ArrayCache(_parts(output), origin)
+            else:
+                options["journal"] = work.journal(output, {"batches": total})
+            title = criterion if stack == "text" else f"{criterion} of the tower"
+            with work.phase(f"score ({title})", total) as progress:
+                scores = score(model, batches, spec, criterion=criterion, progress=progress, **options)
             if is_main_process():
-                scores.save(work.folder / name)
+                scores.save(output)
                 if scores.routing is not None and routing is None:
                     dataclasses.replace(scores.routing, made_from=key).save(work.folder / ROUTING)
     skipped = [name for batch in batches or [] for name, _ in batch.skipped]
     if skipped:
         work.say(f"  {len(skipped)} unreadable records were skipped: {', '.join(skipped[:5])}")
     return ScoreFacts(criteria=criteria, samples=0 if batches is None else spec.samples, skipped=skipped)
-
-
-def _score(
-    work: Work,
-    spec: ScoreConfig,
-    model: Model,
-    batches: list[Batch] | None,
-    criterion: str,
-    stack: str,
-    output: Path,
-    made_from: Mapping[str, Any],
-    **known: Any,
-) -> Scores:
-    """Score one stack by one criterion, resuming an interrupted pass; `known`: keyword arguments for `vp.score`."""
-    chosen = CRITERIA[criterion]
-    total = chosen.total(model.cfg, batches or [], stack)
-    if chosen.needs == "labels":
-        kept: dict[str, Any] = {"cache": ArrayCache(_parts(output), made_from)}
-    else:
-        kept = {"journal": work.journal(output, {"batches": total})}
-    options = {"stack": stack, **known, **kept}
-    title = criterion if stack == "text" else f"{criterion} of the tower"
-    with work.phase(f"score ({title})", total) as progress:
-        return score(model, batches, spec, criterion=criterion, progress=progress, **options)

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import asdict
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.machine import processor
 from vlmprune_jax.core.prune.cost import speed_limits
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.run.evaluation.speed.measure import measure_speed
 from vlmprune_jax.run.experiment.arguments import export_dtype, image_tokens
@@ -23,7 +21,7 @@ from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.ledger import Task, run_task
-from vlmprune_jax.run.workdir.result import Costs, Workload
+from vlmprune_jax.run.workdir.result import Workload
 from vlmprune_jax.run.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
@@ -32,11 +30,6 @@ def workload_of(work: Work, data: DataSpec, spec: SpeedConfig, export: ExportSpe
     images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
     dtype = export_dtype(work.model, export)
     return Workload(length=spec.prompt_tokens, images=images, dtype=dtype, image_tokens=tokens if images else 0)
-
-
-def costs_of_folder(work: Work, folder: Path, workload: Workload, export: ExportSpec) -> Costs:
-    """Return the costs of the model in a folder, computed from its layer shapes."""
-    return Costs(**costs_of(work.config(folder), uneven=export.uneven, **asdict(workload)))
 
 
 class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):

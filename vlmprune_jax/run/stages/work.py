@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from jax.sharding import Mesh
 
 from vlmprune_jax.base.checks import file_of_users
@@ -55,33 +56,29 @@ class Work:
     reporter: Reporter
     overwrite: bool = False  # True to replace outputs that were made from other inputs
     store: Store | None = None  # results that the runs of a sweep share
-    stage: str = ""
+    record: StepRecord  # stage, names and folders
     before: tuple[Work, ...] = ()  # the stages that led to `start`, the first one first
-    variant: Path  # folder of the prune variant, with scores, plan.json and the models made before recovery
-    folder: Path  # folder of the outputs; after pruning, that of the recovery variant
-    start: Path  # model that the stage starts from: the last one made in `variant`, at first the unpruned one
-    name: str = ""  # name of the model that the stage makes, in result files
-    recovery: str = ""  # name of the recovery of that model
-    evaluated: bool = False  # True if that model is evaluated
+    start: Path  # model that the stage starts from: the last one made for the variant, at first the unpruned one
     subject: str = ""  # for evaluations and speed: name of the model
     part: str = ""  # name of the evaluation set or additional export
     loaded: dict[Path, Model] | None = None  # models that several evaluations share
-    pruned: bool = True  # False with prune.method="none", and for a control
-    is_control: bool = False  # True for a control, the unpruned model that is trained like pruned ones
-    control: Path | None = None  # model folder of the control of a recovered model
     evaluation: tuple[Run, Result] | None = None  # of the exported model, and the result that the entry is from
     tokenizer: Path | None = None  # folder of the tokenizer if `start` has none (GGUF)
 
     @classmethod
     def at(cls, workdir: Path, experiment: Experiment, reporter: Reporter, **fields: Any) -> Work:
         """Return the `Work` of a command in a workdir, which starts from the unpruned model unless `fields` differ."""
-        place: dict[str, Any] = dict.fromkeys(("variant", "folder"), workdir)
-        place |= {"start": Path(experiment.model.hf_dir), **fields}
-        return cls(workdir=workdir, experiment=experiment, reporter=reporter, **place)
+        start, record = Path(experiment.model.hf_dir), StepRecord(stage="", folder=".", variant=".")
+        root = cls(workdir=workdir, experiment=experiment, reporter=reporter, start=start, record=record)
+        return root.replace(**fields)
 
     def replace(self, **fields: Any) -> Work:
-        """Return a copy of the `Work` with other fields."""
-        return dataclasses.replace(self, **fields)
+        """Return a copy of the `Work` with other fields, also of its record."""
+        if "stage" in fields:
+            stage = STAGES[fields["stage"]]
+            fields |= {"about": stage.help, "outputs": list(stage.outputs), "model": stage.model}
+        changes = {name: fields.pop(name) for name in StepRecord.__struct_fields__ if name in fields}
+        return dataclasses.replace(self, record=msgspec.structs.replace(self.record, **changes), **fields)
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -104,19 +101,19 @@ class Work:
         return " ".join(filter(None, (self.subject, self.part if self.part != DEFAULT_SET else "")))
 
     @property
-    def makes_model(self) -> bool:
-        """True if the stage writes a model folder."""
-        return bool(STAGES[self.stage].model)
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.record.stage
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the outputs; after pruning, that of the recovery variant."""
+        return self.workdir / self.record.folder
 
     @property
     def out(self) -> Path:
         """Folder of the model that the stage makes."""
-        return self.folder / STAGES[self.stage].model
-
-    @property
-    def path(self) -> str:
-        """Path of the folder `out`, relative to the workdir."""
-        return self.relative(self.out)
+        return self.workdir / self.record.path
 
     def relative(self, path: Path) -> str:
         """Return a path relative to the workdir."""
@@ -146,7 +143,7 @@ class Work:
             section, _, which = source.partition(".")
             path = self.start if source == "start" else self.folder / source
             inputs |= record_files(self.experiment.data, which) if section == "data" else {path.name: path}
-        below, title = self.relative(self.folder), f"{self.stage} {self.label}".strip()
+        below, title = self.record.folder, f"{self.stage} {self.label}".strip()
         files = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
         task = Task(
             name=title if below == "." else f"{below}/{title}",
@@ -178,16 +175,15 @@ class Work:
         for pruned in prune_runs(self.experiment, self.workdir):
             recoveries = recover_runs(pruned)
             is_pruned = pruned.experiment.prune.method != "none"  # otherwise the model is its own control
-            place = self.replace(variant=pruned.folder, pruned=is_pruned)
-            variant = place.replace(
-                experiment=pruned.experiment, folder=pruned.folder, name=pruned.name, recovery=NO_RECOVERY
-            )
+            folder = self.relative(pruned.folder)
+            place = self.replace(variant=folder, folder=folder, pruned=is_pruned, recovery=NO_RECOVERY)
+            variant = place.replace(experiment=pruned.experiment, name=pruned.name)
             shared = _chain("variant", variant, last=not recoveries)
             steps += shared
             for run in recoveries:
                 work = place.replace(
                     experiment=run.experiment,
-                    folder=run.folder,
+                    folder=self.relative(run.folder),
                     name=run.name,
                     recovery=run.experiment.recover.name,
                     before=tuple(shared),
@@ -196,33 +192,14 @@ class Work:
                 if not (is_pruned and spec.control and terms_of(spec.losses, teacher=False)):
                     steps += _chain("recovery", work)
                     continue
-                control = _control(self, run, pruned, {control.folder for control in controls.values()})
+                control = _control(self, run, pruned, {control.record.folder for control in controls.values()})
                 data, model = control.experiment.data, control.model
                 key = content_key(affecting("recover", control.sections), [data.train, data.images, model.hf_dir])
-                steps += _chain("recovery", work.replace(control=controls.get(key, control).out))
+                steps += _chain("recovery", work.replace(compared_with=controls.get(key, control).record.path))
                 if key not in controls:
                     controls[key] = control
                     steps.append(control)
         return steps
-
-    @property
-    def record(self) -> StepRecord:
-        """Record of this step for the workdir's list of steps."""
-        stage = STAGES[self.stage]
-        return StepRecord(
-            stage=self.stage,
-            name=self.name,
-            recovery=self.recovery,
-            about=stage.help,
-            variant=self.relative(self.variant),
-            folder=self.relative(self.folder),
-            outputs=list(stage.outputs),
-            model=stage.model,
-            evaluated=self.evaluated,
-            pruned=self.pruned,
-            control=self.is_control,
-            compared_with="" if self.control is None else self.relative(self.control),
-        )
 
     def say(self, text: str) -> None:
         """Print one line to the console."""
@@ -275,10 +252,10 @@ class Work:
     @property
     def plan(self) -> PrunePlan:
         """Prune plan of the variant (for an unpruned model: a plan that removes nothing)."""
-        if not self.pruned:
+        if not self.record.pruned:
             whole = self.open_model(self.teacher)
             return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))
-        return PrunePlan.from_json(self.variant / "plan.json")
+        return PrunePlan.from_json(self.workdir / self.record.plan)
 
     def load(
         self,
@@ -316,7 +293,7 @@ class Work:
             self.out,
             source_dir=self.start,
             dtype=self.model.dtype,
-            plan=self.plan if self.pruned else None,
+            plan=self.plan if self.record.pruned else None,
             name=model_name(self.teacher),
             reconstructed=self.reconstructed,
             recovered=self.recovered,
@@ -351,9 +328,9 @@ def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
     stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.off(settings) is None}
     final = [name for name, stage in stages.items() if stage.model and last][-1:]
     for name, stage in stages.items():
-        title, recovery = place.name, place.recovery
-        starts = [step.out for step in (place.before or steps) if step.makes_model]
-        if any(step.makes_model for step in steps):
+        title, recovery = place.record.name, place.record.recovery
+        starts = [step.out for step in (place.before or steps) if step.record.model]
+        if any(step.record.model for step in steps):
             title = f"{title}-{stage.model}"
             recovery = stage.model if recovery == NO_RECOVERY else f"{recovery}-{stage.model}"
         steps.append(
@@ -369,7 +346,7 @@ def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
     return steps
 
 
-def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[Path]) -> Work:
+def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[str]) -> Work:
     """Return the step that trains the control (an unpruned model) of a recovery; `taken`: folders of other controls."""
     spec, below = run.experiment, run.folder.relative_to(pruned.folder)
     if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
@@ -380,9 +357,9 @@ def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[Path])
                 changed = {section: dataclasses.replace(spec.sections[section], **changed)}
                 spec = dataclasses.replace(spec, **changed)
     name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
-    folder = root.workdir / CONTROL / below
+    folder = (CONTROL / below).as_posix()
     if folder in taken:
-        name, folder = f"{pruned.name}-{name}", pruned.folder / CONTROL / below
+        name, folder = f"{pruned.name}-{name}", root.relative(pruned.folder / CONTROL / below)
     return root.replace(
         stage="recover",
         experiment=spec,
@@ -392,5 +369,5 @@ def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[Path])
         variant=folder,
         folder=folder,
         pruned=False,
-        is_control=True,
+        control=True,
     )

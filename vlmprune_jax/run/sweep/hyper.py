@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,10 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     if not 0 < len(points) <= MOST_RUNS:
         raise UserError(f"get_hyper(hyper): lists {len(points):,} runs, expected 1 to {MOST_RUNS:,}: change the list")
     points = [_bare(point) for point in points]
-    labels = [_labels_of(point, short) for short in [_short_names(points)] for point in points]
-    runs = []
-    for point, run_labels in zip(points, labels, strict=True):
+    short, runs = _short_names(points), []
+    for point in points:
+        labels = {short[name]: _text(value) for name, value in point.items() if name in short}
+        run_labels = dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))  # seeds last
         overrides = _flat(point)
         name = _name(run_labels)
         group = _name({label: value for label, value in run_labels.items() if not _is_seed(label)})
@@ -204,12 +205,6 @@ def _short_names(points: Sequence[Point]) -> dict[str, str]:
         words |= {name: words[name] + 1 for name in longer}
 
 
-def _labels_of(point: Point, short: Mapping[str, str]) -> dict[str, str]:
-    """Return {label: value as text} of a run, seeds last."""
-    labels = {short[name]: _text(value) for name, value in point.items() if name in short}
-    return dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))
-
-
 def _is_seed(name: str) -> bool:
     return name.rpartition(".")[2] == SEED
 
@@ -250,16 +245,11 @@ def _check_names(runs: Sequence[SweepRun]) -> None:
         other = known.setdefault(run.name.casefold(), run)
         if other is run:
             continue
-        changes = list(_changes(other, run))
+        before, now = ({name: repr(value) for name, value in each.overrides.items()} for each in (other, run))
+        changes = differences(before, now)
         if not changes:
             raise UserError(f"get_hyper(hyper): lists {run.name} twice: remove one of them")
         raise UserError(
             f"get_hyper(hyper): two runs have the name {run.name} ({'; '.join(changes[:2])}): name them with "
             "hyper.named(LABEL, {NAME: {setting: value}})"
         )
-
-
-def _changes(first: SweepRun, second: SweepRun) -> Iterator[str]:
-    for setting in dict.fromkeys((*first.overrides, *second.overrides)):
-        ours, theirs = (repr(run.overrides.get(setting)) for run in (first, second))
-        yield from differences(ours, theirs, setting)

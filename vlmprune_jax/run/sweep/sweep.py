@@ -26,7 +26,8 @@ from vlmprune_jax.run.evaluation.metrics.texts import BITS
 from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
 from vlmprune_jax.run.experiment.variants import CONTROL
-from vlmprune_jax.run.stages.pipeline import make_models, tasks_of
+from vlmprune_jax.run.stages.evaluate import evaluation_works
+from vlmprune_jax.run.stages.pipeline import make_models
 from vlmprune_jax.run.stages.preflight import preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
@@ -36,6 +37,7 @@ from vlmprune_jax.run.sweep.workers import Worker, in_processes
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import compare_again
 from vlmprune_jax.run.workdir.content import content_key, digest
+from vlmprune_jax.run.workdir.evaluation import TEACHER
 from vlmprune_jax.run.workdir.groups import comparison_of_sweep
 from vlmprune_jax.run.workdir.ledger import remove, write_text
 from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Unpruned, read_result
@@ -45,7 +47,6 @@ from vlmprune_jax.run.workdir.sweep import FAILED, SWEEP, Entry, RunError, Sweep
 PAGE_SECONDS = 300.0  # seconds between updates of the comparison page during a sweep
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
 RUNS, SHARED = "runs", "shared"
-_QUIET = make_reporter(False)
 ERROR = "error.json"  # in the workdir of a run: the error that stopped it
 
 
@@ -141,7 +142,8 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
 def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     """Return a hash of all inputs of a sweep run: settings, versions and outside files."""
     experiment, tasks = run.experiment, dict[str, Any]()
-    for task in tasks_of(sweep.work(run, _QUIET)):
+    root = sweep.work(run, make_reporter(False))
+    for task in (step.task for step in (*evaluation_works(root, root.start, TEACHER), *root.steps)):
         files = {name: digest_once(path) for name, path in task.outside.items()}
         tasks[task.name] = (task.settings, files, task.version)
     sections, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
@@ -357,6 +359,6 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     for step in sweep.work(run, reporter).steps:
         task = step.task
         before = [keys[earlier.stage] for earlier in step.before]
-        stage = CONTROL if step.is_control else step.stage
+        stage = CONTROL if step.record.control else step.stage
         keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
     return keys

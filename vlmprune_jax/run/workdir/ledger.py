@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.mesh.mesh import start_devices
 from vlmprune_jax.core.mesh.stop import noticed
 from vlmprune_jax.run.workdir.artefact import Artefact, read_artefact, write_artefact
-from vlmprune_jax.run.workdir.content import MadeFrom, digest, made_by, made_from, plain
-from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive
+from vlmprune_jax.run.workdir.content import MadeFrom, content_key, digest, made_by, made_from, plain
+from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive, link
 
 
 class StageRecord(Artefact, frozen=True, kw_only=True, tag=1):
@@ -150,10 +151,11 @@ def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> Stag
             held.enter_context(_alone(task, say))
             record = _begin(task, overwrite, say)
             if record is None and task.store is not None:
-                key = task.store.key(task.kind, task.settings, task.inputs, task.version, task.outputs)
-                held.enter_context(
-                    task.store.alone(key, lambda: say(f"{task.name}: waiting for another run to compute it"))
-                )
+                origin = made_from(task.settings, task.inputs, task.version, every_byte=True)
+                names = [path.name for path in task.outputs]
+                key = f"{task.kind}-{content_key(origin, names, task.store.also)}"
+                lock, waits = task.store.folder / f"{key}.lock", f"{task.name}: waiting for another run to compute it"
+                held.enter_context(exclusive(lock, math.inf, lambda: say(waits)))
                 record = _take(task, key, say)
             return record
 
@@ -229,7 +231,8 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
     if last and same and last.is_intact(task.outputs):
         output = task.outputs[0] if task.outputs else task.record
         path = output.relative_to(task.workdir).as_posix() if output.is_relative_to(task.workdir) else output
-        media = "; files of images and videos are not compared" if _names_media(task) else ""
+        records = [path for name, path in task.inputs.items() if name.startswith("data.") and isinstance(path, Path)]
+        media = "; files of images and videos are not compared" if any(path.is_file() for path in records) else ""
         say(f"{task.name}: unchanged, skipped ({path} is up to date{media})")
         _clear(task)  # left by a process that was killed just after it had noted the end
         return last
@@ -242,22 +245,16 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
     return None
 
 
-def _names_media(task: Task) -> bool:
-    """Return True if the task reads records from a file, which may name images and videos in other files."""
-    return any(
-        name.startswith("data.") and isinstance(path, Path) and path.is_file() for name, path in task.inputs.items()
-    )
-
-
 def _take(task: Task, key: str, say: Callable[[str], None]) -> StageRecord | None:
     """Reuse the result of another sweep run: link its outputs and return its ledger entry; None if none has it."""
     assert task.store is not None
     entry = task.store.folder / key
-    last = _read(entry / RECORD, task.facts)
-    if last is None or not last.is_intact([entry / path.name for path in task.outputs]):
+    last, sources = _read(entry / RECORD, task.facts), [entry / path.name for path in task.outputs]
+    if last is None or not last.is_intact(sources):
         remove(entry)
         return None
-    task.store.take(key, task.outputs)
+    for source, path in zip(sources, task.outputs, strict=True):
+        link(source, path)
     write_artefact(task.record, last)
     say(f"{task.name}: linked from another run")
     _clear(task)
@@ -278,7 +275,9 @@ def _end(task: Task, facts: msgspec.Struct, seconds: float, key: str | None) -> 
     )
     write_artefact(task.record, done)
     if task.store is not None and key is not None:
-        task.store.put(key, task.outputs, task.record)
+        for path in task.outputs:
+            link(path, task.store.folder / key / path.name)
+        write_artefact(task.store.folder / key / RECORD, done)
     _clear(task)
     return done
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
-from vlmprune_jax.io.data.image_files import thumbnail
+from vlmprune_jax.io.data.media import thumbnail
 from vlmprune_jax.io.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED

@@ -69,10 +69,10 @@ class StepRecord(Part, frozen=True, kw_only=True):
     """One step of a run; folders are relative to the workdir."""
 
     stage: str
-    name: str  # name of the model, in result files
-    recovery: str
-    about: str  # one-line help of the stage
-    variant: str  # folder of the prune variant
+    name: str = ""  # name of the model, in result files
+    recovery: str = ""
+    about: str = ""  # one-line help of the stage
+    variant: str  # folder of the prune variant, with scores, plan.json and the models made before recovery
     folder: str  # folder of the outputs
     outputs: list[str] = []  # patterns of file names in `folder`
     model: str = ""  # folder of the model in `folder`; "" if the stage makes none

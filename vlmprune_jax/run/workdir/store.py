@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +14,7 @@ from typing import IO, Any
 from vlmprune_jax.base.atomic import atomic_folder
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import open_file
-from vlmprune_jax.run.workdir.content import content_key, is_hidden, made_from
+from vlmprune_jax.run.workdir.content import is_hidden
 
 RECORD = "stage.json"
 _AT_ONCE = 16 << 20
@@ -25,9 +24,11 @@ _AT_ONCE = 16 << 20
 class Store:
     """Folder of stage results that a sweep's runs share; an entry has the outputs of a stage and their ledger entry.
 
-    An entry is written atomically. It holds hard links to files of the runs (copies on disks without hard links), so
-    that it takes no additional space and can be removed at any time. A stage replaces its files and never changes them,
-    so that later changes in one run do not affect other runs.
+    An entry's name is a hash of all inputs of the result (every byte of them), and of the names of its files.
+
+    The ledger entry is written last. An entry holds hard links to files of the runs (copies on disks without hard
+    links), so that it takes no additional space and can be removed at any time. A stage replaces its files and never
+    changes them, so that later changes in one run do not affect other runs.
 
     `also`: JSON values that influence all results, besides settings and inputs, such as the folders of images.
     """
@@ -35,51 +36,24 @@ class Store:
     folder: Path
     also: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, Path | str],
-        version: int,
-        outputs: Sequence[Path],
-    ) -> str:
-        """Return the key of a stage's result: a hash of all its inputs and of its file names."""
-        origin = made_from(settings, inputs, version, every_byte=True)
-        return f"{stage}-{content_key(origin, [path.name for path in outputs], self.also)}"
 
-    @contextlib.contextmanager
-    def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Context that holds a result's lock, after waiting for other processes that are computing this result."""
-        with exclusive(self.folder / f"{key}.lock", math.inf, waiting):
-            yield
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file or folder to `target`, which then appears complete; hidden files are left out.
 
-    def put(self, key: str, outputs: Sequence[Path], record: Path) -> None:
-        """Add a stage's outputs and ledger entry to the store that the runs of a sweep share."""
-        with atomic_folder(self.folder / key) as entry:
-            for path in outputs:
-                _link(path, entry / path.name)
-            _link(record, entry / RECORD)
-
-    def take(self, key: str, outputs: Sequence[Path]) -> None:
-        """Link stored outputs into a run's folder."""
-        for path in outputs:
-            source = self.folder / key / path.name
-            if source.is_dir():
-                with atomic_folder(path) as folder:
-                    _link(source, folder)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f".{path.name}.partial")
-                partial.unlink(missing_ok=True)
-                _link(source, partial)
-                os.replace(partial, path)
+    Raises UserError if a symbolic link is among the files.
+    """
+    if source.is_dir():
+        with atomic_folder(target) as folder:
+            _link(source, folder)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        partial.unlink(missing_ok=True)
+        _link(source, partial)
+        os.replace(partial, target)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or the files of a folder.
-
-    Raises UserError if a link is among them.
-    """
     if source.is_symlink():
         raise UserError(
             f"{source}: is a symbolic link, which a results folder must not contain: remove it and run the same command"

@@ -45,7 +45,7 @@ def without(teacher, gone, data, solved):
 
 @pytest.mark.parametrize("solved", [False, True])
 def test_each_time_the_layer_goes_without_which_the_loss_is_least(solved):
-    teacher, data = model(config(EQUAL)), batches()
+    teacher, data = model(config(EQUAL), seed=1), batches()  # layers whose order changes as others go
     told = []
     found = score(teacher, data, criterion="greedy_loss", solved=solved, candidates=9, search=3, progress=told.append)
     gone = list(map(int, np.argsort(found.layers)))

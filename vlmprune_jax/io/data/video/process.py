@@ -37,23 +37,12 @@ _Positive = Annotated[float, Meta(gt=0, le=1e12)]
 class Limits:
     """Limits on a video, checked before its memory is taken; settings of the section `data` have their names."""
 
-    file_bytes: int
-    """Size of the file (`max_video_megabytes`)."""
-
-    frames: int
-    """Frames in the file (`max_video_frames`)."""
-
-    seconds: float
-    """Duration (`max_video_seconds`)."""
-
-    pixels: int
-    """Pixels of a frame (`max_image_pixels`)."""
-
-    kept_pixels: int
-    """Pixels of all sampled frames together (`max_video_pixels`)."""
-
-    wall: int
-    """Seconds that decoding may take (`video_timeout`)."""
+    file_bytes: int  # size of the file (`max_video_megabytes`)
+    frames: int  # frames in the file (`max_video_frames`)
+    seconds: float  # duration (`max_video_seconds`)
+    pixels: int  # pixels of a frame (`max_image_pixels`)
+    kept_pixels: int  # pixels of all sampled frames together (`max_video_pixels`)
+    wall: int  # seconds that decoding may take (`video_timeout`)
 
 
 class Described(msgspec.Struct, frozen=True):
@@ -71,8 +60,8 @@ class _Frame(msgspec.Struct):
     width: _Side
 
 
-class _Died(Exception):
-    """Error if the worker closed its connection or did not answer in time; the message says which."""
+class _Failed(Exception):
+    """Error if the worker refuses a file, closes its connection or does not answer in time; the message says which."""
 
 
 class _Worker:
@@ -104,17 +93,20 @@ class _Worker:
             sent = socket.send_fds(self._connection, [line], [file.fileno()])
             self._connection.sendall(line[sent:])
         except OSError:
-            raise _Died("the decoder stopped: run the same command again") from None
+            raise _Failed("the decoder stopped: run the same command again") from None
 
     def line(self, deadline: float) -> dict[str, Any]:
         """Return the next line of the answer, as JSON."""
         line = bytearray()
         while not line.endswith(b"\n"):
             if len(line) > _LINE:
-                raise _Died("the decoder's answer is too long: replace the file")
+                raise _Failed("the decoder's answer is too long: replace the file")
             self._receive(byte := bytearray(1), deadline)
             line += byte
-        return dict(parse_json(bytes(line), "decoder", "run the same command again"))
+        reply = dict(parse_json(bytes(line), "decoder", "run the same command again"))
+        if "error" in reply:
+            raise _Failed(reply["error"])
+        return reply
 
     def fill(self, array: np.ndarray, deadline: float) -> None:
         """Fill an array with the next bytes of the answer."""
@@ -127,11 +119,11 @@ class _Worker:
                 self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
                 count = self._connection.recv_into(view)
             except TimeoutError:
-                raise _Died("takes too long to decode: raise data.video_timeout, or encode the file again") from None
+                raise _Failed("takes too long to decode: raise data.video_timeout, or encode the file again") from None
             except OSError:
                 count = 0
             if not count:
-                raise _Died("the decoder stopped at this file: replace the file, or encode it again")
+                raise _Failed("the decoder stopped at this file: replace the file, or encode it again")
             view = view[count:]
 
 
@@ -145,29 +137,14 @@ def _end_all() -> None:
         _IDLE.pop().kill()
 
 
-@contextlib.contextmanager
-def _borrowed() -> Iterator[_Worker]:
-    """Context that lends an idle worker; after any error the worker is killed, since its state is unknown."""
-    with _LOCK:
-        worker = _IDLE.pop() if _IDLE else _Worker()
-    try:
-        yield worker
-    except BaseException:
-        worker.kill()
-        raise
-    with _LOCK:
-        _IDLE.append(worker)
-
-
 def describe(file: BinaryIO, name: str, limits: Limits) -> Described:
     """Return frame count, frame rate, duration and frame size of an open video file.
 
     Raises UserError, which begins with `name`, if PyAV is missing, or the file is not a readable video or exceeds a
     limit.
     """
-    _check_file(file, name, limits)
     with _asked(file, name, limits, {}) as (worker, deadline):
-        reply = _checked(worker.line(deadline), name)
+        reply = worker.line(deadline)
     return msgspec.convert(checked(reply, Described, name, "encode the video again"), Described)
 
 
@@ -178,38 +155,40 @@ def decode(
 
     `total` frames must decode, and all have `size` (height, width). Raises UserError as `describe` does.
     """
-    _check_file(file, name, limits)
     distinct, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     frames = np.empty((len(distinct), *size, 3), np.uint8)
     with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total}) as (worker, deadline):
         for frame in frames:
-            reply = checked(_checked(worker.line(deadline), name), _Frame, name, "encode the video again")
+            reply = checked(worker.line(deadline), _Frame, name, "encode the video again")
             header = msgspec.convert(reply, _Frame)
             if (header.height, header.width) != size:
                 raise UserError(f"{name}: its frames differ in size: encode it again with one size")
             worker.fill(frame, deadline)
-        _checked(worker.line(deadline), name)
+        worker.line(deadline)
     return frames if len(distinct) == len(indices) else frames[places]
 
 
 @contextlib.contextmanager
 def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[tuple[_Worker, float]]:
-    """Context that sends a request to a worker, and yields the worker and the time by which it must have answered."""
-    sent: dict[str, float] = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
-    sent |= {"decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY, "wall": limits.wall}
+    """Context that sends a request to a worker, and yields the worker and the time by which it must have answered.
+
+    After any error the worker is killed, since its state is unknown.
+    """
+    _check_file(file, name, limits)
+    sent = {**vars(limits), "decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY}
     deadline = time.monotonic() + limits.wall
+    with _LOCK:
+        worker = _IDLE.pop() if _IDLE else _Worker()
     try:
-        with _borrowed() as worker:
-            worker.send({**request, "limits": sent}, file)
-            yield worker, deadline
-    except _Died as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def _checked(reply: dict[str, Any], name: str) -> dict[str, Any]:
-    if "error" in reply:
-        raise UserError(f"{name}: {reply['error']}")
-    return reply
+        worker.send({**request, "limits": sent}, file)
+        yield worker, deadline
+    except BaseException as error:
+        worker.kill()
+        if isinstance(error, _Failed):
+            raise UserError(f"{name}: {error}") from None
+        raise
+    with _LOCK:
+        _IDLE.append(worker)
 
 
 def _check_file(file: BinaryIO, name: str, limits: Limits) -> None:

@@ -9,10 +9,10 @@ import importlib.metadata
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,8 +21,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.image_files import opened_image, read_rgb
-from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key
+from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key, opened_image, read_rgb
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video.process import Limits, decode, describe
@@ -33,37 +32,21 @@ from vlmprune_jax.io.families.tiles import VideoShape
 class ClipInfo:
     """Size, rate and sampled frame indices of one video, which are known without decoding all of its frames."""
 
-    indices: tuple[int, ...]
-    """Numbers of the sampled frames; a frame may occur more than once."""
-
-    fps: float
-    """Frames per second of the video (24 for a list of frame files)."""
-
-    total: int
-    """Frames in the video."""
-
-    used: int
-    """Number of frames in the sampled part of the video."""
-
-    duration: float
-    """Duration of the sampled part of the video (seconds)."""
-
-    height: int
-    """Pixels of a frame, before any preparation."""
-
-    width: int
-    """Pixels of a frame, before any preparation."""
-
-    key: str
-    """Identity of the video's content and of its decoder, for cache keys."""
+    indices: tuple[int, ...]  # numbers of the sampled frames; a frame may occur more than once
+    fps: float  # frames per second of the video (24 for a list of frame files)
+    total: int  # frames in the video
+    used: int  # number of frames in the sampled part of the video
+    duration: float  # duration of the sampled part of the video (seconds)
+    height: int  # pixels of a frame, before any preparation
+    width: int  # pixels of a frame, before any preparation
+    key: str  # identity of the video's content and of its decoder, for cache keys
 
 
 @dataclass(frozen=True)
 class Clip(ClipInfo):
     """One video's sampled frames, and facts about the video."""
 
-    frames: np.ndarray
-    """uint8[frames, height, width, 3], one for each of `indices`."""
+    frames: np.ndarray  # uint8[frames, height, width, 3], one for each of `indices`
 
 
 @dataclass(eq=False)
@@ -73,24 +56,14 @@ class VideoReader:
     video: VideoConfig
     limits: Limits
 
-    preparation: Preparation
-    """Conversion of frames to arrays."""
-
+    preparation: Preparation  # conversion of frames to arrays
     mismatch: str = ""
     """Why the vision tower does not accept these arrays, as text; "" if it does."""
 
-    fps: float | None = None
-    """Setting `data.video_fps` (None = the model folder's value)."""
-
-    count: int | None = None
-    """Setting `data.video_frames` (None = the model folder's value)."""
-
-    max_tokens: int | None = None
-    """Maximum number of tokens per video (None = as many as the preparation gives)."""
-
-    slot_tokens: int = 0
-    """Tokens of a frame, for models whose images have one size."""
-
+    fps: float | None = None  # setting `data.video_fps` (None = the model folder's value)
+    count: int | None = None  # setting `data.video_frames` (None = the model folder's value)
+    max_tokens: int | None = None  # maximum number of tokens per video (None = as many as the preparation gives)
+    slot_tokens: int = 0  # tokens of a frame, for models whose images have one size
     _described: dict[tuple[Video, Part], ClipInfo] = dataclasses.field(default_factory=dict, init=False)
 
     def shape(self, video: VideoSource, record: str) -> VideoShape:
@@ -104,7 +77,7 @@ class VideoReader:
         decoded = 3 * len(info.indices) * info.height * info.width
         with DECODING.reserve(decoded + 4 * _values(preparation, shape)):
             clip = self.read(video.source, record, video.part)
-            return preparation.prepare_frames(_Images(clip.frames))
+            return preparation.prepare_frames(map(Image.fromarray, clip.frames), len(clip.frames))
 
     def keys(self, video: VideoSource, record: str) -> list[str]:
         """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
@@ -157,7 +130,9 @@ class VideoReader:
             self.video, used, video.fps, duration=seconds, video_fps=self.fps, video_frames=self.count
         )
         indices, size = tuple(first + index for index in sampled), (video.height, video.width)
-        return ClipInfo(indices, video.fps, video.total, used, seconds, *size, _key(source))
+        changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
+        key = f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
+        return ClipInfo(indices, video.fps, video.total, used, seconds, *size, key)
 
     def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
         pixels = len(info.indices) * info.height * info.width
@@ -263,33 +238,8 @@ def _named(source: Path | StoredImage, record: str) -> str:
     return f"{source} (record {record})"
 
 
-def _key(source: Path | StoredImage) -> str:
-    changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
-    return f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
-
-
 def _values(preparation: Preparation, shape: VideoShape) -> int:
-    """Return the size of a video's prepared array."""
     return (shape.tokens * preparation.merge**2 or shape.slots) * math.prod(preparation.shape)
-
-
-class _Images(Sequence[Image.Image]):
-    """Frames uint8[frames, height, width, 3] as images, each made when it is used: Pillow copies pixels."""
-
-    def __init__(self, frames: np.ndarray) -> None:
-        self._frames = frames
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @overload
-    def __getitem__(self, number: int) -> Image.Image: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Image.Image]: ...
-
-    def __getitem__(self, number: int | slice) -> Image.Image | Sequence[Image.Image]:
-        return _Images(self._frames[number]) if isinstance(number, slice) else Image.fromarray(self._frames[number])
 
 
 def _padded(indices: tuple[int, ...], patch: int) -> list[int]:

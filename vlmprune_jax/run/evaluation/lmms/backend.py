@@ -44,7 +44,7 @@ from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record, make_record
 from vlmprune_jax.run.evaluation.config import EvaluateSpec
 from vlmprune_jax.run.evaluation.questions import arrange_questions
-from vlmprune_jax.run.evaluation.runner import Reply, ask
+from vlmprune_jax.run.evaluation.runner import Answer, ask
 
 # Default of requests without a limit, as in lmms-eval's own models.
 NEW_TOKENS = 1024
@@ -61,7 +61,7 @@ class _Answering:
     batch_size: int
     multiple: int
 
-    def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
+    def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Answer]:
         """Return greedy answers of at most `max_new_tokens` tokens, in the order of the records."""
         cfg = self.model.cfg
         encoder = _encoder(self.inputs, cfg, records)
@@ -157,7 +157,7 @@ class VlmpruneJax(lmms):
         groups: dict[int, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(_new_tokens(request), []).append(place)
-        replies: dict[int, Reply] = {}
+        replies: dict[int, Answer] = {}
         for max_new_tokens, places in groups.items():
             pictures = _Pictures(self.task_dict)
             records = [pictures.record(requests[place]) for place in places]

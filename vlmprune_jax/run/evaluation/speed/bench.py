@@ -46,11 +46,11 @@ _INSTALL = {"transformers": "pip install 'vlmprune-jax[torch]'", ENGINE: f"pip i
 def check_bench(threads: int | None, json_file: str | None) -> int:
     """Return the threads per engine, by default as many as CPU cores.
 
-    Raises UserError for more threads than CPU cores, or an output file that cannot be written.
+    Raises UserError for no threads or more than CPU cores, or an output file that cannot be written.
     """
-    threads = threads or cores()
-    if threads > cores():
-        raise UserError(f"--threads={threads} is more than the {cores()} cores that this process may use: lower it")
+    threads = cores() if threads is None else threads
+    if not 0 < threads <= cores():
+        raise UserError(f"--threads={threads}: must be 1 to {cores()}, the cores that this process may use")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
         raise UserError(f"--json={json_file}: must be a file name in an existing folder")
     return threads
