@@ -34,7 +34,6 @@ WRITERS = {
     ("run/demo/easyvqa.py", "_build"): _NEW,
     ("io/exports/target.py", "write_processor"): _NEW,
     ("io/exports/target.py", "write_files"): _NEW,
-    ("io/exports/vocabulary.py", "write_tokenizer"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,

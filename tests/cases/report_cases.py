@@ -21,7 +21,7 @@ from vlmprune_jax.run.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.run.workdir.result import Export, Result, Run, read_result
 from vlmprune_jax.run.workdir.speed import Bench, Pair, Speed, SpeedWorkload
 from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps
-from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
+from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep
 
 CFG = config((decoder_layer(4, 4, 12),) * len(EQUAL))
 SIZE = count_params(CFG)
@@ -166,9 +166,10 @@ PLANNED = PlannedStep(
     feature_cache=False,
     teacher_top_k=0,
     hbm=Hbm(arguments=2 << 30, temporaries=3 << 29, free=12 << 30),
-    flops=StepFlops(executed=3.26e15, student=1.5e15, teacher=1e15, attention=7e12, vision=3e12),
+    executed_flops=3.26e15,
+    flops={"student": 1.5e15, "teacher": 1e15, "attention": 7e12, "vision": 3e12},
     received={"weights": 37 << 30},
-    seconds=StepSeconds(compute=0.258, memory=0.02, interconnect=0.19),
+    seconds={"compute": 0.258, "memory": 0.02, "interconnect": 0.19},
     mfu=0.771,
     steps=520,
     compile_seconds=68.0,

@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from report_cases import METRICS, found
 
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.sweep import sweep as stages
 from vlmprune_jax.run.sweep.hyper import Hyper, SweepRun, sweep_runs
@@ -17,7 +16,7 @@ from vlmprune_jax.run.sweep.sweep import Sweep, collect
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.result import Costs, Result, Run
-from vlmprune_jax.run.workdir.speed import MedianSpeed
+from vlmprune_jax.run.workdir.speed import MedianSpeed, SpeedUp
 from vlmprune_jax.run.workdir.sweep import SweepResult
 
 TEACHER, CONTROL = found(0.8, 1500.0, 1.0), found(1.0, 1500.0, 1.0)

@@ -95,9 +95,9 @@ def tokenized_folder(folder: Path, name: str) -> Path:
 def vocabulary_plan(folder: Path, sources: Path, size: int, multiple: int = 8) -> PrunePlan:
     """A plan that trims the vocabulary of a folder and nothing else."""
     model = open_model(folder)
-    config = VocabularyConfig(size=size, sources=(str(sources),), multiple=multiple)
+    config = VocabularyConfig(size=size, sources=(str(sources),), multiple=multiple, source_dir=str(folder))
     plan = keep_everything(model.cfg, fingerprint(model), count_params(model.cfg))
-    plan = plan.trimming(choose_vocabulary(folder, model.cfg, config))
+    plan = plan.trimming(choose_vocabulary(model.cfg, config))
     return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(model.cfg)))
 
 

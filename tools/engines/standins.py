@@ -231,10 +231,9 @@ def _width(stack: str, heads: bool, uneven: bool = False) -> Callable[[Model, Pa
 
 
 def _vocabulary(model: Model, folder: Path) -> PrunePlan:
-    config = VocabularyConfig(
-        size=model.cfg.text.vocab_size - 8, sources=(str(folder / "prompts/texts.json"),), multiple=8
-    )
-    return _plan(model).trimming(choose_vocabulary(folder, model.cfg, config))
+    size, sources = model.cfg.text.vocab_size - 8, (str(folder / "prompts/texts.json"),)
+    config = VocabularyConfig(size=size, sources=sources, multiple=8, source_dir=str(folder))
+    return _plan(model).trimming(choose_vocabulary(model.cfg, config))
 
 
 CUTS: dict[str, Callable[[Model, Path], PrunePlan]] = {

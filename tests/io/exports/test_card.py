@@ -13,7 +13,7 @@ from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import KeptLayer, keep_everything
 from vlmprune_jax.io.checkpoints.lazy import open_model
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.card import model_name, write_card
+from vlmprune_jax.io.exports.card import CardFacts, model_name, write_card
 from vlmprune_jax.io.exports.write import save
 
 EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
@@ -33,8 +33,8 @@ def test_names_are_text(folder):
     out, cfg = folder
     (out.parent / "from").mkdir()
     (out.parent / "from/README.md").write_text("---\nlicense: a]: [b\nlicense_link: # c\n---\n")
-    told = {"loading": "here", "library": "transformers", "benchmarks": [[EVIL] * 5], "datasets": [f"org/{EVIL}"]}
-    write_card(out, cfg, f"org/{EVIL}", out.parent / "from", recovered=True, **told)
+    facts = CardFacts(f"org/{EVIL}", datasets=[f"org/{EVIL}"], recovered=True, benchmarks=[[EVIL] * 5])
+    write_card(out, cfg, facts, out.parent / "from", loading="here", library="transformers")
     card = (out / "README.md").read_text()
     _, front, text = re.split(r"^---$", card, maxsplit=2, flags=re.M)
     assert [line.partition(":")[0] for line in front.strip().splitlines()] == [
@@ -60,14 +60,8 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     whole = keep_everything(model.cfg, "0" * 64, count_params(model.cfg))
     plan = hand_plan(model.cfg, "0" * 64, "depth", text=whole.layers[:1] + whole.layers[2:])
     plan.to_json(tmp_path / "plan.json")
-    write_card(
-        tmp_path,
-        plan.apply_to(model.cfg),
-        "base",
-        goldens / "families/gemma4/ckpt",
-        loading="here",
-        library="transformers",
-    )
+    source, library = goldens / "families/gemma4/ckpt", "transformers"
+    write_card(tmp_path, plan.apply_to(model.cfg), CardFacts("base"), source, loading="here", library=library)
     rows = re.findall(
         r"\| (?:language model|projector|vision.*?|total) \| ([\d,]+) \|", (tmp_path / "README.md").read_text()
     )
@@ -108,7 +102,8 @@ def test_a_card_shows_no_command_that_cannot_work(tmp_path):
 def test_a_model_that_was_only_trained_is_not_called_pruned(folder):
     out, cfg = folder
     (out / "plan.json").unlink(missing_ok=True)
-    write_card(out, cfg, "org/base", out.parent, loading="here", library="transformers", recovered=True)
+    facts = CardFacts("org/base", recovered=True)
+    write_card(out, cfg, facts, out.parent, loading="here", library="transformers")
     card = (out / "README.md").read_text()
     assert "# org/base, trained\n" in card
     assert "pruned" not in card.replace("trained and not pruned", "")

@@ -113,7 +113,7 @@ def test_phi_3_marks_are_followed_by_no_white_space(goldens, tmp_path):
     assert '"<|user|>"' in template
     assert "<|user|>\\n" not in template
     assert "<|assistant|>\\n" not in template
-    assert any("drops white space after" in remark for remark in vocabulary.remarks)
+    assert vocabulary.drops
 
 
 UNKNOWN = {

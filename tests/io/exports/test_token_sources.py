@@ -76,7 +76,9 @@ def test_listed_ids_and_records_are_kept(folder, model, tmp_path):
         sources=tuple(str(tmp_path / name) for name in ("ids.json", "r.jsonl", "t.txt")),
         size=None,
     )
-    kept = choose_vocabulary(folder, model.cfg, config).kept
+    source = Source.of(folder, model.cfg)
+    sample = read_sample(source, config)
+    kept = source.keep(sample.used, sample.listed, None, 8).kept
     tokenizer = load_tokenizer(folder)
     for text in (" statement", " exception", " module"):
         assert tokenizer(text)["input_ids"][0] in kept
@@ -199,13 +201,13 @@ def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
         open_model(folder).cfg, text=dataclasses.replace(open_model(folder).cfg.text, vocab_size=500)
     )
     with pytest.raises(UserError, match="the tokenizer has token id 602, but the model has 500 tokens"):
-        choose_vocabulary(tmp_path / "model", cfg, settings(folder, sources))
+        choose_vocabulary(cfg, settings(tmp_path / "model", sources))
     listed = tmp_path / "ids.json"
     listed.write_text("[640]")
     with pytest.raises(UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
-        choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed))
+        choose_vocabulary(open_model(folder).cfg, settings(folder, listed))
     with pytest.raises(UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
-        choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed, size=641))
+        choose_vocabulary(open_model(folder).cfg, settings(folder, listed, size=641))
 
 
 @pytest.mark.slow

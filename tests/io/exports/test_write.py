@@ -379,7 +379,7 @@ def test_every_padded_decoder_is_the_same_function(tmp_path, name):
 
 def test_refuse(uneven, tmp_path):
     source, model, _ = uneven
-    refused("unequal widths.*pad.*per_layer", model, tmp_path / "out", source_dir=source, uneven="refuse")
+    refused('one width for all layers: .*uneven="pad"', model, tmp_path / "out", source_dir=source, uneven="refuse")
     assert not (tmp_path / "out").exists()
 
 

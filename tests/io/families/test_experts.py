@@ -30,11 +30,10 @@ from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.lazy import FileArray, open_model
-from vlmprune_jax.io.exports.mtp import MtpCut
+from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.io.exports.reload import check_export
-from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of
 
 MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")
@@ -289,7 +288,7 @@ def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
     folder = goldens / "families/qwen3_5_moe/ckpt"
     cfg = vp.load(folder).cfg
     with pytest.raises(UserError, match=r'export\.mtp="cut": MTP layers with experts .* use mtp="drop"'):
-        MtpCut(Checkpoint(folder), family_of(cfg), cfg)
+        mtp_tensors(Checkpoint(folder), cfg, "source")
 
 
 def keep_first(layer, experts):

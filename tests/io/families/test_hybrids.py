@@ -268,19 +268,22 @@ def layers_called(*names):
     ("damage", "message"),
     [
         (without("mtp."), r"has no module for multi-token prediction .mtp\.."),
-        (without(LAYER), "has layers none .0 in all., config.json says mtp_num_hidden_layers 1"),
+        (without(LAYER), "is missing .11 in all; config.json says mtp_num_hidden_layers 1."),
         (without(LAYER + "self_attn.o_proj"), "the tensor mtp.layers.0.self_attn.o_proj.weight is missing .1 in all"),
         (without("mtp.fc"), "the tensor mtp.fc.weight is missing"),
         (shaped("mtp.other", (2,)), "the tensor mtp.other is unknown"),
-        (layers_called("x"), "has layers x .1 in all., config.json says"),
-        (layers_called("99"), "has layers 99 .1 in all., config.json says"),
-        (layers_called(*range(300)), "has layers 0, 1, 10, .* .300 in all., config.json says"),
+        (layers_called("x"), r"layers.0.\S+ is missing .22 in all; config.json says"),
+        (layers_called("99"), r"layers.0.\S+ is missing .22 in all; config.json says"),
+        (layers_called(*range(300)), r"layers.1.\S+ is unknown .3289 in all; config.json says"),
         (shaped("mtp.fc.weight", (28, 28)), r"mtp.fc.weight has shape \[28, 28\], expected \[28, 56\]"),
         (shaped(LAYER + "mlp.down_proj.weight", (28,)), r"down_proj.weight has shape \[28\], expected \[28, \d+\]"),
         (shaped(LAYER + "mlp.up_proj.weight", (39, 28)), r"_proj.weight has shape .*, expected"),
-        (shaped(LAYER + "self_attn.k_proj.weight", (48, 28)), r"has shape .*, expected|4 query heads but 3 key/value"),
+        (shaped(LAYER + "self_attn.k_proj.weight", (48, 28)), r"has shape .*, expected"),
         (shaped(LAYER + "mlp.down_proj.weight", (28, 40), np.nan), "down_proj.weight has 1120 NaN or infinite values"),
-        (shaped("mtp.norm.weight", (28,), np.inf), "mtp.norm.weight has 28 NaN or infinite values"),
+        (
+            shaped("mtp.norm.weight", (28,), np.inf),
+            "mtp.norm.weight, to be written as F32, has 28 NaN",
+        ),
     ],
 )
 def test_damaged_heads_for_several_tokens_are_refused(models, tmp_path, damage, message):
@@ -288,7 +291,7 @@ def test_damaged_heads_for_several_tokens_are_refused(models, tmp_path, damage, 
     shutil.copytree(golden.ckpt, folder)
     edit_weights(folder, damage)
     smaller, plan = prune(golden.model, kept_mixers(golden, "all"))
-    with pytest.raises(UserError, match=f"model: .*{message}"):
+    with pytest.raises(UserError, match=f"model(/model.safetensors)?: .*{message}"):
         vp.save(smaller, tmp_path / "out", source_dir=folder, plan=plan, dtype="float32", mtp="cut")
     assert not (tmp_path / "out").exists()
 

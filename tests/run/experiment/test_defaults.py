@@ -11,6 +11,7 @@ from vlmprune_jax.core.prune import CRITERIA, PlanConfig, ReconstructConfig, Sco
 from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.exports.card import CardFacts
 from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.run.evaluation.config import EvaluateSpec
 from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
@@ -54,7 +55,8 @@ def test_a_difference_is_noticed():
 
 def test_save_takes_every_setting_of_the_export():
     configs = {"evaluate", "base_model", "push_to_hub"}  # settings that only configs have
-    taken = {*inspect.signature(vp.save).parameters}.union(*(settings_of(one.options) for one in vp.formats.values()))
+    taken = {*inspect.signature(vp.save).parameters, *CardFacts.__dataclass_fields__}
+    taken = taken.union(*(settings_of(one.options) for one in vp.formats.values()))
     assert settings_of(ExportSpec).keys() - taken == configs
 
 

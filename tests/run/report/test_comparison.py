@@ -9,13 +9,13 @@ import pytest
 from msgspec.structs import replace
 from sweep_cases import image_runs, some_runs, with_models, write_sweep
 
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.build import build_sweep_page
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.groups import comparison_of_sweep
+from vlmprune_jax.run.workdir.speed import SpeedUp
 from vlmprune_jax.run.workdir.sweep import as_csv, read_sweep
 
 

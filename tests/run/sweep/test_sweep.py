@@ -11,13 +11,13 @@ from study_cases import row
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.report import build
 from vlmprune_jax.run.sweep import hyper
 from vlmprune_jax.run.sweep import sweep as sweep_run
 from vlmprune_jax.run.sweep.hyper import sweep_runs
 from vlmprune_jax.run.workdir.result import read_result
+from vlmprune_jax.run.workdir.speed import SpeedUp
 from vlmprune_jax.run.workdir.sweep import read_sweep
 
 CONFIG = """

@@ -40,20 +40,20 @@ def shapes(layers: Sequence[Layer]) -> str:
     return f"each with {texts[0]}" if len(texts) == 1 else f"of unequal width: {'; '.join(texts)}"
 
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("vlmprune_jax.io.exports", "cards"),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
-_TEMPLATES.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format}
-_TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
+TEMPLATES.filters |= {"markdown": markdown, "code": code, "yaml": yaml, "shapes": shapes}
+TEMPLATES.filters |= {"printable": printable, "number": "{:,}".format, "percent": "{:.1%}".format}
+TEMPLATES.filters["quoted"] = lambda text: json.dumps(printable(text))
 
 
 def render(template: str, **values: Any) -> str:
     """Return the text of a template in `cards/`; runs of empty lines, which missing paragraphs leave, become one."""
-    return re.sub(r"\n{3,}", "\n\n", _TEMPLATES.get_template(f"{template}.md.jinja").render(values)).strip("\n")
+    return re.sub(r"\n{3,}", "\n\n", TEMPLATES.get_template(f"{template}.md.jinja").render(values)).strip("\n")
 
 
 def model_name(folder: Path) -> str:
@@ -88,50 +88,53 @@ def _metadata(source: Path) -> str:
     return text.split("\n---", 1)[0] if text.startswith("---\n") else ""
 
 
-def write_card(
-    folder: Path,
-    cfg: ModelConfig,
-    name: str,
-    source: Path,
-    *,
-    loading: str,
-    library: str,
-    reconstructed: bool = False,
-    recovered: bool = False,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    benchmarks: Sequence[Sequence[str]] = (),
-) -> None:
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts for the model card that the weights do not tell: arguments of `save`."""
+
+    name: str | None = None
+    """Name of the unpruned model, if possible a hub id (None = the name of `source_dir`)."""
+
+    license: str | None = None
+    """License as the hub names it (None = that of `source_dir`'s card)."""
+
+    datasets: Sequence[str] = ()
+    """Names of the training data, if possible hub ids."""
+
+    reconstructed: bool = False
+    recovered: bool = False
+    """True if the card names these steps after pruning."""
+
+    benchmarks: Sequence[Sequence[str]] = ()
+    """Rows of the table: set, scores of unpruned and this model, retained % and its interval."""
+
+
+def write_card(folder: Path, cfg: ModelConfig, facts: CardFacts, source: Path, *, loading: str, library: str) -> None:
     """Write the model card (README.md) of an exported folder that already has all other files.
 
-    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For the
-    other arguments, see `save`.
+    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder.
     """
     plan_file = folder / "plan.json"
     plan = PrunePlan.from_json(plan_file) if os.path.lexists(plan_file) else None
-    after = "recovered" if plan or reconstructed else "trained"
-    steps = {"pruned": plan is not None, "reconstructed": reconstructed, after: recovered}
+    after, name = "recovered" if plan or facts.reconstructed else "trained", facts.name or model_name(source)
+    steps = {"pruned": plan is not None, "reconstructed": facts.reconstructed, after: facts.recovered}
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
-    values: dict[str, Any] = {}
-    if plan is not None:
-        values["removed"] = plan.removed_layers
-        values["layers_before"] = len(plan.stacks["text"].sizes_before)
+    license = license_of(source) if facts.license is None else {"license": facts.license}
     card = render(
         "model",
-        fields=fields | (license_of(source) if license is None else {"license": license}),
-        listed=[dataset for dataset in datasets if "/" in dataset],
+        fields=fields | license,
+        listed=[dataset for dataset in facts.datasets if "/" in dataset],
         tags=tags_of(plan is not None),
         name=name,
         steps=[step for step, done in steps.items() if done],
         plan=plan,
-        datasets=datasets,
+        datasets=facts.datasets,
         table=_table(cfg, plan),
         layers=cfg.text.layers,
         tower=cfg.stack("vision").layers if plan is not None and "vision" in plan.stacks else (),
-        evaluation=render("evaluation", rows=benchmarks, remark="") if benchmarks else "",
+        evaluation=render("evaluation", rows=facts.benchmarks, remark="") if facts.benchmarks else "",
         loading=loading,
-        **values,
     )
     _write(folder, f"{card}\n")
 
@@ -200,12 +203,13 @@ def loading_of(
     unreadable = None
     if experts and integers and (not decoder_of(text.decoder).reads_quantised_experts or integers.activations):
         unreadable = "transformers 5.24 does not read quantised experts, and leaves them random without an error"
-    class_name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    if written.layout == cfg.layout != "transformers":
-        class_name = (config.get("architectures") or ["the hub's class"])[0]
-    elif loader is not None:
-        class_name = next(iter(config["auto_map"]))
+    in_hub_layout = written.layout == cfg.layout != "transformers"
+    class_name = (config.get("architectures") or ["the hub's class" if in_hub_layout else "AutoModelForCausalLM"])[0]
+    class_name = next(iter(config["auto_map"])) if loader is not None and not in_hub_layout else class_name
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    described = (folder / f"{kind}_config.json" for kind in ("tokenizer", "processor"))
+    known = (read_json(path, dict[str, Any], todo="move it away") for path in described if path.is_file())
+    has_template = any(folder.glob("chat_template*")) or any("chat_template" in file for file in known)
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     zeros = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
     padded = cfg
@@ -216,7 +220,7 @@ def loading_of(
         "folder",
         cfg=cfg,
         written=written,
-        in_hub_layout=written.layout == cfg.layout != "transformers",
+        in_hub_layout=in_hub_layout,
         fewer_heads=fewer or (tower is not None and not tower.whole_heads),
         class_name=class_name,
         remote=config.get("auto_map"),
@@ -225,7 +229,7 @@ def loading_of(
         problem=unreadable or why_not_in_transformers(written, loader=loader is not None),
         reader="AutoProcessor" if processor else "AutoTokenizer" if tower is None else "",
         decoded="CompressedTensorsConfig" if zeros else "",
-        has_template=processor and _has_template(folder),
+        has_template=processor and has_template,
         words=text.vocab_size - cfg.text.vocab_size,
         before=count_params(cfg),
         after=count_params(padded),
@@ -238,12 +242,6 @@ def loading_of(
         unreadable=unreadable,
         plain=plain,
     )
-
-
-def _has_template(folder: Path) -> bool:
-    configs = [folder / f"{name}_config.json" for name in ("tokenizer", "processor")]
-    known = (read_json(path, dict[str, Any], todo="move it away") for path in configs if path.is_file())
-    return any(folder.glob("chat_template*")) or any("chat_template" in config for config in known)
 
 
 _NEEDED = {
@@ -277,7 +275,16 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     from huggingface_hub.utils import validate_repo_id
 
     check_links(Path(folder))
-    card = check_card(Path(folder))
+    path = Path(folder) / "README.md"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file: push a folder that vp.save or `vlmprune export` wrote")
+    try:
+        card = ModelCard(read_text(path, MAX_JSON_BYTES))
+    except Exception as error:  # yaml's own, ValueError of malformed results
+        raise UserError(f"{path}: the metadata of the model card is malformed ({reason(error)}): correct it") from error
+    missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]
+    if missing:
+        raise UserError(f"{path}: the metadata of the model card lacks {'; '.join(missing)}")
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = tuple(path.relative_to(folder).as_posix() for path in paths)
     upload = Upload(f"{constants.ENDPOINT}/{repo_id}", names, sum(path.stat().st_size for path in paths), not dry_run)
@@ -286,7 +293,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
         if "/" not in repo_id:
             raise ValueError("it has no organisation or user")
         if not dry_run:
-            ModelCard(card).validate()
+            card.validate()
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload by vlmprune-jax")
@@ -306,20 +313,3 @@ def check_upload(repo_id: str, base_model: str | None, license: str | None) -> N
     for name, value in (("base_model", base_model), ("license", license)):
         if value is None:
             raise UserError(f"export.push_to_hub={repo_id}: the model card has no {name}: set {_NEEDED[name]}")
-
-
-def check_card(folder: Path) -> str:
-    """Return a folder's model card; raise UserError if the hub could not parse its metadata."""
-    from huggingface_hub import ModelCard
-
-    path = folder / "README.md"
-    if not os.path.lexists(path):
-        raise UserError(f"{path}: no such file: push a folder that vp.save or `vlmprune export` wrote")
-    try:
-        card = ModelCard(read_text(path, MAX_JSON_BYTES))
-    except Exception as error:  # yaml's own, ValueError of malformed results
-        raise UserError(f"{path}: the metadata of the model card is malformed ({reason(error)}): correct it") from error
-    missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]
-    if missing:
-        raise UserError(f"{path}: the metadata of the model card lacks {'; '.join(missing)}")
-    return card.content

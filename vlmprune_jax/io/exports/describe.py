@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.errors import printable
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import Stack, describe_layers, stack_title
 from vlmprune_jax.core.mixers import Attention
@@ -21,6 +20,7 @@ from vlmprune_jax.core.prune.solver import Component, most_removable, units_of
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
 from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
+from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.families.limits import what_loads
 
 PARTS = ("text", "vision", "projector")
@@ -121,57 +121,10 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     }
 
 
-def _images(found: dict[str, Any]) -> str:
-    vision, tokens = found["vision"], found["tokens_per_image"]
-    patch, side = vision["patch_size"], vision["merge"]
-    if vision["patches"]["temporal"]:
-        return f"images of any size, a token for {side} x {side} patches of {patch}"
-    return f"images of {vision['image_size']} in patches of {patch}: {tokens} tokens each"
-
-
 def as_lines(found: dict[str, Any]) -> list[str]:
     """Return the content of `vlmprune inspect` as lines of text."""
-    text, parts, prunable = found["text"], found["parameters"], found["prunable"]
-    total, passthrough = parts["total"], parts["total"] + found["passthrough"]
-    lines = [
-        f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
-        f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
-        + printable(", ".join(f"{n} x {kind}" for kind, n in found["dtypes"].items()))
-        + (f", weights in {found['storage']}" if found["storage"] else ""),
-        f"  parameters  {total:,}: "
-        + ", ".join(
-            f"{stack_title(part)} {parts[part]:,} ({100 * parts[part] / total:.1f} %)"
-            for part in parts
-            if part != "total" and parts[part]
-        ),
-        *(
-            [f"              {found['active_parameters']:,} of them are active for one token (some of the experts)"]
-            if found["active_parameters"] < total
-            else []
-        ),
-        *(
-            [
-                f"              num_parameters() in transformers is {passthrough:,}: it includes unused tower layers "
-                "or an audio tower"
-            ]
-            if found["passthrough"]
-            else []
-        ),
-        f"  decoder     {text['layers']} layers: {_runs(text)}",
-        f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
-        f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
-    ]
-    vision = found["vision"]
-    if vision is not None:
-        lines += [
-            f"  vision      {vision['layers']} of {vision['n_layers_total']} layers are computed: {_runs(vision)}",
-            f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, {_images(found)}",
-        ]
-    lines += _prunable_lines(f"  prunable    a {'decoder ' if vision else ''}layer", prunable)
-    if vision is not None:
-        lines += _prunable_lines("              a layer of the vision tower", found["prunable_tower"])
-    targets = enumerate(found["loads"].items())
-    return lines + [f"  {'loads in' if i == 0 else '':<11} {name}: {_loads(stacks)}" for i, (name, stacks) in targets]
+    functions = {"loads": _loads, "runs": _runs, "title_of": stack_title, "share": lambda share: f"{100 * share:.3g} %"}
+    return render("inspect", found=found, **functions).split("\n")
 
 
 def _loads(stacks: dict[str, dict[str, str | None]]) -> str:
@@ -186,26 +139,7 @@ def _loads(stacks: dict[str, dict[str, str | None]]) -> str:
     return "; ".join(said)
 
 
-def _prunable_lines(layer: str, prunable: dict[str, Any]) -> list[str]:
-    group = prunable["query_heads_per_group"]
-    unit = "head" if group == 1 else f"head group ({group} query heads)"
-    depth = prunable["most_by_depth"]
-    by_depth = "no layer can be removed; at most" if depth is None else f"at most {_percent(depth)} by depth,"
-    article = "an" if prunable["unit"][0] in "aeiou" else "a"
-    return [
-        f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
-        f"{_percent(prunable['head_group'])}, "
-        + "".join(f"a {name} {_percent(share)}, " for name, share in prunable["other_groups"].items())
-        + f"{article} {prunable['unit']} {_percent(prunable['neuron'])}",
-        f"              {by_depth} {_percent(prunable['most_by_width'])} by width",
-    ]
-
-
 def _runs(stack: dict[str, Any]) -> str:
     layers = [run for run in stack["runs"] for _ in range(run["layers"])]
     sizes = [{name: size for name, size in layer.items() if name in AXES} for layer in layers]
     return describe_layers(sizes, [layer["window"] for layer in layers])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

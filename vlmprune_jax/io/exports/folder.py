@@ -18,7 +18,6 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, Sto
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.layout import (
-    Slot,
     block_number,
     block_prefix,
     by_key,
@@ -26,12 +25,13 @@ from vlmprune_jax.io.checkpoints.layout import (
     template,
     tied_head,
 )
+from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import loading_of
 from vlmprune_jax.io.exports.format import Contents, FolderOptions, Origin
 from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage, matrices
-from vlmprune_jax.io.exports.mtp import mtp_tensors, with_mtp
+from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
-from vlmprune_jax.io.exports.weights import Weights
+from vlmprune_jax.io.exports.weights import Weights, cast
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.experts import as_stored, with_separate_experts
 from vlmprune_jax.io.families.towers import is_left_out, stock_tower_constants, vision_of
@@ -41,6 +41,8 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     """Return the exported folder's content; weights that the integers' storage cannot hold remain unquantised."""
+    if options.rounding == "gptq" and options.storage is None:
+        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
     target, storage, dtype = make_target(model.cfg, origin.folder, options), options.storage, options.dtype
     if storage is None and options.quantize != "none":
         integers = options.quantize, options.group_size, options.symmetric
@@ -50,10 +52,15 @@ def folder_contents(model: Model, origin: Origin, options: FolderOptions) -> Con
         if origin.tpu_chips:
             check_on_tpus(target.cfg, storage, origin.tpu_chips)
     weights = origin.weights or origin.folder
-    tensors = make_tensors(model, target, Checkpoint(weights), dtype, storage)
-    if options.mtp == "cut":
-        tensors += mtp_tensors(Checkpoint(origin.mtp or weights), target.family, target.cfg, dtype)
-    config = with_mtp(target.config, target.family, [tensor.key for tensor in tensors])
+    tensors, config = make_tensors(model, target, Checkpoint(weights), dtype, storage), target.config
+    module = (
+        mtp_tensors(Checkpoint(resolve(options.mtp_dir or weights)), target.cfg, dtype) if options.mtp == "cut" else []
+    )
+    section, text, field = target.family.text_section, target.family.text_config(config), target.family.mtp[1]
+    if section is not None and field in text:
+        layers = {tensor.key.partition("layers.")[2].split(".")[0] for tensor in module} - {""}
+        config = {**config, section: {**text, field: len(layers)}}
+    tensors += module
     if storage is not None:
         config |= {"quantization_config": storage.to_config({tensor.key: tensor.shape for tensor in tensors})}
     target = dataclasses.replace(target, config=config)
@@ -106,9 +113,7 @@ def make_tensors(
             spelled = (template(key) if family.respells else spelled).replace("{}", str(slots[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else file_name(dtype)
-        what = f"{parameters.location(slots[0])}, to be written as {stored},"
-        pieces = functools.partial(parameters.pieces, slots, functools.partial(_as_dtype, stored), stored)
-        weights.append((slots[0].name, weight(spelled, stored, slots[0].hf_shape, pieces, what)))
+        weights.append((slots[0].name, parameters.tensor(spelled, slots, stored)))
     if missing:
         raise UserError(f"{source.folder}: has no tensor {missing[0]}: pass the folder that the model was loaded from")
     if target.converts:
@@ -116,11 +121,6 @@ def make_tensors(
     else:
         unused = _passthrough(source, set(tensors), target, family, dtype)
     return [tensor for _, tensor in weights] + unused if storage is None else encoded(weights, storage) + unused
-
-
-def _as_dtype(dtype: str, array: np.ndarray, slot: Slot | None = None) -> np.ndarray:
-    with np.errstate(over="ignore"):  # reported with the tensor's name instead
-        return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
@@ -156,7 +156,7 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
             blocks = functools.partial(_bytes_of, entry)
             tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, blocks))
         else:
-            pieces = lambda entry=entry, stored=stored: [_as_dtype(stored, entry.array())]  # noqa: E731
+            pieces = lambda entry=entry, stored=stored: [cast(entry.array(), stored)]  # noqa: E731
             tensors.append(weight(written, stored, entry.shape, pieces))
     return tensors
 

@@ -31,7 +31,6 @@ class Origin:
       name: the name for the export.
       vision_dir: folder of a separate vision tower.
       weights: folder of the model's tensors, if it differs from `folder` (when the vocabulary is trimmed).
-      mtp: folder of the module for multi-token prediction, if it differs from that of the tensors.
       tpu_chips: tensor-parallel size if the plan was made for vLLM on TPUs (`loads_in`), else 0.
       pruned: True if the model was pruned.
     """
@@ -40,7 +39,6 @@ class Origin:
     name: str
     vision_dir: Path | None = None
     weights: Path | None = None
-    mtp: Path | None = None
     tpu_chips: int = 0
     pruned: bool = False
 
@@ -187,6 +185,11 @@ class FolderOptions:
         'calibration records of `reconstruct` ("gptq"). None = "gptq" for w4a16 if `data.train` is set and GPTQ '
         'supports the model, otherwise "nearest".',
         choices=("nearest", "gptq"),
+    )
+    mtp_dir: Any = setting(
+        None,
+        'Folder with the unpruned module for mtp="cut" (None = `source_dir`; pruned folders have none).',
+        offered=False,
     )
     storage: Any = setting(
         None, "Weights that are already quantised, such as the result of `vp.gptq` (None = none).", offered=False

@@ -2,91 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune_jax.base.checks import Registry, one_of, suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import check_settings, export_setting, settings_of
-from vlmprune_jax.io.exports.format import (
-    Calibration,
-    Comparison,
-    Contents,
-    FolderOptions,
-    Format,
-    GgufOptions,
-    Importance,
-    Origin,
-)
-
-if TYPE_CHECKING:
-    from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.exports.format import Calibration, FolderOptions, Format, GgufOptions
 
 
-def _prepare_folder(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    from vlmprune_jax.io.exports.folder import folder_contents  # imports jax, like all that reads a model
+def _of(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of this package whose module, which imports jax, is first imported when it is called."""
 
-    if options.rounding == "gptq" and options.storage is None:
-        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
-    return folder_contents(model, origin, options)
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"vlmprune_jax.io.exports.{module}"), function)(*args)
 
-
-def _check_folder(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    from vlmprune_jax.io.exports.reload import check_export
-
-    return check_export(model, folder, vision_dir=origin.vision_dir)
+    return call
 
 
-def _calibration_of_folder(options: FolderOptions) -> Calibration | None:
+def _gptq(options: FolderOptions) -> Calibration | None:
     names = ("quantize", "group_size", "symmetric", "dtype")
     settings = {name: getattr(options, name) for name in names}
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
 
 
-def _prepare_gguf(model: Model, origin: Origin, options: GgufOptions) -> Contents:
-    """Return the content of a GGUF export: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf`, `imatrix-NAME.gguf_file`."""
-    from vlmprune_jax.io.exports.gguf_file import (  # imports jax, like all that reads a model
-        gguf_loading,
-        imatrix_file,
-        write_gguf,
-    )
-    from vlmprune_jax.io.exports.gguf_model import make_gguf
-
-    models, imatrix = make_gguf(model, origin, options), None
-    if isinstance(options.imatrix, Importance):
-        imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
-    elif options.imatrix:
-        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
-    files = models if imatrix is None else [*models, imatrix]
-
-    def write(folder: Path) -> None:
-        for file in files:
-            write_gguf(file, folder)
-
-    tensors = [tensor for file in files for tensor in file.tensors]
-    return Contents(tensors, write, lambda folder: gguf_loading(models, model.cfg, imatrix))
-
-
-def _check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
-    from vlmprune_jax.io.exports.gguf_file import check_gguf
-
-    return check_gguf(model, folder, origin.folder, options)
-
-
-def _read_gguf(folder: Path, model: Model, options: GgufOptions) -> Model:
-    from vlmprune_jax.io.exports.gguf_file import read_on_devices
-
-    return read_on_devices(folder, model, options)
-
-
-def _calibration_of_gguf(options: GgufOptions) -> Calibration | None:
-    return Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None
-
-
-HUGGINGFACE = Format(FolderOptions, _prepare_folder, _check_folder, calibration=_calibration_of_folder)
-GGUF = Format(GgufOptions, _prepare_gguf, _check_gguf, _read_gguf, library="gguf", calibration=_calibration_of_gguf)
+HUGGINGFACE = Format(
+    FolderOptions,
+    _of("folder", "folder_contents"),
+    lambda model, folder, origin, options: _of("reload", "check_export")(model, folder, origin.vision_dir),
+    calibration=_gptq,
+)
+GGUF = Format(
+    GgufOptions,
+    _of("gguf_file", "gguf_contents"),
+    _of("gguf_file", "check_gguf"),
+    _of("gguf_file", "read_on_devices"),
+    library="gguf",
+    calibration=lambda options: Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None,
+)
 # A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
 FORMATS = Registry("formats", Format, {"huggingface": HUGGINGFACE, "gguf": GGUF})
 
@@ -109,26 +64,19 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     if quantize not in ("none", *chosen.quantizations):
         supported = ", ".join(chosen.quantizations)
         raise UserError(f"quantize {quantize!r} is not supported by format {name!r} (supported: {supported})")
-    option_settings = settings_of(chosen.options)
+    known, homes = settings_of(chosen.options), {other: settings_of(f.options) for other, f in FORMATS.items()}
     for option, value in values.items():
-        if option not in option_settings:
-            _check_foreign(option, value, name, tuple(option_settings))
-    options = chosen.options(**{option: value for option, value in values.items() if option in option_settings})
+        defaults = {other: settings[option].default for other, settings in homes.items() if option in settings}
+        if not defaults:
+            raise UserError(f"format {name!r} has no option {option!r}{suggest(option, tuple(known))}")
+        if option not in known and value not in defaults.values():
+            raise UserError(
+                f"{option}={value!r} is an option of format {' or '.join(map(repr, defaults))}, not of {name!r}: leave "
+                "it out, or choose another format"
+            )
+    options = chosen.options(**{option: value for option, value in values.items() if option in known})
     check_settings("export", options, elsewhere=True)
     return chosen, options
-
-
-def _check_foreign(option: str, value: Any, name: str, option_names: tuple[str, ...]) -> None:
-    """Raise UserError if an option that only other export formats have is set."""
-    others = {other: settings_of(f.options) for other, f in FORMATS.items()}
-    homes = {other: settings[option].default for other, settings in others.items() if option in settings}
-    if not homes:
-        raise UserError(f"format {name!r} has no option {option!r}{suggest(option, option_names)}")
-    if value not in homes.values():
-        raise UserError(
-            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r}: leave it "
-            "out, or choose another format"
-        )
 
 
 @dataclass(frozen=True)

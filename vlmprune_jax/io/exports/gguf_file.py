@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,17 @@ from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, write_tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Comparison, GgufOptions, Importance
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, spelled, tiled, under_names
+from vlmprune_jax.io.exports.format import Comparison, Contents, GgufOptions, Importance, Origin
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL
-from vlmprune_jax.io.families.gguf_towers import projector_tensors, tower_tensors
-from vlmprune_jax.io.families.towers import vision_of
 
 _ALIGNMENT = 32
 # Importance file, as in llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of
@@ -76,30 +74,41 @@ def _header(content: GgufFile, folder: Path) -> bytes:
         path.unlink(missing_ok=True)
 
 
-def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
-    """Return the model card's section "Loading" for GGUF files."""
-    stem, _, label = files[0].name.removesuffix(".gguf").rpartition("-")
-    padded = cfg.with_layers(files[0].layers)
-    if len(files) > 1:
-        padded = padded.with_layers(files[1].layers, "vision")
-    return render(
-        "gguf",
-        files=files,
-        unquantised=[key for file in files for key in file.unquantised],
-        before=count_params(cfg),
-        after=count_params(padded),
-        imatrix=imatrix,
-        stem=stem,
-        label=label,
-        remarks=[remark for file in files for remark in file.remarks],
-    )
+def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Contents:
+    """Return the content of a GGUF export: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf`, `imatrix-NAME.gguf_file`."""
+    models, imatrix = make_gguf(model, origin, options), None
+    if isinstance(options.imatrix, Importance):
+        imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
+    elif options.imatrix:
+        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
+    files, padded = models if imatrix is None else [*models, imatrix], model.cfg
+    for file, stack in zip(models, ("text", "vision"), strict=False):
+        padded = padded.with_layers(file.layers, stack)
+
+    def write(folder: Path) -> None:
+        for file in files:
+            write_gguf(file, folder)
+
+    def card(folder: Path) -> str:
+        stem, _, label = models[0].name.removesuffix(".gguf").rpartition("-")
+        return render(
+            "gguf",
+            files=models,
+            before=count_params(model.cfg),
+            after=count_params(padded),
+            imatrix=imatrix,
+            unquantised=[key for file in models for key in file.unquantised],
+            stem=stem,
+            label=label,
+        )
+
+    return Contents([tensor for file in files for tensor in file.tensors], write, card)
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
     """Return the importance matrix file that belongs to a GGUF file (zero-padded layers if `uneven` is "pad")."""
     architecture, wide = fit(cfg, uneven)
-    family = family_of(cfg)
-    here = under_names(family, "text", architecture.tensors)
+    here = gguf_family(family_of(cfg), architecture, wide)
     before = {slot.name: slot for slot in make_slots(cfg, here)}
     slots = [
         slot
@@ -116,8 +125,9 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
                 "save (vp.imatrix)"
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
-        tensors.append(_tensor(f"{key}.in_sum2", sums[None]))
-        tensors.append(_tensor(f"{key}.counts", np.full((1, 1), importance.tokens)))
+        for name, values in (("in_sum2", sums[None]), ("counts", np.full((1, 1), importance.tokens))):
+            pieces = functools.partial(iter, [values.astype(np.float32)])
+            tensors.append(weight(f"{key}.{name}", "F32", values.shape, pieces))
     fields = {
         "type": "imatrix",
         "imatrix.datasets": ["calibration records"],
@@ -138,11 +148,6 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     if before.shape != after.shape:
         mean = pad_tensor(mean, axes, "text", before.layer, cfg, wide)
     return (tiled(mean, axes, wide.text.layers[before.layer]) if "delta_heads" in axes else mean).reshape(-1)
-
-
-def _tensor(key: str, values: np.ndarray) -> Tensor:
-    data = np.ascontiguousarray(values, np.float32)
-    return Tensor(key, "F32", data.shape, data.nbytes, lambda: iter([data.reshape(-1).view(np.uint8)]))
 
 
 # Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
@@ -182,11 +187,11 @@ print("\\n" + json.dumps(results))
 Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest next token: log-probability})
 
 
-def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -> Comparison:
+def check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
     """Compare the float32 logits of written GGUF files with the model's, on random text and images.
 
     If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the tokenizer of the
-    folder `source`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
+    folder of `origin`, and its log-probabilities of the likeliest next tokens must match those of the file's weights in
     JAX.
 
     Returns the backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), the difference
@@ -211,7 +216,7 @@ def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -
         quantised = coarsest.startswith("Q")
         if importlib.util.find_spec(WHEEL) is not None:
             path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
-            comparison = _in_llama(written, path, source, _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE)
+            comparison = _in_llama(written, path, origin.folder, quantised)
         if quantised:
             comparison["moved_by_rounding"] = difference
         return comparison
@@ -223,7 +228,7 @@ def check_gguf(model: Model, folder: Path, source: Path, options: GgufOptions) -
         return on_process_zero(compare)
 
 
-def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
+def _in_llama(written: Model, path: Path, source: Path, quantised: bool) -> Comparison:
     tokens = _tokens(load_tokenizer(source), written.cfg)
     answers = _ask(path, [*tokens, *tokens.values()])
     gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
@@ -235,7 +240,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
             )
         here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
         gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
-    difference = max(gaps)
+    difference, tolerance = max(gaps), _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
     if not difference <= tolerance:
         raise UserError(
             f"{path}: log-probabilities of llama.cpp differ from the model's by {difference:.2g} (tolerance "
@@ -283,10 +288,7 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
     from gguf.quants import dequantize
 
     architecture, wide = fit(cfg, options.uneven)
-    family = under_names(family_of(cfg), "text", architecture.tensors)
-    if wide.vision is not None and wide.projector is not None:
-        family = under_names(family, "vision", tower_tensors(wide))
-        family = under_names(family, "projector", projector_tensors(wide))
+    family = gguf_family(family_of(cfg), architecture, wide)
     files = [*folder.glob("*.gguf")]
     for file in files:
         read_gguf_header(file)  # refuses a file that is cut short, in words
@@ -298,16 +300,11 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
             return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
         return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
 
+    spell = functools.partial(spelled, cfg=wide, architecture=architecture, rolled=options.rolled_positions, back=True)
     arrays = []
     for key, slots in by_key(make_slots(wide, family)).items():
-        path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
-        if path == "vision/patch_embedding/weight" and vision_of(wide).patches.channels_last:
-            tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
-        if options.rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
-            tensor = np.roll(tensor, 1, axis=0)
-        for slot in slots:
-            array = spelled(slot.array_of(tensor), slot, wide, architecture if slot.part == "text" else None, back=True)
-            arrays.append((slot, array))
+        tensor = stored(key, slots[0].hf_shape or (1,))
+        arrays += [(slot, spell(slot.array_of(tensor), slot)) for slot in slots]
     return Model(unflatten(stacked(arrays, np.stack)), wide), {tensor.tensor_type.name for tensor in tensors.values()}
 
 

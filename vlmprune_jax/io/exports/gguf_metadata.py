@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import Patching, patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.tiling import splitting_from_processor, tiling_from_processor
-from vlmprune_jax.io.exports.gguf_tokenizer import drops_white_space
+from vlmprune_jax.io.exports.card import render
+from vlmprune_jax.io.exports.gguf_tokenizer import Vocabulary, drops_white_space
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import (
     DROPPING_NAME,
@@ -25,7 +26,7 @@ from vlmprune_jax.io.families.gguf import (
 )
 from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.io.families.table import JsonDict
-from vlmprune_jax.io.families.towers import PIXELS, projector_of, vision_of
+from vlmprune_jax.io.families.towers import PIXELS, vision_of
 
 _BLOCK = 32  # values of a row per block in kernels of llama.cpp
 _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
@@ -64,7 +65,18 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
         "layer_norm_rms_eps" if text.block.norm == "rms" else "layer_norm_eps": text.block.norm_eps,
     }
     if architecture.windows is not None:
-        fields |= _window_fields(text)
+        local, pattern = text.local_attention, [shape.mixer.window is not None for shape in text.layers]
+        windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
+        fields["sliding_window"] = max(windows, default=text.max_positions)
+        fields["sliding_window_pattern"] = full_attention_period(text.layers)
+        fields["rope_freq_base_swa"] = (local.rope or rope).theta
+        if text.attention.head_dim != local.head_dim:
+            fields |= {"key_length_swa": local.head_dim, "value_length_swa": local.head_dim}
+            fields |= {"sliding_window_pattern": pattern, "rope_dimension_count_swa": local.rotated}
+            fields["shared_kv_layers"] = sum(shape.mixer.source is not None for shape in text.layers)
+            fields["embedding_length_per_layer_input"] = text.block.layer_inputs
+        if text.logit_cap:
+            fields["final_logit_softcapping"] = text.logit_cap
     if rope.sections:
         fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and an unused section
     if cfg.deepstack:
@@ -84,59 +96,29 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
     return fields
 
 
-def _window_fields(text: TextConfig) -> JsonDict:
-    """Return GGUF metadata of sliding windows, shared keys and values, and per-layer embeddings."""
-    windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
-    fields: JsonDict = {
-        "sliding_window": max(windows, default=text.max_positions),
-        "sliding_window_pattern": full_attention_period(text.layers),
-        "rope_freq_base_swa": (text.local_attention.rope or text.rope).theta,
-    }
-    if text.attention.head_dim != text.local_attention.head_dim:
-        fields |= {
-            "sliding_window_pattern": [shape.mixer.window is not None for shape in text.layers],
-            "key_length_swa": text.local_attention.head_dim,
-            "value_length_swa": text.local_attention.head_dim,
-            "rope_dimension_count_swa": text.local_attention.rotated,
-            "shared_kv_layers": sum(shape.mixer.source is not None for shape in text.layers),
-            "embedding_length_per_layer_input": text.block.layer_inputs,
-        }
-    return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
+def image_fields(cfg: ModelConfig, family: Family, source: Path) -> tuple[JsonDict, JsonDict]:
+    """Return GGUF metadata on pixel statistics, and on limits of image size or tiles, from the image processor.
 
-
-def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
-    """Return the pixel mean and standard deviation from the folder's image processor, or the family's defaults."""
-    if family.images == "patches":
-        patching = _patching(source)
-        return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
-    if family.images == "budget":  # the tower centres them
-        return {"vision_image_mean": [0.0] * 3, "vision_image_std": [1.0] * 3}
-    mean, std = PIXELS[vision_of(cfg).kind]
-    processor = None if family.tiling is not None else processor_settings(source)
-    if processor is not None:
-        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
-    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}
-
-
-def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or tiles, for families that divide images into tiles.
-
-    Raises UserError if images have only one tile.
+    Raises UserError if an image that is divided into tiles has only one.
     """
-    if family.images == "patches":
-        patching = _patching(source)
-        return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
-    processor = None if family.images in ("whole", "crops", "budget", "naflex") else processor_settings(source)
+    mean, std = PIXELS.get(vision_of(cfg).kind, ((0.0,) * 3, (1.0,) * 3))  # Gemma 4's tower centres them itself
     fields: JsonDict = {}
     tiling, tiles = None, 0
-    if family.tiling is not None:
+    processor = None if family.tiling is not None else processor_settings(source)
+    if family.images == "patches":
+        patching = _patching(source)
+        mean, std = patching.mean, patching.std
+        fields = {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
+    elif family.tiling is not None:
         config = source / "config.json"
         tiling = family.tiling(read_fields(config), str(config))
-    elif processor is not None and family.images == "splits":
-        splitting = splitting_from_processor(*processor)
-        fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
-    elif processor is not None:
-        tiling = tiling_from_processor(*processor)
+    elif processor is not None and family.images != "budget":
+        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
+        if family.images == "splits":
+            splitting = splitting_from_processor(*processor)
+            fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
+        elif family.images == "tiles":
+            tiling = tiling_from_processor(*processor)
     if tiling is not None:
         fields = {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
         tiles = tiling.max_tiles
@@ -145,7 +127,7 @@ def cut(family: Family, source: Path) -> JsonDict:
             'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
             "(export.max_image_tokens)"
         )
-    return fields
+    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}, fields
 
 
 def image_options(family: Family, source: Path) -> str:
@@ -165,7 +147,6 @@ def image_options(family: Family, source: Path) -> str:
 
 
 def _patching(source: Path) -> Patching:
-    """Return the patch settings of a folder whose model takes images of any size."""
     processor = processor_settings(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
@@ -179,92 +160,28 @@ def title(name: str, tokenizer: Any) -> str:
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
-def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
-    """Return notes for the model card on how llama.cpp's decoder differs from the model's."""
-    remarks = []
-    longest = architecture.context_length(text)
-    if longest < text.max_positions:
-        remarks.append(
-            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
-            "context length in the file."
-        )
-    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
-    widths = sorted(width for width in neurons if width % _BLOCK)
-    if widths:
-        listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
-        remarks.append(
-            f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
-            '`prune.align_to="gguf"` plans multiples of it.'
-        )
-    if architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None:
-        listed = ", ".join(str(i) for i, layer in enumerate(text.layers) if isinstance(layer.mixer, Attention))
-        remarks.append(
-            f"Full attention is in layers {listed} of {len(text.layers)}. Builds of llama.cpp before September 2026 "
-            "expect it in every fourth layer (#28207), and compute nonsense without an error."
-        )
-    if text.rope.kind == "longrope":
-        remarks.append(
-            "LongRoPE: llama.cpp uses the long factors if the context size (`-c`) is above "
-            f"{text.rope.original_max_positions:,} tokens, transformers if the text is that long."
-        )
-    return tuple(remarks)
+def differences(
+    cfg: ModelConfig, architecture: Architecture, vocabulary: Vocabulary, rolled: bool, source: Path
+) -> str:
+    """Return the list of the model card on how llama.cpp computes, tokenizes and prepares images differently.
 
-
-# All builds up to October 2026.
-_FAULT = "builds of llama.cpp that put the class token after the patches (#25814, #25844)"
-
-
-def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ...]:
-    """Return notes for the model card on how llama.cpp's vision tower and image processing differ from the model's.
-
-    `source` is the folder with the image processor.
+    `cfg`: config of the model before zero-padding. `source`: the folder with the image processor.
     """
-    remarks = []
-    processor = processor_settings(source) if family_of(cfg).images == "crops" else None
-    if processor is not None and processor[0].get("do_pan_and_scan"):
-        remarks.append(
-            "llama.cpp has no pan and scan: it encodes every image whole, without the crops that the processor of this "
-            "model adds, so answers about wide and tall images differ."
-        )
-    if vision_of(cfg).class_token and rolled:
-        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
-    elif vision_of(cfg).class_token:
-        remarks.append(
-            f"In {_FAULT}, every patch gets its neighbour's position, so answers about images differ. This file is for "
-            "corrected builds. `rolled_positions=True` writes a file for the others, in which each patch has its own "
-            "position and only the class token is misplaced: compare the answers of both."
-        )
-    vision, template = vision_of(cfg), family_of(cfg).templates[0]
-    if projector_of(cfg).pools and vision.dynamic_resolution:
-        side = vision.merge * vision.patch_size
-        advice = (
-            f"sides that are multiples of {side} pixels and give {LEAST_TOKENS} tokens up to the maximum need no "
-            "resizing; smaller images are not enlarged to the token budget of the processor. The audio tower is left "
-            "out."
-        )
-        if not cfg.text.local_attention.sees_images:
-            remarks.append(
-                "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
-                "of the family; in this model they only see those before them, so answers about images differ."
-            )
-    elif vision.dynamic_resolution:
-        side = vision.merge * vision.patch_size
-        advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
-    else:
-        advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
-    if vision.dynamic_resolution:
-        remarks.append("The file cannot hold the limits of tokens per image: use the options above in every program.")
-    remarks.append(
-        f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
+    text, family = cfg.text, family_of(cfg)
+    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
+    moved = architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None
+    processor = processor_settings(source) if cfg.vision is not None and family.images == "crops" else None
+    return render(
+        "differences",
+        cfg=cfg,
+        architecture=architecture.name,
+        context_length=architecture.context_length(text),
+        block=_BLOCK,
+        odd_widths=sorted(width for width in neurons if width % _BLOCK),
+        attention_layers=[i for i, layer in enumerate(text.layers) if moved and isinstance(layer.mixer, Attention)],
+        vocabulary=vocabulary,
+        pans_and_scans=processor is not None and processor[0].get("do_pan_and_scan"),
+        rolled=rolled,
+        least_tokens=LEAST_TOKENS,
+        prompt=family.templates[0],
     )
-    if template.image_tokens is not None and template.image_tokens[0].startswith("\n\n"):
-        remarks.append(
-            "The chat interface of llama.cpp writes no empty lines around an image, with which this model was trained: "
-            'put "\\n\\n" before and after it.'
-        )
-    elif template.behind_image:
-        remarks.append(
-            "The chat interface of llama.cpp joins an image and the text after it without a newline, with which this "
-            'model was trained: begin the text with "\\n".'
-        )
-    return tuple(remarks)

@@ -7,9 +7,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,26 +18,23 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
-from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.format import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
-    cut,
+    differences,
     file_type,
+    image_fields,
     image_options,
-    pixels,
     text_fields,
-    text_remarks,
     title,
-    tower_remarks,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.io.exports.uneven import fit
-from vlmprune_jax.io.exports.weights import Weights
+from vlmprune_jax.io.exports.weights import Convert, Weights
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -49,12 +45,12 @@ from vlmprune_jax.io.families.gguf_towers import (
     tower_tensors,
 )
 from vlmprune_jax.io.families.table import JsonDict, Weight
-from vlmprune_jax.io.families.towers import vision_of
 
 # Values of a row that share a scale, in all quantised types.
 BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
+PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
 _STILL = 1e-30  # frequency of channels that do not rotate
 _EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 # Tensors whose rows some architectures interleave (rotary pairs).
@@ -68,7 +64,7 @@ class GgufFile:
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
       layers: widths of the layers in the file.
-      remarks: how llama.cpp computes differently, as messages for the user.
+      differences: how llama.cpp computes the model differently, for the model card.
       options: command-line options that llama.cpp's programs need for this file, each after a space.
     """
 
@@ -77,7 +73,7 @@ class GgufFile:
     fields: JsonDict
     tensors: list[Tensor]
     layers: tuple[Layer, ...]
-    remarks: tuple[str, ...] = ()
+    differences: str = ""
     options: str = ""
 
     @property
@@ -108,19 +104,18 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     plain = file_name(embedding.dtype.name if options.dtype == "source" else options.dtype)
     label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
-    about = {
-        "name": title(name, vocabulary.fast),
-        **_name_parts(name, origin.pruned),
-        **license_of(source),
-        "tags": tags_of(origin.pruned),
-    }
+    about = {"name": title(name, vocabulary.fast), **_name_parts(name, origin.pruned), **license_of(source)}
+    about |= {"tags": tags_of(origin.pruned)}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
-    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, options.quantize, architecture)
+    here = gguf_family(family, architecture, wide)
+    parameters = Weights.of(model, here, wide)
+    spell = functools.partial(spelled, cfg=wide, architecture=architecture, rolled=options.rolled_positions)
+    tensors = _tensors(parameters, here, "text", spell, plain, options.quantize)
     tensors += _constants(wide.text, architecture, tensors)
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
-    remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
+    remarks = differences(cfg, architecture, vocabulary, options.rolled_positions, source)
     files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks)]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
@@ -129,12 +124,14 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         )
     if wide.vision is not None:
         plain = plain if plain == "F32" else "F16"  # the types that llama.cpp's convolution supports
-        tensors = _tower_tensors(model, wide, family, plain, options.rolled_positions)
-        fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
-        fields |= tower_fields(wide, cut(family, source)) | _size_label(tensors)
-        remarks = tower_remarks(wide, options.rolled_positions, source)
+        tensors = _tensors(parameters, here, "vision", spell, plain)
+        tensors = [part for x in tensors for part in (_filters(x, wide.vision) if x.key == _FILTERS else (x,))]
+        tensors += _tensors(parameters, here, "projector", spell, plain)
+        pixels, limits = image_fields(wide, family, source)
+        fields = {"type": "mmproj", **about, **file_type(plain), **pixels, **tower_fields(wide), **limits}
+        fields |= _size_label(tensors)
         layers, flags = wide.vision.layers, image_options(family, source)
-        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, remarks, flags))
+        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
     return files
 
 
@@ -156,29 +153,15 @@ def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
     return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
 
 
-def _tower_tensors(model: Model, wide: ModelConfig, family: Family, plain: str, rolled: bool) -> list[Tensor]:
-    vision = vision_of(wide)
-    tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
-    if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
-        place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
-        table = tensors[place]
-        rolled_table = lambda: iter([np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))])  # noqa: E731
-        tensors[place] = dataclasses.replace(table, blocks=rolled_table)
-    if vision.patches.channels_last or vision.patches.temporal > 1:
-        tensors = [part for x in tensors for part in (_filters(x, vision) if x.key == _FILTERS else (x,))]
-    return tensors + _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
-
-
 def _filters(table: Tensor, vision: VisionConfig) -> list[Tensor]:
     """Return patch filters as llama.cpp reads them, [vision, channel, row, column], one tensor per video frame."""
     rows, channels, copies = table.shape[0], vision.channels, vision.patches.temporal or 1
+    if copies == 1 and not vision.patches.channels_last:
+        return [table]
     side = math.isqrt(math.prod(table.shape[1:]) // (channels * copies))
 
     def blocks(number: int) -> Iterator[np.ndarray]:
-        filters = table.fetch()
-        if vision.patches.channels_last:
-            filters = filters.reshape(rows, side**2, channels, -1).swapaxes(1, 2)
-        filters = filters.reshape(rows * channels, copies, -1)
+        filters = table.fetch().reshape(rows * channels, copies, -1)
         yield np.ascontiguousarray(filters[:, number]).reshape(-1)
 
     shape, size = (rows, channels, side, side), table.n_bytes // copies
@@ -192,66 +175,50 @@ def copy_of(number: int) -> str:
     return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
-# Tensors --------------------------------------------------------------------------------------------------------------
-
-
 def _tensors(
-    model: Model,
-    wide: ModelConfig,
-    family: Family,
-    part: str,
-    names: Mapping[str, str],
-    plain: str,
-    quantize: str = "none",
-    architecture: Architecture | None = None,
+    parameters: Weights, family: Family, part: str, spell: Convert, plain: str, quantize: str = "none"
 ) -> list[Tensor]:
-    """Return the tensors of one model part under llama.cpp's names, zero-padded to the widths of `wide`."""
-    here = under_names(family, part, names)
-    parameters, tensors = Weights.of(model, here, wide), []
-
-    def convert(array: np.ndarray, slot: Slot) -> np.ndarray:
-        return spelled(array, slot, wide, architecture)
-
-    for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
+    """Return the tensors of one model part under llama.cpp's names."""
+    tensors = []
+    for key, slots in by_key(slot for slot in make_slots(parameters.wide, family) if slot.part == part).items():
         kind, first = _type_of(key, slots[0].hf_shape, plain, quantize), slots[0]
-        reorders = "delta_heads" in first.axes[:1]
-        pieces = functools.partial(parameters.pieces, slots, convert, reorders=reorders)
-        what = f"{parameters.location(first)}, to be written as {kind},"
-        tensors.append(_encoded(key, kind, first.hf_shape or (1,), pieces, what))
+        dtype = kind if kind in WEIGHT_DTYPES else "F32"
+        reorders = "delta_heads" in first.axes[:1] or first.path == POSITIONS
+        tensor = parameters.tensor(key, slots, dtype, spell, reorders=reorders)
+        tensor = dataclasses.replace(tensor, shape=tensor.shape or (1,))
+        tensors.append(tensor if dtype == kind else _quantised(tensor, kind))
     return tensors
 
 
 def spelled(
-    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
+    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture, rolled: bool, back: bool = False
 ) -> np.ndarray:
-    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets.
+    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets, patches.
 
-    `back=True` undoes this. `architecture`: llama.cpp's architecture of the decoder (needed for decoder parameters).
+    `rolled`: the class token's row moves to the end of the table of positions. `back=True` undoes the conversion.
     """
-    module, text = slot.path.split("/")[-2], cfg.text
-    if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
+    module, text, vision = slot.path.split("/")[-2], cfg.text, cfg.vision
+    if vision is not None and slot.path == POSITIONS and rolled and vision.class_token:
+        return np.roll(array, 1 if back else -1, axis=0)
+    if vision is not None and slot.path == PATCHES and vision.patches.channels_last:
+        pair = (vision.channels, -1) if back else (-1, vision.channels)
+        return array.reshape(len(array), *pair).swapaxes(1, 2).reshape(array.shape)
+    if slot.part == "text" and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
         return neighbours(array, back)
     if DeltaNet.module in slot.path.split("/"):
-        return _delta_spelled(array, slot, text, back)
+        if slot.path.endswith("/decay/weight"):
+            array = array.astype(np.float32)
+            array = np.log(-array) if back else -np.exp(array)
+        return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer or 0], back)
     if "norm" not in module or slot.part == "vision":
         return array
-    offset = (
-        cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.block.norm_offset
-    )
-    gain = architecture.query_gain(text) if architecture is not None and module == "q_norm" else 1.0
+    projector = cfg.projector if slot.part == "projector" else None
+    offset = text.block.norm_offset if projector is None else projector.norm_offset
+    gain = architecture.query_gain(text) if module == "q_norm" else 1.0
     if offset == 0 and gain == 1:
         return array
     array = array.astype(np.float32)
     return array / gain - offset if back else (array + offset) * gain
-
-
-def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) -> np.ndarray:
-    """Convert a delta net's parameter to llama.cpp's form: decays -exp(a), and heads reordered (see `tiled`)."""
-    if slot.path.endswith("/decay/weight"):
-        array = array.astype(np.float32)
-        array = np.log(-array) if back else -np.exp(array)
-    assert slot.layer is not None
-    return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer], back)
 
 
 def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
@@ -262,22 +229,22 @@ def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = Fal
     return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
 
 
-def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
+def gguf_family(family: Family, architecture: Architecture, cfg: ModelConfig) -> Family:
     """Return a copy of the model family whose weight table has llama.cpp's tensor names."""
+    names = {"text": architecture.tensors}
+    if cfg.vision is not None and cfg.projector is not None:
+        names |= {"vision": tower_tensors(cfg), "projector": projector_tensors(cfg)}
 
-    def weights(cfg: ModelConfig) -> list[Weight]:
-        lines = []
-        for line in weight_table(cfg, family):
-            inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
-            if line.path.startswith(f"{part}/"):
-                whole = names[inside].endswith(WITHOUT_LEAF)
-                key = names[inside] if whole else f"{names[inside]}.{leaf}"
-                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout or "")
-                line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
-            lines.append(line)
-        return lines
+    def renamed(line: Weight) -> Weight:
+        part, _, rest = line.path.partition("/")
+        inside, _, leaf = rest.rpartition("/")
+        if part not in names:
+            return line
+        name, layout = names[part][inside], LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout or "")
+        key = name if name.endswith(WITHOUT_LEAF) else f"{name}.{leaf}"
+        return Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
 
-    return dataclasses.replace(family, weights=weights)
+    return dataclasses.replace(family, weights=lambda cfg: [renamed(line) for line in weight_table(cfg, family)])
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
@@ -298,36 +265,20 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
-def _encoded(key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[Any]], what: str) -> Tensor:
-    """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
+def _quantised(plain: Tensor, kind: str) -> Tensor:
+    """Return a float32 tensor that is quantised in groups of whole rows while it is written; memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    # the parts of a vector may come one by one
-    width = shape[-1] if len(shape) > 1 else 1
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-
-    def encode() -> Iterator[np.ndarray]:
-        step = max(1, _CHUNK // width)
-        for piece in pieces():
-            values = piece.reshape(-1, width)
-            check_finite(values, what)
-            yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
-
-    size = math.prod(shape) // block * block_bytes
-    return Tensor(key, kind, shape, size, encode)
-
-
-def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """Quantise float[rows, width] to a GGML type; return the bytes."""
-    from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    if kind in WEIGHT_DTYPES:
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            narrow = values.astype(WEIGHT_DTYPES[kind], copy=False)
-        check_finite(narrow, what)
-        return np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
-    return quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind]).reshape(-1)
+    kind_of, width = GGMLQuantizationType[kind], plain.shape[-1]
+    block, block_bytes = GGML_QUANT_SIZES[kind_of]
+
+    def blocks() -> Iterator[np.ndarray]:
+        step = max(1, _CHUNK // width)
+        for values in (piece.view(np.float32).reshape(-1, width) for piece in plain.blocks()):
+            yield from (quantize(values[at : at + step], kind_of).reshape(-1) for at in range(0, len(values), step))
+
+    return Tensor(plain.key, kind, plain.shape, math.prod(plain.shape) // block * block_bytes, blocks)
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -342,7 +293,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
         arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    constants = [_encoded(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
+    constants = [weight(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         constants.append(dataclasses.replace(embedding, key="output.weight"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.checkpoints.read import read_fields
@@ -49,12 +49,16 @@ class Vocabulary:
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
       fast: the same tokenizer as a transformers object.
-      remarks: how llama.cpp tokenizes differently, as messages for the user.
+      normalises: True if the tokenizer normalises texts, as llama.cpp does not.
+      marks_spaces: True if it does not put a space mark before every text, as llama.cpp does.
+      drops: special tokens after which it drops white space, which llama.cpp keeps.
     """
 
     fields: JsonDict
     fast: Any
-    remarks: tuple[str, ...]
+    normalises: bool
+    marks_spaces: bool
+    drops: list[str]
 
 
 def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_model: str = "") -> Vocabulary:
@@ -62,8 +66,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
 
     `tokenizer_model`: llama.cpp's name for the architecture's tokenizer (SentencePiece's rules and a list of merges).
 
-    Raises:
-      UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
+    Raises UserError if there is no tokenizer, llama.cpp would split texts differently, or it has too many tokens.
     """
     if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
         raise UserError(f"{folder}: has no tokenizer files, which llama.cpp needs: add them")
@@ -82,27 +85,37 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
     fields: JsonDict = {"token_list": tokens, "token_types": kinds}
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
     if spaced:
-        prefix = _check_spaced(content, str(folder))
+        rules = [content.get("normalizer"), content.get("pre_tokenizer")]
+        prefix = next((prefix for *known, prefix in _SPACED if rules == known), None)
+        if prefix is None:
+            found = f"normalizer and pre_tokenizer {json.dumps(rules, sort_keys=True)[:200]}"
+            raise _refusal(folder, f"llama.cpp has no tokenizer with the rules of this tokenizer.json ({found})")
         pre = tokenizer_model or "default"
         fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
-        fields["token_scores"] = _scores(tokens, merges)
+        ranks: dict[str, int] = {}  # SentencePiece applies the merge of the highest score first
+        for rank, (left, right) in enumerate(merges):
+            ranks.setdefault(left + right, rank)
+        fields["token_scores"] = [-float(ranks.get(token, len(merges))) for token in tokens]
         if tokenizer_model:
             crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
             if crossing is not None:
-                raise UserError(
-                    f"{folder}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, "
-                    "which llama.cpp never does: this model cannot be exported to GGUF"
+                pair = f"{crossing[0]!r} and {crossing[1]!r}"
+                raise _refusal(
+                    folder, f"the tokenizer merges {pair}, a newline and other text, which llama.cpp never does"
                 )
             fields["token_merges"] = [" ".join(pair) for pair in merges]
     else:
-        pre = _pre(content, fast, str(folder))
+        pre = _pre(content, fast, folder)
         fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
         # gguf omits an empty list, and llama.cpp then refuses the file: write a merge that never applies.
         specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
-    fields |= _special_tokens(cfg, content, fast, str(folder))
+    fields |= _special_tokens(cfg, content, fast, folder)
     fields["chat_template"] = _chat_template(folder, family, fast)
-    return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
+    normalises = bool(content.get("normalizer")) and content["normalizer"].get("type") == "NFC"
+    marks = (content.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
+    return Vocabulary(fields, fast, normalises, marks, [] if drops_white_space(fast) else drops)
 
 
 def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], list[int]]:
@@ -129,24 +142,8 @@ def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], lis
     return tokens, kinds
 
 
-def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Return token scores for SentencePiece, which applies the highest-scoring merge first: minus the merge rank."""
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
-    return [-float(ranks.get(token, len(merges))) for token in tokens]
-
-
-def _check_spaced(content: JsonDict, location: str) -> bool:
-    """Return True if a SentencePiece tokenizer puts a space mark before each text; refuse other variants."""
-    rules = [content.get("normalizer"), content.get("pre_tokenizer")]
-    for *known, prefix in _SPACED:
-        if rules == known:
-            return prefix
-    raise UserError(
-        f"{location}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
-        f"{json.dumps(rules, sort_keys=True)[:200]}): this model cannot be exported to GGUF"
-    )
+def _refusal(folder: Path, problem: str) -> UserError:
+    return UserError(f"{folder}: {problem}: this model cannot be exported to GGUF")
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
@@ -170,24 +167,21 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
         yield json.dumps(step, sort_keys=True)
 
 
-def _pre(content: JsonDict, fast: Any, location: str) -> str:
+def _pre(content: JsonDict, fast: Any, folder: Path) -> str:
     """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer rules."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
     if pre is None:
-        raise UserError(
-            f"{location}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
-            f"{' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}): this model cannot be exported to GGUF"
-        )
+        found = f"found {' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}"
+        what = f"llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json ({found})"
+        raise _refusal(folder, what)
     if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
         return pre
     if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
         return OF_WORDS
-    raise UserError(
-        f"{location}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
-        f"llama.cpp's {pre}: this model cannot be exported to GGUF"
-    )
+    ignores = bool(model.get("ignore_merges"))
+    raise _refusal(folder, f"ignore_merges is {ignores} in this tokenizer.json, and the opposite in llama.cpp's {pre}")
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
@@ -205,7 +199,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
     return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
 
 
-def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: str) -> JsonDict:
+def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, folder: Path) -> JsonDict:
     """Return GGUF metadata with special token ids, and flags for tokens that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
@@ -220,7 +214,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: st
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:
         raise UserError(
-            f"{location}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
+            f"{folder}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
             "use the model's tokenizer"
         )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -229,10 +223,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: st
     if added is None and marked[1:-1] == bare:
         added = (marked[0], marked[-1])
     if added not in adds:
-        raise UserError(
-            f"{location}: the tokenizer adds other special tokens than begin and end: "
-            "this model cannot be exported to GGUF"
-        )
+        raise _refusal(folder, "the tokenizer adds other special tokens than begin and end")
     fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
     return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
 
@@ -258,19 +249,3 @@ def _chat_template(folder: Path, family: Family, fast: Any) -> str:
     marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
     bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
     return chat_template(dataclasses.replace(template, **bare), "")
-
-
-def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
-    if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
-        yield "llama.cpp does not normalise texts to Unicode NFC, as this tokenizer does: send normalised texts."
-    if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
-        yield (
-            "llama.cpp puts a space mark before every text. This tokenizer does not if the text begins with a space or "
-            "follows a special token or an image. Prompts of one turn are the same."
-        )
-    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
-    if drops and not drops_white_space(fast):
-        yield (
-            f"This tokenizer drops white space after {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
-            "write none there (the chat template in the file has none)."
-        )

@@ -202,8 +202,7 @@ def make_storage(
     """Return the integer storage format for a checkpoint with layers of these widths.
 
     Without `group_size`, 8-bit weights have one scale per row, and 4-bit weights have the largest group size that
-    divides every row. If no group size does, the smallest is used, and matrices whose rows it does not divide remain
-    unquantised.
+    divides every row, otherwise the smallest; matrices whose rows it does not divide remain unquantised.
 
     Raises UserError if `group_size` does not divide every row, or no group size divides any row.
     """
@@ -258,19 +257,18 @@ def check_on_tpus(cfg: ModelConfig, storage: CompressedTensors, chips: int) -> N
 
 def _tpu_problem(cfg: ModelConfig, storage: CompressedTensors) -> str | None:
     """Return why vLLM on TPUs loads these integers on no number of chips; None if it does."""
-    text, native = cfg.text, implementation(cfg) == "jax"
-    if storage.activations:
-        return f"w8a8 does not load in the JAX class of {cfg.family}" if native else None
-    if storage.bits == 8:
-        return "w8a16 loads in no class"
-    if not native:
-        return f"w4a16 does not load in the PyTorch class of {cfg.family}"
-    if not storage.symmetric:
-        return "zero points do not load"
-    if text.attention.bias or text.attention.out_bias or text.channel.bias:
-        return "w4a16 does not load with biases"
-    padded = any(mixer.head_dim != 64 and mixer.head_dim % 128 for mixer in text.attentions)
-    return "w4a16 does not load with padded heads" if padded else None
+    text, native, packed = cfg.text, implementation(cfg) == "jax", storage.bits == 4
+    problems = {
+        f"w8a8 does not load in the JAX class of {cfg.family}": storage.activations and native,
+        "w8a16 loads in no class": not storage.activations and not packed,
+        f"w4a16 does not load in the PyTorch class of {cfg.family}": packed and not native,
+        "zero points do not load": packed and not storage.symmetric,
+        "w4a16 does not load with biases": packed
+        and (text.attention.bias or text.attention.out_bias or text.channel.bias),
+        "w4a16 does not load with padded heads": packed
+        and any(mixer.head_dim != 64 and mixer.head_dim % 128 for mixer in text.attentions),
+    }
+    return next((problem for problem, applies in problems.items() if applies), None)
 
 
 def fake_quant(cfg: ModelConfig, scheme: str) -> FakeQuant:

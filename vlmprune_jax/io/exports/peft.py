@@ -23,10 +23,11 @@ from vlmprune_jax.core.models.params import flatten, layer_axes
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.recovery.trainable import LORA_SUFFIXES, projection_names
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.io.checkpoints.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.exports.card import model_name, render
 from vlmprune_jax.io.exports.vocabulary import read_tokenizer, vocabulary_digest
+from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import Family, family_of
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -67,12 +68,11 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     adapters = {module: adapter for module, adapter in fused.items() if adapter is not None}
     for module, adapter in adapters.items():
         tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
-    whole = _whole_modules(slots, trained, family)
+    whole, parameters = _whole_modules(slots, trained, family), Weights(plain, plain, flat, {x.name: x for x in slots})
     for module, members in whole.items():
         for key, pieces in by_key(members).items():
-            arrays = [to_host(flat[slot.path], slot.place).astype(np.float32) for slot in pieces]
-            value = join_tensor(arrays, pieces)
-            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(pieces[0].hf_shape)
+            tensor = parameters.tensor(f"{_ROOT}{module}.{key.rpartition('.')[2]}", pieces, "F32")
+            tensors[tensor.key] = tensor.fetch().view(np.float32).reshape(tensor.shape)
     if is_main_process():
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
         classes = [name for name in stock.get("auto_map") or {} if name.startswith("AutoModel")]

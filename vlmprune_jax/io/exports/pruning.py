@@ -19,9 +19,8 @@ from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.models.flops import active_params, forward_flops
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model, config_of
-from vlmprune_jax.core.plans.kept import KeptVocabulary
 from vlmprune_jax.core.plans.plan import PrunePlan
-from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig, VocabularyConfig
+from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.cost import cache_size
 from vlmprune_jax.core.prune.fingerprints import fingerprint
 from vlmprune_jax.core.prune.reconstruction import reconstruct as repair
@@ -61,9 +60,8 @@ def make_plan(
         `sparsity` (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as
         satisfies it, and records the cost in its options as `budget_reached`.
 
-    Raises:
-      UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
-        not use, or a ratio that the method cannot reach.
+    Raises UserError for scores of another model or of the wrong type, a setting that does not exist or that the method
+    does not use, or a ratio that the method cannot reach.
     """
     model, cfg = cfg, config_of(cfg)
     for part in (part for layer in cfg.text.layers for part in layer.parts if part.why_fixed):
@@ -79,10 +77,10 @@ def make_plan(
                 "make_plan: scores=None needs the model, and is allowed only if `layers` lists the layers to remove, "
                 "or nothing but the vocabulary is trimmed: pass scores"
             )
-        return plan_pruning(unscored(fingerprint(model)), cfg, config, _vocabulary(config.vocabulary, cfg))
+        return plan_pruning(unscored(fingerprint(model)), cfg, config, choose_vocabulary(cfg, config.vocabulary))
     if config.steps > 1:
         raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
-    return plan_pruning(scores, cfg, config, _vocabulary(config.vocabulary, cfg))
+    return plan_pruning(scores, cfg, config, choose_vocabulary(cfg, config.vocabulary))
 
 
 def prune_iteratively(
@@ -116,28 +114,13 @@ def prune_iteratively(
     config.check()
     settings = {"criterion": criterion, "stack": config.stack, **(score_options or {})}
     score_again = functools.partial(score, config=score_config, **settings)
-    vocabulary = _vocabulary(config.vocabulary, model.cfg)
+    vocabulary = choose_vocabulary(model.cfg, config.vocabulary)
     return prune_in_steps(model, batches, config, vocabulary, score_again, scores)
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any], function: str) -> PlanConfig:
     config = override(PlanConfig() if config is None else config, options, function, offered=False)
     return dataclasses.replace(config, budget=with_export(config.budget))
-
-
-def _vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
-    """Choose the tokens that a trimmed vocabulary keeps; None if all are kept.
-
-    Raises UserError under the conditions of `choose_vocabulary`, or if no folder with a tokenizer is passed.
-    """
-    if config.size is None:
-        return None
-    if config.source_dir is None:
-        raise UserError(
-            'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
-            '"sources": ("train.json",), "source_dir": "DIR"}'
-        )
-    return choose_vocabulary(config.source_dir, cfg, config)
 
 
 def prune_folder(

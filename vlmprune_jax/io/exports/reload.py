@@ -42,10 +42,9 @@ TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 # every weight changed (decision 85).
 _ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
-_KERNELS = logging.getLogger("transformers.integrations.hub_kernels")
 
 
-def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
+def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | None = None) -> Comparison:
     """Reload a written folder and compare its float32 logits with the model's, on random text and images.
 
     The folder is reloaded in PyTorch if torch is installed and stock transformers has the model's class, else in JAX.
@@ -120,10 +119,7 @@ def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.nd
 
 
 def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
-    """Return the largest logit change at each position when the last bit of all weights changes at random.
-
-    Needs memory for a second copy of the float32 weights.
-    """
+    """Return the largest logit change at each position when the last bit of all weights changes at random."""
     flat, moved = flatten(model.params), np.zeros(expected.shape[:-1], np.float32)
     for seed in range(_ROUNDINGS):
         keys = jax.random.split(jax.random.key(seed), len(flat))
@@ -233,21 +229,19 @@ def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Context in which transformers shows no progress bar, and no warning that a layer has no optimised kernel."""
-    import transformers
+    from transformers.utils import logging as shown
 
-    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # this package shows its own
-    _KERNELS.addFilter(_concerns_results)
+    shows_progress = shown.is_progress_bar_enabled()
+    shown.disable_progress_bar()  # this package shows its own
+    logger, reference = logging.getLogger("transformers.integrations.hub_kernels"), "reference PyTorch implementation"
+    concerns_results = lambda record: f"falling back to its {reference}" not in record.getMessage()  # noqa: E731
+    logger.addFilter(concerns_results)
     try:
         yield
     finally:
-        _KERNELS.removeFilter(_concerns_results)
+        logger.removeFilter(concerns_results)
         if shows_progress:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _concerns_results(record: logging.LogRecord) -> bool:
-    return "falling back to its reference PyTorch implementation" not in record.getMessage()
+            shown.enable_progress_bar()
 
 
 @_quiet()

@@ -14,11 +14,13 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
+from vlmprune_jax.io.exports.card import TEMPLATES
 from vlmprune_jax.io.exports.format import FolderOptions
 from vlmprune_jax.io.exports.uneven import (
     LOADER,
@@ -38,6 +40,7 @@ from vlmprune_jax.io.exports.vocabulary import (
     write_tokenizer,
 )
 from vlmprune_jax.io.families import Family, detect, family_of, target_of, template_of
+from vlmprune_jax.io.families.limits import limits_of
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import projector_of, stock_tower, vision_of
@@ -71,12 +74,12 @@ class Target:
 def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Target:
     """Return the family and configs of the exported folder, for a model loaded from `source`.
 
-    Raises:
-      UserError: the source has another family, layers are unequal with uneven="refuse", heads cannot be padded to
-        `head_dim` channels, or the layout cannot hold the model.
+    Raises UserError if the source has another family, or the options do not fit the model.
     """
     if options.uneven == "refuse":
-        _check_uneven(cfg)
+        widths = (limit for limit in limits_of(cfg, "transformers") if limit.equal or limit.component == "vision")
+        if (problem := first_unmet(widths, cfg)) is not None:
+            raise UserError(f'uneven="refuse": transformers could not load the export: {problem}')
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(
@@ -103,7 +106,7 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     else:
         written = family.to_hf(wide, without_loader(config))
         if not family.separate_vision:  # else config.json does not describe the tower
-            family = detect(written, "the new config.json")
+            family = detect(written, "the new config.json")  # perhaps of another decoder, which holds these layers
             wide = family.from_hf(written, None)
     if family.budget_field and (settings := processor_settings(source)) is not None:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
@@ -111,23 +114,6 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
     if family.layout == "transformers" and not wide.text.uniform:
         written = with_loader(written, cfg.text, family)
     return Target(family, wide, _with_dtype(written, options.dtype, family), new_family is not None, tokenizer)
-
-
-def _check_uneven(cfg: ModelConfig) -> None:
-    """Raise UserError if stock transformers cannot load layers of unequal width at their true size."""
-    if not cfg.text.uniform:
-        raise UserError(
-            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
-            'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
-            "(true sizes)"
-        )
-    tower = cfg.vision if cfg.tower else None
-    if tower is not None and tower.uniform and not tower.whole_heads:
-        raise UserError(
-            "the vision tower has fewer heads than its width requires, which its PyTorch class cannot load: prune it "
-            'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
-            "for this package)"
-        )
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
@@ -238,8 +224,7 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
     """Write tokenizer, image processor, chat template and generation config as transformers' processors expect them.
 
-    `source`, `cfg` and `config`: folder, model config and config.json in the hub layout. `tokenizer`: content of
-    tokenizer.json with the new image token.
+    `config`: config.json in the hub layout. `tokenizer`: content of tokenizer.json with the new image token.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)
@@ -281,30 +266,8 @@ def chat_template(template: Template, image: str, video: str = "") -> str:
     A message's content is a string or a list of image, video and text parts. The family's system prompt is used unless
     the first message is a system message.
     """
-
-    def literal(text: str) -> str:
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
-
-    items = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
-    marks = ("{%- if part['type'] == '" + kind + "' -%}" for kind in ("image", "video"))
-    marks = (mark + literal(text) + "{%- endif -%}" for mark, text in zip(marks, (image, video), strict=True) if text)
-    images = "{%- for part in parts -%}" + "".join(marks) + "{%- endfor -%}"
-    texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
-    stripped = "{%- set text -%}" + texts + "{%- endset -%}"
-    # as the reference does: only beside an image
-    trimmed = "{{ text | trim if parts | selectattr('type', 'equalto', 'image') | list else text }}"
-    trimmed = trimmed if template.image_first else "{{ text }}"
-    system = literal(template.system_start), literal(template.system_end)
-    gap = template.gap
-    start = literal(template.start) if template.start else ""
-    default = system[0] + literal(template.system) + system[1] if template.system else ""
-    return "".join([
-        start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
-        "{%- for message in messages -%}", "{%- set parts = ", items, " -%}", stripped,
-        "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
-        "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
-        literal(template.user_end),
-        "{%- else -%}", literal(template.assistant + gap), "{{ text }}", literal(template.assistant_end),
-        "{%- endif -%}", "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}", literal(template.assistant), "{%- endif -%}",
-    ])  # fmt: skip
+    blocks, variables = ("<%", "%>"), ("<<", ">>")  # since "{%" and "{{" are those of the result
+    jinja = TEMPLATES.overlay(*blocks, *variables)
+    jinja.filters["literal"] = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    text = jinja.get_template("chat_template.jinja").render(template=template, image=image, video=video)
+    return text.replace("\n", "")

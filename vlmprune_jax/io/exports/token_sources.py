@@ -141,13 +141,21 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     return Sample(used, tuple(listed), tuple(held_out))
 
 
-def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
-    """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`.
+def choose_vocabulary(cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary | None:
+    """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`; None if all are kept.
 
-    Raises UserError if the size is too large or too small, the tokenizer cannot be trimmed, or a source cannot be read.
+    Raises UserError if the size is too large or too small, no folder with a tokenizer is passed, its tokenizer cannot
+    be trimmed, or a source cannot be read.
     """
+    if config.size is None:
+        return None
+    if config.source_dir is None:
+        raise UserError(
+            'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
+            '"sources": ("train.json",), "source_dir": "DIR"}'
+        )
     check_size(config.size, cfg.text.vocab_size)
-    source = Source.of(Path(folder), cfg)
+    source = Source.of(Path(config.source_dir), cfg)
     sample = read_sample(source, config)
     return source.keep(sample.used, sample.listed, config.size, config.multiple)
 

@@ -35,9 +35,8 @@ def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ..
             per_parent = max(x.sizes[name] // x.sizes[axis.parent] for x in layers if name in x.sizes)
             if heads is not None and name == "q_heads":
                 fits = [n for n in range(sizes[axis.parent], heads // per_parent + 1) if heads % n == 0]
-                sizes[axis.parent], per_parent = (
-                    (fits[0], heads // fits[0]) if fits else (sizes[axis.parent], per_parent)
-                )
+                if fits:
+                    sizes[axis.parent], per_parent = fits[0], heads // fits[0]
             sizes[name] = sizes[axis.parent] * per_parent
     return tuple(layer.resized(sizes) for layer in layers)
 
@@ -45,16 +44,20 @@ def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ..
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     """Return the config with every stack zero-padded to equal widths; a vision tower regains all its heads."""
     for name, stack in cfg.stacks.items():
-        heads = stack.hidden_size // stack.attention.head_dim
-        layers = stack.layers
-        if (
-            not stack.uniform or len({tuple(layer.sizes.items()) for layer in layers}) == 1
-        ):  # Gemma 4's class knows two widths
-            layers = padded(layers, heads if name == "text" and cfg.text.whole_heads else None)
-        if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads
-            layers = tuple(layer.resized({"q_heads": heads, "kv_heads": heads}) for layer in layers)
-        cfg = cfg.with_layers(layers, name)
-    return cfg
+        widths = {tuple(layer.sizes.items()) for layer in stack.layers}
+        if not stack.uniform or len(widths) == 1:  # Gemma 4's class knows two widths
+            heads = stack.hidden_size // stack.attention.head_dim if name == "text" and cfg.text.whole_heads else None
+            cfg = cfg.with_layers(padded(stack.layers, heads), name)
+    return _with_whole_tower(cfg)
+
+
+def _with_whole_tower(cfg: ModelConfig) -> ModelConfig:
+    """Return the config with all heads of the tower, whose classes compute the head size as hidden_size / heads."""
+    if cfg.vision is None:
+        return cfg
+    heads = cfg.vision.hidden_size // cfg.vision.attention.head_dim
+    sizes = {"q_heads": heads, "kv_heads": heads}
+    return cfg.with_layers([layer.resized(sizes) for layer in cfg.vision.layers], "vision")
 
 
 def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
@@ -126,7 +129,7 @@ def loader_class(config: JsonDict) -> str | None:
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
-    able, text, vision = architectures_of(cfg), cfg.text, cfg.vision
+    able, text = architectures_of(cfg), cfg.text
     first = able[0]
     if uneven == "pad":
         if first_unmet(width_limits(first, cfg), cfg) is not None:
@@ -137,10 +140,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
                     f"llama.cpp's {first.name} needs {whole} heads in equal groups in every layer, which zero "
                     "heads cannot make of these: prune without removing heads"
                 )
-        if vision is not None:
-            heads = vision.hidden_size // vision.attention.head_dim
-            whole_heads = {"q_heads": heads, "kv_heads": heads}
-            cfg = cfg.with_layers([layer.resized(whole_heads) for layer in vision.layers], "vision")
+        cfg = _with_whole_tower(cfg)
     candidates = able[:1] if uneven == "refuse" and not cfg.text.uniform else able
     fits = [architecture for architecture in candidates if first_unmet(width_limits(architecture, cfg), cfg) is None]
     problem = first_unmet([tower_limit(first, cfg)] if fits else width_limits(first, cfg), cfg)

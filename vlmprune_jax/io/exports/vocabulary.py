@@ -69,8 +69,7 @@ def export_files(
 def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: ModelConfig) -> None:
     """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
-    Raises:
-      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
+    Raises UserError if the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
     """
     content = read_tokenizer(source)
     if content is None:
@@ -110,11 +109,16 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
         pieces = read_bytes(source / "tokenizer.model", MAX_JSON_BYTES)
         trimmed = trim_pieces(pieces, kept, vocabulary.new_ids, str(source / "tokenizer.model"))
         (folder / "tokenizer.model").write_bytes(trimmed)
-    for name in ("vocab.json", "merges.txt"):
+    for path in (source / "vocab.json", source / "merges.txt"):
         if fast:
-            (folder / name).unlink(missing_ok=True)
-        elif os.path.lexists(source / name):
-            (folder / name).write_text(_trim_legacy(source / name, texts, vocabulary), encoding="utf-8")
+            (folder / path.name).unlink(missing_ok=True)
+        elif os.path.lexists(path) and path.suffix == ".json":
+            ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in kept}
+            (folder / path.name).write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+        elif os.path.lexists(path):
+            lines = read_text(path, MAX_JSON_BYTES).splitlines()
+            lines = [x for x in lines if x.startswith("#version") or all(part in texts for part in _parts(x))]
+            (folder / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     if os.path.lexists(source / ADDED_TOKENS):
         added = {text: vocabulary.new_ids[i] for text, i in read_json(source / ADDED_TOKENS).items() if i in kept}
         _write(folder / ADDED_TOKENS, added)
@@ -125,10 +129,9 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
 
 
 def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], location: str) -> bytes:
-    """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
+    """Return the content of SentencePiece's `tokenizer.model` with only the pieces whose old ids are `kept`.
 
-    `kept`: old ids; ids beyond the last piece are added tokens from other files. `new_ids`: old id -> new id; a removed
-    special token gets id -1 ("none"). `location`: name of the file, for messages.
+    A removed special token gets the id -1 ("none").
     """
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -151,16 +154,6 @@ def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int
     return trimmed
 
 
-def _trim_legacy(path: Path, texts: set[str], vocabulary: KeptVocabulary) -> str:
-    """Return the content of vocab.json or merges.txt with only the kept tokens."""
-    if path.name == "vocab.json":
-        ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
-        return json.dumps(ids, ensure_ascii=False)
-    lines = read_text(path, MAX_JSON_BYTES).splitlines()
-    kept = [line for line in lines if line.startswith("#version") or all(part in texts for part in _parts(line))]
-    return "\n".join(kept) + "\n"
-
-
 def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
     """Return tokenizer_config.json with the kept tokens' new ids, and without removed special tokens."""
     trimmed = dict(config)
@@ -177,7 +170,7 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
-    """Return a config file's JSON value with every token id replaced by `change(field, id)`.
+    """Return a config file's JSON value, every token id and size of the vocabulary replaced by `change(field, number)`.
 
     Ids that become None are left out of lists that may name removed tokens; so are sequences of bad words with such an
     id.
@@ -189,9 +182,8 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
         if name == "bad_words_ids" and None in items and not any(isinstance(part, list) for part in value):
             return None
         return [part for part in items if part is not None] if name in _MAY_DROP else items
-    if not _ID.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int):
-        return value
-    return change(name, value)
+    is_changed = type(value) is int and (name in _ROWS or _ID.fullmatch(name))
+    return change(name, value) if is_changed else value
 
 
 def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> JsonDict:
@@ -201,6 +193,8 @@ def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> 
     """
 
     def change(name: str, old: int) -> int | None:
+        if name in _ROWS:
+            return len(vocabulary.kept) if old == vocabulary.rows_before else old
         new = vocabulary.new_ids.get(old)
         if new is None and 0 <= old < vocabulary.rows_before and name not in _MAY_DROP:
             raise UserError(
@@ -208,17 +202,7 @@ def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> 
             )
         return new if new is not None or name in _MAY_DROP else old
 
-    rows = len(vocabulary.kept)
-
-    def resized(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: rows if name in _ROWS and part == vocabulary.rows_before else resized(part)
-            for name, part in value.items()
-        }
-
-    changed: JsonDict = resized(map_ids(config, change))
+    changed: JsonDict = map_ids(config, change)
     return changed
 
 
@@ -227,7 +211,7 @@ def ids_in(config: JsonDict) -> dict[int, str]:
     fields: dict[int, str] = {}
 
     def note(name: str, i: int) -> int:
-        if name not in _MAY_DROP:
+        if name not in (*_MAY_DROP, *_ROWS):
             fields.setdefault(i, name)
         return i
 
@@ -361,11 +345,7 @@ def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
-    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens.
-
-    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged. LlamaTokenizer of transformers 5 would
-    replace the file's rules by its own rules, which differ from Phi-3's.
-    """
+    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
         if os.path.lexists(source / name):
@@ -373,6 +353,7 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
     config = {name: value for name, value in config.items() if name not in _REBUILD}
     known = config.get("extra_special_tokens")
     config |= {
+        # LlamaTokenizer of transformers 5 would replace the file's rules by its own, which differ from Phi-3's
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": processor,
         "extra_special_tokens": (known if isinstance(known, dict) else {}) | named,
@@ -381,4 +362,4 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
         "clean_up_tokenization_spaces": False,
     }
     for name, value in ((TOKENIZER, tokenizer), (TOKENIZER_CONFIG, config)):
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(folder / name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.base.weight_files import Extent
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Extent
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.lazy import lazy_entry, to_host
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
 from vlmprune_jax.io.checkpoints.lazy import blocks_of, extent_of
 from vlmprune_jax.io.families import Family
@@ -42,38 +44,42 @@ class Weights:
         slots = {slot.name: slot for slot in make_slots(model.cfg, family)}
         return cls(model.cfg, wide, flatten(model.params), slots)
 
-    def location(self, after: Slot) -> str:
-        """Return the file and tensor of a parameter, or its key if it is in memory, for messages."""
-        before = self.slots[after.name]
-        stored = lazy_entry(self.flat[before.path], before.place)
-        return after.key if stored is None else stored.location
+    def tensor(
+        self, key: str, slots: Sequence[Slot], dtype: str, convert: Convert | None = None, *, reorders: bool = False
+    ) -> Tensor:
+        """Return one tensor of the export, which is fetched, padded, converted and cast when it is written.
 
-    def pieces(
-        self, slots: Sequence[Slot], convert: Convert, dtype: str | None = None, *, reorders: bool = False
-    ) -> Iterator[np.ndarray | Extent]:
-        """Yield the values of one tensor in groups of whole rows, in the order of the file.
-
-        Args:
-          slots: the export's slots that share the tensor, in order.
-          convert: applied to every array before it is joined with others.
-          dtype: yield byte ranges of weights whose bytes in this dtype are in a file already (None = never).
-          reorders: True if `convert` needs all rows of a parameter at once.
+        The export's `slots` share the tensor, in order. `convert` is applied to every array before it is cast and
+        joined with others; it `reorders` rows if it needs all of a parameter at once.
         """
+        before = self.slots[slots[0].name]
+        stored = lazy_entry(self.flat[before.path], before.place)
+        what = f"{slots[0].key if stored is None else stored.location}, to be written as {dtype},"
+        pieces = functools.partial(self._pieces, slots, dtype, convert, reorders)
+        return weight(key, dtype, slots[0].hf_shape, pieces, what)
+
+    def _pieces(
+        self, slots: Sequence[Slot], dtype: str, convert: Convert | None, reorders: bool
+    ) -> Iterator[np.ndarray | Extent]:
+        """Yield the values of one tensor in groups of whole rows, in the order of the file."""
+
+        def converted(array: np.ndarray, slot: Slot) -> np.ndarray:
+            return cast(array if convert is None else convert(array, slot), dtype)
+
         for group in row_groups(slots):
             pairs = [(self.slots[slot.name], slot) for slot in group]
             stored = [(self.flat[before.path], before.place) for before, _ in pairs]
             unchanged = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
-            extent = extent_of(stored, dtype) if unchanged and dtype is not None else None
+            extent = extent_of(stored, dtype) if unchanged and convert is None else None
             blocks = blocks_of(*stored[0]) if unchanged and len(slots) == 1 and not reorders else None
             if extent is not None:
                 yield extent
             elif blocks is not None:
-                yield from (convert(block, group[0]) for block in blocks())
+                yield from (converted(block, group[0]) for block in blocks())
             else:
-                yield join_tensor([convert(self._widened(slot), slot) for slot in group], group)
+                yield join_tensor([converted(self._widened(slot), slot) for slot in group], group)
 
     def _widened(self, after: Slot) -> np.ndarray:
-        """Return a parameter on the host, with the axes of its slot in the export."""
         before = self.slots[after.name]
         array = to_host(self.flat[before.path], before.place)
         if before.axes_in_params == after.axes_in_params:
@@ -84,11 +90,14 @@ class Weights:
         return pad_tensor(array, axes, before.part, before.layer, self.cfg, self.wide)
 
 
-def _more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """Extend an embedding or output head to `size` rows; each new row is the mean of all existing rows.
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return an array in a dtype of weight files; values that become infinite are reported when they are written."""
+    with np.errstate(over="ignore"):
+        return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
-    The logit of a new word is then the mean of all logits, so it is never the largest.
-    """
+
+def _more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
+    """Extend an embedding or output head to `size` rows with their mean, so that no new word has the largest logit."""
     axis = axes.index("vocab")
     mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.read import resolve
-from vlmprune_jax.io.exports.card import model_name, write_card
+from vlmprune_jax.io.exports.card import CardFacts, model_name, write_card
 from vlmprune_jax.io.exports.format import Comparison, Origin
 from vlmprune_jax.io.exports.formats import choose_format
 from vlmprune_jax.io.exports.target import copy_always
@@ -30,16 +30,9 @@ def save(
     *,
     source_dir: str | Path | None = None,
     format: str = "huggingface",
-    mtp_dir: str | Path | None = None,
-    max_image_tokens: int | None = None,
     overwrite: bool = False,
     plan: PrunePlan | None = None,
-    name: str | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    reconstructed: bool = False,
-    recovered: bool = False,
-    benchmarks: Sequence[Sequence[str]] = (),
+    max_image_tokens: int | None = None,
     **options: Any,
 ) -> None:
     """Write a model in an export format; the output folder appears only once it is complete.
@@ -53,39 +46,26 @@ def save(
       out_dir: the new folder.
       source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
       format: name in `vp.formats`: "huggingface" (with `quantize`, its matrices are integers), or "gguf" (llama.cpp).
-      mtp_dir: folder with the unpruned module for mtp="cut" (None = `source_dir`; pruned folders have none).
-      max_image_tokens: maximum tokens per image in the processor files (None = as in `source_dir`).
       overwrite: replace an existing model folder.
       plan: the prune plan, written as plan.json and used to trim the tokenizer (None = as `apply_plan` pruned it).
-      name: name of the unpruned model on the model card, if possible a hub id (None = the name of `source_dir`).
-      license: license on the model card, as the hub names it (None = the license on `source_dir`'s card).
-      datasets: names of the training data on the model card, if possible hub ids.
-      reconstructed, recovered: True if the model card names these steps after pruning.
-      benchmarks: rows of the card's table: set, scores of unpruned and this model, retained % and its interval.
+      max_image_tokens: maximum tokens per image in the processor files (None = as in `source_dir`).
       **options: options of the format, which are the settings `export.NAME` of a config, such as `dtype`, `layout`,
-        `uneven` and `quantize`. In Python also `storage`, the result of `vp.gptq`, and `imatrix`, that of `vp.imatrix`.
+        `uneven` and `quantize`; in Python also `mtp_dir`, `storage` (the result of `vp.gptq`) and `imatrix` (that of
+        `vp.imatrix`); and the fields of `CardFacts`, such as `name` and `license`.
 
-    Raises:
-      UserError: out_dir exists, source_dir is unknown or belongs to another model, an option is invalid, the format
-        cannot hold a weight, or the disk is full.
+    Raises UserError if out_dir exists, source_dir is unknown or belongs to another model, an option is invalid, the
+    format cannot hold a weight, or the disk is full.
     """
     source_dir, plan = model.source if source_dir is None else source_dir, model.plan if plan is None else plan
     if source_dir is None:
         raise UserError("vp.save: source_dir is not set, and the model was not loaded from a folder: pass source_dir=")
-    source, out, (chosen, settings) = resolve(source_dir), Path(out_dir), choose_format(format, options)
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
-    mtp = None if mtp_dir is None else resolve(mtp_dir)
+    facts = CardFacts(**{x.name: options.pop(x.name) for x in dataclasses.fields(CardFacts) if x.name in options})
+    source, out, (chosen, settings) = resolve(source_dir), Path(out_dir), choose_format(format, options)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
-    vocabulary = None if plan is None else plan.vocabulary
-    planned = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
-    chips = planned.get("tensor_parallel", 1) if "vllm_tpu" in planned.get("loads_in", ()) else 0
-    card: dict[str, Any] = {"license": license, "datasets": datasets, "benchmarks": benchmarks}
-    card |= {"reconstructed": reconstructed, "recovered": recovered, "library": chosen.library}
-    with export_files(source, model.cfg, vocabulary, max_image_tokens) as files:
-        origin = Origin(files, f"{name}-pruned" if pruned else name, None, source, mtp, chips, pruned)
-        contents = chosen.prepare(model, origin, settings)
+    with export_files(source, model.cfg, None if plan is None else plan.vocabulary, max_image_tokens) as files:
+        contents = chosen.prepare(model, _origin(source, files, facts.name, plan), settings)
 
         def check() -> None:
             check_target(out, source, overwrite)
@@ -99,11 +79,18 @@ def save(
             with atomic_folder(out) as folder:
                 contents.write(folder)
                 copy_always(source, folder, plan)
-                write_card(folder, model.cfg, name, source, loading=contents.card(folder), **card)
+                write_card(folder, model.cfg, facts, source, loading=contents.card(folder), library=chosen.library)
         if split:
             for tensor in () if is_main_process() else contents.tensors:
                 tensor.fetch()  # gathering split arrays takes all processes, in the same order
             multihost_utils.sync_global_devices(f"saved {out}")
+
+
+def _origin(source: Path, files: Path, name: str | None, plan: PrunePlan | None) -> Origin:
+    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
+    planned = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
+    chips = planned.get("tensor_parallel", 1) if "vllm_tpu" in planned.get("loads_in", ()) else 0
+    return Origin(files, f"{name}-pruned" if pruned else name, None, source, chips, pruned)
 
 
 def check_saved(

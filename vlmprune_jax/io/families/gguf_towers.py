@@ -159,11 +159,10 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     }
 
 
-def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
+def tower_fields(cfg: ModelConfig) -> dict[str, Any]:
     """Return GGUF metadata of vision tower and projector.
 
-    A name in the result is a GGUF key, or the NAME of a method `add_NAME` of `gguf.GGUFWriter`. `cut`: additional
-    metadata about the tiles of an image.
+    A name in the result is a GGUF key, or the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
     """
     vision, projector = vision_of(cfg), projector_of(cfg)
     size = (vision.dynamic_resolution and vision.positions and vision.positions.image_size) or vision.image_size
@@ -191,4 +190,4 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
             fields["vision_is_deepstack_layers"] = [i in vision.deepstack for i in range(len(vision.layers))]
     else:  # otherwise LLaVA's graph skips the last block
         fields["clip.vision.feature_layer"] = [len(vision.layers)]
-    return {**fields, **cut}
+    return fields

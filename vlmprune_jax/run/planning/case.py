@@ -47,8 +47,6 @@ from vlmprune_jax.run.workdir.tpu_plan import (
     PlannedEvaluation,
     PlannedModel,
     PlannedStep,
-    StepFlops,
-    StepSeconds,
     TpuPlan,
 )
 
@@ -248,9 +246,10 @@ def estimate(case: Case) -> PlannedStep:
             temporaries=compiled.temporaries,
             free=int(chip.hbm - compiled.arguments - compiled.temporaries),
         ),
-        flops=StepFlops(executed=compiled.flops, **dataclasses.asdict(model)),
+        executed_flops=compiled.flops,
+        flops=dataclasses.asdict(model),
         received=received,
-        seconds=StepSeconds(**seconds),
+        seconds=seconds,
         mfu=model.total / (max(seconds.values()) * mesh.size * chip.flops),
         steps=config.steps if known else config.num_steps(case.records or 0),
         compile_seconds=compiled.seconds,

@@ -149,10 +149,16 @@ def bound(
 
     Raises UserError if the weights do not fit on the chips, or the chip has no int8 units.
     """
-    if WEIGHT_FORMATS[weights].int8 and not chip.int8:
+    form, whole = WEIGHT_FORMATS[weights], count_params(cfg)
+    if form.int8 and not chip.int8:
         raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
-    sizes = weight_bytes(cfg, weights)
-    total = sum(sizes.values())
+    layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
+    matrices = layers / 2 + whole - active_params(cfg)  # with all experts, since a batch's tokens choose all of them
+    layer_bytes, tower_bytes = (
+        matrices * form.bytes,
+        2 * sum(count_params(cfg, part) for part in ("vision", "projector")),
+    )
+    total = layer_bytes + 2 * (whole - matrices)
     groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
     if not groups:
         raise UserError(f"{total / 2**30:.1f} GiB of weights do not fit on {chips} chips: use a larger slice")
@@ -160,8 +166,7 @@ def bound(
         sum(layer.mixer.state_bytes(tokens, _CACHE) for layer in cfg.text.layers)
         for tokens in (length + answer, length + answer // 2)
     )
-    layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
-    rate = chip.int8 if WEIGHT_FORMATS[weights].int8 else chip.flops
+    rate = chip.int8 if form.int8 else chip.flops
 
     def on(group: int) -> Bound:
         n = rows or max(1, min(-(-BATCH * group // chips), int((group * chip.hbm - total) / cache)))
@@ -173,31 +178,13 @@ def bound(
         return Bound(
             chips=group,
             rows=n,
-            tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), sizes["vision"]),
+            tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), tower_bytes),
             # the output head is needed for the last token alone
-            prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), sizes["layers"]),
-            decode=max(answer - 1, 0) * at_least(n * layers, n * head, sizes["layers"] + sizes["head"] + n * mean),
+            prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), layer_bytes),
+            decode=max(answer - 1, 0) * at_least(n * layers, n * head, layer_bytes + head + n * mean),
         )
 
     return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))
-
-
-def weight_bytes(cfg: ModelConfig, weights: str) -> dict[str, float]:
-    """Return the weight bytes in a format, by part: layers, output head, vision tower with projector, and the rest.
-
-    All experts count, since the tokens of a batch choose all of them.
-    """
-    layers = weight_flops(cfg, "text/layers/", (), False) / 2
-    layers += count_params(cfg) - active_params(cfg)  # experts that a token does not use
-    head = weight_flops(cfg, head_of(cfg), (), False) / 2
-    vision = sum(count_params(cfg, part) for part in ("vision", "projector")) if cfg.vision is not None else 0
-    rest = count_params(cfg) - layers - head - vision
-    return {
-        "layers": layers * WEIGHT_FORMATS[weights].bytes,
-        "head": 2 * head,
-        "vision": 2.0 * vision,
-        "rest": 2 * rest,
-    }
 
 
 def plan_evaluation(

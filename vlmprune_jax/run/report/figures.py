@@ -80,12 +80,10 @@ def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
     front = "The line is the Pareto front"
     caption = f"Shape: pruning method; colour: recovery. {front}; the star is the unpruned model."
     figures = [_in_panels(figure, alt, caption)]
-    speedups = [[speedup_of(group.models, part) for part in SPEEDS] for group in drawn]
-    timed = [
-        group
-        for group, of_group in zip(drawn, speedups, strict=True)
-        if all(speedup is not None and speedup.measurable for speedup in of_group)
-    ]
+    timed = list[ModelGroup]()
+    for group in drawn:
+        speedups = [speedup_of(group.models, part) for part in SPEEDS]
+        timed += [group] if all(speedup is not None and speedup.measurable for speedup in speedups) else []
     if timed:
         alt = f"{len(timed)} models: percent retained against speed, as a multiple of the unpruned model's."
         caption = (

@@ -9,11 +9,10 @@ from pathlib import Path
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
-from vlmprune_jax.run.evaluation.speed.ratio import speedup
 from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.speed import Bench, Speed
+from vlmprune_jax.run.workdir.speed import Bench, Speed, speedup
 
 _Row = tuple[str, ...]
 RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from vlmprune_jax.base.errors import printable
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, show_interval
 from vlmprune_jax.run.workdir.evaluation import Group
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup, Retention
-from vlmprune_jax.run.workdir.result import ModelEvaluation, Result, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.result import Model, ModelEvaluation, Result, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.speed import SpeedUp
 
 RETAINED, OF_CONTROL, SIZE = "retained, %", "of control, %", "size, %"
 SPEEDUPS = {"decoding, x": "decode_speedup", "prompt, x": "prefill_speedup"}
@@ -135,7 +135,7 @@ def _removed(models: Sequence[Run]) -> str:
     return whole + (f" ({100 * _mean(decoder):.1f})" if decoder else "")
 
 
-def _costs(models: Sequence[Run | Unpruned]) -> dict[str, str]:
+def _costs(models: Sequence[Model]) -> dict[str, str]:
     """Return the cells of parameters and of the costs of a prompt."""
     sizes, costs = [model.parameters for model in models], [model.costs for model in models]
     cells = {"parameters": f"{_mean(sizes):,.0f}"}

@@ -113,6 +113,8 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     plan_file = work.start / "plan.json"  # missing if nothing was pruned
     options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
+    if spec.mtp == "cut":
+        options["mtp_dir"] = work.teacher
     if calibration is not None:
         options[calibration.option] = _calibrate(calibration, work, data, repair, model)
     elif spec.quantize == "w4a16":
@@ -121,7 +123,6 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         model,
         out,
         source_dir=work.start,
-        mtp_dir=work.teacher,
         plan=PrunePlan.from_json(plan_file) if plan_file.is_file() else None,
         name=spec.base_model or model_name(work.teacher),
         license=spec.license,

@@ -21,8 +21,8 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import remarks
 from vlmprune_jax.io.exports.card import check_upload, license_of, model_name
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.io.exports.gguf_metadata import cut
-from vlmprune_jax.io.exports.mtp import MtpCut
+from vlmprune_jax.io.exports.gguf_metadata import image_fields
+from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.vocabulary import export_files
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
@@ -144,9 +144,9 @@ def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     cfg = work.config(work.teacher)
     with export_files(work.teacher, cfg, most=image_tokens(data, spec)) as files:
         if spec.format == "gguf" and cfg.vision is not None:
-            cut(family_of(cfg), files)
+            image_fields(cfg, family_of(cfg), files)
     if spec.mtp == "cut":
-        MtpCut(Checkpoint(work.teacher), family_of(cfg), cfg)  # refuses a missing or damaged module
+        mtp_tensors(Checkpoint(work.teacher), cfg, "source")  # refuses a missing or damaged module
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:

@@ -11,10 +11,9 @@ from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics.texts import BITS
-from vlmprune_jax.run.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.run.workdir.evaluation import Group, Values
 from vlmprune_jax.run.workdir.result import Costs, Evaluations, ModelEvaluation, Run, Set, Sets, Unpruned
-from vlmprune_jax.run.workdir.speed import MedianSpeed
+from vlmprune_jax.run.workdir.speed import MedianSpeed, SpeedUp
 
 CardRow = tuple[str, str, str, str, str]  # cells of the model card's table
 MOST_GROUPS = 40  # maximum question groups per set; further groups are only in eval/*.json

@@ -79,59 +79,46 @@ class Workload(Part, frozen=True, kw_only=True):
     image_tokens: Count = 0
 
 
-class Unpruned(Part, frozen=True, kw_only=True):
-    """Entry of an unpruned model in `result.json` and `sweep.json`: evaluation, costs and speed.
+class Model(Part, frozen=True, kw_only=True):
+    """Entry of a model in `result.json` and `sweep.json`."""
 
-    `parameters`: number of parameters that a forward pass uses. `passthrough`: number of all other parameters in the
-    checkpoint, such as vision tower layers after the feature layer. `image_tokens`: in a sweep, setting
-    `data.max_image_tokens` of the evaluation.
-    """
-
-    image_tokens: Count | None = None
-    parameters: Positive
-    passthrough: Count = 0
+    image_tokens: Count | None = None  # in a sweep, setting `data.max_image_tokens` of the evaluation
+    parameters: Positive  # number of parameters that a forward pass uses
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
 
 
-class Run(Part, frozen=True, kw_only=True):
-    """Entry of a model in `result.json` and `sweep.json`, pruned unless `method` is "none": how it was made, and its
-    scores.
+class Unpruned(Model, frozen=True, kw_only=True):
+    """Entry of an unpruned model."""
 
-    `model`, `image_tokens`: in a sweep, the unpruned model's folder and setting `data.max_image_tokens`.
-    `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
-    removed share of the decoder's parameters. `plan`: "" if nothing was pruned. `scores`: importance files.
-    `metrics`: file of training metrics. `path`: the model's folder, of which `digest` is a hash in a sweep. `recovery`:
-    name of the recovery ("none" without training). `loss_terms`: {loss in `metrics`: title}. `seconds`: time of
-    scoring, pruning and training.
-    """
+    # Number of all other parameters in the checkpoint, such as vision tower layers after the feature layer.
+    passthrough: Count = 0
+
+
+class Run(Model, frozen=True, kw_only=True):
+    """Entry of a model that was pruned (unless `method` is "none") or trained: how it was made."""
 
     name: str
-    model: str = ""
-    image_tokens: Count | None = None
+    model: str = ""  # in a sweep, the unpruned model's folder
     method: str = "none"
     criterion: str = "none"
-    target_ratio: Finite | None = None
-    actual_ratio: Finite = 0.0
-    decoder_ratio: Finite | None = None
-    parameters: Count
+    target_ratio: Finite | None = None  # share of the whole model's parameters to remove
+    actual_ratio: Finite = 0.0  # share that was removed
+    decoder_ratio: Finite | None = None  # removed share of the decoder's parameters
     removed_layers: list[Count] = []
     reconstruct: str = "none"
-    recovery: str
+    recovery: str  # name of the recovery ("none" without training)
     data_fraction: Finite = 0.0
     training_records: Count | None = None
     training_steps: Count | None = None
-    loss_terms: dict[str, str] = {}
-    seconds: float | None
-    plan: str = ""
-    scores: list[str] = []
-    metrics: str | None = None
-    path: str
-    digest: str = ""
-    evaluation: ModelEvaluation
-    costs: Costs | None = None
-    speed: MedianSpeed | None = None
+    loss_terms: dict[str, str] = {}  # {loss in `metrics`: title}
+    seconds: float | None  # time of scoring, pruning and training
+    plan: str = ""  # "" if nothing was pruned
+    scores: list[str] = []  # importance files
+    metrics: str | None = None  # file of training metrics
+    path: str  # the model's folder
+    digest: str = ""  # hash of that folder, in a sweep
 
     @property
     def unpruned(self) -> str:
@@ -206,7 +193,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=2):
         return [*self.controls, *self.runs]
 
     @property
-    def models(self) -> list[tuple[str, Unpruned | Run]]:
+    def models(self) -> list[tuple[str, Model]]:
         """Entries of all models by name, including the unpruned one."""
         return [(UNPRUNED, self.teacher), *((entry.name, entry) for entry in self.entries)]
 

@@ -32,24 +32,6 @@ class Hbm(Part, frozen=True, kw_only=True):
     free: Finite
 
 
-class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a training step on all chips: executed FLOPs, and FLOPs that the model needs, by part."""
-
-    executed: Finite
-    student: Finite
-    teacher: Finite
-    attention: Finite
-    vision: Finite
-
-
-class StepSeconds(Part, frozen=True, kw_only=True):
-    """Lower bounds on the step time in seconds, by limiting resource."""
-
-    compute: Finite
-    memory: Finite
-    interconnect: Finite
-
-
 class PlannedStep(Part, frozen=True, kw_only=True):
     """Recovery step that fits in memory; the planned batch has the largest bucket of each kind."""
 
@@ -67,16 +49,17 @@ class PlannedStep(Part, frozen=True, kw_only=True):
     feature_cache: bool
     teacher_top_k: Count
     hbm: Hbm
-    flops: StepFlops
+    executed_flops: Finite  # of all chips, with recomputation
+    flops: dict[str, Finite]  # that the models need: student, teacher, attention, vision
     received: dict[str, Finite]  # bytes per chip from other chips: weights, gradients, activations
-    seconds: StepSeconds
+    seconds: dict[str, Finite]  # lower bounds on the step time: compute, memory, interconnect
     mfu: Finite
     steps: Count | None
     compile_seconds: Finite
 
     def table(self) -> Iterator[tuple[str, str]]:
         """Yield (name, value) rows that describe the step."""
-        hbm, flops, teacher, tokens = self.hbm, self.flops, self.teacher, max(self.tokens_buckets, default=0)
+        hbm, teacher, tokens = self.hbm, self.teacher, max(self.tokens_buckets, default=0)
         yield "slice", _slice(self)
         models = f"{self.student.parameters:,} parameters in {self.student.layers} layers"
         if teacher:
@@ -98,14 +81,12 @@ class PlannedStep(Part, frozen=True, kw_only=True):
             yield "buckets", f"the largest of {' and '.join(buckets)}; smaller ones need less"
         memory = f"{hbm.arguments / GIB:.2f} GiB arguments + {hbm.temporaries / GIB:.2f} GiB temporaries"
         yield "HBM per chip", f"{memory}, {hbm.free / GIB:.2f} GiB free"
-        parts = {name: getattr(flops, name) for name in ("student", "teacher", "attention", "vision")}
-        terms = ", ".join(f"{name} {value:.2e}" for name, value in parts.items())
-        yield "FLOPs", f"{flops.executed:.2e} executed, {sum(parts.values()):.2e} of the model ({terms})"
+        terms = ", ".join(f"{name} {value:.2e}" for name, value in self.flops.items())
+        yield "FLOPs", f"{self.executed_flops:.2e} executed, {sum(self.flops.values()):.2e} of the model ({terms})"
         received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in self.received.items()) or "none"
         yield "received", f"per chip, in GiB: {received}"
-        limits = {name: getattr(self.seconds, name) for name in ("compute", "memory", "interconnect")}
-        seconds = max(limits.values())
-        by_limit = ", ".join(f"{name} {value:.3f}" for name, value in limits.items())
+        seconds = max(self.seconds.values(), default=0)
+        by_limit = ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())
         yield "step time", f"at least {seconds:.3f} s ({by_limit}); MFU at most {100 * self.mfu:.1f} %"
         if seconds > 0:
             yield "throughput", f"at most {self.batch_size * tokens / seconds:,.0f} tokens/s"
