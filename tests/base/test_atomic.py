@@ -163,6 +163,23 @@ def test_kill_in_the_middle(llama, tmp_path, existing):
     assert_same_tensors(out, llama)
 
 
+def test_a_new_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").touch()
+    rename = os.rename
+
+    def once(source, target):
+        if ".partial-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(UserError, match="nothing was written"), atomic.atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
 def test_kill_between_the_two_renames(tmp_path):
     """The old folder waits beside its place for an instant; whoever comes next puts it back."""
     gone = subprocess.Popen([sys.executable, "-c", "pass"])

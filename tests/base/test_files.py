@@ -69,6 +69,7 @@ def test_sizes(tmp_path):
     ("text", "message"),
     [
         ("[" * 100_000, "too deeply nested"),
+        ("[" * 101 + "]" * 101, "too deeply nested"),
         ('{"a": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
         ("[1]", "Expected `object`, got `array`"),
         ("", "is not valid JSON"),

@@ -225,6 +225,12 @@ def test_targets_that_do_not_suit_are_refused(options, message):
         make_plan(scores, cfg, **options)
 
 
+def test_every_device_has_whole_groups():
+    cfg = config((decoder_layer(8, 4, 64),) * 2)
+    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.2, tensor_parallel=2)
+    assert plan.options["heads_multiple"] == 2
+
+
 def test_heads_that_are_kept_need_not_fill_blocks():
     cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, align_to="tpu", heads="keep")

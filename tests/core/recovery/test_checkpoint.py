@@ -161,6 +161,9 @@ def test_data_states_of_other_processes(uninterrupted, tmp_path):
     file = tmp_path / "checkpoints/6/meta/metadata"
     meta = json.loads(file.read_text())
     own = meta["data"][0]
+    file.write_text(json.dumps({**meta, "digest": "0" * 16}))
+    with pytest.raises(UserError, match="the arrays differ from the saved ones"):
+        train(mid_epoch_stream(), tmp_path)
     file.write_text(json.dumps({**meta, "data": [own] * 3}))
     assert train(mid_epoch_stream(), tmp_path)[1]["resumed_from"] == 6
     file.write_text(json.dumps({**meta, "data": [own, own, "jnull"]}))

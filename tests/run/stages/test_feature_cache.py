@@ -93,7 +93,7 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     """The folder of one recovery."""
     data = {"feature_cache": None if cache is None else str(cache)}
     changed = override(experiment, {"data": data, "recover": recover})
-    place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
+    place = {"folder": name, "start": root / "pruned"}
     work = quiet(root, changed, stage="recover", **place)
     run_task(work.task, overwrite=False, say=work.say)
     return root / name

@@ -200,8 +200,11 @@ class Encoder:
         """
         tokens, each = sizes[:, 0].max(initial=0), max(len(sizes) // (packs or max(len(sizes), 1)), 1)
         slots, images = (-(-sizes[:, 1:].reshape(-1, each, 2).sum(axis=1).max(axis=0, initial=0) // each)).tolist()
-        length = self.max_length if self.length_buckets is None else smallest(self.length_buckets, tokens)
-        return self._padded(length, slots, images)
+        return Shape(
+            self.max_length if self.length_buckets is None else smallest(self.length_buckets, tokens),
+            smallest(self.tile_buckets or (self.max_images,), slots),
+            0 if self.image_buckets is None else smallest(self.image_buckets, images),
+        )
 
     def count_shapes(self, sizes: np.ndarray) -> int:
         """Return an upper bound on the number of distinct batch shapes for training records with these sizes."""
@@ -221,14 +224,7 @@ class Encoder:
     @property
     def least_shape(self) -> Shape:
         """Smallest padded shape that a batch can have."""
-        return self._padded((self.length_buckets or (self.max_length,))[0], 0, 0)
-
-    def _padded(self, tokens: int, slots: int, image_tokens: int) -> Shape:
-        return Shape(
-            tokens,
-            smallest(self.tile_buckets or (self.max_images,), slots),
-            0 if self.image_buckets is None else smallest(self.image_buckets, image_tokens),
-        )
+        return self.shape(np.zeros((0, 3), np.int32))
 
     def image_sizes(self, record: Record, images: Sequence[ImageShape]) -> tuple[int, int]:
         """Return a record's numbers of images or tiles, and of image tokens (0 if all images have one size).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -122,12 +122,18 @@ def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
     Raises UserError for settings that `checked_processor` refuses.
     """
-    for name, key in PROCESSOR_FILES:
+    found = read_section(folder, PROCESSOR_FILES)
+    return None if found is None else (checked_processor(*found), found[1])
+
+
+def read_section(folder: Path, files: Iterable[tuple[str, str | None]]) -> tuple[Any, str] | None:
+    """Return the first of the `files` (name, section; None: all of it) that a folder has, and the file's path."""
+    for name, section in files:
         path = folder / name
-        config = read_json(path) if os.path.lexists(path) else None
-        config = config if key is None or config is None else config.get(key)
-        if config is not None:
-            return checked_processor(config, str(path)), str(path)
+        content = read_json(path) if os.path.lexists(path) else None
+        content = content if section is None or content is None else content.get(section)
+        if content is not None:
+            return content, str(path)
     return None
 
 

@@ -79,21 +79,18 @@ class TeacherRows:
         if record is None:
             return
         counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in self.keys(record))
+        problem = ""
         if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
+            problem = f"does not have the teacher's top {self.top_k} tokens"
+        elif ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            found = f"token ids from {ids.min()} to {ids.max()}"
+            problem = f"has {found}, but the vocabulary has 0 to {self.vocab_size - 1}"
+        elif len(ids) != counted.sum():
+            problem = f"has {len(ids)} positions, expected {counted.sum()}"
+        if problem:
             raise UserError(
-                f"record {record.id}: the cache {self.cache.folder} does not have the teacher's top {self.top_k} "
-                "tokens: remove that folder, or use another recover.teacher_cache"
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UserError(
-                f"record {record.id}: the cache {self.cache.folder} has token ids from {ids.min()} to {ids.max()}, but "
-                f"the vocabulary has 0 to {self.vocab_size - 1}: remove that folder, or use another "
+                f"record {record.id}: the cache {self.cache.folder} {problem}: remove that folder, or use another "
                 "recover.teacher_cache"
-            )
-        if len(ids) != counted.sum():
-            raise UserError(
-                f"record {record.id}: the cache {self.cache.folder} has {len(ids)} positions, expected "
-                f"{counted.sum()}: remove that folder, or use another recover.teacher_cache"
             )
         row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import yaml
@@ -99,16 +99,8 @@ def advise(
         data_fraction = 1.0 if "train" in files else guide.data.least
     own: dict[str, Any] = {"data": files} if files else {}
     choose = functools.partial(recommend, target, data_fraction=data_fraction, methods=methods, guide=guide)
-    recommendation, steps = choose(compute=compute), None
-    if recommendation.data_fraction:
-        records = count_records(override(Experiment(), own).data)
-        share, enough, steps = _steps(recommendation, cfg, records, data_fraction, guide)
-        if enough:
-            recommendation = dataclasses.replace(recommendation, data_fraction=share)
-        else:
-            with error_context(f"training steps: {steps}"):
-                recommendation = choose(compute="none")
-            steps = f"do not train: {steps}"
+    records = count_records(override(Experiment(), own).data)
+    recommendation, steps = _with_enough_steps(choose, compute, cfg, records, data_fraction, guide.data.steps)
     variants = recommendation.variants.items()
     plans = {method: predict(recommendation.recipe, settings) for method, settings in variants}
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
@@ -136,28 +128,38 @@ def _ratio(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> f
     return ratio
 
 
-def _steps(
-    recommendation: Recommendation, cfg: ModelConfig, records: int | None, available: float, guide: Guide
-) -> tuple[float, bool, str]:
-    """Return the share of the data to train on, whether it gives enough optimizer steps, and both in words.
+def _with_enough_steps(
+    choose: Callable[..., Recommendation],
+    compute: str,
+    cfg: ModelConfig,
+    records: int | None,
+    available: float,
+    least_steps: int,
+) -> tuple[Recommendation, str | None]:
+    """Return the recommendation of `choose`, without training if the records are too few, and `Advice.steps`.
 
-    The recommended share is raised, up to `available`, until training has as many steps as the shortest measured one.
+    The share of the data is raised, up to `available`, until training has as many steps as the shortest measured one.
     """
+    recommendation = choose(compute=compute)
+    if not recommendation.data_fraction:
+        return recommendation, None
     recover = _experiment(recommendation, cfg, *recommendation.variants.values())[2].recover
     batch, passes = recover.batch_size, f"{recover.epochs:g} pass{'es' * (recover.epochs != 1)}"
-    least = math.ceil(guide.data.steps * batch / recover.epochs)
+    least = math.ceil(least_steps * batch / recover.epochs)
     if records is None:
-        return recommendation.data_fraction, True, (
-            f"at least {guide.data.steps}, as in the shortest measured training: {least:,} records in batches of "
+        return recommendation, (
+            f"at least {least_steps}, as in the shortest measured training: {least:,} records in batches of "
             f"{batch} and {passes} (--train=FILE counts yours)"
-        )  # fmt: skip
+        )
     share = min(max(recommendation.data_fraction, math.ceil(1e4 * least / records) / 1e4), available)
     used = max(1, int(records * share))
     steps = recover.num_steps(used)
     counted = f"{steps:,} of {batch} records ({used:,} of {records:,} records in {passes})"
-    if steps >= guide.data.steps:
-        return share, True, counted
-    return share, False, f"too few: {counted}; the shortest measured training has {guide.data.steps} steps"
+    if steps >= least_steps:
+        return dataclasses.replace(recommendation, data_fraction=share), counted
+    too_few = f"too few: {counted}; the shortest measured training has {least_steps} steps"
+    with error_context(f"training steps: {too_few}"):
+        return choose(compute="none"), f"do not train: {too_few}"
 
 
 def exported_bytes(parameters: int) -> int:

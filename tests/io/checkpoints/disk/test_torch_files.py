@@ -114,6 +114,7 @@ def test_archives_that_lie(tmp_path):
     refused(pack(zipfile.ZIP_DEFLATED), "is compressed")
     refused(pack(data_pkl=None), "cannot be read")
     refused(pack(data_pkl=b"\x80\x02}"), "pickle exhausted")
+    refused(pack(data_pkl=b"\x80\x02I3\n."), "its pickle has INT")
     refused(pack(byteorder=b"big"), "big-endian")
     refused(pack(**{"1": b"short"}), "b (shape [3, 4], F32) needs more bytes than the file stores")
     refused(pack(**{"1": None}), "archive/data/1' is missing")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -11,9 +10,9 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import checked, read_json
+from vlmprune_jax.base.files import checked
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.image_processor import ProcessorSteps, Side, check_steps, sides
+from vlmprune_jax.io.data.image_processor import ProcessorSteps, Side, check_steps, read_section, sides
 
 # Files with a video processor's settings, and the section of each (None: all of it); the first that exists is used.
 VIDEO_FILES = (
@@ -68,17 +67,11 @@ def load_video_config(folder: Path, default: VideoConfig) -> VideoConfig:
 
     Raises UserError if a field has an unsupported value.
     """
-    for name, section in VIDEO_FILES:
-        path = folder / name
-        content = read_json(path) if os.path.lexists(path) else None
-        if content is not None and section is not None:
-            content = content.get(section)
-        if content is not None:
-            return _from_file(checked(content, VideoFile, str(path), _TODO), str(path), default)
-    return default
-
-
-def _from_file(file: Mapping[str, Any], location: str, default: VideoConfig) -> VideoConfig:
+    found = read_section(folder, VIDEO_FILES)
+    if found is None:
+        return default
+    content, location = found
+    file: Mapping[str, Any] = checked(content, VideoFile, location, _TODO)
     check_steps(file, location, "videos", normalizes=any(default.mean))
     if file.get("do_sample_frames") is False:
         if default.sampling in _SAMPLES_BY_DEFAULT:
