@@ -63,7 +63,7 @@ def make_plans(folder: Path, work: Path) -> None:
     from vlmprune_jax.core.models.params import count_params
     from vlmprune_jax.core.prune import KeptLayer, fingerprint, keep_everything
     from vlmprune_jax.core.prune.width import kept_layer
-    from vlmprune_jax.io.checkpoints.lazy import open_model
+    from vlmprune_jax.io.checkpoints.read import open_model
 
     model = open_model(folder)
     sizes, draw = [layer.sizes for layer in model.cfg.text.layers], np.random.default_rng(1)

@@ -15,7 +15,7 @@ from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vl
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import PrunePlan, VocabularyConfig, fingerprint, keep_everything
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.token_sources import choose_vocabulary
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]

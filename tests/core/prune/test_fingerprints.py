@@ -6,7 +6,7 @@ from prune_cases import UNEQUAL, config, llava_7b, model
 import vlmprune_jax as vp
 from vlmprune_jax.core.prune import fingerprint
 from vlmprune_jax.core.prune.fingerprints import content_digest, shape_digest
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 
 # Folder, its tower's -> fingerprint, and digest of the tower alone (in feature caches), as version 0.1 had them.
 RECORDED = {

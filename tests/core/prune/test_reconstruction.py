@@ -22,7 +22,7 @@ from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.least_squares import RIDGES
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.prune.reconstruction import reconstruct
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 
 SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]

@@ -11,8 +11,7 @@ from prune_cases import hand_plan
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import KeptLayer, keep_everything
-from vlmprune_jax.io.checkpoints.lazy import open_model
-from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.checkpoints.read import load, open_model
 from vlmprune_jax.io.exports.card import CardFacts, model_name, write_card
 from vlmprune_jax.io.exports.write import save
 

@@ -17,7 +17,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.checkpoints.lazy import FileArray
+from vlmprune_jax.io.checkpoints.read import FileArray
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.write import check_saved, save
 
@@ -153,7 +153,7 @@ def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
     """Embedding and per-layer table, cut and whole, read from files: the same bytes as from memory."""
     source, whole = models("gemma4")
     model, plan = keep_layers(whole, [0, 2, 3, 4, 5, 7])
-    monkeypatch.setattr("vlmprune_jax.io.checkpoints.lazy.BLOCK", 4000)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.BLOCK", 4000)
     monkeypatch.setattr("vlmprune_jax.io.exports.gguf_model._CHUNK", 3000)
     options = {"format": "gguf", "quantize": "q8_0", "dtype": "float16"}
     save(model, tmp_path / "memory", source_dir=source, plan=plan, **options)

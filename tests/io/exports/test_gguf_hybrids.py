@@ -15,7 +15,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.generate import generate
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.gguf_model import tiled
 from vlmprune_jax.io.exports.write import check_saved

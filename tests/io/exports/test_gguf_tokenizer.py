@@ -12,7 +12,7 @@ from smollm2 import english_text
 from tokenizers import Tokenizer, models, trainers
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.io.exports.write import save

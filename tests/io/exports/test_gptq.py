@@ -15,7 +15,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.prune.gptq import compensated
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports import gptq
 
 TEXT = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -21,7 +21,7 @@ from vlmprune_jax.core.prune import KeptLayer, fingerprint
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.disk.tensors import weight, write_tensor, write_weights
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages import work as work_module
@@ -87,7 +87,7 @@ def test_every_decoder(tmp_path, name):
 def test_what_the_plan_leaves_whole_is_copied_and_not_read(tmp_path, monkeypatch, name):
     source = make_folder(tmp_path / "source", DECODERS[name])
     plan = keep_some(vp.load(source))[1]
-    monkeypatch.setattr("vlmprune_jax.io.checkpoints.lazy.FileArray._rows", None)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.FileArray._rows", None)
     prune_folder(source, plan, tmp_path / "out")
     monkeypatch.undo()
     vp.load(tmp_path / "out")

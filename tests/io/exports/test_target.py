@@ -6,7 +6,7 @@ import pytest
 from hf_cases import LLAMA, make_folder
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.write import save
 
 TEMPLATES = "additional_chat_templates"

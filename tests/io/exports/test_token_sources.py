@@ -18,7 +18,7 @@ from vlmprune_jax.base.budget import Budget
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint, keep_everything
 from vlmprune_jax.core.prune.cost import make_measure
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, tokens_of

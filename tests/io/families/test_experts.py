@@ -29,7 +29,7 @@ from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
-from vlmprune_jax.io.checkpoints.lazy import FileArray, open_model
+from vlmprune_jax.io.checkpoints.read import FileArray, open_model
 from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.pruning import costs_of

@@ -10,7 +10,7 @@ from prune_cases import layer_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.prune.fingerprints import fingerprint
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_large_tables_are_cut_in_parts(model, folder, tmp_path, monkeypatch):
     """The per-layer table by layers and by tokens, in files: the same bytes as in memory."""
     pruned, plan = keep_layers(model, [0, 1, 2, 3, 4, 5, 7, 8])
     kept = tuple(range(0, 422, 2))
-    monkeypatch.setattr("vlmprune_jax.io.checkpoints.lazy.BLOCK", 4000)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.BLOCK", 4000)
     vp.save(pruned, tmp_path / "memory", source_dir=folder, dtype="float32", plan=plan)
     vp.prune_folder(folder, plan, tmp_path / "files")
     memory, files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files"))

@@ -1,4 +1,4 @@
-"""Loading of a Hugging Face folder: every device reads its own slice of the files."""
+"""Weights of a Hugging Face folder: opened, pruned like device arrays, and read by block or placed on devices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError, error_context, reason
-from vlmprune_jax.base.files import read_json, reading
-from vlmprune_jax.base.weight_files import DTYPES
+from vlmprune_jax.base.files import open_file, read_json, reading
+from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.layers import activation
-from vlmprune_jax.core.models.lazy import check_finite
+from vlmprune_jax.core.models.lazy import LazyArray, check_finite, lazy_entry
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
-from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse, stacked
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
 from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.families import Family, detect
@@ -37,16 +38,117 @@ from vlmprune_jax.io.families.fields import check_fields
 # XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
 _PART = 2**26  # elements of a tensor that one thread reads
+BLOCK = 2**25  # bytes that are read at a time from a large weight
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
 # Files to download besides the weights (safetensors, or else `pytorch_model*.bin`).
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
-# {canonical key: stored weight}.
-Sources = dict[str, StoredWeight]
 # (start, stop) along every axis of the slice of a parameter that a device holds.
 Bounds = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FileArray(LazyArray):
+    """One layer's weight, read from its file only when accessed; `take` selects indices of an axis without reading.
+
+    Attributes:
+      slot: rows (and columns) of the tensor `source` that belong to the weight.
+      picks: pairs (axis in the file, kept indices).
+      cast: dtype of the weight once it is read; None = the file's dtype.
+    """
+
+    source: StoredWeight
+    slot: Slot
+    picks: tuple[tuple[int, np.ndarray], ...] = ()
+    cast: np.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight after the selected indices are applied."""
+        sizes = list(self.slot.shape)
+        for axis, indices in self.picks:
+            sizes[axis] = len(indices)
+        return tuple(reversed(sizes)) if self.slot.turned else tuple(sizes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the weight once it is read."""
+        return WEIGHT_DTYPES[self.source.dtype] if self.cast is None else self.cast
+
+    @property
+    def location(self) -> str:
+        """File and tensor of the weight, for messages."""
+        entry, key = self.slot.entry, self.source.key
+        index = "" if entry is None or str(entry) in key.split(".") else f"[{entry}]"
+        return f"{self.source.file}: tensor {key}{index}"
+
+    def take(self, indices: np.ndarray, axis: int) -> FileArray:
+        """Select `indices` along one axis without reading the weight; allowed once per axis."""
+        return dataclasses.replace(
+            self, picks=(*self.picks, (1 - axis if self.slot.turned else axis, np.asarray(indices)))
+        )
+
+    @property
+    def extent(self) -> Extent | None:
+        """Byte range of the weight's rows in its file; None if its bytes differ (pruned, cast or quantised)."""
+        changed = self.picks or self.dtype != WEIGHT_DTYPES[self.source.dtype]
+        return None if changed else self._extent(0, self.slot.shape[0])
+
+    def read(self) -> np.ndarray:
+        """Read the weight from its file."""
+        array = self._rows(0, self.slot.shape[0])
+        return array.T if self.slot.turned else array
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield a weight that is not `turned` in consecutive groups of rows, of at most `BLOCK` bytes each."""
+        rows = self.slot.shape[0]
+        step = max(1, BLOCK // (self.slot.stride * self.dtype.itemsize))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield self._rows(start, stop)
+            # Bytes that are read once need no room in the operating system's page cache.
+            if extent := self._extent(start, stop):
+                with open_file(extent.file) as file:
+                    advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
+
+    def checked(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the rows between consecutive numbers in `rows`, of an array without `picks`, as they are in the file.
+
+        Raises UserError if a weight is not finite, in the file or in the dtype of the array.
+        """
+        for piece in self.source.pieces([self.slot.offset + row * self.slot.stride for row in rows]):
+            check_finite(piece, self.location)
+            if piece.dtype != self.dtype:
+                with np.errstate(over="ignore"):  # reported with the tensor's name instead
+                    piece = piece.astype(self.dtype)
+                check_finite(piece, f"{self.location} as {self.dtype.name}")
+            yield self.slot.rows_of(piece)
+
+    def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Read single elements, given one index array per axis."""
+        assert not self.picks, "elements index the weight as stored"
+        row, *inner = positions[::-1] if self.slot.turned else positions
+        column = np.ravel_multi_index(inner, self.slot.shape[1:]) if inner else 0
+        first = self.slot.offset + (self.slot.columns or (0,))[0]
+        return self.source.elements(first + row * self.slot.stride + column)
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        """Read indices `start` to `stop` - 1 of the first axis in the file, of them only those that `picks` keeps."""
+        slot, stored = self.slot, WEIGHT_DTYPES[self.source.dtype]
+        values = self.source.values(slot.offset + start * slot.stride, (stop - start) * slot.stride)
+        # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
+        array = slot.rows_of(values.view(f"u{stored.itemsize}"))
+        for axis, indices in self.picks:
+            inside = indices[(indices >= start) & (indices < stop)] - start if axis == 0 else indices
+            array = np.take(array, inside, axis=axis)
+        return np.ascontiguousarray(array).view(stored).astype(self.dtype, copy=False)
+
+    def _extent(self, start: int, stop: int) -> Extent | None:
+        size = WEIGHT_DTYPES[self.source.dtype].itemsize
+        first, end = (self.slot.offset + row * self.slot.stride for row in (start, stop))
+        return self.source.extent(first * size, (end - first) * size)
 
 
 def load(
@@ -80,11 +182,23 @@ def load(
     devices = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(cfg)
     if devices is not None:
         check_divides(cfg, devices)
-    slots = make_slots(cfg, family)
-    sources = find_weights(slots, cfg, family, folder, tower)
-    read = [slot for slot in slots if slot.part in parts]
-    params = read_params(cfg, read, sources, DTYPES[dtype], devices)
+    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, tower, dtype=DTYPES[dtype])
+    params = place([array for array in arrays if array.slot.part in parts], cfg, devices)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
+
+
+def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None = None) -> Model:
+    """Open a model folder without reading weights; the arrays are `FileArray`s in `LazyStack`s.
+
+    `dtype`: data type of the weights once they are read; None = as stored. `apply_plan`, `save` and `reconstruct`
+    accept the model; `forward` and `generate` do not. Raises UserError under the conditions of `load`; weights that are
+    not finite are detected only when they are read.
+    """
+    family, cfg = read_config(folder, vision_dir)
+    cast = None if dtype is None else DTYPES[dtype]
+    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, vision_dir, dtype=cast)
+    stacks = stacked([(array.slot, array) for array in arrays], FileArray.stack)
+    return Model(unflatten(stacks), cfg, source=folder.absolute())
 
 
 def resolve(name: str | Path) -> Path:
@@ -158,17 +272,19 @@ def read_fields(path: Path) -> dict[str, Any]:
     return config
 
 
-def find_weights(
+def open_weights(
     slots: list[Slot],
     cfg: ModelConfig,
     family: Family,
     folder: Path,
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
-) -> Sources:
-    """Return the checkpoint weights of the model's `parts`; `vision_dir` has the tower of an original LLaVA or Bunny.
+    dtype: np.dtype | None = None,
+) -> list[FileArray]:
+    """Return the weights of the model's `parts` in their files; `dtype`: of the weights once they are read.
 
-    Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
+    `vision_dir` has the tower of an original LLaVA or Bunny. Raises UserError that lists all unknown, missing or
+    repeated keys, wrong shapes and dtypes.
     """
     holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
@@ -184,7 +300,8 @@ def find_weights(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
-    return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
+    sources = {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
+    return [FileArray(sources[slot.key], slot, cast=dtype) for slot in slots if slot.part in parts]
 
 
 def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
@@ -195,57 +312,41 @@ def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
     return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
-def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Read the parameters at these slots with several threads, each of which reads one block of a file at a time."""
-    members: dict[str, list[Slot]] = defaultdict(list)
-    for slot in slots:
-        members[slot.path].append(slot)
+def place(arrays: Sequence[FileArray], cfg: ModelConfig, mesh: Mesh | None) -> Params:
+    """Read weights to the devices with several threads, each of which reads one block of a file at a time."""
+    members: dict[str, list[FileArray]] = defaultdict(list)
+    for array in arrays:
+        members[array.slot.path].append(array)
     axes, flat = param_axes(cfg), {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
             if path in members:
                 placement = None if mesh is None else sharding(mesh, axes[path], shape)
-                flat[path] = _read_param(members[path], shape, placement, sources, dtype, pool)
+                flat[path] = _place(members[path], shape, placement, pool)
     return unflatten(flat)
 
 
-def _read_param(
-    slots: list[Slot],
-    shape: tuple[int, ...],
-    placement: NamedSharding | None,
-    sources: Sources,
-    dtype: np.dtype,
-    pool: ThreadPoolExecutor,
+def _place(
+    arrays: list[FileArray], shape: tuple[int, ...], placement: NamedSharding | None, pool: ThreadPoolExecutor
 ) -> jax.Array:
     def bounds(index: Any) -> Bounds:
         return tuple((part.start or 0, part.stop or size) for part, size in zip(index, shape, strict=True))
 
-    slices = (
-        [(slice(None),) * len(shape)]
-        if placement is None
-        else placement.addressable_devices_indices_map(shape).values()
-    )
+    whole = {None: (slice(None),) * len(shape)}
+    slices = (whole if placement is None else placement.addressable_devices_indices_map(shape)).values()
     # Devices that hold the same slice share one buffer.
-    blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
-
-    def read(slot: Slot, begin: int) -> None:
-        rows = range(begin, min(begin + max(1, _PART // slot.stride), slot.shape[0]))
-        _fill(slot, rows, sources[slot.key], blocks)
-
-    starts = [(slot, begin) for slot in slots for begin in range(0, slot.shape[0], max(1, _PART // slot.stride))]
-    list(pool.map(lambda start: read(*start), starts))  # raises what a thread raised
+    parts = {bounds(index) for index in slices if index is not None}
+    blocks = {part: _aligned(part, arrays[0].dtype) for part in parts}
+    starts = [(x, at) for x in arrays for at in range(0, x.slot.shape[0], max(1, _PART // x.slot.stride))]
+    list(pool.map(lambda start: _fill(start[0], start[1], blocks), starts))  # raises what a thread raised
     if placement is None:
-        (whole,) = blocks.values()
-        return jax.device_put(whole)
+        return jax.device_put(*blocks.values())
     return jax.make_array_from_callback(shape, placement, lambda index: blocks[bounds(index)])
 
 
-def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
-    """Copy rows of a checkpoint tensor to the blocks of its parameter, in cache-sized pieces.
-
-    Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
-    """
-    targets = []
+def _fill(array: FileArray, begin: int, blocks: Mapping[Bounds, np.ndarray]) -> None:
+    """Copy `_PART` values of an array, from row `begin`, to the blocks of its parameter, in cache-sized pieces."""
+    slot, targets = array.slot, []
     for bounds, block in blocks.items():
         for number in slot.place:
             (first, last), *inner = bounds
@@ -256,28 +357,16 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
             if slot.turned:
                 bounds, block = bounds[::-1], block.T
             targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
-    if not targets:
-        return
-    entry = "" if slot.entry is None or str(slot.entry) in source.key.split(".") else f"[{slot.entry}]"
-    location, dtype = f"{source.file.parent}: tensor {source.key}{entry}", targets[0][2].dtype
-    start = max(part.start, min(rows[0] for rows, _, _ in targets))
-    stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
+    start = max(begin, min((rows[0] for rows, _, _ in targets), default=0))
+    stop = min(slot.shape[0], begin + max(1, _PART // slot.stride), max((rows[1] for rows, _, _ in targets), default=0))
     if start >= stop:
         return
-    step = max(1, _PIECE // slot.stride)
-    rows = [*range(start, stop, step), stop]
-    pieces = source.pieces([slot.offset + n * slot.stride for n in rows])
-    for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
-        check_finite(piece, location)
-        if piece.dtype != dtype:
-            with np.errstate(over="ignore"):  # reported with the tensor's name instead
-                piece = piece.astype(dtype)
-            check_finite(piece, f"{location} as {dtype.name}")
-        piece = slot.rows_of(piece)
+    rows = [*range(start, stop, max(1, _PIECE // slot.stride)), stop]
+    for (at, end), piece in zip(itertools.pairwise(rows), array.checked(rows), strict=True):
         for (first, last), columns, block in targets:
-            low, high = max(first, begin), min(last, end)
+            low, high = max(first, at), min(last, end)
             if low < high:
-                block[low - first : high - first] = piece[(slice(low - begin, high - begin), *columns)]
+                block[low - first : high - first] = piece[(slice(low - at, high - at), *columns)]
 
 
 def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
@@ -286,3 +375,22 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def extent_of(weights: Sequence[tuple[Any, tuple[int, ...]]], dtype: str) -> Extent | None:
+    """Return the byte range of rows of one file that these weights fill side by side; None if their bytes differ."""
+    arrays = [lazy_entry(*weight) for weight in weights]
+    files = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
+    if len(files) < len(arrays) or len({x.extent for x in files}) > 1:
+        return None
+    columns = [x.slot.columns for x in files if x.slot.columns is not None]
+    ends, starts = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), files[0].slot.width]
+    return files[0].extent if not columns or ends == starts else None
+
+
+def blocks_of(array: Any, index: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]] | None:
+    """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
+    stored = lazy_entry(array, index)
+    if not isinstance(stored, FileArray) or stored.slot.turned or stored.slot.columns:
+        return None
+    return None if math.prod(stored.slot.shape) * stored.dtype.itemsize <= 4 * BLOCK else stored.blocks

@@ -19,7 +19,7 @@ from vlmprune_jax.core.prune.config import PlanConfig
 from vlmprune_jax.core.prune.solver import Component, most_removable, units_of
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots, match_keys
-from vlmprune_jax.io.checkpoints.read import find_weights, read_config, resolve
+from vlmprune_jax.io.checkpoints.read import open_weights, read_config, resolve
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.families.limits import what_loads
 
@@ -34,7 +34,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     folder = resolve(hf_dir)
     tower = None if vision_dir is None else resolve(vision_dir)
     family, cfg = read_config(folder, tower)
-    find_weights(make_slots(cfg, family), cfg, family, folder, tower)
+    open_weights(make_slots(cfg, family), cfg, family, folder, tower)
     own, text, vision = Checkpoint(folder), cfg.text, cfg.vision
     entries = own.tensors.values()
     sizes = {} if vision is None else dataclasses.asdict(vision)

@@ -20,8 +20,7 @@ from vlmprune_jax.core.prune.surgery import keep_indices
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
-from vlmprune_jax.io.checkpoints.lazy import FileArray
-from vlmprune_jax.io.checkpoints.read import read_config, read_fields
+from vlmprune_jax.io.checkpoints.read import FileArray, read_config, read_fields
 from vlmprune_jax.io.exports.weights import Weights, cast
 from vlmprune_jax.io.families import Family, family_of
 

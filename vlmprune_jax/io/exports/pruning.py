@@ -30,8 +30,7 @@ from vlmprune_jax.core.prune.surgery import apply_plan
 from vlmprune_jax.io.checkpoints.batches import Records, batches
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.tensors import bytes_on_disk
-from vlmprune_jax.io.checkpoints.lazy import open_model
-from vlmprune_jax.io.checkpoints.read import load, resolve
+from vlmprune_jax.io.checkpoints.read import load, open_model, resolve
 from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.io.exports.format import FolderOptions
 from vlmprune_jax.io.exports.target import make_target

@@ -26,7 +26,7 @@ from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots
-from vlmprune_jax.io.checkpoints.read import find_weights, read_config, read_fields, read_params, resolve
+from vlmprune_jax.io.checkpoints.read import open_weights, place, read_config, read_fields, resolve
 from vlmprune_jax.io.exports.format import Comparison
 from vlmprune_jax.io.exports.uneven import loader_class
 from vlmprune_jax.io.families import Family, detect, family_of
@@ -153,10 +153,8 @@ def _reloaded(written: Model, checkpoint: Checkpoint, family: Family, cfg: Model
     keys, slots = {family.canonical(key) for key in checkpoint}, make_slots(cfg, family)
     holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
     loaded_parts = PARTS if holds_tower else ("text", "projector")
-    sources = find_weights(slots, cfg, family, checkpoint.folder, None, loaded_parts)
-    here = [slot for slot in slots if slot.part in loaded_parts]
-    params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
-    return Model(dict(written.params) | params, cfg)
+    arrays = open_weights(slots, cfg, family, checkpoint.folder, None, loaded_parts, np.dtype(np.float32))
+    return Model(dict(written.params) | place(arrays, cfg, mesh_of(written.params)), cfg)
 
 
 def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
-from vlmprune_jax.io.checkpoints.lazy import blocks_of, extent_of
+from vlmprune_jax.io.checkpoints.read import blocks_of, extent_of
 from vlmprune_jax.io.families import Family
 
 # Function of an array (some rows of a parameter) and its slot in the export.

@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, token_ids, vlm_token_ids
+from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, token_ids
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
 from vlmprune_jax.io.families.towers import Tower, vision_of
 
@@ -101,13 +101,14 @@ def vlm_from_hf(
     """
     section = {**defaults, **(config.get("text_config") or {})}
     shared = tied_embeddings(config, section, default=tied)
+    outer_ids = {name: value for name, value in config.items() if name.endswith("token_id") and value is not None}
     return ModelConfig(
         family=name,
         layout="transformers",
         text=text_from_hf({**section, "tie_word_embeddings": shared}),
-        image_token_id=int(config.get("image_token_id", config.get("image_token_index", image_token))),
+        image_token_id=int(config.get("image_token_id", image_token)),
         **{"feature_select": "full", **fields},
-        **vlm_token_ids(config, section),
+        **token_ids({**section, **outer_ids}),
     )
 
 

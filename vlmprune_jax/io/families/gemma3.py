@@ -168,7 +168,8 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
         inputs_first=True,
         downsample=grid // side,
     )
-    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=262144, vision=tower, projector=projector)
+    token = config.get("image_token_index") or 262144
+    return vlm_from_hf("gemma3", config, _TEXT, tied=True, image_token=token, vision=tower, projector=projector)
 
 
 # The spelling of the hub, which every version of transformers loads; 5.24 saves another one, which 4.57 ignores.

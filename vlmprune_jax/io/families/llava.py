@@ -75,7 +75,7 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
     )
     parts = {"vision": tower, "projector": projector, "feature_select": "patch" if select == "default" else "full"}
     config = {**config, **tied, "text_config": {**section, **tied}}
-    return vlm_from_hf("llava", config, {}, tied=False, image_token=32000, **parts)
+    return vlm_from_hf("llava", config, {}, tied=False, image_token=config.get("image_token_index", 32000), **parts)
 
 
 def _one_of(config: Mapping[str, Any], field: str, default: str, other: str) -> str:

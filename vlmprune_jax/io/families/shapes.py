@@ -141,12 +141,6 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def vlm_token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a vision-language model's bos, eos and pad ids; its own config overrides its decoder's."""
-    outer = {name: value for name, value in config.items() if name.endswith("token_id") and value is not None}
-    return token_ids({**text, **outer})
-
-
 # Rotary embedding, in the spellings of transformers 4 and 5 ------------------------------------------------------
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")

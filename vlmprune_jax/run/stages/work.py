@@ -27,7 +27,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
 from vlmprune_jax.core.recovery.terms import terms_of
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
-from vlmprune_jax.io.checkpoints import lazy
+from vlmprune_jax.io.checkpoints import read
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.checkpoints.read import load, read_config
 from vlmprune_jax.io.data.inputs import record_files
@@ -271,7 +271,7 @@ class Work:
         size fit in memory.
         """
         if by_layer and (self.devices is None or self.devices.size == 1):
-            return lazy.open_model(folder, self.tower, self.model.dtype)
+            return read.open_model(folder, self.tower, self.model.dtype)
         shared, mesh = {} if self.loaded is None else self.loaded, choose_mesh or self.devices
         if folder not in shared:
             dtype, tower = self.model.dtype, self.model.vision_dir
@@ -280,7 +280,7 @@ class Work:
 
     def open_model(self, folder: Path) -> Model:
         """Open a model folder without reading its weights."""
-        return lazy.open_model(folder, self.tower)
+        return read.open_model(folder, self.tower)
 
     def config(self, folder: Path) -> ModelConfig:
         """Return the config of the model in a folder."""

@@ -24,7 +24,7 @@ from vlmprune_jax.core.prune import score
 from vlmprune_jax.core.prune.activations import _sums
 from vlmprune_jax.core.prune.criteria.distance import cosine_distance
 from vlmprune_jax.core.prune.stream import LayerStream
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.pruning import make_plan
 
 

@@ -17,7 +17,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.run.cli.main import main
 

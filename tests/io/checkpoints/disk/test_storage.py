@@ -32,7 +32,7 @@ from vlmprune_jax.base.weight_files import Entry
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.prune import fingerprint
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, storages
-from vlmprune_jax.io.checkpoints.lazy import open_model
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.run.cli.main import main
 
