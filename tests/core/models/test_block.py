@@ -91,9 +91,10 @@ def test_blocks_equal_the_same_in_jnp(case):
     blocks = decoder_values(params, one.cfg, jnp.asarray(ids), NAMES)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         after = []
-        # Every block starts from the model's own state: rounding of the blocks before it is not compared again.
-        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], blocks, aux["states"], strict=True):
-            expected = plain_block(text, layer, x, *rope_tables(text.rope, text.attention.rotated, positions))
+        tables = rope_tables(text.rope, text.attention.rotated, positions)
+        # Every block starts from its own input: rounding of the blocks before it is not compared again.
+        for layer, block, state in zip(unstack_layers(params, one.cfg)[0], blocks, aux["states"], strict=True):
+            expected = plain_block(text, layer, block.before, *tables)
             for name in NAMES:
                 np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)
             norms = {name: block.block.norm_after(name) for name in ("o_proj", "down_proj")}
@@ -104,7 +105,7 @@ def test_blocks_equal_the_same_in_jnp(case):
                 if norm is not None:
                     scale = norm.statistics(block.inputs[f"{name}_out"])[..., 1]
                     np.testing.assert_allclose(scale, (spread + text.block.norm_eps) ** -0.5, rtol=1e-4)
-            after.append(expected["after"])
+            after.append(plain_block(text, layer, state, *tables)["after"])
         final_norm = to_nnx(one.replace(params=params)).text.final_norm
         np.testing.assert_allclose(aux["states"][1], after[0], atol=5e-5)
         np.testing.assert_allclose(logits, final_norm(after[1]), atol=5e-5)
