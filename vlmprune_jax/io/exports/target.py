@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.limits import first_unmet
+from vlmprune_jax.core.limits import first_unmet, why_no_class
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
@@ -92,6 +92,8 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
             "that trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
     wide = with_head_dim(padded_stacks(cfg) if options.uneven == "pad" else cfg, options.head_dim)
+    if not wide.text.uniform and (problem := why_no_class(wide)) is not None:
+        raise UserError(f"transformers could not load the export: {problem}")
     new_family, conversion = target_of(family) if options.layout == "transformers" else None, family.conversion
     tokenizer = None
     if new_family is not None and conversion is not None:

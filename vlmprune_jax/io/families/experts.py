@@ -66,17 +66,10 @@ def has_experts(text: TextConfig) -> bool:
     return any(isinstance(layer.channel, Experts) for layer in text.layers)
 
 
-def expert_sizes(text: TextConfig) -> JsonDict:
-    """Return the config.json fields for the number of experts per layer and of neurons per expert."""
-    part = next(layer.channel for layer in text.layers if isinstance(layer.channel, Experts))
-    return {"num_experts": part.experts, "moe_intermediate_size": part.neurons}
-
-
 def experts_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return a Qwen config with experts, its layer counts and widths updated, with the hub's field names."""
-    config = {name: value for name, value in layers_to_hf(text, source).items() if name != "num_local_experts"}
+    """Return a Qwen config with experts, its layer counts and widths updated."""
     dense = [i for i, layer in enumerate(text.layers) if not isinstance(layer.channel, Experts)]
-    return {**config, **expert_sizes(text), "mlp_only_layers": dense, "decoder_sparse_step": 1}
+    return {**layers_to_hf(text, source), "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def experts_problem(text: TextConfig) -> str | None:

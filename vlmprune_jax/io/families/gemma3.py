@@ -14,13 +14,12 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
-from vlmprune_jax.io.families.shapes import layers_to_hf, rope_from_hf, windows_from_hf
+from vlmprune_jax.io.families.shapes import FULL, SLIDING, rope_from_hf, typed_layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 # Defaults of the config classes in transformers, which hub files leave out.
 _TEXT: JsonDict = {
     "model_type": _DECODER,
@@ -40,7 +39,7 @@ _TEXT: JsonDict = {
     "bos_token_id": 2,
     "tie_word_embeddings": True,
 }
-THETA = {_FULL: 1e6, _SLIDING: 1e4}
+THETA = {FULL: 1e6, SLIDING: 1e4}
 # Names of decoders whose layers have a norm before and after attention and MLP.
 GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attention_layernorm" not in path} | in_layers(
     {
@@ -76,8 +75,8 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
     """Return Gemma 3's `rope_parameters` by layer type, from a config of transformers 4 or 5."""
     nested = config.get("rope_parameters") or {}
     older = {
-        _FULL: {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})},
-        _SLIDING: {"rope_theta": config.get("rope_local_base_freq")},
+        FULL: {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})},
+        SLIDING: {"rope_theta": config.get("rope_local_base_freq")},
     }
     stated = {kind: {k: v for k, v in (nested.get(kind) or older[kind]).items() if v is not None} for kind in older}
     return {kind: {"rope_type": "default", "rope_theta": THETA[kind], **fields} for kind, fields in stated.items()}
@@ -86,7 +85,7 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
 def gemma_windows(config: Mapping[str, Any]) -> list[int | None]:
     """Return each layer's sliding window size (None = full attention): by default, every sixth layer has none."""
     n_layers, pattern = int(config["num_hidden_layers"]), int(config.get("sliding_window_pattern") or 6)
-    types = config.get("layer_types") or [_SLIDING if (i + 1) % pattern else _FULL for i in range(n_layers)]
+    types = config.get("layer_types") or [SLIDING if (i + 1) % pattern else FULL for i in range(n_layers)]
     return windows_from_hf({**config, "use_sliding_window": True, "layer_types": types})
 
 
@@ -96,7 +95,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         raise UserError("use_bidirectional_attention true of Gemma 3 is not supported: such a model is an encoder")
     ropes = _ropes(config)
     return llama_like(
-        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
+        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[FULL]},
         _DECODER,
         windows=gemma_windows,
         biased=True,
@@ -105,7 +104,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
             "scale": float(config["query_pre_attn_scalar"]) ** -0.5,
             "sees_images": True,
         },
-        local={"rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]})},
+        local={"rope": rope_from_hf({"rope_parameters": ropes[SLIDING]})},
         block={"norm_place": "both", "norm_offset": 1.0},
         embed_scale=math.sqrt(int(config["hidden_size"])),
     )
@@ -113,15 +112,13 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return a Gemma 3 config with updated layers that transformers 4 and 5 can both read."""
-    config, ropes = layers_to_hf(text, source), _ropes(source)
-    config.pop("sliding_window_pattern", None)
-    scaling = {name: value for name, value in ropes[_FULL].items() if name != "rope_theta"}
+    ropes = _ropes(source)
+    scaling = {name: value for name, value in ropes[FULL].items() if name != "rope_theta"}
     return {
-        **config,
-        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
+        **typed_layers_to_hf(text, source),
         "rope_parameters": ropes,
-        "rope_theta": ropes[_FULL]["rope_theta"],
-        "rope_local_base_freq": ropes[_SLIDING]["rope_theta"],
+        "rope_theta": ropes[FULL]["rope_theta"],
+        "rope_local_base_freq": ropes[SLIDING]["rope_theta"],
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
     }
 

@@ -18,17 +18,16 @@ from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.experts import beside_dense, expert_names, expert_sizes, has_experts
+from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, rope_from_hf
+from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
 from vlmprune_jax.io.families.templates import VideoText
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 # Defaults of the config classes in transformers.
 _TEXT: JsonDict = {
     "model_type": _DECODER,
@@ -51,8 +50,8 @@ _TEXT: JsonDict = {
     "tie_word_embeddings": True,
 }
 _ROPE: JsonDict = {
-    _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
-    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
+    SLIDING: {"rope_type": "default", "rope_theta": THETA[SLIDING]},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[FULL]},
 }
 _TEMPLATE = dataclasses.replace(
     GEMMA3_TEMPLATE,
@@ -109,7 +108,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
         raise UserError("vocab_size_per_layer_input must equal vocab_size: trim both embedding tables alike")
     text = llama_like(
-        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
+        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[FULL]},
         _DECODER,
         windows=gemma_windows,
         biased=True,
@@ -122,7 +121,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         },
         local={
             "head_dim": int(config["head_dim"]),
-            "rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
+            "rope": rope_from_hf({"rope_parameters": ropes[SLIDING]}),
             "keys_as_values": False,
             "sees_images": config.get("use_bidirectional_attention") == "vision",
         },
@@ -168,18 +167,15 @@ def _problem(text: TextConfig) -> str | None:
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return a Gemma 4 config with updated layers that all transformers versions read alike."""
-    config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
     full = [shape for shape in text.layers if shape.mixer.window is None]
     local = [shape for shape in text.layers if shape.mixer.window is not None] or full
     return {
-        **config,
-        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
+        **typed_layers_to_hf(text, source),
         "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
         "intermediate_size": max(layer.sizes["mlp"] // layer.channel.relative_width for layer in text.layers),
         "num_kv_shared_layers": sum(shape.mixer.source is not None for shape in text.layers),
         "global_head_dim": text.attention.head_dim,
         "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.attention.keys_as_values else None,
-        **(expert_sizes(text) if has_experts(text) else {}),
     }
 
 

@@ -8,15 +8,73 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vlmprune_jax.core.channels import Experts, ExpertsAndShared, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer, ShortConv
+from vlmprune_jax.io.families.table import in_layers
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
+
+
+# {module of a layer: GGUF tensor} of decoders and vision towers.
+BLOCK = {
+    **{f"self_attn/{name}_proj": f"attn_{name}" for name in "qkv"},
+    **{f"self_attn/{name}_norm": f"attn_{name}_norm" for name in "qk"},
+    **{f"mlp/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
+    "mlp/fc1": "ffn_up",
+    "mlp/fc2": "ffn_down",
+}
+# {module in `params["text"]`: GGUF tensor}, with the layer as `{i}`, of most architectures.
+_TENSORS = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "final_layernorm": "output_norm",
+    "lm_head": "output",
+    **in_layers(
+        {
+            **BLOCK,
+            "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn/o_proj": "attn_output",
+            "self_attn/dense": "attn_output",
+            **{f"mlp/experts/{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
+            "attention_output_norm": "post_attention_norm",
+            "mlp_output_norm": "post_ffw_norm",
+            "layer_scalar": "layer_output_scale",
+            "extra/gate": "inp_gate",
+            "extra/project": "proj",
+            "extra/norm": "post_norm",
+            "mlp/router": "ffn_gate_inp",
+            "mlp/dense_gate": "ffn_gate_inp_shexp",
+            **{f"mlp/dense/{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+            "mlp/dense_output_norm": "post_ffw_norm_1",
+            "mlp/experts_norm": "pre_ffw_norm_2",
+            "mlp/experts_output_norm": "post_ffw_norm_2",
+            "mlp/router_scale": "ffn_gate_inp.scale",
+            "mlp/expert_scale": "ffn_down_exps.scale",
+            **{f"linear_attn/{name}_proj": "attn_qkv" for name in "qkv"},
+            **{f"linear_attn/{name}_conv": "ssm_conv1d" for name in "qkv"},
+            "linear_attn/z_proj": "attn_gate",
+            "linear_attn/b_proj": "ssm_beta",
+            "linear_attn/a_proj": "ssm_alpha",
+            "linear_attn/decay": "ssm_a",
+            "linear_attn/step": "ssm_dt.bias",
+            "linear_attn/norm": "ssm_norm",
+            "linear_attn/out_proj": "ssm_out",
+            **{f"short_conv/{name}_proj": "shortconv.in_proj" for name in "bcx"},
+            "short_conv/conv": "shortconv.conv",
+            "short_conv/out_proj": "shortconv.out_proj",
+        },
+        "blk",
+    ),
+    "extra_inputs/table": "per_layer_token_embd",
+    "extra_inputs/project": "per_layer_model_proj",
+    "extra_inputs/norm": "per_layer_proj_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +83,8 @@ class Architecture:
 
     name: str
 
-    tensors: Mapping[str, str]
-    """{module in `params["text"]`: GGUF tensor}, with the layer as `{i}`; modules with one tensor are its rows."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """{module in `params["text"]`: GGUF tensor} that `_TENSORS` lacks; modules with one tensor are its rows."""
 
     activations: tuple[str, ...] = ("silu",)
     """Activations that the architecture supports."""
@@ -73,6 +131,11 @@ class Architecture:
     gated: bool = False
     """True if attention has a gate per channel."""
 
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """{module in `params["text"]`: GGUF tensor}, with the layer as `{i}`."""
+        return {**_TENSORS, **self.own}
+
     def context_length(self, text: TextConfig) -> int:
         """Return the longest context for which llama.cpp computes the model exactly."""
         sizes = {shape.mixer.window for shape in text.layers if shape.mixer.window is not None and self.windows is None}
@@ -117,39 +180,6 @@ class Architecture:
         return None
 
 
-def block_tensors(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return {module path of a layer: GGUF tensor name}, with `{i}` for the layer number."""
-    return {f"layers/{{i}}/{module}": f"{prefix}.{{i}}.{tensor}" for module, tensor in names.items()}
-
-
-_LLAMA_TENSORS = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    **block_tensors(
-        "blk",
-        {
-            "input_layernorm": "attn_norm",
-            "post_attention_layernorm": "ffn_norm",
-            **{f"self_attn/{name}_proj": f"attn_{name}" for name in "qkv"},
-            "self_attn/o_proj": "attn_output",
-            "self_attn/q_norm": "attn_q_norm",
-            "self_attn/k_norm": "attn_k_norm",
-            **{f"mlp/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
-            **{f"mlp/experts/{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
-            "attention_output_norm": "post_attention_norm",
-            "mlp_output_norm": "post_ffw_norm",
-            "layer_scalar": "layer_output_scale",
-            "extra/gate": "inp_gate",
-            "extra/project": "proj",
-            "extra/norm": "post_norm",
-            "mlp/router": "ffn_gate_inp",
-        },
-    ),
-    "extra_inputs/table": "per_layer_token_embd",
-    "extra_inputs/project": "per_layer_model_proj",
-    "extra_inputs/norm": "per_layer_proj_norm",
-}
 # GGUF layouts of tensors around experts (a family's files may have others), and tensors that are never quantised.
 LAYOUTS = {
     "mlp/dense_gate": "embed",
@@ -158,88 +188,34 @@ LAYOUTS = {
     "mlp/experts/down_proj": "experts embed expert_mlp",
 }
 UNQUANTISED = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
-_PHI2_TENSORS = {
-    "embed_tokens": "token_embd",
-    "final_layernorm": "output_norm",
-    "lm_head": "output",
-    **block_tensors(
-        "blk",
-        {
-            "input_layernorm": "attn_norm",
-            **{f"self_attn/{name}_proj": f"attn_{name}" for name in "qkv"},
-            "self_attn/dense": "attn_output",
-            "mlp/fc1": "ffn_up",
-            "mlp/fc2": "ffn_down",
-        },
-    ),
-}
-_PHI3_TENSORS = {
-    **_LLAMA_TENSORS,
-    **block_tensors("blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"}),
-    **block_tensors("blk", {"mlp/gate_proj": "ffn_up", "mlp/up_proj": "ffn_up"}),
-}
-_QWEN35_TENSORS = {
-    **_LLAMA_TENSORS,
-    **block_tensors(
-        "blk",
-        {
-            "post_attention_layernorm": "post_attention_norm",
-            **{f"linear_attn/{name}_proj": "attn_qkv" for name in "qkv"},
-            **{f"linear_attn/{name}_conv": "ssm_conv1d" for name in "qkv"},
-            "linear_attn/z_proj": "attn_gate",
-            "linear_attn/b_proj": "ssm_beta",
-            "linear_attn/a_proj": "ssm_alpha",
-            "linear_attn/decay": "ssm_a",
-            "linear_attn/step": "ssm_dt.bias",
-            "linear_attn/norm": "ssm_norm",
-            "linear_attn/out_proj": "ssm_out",
-        },
-    ),
-}
-_QWEN35MOE_TENSORS = {
-    **_QWEN35_TENSORS,
-    **block_tensors(
-        "blk",
-        {
-            "mlp/dense_gate": "ffn_gate_inp_shexp",
-            **{f"mlp/dense/{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
-        },
-    ),
-}
-_LFM2_TENSORS = {
-    **_LLAMA_TENSORS,
-    "norm": "token_embd_norm",
-    **block_tensors(
-        "blk",
-        {
-            **{f"short_conv/{name}_proj": "shortconv.in_proj" for name in "bcx"},
-            "short_conv/conv": "shortconv.conv",
-            "short_conv/out_proj": "shortconv.out_proj",
-        },
-    ),
-}
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")  # of queries, keys and values; of attention's output; of the MLP
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 LLAMA = Architecture(
     "llama",
-    _LLAMA_TENSORS,
     ropes=("linear", "yarn", "llama3", "longrope"),
     biases=_BIASES,
     interleaved=True,
     free_heads=True,
 )
 DECI = replace(LLAMA, name="deci", per_layer=True)
-QWEN2 = Architecture("qwen2", _LLAMA_TENSORS, biases=("qkv_bias",))
-QWEN3 = Architecture("qwen3", _LLAMA_TENSORS, free_heads=True)
+QWEN2 = Architecture("qwen2", biases=("qkv_bias",))
+QWEN3 = Architecture("qwen3", free_heads=True)
 QWEN3MOE = replace(QWEN3, name="qwen3moe", experts=Experts)
-QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
-QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
-QWEN35 = replace(QWEN3VL, name="qwen35", tensors=_QWEN35_TENSORS, partial=True, recurrent=DeltaNet, gated=True)
-QWEN35MOE = replace(QWEN35, name="qwen35moe", tensors=_QWEN35MOE_TENSORS, experts=ExpertsAndShared)
-LFM2 = Architecture("lfm2", _LFM2_TENSORS, recurrent=ShortConv)
+QWEN2VL = Architecture("qwen2vl", biases=("qkv_bias",), ropes=(), sections=True)
+QWEN3VL = Architecture("qwen3vl", ropes=(), free_heads=True, sections=True)
+QWEN35 = replace(
+    QWEN3VL,
+    name="qwen35",
+    own=in_layers({"post_attention_layernorm": "post_attention_norm"}, "blk"),
+    partial=True,
+    recurrent=DeltaNet,
+    gated=True,
+)
+QWEN35MOE = replace(QWEN35, name="qwen35moe", experts=ExpertsAndShared)
+LFM2 = Architecture("lfm2", {"norm": "token_embd_norm"}, recurrent=ShortConv)
 QWEN3VLMOE = replace(QWEN3VL, name="qwen3vlmoe", experts=Experts)
-PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
+PHI2 = Architecture("phi2", activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
 _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another attention scale
 
 
@@ -312,27 +288,22 @@ def _gemma4_windows(text: TextConfig) -> str | None:
 
 
 GEMMA3 = Architecture(
-    "gemma3", _LLAMA_TENSORS, TANH_GELU, ("linear",), free_heads=True, windows=_gemma3_windows, scale=_gemma3_scale
+    "gemma3",
+    activations=TANH_GELU,
+    ropes=("linear",),
+    free_heads=True,
+    windows=_gemma3_windows,
+    scale=_gemma3_scale,
 )
-_GEMMA4_TENSORS = {
-    **_LLAMA_TENSORS,
-    **block_tensors(
-        "blk",
-        {
-            **{f"mlp/dense/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
-            "mlp/dense_output_norm": "post_ffw_norm_1",
-            "mlp/experts_norm": "pre_ffw_norm_2",
-            "mlp/experts_output_norm": "post_ffw_norm_2",
-            "mlp/router_scale": "ffn_gate_inp.scale",
-            "mlp/expert_scale": "ffn_down_exps.scale",
-            "mlp/experts/gate_proj": "ffn_gate_up_exps",
-            "mlp/experts/up_proj": "ffn_gate_up_exps",
-        },
-    ),
-}
 GEMMA4 = Architecture(
     "gemma4",
-    _GEMMA4_TENSORS,
+    in_layers(
+        {
+            **{f"mlp/dense/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
+            **{f"mlp/experts/{name}_proj": "ffn_gate_up_exps" for name in ("gate", "up")},
+        },
+        "blk",
+    ),
     TANH_GELU,
     ("proportional",),
     per_layer=True,
@@ -342,7 +313,18 @@ GEMMA4 = Architecture(
     tokenizer="gemma4",
     experts=ExpertsBesideDense,
 )
-PHI3 = Architecture("phi3", _PHI3_TENSORS, ropes=("linear", "yarn", "longrope"), partial=True)
+PHI3 = Architecture(
+    "phi3",
+    in_layers(
+        {
+            **{f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"},
+            **{f"mlp/{name}_proj": "ffn_up" for name in ("gate", "up")},
+        },
+        "blk",
+    ),
+    ropes=("linear", "yarn", "longrope"),
+    partial=True,
+)
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.io.families.gguf import TANH_GELU, block_tensors, full_attention_period
+from vlmprune_jax.io.families.gguf import BLOCK, TANH_GELU, full_attention_period
+from vlmprune_jax.io.families.table import in_layers
 from vlmprune_jax.io.families.towers import projector_of, vision_of
 
 TOWER = "clip"  # general.architecture
@@ -20,26 +21,21 @@ _TOWER_TENSORS = {
     "position_embedding": "v.position_embd",
     "pre_layrnorm": "v.pre_ln",
     "post_layernorm": "v.post_ln",
-    **block_tensors(
-        "v.blk",
+    **in_layers(
         {
+            **BLOCK,
             "layer_norm1": "ln1",
-            **{f"self_attn/{name}_proj": f"attn_{name}" for name in "qkv"},
             "self_attn/out_proj": "attn_out",
-            "self_attn/q_norm": "attn_q_norm",
-            "self_attn/k_norm": "attn_k_norm",
             "attention_output_norm": "attn_post_norm",
             "mlp_output_norm": "ffn_post_norm",
             "layer_scale1": "ls1",
             "layer_norm2": "ln2",
-            "mlp/fc1": "ffn_up",
-            "mlp/fc2": "ffn_down",
-            **{f"mlp/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
             "layer_scale2": "ls2",
         },
+        "v.blk",
     ),
 }
-_JOINED_QKV = block_tensors("v.blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"})
+_JOINED_QKV = in_layers({f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"}, "v.blk")
 _PROJECTORS = {
     "mlp": {"linear_1": "mm.0", "linear_2": "mm.2"},
     "pixel_shuffle": {"layer_norm": "mm.model.mlp.0", "linear_1": "mm.model.mlp.1", "linear_2": "mm.model.mlp.3"},

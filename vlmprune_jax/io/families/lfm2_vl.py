@@ -13,7 +13,7 @@ from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, tied_embeddings
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, tied_embeddings, typed_layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL
 from vlmprune_jax.io.families.towers import (
@@ -96,8 +96,8 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return an LFM2 config with updated layers, which states the number of neurons itself."""
-    config = hybrid_layers_to_hf(text, source) | {"block_auto_adjust_ff_dim": False}
-    return {name: value for name, value in config.items() if name not in ("block_ff_dim", "full_attn_idxs")}
+    config = typed_layers_to_hf(text, source) | {"block_auto_adjust_ff_dim": False}
+    return {name: value for name, value in config.items() if name != "block_ff_dim"}
 
 
 LFM2 = decoder_family(

@@ -14,13 +14,12 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.experts import (
     expert_count,
     expert_names,
-    expert_sizes,
     with_channels,
     with_expert_count,
 )
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, with_sections
-from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem, rotary_dim
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, rotary_dim, typed_layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.
@@ -84,9 +83,8 @@ def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     ]
     rotated = rotary_dim(config, int(config["head_dim"]), default=0.25)
     attention = {"qk_norm": True, "gated": True, "rotary_dim": rotated}
-    sections = (config.get("rope_parameters") or {}).get("mrope_section") or _SECTIONS
     text = llama_like(config, decoder, biased=True, attention=attention, block={"norm_offset": 1.0})
-    text = with_sections(text, tuple(map(int, sections)), interleaved=True)
+    text = with_sections(text, _SECTIONS, interleaved=True)
     delta = DeltaNet(
         int(config["linear_num_value_heads"]),
         int(config["linear_num_key_heads"]),
@@ -97,22 +95,13 @@ def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     return hybrid_layers(text, delta, kinds)
 
 
-def _hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a Qwen3.5 config with layer types, layer counts and widths updated from a TextConfig."""
-    delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
-    config = {name: value for name, value in source.items() if name != "full_attention_interval"}
-    if delta:
-        config |= {"linear_num_value_heads": delta[0].delta_heads, "linear_num_key_heads": delta[0].delta_groups}
-    return hybrid_layers_to_hf(text, config)
-
-
 QWEN3_5 = qwen3_vl_family(
     "qwen3_5",
     Decoder(
         _DECODER,
         "Qwen3_5ForConditionalGeneration",
         lambda config: _hybrid_from_hf(config, _DECODER),
-        _hybrid_to_hf,
+        typed_layers_to_hf,
         functools.partial(llama_like_weights, names=_NAMES),
         gguf=(gguf.QWEN35,),
         problem=hybrid_problem,
@@ -154,9 +143,9 @@ def _moe_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _moe_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    config = _hybrid_to_hf(text, source)
+    config = typed_layers_to_hf(text, source)
     shared = config.pop("intermediate_size")  # of a dense MLP, which no layer has
-    return {**config, **expert_sizes(text), "shared_expert_intermediate_size": shared}
+    return {**config, "shared_expert_intermediate_size": shared}
 
 
 QWEN3_5_MOE = qwen3_vl_family(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.channels import Dense, Experts
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention, DeltaNet, RopeConfig, ShortConv
@@ -16,8 +15,19 @@ from vlmprune_jax.io.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
 PER_LAYER, _PER_LAYER_AXES = "per_layer_shapes", ("q_heads", "kv_heads", "mlp")
-LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
-TYPES = {DeltaNet: "linear_attention", ShortConv: "conv"}  # names of other mixers in `layer_types`
+# Fields with the widths of layers, in the order of exported files.
+_WIDTHS = {
+    "linear_num_value_heads": "delta_heads",
+    "linear_num_key_heads": "delta_groups",
+    "num_attention_heads": "q_heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp",
+}
+# Fields that exports state by others: `layer_types`, `num_experts` and heads by type of attention.
+_REPLACED = ("full_attention_interval", "full_attn_idxs", "sliding_window_pattern", "num_local_experts",
+             "per_layer_config", PER_LAYER)  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"  # in `layer_types`
+TYPES = {DeltaNet: "linear_attention", ShortConv: "conv"}  # names of other mixers
 
 
 def layers_from_hf(
@@ -50,41 +60,45 @@ def same_windows(config: Mapping[str, Any]) -> list[int | None]:
 
 
 def windows_from_hf(config: Mapping[str, Any]) -> list[int | None]:
-    """Return each layer's sliding window size in a Qwen config (None = full attention).
-
-    Raises UserError if `layer_types` has a wrong number of layers or an unknown type of attention.
-    """
+    """Return each layer's sliding window size in a Qwen config (None = full attention); check its `layer_types`."""
     n_layers = int(config["num_hidden_layers"])
     window = int(config.get("sliding_window") or 4096) if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")
     if types is None:
         first = int(config.get("max_window_layers", 28))
         return [window if i >= first else None for i in range(n_layers)]
+    _check_types(types, n_layers, FULL, SLIDING)
+    return [window if kind == SLIDING else None for kind in types]
+
+
+def _check_types(types: Sequence[str], n_layers: int, *known: str) -> None:
     if len(types) != n_layers:
         raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
-    unknown = sorted(set(types) - set(LAYER_TYPES))
-    if unknown:
-        raise UserError(f"layer_types {unknown} not supported (supported: {', '.join(LAYER_TYPES)})")
-    return [window if LAYER_TYPES[kind] else None for kind in types]
+    if unknown := sorted(set(types) - set(known)):
+        raise UserError(f"layer_types {unknown} are not supported (supported: {', '.join(known)})")
 
 
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     """Return a config with its layer counts and widths updated; other fields are kept."""
-    config = dict(source)
-    fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    for name, axis in zip(fields, _PER_LAYER_AXES, strict=True):
+    config, types = {name: value for name, value in source.items() if name not in _REPLACED}, layer_types(text)
+    for name, axis in _WIDTHS.items():
         if widths := [layer.sizes[axis] for layer in text.layers if axis in layer.sizes]:
             config[name] = max(widths)
     config.update(num_hidden_layers=len(text.layers), head_dim=text.local_attention.head_dim)
-    config.pop(PER_LAYER, None)
     if not text.uniform:
         config[PER_LAYER] = [[layer.sizes[axis] for axis in _PER_LAYER_AXES] for layer in text.layers]
-    sliding = [shape.mixer.window is not None for shape in text.layers]
     if "max_window_layers" in source:
-        config["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
-    if "layer_types" in source or len(set(sliding)) > 1:
-        config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in sliding]
-    return config
+        config["max_window_layers"] = [*types, SLIDING].index(SLIDING)
+    if "layer_types" in source or len(set(types)) > 1:
+        config["layer_types"] = types
+    part = next((layer.channel for layer in text.layers if isinstance(layer.channel, Experts)), None)
+    return config if part is None else {**config, "num_experts": part.experts, "moe_intermediate_size": part.neurons}
+
+
+def layer_types(text: TextConfig) -> list[str]:
+    """Return the config.json field `layer_types`: the type of every layer's mixer."""
+    mixers = [layer.mixer for layer in text.layers]
+    return [TYPES.get(type(mixer)) or (FULL if mixer.window is None else SLIDING) for mixer in mixers]
 
 
 def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextConfig:
@@ -92,23 +106,16 @@ def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextCon
 
     Raises UserError if `types` has a wrong number of layers, unknown types or no full attention.
     """
-    n_layers, unknown = len(text.layers), sorted(set(types) - {TYPES[type(mixer)], "full_attention"})
-    if unknown:
-        raise UserError(f"layer_types {unknown} are not supported (supported: {TYPES[type(mixer)]}, full_attention)")
-    if len(types) != n_layers:
-        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
-    if "full_attention" not in types:
+    _check_types(types, len(text.layers), TYPES[type(mixer)], FULL)
+    if FULL not in types:
         raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
     pairs = zip(types, text.layers, strict=True)
-    return text.with_layers([x if kind == "full_attention" else Layer(mixer, x.channel) for kind, x in pairs])
+    return text.with_layers([x if kind == FULL else Layer(mixer, x.channel) for kind, x in pairs])
 
 
-def hybrid_layers_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a hybrid decoder's config with layer counts, widths and `layer_types` updated."""
-    attention = [layer for layer in text.layers if isinstance(layer.mixer, Attention)]
-    types = [TYPES.get(type(layer.mixer), "full_attention") for layer in text.layers]
-    config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), source)
-    return {**config, "num_hidden_layers": len(text.layers), "layer_types": types}
+def typed_layers_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return `layers_to_hf` for a class whose default `layer_types` are not full attention everywhere."""
+    return {**layers_to_hf(text, source), "layer_types": layer_types(text)}
 
 
 def hybrid_problem(text: TextConfig) -> str | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.base.checks import Registry, check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.gguf import Architecture
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import TilingConfig
+
+if TYPE_CHECKING:
+    from vlmprune_jax.io.families.gguf import Architecture
 
 JsonDict = dict[str, Any]
 

@@ -71,12 +71,6 @@ class VideoShape(ImageShape):
         """Patch grid (temporal patches, rows, columns) of the video, as a list with one entry."""
         return [self.grid]
 
-    @property
-    def patch_shape(self) -> ImageShape:
-        """Image shape of one temporal patch of the video."""
-        patches = len(self.times)
-        return ImageShape(self.rows, self.columns, max(self.slots // patches, 1), self.tokens // patches)
-
 
 @dataclass(frozen=True)
 class TilingConfig:
