@@ -172,7 +172,8 @@ def weight_table(cfg: ModelConfig, family: Family) -> list[Weight]:
         for leaf in ("", "weight", "bias"):
             names = next((axes[path] for _, at, _ in places if (path := f"{at}/{leaf}".rstrip("/")) in axes), None)
             if names is not None:
-                layout = usual_layout(names) if line.layout is None or leaf == "bias" else line.layout
+                inside = [name for name in names if f"{{{name}}}" not in line.key]  # not the expert in the key
+                layout = usual_layout(inside) if line.layout is None or leaf == "bias" else line.layout
                 key = f"{line.key}.{leaf}".rstrip(".")
                 table.append(Weight(f"{line.path}/{leaf}".rstrip("/"), key, layout))
     return table

@@ -79,9 +79,8 @@ def experts_problem(text: TextConfig) -> str | None:
     return None if text.uniform else "its class needs equal numbers of experts and heads per layer: prune layers alike"
 
 
-# Layouts of the experts' projections: of all experts in one tensor, and of one expert.
+# Layouts of the experts' projections in fused tensors.
 _FUSED = dict.fromkeys(("gate_proj", "up_proj"), "experts expert_mlp embed") | {"down_proj": "experts embed expert_mlp"}
-_SEPARATE = {name: layout.removeprefix("experts ") for name, layout in _FUSED.items()}
 
 
 def expert_names(experts: str = "mlp.experts", *, separate: bool = False) -> dict[str, str]:
@@ -91,10 +90,9 @@ def expert_names(experts: str = "mlp.experts", *, separate: bool = False) -> dic
     return in_layers({f"mlp/experts/{path}/weight": f"{experts}.{name}" for path, name in names.items()})
 
 
-def expert_layouts(*, separate: bool = False) -> dict[str, str]:
-    """Return {path: layout} of experts with a tensor of their own, or else of transposed fused ones."""
-    layouts = _SEPARATE if separate else {name: _transposed(layout) for name, layout in _FUSED.items()}
-    return {f"layers/{{i}}/mlp/experts/{name}/weight": layout for name, layout in layouts.items()}
+def transposed_layouts() -> dict[str, str]:
+    """Return {path: layout} of fused experts whose matrices are transposed."""
+    return {f"layers/{{i}}/mlp/experts/{name}/weight": _transposed(layout) for name, layout in _FUSED.items()}
 
 
 def _transposed(layout: str) -> str:
@@ -108,7 +106,7 @@ def with_separate_experts(family: Family) -> Family:
     def separated(line: Weight) -> Weight:
         before, experts, _ = line.key.rpartition("experts.")
         name = line.path.split("/")[-2]
-        return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", _SEPARATE[name])
+        return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight")
 
     return _with_fused_experts(family, separated)
 
@@ -184,11 +182,7 @@ QWEN3_MOE = decoder_family(
         "Qwen3MoeForCausalLM",
         _qwen3_moe_from_hf,
         experts_to_hf,
-        functools.partial(
-            llama_like_weights,
-            names=QWEN_EXPERT_NAMES | expert_names(separate=True),
-            layouts=expert_layouts(separate=True),
-        ),
+        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(separate=True)),
         gguf=(gguf.QWEN3MOE,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",

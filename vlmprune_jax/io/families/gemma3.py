@@ -13,7 +13,7 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import FULL, SLIDING, rope_from_hf, typed_layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
@@ -48,8 +48,6 @@ GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attenti
         "mlp_output_norm": "post_feedforward_layernorm",
     }
 )
-
-_PROJECTOR_KEYS = {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"}
 
 TEMPLATE = Template(
     name="gemma3",
@@ -178,15 +176,18 @@ GEMMA3 = vlm_family(
     defaults=_TEXT,
     weights=vlm_weights(
         ("language_model.model.", "language_model.lm_head.weight"),
-        part_weights("projector", "multi_modal_projector.", _PROJECTOR_KEYS),
+        part_weights(
+            "projector",
+            "multi_modal_projector.",
+            {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"},
+        ),
         TOWERS[_TOWER].weights("vision_tower.vision_model."),
     ),
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
     modules=HF_MODULES,
     ignored=(
-        r".*\.rotary_emb\.inv_freq",
-        r"language_model\.lm_head\.weight",
+        *NATIVE_UNUSED,
         r"vision_tower\.vision_model\.(head\..*|embeddings\.position_ids)",
     ),
     templates=(TEMPLATE,),

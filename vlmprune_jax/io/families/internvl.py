@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
 from vlmprune_jax.io.families.templates import Template, VideoText
@@ -21,6 +21,7 @@ from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
     TOWERS,
     projector_of,
+    rescaling,
     vision_from_hf,
     vision_of,
 )
@@ -194,7 +195,6 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
                 'InternVLProcessor: export with layout="source"'
             )
     vision = vision_of(cfg)
-    mean, std = PIXELS[vision.kind]
     frames = {
         "video_processor_type": "InternVLVideoProcessor",
         "processor_class": "InternVLProcessor",
@@ -202,11 +202,7 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
         "do_resize": True,
         "size": {"height": vision.image_size, "width": vision.image_size},
         "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
+        **rescaling(vision),
     }
     tiles = {
         **frames,
@@ -256,8 +252,7 @@ INTERNVL_ORIGINAL = Family(
         TOWERS["intern_vit_6b"].weights("vision_model."),
     ),
     ignored=(
-        r".*\.rotary_emb\.inv_freq",
-        r"language_model\.lm_head\.weight",
+        *NATIVE_UNUSED,
         r"vision_model\.encoder\.layers\..*",
     ),
     token_names=(
@@ -291,8 +286,7 @@ INTERNVL_HF = vlm_family(
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(
-        r".*\.rotary_emb\.inv_freq",
-        r"language_model\.lm_head\.weight",
+        *NATIVE_UNUSED,
         r"vision_tower\.(embeddings\.mask_token|encoder\.layer\..*)",
     ),
     templates=(_INTERNVL3, *_CHAT_TEMPLATES),

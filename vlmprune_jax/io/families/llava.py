@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
@@ -18,6 +19,7 @@ from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
     TOWERS,
     projector_of,
+    rescaling,
     vision_from_hf,
     vision_of,
 )
@@ -45,6 +47,7 @@ NATIVE_RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+NATIVE_UNUSED = (UNUSED[0], r"language_model\.lm_head\.weight")
 # Keys of the tower inside an original checkpoint, or in its own folder (spellings of transformers 4 and 5).
 TOWER_RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
@@ -62,7 +65,8 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
     section = config.get("text_config") or {}
     # transformers 5 ties if either flag is set, 4 if the decoder's flag is set (and 4 never writes the outer default)
     tied = {"tie_word_embeddings": bool(config.get("tie_word_embeddings") or section.get("tie_word_embeddings"))}
-    select = _one_of(config, "vision_feature_select_strategy", "default", "full")
+    select = config.get("vision_feature_select_strategy", "default")
+    one_of("vision_feature_select_strategy", select, ("default", "full"))
     layer = config.get("vision_feature_layer", -2)
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
     if tower.kind not in ("clip", "siglip"):
@@ -76,14 +80,6 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
     parts = {"vision": tower, "projector": projector, "feature_select": "patch" if select == "default" else "full"}
     config = {**config, **tied, "text_config": {**section, **tied}}
     return vlm_from_hf("llava", config, {}, tied=False, image_token=config.get("image_token_index", 32000), **parts)
-
-
-def _one_of(config: Mapping[str, Any], field: str, default: str, other: str) -> str:
-    """Return the value of a config.json field that has two values; raise UserError for another one."""
-    value = config.get(field, default)
-    if value not in (default, other):
-        raise UserError(f"{field} {value!r} is not one of {default}, {other}")
-    return value
 
 
 def _original(
@@ -111,7 +107,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
             f"LLaVA: the vision tower {config.get('mm_vision_tower')!r} is not in this folder: set vision_dir "
             "(--config.model.vision_dir) to the tower's folder"
         )
-    select = _one_of(config, "mm_vision_select_feature", "patch", "cls_patch")
+    select = one_of("mm_vision_select_feature", config.get("mm_vision_select_feature", "patch"), ("patch", "cls_patch"))
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
     if tower.kind != "clip":
         raise UserError(f"LLaVA in original layout with a {tower.kind} vision tower is not supported (supported: CLIP)")
@@ -162,7 +158,6 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
     """Return the files of transformers' LLaVA processor, which may pad images to a square before resizing."""
     del template
     vision = vision_of(cfg)
-    mean, std = PIXELS[vision.kind]
     side = {"height": vision.image_size, "width": vision.image_size}
     crops = vision.kind == "clip"
     images = {
@@ -175,11 +170,7 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
         "resample": BICUBIC,
         "do_center_crop": crops,
         "crop_size": side,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
+        **rescaling(vision),
     }
     processor = {
         "processor_class": "LlavaProcessor",
@@ -229,7 +220,7 @@ LLAVA_HF = vlm_family(
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
-    ignored=(r".*\.rotary_emb\.inv_freq", r"language_model\.lm_head\.weight", UNUSED_VISION),
+    ignored=(*NATIVE_UNUSED, UNUSED_VISION),
     image_processors=("CLIP", "Siglip", "Llava"),
     recipe=RECIPE,
     runs_in=("vllm", "mlx", "openvino"),

@@ -12,18 +12,17 @@ from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.io.families.qwen3_vl import (
-    ATTENTION_KEYS,
     NORM_EPS,
     TOWER,
     patch_family,
     qwen_from_hf,
     qwen_tower,
-    with_sections,
+    sectioned_rope,
 )
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
-from vlmprune_jax.io.families.towers import PIXELS, Tower, vision_of
+from vlmprune_jax.io.families.towers import FUSED_KEYS, PIXELS, Tower, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
@@ -60,7 +59,7 @@ _TOWER = Tower(
     {
         "patch_embedding": "patch_embed.proj",
         **in_layers(
-            {**ATTENTION_KEYS, **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks"
+            {**FUSED_KEYS, **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks"
         ),
     },
     dense={"bias": True},
@@ -84,8 +83,8 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     if hidden % heads:
         raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
     config["head_dim"] = hidden // heads
-    text = llama_like(config, _DECODER, windows=windows_from_hf, attention={"bias": True}, whole_heads=True)
-    return with_sections(text, _SECTIONS, interleaved=False)
+    attention = {"bias": True, "rope": sectioned_rope(config, _SECTIONS, interleaved=False)}
+    return llama_like(config, _DECODER, windows=windows_from_hf, attention=attention, whole_heads=True)
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:

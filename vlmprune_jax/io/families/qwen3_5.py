@@ -18,7 +18,7 @@ from vlmprune_jax.io.families.experts import (
     with_expert_count,
 )
 from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
-from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, with_sections
+from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, sectioned_rope
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, rotary_dim, typed_layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 
@@ -40,12 +40,19 @@ _TEXT: JsonDict = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-_IDS = {"image_token_id": 248056, "video_token_id": 248057}
-_MTP = (
-    "mtp.",
-    "mtp_num_hidden_layers",
-    {"fc.weight": (1, 2), "norm.weight": (1,), "pre_fc_norm_embedding.weight": (1,), "pre_fc_norm_hidden.weight": (1,)},
-)
+_MTP_SHAPES = {
+    "fc.weight": (1, 2),
+    "norm.weight": (1,),
+    "pre_fc_norm_embedding.weight": (1,),
+    "pre_fc_norm_hidden.weight": (1,),
+}
+_FAMILY: JsonDict = {
+    "deepstack": False,
+    "mtp": ("mtp.", "mtp_num_hidden_layers", _MTP_SHAPES),
+    "ids": {"image_token_id": 248056, "video_token_id": 248057},
+    "vllm_tpu": "",
+    "runs_in": ("vllm",),
+}
 _SECTIONS = (11, 11, 10)
 _NAMES = LLAMA_NAMES | in_layers(
     {
@@ -82,9 +89,9 @@ def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
     ]
     rotated = rotary_dim(config, int(config["head_dim"]), default=0.25)
-    attention = {"qk_norm": True, "gated": True, "rotary_dim": rotated}
+    rope = sectioned_rope(config, _SECTIONS, interleaved=True)
+    attention = {"qk_norm": True, "gated": True, "rotary_dim": rotated, "rope": rope}
     text = llama_like(config, decoder, biased=True, attention=attention, block={"norm_offset": 1.0})
-    text = with_sections(text, _SECTIONS, interleaved=True)
     delta = DeltaNet(
         int(config["linear_num_value_heads"]),
         int(config["linear_num_key_heads"]),
@@ -107,11 +114,7 @@ QWEN3_5 = qwen3_vl_family(
         problem=hybrid_problem,
     ),
     _TEXT,
-    deepstack=False,
-    mtp=_MTP,
-    ids=_IDS,
-    vllm_tpu="",
-    runs_in=("vllm",),
+    **_FAMILY,
 )
 
 # Qwen3.5 with experts -----------------------------------------------------------------------------------------------
@@ -161,9 +164,5 @@ QWEN3_5_MOE = qwen3_vl_family(
         reads_quantised_experts=True,
     ),
     _MOE_TEXT,
-    deepstack=False,
-    mtp=_MTP,
-    ids=_IDS,
-    vllm_tpu="",
-    runs_in=("vllm",),
+    **_FAMILY,
 )

@@ -10,24 +10,24 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import RopeConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import RECIPE, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.experts import (
     QWEN_EXPERT_NAMES,
-    expert_layouts,
     expert_names,
     experts_problem,
     experts_to_hf,
+    transposed_layouts,
     with_expert_count,
     with_experts,
 )
 from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import layers_to_hf
+from vlmprune_jax.io.families.shapes import layers_to_hf, rope_from_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.io.families.towers import FIELDS, Tower, position_side
+from vlmprune_jax.io.families.towers import FIELDS, FUSED_KEYS, Tower, position_side
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
@@ -44,13 +44,7 @@ _TEXT: JsonDict = {
     "rope_theta": 500000.0,
 }
 _SECTIONS = (24, 20, 20)
-# Names of the weights and constants of both generations' towers.
-ATTENTION_KEYS = {
-    "layer_norm1": "norm1",
-    **{f"self_attn/{name}_proj": "attn.qkv" for name in "qkv"},
-    "self_attn/out_proj": "attn.proj",
-    "layer_norm2": "norm2",
-}
+# Constants of both generations' towers.
 TOWER: JsonDict = {
     "fields": FIELDS | {"depth": "depth", "q_heads": "num_heads", "channels": "in_channels"},
     "rope_theta": 10000.0,
@@ -77,7 +71,7 @@ _TOWER = Tower(
     {
         "patch_embedding": "patch_embed.proj",
         "position_embedding": "pos_embed",
-        **in_layers({**ATTENTION_KEYS, "mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}, "blocks"),
+        **in_layers({**FUSED_KEYS, "mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}, "blocks"),
     },
     block={"norm": "layer", "norm_eps": NORM_EPS},
     **TOWER,
@@ -97,18 +91,18 @@ _MERGER_KEYS = {
 }
 
 
-def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
-    """Return the decoder config with M-RoPE; `default` is used if `mrope_section` is absent."""
-    sections = text.rope.sections or default
-    rope = dataclasses.replace(text.rope, sections=sections, interleaved=interleaved)
-    return text.with_layers([Layer(dataclasses.replace(x.mixer, rope=rope), x.channel) for x in text.layers])
+def sectioned_rope(config: Mapping[str, Any], default: tuple[int, ...], *, interleaved: bool) -> RopeConfig:
+    """Return the M-RoPE of a decoder config; `default` is used if `mrope_section` is absent."""
+    rope = rope_from_hf(config)
+    return dataclasses.replace(rope, sections=rope.sections or default, interleaved=interleaved)
 
 
 def text_of(config: Mapping[str, Any], decoder: str, defaults: JsonDict) -> TextConfig:
     """Return the TextConfig of a Qwen3-VL decoder config; absent fields take `defaults`."""
-    text = llama_like(config, decoder, defaults=defaults, biased=True, attention={"qk_norm": True})
+    config = {**defaults, **config}
     # the class interleaves regardless of mrope_interleaved
-    return with_sections(text, _SECTIONS, interleaved=True)
+    rope = sectioned_rope(config, _SECTIONS, interleaved=True)
+    return llama_like(config, decoder, biased=True, attention={"qk_norm": True, "rope": rope})
 
 
 def qwen_tower(tower: Tower, section: Mapping[str, Any], cells: int, patch_bias: bool, **fields: Any) -> VisionConfig:
@@ -280,7 +274,7 @@ QWEN3_VL_MOE = qwen3_vl_family(
         "Qwen3VLMoeForConditionalGeneration",
         _vl_from_hf,
         experts_to_hf,
-        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(), layouts=expert_layouts()),
+        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(), layouts=transposed_layouts()),
         gguf=(gguf.QWEN3VLMOE,),
         problem=_vl_problem,
     ),

@@ -151,17 +151,6 @@ class Tower:
             section["vision_use_head"] = False
         return {**source, "vision_config": section, **({feature_layer: -1} if feature_layer else {})}
 
-    def whole_config(self, vision: VisionConfig) -> JsonDict:
-        """Return the config section of a tower whose fields all differ from the defaults, except its type."""
-        values = {
-            **{name: getattr(vision, name) for name in ("hidden_size", "image_size", "patch_size", "channels")},
-            **vision.layers[0].sizes,
-            "depth": len(vision.layers),
-            "norm_eps": vision.block.norm_eps,
-            "activation": vision.channel.activation,
-        }
-        return {field: values[name] for name, field in self.fields.items()}
-
     def weights(self, prefix: str) -> list[Weight]:
         """Return the tower's weight table; keys begin with `prefix`."""
         table = []
@@ -194,40 +183,32 @@ def square_side(size: Any, name: str) -> int:
     return sides.pop()
 
 
+# Names inside a block of CLIP's and SigLIP's towers, and of towers that fuse queries, keys and values.
+_BLOCK_KEYS = {
+    path: path.replace("/", ".")
+    for path in ("layer_norm1", *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+                 "layer_scale1/weight", "layer_norm2", "mlp/fc1", "mlp/fc2", "layer_scale2/weight")
+}  # fmt: skip
+FUSED_KEYS = {
+    **_BLOCK_KEYS,
+    "layer_norm1": "norm1",
+    **{f"self_attn/{name}_proj": "attn.qkv" for name in "qkv"},
+    "self_attn/out_proj": "attn.proj",
+    "layer_norm2": "norm2",
+}
 _CLIP_KEYS = {
     "class_embedding/weight": "embeddings.class_embedding",
     "patch_embedding": "embeddings.patch_embedding",
     "position_embedding": "embeddings.position_embedding",
     "pre_layrnorm": "pre_layrnorm",
-    **in_layers(
-        {
-            "layer_norm1": "layer_norm1",
-            **{f"self_attn/{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
-            "layer_norm2": "layer_norm2",
-            "mlp/fc1": "mlp.fc1",
-            "mlp/fc2": "mlp.fc2",
-        },
-        "encoder.layers",
-    ),
+    **in_layers(_BLOCK_KEYS, "encoder.layers"),
     "post_layernorm": "post_layernorm",
 }
 _INTERNVIT_KEYS = {
     "class_embedding/weight": "embeddings.class_embedding",
     "patch_embedding": "embeddings.patch_embedding",
     "position_embedding/weight": "embeddings.position_embedding",
-    **in_layers(
-        {
-            "layer_norm1": "norm1",
-            **{f"self_attn/{name}_proj": "attn.qkv" for name in "qkv"},
-            "self_attn/out_proj": "attn.proj",
-            "layer_scale1/weight": "ls1",
-            "layer_norm2": "norm2",
-            "mlp/fc1": "mlp.fc1",
-            "mlp/fc2": "mlp.fc2",
-            "layer_scale2/weight": "ls2",
-        },
-        "encoder.layers",
-    ),
+    **in_layers(FUSED_KEYS | {f"layer_scale{n}/weight": f"ls{n}" for n in (1, 2)}, "encoder.layers"),
 }
 _INTERNVL_KEYS = {
     "class_embedding/weight": "embeddings.cls_token",
@@ -235,13 +216,12 @@ _INTERNVL_KEYS = {
     "position_embedding/weight": "embeddings.position_embeddings",
     **in_layers(
         {
+            **_BLOCK_KEYS,
             "layer_norm1": "layernorm_before",
             **{f"self_attn/{name}_proj": f"attention.{name}_proj" for name in "qkv"},
             "self_attn/out_proj": "attention.projection_layer",
             "layer_scale1/weight": "lambda_1",
             "layer_norm2": "layernorm_after",
-            "mlp/fc1": "mlp.fc1",
-            "mlp/fc2": "mlp.fc2",
             "layer_scale2/weight": "lambda_2",
         },
         "encoder.layer",
@@ -381,13 +361,27 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
 def stock_tower(vision: VisionConfig) -> JsonDict:
     """Return transformers' vision_config for a tower without the layers after the one whose features are used."""
     model_type, tower = next(item for item in TOWERS.items() if item[1].kind == vision.kind)
-    config = {"model_type": model_type, **tower.whole_config(vision)}
+    values = {
+        **{name: getattr(vision, name) for name in ("hidden_size", "image_size", "patch_size", "channels")},
+        **vision.layers[0].sizes,
+        "depth": len(vision.layers),
+        "norm_eps": vision.block.norm_eps,
+        "activation": vision.channel.activation,
+    }
+    config = {"model_type": model_type, **{field: values[name] for name, field in tower.fields.items()}}
     if vision.kind == "siglip":
         config["vision_use_head"] = False
     if vision.kind == "internvit":
         sides = {name: [config[name]] * 2 for name in ("image_size", "patch_size")}
         config |= {**sides, "attention_bias": vision.attention.bias, "norm_type": "layer_norm", "use_qk_norm": False}
     return config
+
+
+def rescaling(vision: VisionConfig) -> JsonDict:
+    """Return the last settings of an image processor: pixels from 0 to 1, normalised as in the tower's training."""
+    mean, std = PIXELS[vision.kind]
+    scaled = {"do_rescale": True, "rescale_factor": 1 / 255}
+    return {**scaled, "do_normalize": True, "image_mean": mean, "image_std": std}
 
 
 def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
