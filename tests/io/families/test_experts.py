@@ -1,5 +1,6 @@
 """Layers of experts against stock transformers: routers, gradients, cuts by hand, and exports of them."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -131,6 +132,13 @@ def on_hub(golden, tensors):
                 for key, part in zip(keys, np.split(rows, len(keys)), strict=True):
                     hub[key.replace("{expert}", str(expert))] = np.ascontiguousarray(part)
     return hub
+
+
+def test_unequal_layers_are_refused(golden, tmp_path):
+    first, *others = golden.model.cfg.text.layers
+    model = dataclasses.replace(golden.model, cfg=golden.model.cfg.with_layers([first.smaller("experts"), *others]))
+    with pytest.raises(UserError, match="transformers could not load the export: its class"):
+        vp.save(model, tmp_path / "out", source_dir=golden.ckpt)
 
 
 @pytest.mark.parametrize("cut", ["experts", "all"])

@@ -144,7 +144,6 @@ def _is_fused_expert(line: Weight) -> bool:
 
 
 def _with_fused_experts(family: Family, change: Callable[[Weight], Weight]) -> Family:
-    """Return the family with changed entries of experts that share a tensor."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         table = checked_table(family.weights, family.weights(cfg))

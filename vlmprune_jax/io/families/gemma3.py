@@ -109,7 +109,6 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a Gemma 3 config with updated layers that transformers 4 and 5 can both read."""
     ropes = _ropes(source)
     scaling = {name: value for name, value in ropes[FULL].items() if name != "rope_theta"}
     return {

@@ -166,7 +166,6 @@ def _problem(text: TextConfig) -> str | None:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a Gemma 4 config with updated layers that all transformers versions read alike."""
     full = [shape for shape in text.layers if shape.mixer.window is None]
     local = [shape for shape in text.layers if shape.mixer.window is not None] or full
     return {

@@ -132,7 +132,6 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
-    """Return {unsupported feature: True if the model has it} for towers with images of any size."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     if _graph(cfg) == _UNSHUFFLE:
         eps = projector.norm_eps

@@ -154,10 +154,6 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _tiling(config: Mapping[str, Any], location: str) -> TilingConfig:
-    """Return the tiling settings in an InternVL chat folder's config.json.
-
-    Raises UserError if a field is missing or not a number.
-    """
     fields = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
     dynamic = bool(fields["dynamic_image_size"])

@@ -63,7 +63,6 @@ def _whole_heads(stack: Stack) -> set[int]:
 
 
 def _of_class(cfg: ModelConfig) -> Iterator[Limit]:
-    """Yield what transformers' decoder class says against layers of these shapes."""
     decoders = [f.decoder for f in FAMILIES.values() if f.decoder is not None]
     known = [decoder for decoder in decoders if decoder.model_type == cfg.text.decoder]
     if known and (problem := known[-1].problem(cfg.text)) is not None:

@@ -85,7 +85,6 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
 def _original(
     family: str, config: Mapping[str, Any], projector: str, decoder: str, vision: VisionConfig, select: str
 ) -> ModelConfig:
-    """Return the ModelConfig of an original checkpoint; `projector`: the default type of its projector."""
     kind = config.get("mm_projector_type", projector)
     if kind != "mlp2x_gelu":
         raise UserError(f"mm_projector_type {kind!r} is not supported (supported: mlp2x_gelu)")
@@ -155,7 +154,6 @@ def _bunny_pixels(size: int) -> JsonDict:
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """Return the files of transformers' LLaVA processor, which may pad images to a square before resizing."""
     del template
     vision = vision_of(cfg)
     side = {"height": vision.image_size, "width": vision.image_size}

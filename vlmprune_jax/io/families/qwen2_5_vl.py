@@ -101,7 +101,6 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    """Return the tower's VisionConfig; raise UserError for impossible windows."""
     section = _TOWER.filled(config)
     window, merge, patch = (int(section[name]) for name in ("window_size", "spatial_merge_size", "patch_size"))
     side = window // merge // patch

@@ -80,7 +80,6 @@ _MOE_NAMES = {
 
 
 def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
-    """Return the TextConfig of a decoder of delta nets and gated attention, with dense MLPs."""
     config = {**_TEXT, **config}
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act {activation!r} is not supported (delta nets: silu)")

@@ -174,7 +174,6 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], location: str) ->
 
 
 def _join(storage: Storage, key: str, tensors: Mapping[str, Entry]) -> EncodedWeight:
-    """Combine the tensors of one quantised weight; raise ValueError if some are missing or inconsistent."""
     missing = [key + suffix for suffix in storage.suffixes if suffix not in tensors]
     if missing:
         raise ValueError(f"{next(iter(tensors.values())).key} has no {', '.join(missing)} beside it")

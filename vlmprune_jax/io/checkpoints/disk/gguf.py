@@ -143,7 +143,6 @@ class _Header:
         return None
 
     def tensor(self) -> _TensorInfo:
-        """Read one tensor entry."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, dimensions = self.text(), self.number("<I")
