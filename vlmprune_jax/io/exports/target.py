@@ -92,7 +92,8 @@ def make_target(cfg: ModelConfig, source: Path, options: FolderOptions) -> Targe
             "that trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
     wide = with_head_dim(padded_stacks(cfg) if options.uneven == "pad" else cfg, options.head_dim)
-    if (problem := why_no_class(wide)) is not None:
+    one_shape = wide.text.uniform and wide.text.attentions
+    if not one_shape and (problem := why_no_class(wide)) is not None:
         raise UserError(f"transformers could not load the export: {problem}")
     new_family, conversion = target_of(family) if options.layout == "transformers" else None, family.conversion
     tokenizer = None
