@@ -14,10 +14,14 @@ from vlmprune_jax.core.channels import Experts, ExpertsAndShared, ExpertsBesideD
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer, ShortConv
-from vlmprune_jax.io.families.table import in_layers
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
+
+
+def in_layers(names: Mapping[str, str], layers: str = "layers") -> dict[str, str]:
+    """Return {path of a module: key} of all layers, from those inside a layer; `layers`: key of the list of layers."""
+    return {f"layers/{{i}}/{path}": f"{layers}.{{i}}.{key}" for path, key in names.items()}
 
 
 # {module of a layer: GGUF tensor} of decoders and vision towers.

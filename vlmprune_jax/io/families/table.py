@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune_jax.base.checks import Registry, check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.families.gguf import Architecture
+from vlmprune_jax.io.families.gguf import in_layers as in_layers
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import TilingConfig
-
-if TYPE_CHECKING:
-    from vlmprune_jax.io.families.gguf import Architecture
 
 JsonDict = dict[str, Any]
 
@@ -38,11 +37,6 @@ class Weight:
     def at(self, i: int) -> Weight:
         """Return the weight table entry with `{i}` replaced by layer number `i`."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
-
-
-def in_layers(names: Mapping[str, str], layers: str = "layers") -> dict[str, str]:
-    """Return {path of a module: key} of all layers, from those inside a layer; `layers`: key of the list of layers."""
-    return {f"layers/{{i}}/{path}": f"{layers}.{{i}}.{key}" for path, key in names.items()}
 
 
 def part_weights(
