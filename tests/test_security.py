@@ -50,7 +50,7 @@ WRITERS = {
 _USERS, _SYSTEM = "a file that the command line or the config names", "a file of the system"
 UNBOUNDED = {
     ("io/data/records.py", "read_entries"): _USERS,
-    ("io/data/texts.py", "read_texts"): _USERS,
+    ("io/exports/token_sources.py", "read_texts"): _USERS,
     ("run/stages/evaluate.py", "_read_text"): _USERS,
     ("run/evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
     ("io/exports/gguf_file.py", "_header"): "what was written a moment ago",

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.recovery.terms import LossTerm
     from vlmprune_jax.io.checkpoints.batches import batches
     from vlmprune_jax.io.checkpoints.read import load
-    from vlmprune_jax.io.data.placeholders import expand_images
+    from vlmprune_jax.io.data.prompts import expand_images
     from vlmprune_jax.io.exports.card import push
     from vlmprune_jax.io.exports.format import Contents, Format
     from vlmprune_jax.io.exports.formats import FORMATS as formats
@@ -112,7 +112,7 @@ _HOMES = {
     "criteria": "core.prune.criteria:CRITERIA",
     "encoders": "core.models.stack:ENCODERS",
     "evaluate": "run.evaluation.runner",
-    "expand_images": "io.data.placeholders",
+    "expand_images": "io.data.prompts",
     "fingerprint": "core.prune",
     "formats": "io.exports.formats:FORMATS",
     "forward": "core.models.vlm",

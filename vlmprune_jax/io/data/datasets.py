@@ -29,9 +29,8 @@ from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.files import open_file, read_json, reading
 from vlmprune_jax.io.data.forms import to_entry
 from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.records import Record, make_record
+from vlmprune_jax.io.data.records import DATASETS, Record, make_record
 
-PREFIX = "datasets:"  # prefix in data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TODO = "save it again with save_to_disk"
 _MOST_IMAGES = 1000  # maximum images per row
@@ -66,14 +65,14 @@ def datasets_folder(text: str) -> Path:
 
     Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
     """
-    folder = Path(text.removeprefix(PREFIX))
-    if text == PREFIX or "://" in text:
-        raise UserError(f"{text}: is not a folder: use {PREFIX}DIR with a folder written by save_to_disk")
+    folder = Path(text.removeprefix(DATASETS))
+    if text == DATASETS or "://" in text:
+        raise UserError(f"{text}: is not a folder: use {DATASETS}DIR with a folder written by save_to_disk")
     if not (folder / _SPLITS).exists():
         return folder
     splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
     if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
-        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {PREFIX}{folder}/SPLIT")
+        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {DATASETS}{folder}/SPLIT")
     return folder / splits[0]
 
 
@@ -99,7 +98,7 @@ class _Split:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        missing = f"no such file: use {PREFIX}DIR or {PREFIX}DIR/SPLIT with a folder written by save_to_disk"
+        missing = f"no such file: use {DATASETS}DIR or {DATASETS}DIR/SPLIT with a folder written by save_to_disk"
         state = read_json(folder / _STATE, _State, missing=missing, todo=_TODO)
         self._files = [folder / file["filename"] for file in state["_data_files"]]
         outside = [file.name for file in self._files if file.parent != folder]
@@ -229,7 +228,7 @@ def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = Non
     if scratch is not None and not target.is_dir():
         target = scratch / target.name
     if target.is_dir():
-        return f"{PREFIX}{target}"
+        return f"{DATASETS}{target}"
     try:
         import datasets
     except ImportError as error:
@@ -250,7 +249,7 @@ def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = Non
             "files or a folder written by save_to_disk"
         ) from error
     os.replace(building, target)
-    return f"{PREFIX}{target}"
+    return f"{DATASETS}{target}"
 
 
 # Bounds on Arrow files ------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class FeatureLoader:
     shape: tuple[int, ...]  # (tokens, features) of one tile, or (features,) for images of varying size
     dtype: np.dtype
 
-    size_columns: ClassVar[slice] = slice(1, 3)  # tiles and image tokens (see `RecordCache`)
+    size_columns: ClassVar[slice] = slice(1, 3)  # tiles and image tokens (see `records_to_compute`)
 
     @property
     def preparation(self) -> Preparation:

@@ -23,15 +23,14 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
 from vlmprune_jax.io.data.config import Calibration, DataSpec
-from vlmprune_jax.io.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
-from vlmprune_jax.io.data.records import Record, data_files, read_records, take_fraction
-from vlmprune_jax.io.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
+from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, data_files, read_records, take_fraction
+from vlmprune_jax.io.data.tfds import read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.io.data.video.reader import video_reader
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
@@ -169,10 +168,10 @@ class _Source(NamedTuple):
 def _source(path: str | None, images: str | None, what: str) -> _Source:
     if path is None:
         raise UserError(
-            f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
+            f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {TFDS}FOLDER or "
             f"{DATASETS}FOLDER"
         )
-    if path.startswith(PREFIX):
+    if path.startswith(TFDS):
         place = tfds_folder(path)
         state = tfds_state(place)
         return _Source([place if isinstance(place, Path) else state], state, functools.partial(read_tfds, place))

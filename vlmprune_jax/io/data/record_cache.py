@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.base.atomic import check_space
-from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import from_all
 from vlmprune_jax.core.config import ModelConfig
@@ -31,7 +30,6 @@ from vlmprune_jax.core.recovery.program import batch_sharding, local_rows, place
 from vlmprune_jax.core.recovery.terms import top_k_logprobs
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.io.data.batching import Batch, train_batches
-from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.records import Record
@@ -44,32 +42,15 @@ _SPREAD = 256  # number of records from which the cache size is estimated
 Compute = Callable[[Batch, Sequence[Record | None]], dict[str, np.ndarray]]
 
 
-class RecordCache(Protocol):
-    """Interface of caches of arrays of training records (`FeatureLoader`, `TeacherRows`).
-
-    `size_columns`: columns of `TrainingRows.sizes` by whose sum the pass that computes the arrays sorts records.
-    """
-
-    size_columns: ClassVar[slice]
-
-    @property
-    def cache(self) -> ArrayCache: ...
-
-    def keys(self, record: Record) -> Sequence[str]:
-        """Return the keys of a record's arrays; none if the record needs no arrays."""
-
-    def has(self, keys: Sequence[str]) -> bool:
-        """Return True if a record's arrays, with these keys, are cached."""
-
-    def bytes_of(self, record: Record, encoder: Encoder) -> int:
-        """Return the number of bytes that the cache needs for a record."""
+RecordCache = FeatureLoader | TeacherRows  # caches of arrays of training records
 
 
 def records_to_compute(training: TrainingRows, arrays: RecordCache, size: int) -> list[int]:
     """Return the record numbers in all batches of `size` that are not cached completely, without duplicates.
 
     Batches thereby do not depend on the content of the cache, so that an interrupted pass ends with the same bytes. If
-    sizes are known, rows of similar size share a batch, and the largest come first, to show a lack of memory at once.
+    sizes are known, rows of similar size (the sum of the cache's `size_columns`) share a batch, and the largest come
+    first, to show a lack of memory at once.
     """
     records, sizes = training.records, training.sizes
     order = range(len(records))

@@ -28,6 +28,7 @@ from vlmprune_jax.io.data.media import (
 )
 
 _SPEAKERS = ("human", "gpt")
+TFDS, DATASETS = "tfds:", "datasets:"  # prefixes of folders in data.train and data.eval
 # All other fields are `Record.fields`.
 _OWN_FIELDS = ("id", "image", "images", "conversations", "messages", "answers", "video", "videos")
 MAX_REPEATS = 1000  # maximum repeat_time of a data set, since its records are copied

@@ -37,7 +37,7 @@ class TeacherRows:
     dtype: np.dtype
     vocab_size: int
 
-    size_columns: ClassVar[slice] = slice(1)  # tokens (see `RecordCache`)
+    size_columns: ClassVar[slice] = slice(1)  # tokens (see `records_to_compute`)
 
     def keys(self, record: Record) -> tuple[str, str]:
         """Return the keys of a record's token ids and log-probabilities."""

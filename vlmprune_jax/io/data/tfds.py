@@ -42,9 +42,8 @@ from vlmprune_jax.base.files import (
     reading,
 )
 from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.records import Record, make_record
+from vlmprune_jax.io.data.records import TFDS, Record, make_record
 
-PREFIX = "tfds:"  # prefix in data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"
 RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
 FILE_FORMAT = "array_record"
@@ -68,11 +67,11 @@ def tfds_folder(text: str) -> Path | epath.Path:
 
     Raises UserError for other types of addresses.
     """
-    name = text.removeprefix(PREFIX)
+    name = text.removeprefix(TFDS)
     if name.startswith(BUCKET):
         return epath.Path(name)
     if not name or "://" in name:
-        raise UserError(f"{text}: is not a folder: use {PREFIX}DIR, or {PREFIX}{BUCKET}BUCKET/DIR for a bucket")
+        raise UserError(f"{text}: is not a folder: use {TFDS}DIR, or {TFDS}{BUCKET}BUCKET/DIR for a bucket")
     return Path(name)
 
 

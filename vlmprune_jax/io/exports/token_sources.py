@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import read_json, reading
+from vlmprune_jax.base.files import read_json, read_text, reading
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.plans.kept import TOKEN_IDS, KeptVocabulary
 from vlmprune_jax.core.prune.config import VocabularyConfig
@@ -22,12 +22,22 @@ from vlmprune_jax.core.prune.vocabulary import Subwords, check_size, choose_toke
 from vlmprune_jax.io.data.chat_template import AUTO, choose_template
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.io.data.prompts import load_tokenizer, render
+from vlmprune_jax.io.data.records import (
+    DATASETS,
+    TFDS,
+    Record,
+    data_files,
+    has_lone_surrogate,
+    make_record,
+    read_entries,
+)
 from vlmprune_jax.io.exports.vocabulary import CONFIGS, ids_in, read_tokenizer, trim_tokenizer, vocabulary_digest
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.tiles import VideoShape
 
 _ROLES = ("system", "user", "assistant", "model", "tool")
+_PART = 2000  # characters of a text file per text, cut at the end of a line
 _CHUNK = 10_000  # texts that are tokenised together
 _FRAMES = 1000  # frames of a video whose text contains all tokens of times and numbers to keep
 HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
@@ -119,8 +129,6 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 
     Raises UserError if a source cannot be read (see `read_texts`), no source is named, or a listed id is too large.
     """
-    from vlmprune_jax.io.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
-
     if not config.sources:
         raise UserError("prune.vocabulary.sources: name at least one file of records or texts whose tokens are kept")
     read = [read_texts(name, source.template) for name in config.sources]
@@ -212,3 +220,65 @@ def _template_texts(template: Any) -> Iterator[str]:
         for quoted in re.findall(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"", text):
             with contextlib.suppress(ValueError, SyntaxError):
                 yield str(ast.literal_eval(quoted))
+
+
+class Texts(NamedTuple):
+    """Texts whose tokens a trimmed vocabulary keeps, and token ids that a file lists directly."""
+
+    texts: list[str]
+    ids: list[int]
+
+
+def read_texts(source: str, template: Template) -> Texts:
+    """Read records in a form for `data.train`, a JSON list of texts or of token ids, or a text file.
+
+    Records are rendered with `template`, and their images are not opened. A text file is split into parts of a few
+    paragraphs. Raises UserError if there is no such file, or it has none of these forms.
+    """
+    if source.startswith((TFDS, DATASETS)):
+        from vlmprune_jax.io.data.inputs import read_set  # with grain, which `vlmprune inspect` starts without
+
+        records = read_set(source, None, "prune.vocabulary.sources", True, "skip")
+        return Texts([text for record in records for text in _texts_of(record, template)], [])
+    path = Path(source)
+    if path.suffix not in (".json", ".jsonl"):
+        return Texts(list(_parts(read_text(path, missing="no such file (set in prune.vocabulary)"))), [])
+    texts: list[str] = []
+    ids: list[int] = []
+    first, *listed = data_files(path, None)
+    for file in listed or [first]:
+        for number, entry in enumerate(read_entries(file, "stop")):
+            if isinstance(entry, str):
+                texts.append(entry)
+            elif isinstance(entry, int) and not isinstance(entry, bool):
+                ids.append(entry)
+            else:
+                texts += _texts_of(make_record(entry, number, file, _Unopened(), True), template)
+    if any(map(has_lone_surrogate, texts)):
+        raise UserError(f"{source}: a text contains a lone surrogate (\\ud800 to \\udfff): remove it")
+    return Texts(texts, ids)
+
+
+class _Unopened:
+    def find(self, name: str, location: str) -> Path:
+        return Path(name)
+
+
+def _parts(text: str) -> Iterator[str]:
+    part = ""
+    for line in text.replace("\r\n", "\n").splitlines(keepends=True):
+        part += line
+        if len(part) >= _PART:
+            yield part
+            part = ""
+    if part:
+        yield part
+
+
+def _texts_of(record: Record, template: Template) -> Iterator[str]:
+    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos)).text
+    yield from (piece for piece in re.split(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", prompt) if piece)
+    yield from record.answers
+    for value in record.fields.values():
+        if isinstance(value, list):
+            yield from (text for text in value if isinstance(text, str))

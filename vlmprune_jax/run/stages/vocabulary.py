@@ -24,9 +24,8 @@ from vlmprune_jax.core.prune.surgery import trim_vocabulary
 from vlmprune_jax.core.prune.tables import Table
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.data.tfds import PREFIX as TFDS
+from vlmprune_jax.io.data.records import DATASETS, TFDS
 from vlmprune_jax.io.exports.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.run.evaluation.runner import log_likelihoods
 from vlmprune_jax.run.stages.work import Work

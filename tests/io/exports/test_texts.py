@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.data.texts import read_texts
+from vlmprune_jax.io.exports.token_sources import read_texts
 from vlmprune_jax.io.families.templates import QWEN3_VL
 
 TURN = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
