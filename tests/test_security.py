@@ -175,7 +175,6 @@ def test_markup_is_made_where_it_is_escaped():
         "csv.writer": {"run/workdir/sweep.py"},
         "Environment": {"io/exports/card.py", "run/report/page.py"},
         "Markup": {
-            'Markup(\'<div class="wide">{}</div><div class="narrow">{}</div>\')',
             "Markup(script)",
             "Markup(to_svg(drawn))",
         },
@@ -188,7 +187,7 @@ def test_markup_is_made_where_it_is_escaped():
 def test_matplotlib_starts_from_its_own_defaults():
     """Its style is set in one place, and its `matplotlibrc` is not looked for in the current folder."""
     styled = [(file, name) for file, name, node in uses() if "rc_context" in getattr(node, "attr", "")]
-    assert styled == [("run/report/style.py", "styled")]
+    assert styled == [("run/report/plots.py", "styled")]
     importing = {file for file, _, node in uses() if isinstance(node, ast.Import | ast.ImportFrom)
                  for text in [ast.unparse(node)] if "matplotlib" in text}  # fmt: skip
     assert {Path(file).parent.as_posix() for file in importing} == {"run/report"}

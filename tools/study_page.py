@@ -20,8 +20,8 @@ from vlmprune_jax.base.markup import markdown
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean, retained_interval
 from vlmprune_jax.run.planning.guide import SOLVED
-from vlmprune_jax.run.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
-from vlmprune_jax.run.report.style import write_png
+from vlmprune_jax.run.report.figures import drawable, mean_of, series_of
+from vlmprune_jax.run.report.plots import Cost, curves_figure, write_png
 from vlmprune_jax.run.workdir.comparison import averaged_sets
 from vlmprune_jax.run.workdir.evaluation import find_evaluated, read_evaluated
 from vlmprune_jax.run.workdir.groups import ModelGroup, groups_of
@@ -32,7 +32,7 @@ BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # reserved name of a source, not allowed for sweeps
 PERPLEXITY = "perplexity"
 _HEADING = "### "
-DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
+DECODER = Cost("decoder's parameters removed (%)", mean_of(lambda model: 100 * (model.decoder_ratio or 0.0)))
 _SHARE = f", {100 * SMALL:g} % of the data"
 
 
@@ -252,7 +252,7 @@ def study_figure(sweep: SweepResult) -> Figure | None:
 
     def way(group: ModelGroup) -> str:
         share = group.first.data_fraction
-        return f"{way_of(group)}, {100 * share:g} %" if share and len(shares) > 1 else way_of(group)
+        return f"{group.recovery}, {100 * share:g} %" if share and len(shares) > 1 else group.recovery
 
     if several:
         return curves_figure(

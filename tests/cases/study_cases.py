@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from vlmprune_jax.run.workdir.artefact import write_artefact
-from vlmprune_jax.run.workdir.result import Costs, ModelEvaluation, Run, Set, Unpruned
+from vlmprune_jax.run.workdir.result import Costs, Model, ModelEvaluation, Run, Set
 from vlmprune_jax.run.workdir.sweep import Entry, SweepResult
 
 SETS = {
@@ -63,7 +63,7 @@ def sweep(rows):
     models, rows = {"models/teacher": 1_060_000}, list(rows)
     models |= {row.found.model: 135_200_000 for row in rows if row.found.model not in models}
     unpruned = {
-        model: Unpruned(parameters=parameters, costs=Costs(file_bytes=2000, forward_flops=1100), evaluation=evaluation)
+        model: Model(parameters=parameters, costs=Costs(file_bytes=2000, forward_flops=1100), evaluation=evaluation)
         for model, parameters in models.items()
     }
     return SweepResult(config="sweep.py", sets=SETS, unpruned=unpruned, models=rows)

@@ -14,7 +14,7 @@ from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
 from vlmprune_jax.run.planning.rules import Target, recommend
 from vlmprune_jax.run.report.build import shown_samples, vocabulary_section
-from vlmprune_jax.run.report.comparison_plots import series_of, way_of
+from vlmprune_jax.run.report.figures import series_of
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.stages import evaluate
@@ -75,7 +75,7 @@ def test_sweeps(tmp_path):
             tables_of(comparison_of_sweep(found))[0],
             as_csv(found),
             series_of(groups),
-            [way_of(group) for group in groups],
+            [group.recovery for group in groups],
         )
 
     assert len(shown()[0].rows) == 4

@@ -68,7 +68,7 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     page = build_report(workdir).read_text()
     for text in ("depth-<wbr>sft", "76.00", "95.00", ">5</td>", "12.3", "3.2e-06", "Best of 3 models"):
         assert text in page
-    assert page.count("<svg") == 7  # accuracy (two panels), what two plans removed, two importances, losses
+    assert page.count("<svg") == 6  # accuracy, what two plans removed, two importances, losses
     assert outside_of(page) == []
     assert page.count("<script") == 1
     for svg in re.findall(r"<svg.*?</svg>", page, re.S):
@@ -82,7 +82,7 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
 
 
 def test_what_was_planned_for_a_slice_is_shown(workdir):
-    assert "TPU" not in build_report(workdir).read_text()
+    assert "TPU slice" not in build_report(workdir).read_text()
     plan = TpuPlan(recoveries={"depth-sft": PLANNED, "<width>": PLANNED})
     write_artefact(workdir / "tpu_plan.json", plan)
     page = build_report(workdir).read_text()
@@ -113,7 +113,7 @@ def test_plot_is_a_png_of_its_size(workdir):
     data = (workdir / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (1840, 760)
+    assert (width, height) == (880, 620)
 
 
 def test_the_same_result_gives_the_same_page(workdir):
@@ -152,7 +152,7 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
 
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
-    assert page.count("<svg") == 7  # the average (two panels), what two plans removed, two importances, losses
+    assert page.count("<svg") == 6  # the average, what two plans removed, two importances, losses
     assert "<dt>retained (mean of 2 sets)</dt><dd>82.50 %</dd>" in page
     assert "accuracy" not in page.lower().split("<summary>")[0]
 

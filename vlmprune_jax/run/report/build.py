@@ -131,7 +131,7 @@ def _notes(comparison: Comparison) -> tuple[str, ...]:
     notes = NOTES.format(averages=averages, rule=f"{RULE}{LIMITS}")
     notes += CONTROLS if any(model.evaluation.control for model in models) else ""
     notes += INTERVALS if any(model.evaluation.retained_interval for model in models) else ""
-    return tuple(filter(None, (notes, *map(parameter_note, comparison.unpruned.values()))))
+    return tuple(filter(None, (notes, *(parameter_note(group.first) for group in comparison.unpruned.values()))))
 
 
 def _open_runs(sweep: SweepResult) -> Iterator[Section]:

@@ -1,9 +1,11 @@
-"""The figures of a report, section by section, each with a text alternative."""
+"""The figures of a report, section by section: which data they show, and their text alternatives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,24 +21,11 @@ from vlmprune_jax.core.prune.scores import Values
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.run.report import plots
-from vlmprune_jax.run.report.comparison_plots import (
-    BANDS,
-    COSTS,
-    DATA,
-    PARAMETERS,
-    REMOVED,
-    SPEEDS,
-    curves_figure,
-    drawable,
-    pareto_figure,
-    series_of,
-    way_of,
-)
 from vlmprune_jax.run.report.page import Figure, Section
-from vlmprune_jax.run.report.style import stack_panels, to_svg, write_png
+from vlmprune_jax.run.report.plots import INK, LARGEST, Cost, curves_figure, pareto_figure, styled
 from vlmprune_jax.run.report.tables import speedup_of
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup
-from vlmprune_jax.run.workdir.result import Result
+from vlmprune_jax.run.workdir.result import Result, Run
 from vlmprune_jax.run.workdir.steps import Variant
 from vlmprune_jax.run.workdir.vocabulary import vocabulary_size
 
@@ -45,6 +34,52 @@ MOST_UNITS = 1_000_000  # maximum cells of a figure
 MOST_DRAWN = 20  # maximum figures of a kind, and curves per figure; tables are complete
 MOST_CURVES = 6  # maximum figures of curves over the ratio, and over the data
 MOST_LISTED = 40  # maximum numbers in a sentence
+BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
+
+
+def drawable(groups: Sequence[ModelGroup]) -> list[ModelGroup]:
+    """Return the groups whose retention is known and within the plot's axis."""
+    return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
+
+
+def mean_of(value_of: Callable[[Run], float]) -> Callable[[ModelGroup], tuple[float, float, float]]:
+    """Return a `Cost.place_of` without a range: the mean of a group's values."""
+    return lambda group: (float(np.mean([value_of(model) for model in group.models])),) * 3
+
+
+def _speedup(part: str) -> Callable[[ModelGroup], tuple[float, float, float]]:
+    def place_of(group: ModelGroup) -> tuple[float, float, float]:
+        speedup = speedup_of(group.models, part)
+        return (1.0, 1.0, 1.0) if speedup is None else (speedup.ratio, speedup.low, speedup.high)
+
+    return place_of
+
+
+REMOVED = Cost("parameters removed (% of the model)", mean_of(lambda model: 100 * model.actual_ratio))
+DATA = Cost("data trained on (%)", mean_of(lambda model: 100 * model.data_fraction))
+PARAMETERS = Cost("parameters (millions)", mean_of(lambda model: model.parameters / 1e6))
+COSTS = (
+    PARAMETERS,
+    Cost("weights (MiB)", mean_of(lambda model: model.costs.file_bytes / 2**20 if model.costs else np.nan)),
+    Cost(
+        "FLOPs of a prompt (GFLOPs)", mean_of(lambda model: model.costs.forward_flops / 1e9 if model.costs else np.nan)
+    ),
+)
+SPEEDS = {
+    part: Cost(f"{title} (times the unpruned model's tokens/s)", _speedup(part), rising=True)
+    for part, title in (("prefill_speedup", "prefill"), ("decode_speedup", "decoding"))
+}
+
+
+def to_svg(figure: Any) -> str:
+    """Return a figure as an `<svg>` element in the page's text colour."""
+    text = io.StringIO()
+    with styled():
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :].replace(INK, "currentColor"))
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
+    return re.sub(r'\bid="|href="#|url\(#', lambda match: f"{match[0]}f{digest}-", svg)
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
@@ -52,36 +87,27 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(to_svg(drawn)), printable(alt), caption)
 
 
-def _in_panels(drawn: Any, alt: str, caption: str) -> Figure:
-    """Convert a matplotlib figure to a report `Figure`: panels side by side, and below each other on a phone."""
-    wide = figure_of(drawn, alt, caption)
-    stack_panels(drawn)
-    svg = Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide.svg, Markup(to_svg(drawn)))
-    return replace(wide, svg=svg)
-
-
 def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
     """Yield a report section that plots retention against costs and measured speed.
 
     `png`: file for the first figure.
     """
-    drawn = drawable(comparison.groups)
-    if not drawn:
+    pruned = drawable(comparison.groups)
+    if not pruned:
         return
-    known_costs = [model.costs for model in comparison.unpruned.values()]
-    known_costs += [model.costs for group in drawn for model in group.models]
-    costs = (PARAMETERS,) if None in known_costs else COSTS
-    figure = pareto_figure(drawn, [*comparison.unpruned.values()], costs)
+    groups = [*comparison.unpruned.values(), *pruned]
+    costs = COSTS if all(model.costs for group in groups for model in group.models) else (PARAMETERS,)
+    figure = pareto_figure(groups, costs)
     if png is not None:
-        write_png(figure, png)
-    known = [(group.title, group.retained[0]) for group in drawn[:MOST_LISTED] if group.retained is not None]
-    alt = f"{len(drawn)} models: percent retained against {', '.join(cost.title.lower() for cost in costs)}: "
-    alt += ", ".join(f"{title} {retained:.1f}" for title, retained in known)
+        plots.write_png(figure, png)
+    known = [f"{group.title} {group.retained[0]:.1f}" for group in pruned[:MOST_LISTED] if group.retained is not None]
+    alt = (
+        f"{len(pruned)} models: percent retained against {', '.join(cost.label for cost in costs)}: {', '.join(known)}"
+    )
     front = "The line is the Pareto front"
-    caption = f"Shape: pruning method; colour: recovery. {front}; the star is the unpruned model."
-    figures = [_in_panels(figure, alt, caption)]
+    figures = [figure_of(figure, alt, f"Shape: pruning method; colour: recovery. {front}.")]
     timed = list[ModelGroup]()
-    for group in drawn:
+    for group in pruned:
         speedups = [speedup_of(group.models, part) for part in SPEEDS]
         timed += [group] if all(speedup is not None and speedup.measurable for speedup in speedups) else []
     if timed:
@@ -90,8 +116,37 @@ def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
             f"A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. {front}, "
             "without models that are faster than a better one by less than this interval."
         )
-        figures.append(_in_panels(pareto_figure(timed, None, [*SPEEDS.values()]), alt, caption))
+        figure = pareto_figure([next(iter(comparison.unpruned.values())), *timed], [*SPEEDS.values()])
+        figures.append(figure_of(figure, alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
+
+
+def series_of(groups: Sequence[ModelGroup]) -> dict[str, str]:
+    """Return {group: name of its line in plots}, usually the pruning method."""
+    criteria = {(group.first.method, group.first.criterion) for group in groups}
+    several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
+    models, limits = {group.first.model for group in groups}, {group.first.image_tokens for group in groups}
+    series, places = dict[str, str](), dict[tuple[Any, ...], list[ModelGroup]]()
+    for group in groups:
+        first = group.first
+        name = f"{first.method}, {first.criterion}" if first.method in several else first.method
+        name = f"{name} of {first.model.rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
+        if len(limits) > 1:
+            name = f"{name}, {first.image_tokens or 'all'} image tokens"
+        series[group.name] = name
+        asked = first.target_ratio  # None if the target was a number of layers
+        share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
+        places.setdefault((name, group.recovery, first.data_fraction, share, first.image_tokens), []).append(group)
+    extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
+    for group in groups:
+        values = (group.labels[label] for label in extra if label in group.labels)
+        series[group.name] = ", ".join((series[group.name], *values))
+    return series
+
+
+def _differing(groups: Sequence[ModelGroup]) -> list[str]:
+    labels = dict.fromkeys(label for group in groups for label in group.labels)
+    return [label for label in labels if len({group.labels.get(label) for group in groups}) > 1]
 
 
 def ratio_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
@@ -103,9 +158,9 @@ def ratio_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
     for fraction in sorted({group.first.data_fraction for group in groups})[:MOST_CURVES]:
         some = [group for group in groups if group.first.data_fraction == fraction]
         training = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
-        figure = curves_figure(some, way_of, lambda group: series[group.name], REMOVED, "linear")
+        figure = curves_figure(some, lambda group: group.recovery, lambda group: series[group.name], REMOVED, "linear")
         alt = f"{training}: percent retained over the share of parameters removed, {len(some)} points."
-        figures.append(_in_panels(figure, alt, f"{training}. {BANDS}"))
+        figures.append(figure_of(figure, alt, f"{training}. {BANDS}"))
     yield Section("Over the ratio", figures=tuple(figures))
 
 
@@ -122,9 +177,11 @@ def data_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:
         removed.setdefault((series[group.name], _ratio(group)), text)
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_CURVES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_ratio)
-        figure = curves_figure(some, lambda group: removed[series[group.name], _ratio(group)], way_of, DATA, "log")
+        figure = curves_figure(
+            some, lambda group: removed[series[group.name], _ratio(group)], lambda group: group.recovery, DATA, "log"
+        )
         alt = f"{name}: percent retained over the share of the training data, {len(some)} points."
-        figures.append(_in_panels(figure, alt, f"{name}. {BANDS}"))
+        figures.append(figure_of(figure, alt, f"{name}. {BANDS}"))
     yield Section("Over the training data", figures=tuple(figures))
 
 
@@ -214,18 +271,11 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
             f"{scores.criterion} scores are of {len(rows):,} layers with up to {widest:,} {unit}s, too many for a "
             "figure: score again"
         )
-    if kept_of is None:
-        kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(rows)}
-    else:
-        kept = {
-            layer.index: (
-                set(layer.kept[next(axis for axis in scores.axes if axis in layer.kept)]),
-                _by_branch(layer.sizes, 0)[1],
-                _by_branch(kept_of.sizes_before[layer.index], 0)[1],
-            )
-            for layer in kept_of.layers
-        }
-    return plots.width_importance_figure(f"{what} per {unit}", rows, kept, unit)
+    kept = None
+    if kept_of is not None:
+        axis_of = {layer.index: next(axis for axis in scores.axes if axis in layer.kept) for layer in kept_of.layers}
+        kept = {layer.index: {*layer.kept[axis_of[layer.index]]} for layer in kept_of.layers}
+    return plots.unit_importance_figure(f"{what} per {unit}", rows, kept, unit)
 
 
 def _importance_alt(scores: Scores) -> str:

@@ -10,7 +10,7 @@ from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, show_interval
 from vlmprune_jax.run.workdir.evaluation import Group
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup, Retention
-from vlmprune_jax.run.workdir.result import Model, ModelEvaluation, Result, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.result import Model, ModelEvaluation, Result, Run, Set, Sets
 from vlmprune_jax.run.workdir.speed import SpeedUp
 
 RETAINED, OF_CONTROL, SIZE = "retained, %", "of control, %", "size, %"
@@ -22,23 +22,21 @@ SMALLEST_FIRST = (SIZE, *COSTS, "seconds")
 
 
 def tables_of(comparison: Comparison, *, runs: bool = False) -> list[Table]:
-    """Return a table with one row per unpruned model, control and group of seeds, and those of `set_tables`.
+    """Return a table with one row per unpruned model, control and group of seeds, and those of `_set_tables`.
 
     The models of a run must not contain a model twice (see `Result.distinct`). Important columns come first: a narrow
     terminal leaves out the last columns, and a phone folds all but the first. `runs`: adds the names of the runs, which
     are the names of their folders.
     """
-    sets, groups, titles = comparison.sets, comparison.groups, comparison.unpruned_titles
-    trained = [*comparison.controls, *groups]
-    rows = [_unpruned_row(titles[key], model, sets) for key, model in comparison.unpruned.items()]
-    rows += [_model_row(group, comparison) | {"run": printable(group.name) if runs else ""} for group in trained]
+    sets = comparison.sets
+    groups = [*comparison.unpruned.values(), *comparison.controls, *comparison.groups]
+    rows = [_row(group, comparison) | {"run": printable(group.name) if runs else ""} for group in groups]
     title = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
     if any(len(group.models) > 1 for group in groups):
         title += ", means over seeds"
     else:
         rows = [{**row, "seeds": ""} for row in rows]
-    models = [(titles[key], [model.evaluation]) for key, model in comparison.unpruned.items()]
-    models += [(group.title, [model.evaluation for model in group.models]) for group in trained]
+    models = [(group.title, [model.evaluation for model in group.models]) for group in groups]
     return [_table_of_rows(title, rows, sets), *_set_tables(models, sets)]
 
 
@@ -56,7 +54,7 @@ def _table_of_rows(title: str, rows: Sequence[Mapping[str, str]], sets: Sets) ->
     return Table(title, header, cells, first=first, ascending=(*SMALLEST_FIRST, *lower))
 
 
-def _model_row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
+def _row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
     """Return the cells {column: text} of a group of models: means over its seeds."""
     evaluations = [model.evaluation for model in group.models]
     seconds = [model.seconds for model in group.models if model.seconds is not None]
@@ -65,21 +63,15 @@ def _model_row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
         "model": group.title,
         RETAINED: show_retention(group.retained),
         OF_CONTROL: show_retention(group.of_control),
-        SIZE: f"{100 * group.mean('parameters') / comparison.original(group).parameters:.1f}",
+        SIZE: comparison.size(group),
         score_label(sets): _score(evaluations, sets),
         **{column: _show_speedup(speedup_of(group.models, part)) for column, part in SPEEDUPS.items() if pruned},
-        "seeds": f"{len(group.models)}",
+        "seeds": f"{len(group.models)}" if group.name else "",  # the unpruned model has no name
         REMOVED: _removed(group.models) if pruned else "",
         "data, %": f"{100 * data:g}" if data else "",
         **_costs(group.models),
         "seconds": f"{_mean(seconds):.1f}" if seconds else "",
     }
-
-
-def _unpruned_row(label: str, model: Unpruned, sets: Sets) -> dict[str, str]:
-    """Return the cells {column: text} of the unpruned model."""
-    score = "100.00" if len(sets) > 1 else _score([model.evaluation], sets)
-    return {"model": label, RETAINED: "100.00", SIZE: "100.0", score_label(sets): score, **_costs([model])}
 
 
 def score_label(sets: Mapping[str, Set]) -> str:
@@ -192,7 +184,7 @@ def key_numbers(comparison: Comparison) -> list[tuple[str, str]]:
     numbers = {
         f"retained{mean}": show_retention(best.retained, " %"),
         "of control": show_retention(best.of_control, " %"),
-        "size": f"{100 * best.mean('parameters') / comparison.original(best).parameters:.1f} %",
+        "size": f"{comparison.size(best)} %",
         "decoding speed-up": str(speedup_of(best.models, "decode_speedup") or ""),
         "prompt speed-up": str(speedup_of(best.models, "prefill_speedup") or ""),
     }
@@ -206,7 +198,7 @@ def lead(comparison: Comparison) -> str:
     return "" if best is None else "; ".join([f"{among}{best.title}", *numbers])
 
 
-def parameter_note(teacher: Unpruned) -> str:
+def parameter_note(teacher: Model) -> str:
     """Return a note if transformers counts more parameters for a model than vlmprune does."""
     if not teacher.passthrough:
         return ""

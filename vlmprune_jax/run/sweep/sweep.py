@@ -40,7 +40,7 @@ from vlmprune_jax.run.workdir.content import content_key, digest
 from vlmprune_jax.run.workdir.evaluation import TEACHER
 from vlmprune_jax.run.workdir.groups import comparison_of_sweep
 from vlmprune_jax.run.workdir.ledger import remove, write_text
-from vlmprune_jax.run.workdir.result import RESULT, Result, Run, Set, Unpruned, read_result
+from vlmprune_jax.run.workdir.result import RESULT, Model, Result, Run, Set, read_result
 from vlmprune_jax.run.workdir.store import Store
 from vlmprune_jax.run.workdir.sweep import FAILED, SWEEP, Entry, RunError, SweepResult, as_csv
 
@@ -164,7 +164,7 @@ def digest_once(path: Path | str) -> str:
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
     """Collect the results of all complete runs as the content of `sweep.json`."""
-    sets, unpruned, models, seen = dict[str, Set](), dict[str, Unpruned](), list[Entry](), set[str]()
+    sets, unpruned, models, seen = dict[str, Set](), dict[str, Model](), list[Entry](), set[str]()
     for run in runs:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics.texts import BITS
 from vlmprune_jax.run.workdir.evaluation import Group, Values
-from vlmprune_jax.run.workdir.result import Costs, Evaluations, ModelEvaluation, Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.result import Costs, Evaluations, Model, ModelEvaluation, Run, Set, Sets
 from vlmprune_jax.run.workdir.speed import MedianSpeed, SpeedUp
 
 CardRow = tuple[str, str, str, str, str]  # cells of the model card's table
@@ -37,11 +37,11 @@ def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> d
 
 def unpruned_of(
     evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, passthrough: int = 0
-) -> Unpruned:
+) -> Model:
     """Return the unpruned model's entry in `result.json`."""
     evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
     parameters = next(iter(evaluations.values())).parameters
-    return Unpruned(parameters=parameters, passthrough=passthrough, evaluation=evaluation, costs=costs, speed=speed)
+    return Model(parameters=parameters, passthrough=passthrough, evaluation=evaluation, costs=costs, speed=speed)
 
 
 def compare(
@@ -167,7 +167,7 @@ def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
     return {name: value if sets[name].higher_is_better else inverses[name] for name, value in mains.items()}
 
 
-def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[CardRow]:
+def benchmark_rows(run: Run, teacher: Model, sets: Sets) -> list[CardRow]:
     """Return benchmark rows for the model card: set, both scores, retained %, interval; then measurable speeds.
 
     After a recovery with a control, each set has a second row, which compares with the unpruned model after training.
@@ -193,7 +193,7 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[CardRow]:
     return rows
 
 
-def rounded_rows(run: Run, teacher: Unpruned, sets: Sets, rounded: Evaluations | None) -> list[CardRow]:
+def rounded_rows(run: Run, teacher: Model, sets: Sets, rounded: Evaluations | None) -> list[CardRow]:
     """Return benchmark rows for the card of a quantised export: scores after rounding, if evaluated, then before it.
 
     Speeds are left out, because they are those of the model before rounding. `run`: the model before rounding.

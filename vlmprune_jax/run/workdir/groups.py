@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.workdir.comparison import average_interval
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
 from vlmprune_jax.run.workdir.result import (
+    Model,
     ModelEvaluation,
     Result,
     Run,
     Sets,
-    Unpruned,
     unique_titles,
     unpruned_key,
 )
@@ -43,6 +45,11 @@ class ModelGroup:
         """First model of the group, for properties that all its models share."""
         return self.models[0]
 
+    @property
+    def recovery(self) -> str:
+        """Recovery in words, such as "reconstructed + SFT" or "without recovery"."""
+        return self.first.after_pruning
+
     def mean(self, field: str) -> float:
         """Return the mean of a numeric property over the group's models, in which unknown values count as 0."""
         return sum(getattr(model, field) or 0.0 for model in self.models) / len(self.models)
@@ -52,29 +59,18 @@ class ModelGroup:
 class Comparison:
     """Models of a run or a sweep, with the unpruned models that they are compared with, and the best of them.
 
-    `unpruned`: {`Run.unpruned` of the models: unpruned model}.
+    `unpruned`: {`Run.unpruned` of the models: group of the unpruned model alone, which retains 100 %}.
     """
 
     sets: Sets
-    unpruned: Mapping[str, Unpruned]
+    unpruned: Mapping[str, ModelGroup]
     controls: Sequence[ModelGroup]
     groups: Sequence[ModelGroup]
     best: ModelGroup | None
 
-    def original(self, group: ModelGroup) -> Unpruned:
-        """Return the unpruned model of a group."""
-        return self.unpruned[group.first.unpruned]
-
-    @property
-    def unpruned_titles(self) -> dict[str, str]:
-        """{key in `unpruned`: name of the model in tables}, with its folder if there are several models."""
-        models = {key: key.removesuffix(unpruned_key("", model.image_tokens)) for key, model in self.unpruned.items()}
-        several, titles = len({*models.values()}) > 1, dict[str, str]()
-        for key, model in models.items():
-            tokens = self.unpruned[key].image_tokens
-            titles[key] = f"{UNPRUNED}{f' {printable(model)}' if several else ''}"
-            titles[key] += f", {tokens} image tokens" if tokens else ""
-        return titles
+    def size(self, group: ModelGroup) -> str:
+        """Return the parameters of a group in % of its unpruned model's."""
+        return f"{100 * group.mean('parameters') / self.unpruned[group.first.unpruned].first.parameters:.1f}"
 
 
 def comparison_of_run(result: Result) -> Comparison:
@@ -85,7 +81,7 @@ def comparison_of_run(result: Result) -> Comparison:
 
     runs = groups(result.runs)
     best = next((group for group in runs if group.name == result.best), None)
-    return Comparison(result.sets, {unpruned_key("", None): result.teacher}, groups(result.controls), runs, best)
+    return Comparison(result.sets, _unpruned({"": result.teacher}), groups(result.controls), runs, best)
 
 
 def comparison_of_sweep(sweep: SweepResult) -> Comparison:
@@ -95,7 +91,21 @@ def comparison_of_sweep(sweep: SweepResult) -> Comparison:
              if group.retained is not None]  # fmt: skip
     best = groups[min(known)[2]] if known else None
     unpruned = dict(sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0)))
-    return Comparison(sweep.sets, unpruned, [], groups, best)
+    return Comparison(sweep.sets, _unpruned(unpruned), [], groups, best)
+
+
+def _unpruned(models: Mapping[str, Model]) -> dict[str, ModelGroup]:
+    """Return {key in `Comparison.unpruned`: group}; titles have the model's folder if there are several models."""
+    folders = {key: key.removesuffix(unpruned_key("", model.image_tokens)) for key, model in models.items()}
+    groups = dict[str, ModelGroup]()
+    for key, model in models.items():
+        folder = f" {printable(folders[key])}" if len({*folders.values()}) > 1 else ""
+        tokens = f", {model.image_tokens} image tokens" if model.image_tokens else ""
+        fields = {name: getattr(model, name) for name in model.__struct_fields__}
+        fields["evaluation"] = replace(model.evaluation, paper_average=100.0)
+        run = Run(**fields, name=UNPRUNED, model=folders[key], recovery="none", seconds=None, path="")
+        groups[key] = ModelGroup("", f"{UNPRUNED}{folder}{tokens}", {}, [run], (100.0, 100.0, 100.0))
+    return groups
 
 
 def groups_of(sweep: SweepResult) -> list[ModelGroup]:

@@ -80,20 +80,15 @@ class Workload(Part, frozen=True, kw_only=True):
 
 
 class Model(Part, frozen=True, kw_only=True):
-    """Entry of a model in `result.json` and `sweep.json`."""
+    """Entry of an unpruned model in `result.json` and `sweep.json`, and what all entries have."""
 
     image_tokens: Count | None = None  # in a sweep, setting `data.max_image_tokens` of the evaluation
     parameters: Positive  # number of parameters that a forward pass uses
+    # Of an unpruned model, all other parameters in the checkpoint, such as tower layers after the feature layer.
+    passthrough: Count = 0
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
-
-
-class Unpruned(Model, frozen=True, kw_only=True):
-    """Entry of an unpruned model."""
-
-    # Number of all other parameters in the checkpoint, such as vision tower layers after the feature layer.
-    passthrough: Count = 0
 
 
 class Run(Model, frozen=True, kw_only=True):
@@ -163,7 +158,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=2):
     HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
     sets: Annotated[dict[str, Set], Meta(min_length=1, max_length=1000)]
-    teacher: Unpruned
+    teacher: Model
     runs: Annotated[list[Run], Meta(min_length=1, max_length=10_000)]
     controls: Annotated[list[Run], Meta(max_length=10_000)] = []
     best: str

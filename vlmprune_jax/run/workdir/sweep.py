@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from vlmprune_jax.base.markup import cell
 from vlmprune_jax.run.workdir.artefact import Artefact, Part, read_artefact
-from vlmprune_jax.run.workdir.result import Run, Set, Sets, Unpruned
+from vlmprune_jax.run.workdir.result import Model, Run, Set, Sets
 
 SWEEP = "sweep.json"
 DONE, FAILED, PENDING = "done", "failed", "pending"
@@ -58,7 +58,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=2):
     MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
     config: str
     sets: dict[str, Set]
-    unpruned: dict[str, Unpruned]
+    unpruned: dict[str, Model]
     models: Annotated[list[Entry], Meta(min_length=1, max_length=100_000)]
 
     def problems(self, folder: Path) -> str | None:
