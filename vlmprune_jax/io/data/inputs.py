@@ -31,7 +31,6 @@ from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, data_files, read_records, take_fraction
 from vlmprune_jax.io.data.tfds import read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.io.data.video.reader import video_reader
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
 
@@ -131,15 +130,11 @@ def _load_inputs(
         in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if in_folder else Path(model.vision_dir or ""),
-            aspect_ratio=aspect_ratio,
-            max_pixels=data.max_image_pixels,
-            cache_bytes=data.cache_megabytes << 20,
+            dataclasses.replace(data, aspect_ratio=aspect_ratio),
             image_size=None if tower.dynamic_resolution else tower.image_size,
             patches=(tower.patch_values, tower.merge) if tower.dynamic_resolution else None,
-            tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
-            max_image_tokens=data.max_image_tokens,
             slot_tokens=slot_tokens,
-            videos=functools.partial(video_reader, data, None if template.video is None else video, slot_tokens),
+            video=None if template.video is None else video,
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:
