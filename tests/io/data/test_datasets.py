@@ -47,7 +47,7 @@ def test_rows_are_records_and_images_are_read_where_they_are(tmp_path, files, ba
 def test_two_folders_of_equal_numbers_are_told_apart(tmp_path):
     first = read_datasets(write_split(tmp_path / "a", POPE))
     second = read_datasets(write_split(tmp_path / "b", [{**row, "image": C} for row in POPE]))
-    assert first[0].images[0].store.identity() != second[0].images[0].store.identity()
+    assert first[0].images[0].store.identity != second[0].images[0].store.identity
     assert first[0].images != second[0].images
 
 

@@ -25,7 +25,7 @@ from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_templat
 from vlmprune_jax.io.data.config import Calibration, DataSpec
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.image_processor import processor_settings
+from vlmprune_jax.io.data.image_processor import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
@@ -124,9 +124,7 @@ def _load_inputs(
     aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
     loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None, name=data.template)]
     if tower is not None:
-        described = any(
-            os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
-        )
+        described = any(os.path.lexists(folder / name) for name, _ in PROCESSOR_FILES)
         in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if in_folder else Path(model.vision_dir or ""),
