@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import FRACTION, check_settings, evaluate_setting, recover_setting, setting
@@ -27,21 +26,6 @@ ROW_SETTINGS = (
     *("video_tokens", "max_video_megabytes", "max_video_frames", "max_video_seconds", "max_video_pixels"),
     "video_timeout",
 )
-
-
-class Calibration(Protocol):
-    """Protocol of config sections that draw calibration records; `SECTION` is the section's name in error messages."""
-
-    SECTION: ClassVar[str]
-
-    @property
-    def samples(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def longest_text(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.base.processes import from_all, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.prune.config import ScoreConfig
+from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
-from vlmprune_jax.io.data.config import Calibration, DataSpec
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.image_processor import PROCESSOR_FILES, processor_settings
@@ -34,6 +36,7 @@ from vlmprune_jax.io.data.tfds import read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
 
+Calibration = ScoreConfig | ReconstructConfig  # sections that draw calibration records
 # (label, total) -> context that yields a function of the number of items done (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
