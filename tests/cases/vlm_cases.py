@@ -54,8 +54,8 @@ def llava_config(text: str, tower: str) -> dict[str, Any]:
         "vision_feature_select_strategy": "full" if tower == "siglip" else "default",
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
-        "text_config": TEXTS[text],
-        "vision_config": TOWERS[tower],
+        "text_config": dict(TEXTS[text]),
+        "vision_config": dict(TOWERS[tower]),
     }
 
 
@@ -71,7 +71,7 @@ def internvl_config(text: str, **changes: Any) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
-        "text_config": TEXTS[text],
+        "text_config": dict(TEXTS[text]),
         "vision_config": {
             **_TOWER, "model_type": "internvl_vision", "hidden_act": "gelu_new", "attention_bias": True,
             "image_size": [18, 18], "patch_size": [4, 4],
@@ -89,7 +89,7 @@ def smolvlm_config(text: str) -> dict[str, Any]:
         "scale_factor": 4,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
-        "text_config": TEXTS[text],
+        "text_config": dict(TEXTS[text]),
         "vision_config": {**_TOWER, "model_type": "smolvlm_vision", "hidden_act": "gelu"},
     }
 
@@ -153,7 +153,7 @@ def internvl_chat_config(text: str) -> dict[str, Any]:
         "ps_version": "v1",
         "select_layer": -2,
         "torch_dtype": "float32",
-        "llm_config": TEXTS[text],
+        "llm_config": dict(TEXTS[text]),
         "vision_config": {
             **_TOWER, "model_type": "intern_vit_6b", "hidden_act": "gelu_new", "qkv_bias": True,
             "qk_normalization": False, "norm_type": "layer_norm", "image_size": 24,

@@ -156,21 +156,14 @@ def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, 
 def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert {"a.b.c": value} to the nested mapping {"a": {"b": {"c": value}}} that `override` takes.
 
-    Raises UserError for an unknown section, a value where a section is expected, or a setting that a mapping in
-    `values` also sets.
+    Raises UserError for a setting that a mapping in `values` also sets; `override` refuses unknown names.
     """
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        at, section, (*section_names, last) = tree, spec, name.split(".")
-        for number, part in enumerate(section_names):
-            location = ".".join(["config", *section_names[:number]])
-            known = section if isinstance(section, Mapping) else hints_of(section)
-            if part not in known:
-                raise UserError(f"{location} has no section {part!r}{suggest(part, known)}")
-            section = section[part] if isinstance(section, Mapping) else getattr(section, part)
-            if not (isinstance(section, Mapping) or dataclasses.is_dataclass(section)):
-                raise UserError(f"config.{name}: {location}.{part} is a setting, not a section of settings")
-            at = at.setdefault(part, dict(section) if isinstance(section, Mapping) else {})
+        at, current, (*section_names, last) = tree, spec, name.split(".")
+        for part in section_names:
+            current = current.get(part) if isinstance(current, Mapping) else getattr(current, part, None)
+            at = at.setdefault(part, dict(current) if isinstance(current, Mapping) else {})
             if not isinstance(at, dict):
                 raise UserError(
                     f"config.{name}: config.{'.'.join(section_names)} is set as well: sweep over only one of the two"

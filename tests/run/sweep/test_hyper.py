@@ -84,8 +84,8 @@ def test_names_are_names_of_folders():
     ("points", "told"),
     [
         ([{"prune.rato": 0.1}], r"run only: config.prune has no setting 'rato'; did you mean 'ratio'\?"),
-        ([{"prunes.ratio": 0.1}], r"config has no section 'prunes'; did you mean 'prune'\?"),
-        ([{"prune.ratio.x": 0.1}], r"config.prune.ratio is a setting, not a section"),
+        ([{"prunes.ratio": 0.1}], r"config has no setting 'prunes'; did you mean 'prune'\?"),
+        ([{"prune.ratio.x": 0.1}], r"config.prune.ratio={'x': 0.1} must be a number or None"),
         ([{"prune.ratio": "much"}], r"config.prune.ratio='much' must be a number"),
         ([{"prune.ratio": 0.1}, {"prune.ratio": 0.1}], r"lists only twice: remove one of them"),
         (

@@ -34,10 +34,9 @@ from vlmprune_jax.run.experiment.variants import choose_variants, prefer_explici
 from vlmprune_jax.run.sweep.hyper import Hyper
 
 _MAX_YAML_BYTES = 2**18  # maximum size of a YAML config; usual configs have a few thousand bytes
-_START = "_start"  # attribute of a ConfigDict: the experiment that it was made from
 
 
-def experiment_config(recipe: str | None = None) -> ConfigDict:
+def experiment_config(recipe: str | None = None) -> _Section:
     """Return a ConfigDict with all settings of an experiment at their defaults; config files change it and return it.
 
     Settings have their defaults, or the values of the `recipe` (name of a family, such as "llava": see families/).
@@ -46,65 +45,56 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
     Raises UserError for an unknown recipe.
     """
-    start = Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe))
-    return _starting_with(start, _section(start))
-
-
-def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
-    """Return the config, which remembers its settings before the user changes them, see `starting_point`."""
-    object.__setattr__(config, _START, start)  # ConfigDict.__setattr__ would make it a setting
-    return config
+    return _section(override(Experiment(), {} if recipe is None else recipes.recipe(recipe)))
 
 
 def starting_point(flags: Any) -> Experiment:
     """Return the settings before the user's changes: those of a shipped config, or those a config file started from."""
     if real_path(file_of(flags.config_file)) in map(real_path, shipped_configs().values()):
-        return getattr(shipped_config(flags.config_file), _START)
-    return getattr(flags.config, _START, Experiment())
+        return shipped_config(flags.config_file)._start
+    return flags.config._start if isinstance(flags.config, _Section) else Experiment()
 
 
 class _Section(ConfigDict):
     """ConfigDict of settings with defaults; a dictionary assigned to a subsection changes only the settings in it."""
 
+    _start: Any = None  # the settings before the user changes them
+    _item: type | None = None  # type of the section that each key chosen by the user names (evaluation sets)
+
     def __setitem__(self, key: str, value: Any) -> None:
-        section = self.get(key)
-        if isinstance(section, _Section) and isinstance(value, Mapping | ConfigDict):
-            for name, setting in value.items():
-                section[name] = setting
-        else:
-            super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
+        if isinstance(value, Mapping | ConfigDict):
+            if key not in self and self._item is not None:
+                super().__setitem__(key, _section(self._item()))
+            if isinstance(section := self.get(key), _Section):
+                for name, setting in value.items():
+                    section[name] = setting
+                return
+        super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
+
+    def remember(self, attribute: str, value: Any) -> _Section:
+        """Return this section with an attribute set that is no setting."""
+        object.__setattr__(self, attribute, value)
+        return self
 
 
-def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
-    """Return a ConfigDict with keys chosen by the user (evaluation sets); each value is a section of type `kind`."""
-
-    class Sections(_Section):
-        def __setitem__(self, key: str, value: Any) -> None:
-            if key not in self and isinstance(value, Mapping | ConfigDict):
-                super().__setitem__(key, _section(kind()))
-            super().__setitem__(key, value)
-
-    sections = Sections()
-    for name, spec in given.items():
-        sections[name] = _section(spec)
-    return sections
-
-
-def _section(spec: Any) -> ConfigDict:
-    values: dict[str, Any] = {}
+def _section(spec: Any) -> _Section:
+    section = _Section().remember("_start", spec)
     for name, hint in hints_of(spec).items():
         value = getattr(spec, name)
-        named = (*typing.get_args(hint), None)[1] if isinstance(value, Mapping) else None
         if dataclasses.is_dataclass(value):
-            values[name] = _section(value)
-        elif isinstance(named, type) and dataclasses.is_dataclass(named):
-            values[name] = _sections(named, value)
+            section[name] = _section(value)
+        elif isinstance(value, Mapping):
+            kind = typing.get_args(hint)[1]
+            named = dataclasses.is_dataclass(kind)
+            section[name] = _Section().remember("_item", kind) if named else ConfigDict()
+            for key, item in value.items():
+                section[name][key] = vars(item) if named else item
         elif value is None:
-            kind = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-            values[name] = config_dict.placeholder(kind)
+            option = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+            section[name] = config_dict.placeholder(option)
         else:
-            values[name] = ConfigDict(value) if isinstance(value, dict) else value
-    return _Section(values)
+            section[name] = value
+    return section
 
 
 def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Collection[str] = ()) -> Experiment:
@@ -141,8 +131,6 @@ def to_experiment(
     With `dry_run`, data sets that are not in the workdir yet are written to a temporary folder.
     """
     experiment = read_experiment(config, only=only, explicit=explicit)
-    if not workdir:
-        raise UserError("no workdir given: add --workdir=DIR, a folder for all files of this run")
     folder = to_workdir(workdir)
     scratch = Path(tempfile.mkdtemp(prefix="vlmprune-")) if dry_run else None
     if scratch is not None:
@@ -159,30 +147,28 @@ def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
-    if data.source != "files":
-        file_settings = [
-            f"data.{name}" for name in ("train", "eval", "images", "eval_images") if getattr(data, name) is not None
-        ]
-        if file_settings:
-            raise UserError(
-                f"{file_settings[0]} is set, but this config reads {data.source}: add --config.data.source=files to "
-                "use your own files"
-            )
+
+    def fetched(setting: str, name: str | None) -> Any:
+        return fetch_dataset(name, folder, setting, scratch) if name is not None and is_hub(name) else name
+
+    if data.source == "files":
+        data = dataclasses.replace(
+            data, **{name: fetched(f"data.{name}", getattr(data, name)) for name in ("train", "eval")}
+        )
+    else:
+        for name in ("train", "eval", "images", "eval_images"):
+            if getattr(data, name) is not None:
+                raise UserError(
+                    f"data.{name} is set, but this config reads {data.source}: add --config.data.source=files to use "
+                    "your own files"
+                )
         from vlmprune_jax.run.demo.easyvqa import write_dataset
 
         out_dir = folder if scratch is None or folder.exists() else scratch / folder.name
         files = {name: str(path) for name, path in write_dataset(out_dir).items()}
         data = dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])
-    else:
-        named = {name: text for name in ("train", "eval") if is_hub(text := getattr(data, name))}
-        fetched: dict[str, Any] = {
-            name: fetch_dataset(text, folder, f"data.{name}", scratch) for name, text in named.items()
-        }
-        data = dataclasses.replace(data, **fetched)
     sets = {
-        name: dataclasses.replace(spec, data=fetch_dataset(spec.data, folder, f"evaluate.sets.{name}.data", scratch))
-        if spec.data is not None and is_hub(spec.data)
-        else spec
+        name: dataclasses.replace(spec, data=fetched(f"evaluate.sets.{name}.data", spec.data))
         for name, spec in experiment.evaluate.sets.items()
     }
     evaluate = dataclasses.replace(experiment.evaluate, sets=sets)
@@ -196,7 +182,7 @@ def read_hyper(config: str) -> Any:
     """
     if file_of(config).suffix in YAML:
         source = f"--config={config}"
-        swept = checked(_read_yaml(file_of(config)), _Start, source, _SWEEP).get("sweep")
+        swept = _read_yaml(file_of(config), _SWEEP).get("sweep")
         if not swept or not all(swept.values()):
             raise UserError(f"{source}: lists no values to sweep: {_SWEEP}")
         hyper = Hyper()
@@ -285,21 +271,20 @@ def _load_yaml(file: Path) -> ConfigDict:
 
     Raises UserError for a file that is not YAML, or for settings as `override` does.
     """
-    source = f"--config={file}"
-    settings = checked(_read_yaml(file), _Start, source, _YAML_TODO)
+    settings: dict[str, Any] = {**_read_yaml(file, _YAML_TODO)}
     settings.pop("sweep", None)
-    with error_context(source):
+    with error_context(f"--config={file}"):
         name = settings.pop("shipped_config", None)
         if name is None:
             config = experiment_config(settings.pop("recipe", None))
         else:
             one_of("shipped_config", name.partition(":")[0], shipped_configs())  # no other Python file is executed
             config = shipped_config(name)
-        start = getattr(config, _START)
-        return _starting_with(start, _section(override(start, settings)))
+        start = config._start
+        return _section(override(start, settings)).remember("_start", start)
 
 
-def _read_yaml(file: Path) -> Any:
+def _read_yaml(file: Path, todo: str) -> _Start:
     """Return the content of a YAML file, of JSON's types only; raise UserError if it has others or is not YAML."""
     source, content = f"--config={file}", read_text(file, _MAX_YAML_BYTES)
     with reading(source, _YAML_TODO):
@@ -310,20 +295,21 @@ def _read_yaml(file: Path) -> Any:
         except yaml.MarkedYAMLError as error:
             error.context = error.context_mark = None  # keep the problem and its place
             raise
-    return parse_json(text, source, _YAML_TODO)
+    return checked(parse_json(text, source, _YAML_TODO), _Start, source, todo)
 
 
-def shipped_config(name: str) -> ConfigDict:
+def shipped_config(name: str) -> _Section:
     """Return a config bundled with vlmprune (NAME or NAME:VARIANT), as a starting point for a config file."""
-    config = load_file(locate(name))[1]
-    return _starting_with(override(Experiment(), config.to_dict()), config)
+    return _section(override(Experiment(), load_file(locate(name))[1].to_dict()))
 
 
-def to_workdir(text: str) -> Path:
+def to_workdir(text: str | None) -> Path:
     """Return a workdir's path, which need not exist.
 
-    Raises UserError if the path cannot be a folder, or the folder has links to places outside it.
+    Raises UserError if there is no path, it cannot be a folder, or the folder has links to places outside it.
     """
+    if not text:
+        raise UserError("no workdir given: add --workdir=DIR, a folder for all files of the run (or runs of a sweep)")
     folder = Path(text)
     with error_context("--workdir"):
         real_path(folder)

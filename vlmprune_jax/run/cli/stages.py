@@ -133,8 +133,6 @@ def _report(flags: Any) -> None:
     from vlmprune_jax.base.console import make_reporter
     from vlmprune_jax.run.cli.config_files import to_workdir
 
-    if not flags.workdir:
-        raise UserError("no workdir given: add --workdir=DIR, the workdir of a finished or unfinished `vlmprune run`")
     if flags.dry_run or flags.only:
         raise UserError("vlmprune report writes the page of all models: leave --dry_run and --only out")
     finish(to_workdir(flags.workdir), make_reporter(True))

@@ -48,9 +48,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     Raises UserError without a config or workdir, or for a setting that is unknown or also set by the command line.
     """
     reporter = _join(flags)
-    base = read_experiment(flags.config, explicit=flags.explicit)
-    if not flags.workdir:
-        raise UserError("no workdir given: add --workdir=DIR, a folder for all runs of the sweep")
+    base, workdir = read_experiment(flags.config, explicit=flags.explicit), to_workdir(flags.workdir)
     runs = sweep_runs(base, read_hyper(flags.config_file))
     swept = {name for run in runs for name in run.overrides}
     for setting in flags.explicit:
@@ -58,7 +56,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
             raise UserError(
                 f"--config.{setting}: get_hyper sets this setting too: remove the flag, or change get_hyper"
             )
-    return runs, Sweep(to_workdir(flags.workdir), flags.config_file, flags.overwrite), reporter
+    return runs, Sweep(workdir, flags.config_file, flags.overwrite), reporter
 
 
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:

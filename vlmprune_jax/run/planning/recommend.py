@@ -47,7 +47,6 @@ class Advice:
     steps: str | None  # number of optimizer steps and records of the training, or why none is recommended
     own_data: bool  # True if the config names the user's files
     missing: tuple[str, ...]  # settings of `data` that the user still has to set
-    most_bytes: float | None = None  # the requested maximum size
 
 
 def advise(
@@ -109,7 +108,7 @@ def advise(
     known |= {"images"} if files or cfg.vision is None else set()
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
     config = _config_file(recommendation, cfg, merge({"model": model}, data, goal))
-    return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing, most_bytes)
+    return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing)
 
 
 def _ratio(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> float:

@@ -89,7 +89,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     recommendation, cfg = advice.recommendation, advice.cfg
     asked, whole = recommendation.target, size_text(exported_bytes(count_params(cfg)))
     yield "asked", _shares(asked.ratio, asked.decoder_ratio)
-    yield from _integers(advice)
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
     if advice.steps is not None:
@@ -105,22 +104,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
 
 def _shares(ratio: float, decoder_ratio: float) -> str:
     return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
-
-
-def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
-    """Yield advice to quantise instead of pruning, if the quantised unpruned model meets the requested size.
-
-    The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
-    """
-    cfg = advice.cfg
-    layers = count_params(cfg, "text/layers/")
-    for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
-        size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
-        if advice.most_bytes is not None and size <= advice.most_bytes:
-            about = f'export the unpruned model with export.quantize="{quantize}" (about {size_text(size)})'
-            loss = "rounding cost a small model at most 0.04 points of accuracy in docs/explanation/study.md"
-            yield "instead", f"if only the size matters, {about}: {loss}"
-            return
 
 
 def command(advice: Advice, config: str) -> list[str]:
