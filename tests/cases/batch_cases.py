@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -24,7 +25,7 @@ def golden_records(goldens: Path) -> list[Record]:
 
 def golden_encoder(goldens: Path, **changes: Any) -> Encoder:
     """Return an encoder for rows with up to two images."""
-    images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    images = load_image_processor(goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", cache_megabytes=1))
     options = {"max_images": 2, "truncate": False, "image_token_id": -200, "tokens_per_image": 16, **changes}
     tokenizer, template = load_tokenizer(goldens / "tokenizers/llava"), templates()["llava_v1"]
     return Encoder(tokenizer=tokenizer, template=template, image_loader=images, **options)

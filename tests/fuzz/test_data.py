@@ -13,6 +13,7 @@ from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import read_datasets
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.records import data_files, read_records
@@ -65,7 +66,9 @@ def test_sets_of_records(goldens, tmp_path):
 
 
 def test_images(goldens, tmp_path):
-    loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(
+        goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", max_image_pixels=10**6, cache_megabytes=0)
+    )
     with Image.open(goldens / "data/images/img1.png") as image:
         picture = image.convert("RGB")
     path, whole = tmp_path / "img1.jpg", {}

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.describe import describe
@@ -302,7 +303,9 @@ def test_image_processor(goldens, tmp_path, name):
     path = folder / name
 
     def read():
-        loader = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, **sizes)
+        loader = load_image_processor(
+            folder, DataSpec(aspect_ratio="pad", max_image_pixels=10**6, cache_megabytes=0), **sizes
+        )
         return loader.load(goldens / "data/images/img1.png", "r1").shape
 
     @fuzz(80, content=json_files(value))

@@ -86,9 +86,8 @@ def test_video_processors(goldens, tmp_path, family):
 
         def read():
             config = load_video_config(tmp_path, default)
-            videos = functools.partial(video_reader, DataSpec(max_video_pixels=10**6), config, 9)
-            limits = {"aspect_ratio": "pad", "max_pixels": 10**6, "cache_bytes": 0}
-            loader = load_image_processor(tmp_path, **limits, slot_tokens=9, videos=videos)
+            data = DataSpec(aspect_ratio="pad", max_image_pixels=10**6, cache_megabytes=0, max_video_pixels=10**6)
+            loader = load_image_processor(tmp_path, data, slot_tokens=9, video=config)
             return loader, loader.load(VideoSource(clip), "r1")
 
         loaded, peak = most_bytes(lambda: reads(read, tmp_path.name, "record r1"))

@@ -12,6 +12,7 @@ from datasets_cases import write_split
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import MAX_COLUMNS, datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.run.evaluation.metrics import METRICS
@@ -46,13 +47,13 @@ def test_rows_are_records_and_images_are_read_where_they_are(tmp_path, files, ba
 def test_two_folders_of_equal_numbers_are_told_apart(tmp_path):
     first = read_datasets(write_split(tmp_path / "a", POPE))
     second = read_datasets(write_split(tmp_path / "b", [{**row, "image": C} for row in POPE]))
-    assert first[0].images[0].store.identity() != second[0].images[0].store.identity()
+    assert first[0].images[0].store.identity != second[0].images[0].store.identity
     assert first[0].images != second[0].images
 
 
 def test_pixels_reach_the_model(tmp_path, goldens):
     (tmp_path / "a.png").write_bytes(A)
-    loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", cache_megabytes=0))
     stored = read_datasets(write_split(tmp_path / "test", POPE))[0]
     np.testing.assert_array_equal(loader.load(stored.images[0], "0"), loader.load(tmp_path / "a.png", "0"))
 

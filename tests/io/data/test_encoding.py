@@ -11,6 +11,7 @@ import pytest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.io.data.batching import train_batches
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -35,7 +36,7 @@ def samples(goldens: Path) -> list[Record]:
 def encoder(goldens: Path) -> Encoder:
     """The golden InternVL: 4 positions a tile; its images give 7, 4, 1 and 5 tiles of at most 6 and a thumbnail."""
     images = load_image_processor(
-        goldens / "ckpt/internvl", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7, tiling={"max_tiles": 6}
+        goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/internvl"),
@@ -139,7 +140,7 @@ def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Enc
 def test_collators_of_llava_and_bunny(goldens: Path, samples: list[Record], name: str, tower: str) -> None:
     stored = {key: np.load(goldens / "data/collators.npz")[f"{name}_collator_{key}"] for key in
               ("input_ids", "attention_mask", "labels")}  # fmt: skip
-    images = load_image_processor(goldens / "ckpt" / tower, aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    images = load_image_processor(goldens / "ckpt" / tower, DataSpec(aspect_ratio="pad", cache_megabytes=1))
     whole = Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers" / name),
         template=templates()["llava_v1" if name == "llava" else name],

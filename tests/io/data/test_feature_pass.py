@@ -26,6 +26,7 @@ from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
@@ -56,7 +57,7 @@ def tiled(goldens: Path) -> tuple[Model, list[Record]]:
 
 def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
     images = load_image_processor(
-        goldens / "ckpt/internvl", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7, tiling={"max_tiles": 6}
+        goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
     cache = ArrayCache(folder, {"weights": "x"})
     return FeatureLoader(images, cache, model.cfg.feature_shape, np.dtype(np.float32))
@@ -118,7 +119,7 @@ def test_images_of_any_size(goldens, tmp_path):
     paths = [folder / f"images/{number}.png" for number in range(4)]
     turns = (("human", "<image><image>Which?"), ("gpt", "That."))
     records = [Record("a", turns, (paths[0], paths[3])), Record("b", turns, (paths[1], paths[2]))]
-    images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7)
+    images = load_image_processor(folder / "ckpt", DataSpec(aspect_ratio="pad", cache_megabytes=10))
     model, mesh = load(folder / "ckpt"), make_mesh(2, 1, 1, devices=jax.devices()[:2])
     direct = jax.jit(lambda pixels, grid: tower_features(model.params["vision"], model.cfg, packed(pixels, grid)))
     encoder = Encoder(
@@ -245,7 +246,7 @@ def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(gold
 
 def test_an_image_without_tiles_has_one_key_however_many_share_a_record(goldens, tmp_path):
     copy_llava(goldens, tmp_path / "teacher")
-    images = load_image_processor(tmp_path / "teacher", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    images = load_image_processor(tmp_path / "teacher", DataSpec(aspect_ratio="pad", cache_megabytes=1))
     loader = FeatureLoader(images, ArrayCache(tmp_path / "cache", {}), (4, 8), np.dtype(np.float32))
     paths = tuple(goldens / f"data/images/img{number}.png" for number in range(2))
     both, first = loader.keys(Record("both", (), paths)), loader.keys(Record("first", (), paths[:1]))

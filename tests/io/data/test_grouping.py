@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import shapes_of
 from vlmprune_jax.io.data.batching import MEGABATCH, Batch, grouped_order, train_batches
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -123,7 +124,7 @@ def test_measuring_tells_how_far_it_is(samples: list[Record], encoder: Encoder, 
 
 def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
     images = load_image_processor(
-        goldens / "ckpt/internvl", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7, tiling={"max_tiles": 6}
+        goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
     loaded = load_tokenizer(goldens / "tokenizers/internvl")
     changes = {"template": templates()["phi3-chat"], "tokens_per_image": 4, "tile_buckets": (1, 4, 8)}

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from repository import HANG
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -52,7 +53,9 @@ def tiff(*tags: tuple[int, int, int, int]) -> bytes:
 
 def pixels(goldens: Path, path: Path, max_pixels: int = 10**6) -> np.ndarray:
     folder = goldens / "ckpt/clip_tower"
-    return load_image_processor(folder, aspect_ratio="pad", max_pixels=max_pixels, cache_bytes=0).load(path, "r7")
+    return load_image_processor(
+        folder, DataSpec(aspect_ratio="pad", max_image_pixels=max_pixels, cache_megabytes=0)
+    ).load(path, "r7")
 
 
 def refusal(goldens: Path, path: Path, content: bytes) -> str:
@@ -169,10 +172,10 @@ def test_large_images_and_damage_leave_no_line(goldens: Path, tmp_path: Path) ->
     code = f"""
 from pathlib import Path
 from vlmprune_jax.base.files import open_image
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.base.errors import UserError
-load = load_image_processor(Path({str(goldens / "ckpt/clip_tower")!r}), aspect_ratio="square", max_pixels=10**8,
-                            cache_bytes=0).load
+load = load_image_processor(Path({str(goldens / "ckpt/clip_tower")!r}), DataSpec(cache_megabytes=0)).load
 with open_image(Path({str(tmp_path)!r}) / "large.png") as image:  # decoding takes seconds and says nothing
     assert image.size == (12_000, 8_000)
 for name in ("exif.jpg", "tags.tiff"):

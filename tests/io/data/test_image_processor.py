@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data import images
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 
 CLIP = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28}
@@ -84,7 +85,7 @@ def test_settings_that_no_processor_has(
     path = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
     path.write_text(json.dumps({"image_processor": settings} if nested else settings))
     with pytest.raises(UserError) as error:
-        load_image_processor(tmp_path, aspect_ratio="square", max_pixels=1000, cache_bytes=0)
+        load_image_processor(tmp_path, DataSpec(aspect_ratio="square", max_image_pixels=1000, cache_megabytes=0))
     assert words in str(error.value)
     assert str(path) in str(error.value) or words == "max_tiles"
     assert "\n" not in str(error.value)
@@ -99,7 +100,7 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
     with pytest.raises(
         UserError, match=r"preprocessor_config.json: the image processor returns .* tower takes 56 x 56"
     ):
-        load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=56)
+        load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0), image_size=56)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
         (TILES, {"patches": (28, 28)}, "returns 28 x 28 pixels, but the vision tower takes patches of 28"),
         (
             PATCHES,
-            {"tiling": {"max_tiles": 3}},
+            {"max_tiles": 3},
             "this model does not cut images into tiles by their aspect ratio: unset data.max_tiles",
         ),
         (
@@ -124,8 +125,10 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
 )
 def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, words: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    data = {name: sizes[name] for name in ("max_tiles", "max_image_tokens") if name in sizes}
+    sizes = {name: size for name, size in sizes.items() if name not in data}
     with pytest.raises(UserError, match=words):
-        load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, **sizes)
+        load_image_processor(tmp_path, DataSpec(**data), **sizes)
 
 
 def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:
@@ -133,8 +136,7 @@ def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
     square, padded = (
-        load_image_processor(tmp_path, aspect_ratio=ratio, max_pixels=10**6, cache_bytes=0)
-        for ratio in ("square", "pad")
+        load_image_processor(tmp_path, DataSpec(aspect_ratio=ratio, cache_megabytes=0)) for ratio in ("square", "pad")
     )
     assert padded.load(tmp_path / "a.png", "r").shape == (1, *square.shape)
     with pytest.raises(UserError, match=r"a.png \(record r\): prepared size is 56x28 pixels, but .* takes 28x28"):
@@ -146,5 +148,5 @@ def test_a_colour_out_of_range_and_unknown_fields_do_no_harm(tmp_path: Path) -> 
     odd = {"image_mean": [127.5, -3.0, 127.5], "return_tensors": "pt", "data_format": "channels_last", "device": "cuda"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP | odd | {"auto_map": {"AutoProcessor": "x.Y"}}))
     Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
-    loaded = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    loaded = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0))
     assert loaded.load(tmp_path / "a.png", "r").dtype == np.float32

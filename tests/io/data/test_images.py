@@ -14,13 +14,13 @@ from PIL import Image
 
 import vlmprune_jax
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 
 
 def loader(goldens: Path, aspect_ratio: str = "pad", max_pixels: int = 10**6, cache_bytes: int = 10**6) -> ImageLoader:
-    return load_image_processor(
-        goldens / "ckpt/clip_tower", aspect_ratio=aspect_ratio, max_pixels=max_pixels, cache_bytes=cache_bytes
-    )
+    images = load_image_processor(goldens / "ckpt/clip_tower", DataSpec(aspect_ratio=aspect_ratio))
+    return ImageLoader(images.preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
 
 
 @pytest.mark.parametrize(("aspect_ratio", "stored"), [("pad", "clip_pad"), ("square", "clip_square")])
@@ -36,25 +36,25 @@ def test_processor_saved_by_transformers_5(goldens: Path, tmp_path: Path) -> Non
     config = json.loads((goldens / "ckpt/clip_tower/preprocessor_config.json").read_text())
     config["image_processor_type"] = "CLIPImageProcessorFast"
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config, "patch_size": 7}))
-    images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0))
     path = goldens / "data/images/img0.png"
     assert np.array_equal(images.load(path, "r"), loader(goldens).load(path, "r"))
 
 
 @pytest.mark.parametrize(("aspect_ratio", "stored"), [("pad", "siglip_pad"), ("square", "siglip_square")])
 def test_siglip_pixels_equal_the_reference(goldens: Path, tmp_path: Path, aspect_ratio: str, stored: str) -> None:
-    options = {"aspect_ratio": aspect_ratio, "max_pixels": 10**6, "cache_bytes": 0}
+    data = DataSpec(aspect_ratio=aspect_ratio, cache_megabytes=0)
     paths = [goldens / f"data/images/img{n}.png" for n in range(4)]
     expected = np.load(goldens / "data/images.npz")[stored]
-    tower = load_image_processor(goldens / "ckpt/siglip_tower", **options)
+    tower = load_image_processor(goldens / "ckpt/siglip_tower", data)
     assert tower.shape == (3, 45, 45)
     # The hub's Bunny folder has no processor file: its code holds the numbers, and the tower's size is in the model.
-    bunny = load_image_processor(goldens / "ckpt/bunny", **options, image_size=45)
+    bunny = load_image_processor(goldens / "ckpt/bunny", data, image_size=45)
     for images in (tower, bunny):
         pixels = np.concatenate([images.load(path, "r") for path in paths])
         np.testing.assert_allclose(pixels, expected, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match=r"has neither preprocessor_config\.json nor processor_config\.json"):
-        load_image_processor(goldens / "ckpt/bunny", **options)
+        load_image_processor(goldens / "ckpt/bunny", data)
 
 
 def test_processor_that_pads_by_itself_pads_once(goldens: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_processor_that_pads_by_itself_pads_once(goldens: Path, tmp_path: Path) 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     path = goldens / "data/images/img3.png"
     for aspect_ratio in ("pad", "square"):
-        images = load_image_processor(tmp_path, aspect_ratio=aspect_ratio, max_pixels=10**6, cache_bytes=0)
+        images = load_image_processor(tmp_path, DataSpec(aspect_ratio=aspect_ratio, cache_megabytes=0))
         assert np.array_equal(images.load(path, "r"), loader(goldens, aspect_ratio).load(path, "r"))
 
 
@@ -76,9 +76,10 @@ sys.modules["torch"] = sys.modules["torchvision"] = None  # importing either now
 from pathlib import Path
 import numpy as np
 from vlmprune_jax.io.data import batching, images, prompts, records
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.families import templates
 root = Path({str(goldens)!r})
-loader = images.load_image_processor(root / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+loader = images.load_image_processor(root / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", cache_megabytes=0))
 pixels = loader.load(root / "data/images/img1.png", "r")
 assert abs(pixels - np.load(root / "data/images.npz")["clip_pad"][1]).max() <= 1e-5
 tokenizer = prompts.load_tokenizer(root / "tokenizers/llava")
@@ -170,18 +171,16 @@ def test_cache_is_bounded_and_keeps_the_latest(goldens: Path, tmp_path: Path) ->
         first[0, 0, 0] = 1.0
 
 
-def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
-    options = {"max_pixels": 10**6, "cache_bytes": 0}
+def test_bad_processor_folders(tmp_path: Path) -> None:
+    data = DataSpec(cache_megabytes=0)
     with pytest.raises(UserError, match=r"has neither preprocessor_config\.json nor processor_config\.json"):
-        load_image_processor(tmp_path, aspect_ratio="pad", **options)
+        load_image_processor(tmp_path, data)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
-        load_image_processor(tmp_path, aspect_ratio="pad", **options)
+        load_image_processor(tmp_path, data)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViltImageProcessor"}')
     with pytest.raises(UserError, match=r"'ViltImageProcessor' is not supported .supported: CLIP"):
-        load_image_processor(tmp_path, aspect_ratio="pad", **options)
+        load_image_processor(tmp_path, data)
     (tmp_path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(UserError, match="does not have the expected content"):
-        load_image_processor(tmp_path, aspect_ratio="pad", **options)
-    with pytest.raises(UserError, match="image_aspect_ratio 'anyres'"):
-        load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="anyres", **options)
+        load_image_processor(tmp_path, data)

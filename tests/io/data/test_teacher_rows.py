@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import image_key
@@ -70,7 +71,7 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, wrong: int) -> None:
 def test_features_of_another_shape(goldens: Path, tmp_path: Path, features: np.ndarray) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     folder = goldens / "ckpt/clip_tower"
-    images = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    images = load_image_processor(folder, DataSpec(aspect_ratio="pad", cache_megabytes=0))
     stored = cache(tmp_path / "cache", **{image_key(tmp_path / "a.png"): features})
     loader = FeatureLoader(images, stored, (4, 8), np.dtype(np.float32))
     with pytest.raises(

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record, read_records
@@ -70,9 +71,9 @@ def test_the_same_pixels(source, tmp_path, goldens):
     file, root = source
     records = read_records(file, root, image_lead=True)
     write_tfds(records, tmp_path / "set", image_root=root)
-    options = {"aspect_ratio": "pad", "max_pixels": 10**6, "cache_bytes": 1 << 20}
-    loader = load_image_processor(goldens / "ckpt/clip_tower", **options)
-    stored = load_image_processor(goldens / "ckpt/clip_tower", **options)
+    data = DataSpec(aspect_ratio="pad", cache_megabytes=1)
+    loader = load_image_processor(goldens / "ckpt/clip_tower", data)
+    stored = load_image_processor(goldens / "ckpt/clip_tower", data)
     for ours, theirs in zip(read_tfds(tmp_path / "set", image_lead=True), records, strict=True):
         assert stored.shapes(ours.images, ours.id) == loader.shapes(theirs.images, theirs.id)
         for image, path in zip(ours.images, theirs.images, strict=True):
@@ -84,7 +85,9 @@ def test_the_same_limits_and_messages(source, tmp_path, goldens):
     (root / "sub/b.jpg").write_bytes(b"not an image")
     write_tfds(read_records(file, root, image_lead=True), tmp_path / "set", image_root=root)
     records = read_tfds(tmp_path / "set", image_lead=True)
-    small = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=2000, cache_bytes=0)
+    small = load_image_processor(
+        goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", max_image_pixels=2000, cache_megabytes=0)
+    )
     with pytest.raises(UserError, match=r"a.png \(record first\): image of 50x30 pixels exceeds the limit of 2000"):
         small.load(records[0].images[0], "first")
     with pytest.raises(UserError, match=r"sub/b.jpg \(record second\): not a readable image \(none of JPEG, PNG"):
@@ -139,7 +142,6 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
 
 
 def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
-    from vlmprune_jax.io.data.config import DataSpec
     from vlmprune_jax.io.data.inputs import training_records
     from vlmprune_jax.io.families import templates
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.tiling import Tiling, closest_grid
 from vlmprune_jax.io.families.tiles import ImageShape
@@ -26,7 +27,7 @@ def folder_with(tmp_path: Path, **files: Any) -> Path:
 
 
 def load(folder: Path, **options: Any) -> ImageLoader:
-    return load_image_processor(folder, **{"aspect_ratio": "pad", "max_pixels": 10**6, "cache_bytes": 10**6, **options})
+    return load_image_processor(folder, DataSpec(aspect_ratio="pad", cache_megabytes=1, **options))
 
 
 def test_grids_equal_the_reference(goldens: Path) -> None:
@@ -90,7 +91,7 @@ def test_chat_folder_says_how_to_cut(goldens: Path, tmp_path: Path) -> None:
     still = load(tmp_path)
     assert still.preparation == dataclasses.replace(SMALL, size=56, max_tiles=1, thumbnail=False, pad=True)
     assert still.load(goldens / "data/images/img3.png", "r").shape == (1, 3, 56, 56)
-    changed = load(goldens / "ckpt/internvl", tiling={"max_tiles": 6, "thumbnail": None, "min_tiles": 2})
+    changed = load(goldens / "ckpt/internvl", max_tiles=6, min_tiles=2)
     assert changed.preparation == dataclasses.replace(SMALL, size=56, min_tiles=2)
 
 
@@ -188,4 +189,4 @@ def test_bad_tile_processors(tmp_path: Path, change: dict[str, Any], words: str)
 
 def test_tile_options_of_a_model_without_tiles(goldens: Path) -> None:
     with pytest.raises(UserError, match=r"does not cut images into tiles by their aspect ratio: unset data\.max_tiles"):
-        load(goldens / "ckpt/clip_tower", tiling={"max_tiles": 3, "thumbnail": None})
+        load(goldens / "ckpt/clip_tower", max_tiles=3)

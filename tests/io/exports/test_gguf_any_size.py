@@ -17,6 +17,7 @@ from qwen_cases import FAMILIES, LIMITS, make_qwen
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.write import check_saved, save
 
@@ -29,7 +30,7 @@ def compare(source, model, out, cells):
     rows, columns = (side * vision.merge for side in cells)
     image = np.random.default_rng(0).integers(0, 256, (rows * vision.patch_size, columns * vision.patch_size, 3))
     image = image.astype(np.uint8)
-    loader = load_image_processor(source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
     pixels = loader.preparation.prepare(Image.fromarray(image), 1)
     ids = np.random.default_rng(0).integers(4, 340, (1, 50))
     found = llama_cpp(out, rows=ids, image=image, prompt=f"{MARKER}What is it?", texts=["What is it?"])
@@ -70,7 +71,9 @@ def test_limits_of_tokens_are_options(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.png")
     loader = load_image_processor(
-        source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0, max_image_tokens=20, slot_tokens=1
+        source,
+        DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=20),
+        slot_tokens=1,
     )
     (shape,) = loader.shapes([tmp_path / "image.png"], "r")
     found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(2, 20))
@@ -112,7 +115,7 @@ def test_limits_of_the_processor(tmp_path):
     limits = [tower.fields[f"clip.vision.image_{name}_pixels"].contents() for name in ("min", "max")]
     assert limits == [LIMITS["shortest_edge"], LIMITS["longest_edge"]]
     image = np.zeros((400, 200, 3), np.uint8)
-    loader = load_image_processor(source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
     patches = loader.preparation.prepare(Image.fromarray(image), 1)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}What?")["features"]
     assert len(found) == len(patches) // 4 < 400 * 200 // 64

@@ -18,6 +18,7 @@ from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import FileArray
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.write import check_saved, save
 
@@ -101,7 +102,7 @@ def test_images(models, tmp_path, name):
         model = prune(model, kept)[0]
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     image = np.random.default_rng(0).integers(0, 256, (*SIZES[name], 3)).astype(np.uint8)
-    loader = load_image_processor(source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
     pixels = loader.preparation.prepare(Image.fromarray(image), 1)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}Where is it", texts=["Where is it"])
     row = _row(model, source, len(found["features"]), found["ids"][0])
@@ -131,7 +132,9 @@ def test_the_budget_of_tokens_is_an_option(models, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.png")
     loader = load_image_processor(
-        source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0, max_image_tokens=140, slot_tokens=1
+        source,
+        DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=140),
+        slot_tokens=1,
     )
     (shape,) = loader.shapes([tmp_path / "image.png"], "r")
     found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(-1, 140))

@@ -16,6 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.io.checkpoints.read import open_model
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.gguf_model import tiled
 from vlmprune_jax.io.exports.write import check_saved
@@ -79,7 +80,7 @@ def test_an_image(models, tmp_path):
     image = (
         np.random.default_rng(0).integers(0, 256, (4 * vision.patch_size, 6 * vision.patch_size, 3)).astype(np.uint8)
     )
-    loader = load_image_processor(golden.ckpt, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
+    loader = load_image_processor(golden.ckpt, DataSpec(aspect_ratio="square", cache_megabytes=0))
     pixels = loader.preparation.prepare(Image.fromarray(image), 1)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}what", texts=["what"])
     start, end = (

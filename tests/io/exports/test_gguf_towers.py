@@ -16,6 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.write import check_saved, save
@@ -61,9 +62,7 @@ def image_of(model):
     if model.cfg.layout == "transformers" and family != "llava":
         loader = load_image_processor(
             FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt",
-            aspect_ratio="square",
-            max_pixels=10**6,
-            cache_bytes=0,
+            DataSpec(aspect_ratio="square", cache_megabytes=0),
         )
         return image, loader.preparation.prepare(Image.fromarray(image), 1)
     return image, ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None].astype(np.float32)

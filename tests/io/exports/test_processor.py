@@ -10,6 +10,7 @@ from PIL import Image
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.vocabulary import export_files
@@ -27,7 +28,7 @@ LIMITS = {
 }
 CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 3,
          "pan_and_scan_min_ratio_to_activate": 1.2}  # fmt: skip
-OPTIONS = {"aspect_ratio": "pad", "max_pixels": 10**7, "cache_bytes": 0}
+OPTIONS = {"aspect_ratio": "pad", "max_image_pixels": 10**7, "cache_megabytes": 0}
 
 
 def pictures(folder):
@@ -66,8 +67,8 @@ def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
     if name == "gemma3":
         add(source, **CROPS)
     _, cfg = read_config(source, None)
-    ours = load_image_processor(source, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)
-    whole = load_image_processor(source, **OPTIONS)
+    ours = load_image_processor(source, DataSpec(**OPTIONS, max_image_tokens=most), slot_tokens=cfg.tokens_per_image)
+    whole = load_image_processor(source, DataSpec(**OPTIONS))
     merge, others = ours.preparation.merge, 0
     with export_files(source, cfg, most=most) as folder:
         for path in pictures(tmp_path):
@@ -140,7 +141,7 @@ def test_exports_have_the_limit(goldens, tmp_path):
     vp.save(model, tmp_path / "same", source_dir=source, max_image_tokens=5 * tokens)
     assert json.loads((tmp_path / "same/config.json").read_text())["max_dynamic_patch"] == 4  # and a thumbnail
     vp.save(model, tmp_path / "stock", source_dir=source, layout="transformers", max_image_tokens=5 * tokens)
-    ours = load_image_processor(source, **OPTIONS, max_image_tokens=5 * tokens, slot_tokens=tokens)
+    ours = load_image_processor(source, DataSpec(**OPTIONS, max_image_tokens=5 * tokens), slot_tokens=tokens)
     for path in pictures(tmp_path):
         pixels, count = stock(tmp_path / "stock", path, 1, tokens)
         assert count == ours.shapes([path], "r")[0].positions(tokens) <= 5 * tokens
@@ -155,7 +156,7 @@ def test_refusals(goldens):
         pass
     tower = goldens / "ckpt/clip_tower"
     with pytest.raises(UserError, match=f"data.{limit}"):
-        load_image_processor(tower, **OPTIONS, max_image_tokens=9, slot_tokens=cfg.tokens_per_image)
+        load_image_processor(tower, DataSpec(**OPTIONS, max_image_tokens=9), slot_tokens=cfg.tokens_per_image)
     _, text = read_config(goldens / "ckpt/llama_gqa", None)
     with pytest.raises(UserError, match="takes no images: unset the limit"), export_files(source, text, most=9):
         pass
@@ -168,4 +169,4 @@ def test_refusals(goldens):
         folder = goldens / "families" / name / "ckpt"
         _, cfg = read_config(folder, None)
         with pytest.raises(UserError, match=f"data.max_image_tokens={most}: tokens per image {told}"):
-            load_image_processor(folder, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)
+            load_image_processor(folder, DataSpec(**OPTIONS, max_image_tokens=most), slot_tokens=cfg.tokens_per_image)

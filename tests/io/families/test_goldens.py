@@ -23,6 +23,7 @@ from vlmprune_jax.core.models.params import flatten, unstack_layers
 from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups, summed_axes
 from vlmprune_jax.io.data.chat_template import choose_template
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.io.data.records import Record
@@ -236,7 +237,7 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
     config = json.loads((golden.ckpt / "processor_config.json").read_text())
     config["image_processor"]["max_soft_tokens"] = budget
     (tmp_path / "processor_config.json").write_text(json.dumps(config))
-    images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, patches=(12, 3))
+    images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0), patches=(12, 3))
     for facts in golden.facts["images"]:
         (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
         assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
@@ -263,7 +264,7 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
     config, tokenizer = json.loads((tmp_path / "config.json").read_text()), load_tokenizer(tmp_path)
     family, cfg = detect(config, "config.json"), golden.model.cfg
     template = choose_template("auto", family, tokenizer, config=config, has_vision=True)
-    load = functools.partial(load_image_processor, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    load = functools.partial(load_image_processor, data=DataSpec(aspect_ratio="pad"))
     if golden.positioned:
         images = load(tmp_path, patches=(cfg.vision.patch_values, cfg.vision.merge))
     else:

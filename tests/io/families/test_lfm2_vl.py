@@ -221,7 +221,7 @@ def images(pair, tmp_path_factory):
         noise = draw.integers(0, 256, (height // 20 + 2, width // 20 + 2, 3)).astype(np.uint8)
         paths.append(folder / f"{width}.png")
         Image.fromarray(noise).resize((width, height), 3).save(paths[-1])
-    loader = load_image_processor(folder, aspect_ratio="square", max_pixels=10**7, cache_bytes=0, patches=(768, 2))
+    loader = load_image_processor(folder, DataSpec(aspect_ratio="square", cache_megabytes=0), patches=(768, 2))
     return folder, loader, paths
 
 

@@ -150,7 +150,7 @@ def test_without_splitting(goldens, folder, tmp_path):
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"]["do_image_splitting"] = False
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0))
     (shape,) = images.shapes([family / "images/1.png"], "r")
     assert shape == ImageShape()
     assert images.preparation.usual == (1,)
@@ -180,7 +180,7 @@ def test_bad_processors(folder: Path, tmp_path, change, words):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(UserError, match=words):
-        load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=24)
+        load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0), image_size=24)
 
 
 def test_a_position_table_with_impossible_cells(folder, tmp_path):

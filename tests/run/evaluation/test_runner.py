@@ -13,6 +13,7 @@ from vlm_cases import images_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
@@ -30,7 +31,7 @@ def llava(goldens):
 
 @pytest.fixture(scope="module")
 def encoder(goldens, llava):
-    loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**7, cache_bytes=2**20)
+    loader = load_image_processor(goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", cache_megabytes=1))
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
         template=dataclasses.replace(templates()["llava_v1"], system=""),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import FRACTION, check_settings, evaluate_setting, recover_setting, setting
@@ -19,28 +18,14 @@ records_setting = functools.partial(setting, affects=_RECORDS)
 rows_setting = functools.partial(setting, affects=(*_RECORDS, "teacher_cache"))
 _TRAINING = ("score", "reconstruct", "recover")
 training_setting = functools.partial(setting, affects=_TRAINING)
+TILE_SETTINGS = ("min_tiles", "max_tiles", "thumbnail")  # they replace the model folder's, for models with tiles
 # Settings that change how a single record becomes a row of tokens and images, in any command.
 ROW_SETTINGS = (
-    *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
+    *("template", "system", "aspect_ratio", *TILE_SETTINGS),
     *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads", "video_fps", "video_frames"),
     *("video_tokens", "max_video_megabytes", "max_video_frames", "max_video_seconds", "max_video_pixels"),
     "video_timeout",
 )
-
-
-class Calibration(Protocol):
-    """Protocol of config sections that draw calibration records; `SECTION` is the section's name in error messages."""
-
-    SECTION: ClassVar[str]
-
-    @property
-    def samples(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def longest_text(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Rows have one of the forms of JSON entries (forms.py). All columns except images
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -113,8 +114,9 @@ class _Split:
         self._batch: tuple[int, pa.RecordBatch | None] = (-1, None)  # number and content of the record batch read last
         self._lock = threading.Lock()
 
+    @functools.cached_property
     def identity(self) -> str:
-        """Return a digest of all images in the split."""
+        """Digest of all images in the split."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, location: str) -> StoredImage:

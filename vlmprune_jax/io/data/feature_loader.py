@@ -14,10 +14,7 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.media import image_key
-from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
-from vlmprune_jax.io.data.video.reader import VideoReader
-from vlmprune_jax.io.families.tiles import ImageShape
 
 
 @dataclass(eq=False)
@@ -38,24 +35,9 @@ class FeatureLoader:
 
     size_columns: ClassVar[slice] = slice(1, 3)  # tiles and image tokens (see `records_to_compute`)
 
-    @property
-    def preparation(self) -> Preparation:
-        """Image preparation (resizing, tiling) that was used when the features were computed."""
-        return self.images.preparation
-
-    @property
-    def per_token(self) -> int:
-        """Feature vectors of an image token; 0 if all images have one size."""
-        return int(self.preparation.merge > 0)
-
-    @property
-    def videos(self) -> VideoReader | None:
-        """Loader of the frames of videos; None if the model takes images only."""
-        return self.images.videos
-
-    def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
-        """Return the tile or patch grid of each image or video of a record."""
-        return self.images.shapes(paths, record)
+    def __post_init__(self) -> None:
+        self.preparation, self.videos, self.shapes = self.images.preparation, self.images.videos, self.images.shapes
+        self.per_token = int(self.preparation.merge > 0)  # features of an image token; 0 if all images have one size
 
     def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:
         """Return the cached features of an image or video; raise UserError naming the file and the record."""

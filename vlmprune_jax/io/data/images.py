@@ -17,7 +17,8 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
-from vlmprune_jax.io.data.config import ASPECT_RATIOS
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.io.data.config import TILE_SETTINGS, DataSpec
 from vlmprune_jax.io.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
@@ -38,7 +39,7 @@ from vlmprune_jax.io.data.tiling import (
     splitting_from_processor,
     tiling_from_processor,
 )
-from vlmprune_jax.io.data.video.reader import VideoReader
+from vlmprune_jax.io.data.video.reader import VideoReader, video_reader
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.tiles import ImageShape
 
@@ -46,17 +47,14 @@ from vlmprune_jax.io.families.tiles import ImageShape
 class WholeImage(Preparation):
     """Preparation of an image as a single tile: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
-    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" does nothing.
+    `pad` centres the image on a square of the colour int(255 * mean), as LLaVA's "pad".
     """
 
     merge = 0
 
-    def __init__(self, config: Mapping[str, Any], *, location: str, aspect_ratio: str) -> None:
-        if aspect_ratio not in ASPECT_RATIOS[1:]:
-            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
-        self._processor = make_processor(config, location)
-        self._pad = aspect_ratio == "pad"
-        self._settings = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
+    def __init__(self, config: Mapping[str, Any], *, location: str, pad: bool) -> None:
+        self._processor, self._pad = make_processor(config, location), pad
+        self._settings = {"aspect_ratio": "pad" if pad else "square", "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
             raise UserError(f"{location}: do_resize and do_center_crop are off, so images differ in size: restore one")
@@ -182,46 +180,40 @@ class ImageLoader:
 
 def load_image_processor(
     folder: Path,
+    data: DataSpec,
     *,
-    aspect_ratio: str,
-    max_pixels: int,
-    cache_bytes: int,
     image_size: int | None = None,
-    tiling: Mapping[str, Any] | None = None,
     patches: tuple[int, int] | None = None,
-    max_image_tokens: int | None = None,
     slot_tokens: int = 0,
-    videos: Callable[[Preparation], VideoReader | None] = lambda preparation: None,
+    video: VideoConfig | None = None,
 ) -> ImageLoader:
     """Return the `ImageLoader` for the image processor described in a Hugging Face folder.
 
     Args:
       folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
-      aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
-      max_pixels, cache_bytes: see `ImageLoader`.
+      data: limits of images and videos, and changes to the folder's settings; `aspect_ratio` "auto" means "square".
       image_size: pixels per side of the vision tower's input; also determines the settings for families whose processor
         is in the hub's code instead of a file.
-      tiling: fields of `Tiling` that replace the folder's fields, for models with tiling.
       patches: (values per patch, patches per side of a token) of a tower with dynamic resolution.
-      max_image_tokens, slot_tokens: maximum number of tokens per image, and those of a tile (`with_most_tokens`).
-      videos: returns the reader of videos for the preparation of images.
+      slot_tokens: tokens of a tile (see `Preparation.with_most_tokens`).
+      video: the model's video processor (None: the model takes no videos).
 
     Raises:
       UserError: the folder does not describe a processor, its type is unknown, a field is invalid, prepared images are
-        not of the tower's input size, or the model cannot have this `tiling` or `max_image_tokens`.
+        not of the tower's input size, or the model cannot have these tiles or `max_image_tokens`.
     """
     folder = Path(folder)
-    preparation, location = _preparation(folder, aspect_ratio, image_size)
-    changes = {name: value for name, value in (tiling or {}).items() if value is not None}
+    preparation, location = _preparation(folder, data.aspect_ratio == "pad", image_size)
+    changes = {name: value for name in TILE_SETTINGS if (value := getattr(data, name)) is not None}
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
             f"{folder}: this model does not cut images into tiles by their aspect ratio: unset "
             f"data.{', data.'.join(changes)}"
         )
     preparation = dataclasses.replace(preparation, **changes) if isinstance(preparation, Tiling) else preparation
-    if max_image_tokens is not None:
-        with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
-            preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
+    if data.max_image_tokens is not None:
+        with error_context(f"{folder}: data.max_image_tokens={data.max_image_tokens}"):
+            preparation = preparation.with_most_tokens(data.max_image_tokens, slot_tokens)
     takes = f"{image_size} x {image_size} pixels" if patches is None else described_patches(*patches)
     if (patches or image_size) and preparation.described != takes:
         raise UserError(
@@ -232,8 +224,9 @@ def load_image_processor(
         with reading(location):  # try the settings on a small image, so that errors name this file and not a record
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
     with error_context(folder):
-        frames = videos(preparation)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=frames)
+        videos = video_reader(data, video, slot_tokens, preparation)
+    cache_bytes = data.cache_megabytes << 20
+    return ImageLoader(preparation, max_pixels=data.max_image_pixels, cache_bytes=cache_bytes, videos=videos)
 
 
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
@@ -245,7 +238,7 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
     family = find(config)
     if family is not None and family.images == "whole":  # its processor may lie in the tower's folder
         raise fixed_size(slot_tokens)
-    preparation, _ = _preparation(folder, ASPECT_RATIOS[1], None)
+    preparation, _ = _preparation(folder, True, None)
     processor, own_videos = folder / "processor_config.json", folder / "video_preprocessor_config.json"
     described = read_json(processor).get("video_processor") if os.path.lexists(processor) else None
     videos_read_images = family is not None and family.video is not None and described is None
@@ -262,7 +255,7 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
     return changed
 
 
-def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
+def _preparation(folder: Path, pad: bool, image_size: int | None) -> tuple[Preparation, str]:
     """Return the image preparation described in a model folder, and the name of the file that describes it."""
     model_path = folder / "config.json"
     model = read_json(model_path) if os.path.lexists(model_path) else {}
@@ -275,10 +268,10 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
         way = way_of(config)
         if way != "whole":
             return _PREPARATIONS[way](config, location), location
-        return WholeImage(config, location=location, aspect_ratio=aspect_ratio), location
+        return WholeImage(config, location=location, pad=pad), location
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
-        return WholeImage(config, location=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
+        return WholeImage(config, location=str(model_path), pad=pad), str(model_path)
     raise UserError(
         f"{folder}: has neither {' nor '.join(dict(PROCESSOR_FILES))}: copy it from the model or its vision tower"
     )

@@ -18,23 +18,25 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.base.processes import from_all, process_count, process_number
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.prune.config import ScoreConfig
+from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
-from vlmprune_jax.io.data.config import Calibration, DataSpec
+from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.image_processor import processor_settings
+from vlmprune_jax.io.data.image_processor import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, data_files, read_records, take_fraction
 from vlmprune_jax.io.data.tfds import read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.io.data.video.reader import video_reader
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
 
+Calibration = ScoreConfig | ReconstructConfig  # sections that draw calibration records
 # (label, total) -> context that yields a function of the number of items done (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -125,21 +127,15 @@ def _load_inputs(
     aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
     loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None, name=data.template)]
     if tower is not None:
-        described = any(
-            os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
-        )
+        described = any(os.path.lexists(folder / name) for name, _ in PROCESSOR_FILES)
         in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if in_folder else Path(model.vision_dir or ""),
-            aspect_ratio=aspect_ratio,
-            max_pixels=data.max_image_pixels,
-            cache_bytes=data.cache_megabytes << 20,
+            dataclasses.replace(data, aspect_ratio=aspect_ratio),
             image_size=None if tower.dynamic_resolution else tower.image_size,
             patches=(tower.patch_values, tower.merge) if tower.dynamic_resolution else None,
-            tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
-            max_image_tokens=data.max_image_tokens,
             slot_tokens=slot_tokens,
-            videos=functools.partial(video_reader, data, None if template.video is None else video, slot_tokens),
+            video=None if template.video is None else video,
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import logging
@@ -41,8 +42,9 @@ class _Store(Protocol):
     def read(self, number: int) -> bytes:
         """Return an image's encoded bytes (such as a JPEG file)."""
 
+    @property
     def identity(self) -> str:
-        """Return a text that identifies the data set's content, used in cache keys."""
+        """Text that identifies the data set's content, used in cache keys."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class InlineStore:
     def read(self, number: int) -> bytes:
         return self.content
 
+    @functools.cached_property
     def identity(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
@@ -93,7 +96,7 @@ Part = tuple[float, float] | None  # seconds between which a video is used; None
 def image_key(image: Path | StoredImage) -> str:
     """Return an image's cache key: path and file size, or the identity of its data set and its number."""
     if isinstance(image, StoredImage):
-        return f"{image.store.identity()}/{image.number}"
+        return f"{image.store.identity}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
 
 

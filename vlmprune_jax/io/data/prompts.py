@@ -132,8 +132,8 @@ def tokenize_training(
     length does not remove the record's labels. If the turns cannot be parsed (an empty turn, a separator inside a
     text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
-    prompt, tokens, repeats = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images)
-    (text, spans), covered = prompt, len(prompt.text)
+    (text, spans), tokens = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images)
+    covered = len(text)
     if not template.by_turn:
         spans, covered = _answer_spans(text, template)
     keep = np.zeros(len(tokens.ids), bool)
@@ -141,11 +141,11 @@ def tokenize_training(
         # a token of the role may include the white space that begins the answer: it starts before the answer
         keep |= (tokens.ends > start) & (tokens.starts >= start) & (tokens.starts < stop)
     padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
-    if _is_mismatched(tokens, repeats, covered, text, padding, cut_text_at):
+    if _is_mismatched(tokens, covered, text, padding, cut_text_at):
         keep[:] = False
     keep &= tokens.ids != (IGNORED if padding is None else padding)
     labels = np.where(keep & ~tokens.is_image, tokens.ids, IGNORED).astype(np.int32)
-    ids, labels = np.repeat(tokens.ids, repeats), np.repeat(labels, repeats)
+    ids, labels = np.repeat(tokens.ids, tokens.repeats), np.repeat(labels, tokens.repeats)
     return (ids, labels) if record.visuals else (ids[:cut_text_at], labels[:cut_text_at])
 
 
@@ -175,33 +175,11 @@ def tokenize_prompt(
     images: Sequence[ImageShape] | None = None,
 ) -> np.ndarray:
     """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
-    _, tokens, repeats = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images, generation=True)
-    return np.repeat(tokens.ids, repeats)
+    _, tokens = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images, generation=True)
+    return np.repeat(tokens.ids, tokens.repeats)
 
 
-def _encode(
-    record: Record,
-    tokenizer: Any,
-    template: Template,
-    image_token_id: int,
-    tokens_per_image: int,
-    images: Sequence[ImageShape] | None,
-    *,
-    generation: bool = False,
-) -> tuple[Rendered, _Tokens, np.ndarray]:
-    """Return a record's prompt, its tokens, and the number of decoder positions of each token, int64[tokens]."""
-    images = [ImageShape()] * len(record.visuals) if images is None else images
-    prompt = _prompt(record, template, images, generation=generation)
-    tokens = _tokenize(prompt.text, record, tokenizer, template, image_token_id)
-    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
-    repeats = np.ones(len(tokens.ids), np.int64)
-    repeats[tokens.is_image] = [*itertools.chain(*per_image)][: int(np.count_nonzero(tokens.is_image))]
-    return prompt, tokens, repeats
-
-
-def _is_mismatched(
-    tokens: _Tokens, repeats: np.ndarray, covered: int, prompt: str, padding: int | None, cut_text_at: int | None
-) -> bool:
+def _is_mismatched(tokens: _Tokens, covered: int, prompt: str, padding: int | None, cut_text_at: int | None) -> bool:
     """Return True if LLaVA's code would ignore this record's labels because of a "tokenization mismatch".
 
     A mismatch beyond `cut_text_at` does not count. `padding` is the id that the reference's phi3-chat mask takes for
@@ -211,8 +189,8 @@ def _is_mismatched(
     parsed = tokens.starts < covered
     if padding is None:
         return covered != len(prompt) and (cut_text_at is None or int(np.count_nonzero(parsed)) < cut_text_at)
-    counted = int(repeats[parsed].sum()) + (covered > len(prompt))
-    real = np.repeat(tokens.ids != padding, repeats)[:cut_text_at]
+    counted = int(tokens.repeats[parsed].sum()) + (covered > len(prompt))
+    real = np.repeat(tokens.ids != padding, tokens.repeats)[:cut_text_at]
     return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
@@ -241,23 +219,35 @@ def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
 
 
 class _Tokens(NamedTuple):
-    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has no span), and flags of visual tokens."""
+    """Token arrays of a prompt; BOS, which has no characters, has the span (-1, -1)."""
 
     ids: np.ndarray
-    starts: np.ndarray
+    starts: np.ndarray  # character spans
     ends: np.ndarray
-    is_image: np.ndarray
+    is_image: np.ndarray  # True for tokens of images and videos
+    repeats: np.ndarray  # number of decoder positions
 
 
-def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, image_token_id: int) -> _Tokens:
-    """Tokenise a prompt; without a special image token, the texts between images are tokenised separately.
+def _encode(
+    record: Record,
+    tokenizer: Any,
+    template: Template,
+    image_token_id: int,
+    tokens_per_image: int,
+    images: Sequence[ImageShape] | None,
+    *,
+    generation: bool = False,
+) -> tuple[Rendered, _Tokens]:
+    """Return a record's prompt and its tokens; images have the token `image_token_id`.
 
-    Images have `image_token_id`. A leading BOS is kept once and dropped from later pieces (reference:
-    `tokenizer_image_token`).
+    Without a special image token, the texts between images are tokenised separately. A leading BOS is kept once and
+    dropped from later pieces (reference: `tokenizer_image_token`).
     """
+    images = [ImageShape()] * len(record.visuals) if images is None else images
+    prompt = _prompt(record, template, images, generation=generation)
     ids, places, is_image = list[int](), list[tuple[int, int]](), list[bool]()
     offset = 0
-    for number, piece in enumerate(_pieces(prompt, record, template)):
+    for number, piece in enumerate(_pieces(prompt.text, record, template)):
         if number:
             ids, places = [*ids, image_token_id], [*places, (offset, offset + len(IMAGE_TOKEN))]
             is_image.append(True)
@@ -280,7 +270,10 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, i
         values = np.where(flags, np.int32(image_token_id), values)
         if record.videos and template.video is not None and template.video.token != template.image_tokens[1]:
             flags |= values == tokenizer.convert_tokens_to_ids(template.video.token)
-    return _Tokens(values, starts, ends, flags)
+    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
+    repeats = np.ones(len(values), np.int64)
+    repeats[flags] = [*itertools.chain(*per_image)][: int(np.count_nonzero(flags))]
+    return prompt, _Tokens(values, starts, ends, flags, repeats)
 
 
 def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:

@@ -199,12 +199,9 @@ class ImageStore:
         return _Source(self.folder, IMAGES)
 
     @functools.cached_property
-    def _identity(self) -> str:
-        return hashlib.sha256(_text(self.folder / IMAGES / VERSION / _INFO).encode()).hexdigest()[:16]
-
     def identity(self) -> str:
-        """Return a digest of the data set's metadata, which has the number of images and their total size."""
-        return self._identity
+        """Digest of the data set's metadata, which has the number of images and their total size."""
+        return hashlib.sha256(_text(self.folder / IMAGES / VERSION / _INFO).encode()).hexdigest()[:16]
 
     def find(self, name: str, location: str) -> StoredImage:
         return StoredImage(name, self.numbers[name], self)

@@ -106,16 +106,7 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
             with error_context(f"data.max_image_tokens={data.max_image_tokens}"):
                 raise fixed_size(cfg.tokens_per_image)
         return None
-    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
-    return load_image_processor(
-        folder,
-        aspect_ratio="pad",
-        max_pixels=data.max_image_pixels,
-        cache_bytes=0,
-        tiling=tiling,
-        max_image_tokens=data.max_image_tokens,
-        slot_tokens=cfg.tokens_per_image,
-    ).preparation
+    return load_image_processor(folder, data, slot_tokens=cfg.tokens_per_image).preparation
 
 
 def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:

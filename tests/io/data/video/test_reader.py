@@ -72,6 +72,7 @@ def test_bytes_and_frame_lists(clips):
         def read(self, number):
             return (clips / "second.webm").read_bytes()
 
+        @property
         def identity(self):
             return "store"
 

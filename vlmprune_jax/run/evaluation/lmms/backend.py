@@ -207,8 +207,9 @@ class _Pictures:
         self._where: list[tuple[Any, int]] = []  # number -> (request, index of the picture in it)
         self._numbers: dict[str, int] = {}
 
+    @property
     def identity(self) -> str:
-        """Return a digest of all pictures in the store."""
+        """Digest of all pictures in the store."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, location: str) -> Path | StoredImage:
