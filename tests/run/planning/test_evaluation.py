@@ -36,13 +36,13 @@ def get_config():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Callable (config, rows) -> compiled decoding on a slice for prompts of 4,096 tokens."""
+    """Callable (config, rows, prompt tokens) -> compiled decoding on a slice."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     decoding = importlib.import_module("decoding_plan")
 
-    def compile_for(cfg, rows):
+    def compile_for(cfg, rows, length):
         with jax.default_matmul_precision("default"):
-            return decoding.compile_evaluation(cfg, make_slice("v5e:2x2"), 4096, ImageShape(slots=0), rows, (2, 1, 2))
+            return decoding.compile_evaluation(cfg, make_slice("v5e:2x2"), length, ImageShape(slots=0), rows, (2, 1, 2))
 
     return compile_for
 
@@ -52,7 +52,7 @@ def compiled(monkeypatch):
 def test_decoding_touches_little_more_than_weights_and_cache(head, compiled):
     """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip. The cache is not copied."""
     widths = {"hidden_size": 1024, "head_dim": head, "vocab_size": 4096, "max_positions": 8192}
-    found = compiled(config((decoder_layer(8, 8, 16384),) * 3, **widths), 32)
+    found = compiled(config((decoder_layer(8, 8, 16384),) * 3, **widths), 32, 4096)
     assert (found.read + found.received) / found.resident < 1.25
     assert 0 < found.received < 0.05 * found.read
     assert found.programs[1].temporaries < 0.1 * found.resident
@@ -66,7 +66,7 @@ def test_the_state_of_delta_nets_is_read_once_a_token(compiled):
     delta = Layer(DeltaNet(16, 8, key_dim=128, value_dim=128), cfg.text.channel)
     cfg = cfg.with_layers([delta, cfg.text.layers[1]])
     assert delta.mixer.state_bytes(10, 2) == delta.mixer.state_bytes(1000, 2) == 4 * 16 * 128**2 + 2 * 3 * 4096
-    found = compiled(cfg, 8)
+    found = compiled(cfg, 8, max(question.text for question in BENCHMARKS.values()))
     assert (found.read + found.received) / found.resident < 1.25  # below 1: some weights stay in VMEM
 
 
