@@ -58,7 +58,7 @@ class Command:
 
     @property
     def summary(self) -> str:
-        """What the command does, as in the overview of all commands."""
+        """The command in one line, for the overview of all commands."""
         return self.text.partition("\n")[0].partition(": ")[2].removesuffix(".")
 
 
