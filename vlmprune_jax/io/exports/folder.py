@@ -26,7 +26,7 @@ from vlmprune_jax.io.checkpoints.layout import (
 )
 from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import loading_of
-from vlmprune_jax.io.exports.format import Contents, FolderOptions, Origin
+from vlmprune_jax.io.exports.formats import Contents, FolderOptions, Origin
 from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage, matrices
 from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.target import Target, make_target, write_files

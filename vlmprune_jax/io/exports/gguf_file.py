@@ -26,7 +26,7 @@ from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tenso
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Comparison, Contents, GgufOptions, Importance, Origin
+from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
 from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
 from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
 from vlmprune_jax.io.exports.uneven import fit

@@ -18,8 +18,7 @@ from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.card import add_evaluation, loading_lines, model_name, push
-from vlmprune_jax.io.exports.format import Calibration
-from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
+from vlmprune_jax.io.exports.formats import Calibration, ExportSpec, choose_format
 from vlmprune_jax.io.exports.gptq import gptq, imatrix
 from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.run.experiment.arguments import export_options, image_tokens, with_rounding
