@@ -11,7 +11,7 @@ from msgspec.structs import asdict, replace
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
-from vlmprune_jax.io.exports.describe import count_passthrough
+from vlmprune_jax.io.exports.describe import describe
 from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.run.stages.evaluate import evaluate_model, names_of_sets, write_samples
 from vlmprune_jax.run.stages.export import describe_export, export_folder
@@ -84,9 +84,10 @@ def make_models(root: Work) -> Result:
         costs = costs_of(root.config(folder), uneven=spec.export.uneven, **asdict(workload))
         return replace(entry, costs=Costs(**costs), speed=speeds.get(name), **fields)
 
+    passthrough = describe(root.teacher, root.tower)["passthrough"]
     return replace(
         result,
-        teacher=measured(result.teacher, "", root.teacher, passthrough=count_passthrough(root.teacher, root.tower)),
+        teacher=measured(result.teacher, "", root.teacher, passthrough=passthrough),
         runs=[measured(run, run.name, models[run.name]) for run in result.runs],
         controls=[measured(control, control.name, root.workdir / control.path) for control in result.controls],
         workload=workload,
