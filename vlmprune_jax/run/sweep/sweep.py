@@ -32,7 +32,7 @@ from vlmprune_jax.run.stages.preflight import preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
 from vlmprune_jax.run.stages.work import Work, teacher_folder
-from vlmprune_jax.run.sweep.hyper import SweepRun, runs_named, shard_of
+from vlmprune_jax.run.sweep.hyper import SweepRun
 from vlmprune_jax.run.sweep.workers import Worker, in_processes
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import compare_again
@@ -203,15 +203,14 @@ def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str])
 
 def run_sweep(
     runs: Sequence[SweepRun],
+    mine: Sequence[SweepRun],
     sweep: Sweep,
     reporter: Reporter,
     *,
-    shard: str,
     jobs: int,
     start: Callable[[], Worker],
-    only: str = "",
 ) -> None:
-    """Run all unfinished runs of a shard, then write and print the comparison of all runs.
+    """Run the unfinished ones of the runs `mine`, then write and print the comparison of all runs.
 
     With `jobs` > 1, this number of worker processes do one run each at a time (`start` prepares a worker). Otherwise,
     runs are done in sequence in this process, or together by all processes of a pod.
@@ -221,7 +220,7 @@ def run_sweep(
     from vlmprune_jax.run.report.tables import tables_of
 
     digest_once.cache_clear()  # files may have changed since another command of this process
-    mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
+    written = time.monotonic()
 
     def unfinished() -> list[int]:  # those that failed before at the end
         left = [number for number, run in enumerate(mine) if finished_run(run, sweep) is None]
