@@ -19,12 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError, error_context, reason
-from vlmprune_jax.base.files import open_file, read_json, reading
-from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
+from vlmprune_jax.base.files import read_json, reading
+from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.layers import activation
-from vlmprune_jax.core.models.lazy import LazyArray, check_finite, lazy_entry
+from vlmprune_jax.core.models.lazy import LazyArray, check_finite
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
@@ -38,7 +38,7 @@ from vlmprune_jax.io.families.fields import check_fields
 # XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
 _PART = 2**26  # elements of a tensor that one thread reads
-BLOCK = 2**25  # bytes that are read at a time from a large weight
+BLOCK = 2**24  # bytes that are read at a time for an export
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
@@ -90,41 +90,33 @@ class FileArray(LazyArray):
             self, picks=(*self.picks, (1 - axis if self.slot.turned else axis, np.asarray(indices)))
         )
 
-    @property
-    def extent(self) -> Extent | None:
-        """Byte range of the weight's rows in its file; None if its bytes differ (pruned, cast or quantised)."""
-        changed = self.picks or self.dtype != WEIGHT_DTYPES[self.source.dtype]
-        return None if changed else self._extent(0, self.slot.shape[0])
-
     def read(self) -> np.ndarray:
         """Read the weight from its file."""
-        array = self._rows(0, self.slot.shape[0])
+        (array,) = self.pieces([0, self.slot.shape[0]])
         return array.T if self.slot.turned else array
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Yield a weight that is not `turned` in consecutive groups of rows, of at most `BLOCK` bytes each."""
-        rows = self.slot.shape[0]
-        step = max(1, BLOCK // (self.slot.stride * self.dtype.itemsize))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield self._rows(start, stop)
-            # Bytes that are read once need no room in the operating system's page cache.
-            if extent := self._extent(start, stop):
-                with open_file(extent.file) as file:
-                    advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
+    def pieces(self, rows: Sequence[int], *, check: bool = False, once: bool = False) -> Iterator[np.ndarray]:
+        """Yield the weight between consecutive rows in the file, as the file has its axes; buffers are reused.
 
-    def checked(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the rows between consecutive numbers in `rows`, of an array without `picks`, as they are in the file.
-
-        Raises UserError if a weight is not finite, in the file or in the dtype of the array.
+        With `check`, raises UserError if a weight is not finite, in the file or in the dtype of the array. `once`: see
+        `Entry.pieces`.
         """
-        for piece in self.source.pieces([self.slot.offset + row * self.slot.stride for row in rows]):
-            check_finite(piece, self.location)
-            if piece.dtype != self.dtype:
-                with np.errstate(over="ignore"):  # reported with the tensor's name instead
-                    piece = piece.astype(self.dtype)
-                check_finite(piece, f"{self.location} as {self.dtype.name}")
-            yield self.slot.rows_of(piece)
+        slot = self.slot
+        pieces = self.source.pieces([slot.offset + row * slot.stride for row in rows], once=once)
+        for (start, stop), values in zip(itertools.pairwise(rows), pieces, strict=True):
+            # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
+            array = slot.rows_of(values.view(f"u{values.dtype.itemsize}"))
+            for axis, indices in self.picks:
+                inside = indices[(indices >= start) & (indices < stop)] - start if axis == 0 else indices
+                array = np.take(array, inside, axis=axis)
+            array = np.ascontiguousarray(array).view(values.dtype)
+            if check:
+                check_finite(array, self.location)
+            with np.errstate(over="ignore"):  # reported with the tensor's name instead
+                cast = array.astype(self.dtype, copy=False)
+            if check and cast is not array:
+                check_finite(cast, f"{self.location} as {self.dtype.name}")
+            yield cast
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read single elements, given one index array per axis."""
@@ -133,22 +125,6 @@ class FileArray(LazyArray):
         column = np.ravel_multi_index(inner, self.slot.shape[1:]) if inner else 0
         first = self.slot.offset + (self.slot.columns or (0,))[0]
         return self.source.elements(first + row * self.slot.stride + column)
-
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Read indices `start` to `stop` - 1 of the first axis in the file, of them only those that `picks` keeps."""
-        slot, stored = self.slot, WEIGHT_DTYPES[self.source.dtype]
-        values = self.source.values(slot.offset + start * slot.stride, (stop - start) * slot.stride)
-        # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
-        array = slot.rows_of(values.view(f"u{stored.itemsize}"))
-        for axis, indices in self.picks:
-            inside = indices[(indices >= start) & (indices < stop)] - start if axis == 0 else indices
-            array = np.take(array, inside, axis=axis)
-        return np.ascontiguousarray(array).view(stored).astype(self.dtype, copy=False)
-
-    def _extent(self, start: int, stop: int) -> Extent | None:
-        size = WEIGHT_DTYPES[self.source.dtype].itemsize
-        first, end = (self.slot.offset + row * self.slot.stride for row in (start, stop))
-        return self.source.extent(first * size, (end - first) * size)
 
 
 def load(
@@ -362,7 +338,7 @@ def _fill(array: FileArray, begin: int, blocks: Mapping[Bounds, np.ndarray]) -> 
     if start >= stop:
         return
     rows = [*range(start, stop, max(1, _PIECE // slot.stride)), stop]
-    for (at, end), piece in zip(itertools.pairwise(rows), array.checked(rows), strict=True):
+    for (at, end), piece in zip(itertools.pairwise(rows), array.pieces(rows, check=True), strict=True):
         for (first, last), columns, block in targets:
             low, high = max(first, at), min(last, end)
             if low < high:
@@ -377,20 +353,19 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def extent_of(weights: Sequence[tuple[Any, tuple[int, ...]]], dtype: str) -> Extent | None:
-    """Return the byte range of rows of one file that these weights fill side by side; None if their bytes differ."""
-    arrays = [lazy_entry(*weight) for weight in weights]
-    files = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
-    if len(files) < len(arrays) or len({x.extent for x in files}) > 1:
-        return None
-    columns = [x.slot.columns for x in files if x.slot.columns is not None]
-    ends, starts = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), files[0].slot.width]
-    return files[0].extent if not columns or ends == starts else None
+def blocks_of(arrays: Sequence[LazyArray | None], *, as_stored: bool) -> Iterator[np.ndarray] | None:
+    """Return an iterator over groups of rows, at most `BLOCK` bytes each, that these weights fill side by side.
 
-
-def blocks_of(array: Any, index: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]] | None:
-    """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
-    stored = lazy_entry(array, index)
-    if not isinstance(stored, FileArray) or stored.slot.turned or stored.slot.columns:
+    None if they are in memory, or lie otherwise in the file than in `params` (`as_stored`: which does not matter).
+    """
+    files = [array for array in arrays if isinstance(array, FileArray)]
+    if len(files) < len(arrays):
         return None
-    return None if math.prod(stored.slot.shape) * stored.dtype.itemsize <= 4 * BLOCK else stored.blocks
+    first, slot = files[0], files[0].slot
+    if slot.turned or slot.columns:
+        if not as_stored or any(x.picks or x.source is not first.source for x in files):
+            return None
+        slot = dataclasses.replace(slot, shape=(slot.stop - slot.start, slot.width), columns=None, turned=False)
+        first = dataclasses.replace(first, slot=slot)
+    step = max(1, BLOCK // (slot.stride * first.dtype.itemsize))
+    return first.pieces([*range(0, slot.shape[0], step), slot.shape[0]], once=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Entry, file_name
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.layout import (
@@ -150,17 +149,12 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
         numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
             continue
-        stored = entry.dtype if dtype == "source" else file_name(dtype)
         written = name if family.respells else key
-        if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
-            blocks = functools.partial(_bytes_of, entry)
+        if isinstance(entry, Entry) and (entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq")):
+            blocks = lambda entry=entry: iter([entry.raw()])  # noqa: E731
             tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, blocks))
         else:
+            stored = entry.dtype if dtype == "source" else file_name(dtype)
             pieces = lambda entry=entry, stored=stored: [cast(entry.array(), stored)]  # noqa: E731
             tensors.append(weight(written, stored, entry.shape, pieces))
     return tensors
-
-
-def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
-    extent = entry.extent(0, entry.n_bytes)
-    return iter([entry.array().reshape(-1).view(np.uint8)]) if extent is None else read_blocks(extent)

@@ -183,7 +183,7 @@ def _tensors(
     for key, slots in by_key(slot for slot in make_slots(parameters.wide, family) if slot.part == part).items():
         kind, first = _type_of(key, slots[0].hf_shape, plain, quantize), slots[0]
         dtype = kind if kind in WEIGHT_DTYPES else "F32"
-        reorders = "delta_heads" in first.axes[:1] or first.path == POSITIONS
+        reorders = first.path == POSITIONS or any("delta_heads" in slot.axes[:1] for slot in slots)
         tensor = parameters.tensor(key, slots, dtype, spell, reorders=reorders)
         tensor = dataclasses.replace(tensor, shape=tensor.shape or (1,))
         tensors.append(tensor if dtype == kind else _quantised(tensor, kind))

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Extent
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.lazy import lazy_entry, to_host
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
-from vlmprune_jax.io.checkpoints.read import blocks_of, extent_of
+from vlmprune_jax.io.checkpoints.read import blocks_of
 from vlmprune_jax.io.families import Family
 
 # Function of an array (some rows of a parameter) and its slot in the export.
@@ -60,7 +60,7 @@ class Weights:
 
     def _pieces(
         self, slots: Sequence[Slot], dtype: str, convert: Convert | None, reorders: bool
-    ) -> Iterator[np.ndarray | Extent]:
+    ) -> Iterator[np.ndarray]:
         """Yield the values of one tensor in groups of whole rows, in the order of the file."""
 
         def converted(array: np.ndarray, slot: Slot) -> np.ndarray:
@@ -68,16 +68,13 @@ class Weights:
 
         for group in row_groups(slots):
             pairs = [(self.slots[slot.name], slot) for slot in group]
-            stored = [(self.flat[before.path], before.place) for before, _ in pairs]
-            unchanged = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
-            extent = extent_of(stored, dtype) if unchanged and convert is None else None
-            blocks = blocks_of(*stored[0]) if unchanged and len(slots) == 1 and not reorders else None
-            if extent is not None:
-                yield extent
-            elif blocks is not None:
-                yield from (converted(block, group[0]) for block in blocks())
-            else:
+            stored = [lazy_entry(self.flat[before.path], before.place) for before, _ in pairs]
+            alike = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
+            blocks = blocks_of(stored, as_stored=convert is None) if alike and not reorders else None
+            if blocks is None:
                 yield join_tensor([converted(self._widened(slot), slot) for slot in group], group)
+            else:
+                yield from (converted(block, group[0]) for block in blocks)
 
     def _widened(self, after: Slot) -> np.ndarray:
         before = self.slots[after.name]

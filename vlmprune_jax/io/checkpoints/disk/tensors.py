@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file, read_blocks
+from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, bytes_in_file
 from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE, Storage
 
@@ -42,20 +42,19 @@ def weight(
     key: str,
     dtype: str,
     shape: tuple[int, ...],
-    pieces: Callable[[], Iterable[np.ndarray | Extent]],
+    pieces: Callable[[], Iterable[np.ndarray]],
     what: str | None = None,
 ) -> Tensor:
-    """Return a tensor to write, whose values `pieces` yields in order: as arrays in the right dtype, or in files.
+    """Return a tensor to write, whose values `pieces` yields in order, as arrays in the right dtype.
 
     `what`: begins the error message for values that are not finite (None = they are not checked).
     """
 
     def blocks() -> Iterator[np.ndarray]:
         for piece in pieces():
-            for block in read_blocks(piece) if isinstance(piece, Extent) else (_bytes_of(piece),):
-                if what is not None:
-                    check_finite(block.view(WEIGHT_DTYPES[dtype]), what)
-                yield block
+            if what is not None:
+                check_finite(piece, what)
+            yield _bytes_of(piece)
 
     return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), blocks)
 
