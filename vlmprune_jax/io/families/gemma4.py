@@ -21,9 +21,9 @@ from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, v
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import llama_like
 from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import VideoText
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
@@ -98,7 +98,6 @@ def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[i
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_TEXT, **config}
     if config.get("use_bidirectional_attention") == "all":
         raise UserError("use_bidirectional_attention 'all' of Gemma 4 is not supported")
     n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
@@ -178,7 +177,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     }
 
 
-_NAMES = GEMMA_NAMES | {
+_LAYER = GEMMA_NAMES | {
     "layers/{i}/layer_scalar/weight": "layers.{i}.layer_scalar",
     **in_layers(
         {
@@ -191,9 +190,10 @@ _NAMES = GEMMA_NAMES | {
     "extra_inputs/project": "per_layer_model_projection",
     "extra_inputs/norm": "per_layer_projection_norm",
 }
-# Of layers with experts, whose MLP is beside them.
-_MOE_NAMES = {
-    **{path.replace("/mlp/", "/mlp/dense/"): name for path, name in _NAMES.items()},
+# A layer's MLP is alone, or beside its experts.
+_NAMES = {
+    **_LAYER,
+    **{path.replace("/mlp/", "/mlp/dense/"): name for path, name in _LAYER.items()},
     **expert_names("experts"),
     **in_layers(
         {
@@ -206,10 +206,6 @@ _MOE_NAMES = {
         }
     ),
 }
-
-
-def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    return llama_like_weights(text, prefix, head, _MOE_NAMES if has_experts(text) else _NAMES)
 
 
 # Clipped projections have their bounds beside `linear.weight`.
@@ -309,7 +305,7 @@ GEMMA4 = vlm_family(
     tower=_TOWER,
     defaults=_TEXT,
     weights=vlm_weights(
-        ("model.language_model.", "lm_head.weight"),
+        ("model.language_model.", "lm_head"),
         _TOWER.weights("model.vision_tower."),
         part_weights("projector", "model.vision_tower.", {f"{x}/weight": x for x in ("std_bias", "std_scale")}),
         part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"}),
@@ -326,7 +322,8 @@ GEMMA4 = vlm_family(
         "Gemma4ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        _text_weights,
+        _NAMES,
+        defaults=_TEXT,
         gguf=(gguf.GEMMA4,),
         problem=_problem,
     ),

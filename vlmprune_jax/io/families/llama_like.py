@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ from vlmprune_jax.io.families.shapes import (
     layers_from_hf,
     layers_to_hf,
     rope_from_hf,
+    rotary_dim,
     same_windows,
     windows_from_hf,
 )
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, JsonDict
 
 # Defaults of the config classes in transformers: Llama's, and what differs in others.
 _LLAMA: JsonDict = {
@@ -51,9 +51,9 @@ def llama_like(
     config: Mapping[str, Any],
     decoder: str,
     *,
-    defaults: Mapping[str, Any] | None = None,
     windows: Callable[[Mapping[str, Any]], Sequence[int | None]] | None = None,
     biased: bool = False,
+    rotary: float | None = None,
     attention: Mapping[str, Any] | None = None,
     local: Mapping[str, Any] | None = None,
     dense: Mapping[str, Any] | None = None,
@@ -62,23 +62,27 @@ def llama_like(
 ) -> TextConfig:
     """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
-    Absent fields take `defaults`, and then LlamaConfig's. `windows` returns the sliding window of each layer (None:
-    full attention everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases.
-    `attention`, `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local`
-    overrides those of attention with a window. By default the decoder has no biases and no norm of queries and keys.
+    Absent fields take LlamaConfig's defaults. `windows` returns the sliding window of each layer (None: full attention
+    everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases. `rotary` is the
+    default of `partial_rotary_factor` (None: all channels of a head rotate, and the field is not read). `attention`,
+    `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local` overrides those of
+    attention with a window. By default the decoder has no biases and no norm of queries and keys.
     """
-    config = {**_LLAMA, **(defaults or {}), **config}
+    config = {**_LLAMA, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
     bias = biased and bool(config.get("attention_bias", False))
+    fields: JsonDict = {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias}
+    if rotary is not None:
+        fields["rotary_dim"] = rotary_dim(config, head_dim, rotary)
     return TextConfig(
         hidden_size=hidden,
         layers=layers_from_hf(
             config,
             (heads, kv_heads, int(config["intermediate_size"])),
             [None] * int(config["num_hidden_layers"]) if windows is None else windows(config),
-            {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias, **(attention or {})},
+            {**fields, **(attention or {})},
             local or {},
             {"activation": config["hidden_act"], **(dense or {})},
         ),
@@ -89,35 +93,6 @@ def llama_like(
         decoder=decoder,
         **traits,
     )
-
-
-# {path of a module in `params["text"]`: its name in files}, of Llama and most other decoders.
-LLAMA_LAYER = {
-    path: path.replace("/", ".")
-    for path in (
-        *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
-        *(f"self_attn/{name}_proj" for name in "qkvo"),
-        *("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
-    )
-}
-LLAMA_NAMES = {"embed_tokens": "embed_tokens", **in_layers(LLAMA_LAYER), "norm": "norm", "lm_head": "lm_head"}
-
-
-def llama_like_weights(
-    text: TextConfig,
-    prefix: str,
-    head: str,
-    names: Mapping[str, str] = LLAMA_NAMES,
-    layouts: Mapping[str, str] | None = None,
-) -> list[Weight]:
-    """Return the weight table of a decoder; keys begin with `prefix`, and `head` is the key of lm_head.
-
-    `names`, `layouts`: {path of a module: its name in files} and layouts by path, see `part_weights`.
-    """
-    names = {path: name for path, name in names.items() if path != "lm_head" or not text.tie_embeddings}
-    lines = part_weights("text", prefix, names, layouts)
-    module = head.removesuffix(".weight")
-    return [dataclasses.replace(line, key=module) if line.path == "text/lm_head" else line for line in lines]
 
 
 def _llama_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -166,7 +141,6 @@ LLAMA = decoder_family(
         "LlamaForCausalLM",
         _llama_from_hf,
         _llama_to_hf,
-        llama_like_weights,
         heads_divide=True,
         gguf=(gguf.LLAMA, gguf.DECI),
         vllm_tpu="jax",
@@ -176,9 +150,8 @@ MISTRAL = decoder_family(
     Decoder(
         "mistral",
         "MistralForCausalLM",
-        functools.partial(llama_like, decoder="mistral", defaults=_MISTRAL, windows=same_windows),
-        layers_to_hf,
-        llama_like_weights,
+        functools.partial(llama_like, decoder="mistral", windows=same_windows),
+        defaults=_MISTRAL,
         gguf=(gguf.LLAMA, gguf.DECI),
     )
 )
@@ -186,11 +159,8 @@ QWEN2 = decoder_family(
     Decoder(
         "qwen2",
         "Qwen2ForCausalLM",
-        functools.partial(
-            llama_like, decoder="qwen2", defaults=_QWEN2, windows=windows_from_hf, attention={"bias": True}
-        ),
-        layers_to_hf,
-        llama_like_weights,
+        functools.partial(llama_like, decoder="qwen2", windows=windows_from_hf, attention={"bias": True}),
+        defaults=_QWEN2,
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("vllm", "mlx"),
         vllm_tpu="jax",
@@ -201,15 +171,9 @@ QWEN3 = decoder_family(
         "qwen3",
         "Qwen3ForCausalLM",
         functools.partial(
-            llama_like,
-            decoder="qwen3",
-            defaults={**_QWEN2, "head_dim": 128},
-            windows=windows_from_hf,
-            biased=True,
-            attention={"qk_norm": True},
+            llama_like, decoder="qwen3", windows=windows_from_hf, biased=True, attention={"qk_norm": True}
         ),
-        layers_to_hf,
-        llama_like_weights,
+        defaults={**_QWEN2, "head_dim": 128},
         gguf=(gguf.QWEN3,),
         vllm_tpu="jax",
     )

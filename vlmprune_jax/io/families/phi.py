@@ -10,9 +10,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, as_mistral, llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, rotary_dim, same_windows
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
+from vlmprune_jax.io.families.llama_like import as_mistral, llama_like
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, same_windows
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
 # Defaults of the config classes in transformers.
 _PHI: JsonDict = {
@@ -59,22 +59,14 @@ def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a Phi config, whose head has no bias (only `PhiForCausalLM` alone has one)."""
     if config.get("qk_layernorm", False):
         raise UserError("Phi with qk_layernorm=true is not supported (no released Phi uses it)")
-    config = {**_PHI, **config}
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return llama_like(
         {**config, "rms_norm_eps": config["layer_norm_eps"]},
         "phi",
-        attention={"bias": True, "out_bias": True, "rotary_dim": rotary_dim(config, head_dim, default=0.5)},
+        rotary=0.5,
+        attention={"bias": True, "out_bias": True},
         dense={"gated": False, "bias": True},
         block={"norm": "layer", "parallel": True},
     )
-
-
-def _phi3_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_PHI3, **config, "model_type": "phi3"}
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    rotated = rotary_dim(config, head_dim, default=1.0)
-    return llama_like(config, "phi3", windows=same_windows, attention={"rotary_dim": rotated})
 
 
 def _phi3_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -107,9 +99,10 @@ PHI3 = decoder_family(
     Decoder(
         "phi3",
         "Phi3ForCausalLM",
-        _phi3_from_hf,
+        functools.partial(llama_like, decoder="phi3", windows=same_windows, rotary=1.0),
         _phi3_to_hf,
-        functools.partial(llama_like_weights, names=_PHI3_NAMES),
+        _PHI3_NAMES,
+        defaults=_PHI3,
         heads_divide=True,
         gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("mlx",),
@@ -120,8 +113,8 @@ PHI = decoder_family(
         "phi",
         "PhiForCausalLM",
         _phi_from_hf,
-        layers_to_hf,
-        functools.partial(llama_like_weights, names=_PHI_NAMES),
+        names=_PHI_NAMES,
+        defaults=_PHI,
         head_bias=True,
         gguf=(gguf.PHI2,),
         derives_head_dim=("vllm", "vllm_tpu", "mlx"),

@@ -10,7 +10,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import llama_like
 from vlmprune_jax.io.families.qwen3_vl import (
     NORM_EPS,
     TOWER,
@@ -78,11 +78,10 @@ _OUTER = (
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the decoder's TextConfig; head_dim is hidden_size / heads, as in the transformers class."""
-    config = {**_TEXT, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if hidden % heads:
         raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
-    config["head_dim"] = hidden // heads
+    config = {**config, "head_dim": hidden // heads}
     attention = {"bias": True, "rope": sectioned_rope(config, _SECTIONS, interleaved=False)}
     return llama_like(config, _DECODER, windows=windows_from_hf, attention=attention, whole_heads=True)
 
@@ -155,14 +154,14 @@ QWEN2_5_VL = patch_family(
         "Qwen2_5_VLForConditionalGeneration",
         _text_from_hf,
         _text_to_hf,
-        llama_like_weights,
+        defaults=_TEXT,
         derives_head_dim=("transformers", "vllm", "vllm_tpu", "mlx", "openvino"),
         gguf=(gguf.QWEN2VL,),
     ),
     from_hf=_from_hf,
     to_hf=_to_hf,
     weights=vlm_weights(
-        ("model.", "lm_head.weight"),
+        ("model.", "lm_head"),
         _TOWER.weights("visual."),
         part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"}),
     ),

@@ -13,11 +13,16 @@ from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.describe import describe
 from vlmprune_jax.io.exports.pruning import costs_of
-from vlmprune_jax.run.stages.evaluate import evaluate_model, names_of_sets, write_samples
+from vlmprune_jax.run.stages.evaluate import (
+    evaluate_model,
+    measure_shapes,
+    names_of_sets,
+    workload_of,
+    write_samples,
+)
 from vlmprune_jax.run.stages.export import describe_export, export_folder
 from vlmprune_jax.run.stages.preflight import check_disk
 from vlmprune_jax.run.stages.prune import explain_plan
-from vlmprune_jax.run.stages.speed import measure_shapes, workload_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
