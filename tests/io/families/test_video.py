@@ -152,9 +152,9 @@ def test_sizes_of_frames(golden):
         frames, size = case["frames"], (case["width"], case["height"])
         if "error" in case:
             with pytest.raises(UserError, match=r"too short|long side"):
-                preparation.image_shape(*size, 1, frames)
+                preparation.plan(*size, frames=frames)
             continue
-        shape = preparation.image_shape(*size, 1, frames)
+        shape = preparation.plan(*size, frames=frames).shape
         if "grid_thw" in case:
             assert [-(-frames // 2), shape.rows, shape.columns] == case["grid_thw"], case
             assert shape.tokens * case["grid_thw"][0] == case["tokens"], case

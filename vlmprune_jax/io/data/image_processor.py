@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,6 @@ from vlmprune_jax.base.files import checked, read_json, reading
 from vlmprune_jax.io.families import FAMILIES
 from vlmprune_jax.io.families.tiles import BICUBIC, MAX_SIDE
 
-# Values of `Family.images` for which the transformers classes are not used.
-_CUT = ("tiles", "splits", "crops", "budget", "patches", "naflex")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 # Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
@@ -177,7 +176,7 @@ def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
 
 def way_of(config: Mapping[str, Any]) -> str:
     """Return the kind of image preparation (see `Family.images`) that an image processor's settings imply."""
-    return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
+    return _processors().get(_type_of(config), ("whole",))[0]
 
 
 def make_processor(config: Mapping[str, Any], location: str) -> Any:
@@ -188,18 +187,20 @@ def make_processor(config: Mapping[str, Any], location: str) -> Any:
     """
     import transformers
 
-    name, classes = _type_of(config), _processors("whole")
-    if name not in classes:
-        known = ", ".join(sorted({*classes, *(name for way in _CUT for name in _processors(way))}))
-        raise UserError(f"{location}: image processor {name!r} is not supported (supported: {known})")
-    for class_name in classes[name]:
+    name, known = _type_of(config), _processors()
+    if name not in known:
+        raise UserError(
+            f"{location}: image processor {name!r} is not supported (supported: {', '.join(sorted(known))})"
+        )
+    _, *classes = known[name]
+    for class_name in classes:
         try:
             processor_class = getattr(transformers, class_name)
         except (AttributeError, ImportError):  # transformers 4: the name without Pil is the NumPy class
             continue
         with reading(location, _TODO):
             return processor_class.from_dict({field: config[field] for field in _USED_FIELDS if field in config})
-    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}: use >= 4.57")
+    raise UserError(f"transformers {transformers.__version__} has no image processor {tuple(classes)}: use >= 4.57")
 
 
 def sides(size: Any, location: str) -> tuple[int, int]:
@@ -219,11 +220,15 @@ def sides(size: Any, location: str) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _processors(way: str) -> dict[str, tuple[str, str]]:
-    kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
-    suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
-    return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
+def _processors() -> dict[str, tuple[str, str, str]]:
+    """Return {type in a processor's file: (`Family.images`, class names of transformers in the order of trying)}."""
+    known: dict[str, tuple[str, str, str]] = {}
+    for family in sorted(FAMILIES.values(), key=lambda family: family.images != "whole"):
+        suffixes = _SUFFIXES if family.images == "whole" else _SUFFIXES[:3]
+        for kind, suffix in itertools.product(family.image_processors, suffixes):
+            known[f"{kind}{suffix}"] = family.images, f"{kind}ImageProcessorPil", f"{kind}ImageProcessor"
+    return known
 
 
-def _type_of(config: Mapping[str, Any]) -> str | None:
+def _type_of(config: Mapping[str, Any]) -> Any:
     return config.get("image_processor_type") or config.get("feature_extractor_type")

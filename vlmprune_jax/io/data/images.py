@@ -28,8 +28,7 @@ from vlmprune_jax.io.data.image_processor import (
     way_of,
 )
 from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
-from vlmprune_jax.io.data.naflex import naflex_from_processor
-from vlmprune_jax.io.data.patching import patching_from_processor, token_budget_from_processor
+from vlmprune_jax.io.data.patching import naflex_from_processor, patching_from_processor, token_budget_from_processor
 from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
 from vlmprune_jax.io.data.records import VideoSource, Visual
 from vlmprune_jax.io.data.tiling import (
@@ -150,7 +149,7 @@ class ImageLoader:
                 if path not in self._sizes:
                     with self._open(path, record, sharing) as (image, _):
                         self._sizes[path] = image.size
-                shapes.append(self.preparation.image_shape(*self._sizes[path], sharing))
+                shapes.append(self.preparation.plan(*self._sizes[path], sharing).shape)
         return shapes
 
     def _videos(self, record: str) -> VideoReader:
