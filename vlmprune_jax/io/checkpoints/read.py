@@ -158,7 +158,7 @@ def load(
     devices = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(cfg)
     if devices is not None:
         check_divides(cfg, devices)
-    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, tower, dtype=DTYPES[dtype])
+    arrays = open_weights(make_slots(cfg, family), cfg, family, Checkpoint(folder), tower, dtype=DTYPES[dtype])
     params = place([array for array in arrays if array.slot.part in parts], cfg, devices)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
 
@@ -172,7 +172,7 @@ def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None =
     """
     family, cfg = read_config(folder, vision_dir)
     cast = None if dtype is None else DTYPES[dtype]
-    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, vision_dir, dtype=cast)
+    arrays = open_weights(make_slots(cfg, family), cfg, family, Checkpoint(folder), vision_dir, dtype=cast)
     stacks = stacked([(array.slot, array) for array in arrays], FileArray.stack)
     return Model(unflatten(stacks), cfg, source=folder.absolute())
 
@@ -252,7 +252,7 @@ def open_weights(
     slots: list[Slot],
     cfg: ModelConfig,
     family: Family,
-    folder: Path,
+    checkpoint: Checkpoint,
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
     dtype: np.dtype | None = None,
@@ -262,21 +262,21 @@ def open_weights(
     `vision_dir` has the tower of an original LLaVA or Bunny. Raises UserError that lists all unknown, missing or
     repeated keys, wrong shapes and dtypes.
     """
-    holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
+    holders: list[tuple[Checkpoint, Collection[str]]] = [(checkpoint, parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
-        holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
-    matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
-    location = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
+        holders = [(checkpoint, ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
+    matches = [(holder, match_keys(slots, cfg, family, holder, parts)) for holder, parts in holders]
+    location = " + ".join(str(holder.folder) for holder, _ in matches)
     refuse([problem for _, match in matches for problem in match.problems], family, location)
-    checkpoint, match = matches[0]
+    match = matches[0][1]
     if match.tied is not None:
         embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
         if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
             raise UserError(
-                f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
+                f"{checkpoint.folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
-    sources = {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
+    sources = {name: holder.entries[key] for holder, match in matches for name, key in match.keys.items()}
     return [FileArray(sources[slot.key], slot, cast=dtype) for slot in slots if slot.part in parts]
 
 

@@ -17,7 +17,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json, read_bytes
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.mesh import gather_to_host, mesh_of
+from vlmprune_jax.core.mesh.mesh import mesh_of
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
@@ -26,9 +26,9 @@ from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tenso
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
-from vlmprune_jax.io.exports.format import Comparison, Contents, GgufOptions, Importance, Origin
+from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
 from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
-from vlmprune_jax.io.exports.reload import TOLERANCE, random_inputs
+from vlmprune_jax.io.exports.reload import TOLERANCE, compare, float32_logits, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
@@ -202,17 +202,12 @@ def check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions)
     """
     inputs = random_inputs(model.cfg)
 
-    def compare() -> Comparison:
+    def compared() -> Comparison:
         written, types = read_gguf(folder, model.cfg, options)
         difference = float(np.abs(np.asarray(forward(written, **inputs)[0]) - expected).max())
         coarsest = max(types, key=lambda name: _ROUNDING.get(name, 0.0))
         tolerance = max(TOLERANCE, _ROUNDING[coarsest] * float(np.abs(expected).max()))
-        if not difference <= tolerance:
-            raise UserError(
-                f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
-                f"{tolerance:.2g}): do not use these files, and report the error with the model's config.json"
-            )
-        comparison: Comparison = {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+        comparison = compare(folder, "logits of the GGUF file", "jax", difference, tolerance)
         quantised = coarsest.startswith("Q")
         if importlib.util.find_spec(WHEEL) is not None:
             path = next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
@@ -222,10 +217,8 @@ def check_gguf(model: Model, folder: Path, origin: Origin, options: GgufOptions)
         return comparison
 
     with jax.default_matmul_precision("highest"):
-        in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
-        expected = gather_to_host(forward(in_float32, **inputs)[0])
-        del in_float32
-        return on_process_zero(compare)
+        expected = float32_logits(model, inputs)
+        return on_process_zero(compared)
 
 
 def _in_llama(written: Model, path: Path, source: Path, quantised: bool) -> Comparison:
@@ -240,13 +233,8 @@ def _in_llama(written: Model, path: Path, source: Path, quantised: bool) -> Comp
             )
         here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
         gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
-    difference, tolerance = max(gaps), _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
-    if not difference <= tolerance:
-        raise UserError(
-            f"{path}: log-probabilities of llama.cpp differ from the model's by {difference:.2g} (tolerance "
-            f"{tolerance:.2g}): do not use this file, and report the error"
-        )
-    return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
+    tolerance = _QUANTISED_TOLERANCE if quantised else _PLAIN_TOLERANCE
+    return compare(path, "log-probabilities of llama.cpp", NAME, max(gaps), tolerance)
 
 
 def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:

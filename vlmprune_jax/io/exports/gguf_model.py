@@ -23,7 +23,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
-from vlmprune_jax.io.exports.format import GgufOptions, Origin
+from vlmprune_jax.io.exports.formats import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
     differences,
     file_type,

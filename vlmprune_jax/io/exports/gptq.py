@@ -32,7 +32,7 @@ from vlmprune_jax.io.checkpoints.disk.compressed_tensors import (
     is_matrix,
 )
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
-from vlmprune_jax.io.exports.format import Importance
+from vlmprune_jax.io.exports.formats import Importance
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.experts import with_separate_experts
 from vlmprune_jax.io.families.limits import implementation

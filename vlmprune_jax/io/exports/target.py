@@ -21,7 +21,7 @@ from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
 from vlmprune_jax.io.exports.card import TEMPLATES
-from vlmprune_jax.io.exports.format import FolderOptions
+from vlmprune_jax.io.exports.formats import FolderOptions
 from vlmprune_jax.io.exports.uneven import (
     LOADER,
     LOADER_FILE,

@@ -33,7 +33,7 @@ from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.sweep.hyper import SweepRun, check_runs, runs_named, shard_of, sweep_runs
-from vlmprune_jax.run.sweep.sweep import Sweep, attempt, run_sweep, tell_sharing, tell_unused, with_caches
+from vlmprune_jax.run.sweep.sweep import Sweep, attempt, run_sweep, tell_sharing, with_caches
 from vlmprune_jax.run.sweep.workers import Worker
 from vlmprune_jax.run.workdir.groups import comparison_of_run
 from vlmprune_jax.run.workdir.result import RESULT, read_result
@@ -54,9 +54,9 @@ def run(name: str, flags: Any) -> None:
         works[part] = Work.at(workdir, changed, reporter, overwrite=flags.overwrite)
     for work in works.values():
         preflight(work, name)
-    used = [(work.experiment, work.config(work.teacher)) for work in works.values()]
-    for line in unused_lines(used, () if name == "run" else ("model", *STAGES[name].sections), starting_point(flags)):
-        work.say(f"  {line}")
+    sections = () if name == "run" else ("model", *STAGES[name].sections)
+    for line in unused_lines([work.experiment for work in works.values()], sections, starting_point(flags)):
+        reporter.say(f"  {line}")
     if flags.dry_run:
         return
     if name == "run":
@@ -92,7 +92,8 @@ def sweep(flags: Any) -> None:
     if not flags.dry_run:  # models and data are downloaded
         runs = [dataclasses.replace(run, experiment=with_caches(placed(run.experiment, workdir))) for run in runs]
     mine = [run for run in runs if run.name in chosen]
-    tell_unused(runs, starting_point(flags), reporter)
+    for line in unused_lines([run.experiment for run in runs], start=starting_point(flags)):
+        reporter.say(line)
     if flags.dry_run:
         tell_sharing(mine, swept, reporter)
     else:

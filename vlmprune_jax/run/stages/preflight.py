@@ -20,9 +20,9 @@ from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import remarks
 from vlmprune_jax.io.exports.card import check_upload, license_of, model_name
+from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.io.exports.gguf_metadata import image_fields
-from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.vocabulary import export_files
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec

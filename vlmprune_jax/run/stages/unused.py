@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.prune import CRITERIA
 from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.exports.formats import choose_format
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
@@ -20,6 +23,7 @@ from vlmprune_jax.run.experiment.spec import Experiment, options
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.run.stages.score import criteria_of
 from vlmprune_jax.run.stages.stage import STAGES, without_scores
+from vlmprune_jax.run.stages.work import source_config
 
 # (patterns of settings, separated by spaces; True if these have no effect; the reason)
 Rule = tuple[str, bool, str]
@@ -27,9 +31,17 @@ DEFAULTS = Experiment()
 
 
 def unused_lines(
-    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = (), start: Experiment = DEFAULTS
+    experiments: Collection[Experiment], sections: Collection[str] = (), start: Experiment = DEFAULTS
 ) -> list[str]:
-    """Return the result of `unused_settings` as lines, one per reason."""
+    """Return the result of `unused_settings` as lines, one per reason.
+
+    Experiments whose model cannot be read are left out, because their runs report this.
+    """
+    configs = dict[ModelSpec, ModelConfig]()
+    for model in dict.fromkeys(experiment.model for experiment in experiments):
+        with contextlib.suppress(UserError):
+            configs[model] = source_config(model)
+    pairs = [(experiment, configs[experiment.model]) for experiment in experiments if experiment.model in configs]
     unused = unused_settings(pairs, sections, start)
     return [f"no effect: {', '.join(names)}, because {why}" for why, names in unused.items()]
 
