@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.records import Record, VideoSource, Visual
 
-if TYPE_CHECKING:
-    from vlmprune_jax.io.data.encoding import Encoder
-
 Row = dict[str, np.ndarray]
+Tokenize = Callable[[Record], tuple[np.ndarray, np.ndarray]]  # record -> (ids, labels)
 
 
 @dataclass(eq=False)
@@ -88,9 +86,9 @@ class FeatureLoader:
         """Return the number of tiles or tokens of a record's images."""
         return sum(image.positions(1) for image in self.shapes(record.visuals, record.id))
 
-    def bytes_of(self, record: Record, encoder: object) -> int:
+    def bytes_of(self, record: Record, tokenize: Tokenize) -> int:
         """Return the number of bytes that the cache needs for a record's features."""
-        del encoder
+        del tokenize
         return self.positions(record) * math.prod(self.shape) * self.dtype.itemsize
 
     def arrays(self, record: Record, features: np.ndarray) -> dict[str, np.ndarray]:
@@ -155,9 +153,9 @@ class TeacherRows:
             )
         return dict(zip(self.keys(record), (ids.astype(_narrow(ids.max(initial=0))), logprobs), strict=True))
 
-    def bytes_of(self, record: Record, encoder: Encoder) -> int:
+    def bytes_of(self, record: Record, tokenize: Tokenize) -> int:
         """Return the number of bytes that the cache needs for a record."""
-        _, labels = encoder.training_tokens(record)
+        _, labels = tokenize(record)
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
         per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position

@@ -107,7 +107,7 @@ def check_room(arrays: RecordCache, training: TrainingRows, todo: Sequence[int])
     spread, needed = todo[:: -(-len(todo) // _SPREAD)], 0
     for number in spread:
         with contextlib.suppress(UserError):  # reported or skipped when the record is computed
-            needed += arrays.bytes_of(training.records[number], training.encoder)
+            needed += arrays.bytes_of(training.records[number], training.encoder.training_tokens)
     check_space(arrays.cache.folder / "*.safetensors", needed * len(todo) // len(spread))
 
 
