@@ -21,7 +21,7 @@ from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.images import limited_files
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.record_cache import compute_records, feature_program

@@ -16,10 +16,10 @@ import numpy as np
 from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import BatchShapes
+from vlmprune_jax.io.data.cached_arrays import TeacherRows
 from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1

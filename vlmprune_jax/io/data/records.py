@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +86,14 @@ class Record:
         return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
 
 
+class Source(NamedTuple):
+    """Records of a setting: their files or folder, a text that changes whenever the data change, and the reader."""
+
+    files: Sequence[Path | str]
+    state: str
+    read: Callable[..., list[Record]]  # with `image_lead` and `on_error`
+
+
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
@@ -107,9 +115,8 @@ def read_records(
     records: list[Record] = []
     for name, (annotation, folder, repeat) in _sets(path, image_root).items():
         root, entries = MediaRoot(folder), read_entries(annotation, on_error)
-        read = [make_record(entry, at, annotation, root, image_lead, on_error) for at, entry in enumerate(entries)]
-        if not read:
-            raise UserError(f"{annotation}: contains no records: check that it is a list of conversations")
+        none = f"{annotation}: contains no records: check that it is a list of conversations"
+        read = records_of(entries, annotation, root, image_lead, on_error, none=none)
         if name is not None:
             read = [replace(record, id=f"{name}/{record.id}") for record in read]
         records += read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
@@ -122,6 +129,27 @@ def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead:
     """Return the records of parsed entries of a data file; raise UserError with the record for malformed entries."""
     root = MediaRoot(image_root)
     return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
+
+
+def records_of(
+    entries: Iterable[Any], path: PurePath, root: Images, image_lead: bool, on_error: str, *, none: str
+) -> list[Record]:
+    """Return the records of a data set's entries (see `read_records`); raise UserError, saying `none`, if it has none.
+
+    With `on_error` "skip", the message about a malformed entry becomes its record's `problem`.
+    """
+    records = list[Record]()
+    for index, entry in enumerate(entries):
+        try:
+            records.append(make_record(entry, index, path, root, image_lead))
+        except UserError as error:
+            if on_error == "stop":
+                raise
+            name = entry.get("id", index) if isinstance(entry, dict) else index
+            records.append(Record(str(name) if is_name(name) else str(index), (), (), str(error)))
+    if not records:
+        raise UserError(none)
+    return records
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
@@ -223,23 +251,8 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}), expected {expected}") from error
 
 
-def make_record(
-    entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
-) -> Record:
-    """Return the record of one parsed entry of a data file, after checking the entry.
-
-    Raises UserError with `path` and the record; with `on_error` "skip" the message becomes the record's `problem`.
-    """
-    try:
-        return _valid_record(entry, index, path, root, image_lead)
-    except UserError as error:
-        if on_error == "stop":
-            raise
-        name = entry.get("id", index) if isinstance(entry, dict) else index
-        return Record(str(name) if is_name(name) else str(index), (), (), str(error))
-
-
-def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
+def make_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
+    """Return the record of one parsed entry of the data file `path`; raise UserError for a malformed entry."""
     if isinstance(entry, UserError):
         raise entry
     if not isinstance(entry, dict):

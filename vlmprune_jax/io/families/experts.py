@@ -12,7 +12,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, Family, JsonDict, Weight, checked_table, in_layers
 
@@ -153,18 +153,6 @@ def _with_fused_experts(family: Family, change: Callable[[Weight], Weight]) -> F
 
 # Qwen3 with experts (30B-A3B, 235B-A22B), alone and as InternVL3.5's decoder ----------------------------------------
 
-# Defaults of the config class in transformers.
-_QWEN3_MOE: JsonDict = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "moe_intermediate_size": 768,
-    "num_experts_per_tok": 8,
-}
 QWEN_EXPERT_NAMES = LLAMA_NAMES | in_layers({"mlp/router": "mlp.gate"})
 
 
@@ -181,7 +169,9 @@ QWEN3_MOE = decoder_family(
         _qwen3_moe_from_hf,
         experts_to_hf,
         QWEN_EXPERT_NAMES | expert_names(separate=True),
-        defaults=_QWEN3_MOE,
+        defaults=defaults_of(
+            "qwen3_moe", max_position_embeddings=32768, moe_intermediate_size=768, num_experts_per_tok=8
+        ),
         gguf=(gguf.QWEN3MOE,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",

@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import FULL, SLIDING, rope_from_hf, typed_layers_to_hf, windows_from_hf
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
@@ -19,25 +19,17 @@ from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
-# Defaults of the config classes in transformers, which hub files leave out.
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131072,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
-}
+_TEXT = defaults_of(
+    _DECODER,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=131072,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 THETA = {FULL: 1e6, SLIDING: 1e4}
 # Names of decoders whose layers have a norm before and after attention and MLP.
 GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attention_layernorm" not in path} | in_layers(

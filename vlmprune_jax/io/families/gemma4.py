@@ -21,34 +21,26 @@ from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, v
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
 from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import VideoText
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
-# Defaults of the config classes in transformers.
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 262144,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131072,
-    "sliding_window": 512,
-    "global_head_dim": 512,
-    "hidden_size_per_layer_input": 256,
-    "num_kv_shared_layers": 0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
-}
+_TEXT = defaults_of(
+    _DECODER,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=131072,
+    sliding_window=512,
+    global_head_dim=512,
+    hidden_size_per_layer_input=256,
+    num_kv_shared_layers=0,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 _ROPE: JsonDict = {
     SLIDING: {"rope_type": "default", "rope_theta": THETA[SLIDING]},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[FULL]},
@@ -192,8 +184,7 @@ _LAYER = GEMMA_NAMES | {
 }
 # A layer's MLP is alone, or beside its experts.
 _NAMES = {
-    **_LAYER,
-    **{path.replace("/mlp/", "/mlp/dense/"): name for path, name in _LAYER.items()},
+    **{place: name for path, name in _LAYER.items() for place in (path, path.replace("/mlp/", "/mlp/dense/"))},
     **expert_names("experts"),
     **in_layers(
         {

@@ -11,7 +11,7 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, V
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, tied_embeddings, typed_layers_to_hf
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL
@@ -23,23 +23,16 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
 )
 
-# Defaults of the config classes in transformers.
-_TEXT: JsonDict = {
-    "model_type": "lfm2",
-    "vocab_size": 65536,
-    "hidden_size": 2560,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 128000,
-    "norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "conv_L_cache": 3,
-    "block_multiple_of": 256,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": True,
-}
+_TEXT = defaults_of(
+    "lfm2",
+    max_position_embeddings=128000,
+    norm_eps=1e-5,
+    tie_word_embeddings=True,
+    conv_L_cache=3,
+    block_multiple_of=256,
+    block_ffn_dim_multiplier=1.0,
+    block_auto_adjust_ff_dim=True,
+)
 _THETA = 1e6
 _TOWER = "siglip2_vision_model"
 _NAMES = {

@@ -22,29 +22,35 @@ from vlmprune_jax.io.families.shapes import (
 )
 from vlmprune_jax.io.families.table import Decoder, JsonDict
 
-# Defaults of the config classes in transformers: Llama's, and what differs in others.
-_LLAMA: JsonDict = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
+_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "num_key_value_heads", "head_dim")  # fmt: skip
+# Default values of these fields in transformers, by model type; None: the class computes it.
+_SIZES = {
+    "llama": (32000, 4096, 11008, 32, 32, None, None),
+    "mistral": (32000, 4096, 14336, 32, 32, 8, None),
+    "phi": (51200, 2048, 8192, 24, 32, None, None),
+    "phi3": (32064, 3072, 8192, 32, 32, None, None),
+    "lfm2": (65536, 2560, 12288, 32, 32, 8, None),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32, None),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64, 8, None),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128),
+    "qwen3_moe": (151936, 2048, 6144, 24, 32, 4, None),
+    "qwen3_vl_text": (151936, 4096, 22016, 32, 32, 32, 128),
+    "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16, 16, None),
+    "qwen3_5_text": (248320, 4096, 12288, 32, 16, 4, 256),
+    "qwen3_5_moe_text": (248320, 2048, 12288, 40, 16, 2, 256),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256),
+    "gemma4_text": (262144, 2304, 9216, 30, 8, 4, 256),
 }
-_MISTRAL: JsonDict = {
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-_QWEN2: JsonDict = {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-}
+
+
+def defaults_of(model_type: str, **others: Any) -> JsonDict:
+    """Return the defaults of a decoder's config class in transformers: its sizes, and `others`."""
+    sizes = zip(_FIELDS, _SIZES[model_type], strict=True)
+    return {"model_type": model_type, **{name: size for name, size in sizes if size is not None}, **others}
+
+
+_LLAMA = defaults_of("llama", max_position_embeddings=2048, hidden_act="silu", rms_norm_eps=1e-6)
 
 
 def llama_like(
@@ -151,7 +157,7 @@ MISTRAL = decoder_family(
         "mistral",
         "MistralForCausalLM",
         functools.partial(llama_like, decoder="mistral", windows=same_windows),
-        defaults=_MISTRAL,
+        defaults=defaults_of("mistral", max_position_embeddings=131072, sliding_window=4096),
         gguf=(gguf.LLAMA, gguf.DECI),
     )
 )
@@ -160,7 +166,7 @@ QWEN2 = decoder_family(
         "qwen2",
         "Qwen2ForCausalLM",
         functools.partial(llama_like, decoder="qwen2", windows=windows_from_hf, attention={"bias": True}),
-        defaults=_QWEN2,
+        defaults=defaults_of("qwen2", max_position_embeddings=32768),
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("vllm", "mlx"),
         vllm_tpu="jax",
@@ -173,7 +179,7 @@ QWEN3 = decoder_family(
         functools.partial(
             llama_like, decoder="qwen3", windows=windows_from_hf, biased=True, attention={"qk_norm": True}
         ),
-        defaults={**_QWEN2, "head_dim": 128},
+        defaults=defaults_of("qwen3", max_position_embeddings=32768),
         gguf=(gguf.QWEN3,),
         vllm_tpu="jax",
     )

@@ -10,30 +10,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import as_mistral, llama_like
+from vlmprune_jax.io.families.llama_like import as_mistral, defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, same_windows
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
-# Defaults of the config classes in transformers.
-_PHI: JsonDict = {
-    "vocab_size": 51200,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 24,
-    "max_position_embeddings": 2048,
-    "hidden_act": "gelu_new",
-    "layer_norm_eps": 1e-5,
-}
-_PHI3: JsonDict = {
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
 _PHI_LAYER = (
     "input_layernorm",
     *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
@@ -102,7 +82,7 @@ PHI3 = decoder_family(
         functools.partial(llama_like, decoder="phi3", windows=same_windows, rotary=1.0),
         _phi3_to_hf,
         _PHI3_NAMES,
-        defaults=_PHI3,
+        defaults=defaults_of("phi3", max_position_embeddings=4096, rms_norm_eps=1e-5),
         heads_divide=True,
         gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("mlx",),
@@ -114,7 +94,7 @@ PHI = decoder_family(
         "PhiForCausalLM",
         _phi_from_hf,
         names=_PHI_NAMES,
-        defaults=_PHI,
+        defaults=defaults_of("phi", max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5),
         head_bias=True,
         gguf=(gguf.PHI2,),
         derives_head_dim=("vllm", "vllm_tpu", "mlx"),

@@ -10,7 +10,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.qwen3_vl import (
     NORM_EPS,
     TOWER,
@@ -24,21 +24,10 @@ from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_we
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.io.families.towers import FUSED_KEYS, PIXELS, Tower, vision_of
 
-# Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "max_window_layers": 80,
-    "rope_theta": 1000000.0,
-}
+_TEXT = defaults_of(
+    _DECODER, max_position_embeddings=32768, rms_norm_eps=1e-5, max_window_layers=80, rope_theta=1000000.0
+)
 _SECTIONS = (16, 24, 24)
 _TOWER = Tower(
     "qwen2_5_vl",

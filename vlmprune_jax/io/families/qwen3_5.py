@@ -17,22 +17,13 @@ from vlmprune_jax.io.families.experts import (
     with_channels,
     with_expert_count,
 )
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, sectioned_rope
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, typed_layers_to_hf
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
-# Defaults of the config classes in transformers.
-_DECODER = "qwen3_5_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 248320,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
+_DECODER, _MOE_DECODER = "qwen3_5_text", "qwen3_5_moe_text"
+_DELTA = {  # default sizes of delta nets, and the longest context
     "max_position_embeddings": 32768,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
@@ -107,7 +98,7 @@ QWEN3_5 = qwen3_vl_family(
         functools.partial(_hybrid_from_hf, decoder=_DECODER),
         typed_layers_to_hf,
         _NAMES,
-        defaults=_TEXT,
+        defaults=defaults_of(_DECODER, **_DELTA),
         gguf=(gguf.QWEN35,),
         problem=hybrid_problem,
     ),
@@ -115,17 +106,6 @@ QWEN3_5 = qwen3_vl_family(
 )
 
 # Qwen3.5 with experts -----------------------------------------------------------------------------------------------
-
-_MOE_DECODER = "qwen3_5_moe_text"
-_MOE_TEXT: JsonDict = _TEXT | {
-    "model_type": _MOE_DECODER,
-    "hidden_size": 2048,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "num_experts_per_tok": 8,
-}
 
 
 def _moe_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -155,7 +135,13 @@ QWEN3_5_MOE = qwen3_vl_family(
         _moe_from_hf,
         _moe_to_hf,
         _MOE_NAMES,
-        defaults=_MOE_TEXT,
+        defaults=defaults_of(
+            _MOE_DECODER,
+            **_DELTA,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            num_experts_per_tok=8,
+        ),
         gguf=(gguf.QWEN35MOE,),
         problem=hybrid_problem,
         reads_quantised_experts=True,

@@ -23,26 +23,13 @@ from vlmprune_jax.io.families.experts import (
     with_expert_count,
     with_experts,
 )
-from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import rope_from_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.io.families.towers import FIELDS, FUSED_KEYS, Tower, position_side
 
-# Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 128000,
-    "rope_theta": 500000.0,
-}
 _SECTIONS = (24, 20, 20)
 # Constants of both generations' towers.
 TOWER: JsonDict = {
@@ -221,7 +208,7 @@ QWEN3_VL = qwen3_vl_family(
         _DECODER,
         "Qwen3VLForConditionalGeneration",
         functools.partial(_text_from_hf, decoder=_DECODER),
-        defaults=_TEXT,
+        defaults=defaults_of(_DECODER, max_position_embeddings=128000, rope_theta=500000.0),
         gguf=(gguf.QWEN3VL,),
     ),
 )
@@ -229,20 +216,6 @@ QWEN3_VL = qwen3_vl_family(
 # Qwen3-VL with experts ------------------------------------------------------------------------------------------------
 
 _VL_DECODER = "qwen3_vl_moe_text"
-# Defaults of the config class in transformers.
-_VL_TEXT: JsonDict = {
-    "model_type": _VL_DECODER,
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "max_position_embeddings": 128000,
-    "rope_theta": 500000.0,
-    "moe_intermediate_size": 1408,
-    "num_experts_per_tok": 4,
-}
 
 
 def _vl_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -271,7 +244,13 @@ QWEN3_VL_MOE = qwen3_vl_family(
         experts_to_hf,
         QWEN_EXPERT_NAMES | expert_names(),
         transposed_layouts(),
-        _VL_TEXT,
+        defaults_of(
+            _VL_DECODER,
+            max_position_embeddings=128000,
+            rope_theta=500000.0,
+            moe_intermediate_size=1408,
+            num_experts_per_tok=4,
+        ),
         gguf=(gguf.QWEN3VLMOE,),
         problem=_vl_problem,
     ),
