@@ -240,21 +240,6 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
     return {key: sorted(group, key=lambda slot: (slot.start, slot.columns or ())) for key, group in tensors.items()}
 
 
-def row_groups(slots: Sequence[Any], slot_of: Callable[[Any], Slot] = lambda item: item) -> list[list[Any]]:
-    """Split a tensor's slots (or items with a slot each) into groups with the same rows, in order."""
-    return [[*group] for _, group in itertools.groupby(slots, key=lambda item: slot_of(item).start)]
-
-
-def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarray:
-    """Concatenate the arrays of the parameters that form one checkpoint tensor, or some rows of it (flat)."""
-    turned = [array.T if slot.turned else array for array, slot in zip(arrays, slots, strict=True)]
-    if len(turned) == 1:
-        return turned[0]
-    pairs = row_groups([*zip(slots, turned, strict=True)], operator.itemgetter(0))
-    rows = [np.concatenate([array for _, array in group], axis=1) if len(group) > 1 else group[0][1] for group in pairs]
-    return np.concatenate([array.reshape(-1) for array in rows])
-
-
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
     params: dict[str, Any] = {}

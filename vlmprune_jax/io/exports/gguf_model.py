@@ -25,6 +25,7 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.formats import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
+    BLOCK,
     differences,
     file_type,
     image_fields,
@@ -46,8 +47,6 @@ from vlmprune_jax.io.families.gguf_towers import (
 )
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
-# Values of a row that share a scale, in all quantised types.
-BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
 PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
