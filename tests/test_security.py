@@ -36,6 +36,7 @@ WRITERS = {
     ("io/exports/target.py", "write_files"): _NEW,
     ("io/exports/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("io/exports/vocabulary.py", "_write"): _NEW,
+    ("io/checkpoints/disk/tensors.py", "write_shard"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
     ("io/exports/gguf_file.py", "write_gguf"): _NEW,
     ("io/exports/peft.py", "write_adapter"): _NEW,

@@ -257,18 +257,16 @@ def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarr
 
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
-    params: dict[Any, Any] = {}
+    params: dict[str, Any] = {}
     for slot, array in arrays:
-        *outer, last = slot.path, *slot.place
-        node = params
-        for key in outer:
-            node = node.setdefault(key, {})
-        node[last] = array
-
-    def join(node: Any) -> Any:
-        return stack([join(node[number]) for number in sorted(node)]) if isinstance(node, dict) else node
-
-    return {path: join(node) for path, node in params.items()}
+        params.setdefault(slot.path, []).append((slot.place, array))
+    for path, members in params.items():
+        members.sort(key=operator.itemgetter(0))
+        while members[0][0]:  # the last axis first
+            groups = itertools.groupby(members, key=lambda member: member[0][:-1])
+            members = [(place, stack([array for _, array in group])) for place, group in groups]
+        params[path] = members[0][1]
+    return params
 
 
 def dimensions(layout: str) -> list[list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from vlmprune_jax.core.plans.kept import KeptLayer
 from vlmprune_jax.core.prune.surgery import keep_indices
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.layout import (
     Slot,
     block_number,
@@ -133,11 +132,8 @@ def make_tensors(
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Return the weights that stock transformers' tower class requires for loading but never uses."""
-    tensors = []
-    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
-        constant = np.full(shape, value, WEIGHT_DTYPES[dtype])
-        tensors.append(weight(key, dtype, shape, functools.partial(iter, [constant])))
-    return tensors
+    constants = stock_tower_constants(vision_of(cfg)).items()
+    return [constant(key, np.full(shape, value, WEIGHT_DTYPES[dtype])) for key, (shape, value) in constants]
 
 
 def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:

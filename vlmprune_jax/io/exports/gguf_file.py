@@ -18,16 +18,15 @@ from vlmprune_jax.base.files import parse_json, read_bytes
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of
-from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
+from vlmprune_jax.core.models.params import count_params, place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, interleaved, make_gguf, spelled
 from vlmprune_jax.io.exports.reload import TOLERANCE, compare, float32_logits, random_inputs
 from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
@@ -126,8 +125,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
         for name, values in (("in_sum2", sums[None]), ("counts", np.full((1, 1), importance.tokens))):
-            pieces = functools.partial(iter, [values.astype(np.float32)])
-            tensors.append(weight(f"{key}.{name}", "F32", values.shape, pieces))
+            tensors.append(constant(f"{key}.{name}", values.astype(np.float32)))
     fields = {
         "type": "imatrix",
         "imatrix.datasets": ["calibration records"],
@@ -147,7 +145,8 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     axes, mean = before.axes[inside:], mean.reshape(before.shape[inside:])
     if before.shape != after.shape:
         mean = pad_tensor(mean, axes, "text", before.layer, cfg, wide)
-    return (tiled(mean, axes, wide.text.layers[before.layer]) if "delta_heads" in axes else mean).reshape(-1)
+    mixer, at = wide.text.layers[before.layer].mixer, axes.index("delta_heads") if "delta_heads" in axes else None
+    return (mean if at is None else interleaved(mean, at, mixer.delta_groups)).reshape(-1)
 
 
 # Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
@@ -298,12 +297,5 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
 
 def read_on_devices(folder: Path, model: Model, options: GgufOptions) -> Model:
     """Read the GGUF files of a model in memory, and split the parameters over devices as that model's are."""
-    written, mesh = read_gguf(folder, model.cfg, options)[0], mesh_of(model.params)
-    axes, flat = param_axes(written.cfg), flatten(written.params)
-    for path, array in flat.items():
-        if mesh is None:
-            flat[path] = jax.device_put(array)
-        else:
-            split = sharding(mesh, axes[path], array.shape)
-            flat[path] = jax.make_array_from_callback(array.shape, split, array.__getitem__)
-    return written.replace(params=unflatten(flat))
+    written = read_gguf(folder, model.cfg, options)[0]
+    return written.replace(params=unflatten(place_params(written, mesh_of(model.params))))

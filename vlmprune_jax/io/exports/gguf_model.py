@@ -20,7 +20,7 @@ from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
 from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
 from vlmprune_jax.io.exports.formats import GgufOptions, Origin
@@ -201,15 +201,19 @@ def spelled(
     if vision is not None and slot.path == POSITIONS and rolled and vision.class_token:
         return np.roll(array, 1 if back else -1, axis=0)
     if vision is not None and slot.path == PATCHES and vision.patches.channels_last:
-        pair = (vision.channels, -1) if back else (-1, vision.channels)
-        return array.reshape(len(array), *pair).swapaxes(1, 2).reshape(array.shape)
+        values = array.reshape(len(array), -1)
+        parts = vision.channels if back else values.shape[1] // vision.channels
+        return interleaved(values, 1, parts).reshape(array.shape)
     if slot.part == "text" and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
-        return neighbours(array, back)
+        return interleaved(array, 1, array.shape[1] // 2 if back else 2)  # the two halves of each head
     if DeltaNet.module in slot.path.split("/"):
         if slot.path.endswith("/decay/weight"):
             array = array.astype(np.float32)
             array = np.log(-array) if back else -np.exp(array)
-        return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer or 0], back)
+        if "delta_heads" not in slot.axes:
+            return array
+        mixer = text.layers[slot.layer or 0].mixer  # the first heads of all groups precede the second ones
+        return interleaved(array, slot.axes.index("delta_heads"), mixer.group if back else mixer.delta_groups)
     if "norm" not in module or slot.part == "vision":
         return array
     projector = cfg.projector if slot.part == "projector" else None
@@ -221,12 +225,10 @@ def spelled(
     return array / gain - offset if back else (array + offset) * gain
 
 
-def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
-    """Reorder "delta_heads" so that the first heads of all groups precede the second ones; `back=True` undoes it."""
-    at, mixer = axes.index("delta_heads"), layer.mixer
-    counts = (mixer.group, mixer.delta_groups) if back else (mixer.delta_groups, mixer.group)
-    split = array.reshape(*array.shape[:at], *counts, *array.shape[at + 1 :])
-    return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
+def interleaved(array: np.ndarray, axis: int, parts: int) -> np.ndarray:
+    """Reorder an axis of `parts` equal parts: the first entry of every part, then the second of every part, ..."""
+    split = array.reshape(*array.shape[:axis], parts, -1, *array.shape[axis + 1 :])
+    return np.ascontiguousarray(split.swapaxes(axis, axis + 1)).reshape(array.shape)
 
 
 def gguf_family(family: Family, architecture: Architecture, cfg: ModelConfig) -> Family:
@@ -258,13 +260,6 @@ def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str
     return "Q8_0" if key in _EMBEDDINGS else quantize.upper()
 
 
-def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
-    """Interleave the two halves of each head in an array [heads, head, ...]; `back=True` undoes this."""
-    heads, head, *rest = array.shape
-    halves = (head // 2, 2) if back else (2, head // 2)
-    return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
-
-
 def _quantised(plain: Tensor, kind: str) -> Tensor:
     """Return a float32 tensor that is quantised in groups of whole rows while it is written; memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -293,7 +288,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
         arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    constants = [weight(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
+    constants = [constant(key, array, key) for key, array in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         constants.append(dataclasses.replace(embedding, key="output.weight"))
