@@ -20,11 +20,11 @@ from vlmprune_jax.core.video import SAMPLING, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import MemoryBudget, video_part
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process
 from vlmprune_jax.io.data.video.process import Limits
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.data.video.reader import VideoReader, video_reader
 from vlmprune_jax.io.families import find
 

@@ -24,8 +24,8 @@ from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
 from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.images import limited_files
 from vlmprune_jax.io.data.inputs import TrainingRows
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.record_cache import compute_records, feature_program
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.exports.token_sources import Source, tokens_of
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.templates import VideoText, in_words

@@ -29,8 +29,8 @@ from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
 from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse, stacked
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.families import Family, detect
 from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
 from vlmprune_jax.io.families.fields import check_fields

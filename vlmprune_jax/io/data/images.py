@@ -19,7 +19,10 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import TILE_SETTINGS, DataSpec
-from vlmprune_jax.io.data.image_processor import (
+from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
+from vlmprune_jax.io.data.patching import naflex_from_processor, patching_from_processor, token_budget_from_processor
+from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
+from vlmprune_jax.io.data.processor_files import (
     PROCESSOR_FILES,
     checked_processor,
     make_processor,
@@ -27,9 +30,6 @@ from vlmprune_jax.io.data.image_processor import (
     sides,
     way_of,
 )
-from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
-from vlmprune_jax.io.data.patching import naflex_from_processor, patching_from_processor, token_budget_from_processor
-from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
 from vlmprune_jax.io.data.records import VideoSource, Visual
 from vlmprune_jax.io.data.tiling import (
     Tiling,

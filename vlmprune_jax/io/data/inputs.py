@@ -27,9 +27,9 @@ from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_templat
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import datasets_source
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.image_processor import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
+from vlmprune_jax.io.data.processor_files import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, Source, data_files, read_records, take_fraction
 from vlmprune_jax.io.data.tfds import tfds_source

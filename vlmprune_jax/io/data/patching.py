@@ -14,8 +14,8 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.preparation import Plan, Preparation
+from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.tiling import closest_grid
 from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.image_processor import normalize
+from vlmprune_jax.io.data.processor_files import normalize
 from vlmprune_jax.io.families.tiles import ImageShape
 
 

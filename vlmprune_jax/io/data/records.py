@@ -126,9 +126,9 @@ def read_records(
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of parsed entries of a data file; raise UserError with the record for malformed entries."""
-    root = MediaRoot(image_root)
-    return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
+    """Return the records of parsed entries; raise UserError if there are none, or one is malformed."""
+    root, none = MediaRoot(image_root), "no records were passed: pass at least one"
+    return records_of(entries, PurePath("records"), root, image_lead, "stop", none=none)
 
 
 def records_of(
@@ -201,8 +201,6 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     The subset depends only on the number n of records, `fraction` and `seed` (a separate numpy PCG64 generator), so
     that all processes of a run agree; the reference draws an unseeded subset per rank.
     """
-    if not 0.0 < fraction <= 1.0:
-        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1 (0.05 is 5 % of the records)")
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]

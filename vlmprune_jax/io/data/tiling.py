@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, pixel_fields, sides
 from vlmprune_jax.io.data.preparation import Plan, Preparation
+from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, pixel_fields, sides
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
 _SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them

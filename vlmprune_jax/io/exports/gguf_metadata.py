@@ -11,8 +11,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.io.checkpoints.read import read_fields
-from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import Patching, patching_from_processor, token_budget_from_processor
+from vlmprune_jax.io.data.processor_files import processor_settings
 from vlmprune_jax.io.data.tiling import splitting_from_processor, tiling_from_processor
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.gguf_tokenizer import Vocabulary, drops_white_space

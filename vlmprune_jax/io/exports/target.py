@@ -18,8 +18,8 @@ from vlmprune_jax.core.limits import first_unmet, why_no_class
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
-from vlmprune_jax.io.data.image_processor import processor_settings
 from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
+from vlmprune_jax.io.data.processor_files import processor_settings
 from vlmprune_jax.io.exports.card import TEMPLATES
 from vlmprune_jax.io.exports.formats import FolderOptions
 from vlmprune_jax.io.exports.uneven import (
