@@ -71,12 +71,6 @@ class Slot:
         return tuple(number for number in (self.index, self.entry) if number is not None)
 
     @property
-    def axes_in_params(self) -> tuple[tuple[str, int], ...]:
-        """Axes of the parameter's array, with their sizes, in the order of `params`."""
-        axes = tuple(zip(self.axes, self.shape, strict=True))
-        return axes[::-1] if self.turned else axes
-
-    @property
     def offset(self) -> int:
         """Position in the tensor, in values, of the first row."""
         return self.start * self.width
@@ -256,17 +250,8 @@ def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any
 
 def dimensions(layout: str) -> list[list[str]]:
     """Return the axes of every dimension of an einops layout: "(q_heads head) embed" -> [[q_heads, head], [embed]]."""
-    axes: list[list[str]] = []
-    inside = False
-    for token in layout.replace("(", " ( ").replace(")", " ) ").split():
-        if token in "()":
-            inside = token == "("
-            axes += [[]] if inside else []
-        elif inside:
-            axes[-1].append(token)
-        else:
-            axes.append([token])
-    return axes
+    groups = re.findall(r"\(([^)]*)\)|([^\s()]+)", layout)
+    return [(inside or axis).split() for inside, axis in groups]
 
 
 def match_keys(

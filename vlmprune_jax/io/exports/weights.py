@@ -82,11 +82,11 @@ class Weights:
     def _widened(self, after: Slot) -> np.ndarray:
         before = self.slots[after.name]
         array = to_host(self.flat[before.path], before.place)
-        if before.axes_in_params == after.axes_in_params:
+        if dict(zip(before.axes, before.shape, strict=True)) == dict(zip(after.axes, after.shape, strict=True)):
             return array
         if before.layer is None:
             return _more_words(array, before.axes, self.wide.text.vocab_size)
-        axes = tuple(name for name, _ in before.axes_in_params)
+        axes = before.axes[::-1] if before.turned else before.axes
         return pad_tensor(array, axes, before.part, before.layer, self.cfg, self.wide)
 
 
