@@ -271,21 +271,17 @@ def open_weights(
     match = matches[0][1]
     if match.tied is not None:
         embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
-        if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
+        copies = [checkpoint.entries[key] for key in (match.tied, embedding)]
+        cuts = [*range(0, math.prod(copies[0].shape), _PIECE), math.prod(copies[0].shape)]
+        pairs = zip(*(copy.pieces(cuts) for copy in copies), strict=True)
+        alike = (a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+        if not all(alike):
             raise UserError(
                 f"{checkpoint.folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
     sources = {name: holder.entries[key] for holder, match in matches for name, key in match.keys.items()}
     return [FileArray(sources[slot.key], slot, cast=dtype) for slot in slots if slot.part in parts]
-
-
-def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
-    """Return True if two weights of equal shape are bitwise equal; they are read in pieces."""
-    size = math.prod(weight.shape)
-    cuts = [*range(0, size, _PIECE), size]
-    pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
-    return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
 def place(arrays: Sequence[FileArray], cfg: ModelConfig, mesh: Mesh | None) -> Params:

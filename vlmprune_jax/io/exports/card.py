@@ -64,11 +64,6 @@ def model_name(folder: Path) -> str:
     return real_path(folder).name
 
 
-def tags_of(pruned: bool) -> list[str]:
-    """Return the tags in the metadata of an exported model."""
-    return ["vlmprune-jax", *(["pruned"] if pruned else [])]
-
-
 def license_of(source: Path) -> dict[str, str]:
     """Return the license fields in the metadata of a folder's model card; {} if there are none."""
     pairs = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
@@ -125,7 +120,7 @@ def write_card(folder: Path, cfg: ModelConfig, facts: CardFacts, source: Path, *
         "model",
         fields=fields | license,
         listed=[dataset for dataset in facts.datasets if "/" in dataset],
-        tags=tags_of(plan is not None),
+        tags=["vlmprune-jax", *(["pruned"] if plan is not None else [])],
         name=name,
         steps=[step for step, done in steps.items() if done],
         plan=plan,

@@ -184,16 +184,18 @@ def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor
     the decoder has none, or tensors are missing, unknown, of other shapes or dtypes, or not finite.
     """
     prefix, field, outside = family_of(cfg).mtp
+    if not prefix:
+        raise _refusal(source, f"has no module for multi-token prediction (family {cfg.family})")
     family, whole = read_config(source.folder)
     with_attention = [[x for x in c.text.layers if isinstance(x.mixer, Attention)] for c in (whole, cfg)]
     if not all(with_attention):
         raise _refusal(source, "the decoder has no layer with full attention, whose widths the module would get")
     wide, own = (layers[-1] for layers in with_attention)
-    if not isinstance(wide.channel, Dense) and prefix:
+    if not isinstance(wide.channel, Dense):
         raise _refusal(source, "MTP layers with experts cannot be pruned")
-    keys = {name: key for key in source.entries if prefix and (name := family.canonical(key)).startswith(prefix)}
+    keys = {name: key for key in source.entries if (name := family.canonical(key)).startswith(prefix)}
     if not keys:
-        raise _refusal(source, f"has no module for multi-token prediction ({prefix or f'family {cfg.family}'})")
+        raise _refusal(source, f"has no module for multi-token prediction ({prefix})")
     if any(size < own.sizes[axis] for axis, size in wide.sizes.items()):
         raise _refusal(source, f"its layers of {wide.sizes} are narrower than the decoder's, {own.sizes}")
     stated = family.text_config(read_fields(source.folder / "config.json")).get(field) or 0

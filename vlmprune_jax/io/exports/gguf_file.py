@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import parse_json, read_bytes
+from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of
@@ -40,17 +41,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file one tensor at a time."""
-    with (folder / content.name).open("wb") as file:
-        header = _header(content, folder)
-        file.write(header + bytes(-len(header) % _ALIGNMENT))
-        for tensor in content.tensors:
-            write_tensor(tensor, file)
-            file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
-
-
-def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return the bytes of a GGUF file before its tensor data, as the gguf library writes them."""
+    """Write a GGUF file: the header as the gguf library writes it, then one tensor at a time."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -62,15 +53,15 @@ def _header(content: GgufFile, folder: Path) -> bytes:
     for tensor in content.tensors:
         kind = GGMLQuantizationType[tensor.dtype]
         writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)
-    path = folder / f"{content.name}.header"
-    try:
-        writer.write_header_to_file(path)
+    with contextlib.closing(writer):
+        writer.write_header_to_file(folder / content.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        writer.close()
-        return read_bytes(path)
-    finally:
-        path.unlink(missing_ok=True)
+        for file in writer.fout or ():  # one
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            for tensor in content.tensors:
+                write_tensor(tensor, file)
+                file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
 
 
 def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Contents:

@@ -28,7 +28,7 @@ from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.towers import PIXELS, vision_of
 
-_BLOCK = 32  # values of a row per block in kernels of llama.cpp
+BLOCK = 32  # values of a row that share a scale in quantised types, and that kernels of llama.cpp read at once
 _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
 
 
@@ -176,8 +176,8 @@ def differences(
         cfg=cfg,
         architecture=architecture.name,
         context_length=architecture.context_length(text),
-        block=_BLOCK,
-        odd_widths=sorted(width for width in neurons if width % _BLOCK),
+        block=BLOCK,
+        odd_widths=sorted(width for width in neurons if width % BLOCK),
         attention_layers=[i for i, layer in enumerate(text.layers) if moved and isinstance(layer.mixer, Attention)],
         vocabulary=vocabulary,
         pans_and_scans=processor is not None and processor[0].get("do_pan_and_scan"),

@@ -22,9 +22,10 @@ from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
-from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
+from vlmprune_jax.io.exports.card import languages_of, license_of
 from vlmprune_jax.io.exports.formats import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
+    BLOCK,
     differences,
     file_type,
     image_fields,
@@ -46,8 +47,6 @@ from vlmprune_jax.io.families.gguf_towers import (
 )
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
-# Values of a row that share a scale, in all quantised types.
-BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
 PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
@@ -105,7 +104,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
     about = {"name": title(name, vocabulary.fast), **_name_parts(name, origin.pruned), **license_of(source)}
-    about |= {"tags": tags_of(origin.pruned)}
+    about |= {"tags": ["vlmprune-jax", *(["pruned"] if origin.pruned else [])]}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
     here = gguf_family(family, architecture, wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vlmprune_jax.core.models.lazy import lazy_entry, to_host
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
-from vlmprune_jax.io.checkpoints.layout import Slot, join_tensor, make_slots, row_groups
+from vlmprune_jax.io.checkpoints.layout import Slot, make_slots
 from vlmprune_jax.io.checkpoints.read import blocks_of
 from vlmprune_jax.io.families import Family
 
@@ -66,24 +67,26 @@ class Weights:
         def converted(array: np.ndarray, slot: Slot) -> np.ndarray:
             return cast(array if convert is None else convert(array, slot), dtype)
 
-        for group in row_groups(slots):
-            pairs = [(self.slots[slot.name], slot) for slot in group]
+        for _, same_rows in itertools.groupby(slots, key=lambda slot: slot.start):
+            pairs = [(self.slots[slot.name], slot) for slot in same_rows]
             stored = [lazy_entry(self.flat[before.path], before.place) for before, _ in pairs]
             alike = all((x.shape, x.columns, x.turned) == (y.shape, y.columns, y.turned) for x, y in pairs)
             blocks = blocks_of(stored, as_stored=convert is None) if alike and not reorders else None
-            if blocks is None:
-                yield join_tensor([converted(self._widened(slot), slot) for slot in group], group)
+            if blocks is None:  # side by side
+                arrays = [converted(self._widened(slot), slot) for _, slot in pairs]
+                arrays = [x.T if slot.turned else x for x, (_, slot) in zip(arrays, pairs, strict=True)]
+                yield arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
             else:
-                yield from (converted(block, group[0]) for block in blocks)
+                yield from (converted(block, pairs[0][1]) for block in blocks)
 
     def _widened(self, after: Slot) -> np.ndarray:
         before = self.slots[after.name]
         array = to_host(self.flat[before.path], before.place)
-        if before.axes_in_params == after.axes_in_params:
+        if dict(zip(before.axes, before.shape, strict=True)) == dict(zip(after.axes, after.shape, strict=True)):
             return array
         if before.layer is None:
             return _more_words(array, before.axes, self.wide.text.vocab_size)
-        axes = tuple(name for name, _ in before.axes_in_params)
+        axes = before.axes[::-1] if before.turned else before.axes
         return pad_tensor(array, axes, before.part, before.layer, self.cfg, self.wide)
 
 
