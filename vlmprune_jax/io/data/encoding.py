@@ -186,12 +186,8 @@ class Encoder:
 
         `records`: None is a row of padding. `packs`: see `shape`. Raises UserError naming a record above all buckets.
         """
-        sizes = np.zeros((len(records), 3), np.int32)
-        if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
-            for at, record in enumerate(records):
-                if record is not None:
-                    sizes[at, 1:] = self.image_sizes(record, self.shapes(record))
-        return self.shape(sizes, packs)._replace(tokens=self.max_length)
+        images = [(0, 0) if r is None else self.image_sizes(r, self.shapes(r)) for r in records]
+        return self.shape(np.array([(0, *sizes) for sizes in images]), packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
         """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`).

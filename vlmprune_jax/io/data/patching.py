@@ -15,7 +15,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.preparation import Plan, Preparation
-from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, normalize, pixel_fields
+from vlmprune_jax.io.data.processor_files import crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.tiling import closest_grid
 from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 
@@ -192,12 +192,11 @@ class VideoPatching(Patching):
 
 
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
-    """Return the patching of checked settings of Qwen-VL's image processor.
+    """Return the patching of Qwen-VL's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, or a setting contradicts another or is missing
-    (several models share the class, and its defaults suit only one of them).
+    Raises UserError if a setting contradicts another or is missing (several models share the class, and its defaults
+    suit only one of them).
     """
-    check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}
     names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     fields: dict[str, Any] = {
@@ -274,12 +273,10 @@ class TokenBudget(Patches):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
-    """Return the image preparation of checked settings of Gemma 4's image processor.
+    """Return the image preparation of Gemma 4's image processor.
 
-    Raises UserError if resizing or rescaling is off, normalisation is on, or the model was not trained with this number
-    of tokens per image.
+    Raises UserError if normalisation is on, or the model was not trained with this number of tokens per image.
     """
-    check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):
         raise UserError(
             f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
@@ -373,12 +370,10 @@ class NaFlex(Patches):
 
 
 def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
-    """Return the image preparation of checked settings of LFM2-VL's image processor.
+    """Return the image preparation of LFM2-VL's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, tiles are not a whole number of tokens, or a
-    minimum of tiles or tokens is above the maximum.
+    Raises UserError if tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
     """
-    check_steps(config, location, "images in tiles before an overview")
     values: dict[str, Any] = {
         name: config.get(name) or default
         for name, default in {

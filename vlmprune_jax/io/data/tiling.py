@@ -14,7 +14,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.preparation import Plan, Preparation
-from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, pixel_fields, sides
+from vlmprune_jax.io.data.processor_files import crop_grid, pixel_fields, sides
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
 _SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them
@@ -116,11 +116,7 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
-    """Return the tiling of checked settings of `GotOcr2ImageProcessor`; InternVL's processor always uses tiles.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "InternVL tiles")
+    """Return the tiling of `GotOcr2ImageProcessor`, which always uses tiles; raise UserError if they are not square."""
     size = config.get("size") or 384
     height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, location)
     if height != width or height is None:
@@ -224,12 +220,10 @@ class Splitting(Preparation):
 
 
 def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
-    """Return the image splitting of checked settings of SmolVLM's image processor.
+    """Return the image splitting of SmolVLM's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, a size does not state the longest edge, or an image
-    could have too many tiles.
+    Raises UserError if a size does not state the longest edge, or an image could have too many tiles.
     """
-    check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(
         size=_longest_edge(config, "max_image_size", _SIDE, location),
         longest=_longest_edge(config, "size", 4 * _SIDE, location),
@@ -311,11 +305,7 @@ class Cropping(Preparation):
 
 
 def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
-    """Return the image cropping of checked settings of Gemma 3's image processor.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "Gemma 3")
+    """Return the image cropping of Gemma 3's image processor; raise UserError if its size is not a square."""
     height, width = sides(config.get("size") or 224, location)
     if height != width:
         raise UserError(f"{location}: image size {height} x {width} must be square for Gemma 3: restore the file")
