@@ -14,8 +14,8 @@ from vlmprune_jax.core.mesh.machine import processor
 from vlmprune_jax.core.prune.cost import speed_limits
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec
+from vlmprune_jax.run.evaluation.speed.bench import measure_speed
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
-from vlmprune_jax.run.evaluation.speed.measure import measure_speed
 from vlmprune_jax.run.experiment.arguments import export_dtype, image_tokens
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
