@@ -13,13 +13,11 @@ import grain
 import jax
 import numpy as np
 
-from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import BatchShapes
-from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
+from vlmprune_jax.io.data.cached_arrays import TeacherRows
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
@@ -171,16 +169,10 @@ def train_batches(
     They are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which
     replaces unreadable records by padding rows. `teacher` adds its arrays to every row.
     """
-    one_of("group_by", group_by, GROUPINGS)
-    one_of("on_error", on_error, ON_ERROR)
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError(
             "group_by, length buckets and on_error='skip' need record sizes: pass sizes=measure(records, encoder, ...)"
         )
-    if not records:
-        raise UserError("no records to batch: check the data file")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
         raise UserError(
             f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"

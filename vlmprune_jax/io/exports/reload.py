@@ -27,8 +27,8 @@ from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots
 from vlmprune_jax.io.checkpoints.read import open_weights, place, read_config, read_fields, resolve
-from vlmprune_jax.io.exports.format import Comparison
-from vlmprune_jax.io.exports.uneven import loader_class
+from vlmprune_jax.io.exports.card import loader_class
+from vlmprune_jax.io.exports.formats import Comparison
 from vlmprune_jax.io.families import Family, detect, family_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
@@ -68,14 +68,12 @@ def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | Non
     with jax.default_matmul_precision("highest"):
         if checkpoint.storage is None:
             written = _as_written(model, checkpoint, family, cfg)
-            expected = _logits(written, inputs, words)
+            expected = gather_to_host(forward(written, **inputs)[0])[..., :words]
         else:  # a storage may round as much as it needs
-            in_float32 = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
-            unrounded = _logits(in_float32, inputs, words)
-            del in_float32
+            unrounded = float32_logits(model, inputs)
             written, inputs = _reloaded(model, checkpoint, family, cfg), renamed
-            expected = _logits(written, inputs, words)
-            moved = float(np.abs(expected - unrounded).max())
+            expected = gather_to_host(forward(written, **inputs)[0])[..., :words]
+            moved = float(np.abs(expected - unrounded[..., :words]).max())
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             gaps = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
@@ -88,19 +86,25 @@ def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | Non
         if not (differences <= tolerance).all():
             tolerance = np.maximum(tolerance, _ROUNDINGS * _moved_by_rounding(written, inputs, expected))
     worst = np.unravel_index((differences / tolerance).argmax(), differences.shape)
-    difference, allowed = float(differences[worst]), float(tolerance[worst])
-    if not difference <= allowed:
-        raise UserError(
-            f"{folder}: after reloading in {backend}, logits differ from the model's by {difference:.2g} (tolerance "
-            f"{allowed:.2g}): do not use this folder, and report the error with its config.json"
-        )
-    comparison: Comparison = {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
+    values, gap, allowed = f"after reloading in {backend}, logits", float(differences[worst]), float(tolerance[worst])
+    comparison = compare(folder, values, backend, gap, allowed)
     return comparison if moved is None else {**comparison, "moved_by_rounding": moved}
 
 
-def _logits(model: Model, inputs: dict[str, Any], words: int) -> np.ndarray:
-    """Return the logits of the first `words` tokens of the vocabulary, float32[rows, tokens, words], on the host."""
-    return gather_to_host(forward(model, **inputs)[0])[..., :words]
+def compare(location: Path, values: str, backend: str, difference: float, tolerance: float) -> Comparison:
+    """Return the comparison of an export's `values` with the model's; raise UserError above the tolerance."""
+    if not difference <= tolerance:
+        raise UserError(
+            f"{location}: {values} differ from the model's by {difference:.2g} (tolerance {tolerance:.2g}): do not use "
+            "this export, and report the error with the model's config.json"
+        )
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
+
+
+def float32_logits(model: Model, inputs: dict[str, Any]) -> np.ndarray:
+    """Return the logits of a model whose weights are cast to float32, float32[rows, tokens, words], on the host."""
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params)
+    return gather_to_host(forward(model.replace(params=in_float32), **inputs)[0])
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
@@ -153,7 +157,7 @@ def _reloaded(written: Model, checkpoint: Checkpoint, family: Family, cfg: Model
     keys, slots = {family.canonical(key) for key in checkpoint}, make_slots(cfg, family)
     holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
     loaded_parts = PARTS if holds_tower else ("text", "projector")
-    arrays = open_weights(slots, cfg, family, checkpoint.folder, None, loaded_parts, np.dtype(np.float32))
+    arrays = open_weights(slots, cfg, family, checkpoint, None, loaded_parts, np.dtype(np.float32))
     return Model(dict(written.params) | place(arrays, cfg, mesh_of(written.params)), cfg)
 
 

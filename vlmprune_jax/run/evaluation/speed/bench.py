@@ -31,8 +31,8 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.io.checkpoints.disk.gguf import GgufHeader, read_gguf_header
 from vlmprune_jax.io.checkpoints.read import read_config, read_fields, resolve
+from vlmprune_jax.io.exports.card import loader_class
 from vlmprune_jax.io.exports.reload import torch_loads
-from vlmprune_jax.io.exports.uneven import loader_class
 from vlmprune_jax.io.families.gguf import ENGINE, WHEEL
 from vlmprune_jax.io.families.gguf_towers import TOWER
 from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, Seconds, SpeedConfig, measure
