@@ -23,12 +23,13 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 
+LOADER_FILE = "modeling_per_layer.py"  # PyTorch file that loads layers of unequal width
+LOADER_MODULE, LOADER_PREFIX = "modeling_per_layer.", "PerLayer"  # of names of its classes
 _MAX_LANGUAGES = 100
 _LOADING = "\n## Loading\n\n"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
@@ -178,6 +179,12 @@ def loading_lines(folder: Path) -> list[str]:
     return [
         " ".join(str(folder / word) if (folder / word).is_file() else word for word in line.split()) for line in code
     ]
+
+
+def loader_class(config: dict[str, Any]) -> str | None:
+    """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
+    classes = [str(value) for value in (config.get("auto_map") or {}).values() if str(value).startswith(LOADER_MODULE)]
+    return classes[0].removeprefix(LOADER_MODULE) if classes else None
 
 
 def loading_of(

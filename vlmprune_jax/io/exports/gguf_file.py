@@ -27,9 +27,8 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, interleaved, make_gguf, spelled
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, fit, gguf_family, interleaved, make_gguf, spelled
 from vlmprune_jax.io.exports.reload import TOLERANCE, compare, float32_logits, random_inputs
-from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL

@@ -16,6 +16,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
 from vlmprune_jax.core.models.params import flatten
@@ -34,8 +35,7 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     title,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.uneven import fit
-from vlmprune_jax.io.exports.weights import Convert, Weights
+from vlmprune_jax.io.exports.weights import Convert, Weights, padded, with_whole_tower
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -45,6 +45,7 @@ from vlmprune_jax.io.families.gguf_towers import (
     tower_fields,
     tower_tensors,
 )
+from vlmprune_jax.io.families.limits import architectures_of, tower_limit, width_limits
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
@@ -132,6 +133,28 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         layers, flags = wide.vision.layers, image_options(family, source)
         files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
     return files
+
+
+def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
+    """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
+    able, text = architectures_of(cfg), cfg.text
+    first = able[0]
+    if uneven == "pad":
+        if first_unmet(width_limits(first, cfg), cfg) is not None:
+            whole = None if first.free_heads else text.hidden_size // text.attention.head_dim
+            cfg = cfg.with_layers(padded(text.layers, whole))
+            if first_unmet(width_limits(first, cfg), cfg) is not None:
+                raise UserError(
+                    f"llama.cpp's {first.name} needs {whole} heads in equal groups in every layer, which zero "
+                    "heads cannot make of these: prune without removing heads"
+                )
+        cfg = with_whole_tower(cfg)
+    candidates = able[:1] if uneven == "refuse" and not cfg.text.uniform else able
+    fits = [architecture for architecture in candidates if first_unmet(width_limits(architecture, cfg), cfg) is None]
+    problem = first_unmet([tower_limit(first, cfg)] if fits else width_limits(first, cfg), cfg)
+    if problem is not None:
+        raise UserError(problem)
+    return fits[0], cfg
 
 
 def _name_parts(name: str, pruned: bool) -> JsonDict:

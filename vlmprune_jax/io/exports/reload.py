@@ -27,8 +27,8 @@ from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots
 from vlmprune_jax.io.checkpoints.read import open_weights, place, read_config, read_fields, resolve
+from vlmprune_jax.io.exports.card import loader_class
 from vlmprune_jax.io.exports.formats import Comparison
-from vlmprune_jax.io.exports.uneven import loader_class
 from vlmprune_jax.io.families import Family, detect, family_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
