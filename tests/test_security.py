@@ -175,7 +175,7 @@ def test_markup_is_made_where_it_is_escaped():
         "Environment": {"io/exports/card.py", "run/report/page.py"},
         "Markup": {
             "Markup(script)",
-            "Markup(to_svg(drawn))",
+            "Markup(svg)",
         },
         ".md": set(),
     }
