@@ -17,14 +17,14 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
-from vlmprune_jax.io.families.templates import VideoText
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
+from vlmprune_jax.io.families.templates import VideoText, role_marks
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
@@ -48,12 +48,7 @@ _ROPE: JsonDict = {
 _TEMPLATE = dataclasses.replace(
     GEMMA3_TEMPLATE,
     name="gemma4",
-    system_start="<|turn>system\n",
-    system_end="<turn|>\n",
-    user="<|turn>user\n",
-    user_end="<turn|>\n",
-    assistant="<|turn>model\n",
-    assistant_end="<turn|>\n",
+    **role_marks("<|turn>{role}\n", "<turn|>\n", assistant="model"),
     image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
     crops="",
     special=("<|turn>", "<turn|>"),
@@ -295,12 +290,11 @@ GEMMA4 = vlm_family(
     from_hf=_from_hf,
     tower=_TOWER,
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("model.language_model.", "lm_head"),
-        _TOWER.weights("model.vision_tower."),
-        part_weights("projector", "model.vision_tower.", {f"{x}/weight": x for x in ("std_bias", "std_scale")}),
-        part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"}),
-    ),
+    projector={
+        **{f"{name}/weight": f"vision_tower.{name}" for name in ("std_bias", "std_scale")},
+        "linear": "embed_vision.embedding_projection",
+    },
+    prefixes={"text": "model.language_model.", "vision": "model.vision_tower.", "projector": "model."},
     ignored=(*UNUSED, r"model\.(audio_tower|embed_audio)\..*"),
     dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
     templates=(_TEMPLATE,),

@@ -11,10 +11,10 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_PREFIXES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
-from vlmprune_jax.io.families.templates import Template, VideoText
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
+from vlmprune_jax.io.families.templates import Template, VideoText, role_marks
 from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig, whole_number
 from vlmprune_jax.io.families.towers import (
     PIXELS,
@@ -36,16 +36,9 @@ _TILE_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail
 
 _PHI3_CHAT = Template(
     name="phi3-chat",
-    system_start="<|system|>\n",
     system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
     "是一个有用无害的人工智能助手。",
-    system_end="<|end|>",
-    user="<|user|>\n",
-    user_end="<|end|>",
-    assistant="<|assistant|>\n",
-    assistant_end="<|end|>",
-    gap="",
-    image_first=False,
+    **role_marks("<|{role}|>\n", "<|end|>"),
     image_lead=True,
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"),
     video=VideoText("<IMG_CONTEXT>", "Frame{number}: <img><IMG_CONTEXT></img>", joint="\n"),
@@ -56,21 +49,14 @@ _PHI3_CHAT = Template(
 _HERMES_2 = replace(
     _PHI3_CHAT,
     name="Hermes-2",
-    system_start="<|im_start|>system\n",
-    system_end="<|im_end|>",
-    user="<|im_start|>user\n",
-    user_end="<|im_end|>",
-    assistant="<|im_start|>assistant\n",
-    assistant_end="<|im_end|>",
+    **role_marks("<|im_start|>{role}\n", "<|im_end|>"),
     special=("<|im_start|>", "<|im_end|>"),
 )
 _INTERNVL2_5 = replace(
     _HERMES_2,
     name="internvl2_5",
     system="你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
-    system_end="<|im_end|>\n",
-    user_end="<|im_end|>\n",
-    assistant_end="<|im_end|>\n",
+    **role_marks("<|im_start|>{role}\n", "<|im_end|>\n"),
     padding_mark=None,
     by_turn=True,
 )
@@ -243,9 +229,9 @@ INTERNVL_ORIGINAL = Family(
     text_section="llm_config",
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}),
-        TOWERS["intern_vit_6b"].weights("vision_model."),
+        TOWERS["intern_vit_6b"],
+        {"layer_norm": "0", "linear_1": "1", "linear_2": "3"},
+        {"text": "language_model.model.", "projector": "mlp1.", "vision": "vision_model."},
     ),
     ignored=(
         *NATIVE_UNUSED,
@@ -274,11 +260,8 @@ INTERNVL_HF = vlm_family(
     tower=TOWERS["internvl_vision"],
     feature_layer="vision_feature_layer",
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
-        TOWERS["internvl_vision"].weights("vision_tower."),
-    ),
+    projector=PROJECTOR_KEYS,
+    prefixes=NATIVE_PREFIXES,
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(

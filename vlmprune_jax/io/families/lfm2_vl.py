@@ -10,10 +10,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, tied_embeddings, typed_layers_to_hf
-from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 from vlmprune_jax.io.families.templates import QWEN3_VL
 from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
@@ -157,11 +157,13 @@ LFM2_VL = vlm_family(
     model_types=("lfm2_vl", "lfm2-vl"),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=vlm_weights(
-        ("model.language_model.", "lm_head"),
-        part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS),
-        TOWERS[_TOWER].weights("model.vision_tower."),
-    ),
+    tower=TOWERS[_TOWER],
+    projector=PROJECTOR_KEYS,
+    prefixes={
+        "text": "model.language_model.",
+        "projector": "model.multi_modal_projector.",
+        "vision": "model.vision_tower.",
+    },
     renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
     dropped=(r"model\.vision_tower\.head\..*",),
     templates=(_TEMPLATE,),

@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import BICUBIC
 from vlmprune_jax.io.families.towers import (
@@ -41,6 +41,7 @@ _HUB_TOWER_CONFIG = {
     "image_size": 384,
     "patch_size": 14,
 }
+NATIVE_PREFIXES = {"text": "language_model.model.", "projector": "multi_modal_projector.", "vision": "vision_tower."}
 # Key spellings in transformers: in-memory names since 4.52.
 NATIVE_RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -210,11 +211,8 @@ LLAVA_HF = vlm_family(
     from_hf=_hf_from_hf,
     tower=_TOWER,
     feature_layer="vision_feature_layer",
-    weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
-        _TOWER.weights("vision_tower.vision_model."),
-    ),
+    projector=PROJECTOR_KEYS,
+    prefixes=NATIVE_PREFIXES | {"vision": "vision_tower.vision_model."},
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
@@ -234,9 +232,9 @@ LLAVA_ORIGINAL = Family(
     from_hf=_original_from_hf,
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("model.", "lm_head"),
-        part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"}),
-        _TOWER.weights("vision_tower."),
+        _TOWER,
+        {"linear_1": "0", "linear_2": "2"},
+        {"text": "model.", "projector": "model.mm_projector.", "vision": "vision_tower."},
     ),
     renames=TOWER_RENAMES,
     ignored=(*UNUSED, UNUSED_VISION, OTHER_TOWERS),

@@ -8,8 +8,8 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.table import JsonDict, part_weights
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
@@ -63,11 +63,8 @@ SMOLVLM = vlm_family(
     from_hf=_from_hf,
     tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("model.text_model.", "lm_head"),
-        part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"}),
-        TOWERS[_TOWER].weights("model.vision_model."),
-    ),
+    projector={"linear": "modality_projection.proj"},
+    prefixes={"text": "model.text_model.", "projector": "model.connector.", "vision": "model.vision_model."},
     ignored=(*UNUSED, r"model\.vision_model\.embeddings\.position_ids"),
     templates=(_TEMPLATE,),
     image_processors=("SmolVLM",),
