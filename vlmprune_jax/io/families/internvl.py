@@ -8,24 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.fields import check_fields
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_PREFIXES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import Template, VideoText, role_marks
-from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig, whole_number
+from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig
 from vlmprune_jax.io.families.towers import (
     PIXELS,
     PROJECTOR_KEYS,
     TOWERS,
     projector_of,
     rescaling,
+    square_side,
     vision_from_hf,
     vision_of,
 )
 
+_TYPES = ("intern_vit_6b", "internvl_vision")  # of the tower, in the hub's layout and in transformers'
 # Epsilon of the projector's layer norm in both layouts (torch's default).
 _PROJECTOR_EPS = 1e-5
 # The vocabulary ends with <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
@@ -97,14 +100,6 @@ def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     )
 
 
-def _tower(config: Mapping[str, Any], name: str, layer: Any, default: str, size: int | None = None) -> VisionConfig:
-    """Return the VisionConfig of config.json, whose tower must be an InternViT; `default`: the supported type."""
-    tower = vision_from_hf(config.get("vision_config") or {}, layer, default, size)
-    if tower.kind != "internvit":
-        raise UserError(f"{name} with a {tower.kind} vision tower is not supported (supported: {default})")
-    return tower
-
-
 def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     section = config.get("llm_config") or {}
     text, ids = text_from_hf({"model_type": "llama", **section}), token_ids({**section, **config})
@@ -116,7 +111,9 @@ def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) ->
         family="internvl",
         layout="original",
         text=text,
-        vision=_tower(config, "InternVL-Chat", config.get("select_layer", -1), "intern_vit_6b", size),
+        vision=vision_from_hf(
+            config.get("vision_config") or {}, config.get("select_layer", -1), *_TYPES, image_size=size
+        ),
         projector=_projector(config, config.get("ps_version", "v1")),
         image_token_id=int(config.get("image_token_id", text.vocab_size - _IMAGE_TOKEN_FROM_END)),
         **ids,
@@ -127,7 +124,7 @@ def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> M
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")
-    tower = _tower(config, "InternVL", config.get("vision_feature_layer", -1), "internvl_vision")
+    tower = vision_from_hf(config.get("vision_config") or {}, config.get("vision_feature_layer", -1), *reversed(_TYPES))
     parts = {"vision": tower, "projector": _projector(config, "v2"), "feature_select": "patch"}
     return vlm_from_hf("internvl", config, _TEXT, tied=True, image_token=151667, **parts)
 
@@ -140,16 +137,18 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _tiling(config: Mapping[str, Any], location: str) -> TilingConfig:
+    check_fields(config, location)
     fields = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
     dynamic = bool(fields["dynamic_image_size"])
     mean, std = PIXELS["internvit"]
-    side = whole_number(size, "force_image_size", location)
+    if size is None:
+        raise UserError(f"{location}: force_image_size is None, expected a number: restore it from the model's source")
     numbers = {"min_tiles": "min_dynamic_patch", "max_tiles": "max_dynamic_patch"}
-    tiles = {name: whole_number(fields[field], field, location) if dynamic else 1 for name, field in numbers.items()}
+    tiles = {name: fields[field] if dynamic else 1 for name, field in numbers.items()}
     with error_context(location):
         return TilingConfig(
-            size=side,
+            size=square_side(size, "force_image_size"),
             **tiles,
             thumbnail=dynamic and bool(fields["use_thumbnail"]),
             # the reference pads after tiling, and tiles are square already

@@ -121,7 +121,8 @@ def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
     full = {"num_patches": 256, "patch_size": 16, **{name: x for name, x in config.items() if x is not None}}
     side, patch = position_side(int(full["num_patches"])), int(full["patch_size"])
     tower = {**full, "model_type": _TOWER, "image_size": side * patch}
-    return dataclasses.replace(vision_from_hf(tower, -1, _TOWER, max(side // merge, 1) * merge * patch), merge=merge)
+    vision = vision_from_hf(tower, -1, _TOWER, image_size=max(side // merge, 1) * merge * patch)
+    return dataclasses.replace(vision, merge=merge)
 
 
 def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:

@@ -69,12 +69,7 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
     select = config.get("vision_feature_select_strategy", "default")
     one_of("vision_feature_select_strategy", select, ("default", "full"))
     layer = config.get("vision_feature_layer", -2)
-    tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
-    if tower.kind not in ("clip", "siglip"):
-        raise UserError(
-            f"LLaVA with a {tower.kind} vision tower is not supported (supported: clip_vision_model, "
-            "siglip_vision_model)"
-        )
+    tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model", "siglip_vision_model")
     projector = ProjectorConfig(
         activation=config.get("projector_hidden_act", "gelu"), bias=bool(config.get("multimodal_projector_bias", True))
     )
@@ -109,8 +104,6 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
         )
     select = one_of("mm_vision_select_feature", config.get("mm_vision_select_feature", "patch"), ("patch", "cls_patch"))
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
-    if tower.kind != "clip":
-        raise UserError(f"LLaVA in original layout with a {tower.kind} vision tower is not supported (supported: CLIP)")
     # Vicuna's ids, the defaults of LlamaConfig
     config = {"bos_token_id": 1, "eos_token_id": 2, **config}
     return _original("llava", config, "linear", "llama", tower, "patch" if select == "patch" else "full")
@@ -128,8 +121,6 @@ def _bunny_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) 
     if config.get("use_s2"):
         raise UserError("Bunny with use_s2 (several image scales, Bunny-v1.1) is not supported")
     tower = vision_from_hf(vision, _BUNNY_LAYER, "siglip_vision_model")
-    if tower.kind != "siglip":
-        raise UserError(f"Bunny with a {tower.kind} vision tower is not supported (supported: SigLIP)")
     if width not in (None, tower.hidden_size):
         raise UserError(f"mm_hidden_size is {width} but the vision tower {name!r} has width {tower.hidden_size}")
     return _original("bunny", config, "mlp2x_gelu", "phi", tower, "full")

@@ -171,6 +171,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         return RopeConfig(theta=theta, kind=kind, sections=sections)
     if sections:
         raise UserError(f"{kind} rope with mrope_section is not supported (supported: default)")
+    needed = {"longrope": ("short_factor", "long_factor"), "proportional": ()}.get(kind, ("factor",))
+    if missing := [name for name in needed if name not in scaling]:
+        raise UserError(f"{kind} rope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
     if kind == "longrope":
         return _longrope(config, scaling, theta)
     if kind == "proportional":
@@ -180,8 +183,6 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
         if unsupported:
             raise UserError(f"yarn rope with the fields {', '.join(unsupported)} is not supported")
-    if "factor" not in scaling:
-        raise UserError(f'{kind} rope: "factor" is missing: add it to rope_scaling in config.json')
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     factor = float(scaling["factor"])
     # YaRN's attention temperature (Peng et al. 2023, eq. 22) is the default if the config lacks it
@@ -201,9 +202,6 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
     """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); top-level fields override the rope dictionary."""
-    missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
-    if missing:
-        raise UserError(f"longrope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
     max_positions = int(config.get("max_position_embeddings", 4096))
     inside = scaling.get("original_max_position_embeddings")
     default = 4096 if config.get("model_type") == "phi3" else max_positions

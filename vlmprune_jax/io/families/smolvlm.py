@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
@@ -47,8 +46,6 @@ _TEMPLATE = Template(
 
 def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = vision_from_hf(config.get("vision_config") or {}, -1, _TOWER)
-    if tower.kind != "smolvlm":
-        raise UserError(f"SmolVLM with a {tower.kind} vision tower is not supported (supported: {_TOWER})")
     projector = ProjectorConfig(
         activation="gelu", bias=False, kind="linear", downsample=int(config.get("scale_factor", 2))
     )
