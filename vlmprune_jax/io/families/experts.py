@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import ChannelMixer, Experts, ExpertsBesideDense
+from vlmprune_jax.core.channels import ChannelMixer, Experts
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.io.families import gguf
@@ -42,16 +42,6 @@ def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bo
     part = Experts(n_experts, n_experts * neurons, active, renormalise, activation=activation)
     dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
     return with_channels(text, [None if i in dense or (i + 1) % step else part for i in range(len(text.layers))])
-
-
-def beside_dense(config: Mapping[str, Any], neurons: int, activation: str) -> ExpertsBesideDense:
-    """Return a channel mixer of experts plus a dense MLP with `neurons`; raise UserError for unequal layers."""
-    unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
-    if unequal is not None:
-        raise UserError(f"{unequal} is not supported with experts: give all layers equal widths and remove the field")
-    count = expert_count(config)
-    total = count * int(config["moe_intermediate_size"])
-    return ExpertsBesideDense(count, total, int(config["top_k_experts"]), mlp=neurons, activation=activation)
 
 
 def with_channels(text: TextConfig, channels: Sequence[ChannelMixer | None]) -> TextConfig:

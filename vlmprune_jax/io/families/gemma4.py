@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.channels import Dense, ExpertsBesideDense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
-from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
+from vlmprune_jax.io.families.experts import expert_count, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
@@ -118,6 +118,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
     stated = config.get(PER_LAYER)
 
+    moe = bool(config.get("enable_moe_block"))
+    unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
+    if moe and unequal is not None:
+        raise UserError(f"{unequal} is not supported with experts: give all layers equal widths and remove the field")
+
     def shape(i: int, layer: Layer) -> Layer:
         source = None
         if i >= first_shared:
@@ -126,9 +131,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
         neurons = layer.sizes["mlp"] * (1 if stated else wide)
         mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, source=source)
-        if config.get("enable_moe_block"):
-            return Layer(mixer, beside_dense(config, neurons, activation=config["hidden_activation"]))
-        return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
+        if not moe:
+            return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
+        count, active = expert_count(config), int(config["top_k_experts"])
+        total, activation = count * int(config["moe_intermediate_size"]), config["hidden_activation"]
+        return Layer(mixer, ExpertsBesideDense(count, total, active, mlp=neurons, activation=activation))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)

@@ -76,14 +76,12 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = _tied(config)
     if config.get("conv_bias"):
         raise UserError("conv_bias true is not supported (no released model has it)")
-    n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
-    attention = range(n_layers) if attention is None else attention
-    kinds = config.get("layer_types") or ["full_attention" if i in attention else "conv" for i in range(n_layers)]
     fields = {"intermediate_size": _neurons(config), "rms_norm_eps": config["norm_eps"], "hidden_act": "silu"}
     if not config.get("rope_parameters"):
         fields["rope_theta"] = config.get("rope_theta") or _THETA
     text = llama_like({**config, **fields}, "lfm2", attention={"qk_norm": True})
-    return hybrid_layers(text, ShortConv(text.hidden_size, int(config["conv_L_cache"])), kinds)
+    full, mixer = config.get("full_attn_idxs"), ShortConv(text.hidden_size, int(config["conv_L_cache"]))
+    return hybrid_layers(text, mixer, config, range(len(text.layers)) if full is None else full)
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:

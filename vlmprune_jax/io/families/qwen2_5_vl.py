@@ -125,8 +125,7 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
     config = {**config, **shared, "text_config": {**section, **shared}}
     tower = config.get("vision_config") or {}
     seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
-    width = int({**_TOWER.defaults, **tower}["out_hidden_size"])
-    return qwen_from_hf("qwen2_5_vl", config, _TEXT, _vision_from_hf(tower), width, tokens_per_second=seconds)
+    return qwen_from_hf("qwen2_5_vl", config, _TEXT, _TOWER, _vision_from_hf(tower), tokens_per_second=seconds)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:

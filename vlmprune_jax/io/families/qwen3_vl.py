@@ -109,11 +109,11 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def qwen_from_hf(
-    family: str, config: Mapping[str, Any], defaults: JsonDict, vision: VisionConfig, out_size: int, **fields: Any
+    family: str, config: Mapping[str, Any], defaults: JsonDict, tower: Tower, vision: VisionConfig, **fields: Any
 ) -> ModelConfig:
     """Return the ModelConfig of a Qwen-VL model; `defaults` are those of the decoder, `fields` those of ModelConfig.
 
-    Raises UserError unless the tower's output width `out_size` is the decoder's hidden size.
+    Raises UserError unless the tower's output width is the decoder's hidden size.
     """
     merger = ProjectorConfig(
         activation="gelu",
@@ -127,6 +127,7 @@ def qwen_from_hf(
     video = int(config.get("video_token_id", 151656))
     parts = {"vision": vision, "projector": merger, "video_token_id": video, **fields}
     cfg = vlm_from_hf(family, config, defaults, tied=False, image_token=151655, **parts)
+    out_size = int(tower.filled(config.get("vision_config") or {})["out_hidden_size"])
     if out_size != cfg.text.hidden_size:
         raise UserError(
             f"vision_config: out_hidden_size {out_size} must be the decoder's hidden_size ({cfg.text.hidden_size})"
@@ -178,9 +179,8 @@ def qwen3_vl_family(
         section = config.get("vision_config") or {}
         if not deepstack and section.get("deepstack_visual_indexes"):
             raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
-        tower = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
-        width = int({**_TOWER.defaults, **section}["out_hidden_size"])
-        return qwen_from_hf(name, {**(ids or {}), **config}, decoder.defaults, tower, width)
+        vision = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
+        return qwen_from_hf(name, {**(ids or {}), **config}, decoder.defaults, _TOWER, vision)
 
     return patch_family(
         name,

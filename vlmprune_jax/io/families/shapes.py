@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
@@ -102,11 +102,13 @@ def layer_types(text: TextConfig) -> list[str]:
     return [TYPES.get(type(mixer)) or (FULL if mixer.window is None else SLIDING) for mixer in mixers]
 
 
-def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextConfig:
-    """Replace attention by `mixer` in the layers that `types` does not list as full attention; return the config.
+def hybrid_layers(text: TextConfig, mixer: Any, config: Mapping[str, Any], full: Container[int]) -> TextConfig:
+    """Return the decoder config with attention replaced by `mixer` except in layers of full attention.
 
-    Raises UserError if `types` has a wrong number of layers, unknown types or no full attention.
+    Those are in config.json's `layer_types`, or without it the layer numbers `full`. Raises UserError if `layer_types`
+    has a wrong number of layers, unknown types or no full attention.
     """
+    types = config.get("layer_types") or [FULL if i in full else TYPES[type(mixer)] for i in range(len(text.layers))]
     _check_types(types, len(text.layers), TYPES[type(mixer)], FULL)
     if FULL not in types:
         raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
