@@ -101,26 +101,23 @@ def with_separate_experts(family: Family) -> Family:
 
 
 def as_stored(family: Family, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Family:
-    """Return the family with the layout that the experts' fused matrices have in a checkpoint.
+    """Return the family with the layout that the experts' fused matrices have in a checkpoint; `shapes`: by its keys.
 
     Transformers 5 saves those of Qwen3-VL transposed. One of the two matrices of an expert may be square, so the others
     decide for all.
-
-    Args:
-      family: family of the checkpoint, whose weight table has the hub's layout.
-      shapes: {checkpoint key: shape}.
     """
-    shapes = {family.canonical(key): shape for key, shape in shapes.items()} if has_experts(cfg.text) else {}
-    transposed = set[bool]()
-    for line in family.weights(cfg) if shapes else ():
-        for shape in [shapes.get(line.at(i).key, ()) for i in range(len(cfg.text.layers))]:
-            if _is_fused_expert(line) and len(shape) == 3 and shape[1] != shape[2]:
-                transposed.add(shape[_layout(line).split().index("embed")] != cfg.text.hidden_size)
-
-    def turned(line: Weight) -> Weight:
-        return dataclasses.replace(line, layout=_transposed(_layout(line)))
-
-    return _with_fused_experts(family, turned) if transposed == {True} else family
+    if not has_experts(cfg.text):
+        return family
+    shapes = {family.canonical(key): shape for key, shape in shapes.items()}
+    stored = [
+        (shapes.get(line.at(i).key, ()), _layout(line).split().index("embed"))
+        for line in filter(_is_fused_expert, family.weights(cfg))
+        for i in range(len(cfg.text.layers))
+    ]
+    matrices = [(shape, axis) for shape, axis in stored if len(shape) == 3 and shape[1] != shape[2]]
+    if {shape[axis] != cfg.text.hidden_size for shape, axis in matrices} != {True}:
+        return family
+    return _with_fused_experts(family, lambda line: dataclasses.replace(line, layout=_transposed(_layout(line))))
 
 
 def _layout(line: Weight) -> str:
