@@ -18,7 +18,8 @@ class Golden:
 
     def __init__(self, folder):
         self.folder, self.ckpt = folder, folder / "ckpt"
-        self.arrays = np.load(folder / "golden.npz")
+        with np.load(folder / "golden.npz") as file:
+            self.arrays = dict(file)
         self.facts = json.loads((folder / "golden.json").read_text())
         self.keys = json.loads((folder / "keys.json").read_text())
         self.model = vp.load(self.ckpt)
