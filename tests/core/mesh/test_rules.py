@@ -6,6 +6,7 @@ import pytest
 from decoder_cases import PHI3
 from hf_cases import LLAMA, LLAVA, assert_equal, edit_weights, expanded_batch, make_folder, random_ids
 from refusal import refused
+from repository import load_arrays
 
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding
@@ -25,7 +26,7 @@ want = ("hidden", "image_features")
 @pytest.fixture(scope="module")
 def batches(goldens):
     """Golden rows with one image slot each: 8, so that the batch is split as well, and 3, which no mesh divides."""
-    golden, folder = np.load(goldens / "forward/llava.npz"), goldens / "ckpt/llava_hf"
+    golden, folder = load_arrays(goldens / "forward/llava.npz"), goldens / "ckpt/llava_hf"
     one = load(folder)
     ids, mask = expanded_batch(golden, one.cfg.image_token_id, one.cfg.tokens_per_image)
     result = {}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from refusal import refused
+from repository import load_arrays
 from stack_cases import decoder_layer, text_config
 
 from vlmprune_jax.core.config import ModelConfig
@@ -30,7 +31,7 @@ def expand(ids):
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_tokens_of_the_reference(llava, goldens, row, padding):
-    golden = np.load(goldens / "forward/llava.npz")
+    golden = load_arrays(goldens / "forward/llava.npz")
     ids = expand(golden["input_ids"][row][: golden["gen_prompt_len"][row]])
     mask = [1] * len(ids)
     if padding == "right":
@@ -43,10 +44,10 @@ def test_tokens_of_the_reference(llava, goldens, row, padding):
 
 
 def test_text_only_and_grouped_queries(llava, goldens):
-    golden = np.load(goldens / "forward/llava.npz")
+    golden = load_arrays(goldens / "forward/llava.npz")
     tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=())
     np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"])
-    golden = np.load(goldens / "forward/llama_gqa.npz")
+    golden = load_arrays(goldens / "forward/llama_gqa.npz")
     prompt = golden["input_ids"][0][golden["attention_mask"][0] == 1]
     tokens = generate(load(goldens / "ckpt/llama_gqa"), prompt[None], max_new_tokens=8, eos_token_ids=())
     np.testing.assert_array_equal(tokens[0], golden["gen_tokens"])
@@ -55,7 +56,7 @@ def test_text_only_and_grouped_queries(llava, goldens):
 @pytest.mark.parametrize(("lanes", "count"), [(8, 7), (14, 6), (128, 5)])  # no other test compiles for as many tokens
 def test_a_cache_as_on_tpus_gives_the_same_tokens(lanes, count, llava, goldens, monkeypatch):
     """Eight heads of 6 channels: one, two and all of them in each padded row."""
-    golden, compiled_for = np.load(goldens / "forward/llava.npz"), []
+    golden, compiled_for = load_arrays(goldens / "forward/llava.npz"), []
     monkeypatch.setattr(kernels, "for_tpu", lambda: compiled_for.append("tpu") or True)
     monkeypatch.setattr(kernels, "LANES", lanes)
     tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=count, eos_token_ids=())
@@ -65,7 +66,7 @@ def test_a_cache_as_on_tpus_gives_the_same_tokens(lanes, count, llava, goldens, 
 
 def test_shared_prefix_equals_whole_prompts(llava, goldens):
     rng = np.random.default_rng(0)
-    pixels = np.load(goldens / "forward/llava.npz")["pixel_values"]
+    pixels = load_arrays(goldens / "forward/llava.npz")["pixel_values"]
     prefix = np.concatenate([rng.integers(5, 390, (3, 2)), np.full((3, PATCHES), IMAGE), [[7], [8], [9]]], axis=1)
     prefix_mask = np.ones_like(prefix)
     prefix_mask[1, 0] = 0
@@ -83,7 +84,7 @@ def test_shared_prefix_equals_whole_prompts(llava, goldens):
 
 
 def test_end_token_is_kept_then_padding(llava, goldens):
-    golden = np.load(goldens / "forward/llava.npz")
+    golden = load_arrays(goldens / "forward/llava.npz")
     expected = golden["gen_text_tokens"]
     end = int(expected[2])
     tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=(end,))[0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hf_cases import copy_golden, edit_config, expanded_batch, mean_loss
 from media_cases import packed
+from repository import load_arrays
 
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.params import stack_layers, unstack_layers
@@ -36,7 +37,7 @@ def models(goldens):
 
 
 def golden_of(goldens, name):
-    return np.load(goldens / f"forward/{'llava' if name.startswith('llava') else name}.npz")
+    return load_arrays(goldens / f"forward/{'llava' if name.startswith('llava') else name}.npz")
 
 
 def compare(model, golden, ids, mask, pixels, used=None, labels="labels"):
@@ -70,7 +71,7 @@ def test_llava_and_bunny(models, goldens, name, per_row):
 @pytest.mark.parametrize("name", ["llava_orig", "llava_hf"])
 @PER_ROW
 def test_several_images_in_a_row(models, goldens, name, per_row):
-    model, golden = models[name], np.load(goldens / "forward/llava_multi_image.npz")
+    model, golden = models[name], load_arrays(goldens / "forward/llava_multi_image.npz")
     pixels = golden["pixel_values"]
     if per_row:
         pixels = np.stack([pixels[:2], np.stack([pixels[2], np.zeros_like(pixels[2])])])
@@ -98,7 +99,7 @@ def test_internvl(models, goldens):
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_llava_hf_of_transformers(models, goldens, row):
-    golden = np.load(goldens / "forward/llava_hf.npz")
+    golden = load_arrays(goldens / "forward/llava_hf.npz")
     pixels = golden_of(goldens, "llava")["pixel_values"][row : row + 1]
     logits, _ = forward(models["llava_hf"], golden[f"row{row}_input_ids_expanded"][None], pixel_values=pixels)
     np.testing.assert_allclose(logits[0], golden[f"row{row}_logits"], **close)
@@ -174,7 +175,7 @@ def test_positions_of_another_grid(models, goldens):
 
 
 def test_beyond_the_original_length(models, goldens):
-    golden = np.load(goldens / "forward/internvl_long.npz")
+    golden = load_arrays(goldens / "forward/internvl_long.npz")
     ids, pixels, mask = (golden[name] for name in ("input_ids", "pixel_values", "attention_mask"))
     logits, aux = forward(models["internvl"], ids, pixel_values=pixels, attention_mask=mask, capture=CAPTURE)
     np.testing.assert_allclose(aux["inputs_embeds"], golden["inputs_embeds"], **close)
@@ -187,7 +188,7 @@ def test_without_rope_scaling(goldens, tmp_path):
     folder = copy_golden(goldens, "internvl", tmp_path / "internvl")
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, llm_config={**config["llm_config"], "rope_scaling": None})
-    inputs, golden = golden_of(goldens, "internvl"), np.load(goldens / "forward/internvl_rope_null.npz")
+    inputs, golden = golden_of(goldens, "internvl"), load_arrays(goldens / "forward/internvl_rope_null.npz")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     pixels = inputs["pixel_values"][inputs["image_flags"] == 1]
     logits, aux = forward(load(folder), ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
@@ -246,7 +247,7 @@ def test_greedy_tokens(models, goldens, name):
 
 def influence_samples(goldens, name, model):
     """The calibration samples: image positions expanded, dummy images of text-only samples left out."""
-    arrays = np.load(goldens / f"block_influence/{name}.npz")
+    arrays = load_arrays(goldens / f"block_influence/{name}.npz")
     for n in range(len(arrays["per_sample"])):
         ids, mask, pixels = (arrays[f"s{n}_{part}"] for part in ("input_ids", "attention_mask", "pixel_values"))
         token = model.cfg.image_token_id

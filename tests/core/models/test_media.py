@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from refusal import refused
+from repository import load_arrays
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models import kernels
@@ -38,7 +39,7 @@ def rope_deltas(positions, deltas, mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_of_videos(goldens, family, per_second, side):
     """Rows with a video, a text and two videos, padded, and the offset at which generation goes on."""
-    stored = np.load(goldens / "video" / family / "golden.npz")
+    stored = load_arrays(goldens / "video" / family / "golden.npz")
     grids = np.concatenate([stored["frames_video_grid_thw"], stored["two_video_grid_thw"]])
     names = ("frames_second_per_grid_ts", "two_second_per_grid_ts")
     seconds = np.concatenate([stored[name] for name in names]) if names[0] in stored else None
@@ -52,7 +53,7 @@ def test_positions_of_videos(goldens, family, per_second, side):
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("case", ["single", "two", "text", "tiny", "batch_left", "batch_right"])
 def test_positions_of_transformers(goldens, family, case):
-    arrays = np.load(goldens / "families" / family / "golden.npz")
+    arrays = load_arrays(goldens / "families" / family / "golden.npz")
     ids, grids = np.atleast_2d(arrays[f"{case}_input_ids"]), arrays.get(f"{case}_image_grid_thw")
     mask = arrays.get(f"{case}_attention_mask")
     positions, deltas = positions_of(ids, mask, grids)
@@ -111,7 +112,7 @@ def test_text_among_the_tokens_of_an_image():
 @pytest.fixture(scope="module")
 def qwen(goldens):
     folder = goldens / "families/qwen3_vl"
-    return vp.load(folder / "ckpt"), np.load(folder / "golden.npz")
+    return vp.load(folder / "ckpt"), load_arrays(folder / "golden.npz")
 
 
 def in_a_row(pixels, grid):
@@ -195,7 +196,7 @@ def test_fewer_heads_where_the_class_takes_their_size_from_their_number(goldens,
     vp.save(pruned, tmp_path / "padded", uneven="pad", **options)
     again = vp.load(tmp_path / "padded")
     assert {shape.mixer.q_heads for shape in again.cfg.text.layers} == {4}
-    inputs = single(np.load(goldens / "families/qwen2_5_vl/golden.npz"))
+    inputs = single(load_arrays(goldens / "families/qwen2_5_vl/golden.npz"))
     np.testing.assert_allclose(vp.forward(again, **inputs)[0], vp.forward(pruned, **inputs)[0], atol=1e-5, rtol=0)
 
 

@@ -11,6 +11,7 @@ from block_cases import decoder_values
 from hf_cases import keep_layers, mean_loss, prune, random_ids
 from prune_cases import kept_units, layer_scores
 from refusal import refused
+from repository import load_arrays
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
@@ -33,7 +34,7 @@ FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 def golden(goldens, family):
     """(model, batch as its processor makes it) of rows without an image, with one and with two."""
     folder = goldens / "families" / family
-    arrays = np.load(folder / "golden.npz")
+    arrays = load_arrays(folder / "golden.npz")
     names = ("input_ids", "attention_mask", "labels", "image_grid_thw")
     rows = {name: arrays[f"batch_right_{name}"] for name in names}
     pixels = np.concatenate([arrays[f"image{k}_pixel_values"] for k in (3, 1, 2)])

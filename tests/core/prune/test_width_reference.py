@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from decoder_cases import fed_with, golden_decoder
 from prune_cases import expanded, golden_llava
+from repository import load_arrays
 from rounding import assert_same_sums
 
 from vlmprune_jax.core.models.params import count_params
@@ -48,8 +49,10 @@ class Reference(NamedTuple):
 @functools.cache
 def reference(goldens: Path, folder: Path, name: str) -> Reference:
     cases = json.loads((goldens / f"width/{name}.json").read_text())
-    arrays = dict(np.load(goldens / f"width/{name}.npz"))
-    golden = np.load(goldens / "forward" / {"llama": "llava.npz", "phi2": "bunny.npz", "phi3": "internvl.npz"}[name])
+    arrays = load_arrays(goldens / f"width/{name}.npz")
+    golden = load_arrays(
+        goldens / "forward" / {"llama": "llava.npz", "phi2": "bunny.npz", "phi3": "internvl.npz"}[name]
+    )
     if name == "llama":
         model = golden_llava(goldens)
         vlm = expanded(*(golden[part] for part in ("input_ids", "attention_mask", "labels", "pixel_values")))

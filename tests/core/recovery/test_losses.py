@@ -11,6 +11,7 @@ import recover_cases as cases
 import torch
 from prune_cases import hand_plan, kept_units
 from refusal import refused
+from repository import load_arrays
 
 from vlmprune_jax.core.models.inputs import check_batch
 from vlmprune_jax.core.models.media import Packed
@@ -48,7 +49,7 @@ def distill(goldens, request):
     teacher = load(goldens / "ckpt" / checkpoint, vision_dir=tower and goldens / "ckpt" / tower)
     facts = json.loads((goldens / f"distill/{request.param}.json").read_text())["students"]
     students = {kind: apply_plan(teacher, _plan(teacher, facts[kind])) for kind in ("layer", "width")}
-    arrays = np.load(goldens / f"distill/{request.param}.npz")
+    arrays = load_arrays(goldens / f"distill/{request.param}.npz")
     batch = _expand(arrays, teacher.cfg.tokens_per_image) if inputs == "student" else _tiles(arrays, teacher.cfg)
     assert batch["attention_mask"].sum() < batch["attention_mask"].size  # padding takes part in the reference's losses
     measure = LossConfig(1.0, 1.0, 1.0, 1.0, temperature=2.0, teacher_inputs=inputs, reference_compat=True, chunk=7)

@@ -9,6 +9,7 @@ import pytest
 from block_cases import real_values
 from hf_cases import random_ids
 from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model, seeing
+from repository import load_arrays
 from stack_cases import tower_layer
 
 import vlmprune_jax as vp
@@ -23,7 +24,7 @@ from vlmprune_jax.io.exports.pruning import make_plan
 
 
 def golden_samples(goldens):
-    arrays = np.load(goldens / "block_influence" / "llava.npz")
+    arrays = load_arrays(goldens / "block_influence" / "llava.npz")
     names = ("input_ids", "attention_mask", "labels", "pixel_values")
     return [expanded(*(arrays[f"s{n}_{name}"] for name in names)) for n in range(6)], arrays
 
