@@ -39,7 +39,7 @@ from vlmprune_jax.core.sections import LoraConfig  # noqa: E402
 from vlmprune_jax.io.checkpoints.layout import make_slots  # noqa: E402
 from vlmprune_jax.io.checkpoints.read import open_model  # noqa: E402
 from vlmprune_jax.io.exports.describe import as_lines, describe  # noqa: E402
-from vlmprune_jax.io.exports.format import Importance  # noqa: E402
+from vlmprune_jax.io.exports.formats import Importance  # noqa: E402
 from vlmprune_jax.io.exports.peft import write_adapter  # noqa: E402
 from vlmprune_jax.io.families import family_of  # noqa: E402
 

@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.io.checkpoints.read import load
     from vlmprune_jax.io.data.prompts import expand_images
     from vlmprune_jax.io.exports.card import push
-    from vlmprune_jax.io.exports.format import Contents, Format
     from vlmprune_jax.io.exports.formats import FORMATS as formats
+    from vlmprune_jax.io.exports.formats import Contents, Format
     from vlmprune_jax.io.exports.gptq import gptq, imatrix
     from vlmprune_jax.io.exports.pruning import make_plan, prune, prune_folder, prune_iteratively
     from vlmprune_jax.io.exports.write import save
@@ -69,8 +69,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.run.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.run.evaluation.metrics import Metric
     from vlmprune_jax.run.evaluation.runner import evaluate, perplexity
+    from vlmprune_jax.run.evaluation.speed.bench import measure_speed
     from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
-    from vlmprune_jax.run.evaluation.speed.measure import measure_speed
     from vlmprune_jax.run.stages.stage import STAGES as stages
     from vlmprune_jax.run.stages.stage import Stage
 
@@ -83,11 +83,11 @@ _HOMES = {
     "stages": "run.stages.stage:STAGES",
     "Axis": "core.part",
     "ChannelMixer": "core.channels",
-    "Contents": "io.exports.format",
+    "Contents": "io.exports.formats",
     "Criterion": "core.prune",
     "Encoder": "core.layer",
     "EncoderModule": "core.models.stack",
-    "Format": "io.exports.format",
+    "Format": "io.exports.formats",
     "KeptLayer": "core.prune",
     "LossConfig": "core.recovery.config",
     "LossTerm": "core.recovery.terms",
@@ -122,7 +122,7 @@ _HOMES = {
     "load": "io.checkpoints.read",
     "losses": "core.recovery.losses",
     "make_plan": "io.exports.pruning",
-    "measure_speed": "run.evaluation.speed.measure",
+    "measure_speed": "run.evaluation.speed.bench",
     "metrics": "run.evaluation.metrics:METRICS",
     "parts": "core.models.block:PARTS",
     "perplexity": "run.evaluation.runner",

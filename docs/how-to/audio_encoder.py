@@ -8,8 +8,9 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.models.layers import Leaf, Projection, activation
+from vlmprune_jax.io.families.decoders import text_weights
 from vlmprune_jax.io.families.fields import check_fields
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import llama_like
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.io.families.table import Weight
 
@@ -64,7 +65,7 @@ def weights(cfg):
     layer += [f"self_attn/{name}_proj" for name in ("q", "k", "v", "out")]
     paths = ["frames", "to_text", "places", *(f"layers/{{i}}/{name}" for name in layer)]
     table = [Weight(f"audio/{path}", f"audio.{path}".replace("/", ".")) for path in paths]
-    return llama_like_weights(cfg.text, "model.", "lm_head.weight") + table
+    return text_weights(cfg.text) + table
 
 
 vp.families["hearing"] = dataclasses.replace(

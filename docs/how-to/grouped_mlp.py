@@ -9,8 +9,8 @@ from flax import nnx
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.layers import Leaf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.table import Decoder, Weight
+from vlmprune_jax.io.families.llama_like import llama_like
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,5 @@ def to_hf(text, source):
     return {**source, **heads, **groups, "num_hidden_layers": len(text.layers), "head_dim": layer.mixer.head_dim}
 
 
-def weights(text, prefix, head):
-    scale = Weight("text/layers/{i}/mlp/scale/weight", prefix + "layers.{i}.mlp.scale")
-    return [*llama_like_weights(text, prefix, head), scale]
-
-
-vp.families["grouped"] = decoder_family(Decoder("grouped", "GroupedForCausalLM", from_hf, to_hf, weights))
+names = LLAMA_NAMES | {"layers/{i}/mlp/scale/weight": "layers.{i}.mlp.scale"}
+vp.families["grouped"] = decoder_family(Decoder("grouped", "GroupedForCausalLM", from_hf, to_hf, names))

@@ -7,8 +7,7 @@ from typing import Any
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import layers_to_hf
+from vlmprune_jax.io.families.llama_like import llama_like
 from vlmprune_jax.io.families.table import Decoder
 
 # Defaults of transformers' SeedOssConfig for fields missing in config.json.
@@ -27,11 +26,8 @@ DEFAULTS = {
 
 
 def from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**DEFAULTS, **config}
     biases = {"bias": config["attention_bias"], "out_bias": config["attention_out_bias"]}
     return llama_like(config, "seed_oss", attention=biases, dense={"bias": config["mlp_bias"]})
 
 
-vp.families["seed_oss"] = decoder_family(
-    Decoder("seed_oss", "SeedOssForCausalLM", from_hf, to_hf=layers_to_hf, weights=llama_like_weights)
-)
+vp.families["seed_oss"] = decoder_family(Decoder("seed_oss", "SeedOssForCausalLM", from_hf, defaults=DEFAULTS))

@@ -96,13 +96,11 @@ def test_a_module_that_returns_no_pair_is_named(folder, monkeypatch, value, mess
 
 
 @pytest.mark.parametrize("value", [None, "text", [None]])
-@pytest.mark.parametrize("name", ["weights", "from_hf"])
-def test_a_family_that_returns_no_table_or_config_is_named(folder, name, value):
-    family = vp.families["grouped"]
-    changed = returning(SimpleNamespace(**{name: getattr(family.decoder, name)}), name, value)
-    vp.families["grouped"] = decoder_family(dataclasses.replace(family.decoder, **{name: changed}))
-    expected = {"weights": "a list of families.table.Weight", "from_hf": "a core.config.TextConfig"}[name]
-    with pytest.raises(UserError, match=f"grouped_mlp.py: {name} returned .*, expected {expected}: correct it"):
+def test_a_decoder_that_returns_no_config_is_named(folder, value):
+    decoder = vp.families["grouped"].decoder
+    from_hf = returning(SimpleNamespace(from_hf=decoder.from_hf), "from_hf", value)
+    vp.families["grouped"] = decoder_family(dataclasses.replace(decoder, from_hf=from_hf))
+    with pytest.raises(UserError, match=r"grouped_mlp.py: from_hf returned .*, expected a core.config.TextConfig: cor"):
         vp.load(folder)
 
 

@@ -1,5 +1,7 @@
 """The encoder that how-to/extend.md links: scored, pruned, reconstructed, trained on, saved and loaded."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from extend_cases import documented_family, returning
@@ -122,6 +124,14 @@ def test_encoders_that_return_no_arrays_are_named(folder, monkeypatch, name, val
     monkeypatch.setattr(encoder, name, returning(encoder, name, value))
     with pytest.raises(UserError, match=message):
         vp.forward(model, IDS, **INPUTS)
+
+
+@pytest.mark.parametrize("value", [None, "text", [None]])
+def test_a_family_that_returns_no_table_is_named(folder, value):
+    family = vp.families["hearing"]
+    vp.families["hearing"] = replace(family, weights=returning(family, "weights", value))
+    with pytest.raises(UserError, match=r"audio_encoder.py: weights returned .*, expected a list of families.table.W"):
+        vp.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -133,15 +133,15 @@ def test_it_is_a_decoder_of_the_vision_language_families_too(config, tmp_path, t
     ("change", "message"),
     [
         (
-            lambda line: None if "down_proj" in line.path else line,
+            lambda names: {"names": {path: name for path, name in names.items() if "down_proj" not in path}},
             "its weight table lacks text/layers/0/mlp/down_proj/bias, text/layers/0/mlp/down_proj/weight",
         ),
         (
-            lambda line: replace(line, path=line.path.replace("up_proj", "fc1")),
+            lambda names: {"names": {path.replace("up_proj", "fc1"): name for path, name in names.items()}},
             "its weight table lacks text/layers/0/mlp/up_proj/bias, text/layers/0/mlp/up_proj/weight",
         ),
         (
-            lambda line: replace(line, layout="embed mlp" if "gate_proj" in line.path else None),
+            lambda names: {"layouts": {path: "embed mlp" for path in names if "gate_proj" in path}},
             r"layout 'embed mlp' of text/layers/0/mlp/gate_proj/weight does not match .* axes \('mlp', 'embed'\)",
         ),
     ],
@@ -149,8 +149,7 @@ def test_it_is_a_decoder_of_the_vision_language_families_too(config, tmp_path, t
 def test_wrong_lines_are_told_by_name(config, tmp_path, monkeypatch, change, message):
     assert main(["inspect", str(tmp_path / "source"), config]) == 0
     good = vp.families["seed_oss"].decoder
-    lines = lambda *arguments: [line for line in map(change, good.weights(*arguments)) if line]  # noqa: E731
-    monkeypatch.setitem(vp.families, "seed_oss", decoder_family(replace(good, weights=lines)))
+    monkeypatch.setitem(vp.families, "seed_oss", decoder_family(replace(good, **change(good.names))))
     with pytest.raises(vp.UserError, match=f"family seed_oss: {message}"):
         vp.load(tmp_path / "source")
 

@@ -25,7 +25,7 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.describe import describe
-from vlmprune_jax.io.exports.mtp import mtp_tensors
+from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.token_sources import Source
 from vlmprune_jax.io.exports.vocabulary import trim_files
 

@@ -37,7 +37,6 @@ WRITTEN = (*DTYPES, "source")
 # A header lists names and offsets; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # as numpy has it
-BLOCK = 16 * 2**20  # bytes that are copied at a time
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dtypes
 
 
@@ -49,15 +48,6 @@ def file_name(dtype: str) -> str:
 def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the size in bytes of a tensor of this dtype (one of `FILE_DTYPES`) and shape."""
     return math.prod(shape) * FILE_DTYPES[dtype].itemsize
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Byte range [begin, end) of a weight file, with the dtype and shape of the array stored there."""
-
-    file: Path
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +90,6 @@ class Entry:
         dtype = self._kind()
         return self._read(self.begin + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
-    def extent(self, first: int, size: int) -> Extent:
-        """Return the file's byte range for `size` bytes of the tensor's data, starting at its byte `first`."""
-        return Extent(self.file, self.begin + first, self.begin + first + size)
-
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Read the tensor's values at these flat indices, with one read per value."""
         values = np.empty(positions.shape, self._kind())
@@ -114,19 +100,23 @@ class Entry:
                 read_at(file.fileno(), flat[number * size :][:size], self.begin + at * size, self.file)
         return values
 
-    def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
+    def pieces(self, cuts: Sequence[int], *, once: bool = False) -> Iterator[np.ndarray]:
         """Yield the tensor's values between consecutive flat indices in `cuts`; the buffer is reused for every array.
 
-        The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
-        would kill the process.
+        `once`: the values are not read again. Keeping gigabytes of them in the operating system's page cache took two
+        thirds of the CPU time. The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a
+        file that becomes shorter would kill the process.
         """
         dtype = self._kind()
-        room = memoryview(bytearray(max(end - begin for begin, end in itertools.pairwise(cuts)) * dtype.itemsize))
+        bounds = [self.begin + cut * dtype.itemsize for cut in cuts]
+        room = np.empty(max(end - begin for begin, end in itertools.pairwise(bounds)), np.uint8)
         with open_file(self.file) as file:
-            for begin, end in itertools.pairwise(cuts):
-                part = room[: (end - begin) * dtype.itemsize]
-                read_at(file.fileno(), part, self.begin + begin * dtype.itemsize, self.file)
-                yield np.frombuffer(part, dtype)
+            for begin, end in itertools.pairwise(bounds):
+                part = room[: end - begin]
+                read_at(file.fileno(), part.data, begin, self.file)
+                if once:
+                    advise(file.fileno(), begin, end - begin, "POSIX_FADV_DONTNEED")
+                yield part.view(dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows `start` to `stop` - 1 of the tensor, as an array [stop - start, ...]."""
@@ -138,19 +128,6 @@ class Entry:
         with open_file(self.file) as file:
             read_at(file.fileno(), data.data, begin, self.file)
         return data
-
-
-def read_blocks(extent: Extent) -> Iterator[np.ndarray]:
-    """Yield a byte range of a file in blocks, uint8[at most `BLOCK`], in a buffer that is reused for every block."""
-    room = memoryview(bytearray(min(BLOCK, extent.end - extent.begin)))
-    with open_file(extent.file) as file:
-        advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_SEQUENTIAL")
-        for begin in range(extent.begin, extent.end, BLOCK):
-            part = room[: extent.end - begin]
-            read_at(file.fileno(), part, begin, extent.file)
-            # Keeping gigabytes in the page cache that are not read again took two thirds of the CPU time.
-            advise(file.fileno(), begin, len(part), "POSIX_FADV_DONTNEED")
-            yield np.frombuffer(part, np.uint8)
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:

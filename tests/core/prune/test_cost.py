@@ -26,7 +26,7 @@ from vlmprune_jax.core.prune.cost import make_measure, speed_limits
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.pruning import make_plan, prune_iteratively, with_export
-from vlmprune_jax.io.exports.uneven import padded_stacks
+from vlmprune_jax.io.exports.weights import padded_stacks
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import ExportSpec, ModelSpec
 from vlmprune_jax.run.workdir.artefact import write_artefact

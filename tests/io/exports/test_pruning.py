@@ -13,14 +13,12 @@ from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_f
 from prune_cases import on_mesh
 
 import vlmprune_jax as vp
-from vlmprune_jax.base import weight_files
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.weight_files import Extent
 from vlmprune_jax.core.prune import KeptLayer, fingerprint
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.io.checkpoints.disk.tensors import weight, write_tensor, write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import write_weights
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.run.experiment.spec import Experiment
@@ -84,10 +82,10 @@ def test_every_decoder(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["phi3", "qwen2"])
-def test_what_the_plan_leaves_whole_is_copied_and_not_read(tmp_path, monkeypatch, name):
+def test_what_the_plan_leaves_whole_is_read_in_blocks(tmp_path, monkeypatch, name):
     source = make_folder(tmp_path / "source", DECODERS[name])
     plan = keep_some(vp.load(source))[1]
-    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.FileArray._rows", None)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.FileArray.read", None)
     prune_folder(source, plan, tmp_path / "out")
     monkeypatch.undo()
     vp.load(tmp_path / "out")
@@ -117,7 +115,7 @@ def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     source = make_folder(tmp_path / "llava", LLAVA)
     edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
     monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
-    monkeypatch.setattr(weight_files, "BLOCK", 4096)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.BLOCK", 4096)
     for number, cut in enumerate(CUTS.values()):
         (tmp_path / str(number)).mkdir()
         same_bytes(tmp_path / str(number), source, cut)
@@ -187,21 +185,6 @@ def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
 
 
 # The disk -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 50_000])
-def test_byte_ranges_are_copied_in_blocks(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(weight_files, "BLOCK", 4096)
-    source = np.random.default_rng(0).bytes(60_000)
-    (tmp_path / "source").write_bytes(source)
-    parts = lambda: iter([np.frombuffer(b"abc", np.uint8), Extent(tmp_path / "source", 7, 7 + size)])  # noqa: E731
-    tensor = weight("x", "U8", (3 + size,), parts)
-    blocks = [block.tobytes() for block in tensor.blocks()][1:]
-    with (tmp_path / "out").open("wb") as file:
-        write_tensor(tensor, file)
-    assert (tmp_path / "out").read_bytes() == b"abc" + source[7 : 7 + size]
-    assert b"".join(blocks) == source[7 : 7 + size]
-    assert max(map(len, blocks), default=0) <= 4096
 
 
 def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):

@@ -30,8 +30,8 @@ from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
-from vlmprune_jax.io.checkpoints.read import FileArray, open_model
-from vlmprune_jax.io.exports.mtp import mtp_tensors
+from vlmprune_jax.io.checkpoints.read import FileArray, open_model, read_config
+from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.io.exports.reload import check_export
@@ -149,7 +149,7 @@ def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, m
     read, keys = FileArray.read, list[str]()
     monkeypatch.setattr(FileArray, "read", lambda array: keys.append(array.source.key) or read(array))
     vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
-    assert any("experts" in key for key in keys) == (cut == "all")  # whole experts are copied as they are
+    assert cut == "all" or not any("experts" in key for key in keys)  # whole experts are copied in blocks
     in_memory, _ = prune(golden.model, kept_layers(golden, cut))
     vp.save(in_memory, tmp_path / "same", source_dir=golden.ckpt, dtype="float32")
     assert_same_tensors(tmp_path / "same", tmp_path / "out")
@@ -292,11 +292,15 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
         vp.recover(golden.model, [], config, num_steps=1)
 
 
-def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
-    folder = goldens / "families/qwen3_5_moe/ckpt"
-    cfg = vp.load(folder).cfg
-    with pytest.raises(UserError, match=r'export\.mtp="cut": MTP layers with experts .* use mtp="drop"'):
-        mtp_tensors(Checkpoint(folder), cfg, "source")
+@pytest.mark.parametrize(
+    ("family", "layers", "problem"),
+    [("qwen3_5_moe", 4, "MTP layers with experts"), ("qwen3_5", 1, "the decoder has no layer with full attention")],
+)
+def test_heads_for_several_tokens_that_are_not_cut(goldens, family, layers, problem):
+    folder = goldens / "families" / family / "ckpt"
+    cfg = read_config(folder)[1]
+    with pytest.raises(UserError, match=f'export\\.mtp="cut": {problem}.* use mtp="drop"'):
+        mtp_tensors(Checkpoint(folder), cfg.with_layers(cfg.text.layers[:layers]), "source")
 
 
 def keep_first(layer, experts):

@@ -8,7 +8,7 @@ from sweep_cases import QUIET
 
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.stages import speed as stage
+from vlmprune_jax.run.stages import evaluate as stage
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.speed import Speed

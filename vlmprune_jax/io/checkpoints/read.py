@@ -19,18 +19,18 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError, error_context, reason
-from vlmprune_jax.base.files import open_file, read_json, reading
-from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
+from vlmprune_jax.base.files import read_json, reading
+from vlmprune_jax.base.weight_files import DTYPES, WEIGHT_DTYPES
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.rules import check_divides, sharding
 from vlmprune_jax.core.models.layers import activation
-from vlmprune_jax.core.models.lazy import LazyArray, check_finite, lazy_entry
+from vlmprune_jax.core.models.lazy import LazyArray, check_finite
 from vlmprune_jax.core.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.vlm import Model, Params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, StoredWeight, find_storage, has_weights
 from vlmprune_jax.io.checkpoints.layout import PARTS, Slot, make_slots, match_keys, refuse, stacked
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.tokenizer_files import added_tokens
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.families import Family, detect
 from vlmprune_jax.io.families.experts import as_stored, has_experts, with_separate_experts
 from vlmprune_jax.io.families.fields import check_fields
@@ -38,7 +38,7 @@ from vlmprune_jax.io.families.fields import check_fields
 # XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
 _PART = 2**26  # elements of a tensor that one thread reads
-BLOCK = 2**25  # bytes that are read at a time from a large weight
+BLOCK = 2**24  # bytes that are read at a time for an export
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
@@ -90,41 +90,33 @@ class FileArray(LazyArray):
             self, picks=(*self.picks, (1 - axis if self.slot.turned else axis, np.asarray(indices)))
         )
 
-    @property
-    def extent(self) -> Extent | None:
-        """Byte range of the weight's rows in its file; None if its bytes differ (pruned, cast or quantised)."""
-        changed = self.picks or self.dtype != WEIGHT_DTYPES[self.source.dtype]
-        return None if changed else self._extent(0, self.slot.shape[0])
-
     def read(self) -> np.ndarray:
         """Read the weight from its file."""
-        array = self._rows(0, self.slot.shape[0])
+        (array,) = self.pieces([0, self.slot.shape[0]])
         return array.T if self.slot.turned else array
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Yield a weight that is not `turned` in consecutive groups of rows, of at most `BLOCK` bytes each."""
-        rows = self.slot.shape[0]
-        step = max(1, BLOCK // (self.slot.stride * self.dtype.itemsize))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield self._rows(start, stop)
-            # Bytes that are read once need no room in the operating system's page cache.
-            if extent := self._extent(start, stop):
-                with open_file(extent.file) as file:
-                    advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
+    def pieces(self, rows: Sequence[int], *, check: bool = False, once: bool = False) -> Iterator[np.ndarray]:
+        """Yield the weight between consecutive rows in the file, as the file has its axes; buffers are reused.
 
-    def checked(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the rows between consecutive numbers in `rows`, of an array without `picks`, as they are in the file.
-
-        Raises UserError if a weight is not finite, in the file or in the dtype of the array.
+        With `check`, raises UserError if a weight is not finite, in the file or in the dtype of the array. `once`: see
+        `Entry.pieces`.
         """
-        for piece in self.source.pieces([self.slot.offset + row * self.slot.stride for row in rows]):
-            check_finite(piece, self.location)
-            if piece.dtype != self.dtype:
-                with np.errstate(over="ignore"):  # reported with the tensor's name instead
-                    piece = piece.astype(self.dtype)
-                check_finite(piece, f"{self.location} as {self.dtype.name}")
-            yield self.slot.rows_of(piece)
+        slot = self.slot
+        pieces = self.source.pieces([slot.offset + row * slot.stride for row in rows], once=once)
+        for (start, stop), values in zip(itertools.pairwise(rows), pieces, strict=True):
+            # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
+            array = slot.rows_of(values.view(f"u{values.dtype.itemsize}"))
+            for axis, indices in self.picks:
+                inside = indices[(indices >= start) & (indices < stop)] - start if axis == 0 else indices
+                array = np.take(array, inside, axis=axis)
+            array = np.ascontiguousarray(array).view(values.dtype)
+            if check:
+                check_finite(array, self.location)
+            with np.errstate(over="ignore"):  # reported with the tensor's name instead
+                cast = array.astype(self.dtype, copy=False)
+            if check and cast is not array:
+                check_finite(cast, f"{self.location} as {self.dtype.name}")
+            yield cast
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read single elements, given one index array per axis."""
@@ -133,22 +125,6 @@ class FileArray(LazyArray):
         column = np.ravel_multi_index(inner, self.slot.shape[1:]) if inner else 0
         first = self.slot.offset + (self.slot.columns or (0,))[0]
         return self.source.elements(first + row * self.slot.stride + column)
-
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Read indices `start` to `stop` - 1 of the first axis in the file, of them only those that `picks` keeps."""
-        slot, stored = self.slot, WEIGHT_DTYPES[self.source.dtype]
-        values = self.source.values(slot.offset + start * slot.stride, (stop - start) * slot.stride)
-        # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
-        array = slot.rows_of(values.view(f"u{stored.itemsize}"))
-        for axis, indices in self.picks:
-            inside = indices[(indices >= start) & (indices < stop)] - start if axis == 0 else indices
-            array = np.take(array, inside, axis=axis)
-        return np.ascontiguousarray(array).view(stored).astype(self.dtype, copy=False)
-
-    def _extent(self, start: int, stop: int) -> Extent | None:
-        size = WEIGHT_DTYPES[self.source.dtype].itemsize
-        first, end = (self.slot.offset + row * self.slot.stride for row in (start, stop))
-        return self.source.extent(first * size, (end - first) * size)
 
 
 def load(
@@ -182,7 +158,7 @@ def load(
     devices = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(cfg)
     if devices is not None:
         check_divides(cfg, devices)
-    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, tower, dtype=DTYPES[dtype])
+    arrays = open_weights(make_slots(cfg, family), cfg, family, Checkpoint(folder), tower, dtype=DTYPES[dtype])
     params = place([array for array in arrays if array.slot.part in parts], cfg, devices)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
 
@@ -196,7 +172,7 @@ def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None =
     """
     family, cfg = read_config(folder, vision_dir)
     cast = None if dtype is None else DTYPES[dtype]
-    arrays = open_weights(make_slots(cfg, family), cfg, family, folder, vision_dir, dtype=cast)
+    arrays = open_weights(make_slots(cfg, family), cfg, family, Checkpoint(folder), vision_dir, dtype=cast)
     stacks = stacked([(array.slot, array) for array in arrays], FileArray.stack)
     return Model(unflatten(stacks), cfg, source=folder.absolute())
 
@@ -237,12 +213,10 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     if find_storage(config, str(path)) is not None:  # refuses unknown quantisation
         family = with_separate_experts(family)
     if os.path.lexists(generation):
-        ids = {
-            k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        nested = family.text_config(config)
-        known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
-        config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
+        ids, nested = read_fields(generation), family.text_config(config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is None and nested.get(name) is None and ids.get(name) is not None:
+                config = {**config, name: ids[name]}
     if family.token_names:
         tokens = added_tokens(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
@@ -276,7 +250,7 @@ def open_weights(
     slots: list[Slot],
     cfg: ModelConfig,
     family: Family,
-    folder: Path,
+    checkpoint: Checkpoint,
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
     dtype: np.dtype | None = None,
@@ -286,30 +260,26 @@ def open_weights(
     `vision_dir` has the tower of an original LLaVA or Bunny. Raises UserError that lists all unknown, missing or
     repeated keys, wrong shapes and dtypes.
     """
-    holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
+    holders: list[tuple[Checkpoint, Collection[str]]] = [(checkpoint, parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
-        holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
-    matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
-    location = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
+        holders = [(checkpoint, ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
+    matches = [(holder, match_keys(slots, cfg, family, holder, parts)) for holder, parts in holders]
+    location = " + ".join(str(holder.folder) for holder, _ in matches)
     refuse([problem for _, match in matches for problem in match.problems], family, location)
-    checkpoint, match = matches[0]
+    match = matches[0][1]
     if match.tied is not None:
         embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
-        if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
+        copies = [checkpoint.entries[key] for key in (match.tied, embedding)]
+        cuts = [*range(0, math.prod(copies[0].shape), _PIECE), math.prod(copies[0].shape)]
+        pairs = zip(*(copy.pieces(cuts) for copy in copies), strict=True)
+        alike = (a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+        if not all(alike):
             raise UserError(
-                f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
+                f"{checkpoint.folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
-    sources = {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
+    sources = {name: holder.entries[key] for holder, match in matches for name, key in match.keys.items()}
     return [FileArray(sources[slot.key], slot, cast=dtype) for slot in slots if slot.part in parts]
-
-
-def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
-    """Return True if two weights of equal shape are bitwise equal; they are read in pieces."""
-    size = math.prod(weight.shape)
-    cuts = [*range(0, size, _PIECE), size]
-    pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
-    return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
 def place(arrays: Sequence[FileArray], cfg: ModelConfig, mesh: Mesh | None) -> Params:
@@ -362,7 +332,7 @@ def _fill(array: FileArray, begin: int, blocks: Mapping[Bounds, np.ndarray]) -> 
     if start >= stop:
         return
     rows = [*range(start, stop, max(1, _PIECE // slot.stride)), stop]
-    for (at, end), piece in zip(itertools.pairwise(rows), array.checked(rows), strict=True):
+    for (at, end), piece in zip(itertools.pairwise(rows), array.pieces(rows, check=True), strict=True):
         for (first, last), columns, block in targets:
             low, high = max(first, at), min(last, end)
             if low < high:
@@ -377,20 +347,19 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def extent_of(weights: Sequence[tuple[Any, tuple[int, ...]]], dtype: str) -> Extent | None:
-    """Return the byte range of rows of one file that these weights fill side by side; None if their bytes differ."""
-    arrays = [lazy_entry(*weight) for weight in weights]
-    files = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
-    if len(files) < len(arrays) or len({x.extent for x in files}) > 1:
-        return None
-    columns = [x.slot.columns for x in files if x.slot.columns is not None]
-    ends, starts = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), files[0].slot.width]
-    return files[0].extent if not columns or ends == starts else None
+def blocks_of(arrays: Sequence[LazyArray | None], *, as_stored: bool) -> Iterator[np.ndarray] | None:
+    """Return an iterator over groups of rows, at most `BLOCK` bytes each, that these weights fill side by side.
 
-
-def blocks_of(array: Any, index: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]] | None:
-    """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
-    stored = lazy_entry(array, index)
-    if not isinstance(stored, FileArray) or stored.slot.turned or stored.slot.columns:
+    None if they are in memory, or lie otherwise in the file than in `params` (`as_stored`: which does not matter).
+    """
+    files = [array for array in arrays if isinstance(array, FileArray)]
+    if len(files) < len(arrays):
         return None
-    return None if math.prod(stored.slot.shape) * stored.dtype.itemsize <= 4 * BLOCK else stored.blocks
+    first, slot = files[0], files[0].slot
+    if slot.turned or slot.columns:
+        if not as_stored or any(x.picks or x.source is not first.source for x in files):
+            return None
+        slot = dataclasses.replace(slot, shape=(slot.stop - slot.start, slot.width), columns=None, turned=False)
+        first = dataclasses.replace(first, slot=slot)
+    step = max(1, BLOCK // (slot.stride * first.dtype.itemsize))
+    return first.pieces([*range(0, slot.shape[0], step), slot.shape[0]], once=True)

@@ -1,4 +1,4 @@
-"""Preparation of images of any size as patches: near their own size (Qwen-VL), or with a budget of tokens (Gemma 4)."""
+"""Preparation of images of any size as patches: near their own size (Qwen-VL, LFM2-VL), or with a budget (Gemma 4)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.image_processor import check_steps, normalize, pixel_fields
-from vlmprune_jax.io.data.preparation import Plan, Preparation
-from vlmprune_jax.io.families.tiles import BICUBIC, ImageShape
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.processor_files import crop_grid, normalize, pixel_fields
+from vlmprune_jax.io.data.tiling import closest_grid
+from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
 _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
@@ -33,11 +34,19 @@ class Patches(Preparation):
     def shape(self) -> tuple[int, ...]:
         return (3 * self.patch**2,)
 
+    @property
+    def side(self) -> int:
+        """Pixels per side of a token."""
+        return self.patch * self.merge
+
     def cells(self, pixels: np.ndarray) -> np.ndarray:
         """Return the patches of pixels [height, width, 3], token by token: [rows, columns, merge, merge, p, p, 3]."""
-        side, m, p = self.merge * self.patch, self.merge, self.patch
-        rows, columns = (length // side for length in pixels.shape[:2])
+        m, p = self.merge, self.patch
+        rows, columns = (length // self.side for length in pixels.shape[:2])
         return pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+
+    def arrange(self, pixels: np.ndarray) -> np.ndarray:
+        return self.cells(normalize(pixels, self.mean, self.std)).reshape(-1, *self.shape)
 
     def fitted(
         self,
@@ -52,7 +61,7 @@ class Patches(Preparation):
 
         `limits`: pixels of all `frames` frames together, which become `whole` frames.
         """
-        (rows, columns), (least, most), side = rounded, limits, self.patch * self.merge
+        (rows, columns), (least, most), side = rounded, limits, self.side
         if whole * rows * columns * side**2 > most:
             shrink = math.sqrt(frames * height * width / most)
             rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
@@ -89,6 +98,7 @@ class Patching(Patches):
     resample: int
 
     turns = True
+    limits_videos = False  # True if the limits are those of all frames of a video together
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,15 +106,10 @@ class Patching(Patches):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        return (*token_buckets(self._most_tokens)[:-1], self._most_tokens)
-
-    @property
-    def _most_tokens(self) -> int:
-        """Upper bound on tokens per image, allowing for thin images and rounding up of small ones."""
-        side = self.patch * self.merge
-        most, least = self.max_pixels / side**2, self.min_pixels / side**2
+        most, least = self.max_pixels / self.side**2, self.min_pixels / self.side**2
         rounded_up = least + math.sqrt(least) * (math.sqrt(_THINNEST) + 1 / math.sqrt(_THINNEST)) + 1
-        return math.ceil(max(most, math.sqrt(_THINNEST * most), rounded_up))
+        bound = math.ceil(max(most, math.sqrt(_THINNEST * most), rounded_up))  # with thin images and small ones
+        return (*token_buckets(bound)[:-1], bound)
 
     @property
     def limit_fields(self) -> dict[str, Any]:
@@ -112,9 +117,9 @@ class Patching(Patches):
         return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        pixels = tokens * (self.patch * self.merge) ** 2
+        pixels = tokens * self.side**2
         if pixels < self.min_pixels:
-            least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
+            least = -(-self.min_pixels // self.side**2)
             raise UserError(
                 f"tokens per image must be at least {least}, the number of tokens of the smallest image "
                 f"that the model reads ({self.min_pixels} pixels): raise the limit"
@@ -130,10 +135,18 @@ class Patching(Patches):
         patch, merge = video.patch or self.patch, video.merge or self.merge
         return kind(patch=patch, temporal=video.temporal_patch, merge=merge, **fields)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        rows, columns = self._grid(width, height, frames)
-        shape = ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
-        return Plan(shape, rows * columns * self.temporal * self.patch**2)
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        if max(width, height) > _THINNEST * min(width, height):
+            raise UserError(
+                f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
+                "crop it"
+            )
+        # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
+        rounded = round(height / self.side), round(width / self.side)
+        limited = (frames, round(frames / self.temporal) * self.temporal) if self.limits_videos else (1, 1)
+        rows, columns = self.fitted(width, height, rounded, (self.min_pixels, self.max_pixels), *limited)
+        pixels = rows * columns * self.temporal * self.patch**2
+        return ImageShape(rows, columns, tokens=rows * columns // self.merge**2, pixels=pixels)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         return self.prepare_frames([image], 1)
@@ -142,64 +155,48 @@ class Patching(Patches):
         p, t, patches = self.patch, self.temporal, np.empty(0)
         for number, frame in enumerate(frames):
             if number == 0:
-                rows, columns = self._grid(*frame.size, count)
-                patches = np.empty((-(-count // t), rows * columns, 3, t, p, p), np.float32)
-            resized = frame.resize((columns * p, rows * p), self.resample)
+                shape = self.plan(*frame.size, frames=count)
+                patches = np.empty((-(-count // t), shape.rows * shape.columns, 3, t, p, p), np.float32)
+            resized = frame.resize((shape.columns * p, shape.rows * p), self.resample)
             pixels = normalize(np.asarray(resized), self.mean, self.std)
-            patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(rows * columns, 3, 1, p, p)
+            patch_rows = np.moveaxis(self.cells(pixels), -1, -3).reshape(-1, 3, 1, p, p)
             # the last frame is repeated to fill the last temporal patch
             last = t if number == count - 1 else number % t + 1
             patches[number // t, :, :, number % t : last] = patch_rows
         return patches.reshape(-1, *self.shape)
-
-    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
-        """Return the (rows, columns) of an image or frame in patches, both multiples of `merge`."""
-        return self._limited(width, height)
-
-    def _limited(self, width: int, height: int, frames: int = 1, whole: int = 1) -> tuple[int, int]:
-        """Return (rows, columns) in patches; the limits are for `frames` frames, which become `whole` frames."""
-        if max(width, height) > _THINNEST * min(width, height):
-            raise UserError(
-                f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
-                "crop it"
-            )
-        # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
-        side = self.patch * self.merge
-        rounded = round(height / side), round(width / side)
-        return self.fitted(width, height, rounded, (self.min_pixels, self.max_pixels), frames, whole)
 
 
 @dataclass(frozen=True)
 class VideoPatching(Patching):
     """Preparation of a video's frames with pixel limits for all frames together (`Qwen3VLVideoProcessor`)."""
 
+    limits_videos = True
+
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
         if not tokens:
             raise UserError("a temporal patch has at least 1 token: use fewer frames")
         fields = {name: value for name, value in vars(self).items() if name not in ("min_pixels", "max_pixels")}
         # limits each temporal patch separately, not all frames together
-        return Patching(min_pixels=1, max_pixels=tokens * (self.patch * self.merge) ** 2, **fields)
+        return Patching(min_pixels=1, max_pixels=tokens * self.side**2, **fields)
 
-    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
-        side = self.patch * self.merge
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         if frames < self.temporal:
             raise UserError(
                 f"a video of {frames} frame(s) is too short, because the model reads {self.temporal} frames together: "
                 "pass an image instead, or set data.video_frames, so that frames are repeated"
             )
-        if min(width, height) < side:
-            scale = max(side / height, side / width)
+        if min(width, height) < self.side:
+            scale = max(self.side / height, self.side / width)
             width, height = int(width * scale), int(height * scale)
-        return self._limited(width, height, frames, round(frames / self.temporal) * self.temporal)
+        return super().plan(width, height, sharing, frames)
 
 
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
-    """Return the patching of checked settings of Qwen-VL's image processor.
+    """Return the patching of Qwen-VL's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, or a setting contradicts another or is missing
-    (several models share the class, and its defaults suit only one of them).
+    Raises UserError if a setting contradicts another or is missing (several models share the class, and its defaults
+    suit only one of them).
     """
-    check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}
     names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     fields: dict[str, Any] = {
@@ -257,44 +254,141 @@ class TokenBudget(Patches):
         patch, merge = video.patch or self.patch, video.merge or self.merge
         return TokenBudget(patch, merge, video.max_soft_tokens, video.resample)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        rows, columns = self._tokens(width, height)
-        shape = ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
-        return Plan(shape, self.tokens * (self.merge * self.patch) ** 2)
-
-    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        (rows, columns), side = self._tokens(*image.size), self.merge * self.patch
-        size = (columns * side, rows * side)
-        resized = image if image.size == size else image.resize(size, self.resample)
-        pixels = np.asarray(resized).astype(np.float32) * np.float32(1 / 255)
-        return np.ascontiguousarray(self.cells(pixels).reshape(-1, *self.shape))
-
-    def _tokens(self, width: int, height: int) -> tuple[int, int]:
-        side = self.merge * self.patch
-        factor = math.sqrt(self.tokens * side**2 / (height * width))
-        rows, columns = (math.floor(factor * length / side) for length in (height, width))
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        factor = math.sqrt(self.tokens * self.side**2 / (height * width))
+        rows, columns = (math.floor(factor * length / self.side) for length in (height, width))
         if not rows:
-            return 1, min(width // height, self.tokens)
-        return (rows, columns) if columns else (min(height // width, self.tokens), 1)
+            rows, columns = 1, min(width // height, self.tokens)
+        elif not columns:
+            rows, columns = min(height // width, self.tokens), 1
+        pixels = self.tokens * self.side**2
+        return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns, pixels=pixels)
+
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        shape = self.plan(*image.size)
+        return [image.resize((shape.columns * self.patch, shape.rows * self.patch), self.resample)]
+
+    def arrange(self, pixels: np.ndarray) -> np.ndarray:
+        return self.cells(pixels.astype(np.float32) * np.float32(1 / 255)).reshape(-1, *self.shape)
 
 
 def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
-    """Return the image preparation of checked settings of Gemma 4's image processor.
+    """Return the image preparation of Gemma 4's image processor.
 
-    Raises UserError if resizing or rescaling is off, normalisation is on, or the model was not trained with this number
-    of tokens per image.
+    Raises UserError if normalisation is on, or the model was not trained with this number of tokens per image.
     """
-    check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):
         raise UserError(
             f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
             "set it to false"
         )
-    resample = config.get("resample")
     with error_context(location):
         return TokenBudget(
             patch=config.get("patch_size") or 16,
             merge=config.get("pooling_kernel_size") or 3,
             tokens=config.get("max_soft_tokens") or DEFAULT_BUDGET,
-            resample=BICUBIC if resample is None else resample,
+            resample=pixel_fields(config)["resample"],
         )
+
+
+@dataclass(frozen=True)
+class NaFlex(Patches):
+    """Image preparation of LFM2-VL (reference: transformers' `Lfm2VlImageProcessor`).
+
+    An image is resized to `min_tokens` to `max_tokens` tokens; a token is `merge` x `merge` patches of `patch` x
+    `patch` pixels. An image that originally has more than `tolerance` x `max_tokens` tokens is also divided into
+    `min_tiles` to `max_tiles` tiles of `size` x `size` pixels, which come before the resized image (`thumbnail`).
+    `mean` and `std` normalise pixels. `resample` is PIL's number of the resampling filter.
+    """
+
+    patch: int
+    merge: int
+    size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    min_tokens: int
+    max_tokens: int
+    tolerance: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    @property
+    def _tile_side(self) -> int:
+        return self.size // self.side
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        tiles = self.max_tiles if self.max_tiles > 1 else 0
+        # rounding up small sides may exceed the limit
+        return token_buckets(tiles * self._tile_side**2 + max(self.max_tokens, 4 * self.min_tokens))
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        most = self.max_tiles + self.thumbnail if self.max_tiles > 1 else 1
+        return (*(n for n in (1, 3, 5, 7) if n < most), most)
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        names = {"min_tiles": self.min_tiles, "max_tiles": self.max_tiles, "max_image_tokens": self.max_tokens}
+        return {**names, "do_image_splitting": self.max_tiles > 1}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> NaFlex:
+        if tokens < self.min_tokens:
+            raise UserError(
+                f"tokens per image must be at least {self.min_tokens}, the number of tokens of the smallest image: "
+                "raise the limit"
+            )
+        tiles = min((tokens - self.max_tokens) // self._tile_side**2, self.max_tiles)
+        if tiles >= self.min_tiles:
+            return dataclasses.replace(self, max_tiles=tiles)
+        return dataclasses.replace(self, min_tiles=1, max_tiles=1, max_tokens=min(tokens, self.max_tokens))
+
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        columns, rows, area = 1, 1, self.side**2
+        rounded = [round(length / self.side) for length in (height, width)]
+        least = math.prod(max(self.patch, length * self.side) for length in rounded)
+        if self.max_tiles > 1 and least > self.max_tokens * area * self.tolerance:
+            columns, rows = closest_grid(width, height, self.size, self.min_tiles, self.max_tiles)
+        limits = self.min_tokens * area, self.max_tokens * area
+        whole = self.fitted(width, height, (max(1, rounded[0]), max(1, rounded[1])), limits)
+        side, tiled = self._tile_side * self.merge, rows * columns > 1
+        pieces = [(side, side)] * (rows * columns) * tiled + [whole] * (self.thumbnail or not tiled)
+        tokens = sum(r * c for r, c in pieces) // self.merge**2
+        largest = max(columns * rows * self.size**2, math.prod(whole) * self.patch**2)
+        return ImageShape(rows, columns, len(pieces), tokens, tuple(pieces), pixels=largest)
+
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        shape, pieces = self.plan(*image.size), list[Image.Image]()
+        if shape.rows * shape.columns > 1:
+            tiled = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
+            pieces = crop_grid(tiled, self.size)
+        for rows, columns in shape.pieces[len(pieces) :]:
+            pieces.append(image.resize((columns * self.patch, rows * self.patch), self.resample))
+        return pieces
+
+
+def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
+    """Return the image preparation of LFM2-VL's image processor.
+
+    Raises UserError if tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
+    """
+    values: dict[str, Any] = {
+        name: config.get(name) or default
+        for name, default in {
+            "encoder_patch_size": 16, "downsample_factor": 2, "tile_size": 512, "min_tiles": 2, "max_tiles": 10,
+            "min_image_tokens": 64, "max_image_tokens": 256, "max_pixels_tolerance": 2.0,
+        }.items()
+    }  # fmt: skip
+    patch, merge, size, min_tiles, max_tiles, min_tokens, max_tokens, tolerance = values.values()
+    if config.get("do_image_splitting") is False:
+        min_tiles = max_tiles = 1
+    if size % (patch * merge) or not 1 <= min_tiles <= max_tiles <= MAX_TILES or min_tokens > max_tokens:
+        raise UserError(
+            f"{location}: tile_size {size}, {min_tiles} to {max_tiles} tiles, {min_tokens} to {max_tokens} tokens and "
+            f"{merge} x {merge} patches of {patch} pixels per token contradict each other: restore the file from the "
+            "model's source"
+        )
+    limits = (min_tiles, max_tiles, config.get("use_thumbnail") is not False, min_tokens, max_tokens, tolerance)
+    return NaFlex(patch, merge, size, *limits, **pixel_fields(config, resample=BILINEAR))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,33 +12,28 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.image_processor import normalize
+from vlmprune_jax.io.data.processor_files import normalize
 from vlmprune_jax.io.families.tiles import ImageShape
 
 
-class Plan(NamedTuple):
-    """Grid and number of tiles of a prepared image, and the pixels of the largest image made on the way."""
-
-    shape: ImageShape
-    pixels: int
-
-
 class Preparation:
-    """Preparation of images and video frames; a subclass defines `plan`, and `prepare` or `cut`.
+    """Preparation of images and video frames: a subclass says how an image is planned and cut into pieces.
 
     `sharing` is the number of images in an image's record, `frames` the number of frames in its video.
     """
 
-    merge: int
-    """Patches per side of a token (n x n patches become one) for images of varying size; 0 if the size is fixed."""
-
+    merge: int  # patches per side of a token (n x n become one) for images of varying size; 0 if the size is fixed
     shares = False  # True if an image's arrays depend on the number of images in its record
     turns = False  # True if image tokens have rotary positions by row and column (M-RoPE)
+
+    size: int  # pixels per side of a tile
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the vision tower's input: (channels, height, width); (values,) per patch if image sizes vary."""
-        raise NotImplementedError
+        return (3, self.size, self.size)
 
     @property
     def described(self) -> str:
@@ -71,17 +66,22 @@ class Preparation:
         """Return the maximum number of tiles of a record with up to `images` images."""
         return images * self.usual[-1]
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        """Return what an image or frame of this size becomes; it is not decoded."""
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        """Return what an image, or one temporal patch of a video, of this size becomes; it is not decoded."""
         raise NotImplementedError
 
-    def image_shape(self, width: int, height: int, sharing: int, frames: int = 1) -> ImageShape:
-        """Return the grid and number of tiles of an image, or of one temporal patch of a video, of this size."""
-        return self.plan(width, height, sharing, frames).shape
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the resized pieces of an image, and its overview where it has one, in the order of the prompt."""
+        raise NotImplementedError
+
+    def arrange(self, pixels: np.ndarray) -> np.ndarray:
+        """Convert a piece uint8[height, width, 3] to float32[1, 3, height, width], or float32[patches, values]."""
+        return normalize(pixels, self.mean, self.std).transpose(2, 0, 1)[None]
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Convert an RGB image to float32[tiles, channels, height, width], or float32[patches, values]."""
-        raise NotImplementedError
+        pieces = [self.arrange(np.asarray(piece)) for piece in self.cut(image, sharing)]
+        return np.ascontiguousarray(np.concatenate(pieces))
 
     def prepare_frames(self, frames: Iterable[Image.Image], count: int) -> np.ndarray:
         """Convert a video's `count` RGB frames to arrays like `prepare`, one frame after the other."""
@@ -102,27 +102,6 @@ class Preparation:
         Raises UserError if the model cannot process images with so few tokens.
         """
         raise fixed_size(slot_tokens)
-
-
-class SquarePieces(Preparation):
-    """Preparation that divides an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
-
-    merge = 0
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (3, self.size, self.size)
-
-    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the tiles of an image, and its overview where it has one, in the order of the prompt."""
-        raise NotImplementedError
-
-    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        pieces = np.stack([np.asarray(piece) for piece in self.cut(image, sharing)])
-        return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
 
 
 def described_patches(values: int, merge: int) -> str:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.image_processor import check_steps, crop_grid, pixel_fields, sides
-from vlmprune_jax.io.data.preparation import Plan, SquarePieces
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.processor_files import crop_grid, pixel_fields, sides
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
 _SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them
@@ -23,26 +23,24 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2
 
 
 @dataclass(frozen=True)
-class Tiling(TilingConfig, SquarePieces):
+class Tiling(TilingConfig, Preparation):
     """Image preparation that divides an image into a grid of tiles (InternVL)."""
+
+    merge = 0
 
     @property
     def usual(self) -> tuple[int, ...]:
         return (1, 2, 4, 7, 13)  # 1, or 1, 3, 6 or 12 tiles plus a thumbnail
 
-    def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
-        """Return (columns, rows) of tiles for an image that is one of `sharing` images in its record."""
-        if self.pad:
-            width = height = max(width, height)
-        return closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
-
     def _most_tiles(self, sharing: int) -> int:
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        columns, rows = self.grid(width, height, sharing)
-        shape = ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
-        return Plan(shape, max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0))
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        if self.pad:
+            width = height = max(width, height)
+        columns, rows = closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
+        pixels = max(columns * rows * self.size**2, width * height if self.pad else 0)
+        return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1), pixels=pixels)
 
     def most(self, images: int) -> int:
         def tiles(sharing: int) -> int:
@@ -75,10 +73,10 @@ class Tiling(TilingConfig, SquarePieces):
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
         if self.pad:  # like InternVL's `dynamic_preprocess`
             image = pad_to_square(image, self.mean)
-        columns, rows = self.grid(*image.size, sharing)
-        resized = image.resize((columns * self.size, rows * self.size), self.resample)
+        shape = self.plan(*image.size, sharing)
+        resized = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
         tiles = crop_grid(resized, self.size)
-        if self.thumbnail and len(tiles) != 1:
+        if shape.slots > len(tiles):
             tiles.append(image.resize((self.size, self.size), self.resample))
         return tiles
 
@@ -118,11 +116,7 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
-    """Return the tiling of checked settings of `GotOcr2ImageProcessor`; InternVL's processor always uses tiles.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "InternVL tiles")
+    """Return the tiling of `GotOcr2ImageProcessor`, which always uses tiles; raise UserError if they are not square."""
     size = config.get("size") or 384
     height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, location)
     if height != width or height is None:
@@ -141,7 +135,7 @@ def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
 
 
 @dataclass(frozen=True)
-class Splitting(SquarePieces):
+class Splitting(Preparation):
     """Image preparation that splits an image into tiles of `size` x `size` pixels (SmolVLM).
 
     The longer side is first resized to `longest` pixels. With `splits`, both sides are then rounded up to multiples of
@@ -150,6 +144,7 @@ class Splitting(SquarePieces):
     `SmolVLMImageProcessor`).
     """
 
+    merge = 0
     size: int
     longest: int
     splits: bool
@@ -185,16 +180,25 @@ class Splitting(SquarePieces):
         whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
         return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        rows, columns = self._grid(width, height)
-        shape = ImageShape(rows, columns, rows * columns + (rows * columns != 1))
-        return Plan(shape, max(rows * columns * self.size**2, math.prod(self._resized(width, height))))
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        rows, columns, size, resized = 1, 1, self.size, self._resized(width, height)
+        if self.splits:
+            (width, height), ratio = resized, resized[0] / resized[1]
+            if width >= height:
+                width = math.ceil(width / size) * size
+                height = math.ceil(int(width / ratio) / size) * size
+            else:
+                height = math.ceil(height / size) * size
+                width = math.ceil(int(height * ratio) / size) * size
+            rows, columns = max(height // size, 1), max(width // size, 1)
+        pixels = max(rows * columns * size**2, math.prod(resized))
+        return ImageShape(rows, columns, rows * columns + (rows * columns != 1), pixels=pixels)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        rows, columns = self._grid(*image.size)
+        shape = self.plan(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
-        image = image.resize((columns * self.size, rows * self.size), self.resample)
-        if rows * columns == 1:
+        image = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
+        if shape.slots == 1:
             return [image]
         return [*crop_grid(image, self.size), image.resize((self.size, self.size), self.resample)]
 
@@ -214,27 +218,12 @@ class Splitting(SquarePieces):
             width, height = int(MAX_SIDE * ratio), MAX_SIDE
         return max(width, 1), max(height, 1)
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
-        if not self.splits:
-            return 1, 1
-        width, height = self._resized(width, height)
-        ratio, size = width / height, self.size
-        if width >= height:
-            width = math.ceil(width / size) * size
-            height = math.ceil(int(width / ratio) / size) * size
-        else:
-            height = math.ceil(height / size) * size
-            width = math.ceil(int(height * ratio) / size) * size
-        return max(height // size, 1), max(width // size, 1)
-
 
 def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
-    """Return the image splitting of checked settings of SmolVLM's image processor.
+    """Return the image splitting of SmolVLM's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, a size does not state the longest edge, or an image
-    could have too many tiles.
+    Raises UserError if a size does not state the longest edge, or an image could have too many tiles.
     """
-    check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(
         size=_longest_edge(config, "max_image_size", _SIDE, location),
         longest=_longest_edge(config, "size", 4 * _SIDE, location),
@@ -260,7 +249,7 @@ def _longest_edge(config: Mapping[str, Any], name: str, default: int, location: 
 
 
 @dataclass(frozen=True)
-class Cropping(SquarePieces):
+class Cropping(Preparation):
     """Image preparation that resizes an image to `size` x `size` pixels and may add crops of that size (Gemma 3).
 
     With `crops`, an image whose aspect ratio is at least `least_ratio` is divided along its longer side into equal
@@ -268,6 +257,7 @@ class Cropping(SquarePieces):
     `resample` is PIL's number of the resampling filter (reference: transformers' `Gemma3ImageProcessor`).
     """
 
+    merge = 0
     size: int
     crops: bool
     least_side: int
@@ -295,13 +285,17 @@ class Cropping(SquarePieces):
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
-        count = self._count(width, height)
-        shape = ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
-        return Plan(shape, shape.slots * self.size**2)
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
+        long, short, count = max(width, height), min(width, height), 1
+        if self.crops and long / short >= self.least_ratio:
+            count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
+            count = count if min(math.ceil(long / count), short) >= self.least_side else 1
+        rows, columns, slots = *((1, count) if width >= height else (count, 1)), count + (count != 1)
+        return ImageShape(rows, columns, slots, pixels=slots * self.size**2)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        count, (width, height) = self._count(*image.size), image.size
+        (width, height), shape = image.size, self.plan(*image.size)
+        count = shape.rows * shape.columns
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()
         across = ((at, 0, min(at + step, width), height) for at in starts)
@@ -309,20 +303,9 @@ class Cropping(SquarePieces):
         crops = map(image.crop, across if width >= height else down)
         return [piece.resize((self.size, self.size), self.resample) for piece in (image, *crops)]
 
-    def _count(self, width: int, height: int) -> int:
-        long, short = max(width, height), min(width, height)
-        if not self.crops or long / short < self.least_ratio:
-            return 1
-        count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
-        return count if min(math.ceil(long / count), short) >= self.least_side else 1
-
 
 def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
-    """Return the image cropping of checked settings of Gemma 3's image processor.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "Gemma 3")
+    """Return the image cropping of Gemma 3's image processor; raise UserError if its size is not a square."""
     height, width = sides(config.get("size") or 224, location)
     if height != width:
         raise UserError(f"{location}: image size {height} x {width} must be square for Gemma 3: restore the file")

@@ -34,9 +34,10 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     folder = resolve(hf_dir)
     tower = None if vision_dir is None else resolve(vision_dir)
     family, cfg = read_config(folder, tower)
-    open_weights(make_slots(cfg, family), cfg, family, folder, tower)
-    own, text, vision = Checkpoint(folder), cfg.text, cfg.vision
-    entries = own.tensors.values()
+    own, slots, text, vision = Checkpoint(folder), make_slots(cfg, family), cfg.text, cfg.vision
+    open_weights(slots, cfg, family, own, tower)
+    entries, unused = own.tensors.values(), match_keys(slots, cfg, family, own).passthrough
+    unused = [key for key in unused if not key.endswith(("position_ids", "inv_freq"))]
     sizes = {} if vision is None else dataclasses.asdict(vision)
     sizes = {name: value for name, value in sizes.items() if name not in ("layers", "block")}
     return {
@@ -61,19 +62,12 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
             **{part: count_params(cfg, part) for part in (*PARTS, *dict(cfg.encoders))},
         },
         "active_parameters": active_params(cfg),
-        "passthrough": count_passthrough(folder, tower),
+        # parameters that no forward pass uses, such as tower layers after the used features
+        "passthrough": sum(math.prod(own.entries[key].shape) for key in unused),
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "loads": what_loads(cfg),
     }
-
-
-def count_passthrough(folder: Path, vision_dir: Path | None) -> int:
-    """Count checkpoint parameters that no forward pass uses, such as tower layers after the used features."""
-    (family, cfg), checkpoint = read_config(folder, vision_dir), Checkpoint(folder)
-    keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).passthrough
-    buffers = ("position_ids", "inv_freq")
-    return sum(math.prod(checkpoint.entries[key].shape) for key in keys if not key.endswith(buffers))
 
 
 def _stack(stack: Stack) -> dict[str, Any]:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name, read_blocks
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Entry, file_name
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.plans.kept import KeptLayer
+from vlmprune_jax.core.prune.surgery import keep_indices
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.layout import (
+    Slot,
     block_number,
     block_prefix,
     by_key,
     make_slots,
+    stacked,
     template,
     tied_head,
 )
-from vlmprune_jax.io.checkpoints.read import resolve
+from vlmprune_jax.io.checkpoints.read import FileArray, read_config, read_fields, resolve
 from vlmprune_jax.io.exports.card import loading_of
-from vlmprune_jax.io.exports.format import Contents, FolderOptions, Origin
+from vlmprune_jax.io.exports.formats import Contents, FolderOptions, Origin
 from vlmprune_jax.io.exports.gptq import check_on_tpus, make_storage, matrices
-from vlmprune_jax.io.exports.mtp import mtp_tensors
 from vlmprune_jax.io.exports.target import Target, make_target, write_files
 from vlmprune_jax.io.exports.weights import Weights, cast
 from vlmprune_jax.io.families import Family, family_of
@@ -125,11 +132,8 @@ def make_tensors(
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Return the weights that stock transformers' tower class requires for loading but never uses."""
-    tensors = []
-    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
-        constant = np.full(shape, value, WEIGHT_DTYPES[dtype])
-        tensors.append(weight(key, dtype, shape, functools.partial(iter, [constant])))
-    return tensors
+    constants = stock_tower_constants(vision_of(cfg)).items()
+    return [constant(key, np.full(shape, value, WEIGHT_DTYPES[dtype])) for key, (shape, value) in constants]
 
 
 def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
@@ -150,17 +154,115 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
         numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
             continue
-        stored = entry.dtype if dtype == "source" else file_name(dtype)
         written = name if family.respells else key
-        if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
-            blocks = functools.partial(_bytes_of, entry)
+        if isinstance(entry, Entry) and (entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq")):
+            blocks = lambda entry=entry: iter([entry.raw()])  # noqa: E731
             tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, blocks))
         else:
-            pieces = lambda entry=entry, stored=stored: [cast(entry.array(), stored)]  # noqa: E731
-            tensors.append(weight(written, stored, entry.shape, pieces))
+            tensors.append(_copied(entry, written, entry.dtype if dtype == "source" else file_name(dtype)))
     return tensors
 
 
-def _bytes_of(entry: StoredWeight) -> Iterator[np.ndarray]:
-    extent = entry.extent(0, entry.n_bytes)
-    return iter([entry.array().reshape(-1).view(np.uint8)]) if extent is None else read_blocks(extent)
+def _copied(entry: StoredWeight, key: str, dtype: str, what: str | None = None) -> Tensor:
+    return weight(key, dtype, entry.shape, lambda: [cast(entry.array(), dtype)], what)
+
+
+# Multi-token prediction (MTP) ----------------------------------------------------------------------------------------
+
+
+def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor]:
+    """Return the tensors of a folder's MTP module, pruned to the decoder's widths, in `dtype` ("source": as stored).
+
+    Its layers are attention layers of the unpruned decoder. Calibration data do not reach them, so that they keep the
+    groups of heads and the neurons with the largest columns in the projections that write to the residual stream.
+
+    Args:
+      source: folder with the module; its config.json gives the module's widths.
+      cfg: config of the pruned decoder.
+
+    Raises UserError if there is no such module, it has experts, it is narrower than the decoder's attention layers or
+    the decoder has none, or tensors are missing, unknown, of other shapes or dtypes, or not finite.
+    """
+    prefix, field, outside = family_of(cfg).mtp
+    if not prefix:
+        raise _refusal(source, f"has no module for multi-token prediction (family {cfg.family})")
+    family, whole = read_config(source.folder)
+    with_attention = [[x for x in c.text.layers if isinstance(x.mixer, Attention)] for c in (whole, cfg)]
+    if not all(with_attention):
+        raise _refusal(source, "the decoder has no layer with full attention, whose widths the module would get")
+    wide, own = (layers[-1] for layers in with_attention)
+    if not isinstance(wide.channel, Dense):
+        raise _refusal(source, "MTP layers with experts cannot be pruned")
+    keys = {name: key for key in source.entries if (name := family.canonical(key)).startswith(prefix)}
+    if not keys:
+        raise _refusal(source, f"has no module for multi-token prediction ({prefix})")
+    if any(size < own.sizes[axis] for axis, size in wide.sizes.items()):
+        raise _refusal(source, f"its layers of {wide.sizes} are narrower than the decoder's, {own.sizes}")
+    stated = family.text_config(read_fields(source.folder / "config.json")).get(field) or 0
+    count = min(stated, len(keys))  # whatever config.json says, no layer is without tensors
+    before, after = (_slots(whole, family, [layer] * count) for layer in (wide, wide.resized(own.sizes)))
+    shapes = {f"{prefix}{name}": tuple(whole.text.hidden_size * n for n in sizes) for name, sizes in outside.items()}
+    _check(source, keys, shapes | {slot.key: slot.hf_shape for slot in before}, f"{field} {stated}")
+    arrays = {slot.name: FileArray(source.entries[keys[slot.key]], slot) for slot in before}
+    kept = [_kept_units(number, wide, own, arrays) for number in range(count)]
+    pruned = [(slot, keep_indices(arrays[slot.name], slot.axes, kept[slot.layer or 0])) for slot in before]
+    parameters = Weights(whole, whole, stacked(pruned, FileArray.stack), {slot.name: slot for slot in after})
+    layers, tensors = by_key(after), []
+    for name, key in keys.items():
+        entry = source.entries[key]
+        stored = entry.dtype if dtype == "source" else file_name(dtype)
+        what = f"{entry.file}: tensor {key}, to be written as {stored},"
+        held = layers.get(name)
+        tensors.append(_copied(entry, key, stored, what) if held is None else parameters.tensor(key, held, stored))
+    return tensors
+
+
+def _refusal(source: Checkpoint, problem: str) -> UserError:
+    return UserError(f'{source.folder}: export.mtp="cut": {problem}: use mtp="drop"')
+
+
+def _slots(cfg: ModelConfig, family: Family, layers: Sequence[Layer]) -> list[Slot]:
+    """Return the locations of the module's weights: those of decoder layers, under the module's keys."""
+    slots = make_slots(cfg.with_layers(layers), family) if layers else ()
+    return [
+        dataclasses.replace(slot, key=f"{family.mtp[0]}layers.{slot.key.partition('layers.')[2]}")
+        for slot in slots
+        if slot.path.startswith("text/layers/")
+    ]
+
+
+def _check(source: Checkpoint, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], stated: str) -> None:
+    """Raise UserError if the module's tensors are not those with these `shapes`; `keys`: {canonical key: key}."""
+    if wrong := sorted(shapes.keys() ^ keys.keys()):
+        kind = "missing" if wrong[0] in shapes else "unknown"
+        raise _refusal(source, f"the tensor {wrong[0]} is {kind} ({len(wrong)} in all; config.json says {stated})")
+    for name, key in keys.items():
+        entry = source.entries[key]
+        if entry.shape != shapes[name]:
+            raise _refusal(source, f"{key} has shape {list(entry.shape)}, expected {list(shapes[name])}")
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise _refusal(source, f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
+
+
+def _kept_units(number: int, wide: Layer, own: Layer, arrays: Mapping[str, FileArray]) -> KeptLayer:
+    """Choose the heads and neurons of one layer of the module, as many as the decoder's layer `own` has."""
+    units: dict[str, tuple[int, ...]] = {}
+    for part in wide.parts:
+        writer = arrays[f"text/layers/{number}/{part.module}/{part.writer}/weight"]
+        values = writer.read()
+        check_finite(values, writer.location)
+        *parents, axis = part.axes
+        owners = [parent.name for parent in parents]
+        before, after = (math.prod(layer.sizes[name] for name in owners) for layer in (wide, own))
+        strength = np.square(values.astype(np.float64)).sum(axis=0).reshape(wide.sizes[axis.name], -1).sum(axis=1)
+        by_owner = strength.reshape(before, -1)
+        kept = _largest(by_owner.sum(axis=1), after)
+        each = own.sizes[axis.name] // after
+        inside = [owner * by_owner.shape[1] + _largest(by_owner[owner], each) for owner in kept]
+        units |= {name: tuple(kept.tolist()) for name in owners}
+        units[axis.name] = tuple(np.concatenate(inside).tolist())
+    return KeptLayer(number, units)
+
+
+def _largest(strength: np.ndarray, count: int) -> np.ndarray:
+    return np.sort(np.argsort(-strength, kind="stable")[:count])

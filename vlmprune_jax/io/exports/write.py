@@ -18,8 +18,7 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.read import resolve
 from vlmprune_jax.io.exports.card import CardFacts, model_name, write_card
-from vlmprune_jax.io.exports.format import Comparison, Origin
-from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.io.exports.formats import Comparison, Origin, choose_format
 from vlmprune_jax.io.exports.target import copy_always
 from vlmprune_jax.io.exports.vocabulary import export_files
 

@@ -11,7 +11,7 @@ from vlmprune_jax.base.checks import check_returned
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, token_ids
-from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, checked_table
+from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, part_weights
 from vlmprune_jax.io.families.towers import Tower, vision_of
 
 # Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
@@ -57,14 +57,15 @@ def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     return _read(decoder_of(config.get("model_type", "llama")), config)
 
 
-def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight table; its keys begin with `prefix`, and `head` is the key of lm_head."""
+def text_weights(text: TextConfig, prefix: str = "model.", head: str = "lm_head") -> list[Weight]:
+    """Return the decoder's weight table; its keys begin with `prefix`, except `head`, the module lm_head."""
     decoder = decoder_of(text.decoder)
-    return checked_table(decoder.weights, decoder.weights(text, prefix, head))
+    table = part_weights("text", prefix, decoder.names, decoder.layouts)
+    return [dataclasses.replace(line, key=head) if line.path == "text/lm_head" else line for line in table]
 
 
 def _read(decoder: Decoder, config: Mapping[str, Any]) -> TextConfig:
-    text = decoder.from_hf(config)
+    text = decoder.from_hf({**decoder.defaults, **config})
     check_returned(decoder.from_hf, text, isinstance(text, TextConfig), "a core.config.TextConfig")
     return text
 
@@ -82,7 +83,7 @@ def decoder_family(decoder: Decoder) -> Family:
         model_types=(decoder.model_type,),
         from_hf=from_hf,
         to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
-        weights=lambda cfg: checked_table(decoder.weights, decoder.weights(cfg.text, "model.", "lm_head.weight")),
+        weights=lambda cfg: text_weights(cfg.text),
         ignored=UNUSED,
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),

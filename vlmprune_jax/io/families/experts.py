@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, Weight, checked_table, in_layers
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, Family, JsonDict, Weight, checked_table, in_layers
 
 _COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one that transformers 5 writes
 
@@ -29,7 +28,7 @@ def expert_count(config: Mapping[str, Any]) -> int:
     return next(iter(counts.values()))
 
 
-def with_expert_count(config: JsonDict, default: int) -> JsonDict:
+def with_expert_count(config: Mapping[str, Any], default: int) -> Mapping[str, Any]:
     """Return a decoder config with the default number of experts if neither of the two fields has one."""
     return config if any(config.get(name) is not None for name in _COUNTS) else {**config, "num_experts": default}
 
@@ -154,23 +153,11 @@ def _with_fused_experts(family: Family, change: Callable[[Weight], Weight]) -> F
 
 # Qwen3 with experts (30B-A3B, 235B-A22B), alone and as InternVL3.5's decoder ----------------------------------------
 
-# Defaults of the config class in transformers.
-_QWEN3_MOE: JsonDict = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "moe_intermediate_size": 768,
-    "num_experts_per_tok": 8,
-}
 QWEN_EXPERT_NAMES = LLAMA_NAMES | in_layers({"mlp/router": "mlp.gate"})
 
 
 def _qwen3_moe_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = with_expert_count({**_QWEN3_MOE, **config}, 128)
+    config = with_expert_count(config, 128)
     text = llama_like(config, "qwen3_moe", windows=windows_from_hf, biased=True, attention={"qk_norm": True})
     return with_experts(text, config, renormalise=bool(config.get("norm_topk_prob", False)))
 
@@ -181,7 +168,10 @@ QWEN3_MOE = decoder_family(
         "Qwen3MoeForCausalLM",
         _qwen3_moe_from_hf,
         experts_to_hf,
-        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(separate=True)),
+        QWEN_EXPERT_NAMES | expert_names(separate=True),
+        defaults=defaults_of(
+            "qwen3_moe", max_position_embeddings=32768, moe_intermediate_size=768, num_experts_per_tok=8
+        ),
         gguf=(gguf.QWEN3MOE,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="jax",

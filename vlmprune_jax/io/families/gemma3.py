@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,33 +11,25 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import FULL, SLIDING, rope_from_hf, typed_layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
-# Defaults of the config classes in transformers, which hub files leave out.
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131072,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
-}
+_TEXT = defaults_of(
+    _DECODER,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=131072,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 THETA = {FULL: 1e6, SLIDING: 1e4}
 # Names of decoders whose layers have a norm before and after attention and MLP.
 GEMMA_NAMES = {path: name for path, name in LLAMA_NAMES.items() if "post_attention_layernorm" not in path} | in_layers(
@@ -88,7 +79,6 @@ def gemma_windows(config: Mapping[str, Any]) -> list[int | None]:
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_TEXT, **config}
     if config.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention true of Gemma 3 is not supported: such a model is an encoder")
     ropes = _ropes(config)
@@ -174,7 +164,7 @@ GEMMA3 = vlm_family(
     tower=TOWERS[_TOWER],
     defaults=_TEXT,
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head"),
         part_weights(
             "projector",
             "multi_modal_projector.",
@@ -197,7 +187,8 @@ GEMMA3 = vlm_family(
         "Gemma3ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        functools.partial(llama_like_weights, names=GEMMA_NAMES),
+        GEMMA_NAMES,
+        defaults=_TEXT,
         heads_divide=True,
         gguf=(gguf.GEMMA3,),
         problem=_problem,

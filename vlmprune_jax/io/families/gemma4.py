@@ -21,34 +21,26 @@ from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, v
 from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import VideoText
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
-# Defaults of the config classes in transformers.
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 262144,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131072,
-    "sliding_window": 512,
-    "global_head_dim": 512,
-    "hidden_size_per_layer_input": 256,
-    "num_kv_shared_layers": 0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
-}
+_TEXT = defaults_of(
+    _DECODER,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=131072,
+    sliding_window=512,
+    global_head_dim=512,
+    hidden_size_per_layer_input=256,
+    num_kv_shared_layers=0,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 _ROPE: JsonDict = {
     SLIDING: {"rope_type": "default", "rope_theta": THETA[SLIDING]},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[FULL]},
@@ -98,7 +90,6 @@ def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[i
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_TEXT, **config}
     if config.get("use_bidirectional_attention") == "all":
         raise UserError("use_bidirectional_attention 'all' of Gemma 4 is not supported")
     n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
@@ -178,7 +169,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     }
 
 
-_NAMES = GEMMA_NAMES | {
+_LAYER = GEMMA_NAMES | {
     "layers/{i}/layer_scalar/weight": "layers.{i}.layer_scalar",
     **in_layers(
         {
@@ -191,9 +182,9 @@ _NAMES = GEMMA_NAMES | {
     "extra_inputs/project": "per_layer_model_projection",
     "extra_inputs/norm": "per_layer_projection_norm",
 }
-# Of layers with experts, whose MLP is beside them.
-_MOE_NAMES = {
-    **{path.replace("/mlp/", "/mlp/dense/"): name for path, name in _NAMES.items()},
+# A layer's MLP is alone, or beside its experts.
+_NAMES = {
+    **{place: name for path, name in _LAYER.items() for place in (path, path.replace("/mlp/", "/mlp/dense/"))},
     **expert_names("experts"),
     **in_layers(
         {
@@ -206,10 +197,6 @@ _MOE_NAMES = {
         }
     ),
 }
-
-
-def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    return llama_like_weights(text, prefix, head, _MOE_NAMES if has_experts(text) else _NAMES)
 
 
 # Clipped projections have their bounds beside `linear.weight`.
@@ -309,7 +296,7 @@ GEMMA4 = vlm_family(
     tower=_TOWER,
     defaults=_TEXT,
     weights=vlm_weights(
-        ("model.language_model.", "lm_head.weight"),
+        ("model.language_model.", "lm_head"),
         _TOWER.weights("model.vision_tower."),
         part_weights("projector", "model.vision_tower.", {f"{x}/weight": x for x in ("std_bias", "std_scale")}),
         part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"}),
@@ -326,7 +313,8 @@ GEMMA4 = vlm_family(
         "Gemma4ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        _text_weights,
+        _NAMES,
+        defaults=_TEXT,
         gguf=(gguf.GEMMA4,),
         problem=_problem,
     ),

@@ -243,7 +243,7 @@ INTERNVL_ORIGINAL = Family(
     text_section="llm_config",
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head"),
         part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}),
         TOWERS["intern_vit_6b"].weights("vision_model."),
     ),
@@ -275,7 +275,7 @@ INTERNVL_HF = vlm_family(
     feature_layer="vision_feature_layer",
     defaults=_TEXT,
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head"),
         part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
         TOWERS["internvl_vision"].weights("vision_tower."),
     ),

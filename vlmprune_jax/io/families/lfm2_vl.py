@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,9 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, V
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, tied_embeddings, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL
 from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
@@ -24,23 +23,16 @@ from vlmprune_jax.io.families.towers import (
     vision_of,
 )
 
-# Defaults of the config classes in transformers.
-_TEXT: JsonDict = {
-    "model_type": "lfm2",
-    "vocab_size": 65536,
-    "hidden_size": 2560,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 128000,
-    "norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "conv_L_cache": 3,
-    "block_multiple_of": 256,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": True,
-}
+_TEXT = defaults_of(
+    "lfm2",
+    max_position_embeddings=128000,
+    norm_eps=1e-5,
+    tie_word_embeddings=True,
+    conv_L_cache=3,
+    block_multiple_of=256,
+    block_ffn_dim_multiplier=1.0,
+    block_auto_adjust_ff_dim=True,
+)
 _THETA = 1e6
 _TOWER = "siglip2_vision_model"
 _NAMES = {
@@ -81,7 +73,7 @@ def _tied(config: Mapping[str, Any]) -> JsonDict:
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = _tied({**_TEXT, **config})
+    config = _tied(config)
     if config.get("conv_bias"):
         raise UserError("conv_bias true is not supported (no released model has it)")
     n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
@@ -106,7 +98,8 @@ LFM2 = decoder_family(
         "Lfm2ForCausalLM",
         _text_from_hf,
         _text_to_hf,
-        functools.partial(llama_like_weights, names=_NAMES),
+        _NAMES,
+        defaults=_TEXT,
         gguf=(gguf.LFM2,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="",
@@ -165,7 +158,7 @@ LFM2_VL = vlm_family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     weights=vlm_weights(
-        ("model.language_model.", "lm_head.weight"),
+        ("model.language_model.", "lm_head"),
         part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS),
         TOWERS[_TOWER].weights("model.vision_tower."),
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,43 +16,50 @@ from vlmprune_jax.io.families.shapes import (
     layers_from_hf,
     layers_to_hf,
     rope_from_hf,
+    rotary_dim,
     same_windows,
     windows_from_hf,
 )
-from vlmprune_jax.io.families.table import Decoder, JsonDict, Weight, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, JsonDict
 
-# Defaults of the config classes in transformers: Llama's, and what differs in others.
-_LLAMA: JsonDict = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
+_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "num_key_value_heads", "head_dim")  # fmt: skip
+# Default values of these fields in transformers, by model type; None: the class computes it.
+_SIZES = {
+    "llama": (32000, 4096, 11008, 32, 32, None, None),
+    "mistral": (32000, 4096, 14336, 32, 32, 8, None),
+    "phi": (51200, 2048, 8192, 24, 32, None, None),
+    "phi3": (32064, 3072, 8192, 32, 32, None, None),
+    "lfm2": (65536, 2560, 12288, 32, 32, 8, None),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32, None),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64, 8, None),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128),
+    "qwen3_moe": (151936, 2048, 6144, 24, 32, 4, None),
+    "qwen3_vl_text": (151936, 4096, 22016, 32, 32, 32, 128),
+    "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16, 16, None),
+    "qwen3_5_text": (248320, 4096, 12288, 32, 16, 4, 256),
+    "qwen3_5_moe_text": (248320, 2048, 12288, 40, 16, 2, 256),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256),
+    "gemma4_text": (262144, 2304, 9216, 30, 8, 4, 256),
 }
-_MISTRAL: JsonDict = {
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-_QWEN2: JsonDict = {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-}
+
+
+def defaults_of(model_type: str, **others: Any) -> JsonDict:
+    """Return the defaults of a decoder's config class in transformers: its sizes, and `others`."""
+    sizes = zip(_FIELDS, _SIZES[model_type], strict=True)
+    return {"model_type": model_type, **{name: size for name, size in sizes if size is not None}, **others}
+
+
+_LLAMA = defaults_of("llama", max_position_embeddings=2048, hidden_act="silu", rms_norm_eps=1e-6)
 
 
 def llama_like(
     config: Mapping[str, Any],
     decoder: str,
     *,
-    defaults: Mapping[str, Any] | None = None,
     windows: Callable[[Mapping[str, Any]], Sequence[int | None]] | None = None,
     biased: bool = False,
+    rotary: float | None = None,
     attention: Mapping[str, Any] | None = None,
     local: Mapping[str, Any] | None = None,
     dense: Mapping[str, Any] | None = None,
@@ -62,23 +68,27 @@ def llama_like(
 ) -> TextConfig:
     """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
-    Absent fields take `defaults`, and then LlamaConfig's. `windows` returns the sliding window of each layer (None:
-    full attention everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases.
-    `attention`, `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local`
-    overrides those of attention with a window. By default the decoder has no biases and no norm of queries and keys.
+    Absent fields take LlamaConfig's defaults. `windows` returns the sliding window of each layer (None: full attention
+    everywhere). With `biased`, `attention_bias` says whether all projections of attention have biases. `rotary` is the
+    default of `partial_rotary_factor` (None: all channels of a head rotate, and the field is not read). `attention`,
+    `dense`, `block` and `traits` are fields of Attention, Dense, BlockConfig and TextConfig; `local` overrides those of
+    attention with a window. By default the decoder has no biases and no norm of queries and keys.
     """
-    config = {**_LLAMA, **(defaults or {}), **config}
+    config = {**_LLAMA, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
     bias = biased and bool(config.get("attention_bias", False))
+    fields: JsonDict = {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias}
+    if rotary is not None:
+        fields["rotary_dim"] = rotary_dim(config, head_dim, rotary)
     return TextConfig(
         hidden_size=hidden,
         layers=layers_from_hf(
             config,
             (heads, kv_heads, int(config["intermediate_size"])),
             [None] * int(config["num_hidden_layers"]) if windows is None else windows(config),
-            {"head_dim": head_dim, "rope": rope_from_hf(config), "bias": bias, "out_bias": bias, **(attention or {})},
+            {**fields, **(attention or {})},
             local or {},
             {"activation": config["hidden_act"], **(dense or {})},
         ),
@@ -89,35 +99,6 @@ def llama_like(
         decoder=decoder,
         **traits,
     )
-
-
-# {path of a module in `params["text"]`: its name in files}, of Llama and most other decoders.
-LLAMA_LAYER = {
-    path: path.replace("/", ".")
-    for path in (
-        *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
-        *(f"self_attn/{name}_proj" for name in "qkvo"),
-        *("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
-    )
-}
-LLAMA_NAMES = {"embed_tokens": "embed_tokens", **in_layers(LLAMA_LAYER), "norm": "norm", "lm_head": "lm_head"}
-
-
-def llama_like_weights(
-    text: TextConfig,
-    prefix: str,
-    head: str,
-    names: Mapping[str, str] = LLAMA_NAMES,
-    layouts: Mapping[str, str] | None = None,
-) -> list[Weight]:
-    """Return the weight table of a decoder; keys begin with `prefix`, and `head` is the key of lm_head.
-
-    `names`, `layouts`: {path of a module: its name in files} and layouts by path, see `part_weights`.
-    """
-    names = {path: name for path, name in names.items() if path != "lm_head" or not text.tie_embeddings}
-    lines = part_weights("text", prefix, names, layouts)
-    module = head.removesuffix(".weight")
-    return [dataclasses.replace(line, key=module) if line.path == "text/lm_head" else line for line in lines]
 
 
 def _llama_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -166,7 +147,6 @@ LLAMA = decoder_family(
         "LlamaForCausalLM",
         _llama_from_hf,
         _llama_to_hf,
-        llama_like_weights,
         heads_divide=True,
         gguf=(gguf.LLAMA, gguf.DECI),
         vllm_tpu="jax",
@@ -176,9 +156,8 @@ MISTRAL = decoder_family(
     Decoder(
         "mistral",
         "MistralForCausalLM",
-        functools.partial(llama_like, decoder="mistral", defaults=_MISTRAL, windows=same_windows),
-        layers_to_hf,
-        llama_like_weights,
+        functools.partial(llama_like, decoder="mistral", windows=same_windows),
+        defaults=defaults_of("mistral", max_position_embeddings=131072, sliding_window=4096),
         gguf=(gguf.LLAMA, gguf.DECI),
     )
 )
@@ -186,11 +165,8 @@ QWEN2 = decoder_family(
     Decoder(
         "qwen2",
         "Qwen2ForCausalLM",
-        functools.partial(
-            llama_like, decoder="qwen2", defaults=_QWEN2, windows=windows_from_hf, attention={"bias": True}
-        ),
-        layers_to_hf,
-        llama_like_weights,
+        functools.partial(llama_like, decoder="qwen2", windows=windows_from_hf, attention={"bias": True}),
+        defaults=defaults_of("qwen2", max_position_embeddings=32768),
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("vllm", "mlx"),
         vllm_tpu="jax",
@@ -201,15 +177,9 @@ QWEN3 = decoder_family(
         "qwen3",
         "Qwen3ForCausalLM",
         functools.partial(
-            llama_like,
-            decoder="qwen3",
-            defaults={**_QWEN2, "head_dim": 128},
-            windows=windows_from_hf,
-            biased=True,
-            attention={"qk_norm": True},
+            llama_like, decoder="qwen3", windows=windows_from_hf, biased=True, attention={"qk_norm": True}
         ),
-        layers_to_hf,
-        llama_like_weights,
+        defaults=defaults_of("qwen3", max_position_embeddings=32768),
         gguf=(gguf.QWEN3,),
         vllm_tpu="jax",
     )

@@ -211,7 +211,7 @@ LLAVA_HF = vlm_family(
     tower=_TOWER,
     feature_layer="vision_feature_layer",
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head"),
         part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
         _TOWER.weights("vision_tower.vision_model."),
     ),
@@ -234,7 +234,7 @@ LLAVA_ORIGINAL = Family(
     from_hf=_original_from_hf,
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("model.", "lm_head.weight"),
+        ("model.", "lm_head"),
         part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"}),
         _TOWER.weights("vision_tower."),
     ),

@@ -10,30 +10,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import decoder_family
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, as_mistral, llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, rotary_dim, same_windows
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
+from vlmprune_jax.io.families.llama_like import as_mistral, defaults_of, llama_like
+from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, same_windows
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
-# Defaults of the config classes in transformers.
-_PHI: JsonDict = {
-    "vocab_size": 51200,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 24,
-    "max_position_embeddings": 2048,
-    "hidden_act": "gelu_new",
-    "layer_norm_eps": 1e-5,
-}
-_PHI3: JsonDict = {
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
 _PHI_LAYER = (
     "input_layernorm",
     *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
@@ -59,22 +39,14 @@ def _phi_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a Phi config, whose head has no bias (only `PhiForCausalLM` alone has one)."""
     if config.get("qk_layernorm", False):
         raise UserError("Phi with qk_layernorm=true is not supported (no released Phi uses it)")
-    config = {**_PHI, **config}
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return llama_like(
         {**config, "rms_norm_eps": config["layer_norm_eps"]},
         "phi",
-        attention={"bias": True, "out_bias": True, "rotary_dim": rotary_dim(config, head_dim, default=0.5)},
+        rotary=0.5,
+        attention={"bias": True, "out_bias": True},
         dense={"gated": False, "bias": True},
         block={"norm": "layer", "parallel": True},
     )
-
-
-def _phi3_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_PHI3, **config, "model_type": "phi3"}
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    rotated = rotary_dim(config, head_dim, default=1.0)
-    return llama_like(config, "phi3", windows=same_windows, attention={"rotary_dim": rotated})
 
 
 def _phi3_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -107,9 +79,10 @@ PHI3 = decoder_family(
     Decoder(
         "phi3",
         "Phi3ForCausalLM",
-        _phi3_from_hf,
+        functools.partial(llama_like, decoder="phi3", windows=same_windows, rotary=1.0),
         _phi3_to_hf,
-        functools.partial(llama_like_weights, names=_PHI3_NAMES),
+        _PHI3_NAMES,
+        defaults=defaults_of("phi3", max_position_embeddings=4096, rms_norm_eps=1e-5),
         heads_divide=True,
         gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("mlx",),
@@ -120,8 +93,8 @@ PHI = decoder_family(
         "phi",
         "PhiForCausalLM",
         _phi_from_hf,
-        layers_to_hf,
-        functools.partial(llama_like_weights, names=_PHI_NAMES),
+        names=_PHI_NAMES,
+        defaults=defaults_of("phi", max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5),
         head_bias=True,
         gguf=(gguf.PHI2,),
         derives_head_dim=("vllm", "vllm_tpu", "mlx"),

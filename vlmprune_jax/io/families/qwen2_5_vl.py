@@ -10,7 +10,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
 from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.qwen3_vl import (
     NORM_EPS,
     TOWER,
@@ -24,21 +24,10 @@ from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_we
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.io.families.towers import FUSED_KEYS, PIXELS, Tower, vision_of
 
-# Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "max_window_layers": 80,
-    "rope_theta": 1000000.0,
-}
+_TEXT = defaults_of(
+    _DECODER, max_position_embeddings=32768, rms_norm_eps=1e-5, max_window_layers=80, rope_theta=1000000.0
+)
 _SECTIONS = (16, 24, 24)
 _TOWER = Tower(
     "qwen2_5_vl",
@@ -78,11 +67,10 @@ _OUTER = (
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the decoder's TextConfig; head_dim is hidden_size / heads, as in the transformers class."""
-    config = {**_TEXT, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if hidden % heads:
         raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
-    config["head_dim"] = hidden // heads
+    config = {**config, "head_dim": hidden // heads}
     attention = {"bias": True, "rope": sectioned_rope(config, _SECTIONS, interleaved=False)}
     return llama_like(config, _DECODER, windows=windows_from_hf, attention=attention, whole_heads=True)
 
@@ -155,14 +143,14 @@ QWEN2_5_VL = patch_family(
         "Qwen2_5_VLForConditionalGeneration",
         _text_from_hf,
         _text_to_hf,
-        llama_like_weights,
+        defaults=_TEXT,
         derives_head_dim=("transformers", "vllm", "vllm_tpu", "mlx", "openvino"),
         gguf=(gguf.QWEN2VL,),
     ),
     from_hf=_from_hf,
     to_hf=_to_hf,
     weights=vlm_weights(
-        ("model.", "lm_head.weight"),
+        ("model.", "lm_head"),
         _TOWER.weights("visual."),
         part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"}),
     ),

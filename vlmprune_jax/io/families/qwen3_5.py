@@ -17,22 +17,13 @@ from vlmprune_jax.io.families.experts import (
     with_channels,
     with_expert_count,
 )
-from vlmprune_jax.io.families.llama_like import LLAMA_NAMES, llama_like, llama_like_weights
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.qwen3_vl import qwen3_vl_family, sectioned_rope
-from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, rotary_dim, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
+from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, typed_layers_to_hf
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
-# Defaults of the config classes in transformers.
-_DECODER = "qwen3_5_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 248320,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
+_DECODER, _MOE_DECODER = "qwen3_5_text", "qwen3_5_moe_text"
+_DELTA = {  # default sizes of delta nets, and the longest context
     "max_position_embeddings": 32768,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
@@ -80,17 +71,15 @@ _MOE_NAMES = {
 
 
 def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
-    config = {**_TEXT, **config}
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act {activation!r} is not supported (delta nets: silu)")
     n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
     kinds = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
     ]
-    rotated = rotary_dim(config, int(config["head_dim"]), default=0.25)
     rope = sectioned_rope(config, _SECTIONS, interleaved=True)
-    attention = {"qk_norm": True, "gated": True, "rotary_dim": rotated, "rope": rope}
-    text = llama_like(config, decoder, biased=True, attention=attention, block={"norm_offset": 1.0})
+    attention = {"qk_norm": True, "gated": True, "rope": rope}
+    text = llama_like(config, decoder, biased=True, rotary=0.25, attention=attention, block={"norm_offset": 1.0})
     delta = DeltaNet(
         int(config["linear_num_value_heads"]),
         int(config["linear_num_key_heads"]),
@@ -106,33 +95,21 @@ QWEN3_5 = qwen3_vl_family(
     Decoder(
         _DECODER,
         "Qwen3_5ForConditionalGeneration",
-        lambda config: _hybrid_from_hf(config, _DECODER),
+        functools.partial(_hybrid_from_hf, decoder=_DECODER),
         typed_layers_to_hf,
-        functools.partial(llama_like_weights, names=_NAMES),
+        _NAMES,
+        defaults=defaults_of(_DECODER, **_DELTA),
         gguf=(gguf.QWEN35,),
         problem=hybrid_problem,
     ),
-    _TEXT,
     **_FAMILY,
 )
 
 # Qwen3.5 with experts -----------------------------------------------------------------------------------------------
 
-_MOE_DECODER = "qwen3_5_moe_text"
-# Defaults of the config class in transformers that differ from those of the dense models.
-_MOE_TEXT: JsonDict = {
-    "model_type": _MOE_DECODER,
-    "hidden_size": 2048,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "num_experts_per_tok": 8,
-}
-
 
 def _moe_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = with_expert_count({**_MOE_TEXT, **config}, 256)
+    config = with_expert_count(config, 256)
     text, experts = _hybrid_from_hf(config, _MOE_DECODER), expert_count(config)
     part = ExpertsAndShared(
         experts,
@@ -157,11 +134,17 @@ QWEN3_5_MOE = qwen3_vl_family(
         "Qwen3_5MoeForConditionalGeneration",
         _moe_from_hf,
         _moe_to_hf,
-        functools.partial(llama_like_weights, names=_MOE_NAMES),
+        _MOE_NAMES,
+        defaults=defaults_of(
+            _MOE_DECODER,
+            **_DELTA,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            num_experts_per_tok=8,
+        ),
         gguf=(gguf.QWEN35MOE,),
         problem=hybrid_problem,
         reads_quantised_experts=True,
     ),
-    _MOE_TEXT,
     **_FAMILY,
 )

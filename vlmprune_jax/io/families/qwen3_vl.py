@@ -23,26 +23,13 @@ from vlmprune_jax.io.families.experts import (
     with_expert_count,
     with_experts,
 )
-from vlmprune_jax.io.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.io.families.shapes import layers_to_hf, rope_from_hf
+from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
+from vlmprune_jax.io.families.shapes import rope_from_hf
 from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.io.families.towers import FIELDS, FUSED_KEYS, Tower, position_side
 
-# Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
-_TEXT: JsonDict = {
-    "model_type": _DECODER,
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 128000,
-    "rope_theta": 500000.0,
-}
 _SECTIONS = (24, 20, 20)
 # Constants of both generations' towers.
 TOWER: JsonDict = {
@@ -97,9 +84,7 @@ def sectioned_rope(config: Mapping[str, Any], default: tuple[int, ...], *, inter
     return dataclasses.replace(rope, sections=rope.sections or default, interleaved=interleaved)
 
 
-def text_of(config: Mapping[str, Any], decoder: str, defaults: JsonDict) -> TextConfig:
-    """Return the TextConfig of a Qwen3-VL decoder config; absent fields take `defaults`."""
-    config = {**defaults, **config}
+def _text_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     # the class interleaves regardless of mrope_interleaved
     rope = sectioned_rope(config, _SECTIONS, interleaved=True)
     return llama_like(config, decoder, biased=True, attention={"qk_norm": True, "rope": rope})
@@ -181,7 +166,6 @@ _VIDEO = VideoConfig(
 def qwen3_vl_family(
     name: str,
     decoder: Decoder,
-    defaults: JsonDict,
     *,
     deepstack: bool = True,
     ids: Mapping[str, int] | None = None,
@@ -189,8 +173,8 @@ def qwen3_vl_family(
 ) -> Family:
     """Return a model family that combines Qwen3-VL's vision tower with `decoder`.
 
-    `defaults` are those of the decoder's config class, `ids` those of image and video tokens; without `deepstack` no
-    features of the tower's blocks enter the decoder.
+    `ids` are the defaults of image and video tokens; without `deepstack` no features of the tower's blocks enter the
+    decoder.
     """
 
     def from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
@@ -199,7 +183,7 @@ def qwen3_vl_family(
             raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
         tower = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
         width = int({**_TOWER.defaults, **section}["out_hidden_size"])
-        return qwen_from_hf(name, {**(ids or {}), **config}, defaults, tower, width)
+        return qwen_from_hf(name, {**(ids or {}), **config}, decoder.defaults, tower, width)
 
     return patch_family(
         name,
@@ -208,7 +192,7 @@ def qwen3_vl_family(
         tower=_TOWER,
         defaults={"model_type": decoder.model_type},
         weights=vlm_weights(
-            ("model.language_model.", "lm_head.weight"),
+            ("model.language_model.", "lm_head"),
             _TOWER.weights("model.visual."),
             part_weights("projector", "model.visual.", _MERGER_KEYS),
         ),
@@ -223,37 +207,21 @@ QWEN3_VL = qwen3_vl_family(
     Decoder(
         _DECODER,
         "Qwen3VLForConditionalGeneration",
-        lambda config: text_of(config, _DECODER, _TEXT),
-        layers_to_hf,
-        llama_like_weights,
+        functools.partial(_text_from_hf, decoder=_DECODER),
+        defaults=defaults_of(_DECODER, max_position_embeddings=128000, rope_theta=500000.0),
         gguf=(gguf.QWEN3VL,),
     ),
-    _TEXT,
 )
 
 # Qwen3-VL with experts ------------------------------------------------------------------------------------------------
 
 _VL_DECODER = "qwen3_vl_moe_text"
-# Defaults of the config class in transformers.
-_VL_TEXT: JsonDict = {
-    "model_type": _VL_DECODER,
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "max_position_embeddings": 128000,
-    "rope_theta": 500000.0,
-    "moe_intermediate_size": 1408,
-    "num_experts_per_tok": 4,
-}
 
 
 def _vl_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = with_expert_count({**_VL_TEXT, **config}, 60)
+    config = with_expert_count(config, 60)
     # the class divides by the sum regardless of norm_topk_prob
-    return with_experts(text_of(config, _VL_DECODER, {}), config, renormalise=True)
+    return with_experts(_text_from_hf(config, _VL_DECODER), config, renormalise=True)
 
 
 def _vl_problem(text: TextConfig) -> str | None:
@@ -274,9 +242,16 @@ QWEN3_VL_MOE = qwen3_vl_family(
         "Qwen3VLMoeForConditionalGeneration",
         _vl_from_hf,
         experts_to_hf,
-        functools.partial(llama_like_weights, names=QWEN_EXPERT_NAMES | expert_names(), layouts=transposed_layouts()),
+        QWEN_EXPERT_NAMES | expert_names(),
+        transposed_layouts(),
+        defaults_of(
+            _VL_DECODER,
+            max_position_embeddings=128000,
+            rope_theta=500000.0,
+            moe_intermediate_size=1408,
+            num_experts_per_tok=4,
+        ),
         gguf=(gguf.QWEN3VLMOE,),
         problem=_vl_problem,
     ),
-    _VL_TEXT,
 )

@@ -11,7 +11,8 @@ from vlmprune_jax.core.channels import Dense, Experts
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import Attention, DeltaNet, RopeConfig, ShortConv
-from vlmprune_jax.io.families.table import JsonDict
+
+JsonDict = dict[str, Any]
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
 PER_LAYER, _PER_LAYER_AXES = "per_layer_shapes", ("q_heads", "kv_heads", "mlp")

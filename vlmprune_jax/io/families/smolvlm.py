@@ -64,7 +64,7 @@ SMOLVLM = vlm_family(
     tower=TOWERS[_TOWER],
     defaults=_TEXT,
     weights=vlm_weights(
-        ("model.text_model.", "lm_head.weight"),
+        ("model.text_model.", "lm_head"),
         part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"}),
         TOWERS[_TOWER].weights("model.vision_model."),
     ),

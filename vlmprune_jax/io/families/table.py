@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune_jax.base.checks import Registry, check_returned
@@ -13,10 +13,9 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.gguf import Architecture
 from vlmprune_jax.io.families.gguf import in_layers as in_layers
+from vlmprune_jax.io.families.shapes import JsonDict, layers_to_hf
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import TilingConfig
-
-JsonDict = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,18 @@ class Weight:
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
+# {path of a module in `params["text"]`: its name in files}, of Llama and most other decoders.
+LLAMA_LAYER = {
+    path: path.replace("/", ".")
+    for path in (
+        *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
+        *(f"self_attn/{name}_proj" for name in "qkvo"),
+        *("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
+    )
+}
+LLAMA_NAMES = {"embed_tokens": "embed_tokens", **in_layers(LLAMA_LAYER), "norm": "norm", "lm_head": "lm_head"}
+
+
 def part_weights(
     part: str, prefix: str, names: Mapping[str, str], layouts: Mapping[str, str] | None = None
 ) -> list[Weight]:
@@ -59,13 +70,21 @@ class Decoder:
     """Transformers class that loads the decoder alone."""
 
     from_hf: Callable[[Mapping[str, Any]], TextConfig]
-    """(config) -> TextConfig, whose `decoder` is the model type."""
+    """(config with all `defaults`) -> TextConfig, whose `decoder` is the model type."""
 
-    to_hf: Callable[[TextConfig, JsonDict], JsonDict]
+    to_hf: Callable[[TextConfig, JsonDict], JsonDict] = layers_to_hf
     """(text, source) -> config with updated layer fields, perhaps of another model type that computes the same."""
 
-    weights: Callable[[TextConfig, str, str], list[Weight]]
-    """(text, prefix, head) -> weight table. The decoder's keys begin with `prefix`; `head`: key of the output head."""
+    names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
+    """{path in `params["text"]`: key in files, after the prefix of the decoder}, as in `Weight`. Paths that share a key
+    are rows of a fused tensor.
+    """
+
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """{path: layout} of tensors that are stored in an unusual layout."""
+
+    defaults: JsonDict = field(default_factory=dict)
+    """Defaults of the config class in transformers."""
 
     heads_divide: bool = False
     """True if the config class requires hidden_size to be a multiple of the number of heads."""
@@ -286,7 +305,7 @@ class Family:
 
 
 def checked_table(function: Callable[..., list[Weight]], table: Any) -> list[Weight]:
-    """Return the weight table that a family's or decoder's `weights` returned; raise UserError for anything else."""
+    """Return the weight table that a family's `weights` returned; raise UserError for anything else."""
     fits = isinstance(table, list | tuple) and all(isinstance(line, Weight) for line in table)
     check_returned(function, table, fits, "a list of families.table.Weight")
     return [*table]

@@ -21,8 +21,7 @@ Flags = flags.FlagValues
 # number from 1, `int` for a number from 0 without default, a list of texts, or a tuple of choices (the first if unset).
 Spec = str | tuple[Any, str]
 Specs = Mapping[str, Spec]
-# --config.x.y=value or --noconfig.x.y; --config.x.y=None
-_SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
+_SETTING = re.compile(r"--?(?:no)?config\.([^=[]+)")  # --config.x.y=value or --noconfig.x.y
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Positional arguments, settings given as --config.x.y, and the path of the config file.
 _HIDDEN = ("args", "explicit", "config_file")
@@ -94,17 +93,17 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:
         loaded = load_config(config)
         for setting in explicit:
             _check_path(setting.split("."), loaded)
-        unset = {match[1]: None for arg in others if (match := _UNSET.fullmatch(arg))}
-        argv = [arg for arg in others if not _UNSET.fullmatch(arg)]
+            value, without = split_flag(others, f"config.{setting}")
+            if value == "None":  # ml_collections reads None as a text
+                unset[setting], others = None, without
+        argv = others
     elif "config" in values and explicit:
         raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
     try:
         values = define(command, loaded, argv)
         rest = values([name, *argv])[1:]
-        if loaded is not None:  # ml_collections reads None as a text
-            flag: Any = values["config"]
-            texts = flag.override_values
-            values.config.update_from_flattened_dict(unset | {name: None for name in texts if texts[name] == "None"})
+        if unset:
+            values.config.update_from_flattened_dict(unset)
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.checks import suggest
-from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.flags import COMMON, Command, Specs
 from vlmprune_jax.run.stages.stage import STAGES
@@ -73,100 +71,15 @@ def stage_command(name: str) -> Command:
 
 
 def run_command(name: str, flags: Any) -> None:
-    """Load the experiment and workdir that the flags name, and run a command on them.
+    """Run a command that takes an experiment.
 
     Raises UserError if there is no such command, built in or added by the config.
     """
     if name not in commands():
         raise UserError(f"no command {name!r}{suggest(name, commands())}")
-    from vlmprune_jax.run.cli.config_files import starting_point
-    from vlmprune_jax.run.cli.workdir import prepare
-    from vlmprune_jax.run.stages import pipeline
-    from vlmprune_jax.run.stages.preflight import preflight
-    from vlmprune_jax.run.stages.unused import unused_lines
+    from vlmprune_jax.run.cli import workdir  # imports what every stage needs
 
     if name in ("report", "sweep"):
-        (_report if name == "report" else _sweep)(flags)
-        return
-    works = prepare(flags, flags.format if name == "export" else ())
-    work = next(iter(works.values()))
-    for each in works.values():
-        preflight(each, name)
-    used = [(each.experiment, work.config(work.teacher)) for each in works.values()]
-    for line in unused_lines(used, () if name == "run" else ("model", *STAGES[name].sections), starting_point(flags)):
-        work.say(f"  {line}")
-    if flags.dry_run:
-        return
-    if name == "run":
-        pipeline.run_all(work)
-        finish(work.workdir, work.reporter)
-    elif name == "evaluate":
-        pipeline.evaluate(work)
-    elif name == "speed":
-        pipeline.measure_speed(work)
-    elif name == "export":
-        for part, each in works.items():
-            pipeline.export(each, part)
+        (workdir.report if name == "report" else workdir.sweep)(flags)
     else:
-        pipeline.run_stage(work, name, explain=name == "prune" and flags.explain)
-
-
-def _sweep(flags: Any) -> None:
-    from vlmprune_jax.run.cli.config_files import starting_point
-    from vlmprune_jax.run.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.run.sweep.hyper import check_runs, runs_named, shard_of
-    from vlmprune_jax.run.sweep.sweep import run_sweep, tell_sharing, tell_unused
-
-    runs, sweep, reporter = prepare_sweep(flags)
-    check_runs(runs, flags.jobs)
-    mine = shard_of(runs_named(runs, flags.only), flags.shard)
-    placed = runs if flags.dry_run else place_all(runs, sweep)
-    tell_unused(placed, starting_point(flags), reporter)
-    if flags.dry_run:
-        tell_sharing(mine, sweep, reporter)
-        return
-    start = functools.partial(start_worker, sweep)
-    run_sweep(placed, sweep, reporter, only=flags.only, shard=flags.shard, jobs=flags.jobs, start=start)
-
-
-def _report(flags: Any) -> None:
-    from vlmprune_jax.base.console import make_reporter
-    from vlmprune_jax.run.cli.config_files import to_workdir
-
-    if flags.dry_run or flags.only:
-        raise UserError("vlmprune report writes the page of all models: leave --dry_run and --only out")
-    finish(to_workdir(flags.workdir), make_reporter(True))
-
-
-def finish(workdir: Path, reporter: Reporter) -> None:
-    """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
-    from vlmprune_jax.base.processes import is_main_process
-    from vlmprune_jax.run.report.build import build_report
-    from vlmprune_jax.run.report.tables import lead, parameter_note, tables_of
-    from vlmprune_jax.run.stages.export import describe_export
-    from vlmprune_jax.run.workdir.groups import comparison_of_run
-    from vlmprune_jax.run.workdir.result import RESULT, read_result
-    from vlmprune_jax.run.workdir.steps import read_unfinished
-
-    if not is_main_process():
-        return
-    if finished := (workdir / RESULT).exists():
-        result = read_result(workdir).distinct()
-        comparison = comparison_of_run(result)
-        for table in tables_of(comparison):
-            reporter.table(*table.printed)
-        reporter.say(lead(comparison))
-        if note := parameter_note(result.teacher):
-            reporter.say(note)
-        reporter.say(f"best: {workdir / result.best_run.path}")
-        if result.export is not None:
-            exported = workdir / result.export.path
-            for line in describe_export(exported, result.labels[result.best], result.export):
-                reporter.say(line)
-        numbers = f", numbers: {workdir / RESULT}"
-    else:
-        unfinished = read_unfinished(workdir).missing
-        numbers = ", of an unfinished run: the page lists what is missing" if unfinished else ""
-    page, plot = build_report(workdir), workdir / "report.png"
-    shown = f", plot: {plot}" if finished and plot.is_file() else ""
-    reporter.say(f"report: {page}{shown}{numbers}")
+        workdir.run(name, flags)

@@ -142,7 +142,7 @@ def describe(name: str) -> list[str]:
 
     `name`: full name of a section or setting (`recover.losses.kl`), or the last parts of a name (`losses.kl`, `kl`).
     """
-    known, places = options(), [place.removesuffix(".NAME") for place in sections()]
+    known, places = options(), {place.removesuffix(".NAME"): section for place, section in sections().items()}
     whole = [place for place in places if place == name or place.endswith(f".{name}")]
     matches = [option for option in known if option.name == name]
     if not matches and not whole:
@@ -154,10 +154,9 @@ def describe(name: str) -> list[str]:
         near = difflib.get_close_matches(name, sorted(names), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f" (sections: {', '.join(places)})"
         raise UserError(f"no setting {name!r}{hint}")
-    docs = {place.removesuffix(".NAME"): section.__doc__ or "" for place, section in sections().items()}
     lines = []
     for place in whole:
-        lines += [f"section {place}: {' '.join(docs[place].split())}", ""]
+        lines += [f"section {place}: {' '.join(str(places[place].__doc__).split())}", ""]
     for option in matches:
         lines += [
             f"{option.name} = {option.default!r}",

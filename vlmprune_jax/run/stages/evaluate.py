@@ -1,5 +1,7 @@
 """The answers of one model to an evaluation set -> `eval/<name>.answers.jsonl`, and their scores -> `eval/<name>.json`.
 
+Also the speed of the unpruned model and of one pruned model per layer shape, measured in turns -> `speed.json`.
+
 Every set is a separate ledger task, so that adding one does not repeat the others. Scores are computed from the stored
 answers each time, which takes seconds: after a change of metric, no model runs.
 """
@@ -7,7 +9,9 @@ answers each time, which takes seconds: after a change of metric, no model runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,24 +27,30 @@ from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.mesh.machine import processor
 from vlmprune_jax.core.mesh.mesh import decoding_mesh, mesh_of, row_ways
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.prune.cost import speed_limits
 from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import PREFETCH
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.exports.formats import ExportSpec
 from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.run.evaluation.runner import Answer, ask, check_answered, log_likelihoods
+from vlmprune_jax.run.evaluation.speed.bench import measure_speed
+from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
-from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
+from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets, export_dtype, image_tokens
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import (
     TEACHER,
     UNPRUNED,
@@ -53,8 +63,9 @@ from vlmprune_jax.run.workdir.evaluation import (
     read_evaluated,
 )
 from vlmprune_jax.run.workdir.ledger import StageRecord, Task, run_task, write_text
-from vlmprune_jax.run.workdir.result import Run
+from vlmprune_jax.run.workdir.result import Run, Workload
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples, make_samples
+from vlmprune_jax.run.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the answers file, and fields of `AnswerFacts`
 
@@ -127,10 +138,14 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
 def _ask(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     """Generate answers to all questions; return rows for the answers file, and the counts and times of the pass."""
     assert eval_set.max_new_tokens is not None
+    assert eval_set.metric is not None
     data, spec, mesh = work.experiment.data, work.experiment.evaluate, mesh_of(model.params)
     model.cfg.check_row("evaluate's max_new_tokens", eval_set.max_new_tokens)
     questions = arranged_questions(work.tokens, data, spec, eval_set, model.cfg, multiple=row_ways(mesh))
-    _check_metric(eval_set, questions.records)  # fail now, not after hours of generation
+    check_answered(questions.records)
+    metric = METRICS[eval_set.metric]  # it must score the correct answers: fail now, not after hours of generation
+    correct = [record.references[0].strip() for record in questions.records]
+    metric.values(metric.score_all(correct, questions.records), questions.records)
     start, journal = time.perf_counter(), work.journal(result_file(work), {"batches": len(questions)})
     with work.phase(f"evaluate {work.label}", len(questions)) as progress:
         answers = ask(
@@ -144,14 +159,6 @@ def _ask(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     tokens, seconds = sum(answer.tokens for answer in answers), round(time.perf_counter() - start, 3)
     facts = {"model_seconds": seconds, "questions": len(answers), "mean_generated_tokens": tokens / len(answers)}
     return msgspec.to_builtins(answers), facts
-
-
-def _check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:
-    """Raise UserError for records that the metric cannot score, found by scoring their correct answers."""
-    assert eval_set.metric is not None
-    check_answered(records)
-    metric = METRICS[eval_set.metric]
-    metric.values(metric.score_all([record.references[0].strip() for record in records], records), records)
 
 
 def _read_text(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
@@ -200,35 +207,30 @@ def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated
 
     Raises UserError if an evaluation fails (see `run_task`).
     """
-    sets, evaluations = evaluation_sets(work.experiment.data, work.experiment.evaluate), dict[str, Evaluated]()
+    evaluations = dict[str, Evaluated]()
     for part in evaluation_works(work, start, subject):
         done = run_task(part.task, overwrite=work.overwrite, say=work.say)
-        evaluations[part.part] = _measure_set(part, sets[part.part], done)
+        evaluated: Evaluated = on_process_zero(functools.partial(_measure, part, done), Evaluated)
+        evaluations[part.part], metric = evaluated, evaluated.metric
+        size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"
+        work.say(f"  {part.label}: {evaluated.main_line()} ({size}, {seconds})")
+        if subject == TEACHER and metric.higher_is_better and not evaluated.values[metric.main]:
+            work.say(
+                "  warning: the unpruned model scores 0: compare its answers with the references in "
+                f"{answers_file(result_file(part))}; the prompt (data.template, data.system, evaluate.prompt_suffix) "
+                "or evaluate.max_new_tokens may be wrong for this model, or it was not trained for these questions"
+            )
     return evaluations
 
 
-def _measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> Evaluated:
-    """Score a model's answers to an evaluation set, and print one line."""
-    path = result_file(work)
+def _measure(work: Work, done: StageRecord) -> Evaluated:
+    """Score a model's stored answers to a set, and compare them with the unpruned model's and its control's."""
+    path, eval_set = result_file(work), evaluation_sets(work.experiment.data, work.experiment.evaluate)[work.part]
     others = {"retained_interval": evaluation_file(work.workdir, TEACHER, work.part)}
     if work.record.compared_with:
         control = work.workdir / work.record.compared_with
         others["control_interval"] = evaluation_file(control.parent, control.name, work.part)
     compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
-    evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
-    size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"
-    work.say(f"  {work.label}: {evaluated.main_line()} ({size}, {seconds})")
-    if work.subject == TEACHER and evaluated.metric.higher_is_better and not evaluated.values[evaluated.metric.main]:
-        work.say(
-            "  warning: the unpruned model scores 0: compare its answers with the references in "
-            f"{answers_file(path)}; the prompt (data.template, data.system, evaluate.prompt_suffix) or "
-            "evaluate.max_new_tokens may be wrong for this model, or it was not trained for these questions"
-        )
-    return evaluated
-
-
-def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: StageRecord) -> Evaluated:
-    """Score a model's stored answers, and compare them with other models' answers."""
     assert eval_set.metric is not None
     metric, answers, facts = METRICS[eval_set.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
@@ -288,3 +290,57 @@ def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: S
             sets[key] = make_samples(records, runs, predictions, scores, max_pixels=data.max_image_pixels)
     if sets:
         write_artefact(workdir / SAMPLES, Samples(sets=sets))
+
+
+# Speed ------------------------------------------------------------------------------------------------------
+
+
+def workload_of(work: Work, data: DataSpec, spec: SpeedConfig, export: ExportSpec) -> Workload:
+    """Return the prompt for which costs are computed, from the settings of `speed` and `export`."""
+    images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
+    dtype = export_dtype(work.model, export)
+    return Workload(length=spec.prompt_tokens, images=images, dtype=dtype, image_tokens=tokens if images else 0)
+
+
+class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured speed of one layer shape, and of the unpruned model in the same repetitions, on which machine."""
+
+    processor: str
+    load: float  # load average of the machine before the measurement
+    unpruned: Measurement
+    pruned: Measurement
+
+
+def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
+    """Complete the task of one layer shape: speed depends on shapes, not on weights."""
+    shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, work.start)]
+    # Machines that share a sweep's results measure for themselves.
+    machine = {} if work.store is None else {"mesh": vars(work.mesh), "processor": processor()}
+    return dataclasses.replace(task, inputs={}, settings={**task.settings, "shapes": shapes, **machine})
+
+
+def speed_stage(work: Work, spec: SpeedConfig) -> ShapeSpeed:
+    """Measure the model in `work.start` in turns with the unpruned model."""
+    load = round(os.getloadavg()[0], 1)
+    measured = measure_speed({"unpruned": work.load(work.teacher), "pruned": work.load(work.start)}, spec)
+    return ShapeSpeed(processor=processor(), load=load, **measured)
+
+
+def measure_shapes(root: Work, models: Mapping[str, Path]) -> Speed:
+    """Measure one of {name: model folder} for each layer shape; write `speed.json`."""
+    spec, before, shapes = root.experiment.speed, root.config(root.teacher), dict[ModelConfig, list[str]]()
+    for name, folder in models.items():
+        shapes.setdefault(root.config(folder), []).append(name)
+    image, measured, pairs = spec.with_image(before), list[ShapeSpeed](), list[Pair]()
+    row = {"length": spec.prompt_tokens, "images": int(image), "batch": spec.batch_size}
+    for shape, names in shapes.items():
+        task = root.replace(stage="speed", subject=names[0], start=models[names[0]]).task
+        speed: ShapeSpeed = run_task(task, overwrite=True, say=root.say).facts
+        prefill, decode = speed_limits(before, shape, **row)
+        limits = {"prefill_limit": prefill, "decode_limit": decode}
+        pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
+        measured.append(speed)
+    workload = SpeedWorkload(**{**vars(spec), "image": image}, dtype=root.model.dtype)
+    speeds = Speed(processor=measured[0].processor, load=measured[0].load, workload=workload, pairs=pairs)
+    write_artefact(root.workdir / SPEED, speeds)
+    return speeds

@@ -18,8 +18,7 @@ from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.card import add_evaluation, loading_lines, model_name, push
-from vlmprune_jax.io.exports.format import Calibration
-from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
+from vlmprune_jax.io.exports.formats import Calibration, ExportSpec, choose_format
 from vlmprune_jax.io.exports.gptq import gptq, imatrix
 from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.run.experiment.arguments import export_options, image_tokens, with_rounding
@@ -77,7 +76,7 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
 
 def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfig, spec: ExportSpec) -> Task:
     """Add the export stage's extra inputs: calibration records, a user's format file, evaluations for the card."""
-    spec = _with_rounding(work, spec)
+    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
@@ -108,7 +107,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
 
     Delete the export if its logits differ.
     """
-    spec = _with_rounding(work, spec)
+    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     plan_file = work.start / "plan.json"  # missing if nothing was pruned
@@ -150,12 +149,6 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         upload = push(out, spec.push_to_hub)
         work.say(f"  uploaded to {upload.url}: {len(upload.files)} files, {upload.n_bytes:,} bytes")
     return facts
-
-
-def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
-    if spec.quantize != "w4a16":
-        return spec
-    return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
 
 
 def _is_quantised(values: Any) -> bool:

@@ -11,13 +11,18 @@ from msgspec.structs import asdict, replace
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.io.exports.card import model_name
-from vlmprune_jax.io.exports.describe import count_passthrough
+from vlmprune_jax.io.exports.describe import describe
 from vlmprune_jax.io.exports.pruning import costs_of
-from vlmprune_jax.run.stages.evaluate import evaluate_model, names_of_sets, write_samples
+from vlmprune_jax.run.stages.evaluate import (
+    evaluate_model,
+    measure_shapes,
+    names_of_sets,
+    workload_of,
+    write_samples,
+)
 from vlmprune_jax.run.stages.export import describe_export, export_folder
 from vlmprune_jax.run.stages.preflight import check_disk
 from vlmprune_jax.run.stages.prune import explain_plan
-from vlmprune_jax.run.stages.speed import measure_shapes, workload_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
@@ -84,9 +89,10 @@ def make_models(root: Work) -> Result:
         costs = costs_of(root.config(folder), uneven=spec.export.uneven, **asdict(workload))
         return replace(entry, costs=Costs(**costs), speed=speeds.get(name), **fields)
 
+    passthrough = describe(root.teacher, root.tower)["passthrough"]
     return replace(
         result,
-        teacher=measured(result.teacher, "", root.teacher, passthrough=count_passthrough(root.teacher, root.tower)),
+        teacher=measured(result.teacher, "", root.teacher, passthrough=passthrough),
         runs=[measured(run, run.name, models[run.name]) for run in result.runs],
         controls=[measured(control, control.name, root.workdir / control.path) for control in result.controls],
         workload=workload,

@@ -1,4 +1,4 @@
-"""Pruned model + training records -> `recovered/`, perhaps with caches of image features and of a teacher's logits."""
+"""Pruned model + records -> `reconstructed/` without training; + training -> `recovered/`, perhaps with caches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError, error_context
+from vlmprune_jax.base.files import Count, Finite
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
@@ -19,6 +20,8 @@ from vlmprune_jax.core.mesh.mesh import row_ways, rows_of_process
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import KeptVocabulary
 from vlmprune_jax.core.prune.fingerprints import content_digest
+from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
+from vlmprune_jax.core.prune.reconstruction import layers_to_solve, reconstruct
 from vlmprune_jax.core.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
@@ -29,8 +32,8 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import train_batches
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader, TeacherRows
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.record_cache import (
     TOWER,
@@ -44,7 +47,6 @@ from vlmprune_jax.io.data.record_cache import (
     records_to_compute,
     teacher_program,
 )
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.peft import check_adapters, write_adapter
 from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.spec import affecting
@@ -52,6 +54,63 @@ from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.content import digest, plain
 from vlmprune_jax.run.workdir.ledger import Task, remove
 from vlmprune_jax.run.workdir.steps import RecoverFacts
+
+
+class Repaired(msgspec.Struct, frozen=True, kw_only=True):
+    """Repair of one weight: its error and ridge penalty (None = left unchanged, 0 = trained)."""
+
+    stack: str
+    layer: Count
+    module: str
+    ridge: Finite | None
+    error_before: Finite
+    error_after: Finite
+    tokens: Count
+    unknowns: Count
+
+
+class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of the reconstruct stage: number of calibration records, and a report per weight."""
+
+    samples: Count
+    modules: list[Repaired]
+
+
+def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructConfig) -> ReconstructFacts:
+    """Repair the pruned weights layer by layer; an interrupted run resumes at the next layer."""
+    plan = work.plan
+    batches = inputs.calibration_batches(work.tokens, data, spec, work.config(work.start), seed=spec.seed)
+    settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})
+    with work.phase("reconstruct", layers_to_solve(plan)) as progress:
+        model, reports = reconstruct(
+            work.load(work.start, by_layer=True),
+            plan,
+            work.load(work.teacher, by_layer=True),
+            batches,
+            spec,
+            progress=progress,
+            cache=ArrayCache(work.folder / ".reconstructed.parts", {"settings": settings}),
+        )
+    work.save(model)
+    modules = msgspec.convert(reports, list[Repaired])
+    changed = [module for module in modules if module.ridge is not None]
+    if changed:
+        before, after = (
+            sum(getattr(module, f"error_{when}") for module in changed) / len(changed) for when in ("before", "after")
+        )
+        work.say(
+            f"  {len(changed)} of {len(modules)} weights repaired; mean error of the residual stream on held-out "
+            f"records: {before:.3f} before the repair, {after:.3f} after it"
+        )
+    else:
+        work.say(f"  none of {len(modules)} weights was changed: no change reduces the error on held-out records")
+    scarce = [module for module in modules if module.tokens < module.unknowns]
+    if scarce:
+        work.say(
+            f"  {scarce[0].tokens:,} calibration tokens are few for {len(scarce)} weights with "
+            f"{scarce[0].unknowns:,} inputs: raise reconstruct.samples for a better repair"
+        )
+    return ReconstructFacts(samples=spec.samples, modules=modules)
 
 
 def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) -> Task:

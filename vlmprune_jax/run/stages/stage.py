@@ -22,8 +22,8 @@ class Stage:
     Args:
       help: one line, in the imperative.
       run: function `run(work, *sections)` that makes the outputs and returns facts for the ledger: a `msgspec.Struct`
-        (its annotated return type), or None. A built-in stage NAME leaves this field out: its function is
-        `stages.NAME.NAME_stage`.
+        (its annotated return type), or None. A built-in stage NAME leaves this field out: its function is NAME_stage in
+        `stages.NAME`, or in the module of `stages` named by `module`.
       sections: config sections that `run` receives besides the model, in the order of its arguments.
       inputs: what the stage reads: "data.train" (records), "start" (the input model), or file names in its folder.
       outputs: names of the files that the stage writes besides `model`; a pattern if `task` adds the files.
@@ -33,7 +33,7 @@ class Stage:
       task: function that adds the files and settings that depend on the experiment: `task(task, work, *sections) ->
         Task`.
       per: what the stage is applied to: every prune variant, every recovery variant, every model, or the whole run.
-      switch: setting whose value "none" turns the stage off, such as "recover.method".
+      switches: settings of which each turns the stage off by the value "none", such as "recover.method".
       unneeded: function that returns why the settings make the stage unnecessary: `unneeded(sections) -> str | None`.
       version: number to raise whenever the code gives different results for the same inputs; then outputs are remade.
       details: more text for `vlmprune NAME --help`.
@@ -42,6 +42,7 @@ class Stage:
 
     help: str
     run: Callable[..., msgspec.Struct | None] | None = None
+    module: str = ""
     sections: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -50,7 +51,7 @@ class Stage:
     journals: tuple[str, ...] = ()
     task: Callable[..., Task] | None = None
     per: Literal["variant", "recovery", "model", "run"] = "recovery"
-    switch: str = ""
+    switches: tuple[str, ...] = ()
     unneeded: Callable[[Mapping[str, Any]], str | None] | None = None
     version: int = 1
     details: str = ""
@@ -58,9 +59,10 @@ class Stage:
 
     def off(self, sections: Mapping[str, Any]) -> str | None:
         """Return why the settings disable this stage, and how to enable it; None if it is enabled."""
-        section, _, name = self.switch.partition(".")
-        if self.switch and getattr(sections[section], name) == "none":
-            return f'{self.switch} is "none": choose a method (`vlmprune help {self.switch}`)'
+        for switch in self.switches:
+            section, _, name = switch.partition(".")
+            if getattr(sections[section], name) == "none":
+                return f'{switch} is "none": choose a method (`vlmprune help {switch}`)'
         return None if self.unneeded is None else self.unneeded(sections)
 
 
@@ -76,11 +78,6 @@ def without_scores(prune: PlanConfig) -> str:
     if prune.method == "none":
         return 'prune.method="none" removes nothing'
     return "prune.layers lists the layers to remove" if prune.layers else "only the vocabulary is trimmed"
-
-
-def nothing_pruned(sections: Mapping[str, Any]) -> str | None:
-    """Return why there are no pruned weights to repair; None if there are some."""
-    return without_scores(sections["prune"]) if sections["prune"].method == "none" else None
 
 
 STAGES = Registry(
@@ -100,17 +97,17 @@ STAGES = Registry(
             outputs=("plan.json",),
             model="pruned",
             per="variant",
-            switch="prune.method",
+            switches=("prune.method",),
         ),
         "reconstruct": Stage(
             "repair the pruned weights by least squares, without training -> reconstructed/",
+            module="recover",
             sections=("data", "reconstruct"),
             inputs=("start", "data.train"),
             model="reconstructed",
             journals=(".reconstructed.parts",),
             per="variant",
-            switch="reconstruct.method",
-            unneeded=nothing_pruned,
+            switches=("reconstruct.method", "prune.method"),
         ),
         "recover": Stage(
             "train the pruned model -> recovered/",
@@ -118,7 +115,7 @@ STAGES = Registry(
             inputs=("start", "data.train"),
             model="recovered",
             scratch=("training/checkpoints",),
-            switch="recover.method",
+            switches=("recover.method",),
             version=2,
             details="Metrics are in training/metrics.jsonl.",
         ),
@@ -134,6 +131,7 @@ The command also updates result.json, if the workdir has one.""",
         ),
         "speed": Stage(
             "measure the speed of the unpruned model and of each pruned layer shape, in turns -> speed.json",
+            module="evaluate",
             sections=("speed",),
             per="run",
             version=3,

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import settings_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.prune import CRITERIA
-from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
-from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
-from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
+from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.io.exports.formats import choose_format
 from vlmprune_jax.io.families import family_of
-from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, with_rounding
 from vlmprune_jax.run.experiment.spec import Experiment, options
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.run.stages.score import criteria_of
 from vlmprune_jax.run.stages.stage import STAGES, without_scores
+from vlmprune_jax.run.stages.work import source_config
 
 # (patterns of settings, separated by spaces; True if these have no effect; the reason)
 Rule = tuple[str, bool, str]
@@ -32,9 +31,17 @@ DEFAULTS = Experiment()
 
 
 def unused_lines(
-    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = (), start: Experiment = DEFAULTS
+    experiments: Collection[Experiment], sections: Collection[str] = (), start: Experiment = DEFAULTS
 ) -> list[str]:
-    """Return the result of `unused_settings` as lines, one per reason."""
+    """Return the result of `unused_settings` as lines, one per reason.
+
+    Experiments whose model cannot be read are left out, because their runs report this.
+    """
+    configs = dict[ModelSpec, ModelConfig]()
+    for model in dict.fromkeys(experiment.model for experiment in experiments):
+        with contextlib.suppress(UserError):
+            configs[model] = source_config(model)
+    pairs = [(experiment, configs[experiment.model]) for experiment in experiments if experiment.model in configs]
     unused = unused_settings(pairs, sections, start)
     return [f"no effect: {', '.join(names)}, because {why}" for why, names in unused.items()]
 
@@ -62,15 +69,8 @@ def unused_settings(
     changed = [name for name, value in values.items() if any(value(run) not in given[name] for run, _ in runs)]
     reasons = list[dict[str, str]]()
     for run, cfg in runs:
-        rules = itertools.chain(
-            _scoring(run.score, run.prune),
-            _pruning(run.prune, run.reconstruct, with_rounding(run.export, run.data, run.recover, cfg.text), cfg),
-            _training(run.recover, run.prune, run.data, cfg),
-            _evaluation(run.evaluate, run.data, last=run.recover.method == run.reconstruct.method == "none"),
-            _model(run.speed, cfg),
-        )
         by_setting = dict[str, str]()
-        for patterns, idle, why in rules:
+        for patterns, idle, why in itertools.chain(_pruning(run, cfg), _training(run, cfg), _evaluation(run, cfg)):
             for name in changed if idle else ():
                 if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
                     by_setting.setdefault(name, why)
@@ -91,8 +91,9 @@ def _variants(experiment: Experiment) -> list[Experiment]:
     ]
 
 
-def _scoring(score: ScoreConfig, prune: PlanConfig) -> Iterator[Rule]:
-    method, criteria = prune.method, [*dict.fromkeys(criteria_of(score, prune).values())]
+def _pruning(run: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    score, prune, budget, method = run.score, run.prune, run.prune.budget, run.prune.method
+    criteria = [*dict.fromkeys(criteria_of(score, prune).values())]
     used = {name for criterion in criteria for name in CRITERIA[criterion].options_in(score)}
     calibrates = any(CRITERIA[criterion].needs_batches for criterion in criteria)
     yield "score.*", not criteria, without_scores(prune)
@@ -104,13 +105,7 @@ def _scoring(score: ScoreConfig, prune: PlanConfig) -> Iterator[Rule]:
     yield "score.options", not used & {*score.options}, f"{subject} has none of these options"
     yield "score.samples score.batch_size score.longest_text", not calibrates, f"{subject} reads no records"
     yield "score.seed", not calibrates and "seed" not in used, f"{subject} reads no records"
-
-
-def _pruning(prune: PlanConfig, reconstruct: ReconstructConfig, export: ExportSpec, cfg: ModelConfig) -> Iterator[Rule]:
-    budget, method = prune.budget, reconstruct.method
-    chosen, values = choose_format(export.format, export_options(export))
-    of_rows = (budget.memory_bytes, budget.step_ms)
-    yield "prune.[!m]* reconstruct.*", prune.method == "none", without_scores(prune)
+    yield "prune.[!m]* reconstruct.*", method == "none", without_scores(prune)
     yield "prune.[!vl]*", prune.only_vocabulary, without_scores(prune)  # loads_in is checked nevertheless
     yield "prune.rounding prune.depth_share", prune.layers_removed is not None, "prune.layers_removed is set"
     yield "prune.rounding", bool(prune.layers), "prune.layers is set"
@@ -119,17 +114,21 @@ def _pruning(prune: PlanConfig, reconstruct: ReconstructConfig, export: ExportSp
     yield "prune.producers", not cfg.text.producers, "no layer of this model reuses keys and values of another layer"
     yield "prune.budget.bench", budget.decode_ms is None, "prune.budget.decode_ms is not set"
     yield "prune.budget.slice", budget.step_ms is None, "prune.budget.step_ms is not set"
+    of_rows = (budget.memory_bytes, budget.step_ms)
     yield "prune.budget.batch", of_rows == (None, None), "no limit on memory or step time is set"
     unused = (*of_rows, budget.flops) == (None, None, None)
     yield "prune.budget.context prune.budget.images", unused, "no limit on memory, FLOPs or step time is set"
     yield "prune.vocabulary.*", prune.vocabulary.size is None, "prune.vocabulary.size is not set"
-    off = 'reconstruct.method="none" repairs no weights'
-    yield "reconstruct.readers reconstruct.refit reconstruct.held_out", method == "none", off
-    yield "reconstruct.*", method == "none" and chosen.calibration(values) is None, off
+    repairs, off = run.reconstruct.method != "none", 'reconstruct.method="none" repairs no weights'
+    chosen, values = choose_format(
+        run.export.format, export_options(with_rounding(run.export, run.data, run.recover, cfg.text))
+    )
+    yield "reconstruct.readers reconstruct.refit reconstruct.held_out", not repairs, off
+    yield "reconstruct.*", not repairs and chosen.calibration(values) is None, off
 
 
-def _training(recover: RecoverConfig, prune: PlanConfig, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
-    losses = recover.losses
+def _training(run: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    recover, data, losses = run.recover, run.data, run.recover.losses
     if recover.method == "none":
         yield "recover.*_cache data.*_cache data.fraction data.group_by", True, 'recover.method="none" trains nothing'
         return
@@ -139,37 +138,32 @@ def _training(recover: RecoverConfig, prune: PlanConfig, data: DataSpec, cfg: Mo
     yield "recover.epochs", recover.steps is not None, "recover.steps is set"
     yield "recover.lora.*", recover.adapters is None, f"recover.trainable={recover.trainable!r} trains no adapters"
     yield "recover.projector_learning_rate", cfg.projector is None, "this model has no projector"
-    yield "recover.teacher_*", not taught, "no loss needs a teacher"
+    yield "recover.teacher_* recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
     yield "recover.teacher_top_k", recover.teacher_cache is None, "recover.teacher_cache is not set"
     compares = bool(terms_of(losses, teacher=True, hidden=False)) or bool(losses.extra)
     yield "recover.losses.temperature recover.losses.kl_positions", not compares, "no loss compares logits"
     yield "recover.losses.chunk", not terms_of(losses, hidden=False), "no loss uses logits"
     yield "recover.losses.l2_layers", not terms_of(losses, reported=True, hidden=True), "no loss compares hidden states"
-    yield "recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
     yield "recover.control", not terms_of(losses, teacher=False), "no loss uses labels, so there is no control"
-    yield "recover.control", prune.method == "none", without_scores(prune)
+    yield "recover.control", run.prune.method == "none", without_scores(run.prune)
     yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
 
 
-def _evaluation(spec: EvaluateSpec, data: DataSpec, *, last: bool) -> Iterator[Rule]:
-    sets = evaluation_sets(data, spec)
-    overrides = {name: spec.sets.get(name, EvaluationSetSpec()) for name in sets}
+def _evaluation(run: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    sets = evaluation_sets(run.data, run.evaluate)
+    overrides = {name: run.evaluate.sets.get(name, EvaluationSetSpec()) for name in sets}
     asked, texts = ([overrides[name] for name in sets if (sets[name].text is None) == asks] for asks in (True, False))
-    shared = "no set with questions uses it"
-    for name in ("metric", "prompt_suffix", "max_new_tokens", "questions"):
-        yield f"evaluate.{name}", all(getattr(eval_set, name) is not None for eval_set in asked), shared
-    yield "data.eval", all(eval_set.data is not None for eval_set in asked), shared
-    yield "data.eval_images", all(eval_set.images is not None for eval_set in asked), shared
+    names = {f"evaluate.{name}": name for name in ("metric", "prompt_suffix", "max_new_tokens", "questions")}
+    for setting, name in (names | {"data.eval": "data", "data.eval_images": "images"}).items():
+        yield setting, all(getattr(each, name) is not None for each in asked), "no set with questions uses it"
+    last = run.recover.method == run.reconstruct.method == "none"
     yield "evaluate.unrecovered", last, "nothing is reconstructed or trained after pruning"
     yield "evaluate.max_length", not asked, "no set has questions"
     yield "evaluate.text_window", all(text.text_window is not None for text in texts), "no set with a text uses it"
-
-
-def _model(speed: SpeedConfig, cfg: ModelConfig) -> Iterator[Rule]:
     family, tower = family_of(cfg), cfg.vision
     of_images = "data.*tile* data.thumbnail data.max_image* data.aspect_ratio data.eval_images speed.image"
     yield of_images, tower is None, "this model takes no images"
     yield "data.aspect_ratio", family.images != "whole", "this model does not make images square"
     yield "model.vision_dir", not family.separate_vision, "the folder of this model has its vision tower"
     yield "export.rolled_positions", tower is None or not tower.class_token, "no vision tower has a class token"
-    yield "speed.new_tokens speed.batch_size", not speed.rounds, "speed.rounds is 0"
+    yield "speed.new_tokens speed.batch_size", not run.speed.rounds, "speed.rounds is 0"

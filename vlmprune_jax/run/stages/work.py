@@ -135,7 +135,7 @@ class Work:
         stage, sections = STAGES[self.stage], self.sections
         run, complete = stage.run, stage.task
         if run is None:  # built in
-            module = importlib.import_module(f"{__package__}.{self.stage}")
+            module = importlib.import_module(f"{__package__}.{stage.module or self.stage}")
             run, complete = getattr(module, f"{self.stage}_stage"), getattr(module, f"{self.stage}_task", None)
         arguments = [sections[section] for section in stage.sections]
         inputs: dict[str, Path | str] = {**self.model_files}
@@ -317,6 +317,11 @@ def teacher_folder(spec: ModelSpec) -> Path:
     if not folder.is_dir():
         raise UserError(f"model.hf_dir={folder}: no such folder: set it to the folder of the model to prune")
     return folder
+
+
+def source_config(spec: ModelSpec) -> ModelConfig:
+    """Return the config of the unpruned model."""
+    return read_config(teacher_folder(spec), None if spec.vision_dir is None else Path(spec.vision_dir))[1]
 
 
 def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -19,9 +18,6 @@ from vlmprune_jax.base.errors import SharedError, Stopped, UserError, reason
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.base.links import real_path
 from vlmprune_jax.base.processes import is_main_process, on_process_zero, process_count
-from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.evaluation.metrics.texts import BITS
 from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
@@ -30,9 +26,8 @@ from vlmprune_jax.run.stages.evaluate import evaluation_works
 from vlmprune_jax.run.stages.pipeline import make_models
 from vlmprune_jax.run.stages.preflight import preflight
 from vlmprune_jax.run.stages.stage import STAGES
-from vlmprune_jax.run.stages.unused import unused_lines
-from vlmprune_jax.run.stages.work import Work, teacher_folder
-from vlmprune_jax.run.sweep.hyper import SweepRun, runs_named, shard_of
+from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.sweep.hyper import SweepRun
 from vlmprune_jax.run.sweep.workers import Worker, in_processes
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import compare_again
@@ -111,24 +106,16 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     write_artefact(folder / RESULT, replace(result, teacher=unpruned, runs=models, made_from=made_from))
 
 
-def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
-    """Record the error that stopped a sweep run."""
-    write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
+def read_run(run: SweepRun, sweep: Sweep, *, unchanged: bool = False) -> Result | None:
+    """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`.
 
-
-def read_run(run: SweepRun, sweep: Sweep) -> Result | None:
-    """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`."""
+    `unchanged`: also None if the run's settings or inputs have changed since.
+    """
     try:
         result = read_result(sweep.folder(run))
     except UserError:
         return None
-    return result if result.made_from else None
-
-
-def finished_run(run: SweepRun, sweep: Sweep) -> Result | None:
-    """Return the results of a complete sweep run with unchanged settings and inputs; None otherwise."""
-    result = read_run(run, sweep)
-    return result if result is not None and result.made_from == made_from_of(run, sweep) else None
+    return result if result.made_from and not (unchanged and result.made_from != made_from_of(run, sweep)) else None
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
@@ -168,7 +155,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
     for run in runs:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)
-        result = finished_run(run, sweep)
+        result = read_run(run, sweep, unchanged=True)
         if result is None:
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
@@ -203,15 +190,14 @@ def _entries(run: SweepRun, entry: Entry, models: Sequence[Run], seen: set[str])
 
 def run_sweep(
     runs: Sequence[SweepRun],
+    mine: Sequence[SweepRun],
     sweep: Sweep,
     reporter: Reporter,
     *,
-    shard: str,
     jobs: int,
     start: Callable[[], Worker],
-    only: str = "",
 ) -> None:
-    """Run all unfinished runs of a shard, then write and print the comparison of all runs.
+    """Run the unfinished ones of the runs `mine`, then write and print the comparison of all runs.
 
     With `jobs` > 1, this number of worker processes do one run each at a time (`start` prepares a worker). Otherwise,
     runs are done in sequence in this process, or together by all processes of a pod.
@@ -221,10 +207,10 @@ def run_sweep(
     from vlmprune_jax.run.report.tables import tables_of
 
     digest_once.cache_clear()  # files may have changed since another command of this process
-    mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
+    written = time.monotonic()
 
     def unfinished() -> list[int]:  # those that failed before at the end
-        left = [number for number, run in enumerate(mine) if finished_run(run, sweep) is None]
+        left = [number for number, run in enumerate(mine) if read_run(run, sweep, unchanged=True) is None]
         return sorted(left, key=lambda number: read_error(mine[number], sweep) is not None)
 
     left = [*enumerate((mine[number] for number in on_process_zero(unfinished)), start=1)]
@@ -235,8 +221,8 @@ def run_sweep(
     def done(item: tuple[int, SweepRun], line: str | None) -> None:
         nonlocal count, written
         count -= 1
-        if line is not None:  # a process that was killed has not recorded it
-            note_error(item[1], sweep, line)
+        if line is not None:
+            write_artefact(sweep.folder(item[1]) / ERROR, RunError(error=line))
         if jobs > 1:
             say = "done" if line is None else f"failed: {line}"
             reporter.say(f"[{item[0]}] {say}; {count} of {len(left)} runs left")
@@ -276,9 +262,7 @@ def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
     except Exception as error:
         if process_count() > 1 and not isinstance(error, SharedError):
             raise
-        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
-        note_error(run, sweep, line)
-        return line
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
     finally:
         maps = Path("/proc/self/maps")
         if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
@@ -314,21 +298,6 @@ def _finish(result: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporte
             f"{len(ours)} of {len(mine)} runs failed, first {ours[0].name}: {ours[0].error}: run the same command to "
             "retry"
         )
-
-
-def tell_unused(runs: Sequence[SweepRun], start: Experiment, reporter: Reporter) -> None:
-    """Print the user's settings that have no effect in any run.
-
-    Runs whose model cannot be read are skipped, because each reports its own error. `start`: see `unused_settings`.
-    """
-    configs = dict[ModelSpec, ModelConfig]()
-    for model in dict.fromkeys(run.experiment.model for run in runs):
-        with contextlib.suppress(UserError):
-            tower = None if model.vision_dir is None else Path(model.vision_dir)
-            configs[model] = read_config(teacher_folder(model), tower)[1]
-    pairs = ((run.experiment, configs[run.experiment.model]) for run in runs if run.experiment.model in configs)
-    for line in unused_lines(pairs, start=start):
-        reporter.say(line)
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:

@@ -115,7 +115,8 @@ def groups_of(sweep: SweepResult) -> list[ModelGroup]:
     for entry in sweep.models:
         if (run := entry.found) is not None:
             by_group.setdefault(entry.group, []).append(run)
-            labels.setdefault(entry.group, entry.labels_without_seeds)
+            without_seeds = {name: text for name, text in entry.labels.items() if name.rpartition(".")[2] != "seed"}
+            labels.setdefault(entry.group, without_seeds)
             data = f", {100 * run.data_fraction:g} % of the data" if run.data_fraction else ""
             images = f", {run.image_tokens} image tokens" if run.image_tokens else ""
             titles.setdefault(entry.group, f"{run.label}{data}{images}")

@@ -148,7 +148,7 @@ def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> Stag
         def begin() -> StageRecord | None:
             nonlocal key
             _check_inputs(task)
-            held.enter_context(_alone(task, say))
+            _lock(task, say, held)
             record = _begin(task, overwrite, say)
             if record is None and task.store is not None:
                 origin = made_from(task.settings, task.inputs, task.version, every_byte=True)
@@ -196,20 +196,14 @@ def in_memory(task: str) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _alone(task: Task, say: Callable[[str], None]) -> Iterator[None]:
-    """Context that locks a task; raise UserError if another process is running it in the same workdir."""
-
-    def waiting() -> None:
-        say(f"{task.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it")
-
-    with exclusive(task.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
-        if not held:
-            raise UserError(
-                f"{task.name}: another run is computing this stage in {task.workdir}: wait until it ends, or use "
-                "another --workdir"
-            )
-        yield
+def _lock(task: Task, say: Callable[[str], None], held: contextlib.ExitStack) -> None:
+    """Lock a task until `held` ends; raise UserError if another process is running it in the same workdir."""
+    waits = f"{task.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it"
+    if not held.enter_context(exclusive(task.record.with_suffix(".lock"), LOCK_SECONDS, lambda: say(waits))):
+        raise UserError(
+            f"{task.name}: another run is computing this stage in {task.workdir}: wait until it ends, or use another "
+            "--workdir"
+        )
 
 
 def _check_inputs(task: Task) -> None:
@@ -265,14 +259,8 @@ def _end(task: Task, facts: msgspec.Struct, seconds: float, key: str | None) -> 
     """Write the ledger entry of a finished task, and share its result with other sweep runs."""
     last = _read(task.record, task.facts)
     assert last is not None
-    done = StageRecord(
-        made_from=last.made_from,
-        done=True,
-        seconds=seconds,
-        facts=plain(facts),
-        outputs=_digests(task.outputs),
-        by=made_by(),
-    )
+    outputs, by = _digests(task.outputs), made_by()
+    done = replace(last, done=True, seconds=seconds, facts=plain(facts), outputs=outputs, by=by)
     write_artefact(task.record, done)
     if task.store is not None and key is not None:
         for path in task.outputs:
@@ -325,7 +313,7 @@ def differs_only_in(task: Task, *settings: str) -> bool:
     if last is None or not last.is_intact(task.outputs):
         return False
     ignored: dict[str, Any] = dict.fromkeys(settings)
-    before, after = (msgspec.structs.replace(it, settings={**it.settings, **ignored}) for it in (last.made_from, now))
+    before, after = (replace(it, settings={**it.settings, **ignored}) for it in (last.made_from, now))
     return before == after
 
 

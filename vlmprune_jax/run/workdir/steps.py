@@ -218,9 +218,13 @@ def make_result(
         same_model = [other for other in steps[:number] if other.folder in (step.variant, step.folder)]
         chain = [step] if step.control else [*(other for other in same_model if not other.control), step]
         done = {member.stage: records[member.record] for member in chain if member.record in records}
-        pruning: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
+        made: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
         if step.pruned:
-            pruning = _of_plan(step, done, workdir)
+            made = _of_plan(step, done, workdir)
+        if (trained := _facts(done.get("recover"), RecoverFacts)) is not None:
+            facts, settings = trained
+            made |= {"data_fraction": settings.fraction, "training_records": facts.records}
+            made |= {"training_steps": facts.steps, "loss_terms": facts.terms}
         metrics = Path(step.folder) / "training/metrics.jsonl"
         run = Run(
             name=step.name,
@@ -229,8 +233,7 @@ def make_result(
             metrics=metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None,
             path=step.path,
             evaluation=compared,
-            **pruning,
-            **_of_training(done),
+            **made,
         )
         (controls if step.control else runs).append(run)
     return Result(sets=sets, teacher=unpruned, runs=runs, controls=controls, best="")
@@ -242,20 +245,6 @@ def _facts(record: StageRecord | None, kind: Any) -> Any:
         with contextlib.suppress(msgspec.ValidationError, RecursionError):
             return msgspec.convert((record.facts, record.made_from.settings), tuple[kind, _Settings])
     return None
-
-
-def _of_training(done: Mapping[str, StageRecord]) -> dict[str, Any]:
-    """Return the fields of a model's entry in `result.json` that its training determines."""
-    trained = _facts(done.get("recover"), RecoverFacts)
-    if trained is None:
-        return {}
-    facts, settings = trained
-    return {
-        "data_fraction": settings.fraction,
-        "training_records": facts.records,
-        "training_steps": facts.steps,
-        "loss_terms": facts.terms,
-    }
 
 
 def _of_plan(step: StepRecord, done: Mapping[str, StageRecord], workdir: Path) -> dict[str, Any]:

@@ -45,11 +45,6 @@ class Entry(Part, frozen=True, kw_only=True):
         """State of the sweep run: `done`, `failed` or `pending`."""
         return DONE if self.found is not None else PENDING if self.error is None else FAILED
 
-    @property
-    def labels_without_seeds(self) -> dict[str, str]:
-        """Parts of the name that are no seeds."""
-        return {label: value for label, value in self.labels.items() if label.rpartition(".")[2] != "seed"}
-
 
 class SweepResult(Artefact, frozen=True, kw_only=True, tag=2):
     """File `sweep.json`: all models of a sweep, and the config file that lists its runs."""

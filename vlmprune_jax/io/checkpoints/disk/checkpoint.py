@@ -18,7 +18,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
-from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Entry, Extent, read_header
+from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Entry, read_header
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.checkpoints.disk.torch_files import read_torch
 
@@ -82,11 +82,6 @@ class EncodedWeight:
         """Path of the file that contains the weight's first tensor."""
         return next(iter(self.tensors.values())).file
 
-    @property
-    def n_bytes(self) -> int:
-        """Size in bytes of the dequantised weight."""
-        return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
-
     def array(self) -> np.ndarray:
         """Return the dequantised weight as an array."""
         return self.values(0, math.prod(self.shape)).reshape(self.shape)
@@ -100,15 +95,12 @@ class EncodedWeight:
         assert rows.dtype == WEIGHT_DTYPES[self.dtype], f"{self.key}: {rows.dtype} decoded, {self.dtype} announced"
         return rows.reshape(-1)[first - start * width :][:count]
 
-    def extent(self, first: int, size: int) -> Extent | None:
-        """Return None, because no byte range of a file holds the dequantised values."""
-
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Return the dequantised values at these flat indices."""
         values = [self.values(int(position), 1) for position in positions.reshape(-1)]
         return np.concatenate(values).reshape(positions.shape)
 
-    def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
+    def pieces(self, cuts: Sequence[int], *, once: bool = False) -> Iterator[np.ndarray]:
         """Yield the dequantised values between consecutive flat indices in `cuts` (ascending)."""
         return (self.values(begin, end - begin) for begin, end in itertools.pairwise(cuts))
 
