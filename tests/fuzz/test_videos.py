@@ -20,11 +20,11 @@ from vlmprune_jax.core.video import SAMPLING, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import MemoryBudget, video_part
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.data.video import process
 from vlmprune_jax.io.data.video.process import Limits
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.data.video.reader import VideoReader, video_reader
 from vlmprune_jax.io.families import find
 
@@ -162,13 +162,12 @@ def test_facts_of_a_clip(goldens, monkeypatch):
     """What a decoder says of a file is checked like the file."""
 
     class Worker:
-        def send(self, request, file):
+        def send(self, *_):
             pass
 
-        def kill(self):
-            pass
+        hang_up = kill = send
 
-        def line(self, deadline):
+        def line(self, name):
             return copy.deepcopy(self.reply)
 
     worker = Worker()

@@ -23,8 +23,8 @@ from vlmprune_jax.core.prune.tables import affected_tokens, compare
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.core.recovery.program import TrainState
+from vlmprune_jax.io.data.cached_arrays import TeacherRows, record_key
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report.figures import removed_section
 from vlmprune_jax.run.workdir import content as provenance

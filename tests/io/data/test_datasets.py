@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.datasets import MAX_COLUMNS, datasets_folder, datasets_state, read_datasets
+from vlmprune_jax.io.data.datasets import MAX_COLUMNS, datasets_source, read_datasets
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.run.evaluation.metrics import METRICS
 
@@ -117,16 +117,16 @@ def test_records_in_llavas_format(tmp_path):
 def test_the_only_split_need_not_be_named(tmp_path):
     write_split(tmp_path / "set/test", POPE)
     (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["test"]}))
-    assert datasets_folder(f"datasets:{tmp_path}/set") == tmp_path / "set/test"
-    assert datasets_folder(f"datasets:{tmp_path}/set/test") == tmp_path / "set/test"
-    assert datasets_state(tmp_path / "set/test") != ""
+    found, named = datasets_source(f"datasets:{tmp_path}/set"), datasets_source(f"datasets:{tmp_path}/set/test")
+    assert found.files == named.files == [tmp_path / "set/test"]
+    assert found.state == named.state != ""
     (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["a", "b"]}))
     with pytest.raises(UserError, match=r"has the splits a, b: use datasets:.*/set/SPLIT"):
-        datasets_folder(f"datasets:{tmp_path}/set")
+        datasets_source(f"datasets:{tmp_path}/set")
     for outside in ("..", "../x", "a/b"):
         (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": [outside]}))
         with pytest.raises(UserError, match="has the splits"):
-            datasets_folder(f"datasets:{tmp_path}/set")
+            datasets_source(f"datasets:{tmp_path}/set")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_what_the_library_itself_writes(tmp_path):
     whole = datasets.Dataset.from_dict({**columns, "image": images, "pair": [images[:2]] * 5})
     whole = whole.cast_column("pair", datasets.Sequence(datasets.Image()))
     datasets.DatasetDict({"test": whole}).save_to_disk(tmp_path / "set")
-    (record, *_) = read_datasets(datasets_folder(f"datasets:{tmp_path}/set"))
+    (record, *_) = datasets_source(f"datasets:{tmp_path}/set").read()
     assert record.turns == (("human", "<image>\n<image>\n<image>\nA dog 0?"), ("gpt", "yes"))
     for stored, image in zip(record.images, (images[0], *images[:2]), strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored.read_bytes()))), np.asarray(image))

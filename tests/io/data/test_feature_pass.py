@@ -26,9 +26,9 @@ from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.prompts import load_tokenizer

@@ -9,7 +9,7 @@ from datasets_cases import write_split
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.io.data.datasets import datasets_folder, fetch_dataset, read_datasets
+from vlmprune_jax.io.data.datasets import datasets_source, fetch_dataset
 from vlmprune_jax.io.data.inputs import name_of_records
 from vlmprune_jax.run.cli.config_files import experiment_config, to_experiment
 
@@ -48,7 +48,7 @@ def test_a_set_is_stored_once_in_the_workdir(asked, tmp_path):
     config.data.train, config.data.eval = "hub:org/name:train", "hub:org/name/sub:test[:2]"
     config.evaluate.sets = {"short": {"data": "hub:org/name/sub:test[:2]"}, "text": {"text": "a.txt"}}
     found = to_experiment(config, str(tmp_path / "w"), dry_run=True)[0].data
-    assert len(read_datasets(datasets_folder(found.train))) == len(ROWS)
+    assert len(datasets_source(found.train).read()) == len(ROWS)
     assert not (tmp_path / "w").exists()
     asked.clear()
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_a_set_is_stored_once_in_the_workdir(asked, tmp_path):
     assert to_experiment(config, str(tmp_path / "w"), dry_run=True)[0].data == data
     assert experiment.evaluate.sets["short"].data == data.eval
     assert asked == [("org/name", None, "train", False), ("org/name", "sub", "test", True)]
-    train, test = (read_datasets(datasets_folder(text)) for text in (data.train, data.eval))
+    train, test = (datasets_source(text).read() for text in (data.train, data.eval))
     assert [record.turns[0][1] for record in train] == [row["question"] for row in ROWS]
     assert [record.references for record in test] == [("0",), ("1",)]
     assert name_of_records(data.train) == "org/name"
@@ -97,7 +97,7 @@ def test_the_package_itself(monkeypatch, tmp_path):
     )
     datasets.Dataset.from_list(rows, features=features).to_parquet("org/name/train.parquet")
     for text, count in (("hub:org/name:train", 5), ("hub:org/name:train[:2]", 2)):
-        records = read_datasets(datasets_folder(fetch_dataset(text, tmp_path / "data", "data.train")))
+        records = datasets_source(fetch_dataset(text, tmp_path / "data", "data.train")).read()
         assert [record.turns[0][1] for record in records] == [f"<image>\n{row['question']}" for row in ROWS[:count]]
         assert all(record.images[0].read_bytes().startswith(b"\x89PNG") for record in records)
     with pytest.raises(UserError, match=r"hub:org/other:train: not available from the hub .*: check name, split and"):

@@ -226,12 +226,6 @@ def test_fraction_is_a_fixed_draw_in_file_order() -> None:
     assert len(take_fraction(records, 0.29, 7)) == int(100 * 0.29)
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
-def test_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(UserError, match=r"data\.fraction"):
-        take_fraction([Record("0", (("human", "q"),), ())], fraction, 0)
-
-
 def sets(tmp_path: Path, root: Path, **changes: object) -> Path:
     """InternVL's object of two sets: ten records of text, and three with an image in a folder of their own."""
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"id": n, "conversations": TEXT}) for n in range(10)))

@@ -26,10 +26,10 @@ from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.recovery.losses import _top_k, term_weights, vocabulary_sums
 from vlmprune_jax.core.recovery.terms import check_losses, make_teacher, top_k_divergence, top_k_logprobs
+from vlmprune_jax.io.data.cached_arrays import TeacherRows, record_key
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.record_cache import teacher_top_k
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 
 TEMPERATURE = 1.7
 VOCAB = 64

@@ -22,7 +22,7 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record, read_records
-from vlmprune_jax.io.data.tfds import ImageStore, read_tfds, tfds_folder, tfds_state, write_tfds
+from vlmprune_jax.io.data.tfds import ImageStore, read_tfds, tfds_source, write_tfds
 from vlmprune_jax.run.cli.main import main
 
 
@@ -131,7 +131,7 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
     with pytest.raises(UserError, match=r"nothing: was not written by `vlmprune tfds`"):
         read_tfds(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"tfds:s3://bucket/x: is not a folder: use tfds:DIR, or tfds:gs:"):
-        tfds_folder("tfds:s3://bucket/x")
+        tfds_source("tfds:s3://bucket/x")
     write_tfds(read_records(file, root, image_lead=True), tmp_path / "set", image_root=root)
     for shard in (tmp_path / "set/records/1.0.0").glob("*array_record*"):
         shard.unlink()
@@ -225,21 +225,20 @@ def test_a_folder_in_a_bucket(source, bucket):
     (file, root), (bucket, asked) = source, bucket
     records = read_records(file, root, image_lead=True)
     write_tfds(records, bucket / "set", image_root=root)
-    folder = tfds_folder("tfds:gs://bucket/set")
-    again = read_tfds(folder, image_lead=True)
+    folder = tfds_source("tfds:gs://bucket/set")
+    again = folder.read(image_lead=True)
     assert [(r.id, r.turns) for r in again] == [(r.id, r.turns) for r in records]
     for ours, theirs in zip(again, records, strict=True):
         assert [i.read_bytes() for i in ours.images] == [i.read_bytes() for i in theirs.images]
     assert asked
     assert not any("records" in path for path in asked)  # one request each: they are copied
-    before = tfds_state(folder)
-    assert before
+    assert folder.state
     with pytest.raises(UserError, match=r"gs://bucket/other: was not written by `vlmprune tfds`"):
-        read_tfds(tfds_folder("tfds:gs://bucket/other"))
+        tfds_source("tfds:gs://bucket/other").read()
     shutil.rmtree(bucket / "set")
-    assert tfds_state(folder) == ""
+    assert tfds_source("tfds:gs://bucket/set").state == ""
     write_tfds(records[:2], bucket / "set", image_root=root)
-    assert tfds_state(folder) not in (before, "")
+    assert tfds_source("tfds:gs://bucket/set").state not in (folder.state, "")
 
 
 def test_a_bucket_needs_gcsfs(bucket, monkeypatch):
@@ -248,7 +247,7 @@ def test_a_bucket_needs_gcsfs(bucket, monkeypatch):
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(UserError, match=r"gs://bucket/set.*: reading a bucket needs gcsfs"):
-        read_tfds(tfds_folder("tfds:gs://bucket/set"))
+        tfds_source("tfds:gs://bucket/set").read()
     assert main(["tfds", "--data=x.json", "--out=gs://bucket/set"]) == 2
 
 

@@ -18,7 +18,7 @@ from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.gguf_model import tiled
+from vlmprune_jax.io.exports.gguf_model import interleaved
 from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
@@ -67,10 +67,10 @@ def test_texts(models, tmp_path, name, cut):
 def test_heads_are_tiled_with_the_ratio_after_the_cut(models, cut, order):
     golden = models["qwen3_5_r3"]
     model = prune(golden.model, kept_mixers(golden, cut))[0] if cut else golden.model
-    layer = model.cfg.text.layers[-1]
-    heads = np.arange(layer.sizes["delta_heads"])
-    np.testing.assert_array_equal(tiled(heads, ("delta_heads",), layer), order)
-    np.testing.assert_array_equal(tiled(np.array(order), ("delta_heads",), layer, back=True), heads)
+    mixer = model.cfg.text.layers[-1].mixer
+    heads = np.arange(mixer.delta_groups * mixer.group)
+    np.testing.assert_array_equal(interleaved(heads, 0, mixer.delta_groups), order)
+    np.testing.assert_array_equal(interleaved(np.array(order), 0, mixer.group), heads)
 
 
 def test_an_image(models, tmp_path):

@@ -21,11 +21,11 @@ from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.recovery.flops import batch_flops
 from vlmprune_jax.core.video import frame_indices
 from vlmprune_jax.io.checkpoints.batches import open_inputs, to_records
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.images import limited_files
 from vlmprune_jax.io.data.inputs import TrainingRows
+from vlmprune_jax.io.data.processor_files import load_video_config
 from vlmprune_jax.io.data.record_cache import compute_records, feature_program
-from vlmprune_jax.io.data.video.processor import load_video_config
 from vlmprune_jax.io.exports.token_sources import Source, tokens_of
 from vlmprune_jax.io.families import find
 from vlmprune_jax.io.families.templates import VideoText, in_words
@@ -154,7 +154,7 @@ def test_sizes_of_frames(golden):
             with pytest.raises(UserError, match=r"too short|long side"):
                 preparation.plan(*size, frames=frames)
             continue
-        shape = preparation.plan(*size, frames=frames).shape
+        shape = preparation.plan(*size, frames=frames)
         if "grid_thw" in case:
             assert [-(-frames // 2), shape.rows, shape.columns] == case["grid_thw"], case
             assert shape.tokens * case["grid_thw"][0] == case["tokens"], case

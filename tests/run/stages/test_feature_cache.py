@@ -30,7 +30,7 @@ from vlmprune_jax.core.recovery import loop
 from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.inputs import load_inputs, training_rows
 from vlmprune_jax.io.data.record_cache import check_frozen

@@ -17,8 +17,8 @@ from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data import record_cache
+from vlmprune_jax.io.data.cached_arrays import TeacherRows
 from vlmprune_jax.io.data.images import ImageLoader
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.stages.work import Work

@@ -107,7 +107,7 @@ def loss_sums(
     """Return the sum of each loss term over one micro-batch, float32[].
 
     The batch holds `input_ids`, `attention_mask`, `labels` and optionally "media" (`models.media.Media`). With
-    `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see `data.teacher_rows`).
+    `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see `data.cached_arrays`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs: dict[str, Any] = {name: batch.get(name) for name in ENCODED} | {"remat": remat}

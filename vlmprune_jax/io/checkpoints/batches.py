@@ -52,10 +52,7 @@ def to_records(records: Records, inputs: Inputs) -> list[Record]:
     if isinstance(records, (str, os.PathLike)):
         return training_records(dataclasses.replace(inputs.data, train=os.fspath(records)), inputs.template)
     root = None if inputs.data.images is None else Path(inputs.data.images)
-    read = make_records(records, root, image_lead=inputs.template.image_lead)
-    if not read:
-        raise UserError("no records were passed: pass at least one")
-    return read
+    return make_records(records, root, image_lead=inputs.template.image_lead)
 
 
 def batches(

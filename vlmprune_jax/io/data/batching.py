@@ -13,13 +13,11 @@ import grain
 import jax
 import numpy as np
 
-from vlmprune_jax.base.checks import one_of
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import BatchShapes
-from vlmprune_jax.io.data.config import GROUPINGS, ON_ERROR
+from vlmprune_jax.io.data.cached_arrays import TeacherRows
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
@@ -84,7 +82,7 @@ class TrainBatches:
             local = len(self.mine)
             packs = self.packs * local // len(self.rows[0])
             check_memory(local, shape, self.encoder, 0, packs)
-            row = self._padding_row(shape)
+            row = self._row(None, shape)
             kind = {name: jax.ShapeDtypeStruct((local, *array.shape), array.dtype) for name, array in row.items()}
             kinds.append({**kind, "media": self.encoder.packed_shapes(shape, local, packs)})
         return kinds
@@ -114,32 +112,30 @@ class TrainBatches:
         check_memory(len(self.mine), shape, encoder, 0, packs)
         rows, pictures, names, skipped = [], [], [], []
         for index in batch[self.mine].tolist():
-            row, images, name = None, [], ""
+            row, images, name = None, list[Any](), ""
             if index != _PADDING_ROW:
                 record = self.records[index]
                 try:
                     if sizes is not None and not sizes[index, 0]:
                         problem = encoder.problem(record) or f"record {record.id}: could not be read when measured"
                         raise UserError(problem)
-                    training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
-                    if self.teacher is not None:
-                        self.teacher.fill(training_row, record)
-                    row, name = training_row, record.id
+                    row, images, name = self._row(record, shape), encoder.images(record), record.id
                 except UserError as error:
                     if not self.skips:
                         raise
                     skipped.append((record.id, str(error)))
-            rows.append(self._padding_row(shape) if row is None else row)
-            pictures.append([] if row is None else images)
+            rows.append(self._row(None, shape) if row is None else row)
+            pictures.append(images)
             names.append(name)
         arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["media"] = encoder.packed(pictures, shape, packs)
         return Batch(arrays, tuple(names), skipped=tuple(skipped))
 
-    def _padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        row = self.encoder.padding_row(shape.tokens)
+    def _row(self, record: Record | None, shape: Shape) -> dict[str, np.ndarray]:
+        encoder, tokens = self.encoder, shape.tokens
+        row = encoder.padding_row(tokens) if record is None else encoder.training_row(record, tokens)
         if self.teacher is not None:
-            self.teacher.fill(row, None)
+            self.teacher.fill(row, record)
         return row
 
 
@@ -171,16 +167,10 @@ def train_batches(
     They are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which
     replaces unreadable records by padding rows. `teacher` adds its arrays to every row.
     """
-    one_of("group_by", group_by, GROUPINGS)
-    one_of("on_error", on_error, ON_ERROR)
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError(
             "group_by, length buckets and on_error='skip' need record sizes: pass sizes=measure(records, encoder, ...)"
         )
-    if not records:
-        raise UserError("no records to batch: check the data file")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
         raise UserError(
             f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"

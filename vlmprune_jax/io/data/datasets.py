@@ -30,7 +30,7 @@ from vlmprune_jax.base.errors import UserError, reason
 from vlmprune_jax.base.files import open_file, read_json, reading
 from vlmprune_jax.io.data.forms import to_entry
 from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.records import DATASETS, Record, make_record
+from vlmprune_jax.io.data.records import DATASETS, Record, Source, records_of
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TODO = "save it again with save_to_disk"
@@ -61,37 +61,29 @@ class _Dict(TypedDict):
     splits: list[str]
 
 
-def datasets_folder(text: str) -> Path:
-    """Return the split folder that `datasets:FOLDER` names; the name of the only split may be omitted.
+def datasets_source(text: str) -> Source:
+    """Return the split that `datasets:FOLDER` names; the name of the only split may be omitted.
 
     Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
     """
     folder = Path(text.removeprefix(DATASETS))
     if text == DATASETS or "://" in text:
         raise UserError(f"{text}: is not a folder: use {DATASETS}DIR with a folder written by save_to_disk")
-    if not (folder / _SPLITS).exists():
-        return folder
-    splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
-    if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
-        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {DATASETS}{folder}/SPLIT")
-    return folder / splits[0]
-
-
-def datasets_state(folder: Path) -> str:
-    """Return a fingerprint of the saved splits, which changes when any split is saved again; "" without splits."""
+    if (folder / _SPLITS).exists():
+        splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
+        if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
+            raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {DATASETS}{folder}/SPLIT")
+        folder /= splits[0]
     state = folder / _STATE
-    return str(state.stat().st_mtime_ns) if state.is_file() else ""
+    saved = str(state.stat().st_mtime_ns) if state.is_file() else ""
+    return Source([folder], saved, functools.partial(read_datasets, folder))
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
     """Return the records of a split that Hugging Face datasets saved to disk; see `read_records` for malformed rows."""
     split = _Split(folder)
-    records = [
-        make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
-    ]
-    if not records:
-        raise UserError(f"{folder}: contains no rows: {_TODO}")
-    return records
+    none = f"{folder}: contains no rows: {_TODO}"
+    return records_of(split.entries(), folder, split, image_lead, on_error, none=none)
 
 
 class _Split:

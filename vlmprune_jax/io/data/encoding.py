@@ -14,9 +14,9 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.media import AXES, Packed, is_visual, mrope_positions
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader
-from vlmprune_jax.io.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
+from vlmprune_jax.io.data.prompts import count_tokens, render_record, tokenize_prompt, tokenize_training
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.tiles import ImageShape
@@ -187,10 +187,8 @@ class Encoder:
         `records`: None is a row of padding. `packs`: see `shape`. Raises UserError naming a record above all buckets.
         """
         sizes = np.zeros((len(records), 3), np.int32)
-        if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
-            for at, record in enumerate(records):
-                if record is not None:
-                    sizes[at, 1:] = self.image_sizes(record, self.shapes(record))
+        for row, record in zip(sizes, records, strict=True):
+            row[1:] = (0, 0) if record is None else self.image_sizes(record, self.shapes(record))
         return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
@@ -348,7 +346,7 @@ def measure(
 
     def parts(record: Record) -> tuple[tuple[int, int], list[ImageShape], list[str]]:
         images = encoder.shapes(record)
-        return encoder.image_sizes(record, images), images, prompt_pieces(record, encoder.template, images)
+        return encoder.image_sizes(record, images), images, render_record(record, encoder.template, images).pieces
 
     sizes = np.zeros((len(records), 3), np.int32)
     with ThreadPoolExecutor(max(threads, 1)) as pool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +25,14 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.batching import Batch, train_batches
 from vlmprune_jax.io.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.datasets import datasets_folder, datasets_state, read_datasets
+from vlmprune_jax.io.data.datasets import datasets_source
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.image_processor import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets
+from vlmprune_jax.io.data.processor_files import PROCESSOR_FILES, processor_settings
 from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
-from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, data_files, read_records, take_fraction
-from vlmprune_jax.io.data.tfds import read_tfds, tfds_folder, tfds_state
+from vlmprune_jax.io.data.records import DATASETS, TFDS, Record, Source, data_files, read_records, take_fraction
+from vlmprune_jax.io.data.tfds import tfds_source
 from vlmprune_jax.io.families import Family, family_of, templates
 from vlmprune_jax.io.families.templates import Template
 
@@ -124,61 +124,41 @@ def _load_inputs(
         template = follow_video(template, folder, tokenizer)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
-    aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
     loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None, name=data.template)]
     if tower is not None:
+        processor, aspect_ratio = processor_settings(folder), config.get("image_aspect_ratio")
+        if aspect_ratio not in ("pad", "square"):  # LLaVA's image mode
+            aspect_ratio = "pad" if processor is None or processor[0].get("do_pad") else "square"
         described = any(os.path.lexists(folder / name) for name, _ in PROCESSOR_FILES)
         in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if in_folder else Path(model.vision_dir or ""),
-            dataclasses.replace(data, aspect_ratio=aspect_ratio),
+            dataclasses.replace(data, aspect_ratio=aspect_ratio) if data.aspect_ratio == AUTO else data,
             image_size=None if tower.dynamic_resolution else tower.image_size,
             patches=(tower.patch_values, tower.merge) if tower.dynamic_resolution else None,
             slot_tokens=slot_tokens,
             video=None if template.video is None else video,
         )
-        says = _aspect_ratio(AUTO, config, folder)
-        if family.images == "whole" and says != aspect_ratio:
-            notes.append(f'data.aspect_ratio="{aspect_ratio}", but the model folder says "{says}"')
+        if family.images == "whole" and data.aspect_ratio not in (AUTO, aspect_ratio):
+            notes.append(f'data.aspect_ratio="{data.aspect_ratio}", but the model folder says "{aspect_ratio}"')
     return Inputs(data, tokenizer, template, loader, tuple(notes))
 
 
-def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
-    """Return LLaVA's image mode, "pad" or "square": the setting, or for "auto" the value in the model's files."""
-    if name != AUTO:
-        return name
-    mode, settings = config.get("image_aspect_ratio"), processor_settings(folder)
-    if mode in ("pad", "square"):
-        return mode
-    return "pad" if settings is None or settings[0].get("do_pad") else "square"
-
-
-class _Source(NamedTuple):
-    """Records of a setting: their files or folder, a text that changes whenever the data change, and the reader."""
-
-    files: Sequence[Path | str]
-    state: str
-    read: Callable[..., list[Record]]  # with `image_lead` and `on_error`
-
-
-def _source(path: str | None, images: str | None, what: str) -> _Source:
+def _source(path: str | None, images: str | None, what: str) -> Source:
     if path is None:
         raise UserError(
             f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {TFDS}FOLDER or "
             f"{DATASETS}FOLDER"
         )
     if path.startswith(TFDS):
-        place = tfds_folder(path)
-        state = tfds_state(place)
-        return _Source([place if isinstance(place, Path) else state], state, functools.partial(read_tfds, place))
+        return tfds_source(path)
     if path.startswith(DATASETS):
-        folder = datasets_folder(path)
-        return _Source([folder], datasets_state(folder), functools.partial(read_datasets, folder))
+        return datasets_source(path)
     refuse_folder(path, what)
     root = None if images is None else Path(images)
     files = data_files(Path(path), root)
     state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
-    return _Source(files, state, functools.partial(read_records, Path(path), root))
+    return Source(files, state, functools.partial(read_records, Path(path), root))
 
 
 @functools.lru_cache(maxsize=16)

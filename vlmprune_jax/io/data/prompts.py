@@ -58,10 +58,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Rendered(NamedTuple):
-    """Prompt text, and the character spans (start, stop) of its answers with their end tokens."""
+    """Prompt text, the character spans (start, stop) of its answers with their end tokens, and its text pieces.
+
+    Pieces are tokenised separately; they are the texts between images if images have no tokens of their own.
+    """
 
     text: str
     answers: list[tuple[int, int]]
+    pieces: list[str]
 
 
 def render(
@@ -102,7 +106,9 @@ def render(
         text += role + gap + content + end if content or template.by_turn else role
         if speaker != "human":
             answers.append((start, len(text) - len(end) + len(end.rstrip())))
-    return Rendered(text + template.assistant if generation else text, answers)
+    text += template.assistant if generation else ""
+    splits = has_image and template.image_tokens is None
+    return Rendered(text, answers, text.split(IMAGE_TOKEN) if splits else [text])
 
 
 def move_images_first(content: str, behind: str = "\n") -> str:
@@ -132,7 +138,7 @@ def tokenize_training(
     length does not remove the record's labels. If the turns cannot be parsed (an empty turn, a separator inside a
     text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
-    (text, spans), tokens = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images)
+    (text, spans, _), tokens = _encode(record, tokenizer, template, image_token_id, tokens_per_image, images)
     covered = len(text)
     if not template.by_turn:
         spans, covered = _answer_spans(text, template)
@@ -147,11 +153,6 @@ def tokenize_training(
     labels = np.where(keep & ~tokens.is_image, tokens.ids, IGNORED).astype(np.int32)
     ids, labels = np.repeat(tokens.ids, tokens.repeats), np.repeat(labels, tokens.repeats)
     return (ids, labels) if record.visuals else (ids[:cut_text_at], labels[:cut_text_at])
-
-
-def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
-    """Return the text segments between `<image>` placeholders, which `tokenize_training` tokenises separately."""
-    return _pieces(_prompt(record, template, images).text, record, template)
 
 
 def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
@@ -194,7 +195,9 @@ def _is_mismatched(tokens: _Tokens, covered: int, prompt: str, padding: int | No
     return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
-def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *, generation: bool = False) -> Rendered:
+def render_record(
+    record: Record, template: Template, images: Sequence[ImageShape], *, generation: bool = False
+) -> Rendered:
     """Return a record's prompt, with the placeholder of each image and video replaced by its text.
 
     With `generation`, the last answer is left out, and the prompt ends where it begins.
@@ -212,10 +215,6 @@ def _prompt(record: Record, template: Template, images: Sequence[ImageShape], *,
                 "it from the text"
             )
     return prompt
-
-
-def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
-    return prompt.split(IMAGE_TOKEN) if record.images and template.image_tokens is None else [prompt]
 
 
 class _Tokens(NamedTuple):
@@ -244,10 +243,10 @@ def _encode(
     dropped from later pieces (reference: `tokenizer_image_token`).
     """
     images = [ImageShape()] * len(record.visuals) if images is None else images
-    prompt = _prompt(record, template, images, generation=generation)
+    prompt = render_record(record, template, images, generation=generation)
     ids, places, is_image = list[int](), list[tuple[int, int]](), list[bool]()
     offset = 0
-    for number, piece in enumerate(_pieces(prompt.text, record, template)):
+    for number, piece in enumerate(prompt.pieces):
         if number:
             ids, places = [*ids, image_token_id], [*places, (offset, offset + len(IMAGE_TOKEN))]
             is_image.append(True)
@@ -341,8 +340,7 @@ def expand_images(
     if labels is not None:
         arrays["labels"] = np.where(is_image, IGNORED, arrays["labels"])
     longest = int(times.sum(axis=1).max(initial=0))
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    result = {name: np.full((len(ids), longest), fill[name], np.int32) for name in arrays}
+    result = {n: np.full((len(ids), longest), IGNORED if n == "labels" else 0, np.int32) for n in arrays}
     for row, repeats in enumerate(times):
         for name, array in arrays.items():
             result[name][row, : repeats.sum()] = np.repeat(array[row], repeats)

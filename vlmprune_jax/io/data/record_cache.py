@@ -30,10 +30,9 @@ from vlmprune_jax.core.recovery.program import batch_sharding, local_rows, place
 from vlmprune_jax.core.recovery.terms import top_k_logprobs
 from vlmprune_jax.core.recovery.trainable import assign_groups
 from vlmprune_jax.io.data.batching import Batch, train_batches
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader, TeacherRows
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 
 TOWER = "vision"
 _SPREAD = 256  # number of records from which the cache size is estimated
@@ -108,7 +107,7 @@ def check_room(arrays: RecordCache, training: TrainingRows, todo: Sequence[int])
     spread, needed = todo[:: -(-len(todo) // _SPREAD)], 0
     for number in spread:
         with contextlib.suppress(UserError):  # reported or skipped when the record is computed
-            needed += arrays.bytes_of(training.records[number], training.encoder)
+            needed += arrays.bytes_of(training.records[number], training.encoder.training_tokens)
     check_space(arrays.cache.folder / "*.safetensors", needed * len(todo) // len(spread))
 
 

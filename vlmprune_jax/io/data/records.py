@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +85,14 @@ class Record:
         return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
 
 
+class Source(NamedTuple):
+    """Records of a setting: their files or folder, a text that changes whenever the data change, and the reader."""
+
+    files: Sequence[Path | str]
+    state: str
+    read: Callable[..., list[Record]]  # with `image_lead` and `on_error`
+
+
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
@@ -107,9 +114,8 @@ def read_records(
     records: list[Record] = []
     for name, (annotation, folder, repeat) in _sets(path, image_root).items():
         root, entries = MediaRoot(folder), read_entries(annotation, on_error)
-        read = [make_record(entry, at, annotation, root, image_lead, on_error) for at, entry in enumerate(entries)]
-        if not read:
-            raise UserError(f"{annotation}: contains no records: check that it is a list of conversations")
+        none = f"{annotation}: contains no records: check that it is a list of conversations"
+        read = records_of(entries, annotation, root, image_lead, on_error, none=none)
         if name is not None:
             read = [replace(record, id=f"{name}/{record.id}") for record in read]
         records += read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
@@ -119,9 +125,30 @@ def read_records(
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of parsed entries of a data file; raise UserError with the record for malformed entries."""
-    root = MediaRoot(image_root)
-    return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
+    """Return the records of parsed entries; raise UserError if there are none, or one is malformed."""
+    root, none = MediaRoot(image_root), "no records were passed: pass at least one"
+    return records_of(entries, PurePath("records"), root, image_lead, "stop", none=none)
+
+
+def records_of(
+    entries: Iterable[Any], path: PurePath, root: Images, image_lead: bool, on_error: str, *, none: str
+) -> list[Record]:
+    """Return the records of a data set's entries (see `read_records`); raise UserError, saying `none`, if it has none.
+
+    With `on_error` "skip", the message about a malformed entry becomes its record's `problem`.
+    """
+    records = list[Record]()
+    for index, entry in enumerate(entries):
+        try:
+            records.append(make_record(entry, index, path, root, image_lead))
+        except UserError as error:
+            if on_error == "stop":
+                raise
+            name = entry.get("id", index) if isinstance(entry, dict) else index
+            records.append(Record(str(name) if is_name(name) else str(index), (), (), str(error)))
+    if not records:
+        raise UserError(none)
+    return records
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
@@ -173,25 +200,9 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     The subset depends only on the number n of records, `fraction` and `seed` (a separate numpy PCG64 generator), so
     that all processes of a run agree; the reference draws an unseeded subset per rank.
     """
-    if not 0.0 < fraction <= 1.0:
-        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1 (0.05 is 5 % of the records)")
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]
-
-
-def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
-    """Yield a line about empty answers, and a line about ids that several records share, in the data set called `what`.
-
-    All of these records are kept. Repeating a data set on purpose (InternVL's repeat_time) does not repeat ids.
-    """
-    distinct = {id(record): record for record in records}.values()
-    empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
-    if empty:
-        yield f"{what}: {len(empty):,} of the records have an empty answer (first: {empty[0]}); all are kept"
-    repeated = [name for name, count in Counter(record.id for record in distinct).items() if count > 1]
-    if repeated:
-        yield f"{what}: {len(repeated):,} of the ids belong to several records (first: {repeated[0]}); all are kept"
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
@@ -223,23 +234,8 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}), expected {expected}") from error
 
 
-def make_record(
-    entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
-) -> Record:
-    """Return the record of one parsed entry of a data file, after checking the entry.
-
-    Raises UserError with `path` and the record; with `on_error` "skip" the message becomes the record's `problem`.
-    """
-    try:
-        return _valid_record(entry, index, path, root, image_lead)
-    except UserError as error:
-        if on_error == "stop":
-            raise
-        name = entry.get("id", index) if isinstance(entry, dict) else index
-        return Record(str(name) if is_name(name) else str(index), (), (), str(error))
-
-
-def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
+def make_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
+    """Return the record of one parsed entry of the data file `path`; raise UserError for a malformed entry."""
     if isinstance(entry, UserError):
         raise entry
     if not isinstance(entry, dict):

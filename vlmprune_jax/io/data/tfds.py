@@ -42,7 +42,7 @@ from vlmprune_jax.base.files import (
     reading,
 )
 from vlmprune_jax.io.data.media import StoredImage
-from vlmprune_jax.io.data.records import TFDS, Record, make_record
+from vlmprune_jax.io.data.records import TFDS, Record, Source, records_of
 
 BUCKET = "gs://"
 RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
@@ -62,26 +62,20 @@ class _Info(TypedDict):
     splits: list[_Split]
 
 
-def tfds_folder(text: str) -> Path | epath.Path:
-    """Return the folder that `tfds:FOLDER` names; an epath for a folder in a cloud bucket.
+def tfds_source(text: str) -> Source:
+    """Return the data set in the folder, or the folder of a cloud bucket, that `tfds:FOLDER` names.
 
     Raises UserError for other types of addresses.
     """
     name = text.removeprefix(TFDS)
-    if name.startswith(BUCKET):
-        return epath.Path(name)
-    if not name or "://" in name:
+    in_bucket = name.startswith(BUCKET)
+    if not in_bucket and (not name or "://" in name):
         raise UserError(f"{text}: is not a folder: use {TFDS}DIR, or {TFDS}{BUCKET}BUCKET/DIR for a bucket")
-    return Path(name)
-
-
-def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a fingerprint that changes when the records in a TFDS folder are rewritten; "" without records."""
+    folder = epath.Path(name) if in_bucket else Path(name)
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
-        if not info.is_file():
-            return ""
-        return str(info.stat().st_mtime_ns) if isinstance(info, Path) else _text(info)
+        saved = "" if not info.is_file() else _text(info) if in_bucket else str(info.stat().st_mtime_ns)
+    return Source([folder if isinstance(folder, Path) else saved], saved, functools.partial(read_tfds, folder))
 
 
 def write_tfds(
@@ -195,13 +189,24 @@ class ImageStore:
         self.numbers: dict[str, int] = {}  # name of an image -> its number
 
     @functools.cached_property
-    def _images(self) -> _Source:
-        return _Source(self.folder, IMAGES)
+    def _images(self) -> _Examples:
+        return _Examples(self.folder, IMAGES)
 
     @functools.cached_property
     def identity(self) -> str:
         """Digest of the data set's metadata, which has the number of images and their total size."""
         return hashlib.sha256(_text(self.folder / IMAGES / VERSION / _INFO).encode()).hexdigest()[:16]
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield every record of the folder as an entry of a JSON data file."""
+        with _on_this_machine(self.folder) as near:
+            examples = _Examples(near, RECORDS)
+            for index in range(len(examples)):
+                location = f"{self.folder / RECORDS}, example {index}"
+                with reading(location, _TODO):
+                    entry, images = _entry(examples[index], location)
+                self.numbers |= images
+                yield entry
 
     def find(self, name: str, location: str) -> StoredImage:
         return StoredImage(name, self.numbers[name], self)
@@ -214,7 +219,7 @@ class ImageStore:
             return self._images[number]["image"]
 
 
-class _Source:
+class _Examples:
     """Random access to the examples of a TFDS data set (records or images), without decoding images.
 
     Raises UserError if the data set was not written by `write_tfds`.
@@ -233,7 +238,12 @@ class _Source:
             # the form that tfds writes; no class is looked up by a name in the file
             if parse_json(_text(file), str(file), _TODO) != MessageToDict(self._features.to_proto()):
                 raise UserError(f"{file}: describes features that `vlmprune tfds` does not write: {_TODO}")
-            lengths = _shard_lengths(place, name)
+            file = place / _INFO
+            info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
+            splits = [split["shardLengths"] for split in info["splits"] if split["name"] == SPLIT]
+            if info["fileFormat"] != FILE_FORMAT or len(splits) != 1:
+                raise UserError(f"{file}: must describe {name} as one split {SPLIT!r} in {FILE_FORMAT} files: {_TODO}")
+            lengths = [*map(int, splits[0])]
             shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
             if isinstance(place, Path):
                 for shard in shards:
@@ -253,15 +263,6 @@ class _Source:
         return self._features.deserialize_example_np(content, decoders=self._decoders)
 
 
-def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    file = place / _INFO
-    info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
-    lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
-    if info["fileFormat"] != FILE_FORMAT or len(lengths) != 1:
-        raise UserError(f"{file}: must describe {name} as one split {SPLIT!r} in {FILE_FORMAT} files: {_TODO}")
-    return lengths[0]
-
-
 def _text(file: Path | epath.Path) -> str:
     if isinstance(file, Path):
         return read_text(file, MAX_JSON_BYTES)
@@ -271,18 +272,8 @@ def _text(file: Path | epath.Path) -> str:
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
     """Return the records in a folder that `write_tfds` wrote; see `read_records` for malformed entries."""
-    store, records = ImageStore(folder), []
-    with _on_this_machine(folder) as near:
-        source = _Source(near, RECORDS)
-        for index in range(len(source)):
-            location = f"{folder / RECORDS}, example {index}"
-            with reading(location, _TODO):
-                entry, images = _entry(source[index], location)
-                store.numbers |= images
-            records.append(make_record(entry, index, folder, store, image_lead, on_error))
-    if not records:
-        raise UserError(f"{folder / RECORDS}: contains no records: {_TODO}")
-    return records
+    store, none = ImageStore(folder), f"{folder / RECORDS}: contains no records: {_TODO}"
+    return records_of(store.entries(), folder, store, image_lead, on_error, none=none)
 
 
 def _entry(example: Mapping[str, Any], location: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -303,7 +294,7 @@ def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
     if isinstance(folder, Path):
         yield folder
         return
-    _Source(folder, RECORDS)
+    _Examples(folder, RECORDS)
     with tempfile.TemporaryDirectory() as copy:
         near = Path(copy) / RECORDS / VERSION
         near.mkdir(parents=True)

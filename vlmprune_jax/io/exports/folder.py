@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from vlmprune_jax.core.plans.kept import KeptLayer
 from vlmprune_jax.core.prune.surgery import keep_indices
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, Storage, StoredWeight
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, encoded, split_shards, weight, write_weights
 from vlmprune_jax.io.checkpoints.layout import (
     Slot,
     block_number,
@@ -133,11 +132,8 @@ def make_tensors(
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Return the weights that stock transformers' tower class requires for loading but never uses."""
-    tensors = []
-    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
-        constant = np.full(shape, value, WEIGHT_DTYPES[dtype])
-        tensors.append(weight(key, dtype, shape, functools.partial(iter, [constant])))
-    return tensors
+    constants = stock_tower_constants(vision_of(cfg)).items()
+    return [constant(key, np.full(shape, value, WEIGHT_DTYPES[dtype])) for key, (shape, value) in constants]
 
 
 def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
@@ -188,16 +184,18 @@ def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor
     the decoder has none, or tensors are missing, unknown, of other shapes or dtypes, or not finite.
     """
     prefix, field, outside = family_of(cfg).mtp
+    if not prefix:
+        raise _refusal(source, f"has no module for multi-token prediction (family {cfg.family})")
     family, whole = read_config(source.folder)
     with_attention = [[x for x in c.text.layers if isinstance(x.mixer, Attention)] for c in (whole, cfg)]
     if not all(with_attention):
         raise _refusal(source, "the decoder has no layer with full attention, whose widths the module would get")
     wide, own = (layers[-1] for layers in with_attention)
-    if not isinstance(wide.channel, Dense) and prefix:
+    if not isinstance(wide.channel, Dense):
         raise _refusal(source, "MTP layers with experts cannot be pruned")
-    keys = {name: key for key in source.entries if prefix and (name := family.canonical(key)).startswith(prefix)}
+    keys = {name: key for key in source.entries if (name := family.canonical(key)).startswith(prefix)}
     if not keys:
-        raise _refusal(source, f"has no module for multi-token prediction ({prefix or f'family {cfg.family}'})")
+        raise _refusal(source, f"has no module for multi-token prediction ({prefix})")
     if any(size < own.sizes[axis] for axis, size in wide.sizes.items()):
         raise _refusal(source, f"its layers of {wide.sizes} are narrower than the decoder's, {own.sizes}")
     stated = family.text_config(read_fields(source.folder / "config.json")).get(field) or 0

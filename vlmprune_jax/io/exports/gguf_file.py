@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -14,22 +15,20 @@ import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import parse_json, read_bytes
+from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of
-from vlmprune_jax.core.mesh.rules import sharding
-from vlmprune_jax.core.models.params import count_params, flatten, param_axes, unflatten
+from vlmprune_jax.core.models.params import count_params, place_params, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight, write_tensor
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, write_tensor
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, make_gguf, spelled, tiled
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, fit, gguf_family, interleaved, make_gguf, spelled
 from vlmprune_jax.io.exports.reload import TOLERANCE, compare, float32_logits, random_inputs
-from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL
@@ -41,17 +40,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file one tensor at a time."""
-    with (folder / content.name).open("wb") as file:
-        header = _header(content, folder)
-        file.write(header + bytes(-len(header) % _ALIGNMENT))
-        for tensor in content.tensors:
-            write_tensor(tensor, file)
-            file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
-
-
-def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return the bytes of a GGUF file before its tensor data, as the gguf library writes them."""
+    """Write a GGUF file: the header as the gguf library writes it, then one tensor at a time."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -63,15 +52,15 @@ def _header(content: GgufFile, folder: Path) -> bytes:
     for tensor in content.tensors:
         kind = GGMLQuantizationType[tensor.dtype]
         writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)
-    path = folder / f"{content.name}.header"
-    try:
-        writer.write_header_to_file(path)
+    with contextlib.closing(writer):
+        writer.write_header_to_file(folder / content.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        writer.close()
-        return read_bytes(path)
-    finally:
-        path.unlink(missing_ok=True)
+        for file in writer.fout or ():  # one
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            for tensor in content.tensors:
+                write_tensor(tensor, file)
+                file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
 
 
 def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Contents:
@@ -126,8 +115,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
         for name, values in (("in_sum2", sums[None]), ("counts", np.full((1, 1), importance.tokens))):
-            pieces = functools.partial(iter, [values.astype(np.float32)])
-            tensors.append(weight(f"{key}.{name}", "F32", values.shape, pieces))
+            tensors.append(constant(f"{key}.{name}", values.astype(np.float32)))
     fields = {
         "type": "imatrix",
         "imatrix.datasets": ["calibration records"],
@@ -147,7 +135,8 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     axes, mean = before.axes[inside:], mean.reshape(before.shape[inside:])
     if before.shape != after.shape:
         mean = pad_tensor(mean, axes, "text", before.layer, cfg, wide)
-    return (tiled(mean, axes, wide.text.layers[before.layer]) if "delta_heads" in axes else mean).reshape(-1)
+    mixer, at = wide.text.layers[before.layer].mixer, axes.index("delta_heads") if "delta_heads" in axes else None
+    return (mean if at is None else interleaved(mean, at, mixer.delta_groups)).reshape(-1)
 
 
 # Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
@@ -298,12 +287,5 @@ def read_gguf(folder: Path, cfg: ModelConfig, options: GgufOptions) -> tuple[Mod
 
 def read_on_devices(folder: Path, model: Model, options: GgufOptions) -> Model:
     """Read the GGUF files of a model in memory, and split the parameters over devices as that model's are."""
-    written, mesh = read_gguf(folder, model.cfg, options)[0], mesh_of(model.params)
-    axes, flat = param_axes(written.cfg), flatten(written.params)
-    for path, array in flat.items():
-        if mesh is None:
-            flat[path] = jax.device_put(array)
-        else:
-            split = sharding(mesh, axes[path], array.shape)
-            flat[path] = jax.make_array_from_callback(array.shape, split, array.__getitem__)
-    return written.replace(params=unflatten(flat))
+    written = read_gguf(folder, model.cfg, options)[0]
+    return written.replace(params=unflatten(place_params(written, mesh_of(model.params))))

@@ -16,15 +16,17 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
-from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, weight
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
-from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
+from vlmprune_jax.io.exports.card import languages_of, license_of
 from vlmprune_jax.io.exports.formats import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
+    BLOCK,
     differences,
     file_type,
     image_fields,
@@ -33,8 +35,7 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     title,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.uneven import fit
-from vlmprune_jax.io.exports.weights import Convert, Weights
+from vlmprune_jax.io.exports.weights import Convert, Weights, padded, with_whole_tower
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -44,10 +45,9 @@ from vlmprune_jax.io.families.gguf_towers import (
     tower_fields,
     tower_tensors,
 )
+from vlmprune_jax.io.families.limits import architectures_of, tower_limit, width_limits
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
-# Values of a row that share a scale, in all quantised types.
-BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
 PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
@@ -105,7 +105,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
     about = {"name": title(name, vocabulary.fast), **_name_parts(name, origin.pruned), **license_of(source)}
-    about |= {"tags": tags_of(origin.pruned)}
+    about |= {"tags": ["vlmprune-jax", *(["pruned"] if origin.pruned else [])]}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
     here = gguf_family(family, architecture, wide)
@@ -133,6 +133,28 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         layers, flags = wide.vision.layers, image_options(family, source)
         files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
     return files
+
+
+def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
+    """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
+    able, text = architectures_of(cfg), cfg.text
+    first = able[0]
+    if uneven == "pad":
+        if first_unmet(width_limits(first, cfg), cfg) is not None:
+            whole = None if first.free_heads else text.hidden_size // text.attention.head_dim
+            cfg = cfg.with_layers(padded(text.layers, whole))
+            if first_unmet(width_limits(first, cfg), cfg) is not None:
+                raise UserError(
+                    f"llama.cpp's {first.name} needs {whole} heads in equal groups in every layer, which zero "
+                    "heads cannot make of these: prune without removing heads"
+                )
+        cfg = with_whole_tower(cfg)
+    candidates = able[:1] if uneven == "refuse" and not cfg.text.uniform else able
+    fits = [architecture for architecture in candidates if first_unmet(width_limits(architecture, cfg), cfg) is None]
+    problem = first_unmet([tower_limit(first, cfg)] if fits else width_limits(first, cfg), cfg)
+    if problem is not None:
+        raise UserError(problem)
+    return fits[0], cfg
 
 
 def _name_parts(name: str, pruned: bool) -> JsonDict:
@@ -201,15 +223,19 @@ def spelled(
     if vision is not None and slot.path == POSITIONS and rolled and vision.class_token:
         return np.roll(array, 1 if back else -1, axis=0)
     if vision is not None and slot.path == PATCHES and vision.patches.channels_last:
-        pair = (vision.channels, -1) if back else (-1, vision.channels)
-        return array.reshape(len(array), *pair).swapaxes(1, 2).reshape(array.shape)
+        values = array.reshape(len(array), -1)
+        parts = vision.channels if back else values.shape[1] // vision.channels
+        return interleaved(values, 1, parts).reshape(array.shape)
     if slot.part == "text" and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
-        return neighbours(array, back)
+        return interleaved(array, 1, array.shape[1] // 2 if back else 2)  # the two halves of each head
     if DeltaNet.module in slot.path.split("/"):
         if slot.path.endswith("/decay/weight"):
             array = array.astype(np.float32)
             array = np.log(-array) if back else -np.exp(array)
-        return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer or 0], back)
+        if "delta_heads" not in slot.axes:
+            return array
+        mixer = text.layers[slot.layer or 0].mixer  # the first heads of all groups precede the second ones
+        return interleaved(array, slot.axes.index("delta_heads"), mixer.group if back else mixer.delta_groups)
     if "norm" not in module or slot.part == "vision":
         return array
     projector = cfg.projector if slot.part == "projector" else None
@@ -221,12 +247,10 @@ def spelled(
     return array / gain - offset if back else (array + offset) * gain
 
 
-def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
-    """Reorder "delta_heads" so that the first heads of all groups precede the second ones; `back=True` undoes it."""
-    at, mixer = axes.index("delta_heads"), layer.mixer
-    counts = (mixer.group, mixer.delta_groups) if back else (mixer.delta_groups, mixer.group)
-    split = array.reshape(*array.shape[:at], *counts, *array.shape[at + 1 :])
-    return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
+def interleaved(array: np.ndarray, axis: int, parts: int) -> np.ndarray:
+    """Reorder an axis of `parts` equal parts: the first entry of every part, then the second of every part, ..."""
+    split = array.reshape(*array.shape[:axis], parts, -1, *array.shape[axis + 1 :])
+    return np.ascontiguousarray(split.swapaxes(axis, axis + 1)).reshape(array.shape)
 
 
 def gguf_family(family: Family, architecture: Architecture, cfg: ModelConfig) -> Family:
@@ -258,13 +282,6 @@ def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str
     return "Q8_0" if key in _EMBEDDINGS else quantize.upper()
 
 
-def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
-    """Interleave the two halves of each head in an array [heads, head, ...]; `back=True` undoes this."""
-    heads, head, *rest = array.shape
-    halves = (head // 2, 2) if back else (2, head // 2)
-    return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
-
-
 def _quantised(plain: Tensor, kind: str) -> Tensor:
     """Return a float32 tensor that is quantised in groups of whole rows while it is written; memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -293,7 +310,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
         arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    constants = [weight(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
+    constants = [constant(key, array, key) for key, array in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         constants.append(dataclasses.replace(embedding, key="output.weight"))

@@ -18,6 +18,7 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.prune.vocabulary import Subwords
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.tokenizer_files import SLOW, TOKENIZER
@@ -80,11 +81,11 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
         raise UserError(
             f"{folder}: tokenizer type {model.get('type')!r} cannot be exported to GGUF, only BPE: use another format"
         )
-    spaced = bool(model.get("byte_fallback"))
-    tokens, kinds = _tokens(content, rows, str(folder))
+    words = Subwords.of(content, str(folder))
+    tokens, kinds = _tokens(words, rows, str(folder))
     fields: JsonDict = {"token_list": tokens, "token_types": kinds}
-    merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
-    if spaced:
+    merges = sorted(words.ranks, key=words.ranks.__getitem__)
+    if words.byte_fallback:
         rules = [content.get("normalizer"), content.get("pre_tokenizer")]
         prefix = next((prefix for *known, prefix in _SPACED if rules == known), None)
         if prefix is None:
@@ -118,27 +119,25 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_mo
     return Vocabulary(fields, fast, normalises, marks, [] if drops_white_space(fast) else drops)
 
 
-def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], list[int]]:
+def _tokens(words: Subwords, rows: int, location: str) -> tuple[list[str], list[int]]:
     """Return text and type of every token id; ids without a token stand for unused embedding rows."""
-    vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
-    added = {token["id"]: token for token in content.get("added_tokens") or ()}
-    texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
+    texts, spaced = {**words.tokens, **words.added}, words.byte_fallback
     if max(texts) >= rows:
         raise UserError(
             f"{location}: the tokenizer has token id {max(texts):,}, but the vocabulary has {rows:,} rows: use the "
             "model's tokenizer"
         )
-    unknown, tokens, kinds = content["model"].get("unk_token"), [], []
+    tokens, kinds = [], []
     for number in range(rows):
         text = texts.get(number)
         if text is None:
             text, kind = f"[PAD{number}]", UNUSED
-        elif number in added:
-            kind = CONTROL if added[number].get("special") else USER_DEFINED
+        elif number in words.added:
+            kind = CONTROL if number in words.special else USER_DEFINED
         else:
             kind = BYTE if spaced and len(text) == 6 and text.startswith("<0x") else NORMAL
         tokens.append(text)
-        kinds.append(UNKNOWN if spaced and text == unknown else kind)
+        kinds.append(UNKNOWN if spaced and text == words.unknown else kind)
     return tokens, kinds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -161,20 +162,22 @@ def _round_layer(
     cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    matrices_of, paths = dict[str, list[Sequence[Slot]]](), dict[str, list[tuple[str, int]]]()
+    matrices_of = dict[str, list[Sequence[Slot]]]()
     for matrix in held:
         if name := layer.block.reader_of(inside(matrix[0])):
             matrices_of.setdefault(name, []).append(matrix)
-            paths.setdefault(name, []).extend((inside(slot), slot.hf_shape[1]) for slot in matrix)
+    keys = {name: [f"{layer.number}/{name}/{part}" for part in ("codes", "scale", "zeros")] for name in matrices_of}
 
     def compute() -> dict[str, np.ndarray]:
+        slots = {name: itertools.chain(*matrices) for name, matrices in matrices_of.items()}
+        paths = {name: [(inside(slot), slot.hf_shape[1]) for slot in group] for name, group in slots.items()}
         rounded = round_matrices(layer, paths, stream, storage, dtype)
-        return {key: array for name in rounded for key, array in zip(_keys(layer, name), rounded[name], strict=True)}
+        return {key: array for name in rounded for key, array in zip(keys[name], rounded[name], strict=True)}
 
-    arrays = recorded(cache, [key for name in matrices_of for key in _keys(layer, name)], compute)
+    arrays = recorded(cache, [*itertools.chain(*keys.values())], compute)
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
     for name, matrices in matrices_of.items():
-        integers, scale, zeros = (arrays[key] for key in _keys(layer, name))
+        integers, scale, zeros = (arrays[key] for key in keys[name])
         size = integers.shape[1] // scale.shape[1]
         values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
         end = 0
@@ -185,10 +188,6 @@ def _round_layer(
                 new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
                 params[inside(slot)] = new.reshape(layer.params[inside(slot)].shape)
     return codes, params
-
-
-def _keys(layer: Layer, name: str) -> tuple[str, str, str]:
-    return f"{layer.number}/{name}/codes", f"{layer.number}/{name}/scale", f"{layer.number}/{name}/zeros"
 
 
 def inside(slot: Slot) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from vlmprune_jax.base.atomic import atomic_folder
 from vlmprune_jax.base.errors import UserError
@@ -23,6 +21,7 @@ from vlmprune_jax.core.models.params import flatten, layer_axes
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.recovery.trainable import LORA_SUFFIXES, projection_names
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant, write_shard
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.exports.card import model_name, render
@@ -62,33 +61,34 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     plain = ModelConfig(**{**vars(model.cfg), "lora": None})
     check_adapters(plain, lora.targets)
     family, flat = family_of(plain), flatten(model.params)
-    slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
-    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
-    fused = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
+    slots, tensors = make_slots(plain, family), list[Tensor]()
+    matrices = by_key(slot for slot in slots if slot.path.endswith("/weight"))
+    fused = {_module(key, family): _fuse(members, flat) for key, members in matrices.items()}
     adapters = {module: adapter for module, adapter in fused.items() if adapter is not None}
     for module, adapter in adapters.items():
-        tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
+        for name, array in (("lora_A", adapter.a), ("lora_B", adapter.b)):
+            tensors.append(constant(f"{_ROOT}{module}.{name}.weight", array))
     whole, parameters = _whole_modules(slots, trained, family), Weights(plain, plain, flat, {x.name: x for x in slots})
     for module, members in whole.items():
         for key, pieces in by_key(members).items():
-            tensor = parameters.tensor(f"{_ROOT}{module}.{key.rpartition('.')[2]}", pieces, "F32")
-            tensors[tensor.key] = tensor.fetch().view(np.float32).reshape(tensor.shape)
-    if is_main_process():
+            tensors.append(parameters.tensor(f"{_ROOT}{module}.{key.rpartition('.')[2]}", pieces, "F32"))
+    tensors.sort(key=lambda tensor: tensor.key)
+    if not is_main_process():
+        for tensor in tensors:
+            tensor.fetch()  # gathering split arrays takes all processes, in the same order
+    else:
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
         classes = [name for name in stock.get("auto_map") or {} if name.startswith("AutoModel")]
         classes += stock.get("architectures") or [] if plain.layout == "transformers" else []
         loader = "AutoModelForCausalLM" if plain.vision is None else next(iter(classes), None)
         config = _config(adapters, list(whole), lora, base, loader)  # no loader: the model needs remote code
         content = read_tokenizer(base_dir)  # an adapter fits only bases with the same vocabulary
-        metadata = {"format": "pt"} | ({} if content is None else {"vocabulary": vocabulary_digest(content)})
+        metadata = {} if content is None else {"vocabulary": vocabulary_digest(content)}
         with atomic_folder(Path(out_dir)) as folder:
-            contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-            save_file(contiguous, folder / WEIGHTS_FILE, metadata=metadata)
+            write_shard(tensors, folder / WEIGHTS_FILE, **metadata)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             card = render("adapter", config=config, name=model_name(base_dir), remote="auto_map" in stock)
             (folder / CARD_FILE).write_text(f"{card}\n", encoding="utf-8", errors="backslashreplace")
-            # safetensors creates files without group permissions
-            shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:

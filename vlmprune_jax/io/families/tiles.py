@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 
@@ -20,7 +21,8 @@ class ImageShape:
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
     `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
     If such images are cut into tiles, `pieces` are the patch grids (rows, columns) of all slots. `interval` is the time
-    from one temporal patch of a video to the next (seconds; 0 for images).
+    from one temporal patch of a video to the next (seconds; 0 for images). `pixels`: of the largest image made on the
+    way.
     """
 
     rows: int = 1
@@ -29,6 +31,7 @@ class ImageShape:
     tokens: int = 0
     pieces: tuple[tuple[int, int], ...] = ()
     interval: float = 0.0
+    pixels: int = field(default=0, compare=False, repr=False)
 
     def positions(self, per_slot: int) -> int:
         """Return an image's number of decoder tokens; `per_slot`: tokens per tile (used unless image sizes vary)."""

@@ -32,8 +32,8 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.batching import train_batches
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader, TeacherRows
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import ImageLoader
 from vlmprune_jax.io.data.record_cache import (
     TOWER,
@@ -47,7 +47,6 @@ from vlmprune_jax.io.data.record_cache import (
     records_to_compute,
     teacher_program,
 )
-from vlmprune_jax.io.data.teacher_rows import TeacherRows
 from vlmprune_jax.io.exports.peft import check_adapters, write_adapter
 from vlmprune_jax.run.experiment.arguments import recover_config
 from vlmprune_jax.run.experiment.spec import affecting

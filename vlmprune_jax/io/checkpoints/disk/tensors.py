@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, bytes_in_file
+from vlmprune_jax.base.weight_files import FILE_DTYPES, WEIGHT_DTYPES, bytes_in_file, file_name
 from vlmprune_jax.core.models.lazy import check_finite
 from vlmprune_jax.io.checkpoints.disk.checkpoint import INDEX, SINGLE, Storage
 
@@ -57,6 +57,11 @@ def weight(
             yield _bytes_of(piece)
 
     return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), blocks)
+
+
+def constant(key: str, array: np.ndarray, what: str | None = None) -> Tensor:
+    """Return a tensor to write that has the values of an array; `what`: see `weight`."""
+    return weight(key, file_name(array.dtype.name), array.shape, lambda: [array], what)
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
@@ -114,10 +119,7 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as file:
-            file.write(_header(shard))
-            for tensor in shard:
-                write_tensor(tensor, file)
+        write_shard(shard, folder / name)
         weight_map.update({tensor.key: name for tensor in shard})
     if len(shards) > 1:
         total = sum(tensor.n_bytes for tensor in tensors)
@@ -125,15 +127,23 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_shard(tensors: Sequence[Tensor], path: Path, **metadata: str) -> None:
+    """Write one safetensors file; `metadata` is added to its header."""
+    with path.open("wb") as file:
+        file.write(_header(tensors, metadata))
+        for tensor in tensors:
+            write_tensor(tensor, file)
+
+
 def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
     """Return the total size in bytes of the safetensors files that `write_weights` would write."""
     return sum(
-        len(_header(shard)) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
+        len(_header(shard, {})) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
     )
 
 
-def _header(tensors: Sequence[Tensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for tensor in tensors:
         header[tensor.key] = {

@@ -55,20 +55,12 @@ class Described(msgspec.Struct, frozen=True):
     width: _Side
 
 
-class _Frame(msgspec.Struct):
-    height: _Side
-    width: _Side
-
-
-class _Failed(Exception):
-    """Error if the worker refuses a file, closes its connection or does not answer in time; the message says which."""
-
-
 class _Worker:
     """Process that runs worker.py, and the connection to it."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
+        self._answer = self._connection.makefile("rb")
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(
@@ -80,51 +72,40 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
             )
 
+    def hang_up(self) -> None:
+        """End the connection, so that a thread that waits for the worker continues."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def kill(self) -> None:
         """Kill the worker process immediately."""
+        self._answer.close()
         self._connection.close()
         self._process.kill()
         self._process.wait()
 
     def send(self, request: dict[str, Any], file: BinaryIO) -> None:
         """Send a request with an open file."""
-        try:
-            line = json.dumps(request).encode() + b"\n"
-            sent = socket.send_fds(self._connection, [line], [file.fileno()])
-            self._connection.sendall(line[sent:])
-        except OSError:
-            raise _Failed("the decoder stopped: run the same command again") from None
+        line = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(self._connection, [line], [file.fileno()])
+        self._connection.sendall(line[sent:])
 
-    def line(self, deadline: float) -> dict[str, Any]:
-        """Return the next line of the answer, as JSON."""
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            if len(line) > _LINE:
-                raise _Failed("the decoder's answer is too long: replace the file")
-            self._receive(byte := bytearray(1), deadline)
-            line += byte
-        reply = dict(parse_json(bytes(line), "decoder", "run the same command again"))
+    def line(self, name: str) -> dict[str, Any]:
+        """Return the next line of the answer, as JSON; raise UserError if the worker refuses the file `name`."""
+        line = self._answer.readline(_LINE)
+        if len(line) == _LINE:
+            raise UserError(f"{name}: the decoder's answer is too long: replace the file")
+        if not line.endswith(b"\n"):
+            raise EOFError
+        reply = dict(parse_json(line, "decoder", "run the same command again"))
         if "error" in reply:
-            raise _Failed(reply["error"])
+            raise UserError(f"{name}: {reply['error']}")
         return reply
 
-    def fill(self, array: np.ndarray, deadline: float) -> None:
+    def fill(self, array: np.ndarray) -> None:
         """Fill an array with the next bytes of the answer."""
-        self._receive(array.data.cast("B"), deadline)
-
-    def _receive(self, buffer: bytearray | memoryview, deadline: float) -> None:
-        view = memoryview(buffer)
-        while view:
-            try:
-                self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-                count = self._connection.recv_into(view)
-            except TimeoutError:
-                raise _Failed("takes too long to decode: raise data.video_timeout, or encode the file again") from None
-            except OSError:
-                count = 0
-            if not count:
-                raise _Failed("the decoder stopped at this file: replace the file, or encode it again")
-            view = view[count:]
+        if self._answer.readinto(array.data.cast("B")) < array.nbytes:
+            raise EOFError
 
 
 _IDLE: list[_Worker] = []  # idle workers, at most one per thread that has read videos
@@ -143,8 +124,8 @@ def describe(file: BinaryIO, name: str, limits: Limits) -> Described:
     Raises UserError, which begins with `name`, if PyAV is missing, or the file is not a readable video or exceeds a
     limit.
     """
-    with _asked(file, name, limits, {}) as (worker, deadline):
-        reply = worker.line(deadline)
+    with _asked(file, name, limits, {}) as worker:
+        reply = worker.line(name)
     return msgspec.convert(checked(reply, Described, name, "encode the video again"), Described)
 
 
@@ -157,47 +138,51 @@ def decode(
     """
     distinct, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     frames = np.empty((len(distinct), *size, 3), np.uint8)
-    with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total}) as (worker, deadline):
+    with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total, "size": size}) as worker:
         for frame in frames:
-            reply = checked(worker.line(deadline), _Frame, name, "encode the video again")
-            header = msgspec.convert(reply, _Frame)
-            if (header.height, header.width) != size:
-                raise UserError(f"{name}: its frames differ in size: encode it again with one size")
-            worker.fill(frame, deadline)
-        worker.line(deadline)
+            worker.line(name)
+            worker.fill(frame)
+        worker.line(name)
     return frames if len(distinct) == len(indices) else frames[places]
 
 
 @contextlib.contextmanager
-def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[tuple[_Worker, float]]:
-    """Context that sends a request to a worker, and yields the worker and the time by which it must have answered.
+def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[_Worker]:
+    """Context that sends a request to a worker and yields the worker, which must answer in time.
 
     After any error the worker is killed, since its state is unknown.
     """
-    _check_file(file, name, limits)
+    if importlib.util.find_spec("av") is None:
+        raise UserError(f"{name}: reading videos needs PyAV: pip install 'vlmprune-jax[video]'")
+    length = os.fstat(file.fileno()).st_size
+    if not length:
+        raise UserError(f"{name}: is empty: replace the file")
+    if length > limits.file_bytes:
+        raise UserError(
+            f"{name}: has {length:,} bytes, more than data.max_video_megabytes={limits.file_bytes >> 20}: raise it"
+        )
     sent = {**vars(limits), "decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY}
     deadline = time.monotonic() + limits.wall
     with _LOCK:
         worker = _IDLE.pop() if _IDLE else _Worker()
+    alarm, problem = threading.Timer(limits.wall, worker.hang_up), "the decoder stopped: run the same command again"
+    alarm.daemon = True
+    alarm.start()
     try:
         worker.send({**request, "limits": sent}, file)
-        yield worker, deadline
+        problem = "the decoder stopped at this file: replace the file, or encode it again"
+        yield worker
     except BaseException as error:
         worker.kill()
-        if isinstance(error, _Failed):
-            raise UserError(f"{name}: {error}") from None
-        raise
+        if not isinstance(error, EOFError | OSError):
+            raise
+        if time.monotonic() >= deadline:
+            problem = "takes too long to decode: raise data.video_timeout, or encode the file again"
+        raise UserError(f"{name}: {problem}") from None
+    finally:
+        alarm.cancel()
+    if time.monotonic() >= deadline:
+        worker.kill()  # its connection may have ended
+        return
     with _LOCK:
         _IDLE.append(worker)
-
-
-def _check_file(file: BinaryIO, name: str, limits: Limits) -> None:
-    if importlib.util.find_spec("av") is None:
-        raise UserError(f"{name}: reading videos needs PyAV: pip install 'vlmprune-jax[video]'")
-    size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise UserError(f"{name}: is empty: replace the file")
-    if size > limits.file_bytes:
-        raise UserError(
-            f"{name}: has {size:,} bytes, more than data.max_video_megabytes={limits.file_bytes >> 20}: raise it"
-        )

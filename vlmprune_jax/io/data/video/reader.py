@@ -68,12 +68,11 @@ class VideoReader:
 
     def shape(self, video: VideoSource, record: str) -> VideoShape:
         """Return the grid of a video's frames, and the times of the frames."""
-        return self._prepared(video, self.describe(video.source, record, video.part), record)[1]
+        return self._prepared(video, record)[2]
 
     def load(self, video: VideoSource, record: str) -> np.ndarray:
         """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
-        info = self.describe(video.source, record, video.part)
-        preparation, shape = self._prepared(video, info, record)
+        info, preparation, shape = self._prepared(video, record)
         decoded = 3 * len(info.indices) * info.height * info.width
         with DECODING.reserve(decoded + 4 * _values(preparation, shape)):
             clip = self.read(video.source, record, video.part)
@@ -81,8 +80,7 @@ class VideoReader:
 
     def keys(self, video: VideoSource, record: str) -> list[str]:
         """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
-        info = self.describe(video.source, record, video.part)
-        shape, patch = self._prepared(video, info, record)[1], self.video.temporal_patch
+        (info, _, shape), patch = self._prepared(video, record), self.video.temporal_patch
         digest = hashlib.sha256(json.dumps(self.preparation.settings).encode()).hexdigest()[:16]
         frames = _padded(info.indices, patch)
         numbers = ["+".join(map(str, frames[at : at + patch])) for at in range(0, len(frames), patch)]
@@ -100,7 +98,27 @@ class VideoReader:
     def read(self, source: Video, record: str, part: Part = None) -> Clip:
         """Return the sampled frames of a video; raise UserError that names the file and the record."""
         info = self.describe(source, record, part)
-        return Clip(**vars(info), frames=self._frames(source, record, info))
+        pixels = len(info.indices) * info.height * info.width
+        if pixels > self.limits.kept_pixels:
+            raise UserError(
+                f"record {record}: the {len(info.indices):,} frames of a video have {pixels:,} pixels, more than "
+                f"data.max_video_pixels={self.limits.kept_pixels:,}: raise it, or lower data.video_frames or "
+                "data.video_fps"
+            )
+        if not isinstance(source, tuple):
+            with _opened(source) as file:
+                size, name = (info.height, info.width), f"{source} (record {record})"
+                return Clip(**vars(info), frames=decode(file, name, self.limits, info.indices, info.total, size))
+        frames = np.empty((len(source), info.height, info.width, 3), np.uint8)
+        for frame, image in zip(frames, source, strict=True):
+            values = np.asarray(read_rgb(image, record, self.limits.pixels))
+            if values.shape != frame.shape:
+                raise UserError(
+                    f"{image} (record {record}): has {values.shape[1]}x{values.shape[0]} pixels, but the first frame "
+                    f"of this video has {info.width}x{info.height}: give all frames one size"
+                )
+            frame[:] = values
+        return Clip(**vars(info), frames=frames)
 
     def _describe(self, source: Video, part: Part, record: str) -> ClipInfo:
         if isinstance(source, tuple):
@@ -114,8 +132,9 @@ class VideoReader:
             key = " ".join(map(image_key, source))
             total = len(source)
             return ClipInfo(tuple(range(total)), LIST_FPS, total, total, total / LIST_FPS, height, width, key)
+        name = f"{source} (record {record})"
         with _opened(source) as file:
-            video = describe(file, _named(source, record), self.limits)
+            video = describe(file, name, self.limits)
         first, used, seconds = 0, video.total, video.duration
         if part is not None:  # frames as in qwen-vl-utils' calculate_video_frame_range
             first, end = math.ceil(part[0] * video.fps), min(part[1] * video.fps, video.total - 1)
@@ -123,8 +142,7 @@ class VideoReader:
             seconds = used / video.fps
         if used < 1:
             raise UserError(
-                f"{_named(source, record)}: lasts {video.duration:.2f} s and has no frame from 'start' to 'end' "
-                f"{part}: correct them"
+                f"{name}: lasts {video.duration:.2f} s and has no frame from 'start' to 'end' {part}: correct them"
             )
         sampled = frame_indices(
             self.video, used, video.fps, duration=seconds, video_fps=self.fps, video_frames=self.count
@@ -134,30 +152,8 @@ class VideoReader:
         key = f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
         return ClipInfo(indices, video.fps, video.total, used, seconds, *size, key)
 
-    def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
-        pixels = len(info.indices) * info.height * info.width
-        if pixels > self.limits.kept_pixels:
-            raise UserError(
-                f"record {record}: the {len(info.indices):,} frames of a video have {pixels:,} pixels, more than "
-                f"data.max_video_pixels={self.limits.kept_pixels:,}: raise it, or lower data.video_frames or "
-                "data.video_fps"
-            )
-        if not isinstance(source, tuple):
-            with _opened(source) as file:
-                name = _named(source, record)
-                return decode(file, name, self.limits, info.indices, info.total, (info.height, info.width))
-        frames = np.empty((len(source), info.height, info.width, 3), np.uint8)
-        for frame, image in zip(frames, source, strict=True):
-            values = np.asarray(read_rgb(image, record, self.limits.pixels))
-            if values.shape != frame.shape:
-                raise UserError(
-                    f"{image} (record {record}): has {values.shape[1]}x{values.shape[0]} pixels, but the first frame "
-                    f"of this video has {info.width}x{info.height}: give all frames one size"
-                )
-            frame[:] = values
-        return frames
-
-    def _prepared(self, video: VideoSource, info: ClipInfo, record: str) -> tuple[Preparation, VideoShape]:
+    def _prepared(self, video: VideoSource, record: str) -> tuple[ClipInfo, Preparation, VideoShape]:
+        info = self.describe(video.source, record, video.part)
         patch, frames = self.video.temporal_patch, len(info.indices)
         seconds = [index / info.fps for index in _padded(info.indices, patch)]
         times = tuple((seconds[at] + seconds[at + patch - 1]) / 2 for at in range(0, len(seconds), patch))
@@ -165,7 +161,7 @@ class VideoReader:
         with error_context(f"record {record}: its video"):
             if self.mismatch:
                 raise UserError(self.mismatch)
-            frame = preparation.plan(info.width, info.height, frames=frames).shape
+            frame = preparation.plan(info.width, info.height, frames=frames)
             needed = frame.positions(self.slot_tokens) * len(times)
             if self.max_tokens is not None and needed > self.max_tokens:
                 try:
@@ -175,7 +171,7 @@ class VideoReader:
                         f"{frames} frames have {needed} tokens, more than data.video_tokens={self.max_tokens}: raise "
                         "it, or lower data.video_frames or data.video_fps"
                     ) from None
-                frame = preparation.plan(info.width, info.height, frames=frames).shape
+                frame = preparation.plan(info.width, info.height, frames=frames)
         shape = VideoShape(
             frame.rows,
             frame.columns,
@@ -192,7 +188,7 @@ class VideoReader:
                 f"record {record}: its video: {frames:,} frames have {pixels:,} pixels after resizing, more than a "
                 f"quarter of data.max_video_pixels={self.limits.kept_pixels:,}: raise it, or lower data.video_tokens"
             )
-        return preparation, shape
+        return info, preparation, shape
 
 
 def video_reader(
@@ -232,10 +228,6 @@ def _opened(source: Path | StoredImage) -> Iterator[BinaryIO]:
         file.write(source.read_bytes())
         file.flush()
         yield file
-
-
-def _named(source: Path | StoredImage, record: str) -> str:
-    return f"{source} (record {record})"
 
 
 def _values(preparation: Preparation, shape: VideoShape) -> int:

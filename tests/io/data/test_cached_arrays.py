@@ -11,12 +11,11 @@ from PIL import Image
 
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader, TeacherRows, record_key
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.feature_loader import FeatureLoader
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.data.teacher_rows import TeacherRows, record_key
 
 RECORD = Record("r1", (("human", "a"), ("gpt", "b")), ())
 ROW = {"labels": np.zeros(4, np.int32), "attention_mask": np.ones(4, np.int32)}

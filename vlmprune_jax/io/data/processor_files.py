@@ -1,7 +1,8 @@
-"""Image processor settings of a model folder: every field is checked, then the `transformers` class is created."""
+"""Image and video processor settings of a model folder: every field is checked before a processor is made."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +15,19 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import checked, read_json, reading
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import FAMILIES
 from vlmprune_jax.io.families.tiles import BICUBIC, MAX_SIDE
 
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 # Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+# Files with a video processor's settings, and the section of each (None: all of it); the first that exists is used.
+VIDEO_FILES = (
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", None),
+    ("preprocessor_config.json", None),
+)
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that many classes have by default
 _TODO = "restore it from the model's source"
 
@@ -29,7 +37,8 @@ _Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
 _Means = Annotated[list[Annotated[float, Meta(ge=-255, le=255)]], Meta(min_length=3, max_length=3)]
 _Deviations = Annotated[list[Annotated[float, Meta(ge=1e-6, le=255)]], Meta(min_length=3, max_length=3)]
 _Count = Annotated[int, Meta(ge=1)] | None
-_Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # pixels; far above any model's maximum (4096 x 4096)
+_Limit = Annotated[int, Meta(ge=1, le=2**31)] | None  # frames, or pixels: far above any model's maximum
+_Rate = Annotated[float, Meta(gt=0, le=1e6)] | None
 
 
 class _Size(TypedDict, total=False):
@@ -87,19 +96,43 @@ class ProcessorFile(ProcessorSteps, total=False):
 
 
 class _Areas(TypedDict, total=False):
-    shortest_edge: _Area
-    longest_edge: _Area
+    height: Side | None
+    width: Side | None
+    shortest_edge: _Limit
+    longest_edge: _Limit
 
 
 class PatchFile(ProcessorSteps, total=False):
     """Fields of preprocessor_config.json that are read for images of varying size; `size` has both area limits."""
 
     size: _Areas | None
-    min_pixels: _Area
-    max_pixels: _Area
+    min_pixels: _Limit
+    max_pixels: _Limit
     patch_size: Annotated[int, Meta(ge=1, le=256)] | None
     temporal_patch_size: Annotated[int, Meta(ge=1, le=16)] | None
     merge_size: Annotated[int, Meta(ge=1, le=16)] | None
+
+
+class _Sampling(TypedDict, total=False):
+    """SmolVLM's section of preprocessor_config.json; transformers 5.24 ignores its `video_size` if `size` is set."""
+
+    fps: _Rate
+    max_frames: _Limit
+    video_size: _Areas | None
+
+
+class VideoFile(PatchFile, total=False):
+    """Fields of a video processor's file that are read."""
+
+    fps: _Rate
+    num_frames: _Limit
+    min_frames: _Limit
+    max_frames: _Limit
+    do_sample_frames: bool | None
+    pooling_kernel_size: Annotated[int, Meta(ge=1, le=16)] | None
+    max_soft_tokens: _Limit
+    max_image_size: _Areas | None
+    video_sampling: _Sampling | None
 
 
 # Fields passed to the processor classes. Padding is not among them, since the reference pads images before.
@@ -232,3 +265,52 @@ def _processors() -> dict[str, tuple[str, str, str]]:
 
 def _type_of(config: Mapping[str, Any]) -> Any:
     return config.get("image_processor_type") or config.get("feature_extractor_type")
+
+
+# Rules of classes that sample unless do_sample_frames is false, and of classes that then take every frame.
+_SAMPLES_BY_DEFAULT, _TAKES_ALL_BY_DEFAULT = ("linspace", "starts"), ("steps", "middles")
+
+
+def load_video_config(folder: Path, default: VideoConfig) -> VideoConfig:
+    """Return a model folder's video processor; `default` has the values of the family's class.
+
+    Raises UserError if a field has an unsupported value.
+    """
+    found = read_section(folder, VIDEO_FILES)
+    if found is None:
+        return default
+    content, location = found
+    file: Mapping[str, Any] = checked(content, VideoFile, location, _TODO)
+    check_steps(file, location, "videos", normalizes=any(default.mean))
+    if file.get("do_sample_frames") is False:
+        if default.sampling in _SAMPLES_BY_DEFAULT:
+            raise UserError(
+                f"{location}: do_sample_frames false (every frame of a clip) is not supported: set it to true"
+            )
+        if default.sampling in _TAKES_ALL_BY_DEFAULT:
+            file = {**file, "fps": None, "num_frames": None}
+    sampling = file.get("video_sampling") or {}
+    size = {name: value for name, value in (file.get("size") or sampling.get("video_size") or {}).items() if value}
+    values: dict[str, Any] = {
+        "fps": sampling.get("fps") or file.get("fps"),
+        "num_frames": sampling.get("max_frames") or file.get("num_frames"),
+        "temporal_patch": file.get("temporal_patch_size"),
+        "patch": file.get("patch_size"),
+        "merge": file.get("merge_size") or file.get("pooling_kernel_size"),
+        "mean": file.get("image_mean") and tuple(file["image_mean"]),
+        "std": file.get("image_std") and tuple(file["image_std"]),
+        **{name: file.get(name) for name in ("min_frames", "max_frames", "max_soft_tokens", "resample")},
+    }
+    if default.max_pixels is not None:
+        values["min_pixels"] = file.get("min_pixels") or size.get("shortest_edge")
+        values["max_pixels"] = file.get("max_pixels") or size.get("longest_edge")
+    elif default.longest_edge is not None:
+        values["longest_edge"] = size.get("longest_edge")
+        side = (file.get("max_image_size") or {}).get("longest_edge")
+        values["size"] = side and (side, side)
+    elif default.size is not None and size:
+        values["size"] = sides(size, location)
+    video = dataclasses.replace(default, **{name: value for name, value in values.items() if value is not None})
+    if (video.min_pixels or 0) > (video.max_pixels or video.min_pixels or 0) or video.min_frames > video.max_frames:
+        raise UserError(f"{location}: the minimum number of frames or pixels is above the maximum: {_TODO}")
+    return video
