@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,14 +221,16 @@ def calibration_batches(
     """
     encoder = dataclasses.replace(load_inputs(model, data, cfg).training_encoder(cfg), length_buckets=None)
     records, skipped = _draw(data, spec, seed, encoder)
-    batches = train_batches(
-        records,
-        _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
-        batch_size=spec.batch_size,  # every process gets the whole batch, which the mesh splits
-        threads=data.threads,
-    )
-    first, *rest = batches
+    # every process gets the whole batch, which the mesh splits
+    first, *rest = batches_of(records, encoder, batch_size=spec.batch_size, threads=data.threads)
     return [dataclasses.replace(first, skipped=tuple(skipped)), *rest]
+
+
+def batches_of(records: Sequence[Record], encoder: Encoder, *, batch_size: int, threads: int) -> list[Batch]:
+    """Return all records in batches, of the length of the longest record if `encoder.max_length` is unset."""
+    if not encoder.max_length:
+        encoder = _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=threads))
+    return [*train_batches(records, encoder, batch_size=batch_size, threads=threads)]
 
 
 def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:

@@ -81,13 +81,6 @@ class Tiling(TilingConfig, Preparation):
         return tiles
 
 
-@functools.lru_cache(maxsize=64)
-def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all tile grids (columns, rows), by area; grids of neighbouring ratios have different areas."""
-    pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
-    return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
-
-
 @functools.lru_cache(maxsize=4096)
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
     """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's; (1, 1) if no grid is allowed.
@@ -96,7 +89,9 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
     InternVL dataset.py `find_closest_aspect_ratio`).
     """
     best, closest = (1, 1), float("inf")
-    for columns, rows in _grids(min_tiles, max_tiles):
+    grids = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
+    allowed = [grid for grid in grids if math.prod(grid) >= min_tiles]
+    for columns, rows in sorted(allowed, key=math.prod):  # grids of neighbouring ratios have different areas
         difference = abs(width / height - columns / rows)
         large = width * height > 0.5 * tile * tile * columns * rows
         if difference < closest or (difference == closest and large):
