@@ -213,12 +213,10 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     if find_storage(config, str(path)) is not None:  # refuses unknown quantisation
         family = with_separate_experts(family)
     if os.path.lexists(generation):
-        ids = {
-            k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        nested = family.text_config(config)
-        known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
-        config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
+        ids, nested = read_fields(generation), family.text_config(config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is None and nested.get(name) is None and ids.get(name) is not None:
+                config = {**config, name: ids[name]}
     if family.token_names:
         tokens = added_tokens(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}

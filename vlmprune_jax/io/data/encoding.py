@@ -186,8 +186,10 @@ class Encoder:
 
         `records`: None is a row of padding. `packs`: see `shape`. Raises UserError naming a record above all buckets.
         """
-        images = [(0, 0) if r is None else self.image_sizes(r, self.shapes(r)) for r in records]
-        return self.shape(np.array([(0, *sizes) for sizes in images]), packs)._replace(tokens=self.max_length)
+        sizes = np.zeros((len(records), 3), np.int32)
+        for row, record in zip(sizes, records, strict=True):
+            row[1:] = (0, 0) if record is None else self.image_sizes(record, self.shapes(record))
+        return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
         """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`).

@@ -21,7 +21,7 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import TILE_SETTINGS, DataSpec
 from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
 from vlmprune_jax.io.data.patching import naflex_from_processor, patching_from_processor, token_budget_from_processor
-from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
+from vlmprune_jax.io.data.preparation import Preparation, described_patches, fixed_size
 from vlmprune_jax.io.data.processor_files import (
     PROCESSOR_FILES,
     check_steps,
@@ -70,13 +70,13 @@ class WholeImage(Preparation):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         pixels = math.prod(self._resized)
         if self._pad:
             pixels = max(max(width, height) ** 2, pixels)
         elif self._short_side:
             pixels = pixels * max(width, height) // min(width, height)
-        return Plan(ImageShape(), pixels)
+        return ImageShape(pixels=pixels)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         if self._pad:
@@ -150,7 +150,7 @@ class ImageLoader:
                 if path not in self._sizes:
                     with self._open(path, record, sharing) as (image, _):
                         self._sizes[path] = image.size
-                shapes.append(self.preparation.plan(*self._sizes[path], sharing).shape)
+                shapes.append(self.preparation.plan(*self._sizes[path], sharing))
         return shapes
 
     def _videos(self, record: str) -> VideoReader:

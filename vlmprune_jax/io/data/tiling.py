@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.preparation import Plan, Preparation
+from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.processor_files import crop_grid, pixel_fields, sides
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
@@ -35,12 +35,12 @@ class Tiling(TilingConfig, Preparation):
     def _most_tiles(self, sharing: int) -> int:
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         if self.pad:
             width = height = max(width, height)
         columns, rows = closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
-        shape = ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
-        return Plan(shape, max(columns * rows * self.size**2, width * height if self.pad else 0))
+        pixels = max(columns * rows * self.size**2, width * height if self.pad else 0)
+        return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1), pixels=pixels)
 
     def most(self, images: int) -> int:
         def tiles(sharing: int) -> int:
@@ -73,19 +73,12 @@ class Tiling(TilingConfig, Preparation):
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
         if self.pad:  # like InternVL's `dynamic_preprocess`
             image = pad_to_square(image, self.mean)
-        shape = self.plan(*image.size, sharing).shape
+        shape = self.plan(*image.size, sharing)
         resized = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
         tiles = crop_grid(resized, self.size)
         if shape.slots > len(tiles):
             tiles.append(image.resize((self.size, self.size), self.resample))
         return tiles
-
-
-@functools.lru_cache(maxsize=64)
-def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all tile grids (columns, rows), by area; grids of neighbouring ratios have different areas."""
-    pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
-    return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,7 +89,9 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
     InternVL dataset.py `find_closest_aspect_ratio`).
     """
     best, closest = (1, 1), float("inf")
-    for columns, rows in _grids(min_tiles, max_tiles):
+    grids = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
+    allowed = [grid for grid in grids if math.prod(grid) >= min_tiles]
+    for columns, rows in sorted(allowed, key=math.prod):  # grids of neighbouring ratios have different areas
         difference = abs(width / height - columns / rows)
         large = width * height > 0.5 * tile * tile * columns * rows
         if difference < closest or (difference == closest and large):
@@ -180,7 +175,7 @@ class Splitting(Preparation):
         whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
         return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         rows, columns, size, resized = 1, 1, self.size, self._resized(width, height)
         if self.splits:
             (width, height), ratio = resized, resized[0] / resized[1]
@@ -191,11 +186,11 @@ class Splitting(Preparation):
                 height = math.ceil(height / size) * size
                 width = math.ceil(int(height * ratio) / size) * size
             rows, columns = max(height // size, 1), max(width // size, 1)
-        shape = ImageShape(rows, columns, rows * columns + (rows * columns != 1))
-        return Plan(shape, max(rows * columns * size**2, math.prod(resized)))
+        pixels = max(rows * columns * size**2, math.prod(resized))
+        return ImageShape(rows, columns, rows * columns + (rows * columns != 1), pixels=pixels)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        shape = self.plan(*image.size).shape
+        shape = self.plan(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
         if shape.slots == 1:
@@ -285,16 +280,16 @@ class Cropping(Preparation):
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         long, short, count = max(width, height), min(width, height), 1
         if self.crops and long / short >= self.least_ratio:
             count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
             count = count if min(math.ceil(long / count), short) >= self.least_side else 1
-        shape = ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
-        return Plan(shape, shape.slots * self.size**2)
+        rows, columns, slots = *((1, count) if width >= height else (count, 1)), count + (count != 1)
+        return ImageShape(rows, columns, slots, pixels=slots * self.size**2)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        (width, height), shape = image.size, self.plan(*image.size).shape
+        (width, height), shape = image.size, self.plan(*image.size)
         count = shape.rows * shape.columns
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()

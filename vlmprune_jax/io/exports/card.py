@@ -212,8 +212,6 @@ def loading_of(
     described = (folder / f"{kind}_config.json" for kind in ("tokenizer", "processor"))
     known = (read_json(path, dict[str, Any], todo="move it away") for path in described if path.is_file())
     has_template = any(folder.glob("chat_template*")) or any("chat_template" in file for file in known)
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    zeros = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
     padded = cfg
     for name in cfg.stacks:
         padded = padded.with_layers(written.stack(name).layers, name)
@@ -230,7 +228,7 @@ def loading_of(
         loader_file=LOADER_FILE,
         problem=unreadable or why_not_in_transformers(written, loader=loader is not None),
         reader="AutoProcessor" if processor else "AutoTokenizer" if tower is None else "",
-        decoded="CompressedTensorsConfig" if zeros else "",
+        decoded="CompressedTensorsConfig" if integers and not integers.symmetric else "",  # zero points
         has_template=processor and has_template,
         words=text.vocab_size - cfg.text.vocab_size,
         before=count_params(cfg),

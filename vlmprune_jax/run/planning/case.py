@@ -167,7 +167,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
     if cfg.video is None or frames is None or data.video_frames is None:
         return slots, tokens, 1
     patches = -(-data.video_frames // cfg.video.temporal_patch)
-    size = frames.plan(*_VIDEO, frames=data.video_frames).shape.tokens
+    size = frames.plan(*_VIDEO, frames=data.video_frames).tokens
     if not size:
         return (*slots, data.max_images * patches) if slots[-1] < data.max_images * patches else slots, (), 1
     most = data.max_images * min(size * patches, data.video_tokens or size * patches)

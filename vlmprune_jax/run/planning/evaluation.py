@@ -123,7 +123,7 @@ def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Quest
         return question.text, ImageShape(slots=0)
     image = ImageShape()
     if preparation is not None:
-        image = preparation.plan(question.width, question.height).shape
+        image = preparation.plan(question.width, question.height)
     return question.text + image.positions(cfg.tokens_per_image), image
 
 
