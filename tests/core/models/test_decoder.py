@@ -202,7 +202,7 @@ def test_phi4_with_fewer_heads_is_refused(tmp_path):
         ({**PHI, "qk_layernorm": True}, "qk_layernorm"),
         ({**PHI, "tie_word_embeddings": True}, "cannot share the embedding"),
         ({**PHI, "partial_rotary_factor": 0.3}, "rotary_dim 3 must be even"),
-        ({**PHI3, "rope_scaling": {"type": "su", "short_factor": [1.0] * 6}}, "longrope: long_factor missing"),
+        ({**PHI3, "rope_scaling": {"type": "su", "short_factor": [1.0] * 6}}, "longrope rope: long_factor missing"),
         ({**PHI3, "num_attention_heads": 8}, r"have 6 numbers, expected 3"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types lists 1 layers"),
         ({**QWEN2, "layer_types": ["linear_attention"] * 4}, "linear_attention"),

@@ -159,7 +159,7 @@ def test_headers_are_enough_to_count(goldens: Path, tmp_path: Path) -> None:
     [
         ({"force_image_size": None, "vision_config": {}}, "force_image_size is None"),
         ({"force_image_size": "448"}, "force_image_size is '448'"),
-        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected a whole number of at least 1"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected a whole number above 0"),
         ({"min_dynamic_patch": 9, "max_dynamic_patch": 4}, "config.json: image tiles: min_tiles 9 and max_tiles 4"),
         ({"max_dynamic_patch": 10**9}, "must be 1 <= min <= max <= 1000"),
     ],

@@ -142,8 +142,8 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
     Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
     """
     cfg = target.cfg
-    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
-    prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
+    ends = {block_prefix("text", cfg, family): len(cfg.text.layers)}
+    ends |= {} if cfg.vision is None else {block_prefix("vision", cfg, family): cfg.vision.n_layers_total}
     tensors = list[Tensor]()
     for key, entry in source.entries.items():
         name = family.canonical(key)
@@ -151,8 +151,7 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
             continue
         if family.mtp[0] and name.startswith(family.mtp[0]):
             continue  # `mtp_tensors` prunes them
-        numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
-        if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
+        if any((number := block_number(name, prefix)) is not None and number >= end for prefix, end in ends.items()):
             continue
         written = name if family.respells else key
         if isinstance(entry, Entry) and (entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq")):

@@ -70,9 +70,7 @@ def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Content
         imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
     elif options.imatrix:
         raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
-    files, padded = models if imatrix is None else [*models, imatrix], model.cfg
-    for file, stack in zip(models, ("text", "vision"), strict=False):
-        padded = padded.with_layers(file.layers, stack)
+    files = models if imatrix is None else [*models, imatrix]
 
     def write(folder: Path) -> None:
         for file in files:
@@ -84,7 +82,7 @@ def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Content
             "gguf",
             files=models,
             before=count_params(model.cfg),
-            after=count_params(padded),
+            after=count_params(fit(model.cfg, options.uneven)[1]),
             imatrix=imatrix,
             unquantised=[key for file in models for key in file.unquantised],
             stem=stem,
@@ -123,7 +121,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
         "imatrix.chunk_size": -(-importance.tokens // importance.rows),
     }
     stem = model.name.removesuffix(".gguf").rpartition("-")[0]
-    return GgufFile(f"{PREFIX}{stem}{SUFFIX}", "imatrix", fields, tensors, model.layers)
+    return GgufFile(f"{PREFIX}{stem}{SUFFIX}", "imatrix", fields, tensors)
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:

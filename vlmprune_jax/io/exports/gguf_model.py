@@ -15,7 +15,6 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
@@ -63,7 +62,6 @@ class GgufFile:
 
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
-      layers: widths of the layers in the file.
       differences: how llama.cpp computes the model differently, for the model card.
       options: command-line options that llama.cpp's programs need for this file, each after a space.
     """
@@ -72,7 +70,6 @@ class GgufFile:
     architecture: str
     fields: JsonDict
     tensors: list[Tensor]
-    layers: tuple[Layer, ...]
     differences: str = ""
     options: str = ""
 
@@ -116,7 +113,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
     remarks = differences(cfg, architecture, vocabulary, options.rolled_positions, source)
-    files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks)]
+    files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, remarks)]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
             f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of a "
@@ -130,8 +127,8 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         pixels, limits = image_fields(wide, family, source)
         fields = {"type": "mmproj", **about, **file_type(plain), **pixels, **tower_fields(wide), **limits}
         fields |= _size_label(tensors)
-        layers, flags = wide.vision.layers, image_options(family, source)
-        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
+        flags = image_options(family, source)
+        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, options=flags))
     return files
 
 

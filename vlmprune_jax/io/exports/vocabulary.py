@@ -97,7 +97,6 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str] = ("*",), but
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: KeptVocabulary) -> None:
-    """Write the tokenizer files with only the kept tokens."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
     fast = os.path.lexists(source / TOKENIZER)

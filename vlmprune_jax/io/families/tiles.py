@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 
@@ -104,13 +103,3 @@ class TilingConfig:
                 f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "
                 f"{MAX_TILES}: change data.min_tiles or data.max_tiles"
             )
-
-
-def whole_number(value: Any, name: str, location: str) -> int:
-    """Return `value`; raise UserError unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(
-            f"{location}: {name} is {value!r}, expected a whole number of at least 1: "
-            "restore it from the model's source"
-        )
-    return value
