@@ -87,9 +87,9 @@ _SLOW_CASES = {
     ),
     "io/families/test_goldens.py": ("autograd[gemma4]",),
     "io/families/test_video.py": ("texts[gemma4]", "videos[gemma4_dense]"),
-    "core/prune/test_expert_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
-    "core/prune/test_reconstruction.py": ("on_the_device[qwen3_vl]",),
-    "core/prune/test_shared_layers.py": ("the_whole_model", "float64[4]"),
+    "core/prune/test_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
+    "core/prune/test_reconstruction.py": ("on_the_device[qwen3_vl]", "on_the_device[gemma4]"),
+    "core/prune/test_block_traits.py": ("the_whole_model", "float64[4]", "stock_model_that_results"),
     "run/stages/test_unused.py": ("[demo_reconstruct]", "[demo]"),
 }  # fmt: skip
 

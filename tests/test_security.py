@@ -38,7 +38,6 @@ WRITERS = {
     ("io/exports/vocabulary.py", "_write"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_shard"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
-    ("io/exports/gguf_file.py", "write_gguf"): _NEW,
     ("io/exports/peft.py", "write_adapter"): _NEW,
     ("run/evaluation/speed/engines.py", "serve"): "standard output",
     ("base/console.py", "without_output"): "the null device",
@@ -54,7 +53,6 @@ UNBOUNDED = {
     ("io/exports/token_sources.py", "read_texts"): _USERS,
     ("run/stages/evaluate.py", "_read_text"): _USERS,
     ("run/evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
-    ("io/exports/gguf_file.py", "_header"): "what was written a moment ago",
     ("core/mesh/machine.py", "_lines"): _SYSTEM,
     ("run/sweep/sweep.py", "attempt"): _SYSTEM,
 }
@@ -177,7 +175,7 @@ def test_markup_is_made_where_it_is_escaped():
         "Environment": {"io/exports/card.py", "run/report/page.py"},
         "Markup": {
             "Markup(script)",
-            "Markup(to_svg(drawn))",
+            "Markup(svg)",
         },
         ".md": set(),
     }

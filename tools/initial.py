@@ -19,11 +19,12 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import flatten, init_params
-from vlmprune_jax.io.checkpoints.layout import by_key, join_tensor, make_slots
+from vlmprune_jax.io.checkpoints.layout import by_key, make_slots
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import IMAGE_TOKEN
 from vlmprune_jax.io.data.tokenizer_files import TOKENIZER
+from vlmprune_jax.io.exports.weights import Weights
 from vlmprune_jax.io.families import detect, family_of
 from vlmprune_jax.io.families.smolvlm import SMOLVLM
 
@@ -258,9 +259,6 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return parameters as checkpoint tensors, with names that every transformers release can load."""
     slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path in flat]
-    return {
-        key: np.ascontiguousarray(
-            join_tensor([np.asarray(flat[slot.path])[slot.place] for slot in group], group).reshape(group[0].hf_shape)
-        )
-        for key, group in by_key(slots).items()
-    }
+    parameters = Weights(cfg, cfg, flat, {slot.name: slot for slot in slots})
+    tensors = [parameters.tensor(key, group, "F32") for key, group in by_key(slots).items()]
+    return {tensor.key: tensor.fetch().view(np.float32).reshape(tensor.shape) for tensor in tensors}

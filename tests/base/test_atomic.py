@@ -17,6 +17,7 @@ from hf_cases import (
     keep_layers,
     make_folder,
 )
+from refusal import refused
 
 from vlmprune_jax.base import atomic
 from vlmprune_jax.base.errors import UserError
@@ -32,12 +33,6 @@ def llama(tmp_path):
     return make_folder(tmp_path / "llama", LLAMA)
 
 
-def refused(part, *args, **options):
-    with pytest.raises(UserError, match=part) as error:
-        save(*args, **options)
-    assert "\n" not in str(error.value)
-
-
 # All or nothing -------------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +44,7 @@ def test_existing_output(llama, tmp_path):
     model, out = load(llama), tmp_path / "out"
     out.mkdir()
     save(model, out, source_dir=llama)  # an empty folder is no obstacle
-    refused("exists already.*--overwrite", model, out, source_dir=llama)
+    refused("exists already.*--overwrite", save, model, out, source_dir=llama)
     (out / "stale").write_text("of the first save")
     save(keep_layers(model, [0])[0], out, source_dir=llama, overwrite=True)
     assert not (out / "stale").exists()
@@ -61,18 +56,18 @@ def test_overwrite_spares_what_is_not_a_model_folder(llama, tmp_path):
     model, home = load(llama), tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    refused("not a model folder", model, home, source_dir=llama, overwrite=True)
-    refused("not a folder", model, home / "thesis.tex", source_dir=llama, overwrite=True)
+    refused("not a model folder", save, model, home, source_dir=llama, overwrite=True)
+    refused("not a folder", save, model, home / "thesis.tex", source_dir=llama, overwrite=True)
     assert names(home) == ["thesis.tex"]
     for target in (llama, tmp_path):
-        refused("is or contains the source folder", model, target, source_dir=llama, overwrite=True)
+        refused("is or contains the source folder", save, model, target, source_dir=llama, overwrite=True)
     load(llama)
 
 
 def test_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
-    refused("needs .* MiB .* free", load(llama), tmp_path / "new/out", source_dir=llama)
+    refused("needs .* MiB .* free", save, load(llama), tmp_path / "new/out", source_dir=llama)
     assert names(tmp_path) == ["llama"]
 
 
@@ -82,7 +77,7 @@ def test_weights_that_are_not_finite_are_not_written(llama, tmp_path):
         broken = jax.tree.map(lambda leaf: leaf, model.params)
         broken["text"]["norm"] = {"weight": broken["text"]["norm"]["weight"].at[2].set(value)}
         options = {"source_dir": llama, "dtype": dtype}
-        refused("model.norm.weight.*1 NaN or infinite", Model(broken, model.cfg), tmp_path / "out", **options)
+        refused("model.norm.weight.*1 NaN or infinite", save, Model(broken, model.cfg), tmp_path / "out", **options)
         assert names(tmp_path) == ["llama"]
 
 
@@ -90,7 +85,7 @@ def test_where_nothing_can_be_written(llama, tmp_path):
     model = load(llama)
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file/out", tmp_path / ("a" * 250)):
-        refused(f"{re.escape(str(out))}: .*: nothing was written, check that path", model, out, source_dir=llama)
+        refused(f"{re.escape(str(out))}: .*: nothing was written, check that path", save, model, out, source_dir=llama)
     assert names(tmp_path) == ["file", "llama"]
 
 
@@ -218,11 +213,11 @@ def test_what_another_machine_left_goes_once_nothing_is_written_there(tmp_path):
 def test_wrong_options(goldens, llama, tmp_path):
     model = load(llama)
     for name in ("layout", "uneven", "dtype"):
-        refused(f"{name} 'odd' is not one of", model, tmp_path / "out", source_dir=llama, **{name: "odd"})
-    refused("no such folder", model, tmp_path / "out", source_dir=tmp_path / "nothing")
-    refused("not the folder from which this llama", model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
+        refused(f"{name} 'odd' is not one of", save, model, tmp_path / "out", source_dir=llama, **{name: "odd"})
+    refused("no such folder", save, model, tmp_path / "out", source_dir=tmp_path / "nothing")
+    refused("not the folder from which this llama", save, model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
     other = make_folder(tmp_path / "biased", {**LLAMA, "attention_bias": True})
-    refused("has no tensor", load(other), tmp_path / "out", source_dir=llama)
+    refused("has no tensor", save, load(other), tmp_path / "out", source_dir=llama)
 
 
 def test_lora_must_be_merged(llama, tmp_path):
@@ -230,4 +225,4 @@ def test_lora_must_be_merged(llama, tmp_path):
 
     model = load(llama)
     cfg = model.cfg.__class__(**{**vars(model.cfg), "lora": LoraConfig(2, 4.0, 0.0, ("q_proj",))})
-    refused("unmerged LoRA", Model(model.params, cfg), tmp_path / "out", source_dir=llama)
+    refused("unmerged LoRA", save, Model(model.params, cfg), tmp_path / "out", source_dir=llama)

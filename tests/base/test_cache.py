@@ -1,9 +1,8 @@
-"""Arrays by key on disk: what is there is read back exactly, what is not is known, and nothing wrong is read."""
-
-from __future__ import annotations
+"""Arrays by key and journals of passes on disk: what is there is read back exactly, and nothing wrong is read."""
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
+from hostile import mutants
+from refusal import refused
 
 from vlmprune_jax.base import cache as module
 from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.journal import Journal, continued, is_of
 
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
 
@@ -94,12 +96,10 @@ def test_many_threads_read(tmp_path, monkeypatch):
 def test_identity_is_readable_and_another_one_is_refused(tmp_path):
     filled(tmp_path, [1])
     assert json.loads((tmp_path / "cache.json").read_text()) == {"version": 1, **MADE_FROM}
-    with pytest.raises(
-        UserError, match=r'computed from other inputs \(tower.weights was "a1", now "b2"\): use another fold'
-    ):
-        ArrayCache(tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}})
-    with pytest.raises(UserError, match=r'\(dtype was "float32", now "bfloat16"; tiles was null, now 4\)'):
-        ArrayCache(tmp_path, {**MADE_FROM, "dtype": "bfloat16", "tiles": 4})
+    refused(
+        'tower.weights was "a1", now "b2"', ArrayCache, tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}}
+    )
+    refused(r'"bfloat16"; tiles was null, now 4', ArrayCache, tmp_path, {**MADE_FROM, "dtype": "bfloat16", "tiles": 4})
 
 
 def test_folders_that_cannot_be_a_cache(tmp_path):
@@ -109,9 +109,7 @@ def test_folders_that_cannot_be_a_cache(tmp_path):
         (tmp_path / "thesis.tex", "cannot be used as a cache .*: use another"),
         (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: use another"),
     ):
-        with pytest.raises(UserError, match=reason) as error:
-            ArrayCache(folder, MADE_FROM)
-        assert "\n" not in str(error.value)
+        refused(reason, ArrayCache, folder, MADE_FROM)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -124,67 +122,23 @@ def test_damaged_files(tmp_path):
     filled(tmp_path, range(3))
     (shard,) = (tmp_path / name for name in shards(tmp_path))
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(
-        UserError,
-        match=f"{shard.name}: truncated: .*: remove the file, and run the command again to recompute it",
-    ):
-        ArrayCache(tmp_path, MADE_FROM)
+    refused(f"{shard.name}: truncated: .*: remove the file, and run the command again", ArrayCache, tmp_path, MADE_FROM)
     shard.unlink()
     assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json: is not valid JSON .*: use another folder or remove this one"):
-        ArrayCache(tmp_path, MADE_FROM)
-
-
-def header(**tensors: object) -> bytes:
-    text = json.dumps(tensors).encode()
-    return len(text).to_bytes(8, "little") + text
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\0" * 8,
-        b"\xff" * 64,
-        (10**9).to_bytes(8, "little") + b"{}",
-        header()[:-1],
-        header(a=3),
-        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}) + bytes(8),
-        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}) + bytes(4),
-        header(a={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}) + bytes(8),
-        header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}) + bytes(8),
-        header(a={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}) + bytes(8),
-        header(a={"dtype": "F32", "shape": [1] * 400_000, "data_offsets": [0, 4]}) + bytes(4),
-        header(a={"dtype": "O", "shape": [1], "data_offsets": [0, 4]}) + bytes(4),
-        header(a={"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}),
-        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + bytes(5),
-    ],
-)
-def test_shards_that_lie(tmp_path, content):
-    filled(tmp_path, [1])
-    shard = tmp_path / "0.safetensors"
-    shard.write_bytes(content)
-    with pytest.raises(
-        UserError, match=f"{shard}: .*: remove the file, and run the command again to recompute it"
-    ) as caught:
-        ArrayCache(tmp_path, MADE_FROM)
-    assert "\n" not in str(caught.value)
+    refused(r"cache.json: is not valid JSON .*: use another folder or remove this one", ArrayCache, tmp_path, MADE_FROM)
 
 
 def test_strange_files(tmp_path):
     filled(tmp_path, [1])
     os.mkfifo(tmp_path / "0.safetensors")
-    with pytest.raises(UserError, match=r"0\.safetensors: is a FIFO, expected a file"):
-        ArrayCache(tmp_path, MADE_FROM)
+    refused(r"0\.safetensors: is a FIFO, expected a file", ArrayCache, tmp_path, MADE_FROM)
     (tmp_path / "cache.json").unlink()
     os.mkfifo(tmp_path / "cache.json")
-    with pytest.raises(UserError, match=r"cache\.json: is a FIFO, expected a file"):
-        ArrayCache(tmp_path, MADE_FROM)
+    refused(r"cache\.json: is a FIFO, expected a file", ArrayCache, tmp_path, MADE_FROM)
     (tmp_path / "cache.json").unlink()
     (tmp_path / "cache.json").write_text('{"a":' * 900 + "1" + "}" * 900)
-    with pytest.raises(UserError, match=r"cache\.json: .*deep|computed from other inputs"):
-        ArrayCache(tmp_path, MADE_FROM)
+    refused(r"cache\.json: .*deep|computed from other inputs", ArrayCache, tmp_path, MADE_FROM)
 
 
 def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
@@ -207,8 +161,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): free disk space"):
-        cache.publish()
+    refused(r"cannot be written \(No space left on device\): free disk space", cache.publish)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache.json", *shards(tmp_path)])
     assert ArrayCache(tmp_path, MADE_FROM).missing(f"k{i}" for i in range(4)) == ["k3"]
@@ -218,14 +171,9 @@ def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
     """Process 1 wrote a shard that this one cannot open; a new folder has none yet, but it is not there either."""
     cache = filled(tmp_path, [1])
     monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
-    with pytest.raises(
-        UserError,
-        match=r"0123\.safetensors: written by process 1 of .* use a folder on a disk that all processes share",
-    ):
-        cache.publish()
+    refused(r"0123\.safetensors: written by process 1 of .* use a folder on a disk that all processes", cache.publish)
     monkeypatch.setattr(module, "on_process_zero", lambda begin: [])
-    with pytest.raises(UserError, match=r"new/cache\.json: written by process 0 of .* but not visible to this process"):
-        ArrayCache(tmp_path / "new", MADE_FROM)
+    refused(r"new/cache\.json: written by process 0 of .* but not visible", ArrayCache, tmp_path / "new", MADE_FROM)
 
 
 WRITER = """
@@ -262,3 +210,60 @@ def test_a_killed_writer_leaves_whole_shards(tmp_path):
     os.utime(left[0], (0, 0))
     ArrayCache(tmp_path, {"a": 1})
     assert not left[0].exists()
+
+
+def test_a_pass_continues_after_the_last_whole_line(tmp_path):
+    path, asked = tmp_path / "eval/a.journal", []
+
+    def third_root(number: int) -> list[float]:
+        asked.append(number)
+        return [number ** (1 / 3), math.inf]
+
+    entries = continued(third_root, range(5), Journal(path, {"batches": 5}))
+    first = [next(entries) for _ in range(3)]
+    path.write_text(path.read_text()[:-5])  # cut off by a kill
+    again = list(continued(third_root, range(5), Journal(path, {"batches": 5})))
+    assert asked == [0, 1, 2, 2, 3, 4]
+    assert again == [third_root(number) for number in range(5)]
+    assert again[:3] == first
+    assert len(Journal(path, {"batches": 5}).entries) == 5
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([*lines[:3], lines[3][:-5], *lines[4:]])
+    )  # damaged in the middle: what follows is of which?
+    assert Journal(path, {"batches": 5}).entries == again[:2]
+
+
+def test_a_journal_of_another_pass_starts_again(tmp_path):
+    path = tmp_path / "a.journal"
+    Journal(path, {"mesh": [1, 1, 1]}).add(7)
+    assert Journal(path, {"mesh": [1, 1, 1]}).entries == [7]
+    assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
+    assert not path.exists()  # a pass that is refused leaves nothing
+    path.write_bytes(b"\x00\xff no journal")
+    assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
+
+
+def test_damaged_entries_are_computed_again(tmp_path):
+    """From the first one on that is not what a batch gives."""
+    path = tmp_path / "a.journal"
+    good = [{"batches": 3}, [1.5, 0.0], [1.5, 1.0], [1.5, 2.0]]
+
+    def fits(batch, entry):
+        return is_of(list[float], entry) and len(entry) == 2
+
+    for _, value in mutants(good, 0.4):
+        lines = value if isinstance(value, list) else [value]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        pass_ = continued(lambda number: [1.5, float(number)], range(3), Journal(path, {"batches": 3}), fits)
+        found = list(pass_)
+        assert all(fits(None, entry) for entry in found)
+        assert len(found) == 3
+        assert Journal(path, {"batches": 3}).entries[:3] == json.loads(json.dumps(found))
+    path.unlink()
+    os.mkfifo(path)
+    assert Journal(path, {"batches": 3}).entries == []
+
+
+def test_without_a_journal_every_batch_is_computed():
+    assert list(continued(lambda x: 2 * x, iter("ab"), None)) == ["aa", "bb"]

@@ -1,11 +1,14 @@
-"""What stages print is inert whatever names stand in it, and keeps its shape."""
+"""Names in what stages print and in Markdown, YAML and CSV: inert whatever stands in them."""
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
 from vlmprune_jax.base import console
 from vlmprune_jax.base.console import Reporter
+from vlmprune_jax.base.markup import cell, code, markdown, yaml
 
 NAME = "[/red][bold]x :smile: \x1b[2J\x1b]0;t\x07\u202e\udcff\nnext"
 INERT = "[/red][bold]x :smile: \\x1b[2J\\x1b]0;t\\x07\\u202e\\udcff next"
@@ -69,3 +72,34 @@ def test_large_tables_are_cut(monkeypatch):
     out = said(lambda reporter: reporter.table("t", ["a"] * 30, [["b"] * 30] * 3))
     assert out.count("b") == 2 * console.MOST_COLUMNS
     assert out.endswith("  (shortened from 3 rows and 30 columns)\n")
+
+
+EVIL = "a\n# b <img src=x onerror=y> [c](http://d) `e` | *f* _g_ www.h.i \x1b[2J"
+
+
+def test_markdown_is_one_plain_line():
+    line = markdown(EVIL)
+    assert "\n" not in line
+    for mark in ("# ", "<", "[", "](", "`", "|", "*", " _", "//", "www."):
+        assert mark not in line.replace("\\" + mark[0], "").replace("www\\.", ""), mark
+    assert markdown("llava_1.5-7b, depth 30 %") == "llava_1.5-7b, depth 30 %"
+
+
+def test_code_is_one_span():
+    assert code("a`b\n|c") == r"`a'b \|c`"
+
+
+@pytest.mark.parametrize("name", ["a/b\nlicense: mit", "a: b", "null", "[x]", "- a", "{a}", "#", ""])
+def test_yaml_is_a_string(name):
+    assert json.loads(yaml(name)) == " ".join(name.split())
+
+
+def test_plain_names_are_plain_yaml():
+    assert [yaml(name) for name in ("org/model-1.5", "transformers", "llama.cpp")] == [
+        "org/model-1.5", "transformers", "llama.cpp"
+    ]  # fmt: skip
+
+
+def test_cells_are_no_formulas():
+    values = ["=1+1", "+1", "-1", "@x", "\tx", "a=1", -1.5, None, 0]
+    assert [cell(value) for value in values] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "a=1", -1.5, "", 0]

@@ -1,4 +1,4 @@
-"""The ways in for foreign files: what is no regular file, too large, badly linked or something else is one line."""
+"""The ways in for foreign files and links: what is no regular file, too large or badly linked is one line."""
 
 import os
 import zipfile
@@ -6,9 +6,10 @@ from typing import TypedDict
 
 import numpy as np
 import pytest
+from refusal import refused
 
 from vlmprune_jax.base import files as checked_files
-from vlmprune_jax.base.errors import UserError, printable
+from vlmprune_jax.base.errors import printable
 from vlmprune_jax.base.files import (
     checked,
     copy_file,
@@ -20,15 +21,10 @@ from vlmprune_jax.base.files import (
     read_json_lines,
     reading,
 )
+from vlmprune_jax.base.links import check_links, is_inside, real_path
+from vlmprune_jax.run.cli.config_files import to_workdir
 
 MISSING, TODO = "no such scores", "score again"
-
-
-def refused(read, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        read(*args, **kwargs)
-    assert str(caught.value).isprintable()
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -44,25 +40,25 @@ def refused(read, *args, **kwargs):
 )
 def test_what_is_no_file(tmp_path, make, message):
     make(tmp_path / "x")
-    assert refused(open_file, tmp_path / "x") == f"{tmp_path}/x: {message}"
+    assert refused(message, open_file, tmp_path / "x") == f"{tmp_path}/x: {message}"
 
 
 def test_names_that_no_file_has(tmp_path):
-    assert "File name too long" in refused(open_file, tmp_path / ("x" * 300))
-    assert "path contains an invalid character" in refused(open_file, tmp_path / "a\0b")
-    assert "a\\x1b[31m\\udcff: no such file" in refused(open_file, tmp_path / "a\x1b[31m\udcff")
+    refused("File name too long", open_file, tmp_path / ("x" * 300))
+    refused("path contains an invalid character", open_file, tmp_path / "a\0b")
+    refused(r"a\\x1b\[31m\\udcff: no such file", open_file, tmp_path / "a\x1b[31m\udcff")
 
 
 def test_sizes(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     assert read_bytes(tmp_path / "x", 5) == b"12345"
-    assert "has 5 bytes, more than the maximum of 4" in refused(read_bytes, tmp_path / "x", 4)
+    refused("has 5 bytes, more than the maximum of 4", read_bytes, tmp_path / "x", 4)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
-    assert "bytes, more than" in refused(read_json, tmp_path / "sparse")
-    assert "bytes, more than" in refused(read_json_lines, tmp_path / "sparse", dict)
-    assert "bytes, more than" in refused(read_arrays, tmp_path / "sparse", missing=MISSING, todo=TODO)
-    assert "bytes, more than" in refused(read_bytes, checked_files.Path("/proc/self/maps"), 100)  # says it has 0
+    refused("bytes, more than", read_json, tmp_path / "sparse")
+    refused("bytes, more than", read_json_lines, tmp_path / "sparse", dict)
+    refused("bytes, more than", read_arrays, tmp_path / "sparse", missing=MISSING, todo=TODO)
+    refused("bytes, more than", read_bytes, checked_files.Path("/proc/self/maps"), 100)  # says it has 0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +66,7 @@ def test_sizes(tmp_path):
     [
         ("[" * 100_000, "too deeply nested"),
         ("[" * 101 + "]" * 101, "too deeply nested"),
-        ('{"a": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
+        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ("[1]", "Expected `object`, got `array`"),
         ("", "is not valid JSON"),
     ],
@@ -78,18 +74,18 @@ def test_sizes(tmp_path):
 def test_json(tmp_path, text, message):
     path = tmp_path / "x.json"
     path.write_text(text)
-    assert message in refused(read_json, path, todo=TODO)
+    refused(message, read_json, path, todo=TODO)
     if text:
-        assert message in refused(read_json_lines, path, dict)
+        refused(message, read_json_lines, path, dict)
 
 
 def test_half_a_surrogate_pair_as_a_name():
     class Kind(TypedDict):
         a: int
 
-    assert "does not have the expected content" in refused(checked, {"a": 1, "\ud800": 2}, Kind, "x.json", TODO)
+    refused("does not have the expected content", checked, {"a": 1, "\ud800": 2}, Kind, "x.json", TODO)
     for unicode in (True, False):
-        assert "surrogates not allowed" in refused(parse_json, '["\\ud800"]', "x.json", TODO, unicode=unicode)
+        refused("surrogates not allowed", parse_json, '["\\ud800"]', "x.json", TODO, unicode=unicode)
     assert os.fsencode(parse_json('"\\udcff"', "x.json", TODO, unicode=False)) == b"\xff"  # the name of a file
 
 
@@ -97,9 +93,9 @@ def test_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a')
     assert read_json_lines(path, dict[str, int], cut=True) == [{"a": 1}, {"a": 2}]
-    assert f"{path}, line 4: is not valid JSON" in refused(read_json_lines, path, dict[str, int])
+    refused(f"{path}, line 4: is not valid JSON", read_json_lines, path, dict[str, int])
     path.write_text('{"a": 1}\n{"a": true}\n')
-    assert "line 2: does not have the expected content" in refused(read_json_lines, path, dict[str, int], cut=True)
+    refused("line 2: does not have the expected content", read_json_lines, path, dict[str, int], cut=True)
 
 
 def test_everything_a_library_raises():
@@ -112,7 +108,7 @@ def test_everything_a_library_raises():
             with reading("x.bin"):
                 raise error
 
-        assert refused(read).startswith("x.bin: cannot be read (")
+        refused(r"^x.bin: cannot be read \(", read)
     with pytest.raises(KeyboardInterrupt), reading("x.bin"):
         raise KeyboardInterrupt
 
@@ -136,7 +132,7 @@ def header(text):
 def test_arrays_that_are_none(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("a.npy", content)
-    assert "x.npz" in refused(read_arrays, tmp_path / "x.npz", missing=MISSING, todo=TODO)
+    refused("x.npz", read_arrays, tmp_path / "x.npz", missing=MISSING, todo=TODO)
 
 
 def test_arrays(tmp_path):
@@ -145,8 +141,8 @@ def test_arrays(tmp_path):
     found = read_arrays(path, missing=MISSING, todo=TODO)
     assert {name: array.tolist() for name, array in found.items()} == {k: v.tolist() for k, v in given.items()}
     np.savez_compressed(path, a=np.zeros(10**7))
-    assert "unpacks to 80,000,128 bytes" in refused(read_arrays, path, missing=MISSING, todo=TODO)
-    assert MISSING in refused(read_arrays, tmp_path / "y.npz", missing=MISSING, todo=TODO)
+    refused("unpacks to 80,000,128 bytes", read_arrays, path, missing=MISSING, todo=TODO)
+    refused(MISSING, read_arrays, tmp_path / "y.npz", missing=MISSING, todo=TODO)
 
 
 def test_links_in_a_folder_that_is_copied(tmp_path):
@@ -161,7 +157,7 @@ def test_links_in_a_folder_that_is_copied(tmp_path):
     for name in ("LICENSE", "COPY"):
         copy_file(folder / name, tmp_path / "copy", folder)
         assert (tmp_path / "copy").read_text() == "licence"
-    assert "outside the folder" in refused(copy_file, folder / "README", tmp_path / "copy", folder)
+    refused("outside the folder", copy_file, folder / "README", tmp_path / "copy", folder)
     assert (tmp_path / "copy").read_text() == "licence"
 
 
@@ -172,3 +168,42 @@ def test_lines_for_a_terminal():
     assert parse_json("[1]", "here", TODO) == [1]
     for text in ("x" * 10**5, "x " * 10**4, "\x1b" * 3000):
         assert printable(printable(text)) == printable(text)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("eval", "outside"), ("training/tensorboard", "outside"), ("runs/a", "outside"), ("eval", "w/training"),
+        ("shared/x/pruned/.hidden", "outside/mine"), ("plan.json", "outside/mine"), ("eval", "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_workdir_leads_nowhere_else(tmp_path, link, target):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/mine").write_text("mine")
+    (tmp_path / "w/training").mkdir(parents=True)
+    place = tmp_path / "w" / link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(tmp_path / target)
+    refused(rf"w/{link}: is a symbolic link to .*{target}, and vlmprune .*: replace", to_workdir, str(tmp_path / "w"))
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    """A link to itself has a path; a text that no path can have is refused, or lies nowhere."""
+    os.symlink("loop", tmp_path / "loop")
+    assert real_path(tmp_path / "loop/x") == tmp_path / "loop/x"
+    assert is_inside(tmp_path / "loop", tmp_path)
+    for text in ("a\0b", "\ud800"):
+        assert not is_inside(tmp_path / text, tmp_path)
+        refused("contains a NUL character or half of a surrogate pair: choose another", real_path, text)
+
+
+def test_links_to_files_inside_are_as_good_as_files(tmp_path):
+    """As in a hub cache; the workdir itself may be a link; a link to itself is told when it is opened."""
+    (tmp_path / "w/hub/blobs").mkdir(parents=True)
+    (tmp_path / "w/hub/snapshots").mkdir()
+    (tmp_path / "w/hub/blobs/1").write_text("{}")
+    (tmp_path / "w/hub/snapshots/config.json").symlink_to("../blobs/1")
+    os.symlink("loop", tmp_path / "w/loop")
+    (tmp_path / "other").symlink_to(tmp_path / "w")
+    for folder in ("w", "other", "none"):
+        check_links(tmp_path / folder)

@@ -6,6 +6,7 @@ import sys
 
 import msgspec
 import pytest
+from refusal import refused
 
 from vlmprune_jax.base import processes
 from vlmprune_jax.base.errors import SharedError, UserError
@@ -40,8 +41,7 @@ def _fails(error):
 
 def test_what_process_0_finds_is_what_all_find(process):
     assert processes.on_process_zero(lambda: {"a": [1, None]}) == {"a": [1, None]}
-    with pytest.raises(UserError, match="wrong"):
-        processes.on_process_zero(_fails(UserError("wrong")))
+    refused("wrong", processes.on_process_zero, _fails(UserError("wrong")))
     process(0, {}, {})
     assert processes.on_process_zero(lambda: _Point(3), _Point) == _Point(3)
     process(2, {"value": {"x": 4}}, {})

@@ -1,14 +1,22 @@
-"""Values inside the blocks of a model, computed block by block in Python: neither by a scan nor by a stream."""
+"""Values inside the blocks of a model, computed block by block in Python: neither by a scan nor by a stream.
+
+And what reconstruction should do to a weight of a block, from these values by normal equations in float64.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from media_cases import packed
 
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.models.context import KEYS, Context, LayerEmbeds
+from vlmprune_jax.core.models.params import unstack_layers
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.models.vlm import Model, to_nnx
 
@@ -55,7 +63,7 @@ def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (),
     module = to_nnx(Model(params, cfg))
     x, embeds = module.embed(ids, inputs.get("media"))
     mask = inputs.get("attention_mask")
-    context = module.text.context(jax.numpy.ones_like(ids) if mask is None else mask, inputs.get("position_ids"))
+    context = module.text.context(jnp.ones_like(ids) if mask is None else mask, inputs.get("position_ids"))
     found = values_of_blocks(module.text, x, context, names, embeds)
     return [*found[:-1], found[-1]._replace(after=module.text.final_norm(found[-1].after))]
 
@@ -64,3 +72,63 @@ def tower_values(tower: Any, images: Any, names: tuple[str, ...] = ()) -> list[B
     """Return the values of a vision tower's blocks."""
     x = tower.embed(images)
     return values_of_blocks(tower, x, tower.context_of(x, images._asdict()), names)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "names"))
+def _hooked(params: Any, cfg: Any, names: tuple[str, ...], inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    if "images" in inputs:
+        blocks = tower_values(to_nnx(Model(params, cfg)).vision, packed(inputs["images"]), names)
+    else:
+        media = {"vision": packed(inputs["pixel_values"])} if "pixel_values" in inputs else {}
+        mask = inputs["attention_mask"]
+        blocks = decoder_values(params, cfg, inputs["input_ids"], names, attention_mask=mask, media=media)
+    return [{"before": block.before, "after": block.after, **block.inputs} for block in blocks]
+
+
+def real_values(one: Model, *batches: dict[str, Any], names: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+    """Per layer "before", "after" and these values of all real tokens of the batches, float64[tokens, inputs].
+
+    A batch of `images` is of the tower, and has all their positions.
+    """
+    found: list[list[dict[str, np.ndarray]]] = []
+    for batch in batches:
+        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
+        hooked = _hooked(jax.tree.map(jnp.asarray, one.params), one.cfg, names, arrays)
+        real = batch["attention_mask"] == 1 if "images" not in batch else np.ones(hooked[0]["before"].shape[:2], bool)
+        flat = [{name: np.asarray(x, np.float64)[real] for name, x in layer.items()} for layer in hooked]
+        found.append([{name: x.reshape(len(x), -1) for name, x in layer.items()} for layer in flat])
+    return [
+        {name: np.concatenate([of[name] for of in layer]) for name in layer[0]} for layer in zip(*found, strict=True)
+    ]
+
+
+def solved_change(inputs: Any, residual: Any, target: Any, ridge: float, rate: Any = 1.0) -> np.ndarray:
+    """Change of a weight and its bias, float64[inputs + 1, outputs], that fits the residual of a stream best.
+
+    Errors count relative to the mean square of the target's token; `rate` scales what the weight adds.
+    """
+    x = rate * np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
+    weighted = x / np.mean(target**2, axis=1, keepdims=True)
+    gram = weighted.T @ x
+    return np.linalg.lstsq(gram + ridge * np.diag(np.diag(gram)), weighted.T @ residual, rcond=None)[0]
+
+
+def assert_changed_by(
+    change: np.ndarray,
+    layer: int,
+    path: str,
+    pruned: Model,
+    solved: Model,
+    tolerance: float = 1e-4,
+    stack: str = "text",
+) -> None:
+    """Weight and bias of a projection changed by `change`, and nothing else in that layer."""
+    before, after = (unstack_layers(one.params, one.cfg, stack)[0][layer] for one in (pruned, solved))
+    weight, bias = (
+        np.asarray(after[f"{path}/{part}"]) - np.asarray(before[f"{path}/{part}"]) for part in ("weight", "bias")
+    )
+    atol = tolerance * np.abs(change).max()
+    np.testing.assert_allclose(weight.reshape(len(bias), -1).T, change[:-1], atol=atol, rtol=0)
+    np.testing.assert_allclose(bias, change[-1], atol=atol, rtol=0)
+    others = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert others == {f"{path}/weight", f"{path}/bias"}

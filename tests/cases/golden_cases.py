@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from repository import load_arrays
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mixers import DeltaNet
@@ -18,7 +19,7 @@ class Golden:
 
     def __init__(self, folder):
         self.folder, self.ckpt = folder, folder / "ckpt"
-        self.arrays = np.load(folder / "golden.npz")
+        self.arrays = load_arrays(folder / "golden.npz")
         self.facts = json.loads((folder / "golden.json").read_text())
         self.keys = json.loads((folder / "keys.json").read_text())
         self.model = vp.load(self.ckpt)

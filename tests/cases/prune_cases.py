@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from stack_cases import decoder_layer, text_config, tower_config, tower_layer
+from stack_cases import decoder_layer, text_config, tower_config, tower_layer, with_facts
 
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
@@ -16,7 +18,15 @@ from vlmprune_jax.core.layer import BlockConfig, Layer
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.mixers import Attention, RopeConfig
-from vlmprune_jax.core.models.params import count_params, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.core.models.params import (
+    count_params,
+    flatten,
+    param_axes,
+    param_shapes,
+    stack_layers,
+    unflatten,
+    unstack_layers,
+)  # fmt: skip
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.part import LAYERS, Key
 from vlmprune_jax.core.plans.kept import axis_sizes
@@ -50,6 +60,14 @@ def config(layers: tuple[Layer, ...] = EQUAL, *, vision: bool = False, **changes
     tower = tower_config((tower_layer(2, 2, 10),) * 2)
     projector = ProjectorConfig("relu", True)
     return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
+
+
+def seeing(layers: Sequence[Layer], **changes: Any) -> Model:
+    """A LLaVA whose tower has these layers, and other facts of `with_facts`, such as InternViT's scaled branches."""
+    cfg = config(vision=True)
+    vision = with_facts(dataclasses.replace(cfg.vision, n_layers_total=len(layers), layers=tuple(layers)), **changes)
+    select = "patch" if vision.class_token else "full"
+    return model(dataclasses.replace(cfg, vision=vision, feature_select=select))
 
 
 @functools.lru_cache(maxsize=16)
@@ -137,6 +155,35 @@ def unit_scores(heads, mlp, gqa: str = "groups", component: str = "text") -> dic
         for i, both in enumerate(zip(heads, mlp, strict=True))
         for name, part in zip((axis, "mlp"), both, strict=True)
     }
+
+
+# What heads and neurons write with, in each stack.
+OUTPUTS = {"text": ("self_attn/o_proj", "mlp/down_proj"), "vision": ("self_attn/out_proj", "mlp/fc2")}
+
+
+def silenced(one: Model, layers: Sequence[KeptLayer], stack: str = "text") -> Model:
+    """The model in which all layers, heads and neurons but these write zero to the stream, the biases of layers too."""
+    found, rest = unstack_layers(one.params, one.cfg, stack)
+    found, alive = [dict(layer) for layer in found], {kept.index: kept for kept in layers}
+    for i, layer in enumerate(found):
+        for owner, axis in zip(OUTPUTS[stack], ("q_heads", "mlp"), strict=True):
+            masked, stay = np.zeros_like(layer[f"{owner}/weight"]), list(alive[i].kept[axis]) if i in alive else []
+            masked[:, stay] = np.asarray(layer[f"{owner}/weight"])[:, stay]
+            layer[f"{owner}/weight"] = masked
+            if i not in alive:
+                layer[f"{owner}/bias"] = np.zeros_like(layer[f"{owner}/bias"])
+    return one.replace(params=stack_layers(found, rest, one.cfg, stack))
+
+
+def assert_scores(found: Scores, expected: Scores, **tolerance: float) -> None:
+    """Both have the same values, total and by token type, bit for bit unless a tolerance is given."""
+    for ours, theirs in zip(
+        (found, *found.by_token_type.values()), (expected, *expected.by_token_type.values()), strict=True
+    ):
+        ours, theirs = (one.values if isinstance(one, Scores) else one for one in (ours, theirs))
+        assert ours.keys() == theirs.keys()
+        for key, values in theirs.items():
+            np.testing.assert_allclose(ours[key], values, **{"rtol": 0, **tolerance}, err_msg=str(key))
 
 
 def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -77,18 +79,14 @@ def settings(**changes: Any) -> RecoverConfig:
 
     eps is large: Adam divides by |gradient| + eps, which blows the rounding of near-zero gradients up to full updates.
     """
-    values = {
-        "trainable": "all",
-        "learning_rate": 3e-3,
-        "batch_size": 8,
-        "steps": 6,
-        "compute_dtype": "float32",
-        "eps": 1e-3,
-        "warmup_ratio": 0.3,
-        "weight_decay": 0.1,
-        "log_every": 1,
-    }
+    values = {"trainable": "all", "learning_rate": 3e-3, "batch_size": 8, "steps": 6, "compute_dtype": "float32"}
+    values |= {"eps": 1e-3, "warmup_ratio": 0.3, "weight_decay": 0.1, "log_every": 1}
     return RecoverConfig(**{**values, **changes})
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every step of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def largest_difference(a: Model, b: Model) -> float:

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 WORKERS = Path(__file__).parent
 HANG = 600  # seconds after which a process hangs: far more than any takes, on however busy a machine
@@ -15,3 +17,9 @@ def full_size_models() -> dict[str, dict[str, Any]]:
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     return benchmark.MODELS
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file, which is closed again."""
+    with np.load(path) as file:
+        return dict(file)

@@ -1,24 +1,39 @@
-"""How the processes of a run find each other: by name, by the slice's metadata, or not at all."""
-
-from __future__ import annotations
+"""How the processes of a run find each other and end together, and how much memory is free."""
 
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
+import types
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from prune_cases import config
+from refusal import refused
+from repository import HANG
 from stack_cases import decoder_layer
 
 from vlmprune_jax.base import processes
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.mesh import mesh
+from vlmprune_jax.core.mesh import machine, mesh, stop
 from vlmprune_jax.core.recovery.program import place_rows
+
+
+def test_free_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    assert 2**20 < machine.free_memory() * len(jax.local_devices()) <= 2**50
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert machine._of_container() == 2**62
+    (tmp_path / "memory.max").write_text(f"{100 + 8000 * len(jax.local_devices())}\n")
+    assert machine.free_memory() == 8000
+    devices = [types.SimpleNamespace(memory_stats=lambda u=u: {"bytes_limit": 90, "bytes_in_use": u}) for u in (30, 50)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert machine.free_memory() == 40
 
 
 @pytest.fixture
@@ -79,8 +94,7 @@ def test_weights_stay_on_their_chips_while_decoding(monkeypatch, sizes, heads, g
     assert tuple(found.shape.values()) == expected
     assert mesh.decoding_mesh(cfg, None, gib * 2**30) is None
     assert mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (4, 2, 1)).shape["fsdp"] == 2
-    with pytest.raises(UserError, match=r"needs 9 devices but there are 8"):
-        mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (3, 3, 1))
+    refused(r"needs 9 devices but there are 8", mesh.decoding_mesh, cfg, mesh.make_mesh(*sizes), 1, (3, 3, 1))
 
 
 def test_alone_nothing_is_joined(joined):
@@ -113,8 +127,7 @@ def test_named_processes_are_joined(joined, monkeypatch):
     ],
 )
 def test_impossible_places_are_refused(joined, place, message):
-    with pytest.raises(UserError, match=message):
-        mesh.initialize(*place)
+    refused(message, mesh.initialize, *place)
     assert joined == []
 
 
@@ -123,8 +136,7 @@ def test_failing_to_join_names_the_place(joined, monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
-    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: cannot join .*DEADLINE_EXCEEDED: barrier timed"):
-        mesh.initialize("host:1", 2, 1)
+    refused(r"process 1 of 2 at host:1: cannot join .*DEADLINE_EXCEEDED: barrier", mesh.initialize, "host:1", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +156,7 @@ def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expecte
 
 def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
     tpu_vm(503, "")
-    with pytest.raises(UserError, match="HTTP error 503, so the workers of the slice are unknown"):
-        mesh.initialize(None, None, None)
+    refused("HTTP error 503, so the workers of the slice are unknown", mesh.initialize, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +204,7 @@ def test_rows_follow_the_devices_of_the_mesh(monkeypatch):
     assert [rows("abababab", host) for host in "ab"] == [list(range(8))] * 2  # each row is on both
     assert rows("aabbccdd", "abcd") == list(range(8))  # one process with the devices of all hosts: Pathways
     assert mesh.rows_of_process(None, 3).tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match=r"batch size 6 must be a positive multiple of mesh.data x mesh.fsdp = 4"):
-        mesh.rows_of_process(mesh.make_mesh(2, 2, 2), 6)
+    refused("batch size 6 .* mesh.data x mesh.fsdp = 4", mesh.rows_of_process, mesh.make_mesh(2, 2, 2), 6)
 
 
 def test_under_pathways_the_process_index_decides_nothing(monkeypatch):
@@ -207,3 +217,73 @@ def test_under_pathways_the_process_index_decides_nothing(monkeypatch):
     whole = np.arange(16.0).reshape(16, 1)
     placed = place_rows({"x": whole}, devices)["x"]
     assert np.array_equal(mesh.gather_to_host(placed), whole)
+
+
+PROCESS = """
+import sys
+import jax, numpy
+from jax.experimental import multihost_utils
+from vlmprune_jax.core.mesh import mesh, stop
+
+jax.config.update("jax_platforms", "cpu")
+address, number, failing = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+stop.POLL_SECONDS = 1e-4 if failing == ["none"] else 0.01 if str(number) in failing else 1.0  # hear of it late
+mesh.initialize(address, 3, number)
+multihost_utils.process_allgather(numpy.zeros(1))  # connects all with all
+print("so far")
+if str(number) in failing:
+    sys.exit(stop.end(f"first line\\nvlmprune: error: record r{number}", f"record r{number}", 2))
+try:
+    multihost_utils.process_allgather(numpy.zeros(1))  # which the failing ones never join
+except Exception as error:
+    sys.exit(stop.end(f"vlmprune: error: {error}", "a broken connection", 134))
+"""
+
+
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is printed stays in the process until it is flushed
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": BUFFERED}
+
+
+def run(failing: str) -> list[tuple[int, list[str]]]:
+    """(exit code, own lines on standard error) of each of three processes; what they had printed is there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n), failing], text=True, **PIPES)
+        for n in range(3)
+    ]
+    said = [process.communicate(timeout=HANG) for process in processes]
+    assert all("so far" in out.splitlines() for out, _ in said)
+    told = [lines.splitlines() for _, lines in said]
+    ours = [[line for line in lines if "vlmprune" in line or line == "first line"] for lines in told]
+    return [(process.returncode, lines) for process, lines in zip(processes, ours, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_failure_of_one_ends_all_and_names_it(failing):
+    for number, end in enumerate(run(str(failing))):
+        own = ["first line", f"vlmprune: error: record r{failing}"]
+        assert end == (
+            2,
+            own if number == failing else [f"vlmprune: error: process {failing} failed: record r{failing}"],
+        )
+
+
+@pytest.mark.slow
+def test_all_may_fail_at_once():
+    """Each tells of one failure, and nobody waits for the others in vain."""
+    for number, (code, lines) in enumerate(run("0,1,2")):
+        assert (code, sum("vlmprune: error: " in line for line in lines)) == (2, 1), (number, lines)
+
+
+@pytest.mark.slow
+def test_those_who_end_well_end_nobody():
+    assert run("none") == [(0, [])] * 3
+
+
+def test_alone_the_line_is_printed_and_the_code_returned(capsys):
+    assert not stop.joined()
+    assert stop.end("vlmprune: error: wrong", "wrong", 2) == 2
+    assert capsys.readouterr().err == "vlmprune: error: wrong\n"

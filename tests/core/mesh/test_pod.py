@@ -1,7 +1,5 @@
 """Several processes as one run: they compute what one does, and stop and continue together."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,7 +13,8 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from hf_cases import copy_llava
+from experiment_cases import record, write_experiment
+from recover_cases import metrics_of
 from repository import HANG, WORKERS
 
 from vlmprune_jax.base.cache import ArrayCache
@@ -26,55 +25,27 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = "{root}/records.json"
-    config.data.images = "{images}"
-    config.data.system = ""
-    config.data.fraction = 0.8
-    config.score.samples = 8
-    config.score.batch_size = 8
-    config.prune.ratio = 0.2
-    config.recover.trainable = "lora"
-    config.recover.control = False
-    config.recover.batch_size = 16
-    config.recover.accumulation = 2
-    config.recover.steps = 20
-    config.recover.save_every = 10
-    config.recover.log_every = 1
-    config.recover.eps = 1e-3
-    config.recover.learning_rate = 1e-2
-    config.recover.losses.ce = config.recover.losses.l2 = 0.5
-    config.recover.lora = {{"rank": 4, "alpha": 8.0, "dropout": 0.0}}
-    config.mesh.data = 4
-    config.mesh.fsdp = 2
-    return config
-"""
-
-
 # --- two processes ---------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "data": {"fraction": 0.8},
+    "score": {"samples": 8, "batch_size": 8},
+    "prune": {"ratio": 0.2},
+    "recover": {
+        "trainable": "lora", "control": False, "batch_size": 16, "accumulation": 2, "steps": 20, "save_every": 10,
+        "log_every": 1, "eps": 1e-3, "learning_rate": 1e-2, "losses": {"ce": 0.5, "l2": 0.5},
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0},
+    },
+    "mesh": {"data": 4, "fsdp": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, goldens):
     root = tmp_path_factory.mktemp("pod")
-    copy_llava(goldens, root / "teacher")
-    turns = [("human", "<image>\nIs it {}?"), ("gpt", "{}")]
     words = ["a dog", "one", "two", "red", "a cat at night", "blue", "green"]
-    records = [
-        {
-            "id": f"r{i}",
-            "image": f"img{i % 4}.png",
-            "conversations": [{"from": who, "value": text.format(words[i % 7])} for who, text in turns],
-        }
-        for i in range(30)
-    ]
-    (root / "records.json").write_text(json.dumps(records))
-    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    records = [record(f"r{i}", f"img{i % 4}.png", f"Is it {words[i % 7]}?", words[i % 7]) for i in range(30)]
+    write_experiment(root, goldens, records, **SECTIONS)
     return root
 
 
@@ -89,7 +60,7 @@ def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> l
     script, processes = str(WORKERS / "pod_worker.py"), []
     for number in range(count):
         ids, log = root / f"{workdir}-{number}.ids", root / f"{workdir}-{number}.log"
-        command = [sys.executable, script, str(ids), commands, f"--config={root / 'config.py'}", "--debug"]
+        command = [sys.executable, script, str(ids), commands, f"--config={root / 'experiment.yaml'}", "--debug"]
         command += [f"--workdir={root / workdir}", *place, *([f"--process_id={number}"] if place else []), *flags]
         with log.open("a") as file:
             processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
@@ -114,15 +85,12 @@ def one(experiment):
 
 def assert_same_training(ours: Path, theirs: Path) -> None:
     """20 steps with the same losses and gradients, and the same parameters in the end, within 1e-5."""
-    files = [(workdir / "training/metrics.jsonl").read_text() for workdir in (ours, theirs)]
-    found = [[json.loads(line) for line in file.splitlines()] for file in files]
+    found = [metrics_of(workdir / "training") for workdir in (ours, theirs)]
     assert [line["step"] for line in found[0]] == list(range(1, 21))
     for name in ("step", "loss", "ce", "l2", "grad_norm"):
         np.testing.assert_allclose(*([line[name] for line in run] for run in found), rtol=1e-5, atol=0)
     assert found[0][0]["loss"] > found[0][-1]["loss"]  # it did train
-    first, second = (flatten(load(w / "recovered").params) for w in (ours, theirs))
-    assert first.keys() == second.keys()
-    assert max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first) <= 1e-5
+    assert largest_difference(ours, theirs) <= 1e-5
 
 
 @pytest.mark.slow
@@ -224,10 +192,6 @@ REPAIR = (
 REPAIRS = "score,prune,reconstruct,export"
 
 
-def repaired(workdir: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flatten(load(workdir / "reconstructed").params).items()}
-
-
 def files_of(workdir: Path) -> dict[str, bytes]:
     names = ("scores.npz", "plan.json", "reconstructed/model.safetensors", "export/model.safetensors")
     return {name: (workdir / name).read_bytes() for name in names}
@@ -239,11 +203,10 @@ def test_one_two_and_four_processes_repair_and_round_the_same(experiment):
     for count in (1, 2, 4):
         finish(experiment, f"repair{count}", REPAIRS, count, *REPAIR)
     one, two, four = (experiment / f"repair{count}" for count in (1, 2, 4))
-    expected, plan = repaired(one), json.loads((one / "plan.json").read_text())
+    plan = json.loads((one / "plan.json").read_text())
     for other in (two, four):
         assert json.loads((other / "plan.json").read_text()) == plan
-        found = repaired(other)
-        assert max(float(np.abs(found[path] - leaf).max()) for path, leaf in expected.items()) <= 1e-5
+        assert largest_difference(one, other, "reconstructed") <= 1e-5
         rounded = [Checkpoint(workdir / "export").tensors for workdir in (one, other)]
         codes = [(rounded[0][key].array(), rounded[1][key].array()) for key in rounded[0] if key.endswith("_packed")]
         assert codes
@@ -287,9 +250,14 @@ def pruned(experiment):
 
 
 def entry(name: str, image: str | None, answer: str) -> str:
-    question = "Is it so?" if image is None else "<image>\nIs it so?"
-    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return json.dumps({"id": name, "conversations": talk} | ({} if image is None else {"image": image}))
+    return json.dumps(record(name, image, "Is it so?", answer))
+
+
+def largest_difference(ours: Path, theirs: Path, name: str = "recovered") -> float:
+    """Largest difference of two workdirs' models."""
+    first, second = (flatten(load(workdir / name).params) for workdir in (ours, theirs))
+    assert first.keys() == second.keys()
+    return max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first)
 
 
 def one_and_two(
@@ -308,12 +276,11 @@ def one_and_two(
         train = f"--config.data.train={experiment / name}.jsonl"
         cached = [f"--config.{cache}={experiment / f'{name}-{count}'}"] if count in counts else []
         finish(experiment, f"{name}{count}", "recover", count, train, *RECOVER, *flags, *cached)
-        metrics = (experiment / f"{name}{count}" / "training/metrics.jsonl").read_text().splitlines()
-        losses.append([[json.loads(line)[key] for key in ("loss", "ce", term, "grad_norm")] for line in metrics])
+        metrics = metrics_of(experiment / f"{name}{count}" / "training")
+        losses.append([[line[key] for key in ("loss", "ce", term, "grad_norm")] for line in metrics])
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
-    first, second = (flatten(load(experiment / f"{name}{count}/recovered").params) for count in (1, 2))
-    assert max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first) <= 1e-5
+    assert largest_difference(*(experiment / f"{name}{count}" for count in (1, 2))) <= 1e-5
     found = [ids(experiment, f"{name}1", 0), *(ids(experiment, f"{name}2", number) for number in range(2))]
     assert found[0] == [left + right for left, right in zip(*found[1:], strict=True)]
     return found
@@ -371,8 +338,7 @@ def test_groups_buckets_skipped_records_and_a_shared_feature_cache(experiment, p
     assert sorted(map(str, listed[0])) == sorted(map(str, listed[1]))
     log = (experiment / "ragged2-0.log").read_text()
     assert "6 rows skipped, listed in" in log
-    metrics = (experiment / "ragged2/training/metrics.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["empty_rows"] for line in metrics) == 6
+    assert sum(line["empty_rows"] for line in metrics_of(experiment / "ragged2/training")) == 6
 
 
 @pytest.mark.slow

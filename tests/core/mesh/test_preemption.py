@@ -1,7 +1,5 @@
 """SIGTERM or SIGINT in every long phase of a command: one line, nothing half written, and it is continued."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_cases import copy_llava
+from experiment_cases import record, write_experiment
 from repository import ROOT
 
 from vlmprune_jax.base.journal import Journal
@@ -21,34 +19,16 @@ from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.run.cli.main import main
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.images = "{images}"
-    config.data.system = ""
-    config.score.samples = 6
-    config.score.batch_size = 2
-    config.prune.ratio = 0.2
-    config.evaluate.batch_size = 2
-    config.evaluate.max_new_tokens = 2
-    return config
-"""
-
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, goldens):
     """Callable (workdir) -> flags."""
     root = tmp_path_factory.mktemp("stopping")
-    copy_llava(goldens, root / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
-    (root / "records.json").write_text(json.dumps(records))
-    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
-    return lambda workdir: [f"--config={root / 'config.py'}", f"--workdir={root / workdir}"]
+    records = [record(f"r{i}", f"img{i % 4}.png", "Is it red?", "yes") for i in range(6)]
+    sections = {"data": {"eval": f"{root}/records.json"}, "score": {"samples": 6, "batch_size": 2}}
+    sections |= {"prune": {"ratio": 0.2}, "evaluate": {"batch_size": 2, "max_new_tokens": 2}}
+    config = write_experiment(root, goldens, records, **sections)
+    return lambda workdir: [config, f"--workdir={root / workdir}"]
 
 
 @pytest.fixture(scope="module")

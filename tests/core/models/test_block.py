@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import decoder_values
+from decoder_cases import PHI
 from prune_cases import EQUAL, batch, config, model
+from refusal import refused
 from stack_cases import decoder_layer, with_facts
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.context import VALUES
-from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.layers import rope_tables
-from vlmprune_jax.core.models.params import init_params, unstack_layers
-from vlmprune_jax.core.models.vlm import encode, forward, stack_module, to_nnx
+from vlmprune_jax.core.models.params import flatten, init_params, unstack_layers
+from vlmprune_jax.core.models.vlm import encode, stack_module, to_nnx
+from vlmprune_jax.io.families import PHI as PHI_FAMILY
 
 CASES = {
     "before": {},
@@ -111,18 +112,8 @@ def test_blocks_equal_the_same_in_jnp(case):
         np.testing.assert_allclose(logits, final_norm(after[1]), atol=5e-5)
 
 
-def test_generation_with_sandwich_norms_equals_full_forwards():
-    one = model(config(EQUAL[:2], **CASES["sandwich"]))
-    ids = batch(one.cfg)["input_ids"]
-    tokens = generate(one, ids, max_new_tokens=3, eos_token_ids=())
-    for step in range(3):
-        logits, _ = forward(one, np.concatenate([ids, tokens[:, :step]], axis=1))
-        np.testing.assert_array_equal(np.asarray(logits)[:, -1].argmax(-1), tokens[:, step])
-
-
 def test_an_unknown_kind_of_norm_is_refused():
-    with pytest.raises(UserError, match="norm_place of a layer 'around' is not one of before, after, both"):
-        config(EQUAL, norm_place="around")
+    refused("norm_place of a layer 'around' is not one of before, after, both", config, EQUAL, norm_place="around")
 
 
 @pytest.mark.parametrize("case", ["before", "sandwich", "scaled"])
@@ -162,3 +153,12 @@ def test_new_norms_start_as_the_identity():
     for name in ("input_layernorm", "post_attention_layernorm", "attention_output_norm", "mlp_output_norm"):
         assert not params["text"]["layers"]["0"][name]["weight"].any()
     assert not params["text"]["norm"]["weight"].any()
+
+
+def test_initial_parameters_follow_their_names():
+    flat = flatten(init_params(PHI_FAMILY.from_hf(PHI, None), jax.random.key(0), jnp.float32))
+    assert (np.asarray(flat["text/final_layernorm/weight"]) == 1).all()
+    assert not np.asarray(flat["text/lm_head/bias"]).any()
+    # 6 heads of 12 into 48, one of 8 branches
+    spread = float(np.std(flat["text/layers/0/self_attn/dense/weight"]))
+    np.testing.assert_allclose(spread, 1 / np.sqrt(6 * 12 * 8), rtol=0.05)

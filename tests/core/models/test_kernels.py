@@ -1,7 +1,5 @@
 """Splash attention, interpreted on the CPU, equals XLA's; and TPUs get it, in the decoder and in the tower."""
 
-from __future__ import annotations
-
 import functools
 import re
 

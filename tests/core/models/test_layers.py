@@ -1,4 +1,4 @@
-"""Products with rounded factors: the weights that an export to integers stores, and gradients as without rounding."""
+"""Layers: dropout decisions, experts, sums over the vocabulary in chunks, and products with rounded factors."""
 
 import dataclasses
 
@@ -9,14 +9,136 @@ import pytest
 from recover_cases import Stream, config, model
 from stack_cases import decoder_layer, with_facts
 
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh
+from vlmprune_jax.core.models import channels
+from vlmprune_jax.core.models.context import _counters, bernoulli
 from vlmprune_jax.core.models.layers import fake_quant_product
 from vlmprune_jax.core.models.vlm import Model, forward
+from vlmprune_jax.core.models.vocabulary import Head, chunk_sums, cross_entropy, cross_entropy_sum
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.loop import recover
 from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.io.exports import gptq  # noqa: F401 - which declares the integer formats
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 32, 96)])
+@pytest.mark.parametrize("probability", [0.0, 0.05, 0.5, 0.95])
+def test_decisions_are_those_of_jax_random(shape, probability):
+    key = jax.random.fold_in(jax.random.key(3), 4)
+    expected = jax.random.bernoulli(key, probability, shape)
+    np.testing.assert_array_equal(bernoulli(key, probability, shape), expected)
+    assert probability == 0 or shape == (1, 1, 1) or 0 < expected.mean() < 1
+
+
+def test_numbers_go_beyond_32_bits():
+    """The last two elements of three rows of 2^32, which no memory has to hold."""
+    high, low = jax.jit(lambda: [x[:, -1, -2:] for x in _counters((3, 2**17, 2**15))])()
+    np.testing.assert_array_equal(high, [[0, 0], [1, 1], [2, 2]])
+    np.testing.assert_array_equal(low, [[2**32 - 2, 2**32 - 1]] * 3)
+    high, low = jax.jit(lambda: [x[:, -1, -1] for x in _counters((3, 2**16 + 1, 2**15))])()  # rows end in between
+    last = [(row + 1) * (2**16 + 1) * 2**15 - 1 for row in range(3)]
+    assert [int(up) << 32 | int(down) for up, down in zip(high, low, strict=True)] == last
+
+
+def all_experts(x, experts, gates, weights):
+    gate, up, down = (jnp.einsum("th,eih->tei", x, w) if i < 2 else w for i, w in enumerate(weights))
+    outputs = jnp.einsum("tei,ehi->teh", jax.nn.silu(gate) * up, down)
+    return jnp.einsum("tkh,tk->th", jnp.take_along_axis(outputs, experts[..., None], 1), gates)
+
+
+@pytest.mark.parametrize(("tokens", "k", "n_experts"), [(1, 2, 8), (7, 3, 5), (300, 2, 4), (40, 2, 128)])
+def test_values_and_gradients(tokens, k, n_experts):
+    draw = np.random.default_rng(0)
+    shapes = {"x": (tokens, 6), "gates": (tokens, k), "gate": (5, 6), "up": (5, 6), "down": (6, 5)}
+    of_experts = {name: (n_experts, *shape) for name, shape in shapes.items() if name in ("gate", "up", "down")}
+    x, gates, *weights = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in (shapes | of_experts).values())
+    chosen = jnp.asarray([draw.choice(n_experts, k, replace=False) for _ in range(tokens)], jnp.int32)
+    direction = jnp.asarray(draw.standard_normal(x.shape), jnp.float32)
+    ways = {
+        "scan": lambda x, gates, weights: channels._gated_sum("silu", x, chosen, gates, weights)[0],
+        "ragged": lambda x, gates, weights: channels._weighted(
+            gates, channels._ragged("silu", x, chosen, weights), x.dtype
+        ),
+    }
+    arguments = x, gates, tuple(weights)
+
+    def with_gradients(function):
+        value = lambda *args: (jnp.sum(function(*args) * direction), function(*args))  # noqa: E731
+        return jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arguments)
+
+    expected = with_gradients(lambda x, gates, weights: all_experts(x, chosen, gates, weights))
+    for name, function in ways.items():
+        for actual, wanted in zip(*map(jax.tree.leaves, (with_gradients(function), expected)), strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=2e-4, rtol=1e-4, err_msg=name)
+    blocks = channels.blocks_of(chosen, n_experts)
+    assert blocks.rows.size <= tokens * k + min(n_experts, tokens * k) * blocks.rows.shape[1]
+
+
+def test_devices_share_the_neurons_of_experts():
+    """Rows over two devices, neurons of every expert over four: the sums and norms of one device."""
+    draw = np.random.default_rng(0)
+    shapes = (4, 3, 6), (4, 3, 2), (5, 8, 6), (5, 8, 6), (5, 6, 8)
+    x, gates, *weights = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
+    arguments = x, jnp.asarray(draw.integers(0, 5, (4, 3, 2)), jnp.int32), gates, tuple(weights)
+    expected = channels.run_experts(*arguments, "silu")
+    with use_mesh(make_mesh(2, 1, 4)):
+        found = jax.jit(channels.run_experts, static_argnums=4)(*arguments, "silu")
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+ROWS, SEQ, EMBED, VOCAB = 8, 37, 6, 50
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    head = Head(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((VOCAB, EMBED), (VOCAB,))))
+    return head, jnp.asarray(rng.standard_normal((ROWS, SEQ, EMBED)), jnp.float32)
+
+
+def labels_of(share: float) -> jax.Array:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(VOCAB, size=(ROWS, SEQ))
+    return jnp.asarray(np.where(rng.random((ROWS, SEQ)) < share, labels, -100))
+
+
+def plain(head, states, labels):
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    return jnp.sum(jnp.where(targets == -100, 0.0, cross_entropy(head(states), targets)))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_the_sum_and_its_gradients_are_those_of_all_positions(arrays, share, mesh):
+    labels = labels_of(share)
+    total = lambda head, states: cross_entropy_sum(states, head, labels, chunk=4)  # noqa: E731
+    chunked = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    value, gradients = jax.value_and_grad(plain, argnums=(0, 1))(*arrays, labels)
+    if mesh is None:
+        found = chunked(*arrays)
+    else:
+        with jax.set_mesh(make_mesh(*mesh)):
+            found = chunked(*arrays)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, 1e-5, 1e-5), found, (value, gradients))
+
+
+@pytest.mark.parametrize(("counted", "runs"), [([], 0), ([36], 1), ([0, 9, 20, 30], 1), (range(6), 2), (range(37), 8)])
+def test_chunks_without_a_position_that_counts_are_left_out(arrays, counted, runs):
+    """In one row; the others have none."""
+    seen = []
+
+    def body(head, states, counted, pieces, fixed):
+        jax.debug.callback(lambda: seen.append(1))
+        return {"sum": jnp.sum(jnp.where(counted, cross_entropy(head(states), pieces), 0.0))}
+
+    mask = np.zeros((ROWS, SEQ), bool)
+    mask[3, list(counted)] = True
+    total = lambda *of: chunk_sums(body, 128, *of, jnp.asarray(mask), jnp.zeros((ROWS, SEQ), int), None)  # noqa: E731
+    jax.block_until_ready(jax.jit(total)(*arrays))
+    jax.effects_barrier()
+    assert len(seen) == runs
 
 
 def _exported(values, storage, dtype):
@@ -88,10 +210,3 @@ def test_a_model_trained_through_the_rounding_is_better_rounded(tmp_path):
     )
     assert through.cfg == cfg
     assert rounded_loss(through) < rounded_loss(plain)
-
-
-def test_adapters_are_refused():
-    with pytest.raises(
-        UserError, match=r'recover.quantize="w4a16" rounds the decoder.s weights, .* set recover.trainable to'
-    ):
-        RecoverConfig(quantize="w4a16")

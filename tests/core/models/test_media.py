@@ -1,10 +1,23 @@
-"""Positions of text and images in three rows: those of transformers, and grids that do not fit."""
+"""Images of any size: positions, what does not fit together, prompts that share one, and windows in the kernel."""
 
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusal import refused
+from repository import load_arrays
 
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.media import mrope_positions
+import vlmprune_jax as vp
+from vlmprune_jax.core.models import kernels
+from vlmprune_jax.core.models.generate import SharedPrefix
+from vlmprune_jax.core.models.kernels import segment_attention, xla_attention
+from vlmprune_jax.core.models.media import Packed, mrope_positions
+from vlmprune_jax.core.models.vision import places_of, windows_of
+from vlmprune_jax.io.checkpoints.read import read_config
 
 IMAGE, VIDEO = 354, 355
 
@@ -26,7 +39,7 @@ def rope_deltas(positions, deltas, mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_of_videos(goldens, family, per_second, side):
     """Rows with a video, a text and two videos, padded, and the offset at which generation goes on."""
-    stored = np.load(goldens / "video" / family / "golden.npz")
+    stored = load_arrays(goldens / "video" / family / "golden.npz")
     grids = np.concatenate([stored["frames_video_grid_thw"], stored["two_video_grid_thw"]])
     names = ("frames_second_per_grid_ts", "two_second_per_grid_ts")
     seconds = np.concatenate([stored[name] for name in names]) if names[0] in stored else None
@@ -40,7 +53,7 @@ def test_positions_of_videos(goldens, family, per_second, side):
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("case", ["single", "two", "text", "tiny", "batch_left", "batch_right"])
 def test_positions_of_transformers(goldens, family, case):
-    arrays = np.load(goldens / "families" / family / "golden.npz")
+    arrays = load_arrays(goldens / "families" / family / "golden.npz")
     ids, grids = np.atleast_2d(arrays[f"{case}_input_ids"]), arrays.get(f"{case}_image_grid_thw")
     mask = arrays.get(f"{case}_attention_mask")
     positions, deltas = positions_of(ids, mask, grids)
@@ -89,10 +102,152 @@ def test_grids_that_do_not_fit(grids, said):
     if said is None:
         positions_of(ROWS, None, grids)
         return
-    with pytest.raises(UserError, match=said):
-        positions_of(ROWS, None, grids)
+    refused(said, positions_of, ROWS, None, grids)
 
 
 def test_text_among_the_tokens_of_an_image():
-    with pytest.raises(UserError, match="text tokens interrupt"):
-        positions_of(np.array([[IMAGE, 1, IMAGE]]), None, [[1, 2, 4]])
+    refused("text tokens interrupt", positions_of, np.array([[IMAGE, 1, IMAGE]]), None, [[1, 2, 4]])
+
+
+@pytest.fixture(scope="module")
+def qwen(goldens):
+    folder = goldens / "families/qwen3_vl"
+    return vp.load(folder / "ckpt"), load_arrays(folder / "golden.npz")
+
+
+def in_a_row(pixels, grid):
+    return {"media": {"vision": Packed(pixels[None], np.array(grid))}}
+
+
+def single(arrays):
+    names = ("input_ids", "mm_token_type_ids")
+    rows = {name: arrays[f"single_{name}"][None] for name in names}
+    return {**rows, "pixel_values": arrays["image0_pixel_values"], "image_grid_thw": arrays["single_image_grid_thw"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: {"pixel_values": x["pixel_values"][:-4]}, r"\[56, 144\], expected \[60, 144\]"),
+        (lambda x: {"pixel_values": x["pixel_values"][:, :48]}, r"\[60, 48\]"),
+        (lambda x: {"image_grid_thw": [[1, 6, 8]]}, r"\[60, 144\], expected \[48, 144\]"),
+        (lambda x: {"image_grid_thw": [[1, 5, 12]]}, "multiples of 2"),
+        (lambda x: {"pixel_values_videos": x["pixel_values"]}, "pixel_values_videos needs video_grid_thw"),
+        (lambda x: {"image_grid_thw": None}, "pixel_values needs image_grid_thw"),
+        (lambda x: {"pixel_values": None}, "15 image positions, but pixel_values is missing"),
+        (lambda x: {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "does not mark the image tokens .id 354."),
+        (lambda x: {"mm_token_type_ids": 1 - x["mm_token_type_ids"]}, "does not mark the image tokens"),
+        (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "40 image positions, but pixel_values_videos is missing"),
+        (lambda x: {"pixel_values": x["pixel_values"][None]}, r"pixel_values has shape \[1, 60, 144\]"),
+        (lambda x: in_a_row(x["pixel_values"], [[[1, 8, 8]]]), "15 .* need 16"),
+        (lambda x: in_a_row(x["pixel_values"][4:], [[[1, 6, 10]]]), "up to 15 image positions: .* room for 14"),
+        (lambda x: in_a_row(x["pixel_values"][None], [[[1, 6, 10]]]), r"images have shape \[1, 1, 60, 144\]"),
+        (lambda x: in_a_row(x["pixel_values"], [[1, 6, 10]]), r"and grids \[1, 3\]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together(qwen, change, said):
+    model, arrays = qwen
+    inputs = single(arrays)
+    for call in (vp.forward, lambda *a, **k: vp.generate(*a, **k, max_new_tokens=1)):
+        refused(said, call, model, **inputs | change(inputs))
+
+
+def test_grids_for_images_of_one_size(goldens):
+    refused(
+        "images all have one size",
+        vp.forward,
+        vp.load(goldens / "families/internvl3/ckpt"),
+        [[1, 2]],
+        image_grid_thw=[[1, 2, 2]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "change", "said"),
+    [
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [0, 4]}, r"\[0, 4\] must be ascending .* 0 to 3"),
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [2, 0]}, r"\[2, 0\] must be ascending"),
+        ("qwen3_vl", "text_config", {"num_hidden_layers": 1}, "has 1 layers, but the vision tower has features"),
+        ("qwen3_vl", "vision_config", {"num_position_embeddings": 24}, "24 is not the square"),
+        ("qwen3_vl", "vision_config", {"out_hidden_size": 40}, r"40 must be the decoder's hidden_size \(44\)"),
+        ("qwen3_vl", "vision_config", {"num_heads": 16}, "head_dim 2 must be a multiple of 4"),
+        ("qwen3_vl", "text_config", {"rope_parameters": {"mrope_section": [5, 3, 3]}}, "must .* sum to 10"),
+        ("qwen2_5_vl", "vision_config", {"window_size": 9}, "window_size 9 must be at least"),
+        ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": [1, 7]}, r"\[1, 7\] must be layer numbers .* 0 to 3"),
+        ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": [-1]}, "list of whole numbers from 0"),
+        ("qwen2_5_vl", "text_config", {"rope_parameters": {"type": "yarn", "mrope_section": [1, 2, 3]}}, "yarn rope"),
+    ],
+)  # fmt: skip
+def test_configs_that_are_impossible(goldens, tmp_path, family, section, change, said):
+    config = json.loads((goldens / f"families/{family}/ckpt/config.json").read_text())
+    config[section] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(said, read_config, tmp_path)
+
+
+@pytest.mark.slow
+def test_fewer_heads_where_the_class_takes_their_size_from_their_number(goldens, tmp_path):
+    from hf_cases import keep_width
+
+    model = vp.load(goldens / "families/qwen2_5_vl/ckpt")
+    pruned, _ = keep_width(model, [0], range(76))
+    options = {"source_dir": goldens / "families/qwen2_5_vl/ckpt", "dtype": "float32"}
+    refused("cannot load 2 of 4 heads", vp.save, pruned, tmp_path / "out", **options)
+    vp.save(pruned, tmp_path / "padded", uneven="pad", **options)
+    again = vp.load(tmp_path / "padded")
+    assert {shape.mixer.q_heads for shape in again.cfg.text.layers} == {4}
+    inputs = single(load_arrays(goldens / "families/qwen2_5_vl/golden.npz"))
+    np.testing.assert_allclose(vp.forward(again, **inputs)[0], vp.forward(pruned, **inputs)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_rows_that_share_an_image(qwen):
+    """One prefix with the image, two questions of other length; and whole prompts, padded on the right."""
+    model, arrays = qwen
+    inputs, cut = single(arrays), 24  # the image ends at 20
+    prompts = [arrays["single_input_ids"][:32], arrays["single_input_ids"][:29]]
+    options = {"max_new_tokens": 5, "eos_token_ids": ()}
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    whole = [vp.generate(model, prompt[None], **images, **options)[0] for prompt in prompts]
+    ids, mask = np.zeros((2, 8), np.int32), np.zeros((2, 8), np.int32)
+    for row, prompt in enumerate(prompts):
+        rest = prompt[cut:]
+        ids[row, : len(rest)], mask[row, : len(rest)] = rest, 1
+    prefix = SharedPrefix(prompts[0][None, :cut], np.ones((1, cut), np.int32), np.zeros(2, np.int32))
+    shared = vp.generate(model, ids, attention_mask=mask, prefix=prefix, **images, **options)
+    np.testing.assert_array_equal(shared, whole)
+
+
+@pytest.mark.slow
+def test_windows_in_the_kernel(monkeypatch):
+    """Windows of packed rows in splash attention (interpreted), of whose 3 blocks not all meet, as a mask in XLA's."""
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
+    grid = jnp.asarray([[[1, 14, 10], [1, 20, 12]], [[1, 6, 4], [1, 4, 8]]])
+    places = places_of(grid, 384, 2)
+    windows = windows_of(places, 2, 3)
+    assert np.unique(windows[0]).tolist() == [*range(15)]
+    assert np.unique(windows[1], return_counts=True)[1].tolist() == [24, 24, 8, 328]
+    q, k, v, out = jax.random.normal(jax.random.key(0), (4, 2, 384, 2, 64))
+    out = out * places.real[..., None, None].astype(jnp.float32)
+
+    def with_gradients(attend):
+        result, pull = jax.vjp(attend, q, k, v)
+        return [jnp.where(out == 0, 0, result), *pull(out)]
+
+    mask = (windows[:, :, None] == windows[:, None])[:, None]
+    expected = with_gradients(lambda *args: xla_attention(*args, mask))
+    found = with_gradients(lambda *args: segment_attention(*args, windows, interpret=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_both_spellings_of_tied_embeddings(goldens, tmp_path):
+    """Version 5 looks at Qwen2.5-VL's outer flag and then at the decoder's, version 4 at the decoder's."""
+    shutil.copy(goldens / "families/qwen2_5_vl/ckpt/config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    for inner, version, tied in ((True, "5.24.0", True), (False, "5.24.0", False), (True, "4.57.0", True)):
+        config["text_config"]["tie_word_embeddings"], config["transformers_version"] = inner, version
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_config(tmp_path)[1].text.tie_embeddings is tied
+    assert dataclasses.replace(read_config(tmp_path)[1].text.rope, theta=1.0).sections == (1, 2, 3)

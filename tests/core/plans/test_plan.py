@@ -5,8 +5,8 @@ import json
 
 import pytest
 from prune_cases import EQUAL, UNEQUAL, config, depth_scores, model, width_scores
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.plans.kept import TOKENS
 from vlmprune_jax.core.prune import KeptVocabulary, PrunePlan, compose, keep_everything, score
 from vlmprune_jax.io.exports.pruning import make_plan
@@ -52,10 +52,7 @@ def keeping(**axes):
         (lambda d: d.update(format=7), "has format 7, but .* reads 5: upgrade vlmprune-jax"),
         (lambda d: d.update(format=4), "has format 4, but .* reads 5: run `vlmprune prune` again"),
         (lambda d: d.update(kept={"text/layers": ""}), r"text/layers: kept layers \[\] are not incre"),
-        (
-            lambda d: d["kept"].update({"text/layers": "4,3"}),
-            "text/layers '3' are not ascending ranges of numbers below 5",
-        ),
+        (lambda d: d["kept"].update({"text/layers": "4,3"}), "text/layers '3' are not ascending .* below 5"),
         (lambda d: d["kept"].update({"text/layers": "0,2-4"}), "text/1/.* has kept units, but layer 1 is removed"),
         (lambda d: d["kept"].update({"text/5/mlp": "0"}), "kept axes text/5/mlp are missing in sizes_before"),
         (lambda d: d["kept"].update({"text/01/mlp": "0"}), "kept axes text/01/mlp are missing in sizes_before"),
@@ -76,10 +73,7 @@ def keeping(**axes):
         (keeping(q_heads="0-1", kv_heads="1"), "do not share its key/value heads .* evenly"),
         (lambda d: d.update(tokenizer="x"), "has only one of kept tokens and tokenizer digest"),
         (lambda d: sized(d, "mlp", True), "Expected `int`, got `bool`"),
-        (
-            lambda d: d.update(sizes_before={f"text/{i}/mlp": 1 for i in range(10**5 + 1)}),
-            "Expected `object` of length <= 100000",
-        ),
+        (lambda d: d.update(sizes_before={f"text/{i}/mlp": 1 for i in range(10**5 + 1)}), "length <= 100000"),
         (lambda d: sized(d, "mlp", 2**24 + 1), "Expected `int` <= 16777216 - at `.*sizes_before"),
         (lambda d: sized(d, "mlp", 2**24 - 1), "has 83,8.* heads, neurons, .* than the maximum of 33,554,432"),
         (lambda d: d["sizes_before"].pop("text/3/kv_heads"), "layer 3 has 4 query heads but 0 key/value heads"),
@@ -97,18 +91,14 @@ def test_from_json_refuses(tmp_path, change, message):
     data = plan_data()
     change(data)
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
-        PrunePlan.from_json(tmp_path / "plan.json")
+    refused(rf"plan.json: .*{message}", PrunePlan.from_json, tmp_path / "plan.json")
 
 
 def test_from_json_refuses_files_that_are_not_plans(tmp_path):
-    with pytest.raises(UserError, match=r"none.json: no such plan"):
-        PrunePlan.from_json(tmp_path / "none.json")
+    refused(r"none.json: no such plan", PrunePlan.from_json, tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"format": 1,')
-    with pytest.raises(UserError, match=r"half.json: is not valid JSON .*: plan again"):
-        PrunePlan.from_json(tmp_path / "half.json")
-    with pytest.raises(UserError, match=r"plan JSON: .*missing required field `format`"):
-        PrunePlan.from_json("{}")
+    refused(r"half.json: is not valid JSON .*: plan again", PrunePlan.from_json, tmp_path / "half.json")
+    refused(r"plan JSON: .*missing required field `format`", PrunePlan.from_json, "{}")
 
 
 def test_a_plan_that_lists_many_heads_is_checked_at_once():
@@ -119,9 +109,8 @@ def test_a_plan_that_lists_many_heads_is_checked_at_once():
     data |= {"sizes_before": {"text/layers": 1, **sizes}, "kept": {}}
     assert PrunePlan.from_json(json.dumps(data)).layers[0].sizes == {"kv_heads": many, "q_heads": many, "mlp": 1}
     data["kept"] = {"text/0/q_heads": f"0-{many - 2}"}
-    with pytest.raises(UserError, match="do not share its key/value heads") as error:
-        PrunePlan.from_json(json.dumps(data))
-    assert len(str(error.value)) <= 2000
+    error = refused("do not share its key/value heads", PrunePlan.from_json, json.dumps(data))
+    assert len(error) <= 2000
 
 
 def test_vocabularies_compose_and_are_ranges_in_json():
@@ -131,13 +120,11 @@ def test_vocabularies_compose_and_are_ranges_in_json():
     both = compose(plan.trimming(first), plan.trimming(second))
     assert both.vocabulary == KeptVocabulary(61, (2, 7), "first")
     assert compose(plan.trimming(first), rest).vocabulary == first
-    with pytest.raises(UserError, match="make the second plan for the model that the first plan leaves"):
-        compose(plan.trimming(first), plan.trimming(first))
+    refused("make the second plan for the model that the first", compose, plan.trimming(first), plan.trimming(first))
     text = plan.trimming(first).to_json()
     data = json.loads(text)
     assert (data["tokenizer"], data["kept"]) == ("first", {"text/vocab": "0,2-3,7"})
     assert PrunePlan.from_json(text).vocabulary == first
     for kept in (f"0-{2**31 - 1}", "3,0", "2-1", "0-1,1"):
         data["kept"]["text/vocab"] = kept
-        with pytest.raises(UserError, match=r"text/vocab .* are not ascending ranges of numbers below 61"):
-            PrunePlan.from_json(json.dumps(data))
+        refused(r"text/vocab .* are not ascending ranges of numbers below 61", PrunePlan.from_json, json.dumps(data))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
+from refusal import refused
 from report_cases import BENCH
 from stack_cases import changed, decoder_layer
 
@@ -25,7 +26,7 @@ from vlmprune_jax.core.prune.cost import make_measure, speed_limits
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.pruning import make_plan, prune_iteratively, with_export
-from vlmprune_jax.io.exports.uneven import padded_stacks
+from vlmprune_jax.io.exports.weights import padded_stacks
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import ExportSpec, ModelSpec
 from vlmprune_jax.run.workdir.artefact import write_artefact
@@ -131,7 +132,7 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
     except UserError as error:
         refused = str(error)
     costs = []
-    for ratio in np.arange(0, 1, 0.04):
+    for ratio in np.arange(0, 1, 0.08):
         try:
             other = make_plan(scores, cfg, ratio=float(ratio), **options)
         except UserError:
@@ -180,9 +181,8 @@ def test_several_limits_and_a_budget_that_holds_already():
 def test_a_budget_in_steps_ends_within_it():
     teacher = model(config(EQUAL))
     limit = 0.8 * count_params(teacher.cfg)
-    pruned, plan, _ = prune_iteratively(
-        teacher, lambda step: (), steps=3, criterion="l1", budget={"parameters": limit}
-    )  # fmt: skip
+    budget = {"parameters": limit}
+    pruned, plan, _ = prune_iteratively(teacher, lambda step: (), steps=3, criterion="l1", budget=budget)
     once = make_plan(score(teacher, (), criterion="l1"), teacher.cfg, method="width", budget={"parameters": limit})
     assert plan.parameters_after == count_params(pruned.cfg) == once.parameters_after <= limit
     assert plan.options["budget_reached"] == {"parameters": plan.parameters_after}
@@ -228,17 +228,13 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     plan = make_plan(scores, cfg, method="width", budget=limits)
     assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)
     assert plan.options["budget_reached"]["decode_ms"] <= 17.0
-    with pytest.raises(UserError, match=r"prune.budget.decode_ms=9.9: cannot be reached .*nearest: 1"):
-        make_plan(scores, cfg, method="width", budget={**limits, "decode_ms": 9.9})
+    refused("decode_ms=9.9: .*nearest: 1", make_plan, scores, cfg, method="width", budget={**limits, "decode_ms": 9.9})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"budget": {"parameters": 10}},
-            r"prune.budget.parameters=10: cannot be reached .*nearest: [\d,]+ param",
-        ),
+        ({"budget": {"parameters": 10}}, r"prune.budget.parameters=10: cannot be reached .*nearest: [\d,]+ param"),
         ({"budget": {"parameter": 9e3}}, r"budget has no setting 'parameter'; did you mean 'parameters'"),
         ({"budget": {}}, "'width' needs exactly one of ratio, sparsity and budget, got none"),
         ({"budget": {"context": 9}}, "exactly one of ratio, sparsity and budget, got none"),
@@ -249,32 +245,17 @@ def test_speed_by_what_a_bench_measured(tmp_path):
         ({"budget": {"parameters": True}}, "budget.parameters=True must be a number or None"),
         ({"budget": {"memory_bytes": 9e3, "batch": 1.5}}, "budget.batch=1.5 must be a whole number"),
         ({"budget": {"flops": 9e3, "context": 0}}, "prune.budget.context=0 must be at least 1"),
-        (
-            {"budget": {"flops": 9e9, "context": 7}},
-            "prune.budget.context=7 is less than the 8 image tokens of .*images=2",
-        ),
+        ({"budget": {"flops": 9e9, "context": 7}}, "prune.budget.context=7 is less than the 8 image tokens"),
         ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
-        (
-            {"budget": {"step_ms": 1, "slice": "tpu:2x2"}},
-            "prune.budget.slice: topology 'tpu:2x2': unknown TPU",
-        ),
-        (
-            {"budget": {"decode_ms": 1}},
-            r"decode_ms needs measured decode times: run .vlmprune bench --",
-        ),
+        ({"budget": {"step_ms": 1, "slice": "tpu:2x2"}}, "prune.budget.slice: topology 'tpu:2x2': unknown TPU"),
+        ({"budget": {"decode_ms": 1}}, r"decode_ms needs measured decode times: run .vlmprune bench --"),
         ({"budget": {"decode_ms": 1, "curve": [[1]]}}, r"budget.curve\[0\]=\[1\] must be a tuple"),
         ({"budget": {"decode_ms": 1, "curve": [[9, 1], [5, 2]]}}, r"models of 5, 9 parameters, but this model has"),
         ({"budget": {"parameters": 1, "dtype": "int4"}}, "budget.dtype 'int4' is not one of float32, bfloat16"),
         ({"budget": {"parameters": 9e3}, "ratio": 0.1}, "'width' needs exactly one of .*, got ratio and budget"),
         ({"budget": {"parameters": 9e3}, "sparsity": 0.1}, "'width' needs exactly one of .*, got sparsity and budget"),
-        (
-            {"budget": {"parameters": 9e3}, "method": "depth", "layers_removed": 1},
-            "'depth' needs .*, got layers_removed and budget",
-        ),
-        (
-            {"budget": {"parameters": 9e3}, "method": "hybrid", "ratio": 0.1},
-            "'hybrid' needs .*, got ratio and budget",
-        ),
+        ({"budget": {"parameters": 9e3}, "method": "depth", "layers_removed": 1}, "got layers_removed and budget"),
+        ({"budget": {"parameters": 9e3}, "method": "hybrid", "ratio": 0.1}, "'hybrid' needs .*, got ratio and budget"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(options, message):
@@ -284,5 +265,4 @@ def test_budgets_that_cannot_be_are_refused(options, message):
     if "budget" in options and isinstance(options["budget"], dict) and "flops" in options["budget"]:
         options["budget"]["images"] = 2
     scores = {"width": wide, "depth": depth, "hybrid": (depth, wide)}[options["method"]]
-    with pytest.raises(UserError, match=message):
-        make_plan(scores, cfg, **options)
+    refused(message, make_plan, scores, cfg, **options)

@@ -3,18 +3,17 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import decoder_values
-from hf_cases import keep_layers, random_ids
+from block_cases import assert_changed_by, real_values, solved_change
+from hf_cases import assert_equal, keep_layers, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, hand_plan, kept_units, missing, model, on_mesh, plan_for, rows
+from refusal import refused
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten
 from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, stream
 from vlmprune_jax.core.prune.batches import row_batches
@@ -41,14 +40,6 @@ def heads_of(shape):
     return tuple(range(shape.mixer.q_heads)), tuple(range(shape.mixer.kv_heads))
 
 
-def streams(model, batch):
-    """Hidden states before each layer and behind the last, and what o_proj and down_proj read, of one batch."""
-    inputs = ("o_proj", "down_proj")
-    ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
-    blocks = decoder_values(jax.tree.map(jnp.asarray, model.params), model.cfg, ids, inputs, attention_mask=mask)
-    return [[np.asarray(x, np.float64) for x in (block.before, *block.inputs.values())] for block in blocks]
-
-
 @pytest.mark.parametrize("shape", NAMES)
 def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
@@ -58,25 +49,11 @@ def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     solved, (told,) = reconstruct(pruned, plan, teacher, batches)
     assert (told["layer"], told["module"]) == (1, "down_proj")
     assert told["ridge"] in RIDGES
-    gram, cross = 0.0, 0.0
-    for batch in batches:
-        dense, ours = streams(teacher, batch), streams(pruned, batch)
-        real = batch["attention_mask"] == 1
-        # of the pruned model, layer 2 is the teacher's layer 3: before it should be what the teacher has there
-        target, residual = dense[3][0][real], (dense[3][0] - ours[2][0])[real]
-        x = np.concatenate([ours[1][2][real], np.ones((real.sum(), 1))], axis=1)
-        weighted = x / np.mean(target**2, axis=1, keepdims=True)
-        gram, cross = gram + weighted.T @ x, cross + weighted.T @ residual
-    change = np.linalg.solve(gram + told["ridge"] * np.diag(np.diag(gram)), cross)
-    name = "mlp/down_proj" if shape == "sequential" else "mlp/fc2"
-    before, after = (flatten(one.params["text"]["layers"]["0"]) for one in (pruned, solved))
-    found = {part: np.asarray(after[f"{name}/{part}"])[1] - np.asarray(before[f"{name}/{part}"])[1] for part in
-             ("weight", "bias")}  # fmt: skip
-    scale = np.abs(change).max()
-    np.testing.assert_allclose(found["weight"].T, change[:-1], atol=1e-4 * scale, rtol=0)
-    np.testing.assert_allclose(found["bias"], change[-1], atol=1e-4 * scale, rtol=0)
-    others = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert others == {f"{name}/weight", f"{name}/bias"}
+    dense, ours = (real_values(one, *batches, names=("down_proj",)) for one in (teacher, pruned))
+    # of the pruned model, layer 2 is the teacher's layer 3: before it should be what the teacher has there
+    target, residual = dense[3]["before"], dense[3]["before"] - ours[2]["before"]
+    change = solved_change(ours[1]["down_proj"], residual, target, told["ridge"])
+    assert_changed_by(change, 1, "mlp/down_proj" if shape == "sequential" else "mlp/fc2", pruned, solved)
 
 
 @pytest.mark.parametrize("shape", NAMES)
@@ -117,8 +94,7 @@ def test_nothing_removed_is_nothing_changed(shape):
     plan = keep_everything(teacher.cfg, fingerprint(teacher), count_params(teacher.cfg))
     solved, report = reconstruct(teacher, plan, teacher, rows(4))
     assert report == []
-    pairs = zip(*(jax.tree.leaves(one.params) for one in (solved, teacher)), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert_equal(solved, teacher)
 
 
 @pytest.mark.slow
@@ -174,8 +150,7 @@ def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
     assert cache.missing(["text/0/o_proj", "text/1/down_proj", "text/3/o_proj"]) == ["text/3/o_proj"]
     found, again = reconstruct(pruned, plan, teacher, batches, cache=cache)
     assert again == told
-    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert_equal(found, expected)
 
 
 def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
@@ -189,8 +164,7 @@ def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
     found, again = reconstruct(pruned, plan, teacher, batches)
     assert again == told
     assert moved
-    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert_equal(found, expected)
 
 
 def _on_hosts(monkeypatch):
@@ -290,31 +264,23 @@ def test_images_count_less(monkeypatch):
     ids[:, 2:6] = 61
     pixels = draw.standard_normal((8, 3, 6, 6)).astype(np.float32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
-    first, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
-    second, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=0.1)
-    third, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
-    leaves = [jax.tree.leaves(one.params) for one in (first, second, third)]
-    assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+    first, second = (reconstruct(pruned, plan, teacher, [batch], image_weight=weight)[0] for weight in (1.0, 0.1))
+    leaves = zip(*(jax.tree.leaves(one.params) for one in (first, second)), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in leaves)
 
 
 def test_bad_input():
     teacher = model(config(EQUAL))
     plan = hybrid(teacher)
     pruned = apply_plan(teacher, plan)
-    with pytest.raises(UserError, match="plan of another model: sizes are equal, but fingerprints differ"):
-        reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
-    with pytest.raises(UserError, match="was not made with this plan from this teacher"):
-        reconstruct(teacher, plan, teacher, rows())
-    with pytest.raises(UserError, match="at least 2 calibration rows"):
-        reconstruct(pruned, plan, teacher, rows(1, batch=1))
-    with pytest.raises(UserError, match=r"reconstruct has no setting 'image_wait'; did you mean 'image_weight'"):
-        reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
-    with pytest.raises(UserError, match=r"no token of the .*records has a weight above 0: raise prompt_weight"):
-        reconstruct(pruned, plan, teacher, rows(), prompt_weight=0.0, image_weight=0.0, answer_weight=0.0)
+    refused("but fingerprints differ", reconstruct, pruned, plan, model(config(EQUAL), seed=1), rows())
+    refused("was not made with this plan from this teacher", reconstruct, teacher, plan, teacher, rows())
+    refused("at least 2 calibration rows", reconstruct, pruned, plan, teacher, rows(1, batch=1))
+    refused("'image_wait'; did you mean 'image_weight'", reconstruct, pruned, plan, teacher, rows(), image_wait=1.0)
+    nothing = {"prompt_weight": 0.0, "image_weight": 0.0, "answer_weight": 0.0}
+    refused("has a weight above 0: raise prompt_weight", reconstruct, pruned, plan, teacher, rows(), **nothing)
     flat = {path: np.array(leaf) for path, leaf in flatten(teacher.params).items()}
     flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
     broken = teacher.replace(params=unflatten(flat))
     own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
-    with pytest.raises(UserError, match=r"o_proj in layer 0 are not finite in row 2 of"):
-        reconstruct(apply_plan(broken, own), own, broken, rows()[:1])
+    refused(r"o_proj in layer 0 are not finite in row 2", reconstruct, apply_plan(broken, own), own, broken, rows()[:1])

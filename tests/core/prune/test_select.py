@@ -1,4 +1,4 @@
-"""Depth plans."""
+"""Depth plans, those for engines that hold only some orders of layers, and kept layers and tokens."""
 
 import dataclasses
 
@@ -10,15 +10,20 @@ from prune_cases import (
     UNEQUAL,
     config,
     depth_scores,
+    hand_plan,
+    kept_units,
     layer_scores,
     llava_7b,
     unit_scores,
 )
+from refusal import refused
+from stack_cases import decoder_layer
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.prune import Scores
-from vlmprune_jax.core.prune.fingerprints import shape_digest
+from vlmprune_jax.core.plans.kept import KeptLayer, KeptVocabulary
+from vlmprune_jax.core.prune import Scores, compose
+from vlmprune_jax.core.prune.fingerprints import fingerprint, shape_digest
 from vlmprune_jax.io.exports.pruning import make_plan
 
 
@@ -65,25 +70,19 @@ def test_unequal_layers_count_with_their_own_size():
 
 def test_angular_plans_remove_the_nearest_free_block():
     cfg = config(EQUAL)
-    scores = Scores(
-        "angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, values=layer_scores([3, 1, 2, 4, np.inf])
-    )
+    values = layer_scores([3, 1, 2, 4, np.inf])
+    scores = Scores("angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, values=values)
     assert make_plan(scores, cfg, method="depth", layers_removed=2).removed_layers == (1, 2)
     assert make_plan(scores, cfg, method="depth", layers_removed=2, protect=(2,)).removed_layers == (0, 1)
-    with pytest.raises(UserError, match=r"there are no 2 consecutive layers without the protected layers \[1, 3\]"):
-        make_plan(scores, cfg, method="depth", layers_removed=2, protect=(1, 3))
+    refused(r"no 2 .*layers \[1, 3\]", make_plan, scores, cfg, method="depth", layers_removed=2, protect=(1, 3))
     for request in ({"layers_removed": 3}, {"ratio": 0.2}):
-        with pytest.raises(UserError, match="angular scores are for removing 2 consecutive layers"):
-            make_plan(scores, cfg, method="depth", **request)
+        refused("angular scores are for removing 2 consecutive", make_plan, scores, cfg, method="depth", **request)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (
-            {"ratio": 0.99},
-            r"ratio 0.99 cannot be reached by depth .*removing 4 of 5 layers \(0 protected\) gives at most 0\.\d+",
-        ),
+        ({"ratio": 0.99}, r"ratio 0.99 cannot be reached by depth .*removing 4 of 5 layers \(0 protected\) gives"),
         ({"ratio": 0.4, "protect": (0, 1, 2, 3)}, r"removing 1 of 5 layers \(4 protected\)"),
         ({"ratio": 30}, r"ratio=30.0 must be at least 0 and below 1 \(0.3 is 30 %\)"),
         ({"ratio": -0.1}, "ratio=-0.1 must be at least 0"),
@@ -93,28 +92,73 @@ def test_angular_plans_remove_the_nearest_free_block():
         ({"ratio": 0.1, "protect": (7,)}, r"protect=\[7\] contains layers that do not exist: the model has 5 layers"),
         ({"ratio": 0.1, "rounding": "up"}, "rounding 'up' is not one of nearest, at_least"),
         ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no setting 'protekt'; did you mean 'protect'\?"),
-        (
-            {"ratio": 0.1, "method": "dept"},
-            r"method 'dept' is not one of depth, width, hybrid, experts, none; did you mean 'depth'\?",
-        ),
+        ({"ratio": 0.1, "method": "dept"}, r"method 'dept' is not one of depth, width, hybrid, experts, none; did you"),
     ],
 )
 def test_depth_plans_refuse(request_, message):
     cfg = config(EQUAL)
-    with pytest.raises(UserError, match=message):
-        make_plan(depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, **{"method": "depth", **request_})
+    refused(message, make_plan, depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, **{"method": "depth", **request_})
 
 
 def test_scores_of_another_model_or_kind_are_refused():
     cfg = config(EQUAL)
-    with pytest.raises(UserError, match="these scores are for another model"):
-        make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
+    depth, other = depth_scores(cfg, [0, 1, 2, 3, 4]), depth_scores(config(UNEQUAL), [0, 1, 2, 3])
     widths = Scores("l1", shape_digest(cfg) + "-x", {}, values=unit_scores((np.ones(2),) * 5, (np.ones(12),) * 5))
-    with pytest.raises(UserError, match="l1 does not score layers: for depth pruning, score with block_influence"):
-        make_plan(widths, cfg, method="depth", layers_removed=1)
-    with pytest.raises(
-        UserError, match="block_influence does not score heads and neurons: for width pruning, score with taylor"
-    ):
-        make_plan(depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, method="width", ratio=0.1)
-    with pytest.raises(UserError, match="method 'depth' needs one Scores object, got tuple"):
-        make_plan((widths, widths), cfg, method="depth", layers_removed=1)
+    refused("these scores are for another model", make_plan, other, cfg, method="depth", layers_removed=1)
+    refused("l1 does not score layers: for depth pruning", make_plan, widths, cfg, method="depth", layers_removed=1)
+    refused("block_influence does not score heads and neurons", make_plan, depth, cfg, method="width", ratio=0.1)
+    refused("one Scores object, got tuple", make_plan, (widths, widths), cfg, method="depth", layers_removed=1)
+
+
+def test_engines_that_hold_only_some_orders_of_layers(goldens):
+    """Windows in all but every third of six layers: they go from the end, or in a block that keeps the order."""
+    model = vp.load(goldens / "families/gemma3/ckpt")
+
+    def removed(importance, n, loads_in=("gguf",), protect=(), **options):
+        scores = vp.Scores("by hand", fingerprint(model), options, layer_scores(importance))
+        plan = make_plan(scores, model, method="depth", layers_removed=n, loads_in=loads_in, protect=protect)
+        return plan.removed_layers
+
+    assert removed([0, 1, 5, 4, 3, 2], 2, ()) == (0, 1)
+    assert removed([0, 1, 5, 4, 3, 2], 2) == (4, 5)
+    # the reason names the engine and an alternative
+    fact = r"0 and 0 .*loads_in='gguf': .*full attention in .*remove n consec"
+    refused(fact, removed, range(6), 2, protect=(2, 5))
+    # three consecutive layers may go anywhere, the first two not
+    assert removed([3, 0, 1, 2, np.inf, np.inf], 3, layers_removed=3) == (1, 2, 3)
+    assert removed([*range(5), np.inf], 2, layers_removed=2) == (1, 2)
+
+
+BEFORE = (decoder_layer(6, 3, 10), decoder_layer(4, 2, 8), decoder_layer(6, 3, 10))
+CFG = config(BEFORE)
+FIRST = hand_plan(CFG, text=[kept_units(0, (0, 1, 4, 5), (0, 2), (1, 3, 8)), KeptLayer.whole(2, BEFORE[2])])
+
+
+def test_a_stack_pruned_twice_is_one_stack_in_original_numbers():
+    after = FIRST.apply_to(CFG)
+    second = hand_plan(after, text=[kept_units(0, (2, 3), (1,), (0, 2))])
+    assert compose(FIRST, second).stacks == hand_plan(CFG, text=[kept_units(0, (4, 5), (2,), (1, 8))]).stacks
+    assert compose(hand_plan(CFG), FIRST).kept == FIRST.kept == compose(FIRST, hand_plan(after)).kept
+    assert (FIRST.kept_layers, FIRST.removed_layers) == ((0, 2), (1,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((), r"text/layers: kept layers \[\] are not increasing numbers below 3, at least one"),
+        ((KeptLayer.whole(2, BEFORE[2]), KeptLayer.whole(0, BEFORE[0])), r"kept layers \[2, 0\] are not increasing"),
+        ((kept_units(1, (0, 4), (0, 1), (0,)),), r"text/1/q_heads: kept query heads \[0, 4\] are not increasing"),
+        ((kept_units(1, (0, 1), (0,), ()),), r"kept neurons \[\] are not increasing numbers below 8, at least one"),
+        ((kept_units(1, (0, 1, 2), (0, 1), (0,)),), r"keeps query heads \[0, 1, 2\] that do not share its .* evenly"),
+    ],
+)
+def test_plans_refuse(layers, message):
+    refused(f"prune plan: .*{message}", hand_plan, CFG, text=layers)
+
+
+def test_plans_and_vocabularies_that_do_not_fit():
+    for kept in ((), (3, 2), (700,)):
+        vocabulary = KeptVocabulary(640, kept, "")
+        refused("text/vocab: kept tokens .* are not increasing numbers below 640", hand_plan(CFG).trimming, vocabulary)
+    refused(f"9 rows, this model's {CFG.text.vocab_size}", KeptVocabulary(9, (1, 2), "").apply_to, CFG)
+    refused("the plans cannot be composed", compose, FIRST, FIRST)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
+from refusal import refused
 from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.base.errors import UserError
@@ -14,6 +15,7 @@ from vlmprune_jax.core.models.flops import Polynomial, layer_costs
 from vlmprune_jax.core.models.params import count_params, param_shapes
 from vlmprune_jax.core.prune.solver import BLOCKS, AxisUnits, Units, smallest_sparsity, widths_at
 from vlmprune_jax.io.exports.pruning import make_plan
+from vlmprune_jax.io.families import PHI as PHI_FAMILY
 
 # heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
 ARCHITECTURES = {
@@ -29,15 +31,12 @@ def reference_units(name, ranges):
     heads, neurons, per_head, per_neuron, head_dim, total = ARCHITECTURES[name]
     attn, mlp = RANGES[ranges]
     layer, cost = decoder_layer(heads, heads, neurons), Polynomial(((("kv_heads",), per_head), (("mlp",), per_neuron)))
-    units = [
-        Units(
-            layer,
-            cost,
-            (AxisUnits("kv_heads", heads, 1, head_dim, 1, i in attn), AxisUnits("mlp", neurons, 1, 1, 1, i in mlp)),
-        )
-        for i in range(32)
-    ]
-    return units, total
+
+    def units(i):
+        axes = AxisUnits("kv_heads", heads, 1, head_dim, 1, i in attn), AxisUnits("mlp", neurons, 1, 1, 1, i in mlp)
+        return Units(layer, cost, axes)
+
+    return [units(i) for i in range(32)], total
 
 
 @pytest.mark.parametrize(
@@ -112,11 +111,9 @@ def test_llava_7b_costs_and_sparsity_from_the_config():
     assert plan.layers[10].sizes == {"kv_heads": 20, "q_heads": 20, "mlp": 11008 - 4404}
     assert plan.layers[2].sizes == layer.sizes
     assert plan.target_ratio is None
-    with pytest.raises(
-        UserError,
-        match=r"ratio 0.6 cannot be reached by width .*attn_layers=\(3, 21\), mlp_layers=\(3, 20\)",
-    ):
-        make_plan(width_scores(cfg), cfg, method="width", ratio=0.6, attn_layers=(3, 21), mlp_layers=(3, 20))
+    ranges = {"attn_layers": (3, 21), "mlp_layers": (3, 20)}
+    fact = r"ratio 0.6 cannot be reached by width .*attn_layers=\(3, 21\), mlp_layers=\(3, 20\)"
+    refused(fact, make_plan, width_scores(cfg), cfg, method="width", ratio=0.6, **ranges)
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.3, 0.45, 0.6])
@@ -125,9 +122,8 @@ def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio)
     assert plan.target_ratio == ratio
     assert abs(plan.actual_ratio - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
-    assert all(
-        layer.sizes == plan.layers[0].sizes for layer in plan.layers
-    )  # equal widths: a stock loader takes the folder
+    # equal widths: a stock loader takes the folder
+    assert all(layer.sizes == plan.layers[0].sizes for layer in plan.layers)
     assert plan.parameters_after == count_params(plan.apply_to(cfg))
     snapped = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio, heads_multiple=4, neurons_multiple=128)
     assert abs(snapped.actual_ratio - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
@@ -197,32 +193,22 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
     [
         ({"align_to": "tpus"}, "align_to 'tpus' is not one of tpu, gguf, gguf_k, int4; did you mean 'tpu'"),
         ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
-        (
-            {"align_to": "tpu", "neurons_multiple": 100},
-            "neurons_multiple=100 is not a multiple of 128, as align_to='tpu' needs: leave it out",
-        ),
-        (
-            {"align_to": "tpu"},
-            "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0: .* keep .*heads='keep'",
-        ),
+        ({"align_to": "tpu", "neurons_multiple": 100}, "neurons_multiple=100 is not a multiple of 128,"),
+        ({"align_to": "tpu"}, "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0"),
         (
             {"align_to": "int4", "tensor_parallel": 16, "heads": "keep"},
-            "align_to='int4' with tensor_parallel=16: neurons_multiple=2048 is more than the 1024 neurons of layer 0",
+            "tensor_parallel=16: neurons_multiple=2048 .* 1024",
         ),
         ({"tensor_parallel": 4, "heads": "keep"}, "layer 0 keeps 2 key/value heads, which tensor_parallel=4 does not"),
         ({"align_to": "gguf", "selection": "global"}, 'selection="global" .* no multiples'),
-        (
-            {"align_to": "tpu", "method": "depth"},
-            "prune.align_to: method 'depth' has no such setting, only width and hybrid",
-        ),
+        ({"align_to": "tpu", "method": "depth"}, "prune.align_to: method 'depth' has no such setting, only width"),
     ],
 )
 def test_targets_that_do_not_suit_are_refused(options, message):
     cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
     options = {"method": "width", "ratio": 0.1, **options}
     scores = width_scores(cfg) if options["method"] == "width" else depth_scores(cfg, [0.0, 1, 2])
-    with pytest.raises(UserError, match=message):
-        make_plan(scores, cfg, **options)
+    refused(message, make_plan, scores, cfg, **options)
 
 
 def test_every_device_has_whole_groups():
@@ -239,3 +225,13 @@ def test_heads_that_are_kept_need_not_fill_blocks():
     within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, align_to="tpu", heads="keep")
     assert within.layers[0].sizes["mlp"] % 128 == 0
     assert within.parameters_after <= budget["parameters"]
+
+
+def test_costs_are_those_of_phi_2():
+    """One head 819,440 and one neuron 5,121 parameters, one block 78,671,360 (algorithms.md, 1.6)."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "vocab_size": 51200}
+    cfg = PHI_FAMILY.from_hf({"model_type": "phi", **sizes, "num_attention_heads": 32}, None)
+    costs = layer_costs(cfg)
+    assert costs.price(cfg.text.layers[0], "kv_heads") == 819_440
+    assert costs.price(cfg.text.layers[0], "mlp") == 5_121
+    assert costs.of(cfg.text.layers[0]) == 78_671_360

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hf_cases import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, batch, config, hand_plan, kept_units, model, on_mesh
+from prune_cases import EQUAL, OUTPUTS, UNEQUAL, batch, config, hand_plan, kept_units, model, on_mesh, silenced
+from refusal import refused
 from stack_cases import decoder_layer, tower_layer
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.params import (
     count_params,
     flatten,
     param_axes,
     param_shapes,
-    stack_layers,
     unstack_layers,
 )
 from vlmprune_jax.core.models.vlm import Model, forward
@@ -29,8 +29,6 @@ from vlmprune_jax.core.sections import LoraConfig
 TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
 CFG = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
 STACKS = pytest.mark.parametrize("stack", ["text", "vision"])
-# What heads and neurons write with, in each stack.
-OUTPUTS = {"text": ("self_attn/o_proj", "mlp/down_proj"), "vision": ("self_attn/out_proj", "mlp/fc2")}
 
 
 def plan_for(one: Model, layers, stack="text") -> PrunePlan:
@@ -61,11 +59,7 @@ def kept_layers(draw, shapes, drop_layers=True, prune_widths=True):
 
 def same(a: Model, b: Model) -> None:
     assert a.cfg == b.cfg
-    left, right = flatten(a.params), flatten(b.params)
-    assert left.keys() == right.keys()
-    for path, leaf in left.items():
-        assert leaf.dtype == right[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(right[path]), err_msg=path)
+    assert_equal(a, b)
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray, lambda x: x.astype(ml_dtypes.bfloat16)])
@@ -81,7 +75,7 @@ def test_keeping_everything_is_the_identity(as_array):
 
 @STACKS
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_every_plan_leaves_the_shapes_it_says(stack, data):
     one = model(CFG)
     plan = plan_for(one, data.draw(kept_layers(CFG.stack(stack).layers)), stack)
@@ -101,7 +95,7 @@ def test_every_plan_leaves_the_shapes_it_says(stack, data):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_depth_and_width_commute(data):
     one = model(CFG)
     widths = data.draw(kept_layers(CFG.text.layers, drop_layers=False))
@@ -117,7 +111,7 @@ def test_depth_and_width_commute(data):
 
 @pytest.mark.parametrize("stacks", [("text", "text"), ("text", "vision"), ("vision", "text"), ("vision", "vision")])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_plans_compose(stacks, data):
     one = model(CFG)
     first = plan_for(one, data.draw(kept_layers(CFG.stack(stacks[0]).layers)), stacks[0])
@@ -132,24 +126,9 @@ def test_plans_compose(stacks, data):
     same(apply_plan(one, after_all), between)
 
 
-def with_zeroed_outputs(one: Model, plan: PrunePlan, stack: str = "text") -> Model:
-    """Dropped heads and neurons write nothing: their output columns are zero, of dropped layers the biases as well."""
-    layers, rest = unstack_layers(one.params, one.cfg, stack)
-    layers = [dict(layer) for layer in layers]
-    alive = {kept.index: kept for kept in plan.stacks[stack].layers}
-    for i, layer in enumerate(layers):
-        for owner, field in zip(OUTPUTS[stack], ("q_heads", "mlp"), strict=True):
-            name, stay = f"{owner}/weight", list(alive[i].kept[field]) if i in alive else []
-            masked = np.zeros_like(layer[name])
-            masked[:, stay] = layer[name][:, stay]
-            layer[name] = masked
-            if i not in alive:
-                layer[f"{owner}/bias"] = np.zeros_like(layer[f"{owner}/bias"])
-    return one.replace(params=stack_layers(layers, rest, one.cfg, stack))
-
-
 SLICED = [kept_units(0, (0, 1), (0,), (1, 2, 5)), kept_units(1, (0, 3), (0, 1), tuple(range(12))),
           kept_units(2, (1, 3, 4, 6), (0, 1), (0, 9)), kept_units(3, (1, 2), (1, 2), (4,))]  # fmt: skip
+DEPTH = [KeptLayer.whole(i, UNEQUAL[i]) for i in (0, 1, 3)]
 
 
 # A layer gone; heads, neurons and both gone of the others.
@@ -157,12 +136,12 @@ SLICED_TOWER = [kept_units(0, (1,), (1,), tuple(range(10))), kept_units(2, (0, 1
                 kept_units(3, (0,), (0,), (9,))]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stack", "layers"), [("text", SLICED), ("vision", SLICED_TOWER)])
+@pytest.mark.parametrize(("stack", "layers"), [("text", SLICED), ("text", DEPTH), ("vision", SLICED_TOWER)])
 def test_slicing_equals_masking(stack, layers):
     one, arrays = model(CFG), batch(CFG)
     plan = plan_for(one, layers, stack)
     inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
-    masked, _ = forward(with_zeroed_outputs(one, plan, stack), arrays["input_ids"], **inputs)
+    masked, _ = forward(silenced(one, layers, stack), arrays["input_ids"], **inputs)
     sliced, _ = forward(apply_plan(one, plan), arrays["input_ids"], **inputs)
     whole, _ = forward(one, arrays["input_ids"], **inputs)
     real = arrays["attention_mask"] == 1
@@ -170,65 +149,33 @@ def test_slicing_equals_masking(stack, layers):
     assert np.abs(np.asarray(sliced) - np.asarray(whole))[real].max() > 1e-2  # the test can fail
 
 
-def test_removing_zeroed_channels_changes_nothing():
-    one, arrays = model(CFG), batch(CFG)
-    zeroed = with_zeroed_outputs(one, plan_for(one, SLICED))
-    inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
-    before, _ = forward(zeroed, arrays["input_ids"], **inputs)
-    after, _ = forward(apply_plan(zeroed, plan_for(zeroed, SLICED)), arrays["input_ids"], **inputs)
-    real = arrays["attention_mask"] == 1
-    np.testing.assert_allclose(np.asarray(after)[real], np.asarray(before)[real], atol=1e-5)
+FOUR = config(vision=True).with_layers((tower_layer(2, 2, 10),) * 4, "vision")
+ON_MESH = [
+    ("text", [kept_units(i, (0, 3), (0, 1), (0, 2, 3, 11)) for i in (0, 2, 3)]),
+    ("vision", [kept_units(0, (0, 1), (0, 1), (0, 2, 3, 9)), kept_units(3, (0, 1), (0, 1), (5, 8))]),
+]
 
 
-def test_removing_a_layer_equals_skipping_it():
-    one, arrays = model(config(EQUAL)), batch(config(EQUAL))
-    plan = plan_for(one, [KeptLayer.whole(i, EQUAL[0]) for i in (0, 1, 3, 4)])
-    layers, rest = unstack_layers(one.params, one.cfg)
-    silent = {
-        name: np.zeros_like(leaf) if name.startswith(("self_attn/o_proj", "mlp/down_proj")) else leaf
-        for name, leaf in layers[2].items()
-    }
-    skipped = one.replace(params=stack_layers([*layers[:2], silent, *layers[3:]], rest, one.cfg))
-    expected, _ = forward(skipped, arrays["input_ids"], attention_mask=arrays["attention_mask"])
-    logits, _ = forward(apply_plan(one, plan), arrays["input_ids"], attention_mask=arrays["attention_mask"])
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-
-
-def test_a_mesh_keeps_its_shardings_and_numbers():
-    cfg = config(vision=True)
-    one, arrays = model(cfg), batch(cfg)
-    sharded = on_mesh(one, 2, 2, 2)
-    layers = [kept_units(i, (0, 3), (0, 1), (0, 2, 3, 11)) for i in (0, 2, 3)]
-    pruned = apply_plan(sharded, plan_for(one, layers))
-    same(pruned, apply_plan(one, plan_for(one, layers)))
+@pytest.mark.parametrize(("stack", "layers"), ON_MESH)
+def test_a_mesh_keeps_its_shardings_and_numbers(stack, layers):
+    one = model(FOUR)
+    sharded, plan = on_mesh(one, 2, 2, 2), plan_for(one, layers, stack)
+    pruned = apply_plan(sharded, plan)
+    same(pruned, apply_plan(one, plan))
     mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
     for path, leaf in flatten(pruned.params).items():
         assert leaf.sharding.is_equivalent_to(sharding(mesh, axes[path]), leaf.ndim), path
-    inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
-    logits, _ = forward(pruned, arrays["input_ids"], **inputs)
-    expected, _ = forward(apply_plan(one, plan_for(one, layers)), arrays["input_ids"], **inputs)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
-    cfg = config(vision=True).with_layers((tower_layer(2, 2, 10),) * 4, "vision")
-    one, sharded = model(cfg), on_mesh(model(cfg), 2, 2, 2)
-    layers = [kept_units(0, (0, 1), (0, 1), (0, 2, 3, 9)), kept_units(3, (0, 1), (0, 1), (5, 8))]
-    pruned = apply_plan(sharded, plan_for(one, layers, "vision"))
-    same(pruned, apply_plan(one, plan_for(one, layers, "vision")))
-    mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
-    for path, leaf in flatten(pruned.params).items():
-        assert leaf.sharding.is_equivalent_to(sharding(mesh, axes[path]), leaf.ndim), path
-    with pytest.raises(UserError, match="does not divide kv_heads of vision layer 0 = 1; q_heads of vision"):
-        apply_plan(sharded, plan_for(one, [kept_units(0, (0,), (0,), (0, 1))], "vision"))
 
 
 def test_widths_that_the_mesh_does_not_divide_are_refused():
-    one = model(config())
-    plan = plan_for(one, [kept_units(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
-    with pytest.raises(UserError, match=r"does not divide kv_heads of text layer 0 = 1; mlp of text layer 0 = 11"):
-        apply_plan(on_mesh(one, 2, 2, 2), plan)
+    one = model(FOUR)
+    plan, sharded = (
+        plan_for(one, [kept_units(i, (0, 1), (0,), tuple(range(11))) for i in range(5)]),
+        on_mesh(one, 2, 2, 2),
+    )
+    refused("kv_heads of text layer 0 = 1; mlp of text layer 0 = 11", apply_plan, sharded, plan)
+    tower = plan_for(one, [kept_units(0, (0,), (0,), (0, 1))], "vision")
+    refused("kv_heads of vision layer 0 = 1; q_heads of vision", apply_plan, sharded, tower)
 
 
 def test_adapters_are_pruned_with_their_weights():
@@ -253,21 +200,11 @@ def test_untouched_tensors_are_not_copied():
 def test_plans_of_other_models_are_refused():
     one = model(config(EQUAL))
     plan = plan_for(one, [KeptLayer.whole(i, EQUAL[0]) for i in range(4)])
-    with pytest.raises(
-        UserError,
-        match=r"plan of another model: sizes are equal, but fingerprints differ .* score and plan this model",
-    ):
-        apply_plan(model(config(EQUAL), seed=1), plan)
-    with pytest.raises(UserError, match="plan of another model: text/layers has 5 units in the plan, but 4 in this"):
-        apply_plan(apply_plan(one, plan), plan)
+    refused("sizes are equal, but fingerprints differ", apply_plan, model(config(EQUAL), seed=1), plan)
+    refused("text/layers has 5 units in the plan, but 4", apply_plan, apply_plan(one, plan), plan)
     seeing = model(CFG)
     tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
-    with pytest.raises(UserError, match="vision/layers has 4 units in the plan, but 1 in this model"):
-        apply_plan(apply_plan(seeing, tower), tower)
-    with pytest.raises(UserError, match="vision/layers has 4 units in the plan, but 0 in this model"):
-        apply_plan(model(config(UNEQUAL)), tower)
+    refused("vision/layers has 4 units in the plan, but 1 in this model", apply_plan, apply_plan(seeing, tower), tower)
+    refused("vision/layers has 4 units in the plan, but 0 in this model", apply_plan, model(config(UNEQUAL)), tower)
     wider = config((decoder_layer(4, 2, 13),) * 5)
-    with pytest.raises(
-        UserError, match="plan of another model: text/0/mlp has 12 units in the plan, but 13 in this model"
-    ):
-        apply_plan(model(wider), plan)
+    refused("plan of another model: text/0/mlp has 12 units in the plan, but 13", apply_plan, model(wider), plan)

@@ -2,12 +2,11 @@
 
 import json
 
-import pytest
 from hf_cases import copy_llava
 from prune_cases import EQUAL, config, depth_scores, width_scores
+from refusal import refused
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.flops import layer_costs
 from vlmprune_jax.core.prune import keep_everything
 from vlmprune_jax.core.prune.config import PlanConfig
@@ -86,8 +85,7 @@ def test_what_a_layer_was_spared_for_is_said():
         "neurons_multiple=2",
         "heads out of range, neurons_multiple=2",
     ]
-    with pytest.raises(UserError, match="text/layers has 5 units in the plan, but 3 in this model"):
-        explain(plan, config(EQUAL[:3]), spec, [width])
+    refused("text/layers has 5 units in the plan, but 3 in this model", explain, plan, config(EQUAL[:3]), spec, [width])
 
 
 def test_overlaps_of_plans_and_plans_that_have_none(tmp_path, capsys):

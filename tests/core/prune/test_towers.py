@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hf_cases import edit_config, prune
 from media_cases import packed
-from prune_cases import kept_units
+from prune_cases import kept_units, silenced
+from refusal import refused
 from stack_cases import tower_layer
-from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
+from vlm_cases import internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.params import flatten, stack_layers, unstack_layers
+from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import features_of, to_nnx
 from vlmprune_jax.core.prune import KeptLayer, compose
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
@@ -51,22 +51,6 @@ def features(model, seed=0):
     return np.asarray(module.projector(features_of(module.vision, module.cfg, packed(pixels))))
 
 
-def masked(model, layers):
-    """The tower whose dropped heads, neurons and layers write zero into the residual stream."""
-    flat, rest = unstack_layers(model.params, model.cfg, "vision")
-    kept = {layer.index: layer for layer in layers}
-    result = []
-    for i, layer in enumerate(flat):
-        layer = {name: np.array(leaf) for name, leaf in layer.items()}
-        for owner, field, size in (("self_attn/out_proj", "q_heads", 3), ("mlp/fc2", "mlp", 40)):
-            gone = sorted(set(range(size)) - set(kept[i].kept[field] if i in kept else ()))
-            layer[f"{owner}/weight"][:, gone] = 0
-            if i not in kept:
-                layer[f"{owner}/bias"][:] = 0
-        result.append(layer)
-    return model.replace(params=stack_layers(result, rest, model.cfg, "vision"))
-
-
 def tower_of(folder):
     config = json.loads((folder / "config.json").read_text())
     return config["vision_config"], config.get("vision_feature_layer", config.get("select_layer"))
@@ -78,7 +62,7 @@ def test_file_surgery_computes_what_masking_does(source, tmp_path, cut):
     pruned, plan = prune(model, layers, "vision")
     uneven = "pad" if cut == "uneven" else "per_layer"
     vp.prune_folder(source, plan, out, dtype="source", uneven=uneven)
-    again, expected = vp.load(out), features(masked(model, layers))
+    again, expected = vp.load(out), features(silenced(model, layers, "vision"))
     np.testing.assert_allclose(features(pruned), expected, atol=1e-5)
     np.testing.assert_allclose(features(again), expected, atol=1e-5)
     assert np.abs(features(model) - expected).max() > 1e-2  # the test can fail
@@ -140,8 +124,7 @@ def test_both_stacks_in_one_plan(source, tmp_path):
 @pytest.mark.parametrize("uneven", ["per_layer", "refuse"])
 def test_unequal_layers_are_refused(source, tmp_path, uneven):
     plan = prune(vp.load(source), CUTS["uneven"], "vision")[1]
-    with pytest.raises(UserError, match=r"no transformers class can load: |one width for all layers of the tower: "):
-        vp.prune_folder(source, plan, tmp_path / "out", uneven=uneven)
+    refused("no transformers class|one width", vp.prune_folder, source, plan, tmp_path / "out", uneven=uneven)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,10 +140,7 @@ def test_a_tower_in_its_own_folder(goldens, tmp_path, name, tower, cut):
     if cut == "neurons":
         layers = [kept_units(x.index, x.kept["q_heads"], x.kept["kv_heads"], x.kept["mlp"][1:]) for x in layers]
     pruned, plan = prune(model, layers, "vision")
-    with pytest.raises(
-        UserError, match=r'the vision tower was pruned, but this layout does not contain .*layout="transform'
-    ):
-        vp.prune_folder(source, plan, tmp_path / "out", vision_dir=tower)
+    refused('layout="transformers"', vp.prune_folder, source, plan, tmp_path / "out", vision_dir=tower)
     vp.prune_folder(source, plan, tmp_path / "out", vision_dir=tower, layout="transformers", dtype="source")
     np.testing.assert_allclose(features(vp.load(tmp_path / "out")), features(pruned), atol=1e-5)
     assert check_export(pruned, tmp_path / "out")["backend"] == "torch"
@@ -171,8 +151,7 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     layers = [kept_units(0, (0, 2), (0, 2), SOME), kept_units(1, (0, 1), (0, 1), SOME)]
     pruned, plan = prune(vp.load(source), layers, "vision")
     vp.prune_folder(source, plan, tmp_path / "out")
-    with pytest.raises(UserError, match=r'head size of the tower as hidden_size / heads: .*heads="keep", or exp'):
-        vp.prune_folder(source, plan, tmp_path / "refused", uneven="refuse")
+    refused('heads="keep"', vp.prune_folder, source, plan, tmp_path / "refused", uneven="refuse")
     card = (tmp_path / "out/README.md").read_text()
     assert (
         "PyTorch cannot load this folder: its class computes the head size of the tower as hidden_size / heads" in card
@@ -182,9 +161,4 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     vp.save(pruned, tmp_path / "integers", source_dir=tmp_path / "out", quantize="w8a16")
     assert "ransformers" not in (tmp_path / "integers/README.md").read_text().partition("## Loading")[2]
     edit_config(tmp_path / "out", vision_config={**tower_of(tmp_path / "out")[0], "head_dim": None})
-    with pytest.raises(UserError, match=r"the weights do not match config.json .*q_proj"):
-        vp.load(tmp_path / "out")
-
-
-def test_towers_in_cases_have_the_sizes_assumed_here():
-    assert {(t["num_attention_heads"], t["intermediate_size"]) for t in TOWERS.values()} == {(3, 40)}
+    refused(r"the weights do not match config.json .*q_proj", vp.load, tmp_path / "out")

@@ -2,9 +2,8 @@
 and what all of them need is compiled before the first.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -14,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
+from refusal import refused
 
-from vlmprune_jax.base.errors import Stopped, UserError
+from vlmprune_jax.base.errors import Stopped
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.recovery.loop import prepare, recover
@@ -147,7 +147,7 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
         "stopped": ["  train: compiling 3 programs: sequences of 260, 200, 140 tokens"],
         "resumed": ["  train: compiling 2 programs: sequences of 260, 140 tokens"],
     }
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = cases.metrics_of(tmp_path)
     assert summary["compile_seconds"] > lines[4]["seconds"]
     run = prepare(cases.model(cfg), config, None, None, mesh, 7)
     state = run.state
@@ -163,13 +163,14 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
 def test_nan_stops_and_names_the_records(tmp_path):
     """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
     config = cases.settings(save_every=1)
-    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* last checkpoint: step 3"):
-        recover(cases.model(IMAGES), cases.Stream(IMAGES, poison=3), config, workdir=tmp_path, progress=False)
+    train = functools.partial(recover, cases.model(IMAGES), config=config, workdir=tmp_path, progress=False)
+    fact = r"step 4: loss nan.* records record-3-0, record-3-1.* last checkpoint: step 3"
+    refused(fact, train, cases.Stream(IMAGES, poison=3))
     listed = json.loads((tmp_path / "nonfinite-0.json").read_text())
     assert listed["step"] == 4
     assert listed["records"] == [f"record-3-{row}" for row in range(8)]
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
-    _, summary = recover(cases.model(IMAGES), cases.Stream(IMAGES), config, workdir=tmp_path, progress=False)
+    _, summary = train(cases.Stream(IMAGES))
     assert summary["resumed_from"] == 3
 
 
@@ -177,5 +178,4 @@ def test_ids_outside_the_vocabulary_are_refused():
     stream = cases.Stream(IMAGES)
     stream.cfg = dataclasses.replace(IMAGES, image_token_id=None)
     wrong = dataclasses.replace(IMAGES, text=dataclasses.replace(IMAGES.text, vocab_size=32))
-    with pytest.raises(UserError, match="outside the vocabulary of 32"):
-        recover(cases.model(wrong), stream, cases.settings(), progress=False)
+    refused("outside the vocabulary of 32", recover, cases.model(wrong), stream, cases.settings(), progress=False)

@@ -1,12 +1,16 @@
-"""What a run reports: every term, both learning rates, speed, and MFU by the published formula."""
+"""What a run reports, and to which loggers: terms, learning rates, speed, and MFU by the published formula."""
 
+import functools
+import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import recover_cases as cases
+from refusal import refused
 
 from vlmprune_jax.base import chips, console
 from vlmprune_jax.base.console import make_reporter
@@ -50,7 +54,7 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
     )
     teacher, data = cases.model(CFG, 9), cases.Stream(CFG)
     _, summary = recover(cases.model(CFG), data, config, teacher=teacher, workdir=tmp_path, progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = cases.metrics_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     names = {"loss", *terms_of(LOSSES, reported=True), "grad_norm", "learning_rate", "projector_learning_rate"}
     names |= {"tokens_per_second", "model_flops_per_second", "mfu", "seconds", "data_seconds", "padding", "empty_rows"}
@@ -150,3 +154,47 @@ def test_what_failed_first_is_told(tmp_path, monkeypatch, first):
 
     with pytest.raises(first or OSError):
         run()
+
+
+def stand_in(monkeypatch, package):
+    """Put a module in the place of the package that notes what it is asked for, if the package is not installed."""
+    asked = []
+    if importlib.util.find_spec(package) is None:
+
+        def noted(function):
+            return lambda *args, **options: asked.append((function, *args, options))
+
+        functions = {function: noted(function) for function in ("init", "log", "finish")}
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(**functions))
+    return asked
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_metrics_go_to_the_loggers(package, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    asked = stand_in(monkeypatch, package)
+    config = cases.settings(trainable="projector", steps=2, loggers=("tensorboard", package))
+    folder = tmp_path / "run/training"
+    recover(cases.model(CFG), cases.Stream(CFG), config, workdir=folder, progress=False)
+    assert (folder / "tensorboard").is_dir()
+    lines = cases.metrics_of(folder)
+    if not asked:  # the real one
+        assert [*(folder / "wandb").glob("offline-run-*/*.wandb")] or [*(tmp_path / "trackio").rglob("*.db")]
+        return
+    start, *steps, end = asked
+    assert start[0] == "init"
+    assert start[1]["project"] == "vlmprune"
+    assert start[1]["name"].startswith("run-")
+    assert start[1]["resume"] == "allow"
+    assert steps == [("log", {k: v for k, v in line.items() if k != "step"}, {"step": line["step"]}) for line in lines]
+    assert end == ("finish", {})
+
+
+def test_a_package_that_is_missing_or_does_not_start(monkeypatch, tmp_path):
+    config = cases.settings(trainable="projector", steps=2, loggers=("wandb",))
+    train = functools.partial(recover, cases.model(CFG), cases.Stream(CFG), config, workdir=tmp_path, progress=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(r"recover\.loggers: wandb is not installed: pip install 'vlmprune-jax\[wandb\]'", train)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: 1 / 0))
+    refused(r"recover\.loggers: wandb cannot start \(division by zero\): set it up, or", train)

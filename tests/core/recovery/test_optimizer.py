@@ -1,7 +1,5 @@
 """The optimizer: schedules equal transformers', AdamW with groups equals torch's, gradients are clipped."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,14 +71,8 @@ def test_gradients_are_clipped_by_their_global_norm():
     The model is a plain decoder with tied embeddings.
     """
     cfg = cases.config(vision=False, tie_embeddings=True, qkv_bias=False, out_bias=False)
-    base = {
-        "trainable": "decoder",
-        "steps": 1,
-        "warmup_ratio": 0.0,
-        "weight_decay": 0.0,
-        "eps": 1e4,
-        "learning_rate": 10.0,
-    }
+    base = {"trainable": "decoder", "steps": 1, "warmup_ratio": 0.0, "weight_decay": 0.0}
+    base |= {"eps": 1e4, "learning_rate": 10.0}
 
     def trained(config):
         return recover(cases.model(cfg), cases.Stream(cfg), config, progress=False)

@@ -1,8 +1,7 @@
-"""What the compiled step holds in memory, from its HLO and XLA's own report; and that it never waits for the host."""
-
-from __future__ import annotations
+"""The compiled step: FLOPs by the formula, what it holds in memory, and that it never waits for the host."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -10,42 +9,114 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
-from stack_cases import decoder_layer
+from stack_cases import decoder_layer, tower_layer
 
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import param_shapes, unflatten
 from vlmprune_jax.core.recovery.config import LossConfig
-from vlmprune_jax.core.recovery.program import make_program
+from vlmprune_jax.core.recovery.flops import step_flops
+from vlmprune_jax.core.recovery.program import make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.run.planning.ahead_of_time import executed_flops
 
-ROWS, VOCAB, CHUNK = 8, 16411, 2  # no other size of the model is 16,411
-TOTAL = 10
+ROWS, LENGTH = 8, 12
+VOCAB, CHUNK = 16411, 2  # no other size of the model is 16,411
 
 
-def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build, remat: str = "none"):
-    """(program, parameters that train, other arguments of its step): `build(shape, dtype)` makes every array."""
-    settings = cases.settings(losses=loss, remat=remat, trainable=trainable, lora=cfg.lora or LoraConfig())
-    teacher_cfg, cfg = cfg if needs_teacher(loss) else None, dataclasses.replace(cfg, lora=None)
-    program = make_program(cfg, settings, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=TOTAL)
-    top_k = loss.teacher_top_k
-    params = {path: build(shape, "float32") for path, shape in param_shapes(program.cfg).items()}
+def step_arguments(cfg, config, length, build=jax.ShapeDtypeStruct, teacher_cfg=None):
+    """(program, parameters that train, other arguments of its step), for ROWS rows with an image each."""
+    program = make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=10)
+    params = {path: build(shape, np.float32) for path, shape in param_shapes(program.cfg).items()}
     masters, frozen = partition(params, program.groups)
-    batch = {"media": {}} | {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
-    if top_k:
-        batch |= {"teacher_ids": build((ROWS, seq, top_k), "int32")}
-        batch |= {"teacher_logprobs": build((ROWS, seq, top_k + 1), "float32")}
-    taught = None
-    if program.teacher is not None:
-        taught = unflatten({path: build(shape, "float32") for path, shape in param_shapes(teacher_cfg).items()})
-    return program, masters, frozen, taught, batch
+    names = ("input_ids", "attention_mask", "labels")
+    batch = {"media": {}} | {name: build((ROWS, length), np.int32) for name in names}
+    if cfg.vision is not None:
+        shape = (3, 6, 6) if cfg.tower else cfg.feature_shape
+        batch["media"]["vision"] = Packed(build((ROWS, 1, *shape), np.float32))
+    if top_k := config.losses.teacher_top_k:
+        batch["teacher_ids"] = build((ROWS, length, top_k), np.int32)
+        batch["teacher_logprobs"] = build((ROWS, length, top_k + 1), np.float32)
+    taught = {} if program.teacher is None else param_shapes(teacher_cfg)
+    teacher = unflatten({path: build(shape, np.float32) for path, shape in taught.items()}) or None
+    return program, masters, frozen, teacher, batch
 
 
-def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, remat: str = "none"):
+def traced_step(cfg, teacher_cfg, config):
+    """The program of a run and the FLOPs of its traced step over ROWS rows of LENGTH tokens."""
+    program, masters, *rest = step_arguments(cfg, config, LENGTH, teacher_cfg=teacher_cfg)
+    with step_context(None, "float32"):
+        traced = program.step.trace(program.init.eval_shape(masters), *rest)
+    return program, executed_flops(traced.jaxpr.jaxpr)
+
+
+def compiled_step(cfg, config, length, teacher_cfg=None):
     """The step, compiled for shapes."""
-    program, masters, *rest = make_arguments(cfg, loss, trainable, seq, jax.ShapeDtypeStruct, remat)
+    program, masters, *rest = step_arguments(cfg, config, length, teacher_cfg=teacher_cfg)
     return program.step.lower(program.init.eval_shape(masters), *rest).compile()
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable"),
+    [
+        *itertools.product(["vision", "tied", "cached"], ["all", "lora"]),
+        ("vision", "projector"),
+        ("cached", "projector"),  # a decoder alone has none
+    ],
+)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(chunk=4),
+        LossConfig(ce=0.5, l2=0.5, kl=0.1, teacher_inputs="own", chunk=4),
+        LossConfig(ce=0.0, l2=1.0, chunk=4),
+        LossConfig(ce=0.5, kl=0.1, teacher_inputs="own", chunk=4, teacher_top_k=5),
+    ],
+    ids=["ce", "ce+l2+kl", "l2", "ce+cached kl"],
+)
+def test_the_formula_counts_what_the_step_computes(model, trainable, loss):
+    """A decoder alone is "tied"; features come from a cache where the model is "cached"."""
+    changes = {"vision": model != "tied", "tie_embeddings": model == "tied"}
+    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if needs_teacher(loss) else None
+    if model == "cached":
+        cfg = dataclasses.replace(cfg, tower=False)
+        teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
+    check_formula(cfg, teacher_cfg, trainable, loss)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
+    layers = (tower_layer(2, 2, 16), tower_layer(1, 1, 5), tower_layer(1, 1, 5), tower_layer(2, 2, 3))
+    teacher, loss = cases.config(), LossConfig(kl=0.1, teacher_inputs="own", chunk=4)
+    check_formula(cases.config().with_layers(layers, "vision"), teacher, trainable, loss)
+
+
+def check_formula(cfg, teacher_cfg, trainable, loss):
+    config = cases.settings(trainable=trainable, lora=cases.LORA, losses=loss, remat="none")
+    program, executed = traced_step(cfg, teacher_cfg, config)
+    images = 0 if cfg.vision is None else ROWS
+    found = step_flops(program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=images)
+    # The formula counts visible pairs of positions, XLA's attention computes all.
+    expected = found.total + found.attention * (2 * LENGTH / (LENGTH + 1) - 1)
+    # Logits are computed again in the backward pass, the student's and the teacher's.
+    text = cfg.text
+    head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
+    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and needs_teacher(loss))
+    # The input of the projector's first layer needs a gradient only if the tower trains.
+    if cfg.vision is not None and (trainable != "all" or not cfg.tower):
+        expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
+    assert executed == round(expected)
+
+
+def test_full_recomputation_is_executed_and_not_counted():
+    """Everything frozen below the adapters runs once more, and the model FLOPs stay."""
+    cfg, loss = cases.config(vision=False), LossConfig(chunk=4)
+    executed = {}
+    for remat in ("none", "full"):
+        config = cases.settings(trainable="lora", lora=cases.LORA, losses=loss, remat=remat)
+        executed[remat] = traced_step(cfg, None, config)[1]
+    assert 1.15 < executed["full"] / executed["none"] < 1.35
 
 
 CACHED = {"kl": 1.0, "teacher_top_k": 8, "teacher_inputs": "own"}
@@ -58,8 +129,9 @@ def test_no_logits_of_the_whole_sequence(terms):
     """Of all arrays with a vocabulary axis, none has more positions than a chunk has, in any dtype."""
     cfg = cases.config(vision=False)
     cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=VOCAB))
-    seq = 64
-    compiled = compiled_step(cfg, LossConfig(chunk=CHUNK, **terms), "all", seq)
+    loss, seq = LossConfig(chunk=CHUNK, **terms), 64
+    settings = cases.settings(losses=loss, remat="none")
+    compiled = compiled_step(cfg, settings, seq, cfg if needs_teacher(loss) else None)
     shapes = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())}
     of_vocabulary = {math.prod(shape) // VOCAB for shape in shapes if VOCAB in shape}
     assert max(of_vocabulary) == ROWS * CHUNK
@@ -68,11 +140,12 @@ def test_no_logits_of_the_whole_sequence(terms):
 
 def test_frozen_weights_have_no_gradients():
     """What a LoRA step needs beside its arguments, its activations included, is less than gradients would take."""
-    cfg = dataclasses.replace(cases.config(vision=False), lora=cases.LORA)
+    cfg = cases.config(vision=False)
     text = dataclasses.replace(cfg.text, hidden_size=256)
     cfg = dataclasses.replace(cfg, text=text).with_layers((decoder_layer(4, 2, 2048),) * 4)
     frozen = sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.endswith("/weight"))
-    compiled = compiled_step(cfg, LossConfig(), "lora", seq=4)
+    settings = cases.settings(trainable="lora", lora=cases.LORA, losses=LossConfig(), remat="none")
+    compiled = compiled_step(cfg, settings, 4)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * frozen
 
 
@@ -83,10 +156,11 @@ def test_what_the_backward_pass_keeps():
     outputs = {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 16, "fc1": 96}  # the backward pass needs none of fc2
     lora = LoraConfig(rank=8, alpha=6.0, dropout=0.1, targets=tuple(inputs))
     n_layers, seq = 24, 64
-    cfg = dataclasses.replace(cases.config(vision=False, gated=False), lora=lora)
+    cfg = cases.config(vision=False, gated=False)
     cfg = cfg.with_layers((cfg.text.layers[0].resized({"q_heads": 4, "kv_heads": 2, "mlp": 96}),) * n_layers)
+    settings = cases.settings(trainable="lora", lora=lora, losses=LossConfig(chunk=4))
     held = {
-        remat: compiled_step(cfg, LossConfig(chunk=4), "lora", seq, remat).memory_analysis().temp_size_in_bytes
+        remat: compiled_step(cfg, dataclasses.replace(settings, remat=remat), seq).memory_analysis().temp_size_in_bytes
         for remat in ("none", "dots", "full")
     }
     masks, low = sum(inputs.values()), 4 * lora.rank * len(inputs)
@@ -97,13 +171,14 @@ def test_what_the_backward_pass_keeps():
 
 def test_the_step_does_not_wait_for_the_host():
     """No transfer that was not asked for, and no callback: with its arguments on the device a step is device work."""
-    cfg = dataclasses.replace(cases.config(vision=False), lora=dataclasses.replace(cases.LORA, dropout=0.1))
+    lora = dataclasses.replace(cases.LORA, dropout=0.1)
+    settings = cases.settings(trainable="lora", lora=lora, losses=LossConfig(), remat="none")
     rng = np.random.default_rng(0)
 
     def build(shape, dtype):
         return jax.device_put(rng.integers(0, 2, shape).astype(dtype))
 
-    program, masters, *rest = make_arguments(cfg, LossConfig(), "lora", 16, build)
+    program, masters, *rest = step_arguments(cases.config(vision=False), settings, 16, build)
     state = program.init(masters)
     lowered = program.step.lower(state, *rest)
     given = [leaf.donated for leaf in jax.tree.leaves(lowered.args_info)]

@@ -1,7 +1,5 @@
 """What trains: presets and rules, LoRA adapters that change nothing at first and merge exactly."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
@@ -11,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from decoder_cases import PHI, PHI3
 from flax import nnx
+from hf_cases import make_folder
 from media_cases import packed
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding
 from vlmprune_jax.core.models.context import dropout_masks
 from vlmprune_jax.core.models.layers import Projection
 from vlmprune_jax.core.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.core.models.stack import fill
-from vlmprune_jax.core.models.vlm import Model, encode
+from vlmprune_jax.core.models.vlm import Model, encode, forward
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, decays, merge_lora, partition
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.io.checkpoints.read import load
 
 CFG = cases.config()
 WITH_LORA = dataclasses.replace(CFG, lora=cases.LORA)
@@ -54,29 +54,6 @@ def test_first_matching_rule_decides_and_the_rest_is_frozen():
     expected = {p for p in flat if p.startswith("text/layers/1/") and not p.endswith("bias")} | {"text/norm/weight"}
     assert trainable.keys() == expected
     assert assign_groups(list(flat), rules)["text/norm/weight"] == "projector"
-
-
-@pytest.mark.parametrize(
-    ("trainable", "message"),
-    [
-        ("projektor", "did you mean 'projector'"),
-        ([("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a full path; similar"),
-        ([("text/norm/weight", False)], "selects no parameter of this model"),
-        ([("text/(norm", True)], "not a regular expression"),
-        ([("text/.*", "decoder")], "one of main, projector"),
-        ([], "empty: use"),
-    ],
-)
-def test_bad_rules(trainable, message):
-    with pytest.raises(UserError, match=message):
-        assign_groups(list(param_shapes(CFG)), trainable)
-
-
-@pytest.mark.parametrize("preset", ["projector", "lora", "tower"])
-def test_presets_that_select_nothing(preset):
-    """A plain decoder without adapters has neither a projector nor LoRA leaves."""
-    with pytest.raises(UserError, match="selects no parameter of this model"):
-        assign_groups(list(param_shapes(cases.config(vision=False))), preset)
 
 
 def test_no_decay_on_norms_and_biases():
@@ -202,11 +179,6 @@ def test_adapters_follow_their_weights_dtype_and_mesh():
         assert leaf.sharding == sharding(mesh, axes[path]), path
 
 
-def test_bad_adapter_targets():
-    with pytest.raises(UserError, match=r"qproj is not a projection .* use down_proj, "):
-        add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ("q_proj", "qproj")), jax.random.key(0))
-
-
 def test_no_adapter_targets_are_all_projections():
     adapted = add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ()), jax.random.key(0))
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -214,7 +186,12 @@ def test_no_adapter_targets_are_all_projections():
     assert {path.split("/")[-2] for path in flatten(adapted.params) if path.endswith("lora_b")} == names
 
 
-def test_adapters_are_not_stacked_on_adapters():
-    adapted = add_lora(cases.model(CFG), cases.LORA, jax.random.key(0))
-    with pytest.raises(UserError, match="merge them first"):
-        add_lora(adapted, cases.LORA, jax.random.key(0))
+@pytest.mark.parametrize("config", [PHI, PHI3], ids=["phi", "phi3"])
+def test_adapters_are_on_every_projection_of_phi(tmp_path, config):
+    model = load(make_folder(tmp_path / "model", config))
+    adapted = add_lora(model, LoraConfig(2, 4.0, 0.0, ()), jax.random.key(0))
+    names = {path.split("/")[-2] for path in flatten(adapted.params) if path.endswith("lora_a")}
+    others = {"dense", "fc1", "fc2"} if config is PHI else {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert names == {"q_proj", "k_proj", "v_proj"} | others
+    ids = np.random.default_rng(0).integers(6, 97, (2, 9))
+    np.testing.assert_array_equal(forward(merge_lora(adapted), ids)[0], forward(model, ids)[0])

@@ -55,7 +55,7 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
         ),
         ({"text_config.vocab_size": -1}, "field text_config.vocab_size is -1, expected a whole number above 0"),
         ({"text_config.rms_norm_eps": float("nan")}, "field text_config.rms_norm_eps is nan, expected a number"),
-        ({"text_config.rope_scaling": {"type": "linear"}}, 'linear rope: "factor" is missing'),
+        ({"text_config.rope_scaling": {"type": "linear"}}, "linear rope: factor missing"),
         (
             {"text_config.per_layer_shapes": 5},
             "field text_config.per_layer_shapes is 5, expected a list of [query",

@@ -77,7 +77,7 @@ def test_patches_equal_the_processors(golden: Golden) -> None:
     mean, std = (np.repeat(np.float32(v), per_value) for v in (golden.patching.mean, golden.patching.std))
     for k, facts in enumerate(golden.facts["images"]):
         with Image.open(golden.folder / facts["file"]) as image:
-            shape = golden.patching.plan(*image.size).shape
+            shape = golden.patching.plan(*image.size)
             found = golden.patching.prepare(image, 1)
         levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
         assert np.array_equal(found, (levels / 255 - mean) / std)
@@ -219,7 +219,7 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
 
 def test_the_users_cap(golden: Golden) -> None:
     capped = golden.patching.with_most_tokens(9, 0)
-    assert capped.plan(300, 200).shape.tokens <= 9 < golden.patching.plan(300, 200).shape.tokens
+    assert capped.plan(300, 200).tokens <= 9 < golden.patching.plan(300, 200).tokens
     assert golden.patching.with_most_tokens(10**6, 0) == golden.patching
     with pytest.raises(UserError, match=r"must be at least [34], the number of tokens of the smallest image"):
         golden.patching.with_most_tokens(1, 0)
@@ -233,4 +233,4 @@ def test_no_image_has_more_tokens_than_the_last_bucket() -> None:
         one = Patching(side, 2, 2, least, least + int(draw.integers(0, 50_000)), zeros, ones, 3)
         height, width = np.exp(draw.uniform(0, 8, 2)).astype(int).tolist()
         width = min(max(width, math.ceil(height / 200)), 200 * height)
-        assert 1 <= one.plan(width, height).shape.tokens <= one.image_buckets[-1]
+        assert 1 <= one.plan(width, height).tokens <= one.image_buckets[-1]

@@ -26,22 +26,22 @@ def written(path, value):
 )
 def test_records(tmp_path, record):
     found = read_texts(written(tmp_path / "r.json", [{**record, "labels": ["dog", 3]}]), QWEN3_VL)
-    assert found == ([TURN, "dog"], [])
+    assert found == [TURN, "dog"]
 
 
 def test_images_are_not_opened(tmp_path):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     path = written(tmp_path / "r.json", [{"image": "none.png", "conversations": turns, "answers": ["cat", "a cat"]}])
-    texts = read_texts(path, QWEN3_VL).texts
+    texts = read_texts(path, QWEN3_VL)
     assert "".join(texts[:-2]) == TURN
     assert texts[-2:] == ["cat", "a cat"]
 
 
 def test_lists_and_text_files(tmp_path):
-    assert read_texts(written(tmp_path / "l.json", ["a", "b", 7]), QWEN3_VL) == (["a", "b"], [7])
+    assert read_texts(written(tmp_path / "l.json", ["a", "b", 7]), QWEN3_VL) == ["a", "b", 7]
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "t.txt").write_text(text)
-    parts = read_texts(str(tmp_path / "t.txt"), QWEN3_VL).texts
+    parts = read_texts(str(tmp_path / "t.txt"), QWEN3_VL)
     assert "".join(parts) == text
     assert 3 < len(parts) < 6
 

@@ -267,7 +267,7 @@ def test_records_with_tiles_become_batches(images):
     batch = encoder.packed([encoder.images(record) for record in records], encoder.shape_of(records), 1)
     assert [tuple(grid) for grid in batch["vision"].grid[0] if grid.any()] == shapes[0].grids + shapes[1].grids
     small = loader.preparation.with_most_tokens(200, 64)
-    assert max(small.plan(*size).shape.tokens for size in SIZES) <= 200
+    assert max(small.plan(*size).tokens for size in SIZES) <= 200
     with pytest.raises(UserError, match="tokens per image must be at least 64"):
         loader.preparation.with_most_tokens(60, 64)
 

@@ -9,6 +9,7 @@ from vlm_cases import internvl_chat_config, make_vlm_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.checkpoints.layout import make_slots
 from vlmprune_jax.io.families import detect, family_of, target_of, template_of
 from vlmprune_jax.io.families.table import FAMILIES, Conversion
 
@@ -30,6 +31,14 @@ def test_the_mapping_is_public():
     for family in FAMILIES.values():
         assert (family.layout == "transformers") == (family.stock is not None), family.name
         assert target_of(family) is None or target_of(family).layout == "transformers"
+
+
+def test_mergers_follow_the_config():
+    section = {"hidden_size": 32, "num_hidden_layers": 33, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tower = {"depth": 33, "deepstack_visual_indexes": [*range(33)], "out_hidden_size": 32}
+    family = FAMILIES["qwen3_vl"]
+    slots = make_slots(family.from_hf({"text_config": section, "vision_config": tower}, None), family)
+    assert {slot.key.split(".")[3] for slot in slots if "deepstack" in slot.key} == {*map(str, range(33))}
 
 
 def test_a_later_family_takes_the_folder(tmp_path):

@@ -52,9 +52,9 @@ def test_scores_between_right_and_wrong(records):
     assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
     labels = {"unpruned": "unpruned", "depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
     _, answers = next(shown_samples(found, labels))[1][0]
-    assert [(one.text, one.verdict, one.models) for one in answers] == [
+    assert answers == [
         ("x", "right", "unpruned; depth 30 %, SFT"),
         ("x", "wrong", "depth 30 %"),
     ]
     del labels["depth"]  # a model that another one equals
-    assert [one.verdict for one in next(shown_samples(found, labels))[1][0][1]] == ["right"]
+    assert [verdict for _, verdict, _ in next(shown_samples(found, labels))[1][0][1]] == ["right"]

@@ -16,10 +16,9 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.read import read_config, resolve
-from vlmprune_jax.io.data.batching import Batch, train_batches
+from vlmprune_jax.io.data.batching import Batch
 from vlmprune_jax.io.data.config import ROW_SETTINGS, DataSpec
-from vlmprune_jax.io.data.encoding import measure
-from vlmprune_jax.io.data.inputs import Inputs, load_inputs, training_records
+from vlmprune_jax.io.data.inputs import Inputs, batches_of, load_inputs, training_records
 from vlmprune_jax.io.data.records import Record, make_records
 
 Records = str | Path | Sequence[Mapping[str, Any]]
@@ -94,7 +93,4 @@ def batches(
     if samples is not None:
         drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(read))[:samples]  # as the commands draw
         read = [read[index] for index in drawn]
-    if not encoder.max_length:
-        longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
-        encoder = dataclasses.replace(encoder, max_length=longest)
-    return [*train_batches(read, encoder, batch_size=batch_size, threads=data.threads)]
+    return batches_of(read, encoder, batch_size=batch_size, threads=data.threads)

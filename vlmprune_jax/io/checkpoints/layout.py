@@ -71,12 +71,6 @@ class Slot:
         return tuple(number for number in (self.index, self.entry) if number is not None)
 
     @property
-    def axes_in_params(self) -> tuple[tuple[str, int], ...]:
-        """Axes of the parameter's array, with their sizes, in the order of `params`."""
-        axes = tuple(zip(self.axes, self.shape, strict=True))
-        return axes[::-1] if self.turned else axes
-
-    @property
     def offset(self) -> int:
         """Position in the tensor, in values, of the first row."""
         return self.start * self.width
@@ -240,21 +234,6 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
     return {key: sorted(group, key=lambda slot: (slot.start, slot.columns or ())) for key, group in tensors.items()}
 
 
-def row_groups(slots: Sequence[Any], slot_of: Callable[[Any], Slot] = lambda item: item) -> list[list[Any]]:
-    """Split a tensor's slots (or items with a slot each) into groups with the same rows, in order."""
-    return [[*group] for _, group in itertools.groupby(slots, key=lambda item: slot_of(item).start)]
-
-
-def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarray:
-    """Concatenate the arrays of the parameters that form one checkpoint tensor, or some rows of it (flat)."""
-    turned = [array.T if slot.turned else array for array, slot in zip(arrays, slots, strict=True)]
-    if len(turned) == 1:
-        return turned[0]
-    pairs = row_groups([*zip(slots, turned, strict=True)], operator.itemgetter(0))
-    rows = [np.concatenate([array for _, array in group], axis=1) if len(group) > 1 else group[0][1] for group in pairs]
-    return np.concatenate([array.reshape(-1) for array in rows])
-
-
 def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """Stack the arrays of all slots to {path: parameter}; `stack` joins layers (and experts) on a new axis."""
     params: dict[str, Any] = {}
@@ -271,17 +250,8 @@ def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any
 
 def dimensions(layout: str) -> list[list[str]]:
     """Return the axes of every dimension of an einops layout: "(q_heads head) embed" -> [[q_heads, head], [embed]]."""
-    axes: list[list[str]] = []
-    inside = False
-    for token in layout.replace("(", " ( ").replace(")", " ) ").split():
-        if token in "()":
-            inside = token == "("
-            axes += [[]] if inside else []
-        elif inside:
-            axes[-1].append(token)
-        else:
-            axes.append([token])
-    return axes
+    groups = re.findall(r"\(([^)]*)\)|([^\s()]+)", layout)
+    return [(inside or axis).split() for inside, axis in groups]
 
 
 def match_keys(

@@ -213,12 +213,10 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     if find_storage(config, str(path)) is not None:  # refuses unknown quantisation
         family = with_separate_experts(family)
     if os.path.lexists(generation):
-        ids = {
-            k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        nested = family.text_config(config)
-        known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
-        config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
+        ids, nested = read_fields(generation), family.text_config(config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is None and nested.get(name) is None and ids.get(name) is not None:
+                config = {**config, name: ids[name]}
     if family.token_names:
         tokens = added_tokens(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
@@ -271,21 +269,17 @@ def open_weights(
     match = matches[0][1]
     if match.tied is not None:
         embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
-        if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
+        copies = [checkpoint.entries[key] for key in (match.tied, embedding)]
+        cuts = [*range(0, math.prod(copies[0].shape), _PIECE), math.prod(copies[0].shape)]
+        pairs = zip(*(copy.pieces(cuts) for copy in copies), strict=True)
+        alike = (a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+        if not all(alike):
             raise UserError(
                 f"{checkpoint.folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
     sources = {name: holder.entries[key] for holder, match in matches for name, key in match.keys.items()}
     return [FileArray(sources[slot.key], slot, cast=dtype) for slot in slots if slot.part in parts]
-
-
-def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
-    """Return True if two weights of equal shape are bitwise equal; they are read in pieces."""
-    size = math.prod(weight.shape)
-    cuts = [*range(0, size, _PIECE), size]
-    pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
-    return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
 def place(arrays: Sequence[FileArray], cfg: ModelConfig, mesh: Mesh | None) -> Params:

@@ -82,7 +82,7 @@ class TrainBatches:
             local = len(self.mine)
             packs = self.packs * local // len(self.rows[0])
             check_memory(local, shape, self.encoder, 0, packs)
-            row = self._padding_row(shape)
+            row = self._row(None, shape)
             kind = {name: jax.ShapeDtypeStruct((local, *array.shape), array.dtype) for name, array in row.items()}
             kinds.append({**kind, "media": self.encoder.packed_shapes(shape, local, packs)})
         return kinds
@@ -112,32 +112,30 @@ class TrainBatches:
         check_memory(len(self.mine), shape, encoder, 0, packs)
         rows, pictures, names, skipped = [], [], [], []
         for index in batch[self.mine].tolist():
-            row, images, name = None, [], ""
+            row, images, name = None, list[Any](), ""
             if index != _PADDING_ROW:
                 record = self.records[index]
                 try:
                     if sizes is not None and not sizes[index, 0]:
                         problem = encoder.problem(record) or f"record {record.id}: could not be read when measured"
                         raise UserError(problem)
-                    training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
-                    if self.teacher is not None:
-                        self.teacher.fill(training_row, record)
-                    row, name = training_row, record.id
+                    row, images, name = self._row(record, shape), encoder.images(record), record.id
                 except UserError as error:
                     if not self.skips:
                         raise
                     skipped.append((record.id, str(error)))
-            rows.append(self._padding_row(shape) if row is None else row)
-            pictures.append([] if row is None else images)
+            rows.append(self._row(None, shape) if row is None else row)
+            pictures.append(images)
             names.append(name)
         arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["media"] = encoder.packed(pictures, shape, packs)
         return Batch(arrays, tuple(names), skipped=tuple(skipped))
 
-    def _padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        row = self.encoder.padding_row(shape.tokens)
+    def _row(self, record: Record | None, shape: Shape) -> dict[str, np.ndarray]:
+        encoder, tokens = self.encoder, shape.tokens
+        row = encoder.padding_row(tokens) if record is None else encoder.training_row(record, tokens)
         if self.teacher is not None:
-            self.teacher.fill(row, None)
+            self.teacher.fill(row, record)
         return row
 
 

@@ -199,12 +199,11 @@ def _narrow(largest: int) -> np.dtype:
 
 def record_key(record: Record) -> str:
     """Return a hash of a record's content (32 hex digits); ids are not unique in LLaVA's data mix."""
-    content = json.dumps([record.id, record.turns, [*map(_visual_key, record.visuals)]])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _visual_key(visual: Visual) -> Any:
-    if not isinstance(visual, VideoSource):
-        return image_key(visual)
-    files = visual.source if isinstance(visual.source, tuple) else (visual.source,)
-    return [*map(image_key, files), *([] if visual.part is None else visual.part)]
+    visuals = list[Any]()
+    for visual in record.visuals:
+        if isinstance(visual, VideoSource):
+            files = visual.source if isinstance(visual.source, tuple) else (visual.source,)
+            visuals.append([*map(image_key, files), *(visual.part or ())])
+        else:
+            visuals.append(image_key(visual))
+    return hashlib.sha256(json.dumps([record.id, record.turns, visuals]).encode()).hexdigest()[:32]

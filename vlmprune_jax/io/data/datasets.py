@@ -295,7 +295,7 @@ def bounded_messages(file: BinaryIO) -> Iterator[int]:
         if kind == _RECORD_BATCH:
             batch = message.table(2)
             lengths = [length for length, _ in batch.pairs(1)]
-            if batch.has(3):
+            if batch.place(3):
                 raise ValueError("has compressed record batches")
             if not 0 <= batch.number(0, "<q") <= MAX_ROWS or sum(map(abs, lengths)) > _MAX_VALUES:
                 raise ValueError(f"claims more than {MAX_ROWS:,} rows or {_MAX_VALUES:,} values in a record batch")
@@ -316,20 +316,17 @@ class _Table:
             raise ValueError("is damaged (metadata)")
         return struct.unpack_from(form, self._content, at)[0]
 
-    def _place(self, field: int) -> int:
+    def place(self, field: int) -> int:
         entry = 4 + 2 * field
         offset = self._read("<H", self._fields + entry) if entry < self._read("<H", self._fields) else 0
         return offset and self._at + offset
 
-    def has(self, field: int) -> bool:
-        return self._place(field) != 0
-
     def number(self, field: int, form: str) -> int:
-        place = self._place(field)
+        place = self.place(field)
         return self._read(form, place) if place else 0
 
     def _target(self, field: int) -> int:
-        place = self._place(field)
+        place = self.place(field)
         if not place:
             raise ValueError("is damaged (metadata)")
         return place + self._read("<I", place)

@@ -187,10 +187,8 @@ class Encoder:
         `records`: None is a row of padding. `packs`: see `shape`. Raises UserError naming a record above all buckets.
         """
         sizes = np.zeros((len(records), 3), np.int32)
-        if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
-            for at, record in enumerate(records):
-                if record is not None:
-                    sizes[at, 1:] = self.image_sizes(record, self.shapes(record))
+        for row, record in zip(sizes, records, strict=True):
+            row[1:] = (0, 0) if record is None else self.image_sizes(record, self.shapes(record))
         return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:

@@ -21,9 +21,10 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import TILE_SETTINGS, DataSpec
 from vlmprune_jax.io.data.media import DECODING, StoredImage, opened_image, to_rgb
 from vlmprune_jax.io.data.patching import naflex_from_processor, patching_from_processor, token_budget_from_processor
-from vlmprune_jax.io.data.preparation import Plan, Preparation, described_patches, fixed_size
+from vlmprune_jax.io.data.preparation import Preparation, described_patches, fixed_size
 from vlmprune_jax.io.data.processor_files import (
     PROCESSOR_FILES,
+    check_steps,
     checked_processor,
     make_processor,
     processor_settings,
@@ -69,13 +70,13 @@ class WholeImage(Preparation):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         pixels = math.prod(self._resized)
         if self._pad:
             pixels = max(max(width, height) ** 2, pixels)
         elif self._short_side:
             pixels = pixels * max(width, height) // min(width, height)
-        return Plan(ImageShape(), pixels)
+        return ImageShape(pixels=pixels)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         if self._pad:
@@ -149,7 +150,7 @@ class ImageLoader:
                 if path not in self._sizes:
                     with self._open(path, record, sharing) as (image, _):
                         self._sizes[path] = image.size
-                shapes.append(self.preparation.plan(*self._sizes[path], sharing).shape)
+                shapes.append(self.preparation.plan(*self._sizes[path], sharing))
         return shapes
 
     def _videos(self, record: str) -> VideoReader:
@@ -264,9 +265,8 @@ def _preparation(folder: Path, pad: bool, image_size: int | None) -> tuple[Prepa
     settings = processor_settings(folder)
     if settings is not None:
         config, location = settings
-        way = way_of(config)
-        if way != "whole":
-            return _PREPARATIONS[way](config, location), location
+        if way_of(config) != "whole":
+            return cut_preparation(config, location), location
         return WholeImage(config, location=location, pad=pad), location
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
@@ -276,12 +276,23 @@ def _preparation(folder: Path, pad: bool, image_size: int | None) -> tuple[Prepa
     )
 
 
-# `Family.images` -> preparation, for images that are cut or keep their size.
-_PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
-    "tiles": tiling_from_processor,
-    "splits": splitting_from_processor,
-    "crops": cropping_from_processor,
-    "budget": token_budget_from_processor,
-    "patches": patching_from_processor,
-    "naflex": naflex_from_processor,
+def cut_preparation(config: Mapping[str, Any], location: str) -> Any:
+    """Return the preparation of images that are cut or keep their size, for checked settings of an image processor.
+
+    Raises UserError if resizing, rescaling or normalisation is off, or a setting is unsupported.
+    """
+    way = way_of(config)
+    images, make = _PREPARATIONS[way]
+    check_steps(config, location, images, normalizes=way != "budget")
+    return make(config, location)
+
+
+# `Family.images` -> images in messages, and the function that returns their preparation.
+_PREPARATIONS: dict[str, tuple[str, Callable[[Mapping[str, Any], str], Preparation]]] = {
+    "tiles": ("InternVL tiles", tiling_from_processor),
+    "splits": ("split images (SmolVLM)", splitting_from_processor),
+    "crops": ("Gemma 3", cropping_from_processor),
+    "budget": ("Gemma 4", token_budget_from_processor),
+    "patches": ("images of any size (Qwen-VL)", patching_from_processor),
+    "naflex": ("images in tiles before an overview", naflex_from_processor),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,33 +124,24 @@ def _load_inputs(
         template = follow_video(template, folder, tokenizer)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
-    aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
     loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None, name=data.template)]
     if tower is not None:
+        processor, aspect_ratio = processor_settings(folder), config.get("image_aspect_ratio")
+        if aspect_ratio not in ("pad", "square"):  # LLaVA's image mode
+            aspect_ratio = "pad" if processor is None or processor[0].get("do_pad") else "square"
         described = any(os.path.lexists(folder / name) for name, _ in PROCESSOR_FILES)
         in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if in_folder else Path(model.vision_dir or ""),
-            dataclasses.replace(data, aspect_ratio=aspect_ratio),
+            dataclasses.replace(data, aspect_ratio=aspect_ratio) if data.aspect_ratio == AUTO else data,
             image_size=None if tower.dynamic_resolution else tower.image_size,
             patches=(tower.patch_values, tower.merge) if tower.dynamic_resolution else None,
             slot_tokens=slot_tokens,
             video=None if template.video is None else video,
         )
-        says = _aspect_ratio(AUTO, config, folder)
-        if family.images == "whole" and says != aspect_ratio:
-            notes.append(f'data.aspect_ratio="{aspect_ratio}", but the model folder says "{says}"')
+        if family.images == "whole" and data.aspect_ratio not in (AUTO, aspect_ratio):
+            notes.append(f'data.aspect_ratio="{data.aspect_ratio}", but the model folder says "{aspect_ratio}"')
     return Inputs(data, tokenizer, template, loader, tuple(notes))
-
-
-def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
-    """Return LLaVA's image mode, "pad" or "square": the setting, or for "auto" the value in the model's files."""
-    if name != AUTO:
-        return name
-    mode, settings = config.get("image_aspect_ratio"), processor_settings(folder)
-    if mode in ("pad", "square"):
-        return mode
-    return "pad" if settings is None or settings[0].get("do_pad") else "square"
 
 
 def _source(path: str | None, images: str | None, what: str) -> Source:
@@ -230,14 +221,16 @@ def calibration_batches(
     """
     encoder = dataclasses.replace(load_inputs(model, data, cfg).training_encoder(cfg), length_buckets=None)
     records, skipped = _draw(data, spec, seed, encoder)
-    batches = train_batches(
-        records,
-        _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
-        batch_size=spec.batch_size,  # every process gets the whole batch, which the mesh splits
-        threads=data.threads,
-    )
-    first, *rest = batches
+    # every process gets the whole batch, which the mesh splits
+    first, *rest = batches_of(records, encoder, batch_size=spec.batch_size, threads=data.threads)
     return [dataclasses.replace(first, skipped=tuple(skipped)), *rest]
+
+
+def batches_of(records: Sequence[Record], encoder: Encoder, *, batch_size: int, threads: int) -> list[Batch]:
+    """Return all records in batches, of the length of the longest record if `encoder.max_length` is unset."""
+    if not encoder.max_length:
+        encoder = _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=threads))
+    return [*train_batches(records, encoder, batch_size=batch_size, threads=threads)]
 
 
 def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:

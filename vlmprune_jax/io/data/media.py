@@ -7,10 +7,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import io
 import logging
 import math
-import mimetypes
 import os
 import re
 import threading
@@ -26,10 +24,8 @@ from vlmprune_jax.base.errors import UserError, error_context, reason
 from vlmprune_jax.base.files import IMAGE_FORMATS, open_image
 from vlmprune_jax.base.links import real_path
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 SHOWN = 200  # maximum characters of a value in a message
 _MAX_SECONDS = 1e9  # of the start and end of a video's part
-_CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
 # Silenced for the whole process, because warning filters are not per thread.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -75,17 +71,6 @@ class InlineStore:
     @functools.cached_property
     def identity(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
-
-
-def is_file(name: str) -> bool:
-    """Return True for the name of a file, and of an image or video that may be missing."""
-    kind, _ = mimetypes.guess_type(name, strict=False)
-    return os.path.isfile(name) or is_video(name) or (kind or "").startswith("image/")
-
-
-def is_video(name: str | Path) -> bool:
-    """Return True if the extension of a file's name is that of a video."""
-    return str(name).lower().endswith(VIDEO_SUFFIXES)
 
 
 # A video file, its bytes, or the images that are its frames.
@@ -235,23 +220,6 @@ class MemoryBudget:
 
 
 DECODING = MemoryBudget(2**31)  # one image or clip at the default limits, or many usual ones
-
-
-def thumbnail(
-    image: Path | StoredImage, record: str, *, side: int, max_pixels: int
-) -> tuple[bytes, str, tuple[int, int]]:
-    """Return (encoded JPEG or PNG, format, (width, height)) of an image reduced to sides of at most `side` pixels.
-
-    Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
-    """
-    with opened_image(image, record, max_pixels) as opened:
-        opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
-        small = to_rgb(opened)
-        small.thumbnail((side, side))
-    kind = "png" if max(small.size) <= _CRISP else "jpeg"
-    encoded = io.BytesIO()
-    small.save(encoded, kind, **({} if kind == "png" else {"quality": 80}))
-    return encoded.getvalue(), kind, small.size
 
 
 def read_rgb(image: Path | StoredImage, record: str, max_pixels: int) -> Image.Image:

@@ -14,8 +14,8 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.core.models.media import padded_tokens
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.preparation import Plan, Preparation
-from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, normalize, pixel_fields
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.processor_files import crop_grid, normalize, pixel_fields
 from vlmprune_jax.io.data.tiling import closest_grid
 from vlmprune_jax.io.families.tiles import BILINEAR, MAX_TILES, ImageShape
 
@@ -135,7 +135,7 @@ class Patching(Patches):
         patch, merge = video.patch or self.patch, video.merge or self.merge
         return kind(patch=patch, temporal=video.temporal_patch, merge=merge, **fields)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
                 f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
@@ -145,8 +145,8 @@ class Patching(Patches):
         rounded = round(height / self.side), round(width / self.side)
         limited = (frames, round(frames / self.temporal) * self.temporal) if self.limits_videos else (1, 1)
         rows, columns = self.fitted(width, height, rounded, (self.min_pixels, self.max_pixels), *limited)
-        shape = ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
-        return Plan(shape, rows * columns * self.temporal * self.patch**2)
+        pixels = rows * columns * self.temporal * self.patch**2
+        return ImageShape(rows, columns, tokens=rows * columns // self.merge**2, pixels=pixels)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         return self.prepare_frames([image], 1)
@@ -155,7 +155,7 @@ class Patching(Patches):
         p, t, patches = self.patch, self.temporal, np.empty(0)
         for number, frame in enumerate(frames):
             if number == 0:
-                shape = self.plan(*frame.size, frames=count).shape
+                shape = self.plan(*frame.size, frames=count)
                 patches = np.empty((-(-count // t), shape.rows * shape.columns, 3, t, p, p), np.float32)
             resized = frame.resize((shape.columns * p, shape.rows * p), self.resample)
             pixels = normalize(np.asarray(resized), self.mean, self.std)
@@ -179,7 +179,7 @@ class VideoPatching(Patching):
         # limits each temporal patch separately, not all frames together
         return Patching(min_pixels=1, max_pixels=tokens * self.side**2, **fields)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         if frames < self.temporal:
             raise UserError(
                 f"a video of {frames} frame(s) is too short, because the model reads {self.temporal} frames together: "
@@ -192,12 +192,11 @@ class VideoPatching(Patching):
 
 
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
-    """Return the patching of checked settings of Qwen-VL's image processor.
+    """Return the patching of Qwen-VL's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, or a setting contradicts another or is missing
-    (several models share the class, and its defaults suit only one of them).
+    Raises UserError if a setting contradicts another or is missing (several models share the class, and its defaults
+    suit only one of them).
     """
-    check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}
     names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     fields: dict[str, Any] = {
@@ -255,18 +254,18 @@ class TokenBudget(Patches):
         patch, merge = video.patch or self.patch, video.merge or self.merge
         return TokenBudget(patch, merge, video.max_soft_tokens, video.resample)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         factor = math.sqrt(self.tokens * self.side**2 / (height * width))
         rows, columns = (math.floor(factor * length / self.side) for length in (height, width))
         if not rows:
             rows, columns = 1, min(width // height, self.tokens)
         elif not columns:
             rows, columns = min(height // width, self.tokens), 1
-        shape = ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
-        return Plan(shape, self.tokens * self.side**2)
+        pixels = self.tokens * self.side**2
+        return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns, pixels=pixels)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        shape = self.plan(*image.size).shape
+        shape = self.plan(*image.size)
         return [image.resize((shape.columns * self.patch, shape.rows * self.patch), self.resample)]
 
     def arrange(self, pixels: np.ndarray) -> np.ndarray:
@@ -274,12 +273,10 @@ class TokenBudget(Patches):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
-    """Return the image preparation of checked settings of Gemma 4's image processor.
+    """Return the image preparation of Gemma 4's image processor.
 
-    Raises UserError if resizing or rescaling is off, normalisation is on, or the model was not trained with this number
-    of tokens per image.
+    Raises UserError if normalisation is on, or the model was not trained with this number of tokens per image.
     """
-    check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):
         raise UserError(
             f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
@@ -348,7 +345,7 @@ class NaFlex(Patches):
             return dataclasses.replace(self, max_tiles=tiles)
         return dataclasses.replace(self, min_tiles=1, max_tiles=1, max_tokens=min(tokens, self.max_tokens))
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         columns, rows, area = 1, 1, self.side**2
         rounded = [round(length / self.side) for length in (height, width)]
         least = math.prod(max(self.patch, length * self.side) for length in rounded)
@@ -360,10 +357,10 @@ class NaFlex(Patches):
         pieces = [(side, side)] * (rows * columns) * tiled + [whole] * (self.thumbnail or not tiled)
         tokens = sum(r * c for r, c in pieces) // self.merge**2
         largest = max(columns * rows * self.size**2, math.prod(whole) * self.patch**2)
-        return Plan(ImageShape(rows, columns, len(pieces), tokens, tuple(pieces)), largest)
+        return ImageShape(rows, columns, len(pieces), tokens, tuple(pieces), pixels=largest)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        shape, pieces = self.plan(*image.size).shape, list[Image.Image]()
+        shape, pieces = self.plan(*image.size), list[Image.Image]()
         if shape.rows * shape.columns > 1:
             tiled = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
             pieces = crop_grid(tiled, self.size)
@@ -373,12 +370,10 @@ class NaFlex(Patches):
 
 
 def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
-    """Return the image preparation of checked settings of LFM2-VL's image processor.
+    """Return the image preparation of LFM2-VL's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, tiles are not a whole number of tokens, or a
-    minimum of tiles or tokens is above the maximum.
+    Raises UserError if tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
     """
-    check_steps(config, location, "images in tiles before an overview")
     values: dict[str, Any] = {
         name: config.get(name) or default
         for name, default in {

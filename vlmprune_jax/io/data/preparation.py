@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,13 +14,6 @@ from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.processor_files import normalize
 from vlmprune_jax.io.families.tiles import ImageShape
-
-
-class Plan(NamedTuple):
-    """Grid and number of tiles of a prepared image, and the pixels of the largest image made on the way."""
-
-    shape: ImageShape
-    pixels: int
 
 
 class Preparation:
@@ -73,7 +66,7 @@ class Preparation:
         """Return the maximum number of tiles of a record with up to `images` images."""
         return images * self.usual[-1]
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         """Return what an image, or one temporal patch of a video, of this size becomes; it is not decoded."""
         raise NotImplementedError
 

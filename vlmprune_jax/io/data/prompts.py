@@ -340,8 +340,7 @@ def expand_images(
     if labels is not None:
         arrays["labels"] = np.where(is_image, IGNORED, arrays["labels"])
     longest = int(times.sum(axis=1).max(initial=0))
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    result = {name: np.full((len(ids), longest), fill[name], np.int32) for name in arrays}
+    result = {n: np.full((len(ids), longest), IGNORED if n == "labels" else 0, np.int32) for n in arrays}
     for row, repeats in enumerate(times):
         for name, array in arrays.items():
             result[name][row, : repeats.sum()] = np.repeat(array[row], repeats)

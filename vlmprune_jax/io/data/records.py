@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
@@ -204,20 +203,6 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]
-
-
-def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
-    """Yield a line about empty answers, and a line about ids that several records share, in the data set called `what`.
-
-    All of these records are kept. Repeating a data set on purpose (InternVL's repeat_time) does not repeat ids.
-    """
-    distinct = {id(record): record for record in records}.values()
-    empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
-    if empty:
-        yield f"{what}: {len(empty):,} of the records have an empty answer (first: {empty[0]}); all are kept"
-    repeated = [name for name, count in Counter(record.id for record in distinct).items() if count > 1]
-    if repeated:
-        yield f"{what}: {len(repeated):,} of the ids belong to several records (first: {repeated[0]}); all are kept"
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:

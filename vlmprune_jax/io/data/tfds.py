@@ -238,7 +238,12 @@ class _Examples:
             # the form that tfds writes; no class is looked up by a name in the file
             if parse_json(_text(file), str(file), _TODO) != MessageToDict(self._features.to_proto()):
                 raise UserError(f"{file}: describes features that `vlmprune tfds` does not write: {_TODO}")
-            lengths = _shard_lengths(place, name)
+            file = place / _INFO
+            info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
+            splits = [split["shardLengths"] for split in info["splits"] if split["name"] == SPLIT]
+            if info["fileFormat"] != FILE_FORMAT or len(splits) != 1:
+                raise UserError(f"{file}: must describe {name} as one split {SPLIT!r} in {FILE_FORMAT} files: {_TODO}")
+            lengths = [*map(int, splits[0])]
             shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
             if isinstance(place, Path):
                 for shard in shards:
@@ -256,15 +261,6 @@ class _Examples:
         if not 0 < len(content) <= _MAX_EXAMPLE:
             raise ValueError(f"example {number} has {len(content):,} bytes")
         return self._features.deserialize_example_np(content, decoders=self._decoders)
-
-
-def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    file = place / _INFO
-    info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
-    lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
-    if info["fileFormat"] != FILE_FORMAT or len(lengths) != 1:
-        raise UserError(f"{file}: must describe {name} as one split {SPLIT!r} in {FILE_FORMAT} files: {_TODO}")
-    return lengths[0]
 
 
 def _text(file: Path | epath.Path) -> str:

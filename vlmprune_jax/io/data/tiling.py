@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.data.preparation import Plan, Preparation
-from vlmprune_jax.io.data.processor_files import check_steps, crop_grid, pixel_fields, sides
+from vlmprune_jax.io.data.preparation import Preparation
+from vlmprune_jax.io.data.processor_files import crop_grid, pixel_fields, sides
 from vlmprune_jax.io.families.tiles import BILINEAR, LANCZOS, MAX_SIDE, MAX_TILES, ImageShape, TilingConfig
 
 _SIDE = 364  # default pixels per side of SmolVLM's tiles; the default longest side is four of them
@@ -35,12 +35,12 @@ class Tiling(TilingConfig, Preparation):
     def _most_tiles(self, sharing: int) -> int:
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         if self.pad:
             width = height = max(width, height)
         columns, rows = closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
-        shape = ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
-        return Plan(shape, max(columns * rows * self.size**2, width * height if self.pad else 0))
+        pixels = max(columns * rows * self.size**2, width * height if self.pad else 0)
+        return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1), pixels=pixels)
 
     def most(self, images: int) -> int:
         def tiles(sharing: int) -> int:
@@ -73,19 +73,12 @@ class Tiling(TilingConfig, Preparation):
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
         if self.pad:  # like InternVL's `dynamic_preprocess`
             image = pad_to_square(image, self.mean)
-        shape = self.plan(*image.size, sharing).shape
+        shape = self.plan(*image.size, sharing)
         resized = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
         tiles = crop_grid(resized, self.size)
         if shape.slots > len(tiles):
             tiles.append(image.resize((self.size, self.size), self.resample))
         return tiles
-
-
-@functools.lru_cache(maxsize=64)
-def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return all tile grids (columns, rows), by area; grids of neighbouring ratios have different areas."""
-    pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
-    return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,7 +89,9 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
     InternVL dataset.py `find_closest_aspect_ratio`).
     """
     best, closest = (1, 1), float("inf")
-    for columns, rows in _grids(min_tiles, max_tiles):
+    grids = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
+    allowed = [grid for grid in grids if math.prod(grid) >= min_tiles]
+    for columns, rows in sorted(allowed, key=math.prod):  # grids of neighbouring ratios have different areas
         difference = abs(width / height - columns / rows)
         large = width * height > 0.5 * tile * tile * columns * rows
         if difference < closest or (difference == closest and large):
@@ -116,11 +111,7 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
-    """Return the tiling of checked settings of `GotOcr2ImageProcessor`; InternVL's processor always uses tiles.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "InternVL tiles")
+    """Return the tiling of `GotOcr2ImageProcessor`, which always uses tiles; raise UserError if they are not square."""
     size = config.get("size") or 384
     height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, location)
     if height != width or height is None:
@@ -184,7 +175,7 @@ class Splitting(Preparation):
         whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
         return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         rows, columns, size, resized = 1, 1, self.size, self._resized(width, height)
         if self.splits:
             (width, height), ratio = resized, resized[0] / resized[1]
@@ -195,11 +186,11 @@ class Splitting(Preparation):
                 height = math.ceil(height / size) * size
                 width = math.ceil(int(height * ratio) / size) * size
             rows, columns = max(height // size, 1), max(width // size, 1)
-        shape = ImageShape(rows, columns, rows * columns + (rows * columns != 1))
-        return Plan(shape, max(rows * columns * size**2, math.prod(resized)))
+        pixels = max(rows * columns * size**2, math.prod(resized))
+        return ImageShape(rows, columns, rows * columns + (rows * columns != 1), pixels=pixels)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        shape = self.plan(*image.size).shape
+        shape = self.plan(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((shape.columns * self.size, shape.rows * self.size), self.resample)
         if shape.slots == 1:
@@ -224,12 +215,10 @@ class Splitting(Preparation):
 
 
 def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
-    """Return the image splitting of checked settings of SmolVLM's image processor.
+    """Return the image splitting of SmolVLM's image processor.
 
-    Raises UserError if resizing, rescaling or normalisation is off, a size does not state the longest edge, or an image
-    could have too many tiles.
+    Raises UserError if a size does not state the longest edge, or an image could have too many tiles.
     """
-    check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(
         size=_longest_edge(config, "max_image_size", _SIDE, location),
         longest=_longest_edge(config, "size", 4 * _SIDE, location),
@@ -291,16 +280,16 @@ class Cropping(Preparation):
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
-    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> Plan:
+    def plan(self, width: int, height: int, sharing: int = 1, frames: int = 1) -> ImageShape:
         long, short, count = max(width, height), min(width, height), 1
         if self.crops and long / short >= self.least_ratio:
             count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
             count = count if min(math.ceil(long / count), short) >= self.least_side else 1
-        shape = ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
-        return Plan(shape, shape.slots * self.size**2)
+        rows, columns, slots = *((1, count) if width >= height else (count, 1)), count + (count != 1)
+        return ImageShape(rows, columns, slots, pixels=slots * self.size**2)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        (width, height), shape = image.size, self.plan(*image.size).shape
+        (width, height), shape = image.size, self.plan(*image.size)
         count = shape.rows * shape.columns
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()
@@ -311,11 +300,7 @@ class Cropping(Preparation):
 
 
 def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
-    """Return the image cropping of checked settings of Gemma 3's image processor.
-
-    Raises UserError if resizing, rescaling or normalisation is off, or the size is not a square.
-    """
-    check_steps(config, location, "Gemma 3")
+    """Return the image cropping of Gemma 3's image processor; raise UserError if its size is not a square."""
     height, width = sides(config.get("size") or 224, location)
     if height != width:
         raise UserError(f"{location}: image size {height} x {width} must be square for Gemma 3: restore the file")

@@ -23,12 +23,13 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Storage
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.exports.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 
+LOADER_FILE = "modeling_per_layer.py"  # PyTorch file that loads layers of unequal width
+LOADER_MODULE, LOADER_PREFIX = "modeling_per_layer.", "PerLayer"  # of names of its classes
 _MAX_LANGUAGES = 100
 _LOADING = "\n## Loading\n\n"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
@@ -62,11 +63,6 @@ def model_name(folder: Path) -> str:
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
     return real_path(folder).name
-
-
-def tags_of(pruned: bool) -> list[str]:
-    """Return the tags in the metadata of an exported model."""
-    return ["vlmprune-jax", *(["pruned"] if pruned else [])]
 
 
 def license_of(source: Path) -> dict[str, str]:
@@ -125,7 +121,7 @@ def write_card(folder: Path, cfg: ModelConfig, facts: CardFacts, source: Path, *
         "model",
         fields=fields | license,
         listed=[dataset for dataset in facts.datasets if "/" in dataset],
-        tags=tags_of(plan is not None),
+        tags=["vlmprune-jax", *(["pruned"] if plan is not None else [])],
         name=name,
         steps=[step for step, done in steps.items() if done],
         plan=plan,
@@ -185,6 +181,12 @@ def loading_lines(folder: Path) -> list[str]:
     ]
 
 
+def loader_class(config: dict[str, Any]) -> str | None:
+    """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
+    classes = [str(value) for value in (config.get("auto_map") or {}).values() if str(value).startswith(LOADER_MODULE)]
+    return classes[0].removeprefix(LOADER_MODULE) if classes else None
+
+
 def loading_of(
     folder: Path,
     cfg: ModelConfig,
@@ -210,8 +212,6 @@ def loading_of(
     described = (folder / f"{kind}_config.json" for kind in ("tokenizer", "processor"))
     known = (read_json(path, dict[str, Any], todo="move it away") for path in described if path.is_file())
     has_template = any(folder.glob("chat_template*")) or any("chat_template" in file for file in known)
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    zeros = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
     padded = cfg
     for name in cfg.stacks:
         padded = padded.with_layers(written.stack(name).layers, name)
@@ -228,7 +228,7 @@ def loading_of(
         loader_file=LOADER_FILE,
         problem=unreadable or why_not_in_transformers(written, loader=loader is not None),
         reader="AutoProcessor" if processor else "AutoTokenizer" if tower is None else "",
-        decoded="CompressedTensorsConfig" if zeros else "",
+        decoded="CompressedTensorsConfig" if integers and not integers.symmetric else "",  # zero points
         has_template=processor and has_template,
         words=text.vocab_size - cfg.text.vocab_size,
         before=count_params(cfg),

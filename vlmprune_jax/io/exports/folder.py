@@ -142,8 +142,8 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
     Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
     """
     cfg = target.cfg
-    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
-    prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
+    ends = {block_prefix("text", cfg, family): len(cfg.text.layers)}
+    ends |= {} if cfg.vision is None else {block_prefix("vision", cfg, family): cfg.vision.n_layers_total}
     tensors = list[Tensor]()
     for key, entry in source.entries.items():
         name = family.canonical(key)
@@ -151,8 +151,7 @@ def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Fa
             continue
         if family.mtp[0] and name.startswith(family.mtp[0]):
             continue  # `mtp_tensors` prunes them
-        numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
-        if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
+        if any((number := block_number(name, prefix)) is not None and number >= end for prefix, end in ends.items()):
             continue
         written = name if family.respells else key
         if isinstance(entry, Entry) and (entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq")):
@@ -184,16 +183,18 @@ def mtp_tensors(source: Checkpoint, cfg: ModelConfig, dtype: str) -> list[Tensor
     the decoder has none, or tensors are missing, unknown, of other shapes or dtypes, or not finite.
     """
     prefix, field, outside = family_of(cfg).mtp
+    if not prefix:
+        raise _refusal(source, f"has no module for multi-token prediction (family {cfg.family})")
     family, whole = read_config(source.folder)
     with_attention = [[x for x in c.text.layers if isinstance(x.mixer, Attention)] for c in (whole, cfg)]
     if not all(with_attention):
         raise _refusal(source, "the decoder has no layer with full attention, whose widths the module would get")
     wide, own = (layers[-1] for layers in with_attention)
-    if not isinstance(wide.channel, Dense) and prefix:
+    if not isinstance(wide.channel, Dense):
         raise _refusal(source, "MTP layers with experts cannot be pruned")
-    keys = {name: key for key in source.entries if prefix and (name := family.canonical(key)).startswith(prefix)}
+    keys = {name: key for key in source.entries if (name := family.canonical(key)).startswith(prefix)}
     if not keys:
-        raise _refusal(source, f"has no module for multi-token prediction ({prefix or f'family {cfg.family}'})")
+        raise _refusal(source, f"has no module for multi-token prediction ({prefix})")
     if any(size < own.sizes[axis] for axis, size in wide.sizes.items()):
         raise _refusal(source, f"its layers of {wide.sizes} are narrower than the decoder's, {own.sizes}")
     stated = family.text_config(read_fields(source.folder / "config.json")).get(field) or 0

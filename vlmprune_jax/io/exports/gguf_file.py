@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import parse_json, read_bytes
+from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of
@@ -26,9 +27,8 @@ from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, stacked
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.formats import Comparison, Contents, GgufOptions, Importance, Origin
-from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, gguf_family, interleaved, make_gguf, spelled
+from vlmprune_jax.io.exports.gguf_model import GgufFile, copy_of, fit, gguf_family, interleaved, make_gguf, spelled
 from vlmprune_jax.io.exports.reload import TOLERANCE, compare, float32_logits, random_inputs
-from vlmprune_jax.io.exports.uneven import fit
 from vlmprune_jax.io.exports.weights import pad_tensor
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.gguf import NAME, UNQUANTISED, WHEEL
@@ -40,17 +40,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file one tensor at a time."""
-    with (folder / content.name).open("wb") as file:
-        header = _header(content, folder)
-        file.write(header + bytes(-len(header) % _ALIGNMENT))
-        for tensor in content.tensors:
-            write_tensor(tensor, file)
-            file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
-
-
-def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return the bytes of a GGUF file before its tensor data, as the gguf library writes them."""
+    """Write a GGUF file: the header as the gguf library writes it, then one tensor at a time."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -62,15 +52,15 @@ def _header(content: GgufFile, folder: Path) -> bytes:
     for tensor in content.tensors:
         kind = GGMLQuantizationType[tensor.dtype]
         writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)
-    path = folder / f"{content.name}.header"
-    try:
-        writer.write_header_to_file(path)
+    with contextlib.closing(writer):
+        writer.write_header_to_file(folder / content.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        writer.close()
-        return read_bytes(path)
-    finally:
-        path.unlink(missing_ok=True)
+        for file in writer.fout or ():  # one
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            for tensor in content.tensors:
+                write_tensor(tensor, file)
+                file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
 
 
 def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Contents:
@@ -80,9 +70,7 @@ def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Content
         imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
     elif options.imatrix:
         raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
-    files, padded = models if imatrix is None else [*models, imatrix], model.cfg
-    for file, stack in zip(models, ("text", "vision"), strict=False):
-        padded = padded.with_layers(file.layers, stack)
+    files = models if imatrix is None else [*models, imatrix]
 
     def write(folder: Path) -> None:
         for file in files:
@@ -94,7 +82,7 @@ def gguf_contents(model: Model, origin: Origin, options: GgufOptions) -> Content
             "gguf",
             files=models,
             before=count_params(model.cfg),
-            after=count_params(padded),
+            after=count_params(fit(model.cfg, options.uneven)[1]),
             imatrix=imatrix,
             unquantised=[key for file in models for key in file.unquantised],
             stem=stem,
@@ -133,7 +121,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
         "imatrix.chunk_size": -(-importance.tokens // importance.rows),
     }
     stem = model.name.removesuffix(".gguf").rpartition("-")[0]
-    return GgufFile(f"{PREFIX}{stem}{SUFFIX}", "imatrix", fields, tensors, model.layers)
+    return GgufFile(f"{PREFIX}{stem}{SUFFIX}", "imatrix", fields, tensors)
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:

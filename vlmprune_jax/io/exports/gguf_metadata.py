@@ -11,9 +11,9 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.io.checkpoints.read import read_fields
-from vlmprune_jax.io.data.patching import Patching, patching_from_processor, token_budget_from_processor
+from vlmprune_jax.io.data.images import cut_preparation
+from vlmprune_jax.io.data.patching import Patching
 from vlmprune_jax.io.data.processor_files import processor_settings
-from vlmprune_jax.io.data.tiling import splitting_from_processor, tiling_from_processor
 from vlmprune_jax.io.exports.card import render
 from vlmprune_jax.io.exports.gguf_tokenizer import Vocabulary, drops_white_space
 from vlmprune_jax.io.families import Family, family_of
@@ -28,7 +28,7 @@ from vlmprune_jax.io.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.towers import PIXELS, vision_of
 
-_BLOCK = 32  # values of a row per block in kernels of llama.cpp
+BLOCK = 32  # values of a row that share a scale in quantised types, and that kernels of llama.cpp read at once
 _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
 
 
@@ -115,10 +115,10 @@ def image_fields(cfg: ModelConfig, family: Family, source: Path) -> tuple[JsonDi
     elif processor is not None and family.images != "budget":
         mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
         if family.images == "splits":
-            splitting = splitting_from_processor(*processor)
+            splitting = cut_preparation(*processor)
             fields, tiles = {"vision_preproc_image_size": splitting.longest}, splitting.most(1)
         elif family.images == "tiles":
-            tiling = tiling_from_processor(*processor)
+            tiling = cut_preparation(*processor)
     if tiling is not None:
         fields = {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
         tiles = tiling.max_tiles
@@ -142,7 +142,7 @@ def image_options(family: Family, source: Path) -> str:
     processor = processor_settings(source) if family.images == "budget" else None
     if processor is None:
         return ""
-    most = token_budget_from_processor(*processor).tokens
+    most = cut_preparation(*processor).tokens
     return f" --image-max-tokens {most}" + (f" --ubatch-size {most}" if most > _PHYSICAL_BATCH else "")
 
 
@@ -150,7 +150,7 @@ def _patching(source: Path) -> Patching:
     processor = processor_settings(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
-    return patching_from_processor(*processor)
+    return cut_preparation(*processor)
 
 
 def title(name: str, tokenizer: Any) -> str:
@@ -176,8 +176,8 @@ def differences(
         cfg=cfg,
         architecture=architecture.name,
         context_length=architecture.context_length(text),
-        block=_BLOCK,
-        odd_widths=sorted(width for width in neurons if width % _BLOCK),
+        block=BLOCK,
+        odd_widths=sorted(width for width in neurons if width % BLOCK),
         attention_layers=[i for i, layer in enumerate(text.layers) if moved and isinstance(layer.mixer, Attention)],
         vocabulary=vocabulary,
         pans_and_scans=processor is not None and processor[0].get("do_pan_and_scan"),

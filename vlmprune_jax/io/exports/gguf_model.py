@@ -15,16 +15,17 @@ import numpy as np
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.limits import first_unmet
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.models.layers import inverse_frequencies
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.tensors import Tensor, constant
 from vlmprune_jax.io.checkpoints.layout import Slot, by_key, make_slots, weight_table
-from vlmprune_jax.io.exports.card import languages_of, license_of, tags_of
+from vlmprune_jax.io.exports.card import languages_of, license_of
 from vlmprune_jax.io.exports.formats import GgufOptions, Origin
 from vlmprune_jax.io.exports.gguf_metadata import (
+    BLOCK,
     differences,
     file_type,
     image_fields,
@@ -33,8 +34,7 @@ from vlmprune_jax.io.exports.gguf_metadata import (
     title,
 )
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.uneven import fit
-from vlmprune_jax.io.exports.weights import Convert, Weights
+from vlmprune_jax.io.exports.weights import Convert, Weights, padded, with_whole_tower
 from vlmprune_jax.io.families import Family, family_of
 from vlmprune_jax.io.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.io.families.gguf_towers import (
@@ -44,10 +44,9 @@ from vlmprune_jax.io.families.gguf_towers import (
     tower_fields,
     tower_tensors,
 )
+from vlmprune_jax.io.families.limits import architectures_of, tower_limit, width_limits
 from vlmprune_jax.io.families.table import JsonDict, Weight
 
-# Values of a row that share a scale, in all quantised types.
-BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _FILTERS = "v.patch_embd.weight"
 PATCHES, POSITIONS = "vision/patch_embedding/weight", "vision/position_embedding/weight"
@@ -63,7 +62,6 @@ class GgufFile:
 
     Attributes:
       fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
-      layers: widths of the layers in the file.
       differences: how llama.cpp computes the model differently, for the model card.
       options: command-line options that llama.cpp's programs need for this file, each after a space.
     """
@@ -72,7 +70,6 @@ class GgufFile:
     architecture: str
     fields: JsonDict
     tensors: list[Tensor]
-    layers: tuple[Layer, ...]
     differences: str = ""
     options: str = ""
 
@@ -105,7 +102,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     label = plain if options.quantize == "none" else options.quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
     about = {"name": title(name, vocabulary.fast), **_name_parts(name, origin.pruned), **license_of(source)}
-    about |= {"tags": tags_of(origin.pruned)}
+    about |= {"tags": ["vlmprune-jax", *(["pruned"] if origin.pruned else [])]}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
     here = gguf_family(family, architecture, wide)
@@ -116,7 +113,7 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
     remarks = differences(cfg, architecture, vocabulary, options.rolled_positions, source)
-    files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks)]
+    files = [GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, remarks)]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
             f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of a "
@@ -130,9 +127,31 @@ def make_gguf(model: Model, origin: Origin, options: GgufOptions) -> list[GgufFi
         pixels, limits = image_fields(wide, family, source)
         fields = {"type": "mmproj", **about, **file_type(plain), **pixels, **tower_fields(wide), **limits}
         fields |= _size_label(tensors)
-        layers, flags = wide.vision.layers, image_options(family, source)
-        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, layers, options=flags))
+        flags = image_options(family, source)
+        files.append(GgufFile(f"mmproj-{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, options=flags))
     return files
+
+
+def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
+    """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
+    able, text = architectures_of(cfg), cfg.text
+    first = able[0]
+    if uneven == "pad":
+        if first_unmet(width_limits(first, cfg), cfg) is not None:
+            whole = None if first.free_heads else text.hidden_size // text.attention.head_dim
+            cfg = cfg.with_layers(padded(text.layers, whole))
+            if first_unmet(width_limits(first, cfg), cfg) is not None:
+                raise UserError(
+                    f"llama.cpp's {first.name} needs {whole} heads in equal groups in every layer, which zero "
+                    "heads cannot make of these: prune without removing heads"
+                )
+        cfg = with_whole_tower(cfg)
+    candidates = able[:1] if uneven == "refuse" and not cfg.text.uniform else able
+    fits = [architecture for architecture in candidates if first_unmet(width_limits(architecture, cfg), cfg) is None]
+    problem = first_unmet([tower_limit(first, cfg)] if fits else width_limits(first, cfg), cfg)
+    if problem is not None:
+        raise UserError(problem)
+    return fits[0], cfg
 
 
 def _name_parts(name: str, pruned: bool) -> JsonDict:

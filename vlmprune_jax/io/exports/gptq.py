@@ -16,7 +16,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.base.weight_files import DTYPES
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.limits import Limit
 from vlmprune_jax.core.models.context import READERS
 from vlmprune_jax.core.models.layers import FAKE_QUANTS
 from vlmprune_jax.core.models.vlm import Model
@@ -246,8 +245,8 @@ def check_on_tpus(cfg: ModelConfig, storage: CompressedTensors, chips: int) -> N
         for layer in cfg.text.layers:
             split = (layer.mixer.q_heads * layer.mixer.head_dim, *layer.channel.neuron_counts)
             widths += [width // chips for width in split]
-        heads = Limit("vllm_tpu", "", axes=("kv_heads",), multiple=chips)
-        if not heads.holds(cfg) or any(width % (storage.group or width) for width in widths):
+        whole = not any(mixer.kv_heads % chips for mixer in cfg.text.attentions)
+        if not whole or any(width % (storage.group or width) for width in widths):
             problem = f"each of {chips} chips needs whole key/value heads and groups of {storage.group}"
             problem += ": use a smaller group_size or tensor_parallel"
     if problem is not None:

@@ -35,7 +35,7 @@ from vlmprune_jax.io.exports.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.io.exports.formats import FolderOptions
 from vlmprune_jax.io.exports.target import make_target
 from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary
-from vlmprune_jax.io.exports.uneven import padded_stacks
+from vlmprune_jax.io.exports.weights import padded_stacks
 from vlmprune_jax.io.exports.write import save
 
 

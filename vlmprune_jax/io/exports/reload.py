@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from vlmprune_jax.core.models.params import flatten, unflatten
 from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import PARTS, make_slots
-from vlmprune_jax.io.checkpoints.read import open_weights, place, read_config, read_fields, resolve
+from vlmprune_jax.io.checkpoints.read import FileArray, open_weights, place, read_config, read_fields, resolve
+from vlmprune_jax.io.exports.card import loader_class
 from vlmprune_jax.io.exports.formats import Comparison
-from vlmprune_jax.io.exports.uneven import loader_class
-from vlmprune_jax.io.families import Family, detect, family_of
+from vlmprune_jax.io.families import detect, family_of
 from vlmprune_jax.io.families.experts import has_experts
 from vlmprune_jax.io.families.limits import why_not_in_transformers
 from vlmprune_jax.io.families.table import Stock
@@ -59,6 +59,10 @@ def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | Non
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
     moved, words = None, model.cfg.text.vocab_size
     checkpoint, (family, cfg) = Checkpoint(folder), read_config(folder, tower)
+    keys, slots = {family.canonical(key) for key in checkpoint}, make_slots(cfg, family)
+    holds_tower = not family.separate_vision or any(x.key in keys for x in slots if x.part == "vision")
+    parts = PARTS if holds_tower else ("text", "projector")
+    arrays = open_weights(slots, cfg, family, checkpoint, None, parts, np.dtype(np.float32))
     start = None if family.stock is None else family.stock.image_start
     inputs = random_inputs(model.cfg, start and read_fields(folder / "config.json").get(*start))
     renamed, image = dict(inputs), model.cfg.image_token_id
@@ -67,18 +71,18 @@ def check_export(model: Model, out_dir: str | Path, vision_dir: str | Path | Non
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
         if checkpoint.storage is None:
-            written = _as_written(model, checkpoint, family, cfg)
+            written = _as_written(model, arrays)
             expected = gather_to_host(forward(written, **inputs)[0])[..., :words]
         else:  # a storage may round as much as it needs
             unrounded = float32_logits(model, inputs)
-            written, inputs = _reloaded(model, checkpoint, family, cfg), renamed
+            written, inputs = _reloaded(model, arrays, cfg), renamed
             expected = gather_to_host(forward(written, **inputs)[0])[..., :words]
             moved = float(np.abs(expected - unrounded[..., :words]).max())
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             gaps = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
         else:
-            again = _reloaded(written, checkpoint, family, cfg)
+            again = _reloaded(written, arrays, cfg)
             gaps = _differences(folder, backend, expected, gather_to_host(forward(again, **renamed)[0]))
             del again
         differences, tolerance = np.asarray(gaps), np.full(expected.shape[:-1], TOLERANCE)
@@ -140,24 +144,17 @@ def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
     return leaf * (1 + sign * np.float32(2**-23))
 
 
-def _as_written(model: Model, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> Model:
-    """Return the model in float32, after rounding its weights to the exported dtypes."""
-    keys = {family.canonical(key): entry.dtype for key, entry in checkpoint.entries.items()}
-    dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
-    flat = flatten(model.params)
+def _as_written(model: Model, arrays: Sequence[FileArray]) -> Model:
+    """Return the model in float32, after rounding its weights to the dtypes of the exported `arrays`."""
+    dtypes, flat = {x.slot.name: WEIGHT_DTYPES[x.source.dtype] for x in arrays}, flatten(model.params)
     for slot in make_slots(model.cfg, family_of(model.cfg)):
-        dtype = WEIGHT_DTYPES[dtypes[slot.name]]
-        if flat[slot.path].dtype != dtype:
+        if flat[slot.path].dtype != (dtype := dtypes.get(slot.name, np.dtype(np.float32))):
             flat[slot.path] = flat[slot.path].astype(dtype)
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
 
 
-def _reloaded(written: Model, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> Model:
+def _reloaded(written: Model, arrays: Sequence[FileArray], cfg: ModelConfig) -> Model:
     """Load the exported folder as a float32 model; a vision tower that it lacks is taken from the model in memory."""
-    keys, slots = {family.canonical(key) for key in checkpoint}, make_slots(cfg, family)
-    holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
-    loaded_parts = PARTS if holds_tower else ("text", "projector")
-    arrays = open_weights(slots, cfg, family, checkpoint, None, loaded_parts, np.dtype(np.float32))
     return Model(dict(written.params) | place(arrays, cfg, mesh_of(written.params)), cfg)
 
 

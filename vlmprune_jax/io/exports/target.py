@@ -13,24 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.limits import first_unmet, why_no_class
 from vlmprune_jax.core.plans.plan import PrunePlan
 from vlmprune_jax.io.checkpoints.disk.checkpoint import without_storage
 from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.patching import DEFAULT_BUDGET
 from vlmprune_jax.io.data.processor_files import processor_settings
-from vlmprune_jax.io.exports.card import TEMPLATES
+from vlmprune_jax.io.exports.card import LOADER_FILE, LOADER_MODULE, LOADER_PREFIX, TEMPLATES, loader_class
 from vlmprune_jax.io.exports.formats import FolderOptions
-from vlmprune_jax.io.exports.uneven import (
-    LOADER,
-    LOADER_FILE,
-    loader_class,
-    padded_stacks,
-    with_head_dim,
-    with_loader,
-    without_loader,
-)
 from vlmprune_jax.io.exports.vocabulary import (
     add_token,
     copy_files,
@@ -39,7 +30,9 @@ from vlmprune_jax.io.exports.vocabulary import (
     token_id,
     write_tokenizer,
 )
+from vlmprune_jax.io.exports.weights import padded_stacks, with_head_dim
 from vlmprune_jax.io.families import Family, detect, family_of, target_of, template_of
+from vlmprune_jax.io.families.decoders import decoder_of
 from vlmprune_jax.io.families.limits import limits_of
 from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template
@@ -131,6 +124,41 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
     return result | dict.fromkeys(names, dtype)
 
 
+def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
+    """Return config.json for a model with unequal layers: per-layer widths, and the model's class in the loader file.
+
+    Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
+    factor per frequency of hidden_size / heads. The nominal counts, to which no layer is wider, are therefore the next
+    valid numbers.
+    """
+    assert family.stock is not None
+    inner = family.text_config(config)
+    if decoder_of(inner["model_type"]).heads_divide:
+        fits = [n for n in range(inner["num_attention_heads"], text.hidden_size + 1) if text.hidden_size % n == 0]
+        whole = text.hidden_size // text.attention.head_dim
+        inner["num_attention_heads"] = heads = whole if whole in fits else fits[0]
+        if heads % inner["num_key_value_heads"]:
+            inner["num_key_value_heads"] = heads
+    config = dict(inner) if family.text_section is None else {**config, family.text_section: inner}
+    auto, stock = family.stock.auto, LOADER_PREFIX + family.stock.name
+    others = {name: value for name, value in (config.get("auto_map") or {}).items() if name != auto}
+    auto_map = others | {auto: f"{LOADER_MODULE}{stock}"}
+    return {**config, "architectures": [stock], "auto_map": auto_map}
+
+
+def without_loader(config: JsonDict) -> JsonDict:
+    """Return config.json for the stock class (undoes `with_loader`)."""
+    result, auto_map = dict(config), config.get("auto_map") or {}
+    remaining = {name: value for name, value in auto_map.items() if not str(value).startswith(LOADER_MODULE)}
+    if remaining:
+        result["auto_map"] = remaining
+    elif auto_map:
+        del result["auto_map"]
+    if config.get("architectures"):
+        result["architectures"] = [name.removeprefix(LOADER_PREFIX) for name in config["architectures"]]
+    return result
+
+
 def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) -> None:
     """Write all files of an exported folder except weights: config, tokenizer, processor, template, loader file."""
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -140,7 +168,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
     if loader_class(target.config) is not None:
-        shutil.copyfile(LOADER, folder / LOADER_FILE)
+        shutil.copyfile(Path(__file__).parent / "remote" / LOADER_FILE, folder / LOADER_FILE)
 
 
 def copy_always(source: Path, folder: Path, plan: PrunePlan | None) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_json, read_text, reading
@@ -131,15 +131,16 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     """
     if not config.sources:
         raise UserError("prune.vocabulary.sources: name at least one file of records or texts whose tokens are kept")
-    read = [read_texts(name, source.template) for name in config.sources]
-    texts, listed = [text for file in read for text in file.texts], [i for file in read for i in file.ids]
+    read = [text for name in config.sources for text in read_texts(name, source.template)]
+    texts, listed = [x for x in read if isinstance(x, str)], [x for x in read if isinstance(x, int)]
     beyond = [i for i in listed if not 0 <= i < source.rows]
     if beyond:
         raise UserError(
             f"prune.vocabulary.sources: token id {beyond[0]} is outside the model's vocabulary of {source.rows:,} "
             "tokens"
         )
-    held_out = [text for name in config.held_out for text in read_texts(name, source.template).texts]
+    read = [text for name in config.held_out for text in read_texts(name, source.template)]
+    held_out = [text for text in read if isinstance(text, str)]
     if not config.held_out and len(texts) >= LEAST_TEXTS:
         held_out = texts[HELD_BACK - 1 :: HELD_BACK]
         texts = [text for i, text in enumerate(texts) if i % HELD_BACK != HELD_BACK - 1]
@@ -222,15 +223,8 @@ def _template_texts(template: Any) -> Iterator[str]:
                 yield str(ast.literal_eval(quoted))
 
 
-class Texts(NamedTuple):
-    """Texts whose tokens a trimmed vocabulary keeps, and token ids that a file lists directly."""
-
-    texts: list[str]
-    ids: list[int]
-
-
-def read_texts(source: str, template: Template) -> Texts:
-    """Read records in a form for `data.train`, a JSON list of texts or of token ids, or a text file.
+def read_texts(source: str, template: Template) -> list[str | int]:
+    """Read texts (and listed token ids): records for `data.train`, a JSON list of texts or of ids, or a text file.
 
     Records are rendered with `template`, and their images are not opened. A text file is split into parts of a few
     paragraphs. Raises UserError if there is no such file, or it has none of these forms.
@@ -239,24 +233,21 @@ def read_texts(source: str, template: Template) -> Texts:
         from vlmprune_jax.io.data.inputs import read_set  # with grain, which `vlmprune inspect` starts without
 
         records = read_set(source, None, "prune.vocabulary.sources", True, "skip")
-        return Texts([text for record in records for text in _texts_of(record, template)], [])
+        return [text for record in records for text in _texts_of(record, template)]
     path = Path(source)
     if path.suffix not in (".json", ".jsonl"):
-        return Texts(list(_parts(read_text(path, missing="no such file (set in prune.vocabulary)"))), [])
-    texts: list[str] = []
-    ids: list[int] = []
+        return [*_parts(read_text(path, missing="no such file (set in prune.vocabulary)"))]
+    texts: list[str | int] = []
     first, *listed = data_files(path, None)
     for file in listed or [first]:
         for number, entry in enumerate(read_entries(file, "stop")):
-            if isinstance(entry, str):
+            if isinstance(entry, (str, int)) and not isinstance(entry, bool):
                 texts.append(entry)
-            elif isinstance(entry, int) and not isinstance(entry, bool):
-                ids.append(entry)
             else:
                 texts += _texts_of(make_record(entry, number, file, _Unopened(), True), template)
-    if any(map(has_lone_surrogate, texts)):
+    if any(isinstance(text, str) and has_lone_surrogate(text) for text in texts):
         raise UserError(f"{source}: a text contains a lone surrogate (\\ud800 to \\udfff): remove it")
-    return Texts(texts, ids)
+    return texts
 
 
 class _Unopened:

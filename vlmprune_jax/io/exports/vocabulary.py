@@ -97,7 +97,6 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str] = ("*",), but
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: KeptVocabulary) -> None:
-    """Write the tokenizer files with only the kept tokens."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
     fast = os.path.lexists(source / TOKENIZER)
@@ -222,12 +221,9 @@ def ids_in(config: JsonDict) -> dict[int, str]:
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
     """Add the vocabulary size and token ids that config.json omits because they are class defaults."""
     changed, section = dict(config), family_of(cfg).text_section
-    for name, fields in (
-        ("image_token_id", ("image_token_id", "image_token_index")),
-        ("video_token_id", ("video_token_id", "video_token_index")),
-    ):
+    for name in ("image_token_id", "video_token_id"):
         value = getattr(cfg, name)
-        if value is not None and value >= 0 and not any(field in changed for field in fields):
+        if value is not None and value >= 0 and not changed.keys() & {name, name.replace("_id", "_index")}:
             changed[name] = value
     if section is None:
         changed.setdefault("vocab_size", cfg.text.vocab_size)

@@ -29,16 +29,13 @@ FAMILIES.update(
         "bunny": BUNNY,
         "internvl": INTERNVL_HF,
         "internvl-original": INTERNVL_ORIGINAL,
-        "smolvlm": SMOLVLM,
-        "qwen3_vl": QWEN3_VL,
-        "qwen3_vl_moe": QWEN3_VL_MOE,
-        "qwen3_5": QWEN3_5,
-        "qwen3_5_moe": QWEN3_5_MOE,
-        "qwen2_5_vl": QWEN2_5_VL,
-        "gemma3": GEMMA3,
-        "gemma4": GEMMA4,
-        "lfm2_vl": LFM2_VL,
-        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, QWEN3_MOE, LFM2)},
+        **{
+            family.name: family
+            for family in (
+                *(SMOLVLM, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE, QWEN2_5_VL, GEMMA3, GEMMA4, LFM2_VL),
+                *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, QWEN3_MOE, LFM2),
+            )
+        },
     }
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from vlmprune_jax.io.families.shapes import for_both_versions, tied_embeddings, 
 from vlmprune_jax.io.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight, part_weights
 from vlmprune_jax.io.families.towers import Tower, vision_of
 
+Names = Mapping[str, str]
 # Keys of tensors that no forward pass uses: also a tied output head that is stored in the file anyway.
 UNUSED = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
 
@@ -57,9 +57,11 @@ def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     return _read(decoder_of(config.get("model_type", "llama")), config)
 
 
-def text_weights(text: TextConfig, prefix: str = "model.", head: str = "lm_head") -> list[Weight]:
-    """Return the decoder's weight table; its keys begin with `prefix`, except `head`, the module lm_head."""
-    decoder = decoder_of(text.decoder)
+def text_weights(text: TextConfig, prefix: str = "model.") -> list[Weight]:
+    """Return the decoder's weight table; its keys begin with `prefix` ("x.model.": the output head is x.lm_head)."""
+    decoder, head = decoder_of(text.decoder), "lm_head"
+    if prefix.endswith(".model."):
+        head = prefix.removesuffix("model.") + head
     table = part_weights("text", prefix, decoder.names, decoder.layouts)
     return [dataclasses.replace(line, key=head) if line.path == "text/lm_head" else line for line in table]
 
@@ -124,9 +126,21 @@ def vlm_to_hf(cfg: ModelConfig, config: JsonDict, defaults: JsonDict) -> JsonDic
     return {**config, **tied, "text_config": {**written, **tied}}
 
 
-def vlm_weights(text: tuple[str, str], *others: list[Weight]) -> Callable[[ModelConfig], list[Weight]]:
-    """Return a family's `weights`: of its decoder (`text`: prefix and head of `text_weights`), and of other parts."""
-    return lambda cfg: [*text_weights(cfg.text, *text), *itertools.chain(*others)]
+def vlm_weights(
+    tower: Tower, projector: Names | Callable[[ModelConfig], Names], prefixes: Mapping[str, str]
+) -> Callable[[ModelConfig], list[Weight]]:
+    """Return a family's `weights`: `projector` has names or returns them, `prefixes` has the parts in file order."""
+
+    def weights(cfg: ModelConfig) -> list[Weight]:
+        names = projector(cfg) if callable(projector) else projector
+        tables = {
+            "text": text_weights(cfg.text, prefixes["text"]),
+            "projector": part_weights("projector", prefixes["projector"], names),
+            "vision": tower.weights(prefixes["vision"]),
+        }
+        return [line for part in prefixes for line in tables[part]]
+
+    return weights
 
 
 def vlm_family(
@@ -134,25 +148,28 @@ def vlm_family(
     stock_class: str,
     *,
     from_hf: Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig],
+    tower: Tower,
+    projector: Names | Callable[[ModelConfig], Names],
+    prefixes: Mapping[str, str],
     stock: JsonDict | None = None,
-    tower: Tower | None = None,
     feature_layer: str | None = None,
     defaults: JsonDict | None = None,
     **fields: Any,
 ) -> Family:
     """Return a family in transformers' layout, with the settings of most; `stock`, `fields`: those of Stock, Family.
 
-    `tower`, `feature_layer` and `defaults` are for families without `to_hf`, see `Tower.write` and `vlm_to_hf`.
+    `tower`, `projector` and `prefixes` are as in `vlm_weights`; `feature_layer` and `defaults` are for families without
+    `to_hf`, see `Tower.write` and `vlm_to_hf`.
     """
 
     def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-        assert tower is not None
         written = tower.write(vision_of(cfg), source, vision_of(from_hf(source, None)), feature_layer)
         return vlm_to_hf(cfg, written, defaults or {})
 
     usual = {
         "from_hf": from_hf,
         "to_hf": to_hf,
+        "weights": vlm_weights(tower, projector, prefixes),
         "model_types": (name,),
         "text_section": "text_config",
         "ignored": UNUSED,

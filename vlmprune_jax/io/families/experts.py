@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import ChannelMixer, Experts, ExpertsBesideDense
+from vlmprune_jax.core.channels import ChannelMixer, Experts
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.io.families import gguf
@@ -42,16 +42,6 @@ def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bo
     part = Experts(n_experts, n_experts * neurons, active, renormalise, activation=activation)
     dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
     return with_channels(text, [None if i in dense or (i + 1) % step else part for i in range(len(text.layers))])
-
-
-def beside_dense(config: Mapping[str, Any], neurons: int, activation: str) -> ExpertsBesideDense:
-    """Return a channel mixer of experts plus a dense MLP with `neurons`; raise UserError for unequal layers."""
-    unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
-    if unequal is not None:
-        raise UserError(f"{unequal} is not supported with experts: give all layers equal widths and remove the field")
-    count = expert_count(config)
-    total = count * int(config["moe_intermediate_size"])
-    return ExpertsBesideDense(count, total, int(config["top_k_experts"]), mlp=neurons, activation=activation)
 
 
 def with_channels(text: TextConfig, channels: Sequence[ChannelMixer | None]) -> TextConfig:
@@ -111,26 +101,23 @@ def with_separate_experts(family: Family) -> Family:
 
 
 def as_stored(family: Family, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Family:
-    """Return the family with the layout that the experts' fused matrices have in a checkpoint.
+    """Return the family with the layout that the experts' fused matrices have in a checkpoint; `shapes`: by its keys.
 
     Transformers 5 saves those of Qwen3-VL transposed. One of the two matrices of an expert may be square, so the others
     decide for all.
-
-    Args:
-      family: family of the checkpoint, whose weight table has the hub's layout.
-      shapes: {checkpoint key: shape}.
     """
-    shapes = {family.canonical(key): shape for key, shape in shapes.items()} if has_experts(cfg.text) else {}
-    transposed = set[bool]()
-    for line in family.weights(cfg) if shapes else ():
-        for shape in [shapes.get(line.at(i).key, ()) for i in range(len(cfg.text.layers))]:
-            if _is_fused_expert(line) and len(shape) == 3 and shape[1] != shape[2]:
-                transposed.add(shape[_layout(line).split().index("embed")] != cfg.text.hidden_size)
-
-    def turned(line: Weight) -> Weight:
-        return dataclasses.replace(line, layout=_transposed(_layout(line)))
-
-    return _with_fused_experts(family, turned) if transposed == {True} else family
+    if not has_experts(cfg.text):
+        return family
+    shapes = {family.canonical(key): shape for key, shape in shapes.items()}
+    stored = [
+        (shapes.get(line.at(i).key, ()), _layout(line).split().index("embed"))
+        for line in filter(_is_fused_expert, family.weights(cfg))
+        for i in range(len(cfg.text.layers))
+    ]
+    matrices = [(shape, axis) for shape, axis in stored if len(shape) == 3 and shape[1] != shape[2]]
+    if {shape[axis] != cfg.text.hidden_size for shape, axis in matrices} != {True}:
+        return family
+    return _with_fused_experts(family, lambda line: dataclasses.replace(line, layout=_transposed(_layout(line))))
 
 
 def _layout(line: Weight) -> str:

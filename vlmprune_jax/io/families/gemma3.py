@@ -10,11 +10,11 @@ from typing import Any
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_PREFIXES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import FULL, SLIDING, rope_from_hf, typed_layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
@@ -49,8 +49,6 @@ TEMPLATE = Template(
     user_end="<end_of_turn>\n",
     assistant="<start_of_turn>model\n",
     assistant_end="<end_of_turn>\n",
-    gap="",
-    image_first=False,
     tight_image=True,
     strips=True,
     image_tokens=("\n\n<start_of_image>", "<image_soft_token>", "<end_of_image>\n\n"),
@@ -163,15 +161,8 @@ GEMMA3 = vlm_family(
     from_hf=_from_hf,
     tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights(
-            "projector",
-            "multi_modal_projector.",
-            {"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"},
-        ),
-        TOWERS[_TOWER].weights("vision_tower.vision_model."),
-    ),
+    projector={"pool_norm": "mm_soft_emb_norm", "linear/weight": "mm_input_projection_weight"},
+    prefixes=NATIVE_PREFIXES | {"vision": "vision_tower.vision_model."},
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
     modules=HF_MODULES,

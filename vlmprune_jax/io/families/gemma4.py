@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.channels import Dense, ExpertsBesideDense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import NO_LAYER
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.experts import beside_dense, expert_names, has_experts
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.experts import expert_count, expert_names, has_experts
 from vlmprune_jax.io.families.gemma3 import GEMMA_NAMES, THETA, gemma_windows
 from vlmprune_jax.io.families.gemma3 import TEMPLATE as GEMMA3_TEMPLATE
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import FULL, PER_LAYER, SLIDING, rope_from_hf, typed_layers_to_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
-from vlmprune_jax.io.families.templates import VideoText
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
+from vlmprune_jax.io.families.templates import VideoText, role_marks
 from vlmprune_jax.io.families.towers import FIELDS, Tower
 
 _DECODER = "gemma4_text"
@@ -48,12 +48,7 @@ _ROPE: JsonDict = {
 _TEMPLATE = dataclasses.replace(
     GEMMA3_TEMPLATE,
     name="gemma4",
-    system_start="<|turn>system\n",
-    system_end="<turn|>\n",
-    user="<|turn>user\n",
-    user_end="<turn|>\n",
-    assistant="<|turn>model\n",
-    assistant_end="<turn|>\n",
+    **role_marks("<|turn>{role}\n", "<turn|>\n", assistant="model"),
     image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
     crops="",
     special=("<|turn>", "<turn|>"),
@@ -123,6 +118,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
     stated = config.get(PER_LAYER)
 
+    moe = bool(config.get("enable_moe_block"))
+    unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
+    if moe and unequal is not None:
+        raise UserError(f"{unequal} is not supported with experts: give all layers equal widths and remove the field")
+
     def shape(i: int, layer: Layer) -> Layer:
         source = None
         if i >= first_shared:
@@ -131,9 +131,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
         neurons = layer.sizes["mlp"] * (1 if stated else wide)
         mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, source=source)
-        if config.get("enable_moe_block"):
-            return Layer(mixer, beside_dense(config, neurons, activation=config["hidden_activation"]))
-        return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
+        if not moe:
+            return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
+        count, active = expert_count(config), int(config["top_k_experts"])
+        total, activation = count * int(config["moe_intermediate_size"]), config["hidden_activation"]
+        return Layer(mixer, ExpertsBesideDense(count, total, active, mlp=neurons, activation=activation))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)
@@ -295,12 +297,11 @@ GEMMA4 = vlm_family(
     from_hf=_from_hf,
     tower=_TOWER,
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("model.language_model.", "lm_head"),
-        _TOWER.weights("model.vision_tower."),
-        part_weights("projector", "model.vision_tower.", {f"{x}/weight": x for x in ("std_bias", "std_scale")}),
-        part_weights("projector", "model.embed_vision.", {"linear": "embedding_projection"}),
-    ),
+    projector={
+        **{f"{name}/weight": f"vision_tower.{name}" for name in ("std_bias", "std_scale")},
+        "linear": "embed_vision.embedding_projection",
+    },
+    prefixes={"text": "model.language_model.", "vision": "model.vision_tower.", "projector": "model."},
     ignored=(*UNUSED, r"model\.(audio_tower|embed_audio)\..*"),
     dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # unused: shared keys
     templates=(_TEMPLATE,),

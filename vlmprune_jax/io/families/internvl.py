@@ -8,24 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families.decoders import RECIPE, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_RENAMES, NATIVE_UNUSED
+from vlmprune_jax.io.families.fields import check_fields
+from vlmprune_jax.io.families.llava import HF_MODULES, NATIVE_PREFIXES, NATIVE_RENAMES, NATIVE_UNUSED
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
-from vlmprune_jax.io.families.templates import Template, VideoText
-from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig, whole_number
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
+from vlmprune_jax.io.families.templates import Template, VideoText, role_marks
+from vlmprune_jax.io.families.tiles import BICUBIC, TilingConfig
 from vlmprune_jax.io.families.towers import (
     PIXELS,
     PROJECTOR_KEYS,
     TOWERS,
     projector_of,
     rescaling,
+    square_side,
     vision_from_hf,
     vision_of,
 )
 
+_TYPES = ("intern_vit_6b", "internvl_vision")  # of the tower, in the hub's layout and in transformers'
 # Epsilon of the projector's layer norm in both layouts (torch's default).
 _PROJECTOR_EPS = 1e-5
 # The vocabulary ends with <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
@@ -36,16 +39,9 @@ _TILE_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail
 
 _PHI3_CHAT = Template(
     name="phi3-chat",
-    system_start="<|system|>\n",
     system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
     "是一个有用无害的人工智能助手。",
-    system_end="<|end|>",
-    user="<|user|>\n",
-    user_end="<|end|>",
-    assistant="<|assistant|>\n",
-    assistant_end="<|end|>",
-    gap="",
-    image_first=False,
+    **role_marks("<|{role}|>\n", "<|end|>"),
     image_lead=True,
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"),
     video=VideoText("<IMG_CONTEXT>", "Frame{number}: <img><IMG_CONTEXT></img>", joint="\n"),
@@ -56,21 +52,14 @@ _PHI3_CHAT = Template(
 _HERMES_2 = replace(
     _PHI3_CHAT,
     name="Hermes-2",
-    system_start="<|im_start|>system\n",
-    system_end="<|im_end|>",
-    user="<|im_start|>user\n",
-    user_end="<|im_end|>",
-    assistant="<|im_start|>assistant\n",
-    assistant_end="<|im_end|>",
+    **role_marks("<|im_start|>{role}\n", "<|im_end|>"),
     special=("<|im_start|>", "<|im_end|>"),
 )
 _INTERNVL2_5 = replace(
     _HERMES_2,
     name="internvl2_5",
     system="你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
-    system_end="<|im_end|>\n",
-    user_end="<|im_end|>\n",
-    assistant_end="<|im_end|>\n",
+    **role_marks("<|im_start|>{role}\n", "<|im_end|>\n"),
     padding_mark=None,
     by_turn=True,
 )
@@ -111,14 +100,6 @@ def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     )
 
 
-def _tower(config: Mapping[str, Any], name: str, layer: Any, default: str, size: int | None = None) -> VisionConfig:
-    """Return the VisionConfig of config.json, whose tower must be an InternViT; `default`: the supported type."""
-    tower = vision_from_hf(config.get("vision_config") or {}, layer, default, size)
-    if tower.kind != "internvit":
-        raise UserError(f"{name} with a {tower.kind} vision tower is not supported (supported: {default})")
-    return tower
-
-
 def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     section = config.get("llm_config") or {}
     text, ids = text_from_hf({"model_type": "llama", **section}), token_ids({**section, **config})
@@ -130,7 +111,9 @@ def _original_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) ->
         family="internvl",
         layout="original",
         text=text,
-        vision=_tower(config, "InternVL-Chat", config.get("select_layer", -1), "intern_vit_6b", size),
+        vision=vision_from_hf(
+            config.get("vision_config") or {}, config.get("select_layer", -1), *_TYPES, image_size=size
+        ),
         projector=_projector(config, config.get("ps_version", "v1")),
         image_token_id=int(config.get("image_token_id", text.vocab_size - _IMAGE_TOKEN_FROM_END)),
         **ids,
@@ -141,7 +124,7 @@ def _native_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> M
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")
-    tower = _tower(config, "InternVL", config.get("vision_feature_layer", -1), "internvl_vision")
+    tower = vision_from_hf(config.get("vision_config") or {}, config.get("vision_feature_layer", -1), *reversed(_TYPES))
     parts = {"vision": tower, "projector": _projector(config, "v2"), "feature_select": "patch"}
     return vlm_from_hf("internvl", config, _TEXT, tied=True, image_token=151667, **parts)
 
@@ -154,16 +137,18 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _tiling(config: Mapping[str, Any], location: str) -> TilingConfig:
+    check_fields(config, location)
     fields = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
     dynamic = bool(fields["dynamic_image_size"])
     mean, std = PIXELS["internvit"]
-    side = whole_number(size, "force_image_size", location)
+    if size is None:
+        raise UserError(f"{location}: force_image_size is None, expected a number: restore it from the model's source")
     numbers = {"min_tiles": "min_dynamic_patch", "max_tiles": "max_dynamic_patch"}
-    tiles = {name: whole_number(fields[field], field, location) if dynamic else 1 for name, field in numbers.items()}
+    tiles = {name: fields[field] if dynamic else 1 for name, field in numbers.items()}
     with error_context(location):
         return TilingConfig(
-            size=side,
+            size=square_side(size, "force_image_size"),
             **tiles,
             thumbnail=dynamic and bool(fields["use_thumbnail"]),
             # the reference pads after tiling, and tiles are square already
@@ -243,9 +228,9 @@ INTERNVL_ORIGINAL = Family(
     text_section="llm_config",
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "mlp1.", {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}),
-        TOWERS["intern_vit_6b"].weights("vision_model."),
+        TOWERS["intern_vit_6b"],
+        {"layer_norm": "0", "linear_1": "1", "linear_2": "3"},
+        {"text": "language_model.model.", "projector": "mlp1.", "vision": "vision_model."},
     ),
     ignored=(
         *NATIVE_UNUSED,
@@ -274,11 +259,8 @@ INTERNVL_HF = vlm_family(
     tower=TOWERS["internvl_vision"],
     feature_layer="vision_feature_layer",
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
-        TOWERS["internvl_vision"].weights("vision_tower."),
-    ),
+    projector=PROJECTOR_KEYS,
+    prefixes=NATIVE_PREFIXES,
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(

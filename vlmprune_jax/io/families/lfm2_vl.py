@@ -10,10 +10,10 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import decoder_family, vlm_family, vlm_from_hf, vlm_to_hf
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import hybrid_layers, hybrid_problem, tied_embeddings, typed_layers_to_hf
-from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 from vlmprune_jax.io.families.templates import QWEN3_VL
 from vlmprune_jax.io.families.towers import (
     PROJECTOR_KEYS,
@@ -76,14 +76,12 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = _tied(config)
     if config.get("conv_bias"):
         raise UserError("conv_bias true is not supported (no released model has it)")
-    n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
-    attention = range(n_layers) if attention is None else attention
-    kinds = config.get("layer_types") or ["full_attention" if i in attention else "conv" for i in range(n_layers)]
     fields = {"intermediate_size": _neurons(config), "rms_norm_eps": config["norm_eps"], "hidden_act": "silu"}
     if not config.get("rope_parameters"):
         fields["rope_theta"] = config.get("rope_theta") or _THETA
     text = llama_like({**config, **fields}, "lfm2", attention={"qk_norm": True})
-    return hybrid_layers(text, ShortConv(text.hidden_size, int(config["conv_L_cache"])), kinds)
+    full, mixer = config.get("full_attn_idxs"), ShortConv(text.hidden_size, int(config["conv_L_cache"]))
+    return hybrid_layers(text, mixer, config, range(len(text.layers)) if full is None else full)
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -121,7 +119,8 @@ def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
     full = {"num_patches": 256, "patch_size": 16, **{name: x for name, x in config.items() if x is not None}}
     side, patch = position_side(int(full["num_patches"])), int(full["patch_size"])
     tower = {**full, "model_type": _TOWER, "image_size": side * patch}
-    return dataclasses.replace(vision_from_hf(tower, -1, _TOWER, max(side // merge, 1) * merge * patch), merge=merge)
+    vision = vision_from_hf(tower, -1, _TOWER, image_size=max(side // merge, 1) * merge * patch)
+    return dataclasses.replace(vision, merge=merge)
 
 
 def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
@@ -157,11 +156,13 @@ LFM2_VL = vlm_family(
     model_types=("lfm2_vl", "lfm2-vl"),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=vlm_weights(
-        ("model.language_model.", "lm_head"),
-        part_weights("projector", "model.multi_modal_projector.", PROJECTOR_KEYS),
-        TOWERS[_TOWER].weights("model.vision_tower."),
-    ),
+    tower=TOWERS[_TOWER],
+    projector=PROJECTOR_KEYS,
+    prefixes={
+        "text": "model.language_model.",
+        "projector": "model.multi_modal_projector.",
+        "vision": "model.vision_tower.",
+    },
     renames=((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),),
     dropped=(r"model\.vision_tower\.head\..*",),
     templates=(_TEMPLATE,),

@@ -11,7 +11,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.io.families.decoders import RECIPE, UNUSED, text_from_hf, vlm_family, vlm_from_hf, vlm_weights
 from vlmprune_jax.io.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles, part_weights
+from vlmprune_jax.io.families.table import Conversion, Family, JsonDict, ProcessorFiles
 from vlmprune_jax.io.families.templates import LLAVA_V1, Template
 from vlmprune_jax.io.families.tiles import BICUBIC
 from vlmprune_jax.io.families.towers import (
@@ -41,6 +41,7 @@ _HUB_TOWER_CONFIG = {
     "image_size": 384,
     "patch_size": 14,
 }
+NATIVE_PREFIXES = {"text": "language_model.model.", "projector": "multi_modal_projector.", "vision": "vision_tower."}
 # Key spellings in transformers: in-memory names since 4.52.
 NATIVE_RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -68,12 +69,7 @@ def _hf_from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> Model
     select = config.get("vision_feature_select_strategy", "default")
     one_of("vision_feature_select_strategy", select, ("default", "full"))
     layer = config.get("vision_feature_layer", -2)
-    tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
-    if tower.kind not in ("clip", "siglip"):
-        raise UserError(
-            f"LLaVA with a {tower.kind} vision tower is not supported (supported: clip_vision_model, "
-            "siglip_vision_model)"
-        )
+    tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model", "siglip_vision_model")
     projector = ProjectorConfig(
         activation=config.get("projector_hidden_act", "gelu"), bias=bool(config.get("multimodal_projector_bias", True))
     )
@@ -108,8 +104,6 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
         )
     select = one_of("mm_vision_select_feature", config.get("mm_vision_select_feature", "patch"), ("patch", "cls_patch"))
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
-    if tower.kind != "clip":
-        raise UserError(f"LLaVA in original layout with a {tower.kind} vision tower is not supported (supported: CLIP)")
     # Vicuna's ids, the defaults of LlamaConfig
     config = {"bos_token_id": 1, "eos_token_id": 2, **config}
     return _original("llava", config, "linear", "llama", tower, "patch" if select == "patch" else "full")
@@ -127,8 +121,6 @@ def _bunny_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) 
     if config.get("use_s2"):
         raise UserError("Bunny with use_s2 (several image scales, Bunny-v1.1) is not supported")
     tower = vision_from_hf(vision, _BUNNY_LAYER, "siglip_vision_model")
-    if tower.kind != "siglip":
-        raise UserError(f"Bunny with a {tower.kind} vision tower is not supported (supported: SigLIP)")
     if width not in (None, tower.hidden_size):
         raise UserError(f"mm_hidden_size is {width} but the vision tower {name!r} has width {tower.hidden_size}")
     return _original("bunny", config, "mlp2x_gelu", "phi", tower, "full")
@@ -210,11 +202,8 @@ LLAVA_HF = vlm_family(
     from_hf=_hf_from_hf,
     tower=_TOWER,
     feature_layer="vision_feature_layer",
-    weights=vlm_weights(
-        ("language_model.model.", "language_model.lm_head"),
-        part_weights("projector", "multi_modal_projector.", PROJECTOR_KEYS),
-        _TOWER.weights("vision_tower.vision_model."),
-    ),
+    projector=PROJECTOR_KEYS,
+    prefixes=NATIVE_PREFIXES | {"vision": "vision_tower.vision_model."},
     modules=HF_MODULES,
     renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     respells=True,
@@ -234,9 +223,9 @@ LLAVA_ORIGINAL = Family(
     from_hf=_original_from_hf,
     to_hf=_original_to_hf,
     weights=vlm_weights(
-        ("model.", "lm_head"),
-        part_weights("projector", "model.mm_projector.", {"linear_1": "0", "linear_2": "2"}),
-        _TOWER.weights("vision_tower."),
+        _TOWER,
+        {"linear_1": "0", "linear_2": "2"},
+        {"text": "model.", "projector": "model.mm_projector.", "vision": "vision_tower."},
     ),
     renames=TOWER_RENAMES,
     ignored=(*UNUSED, UNUSED_VISION, OTHER_TOWERS),

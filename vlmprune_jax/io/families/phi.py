@@ -14,18 +14,6 @@ from vlmprune_jax.io.families.llama_like import as_mistral, defaults_of, llama_l
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, longrope_to_hf, same_windows
 from vlmprune_jax.io.families.table import LLAMA_NAMES, Decoder, JsonDict, in_layers
 
-_PHI_LAYER = (
-    "input_layernorm",
-    *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
-    "mlp/fc1",
-    "mlp/fc2",
-)
-_PHI_NAMES = {
-    "embed_tokens": "embed_tokens",
-    **in_layers({path: path.replace("/", ".") for path in _PHI_LAYER}),
-    "final_layernorm": "final_layernorm",
-    "lm_head": "lm_head",
-}
 # Paths with one name are rows of a fused tensor, in order.
 _PHI3_NAMES = LLAMA_NAMES | in_layers(
     {
@@ -93,7 +81,6 @@ PHI = decoder_family(
         "phi",
         "PhiForCausalLM",
         _phi_from_hf,
-        names=_PHI_NAMES,
         defaults=defaults_of("phi", max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5),
         head_bias=True,
         gguf=(gguf.PHI2,),

@@ -9,7 +9,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import vlm_to_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import vlm_to_hf
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.qwen3_vl import (
     NORM_EPS,
@@ -20,7 +20,7 @@ from vlmprune_jax.io.families.qwen3_vl import (
     sectioned_rope,
 )
 from vlmprune_jax.io.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
-from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, JsonDict, in_layers
 from vlmprune_jax.io.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.io.families.towers import FUSED_KEYS, PIXELS, Tower, vision_of
 
@@ -125,8 +125,7 @@ def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelCon
     config = {**config, **shared, "text_config": {**section, **shared}}
     tower = config.get("vision_config") or {}
     seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
-    width = int({**_TOWER.defaults, **tower}["out_hidden_size"])
-    return qwen_from_hf("qwen2_5_vl", config, _TEXT, _vision_from_hf(tower), width, tokens_per_second=seconds)
+    return qwen_from_hf("qwen2_5_vl", config, _TEXT, _TOWER, _vision_from_hf(tower), tokens_per_second=seconds)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -149,11 +148,9 @@ QWEN2_5_VL = patch_family(
     ),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=vlm_weights(
-        ("model.", "lm_head"),
-        _TOWER.weights("visual."),
-        part_weights("projector", "visual.merger.", {"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"}),
-    ),
+    tower=_TOWER,
+    projector={"patch_norm": "ln_q", "linear_1": "mlp.0", "linear_2": "mlp.2"},
+    prefixes={"text": "model.", "vision": "visual.", "projector": "visual.merger."},
     # in files of transformers 4 and 5, and in memory in transformers 5
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),

@@ -73,10 +73,7 @@ _MOE_NAMES = {
 def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act {activation!r} is not supported (delta nets: silu)")
-    n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
-    kinds = config.get("layer_types") or [
-        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
-    ]
+    interval = int(config.get("full_attention_interval") or 4)
     rope = sectioned_rope(config, _SECTIONS, interleaved=True)
     attention = {"qk_norm": True, "gated": True, "rope": rope}
     text = llama_like(config, decoder, biased=True, rotary=0.25, attention=attention, block={"norm_offset": 1.0})
@@ -87,7 +84,7 @@ def _hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
         value_dim=int(config["linear_value_head_dim"]),
         taps=int(config["linear_conv_kernel_dim"]),
     )
-    return hybrid_layers(text, delta, kinds)
+    return hybrid_layers(text, delta, config, range(interval - 1, len(text.layers), interval))
 
 
 QWEN3_5 = qwen3_vl_family(

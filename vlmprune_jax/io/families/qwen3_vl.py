@@ -13,7 +13,7 @@ from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, Pr
 from vlmprune_jax.core.mixers import RopeConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.io.families import gguf
-from vlmprune_jax.io.families.decoders import RECIPE, vlm_family, vlm_from_hf, vlm_weights
+from vlmprune_jax.io.families.decoders import RECIPE, vlm_family, vlm_from_hf
 from vlmprune_jax.io.families.experts import (
     QWEN_EXPERT_NAMES,
     expert_names,
@@ -25,9 +25,9 @@ from vlmprune_jax.io.families.experts import (
 )
 from vlmprune_jax.io.families.llama_like import defaults_of, llama_like
 from vlmprune_jax.io.families.shapes import rope_from_hf
-from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers, part_weights
+from vlmprune_jax.io.families.table import Decoder, Family, JsonDict, in_layers
 from vlmprune_jax.io.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.io.families.towers import FIELDS, FUSED_KEYS, Tower, position_side
+from vlmprune_jax.io.families.towers import FIELDS, FUSED_KEYS, Tower, position_side, vision_of
 
 _DECODER = "qwen3_vl_text"
 _SECTIONS = (24, 20, 20)
@@ -65,17 +65,14 @@ _TOWER = Tower(
 )
 
 
-_MERGERS = 32  # blocks with a merger of their own, more than any model has
-_MERGER_LAYERS = {"linear_1": "linear_fc1", "linear_2": "linear_fc2"}
-_MERGER_KEYS = {
-    "patch_norm": "merger.norm",
-    **{path: f"merger.{name}" for path, name in _MERGER_LAYERS.items()},
-    **{
+def _merger_keys(cfg: ModelConfig) -> dict[str, str]:
+    layers = {"linear_1": "linear_fc1", "linear_2": "linear_fc2"}
+    deepstack = {
         f"deepstack/{number}/{path}": f"deepstack_merger_list.{number}.{name}"
-        for number in range(_MERGERS)
-        for path, name in {"layer_norm": "norm", **_MERGER_LAYERS}.items()
-    },
-}
+        for number in range(len(vision_of(cfg).deepstack))
+        for path, name in {"layer_norm": "norm", **layers}.items()
+    }
+    return {"patch_norm": "merger.norm", **{path: f"merger.{name}" for path, name in layers.items()}, **deepstack}
 
 
 def sectioned_rope(config: Mapping[str, Any], default: tuple[int, ...], *, interleaved: bool) -> RopeConfig:
@@ -112,11 +109,11 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def qwen_from_hf(
-    family: str, config: Mapping[str, Any], defaults: JsonDict, vision: VisionConfig, out_size: int, **fields: Any
+    family: str, config: Mapping[str, Any], defaults: JsonDict, tower: Tower, vision: VisionConfig, **fields: Any
 ) -> ModelConfig:
     """Return the ModelConfig of a Qwen-VL model; `defaults` are those of the decoder, `fields` those of ModelConfig.
 
-    Raises UserError unless the tower's output width `out_size` is the decoder's hidden size.
+    Raises UserError unless the tower's output width is the decoder's hidden size.
     """
     merger = ProjectorConfig(
         activation="gelu",
@@ -130,6 +127,7 @@ def qwen_from_hf(
     video = int(config.get("video_token_id", 151656))
     parts = {"vision": vision, "projector": merger, "video_token_id": video, **fields}
     cfg = vlm_from_hf(family, config, defaults, tied=False, image_token=151655, **parts)
+    out_size = int(tower.filled(config.get("vision_config") or {})["out_hidden_size"])
     if out_size != cfg.text.hidden_size:
         raise UserError(
             f"vision_config: out_hidden_size {out_size} must be the decoder's hidden_size ({cfg.text.hidden_size})"
@@ -181,9 +179,8 @@ def qwen3_vl_family(
         section = config.get("vision_config") or {}
         if not deepstack and section.get("deepstack_visual_indexes"):
             raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
-        tower = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
-        width = int({**_TOWER.defaults, **section}["out_hidden_size"])
-        return qwen_from_hf(name, {**(ids or {}), **config}, decoder.defaults, tower, width)
+        vision = _vision_from_hf(section if deepstack else {**section, "deepstack_visual_indexes": []})
+        return qwen_from_hf(name, {**(ids or {}), **config}, decoder.defaults, _TOWER, vision)
 
     return patch_family(
         name,
@@ -191,11 +188,8 @@ def qwen3_vl_family(
         from_hf=from_hf,
         tower=_TOWER,
         defaults={"model_type": decoder.model_type},
-        weights=vlm_weights(
-            ("model.language_model.", "lm_head"),
-            _TOWER.weights("model.visual."),
-            part_weights("projector", "model.visual.", _MERGER_KEYS),
-        ),
+        projector=_merger_keys,
+        prefixes={"text": "model.language_model.", "vision": "model.visual.", "projector": "model.visual."},
         templates=(TEMPLATE,),
         video=_VIDEO,
         **{"vllm_tpu": "torchax", "runs_in": ("vllm", "mlx"), **fields},

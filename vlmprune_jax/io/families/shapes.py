@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
@@ -102,11 +102,13 @@ def layer_types(text: TextConfig) -> list[str]:
     return [TYPES.get(type(mixer)) or (FULL if mixer.window is None else SLIDING) for mixer in mixers]
 
 
-def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextConfig:
-    """Replace attention by `mixer` in the layers that `types` does not list as full attention; return the config.
+def hybrid_layers(text: TextConfig, mixer: Any, config: Mapping[str, Any], full: Container[int]) -> TextConfig:
+    """Return the decoder config with attention replaced by `mixer` except in layers of full attention.
 
-    Raises UserError if `types` has a wrong number of layers, unknown types or no full attention.
+    Those are in config.json's `layer_types`, or without it the layer numbers `full`. Raises UserError if `layer_types`
+    has a wrong number of layers, unknown types or no full attention.
     """
+    types = config.get("layer_types") or [FULL if i in full else TYPES[type(mixer)] for i in range(len(text.layers))]
     _check_types(types, len(text.layers), TYPES[type(mixer)], FULL)
     if FULL not in types:
         raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
@@ -171,6 +173,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         return RopeConfig(theta=theta, kind=kind, sections=sections)
     if sections:
         raise UserError(f"{kind} rope with mrope_section is not supported (supported: default)")
+    needed = {"longrope": ("short_factor", "long_factor"), "proportional": ()}.get(kind, ("factor",))
+    if missing := [name for name in needed if name not in scaling]:
+        raise UserError(f"{kind} rope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
     if kind == "longrope":
         return _longrope(config, scaling, theta)
     if kind == "proportional":
@@ -180,8 +185,6 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
         if unsupported:
             raise UserError(f"yarn rope with the fields {', '.join(unsupported)} is not supported")
-    if "factor" not in scaling:
-        raise UserError(f'{kind} rope: "factor" is missing: add it to rope_scaling in config.json')
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     factor = float(scaling["factor"])
     # YaRN's attention temperature (Peng et al. 2023, eq. 22) is the default if the config lacks it
@@ -201,9 +204,6 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
     """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); top-level fields override the rope dictionary."""
-    missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
-    if missing:
-        raise UserError(f"longrope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
     max_positions = int(config.get("max_position_embeddings", 4096))
     inside = scaling.get("original_max_position_embeddings")
     default = 4096 if config.get("model_type") == "phi3" else max_positions

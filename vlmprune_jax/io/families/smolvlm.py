@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf, vlm_weights
-from vlmprune_jax.io.families.table import JsonDict, part_weights
+from vlmprune_jax.io.families.decoders import UNUSED, vlm_family, vlm_from_hf
+from vlmprune_jax.io.families.table import JsonDict
 from vlmprune_jax.io.families.templates import Template, VideoText
 from vlmprune_jax.io.families.towers import TOWERS, vision_from_hf
 
@@ -47,8 +46,6 @@ _TEMPLATE = Template(
 
 def _from_hf(config: Mapping[str, Any], _: Mapping[str, Any] | None) -> ModelConfig:
     tower = vision_from_hf(config.get("vision_config") or {}, -1, _TOWER)
-    if tower.kind != "smolvlm":
-        raise UserError(f"SmolVLM with a {tower.kind} vision tower is not supported (supported: {_TOWER})")
     projector = ProjectorConfig(
         activation="gelu", bias=False, kind="linear", downsample=int(config.get("scale_factor", 2))
     )
@@ -63,11 +60,8 @@ SMOLVLM = vlm_family(
     from_hf=_from_hf,
     tower=TOWERS[_TOWER],
     defaults=_TEXT,
-    weights=vlm_weights(
-        ("model.text_model.", "lm_head"),
-        part_weights("projector", "model.connector.modality_projection.", {"linear": "proj"}),
-        TOWERS[_TOWER].weights("model.vision_model."),
-    ),
+    projector={"linear": "modality_projection.proj"},
+    prefixes={"text": "model.text_model.", "projector": "model.connector.", "vision": "model.vision_model."},
     ignored=(*UNUSED, r"model\.vision_model\.embeddings\.position_ids"),
     templates=(_TEMPLATE,),
     image_processors=("SmolVLM",),

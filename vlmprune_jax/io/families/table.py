@@ -38,16 +38,17 @@ class Weight:
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
-# {path of a module in `params["text"]`: its name in files}, of Llama and most other decoders.
-LLAMA_LAYER = {
-    path: path.replace("/", ".")
-    for path in (
-        *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
-        *(f"self_attn/{name}_proj" for name in "qkvo"),
-        *("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"),
-    )
+# {path of a module in `params["text"]`: its name in files} where both are the same, as in Llama, Phi and most decoders.
+_LAYER = (
+    *("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm"),
+    *(f"self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "dense")),
+    *(f"mlp/{name}" for name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")),
+)
+LLAMA_NAMES = {
+    "embed_tokens": "embed_tokens",
+    **in_layers({path: path.replace("/", ".") for path in _LAYER}),
+    **{name: name for name in ("norm", "final_layernorm", "lm_head")},
 }
-LLAMA_NAMES = {"embed_tokens": "embed_tokens", **in_layers(LLAMA_LAYER), "norm": "norm", "lm_head": "lm_head"}
 
 
 def part_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 from vlmprune_jax.io.families.tiles import ImageShape, VideoShape
 
@@ -73,10 +74,10 @@ class Template:
     assistant: str
     assistant_end: str
 
-    gap: str
+    gap: str = ""
     """Text between a role and the text of its turn."""
 
-    image_first: bool
+    image_first: bool = False
     """True to move a turn's image placeholders in front of its stripped text, each followed by `behind_image`."""
 
     start: str = ""
@@ -152,6 +153,13 @@ class Template:
         return image.slots if self.image_tokens is not None and (self.tile_start or self.crops) else 1
 
 
+def role_marks(start: str, end: str, assistant: str = "assistant") -> dict[str, Any]:
+    """Return the fields of a `Template` whose roles have the same text around their names; `start` contains {role}."""
+    names = {"system_start": "system", "user": "user", "assistant": assistant}
+    ends = dict.fromkeys(("system_end", "user_end", "assistant_end"), end)
+    return {**{field: start.format(role=role) for field, role in names.items()}, **ends}
+
+
 # LLaVA's template, which is Vicuna's and the default of families.
 LLAVA_V1 = Template(
     name="llava_v1",
@@ -169,15 +177,8 @@ LLAVA_V1 = Template(
 # Images stay in place in a turn, since the parts of a chat are joined without white space.
 QWEN3_VL = Template(
     name="qwen3_vl",
-    system_start="<|im_start|>system\n",
     system="",
-    system_end="<|im_end|>\n",
-    user="<|im_start|>user\n",
-    user_end="<|im_end|>\n",
-    assistant="<|im_start|>assistant\n",
-    assistant_end="<|im_end|>\n",
-    gap="",
-    image_first=False,
+    **role_marks("<|im_start|>{role}\n", "<|im_end|>\n"),
     tight_image=True,
     image_tokens=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     by_turn=True,

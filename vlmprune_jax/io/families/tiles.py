@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from vlmprune_jax.base.errors import UserError
 
@@ -21,7 +20,8 @@ class ImageShape:
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
     `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
     If such images are cut into tiles, `pieces` are the patch grids (rows, columns) of all slots. `interval` is the time
-    from one temporal patch of a video to the next (seconds; 0 for images).
+    from one temporal patch of a video to the next (seconds; 0 for images). `pixels`: of the largest image made on the
+    way.
     """
 
     rows: int = 1
@@ -30,6 +30,7 @@ class ImageShape:
     tokens: int = 0
     pieces: tuple[tuple[int, int], ...] = ()
     interval: float = 0.0
+    pixels: int = field(default=0, compare=False, repr=False)
 
     def positions(self, per_slot: int) -> int:
         """Return an image's number of decoder tokens; `per_slot`: tokens per tile (used unless image sizes vary)."""
@@ -102,13 +103,3 @@ class TilingConfig:
                 f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "
                 f"{MAX_TILES}: change data.min_tiles or data.max_tiles"
             )
-
-
-def whole_number(value: Any, name: str, location: str) -> int:
-    """Return `value`; raise UserError unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(
-            f"{location}: {name} is {value!r}, expected a whole number of at least 1: "
-            "restore it from the model's source"
-        )
-    return value

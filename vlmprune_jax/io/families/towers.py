@@ -286,30 +286,38 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 # Complete CLIP or SigLIP configs -> type of their vision part, which may not state it.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# Only supported values of InternViT's fields.
+_FIXED: JsonDict = {"qk_normalization": False, "use_qk_norm": False, "norm_type": "layer_norm",
+                    "use_mean_pooling": True, "use_absolute_position_embeddings": True}  # fmt: skip
 # Key prefixes of SigLIP's pooling head, which image features bypass; its MLP is as wide as those of the layers.
 _POOLING_HEAD = ("vision_tower.head.", "vision_tower.vision_model.head.")
 
 
 def vision_from_hf(
-    config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
+    config: Mapping[str, Any], feature_layer: Any, *types: str, image_size: int | None = None
 ) -> VisionConfig:
     """Return the VisionConfig of a vision config dictionary, or of a complete CLIP or SigLIP config.
 
     Args:
       config: the config.
       feature_layer: index into the hidden states (0 = embeddings); blocks above are not computed.
-      default_type: type of tower if the config has none.
+      types: types of towers that the model's class supports; the first one is the default.
       image_size: side of the images (pixels), if it differs from that of the tower's position table.
 
     Raises UserError if the type of tower or an option is not supported, or there are several feature layers.
     """
     section = config.get("vision_config") or config
-    model_type = section.get("model_type") or _OUTER.get(config.get("model_type", ""), default_type)
-    if model_type not in TOWERS:
-        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(TOWERS)})")
+    model_type = section.get("model_type") or _OUTER.get(config.get("model_type", ""), types[0])
+    if model_type not in types:
+        raise UserError(f"vision tower {model_type!r} is not supported (supported: {', '.join(types)})")
     tower = TOWERS[model_type]
     section = tower.filled(section)
-    _check_internvit(section)
+    for name, supported in _FIXED.items():
+        if section.get(name, supported) != supported:
+            raise UserError(
+                f"vision tower: {name} = {section[name]!r} is not supported (supported: InternViT-300M with "
+                "layer_norm, no norm of queries and keys, mean pooling, absolute positions)"
+            )
     total = int(section["num_hidden_layers"])
     if not isinstance(feature_layer, int):
         raise UserError(f"vision feature layer {feature_layer!r} is not supported: it must be one integer")
@@ -328,22 +336,6 @@ def is_left_out(key: str, config: JsonDict) -> bool:
     """Return True if the checkpoint may lack this key: SigLIP's pooling head, if config.json switches it off."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
-
-
-def _check_internvit(config: Mapping[str, Any]) -> None:
-    unsupported = {
-        "qk_normalization": config.get("qk_normalization", False),
-        "use_qk_norm": config.get("use_qk_norm", False),
-        "norm_type": config.get("norm_type", "layer_norm") != "layer_norm",
-        "use_mean_pooling": not config.get("use_mean_pooling", True),
-        "use_absolute_position_embeddings": not config.get("use_absolute_position_embeddings", True),
-    }
-    for name, refused in unsupported.items():
-        if refused:
-            raise UserError(
-                f"vision tower: {name} = {config[name]!r} is not supported (supported: InternViT-300M with layer_norm, "
-                "no norm of queries and keys, mean pooling, absolute positions)"
-            )
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:

@@ -220,8 +220,7 @@ def chat(flags: Any) -> None:
     from vlmprune_jax.core.mesh.mesh import start_devices
     from vlmprune_jax.core.models.params import count_params
     from vlmprune_jax.io.checkpoints.read import load, resolve
-    from vlmprune_jax.io.data.media import is_file
-    from vlmprune_jax.run.evaluation.answer import answer
+    from vlmprune_jax.run.evaluation.answer import answer, is_file
 
     *names, question = flags.args or [""]
     files = [name for name in names if is_file(name)]

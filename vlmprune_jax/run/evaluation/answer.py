@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import mimetypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,18 @@ from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.batches import Records, open_inputs, to_records
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
-from vlmprune_jax.io.data.media import InlineStore, StoredImage, Video, is_video
+from vlmprune_jax.io.data.media import InlineStore, StoredImage, Video
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.run.evaluation.runner import ask
+
+_VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+
+
+def is_file(name: str) -> bool:
+    """Return True for the name of a file, and of an image or video that may be missing."""
+    kind, _ = mimetypes.guess_type(name, strict=False)
+    return os.path.isfile(name) or _is_video(name) or (kind or "").startswith("image/")
 
 
 def questions(
@@ -95,7 +105,7 @@ def _tokenizer_folder(model: Model) -> Path | None:
 
 
 def _is_video(item: Any) -> bool:
-    return isinstance(item, (list, tuple)) or (isinstance(item, (str, Path)) and is_video(item))
+    return isinstance(item, (list, tuple)) or (isinstance(item, (str, Path)) and str(item).lower().endswith(_VIDEOS))
 
 
 def _video(item: Any) -> Video:

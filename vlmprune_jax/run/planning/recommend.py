@@ -37,7 +37,6 @@ PLACEHOLDERS = {"train": "TRAIN.json", "images": "IMAGES", "eval": "QUESTIONS.js
 class Advice:
     """Recommendation for a model folder, with a config file."""
 
-    folder: str
     cfg: ModelConfig
     recommendation: Recommendation
     plans: dict[str, PrunePlan]  # predicted, by pruning method
@@ -74,8 +73,8 @@ def advise(
       UserError: the model is missing, none or both targets are set, no plan reaches the target (the message has the
         nearest), or `recommend` fails.
     """
-    files, folder = dict(files or {}), resolve(hf_dir)
-    _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
+    files = dict(files or {})
+    _, cfg = read_config(resolve(hf_dir), None if vision_dir is None else resolve(vision_dir))
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector, use none or full")
     ratio = _ratio(cfg, ratio, most_bytes)
@@ -105,23 +104,22 @@ def advise(
     known |= {"images"} if files or cfg.vision is None else set()
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
     config = _config_file(recommendation, cfg, merge({"model": model}, task, goal))
-    return Advice(str(folder), cfg, recommendation, plans, config, steps, bool(files), missing)
+    return Advice(cfg, recommendation, plans, config, steps, bool(files), missing)
 
 
 def _ratio(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> float:
     """Return the share of all parameters to remove; raise UserError unless exactly one target is set, and prunes."""
     if (ratio is None) == (most_bytes is None):
         raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
-    if most_bytes is not None:
-        whole = exported_bytes(count_params(cfg))
-        if most_bytes >= whole:
-            raise UserError(
-                f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in {DTYPE}, so no "
-                "pruning is needed"
-            )
-        return 1 - most_bytes / whole
-    assert ratio is not None
-    return ratio
+    if ratio is not None:
+        return ratio
+    whole, most_bytes = exported_bytes(count_params(cfg)), most_bytes or 0.0
+    if most_bytes >= whole:
+        raise UserError(
+            f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in {DTYPE}, so no pruning is "
+            "needed"
+        )
+    return 1 - most_bytes / whole
 
 
 def _with_enough_steps(

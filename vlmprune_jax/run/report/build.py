@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vlmprune_jax.base.errors import printable
@@ -24,7 +23,7 @@ from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinishe
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
-from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, VocabularyReport
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
@@ -67,26 +66,27 @@ def build_report(workdir: Path) -> Path:
 
     Raises UserError if the workdir has no file of a run, or a file is damaged.
     """
-    path = workdir / RESULT
-    if path.exists() or path.is_symlink():
-        known: Result | None = read_result(workdir)
-        unfinished, missing = None, []
-    else:
+    path, steps = workdir / RESULT, find_artefact(workdir / STEPS, Steps)
+    title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"
+    title += "" if steps is None or not steps.sets else f", evaluated on {steps.sets}"
+    if not os.path.lexists(path):
         unfinished = read_unfinished(workdir)
-        known, missing = unfinished.result, unfinished.missing
-    finished = unfinished is None
-    result = None if known is None else known.distinct()
-    variants = _variants(known) if unfinished is None else unfinished.variants
-    done = comparison_of_run(result) if finished and result is not None else None
+        result = None if unfinished.result is None else unfinished.result.distinct()
+        sections = [*_sections(workdir, result, unfinished.variants, finished=False)]
+        text = "This run is not finished. The page shows the results so far."
+        return write_page(workdir / "report.html", printable(title), sections, lead=[text], missing=unfinished.missing)
+    known = read_result(workdir)
+    result = known.distinct()
+    comparison = comparison_of_run(result)
+    variants = [Variant(run.name, run.method, run.plan, run.scores) for run in known.runs]
     return write_page(
         workdir / "report.html",
-        _title(find_artefact(workdir / STEPS, Steps)),
-        [*_sections(workdir, result, variants, finished)],
-        lead=["This run is not finished. The page shows the results so far."] if done is None else [lead(done)],
-        numbers=() if done is None else _measured(done),
-        missing=missing,
-        best="" if done is None or done.best is None else done.best.title,
-        result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
+        printable(title),
+        [*_sections(workdir, result, variants, finished=True), _export(result)],
+        lead=[lead(comparison)],
+        numbers=_measured(comparison),
+        best="" if comparison.best is None else comparison.best.title,
+        result_json=read_text(path, MAX_JSON_BYTES),
     )
 
 
@@ -148,17 +148,6 @@ def _open_runs(sweep: SweepResult) -> Iterator[Section]:
         yield Section("Runs without a result", tables=(table,), notes=(note,))
 
 
-def _title(steps: Steps | None) -> str:
-    """Return the page's title: model and evaluation sets."""
-    title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"
-    sets = "" if steps is None or not steps.sets else f", evaluated on {steps.sets}"
-    return printable(title + sets)
-
-
-def _variants(result: Result | None) -> list[Variant]:
-    return [] if result is None else [Variant(run.name, run.method, run.plan, run.scores) for run in result.runs]
-
-
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
     labels = {} if result is None else result.labels
     if result is not None:
@@ -178,8 +167,6 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
     if planned is not None and planned.recoveries:
         facts = tuple((printable(name), tuple(recovery.table())) for name, recovery in planned.recoveries.items())
         yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
-    if finished and result is not None:
-        yield _export(result)
 
 
 def _export(result: Result) -> Section:
@@ -213,19 +200,13 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
             yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
 
 
-@dataclass(frozen=True)
-class ShownAnswer:
-    """One distinct answer to a sample question, and the models that gave it."""
-
-    text: str
-    verdict: str
-    models: str
-
-
 def shown_samples(
     samples: SampleSet, labels: Mapping[str, str]
-) -> Iterator[tuple[str, list[tuple[Sample, list[ShownAnswer]]]]]:
-    """Yield (heading, sample questions with their answers) for each category of samples in an evaluation set."""
+) -> Iterator[tuple[str, list[tuple[Sample, list[tuple[str, str, str]]]]]]:
+    """Yield (heading, sample questions with their answers) for each category of samples in an evaluation set.
+
+    An answer is (text, verdict, models that gave it).
+    """
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:
@@ -233,8 +214,7 @@ def shown_samples(
             yield title, [(sample, _answers(sample, labels)) for sample in mine]
 
 
-def _answers(sample: Sample, labels: Mapping[str, str]) -> list[ShownAnswer]:
-    """Return the distinct answers to a sample question, with text made safe to print."""
+def _answers(sample: Sample, labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
     models = dict[tuple[str, str], list[str]]()
     for answer in sample.answers:
         if answer.model in labels:
@@ -243,7 +223,7 @@ def _answers(sample: Sample, labels: Mapping[str, str]) -> list[ShownAnswer]:
     most = max(models.values(), key=len, default=[])
     if len(models) > 1 and len(most) > MOST_MODELS:
         most[:] = [f"the other {len(most)} models"]
-    return [ShownAnswer(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
+    return [(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
 
 
 def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
@@ -254,15 +234,14 @@ def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
         if report is not None:
             name = "" if folder == workdir else f"{printable(folder.name)}: "
             title = f"{name}{report.rows:,} of {report.rows_before:,} tokens, {report.parameters:,} parameters fewer"
-            tables.append(Table(title, VOCABULARY_HEADER, tuple(map(_vocabulary_row, report.samples))))
+            rows = list[tuple[str, ...]]()
+            for text in report.samples:
+                bits = ["" if value is None else f"{value:.3f}" for value in (text.bits_before, text.bits_after)]
+                counts = (f"{text.texts:,}", f"{text.equal:,}", f"{100 * text.growth:.2f}", f"{text.broken:,}")
+                rows.append((printable(text.name), *counts, *bits))
+            tables.append(Table(title, VOCABULARY_HEADER, tuple(rows)))
     if tables:
         yield Section("Vocabulary", tables=tuple(tables), notes=(VOCABULARY_NOTE,))
-
-
-def _vocabulary_row(sample: TextSample) -> tuple[str, ...]:
-    bits = ["" if value is None else f"{value:.3f}" for value in (sample.bits_before, sample.bits_after)]
-    counts = (f"{sample.texts:,}", f"{sample.equal:,}", f"{100 * sample.growth:.2f}", f"{sample.broken:,}")
-    return (printable(sample.name), *counts, *bits)
 
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:

@@ -71,20 +71,16 @@ SPEEDS = {
 }
 
 
-def to_svg(figure: Any) -> str:
-    """Return a figure as an `<svg>` element in the page's text colour."""
+def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
+    """Convert a matplotlib figure to a report `Figure`: an `<svg>` element in the page's text colour, with caption."""
     text = io.StringIO()
     with styled():
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :].replace(INK, "currentColor"))
     digest = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
-    return re.sub(r'\bid="|href="#|url\(#', lambda match: f"{match[0]}f{digest}-", svg)
-
-
-def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
-    """Convert a matplotlib figure to a report `Figure` (SVG with caption)."""
-    return Figure(Markup(to_svg(drawn)), printable(alt), caption)
+    svg = re.sub(r'\bid="|href="#|url\(#', lambda match: f"{match[0]}f{digest}-", svg)
+    return Figure(Markup(svg), printable(alt), caption)
 
 
 def cost_section(comparison: Comparison, png: Path | None) -> Iterator[Section]:
@@ -137,16 +133,14 @@ def series_of(groups: Sequence[ModelGroup]) -> dict[str, str]:
         asked = first.target_ratio  # None if the target was a number of layers
         share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
         places.setdefault((name, group.recovery, first.data_fraction, share, first.image_tokens), []).append(group)
-    extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
+    extra = dict[str, None]()  # labels that tell groups of one place apart
+    for same in places.values():
+        labels = dict.fromkeys(label for group in same for label in group.labels)
+        extra |= {label: None for label in labels if len({group.labels.get(label) for group in same}) > 1}
     for group in groups:
         values = (group.labels[label] for label in extra if label in group.labels)
         series[group.name] = ", ".join((series[group.name], *values))
     return series
-
-
-def _differing(groups: Sequence[ModelGroup]) -> list[str]:
-    labels = dict.fromkeys(label for group in groups for label in group.labels)
-    return [label for label in labels if len({group.labels.get(label) for group in groups}) > 1]
 
 
 def ratio_section(groups: Sequence[ModelGroup]) -> Iterator[Section]:

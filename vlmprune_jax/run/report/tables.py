@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vlmprune_jax.base.errors import printable
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.report.page import Table
 from vlmprune_jax.run.workdir.comparison import averaged_sets, percent, show_interval
-from vlmprune_jax.run.workdir.evaluation import Group
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup, Retention
-from vlmprune_jax.run.workdir.result import Model, ModelEvaluation, Result, Run, Set, Sets
+from vlmprune_jax.run.workdir.result import Model, ModelEvaluation, Result, Run, Sets
 from vlmprune_jax.run.workdir.speed import SpeedUp
 
-RETAINED, OF_CONTROL, SIZE = "retained, %", "of control, %", "size, %"
+RETAINED, SIZE = "retained, %", "size, %"
+LEADING = 5  # columns that come first: the model, its retentions, size and score
 SPEEDUPS = {"decoding, x": "decode_speedup", "prompt, x": "prefill_speedup"}
+SMALLEST_FIRST = (
+    SIZE, "parameters", "active parameters", "MiB", "GFLOPs", "cache, bytes a token", "seconds",
+)  # fmt: skip
 IN_BRACKETS = " (95 % intervals in brackets)"
-REMOVED, COSTS = "removed, % (of decoder)", ("parameters", "active parameters", "MiB", "GFLOPs", "cache, bytes a token")
-OTHERS = (*SPEEDUPS, "seeds", REMOVED, "data, %", *COSTS, "seconds", "run")  # columns after the score
-SMALLEST_FIRST = (SIZE, *COSTS, "seconds")
 
 
 def tables_of(comparison: Comparison, *, runs: bool = False) -> list[Table]:
@@ -28,73 +28,77 @@ def tables_of(comparison: Comparison, *, runs: bool = False) -> list[Table]:
     terminal leaves out the last columns, and a phone folds all but the first. `runs`: adds the names of the runs, which
     are the names of their folders.
     """
-    sets = comparison.sets
-    groups = [*comparison.unpruned.values(), *comparison.controls, *comparison.groups]
+    sets, groups = comparison.sets, [*comparison.unpruned.values(), *comparison.controls, *comparison.groups]
     rows = [_row(group, comparison) | {"run": printable(group.name) if runs else ""} for group in groups]
     title = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
     if any(len(group.models) > 1 for group in groups):
         title += ", means over seeds"
     else:
         rows = [{**row, "seeds": ""} for row in rows]
-    models = [(group.title, [model.evaluation for model in group.models]) for group in groups]
-    return [_table_of_rows(title, rows, sets), *_set_tables(models, sets)]
-
-
-def _table_of_rows(title: str, rows: Sequence[Mapping[str, str]], sets: Sets) -> Table:
-    """Return a table of rows {column: cell}, without empty columns."""
-    for column in SPEEDUPS:
-        if any(row.get(column) for row in rows):
-            rows = [{column: "1.00", **row} for row in rows]  # the cells of models of the unpruned shape
-    columns = ("model", RETAINED, OF_CONTROL, SIZE, score_label(sets), *OTHERS)
-    header = tuple(name for name in columns if any(row.get(name) for row in rows))
-    lower = tuple(score_label(sets) for metric in sets.values() if not metric.higher_is_better and len(sets) == 1)
-    cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
-    first = len({"model", RETAINED, OF_CONTROL, SIZE, score_label(sets)} & {*header})
+    header = tuple(name for name in rows[0] if any(row[name] for row in rows))
+    for row, group in zip(rows, groups, strict=True):
+        row |= dict.fromkeys(SPEEDUPS, "1.00") if group.first.method == "none" else {}  # of the unpruned shape
     title += IN_BRACKETS if any("(" in row[RETAINED] for row in rows) else ""
-    return Table(title, header, cells, first=first, ascending=(*SMALLEST_FIRST, *lower))
+    lower = tuple(_score_label(sets) for metric in sets.values() if not metric.higher_is_better and len(sets) == 1)
+    table = Table(
+        title,
+        header,
+        tuple(tuple(row[name] for name in header) for row in rows),
+        first=sum(name in header for name in [*rows[0]][:LEADING]),
+        ascending=(*SMALLEST_FIRST, *lower),
+    )
+    return [
+        table,
+        *_set_tables([(group.title, [model.evaluation for model in group.models]) for group in groups], sets),
+    ]
 
 
 def _row(group: ModelGroup, comparison: Comparison) -> dict[str, str]:
-    """Return the cells {column: text} of a group of models: means over its seeds."""
-    evaluations = [model.evaluation for model in group.models]
-    seconds = [model.seconds for model in group.models if model.seconds is not None]
-    data, sets, pruned = group.first.data_fraction, comparison.sets, group.first.method != "none"
+    """Return {column: cell} of a group of models, important columns first: means over its seeds."""
+    models, sets, data = group.models, comparison.sets, group.first.data_fraction
+    evaluations, pruned = [model.evaluation for model in models], group.first.method != "none"
+
+    def cost(name: str, form: str, unit: float = 1.0) -> str:
+        values = [getattr(model.costs, name, None) for model in models]
+        return _mean((value / unit if value else None for value in values), form.format)
+
+    score = _mean((model.paper_average for model in evaluations), percent)
+    speedups = {column: speedup_of(models, part) for column, part in SPEEDUPS.items()}
+    decoder = _mean((model.decoder_ratio for model in models), lambda ratio: f" ({100 * ratio:.1f})")
+    parameters, active = f"{group.mean('parameters'):,.0f}", cost("active_parameters", "{:,.0f}")
     return {
         "model": group.title,
         RETAINED: show_retention(group.retained),
-        OF_CONTROL: show_retention(group.of_control),
+        "of control, %": show_retention(group.of_control),
         SIZE: comparison.size(group),
-        score_label(sets): _score(evaluations, sets),
-        **{column: _show_speedup(speedup_of(group.models, part)) for column, part in SPEEDUPS.items() if pruned},
-        "seeds": f"{len(group.models)}" if group.name else "",  # the unpruned model has no name
-        REMOVED: _removed(group.models) if pruned else "",
+        _score_label(sets): score if len(sets) > 1 else _mean_score(evaluations, next(iter(sets)), sets),
+        **{name: speedup.show(interval=False) if pruned and speedup else "" for name, speedup in speedups.items()},
+        "seeds": f"{len(models)}" if group.name else "",  # the unpruned model has no name
+        "removed, % (of decoder)": f"{100 * group.mean('actual_ratio'):.1f}{decoder}" if pruned else "",
         "data, %": f"{100 * data:g}" if data else "",
-        **_costs(group.models),
-        "seconds": f"{_mean(seconds):.1f}" if seconds else "",
+        "parameters": parameters,
+        "active parameters": "" if active == parameters else active,
+        "MiB": cost("file_bytes", "{:,.2f}", 2**20),
+        "GFLOPs": cost("forward_flops", "{:,.3f}", 1e9),
+        "cache, bytes a token": cost("kv_bytes_per_token", "{:,.0f}"),
+        "seconds": _mean((model.seconds for model in models), "{:.1f}".format),
     }
 
 
-def score_label(sets: Mapping[str, Set]) -> str:
+def _score_label(sets: Sets) -> str:
     """Return the column name of the score: the metric of one evaluation set, or the average over several."""
     return "paper avg, %" if len(sets) > 1 else next(iter(sets.values())).label.replace(" in %", ", %")
 
 
-def _score(evaluations: Sequence[ModelEvaluation], sets: Sets) -> str:
-    """Return the cell of the column `score_label`."""
-    if len(sets) == 1:
-        return _mean_score(evaluations, next(iter(sets)), sets)
-    known = [model.paper_average for model in evaluations if model.paper_average is not None]
-    return percent(_mean(known)) if len(known) == len(evaluations) else ""
+def _mean(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+    """Return the mean of the known values as text; "" if no value is known."""
+    known = [value for value in values if value is not None]
+    return form(sum(known) / len(known)) if known else ""
 
 
 def _mean_score(evaluations: Sequence[ModelEvaluation], name: str, sets: Sets) -> str:
     """Return the mean of an evaluation set's main value over seeds as text; "" if no model has this value."""
-    values = [value for model in evaluations if (value := model.main(name, sets)) is not None]
-    return sets[name].show(_mean(values), unit=False) if values else ""
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return _mean((model.main(name, sets) for model in evaluations), lambda mean: sets[name].show(mean, unit=False))
 
 
 def show_retention(retained: Retention | None, unit: str = "") -> str:
@@ -108,40 +112,12 @@ def show_retention(retained: Retention | None, unit: str = "") -> str:
 def speedup_of(models: Sequence[Run], part: str) -> SpeedUp | None:
     """Return the mean speed-up over seeds; if a seed's is not measurable, that seed's; None if unknown."""
     speedups: list[SpeedUp | None] = [getattr(model.speed, part, None) for model in models]
-    unclear = [speedup for speedup in speedups if speedup is None or not speedup.measurable]
-    if unclear or len(speedups) < 2:
-        return (unclear or speedups)[0]
-    known = [speedup for speedup in speedups if speedup is not None]
-    lows, highs = [speedup.low for speedup in known], [speedup.high for speedup in known]
-    return SpeedUp(_mean([speedup.ratio for speedup in known]), min(lows), max(highs), spread=0.0)
-
-
-def _show_speedup(speedup: SpeedUp | None) -> str:
-    return "" if speedup is None else speedup.show(interval=False)
-
-
-def _removed(models: Sequence[Run]) -> str:
-    """Return the removed shares of all parameters and of the decoder's as text."""
-    decoder = [model.decoder_ratio for model in models if model.decoder_ratio is not None]
-    whole = f"{100 * _mean([model.actual_ratio for model in models]):.1f}"
-    return whole + (f" ({100 * _mean(decoder):.1f})" if decoder else "")
-
-
-def _costs(models: Sequence[Model]) -> dict[str, str]:
-    """Return the cells of parameters and of the costs of a prompt."""
-    sizes, costs = [model.parameters for model in models], [model.costs for model in models]
-    cells = {"parameters": f"{_mean(sizes):,.0f}"}
-    known = [cost for cost in costs if cost is not None]
-    if not known:
-        return cells
-    active = [cost.active_parameters for cost in known if cost.active_parameters is not None]
-    cache = _mean([cost.kv_bytes_per_token for cost in known])
-    return cells | {
-        "active parameters": f"{_mean(active):,.0f}" if active and active != sizes else "",
-        "MiB": f"{_mean([cost.file_bytes for cost in known]) / 2**20:,.2f}",
-        "GFLOPs": f"{_mean([cost.forward_flops for cost in known]) / 1e9:,.3f}",
-        "cache, bytes a token": f"{cache:,.0f}" if cache else "",
-    }
+    known = [speedup for speedup in speedups if speedup is not None and speedup.measurable]
+    if len(known) < len(speedups) or len(speedups) < 2:
+        return next((speedup for speedup in speedups if speedup not in known), speedups[0])
+    ratio = sum(speedup.ratio for speedup in known) / len(known)
+    low, high = min(speedup.low for speedup in known), max(speedup.high for speedup in known)
+    return SpeedUp(ratio, low, high, spread=0.0)
 
 
 def _set_tables(models: Sequence[tuple[str, Sequence[ModelEvaluation]]], sets: Sets) -> list[Table]:
@@ -211,21 +187,12 @@ def parameter_note(teacher: Model) -> str:
 
 def groups_of(result: Result) -> Iterator[Table]:
     """Yield one table per evaluation set with grouped questions: values by group, one row per model."""
-    sets = result.sets
     for name, groups in result.teacher.evaluation.groups.items():
-        metric = sets[name]
-        rows = [
-            (
-                result.labels[key],
-                *(_group_value(model.evaluation.groups.get(name, {}), group, metric) for group in groups),
-            )
-            for key, model in result.models
-        ]
-        rows.insert(0, ("questions", *(f"{values.questions:,}" for values in groups.values())))
+        metric = result.sets[name]
+        rows = [("questions", *(f"{values.questions:,}" for values in groups.values()))]
+        for key, model in result.models:
+            known = {group: row.values.get(metric.main) for group, row in model.evaluation.groups.get(name, {}).items()}
+            values = {group: metric.scale * value for group, value in known.items() if value is not None}
+            rows.append((result.labels[key], *(_mean([values.get(group)], "{:.1f}".format) for group in groups)))
         title = f"{metric.main[:1].upper()}{metric.main[1:]} by {metric.grouped_by}"
-        yield Table(title if len(sets) == 1 else f"{name}: {title}", ("model", *groups), tuple(rows))
-
-
-def _group_value(groups: Mapping[str, Group], group: str, metric: Set) -> str:
-    value = groups[group].values.get(metric.main) if group in groups else None
-    return "" if value is None else f"{metric.scale * value:.1f}"
+        yield Table(title if len(result.sets) == 1 else f"{name}: {title}", ("model", *groups), tuple(rows))

@@ -43,8 +43,8 @@ from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.run.evaluation.runner import Answer, ask, check_answered, log_likelihoods
+from vlmprune_jax.run.evaluation.speed.bench import measure_speed
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
-from vlmprune_jax.run.evaluation.speed.measure import measure_speed
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets, export_dtype, image_tokens
 from vlmprune_jax.run.experiment.spec import affecting

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.records import remarks
+from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.card import check_upload, license_of, model_name
 from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.formats import ExportSpec
@@ -101,12 +102,26 @@ def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[st
             yield from shared.notes
             records = evaluation_records(eval_set, image_lead=shared.template.image_lead)
             check_answered(records)
-            yield from remarks(records, eval_set.data or name)
+            yield from _remarks(records, eval_set.data or name)
             sizes.append(f"{name} ({len(records):,} questions)")
         else:
             sizes.append(f"{name} (text)")
     if sizes:
         yield f"evaluate {TEACHER} and every model: {', '.join(sizes)}"
+
+
+def _remarks(records: Iterable[Record], what: str) -> Iterator[str]:
+    """Yield a line about empty answers, and a line about ids that several records share, in the data set called `what`.
+
+    All of these records are kept. Repeating a data set on purpose (InternVL's repeat_time) does not repeat ids.
+    """
+    distinct = {id(record): record for record in records}.values()
+    empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
+    if empty:
+        yield f"{what}: {len(empty):,} of the records have an empty answer (first: {empty[0]}); all are kept"
+    repeated = [name for name, count in Counter(record.id for record in distinct).items() if count > 1]
+    if repeated:
+        yield f"{what}: {len(repeated):,} of the ids belong to several records (first: {repeated[0]}); all are kept"
 
 
 def _about(step: Work) -> Iterator[str]:
@@ -117,7 +132,7 @@ def _about(step: Work) -> Iterator[str]:
         yield from shared.notes
         available = inputs.training_records(data, shared.template)
         total = len(available)
-        yield from remarks(available, "data.train")
+        yield from _remarks(available, "data.train")
         if step.stage == "recover":
             records = inputs.recovery_records(data, shared.template)
             if data.on_error == "stop":

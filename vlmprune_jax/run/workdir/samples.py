@@ -6,6 +6,7 @@ The questions are chosen during the evaluation, so that the report does not need
 from __future__ import annotations
 
 import base64
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +16,7 @@ from msgspec import Meta
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
-from vlmprune_jax.io.data.media import thumbnail
+from vlmprune_jax.io.data.media import opened_image, to_rgb
 from vlmprune_jax.io.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
@@ -26,6 +27,7 @@ SAMPLES = "eval/samples.json"
 # recovered from it is right. "broken": the same, but no recovered model is right. Right: a score of at least 0.5.
 KINDS = {"repaired": 6, "broken": 3, "other": 3}
 SIDE = 224  # pixels of an image's longer side
+_CRISP = 96  # pixels per side up to which images are stored without loss
 MOST_IMAGES, MOST_IMAGE_BYTES = 4, 4 << 20  # maximum images per sample, and image bytes per set
 MOST_ANSWERS = 24  # maximum answers per sample
 LONGEST = 600  # maximum characters of a question or an answer
@@ -172,8 +174,14 @@ def _image(image: Any, record: str, room: int, max_pixels: int) -> Picture:
     if room <= 0:
         return Picture(problem="left out: the page has enough images")
     try:
-        content, kind, (width, height) = thumbnail(image, record, side=SIDE, max_pixels=max_pixels)
+        with opened_image(image, record, max_pixels) as opened:
+            opened.draft("RGB", (SIDE, SIDE))  # decodes a JPEG at reduced size
+            small = to_rgb(opened)
+            small.thumbnail((SIDE, SIDE))
     except UserError as error:
         return Picture(problem=str(error))
-    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return Picture(uri=uri, width=width, height=height)
+    kind, quality = ("png", {}) if max(small.size) <= _CRISP else ("jpeg", {"quality": 80})
+    encoded = io.BytesIO()
+    small.save(encoded, kind, **quality)
+    uri = f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return Picture(uri=uri, width=small.width, height=small.height)

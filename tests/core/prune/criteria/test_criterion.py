@@ -1,51 +1,22 @@
-"""What a criterion can be, what its functions get, and that nothing outside prune/criteria/ knows one by name."""
+"""What a criterion can be, what its functions get, scores by kind of token, and who knows criteria by name."""
 
 import ast
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import decoder_values
-from flax import nnx
-from media_cases import packed
-from prune_cases import EQUAL, UNEQUAL, batch, config, layer_scores, model, on_mesh, unit_scores
+from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, layer_scores, model, unit_scores
+from refusal import refused
 from repository import ROOT
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.models.params import unstack_layers
-from vlmprune_jax.core.models.vlm import forward, to_nnx
-from vlmprune_jax.core.prune import CRITERIA, Criterion, score
+from vlmprune_jax.core.prune import CRITERIA, Criterion, Scores, score
 from vlmprune_jax.core.prune.calibration import calibration_batches
-from vlmprune_jax.core.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, input_weights, reduce_inputs
-
-PHI = {"parallel": True, "norm": "layer", "gated": False}
-
-
-@pytest.mark.slow
-def test_a_tap_sees_what_the_output_projections_read():
-    """A block's output is its input and the two products; the same in a parallel block with other names."""
-    for cfg in (config(UNEQUAL, vision=True), config(UNEQUAL, **PHI)):
-        one, arrays = model(cfg), batch(cfg)
-        ids, mask, pixels = arrays["input_ids"], arrays["attention_mask"], arrays.get("pixel_values")
-        blocks = decoder_values(
-            jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), ("o_proj", "down_proj"),
-            attention_mask=jnp.asarray(mask), media={} if pixels is None else {"vision": packed(pixels)},
-        )  # fmt: skip
-        _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
-        names = ("dense", "fc2") if cfg.text.block.parallel else ("o_proj", "down_proj")
-        for i, (block, shape) in enumerate(zip(blocks, cfg.text.layers, strict=True)):
-            assert block.inputs["o_proj"].shape == (4, 9, shape.mixer.q_heads, 6)
-            params = nnx.to_pure_dict(nnx.state(block.block))
-            out, down = params["self_attn"][names[0]], params["mlp"][names[1]]
-            added = jnp.einsum("bthd,ehd->bte", block.inputs["o_proj"], out["weight"]) + out["bias"][None, None]
-            added += jnp.einsum("btm,em->bte", block.inputs["down_proj"], down["weight"]) + down["bias"][None, None]
-            last = i == len(cfg.text.layers) - 1
-            after = to_nnx(one).text.final_norm(block.before + added) if last else block.before + added
-            np.testing.assert_allclose(block.before, wanted["hidden"][i], atol=1e-5)
-            np.testing.assert_allclose(block.after, wanted["hidden"][i + 1], atol=1e-5)
-            np.testing.assert_allclose(after, block.after, atol=1e-5)
+from vlmprune_jax.core.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, gradients, input_weights, reduce_inputs
 
 
 def test_kinds_of_tokens():
@@ -82,6 +53,7 @@ def mean_energy(sums, model, *, gqa):
     return reduce_inputs(layers, model.cfg, gqa=gqa)
 
 
+CFG = config(EQUAL, vision=True)
 OWN = Criterion(
     scores=("widths",),
     needs="activations",
@@ -97,32 +69,13 @@ def own(monkeypatch):
     monkeypatch.setitem(CRITERIA, "energy", OWN)
 
 
-def assert_equal(mine, others, **tolerance):
-    for one, other in zip(mine.values.values(), others.values.values(), strict=True):
-        np.testing.assert_allclose(one, other, **{"rtol": 0, **tolerance})
-
-
-@pytest.mark.slow
-def test_padding_batching_and_a_mesh_do_not_change_it(own):
-    cfg = config(EQUAL, vision=True)
-    arrays = batch(cfg, rows=8)
-    expected = score(model(cfg), [arrays], criterion="energy")
-    apart = [{name: array[i : i + 4] for name, array in arrays.items()} for i in (0, 4)]
-    filler = {**{name: np.zeros_like(array) for name, array in arrays.items()}, "labels": np.full((8, 9), -100)}
-    assert_equal(score(model(cfg), [*apart, filler], criterion="energy"), expected, rtol=1e-5)
-    assert_equal(score(on_mesh(model(cfg), 2, 2, 2), [arrays], criterion="energy"), expected, rtol=1e-5)
-
-
 def test_unequal_layers_and_query_heads(own):
     scores = score(model(config(UNEQUAL)), [batch(config(UNEQUAL))], criterion="energy", gqa="q_heads")
     assert [len(heads) for heads in scores.along("q_heads")] == [4, 4, 8, 4]
     assert [len(neurons) for neurons in scores.along("mlp")] == [12, 12, 10, 12]
     layer = unstack_layers(model(config(UNEQUAL)).params, config(UNEQUAL))[0][2]
-    np.testing.assert_allclose(
-        input_weights(model(config(UNEQUAL)), power=2)[2]["down_proj"],
-        (layer["mlp/down_proj/weight"] ** 2).sum(0),
-        rtol=1e-5,
-    )
+    norms = input_weights(model(config(UNEQUAL)), power=2)[2]
+    np.testing.assert_allclose(norms["down_proj"], (layer["mlp/down_proj/weight"] ** 2).sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("criterion", ["block_influence", "energy"])
@@ -140,26 +93,19 @@ def test_an_interrupted_pass_continues_from_its_journal(own, tmp_path, criterion
     # what the journal has is not computed again: the first two batches may be any others
     others = [batch(cfg, seed=7), batch(cfg, seed=8), batches[2]]
     again = score(model(cfg), others, criterion=criterion, journal=Journal(tmp_path / "j", {}))
-    assert_equal(again, expected)
+    assert_scores(again, expected)
     complete = Journal(tmp_path / "j", {})
     assert len(complete.entries) == 3
-    assert_equal(score(model(cfg), batches, criterion=criterion, journal=complete), expected)
-
-
-def test_a_criterion_of_ours_that_scores_no_layers_leaves_no_journal(tmp_path):
-    cfg = config(EQUAL)
-    score(model(cfg), [batch(cfg)], criterion="activation", journal=Journal(tmp_path / "j", {}))
-    assert not (tmp_path / "j").exists()
+    assert_scores(score(model(cfg), batches, criterion=criterion, journal=complete), expected)
+    score(model(cfg), batches[:1], criterion="activation", journal=Journal(tmp_path / "none", {}))
+    assert not (tmp_path / "none").exists()  # of criteria of ours that score no layers
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scores": ("heads",)}, "a criterion's scores: 'heads' is not one of layers, widths"),
-        (
-            {"needs": "gradients"},
-            "a criterion's needs: 'gradients' is not one of weights, activations, routing, labels",
-        ),
+        ({"needs": "gradients"}, "a criterion's needs: 'gradients' is not one of weights, activations, routing"),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"needs": "labels"}, 'a criterion with finish= .* must have needs="activations"'),
         ({"inputs": ("gate_proj",)}, "input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "),
@@ -167,8 +113,7 @@ def test_a_criterion_of_ours_that_scores_no_layers_leaves_no_journal(tmp_path):
     ],
 )
 def test_descriptions_that_contradict_themselves(changes, message):
-    with pytest.raises(UserError, match=message):
-        Criterion(**{**vars(OWN), **changes})
+    refused(message, Criterion, **{**vars(OWN), **changes})
 
 
 def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
@@ -181,20 +126,17 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
         (("widths",), units, r".*'text/0/mlp': \(11,\).*, expected .*'text/0/mlp': \(12,\)"),
     ):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
-        with pytest.raises(UserError, match=f"'mine' returns scores of shapes {message}"):
-            score(model(cfg), criterion="mine")
+        refused(f"'mine' returns scores of shapes {message}", score, model(cfg), criterion="mine")
 
 
 def test_no_criterion_is_known_by_name_elsewhere():
     """Names are in core/prune/criteria/ and, as defaults of settings, where these are declared."""
     home = ROOT / "vlmprune_jax/core/prune/criteria"
+    declaring = [ROOT / "vlmprune_jax" / file for file in ("run/experiment/spec.py", "core/prune/config.py")]
     names, found = {"block_influence", "angular", "taylor", "l1", "param_first"}, []
     assert names - {"param_first"} <= set(CRITERIA)
     for path in sorted((ROOT / "vlmprune_jax").rglob("*.py")):
-        if home in path.parents or path in (
-            ROOT / "vlmprune_jax/run/experiment/spec.py",
-            ROOT / "vlmprune_jax/core/prune/config.py",
-        ):
+        if home in path.parents or path in declaring:
             continue
         constants = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
         found += [f"{path.relative_to(ROOT)}:{node.lineno}" for node in constants if node.value in names]
@@ -211,41 +153,98 @@ def test_pixels_in_order_of_appearance():
     pixels = np.random.default_rng(5).standard_normal((4, 3, 6, 6)).astype(np.float32)
     per_row = np.zeros((4, 2, 3, 6, 6), np.float32)
     per_row[0, 0], per_row[1, 0], per_row[1, 1], per_row[2, 0] = pixels
+    labelled = {**arrays, "labels": arrays["labels"].clip(max=60)}
     for criterion in ("block_influence", "taylor"):
-        flat, rows = (
-            score(model(cfg), [{**arrays, "labels": arrays["labels"].clip(max=60), "pixel_values": p}],
-                  criterion=criterion)
-            for p in (pixels, per_row)
-        )  # fmt: skip
-        if criterion == "taylor":
-            assert_equal(flat, rows)
-        else:
-            np.testing.assert_array_equal(flat.layers, rows.layers)
+        batches = [{**labelled, "pixel_values": images} for images in (pixels, per_row)]
+        assert_scores(*(score(model(cfg), [one], criterion=criterion) for one in batches))
     turned = score(model(cfg), [{**arrays, "pixel_values": pixels[::-1]}], criterion="block_influence")
     straight = score(model(cfg), [{**arrays, "pixel_values": pixels}], criterion="block_influence")
     assert (turned.layers != straight.layers).all()
 
 
-@pytest.mark.parametrize(
-    ("images", "positions", "message"),
-    [
-        (2, slice(1, 5), "input_ids have 4 image positions, but the images have 8 features"),
-        (2, slice(0, 0), "input_ids have 0 image positions, but the images have 8 features"),
-    ],
-)
-def test_other_numbers_of_images_are_refused(images, positions, message):
-    cfg = config(EQUAL, vision=True)
-    ids = np.ones((2, 9), int)
-    ids[1, positions] = 61
-    arrays = {"input_ids": ids, "attention_mask": np.ones((2, 9)), "pixel_values": np.zeros((images, 3, 6, 6))}
-    with pytest.raises(UserError, match=f"calibration batch 0: {message}"):
-        score(model(cfg), [arrays], criterion="block_influence")
+def test_other_numbers_of_images_are_refused():
+    for positions, fact in (
+        ([(1, range(1, 5))], "input_ids have 4 image positions, but the images have 8 features"),
+        ([], "input_ids have 0 image positions, but the images have 8 features"),
+        ([(0, range(6)), (1, range(2))], "row 0 of input_ids has 6 image positions, not a multiple of the 4"),
+    ):
+        ids = np.ones((2, 9), int)
+        for row, taken in positions:
+            ids[row, list(taken)] = 61
+        arrays = {"input_ids": ids, "attention_mask": np.ones((2, 9)), "pixel_values": np.zeros((2, 3, 6, 6))}
+        refused(f"calibration batch 0: {fact}", score, model(CFG), [arrays], criterion="block_influence")
 
 
-def test_a_torn_image_is_refused():
-    cfg = config(EQUAL, vision=True)
-    ids = np.ones((2, 9), int)
-    ids[0, :6] = ids[1, :2] = 61
-    arrays = {"input_ids": ids, "attention_mask": np.ones((2, 9)), "pixel_values": np.zeros((2, 3, 6, 6))}
-    with pytest.raises(UserError, match="row 0 of input_ids has 6 image positions, not a multiple of the 4"):
-        score(model(cfg), [arrays], criterion="block_influence")
+# --- scores by kind of token -----------------------------------------------------------------------------------------
+
+
+OPTIONS = {"angular": {"layers_removed": 2}, "taylor": {"by_token_type": True, "variant": "vectorize"}}
+SPLITTING = ("block_influence", "angular", "activation", "fluctuation", "taylor")
+
+
+@functools.cache
+def found(criterion, **weights):
+    return score(model(CFG), [batch(CFG)], criterion=criterion, **OPTIONS.get(criterion, {}), **weights)
+
+
+def flat(parts):
+    parts = parts.values if isinstance(parts, Scores) else parts
+    return np.concatenate([*parts.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", SPLITTING)
+def test_scores_of_a_kind_are_the_scores_if_only_that_kind_counts(criterion):
+    scores = found(criterion)
+    assert list(scores.by_token_type) == ["image", "prompt", "answer"]
+    only = {f"{kind}_weight": float(kind == "image") for kind in scores.by_token_type}
+    np.testing.assert_allclose(flat(scores.by_token_type["image"]), flat(found(criterion, **only)), rtol=1e-6)
+    apart = {flat(parts).tobytes() for parts in (scores, *scores.by_token_type.values())}
+    assert len(apart) == (3 if criterion == "angular" else 4)  # a row's last token is of its answer
+
+
+def test_weights_of_kinds_that_are_all_doubled_change_nothing_but_a_gradient():
+    doubled = {f"{kind}_weight": 2.0 for kind in ("image", "prompt", "answer")}
+    for criterion in ("block_influence", "activation"):
+        np.testing.assert_allclose(flat(found(criterion, **doubled)), flat(found(criterion)), rtol=1e-6)
+    np.testing.assert_allclose(flat(found("taylor", **doubled)), 2 * flat(found("taylor")), rtol=1e-6)
+
+
+def test_shares_of_kinds_add_up_to_the_gradient():
+    batches = calibration_batches([batch(CFG)], CFG, labels=True)
+    options = {"rows_per_step": 2, "memory_budget": 0, "by_token_type": True}
+    layers, kinds = gradients.gradient_channels(model(CFG), batches, lambda w, g, a, axis: g, **options)
+    added = jax.tree.map(lambda *shares: sum(shares), *kinds.values())
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-7, rtol=1e-4), added, layers)
+
+
+def test_text_has_two_kinds_and_one_kind_is_not_told_apart():
+    cfg = config(EQUAL)
+    arrays = batch(cfg)
+    assert list(score(model(cfg), [arrays], criterion="block_influence").by_token_type) == ["prompt", "answer"]
+    unlabelled = {name: array for name, array in arrays.items() if name != "labels"}
+    assert score(model(cfg), [unlabelled], criterion="block_influence").by_token_type == {}
+    assert not score(model(cfg), [arrays], criterion="block_influence", reference_compat=True).by_token_type
+    nothing = {"prompt_weight": 0, "answer_weight": 0}
+    refused("contain only padding", score, model(cfg), [arrays], criterion="block_influence", **nothing)
+    refused("has no option 'image_weight'", score, model(cfg), criterion="l1", image_weight=0.5)
+
+
+def test_files_hold_them(tmp_path):
+    for criterion in ("block_influence", "activation"):
+        scores = found(criterion)
+        scores.save(tmp_path / "scores.npz")
+        again = Scores.load(tmp_path / "scores.npz")
+        assert_scores(again, scores)
+    dataclasses.replace(scores, by_token_type={}).save(tmp_path / "total.npz")
+    assert Scores.load(tmp_path / "total.npz").by_token_type == {}
+
+
+def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
+    own = dataclasses.replace(
+        CRITERIA["block_influence"], function=lambda layer, tokens: {"one": jnp.float32(1)},
+        finish=lambda sums, model: layer_scores([layer["one"] for layer in sums]), options={}, splits=False,
+    )  # fmt: skip
+    monkeypatch.setitem(CRITERIA, "own", own)
+    assert score(model(CFG), [batch(CFG)], criterion="own").by_token_type == {}
+    refused("reads no tokens", dataclasses.replace, CRITERIA["l1"], splits=True)

@@ -1,4 +1,4 @@
-"""Block Influence and the angular variant: the reference's numbers, and what does not change them."""
+"""Block Influence, angular distance, activations and fluctuation: the reference numbers, and sums in float64."""
 
 import json
 
@@ -6,19 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import real_values
 from hf_cases import random_ids
-from prune_cases import (
-    EQUAL,
-    UNEQUAL,
-    batch,
-    config,
-    expanded,
-    golden_llava,
-    model,
-    on_mesh,
-)
+from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model, seeing
+from repository import load_arrays
+from stack_cases import tower_layer
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.models.params import unstack_layers
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.core.prune.activations import _sums
@@ -29,7 +24,7 @@ from vlmprune_jax.io.exports.pruning import make_plan
 
 
 def golden_samples(goldens):
-    arrays = np.load(goldens / "block_influence" / "llava.npz")
+    arrays = load_arrays(goldens / "block_influence" / "llava.npz")
     names = ("input_ids", "attention_mask", "labels", "pixel_values")
     return [expanded(*(arrays[f"s{n}_{name}"] for name in names)) for n in range(6)], arrays
 
@@ -94,22 +89,6 @@ def test_default_is_the_mean_over_real_tokens(vision):
     np.testing.assert_allclose(compat.layers, distance.sum(axis=(1, 2)), rtol=1e-5)
 
 
-def test_padding_and_batching_do_not_change_the_scores():
-    cfg = config(EQUAL)
-    arrays = batch(cfg)
-    expected = score(model(cfg), [arrays], criterion="block_influence").layers
-    apart = [{name: array[i : i + 2] for name, array in arrays.items()} for i in (0, 2)]
-    np.testing.assert_allclose(score(model(cfg), apart, criterion="block_influence").layers, expected, rtol=1e-5)
-    lengths = arrays["attention_mask"].sum(axis=1)
-    left = {n: np.stack([np.roll(row, 9 - k) for row, k in zip(a, lengths, strict=True)]) for n, a in arrays.items()}
-    filler = {name: np.zeros_like(array) for name, array in arrays.items()}
-    for criterion, options in (("block_influence", {}), ("angular", {"layers_removed": 2})):
-        plain = score(model(cfg), [arrays], criterion=criterion, **options).layers
-        np.testing.assert_allclose(
-            score(model(cfg), [left, filler], criterion=criterion, **options).layers, plain, rtol=1e-5
-        )
-
-
 def test_angular_is_the_mean_angle_at_the_last_real_token():
     cfg = config(EQUAL)
     arrays = batch(cfg)
@@ -120,16 +99,6 @@ def test_angular_is_the_mean_angle_at_the_last_real_token():
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     scores = score(model(cfg), [arrays], criterion="angular", layers_removed=3)
     np.testing.assert_allclose(scores.layers[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_mesh_gives_the_same_scores():
-    cfg = config(EQUAL, vision=True)
-    batches = [batch(cfg, rows=8), batch(cfg, rows=3, seed=1)]
-    expected = score(model(cfg), batches, criterion="block_influence")
-    sharded = score(on_mesh(model(cfg), 2, 2, 2), batches, criterion="block_influence")
-    np.testing.assert_allclose(sharded.layers, expected.layers, rtol=1e-5)
-    assert sharded.fingerprint == expected.fingerprint
 
 
 def test_cosine_distance_of_zero_opposite_and_nearly_equal_vectors():
@@ -165,8 +134,7 @@ def test_a_model_in_files_is_scored_with_one_layer_on_the_device(goldens, monkey
     monkeypatch.setattr(LayerStream, "load", counted)
     for name, scores in expected.items():
         found = score(files, batches, criterion=name)
-        for mine, theirs in zip(found.values.values(), scores.values.values(), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+        assert_scores(found, scores, rtol=1e-5)
     assert len(peaks) == 2 * n_layers
     assert 0 < max(peaks) <= 2 * one_layer  # the next layer is read before the last is dropped
 
@@ -177,3 +145,41 @@ def test_the_model_is_not_traced_again_for_every_batch():
     before = _sums._cache_size()
     score(model(cfg), [batch(cfg, seed=s) for s in range(3)], criterion="block_influence")
     assert _sums._cache_size() == before
+
+
+SHAPES = {
+    "sequential": {"vision": True}, "parallel": {"parallel": True, "norm": "layer", "gated": False}, "tower": None
+}  # fmt: skip
+TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(4, 4, 6))
+WRITERS = {"o_proj": ("o_proj", "dense", "out_proj"), "down_proj": ("down_proj", "fc2")}
+
+
+def contribution(layer, name, x, weight, criterion):
+    """Score of each input of the projection that writes `name` to the stream, float64[inputs]."""
+    (path,) = (path for path in layer if path.endswith(tuple(f"{writer}/weight" for writer in WRITERS[name])))
+    scale = layer.get(f"layer_scale{1 + (name == 'down_proj')}/weight", 1.0)
+    matrix = np.asarray(layer[path], np.float64).reshape(len(layer[path]), -1) * np.reshape(scale, (-1, 1))
+    share, norm = weight[:, None] / weight.sum(), np.linalg.norm(matrix, axis=0)
+    if criterion == "activation":
+        return np.sqrt((share * x * x).sum(0)) * norm
+    return (share * (x - (share * x).sum(0)) ** 2).sum(0) * norm**2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("criterion", ["activation", "fluctuation"])
+def test_scores_equal_sums_in_float64(criterion, shape):
+    stack = "vision" if shape == "tower" else "text"
+    one = seeing(TOWER, layer_scale=True) if stack == "vision" else model(config(UNEQUAL, **SHAPES[shape]))
+    arrays = batch(one.cfg)
+    found = score(one, [arrays], criterion=criterion, stack=stack, image_weight=0.1)
+    inputs = {"images": arrays["pixel_values"][:-1, 0]} if stack == "vision" else arrays
+    blocks = real_values(one, inputs, names=tuple(WRITERS))
+    weight = np.where(arrays["input_ids"] == one.cfg.image_token_id, 0.1, 1.0)[arrays["attention_mask"] == 1]
+    weight = np.ones(len(blocks[0]["before"])) if stack == "vision" else weight
+    layers, shapes = unstack_layers(one.params, one.cfg, stack)[0], one.cfg.stack(stack).layers
+    for i, (block, layer, of) in enumerate(zip(blocks, layers, shapes, strict=True)):
+        heads, neurons = (contribution(layer, name, block[name], weight, criterion) for name in WRITERS)
+        expected = heads.reshape(of.mixer.kv_heads, -1).sum(1)
+        np.testing.assert_allclose(found.along("kv_heads")[i], expected, rtol=2e-4)
+        np.testing.assert_allclose(found.along("mlp")[i], neurons, rtol=2e-4, atol=1e-6 * neurons.max())
+    make_plan(found, one.cfg, method="width", ratio=0.02, heads="auto")

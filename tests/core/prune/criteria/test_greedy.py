@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, config, hand_plan, model, on_mesh
+from prune_cases import EQUAL, config, hand_plan, model
+from refusal import refused
 
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.models.vocabulary import cross_entropy
@@ -93,24 +93,14 @@ def test_an_interrupted_search_continues_with_its_trials(monkeypatch, tmp_path):
     assert np.array_equal(found.layers, expected.layers)
 
 
-@pytest.mark.slow
-def test_on_a_mesh_the_order_is_the_same():
-    teacher, data = model(config(EQUAL)), batches()
-    one = score(teacher, data, criterion="greedy_loss", candidates=2, search=3)
-    many = score(on_mesh(teacher, data=2, fsdp=2, tensor=2), data, criterion="greedy_loss", candidates=2, search=3)
-    np.testing.assert_array_equal(one.layers, many.layers)
-
-
 @pytest.mark.parametrize(("options", "line"), [
     ({"search": 5}, "search=5 must be at most 4 of the 5 layers"), ({"candidates": 0}, "candidates=0 at least 1"),
 ])  # fmt: skip
 def test_options_out_of_range(options, line):
-    with pytest.raises(UserError, match=line):
-        score(model(config(EQUAL)), batches(), criterion="greedy_loss", **options)
+    refused(line, score, model(config(EQUAL)), batches(), criterion="greedy_loss", **options)
 
 
 def test_a_loss_that_is_no_number_is_refused():
     teacher = model(config(EQUAL))
     teacher = teacher.replace(params=jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), teacher.params))
-    with pytest.raises(UserError, match="loss of the unpruned model is not finite"):
-        score(teacher, batches(), criterion="greedy_loss")
+    refused("loss of the unpruned model is not finite", score, teacher, batches(), criterion="greedy_loss")

@@ -6,9 +6,10 @@ from golden_cases import Golden, kept_layers
 from hf_cases import prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prune_cases import assert_scores
+from refusal import refused
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPE_WEIGHTS, TOKEN_TYPES
 from vlmprune_jax.core.prune.config import COMBINATIONS
@@ -51,8 +52,7 @@ def test_experts_of_few_tokens_stay(goldens):
         values = scores.along("experts")[layer]
         assert (values[tokens < np.median(count)] == values.max()).all()
     ids = {"input_ids": np.arange(9)[None], "attention_mask": np.ones((1, 9), np.int32)}
-    with pytest.raises(UserError, match="needs experts, but a layer has a dense MLP: use a criterion"):
-        vp.score(vp.load(goldens / "families/qwen3_vl/ckpt"), [ids], criterion="reap")
+    refused("needs experts", vp.score, vp.load(goldens / "families/qwen3_vl/ckpt"), [ids], criterion="reap")
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +75,12 @@ def test_sums_equal_stock(measured, tmp_path):
     for criterion in OF_SUMS:
         expected = vp.score(golden.model, [golden.batch("left")], criterion=criterion, token_types="floor")
         scores = vp.score(golden.model, criterion=criterion, routing=again, token_types="floor")
-        for key, values in expected.values.items():
-            np.testing.assert_array_equal(scores.values[key], values)
+        assert_scores(scores, expected)
     (tmp_path / "routing.npz").write_bytes((tmp_path / "routing.npz").read_bytes()[:-90])
-    with pytest.raises(UserError, match="score again"):
-        Routing.load(tmp_path / "routing.npz")
-    with pytest.raises(UserError, match="this routing is of another model"):
-        vp.score(vp.load(golden.folder.parent / "internvl_moe/ckpt"), criterion="reap", routing=again)
-    with pytest.raises(UserError, match="'l2' does not score experts by a routing"):
-        vp.score(golden.model, criterion="l2", routing=again)
+    refused("score again", Routing.load, tmp_path / "routing.npz")
+    other = vp.load(golden.folder.parent / "internvl_moe/ckpt")
+    refused("this routing is of another model", vp.score, other, criterion="reap", routing=again)
+    refused("'l2' does not score experts by a routing", vp.score, golden.model, criterion="l2", routing=again)
 
 
 def test_affected_tokens_are_those_that_stock_changes(measured):
@@ -91,9 +88,8 @@ def test_affected_tokens_are_those_that_stock_changes(measured):
     single = {name: golden.arrays[f"single_{name}"][None] for name in ("input_ids", "labels")}
     batch = single | {"attention_mask": np.ones_like(single["input_ids"])} | golden.shown(["single"])
     routing = measure_routing(golden.model, [batch])
-    plan = vp.make_plan(
-        vp.score(golden.model, criterion="reap", routing=routing), golden.model, method="experts", experts=5
-    )
+    scores = vp.score(golden.model, criterion="reap", routing=routing)
+    plan = vp.make_plan(scores, golden.model, method="experts", experts=5)
     _, header, rows = affected_tokens(plan, routing)
     assert header == ["layer", "image tokens", "prompt tokens", "answer tokens"]
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "mean"]
@@ -135,5 +131,6 @@ def test_every_token_type_keeps_its_best_experts(seed, experts):
 
 def test_experts_of_few_tokens_are_refused(measured):
     golden, routing = measured
-    with pytest.raises(UserError, match=r"layer \d: experts [\d, ]+ compute fewer than 50 calibration tokens: raise"):
-        vp.score(golden.model, criterion="reap", routing=routing, fewest_tokens=50.0, few_tokens="refuse")
+    few = {"fewest_tokens": 50.0, "few_tokens": "refuse"}
+    fact = r"layer \d: experts [\d, ]+ compute fewer than 50 calibration tokens: raise"
+    refused(fact, vp.score, golden.model, criterion="reap", routing=routing, **few)

@@ -80,9 +80,8 @@ def test_answers_are_those_of_single_rows(made, goldens):
     ]
     requests = asked(backend, contents)
     answers = backend.generate_until(requests)
-    answering = backend._answering
     for place, (answer, record) in enumerate(zip(answers, records_of(backend, requests), strict=True)):
-        encoder = answering.inputs.encoder(answering.model.cfg, 0)
+        encoder = backend._inputs.encoder(backend._model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2)
         ids = encoder.prompt_ids(record)
         pixels = None
@@ -95,7 +94,7 @@ def test_answers_are_those_of_single_rows(made, goldens):
             ]
             for ours, path in zip(pixels, paths, strict=True):
                 np.testing.assert_array_equal(ours, encoder.image_loader.load(path, "r", len(paths))[0])
-        tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
+        tokens = generate(backend._model, ids[None], pixel_values=pixels, max_new_tokens=3)
         text = encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         assert answer.text == text, place
         assert 0 < answer.token_counts.output_tokens <= 3
@@ -106,7 +105,7 @@ def test_images_come_first_where_the_family_has_them_there(made, goldens):
     contents = [["Compare", picture(goldens, 0), "with", picture(goldens, 1)]]
     (record,) = records_of(backend, asked(backend, contents))
     assert record.turns == (("human", "Compare\n<image>\nwith\n<image>"),)
-    encoder = backend._answering.inputs.encoder(backend._answering.model.cfg, 0)
+    encoder = backend._inputs.encoder(backend._model.cfg, 0)
     encoder = dataclasses.replace(encoder, max_images=2)
     marks = np.flatnonzero(encoder.prompt_ids(record) == encoder.image_token_id)
     assert marks[-1] - marks[0] < 2 * encoder.tokens_per_image + 3  # nothing but a line break between them
@@ -124,13 +123,12 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
     first, second = picture(goldens, 0), picture(goldens, 1)
     requests = asked(backend, [["Compare", first, "with", second, "now"], [first, "?"], ["Hi"]])
     answers, records = backend.generate_until(requests), records_of(backend, requests)
-    answering = backend._answering
     for record, answer in zip(records, answers, strict=True):
-        encoder = answering.inputs.encoder(answering.model.cfg, 0)
+        encoder = backend._inputs.encoder(backend._model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
         ids = encoder.prompt_ids(record)
         pixels = images_of(encoder, record, Shape(0, len(record.images)))["pixel_values"] if record.images else None
-        tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
+        tokens = generate(backend._model, ids[None], pixel_values=pixels, max_new_tokens=3)
         assert answer.text == encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         if record is records[0]:
             marks = np.flatnonzero(ids == encoder.image_token_id)
@@ -172,7 +170,7 @@ def test_pictures_are_read_without_loss(made, goldens):
 
 def test_answers_end_at_the_models_positions(made, goldens):
     backend = made()
-    cfg = backend._answering.model.cfg
+    cfg = backend._model.cfg
     (answer,) = backend.generate_until(asked(backend, [["Hi"]], max_new_tokens=16_384))
     assert answer.token_counts.output_tokens <= max(cfg.text.max_positions, 128)
 

@@ -82,11 +82,6 @@ class EncodedWeight:
         """Path of the file that contains the weight's first tensor."""
         return next(iter(self.tensors.values())).file
 
-    @property
-    def n_bytes(self) -> int:
-        """Size in bytes of the dequantised weight."""
-        return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
-
     def array(self) -> np.ndarray:
         """Return the dequantised weight as an array."""
         return self.values(0, math.prod(self.shape)).reshape(self.shape)

@@ -128,9 +128,7 @@ class CompressedTensors:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Key suffixes of the tensors that store one weight (packed integers, scales, zero points, shape)."""
-        if self.activations:
-            return ("", "_scale")
-        return ("_packed", "_scale", "_shape", *(() if self.symmetric else ("_zero_point",)))
+        return tuple(self.tensors("F32", (1, 1)))
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return True if a weight is a decoder layer's matrix and the group size divides its rows."""

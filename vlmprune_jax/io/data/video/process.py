@@ -55,11 +55,6 @@ class Described(msgspec.Struct, frozen=True):
     width: _Side
 
 
-class _Frame(msgspec.Struct):
-    height: _Side
-    width: _Side
-
-
 class _Worker:
     """Process that runs worker.py, and the connection to it."""
 
@@ -143,12 +138,9 @@ def decode(
     """
     distinct, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     frames = np.empty((len(distinct), *size, 3), np.uint8)
-    with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total}) as worker:
+    with _asked(file, name, limits, {"indices": distinct.tolist(), "total": total, "size": size}) as worker:
         for frame in frames:
-            reply = checked(worker.line(name), _Frame, name, "encode the video again")
-            header = msgspec.convert(reply, _Frame)
-            if (header.height, header.width) != size:
-                raise UserError(f"{name}: its frames differ in size: encode it again with one size")
+            worker.line(name)
             worker.fill(frame)
         worker.line(name)
     return frames if len(distinct) == len(indices) else frames[places]
@@ -160,7 +152,15 @@ def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -
 
     After any error the worker is killed, since its state is unknown.
     """
-    _check_file(file, name, limits)
+    if importlib.util.find_spec("av") is None:
+        raise UserError(f"{name}: reading videos needs PyAV: pip install 'vlmprune-jax[video]'")
+    length = os.fstat(file.fileno()).st_size
+    if not length:
+        raise UserError(f"{name}: is empty: replace the file")
+    if length > limits.file_bytes:
+        raise UserError(
+            f"{name}: has {length:,} bytes, more than data.max_video_megabytes={limits.file_bytes >> 20}: raise it"
+        )
     sent = {**vars(limits), "decoded_pixels": limits.wall * _PIXELS_PER_SECOND, "memory": MEMORY}
     deadline = time.monotonic() + limits.wall
     with _LOCK:
@@ -186,15 +186,3 @@ def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -
         return
     with _LOCK:
         _IDLE.append(worker)
-
-
-def _check_file(file: BinaryIO, name: str, limits: Limits) -> None:
-    if importlib.util.find_spec("av") is None:
-        raise UserError(f"{name}: reading videos needs PyAV: pip install 'vlmprune-jax[video]'")
-    size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise UserError(f"{name}: is empty: replace the file")
-    if size > limits.file_bytes:
-        raise UserError(
-            f"{name}: has {size:,} bytes, more than data.max_video_megabytes={limits.file_bytes >> 20}: raise it"
-        )

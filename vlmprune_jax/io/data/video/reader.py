@@ -161,7 +161,7 @@ class VideoReader:
         with error_context(f"record {record}: its video"):
             if self.mismatch:
                 raise UserError(self.mismatch)
-            frame = preparation.plan(info.width, info.height, frames=frames).shape
+            frame = preparation.plan(info.width, info.height, frames=frames)
             needed = frame.positions(self.slot_tokens) * len(times)
             if self.max_tokens is not None and needed > self.max_tokens:
                 try:
@@ -171,7 +171,7 @@ class VideoReader:
                         f"{frames} frames have {needed} tokens, more than data.video_tokens={self.max_tokens}: raise "
                         "it, or lower data.video_frames or data.video_fps"
                     ) from None
-                frame = preparation.plan(info.width, info.height, frames=frames).shape
+                frame = preparation.plan(info.width, info.height, frames=frames)
         shape = VideoShape(
             frame.rows,
             frame.columns,

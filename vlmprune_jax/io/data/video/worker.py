@@ -75,16 +75,21 @@ def describe(file: Any, limits: dict[str, Any]) -> dict[str, Any]:
         return {"total": total, "fps": total / duration, "duration": duration, "height": height, "width": width}
 
 
-def frames(file: Any, limits: dict[str, Any], indices: list[int], total: int) -> Iterator[np.ndarray]:
-    """Yield the frames uint8[height, width, 3] with these ascending indices; all `total` frames are decoded.
+def frames(
+    file: Any, limits: dict[str, Any], indices: list[int], total: int, size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yield the frames uint8[*size, 3] with these ascending indices; all `total` frames are decoded.
 
-    Raises Refused if a frame is damaged or missing.
+    Raises Refused if a frame is damaged, missing or of another size.
     """
     wanted, number = set(indices), 0
     with _opened(file, limits) as (container, stream):
         for frame in container.decode(stream):
             if number in wanted:
-                yield _upright(frame)
+                pixels = _upright(frame)
+                if pixels.shape[:2] != tuple(size):
+                    raise Refused("its frames differ in size", "encode it again with one size")
+                yield pixels
             number += 1
     if number != total:
         raise Refused(f"is cut off or damaged ({number} of {total} frames decode)")
@@ -128,7 +133,7 @@ def _limit(memory: int, seconds: int) -> None:
 
 
 def _answer(connection: socket.socket, request: dict[str, Any], file: Any) -> None:
-    """Send the answer to a request: one line of JSON, then each frame as bytes after a line with its size."""
+    """Send the answer to a request: one line of JSON, or one before the bytes of each frame and one at the end."""
 
     def send(reply: dict[str, Any]) -> None:
         connection.sendall(json.dumps(reply).encode() + b"\n")
@@ -138,10 +143,10 @@ def _answer(connection: socket.socket, request: dict[str, Any], file: Any) -> No
         if "indices" not in request:
             send(describe(file, limits))
             return
-        for frame in frames(file, limits, request["indices"], request["total"]):
-            send({"height": frame.shape[0], "width": frame.shape[1]})
+        for frame in frames(file, limits, request["indices"], request["total"], request["size"]):
+            send({})
             connection.sendall(np.ascontiguousarray(frame).data)
-        send({"done": True})
+        send({})
     except Refused as error:
         send({"error": str(error)})
     except MemoryError:

@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,17 +28,14 @@ from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.base.settings import check_settings, override
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import initialize, mesh_of, mesh_of_spec, row_ways
 from vlmprune_jax.core.models.generate import on_decoding_mesh
-from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.io.checkpoints.read import load, resolve
 from vlmprune_jax.io.data.batching import PREFETCH
 from vlmprune_jax.io.data.config import ROW_SETTINGS, DataSpec
-from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
-from vlmprune_jax.io.data.inputs import Inputs, load_inputs
+from vlmprune_jax.io.data.inputs import load_inputs
 from vlmprune_jax.io.data.media import StoredImage
 from vlmprune_jax.io.data.records import Record, make_record
 from vlmprune_jax.run.evaluation.config import EvaluateSpec
@@ -50,42 +46,6 @@ from vlmprune_jax.run.evaluation.runner import Answer, ask
 NEW_TOKENS = 1024
 # Minimum number of new tokens, even for prompts that fill the trained positions: rotary positions continue.
 LEAST_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class _Answering:
-    """Model and tokenizer that answer records; `batch_size` and `multiple`: see `arrange_questions`."""
-
-    model: Model
-    inputs: Inputs
-    batch_size: int
-    multiple: int
-
-    def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Answer]:
-        """Return greedy answers of at most `max_new_tokens` tokens, in the order of the records."""
-        cfg = self.model.cfg
-        encoder = _encoder(self.inputs, cfg, records)
-        arranged = arrange_questions(
-            records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
-        )
-        batches = arranged.batches(threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=mesh_of(self.model.params))
-        max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
-        with tqdm(total=len(arranged), desc="Model Responding") as bar:  # as lmms-eval's own models
-            return ask(
-                self.model,
-                batches,
-                tokenizer=encoder.tokenizer,
-                max_new_tokens=max_new_tokens,
-                progress=lambda done: bar.update(done - bar.n) and None,
-            )
-
-
-def _encoder(inputs: Inputs, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
-    """Return an encoder with one padded batch shape per number of images and videos, which keeps padding small."""
-    counts = {max(1, len(record.images) + len(record.videos)) for record in records}
-    inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
-    encoder = inputs.encoder(cfg, 0)
-    return encoder if encoder.tile_buckets else dataclasses.replace(encoder, tile_buckets=tuple(sorted(counts)))
 
 
 class VlmpruneJax(lmms):
@@ -140,12 +100,11 @@ class VlmpruneJax(lmms):
         data_spec = override(DataSpec(), settings, "--model_args")
         model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of_spec(mesh))
         model = on_decoding_mesh(model)
-        ways = row_ways(mesh_of(model.params))
         inputs = load_inputs(spec, data_spec, model.cfg)
         for note in inputs.notes:  # a prompt that differs from the model folder's own
             print(f"vlmprune_jax: {note}", file=sys.stderr)
         super().__init__()
-        self._answering = _Answering(model, inputs, rows, ways)
+        self._model, self._inputs, self._rows = model, inputs, rows
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return greedy answers to lmms-eval requests.
@@ -161,11 +120,29 @@ class VlmpruneJax(lmms):
         for max_new_tokens, places in groups.items():
             pictures = _Pictures(self.task_dict)
             records = [pictures.record(requests[place]) for place in places]
-            replies |= zip(places, self._answering.replies(records, max_new_tokens), strict=True)
+            replies |= zip(places, self._replies(records, max_new_tokens), strict=True)
         tokens, seconds = sum(reply.tokens for reply in replies.values()), time.perf_counter() - start
         log_metrics(total_gen_tokens=tokens, total_elapsed_time=seconds, avg_speed=tokens / max(seconds, 1e-9))
         ordered = (replies[place] for place in range(len(requests)))
         return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
+
+    def _replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Answer]:
+        """Return greedy answers of at most `max_new_tokens` tokens, in the order of the records."""
+        cfg, mesh = self._model.cfg, mesh_of(self._model.params)
+        counts = {max(1, len(record.visuals)) for record in records}
+        data = dataclasses.replace(self._inputs.data, max_images=max(counts))
+        encoder = dataclasses.replace(self._inputs, data=data).encoder(cfg, 0)
+        if not encoder.tile_buckets:  # one padded shape per number of images and videos keeps padding small
+            encoder = dataclasses.replace(encoder, tile_buckets=tuple(sorted(counts)))
+        arranged = arrange_questions(records, encoder, batch_size=self._rows, multiple=row_ways(mesh), by_length=True)
+        with tqdm(total=len(arranged), desc="Model Responding") as bar:  # as lmms-eval's own models
+            return ask(
+                self._model,
+                arranged.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh),
+                tokenizer=encoder.tokenizer,
+                max_new_tokens=min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS)),
+                progress=lambda done: bar.update(done - bar.n) and None,
+            )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Raise UserError for tasks that need log-likelihoods, which lmms-eval does not support for chat models."""

@@ -1,4 +1,4 @@
-"""`vlmprune bench`: speed and memory of models in the engines that read them, in turns, each in its own process."""
+"""Speed of models in turns: of JAX models in this process, of `vlmprune bench` in one process per model and engine."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
+import numpy as np
 from msgspec.structs import asdict, replace
 
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError, error_context, printable
 from vlmprune_jax.base.files import parse_json
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.machine import cores
+from vlmprune_jax.core.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import count_params
+from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.io.checkpoints.disk.gguf import GgufHeader, read_gguf_header
 from vlmprune_jax.io.checkpoints.read import read_config, read_fields, resolve
+from vlmprune_jax.io.exports.card import loader_class
 from vlmprune_jax.io.exports.reload import torch_loads
-from vlmprune_jax.io.exports.uneven import loader_class
 from vlmprune_jax.io.families.gguf import ENGINE, WHEEL
 from vlmprune_jax.io.families.gguf_towers import TOWER
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Seconds, SpeedConfig, measure
+from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, Seconds, SpeedConfig, measure
 from vlmprune_jax.run.evaluation.speed.engines import Answer, Job
-from vlmprune_jax.run.evaluation.speed.measure import make_prompts
 
 _MAX_SIDE = 4096  # pixels of a square image
 _MAX_ROWS = 256  # sequences that llama.cpp answers at once (LLAMA_MAX_SEQ)
@@ -41,6 +45,58 @@ _ENGINES = "vlmprune_jax.run.evaluation.speed.engines"
 _ELSEWHERE = ("vllm", "openvino", "mlx")  # engines that need an environment of their own
 BACKENDS = {"jax": ("jax",), "transformers": ("torch", "transformers"), ENGINE: (WHEEL,)}  # packages of each engine
 _INSTALL = {"transformers": "pip install 'vlmprune-jax[torch]'", ENGINE: f"pip install {WHEEL}"}
+
+
+def measure_speed(
+    models: Mapping[str, Model], config: SpeedConfig | None = None, **options: Any
+) -> dict[str, Measurement]:
+    """Measure the prefill and decoding speed of several models in turns.
+
+    All programs are compiled and run once before the measurement. Rows never end early, so that speed depends on the
+    shapes of a model and not on its answers.
+
+    Args:
+      models: models by name; all must fit in memory together.
+      config: workload; `options` override single settings of `SpeedConfig`.
+
+    Raises UserError if a model cannot take the prompt, or a measured time is 0.
+    """
+    config = override(config or SpeedConfig(), options, "measure_speed")
+    if not config.rounds:
+        raise UserError("speed.rounds=0: must be at least 1 to measure speed")
+    return measure({name: _compile(model, config) for name, model in models.items()}, config)
+
+
+def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
+    if not isinstance(model, Model):
+        raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
+    config.check(model.cfg)
+    ids, media = make_prompts(model.cfg, config)
+    program = compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
+    program.run()  # to warm up
+    return program
+
+
+def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, Packed]]:
+    """Return prompts int32[batch, prompt] that repeat one token, and a leading image of noise in each row, if any.
+
+    With dynamic resolution, the image has a typical size.
+    """
+    rows = config.batch_size
+    word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
+    ids = np.full((rows, config.prompt_tokens), word, np.int32)
+    if not config.with_image(cfg) or cfg.vision is None or cfg.image_token_id is None:
+        return ids, {}
+    ids[:, : cfg.tokens_per_image] = cfg.image_token_id
+    vision = cfg.vision
+    size = (
+        (vision.grid**2, vision.patch_values)
+        if cfg.dynamic_resolution
+        else (1, vision.channels, vision.image_size, vision.image_size)
+    )
+    values = np.random.default_rng(0).standard_normal((rows, *size), np.float32)
+    grid = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1)) if cfg.dynamic_resolution else None
+    return ids, {"vision": Packed(values, grid)}
 
 
 def check_bench(threads: int | None, json_file: str | None) -> int:

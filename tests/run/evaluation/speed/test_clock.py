@@ -11,10 +11,10 @@ from stack_cases import decoder_layer
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import compile_generation, generate
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.run.evaluation.speed import bench as speed
 from vlmprune_jax.run.evaluation.speed import clock
-from vlmprune_jax.run.evaluation.speed import measure as speed
+from vlmprune_jax.run.evaluation.speed.bench import measure_speed
 from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
-from vlmprune_jax.run.evaluation.speed.measure import measure_speed
 
 
 class Timed:

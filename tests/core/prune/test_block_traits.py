@@ -1,30 +1,102 @@
-"""Decoders whose layers share keys and values, have inputs of their own and are scaled (Gemma 4), layer by layer."""
-
-import functools
+"""Decoders that normalise what branches write, share keys and values, or have inputs of every layer: layer by layer."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import decoder_values
+from block_cases import assert_changed_by, real_values, solved_change
 from hf_cases import keep_layers
-from prune_cases import config, missing, model, plan_for, rows, width_scores
+from prune_cases import EQUAL, config, missing, model, plan_for, rows, width_scores
 from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
-from vlmprune_jax.core.models.vlm import forward
+from vlmprune_jax.core.models.vlm import Model, forward
 from vlmprune_jax.core.models.vocabulary import cross_entropy
-from vlmprune_jax.core.prune import apply_plan
+from vlmprune_jax.core.prune import apply_plan, gptq
+from vlmprune_jax.core.prune.criteria import input_weights
 from vlmprune_jax.core.prune.criteria.gradients import gradient_channels
+from vlmprune_jax.core.prune.reconstruct_config import TokenWeights
 
+SANDWICH = {"norm_place": "both", "norm_offset": 1.0, "qk_norm": True}
+NORMS = [SANDWICH, {"norm_place": "after", "norm": "layer"}]
 HEADS, KEYS, NEURONS = tuple(range(4)), (0, 1), tuple(range(12))
+VALUES = ("o_proj", "down_proj", "o_proj_out", "down_proj_out", "middle")
+
+
+def values(one, *batches):
+    return real_values(one, *batches, names=VALUES)
+
+
+def gain_of(one, number, name):
+    layer = unstack_layers(one.params, one.cfg)[0][number]
+    return np.asarray(layer[f"{name}/weight"], np.float64) + one.cfg.text.block.norm_offset
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_a_weight_before_a_norm_equals_least_squares_in_float64(norms):
+    """What enters the norm is fitted to its target at the dense model's statistics: heads, and a cut that is closed."""
+    teacher = model(config(EQUAL, **norms))
+    plan = plan_for(teacher, [
+        (0, (0, 1), (0,), NEURONS), (1, HEADS, KEYS, NEURONS), (3, HEADS, KEYS, NEURONS), (4, HEADS, KEYS, NEURONS),
+    ])  # fmt: skip
+    pruned, batches = apply_plan(teacher, plan), rows(64)
+    solved, report = vp.reconstruct(pruned, plan, teacher, batches, held_out=0.25)
+    assert [(one["layer"], one["module"]) for one in report] == [(0, "o_proj"), (1, "down_proj")]
+    heads, _ = report
+    assert heads["ridge"] is not None
+    dense, ours = values(teacher, *batches)[0], values(pruned, *batches)[0]
+    out, gain = dense["o_proj_out"], gain_of(teacher, 0, "attention_output_norm")
+    centre = out.mean(1, keepdims=True) if "norm" in norms else 0.0
+    rate = (((out - centre) ** 2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
+    # of layer 0 the inputs are the same: the norm's affine map takes one output to the other
+    residual = gain * rate * (out - ours["o_proj_out"])
+    change = solved_change(ours["o_proj"], residual, dense["middle"], heads["ridge"], rate) / gain
+    assert_changed_by(change, 0, "self_attn/o_proj", pruned, solved, 1e-3)
+    assert all(one["ridge"] is None or one["error_after"] < one["error_before"] for one in report)
+    new = rows(16, seed=1)
+    errors = [sum(missing(one, teacher, arrays) for arrays in new) for one in (solved, pruned)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_contributions_are_of_the_stream_behind_the_norm():
+    """The size of a branch before its norm is immaterial to the model and to its scores."""
+    one = model(config(EQUAL[:2], **SANDWICH, out_bias=False, mlp_bias=False))
+    flat = dict(flatten(one.params))
+    for name in ("self_attn/o_proj", "mlp/down_proj"):
+        flat[f"text/layers/0/{name}/weight"] = 30 * flat[f"text/layers/0/{name}/weight"]
+    louder = Model(unflatten(flat), one.cfg)
+    arrays = rows(8)
+    for criterion in ("activation", "fluctuation"):
+        a, b = (vp.score(m, arrays, criterion=criterion) for m in (one, louder))
+        for x, y in zip((*a.along("mlp"), *a.along("kv_heads")), (*b.along("mlp"), *b.along("kv_heads")), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-2)
+    weights = unstack_layers(one.params, one.cfg)[0][0]
+    gain = gain_of(one, 0, "mlp_output_norm")
+    expected = ((gain[:, None] * weights["mlp/down_proj/weight"]) ** 2).sum(0)
+    np.testing.assert_allclose(input_weights(one, power=2)[0]["down_proj"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_rounding_weighs_tokens_by_what_they_add_to_the_stream(norms):
+    one = model(config(EQUAL[:2], **norms))
+    (arrays,) = rows(4)
+    stream = gptq.decoder_stream(one, [arrays], TokenWeights())
+    sums = gptq.finite_sums(gptq.input_sums, stream.load(0), stream, "test")
+    layer = values(one, arrays)[0]
+    for name in ("o_proj", "down_proj"):
+        out, x = layer[f"{name}_out"], layer[name]
+        centre = out.mean(1, keepdims=True) if "norm" in norms else 0.0
+        rate = 1 / (((out - centre) ** 2).mean(1) + one.cfg.text.block.norm_eps)
+        weighted = x * (rate / (layer["after"] ** 2).mean(1))[:, None]
+        np.testing.assert_allclose(sums[name], weighted.T @ x, rtol=1e-3, atol=1e-5 * sums[name].max())
+
+
 LAYERS = (
     decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, 2),
     decoder_layer(4, 2, 12, None, 1),
 )  # fmt: skip
 TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "scale": 1.0, "layer_scalar": True}
-VALUES = ("o_proj", "down_proj", "down_proj_out", "middle")
 
 
 def shared_model(extra=4):
@@ -45,24 +117,6 @@ def labelled(number=4):
 
 def raw_gradient(weight, gradient, squared, axis):
     return gradient
-
-
-@functools.cache
-def _hooked(cfg):
-    def run(params, ids, mask):
-        return [
-            {"after": block.after, **block.inputs}
-            for block in decoder_values(params, cfg, ids, VALUES, attention_mask=mask)
-        ]
-
-    return jax.jit(run)
-
-
-def values(one, arrays):
-    """Per layer the values of a batch's real tokens, float64[tokens, ...]."""
-    ids, mask = arrays["input_ids"], arrays["attention_mask"]
-    hooks = _hooked(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
-    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in hooks]
 
 
 def test_gradients_equal_those_of_the_whole_model():
@@ -98,20 +152,12 @@ def test_a_weight_before_the_per_layer_branch_equals_least_squares_in_float64(ex
     assert told["ridge"] is not None
     layer = unstack_layers(teacher.params, teacher.cfg)[0][0]
     gain, scale = np.float64(layer["mlp_output_norm/weight"]), np.float64(layer["layer_scalar/weight"])
-    gram = cross = 0.0
-    for arrays in batches:
-        dense, ours = values(teacher, arrays)[0], values(pruned, arrays)[0]
-        out = dense["down_proj_out"]
-        rate = ((out**2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
-        residual = scale * gain * rate * (out - ours["down_proj_out"])
-        x = scale * rate * np.concatenate([ours["down_proj"], np.ones((len(out), 1))], axis=1)
-        weighted = x / (dense["after"] ** 2).mean(1, keepdims=True)
-        gram, cross = gram + weighted.T @ x, cross + weighted.T @ residual
-    change = np.linalg.lstsq(gram + told["ridge"] * np.diag(np.diag(gram)), cross, rcond=None)[0] / gain
-    before, after = (unstack_layers(one.params, one.cfg)[0][0] for one in (pruned, solved))
-    weight, bias = (np.asarray(after[f"mlp/down_proj/{p}"] - before[f"mlp/down_proj/{p}"]) for p in ("weight", "bias"))
-    np.testing.assert_allclose(weight.T, change[:-1], atol=2e-3 * np.abs(change).max(), rtol=0)
-    np.testing.assert_allclose(bias, change[-1], atol=2e-3 * np.abs(change).max(), rtol=0)
+    dense, ours = values(teacher, *batches)[0], values(pruned, *batches)[0]
+    out = dense["down_proj_out"]
+    rate = scale * ((out**2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
+    residual = gain * rate * (out - ours["down_proj_out"])
+    change = solved_change(ours["down_proj"], residual, dense["after"], told["ridge"], rate) / gain
+    assert_changed_by(change, 0, "mlp/down_proj", pruned, solved, 2e-3)
     errors = [sum(missing(one, teacher, b) for b in rows(16, seed=1)) for one in (solved, pruned)]
     assert errors[0] < 0.95 * errors[1]
 
@@ -124,12 +170,9 @@ def test_streams_layer_by_layer_are_those_of_the_model():
     batches = [{name: np.repeat(array[:1], 4, axis=0) for name, array in rows(4)[0].items()}]  # so are held-out rows
     _, (told,) = vp.reconstruct(pruned, plan, teacher, batches)
     assert (told["layer"], told["module"]) == (3, "down_proj")
-    total = tokens = 0.0
-    for arrays in batches:
-        target, ours = values(teacher, arrays)[3]["after"], values(pruned, arrays)[3]["after"]
-        total += (((target - ours) ** 2).mean(1) / (target**2).mean(1)).sum()
-        tokens += len(target)
-    np.testing.assert_allclose(told["error_before"], total / tokens, rtol=1e-3)
+    target, ours = values(teacher, *batches)[3]["after"], values(pruned, *batches)[3]["after"]
+    error = (((target - ours) ** 2).mean(1) / (target**2).mean(1)).mean()
+    np.testing.assert_allclose(told["error_before"], error, rtol=1e-3)
 
 
 def test_a_cut_producer_is_closed_and_its_consumers_redirected(goldens):
