@@ -36,8 +36,8 @@ from vlmprune_jax.core.mesh.machine import cores
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.speed.bench import bench, find_jobs
 
 CUTS = ("unpruned", "depth 20 %", "width 20 %")
 REPAIRS = ("none", "reconstructed", "recovered")

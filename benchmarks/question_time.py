@@ -35,7 +35,7 @@ import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.base.console import make_reporter  # noqa: E402
 from vlmprune_jax.core.mesh.machine import processor  # noqa: E402
 from vlmprune_jax.run.evaluation.config import SpeedConfig  # noqa: E402
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs  # noqa: E402
+from vlmprune_jax.run.speed.bench import bench, find_jobs  # noqa: E402
 from vlmprune_jax.run.workdir.speed import BenchSide  # noqa: E402
 
 FORMATS = {"F16": {"dtype": "float16"}, "Q8_0": {"quantize": "q8_0"}, "Q4_0": {"quantize": "q4_0"}}

@@ -189,8 +189,8 @@ def bench(flags: Any) -> None:
     """
     from vlmprune_jax.core.mesh.machine import cores
     from vlmprune_jax.run.evaluation.config import SpeedConfig
-    from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs
     from vlmprune_jax.run.report.speed import bench_notes, bench_tables
+    from vlmprune_jax.run.speed.bench import bench, find_jobs
     from vlmprune_jax.run.workdir.artefact import write_artefact
 
     if not flags.model:

@@ -43,10 +43,10 @@ from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.run.evaluation.runner import Answer, ask, check_answered, log_likelihoods
-from vlmprune_jax.run.evaluation.speed.bench import measure_speed
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets, export_dtype, image_tokens
 from vlmprune_jax.run.experiment.spec import affecting
+from vlmprune_jax.run.speed.bench import measure_speed
 from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import content_key

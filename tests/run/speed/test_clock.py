@@ -13,9 +13,9 @@ from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-from vlmprune_jax.run.evaluation.speed import bench as speed
-from vlmprune_jax.run.evaluation.speed.bench import measure_speed
-from vlmprune_jax.run.evaluation.speed.engines import jax_program, make_prompts
+from vlmprune_jax.run.speed import bench as speed
+from vlmprune_jax.run.speed.bench import measure_speed
+from vlmprune_jax.run.speed.engines import jax_program, make_prompts
 from vlmprune_jax.run.workdir.speed import Measurement
 
 

@@ -16,10 +16,10 @@ from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-from vlmprune_jax.run.evaluation.speed import bench as bench_file
-from vlmprune_jax.run.evaluation.speed.bench import bench
-from vlmprune_jax.run.evaluation.speed.engines import Job
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables
+from vlmprune_jax.run.speed import bench as bench_file
+from vlmprune_jax.run.speed.bench import bench
+from vlmprune_jax.run.speed.engines import Job
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.speed import Bench
 

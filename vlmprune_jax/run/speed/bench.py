@@ -34,7 +34,7 @@ from vlmprune_jax.io.exports.reload import torch_loads
 from vlmprune_jax.io.families.gguf import ENGINE, WHEEL
 from vlmprune_jax.io.families.gguf_towers import TOWER
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-from vlmprune_jax.run.evaluation.speed.engines import Answer, Job, Program, Seconds, jax_program, make_prompts
+from vlmprune_jax.run.speed.engines import Answer, Job, Program, Seconds, jax_program, make_prompts
 from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, SpeedWorkload
 
 # A program's time in a round is the minimum of several runs, because other work on the machine only slows runs down.
@@ -42,7 +42,7 @@ MIN_RUNS, MIN_SECONDS = 3, 0.5
 _MAX_SIDE = 4096  # pixels of a square image
 _MAX_ROWS = 256  # sequences that llama.cpp answers at once (LLAMA_MAX_SEQ)
 _LOADERS = "vlmprune_jax.io.exports.remote.modeling_per_layer"
-_ENGINES = "vlmprune_jax.run.evaluation.speed.engines"
+_ENGINES = "vlmprune_jax.run.speed.engines"
 _ELSEWHERE = ("vllm", "openvino", "mlx")  # engines that need an environment of their own
 BACKENDS = {"jax": ("jax",), "transformers": ("torch", "transformers"), ENGINE: (WHEEL,)}  # packages of each engine
 _INSTALL = {"transformers": "pip install 'vlmprune-jax[torch]'", ENGINE: f"pip install {WHEEL}"}
