@@ -91,7 +91,7 @@ def test_a_metric_that_is_better_when_lower_is_turned_around():
 
 def repeated(metric):
     """The same metric, drawn by repeating records one by one, as a user's is."""
-    return dataclasses.replace(metric, drawn=None, aggregate=lambda *given: metric.aggregate(*given))
+    return dataclasses.replace(metric, drawn=None, aggregate=metric.values)
 
 
 @settings(max_examples=10, deadline=None)
@@ -115,7 +115,7 @@ def all_splits(metric):
 
     def aggregate(scores, records):
         present = {record.fields["category"] for record in records}
-        return {"f1": metric.aggregate(scores, records)["f1"] * len(present) / 3}
+        return {"f1": metric.values(scores, records)["f1"] * len(present) / 3}
 
     return aggregate
 

@@ -59,7 +59,8 @@ def retained_interval(
             return _interval_of_ratio(pairs if metric.higher_is_better else pairs[:, ::-1], level)
     with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
         if mean_of_scores:
-            ours, theirs = _drawn_sums(pairs, draws, random)
+            different, counts = np.unique(pairs, axis=0, return_counts=True)
+            ours, theirs = (random.multinomial(len(pairs), counts / len(pairs), size=draws) @ different).T
         else:
             ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
     above, below = (ours, theirs) if metric.higher_is_better else (theirs, ours)
@@ -80,14 +81,14 @@ def _interval_of_ratio(pairs: np.ndarray, level: float) -> tuple[float, float] |
     spread = [math.sqrt((1 - (right + 1) / (count + 2)) / (right + 1)) for right in (first, second)]
     paired = math.sqrt((different + 2) / ((first + 1) * (second + 1)))
     z = float(ndtri((1 + level) / 2)) * paired / sum(spread)
-    (low, high), (least, most) = (_wilson(right, count, z) for right in (first, second))
+
+    def wilson(right: float) -> tuple[float, float]:
+        """Return Wilson's interval of a proportion (Wilson 1927)."""
+        center, half = 2 * right + z**2, z * math.sqrt(z**2 + 4 * right * (1 - right / count))
+        return max(0.0, center - half) / (2 * (count + z**2)), (center + half) / (2 * (count + z**2))
+
+    (low, high), (least, most) = wilson(first), wilson(second)
     return 100 * low / most, 100 * high / least
-
-
-def _wilson(right: float, count: int, z: float) -> tuple[float, float]:
-    """Return Wilson's interval of a proportion (Wilson 1927)."""
-    center, half = 2 * right + z**2, z * math.sqrt(z**2 + 4 * right * (1 - right / count))
-    return max(0.0, center - half) / (2 * (count + z**2)), (center + half) / (2 * (count + z**2))
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
@@ -96,14 +97,8 @@ def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
 
 
 def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
-    return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in score for score in scores)
-
-
-def _drawn_sums(pairs: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return each model's sum of scores, [questions, models], in every bootstrap sample, float[models, draws]."""
-    different, counts = np.unique(pairs, axis=0, return_counts=True)
-    times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
-    return (times @ different).T
+    plain = metric.aggregate is mean and metric.drawn is None and metric.drawn_by is None
+    return plain and all(metric.main in score for score in scores)
 
 
 def _units(metric: Metric, records: Sequence[Record], count: int) -> list[Hashable]:

@@ -40,12 +40,11 @@ from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import Variant, prune_runs, recover_runs
 from vlmprune_jax.run.planning.ahead_of_time import DoesNotFit, Slice, compile_for_tpu, make_slice
-from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of
+from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of, size_of
 from vlmprune_jax.run.stages.work import teacher_folder
 from vlmprune_jax.run.workdir.tpu_plan import (
     Hbm,
     PlannedEvaluation,
-    PlannedModel,
     PlannedStep,
     TpuPlan,
 )
@@ -75,25 +74,6 @@ class Case:
     image_tokens: tuple[int, ...] = ()
     records: int | None = None
     patches: int = 1
-
-    @property
-    def length(self) -> int:
-        """Sequence length in tokens of the largest length bucket."""
-        return self.lengths[-1]
-
-    @property
-    def images(self) -> int:
-        """Number of images or tiles per sequence in the largest image bucket."""
-        return self.slots[-1]
-
-    @property
-    def image_tokens_per_row(self) -> int:
-        """Image tokens per sequence in the largest image bucket, for models with dynamic resolution; 0 otherwise."""
-        return self.image_tokens[-1] if self.image_tokens else 0
-
-    def make_mesh(self) -> Mesh:
-        """Return the device mesh over the TPU slice."""
-        return make_mesh(*self.mesh, devices=self.slice.devices)
 
 
 def make_case(
@@ -205,7 +185,7 @@ def estimate(case: Case) -> PlannedStep:
       DoesNotFit: the step needs more HBM than a chip has.
       UserError: the settings contradict the model or the slice.
     """
-    mesh, config, chip = case.make_mesh(), case.config, case.slice.chip
+    mesh, config, chip = make_mesh(*case.mesh, devices=case.slice.devices), case.config, case.slice.chip
     steps = config.steps or 1000  # length of the schedule: any number gives the same operations
     program = make_program(
         case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
@@ -218,9 +198,9 @@ def estimate(case: Case) -> PlannedStep:
         config.losses,
         program.groups,
         rows=config.batch_size,
-        length=case.length,
-        images=config.batch_size * (case.patches if case.image_tokens_per_row else case.images),
-        image_tokens=case.image_tokens_per_row // case.patches,
+        length=case.lengths[-1],
+        images=config.batch_size * (case.patches if case.image_tokens else case.slots[-1]),
+        image_tokens=max(case.image_tokens, default=0) // case.patches,
     )
     received = received_bytes(case, program, mesh)
     in_all = sum(received.values())
@@ -231,8 +211,8 @@ def estimate(case: Case) -> PlannedStep:
         topology=case.slice.name,
         chips=mesh.size // chip.halves,
         mesh=dict(mesh.shape),
-        student=_size(case.cfg),
-        teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
+        student=size_of(case.cfg),
+        teacher=None if case.teacher_cfg is None else size_of(case.teacher_cfg),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.remat,
@@ -278,14 +258,10 @@ def received_bytes(case: Case, program: Program, mesh: Mesh) -> dict[str, float]
     layers = len(case.cfg.text.layers) * (4 if case.config.remat == "none" else 6)  # sums: forward, backward, again
     layers += 0 if program.teacher is None else 2 * len(program.teacher.cfg.text.layers)
     rows = case.config.batch_size / case.config.accumulation / (data * fsdp)
-    activations = layers * rows * case.length * case.cfg.text.hidden_size * 2 * (tensor - 1) / tensor
+    activations = layers * rows * case.lengths[-1] * case.cfg.text.hidden_size * 2 * (tensor - 1) / tensor
     itemsize = case.config.accumulation * np.dtype(case.config.compute_dtype).itemsize
     received = {"weights": weights, "gradients": gradients, "activations": activations}
     return {name: itemsize * size for name, size in received.items() if size}
-
-
-def _size(cfg: ModelConfig) -> PlannedModel:
-    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
@@ -300,18 +276,22 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     teacher = None
     if program.teacher is not None:
         teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
-    n_rows = case.config.batch_size
+    n_rows, length = case.config.batch_size, case.lengths[-1]
     names = ("input_ids", "attention_mask", "labels")
-    batch: dict[str, Any] = {name: rows((n_rows, case.length), np.int32) for name in names}
+    batch: dict[str, Any] = {name: rows((n_rows, length), np.int32) for name in names}
     batch["media"] = {}
     vision, projector = case.cfg.vision, case.cfg.projector
     packs = case.config.accumulation * row_ways(mesh)
     each = n_rows // packs  # rows of a packed row of images
-    images = each * case.images
+    images = each * case.slots[-1]
     if case.cfg.dynamic_resolution and case.cfg.text.rope.sections:
-        batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
-    if vision is not None and projector is not None and case.images:
-        tokens, by_patch, features = each * case.image_tokens_per_row, vision.dynamic_resolution, case.cfg.feature_shape
+        batch["position_ids"] = rows((n_rows, 3, length), np.int32)
+    if vision is not None and projector is not None and images:
+        tokens, by_patch, features = (
+            each * max(case.image_tokens, default=0),
+            vision.dynamic_resolution,
+            case.cfg.feature_shape,
+        )
         shape: tuple[int, ...] = (images, vision.channels, vision.image_size, vision.image_size)
         if not case.cfg.tower:
             shape = (tokens, features[1]) if by_patch else (images, *features)
@@ -321,8 +301,8 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         grid = rows((packs, images, 3), np.int32) if by_patch else None
         batch["media"] = {"vision": Packed(values, grid)}
     if top_k := case.config.losses.teacher_top_k:
-        batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
-        batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), np.dtype(case.config.compute_dtype))
+        batch["teacher_ids"] = rows((n_rows, length, top_k), np.int32)
+        batch["teacher_logprobs"] = rows((n_rows, length, top_k + 1), np.dtype(case.config.compute_dtype))
     return state, frozen, teacher, batch
 
 

@@ -109,6 +109,11 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
     return load_image_processor(folder, data, slot_tokens=cfg.tokens_per_image).preparation
 
 
+def size_of(cfg: ModelConfig) -> PlannedModel:
+    """Return a model's numbers of layers and parameters."""
+    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
+
+
 def prompt_of(cfg: ModelConfig, preparation: Preparation | None, question: Questions) -> tuple[int, ImageShape]:
     """Return a question's prompt length in tokens and its image's shape (0 tiles for text models).
 
@@ -226,7 +231,7 @@ def plan_evaluation(
         topology=target.name,
         chips=mesh.size // chip.halves,
         mesh=dict(mesh.shape),
-        model=PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg)),
+        model=size_of(cfg),
         rows=rows,
         tokens_per_row=length,
         weights=weights,

@@ -12,9 +12,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
-from vlmprune_jax.run.planning.guide import SOLVED, Evidence, Guide
+from vlmprune_jax.run.planning.guide import SOLVED, Guide, Recommendation, merge
 from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
-from vlmprune_jax.run.planning.rules import Recommendation, merge
 from vlmprune_jax.run.workdir.ledger import write_text
 
 WIDTH = 80  # characters per line of a recommendation
@@ -36,7 +35,11 @@ def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], r
     recommendation = advice.recommendation
     path = saved_as(save, recommendation.target.ratio)
     if save is not None:
-        _write(path, advice.config)
+        text = advice.config.encode(errors="backslashreplace")
+        same_size = path.is_file() and path.stat().st_size == len(text)
+        if path.exists() and not (same_size and read_bytes(path, len(text)) == text):
+            raise UserError(f"--save={path}: exists already: choose another name, or remove the file")
+        write_text(path, advice.config)
     _say(decision(advice), reporter)
     first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
     for line in ["", *_shell(first), *_shell(command(advice, str(path))), ""]:
@@ -55,15 +58,6 @@ def saved_as(text: str | None, ratio: float = 0.0) -> Path:
     if path.suffix not in YAML or "\0" in path.name:
         raise UserError(f"--save={text}: must be the name of a config file, such as recommended.yaml")
     return path
-
-
-def _write(path: Path, config: str) -> None:
-    """Write the config file; raise UserError if there is a different one."""
-    text = config.encode(errors="backslashreplace")
-    same_size = path.is_file() and path.stat().st_size == len(text)
-    if path.exists() and not (same_size and read_bytes(path, len(text)) == text):
-        raise UserError(f"--save={path}: exists already: choose another name, or remove the file")
-    write_text(path, config)
 
 
 def _say(pairs: Iterable[tuple[str, str]], reporter: Reporter) -> None:
@@ -88,7 +82,11 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of the recommended steps: how to prune and recover, and the size of the pruned model."""
     recommendation, cfg = advice.recommendation, advice.cfg
     asked, whole = recommendation.target, size_text(exported_bytes(count_params(cfg)))
-    yield "asked", _shares(asked.ratio, asked.decoder_ratio)
+
+    def shares(ratio: float, decoder_ratio: float) -> str:
+        return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
+
+    yield "asked", shares(asked.ratio, asked.decoder_ratio)
     yield "prune", pruning_of(recommendation)
     yield "recover", recovery_of(recommendation)
     if advice.steps is not None:
@@ -98,12 +96,8 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
         layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method != "width" else ""
         size = f"{size_text(exported_bytes(plan.parameters_after))} of {whole} in {DTYPE}"
         of_decoder = plan.actual_ratio * count_params(cfg) / count_params(cfg, "text")
-        sizes.append(f"{size}{layers}, {_shares(plan.actual_ratio, of_decoder)} removed")
+        sizes.append(f"{size}{layers}, {shares(plan.actual_ratio, of_decoder)} removed")
     yield "size", "; ".join(sizes)
-
-
-def _shares(ratio: float, decoder_ratio: float) -> str:
-    return f"{percent(ratio)} of the model ({percent(decoder_ratio)} of the decoder)"
 
 
 def command(advice: Advice, config: str) -> list[str]:
@@ -124,21 +118,17 @@ def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> It
     else:
         yield "expect", f"{promise[0]:.1f} to {promise[1]:.1f} % retained (95 % interval for another seed)"
     for row in recommendation.rows:
-        yield "measured", _measured(row, guide)
+        ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
+        seeds = "1 seed" if row.n_seeds == 1 else f"{row.seeds} seeds"
+        control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
+        yield (
+            "measured",
+            f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its "
+            f"decoder removed, {row.way}: {guide.sources[row.source].measure}",
+        )
     yield "because", recommendation.because
     for warning in recommendation.warnings:
         yield "warning", warning
-
-
-def _measured(row: Evidence, guide: Guide) -> str:
-    """Return a measurement as text: retention, interval, model, data, and what was removed."""
-    ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
-    seeds = "1 seed" if row.n_seeds == 1 else f"{row.seeds} seeds"
-    control = "" if row.of_control is None else f", {row.of_control:.1f} % of control"
-    return (
-        f"{row.retained:.2f} % ({ends}{seeds}{control}) with {row.model}, {percent(row.decoder_ratio)} of its decoder "
-        f"removed, {row.way}: {guide.sources[row.source].measure}"
-    )
 
 
 def pruning_of(recommendation: Recommendation) -> str:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import printable
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.run.report.page import Table
-from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.speed import Bench, Speed, speedup
+from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, Speed, speedup
 
 _Row = tuple[str, ...]
 RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
@@ -29,7 +25,7 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
         name = _shape_name(pair.models, labels)
         beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
-        times.append((name, str(pair.prefill_speedup), str(pair.decode_speedup)))
+        times.append((name, str(pair.medians.prefill_speedup), str(pair.medians.decode_speedup)))
     header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
     return (
         Table("Speed as a multiple of the unpruned model's: ratio of medians (interval over rounds)",
@@ -105,16 +101,6 @@ def bench_tables(bench: Bench) -> list[Table]:
         header = ("model", "engine", "than", "prefill", "decoding")
         tables.append(Table("Times as fast: ratio of medians (interval over rounds)", header, tuple(times)))
     return tables
-
-
-def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, reporter: Reporter) -> None:
-    """Print a benchmark's tables and notes; write its numbers to a file if one is named."""
-    if json_file is not None:
-        write_artefact(Path(json_file), bench)
-    for table in bench_tables(bench):
-        reporter.table(*table.printed)
-    for line in (*bench_notes(bench), *remarks):
-        reporter.say(line)
 
 
 def bench_notes(bench: Bench) -> list[str]:

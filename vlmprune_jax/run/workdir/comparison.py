@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics.texts import BITS
-from vlmprune_jax.run.workdir.evaluation import Group, Values
+from vlmprune_jax.run.workdir.evaluation import Values
 from vlmprune_jax.run.workdir.result import Costs, Evaluations, Model, ModelEvaluation, Run, Set, Sets
 from vlmprune_jax.run.workdir.speed import MedianSpeed, SpeedUp
 
@@ -39,7 +39,8 @@ def unpruned_of(
     evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, passthrough: int = 0
 ) -> Model:
     """Return the unpruned model's entry in `result.json`."""
-    evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
+    known = _evaluation(evaluations)
+    evaluation = ModelEvaluation(scores=known.scores, groups=known.groups)
     parameters = next(iter(evaluations.values())).parameters
     return Model(parameters=parameters, passthrough=passthrough, evaluation=evaluation, costs=costs, speed=speed)
 
@@ -52,29 +53,27 @@ def compare(
     `sets`: evaluation sets of all compared models (see `describe_sets`); None = the sets of these evaluations.
     """
     sets = describe_sets(teacher, [evaluations]) if sets is None else sets
-    trained = None if control is None or control.keys() != teacher.keys() else _values(control)
-    return _compared(evaluations, ModelEvaluation(scores=_values(teacher)), trained, sets)
+    trained = None if control is None or control.keys() != teacher.keys() else _evaluation(control).scores
+    return compare_again(_evaluation(evaluations, trained), _evaluation(teacher), sets)
 
 
-def _compared(
-    evaluations: Evaluations, unpruned: ModelEvaluation, control: dict[str, Values] | None, sets: Sets
-) -> ModelEvaluation:
-    """Return a model's evaluation with its retention relative to the unpruned model and the `control`'s values."""
-
-    def intervals(name: str) -> dict[str, tuple[float, float]]:
-        return {key: ends for key, evaluated in evaluations.items() if (ends := getattr(evaluated, name)) is not None}
-
+def _evaluation(evaluations: Evaluations, control: dict[str, Values] | None = None) -> ModelEvaluation:
+    """Return a model's evaluation without retention; `control`: scores of the control."""
+    ends = {"retained_interval": dict[str, tuple[float, float]](), "control_interval": {}}
+    for name, evaluated in evaluations.items():
+        for kind, known in ends.items():
+            known |= {} if (pair := getattr(evaluated, kind)) is None else {name: pair}
     trained = None
     if control is not None:
-        trained = ModelEvaluation(scores=control, retained_interval=intervals("control_interval"))
-    model = ModelEvaluation(
-        scores=_values(evaluations),
-        groups=_groups(evaluations),
-        retained_interval=intervals("retained_interval"),
+        trained = ModelEvaluation(scores=control, retained_interval=ends["control_interval"])
+    groups = {name: evaluated.groups for name, evaluated in evaluations.items()}
+    return ModelEvaluation(
+        scores={name: dict(evaluated.values) for name, evaluated in evaluations.items()},
+        groups={name: values for name, values in groups.items() if 0 < len(values) <= MOST_GROUPS},
+        retained_interval=ends["retained_interval"],
         seconds=round(sum(evaluated.seconds for evaluated in evaluations.values()), 2),
         control=trained,
     )
-    return compare_again(model, unpruned, sets)
 
 
 def compare_again(model: ModelEvaluation, unpruned: ModelEvaluation, sets: Sets) -> ModelEvaluation:
@@ -150,16 +149,6 @@ def averaged_sets(sets: Sets) -> list[str]:
     return [name for name, metric in sets.items() if metric.full is not None] or list(sets)
 
 
-def _values(evaluations: Evaluations) -> dict[str, Values]:
-    return {name: dict(evaluated.values) for name, evaluated in evaluations.items()}
-
-
-def _groups(evaluations: Evaluations) -> dict[str, dict[str, Group]]:
-    return {
-        name: evaluated.groups for name, evaluated in evaluations.items() if 0 < len(evaluated.groups) <= MOST_GROUPS
-    }
-
-
 def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
     """Return {evaluation set: main value}, inverted if lower is better."""
     mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
@@ -202,7 +191,8 @@ def rounded_rows(run: Run, teacher: Model, sets: Sets, rounded: Evaluations | No
     before = [(f"before rounding: {row[0]}", *row[1:]) for row in benchmark_rows(run, teacher, sets)]
     if rounded is None:
         return before
-    evaluation = _compared(rounded, teacher.evaluation, None if control is None else control.scores, sets)
+    again = _evaluation(rounded, None if control is None else control.scores)
+    evaluation = compare_again(again, teacher.evaluation, sets)
     return benchmark_rows(replace(run, evaluation=evaluation), teacher, sets) + before
 
 

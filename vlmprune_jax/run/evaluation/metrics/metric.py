@@ -28,16 +28,6 @@ def mean(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
 Drawn = Callable[[Sequence[Scores], Sequence[Record], np.ndarray], Mapping[str, np.ndarray]]
 
 
-def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]:
-    """Return an `aggregate` function that calls a metric's bootstrap function with weight 1 for every answer."""
-
-    def aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-        values = drawn(scores, records, np.ones((len(scores), 1)))
-        return {name: float(value[0]) for name, value in values.items()}
-
-    return aggregate
-
-
 @dataclass(frozen=True)
 class Metric:
     """Metric of an evaluation set: scores answers, aggregates the scores to values, and says how to display them.
@@ -53,7 +43,7 @@ class Metric:
     group name), to report values for each group of questions as well. `drawn_by`: record -> unit of the bootstrap, if
     several questions can only be scored together (pairs of MME); None = each question is a unit. `drawn`: (scores,
     records, times float[answers, draws]) -> {name: float[draws]}, the values if each answer occurs `times` times. This
-    function makes the bootstrap fast if `aggregate` is not a mean; `once` derives `aggregate` from it.
+    function replaces `aggregate`, and makes the bootstrap fast if the values are not means.
 
     A UserError raised by `score` or `aggregate` is shown unchanged, so its message should name the record.
     """
@@ -106,7 +96,11 @@ class Metric:
         Raises UserError if `aggregate` fails, does not return `main`, or returns NaN.
         """
         try:
-            values = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+            if self.drawn is None:
+                values = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+            else:
+                drawn = self.drawn(scores, records, np.ones((len(scores), 1)))
+                values = {name: float(value) for name, (value,) in drawn.items()}
         except UserError as error:
             raise UserError(f'metric "{self.main}": {error}') from error
         except Exception as error:

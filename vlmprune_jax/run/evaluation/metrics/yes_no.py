@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.run.evaluation.metrics.metric import Metric, Scores, name_field, once
+from vlmprune_jax.run.evaluation.metrics.metric import Metric, Scores, name_field
 
 _SCORES = ("accuracy", "said_yes", "true_positive", "false_positive", "false_negative")
 _PERCEPTION = (
@@ -68,7 +68,7 @@ def _pope(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray
     return {**pooled, "f1": np.mean(each, axis=0), "f1_pooled": pooled["f1"]}
 
 
-POPE = Metric("f1", _pope_score, once(_pope), groups=("split", _category), drawn=_pope)
+POPE = Metric("f1", _pope_score, groups=("split", _category), drawn=_pope)
 
 
 # MME: pairs of yes-or-no questions about an image, summed over categories (arXiv 2306.13394)
@@ -127,7 +127,6 @@ def _mme(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray)
 MME = Metric(
     "score",
     _mme_score,
-    once(_mme),
     full=2800.0,
     unit="",
     groups=("category", _category),

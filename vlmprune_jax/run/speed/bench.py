@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import numpy as np
 from msgspec.structs import asdict, replace
 
 from vlmprune_jax.base.checks import suggest
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError, error_context, printable
 from vlmprune_jax.base.files import parse_json
+from vlmprune_jax.base.processes import on_process_zero
 from vlmprune_jax.base.settings import override
-from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.mesh.machine import cores
-from vlmprune_jax.core.models.generate import CompiledGeneration, compile_generation
-from vlmprune_jax.core.models.media import Packed
+from vlmprune_jax.core.mesh.machine import cpu
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, has_weights
-from vlmprune_jax.io.checkpoints.disk.gguf import GgufHeader, read_gguf_header
+from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import read_config, read_fields, resolve
 from vlmprune_jax.io.exports.card import loader_class
 from vlmprune_jax.io.exports.reload import torch_loads
 from vlmprune_jax.io.families.gguf import ENGINE, WHEEL
 from vlmprune_jax.io.families.gguf_towers import TOWER
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, Seconds, SpeedConfig, measure
-from vlmprune_jax.run.evaluation.speed.engines import Answer, Job
+from vlmprune_jax.run.evaluation.config import SpeedConfig
+from vlmprune_jax.run.speed.engines import Answer, Job, Program, Seconds, jax_program, make_prompts
+from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, SpeedWorkload
 
+# A program's time in a round is the minimum of several runs, because other work on the machine only slows runs down.
+MIN_RUNS, MIN_SECONDS = 3, 0.5
 _MAX_SIDE = 4096  # pixels of a square image
 _MAX_ROWS = 256  # sequences that llama.cpp answers at once (LLAMA_MAX_SEQ)
 _LOADERS = "vlmprune_jax.io.exports.remote.modeling_per_layer"
-_ENGINES = "vlmprune_jax.run.evaluation.speed.engines"
+_ENGINES = "vlmprune_jax.run.speed.engines"
 _ELSEWHERE = ("vllm", "openvino", "mlx")  # engines that need an environment of their own
 BACKENDS = {"jax": ("jax",), "transformers": ("torch", "transformers"), ENGINE: (WHEEL,)}  # packages of each engine
 _INSTALL = {"transformers": "pip install 'vlmprune-jax[torch]'", ENGINE: f"pip install {WHEEL}"}
@@ -67,49 +68,58 @@ def measure_speed(
     return measure({name: _compile(model, config) for name, model in models.items()}, config)
 
 
-def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
+def _compile(model: Model, config: SpeedConfig) -> Program:
     if not isinstance(model, Model):
         raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
     config.check(model.cfg)
-    ids, media = make_prompts(model.cfg, config)
-    program = compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
-    program.run()  # to warm up
-    return program
+    return jax_program(model, config)
 
 
-def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, Packed]]:
-    """Return prompts int32[batch, prompt] that repeat one token, and a leading image of noise in each row, if any.
+def measure(
+    programs: Mapping[str, Program],
+    config: SpeedConfig,
+    *,
+    min_runs: int = MIN_RUNS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Measurement]:
+    """Measure the speed of named programs in turns, in reverse order in every second round.
 
-    With dynamic resolution, the image has a typical size.
+    Other work on the machine then slows all programs equally, so times of the same round can be compared. All processes
+    of a run repeat a program equally often, and return the times of process 0.
+
+    Raises UserError if a measured time is 0.
     """
-    rows = config.batch_size
-    word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
-    ids = np.full((rows, config.prompt_tokens), word, np.int32)
-    if not config.with_image(cfg) or cfg.vision is None or cfg.image_token_id is None:
-        return ids, {}
-    ids[:, : cfg.tokens_per_image] = cfg.image_token_id
-    vision = cfg.vision
-    size = (
-        (vision.grid**2, vision.patch_values)
-        if cfg.dynamic_resolution
-        else (1, vision.channels, vision.image_size, vision.image_size)
-    )
-    values = np.random.default_rng(0).standard_normal((rows, *size), np.float32)
-    grid = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1)) if cfg.dynamic_resolution else None
-    return ids, {"vision": Packed(values, grid)}
 
+    def agree(seconds: float) -> float:
+        return float(on_process_zero(lambda: seconds))
 
-def check_bench(threads: int | None, json_file: str | None) -> int:
-    """Return the threads per engine, by default as many as CPU cores.
-
-    Raises UserError for no threads or more than CPU cores, or an output file that cannot be written.
-    """
-    threads = cores() if threads is None else threads
-    if not 0 < threads <= cores():
-        raise UserError(f"--threads={threads}: must be 1 to {cores()}, the cores that this process may use")
-    if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
-        raise UserError(f"--json={json_file}: must be a file name in an existing folder")
-    return threads
+    for program in programs.values():
+        program.run()  # to warm up
+    repeats = {
+        name: max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
+        for name, program in programs.items()
+    }
+    times: dict[str, list[Seconds]] = {name: [] for name in programs}
+    for number in range(config.rounds):
+        for turn, name in enumerate([*programs][:: -1 if number % 2 else 1], start=1):
+            runs = [programs[name].run() for _ in range(repeats[name])]
+            first, rest = (agree(min(seconds)) for seconds in zip(*runs, strict=True))
+            times[name].append((first, rest))
+            progress(number * len(programs) + turn)
+    measured = dict[str, Measurement]()
+    for name, rounds in times.items():
+        if min(map(min, rounds)) <= 0:
+            raise UserError(
+                f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
+            )
+        prompt_tokens = config.batch_size * getattr(programs[name], "prompt_tokens", config.prompt_tokens)
+        measured[name] = Measurement(
+            prefill=tuple(prompt_tokens / first for first, _ in rounds),
+            decode=tuple(config.batch_size * config.new_tokens / rest for _, rest in rounds),
+            first_token=tuple(first for first, _ in rounds),
+            peak_bytes=getattr(programs[name], "peak_bytes", None),
+        )
+    return measured
 
 
 def find_jobs(
@@ -123,16 +133,11 @@ def find_jobs(
 ) -> tuple[list[Job], list[str]]:
     """Pair each model with each engine that can load it; return the pairs, and remarks on pairs that are left out.
 
-    Args:
-      models: folders, hub ids, GGUF files, or folders with one GGUF model.
-      vision_dir: see `load`.
-      config: workload.
-      backends: names of `BACKENDS`; none: all that are installed and can read a model.
-      dtype: type of the weights of folders; GGUF files have their own.
-      threads: cores that each engine may use.
+    `models`: folders, hub ids, GGUF files, or folders with one GGUF model. `backends`: names of `BACKENDS`; none: all
+    that are installed and can read a model. `dtype`: type of the weights of folders; GGUF files have their own.
 
-    Raises:
-      UserError: a model is missing or damaged, no engine reads it, or a named engine cannot; a prompt does not fit.
+    Raises UserError if a model is missing or damaged, no engine reads it, a named engine cannot, or the prompt does
+    not fit.
     """
     for name in backends:
         if name in _ELSEWHERE:
@@ -142,8 +147,7 @@ def find_jobs(
             )
         if name not in BACKENDS:
             raise UserError(f"--backends={name}: is not one of {', '.join(BACKENDS)}{suggest(name, BACKENDS)}")
-    twice = sorted({name for name in models if models.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in models if models.count(name) > 1}):
         raise UserError(f"models to measure: {twice[0]} is listed twice: remove one of the two")
     jobs, remarks = list[Job](), list[str]()
     for model in models:
@@ -160,26 +164,23 @@ def find_jobs(
                 'as GGUF (vlmprune export --format=gguf, vp.save(format="gguf")), or add --backends=jax,transformers'
             )
         job = _folder(model, vision_dir, config, dtype) if file is None else _gguf(model, file, config)
-        reasons = {name: _why_not(name, job) for name in able}
-        refused = [f"{model} in {name}: {why}" for name, why in reasons.items() if why]
+        pairs = [replace(job, backend=name, threads=threads, versions=versions_of(name)) for name in able]
+        refused = [f"{model} in {pair.backend}: {why}" for pair in pairs if (why := _why_not(pair))]
         if refused and (backends or len(refused) == len(able)):
             raise UserError(refused[0])
-        for name in [name for name in able if not reasons[name]]:
-            jobs.append(replace(job, backend=name, threads=threads))
+        jobs += [pair for pair in pairs if not _why_not(pair)]
         remarks += refused
     return jobs, remarks
 
 
-def versions_of(backend: str) -> dict[str, str | None]:
-    """Return {package: version} of an engine, with None for what is not installed."""
+def versions_of(backend: str) -> dict[str, str]:
+    """Return {package: version} of an engine's packages, without those that are not installed."""
     installed = {name: importlib.metadata.distributions(name=name) for name in BACKENDS[backend]}
-    return {name: next((package.version for package in found), None) for name, found in installed.items()}
+    return {name: package.version for name, found in installed.items() for package in [*found][:1]}
 
 
-def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
+def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype: str) -> Bench:
     """Measure all pairs of model and engine in turns; all models stay in memory.
-
-    Returns: the machine's load average before, and the measurements.
 
     Raises UserError if an engine does not load its model, or ends.
     """
@@ -193,21 +194,12 @@ def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter) -> tuple
                 progress(number)
         with reporter.bar("measure", len(jobs) * config.rounds) as progress:
             measured = measure(engines, config, min_runs=1, progress=progress)
-    sides = [
-        BenchSide(
-            model=job.name,
-            backend=job.backend,
-            versions={name: version for name, version in versions_of(job.backend).items() if version is not None},
-            weights=job.weights,
-            bytes=job.n_bytes,
-            parameters=job.parameters,
-            image=bool(job.pixels or job.mmproj),
-            prompt_tokens=engine.prompt_tokens,
-            **asdict(measured[engine.name]),
-        )
-        for job, engine in zip(jobs, engines.values(), strict=True)
-    ]
-    return load, sides
+    sides = list[BenchSide]()
+    for job, (name, engine) in zip(jobs, engines.items(), strict=True):
+        known = {"image": job.pixels is not None, "prompt_tokens": engine.prompt_tokens}
+        sides.append(msgspec.convert({**asdict(job), **known, **asdict(measured[name])}, BenchSide))
+    workload = SpeedWorkload(**vars(config), dtype=dtype)
+    return Bench(processor=cpu(), threads=jobs[0].threads, load=load, workload=workload, sides=sides)
 
 
 @dataclass
@@ -235,7 +227,7 @@ class _Engine:
             ) as child,
         ):
             try:
-                engine = cls(f"{job.name} in {job.backend}", child, stderr)
+                engine = cls(f"{job.model} in {job.backend}", child, stderr)
                 engine.prompt_tokens = engine._ask(msgspec.json.encode(job).decode()).prompt_tokens
                 yield engine
             finally:
@@ -245,7 +237,7 @@ class _Engine:
                     child.stdin.close()
 
     def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
+        """See `Program`."""
         answer = self._ask()
         self.peak_bytes = answer.peak_bytes
         return answer.seconds
@@ -275,71 +267,65 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
         config.check(cfg, "--")
     sources = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
     files = {entry.file for source in sources for entry in Checkpoint(source).tensors.values()}
-    ids, media = make_prompts(cfg, config)
-    images = media.get("vision", Packed(None))
-    shipped = loader_class(read_fields(folder / "config.json"))
-    stock = "" if family.stock is None else family.stock.name
+    shipped, stock = loader_class(read_fields(folder / "config.json")), family.stock
+    ids, pixels, grids = make_prompts(cfg, config)
+    if pixels is not None and (stock is None or not stock.by_row):  # the class takes one list of images for all rows
+        pixels = pixels.reshape(-1, *pixels.shape[2:])
     return Job(
-        name=model,
-        model=str(folder),
+        model=model,
+        path=str(folder),
+        tower=None if tower is None else str(tower),
         weights=dtype,
-        n_bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(file.stat().st_size for file in files),
         parameters=count_params(cfg),
-        rows=config.batch_size,
-        prompt_tokens=config.prompt_tokens,
-        new_tokens=config.new_tokens,
-        vision_dir=None if tower is None else str(tower),
-        dtype=dtype,
+        config=config,
+        pixels=None if pixels is None else list(pixels.shape),
         ids=ids.tolist(),
-        pixels=None if images.values is None else list(images.values.shape),
-        grids=None if images.grid is None else images.grid.tolist(),
+        grids=None if grids is None else grids.reshape(-1, 3).tolist(),
         image_token=cfg.image_token_id,
-        loader=("transformers", stock) if shipped is None else (_LOADERS, shipped),
-        by_row=family.stock is not None and family.stock.by_row,
+        loader=("transformers", "" if stock is None else stock.name) if shipped is None else (_LOADERS, shipped),
     )
 
 
 def _gguf(model: str, file: Path, config: SpeedConfig) -> Job:
     fields, types, count = read_gguf_header(file)
-    if not types:
-        raise UserError(f"{file}: this GGUF file has no tensors: export it again, or download it again")
-    if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
-        raise UserError(f"{file}: is the vision tower of a GGUF model (mmproj): name the file of its decoder instead")
+    architecture, context = fields.get("general.architecture"), config.prompt_tokens + config.new_tokens + 1
+    longest = fields.get(f"{architecture}.context_length")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []
-    if len(towers) > 1:
-        raise UserError(
-            f"{file}: its folder has {len(towers)} vision towers (mmproj-*.gguf): keep one, or add --image=False"
-        )
-    if config.batch_size > _MAX_ROWS:
+    if not types:
+        problem = "this GGUF file has no tensors: export it again, or download it again"
+    elif fields.get("general.type") == "mmproj" or architecture == TOWER:
+        problem = "is the vision tower of a GGUF model (mmproj): name the file of its decoder instead"
+    elif len(towers) > 1:
+        problem = f"its folder has {len(towers)} vision towers (mmproj-*.gguf): keep one, or add --image=False"
+    elif config.batch_size > _MAX_ROWS:
         raise UserError(
             f"--batch_size={config.batch_size}: llama.cpp takes at most {_MAX_ROWS} prompts at once: lower it"
         )
-    context = config.prompt_tokens + config.new_tokens + 1
-    longest = fields.get(f"{fields.get('general.architecture')}.context_length")
-    if isinstance(longest, int) and context > longest:
-        raise UserError(
-            f"{file}: --prompt_tokens + --new_tokens + 1 = {context} is more than the model's context of {longest} "
-            "tokens: lower one of them"
+    elif isinstance(longest, int) and context > longest:
+        problem = (
+            f"--prompt_tokens + --new_tokens + 1 = {context} is more than the model's context of {longest} tokens: "
+            "lower one of them"
         )
-    tower, _, tower_count = read_gguf_header(towers[0]) if towers else GgufHeader({}, {}, 0)
-    image_size = tower.get("clip.vision.image_size", 224)
-    if not isinstance(image_size, int) or not 0 < image_size <= _MAX_SIDE:
-        raise UserError(
-            f"{towers[0]}: has clip.vision.image_size {image_size!r}, expected 1 to {_MAX_SIDE}: export it again"
-        )
-    return Job(
-        name=model,
-        model=str(file),
+    else:
+        problem = ""
+    if problem:
+        raise UserError(f"{file}: {problem}")
+    job = Job(
+        model=model,
+        path=str(file),
         weights=max(types, key=lambda name: types[name]),
-        n_bytes=sum(part.stat().st_size for part in (file, *towers)),
-        parameters=count + tower_count,
-        rows=config.batch_size,
-        prompt_tokens=config.prompt_tokens,
-        new_tokens=config.new_tokens,
-        mmproj=str(towers[0]) if towers else None,
-        image_size=image_size,
-        context=context,
+        bytes=sum(part.stat().st_size for part in (file, *towers)),
+        parameters=count,
+        config=config,
     )
+    if not towers:
+        return job
+    fields, _, tower_count = read_gguf_header(towers[0])
+    side = fields.get("clip.vision.image_size", 224)
+    if not isinstance(side, int) or not 0 < side <= _MAX_SIDE:
+        raise UserError(f"{towers[0]}: has clip.vision.image_size {side!r}, expected 1 to {_MAX_SIDE}: export it again")
+    return replace(job, tower=str(towers[0]), parameters=count + tower_count, pixels=[side, side, 3])
 
 
 def _gguf_file(model: str) -> Path | None:
@@ -355,12 +341,11 @@ def _gguf_file(model: str) -> Path | None:
     return files[0] if files else None
 
 
-def _why_not(backend: str, job: Job) -> str | None:
-    """Return why an engine cannot load a model; None if it can."""
-    missing = [name for name, version in versions_of(backend).items() if version is None]
-    if missing:
-        return f"{missing[0]} is not installed: {_INSTALL[backend]}, or leave {backend} out of --backends"
-    tower = None if job.vision_dir is None else Path(job.vision_dir)
-    if backend == "transformers" and not torch_loads(Path(job.model), tower):
+def _why_not(job: Job) -> str | None:
+    """Return why the job's engine cannot load its model; None if it can."""
+    if missing := [name for name in BACKENDS[job.backend] if name not in job.versions]:
+        return f"{missing[0]} is not installed: {_INSTALL[job.backend]}, or leave {job.backend} out of --backends"
+    tower = None if job.tower is None else Path(job.tower)
+    if job.backend == "transformers" and not torch_loads(Path(job.path), tower):
         return "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
     return None
