@@ -52,15 +52,11 @@ def _cells(speed: Measurement) -> _Row:
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    known = (statistics.median(values), min(values), max(values))
+    return "{} ({} to {})".format(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in known))
 
 
 def _conditions(measured: Speed | Bench) -> str:
-    """Return machine, prompt and number of repetitions of a measurement as text."""
     workload = measured.workload
     image = ", an image first" if workload.image else ""
     return (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta
-from msgspec.structs import replace
 
 from vlmprune_jax.base.files import Count, Finite, Positive
 from vlmprune_jax.core.mesh.machine import cpu
@@ -99,11 +98,11 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
     decode_speedup: SpeedUp | None = None
 
 
-def medians(*measured: Measurement) -> MedianSpeed:
-    """Return the medians of a model's speeds over all repeated measurements."""
+def medians(*measured: Measurement, **speedups: Any) -> MedianSpeed:
+    """Return the medians of a model's speeds over all repeated measurements, with its `speedups` by field."""
     names = ("prefill", "decode", "first_token")
     speeds = {name: statistics.median([value for one in measured for value in getattr(one, name)]) for name in names}
-    return MedianSpeed(**speeds, peak_bytes=measured[0].peak_bytes)
+    return MedianSpeed(**speeds, **speedups, peak_bytes=measured[0].peak_bytes)
 
 
 class Pair(Part, frozen=True, kw_only=True):
@@ -124,12 +123,6 @@ class Pair(Part, frozen=True, kw_only=True):
     def decode_speedup(self) -> SpeedUp:
         """Speed-up of decoding (generating tokens) over the unpruned model."""
         return speedup(self.unpruned.decode, self.pruned.decode, self.decode_limit)
-
-    @property
-    def medians(self) -> MedianSpeed:
-        """Median speeds of the pruned model, with its speed-ups."""
-        speedups = {"prefill_speedup": self.prefill_speedup, "decode_speedup": self.decode_speedup}
-        return replace(medians(self.pruned), **speedups)
 
 
 class SpeedWorkload(Part, frozen=True, kw_only=True):
@@ -156,8 +149,11 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
         """Return {run: median speeds}, with "" for the unpruned model."""
         if not self.pairs:
             return {}
-        of_pairs = {name: speeds for pair in self.pairs for speeds in [pair.medians] for name in pair.models}
-        return {"": medians(*(pair.unpruned for pair in self.pairs)), **of_pairs}
+        speeds = {"": medians(*(pair.unpruned for pair in self.pairs))}
+        for pair in self.pairs:
+            speedups = {name: getattr(pair, name) for name in ("prefill_speedup", "decode_speedup")}
+            speeds |= dict.fromkeys(pair.models, medians(pair.pruned, **speedups))
+        return speeds
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
