@@ -9,31 +9,31 @@ from prune_cases import config, model
 from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.generate import generate
+from vlmprune_jax.core.models.generate import compile_generation, generate
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.speed import bench as speed
 from vlmprune_jax.run.speed.bench import measure_speed
-from vlmprune_jax.run.speed.engines import jax_program, make_prompts
+from vlmprune_jax.run.speed.engines import Answer, jax_program, make_prompts
 from vlmprune_jax.run.workdir.speed import Measurement
 
 
 class Timed:
     """A program that takes known seconds to the first token and after it, in turn."""
 
-    peak_bytes = 7
-
     def __init__(self, name, ran, *seconds):
         self.name, self.ran, self.seconds = name, ran, itertools.cycle(seconds)
 
-    def run(self):
+    def __call__(self):
         self.ran.append(self.name)
-        return next(self.seconds)
+        return Answer(seconds=next(self.seconds), prompt_tokens=self.tokens, peak_bytes=7)
 
 
 def measured(monkeypatch, programs, **workload):
     monkeypatch.setattr(speed, "_compile", lambda model, _: programs[model])
+    for program in programs.values():
+        program.tokens = workload["prompt_tokens"]
     return measure_speed({name: name for name in programs}, **workload)
 
 
@@ -76,13 +76,15 @@ def test_the_program_is_that_of_generate(goldens):
     config = SpeedConfig(prompt_tokens=24, batch_size=2, new_tokens=4)
     ids, pixels, _ = make_prompts(llava.cfg, config)
     assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
-    made = jax_program(llava, config)
+    media = {"vision": Packed(pixels)}
+    made = compile_generation(llava, ids, media=media, max_new_tokens=5)
     tokens, *_ = made.decode(made.params, *made.prefill(made.params, made.arrays))
-    wanted = generate(llava, ids, media={"vision": Packed(pixels)}, max_new_tokens=5, eos_token_ids=())
+    wanted = generate(llava, ids, media=media, max_new_tokens=5, eos_token_ids=())
     np.testing.assert_array_equal(tokens, wanted)
-    assert min(made.run()) > 0
+    program = jax_program(llava, config)()
+    assert min(program.seconds) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
-    assert weights < made.peak_bytes < 100 * weights
+    assert weights < program.peak_bytes < 100 * weights
     found = measure_speed({"a": llava}, prompt_tokens=24, new_tokens=8, batch_size=2, rounds=1, image=True)["a"]
     assert min(*found.prefill, *found.decode, *found.first_token) > 0
 

@@ -163,9 +163,8 @@ def _bench_flags() -> Specs:
     from vlmprune_jax.run.evaluation.config import SpeedConfig
 
     known = settings_of(SpeedConfig())
-    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds")
-    sizes = {name: (known[name].default, known[name].sentence) for name in names}
-    return {**sizes, "image": (True, known["image"].sentence)}
+    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "image")
+    return {name: (known[name].default, known[name].sentence) for name in names}
 
 
 @command(
