@@ -35,9 +35,9 @@ from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.core.mesh.machine import cores
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.demo.topics import topics
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
+from vlmprune_jax.run.speed.bench import bench, find_jobs
 
 CUTS = ("unpruned", "depth 20 %", "width 20 %")
 REPAIRS = ("none", "reconstructed", "recovered")
@@ -88,7 +88,7 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
                 vp.save(model, out, source_dir=subject.source, format="gguf", quantize=gguf, dtype="float16")
         paths = [str(next(out.glob("*.gguf"))) for out in files.values()]
         jobs, _ = find_jobs(paths, None, config, backends=["llama_cpp"], dtype="float32", threads=cores())
-        _, found = bench(jobs, config, make_reporter(True))
+        found = bench(jobs, config, make_reporter(True), dtype="float32").sides
     return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
 
 

@@ -34,8 +34,9 @@ from smollm2 import smollm2_folder  # noqa: E402
 import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.base.console import make_reporter  # noqa: E402
 from vlmprune_jax.core.mesh.machine import processor  # noqa: E402
-from vlmprune_jax.run.evaluation.speed.bench import bench, find_jobs  # noqa: E402
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, SpeedConfig  # noqa: E402
+from vlmprune_jax.run.evaluation.config import SpeedConfig  # noqa: E402
+from vlmprune_jax.run.speed.bench import bench, find_jobs  # noqa: E402
+from vlmprune_jax.run.workdir.speed import BenchSide  # noqa: E402
 
 FORMATS = {"F16": {"dtype": "float16"}, "Q8_0": {"quantize": "q8_0"}, "Q4_0": {"quantize": "q4_0"}}
 ANSWERS = (1, 16, 64)
@@ -99,11 +100,13 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             )
             engines = {"backends": ["llama_cpp"], "dtype": "float32"}
             jobs, _ = find_jobs([*files.values()], None, config, **engines, threads=options.threads)
-            load, found = bench(jobs, config, make_reporter(True))
-            for name, side in zip(files, found, strict=True):
+            found = bench(jobs, config, make_reporter(True), dtype="float32")
+            for name, side in zip(files, found.sides, strict=True):
                 rows[name] |= {"bytes": side.bytes, "decode": side.decode, f"prompt of {prompt}": side.prompt_tokens}
                 rows[name] |= {f"{prompt}+{answer}": seconds(side, answer, options.batch_size) for answer in ANSWERS}
-            print(f"{prompt} tokens: load {load} before, {options.threads} threads, {processor()}", file=sys.stderr)
+            print(
+                f"{prompt} tokens: load {found.load} before, {options.threads} threads, {processor()}", file=sys.stderr
+            )
     return rows
 
 

@@ -69,7 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
 _SLOW_CASES = {
     "run/demo/test_easyvqa.py": ("counts_and_images",),
     "core/mesh/test_mesh.py": ("not_there_is_one_line",),
-    "run/evaluation/speed/test_measure.py": ("that_of_generate",),
     "run/evaluation/test_questions.py": ("equal_rows_alone",),
     "io/exports/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
     "io/exports/test_gguf_experts.py": (

@@ -38,8 +38,8 @@ EXCEPTIONS = {
     ("base/processes.py", "_value", "json.loads"): _RUN,
     ("core/mesh/stop.py", "_watch", "json.loads"): _RUN,
     ("core/mesh/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
-    ("run/evaluation/speed/engines.py", "serve", "msgspec.json.decode"): "a line of the process that started this one",
-    ("run/evaluation/speed/engines.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
+    ("run/speed/engines.py", "serve", "msgspec.json.decode"): "a line of the process that started this one",
+    ("run/speed/engines.py", "_peak_bytes", ".read_text"): "this process's memory, by the kernel",
     (
         "io/exports/vocabulary.py",
         "read_tokenizer",

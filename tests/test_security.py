@@ -16,7 +16,7 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
             "os.fork", "pty.", "ProcessPoolExecutor", "webbrowser.")  # fmt: skip
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
-    ("run/evaluation/speed/bench.py", "start"): "-P",
+    ("run/speed/bench.py", "start"): "-P",
     ("io/exports/gguf_file.py", "_ask"): "-P",
     ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
@@ -39,7 +39,7 @@ WRITERS = {
     ("io/checkpoints/disk/tensors.py", "write_shard"): _NEW,
     ("io/checkpoints/disk/tensors.py", "write_weights"): _NEW,
     ("io/exports/peft.py", "write_adapter"): _NEW,
-    ("run/evaluation/speed/engines.py", "serve"): "standard output",
+    ("run/speed/engines.py", "serve"): "standard output",
     ("base/console.py", "without_output"): "the null device",
     ("base/journal.py", "add"): _REPLACED,
     ("core/recovery/metrics.py", "__init__"): _REPLACED,

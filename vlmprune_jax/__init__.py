@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     from vlmprune_jax.io.families import FAMILIES as families
     from vlmprune_jax.io.families import Family
     from vlmprune_jax.run.evaluation.answer import answer, questions
+    from vlmprune_jax.run.evaluation.config import SpeedConfig
     from vlmprune_jax.run.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.run.evaluation.metrics import Metric
     from vlmprune_jax.run.evaluation.runner import evaluate, perplexity
-    from vlmprune_jax.run.evaluation.speed.bench import measure_speed
-    from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+    from vlmprune_jax.run.speed.bench import measure_speed
     from vlmprune_jax.run.stages.stage import STAGES as stages
     from vlmprune_jax.run.stages.stage import Stage
 
@@ -102,7 +102,7 @@ _HOMES = {
     "ScoreConfig": "core.prune",
     "RecoverConfig": "core.recovery.config",
     "Scores": "core.prune",
-    "SpeedConfig": "run.evaluation.speed.clock",
+    "SpeedConfig": "run.evaluation.config",
     "VocabularyConfig": "core.prune",
     "answer": "run.evaluation.answer",
     "apply_plan": "core.prune",
@@ -122,7 +122,7 @@ _HOMES = {
     "load": "io.checkpoints.read",
     "losses": "core.recovery.losses",
     "make_plan": "io.exports.pruning",
-    "measure_speed": "run.evaluation.speed.bench",
+    "measure_speed": "run.speed.bench",
     "metrics": "run.evaluation.metrics:METRICS",
     "parts": "core.models.block:PARTS",
     "perplexity": "run.evaluation.runner",

@@ -14,12 +14,11 @@ from vlmprune_jax.core.prune import Scores, fingerprint
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.metrics import Metric
 from vlmprune_jax.run.evaluation.metrics.texts import EXACT_MATCH
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.run.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.run.workdir.result import Export, Result, Run, read_result
-from vlmprune_jax.run.workdir.speed import Bench, Pair, Speed, SpeedWorkload
+from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, Pair, Speed, SpeedWorkload
 from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep
 

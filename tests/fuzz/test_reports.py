@@ -11,8 +11,7 @@ from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
-from vlmprune_jax.run.planning.guide import FILE, METHODS, read_guide
-from vlmprune_jax.run.planning.rules import Target, recommend
+from vlmprune_jax.run.planning.guide import FILE, METHODS, Target, read_guide, recommend
 from vlmprune_jax.run.report.build import shown_samples, vocabulary_section
 from vlmprune_jax.run.report.figures import series_of
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
@@ -135,11 +134,7 @@ def test_guides(tmp_path):
         guide = read_guide(path)
         return [
             recommend(
-                Target(size, True, ratio, ratio, dict.fromkeys(METHODS, ratio)),
-                data_fraction=0.05,
-                compute=compute,
-                methods=["depth"],
-                guide=guide,
+                Target(size, True, ratio, ratio, dict.fromkeys(METHODS, ratio), 0.05, compute, ["depth"]), guide
             ).promise
             for ratio in (0.05, 0.1, 0.15)
             for compute in ("none", "full")

@@ -17,7 +17,7 @@ from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.chat_template import QUESTION, chat_prompt
 from vlmprune_jax.io.data.prompts import load_tokenizer, render
 from vlmprune_jax.io.exports.reload import check_export
-from vlmprune_jax.io.exports.vocabulary import read_tokenizer, token_id
+from vlmprune_jax.io.exports.vocabulary import read_tokenizer, token_ids
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.families import family_of
 
@@ -183,7 +183,7 @@ def test_files_of_a_converted_folder(converted, name):
     )
     assert processor.get("image_seq_length", model.cfg.tokens_per_image) == model.cfg.tokens_per_image
     ends = {"llava_orig": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}
-    assert generation["eos_token_id"] == [token_id(read_tokenizer(out), ends[name]), 11]
+    assert generation["eos_token_id"] == [token_ids(read_tokenizer(out))[ends[name]], 11]
     template = family_of(model.cfg).templates[0]
     if template.video is not None:
         question = [("human", f"<video>\n{QUESTION}")]

@@ -13,8 +13,7 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.card import CardFacts
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.run.evaluation.config import EvaluateSpec
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.config import EvaluateSpec, SpeedConfig
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import Experiment
 

@@ -15,8 +15,7 @@ from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, read_guide
-from vlmprune_jax.run.planning.rules import Target, is_better, merge, recommend
+from vlmprune_jax.run.planning.guide import COMPUTE, METHODS, Target, is_better, merge, read_guide, recommend
 from vlmprune_jax.run.report.advice import evidence
 
 GUIDE = read_guide()
@@ -36,14 +35,11 @@ def shapes(tmp_path_factory):
 OTHER = 1.01  # times the parameters of a model that was measured, so that it is another
 
 
-def target(cfg, ratio, size=OTHER):
+def advised(cfg, ratio, compute="full", data=0.05, methods=METHODS, guide=GUIDE, size=OTHER):
     decoder = ratio * count_params(cfg) / count_params(cfg, "text")
     removed = dict.fromkeys(METHODS, decoder)
-    return Target(round(size * count_params(cfg)), cfg.vision is not None, ratio, decoder, removed)
-
-
-def advised(cfg, ratio, compute="full", data=0.05, methods=METHODS, guide=GUIDE, size=OTHER):
-    return recommend(target(cfg, ratio, size), data_fraction=data, compute=compute, methods=methods, guide=guide)
+    parameters, options = round(size * count_params(cfg)), (data, compute, methods)
+    return recommend(Target(parameters, cfg.vision is not None, ratio, decoder, removed, *options), guide)
 
 
 CASES = {
@@ -88,13 +84,10 @@ def test_retention_is_also_told_relative_to_the_unpruned_model_trained_alike(sha
 # --- evidence of the same model ---------------------------------------------------------------------------------------
 
 
-def teacher(ratio=0.305, size=1, **removed):
+def demo_advice(ratio=0.305, data=0.05, compute="full", guide=GUIDE, size=1, methods=METHODS, **removed):
     share = ratio * 1056576 / 573888
-    return Target(size * 1056576, True, ratio, share, {**dict.fromkeys(METHODS, share), **removed})
-
-
-def demo_advice(ratio=0.305, data=0.05, compute="full", guide=GUIDE):
-    return recommend(teacher(ratio), data_fraction=data, compute=compute, guide=guide)
+    removed = {**dict.fromkeys(METHODS, share), **removed}
+    return recommend(Target(size * 1056576, True, ratio, share, removed, data, compute, methods), guide)
 
 
 def test_evidence_of_the_same_model_comes_first():
@@ -114,16 +107,16 @@ def test_evidence_of_the_same_model_comes_first():
 
 def test_rows_are_matched_by_what_a_plan_removes():
     """Layers come in tenths of the demo: 60 % asked is 55.8 % removed, and the row of 55.8 % is measured."""
-    asked = {"data_fraction": 0.0, "compute": "none", "guide": GUIDE}
-    best = recommend(teacher(0.326), **asked)
+    asked = {"ratio": 0.326, "data": 0.0, "compute": "none"}
+    best = demo_advice(**asked)
     assert (best.head.method, best.head.retained) == ("hybrid", 98.08)
     assert "depth + reconstruct" not in best.because  # no plan of 60 % by layers alone
     assert best.promise[0] < 95.54 < best.promise[1]  # followed to the end
     ways = [row for row in GUIDE.evidence if row.method == "depth" and row.decoder_ratio == 0.558 and row.seeds == 12]
     assert {row.recovery for row in ways if not row.data_fraction} == {"none", "reconstruct"}
     with pytest.raises(UserError, match="no measurement supports removing 60 % of the decoder"):
-        recommend(teacher(0.326), **asked, methods=("depth",))
-    only = recommend(teacher(0.326, depth=0.558), **asked, methods=("depth",))
+        demo_advice(**asked, methods=("depth",))
+    only = demo_advice(**asked, methods=("depth",), depth=0.558)
     assert (only.head.retained, only.head.decoder_ratio) == (97.73, 0.558)
 
 
@@ -217,7 +210,7 @@ def test_evidence_of_a_million_parameters_never_heads_advice_for_a_large_model(s
                 found = advised(shapes[name], ratio, compute)
                 assert {row.source for row in found.rows} <= {"paper"}
                 assert found.task == {}
-    other = recommend(teacher(size=3), data_fraction=0.05, compute="full", guide=GUIDE)
+    other = demo_advice(size=3)
     assert other.head is other.promise is None
     assert {row.parameters for row in other.rows} == {1056576}
 
@@ -257,8 +250,8 @@ def test_data(shapes):
 
 
 def test_a_decoder_alone_has_its_own_rows(shapes):
-    decoder = Target(134515008, False, 0.2, 0.2, dict.fromkeys(METHODS, 0.2))
-    found = recommend(decoder, data_fraction=0.05, compute="none", guide=GUIDE)
+    decoder = Target(134515008, False, 0.2, 0.2, dict.fromkeys(METHODS, 0.2), data=0.05, compute="none")
+    found = recommend(decoder, GUIDE)
     assert (found.head.model, found.head.retained) == ("SmolLM2-135M", 76.41)  # of two single seeds, not the higher one
     assert found.variants["width"]["prune"] == {"method": "width", "heads": "keep"}  # as measured
     assert found.promise is None  # nobody else has these texts

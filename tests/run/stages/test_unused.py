@@ -11,7 +11,7 @@ from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, read_hyper, starting_point
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.stages import stage_command
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages.stage import STAGES, Stage

@@ -9,10 +9,6 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import FRACTION, check_settings, evaluate_setting, recover_setting, setting
 from vlmprune_jax.io.families import templates
 
-ASPECT_RATIOS = ("auto", "pad", "square")
-GROUPINGS = ("none", "length", "modality_length")
-ON_ERROR = ("stop", "skip")
-
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # commands that read records
 records_setting = functools.partial(setting, affects=_RECORDS)
 rows_setting = functools.partial(setting, affects=(*_RECORDS, "teacher_cache"))
@@ -83,7 +79,7 @@ class DataSpec:
         "auto",
         'Method to make images square, for models without tiles: "pad" with the mean colour, or "square" (resize and '
         'crop as the image processor does); "auto" follows the model folder.',
-        choices=ASPECT_RATIOS,
+        choices=("auto", "pad", "square"),
     )
     min_tiles: int | None = rows_setting(
         None,
@@ -131,13 +127,13 @@ class DataSpec:
         "none",
         'Grouping of training records into batches: none, by similar length ("length"), or also by whether they have '
         'images ("modality_length").',
-        choices=GROUPINGS,
+        choices=("none", "length", "modality_length"),
     )
     on_error: str = training_setting(
         "stop",
         'Action on a training record that cannot be read or used: stop ("stop"), or replace it by padding and list it '
         'in training/skipped-*.jsonl ("skip").',
-        choices=ON_ERROR,
+        choices=("stop", "skip"),
     )
     max_image_pixels: int = setting(
         100_000_000, "Maximum number of pixels of an image file; larger images are refused.", unit="pixels", least=1

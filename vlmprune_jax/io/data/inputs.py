@@ -229,7 +229,8 @@ def calibration_batches(
 def batches_of(records: Sequence[Record], encoder: Encoder, *, batch_size: int, threads: int) -> list[Batch]:
     """Return all records in batches, of the length of the longest record if `encoder.max_length` is unset."""
     if not encoder.max_length:
-        encoder = _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=threads))
+        longest = int(measure(records, encoder, on_error="stop", threads=threads)[:, 0].max())
+        encoder = dataclasses.replace(encoder, max_length=longest)
     return [*train_batches(records, encoder, batch_size=batch_size, threads=threads)]
 
 
@@ -283,7 +284,7 @@ def training_rows(data: DataSpec, encoder: Encoder, records: tuple[Record, ...],
     varied = encoder.length_buckets is not None or encoder.images_decide  # shapes must be known before compilation
     if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
-        encoder = _as_long_as(encoder, sizes)
+        encoder = dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))
     return TrainingRows(records, encoder, sizes)
 
 
@@ -304,8 +305,3 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
             "correct the file or the image root"
         )
     return sizes
-
-
-def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
-    """Return the encoder, with its `max_length` set to the longest record's length if it was unset."""
-    return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))

@@ -222,12 +222,6 @@ class MemoryBudget:
 DECODING = MemoryBudget(2**31)  # one image or clip at the default limits, or many usual ones
 
 
-def read_rgb(image: Path | StoredImage, record: str, max_pixels: int) -> Image.Image:
-    """Return a decoded image in RGB; raise UserError naming the file and the record, also above `max_pixels`."""
-    with opened_image(image, record, max_pixels) as opened:
-        return to_rgb(opened)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the image in RGB."""
     if image.mode == "P" and "transparency" in image.info:

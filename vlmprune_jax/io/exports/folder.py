@@ -124,16 +124,12 @@ def make_tensors(
     if missing:
         raise UserError(f"{source.folder}: has no tensor {missing[0]}: pass the folder that the model was loaded from")
     if target.converts:
-        unused = _constants(target.cfg, weights[0][1].dtype)
+        # weights that stock transformers' tower class requires for loading but never uses
+        constants, kind = stock_tower_constants(vision_of(target.cfg)), WEIGHT_DTYPES[weights[0][1].dtype]
+        unused = [constant(key, np.full(shape, value, kind)) for key, (shape, value) in constants.items()]
     else:
         unused = _passthrough(source, set(tensors), target, family, dtype)
     return [tensor for _, tensor in weights] + unused if storage is None else encoded(weights, storage) + unused
-
-
-def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
-    """Return the weights that stock transformers' tower class requires for loading but never uses."""
-    constants = stock_tower_constants(vision_of(cfg)).items()
-    return [constant(key, np.full(shape, value, WEIGHT_DTYPES[dtype])) for key, (shape, value) in constants]
 
 
 def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
@@ -255,13 +251,8 @@ def _kept_units(number: int, wide: Layer, own: Layer, arrays: Mapping[str, FileA
         before, after = (math.prod(layer.sizes[name] for name in owners) for layer in (wide, own))
         strength = np.square(values.astype(np.float64)).sum(axis=0).reshape(wide.sizes[axis.name], -1).sum(axis=1)
         by_owner = strength.reshape(before, -1)
-        kept = _largest(by_owner.sum(axis=1), after)
-        each = own.sizes[axis.name] // after
-        inside = [owner * by_owner.shape[1] + _largest(by_owner[owner], each) for owner in kept]
+        kept = np.sort(np.argsort(-by_owner.sum(axis=1), kind="stable")[:after])
+        inside = np.sort(np.argsort(-by_owner[kept], kind="stable")[:, : own.sizes[axis.name] // after])
         units |= {name: tuple(kept.tolist()) for name in owners}
-        units[axis.name] = tuple(np.concatenate(inside).tolist())
+        units[axis.name] = tuple((kept[:, None] * by_owner.shape[1] + inside).reshape(-1).tolist())
     return KeptLayer(number, units)
-
-
-def _largest(strength: np.ndarray, count: int) -> np.ndarray:
-    return np.sort(np.argsort(-strength, kind="stable")[:count])

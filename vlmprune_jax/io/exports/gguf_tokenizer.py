@@ -23,7 +23,7 @@ from vlmprune_jax.io.checkpoints.read import read_fields
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.tokenizer_files import SLOW, TOKENIZER
 from vlmprune_jax.io.exports.target import chat_template
-from vlmprune_jax.io.exports.vocabulary import token_id
+from vlmprune_jax.io.exports.vocabulary import token_ids
 from vlmprune_jax.io.families import Family, template_of
 from vlmprune_jax.io.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
 from vlmprune_jax.io.families.table import JsonDict
@@ -208,7 +208,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, folder: Path
         "eos_token_id": ends[0] if ends else None,
         "eot_token_id": ends[1] if len(ends) > 1 else None,
         "pad_token_id": cfg.pad_token_id,
-        "unk_token_id": None if unknown is None else token_id(content, unknown),
+        "unk_token_id": None if unknown is None else token_ids(content).get(unknown),
     }
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:

@@ -27,7 +27,7 @@ from vlmprune_jax.io.exports.vocabulary import (
     copy_files,
     prefixes_only_the_start,
     read_tokenizer,
-    token_id,
+    token_ids,
     write_tokenizer,
 )
 from vlmprune_jax.io.exports.weights import padded_stacks, with_head_dim
@@ -280,7 +280,7 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
     """Return the source's generation config, with the end token of answers as its eos token."""
     path = source / "generation_config.json"
     config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
-    end = token_id(tokenizer, template.assistant_end.strip())
+    end = token_ids(tokenizer).get(template.assistant_end.strip())
     stated = config.get("eos_token_id")
     stated = cfg.eos_token_ids if stated is None else stated if isinstance(stated, list) else (stated,)
     ids = list(dict.fromkeys([*([] if end is None else [end]), *stated]))

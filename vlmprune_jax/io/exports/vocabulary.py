@@ -304,11 +304,6 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
     return content
 
 
-def token_id(tokenizer: JsonDict, token: str) -> int | None:
-    """Return the id of a token, or None if the tokenizer lacks it."""
-    return token_ids(tokenizer).get(token)
-
-
 def vocabulary_digest(tokenizer: JsonDict) -> str:
     """Return a digest (16 hex digits) of the ids and texts of all tokens."""
     listed = sorted((i, text) for text, i in token_ids(tokenizer).items())

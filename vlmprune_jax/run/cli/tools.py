@@ -160,12 +160,11 @@ def vocabulary(flags: Any) -> None:
 
 def _bench_flags() -> Specs:
     from vlmprune_jax.base.settings import settings_of
-    from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+    from vlmprune_jax.run.evaluation.config import SpeedConfig
 
     known = settings_of(SpeedConfig())
-    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds")
-    sizes = {name: (known[name].default, known[name].sentence) for name in names}
-    return {**sizes, "image": (True, known["image"].sentence)}
+    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "image")
+    return {name: (known[name].default, known[name].sentence) for name in names}
 
 
 @command(
@@ -187,19 +186,29 @@ def bench(flags: Any) -> None:
     engine.
       vlmprune bench --model=DIR --against=runs/llava/export --backends=jax,transformers --threads=4 --json=bench.json
     """
-    from vlmprune_jax.run.evaluation.speed.bench import bench, check_bench, find_jobs
-    from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
-    from vlmprune_jax.run.report.speed import tell_bench
-    from vlmprune_jax.run.workdir.speed import make_bench
+    from vlmprune_jax.core.mesh.machine import cores
+    from vlmprune_jax.run.evaluation.config import SpeedConfig
+    from vlmprune_jax.run.report.speed import bench_notes, bench_tables
+    from vlmprune_jax.run.speed.bench import bench, find_jobs
+    from vlmprune_jax.run.workdir.artefact import write_artefact
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
     config = SpeedConfig(**{name: flags[name].value for name in _bench_flags()})
-    options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
-    models = [flags.model, *flags.against]
-    jobs, remarks = find_jobs(models, flags.vision_dir, config, backends=flags.backends, **options)
-    results = make_bench(*bench(jobs, config, reporter), config, **options)
-    tell_bench(results, remarks, flags.json, reporter)
+    threads, file = cores() if flags.threads is None else flags.threads, flags.json and Path(flags.json)
+    if not 0 < threads <= cores():
+        raise UserError(f"--threads={threads}: must be 1 to {cores()}, the cores that this process may use")
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UserError(f"--json={file}: must be a file name in an existing folder")
+    options, reporter = {"backends": flags.backends, "dtype": flags.dtype, "threads": threads}, make_reporter(True)
+    jobs, remarks = find_jobs([flags.model, *flags.against], flags.vision_dir, config, **options)
+    results = bench(jobs, config, reporter, dtype=flags.dtype)
+    if file:
+        write_artefact(file, results)
+    for table in bench_tables(results):
+        reporter.table(*table.printed)
+    for line in (*bench_notes(results), *remarks):
+        reporter.say(line)
 
 
 @command(

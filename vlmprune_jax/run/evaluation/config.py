@@ -1,4 +1,4 @@
-"""The section `evaluate`: evaluation sets, and how they are answered."""
+"""The sections `evaluate` (evaluation sets, and how they are answered) and `speed` (the prompt that is timed)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.settings import MAX_ROWS, check_settings, evaluate_setting, setting, settings_of
+from vlmprune_jax.base.settings import MAX_ROWS, check_settings, evaluate_setting, setting, settings_of, speed_setting
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.run.evaluation.metrics import METRICS
+
+_MAX_TOKENS = 2**20  # of a prompt or an answer that is timed
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,37 @@ class EvaluationSetSpec:
             )
         if self.text is None and self.text_window is not None:
             raise UserError(f"evaluate.sets: text_window={self.text_window} needs a text: set text, or remove it")
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Settings of the speed measurement, in which models take turns on this machine.
+
+    The FLOPs in the report are for the same prompt.
+    """
+
+    rounds: int = speed_setting(5, "Number of measurements per model (0 = none).", least=0, most=1000)
+    prompt_tokens: int = speed_setting(
+        640, "Length of the prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
+    )
+    new_tokens: int = speed_setting(
+        64, "Number of tokens to generate after the first one.", unit="tokens", least=1, most=_MAX_TOKENS
+    )
+    batch_size: int = speed_setting(1, "Number of prompts processed together.", unit="rows", least=1, most=8192)
+    image: bool = speed_setting(True, "Put an image at the start of every prompt, if the model takes images.")
+
+    def __post_init__(self) -> None:
+        check_settings("speed", self)
+
+    def with_image(self, cfg: ModelConfig) -> bool:
+        """Return True if speed prompts for this model begin with an image."""
+        return self.image and cfg.vision is not None and cfg.image_token_id is not None
+
+    def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
+        """Raise UserError if the model cannot take the workload's prompt; messages prefix settings with `named`."""
+        cfg.check_row(f"{named}prompt_tokens + new_tokens + 1", self.prompt_tokens + self.new_tokens + 1)
+        if self.with_image(cfg) and cfg.tokens_per_image >= self.prompt_tokens:
+            raise UserError(
+                f"{named}prompt_tokens={self.prompt_tokens} must be more than the {cfg.tokens_per_image} tokens of an "
+                f"image: raise it, or set {named}image=False"
+            )

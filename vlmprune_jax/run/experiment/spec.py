@@ -18,8 +18,7 @@ from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.run.evaluation.config import EvaluateSpec
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.run.evaluation.config import EvaluateSpec, SpeedConfig
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -24,8 +23,7 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.recipes import recipes
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning.case import predict_plan
-from vlmprune_jax.run.planning.guide import METHODS, Guide
-from vlmprune_jax.run.planning.rules import Recommendation, Target, merge, recommend
+from vlmprune_jax.run.planning.guide import METHODS, Guide, Recommendation, Target, merge, recommend
 from vlmprune_jax.run.stages.unused import unused_settings
 
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
@@ -67,7 +65,7 @@ def advise(
       ratio: share of all parameters to remove.
       most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes`.
       data_fraction: share of the training data that is available; None: all records of `files["train"]`, else 5 %.
-      compute, guide: see `recommend`.
+      compute, guide: see `Target` and `recommend`.
       speed: True to choose only pruning that speeds up decoding.
       files: values of `data.train`, `data.images` and `data.eval` for the config, instead of the evidence's data.
 
@@ -91,22 +89,21 @@ def advise(
     for method in METHODS:
         with contextlib.suppress(UserError):
             removed[method] = predict(guide.settings[method]).actual_ratio / of_decoder
-    target = Target(count_params(cfg), cfg.vision is not None, ratio, ratio / of_decoder, removed)
-    methods = ("depth",) if speed else METHODS
-    if data_fraction is None:
-        data_fraction = 1.0 if "train" in files else guide.data.least
+    data = data_fraction
+    if data is None:
+        data = 1.0 if "train" in files else guide.data.least
+    shares, methods = (ratio, ratio / of_decoder, removed), ("depth",) if speed else METHODS
+    target = Target(count_params(cfg), cfg.vision is not None, *shares, data, compute, methods)
     own: dict[str, Any] = {"data": files} if files else {}
-    choose = functools.partial(recommend, target, data_fraction=data_fraction, methods=methods, guide=guide)
-    records = count_records(override(Experiment(), own).data)
-    recommendation, steps = _with_enough_steps(choose, compute, cfg, records, data_fraction, guide.data.steps)
+    recommendation, steps = _with_enough_steps(target, guide, cfg, count_records(override(Experiment(), own).data))
     variants = recommendation.variants.items()
     plans = {method: predict(recommendation.recipe, settings) for method, settings in variants}
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
-    data = own or recommendation.task
-    known = {*PLACEHOLDERS} if "source" in data.get("data", {}) else {*files}
+    task = own or recommendation.task
+    known = {*PLACEHOLDERS} if "source" in task.get("data", {}) else {*files}
     known |= {"images"} if files or cfg.vision is None else set()
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
-    config = _config_file(recommendation, cfg, merge({"model": model}, data, goal))
+    config = _config_file(recommendation, cfg, merge({"model": model}, task, goal))
     return Advice(cfg, recommendation, plans, config, steps, bool(files), missing)
 
 
@@ -126,18 +123,14 @@ def _ratio(cfg: ModelConfig, ratio: float | None, most_bytes: float | None) -> f
 
 
 def _with_enough_steps(
-    choose: Callable[..., Recommendation],
-    compute: str,
-    cfg: ModelConfig,
-    records: int | None,
-    available: float,
-    least_steps: int,
+    target: Target, guide: Guide, cfg: ModelConfig, records: int | None
 ) -> tuple[Recommendation, str | None]:
-    """Return the recommendation of `choose`, without training if the records are too few, and `Advice.steps`.
+    """Return the recommendation, without training if the records are too few, and `Advice.steps`.
 
-    The share of the data is raised, up to `available`, until training has as many steps as the shortest measured one.
+    The share of the data is raised, if more is available, until training has as many steps as the shortest measured
+    one.
     """
-    recommendation = choose(compute=compute)
+    recommendation, least_steps = recommend(target, guide), guide.data.steps
     if not recommendation.data_fraction:
         return recommendation, None
     recover = _experiment(recommendation, cfg, *recommendation.variants.values())[2].recover
@@ -148,7 +141,7 @@ def _with_enough_steps(
             f"at least {least_steps}, as in the shortest measured training: {least:,} records in batches of "
             f"{batch} and {passes} (--train=FILE counts yours)"
         )
-    share = min(max(recommendation.data_fraction, math.ceil(1e4 * least / records) / 1e4), available)
+    share = min(max(recommendation.data_fraction, math.ceil(1e4 * least / records) / 1e4), target.data)
     used = max(1, int(records * share))
     steps = recover.num_steps(used)
     counted = f"{steps:,} of {batch} records ({used:,} of {records:,} records in {passes})"
@@ -156,7 +149,7 @@ def _with_enough_steps(
         return dataclasses.replace(recommendation, data_fraction=share), counted
     too_few = f"too few: {counted}; the shortest measured training has {least_steps} steps"
     with error_context(f"training steps: {too_few}"):
-        return choose(compute="none"), f"do not train: {too_few}"
+        return recommend(dataclasses.replace(target, compute="none"), guide), f"do not train: {too_few}"
 
 
 def exported_bytes(parameters: int) -> int:

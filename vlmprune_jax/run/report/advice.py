@@ -12,9 +12,8 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import read_bytes
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.run.experiment.recipes import YAML
-from vlmprune_jax.run.planning.guide import SOLVED, Guide
+from vlmprune_jax.run.planning.guide import SOLVED, Guide, Recommendation, merge
 from vlmprune_jax.run.planning.recommend import DTYPE, PLACEHOLDERS, Advice, exported_bytes, size_text
-from vlmprune_jax.run.planning.rules import Recommendation, merge
 from vlmprune_jax.run.workdir.ledger import write_text
 
 WIDTH = 80  # characters per line of a recommendation

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import printable
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.run.report.page import Table
-from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.evaluation import UNPRUNED
-from vlmprune_jax.run.workdir.speed import Bench, Speed, speedup
+from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, Speed, speedup
 
 _Row = tuple[str, ...]
 RULE = 'A speed-up is "not measurable" if repeats differ by more than 20 % of the change in speed'
@@ -22,27 +18,24 @@ LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
     """Return tables of speed-ups over the unpruned model and of measured speeds, one row per layer shape.
 
-    `labels`: {model: readable name}.
+    `labels`: {model: readable name}; of models of one shape, the shortest name is shown.
     """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
-        name = _shape_name(pair.models, labels)
+        known = (
+            pair.models if labels is None else [labels[name] for name in pair.models if name in labels] or pair.models
+        )
+        name = min(map(printable, known), key=len)
+        name += f" (and {len(known) - 1} of its shape)" if len(known) > 1 else ""
         beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
-        times.append((name, str(pair.prefill_speedup), str(pair.decode_speedup)))
+        times.append((name, str(pair.medians.prefill_speedup), str(pair.medians.decode_speedup)))
     header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
     return (
         Table("Speed as a multiple of the unpruned model's: ratio of medians (interval over rounds)",
               ("model", "prefill", "decoding"), tuple(times)),
         Table("Measured speed: median (range) of all rounds", header, tuple(rows), ascending=header[3:]),
     )  # fmt: skip
-
-
-def _shape_name(models: Sequence[str], labels: Mapping[str, str] | None) -> str:
-    """Return one name for models of equal layer shape: the shortest of their names."""
-    named = models if labels is None else [labels[name] for name in models if name in labels] or models
-    first = min(map(printable, named), key=len)
-    return first if len(named) == 1 else f"{first} (and {len(named) - 1} of its shape)"
 
 
 def _cells(speed: Measurement) -> _Row:
@@ -52,11 +45,15 @@ def _cells(speed: Measurement) -> _Row:
 
 
 def _range(values: Sequence[float]) -> str:
-    known = (statistics.median(values), min(values), max(values))
-    return "{} ({} to {})".format(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in known))
+    shown = [
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (statistics.median(values), min(values), max(values))
+    ]
+    return "{} ({} to {})".format(*shown)
 
 
 def _conditions(measured: Speed | Bench) -> str:
+    """Return machine, prompt and number of repetitions of a measurement as text."""
     workload = measured.workload
     image = ", an image first" if workload.image else ""
     return (
@@ -103,22 +100,10 @@ def bench_tables(bench: Bench) -> list[Table]:
     return tables
 
 
-def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, reporter: Reporter) -> None:
-    """Print a benchmark's tables and notes; write its numbers to a file if one is named."""
-    if json_file is not None:
-        write_artefact(Path(json_file), bench)
-    for table in bench_tables(bench):
-        reporter.table(*table.printed)
-    for line in (*bench_notes(bench), *remarks):
-        reporter.say(line)
-
-
 def bench_notes(bench: Bench) -> list[str]:
     """Return notes on the conditions of a benchmark, and on its engines."""
-    versions = dict[str, str]()
-    for side in bench.sides:
-        versions |= side.versions
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    versions = {name: version for side in bench.sides for name, version in side.versions.items()}
+    named = ", ".join(map(" ".join, versions.items()))
     return [
         f"{_conditions(bench)} A question is a prompt and the tokens generated for it. {RULE}.",
         f"Each engine had a process of its own with {bench.threads} thread(s), whose peak memory is all that it held, "

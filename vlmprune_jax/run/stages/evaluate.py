@@ -38,16 +38,15 @@ from vlmprune_jax.io.data.batching import PREFETCH
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.formats import ExportSpec
-from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.run.evaluation.config import EvaluateSpec, EvaluationSetSpec, SpeedConfig
 from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.evaluation.metrics.metric import Scores
 from vlmprune_jax.run.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.run.evaluation.runner import Answer, ask, check_answered, log_likelihoods
-from vlmprune_jax.run.evaluation.speed.bench import measure_speed
-from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.run.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.run.experiment.arguments import QUESTIONS, TEXT, evaluation_sets, export_dtype, image_tokens
 from vlmprune_jax.run.experiment.spec import affecting
+from vlmprune_jax.run.speed.bench import measure_speed
 from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import content_key
@@ -64,7 +63,7 @@ from vlmprune_jax.run.workdir.evaluation import (
 from vlmprune_jax.run.workdir.ledger import StageRecord, Task, run_task, write_text
 from vlmprune_jax.run.workdir.result import Run, Workload
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples, make_samples
-from vlmprune_jax.run.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
+from vlmprune_jax.run.workdir.speed import SPEED, Measurement, Pair, Speed, SpeedWorkload
 
 Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # rows of the answers file, and fields of `AnswerFacts`
 

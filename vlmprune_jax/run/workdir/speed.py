@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta
+from msgspec.structs import replace
 
 from vlmprune_jax.base.files import Count, Finite, Positive
-from vlmprune_jax.core.mesh.machine import cpu
-from vlmprune_jax.run.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
 
 SPEED, BENCH = "speed.json", "bench.json"
 STEADY = 0.05  # spread of repeated measurements that a quiet machine does not exceed
 _MOST_SPREAD = 0.2  # maximum spread of a measurable speed-up, as a share of its distance from 1
 _DRAWS = 1000
+_Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """Speed of one model, with one value per repetition of the measurement (`rounds`).
+
+    `prefill`: prompt tokens per second, image tokens included. `decode`: new tokens per second of all rows together,
+    without the prefill. `first_token`: seconds from the prompts to the first token of every row. `peak_bytes`: memory
+    of the compiled program on one device (weights and cache included), or of an engine's process; None if unknown.
+    """
+
+    prefill: _Rounds
+    decode: _Rounds
+    first_token: _Rounds
+    peak_bytes: Count | None
+
+    def __post_init__(self) -> None:
+        if len({len(self.prefill), len(self.decode), len(self.first_token)}) > 1:
+            raise ValueError("prefill, decode and first_token have different numbers of rounds")
+
+
+class BenchSide(Measurement, frozen=True, kw_only=True):
+    """Measured speed of one model in one engine, with data type and size (`bytes`) of the weights on disk."""
+
+    model: str
+    backend: str
+    versions: dict[str, str]
+    weights: str
+    bytes: Count
+    parameters: Count
+    image: bool
+    prompt_tokens: Count
 
 
 class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
@@ -62,26 +93,15 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.show()}{busy} (repeats differ by {100 * self.spread:.3g} %{limit})"
 
 
-def spread(speeds: Sequence[float]) -> float:
-    """Return the relative spread of repeated speed measurements: (largest - smallest) / median."""
-    return (max(speeds) - min(speeds)) / statistics.median(speeds)
-
-
 def speedup(before: Sequence[float], after: Sequence[float], limit: float | None = None) -> SpeedUp:
-    """Return the ratio of two models' median speeds, with its interval by a paired bootstrap over repetitions.
-
-    Args:
-      before: speeds of the unpruned model, one per repetition.
-      after: speeds of the pruned model, measured in the same repetitions.
-      limit: see `SpeedUp`.
-    """
+    """Return the `SpeedUp` of a pruned model from its speeds and the unpruned model's, one per repetition."""
     rounds = np.array(list(zip(before, after, strict=False)))
     draws = np.random.Generator(np.random.PCG64(0)).integers(len(rounds), size=(_DRAWS, len(rounds)))
     ours, theirs = np.median(rounds[draws], axis=1).T[::-1]
     low, high = np.quantile(ours / theirs, [0.025, 0.975])
     ratio = statistics.median(after) / statistics.median(before)
-    differ = max(spread(before), spread(after)) if len(rounds) > 1 else None
-    return SpeedUp(ratio, float(low), float(high), differ, limit)
+    spread = max((max(speeds) - min(speeds)) / statistics.median(speeds) for speeds in (before, after))
+    return SpeedUp(ratio, float(low), float(high), spread if len(rounds) > 1 else None, limit)
 
 
 class MedianSpeed(Part, frozen=True, kw_only=True):
@@ -98,11 +118,11 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
     decode_speedup: SpeedUp | None = None
 
 
-def medians(*measured: Measurement, **speedups: Any) -> MedianSpeed:
-    """Return the medians of a model's speeds over all repeated measurements, with its `speedups` by field."""
+def medians(*measured: Measurement) -> MedianSpeed:
+    """Return the medians of a model's speeds over all repeated measurements."""
     names = ("prefill", "decode", "first_token")
     speeds = {name: statistics.median([value for one in measured for value in getattr(one, name)]) for name in names}
-    return MedianSpeed(**speeds, **speedups, peak_bytes=measured[0].peak_bytes)
+    return MedianSpeed(**speeds, peak_bytes=measured[0].peak_bytes)
 
 
 class Pair(Part, frozen=True, kw_only=True):
@@ -115,14 +135,14 @@ class Pair(Part, frozen=True, kw_only=True):
     decode_limit: Finite | None = None
 
     @property
-    def prefill_speedup(self) -> SpeedUp:
-        """Speed-up of prefill (reading the prompt) over the unpruned model."""
-        return speedup(self.unpruned.prefill, self.pruned.prefill, self.prefill_limit)
-
-    @property
-    def decode_speedup(self) -> SpeedUp:
-        """Speed-up of decoding (generating tokens) over the unpruned model."""
-        return speedup(self.unpruned.decode, self.pruned.decode, self.decode_limit)
+    def medians(self) -> MedianSpeed:
+        """Median speeds of the pruned model, with its speed-ups over the unpruned model."""
+        before, after = self.unpruned, self.pruned
+        return replace(
+            medians(after),
+            prefill_speedup=speedup(before.prefill, after.prefill, self.prefill_limit),
+            decode_speedup=speedup(before.decode, after.decode, self.decode_limit),
+        )
 
 
 class SpeedWorkload(Part, frozen=True, kw_only=True):
@@ -149,11 +169,8 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
         """Return {run: median speeds}, with "" for the unpruned model."""
         if not self.pairs:
             return {}
-        speeds = {"": medians(*(pair.unpruned for pair in self.pairs))}
-        for pair in self.pairs:
-            speedups = {name: getattr(pair, name) for name in ("prefill_speedup", "decode_speedup")}
-            speeds |= dict.fromkeys(pair.models, medians(pair.pruned, **speedups))
-        return speeds
+        of_pairs = {name: speeds for pair in self.pairs for speeds in [pair.medians] for name in pair.models}
+        return {"": medians(*(pair.unpruned for pair in self.pairs)), **of_pairs}
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
@@ -173,9 +190,3 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
             if (side.backend, side.weights) == (first.backend, first.weights):
                 rates.setdefault(side.parameters, []).extend(side.decode)
         return {size: statistics.median(rates[size]) / self.workload.batch_size for size in sorted(rates)}
-
-
-def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
-    """Convert benchmark measurements to the content of `bench.json`."""
-    workload = SpeedWorkload(**vars(config), dtype=dtype)
-    return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))

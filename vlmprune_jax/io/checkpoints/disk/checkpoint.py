@@ -12,21 +12,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import read_json, reading
 from vlmprune_jax.base.weight_files import WEIGHT_DTYPES, Entry, read_header
-from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors, JsonDict
 from vlmprune_jax.io.checkpoints.disk.torch_files import read_torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
-JsonDict = dict[str, Any]
 _WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buffers are plain
 
 

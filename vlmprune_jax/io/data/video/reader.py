@@ -21,7 +21,7 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key, opened_image, read_rgb
+from vlmprune_jax.io.data.media import DECODING, Part, StoredImage, Video, image_key, opened_image, to_rgb
 from vlmprune_jax.io.data.preparation import Preparation
 from vlmprune_jax.io.data.records import VideoSource
 from vlmprune_jax.io.data.video.process import Limits, decode, describe
@@ -111,7 +111,8 @@ class VideoReader:
                 return Clip(**vars(info), frames=decode(file, name, self.limits, info.indices, info.total, size))
         frames = np.empty((len(source), info.height, info.width, 3), np.uint8)
         for frame, image in zip(frames, source, strict=True):
-            values = np.asarray(read_rgb(image, record, self.limits.pixels))
+            with opened_image(image, record, self.limits.pixels) as opened:
+                values = np.asarray(to_rgb(opened))
             if values.shape != frame.shape:
                 raise UserError(
                     f"{image} (record {record}): has {values.shape[1]}x{values.shape[0]} pixels, but the first frame "

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,18 +14,20 @@ from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.evaluation.speed import bench as bench_file
-from vlmprune_jax.run.evaluation.speed.bench import bench
-from vlmprune_jax.run.evaluation.speed.clock import SpeedConfig
-from vlmprune_jax.run.evaluation.speed.engines import Job
+from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables
+from vlmprune_jax.run.speed import bench as bench_file
+from vlmprune_jax.run.speed.bench import bench
+from vlmprune_jax.run.speed.engines import Answer, Job
 from vlmprune_jax.run.workdir.artefact import read_artefact
-from vlmprune_jax.run.workdir.speed import Bench, make_bench
+from vlmprune_jax.run.workdir.speed import Bench
+
+PROMPT = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16, batch_size=2)
 
 
 def job(model, backend):
-    sizes = {"weights": "float32", "n_bytes": 2**21, "parameters": 1000, "pixels": [1]}
-    return Job(name=model, model=model, backend=backend, prompt_tokens=90, new_tokens=16, **sizes)
+    sizes = {"weights": "float32", "bytes": 2**21, "parameters": 1000, "pixels": [1]}
+    return Job(model=model, path=model, backend=backend, versions={backend: "0.9"}, config=PROMPT, **sizes)
 
 
 def test_turns_and_tokens_per_second(monkeypatch):
@@ -38,25 +39,21 @@ def test_turns_and_tokens_per_second(monkeypatch):
     @contextlib.contextmanager
     def engine(of):
         def run():
-            turns.append((of.name, of.backend))
-            took, program.peak_bytes = seconds[of.name, of.backend], 2**20 * (len(turns) - len(jobs))
-            return took, 2 * took
+            turns.append((of.model, of.backend))
+            took, peak = seconds[of.model, of.backend], 2**20 * (len(turns) - 2 * len(jobs))
+            tokens = 90 if of.backend == "jax" else 88
+            return Answer(seconds=(took, 2 * took), prompt_tokens=tokens, peak_bytes=peak)
 
-        tokens = 90 if of.backend == "jax" else 88
-        program = types.SimpleNamespace(name=f"{of.name} in {of.backend}", run=run, prompt_tokens=tokens)
-        yield program
+        yield run
 
-    monkeypatch.setattr(bench_file._Engine, "start", engine)
-    monkeypatch.setattr(bench_file, "versions_of", lambda backend: {backend: "0.9"})
-    config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16, batch_size=2)
-    load, found = bench(jobs, config, make_reporter(False))
-    order = [(one.name, one.backend) for one in jobs]
-    assert turns == [*order, *order, *order[::-1]]  # one run to choose the number of runs in a turn
-    a, other, b = found
+    monkeypatch.setattr(bench_file, "start", engine)
+    file = bench(jobs, PROMPT, make_reporter(False), dtype="float32")
+    order = [(one.model, one.backend) for one in jobs]
+    assert turns == [*order, *order, *order, *order[::-1]]  # to warm up, and to choose the number of runs in a turn
+    a, other, b = file.sides
     assert (a.prefill, a.decode, a.first_token) == ((90.0,) * 2, (8.0,) * 2, (2.0,) * 2)
     assert (other.prefill, b.decode) == ((44.0,) * 2, (16.0,) * 2)
     assert (a.peak_bytes, b.peak_bytes) == (6 * 2**20, 4 * 2**20)  # of the last turn
-    file = make_bench(load, found, config, dtype="float32", threads=1)
     speeds, sizes, times = bench_tables(file)
     assert speeds.rows[1] == ("a", "transformers", "44 (44 to 44)", "4 (4 to 4)", "12,000 (12,000 to 12,000)")
     assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
@@ -129,7 +126,7 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no transformers class can run this model" in cannot
-    monkeypatch.setattr(bench_file, "versions_of", lambda backend: {"xllamacpp": None})
+    monkeypatch.setattr(bench_file, "versions", lambda packages: {})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
 

@@ -1,7 +1,8 @@
-"""The process of one engine with one model, whose memory is its own: a job comes in, the times of runs go out.
+"""One program per engine, and the process of one engine with one model, whose memory is its own.
 
 The first line of standard input is a `Job`; every line after it asks for one run of the program. One `Answer` goes out
 when the model is ready, and one for every run; the last one has `error` if the engine failed. All lines are JSON.
+Importing this module does not import jax, so that the process of another engine does not hold it.
 """
 
 from __future__ import annotations
@@ -22,65 +23,86 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.families.gguf import ENGINE
-from vlmprune_jax.run.evaluation.speed.clock import Program, Seconds
+from vlmprune_jax.run.evaluation.config import SpeedConfig
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """One benchmark job: model, engine (`backend`), prompts (`rows` at once), and number of tokens to generate."""
+    """One benchmark job: model, engine (`backend`) and prompts; for fields of the same name see `BenchSide`."""
 
-    name: str  # the model as the user named it
-    model: str  # its folder or file
-    weights: str  # type of the weights
-    n_bytes: int
+    model: str  # as the user named it
+    path: str  # folder or file
+    tower: str | None = None  # folder or file of the vision tower, if it is not in `path`
+    weights: str
+    bytes: int
     parameters: int
+    config: SpeedConfig
     backend: str = ""
+    versions: dict[str, str] = {}
     threads: int = 1
-    rows: int = 1
-    prompt_tokens: int
-    new_tokens: int
-    # Hugging Face folders.
-    vision_dir: str | None = None
-    dtype: str = "float32"
+    pixels: list[int] | None = None  # shape of the random images, in transformers and llama.cpp
+    # For transformers.
     ids: list[list[int]] = []
-    pixels: list[int] | None = None  # shape of the random pixels
-    grids: list[list[list[int]]] | None = None  # image grids, for images of varying size
+    grids: list[list[int]] | None = None  # for images of varying size
     image_token: int | None = None
     loader: tuple[str, str] = ("transformers", "")  # module and name of the class that loads the model
-    by_row: bool = False  # True if the class takes one list of images per row
-    # GGUF files.
-    mmproj: str | None = None
-    image_size: int = 224  # pixels per side of the image
-    context: int = 0  # maximum tokens of a row
 
 
-class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Times of one run (`seconds`), peak memory until now, and the engine's own count of prompt tokens."""
+class Answer(msgspec.Struct, kw_only=True):
+    """One run of a program, which generates all tokens of a batch once.
 
-    seconds: Seconds = (0.0, 0.0)
+    `seconds`: to the first token of all rows, and from the first to the last token. `prompt_tokens`: length of a prompt
+    by the engine's own count. `peak_bytes`: see `Measurement`.
+    """
+
+    seconds: tuple[float, float] = (0.0, 0.0)
     prompt_tokens: int = 0
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
     error: str = ""
 
 
-def in_jax(job: Job) -> Program:
-    """Compile vlmprune's JAX generation program for a benchmark job."""
+Program = Callable[[], Answer]
+
+
+def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return prompts int32[batch, prompt] that repeat one token, and the pixels and grids of their images.
+
+    Each row begins with an image of noise, if any: with dynamic resolution, one of a typical size.
+    """
+    rows = config.batch_size
+    word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
+    ids = np.full((rows, config.prompt_tokens), word, np.int32)
+    if not config.with_image(cfg) or cfg.vision is None or cfg.image_token_id is None:
+        return ids, None, None
+    ids[:, : cfg.tokens_per_image] = cfg.image_token_id
+    vision, noise = cfg.vision, np.random.default_rng(0).standard_normal
+    if not cfg.dynamic_resolution:
+        return ids, noise((rows, 1, vision.channels, vision.image_size, vision.image_size), np.float32), None
+    grids = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1))
+    return ids, noise((rows, vision.grid**2, vision.patch_values), np.float32), grids
+
+
+def jax_program(model: Any, config: SpeedConfig) -> Program:
+    """Compile the generation program of a `Model`."""
     from vlmprune_jax.core.models.generate import compile_generation
     from vlmprune_jax.core.models.media import Packed
+
+    ids, pixels, grids = make_prompts(model.cfg, config)
+    media = {} if pixels is None else {"vision": Packed(pixels, grids)}
+    made = compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
+    return lambda: Answer(seconds=made.run(), prompt_tokens=config.prompt_tokens, peak_bytes=made.peak_bytes)
+
+
+def in_jax(job: Job) -> Program:
+    """Load a folder and compile its generation program."""
     from vlmprune_jax.io.checkpoints.read import load
 
-    model = load(job.model, vision_dir=job.vision_dir, dtype=job.dtype)
-    images = Packed(_noise(job), job.grids and np.asarray(job.grids))
-    media = {} if images.values is None else {"vision": images}
-    return compile_generation(model, np.asarray(job.ids, np.int32), media=media, max_new_tokens=job.new_tokens + 1)
-
-
-def _noise(job: Job) -> np.ndarray | None:
-    """Return random pixels of the job's shape, float32; None if the prompt has no image."""
-    return None if job.pixels is None else np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
+    return jax_program(load(job.path, vision_dir=job.tower, dtype=job.weights), job.config)
 
 
 class InTransformers:
@@ -92,16 +114,19 @@ class InTransformers:
 
         torch.set_num_threads(job.threads)
         module, name = job.loader
-        loader, dtype = getattr(importlib.import_module(module), name), getattr(torch, job.dtype)
-        self.model = loader.from_pretrained(job.model, dtype=dtype, local_files_only=True).eval()
-        ids, pixels, self.tokens = torch.tensor(job.ids), _noise(job), job.new_tokens + 1
+        loader, dtype = getattr(importlib.import_module(module), name), getattr(torch, job.weights)
+        self.model = loader.from_pretrained(job.path, dtype=dtype, local_files_only=True).eval()
+        ids, self.tokens, self.prompt_tokens = (
+            torch.tensor(job.ids),
+            job.config.new_tokens + 1,
+            job.config.prompt_tokens,
+        )
         self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if pixels is not None:
-            if not job.by_row:
-                pixels = pixels.reshape(-1, pixels.shape[-1]) if job.grids else pixels[:, 0]
+        if job.pixels:
+            pixels = np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
             self.inputs["pixel_values"] = torch.from_numpy(pixels).to(dtype)
         if job.grids:
-            self.inputs["image_grid_thw"] = torch.tensor(job.grids).flatten(0, 1)
+            self.inputs["image_grid_thw"] = torch.tensor(job.grids)
             if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # from version 5 on
                 self.inputs["mm_token_type_ids"] = torch.eq(ids, job.image_token or 0).int()
         self.inputs["generation_config"] = transformers.GenerationConfig(
@@ -109,15 +134,14 @@ class InTransformers:
         )
         self.mode = torch.inference_mode
 
-    def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
+    def __call__(self) -> Answer:
         self.times, start = list[float](), time.perf_counter()
         with self.mode():
             self.model.generate(**self.inputs, streamer=self)
         _, *times = self.times  # the prompt comes first
         if len(times) != self.tokens:
             raise UserError(f"generated {len(times)} of {self.tokens} tokens")
-        return times[0] - start, times[-1] - times[0]
+        return Answer(seconds=(times[0] - start, times[-1] - times[0]), prompt_tokens=self.prompt_tokens)
 
     def put(self, tokens: Any) -> None:
         """Record the arrival time of the prompt or of a token (a method of transformers' streamers)."""
@@ -136,48 +160,51 @@ class InLlamaCpp:
     def __init__(self, job: Job):
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_parallel, params.warmup, params.verbosity = job.model, job.rows, False, -1
-        params.n_ctx, params.cache_ram_mib, params.cache_prompt = job.rows * job.context, 0, False
+        config, params = job.config, xllamacpp.CommonParams()
+        self.rows, self.prompt_tokens, self.tokens = config.batch_size, config.prompt_tokens, config.new_tokens + 1
+        context = self.rows * (self.prompt_tokens + self.tokens)
+        params.model.path, params.n_parallel, params.warmup, params.verbosity = job.path, self.rows, False, -1
+        params.n_ctx, params.cache_ram_mib, params.cache_prompt = context, 0, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
-        if job.mmproj is not None:
-            params.mmproj.path = job.mmproj
+        if job.tower is not None:
+            params.mmproj.path = job.tower
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:  # it says no more than that
             raise UserError(
                 "llama.cpp cannot load the file: it is damaged, too large, or needs another build of llama.cpp"
             ) from error
-        self.rows, self.new_tokens, self.prompt_tokens = job.rows, job.new_tokens, job.prompt_tokens
-        self.request: dict[str, Any] = {"prompt": [1] * job.prompt_tokens}
-        if job.mmproj is not None:
-            self._show_image(job.image_size)
+        self.request: dict[str, Any] = {"prompt": [1] * self.prompt_tokens}
+        if job.pixels is not None:
+            self._show_image(job.pixels)
 
-    def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from there to the last.
+    def __call__(self) -> Answer:
+        """Generate all tokens once.
 
-        For one row, these are llama.cpp's own times. Several rows are asked at once, by a thread each, and the first
+        For one row, the times are llama.cpp's own. Several rows are asked at once, by a thread each, and the first
         time lasts until every row has its first token: llama.cpp answers some rows while it still reads others.
         """
-        if self.rows == 1:
-            times = self._ask(self.new_tokens + 1)["timings"]
-            return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
 
-        def answer(row: int) -> Seconds:
-            times = self._ask(self.new_tokens + 1)["timings"]
+        def answer(row: int) -> tuple[float, float]:
+            times = self._ask(self.tokens)["timings"]
             last = time.perf_counter()
             return last - times["predicted_ms"] / 1000, last
 
-        start = time.perf_counter()
-        with ThreadPoolExecutor(self.rows) as threads:
-            first, last = map(max, zip(*threads.map(answer, range(self.rows)), strict=True))
-        return first - start, last - first
+        if self.rows == 1:
+            times = self._ask(self.tokens)["timings"]
+            seconds = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        else:
+            start = time.perf_counter()
+            with ThreadPoolExecutor(self.rows) as threads:
+                first, last = map(max, zip(*threads.map(answer, range(self.rows)), strict=True))
+            seconds = first - start, last - first
+        return Answer(seconds=seconds, prompt_tokens=self.prompt_tokens)
 
-    def _show_image(self, side: int) -> None:
+    def _show_image(self, shape: list[int]) -> None:
         """Build a llama.cpp prompt from an image and as many words as the prompt length allows."""
         from PIL import Image
 
-        file, pixels = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        file, pixels = io.BytesIO(), np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         Image.fromarray(pixels).save(file, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
@@ -234,10 +261,9 @@ def serve() -> None:
         if hasattr(os, "sched_setaffinity"):  # before libraries count the cores
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
         program = PROGRAMS[job.backend](job)
-        program.run()
-        send(Answer(prompt_tokens=getattr(program, "prompt_tokens", job.prompt_tokens)))
+        send(Answer())
         for _ in lines:
-            send(Answer(seconds=program.run(), peak_bytes=_peak_bytes()))
+            send(replace(program(), peak_bytes=_peak_bytes()))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         with contextlib.suppress(BrokenPipeError):

@@ -10,28 +10,30 @@ from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import compile_generation, generate
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.run.evaluation.speed import bench as speed
-from vlmprune_jax.run.evaluation.speed import clock
-from vlmprune_jax.run.evaluation.speed.bench import measure_speed
-from vlmprune_jax.run.evaluation.speed.clock import Measurement, SpeedConfig
+from vlmprune_jax.run.evaluation.config import SpeedConfig
+from vlmprune_jax.run.speed import bench as speed
+from vlmprune_jax.run.speed.bench import measure_speed
+from vlmprune_jax.run.speed.engines import Answer, jax_program, make_prompts
+from vlmprune_jax.run.workdir.speed import Measurement
 
 
 class Timed:
     """A program that takes known seconds to the first token and after it, in turn."""
 
-    peak_bytes = 7
-
     def __init__(self, name, ran, *seconds):
         self.name, self.ran, self.seconds = name, ran, itertools.cycle(seconds)
 
-    def run(self):
+    def __call__(self):
         self.ran.append(self.name)
-        return next(self.seconds)
+        return Answer(seconds=next(self.seconds), prompt_tokens=self.tokens, peak_bytes=7)
 
 
 def measured(monkeypatch, programs, **workload):
     monkeypatch.setattr(speed, "_compile", lambda model, _: programs[model])
+    for program in programs.values():
+        program.tokens = workload["prompt_tokens"]
     return measure_speed({name: name for name in programs}, **workload)
 
 
@@ -41,7 +43,7 @@ def test_tokens_per_second_and_turns(monkeypatch):
     found = measured(monkeypatch, programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
     assert found["slow"] == Measurement(prefill=(800.0,) * 3, decode=(20.0,) * 3, first_token=(0.5,) * 3, peak_bytes=7)
     assert found["fast"].decode == (40.0,) * 3
-    turns = ran[2:][:: clock.MIN_RUNS]
+    turns = ran[4:][:: speed.MIN_RUNS]
     assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
 
 
@@ -58,11 +60,11 @@ def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
     ran = []
     program = Timed("a", ran, (0.01, 0.04))
     measured(monkeypatch, {"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
-    assert len(ran) == 1 + round(clock.MIN_SECONDS / 0.05)
+    assert len(ran) == 2 + round(speed.MIN_SECONDS / 0.05)
 
 
 def test_what_no_clock_can_tell_is_refused(monkeypatch):
-    monkeypatch.setattr(clock, "MIN_SECONDS", 0)
+    monkeypatch.setattr(speed, "MIN_SECONDS", 0)
     with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
         measured(monkeypatch, {"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
     with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):
@@ -71,15 +73,18 @@ def test_what_no_clock_can_tell_is_refused(monkeypatch):
 
 def test_the_program_is_that_of_generate(goldens):
     llava = load(goldens / "ckpt/llava_hf")
-    ids, media = speed.make_prompts(llava.cfg, SpeedConfig(prompt_tokens=24, batch_size=2))
+    config = SpeedConfig(prompt_tokens=24, batch_size=2, new_tokens=4)
+    ids, pixels, _ = make_prompts(llava.cfg, config)
     assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
+    media = {"vision": Packed(pixels)}
     made = compile_generation(llava, ids, media=media, max_new_tokens=5)
     tokens, *_ = made.decode(made.params, *made.prefill(made.params, made.arrays))
     wanted = generate(llava, ids, media=media, max_new_tokens=5, eos_token_ids=())
     np.testing.assert_array_equal(tokens, wanted)
-    assert min(made.run()) > 0
+    program = jax_program(llava, config)()
+    assert min(program.seconds) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
-    assert weights < made.peak_bytes < 100 * weights
+    assert weights < program.peak_bytes < 100 * weights
     found = measure_speed({"a": llava}, prompt_tokens=24, new_tokens=8, batch_size=2, rounds=1, image=True)["a"]
     assert min(*found.prefill, *found.decode, *found.first_token) > 0
 
