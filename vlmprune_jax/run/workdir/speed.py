@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -119,9 +119,10 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
 
 def medians(*measured: Measurement, **speedups: SpeedUp) -> MedianSpeed:
     """Return the medians of a model's speeds over all repeated measurements, with its speed-ups if it is pruned."""
-    names = ("prefill", "decode", "first_token")
-    speeds = {name: statistics.median([value for one in measured for value in getattr(one, name)]) for name in names}
-    return MedianSpeed(**speeds, peak_bytes=measured[0].peak_bytes, **speedups)
+    speeds: dict[str, Any] = {"peak_bytes": measured[0].peak_bytes, **speedups}
+    for name in ("prefill", "decode", "first_token"):
+        speeds[name] = statistics.median([value for one in measured for value in getattr(one, name)])
+    return MedianSpeed(**speeds)
 
 
 class Pair(Part, frozen=True, kw_only=True):
