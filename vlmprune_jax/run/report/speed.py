@@ -73,9 +73,8 @@ def bench_tables(bench: Bench) -> list[Table]:
         name = _path_end(side.model)
         shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
         prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
-        rounds = zip(side.first_token, side.decode, strict=True)
         tokens = bench.workload.batch_size * bench.workload.new_tokens
-        answers = [1000 * (first + tokens / rate) for first, rate in rounds]
+        answers = [1000 * (start + tokens / rate) for start, rate in zip(side.first_token, side.decode, strict=True)]
         speeds.append((name, side.backend, prefill, decode, _range(answers)))
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)

@@ -64,15 +64,12 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
-    measured = measure({name: _compile(model, config) for name, model in models.items()}, config)
+    for model in models.values():
+        if not isinstance(model, Model):
+            raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
+        config.check(model.cfg)
+    measured = measure({name: jax_program(model, config) for name, model in models.items()}, config)
     return {name: msgspec.convert(speed, Measurement) for name, speed in measured.items()}
-
-
-def _compile(model: Model, config: SpeedConfig) -> Program:
-    if not isinstance(model, Model):
-        raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
-    config.check(model.cfg)
-    return jax_program(model, config)
 
 
 def measure(
