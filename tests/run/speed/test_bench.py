@@ -47,7 +47,7 @@ def test_turns_and_tokens_per_second(monkeypatch):
         yield run
 
     monkeypatch.setattr(bench_file, "start", engine)
-    file = bench(jobs, PROMPT, make_reporter(False), dtype="float32")
+    file = bench(jobs, PROMPT, make_reporter(False), dtype="float32", threads=1)
     order = [(one.model, one.backend) for one in jobs]
     assert turns == [*order, *order, *order, *order[::-1]]  # to warm up, and to choose the number of runs in a turn
     a, other, b = file.sides

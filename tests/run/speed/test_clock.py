@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from prune_cases import config, model
@@ -14,7 +15,7 @@ from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.speed import bench as speed
-from vlmprune_jax.run.speed.bench import measure_speed
+from vlmprune_jax.run.speed.bench import measure, measure_speed
 from vlmprune_jax.run.speed.engines import Answer, jax_program, make_prompts
 from vlmprune_jax.run.workdir.speed import Measurement
 
@@ -30,43 +31,43 @@ class Timed:
         return Answer(seconds=next(self.seconds), prompt_tokens=self.tokens, peak_bytes=7)
 
 
-def measured(monkeypatch, programs, **workload):
-    monkeypatch.setattr(speed, "_compile", lambda model, _: programs[model])
+def measured(programs, **workload):
     for program in programs.values():
         program.tokens = workload["prompt_tokens"]
-    return measure_speed({name: name for name in programs}, **workload)
+    speeds = measure(programs, SpeedConfig(**workload))
+    return {name: msgspec.convert(speed, Measurement) for name, speed in speeds.items()}
 
 
-def test_tokens_per_second_and_turns(monkeypatch):
+def test_tokens_per_second_and_turns():
     ran = []
     programs = {"slow": Timed("slow", ran, (0.5, 2.0)), "fast": Timed("fast", ran, (0.25, 1.0))}
-    found = measured(monkeypatch, programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
+    found = measured(programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
     assert found["slow"] == Measurement(prefill=(800.0,) * 3, decode=(20.0,) * 3, first_token=(0.5,) * 3, peak_bytes=7)
     assert found["fast"].decode == (40.0,) * 3
     turns = ran[4:][:: speed.MIN_RUNS]
     assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
 
 
-def test_a_reading_is_the_fastest_of_its_runs(monkeypatch):
+def test_a_reading_is_the_fastest_of_its_runs():
     """Each run is disturbed at another place: prompt and tokens have their best runs apart."""
     runs = ((0.5, 3.0), (9.0, 1.0), (0.6, 2.0))
     program = Timed("a", [], *runs)
-    found = measured(monkeypatch, {"a": program}, prompt_tokens=10, new_tokens=10, batch_size=1, rounds=2)
+    found = measured({"a": program}, prompt_tokens=10, new_tokens=10, batch_size=1, rounds=2)
     assert found["a"].prefill == pytest.approx((20.0, 20.0))
     assert found["a"].decode == pytest.approx((10.0, 10.0))
 
 
-def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
+def test_short_runs_are_repeated_until_a_clock_can_tell():
     ran = []
     program = Timed("a", ran, (0.01, 0.04))
-    measured(monkeypatch, {"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
+    measured({"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
     assert len(ran) == 2 + round(speed.MIN_SECONDS / 0.05)
 
 
 def test_what_no_clock_can_tell_is_refused(monkeypatch):
     monkeypatch.setattr(speed, "MIN_SECONDS", 0)
     with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
-        measured(monkeypatch, {"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
+        measured({"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
     with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):
         measure_speed({}, rounds=0)
 

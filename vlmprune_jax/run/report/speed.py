@@ -22,9 +22,7 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
     """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
-        known = (
-            pair.models if labels is None else [labels[name] for name in pair.models if name in labels] or pair.models
-        )
+        known = [labels[name] for name in pair.models if labels and name in labels] or pair.models
         name = min(map(printable, known), key=len)
         name += f" (and {len(known) - 1} of its shape)" if len(known) > 1 else ""
         beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
@@ -45,11 +43,8 @@ def _cells(speed: Measurement) -> _Row:
 
 
 def _range(values: Sequence[float]) -> str:
-    shown = [
-        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        for value in (statistics.median(values), min(values), max(values))
-    ]
-    return "{} ({} to {})".format(*shown)
+    numbers = statistics.median(values), min(values), max(values)
+    return "{} ({} to {})".format(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in numbers))
 
 
 def _conditions(measured: Speed | Bench) -> str:
@@ -78,9 +73,8 @@ def bench_tables(bench: Bench) -> list[Table]:
         name = _path_end(side.model)
         shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
         prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
-        rounds = zip(side.first_token, side.decode, strict=True)
         tokens = bench.workload.batch_size * bench.workload.new_tokens
-        answers = [1000 * (first + tokens / rate) for first, rate in rounds]
+        answers = [1000 * (start + tokens / rate) for start, rate in zip(side.first_token, side.decode, strict=True)]
         speeds.append((name, side.backend, prefill, decode, _range(answers)))
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)

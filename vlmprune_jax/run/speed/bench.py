@@ -64,15 +64,12 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
-    measured = measure({name: _compile(model, config) for name, model in models.items()}, config)
+    for model in models.values():
+        if not isinstance(model, Model):
+            raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
+        config.check(model.cfg)
+    measured = measure({name: jax_program(model, config) for name, model in models.items()}, config)
     return {name: msgspec.convert(speed, Measurement) for name, speed in measured.items()}
-
-
-def _compile(model: Model, config: SpeedConfig) -> Program:
-    if not isinstance(model, Model):
-        raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
-    config.check(model.cfg)
-    return jax_program(model, config)
 
 
 def measure(
@@ -123,13 +120,7 @@ def measure(
 
 
 def find_jobs(
-    models: Sequence[str],
-    vision_dir: str | None,
-    config: SpeedConfig,
-    *,
-    backends: Sequence[str],
-    dtype: str,
-    threads: int,
+    models: Sequence[str], vision_dir: str | None, config: SpeedConfig, *, backends: Sequence[str], dtype: str
 ) -> tuple[list[Job], list[str]]:
     """Pair each model with each engine that can load it; return the pairs, and remarks on pairs that are left out.
 
@@ -168,19 +159,25 @@ def find_jobs(
         refused = list[str]()
         for name in able:
             found = {package: installed[package] for package in BACKENDS[name] if package in installed}
-            job = replace(job, backend=name, threads=threads, versions=found)
-            if why := _why_not(job):
+            missing = [package for package in BACKENDS[name] if package not in installed]
+            if missing:
+                why = f"{missing[0]} is not installed: {_INSTALL[name]}, or leave {name} out of --backends"
+                refused.append(f"{model} in {name}: {why}")
+            elif name == "transformers" and not torch_loads(Path(job.path), Path(job.tower) if job.tower else None):
+                why = "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
                 refused.append(f"{model} in {name}: {why}")
             else:
-                jobs.append(job)
+                jobs.append(replace(job, backend=name, versions=found))
         if refused and (backends or len(refused) == len(able)):
             raise UserError(refused[0])
         remarks += refused
     return jobs, remarks
 
 
-def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype: str) -> Bench:
+def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype: str, threads: int) -> Bench:
     """Measure all pairs of model and engine in turns; all models stay in memory.
+
+    `dtype`: see `find_jobs`. `threads`: cores that each engine may use.
 
     Raises UserError if an engine does not load its model, or ends.
     """
@@ -189,7 +186,7 @@ def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype
         engines = dict[str, Program]()
         with reporter.bar("load", len(jobs)) as progress:
             for number, job in enumerate(jobs, start=1):  # one after the other: loading takes memory and cores
-                engines[f"{job.model} in {job.backend}"] = stack.enter_context(start(job))
+                engines[f"{job.model} in {job.backend}"] = stack.enter_context(start(replace(job, threads=threads)))
                 progress(number)
         with reporter.bar("measure", len(jobs) * config.rounds) as progress:
             measured = measure(engines, config, min_runs=1, progress=progress)
@@ -198,7 +195,7 @@ def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype
         for job, speed in zip(jobs, measured.values(), strict=True)
     ]
     workload = SpeedWorkload(**vars(config), dtype=dtype)
-    return Bench(processor=cpu(), threads=jobs[0].threads, load=load, workload=workload, sides=sides)
+    return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=sides)
 
 
 @contextlib.contextmanager
@@ -275,6 +272,7 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Job:
     architecture, context = fields.get("general.architecture"), config.prompt_tokens + config.new_tokens + 1
     longest = fields.get(f"{architecture}.context_length")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []
+    problem = ""
     if not types:
         problem = "this GGUF file has no tensors: export it again, or download it again"
     elif fields.get("general.type") == "mmproj" or architecture == TOWER:
@@ -290,8 +288,6 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Job:
             f"--prompt_tokens + --new_tokens + 1 = {context} is more than the model's context of {longest} tokens: "
             "lower one of them"
         )
-    else:
-        problem = ""
     if problem:
         raise UserError(f"{file}: {problem}")
     job = Job(
@@ -322,13 +318,3 @@ def _gguf_file(model: str) -> Path | None:
     if len(files) > 1:
         raise UserError(f"{model}: contains {len(files)} GGUF models: name one file, as {files[0]}")
     return files[0] if files else None
-
-
-def _why_not(job: Job) -> str | None:
-    """Return why the job's engine cannot load its model; None if it can."""
-    if missing := [name for name in BACKENDS[job.backend] if name not in job.versions]:
-        return f"{missing[0]} is not installed: {_INSTALL[job.backend]}, or leave {job.backend} out of --backends"
-    tower = None if job.tower is None else Path(job.tower)
-    if job.backend == "transformers" and not torch_loads(Path(job.path), tower):
-        return "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
-    return None
