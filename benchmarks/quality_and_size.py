@@ -87,8 +87,8 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
                 out = files[f"{cut} | {form}"]
                 vp.save(model, out, source_dir=subject.source, format="gguf", quantize=gguf, dtype="float16")
         paths = [str(next(out.glob("*.gguf"))) for out in files.values()]
-        jobs, _ = find_jobs(paths, None, config, backends=["llama_cpp"], dtype="float32", threads=cores())
-        found = bench(jobs, config, make_reporter(True), dtype="float32").sides
+        jobs, _ = find_jobs(paths, None, config, backends=["llama_cpp"], dtype="float32")
+        found = bench(jobs, config, make_reporter(True), dtype="float32", threads=cores()).sides
     return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
 
 

@@ -99,8 +99,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 batch_size=options.batch_size,
             )
             engines = {"backends": ["llama_cpp"], "dtype": "float32"}
-            jobs, _ = find_jobs([*files.values()], None, config, **engines, threads=options.threads)
-            found = bench(jobs, config, make_reporter(True), dtype="float32")
+            jobs, _ = find_jobs([*files.values()], None, config, **engines)
+            found = bench(jobs, config, make_reporter(True), dtype="float32", threads=options.threads)
             for name, side in zip(files, found.sides, strict=True):
                 rows[name] |= {"bytes": side.bytes, "decode": side.decode, f"prompt of {prompt}": side.prompt_tokens}
                 rows[name] |= {f"{prompt}+{answer}": seconds(side, answer, options.batch_size) for answer in ANSWERS}

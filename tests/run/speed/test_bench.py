@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables
 from vlmprune_jax.run.speed import bench as bench_file
 from vlmprune_jax.run.speed.bench import bench
-from vlmprune_jax.run.speed.engines import Job
+from vlmprune_jax.run.speed.engines import Answer, Job
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.speed import Bench
 
@@ -41,15 +40,14 @@ def test_turns_and_tokens_per_second(monkeypatch):
     def engine(of):
         def run():
             turns.append((of.model, of.backend))
-            took, program.peak_bytes = seconds[of.model, of.backend], 2**20 * (len(turns) - 2 * len(jobs))
-            return took, 2 * took
+            took, peak = seconds[of.model, of.backend], 2**20 * (len(turns) - 2 * len(jobs))
+            tokens = 90 if of.backend == "jax" else 88
+            return Answer(seconds=(took, 2 * took), prompt_tokens=tokens, peak_bytes=peak)
 
-        tokens = 90 if of.backend == "jax" else 88
-        program = types.SimpleNamespace(name=f"{of.model} in {of.backend}", run=run, prompt_tokens=tokens)
-        yield program
+        yield run
 
-    monkeypatch.setattr(bench_file._Engine, "start", engine)
-    file = bench(jobs, PROMPT, make_reporter(False), dtype="float32")
+    monkeypatch.setattr(bench_file, "start", engine)
+    file = bench(jobs, PROMPT, make_reporter(False), dtype="float32", threads=1)
     order = [(one.model, one.backend) for one in jobs]
     assert turns == [*order, *order, *order, *order[::-1]]  # to warm up, and to choose the number of runs in a turn
     a, other, b = file.sides
@@ -128,7 +126,7 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no transformers class can run this model" in cannot
-    monkeypatch.setattr(bench_file, "versions_of", lambda backend: {})
+    monkeypatch.setattr(bench_file, "versions", lambda packages: {})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
 

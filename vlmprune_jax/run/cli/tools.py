@@ -163,9 +163,8 @@ def _bench_flags() -> Specs:
     from vlmprune_jax.run.evaluation.config import SpeedConfig
 
     known = settings_of(SpeedConfig())
-    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds")
-    sizes = {name: (known[name].default, known[name].sentence) for name in names}
-    return {**sizes, "image": (True, known["image"].sentence)}
+    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "image")
+    return {name: (known[name].default, known[name].sentence) for name in names}
 
 
 @command(
@@ -201,9 +200,9 @@ def bench(flags: Any) -> None:
         raise UserError(f"--threads={threads}: must be 1 to {cores()}, the cores that this process may use")
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UserError(f"--json={file}: must be a file name in an existing folder")
-    options, reporter = {"backends": flags.backends, "dtype": flags.dtype, "threads": threads}, make_reporter(True)
-    jobs, remarks = find_jobs([flags.model, *flags.against], flags.vision_dir, config, **options)
-    results = bench(jobs, config, reporter, dtype=flags.dtype)
+    models, dtype, reporter = [flags.model, *flags.against], flags.dtype, make_reporter(True)
+    jobs, remarks = find_jobs(models, flags.vision_dir, config, backends=flags.backends, dtype=dtype)
+    results = bench(jobs, config, reporter, dtype=dtype, threads=threads)
     if file:
         write_artefact(file, results)
     for table in bench_tables(results):

@@ -18,11 +18,13 @@ LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
     """Return tables of speed-ups over the unpruned model and of measured speeds, one row per layer shape.
 
-    `labels`: {model: readable name}.
+    `labels`: {model: readable name}; of models of one shape, the shortest name is shown.
     """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
-        name = _shape_name(pair.models, labels)
+        known = [labels[name] for name in pair.models if labels and name in labels] or pair.models
+        name = min(map(printable, known), key=len)
+        name += f" (and {len(known) - 1} of its shape)" if len(known) > 1 else ""
         beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
         times.append((name, str(pair.medians.prefill_speedup), str(pair.medians.decode_speedup)))
@@ -34,13 +36,6 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
     )  # fmt: skip
 
 
-def _shape_name(models: Sequence[str], labels: Mapping[str, str] | None) -> str:
-    """Return one name for models of equal layer shape: the shortest of their names."""
-    named = models if labels is None else [labels[name] for name in models if name in labels] or models
-    first = min(map(printable, named), key=len)
-    return first if len(named) == 1 else f"{first} (and {len(named) - 1} of its shape)"
-
-
 def _cells(speed: Measurement) -> _Row:
     milliseconds = [1000 * second for second in speed.first_token]
     memory = "" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**20:,.1f}"
@@ -48,11 +43,8 @@ def _cells(speed: Measurement) -> _Row:
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    numbers = statistics.median(values), min(values), max(values)
+    return "{} ({} to {})".format(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in numbers))
 
 
 def _conditions(measured: Speed | Bench) -> str:
@@ -81,9 +73,8 @@ def bench_tables(bench: Bench) -> list[Table]:
         name = _path_end(side.model)
         shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
         prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
-        rounds = zip(side.first_token, side.decode, strict=True)
         tokens = bench.workload.batch_size * bench.workload.new_tokens
-        answers = [1000 * (first + tokens / rate) for first, rate in rounds]
+        answers = [1000 * (start + tokens / rate) for start, rate in zip(side.first_token, side.decode, strict=True)]
         speeds.append((name, side.backend, prefill, decode, _range(answers)))
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)
@@ -105,10 +96,8 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 def bench_notes(bench: Bench) -> list[str]:
     """Return notes on the conditions of a benchmark, and on its engines."""
-    versions = dict[str, str]()
-    for side in bench.sides:
-        versions |= side.versions
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    versions = {name: version for side in bench.sides for name, version in side.versions.items()}
+    named = ", ".join(map(" ".join, versions.items()))
     return [
         f"{_conditions(bench)} A question is a prompt and the tokens generated for it. {RULE}.",
         f"Each engine had a process of its own with {bench.threads} thread(s), whose peak memory is all that it held, "

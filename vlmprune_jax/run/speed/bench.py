@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -34,7 +32,8 @@ from vlmprune_jax.io.exports.reload import torch_loads
 from vlmprune_jax.io.families.gguf import ENGINE, WHEEL
 from vlmprune_jax.io.families.gguf_towers import TOWER
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-from vlmprune_jax.run.speed.engines import Answer, Job, Program, Seconds, jax_program, make_prompts
+from vlmprune_jax.run.speed.engines import Answer, Job, Program, jax_program, make_prompts
+from vlmprune_jax.run.workdir.content import versions
 from vlmprune_jax.run.workdir.speed import Bench, BenchSide, Measurement, SpeedWorkload
 
 # A program's time in a round is the minimum of several runs, because other work on the machine only slows runs down.
@@ -65,14 +64,12 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
-    return measure({name: _compile(model, config) for name, model in models.items()}, config)
-
-
-def _compile(model: Model, config: SpeedConfig) -> Program:
-    if not isinstance(model, Model):
-        raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
-    config.check(model.cfg)
-    return jax_program(model, config)
+    for model in models.values():
+        if not isinstance(model, Model):
+            raise UserError(f"models: must be Model objects, got {type(model).__name__}: pass vp.load(DIR)")
+        config.check(model.cfg)
+    measured = measure({name: jax_program(model, config) for name, model in models.items()}, config)
+    return {name: msgspec.convert(speed, Measurement) for name, speed in measured.items()}
 
 
 def measure(
@@ -81,8 +78,8 @@ def measure(
     *,
     min_runs: int = MIN_RUNS,
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Measurement]:
-    """Measure the speed of named programs in turns, in reverse order in every second round.
+) -> dict[str, dict[str, Any]]:
+    """Measure named programs in turns, in reverse order in every second round; return the fields of a `BenchSide`.
 
     Other work on the machine then slows all programs equally, so times of the same round can be compared. All processes
     of a run repeat a program equally often, and return the times of process 0.
@@ -94,42 +91,36 @@ def measure(
         return float(on_process_zero(lambda: seconds))
 
     for program in programs.values():
-        program.run()  # to warm up
+        program()  # to warm up
     repeats = {
-        name: max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
+        name: max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program().seconds)), 1e-6)))
         for name, program in programs.items()
     }
-    times: dict[str, list[Seconds]] = {name: [] for name in programs}
+    answers: dict[str, list[Answer]] = {name: [] for name in programs}
     for number in range(config.rounds):
         for turn, name in enumerate([*programs][:: -1 if number % 2 else 1], start=1):
-            runs = [programs[name].run() for _ in range(repeats[name])]
-            first, rest = (agree(min(seconds)) for seconds in zip(*runs, strict=True))
-            times[name].append((first, rest))
+            runs = [programs[name]() for _ in range(repeats[name])]
+            first, rest = (agree(min(seconds)) for seconds in zip(*(run.seconds for run in runs), strict=True))
+            if not (first > 0 and rest > 0):
+                raise UserError(
+                    f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
+                )
+            answers[name].append(replace(runs[-1], seconds=(first, rest)))
             progress(number * len(programs) + turn)
-    measured = dict[str, Measurement]()
-    for name, rounds in times.items():
-        if min(map(min, rounds)) <= 0:
-            raise UserError(
-                f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
-            )
-        prompt_tokens = config.batch_size * getattr(programs[name], "prompt_tokens", config.prompt_tokens)
-        measured[name] = Measurement(
-            prefill=tuple(prompt_tokens / first for first, _ in rounds),
-            decode=tuple(config.batch_size * config.new_tokens / rest for _, rest in rounds),
-            first_token=tuple(first for first, _ in rounds),
-            peak_bytes=getattr(programs[name], "peak_bytes", None),
-        )
-    return measured
+    return {
+        name: {
+            "prefill": tuple(config.batch_size * answer.prompt_tokens / answer.seconds[0] for answer in rounds),
+            "decode": tuple(config.batch_size * config.new_tokens / answer.seconds[1] for answer in rounds),
+            "first_token": tuple(answer.seconds[0] for answer in rounds),
+            "peak_bytes": rounds[-1].peak_bytes,
+            "prompt_tokens": rounds[-1].prompt_tokens,
+        }
+        for name, rounds in answers.items()
+    }
 
 
 def find_jobs(
-    models: Sequence[str],
-    vision_dir: str | None,
-    config: SpeedConfig,
-    *,
-    backends: Sequence[str],
-    dtype: str,
-    threads: int,
+    models: Sequence[str], vision_dir: str | None, config: SpeedConfig, *, backends: Sequence[str], dtype: str
 ) -> tuple[list[Job], list[str]]:
     """Pair each model with each engine that can load it; return the pairs, and remarks on pairs that are left out.
 
@@ -150,6 +141,7 @@ def find_jobs(
     if twice := sorted({name for name in models if models.count(name) > 1}):
         raise UserError(f"models to measure: {twice[0]} is listed twice: remove one of the two")
     jobs, remarks = list[Job](), list[str]()
+    installed = versions(tuple(package for packages in BACKENDS.values() for package in packages))
     for model in models:
         file = _gguf_file(model)
         able = [name for name in backends or BACKENDS if (name == ENGINE) == (file is not None)]
@@ -164,100 +156,88 @@ def find_jobs(
                 'as GGUF (vlmprune export --format=gguf, vp.save(format="gguf")), or add --backends=jax,transformers'
             )
         job = _folder(model, vision_dir, config, dtype) if file is None else _gguf(model, file, config)
-        pairs = [replace(job, backend=name, threads=threads, versions=versions_of(name)) for name in able]
-        refused = [f"{model} in {pair.backend}: {why}" for pair in pairs if (why := _why_not(pair))]
+        refused = list[str]()
+        for name in able:
+            found = {package: installed[package] for package in BACKENDS[name] if package in installed}
+            missing = [package for package in BACKENDS[name] if package not in installed]
+            if missing:
+                why = f"{missing[0]} is not installed: {_INSTALL[name]}, or leave {name} out of --backends"
+                refused.append(f"{model} in {name}: {why}")
+            elif name == "transformers" and not torch_loads(Path(job.path), Path(job.tower) if job.tower else None):
+                why = "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
+                refused.append(f"{model} in {name}: {why}")
+            else:
+                jobs.append(replace(job, backend=name, versions=found))
         if refused and (backends or len(refused) == len(able)):
             raise UserError(refused[0])
-        jobs += [pair for pair in pairs if not _why_not(pair)]
         remarks += refused
     return jobs, remarks
 
 
-def versions_of(backend: str) -> dict[str, str]:
-    """Return {package: version} of an engine's packages, without those that are not installed."""
-    installed = {name: importlib.metadata.distributions(name=name) for name in BACKENDS[backend]}
-    return {name: package.version for name, found in installed.items() for package in [*found][:1]}
-
-
-def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype: str) -> Bench:
+def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype: str, threads: int) -> Bench:
     """Measure all pairs of model and engine in turns; all models stay in memory.
+
+    `dtype`: see `find_jobs`. `threads`: cores that each engine may use.
 
     Raises UserError if an engine does not load its model, or ends.
     """
     load = round(os.getloadavg()[0], 1)
     with contextlib.ExitStack() as stack:
-        engines = dict[str, _Engine]()
+        engines = dict[str, Program]()
         with reporter.bar("load", len(jobs)) as progress:
             for number, job in enumerate(jobs, start=1):  # one after the other: loading takes memory and cores
-                engine = stack.enter_context(_Engine.start(job))
-                engines[engine.name] = engine
+                engines[f"{job.model} in {job.backend}"] = stack.enter_context(start(replace(job, threads=threads)))
                 progress(number)
         with reporter.bar("measure", len(jobs) * config.rounds) as progress:
             measured = measure(engines, config, min_runs=1, progress=progress)
-    sides = list[BenchSide]()
-    for job, (name, engine) in zip(jobs, engines.items(), strict=True):
-        known = {"image": job.pixels is not None, "prompt_tokens": engine.prompt_tokens}
-        sides.append(msgspec.convert({**asdict(job), **known, **asdict(measured[name])}, BenchSide))
+    sides = [
+        msgspec.convert({**asdict(job), "image": job.pixels is not None, **speed}, BenchSide)
+        for job, speed in zip(jobs, measured.values(), strict=True)
+    ]
     workload = SpeedWorkload(**vars(config), dtype=dtype)
-    return Bench(processor=cpu(), threads=jobs[0].threads, load=load, workload=workload, sides=sides)
+    return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=sides)
 
 
-@dataclass
-class _Engine:
-    """Running process of one engine with one model loaded: a `Program` that runs there."""
+@contextlib.contextmanager
+def start(job: Job) -> Iterator[Program]:
+    """Context that starts an engine's process and ends it; yields the job's program, which runs there."""
+    command = [sys.executable, "-P", "-m", _ENGINES]  # -P: modules in the current folder are not imported
+    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
+    environment = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    name = f"{job.model} in {job.backend}"
+    with (
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        ) as child,
+    ):
+        stdin, stdout = child.stdin, child.stdout
+        assert stdin is not None
+        assert stdout is not None
 
-    name: str
-    process: subprocess.Popen[str]
-    stderr: IO[bytes]
-    prompt_tokens: int = 0
-    peak_bytes: int = 0
+        def ask(line: str = "") -> Answer:
+            with contextlib.suppress(BrokenPipeError):  # the process ended: its last words are in the error below
+                print(line, file=stdin, flush=True)
+            text = stdout.readline()
+            if not text:
+                code = child.wait()
+                stderr.seek(0)
+                lines = [*filter(str.strip, stderr.read().decode(errors="replace").splitlines())]
+                ended = printable(f"exit code {code}{': ' + lines[-1].strip() if lines else ''}")
+                raise UserError(f"{name}: its process ended ({ended}): the model may be damaged, or need more memory")
+            answer = msgspec.convert(parse_json(text, name, "report it"), Answer)
+            if answer.error:
+                raise UserError(f"{name}: {answer.error}")
+            return answer
 
-    @classmethod
-    @contextlib.contextmanager
-    def start(cls, job: Job) -> Iterator[_Engine]:
-        """Context that starts an engine's process, waits until its model is loaded, and ends it."""
-        command = [sys.executable, "-P", "-m", _ENGINES]  # -P: modules in the current folder are not imported
-        quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-        # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
-        environment = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        with (
-            tempfile.TemporaryFile() as stderr,
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-            ) as child,
-        ):
-            try:
-                engine = cls(f"{job.model} in {job.backend}", child, stderr)
-                engine.prompt_tokens = engine._ask(msgspec.json.encode(job).decode()).prompt_tokens
-                yield engine
-            finally:
-                child.kill()
-                assert child.stdin is not None
-                with contextlib.suppress(BrokenPipeError):  # the process did not read all lines
-                    child.stdin.close()
-
-    def run(self) -> Seconds:
-        """See `Program`."""
-        answer = self._ask()
-        self.peak_bytes = answer.peak_bytes
-        return answer.seconds
-
-    def _ask(self, line: str = "") -> Answer:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the process ended: its last words are in the error below
-            print(line, file=self.process.stdin, flush=True)
-        text = self.process.stdout.readline()
-        if not text:
-            code = self.process.wait()
-            self.stderr.seek(0)
-            lines = [line.strip() for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip()]
-            ended = printable(f"exit code {code}{': ' + lines[-1] if lines else ''}")
-            raise UserError(f"{self.name}: its process ended ({ended}): the model may be damaged, or need more memory")
-        answer = msgspec.convert(parse_json(text, self.name, "report it"), Answer)
-        if answer.error:
-            raise UserError(f"{self.name}: {answer.error}")
-        return answer
+        try:
+            ask(msgspec.json.encode(job).decode())
+            yield ask
+        finally:
+            child.kill()
+            with contextlib.suppress(BrokenPipeError):  # the process did not read all lines
+                stdin.close()
 
 
 def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str) -> Job:
@@ -292,6 +272,7 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Job:
     architecture, context = fields.get("general.architecture"), config.prompt_tokens + config.new_tokens + 1
     longest = fields.get(f"{architecture}.context_length")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []
+    problem = ""
     if not types:
         problem = "this GGUF file has no tensors: export it again, or download it again"
     elif fields.get("general.type") == "mmproj" or architecture == TOWER:
@@ -307,8 +288,6 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Job:
             f"--prompt_tokens + --new_tokens + 1 = {context} is more than the model's context of {longest} tokens: "
             "lower one of them"
         )
-    else:
-        problem = ""
     if problem:
         raise UserError(f"{file}: {problem}")
     job = Job(
@@ -339,13 +318,3 @@ def _gguf_file(model: str) -> Path | None:
     if len(files) > 1:
         raise UserError(f"{model}: contains {len(files)} GGUF models: name one file, as {files[0]}")
     return files[0] if files else None
-
-
-def _why_not(job: Job) -> str | None:
-    """Return why the job's engine cannot load its model; None if it can."""
-    if missing := [name for name in BACKENDS[job.backend] if name not in job.versions]:
-        return f"{missing[0]} is not installed: {_INSTALL[job.backend]}, or leave {job.backend} out of --backends"
-    tower = None if job.tower is None else Path(job.tower)
-    if job.backend == "transformers" and not torch_loads(Path(job.path), tower):
-        return "no transformers class can run this model (`vlmprune inspect` lists the exports that it can load)"
-    return None

@@ -19,28 +19,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import parse_json
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.io.families.gguf import ENGINE
 from vlmprune_jax.run.evaluation.config import SpeedConfig
-
-Seconds = tuple[float, float]  # seconds to the first token, and from there to the last token
-
-
-class Program(Protocol):
-    """Text generation of one model on one batch of prompts.
-
-    A program may have `prompt_tokens`, its own number of tokens in a prompt, and `peak_bytes` (see `Measurement`).
-    """
-
-    def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -64,13 +53,20 @@ class Job(msgspec.Struct, kw_only=True):
     loader: tuple[str, str] = ("transformers", "")  # module and name of the class that loads the model
 
 
-class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Times of one run (`seconds`), peak memory until now, and the engine's own count of prompt tokens."""
+class Answer(msgspec.Struct, kw_only=True):
+    """One run of a program, which generates all tokens of a batch once.
 
-    seconds: Seconds = (0.0, 0.0)
+    `seconds`: to the first token of all rows, and from the first to the last token. `prompt_tokens`: length of a prompt
+    by the engine's own count. `peak_bytes`: see `Measurement`.
+    """
+
+    seconds: tuple[float, float] = (0.0, 0.0)
     prompt_tokens: int = 0
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
     error: str = ""
+
+
+Program = Callable[[], Answer]
 
 
 def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
@@ -98,7 +94,8 @@ def jax_program(model: Any, config: SpeedConfig) -> Program:
 
     ids, pixels, grids = make_prompts(model.cfg, config)
     media = {} if pixels is None else {"vision": Packed(pixels, grids)}
-    return compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
+    made = compile_generation(model, ids, media=media, max_new_tokens=config.new_tokens + 1)
+    return lambda: Answer(seconds=made.run(), prompt_tokens=config.prompt_tokens, peak_bytes=made.peak_bytes)
 
 
 def in_jax(job: Job) -> Program:
@@ -119,7 +116,11 @@ class InTransformers:
         module, name = job.loader
         loader, dtype = getattr(importlib.import_module(module), name), getattr(torch, job.weights)
         self.model = loader.from_pretrained(job.path, dtype=dtype, local_files_only=True).eval()
-        ids, self.tokens = torch.tensor(job.ids), job.config.new_tokens + 1
+        ids, self.tokens, self.prompt_tokens = (
+            torch.tensor(job.ids),
+            job.config.new_tokens + 1,
+            job.config.prompt_tokens,
+        )
         self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if job.pixels:
             pixels = np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
@@ -133,15 +134,14 @@ class InTransformers:
         )
         self.mode = torch.inference_mode
 
-    def run(self) -> Seconds:
-        """See `Program`."""
+    def __call__(self) -> Answer:
         self.times, start = list[float](), time.perf_counter()
         with self.mode():
             self.model.generate(**self.inputs, streamer=self)
         _, *times = self.times  # the prompt comes first
         if len(times) != self.tokens:
             raise UserError(f"generated {len(times)} of {self.tokens} tokens")
-        return times[0] - start, times[-1] - times[0]
+        return Answer(seconds=(times[0] - start, times[-1] - times[0]), prompt_tokens=self.prompt_tokens)
 
     def put(self, tokens: Any) -> None:
         """Record the arrival time of the prompt or of a token (a method of transformers' streamers)."""
@@ -178,25 +178,27 @@ class InLlamaCpp:
         if job.pixels is not None:
             self._show_image(job.pixels)
 
-    def run(self) -> Seconds:
-        """See `Program`.
+    def __call__(self) -> Answer:
+        """Generate all tokens once.
 
-        For one row, these are llama.cpp's own times. Several rows are asked at once, by a thread each, and the first
+        For one row, the times are llama.cpp's own. Several rows are asked at once, by a thread each, and the first
         time lasts until every row has its first token: llama.cpp answers some rows while it still reads others.
         """
-        if self.rows == 1:
-            times = self._ask(self.tokens)["timings"]
-            return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
 
-        def answer(row: int) -> Seconds:
+        def answer(row: int) -> tuple[float, float]:
             times = self._ask(self.tokens)["timings"]
             last = time.perf_counter()
             return last - times["predicted_ms"] / 1000, last
 
-        start = time.perf_counter()
-        with ThreadPoolExecutor(self.rows) as threads:
-            first, last = map(max, zip(*threads.map(answer, range(self.rows)), strict=True))
-        return first - start, last - first
+        if self.rows == 1:
+            times = self._ask(self.tokens)["timings"]
+            seconds = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        else:
+            start = time.perf_counter()
+            with ThreadPoolExecutor(self.rows) as threads:
+                first, last = map(max, zip(*threads.map(answer, range(self.rows)), strict=True))
+            seconds = first - start, last - first
+        return Answer(seconds=seconds, prompt_tokens=self.prompt_tokens)
 
     def _show_image(self, shape: list[int]) -> None:
         """Build a llama.cpp prompt from an image and as many words as the prompt length allows."""
@@ -259,9 +261,9 @@ def serve() -> None:
         if hasattr(os, "sched_setaffinity"):  # before libraries count the cores
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
         program = PROGRAMS[job.backend](job)
-        send(Answer(prompt_tokens=getattr(program, "prompt_tokens", job.config.prompt_tokens)))
+        send(Answer())
         for _ in lines:
-            send(Answer(seconds=program.run(), peak_bytes=_peak_bytes()))
+            send(replace(program(), peak_bytes=_peak_bytes()))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         with contextlib.suppress(BrokenPipeError):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta
-from msgspec.structs import replace
 
 from vlmprune_jax.base.files import Count, Finite, Positive
 from vlmprune_jax.run.workdir.artefact import Artefact, Part
@@ -118,11 +117,12 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
     decode_speedup: SpeedUp | None = None
 
 
-def medians(*measured: Measurement) -> MedianSpeed:
-    """Return the medians of a model's speeds over all repeated measurements."""
-    names = ("prefill", "decode", "first_token")
-    speeds = {name: statistics.median([value for one in measured for value in getattr(one, name)]) for name in names}
-    return MedianSpeed(**speeds, peak_bytes=measured[0].peak_bytes)
+def medians(*measured: Measurement, **speedups: SpeedUp) -> MedianSpeed:
+    """Return the medians of a model's speeds over all repeated measurements, with its speed-ups if it is pruned."""
+    speeds: dict[str, Any] = {"peak_bytes": measured[0].peak_bytes, **speedups}
+    for name in ("prefill", "decode", "first_token"):
+        speeds[name] = statistics.median([value for one in measured for value in getattr(one, name)])
+    return MedianSpeed(**speeds)
 
 
 class Pair(Part, frozen=True, kw_only=True):
@@ -138,8 +138,8 @@ class Pair(Part, frozen=True, kw_only=True):
     def medians(self) -> MedianSpeed:
         """Median speeds of the pruned model, with its speed-ups over the unpruned model."""
         before, after = self.unpruned, self.pruned
-        return replace(
-            medians(after),
+        return medians(
+            after,
             prefill_speedup=speedup(before.prefill, after.prefill, self.prefill_limit),
             decode_speedup=speedup(before.decode, after.decode, self.decode_limit),
         )
