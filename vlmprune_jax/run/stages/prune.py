@@ -32,12 +32,17 @@ from vlmprune_jax.io.families.limits import unusual_counts
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import affecting
 from vlmprune_jax.run.stages.score import criteria_of, criterion_files, stacks_of
-from vlmprune_jax.run.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
+from vlmprune_jax.run.stages.vocabulary import (
+    VOCABULARY,
+    report_vocabulary,
+    sources_of,
+    vocabulary_files,
+    vocabulary_lines,
+)
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.ledger import Task, write_text
 from vlmprune_jax.run.workdir.steps import PruneFacts
-from vlmprune_jax.run.workdir.vocabulary import VOCABULARY
 
 
 def prune_task(
