@@ -15,13 +15,8 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.settings import check_settings, override
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
-from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
-from vlmprune_jax.run.experiment.arguments import (
-    evaluation_sets,
-    export_options,
-    plan_config,
-    recover_config,
-)
+from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
 
 NO_RECOVERY = "none"
@@ -135,9 +130,8 @@ def _checked(name: str) -> str:
 def _check_criteria(spec: ScoreConfig) -> None:
     """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
-    needed: tuple[tuple[str, str, tuple[str, ...]], ...]
-    needed = (("depth", spec.depth, ("layers",)), ("width", spec.width, ("widths", "experts")))
-    for name, criterion, kinds in needed:
+    for name, kinds in {"depth": ("layers",), "width": ("widths", "experts")}.items():
+        criterion = getattr(spec, name)
         chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
         if not {*kinds} & {*chosen.scores}:
             raise UserError(
@@ -146,17 +140,6 @@ def _check_criteria(spec: ScoreConfig) -> None:
             )
         options |= chosen.options
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
-
-
-def _check_rounding(quantize: str, export: ExportSpec) -> None:
-    """Raise UserError if the exported integer format differs from the rounding in training (`recover.quantize`)."""
-    same = export.quantize == quantize and export.group_size is None and export.symmetric
-    if quantize != "none" and export.quantize != "none" and not same:
-        raise UserError(
-            f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group size and '
-            f'symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
-            f"symmetric={export.symmetric}: make them equal"
-        )
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
@@ -183,7 +166,14 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         for run in recoveries:
             changed = run.experiment
             recover_config(changed.recover)
-            _check_rounding(changed.recover.quantize, changed.export)
+            quantize, export = changed.recover.quantize, changed.export
+            same = export.quantize == quantize and export.group_size is None and export.symmetric
+            if quantize != "none" and export.quantize != "none" and not same:
+                raise UserError(
+                    f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group '
+                    f'size and symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
+                    f"symmetric={export.symmetric}: make them equal"
+                )
             if evaluation_sets(changed.data, changed.evaluate) != sets:
                 raise UserError(
                     f"variant {run.name} has other evaluation sets than the first variant: use the same sets in all "

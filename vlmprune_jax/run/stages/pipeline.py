@@ -99,7 +99,7 @@ def make_models(root: Work) -> Result:
 
 
 def evaluate(root: Work) -> None:
-    """Evaluate the unpruned model and all models in the workdir, and update an existing `result.json`."""
+    """Evaluate the unpruned model and all models in the workdir; update the evaluations in `result.json`."""
     spec, teacher = root.experiment, evaluate_model(root, root.teacher, TEACHER)
     _note_steps(root)
     evaluations = _evaluate(
@@ -110,7 +110,21 @@ def evaluate(root: Work) -> None:
         why = "no pruned or recovered model in this workdir yet" if root.steps else "nothing is pruned or trained"
         root.say(f"{why}: only the unpruned model was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
-        _renew(root, make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations))
+        renewed = make_result(root.workdir, [step.record for step in root.steps], teacher, evaluations)
+        old, entries = read_result(root.workdir), {entry.path: entry for entry in renewed.entries}
+        lacking = [entry.path for entry in old.entries if entry.path not in entries]
+        if lacking:
+            root.say(f"result.json was not updated, because this config does not make its model {lacking[0]}")
+            return
+        runs, controls = (
+            [replace(entry, evaluation=entries[entry.path].evaluation) for entry in of]
+            for of in (old.runs, old.controls)
+        )
+        unpruned = replace(old.teacher, evaluation=renewed.teacher.evaluation, parameters=renewed.teacher.parameters)
+        result = replace(old, sets=renewed.sets, teacher=unpruned, runs=runs, controls=controls)
+        if result != old:
+            write_artefact(root.workdir / RESULT, result)
+            root.say("result.json has the new results: run `vlmprune report` to update the report")
 
 
 def measure_speed(root: Work) -> None:
@@ -184,22 +198,6 @@ def _evaluate(models: Iterable[Work]) -> dict[str, Evaluations]:
     """Evaluate models, controls first: other models are compared with the answers of their controls."""
     ordered = sorted(models, key=lambda step: not step.record.control)
     return {step.record.path: evaluate_model(step, step.out, step.out.name) for step in ordered}
-
-
-def _renew(root: Work, renewed: Result) -> None:
-    """Write new evaluations to `result.json`, keeping its best run and export."""
-    old, entries = read_result(root.workdir), {entry.path: entry for entry in renewed.entries}
-    lacking = [entry.path for entry in old.entries if entry.path not in entries]
-    if lacking:
-        root.say(f"result.json was not updated, because this config does not make its model {lacking[0]}")
-        return
-    runs = [replace(run, evaluation=entries[run.path].evaluation) for run in old.runs]
-    controls = [replace(control, evaluation=entries[control.path].evaluation) for control in old.controls]
-    unpruned = replace(old.teacher, evaluation=renewed.teacher.evaluation, parameters=renewed.teacher.parameters)
-    result = replace(old, sets=renewed.sets, teacher=unpruned, runs=runs, controls=controls)
-    if result != old:
-        write_artefact(root.workdir / RESULT, result)
-        root.say("result.json has the new results: run `vlmprune report` to update the report")
 
 
 def _export(root: Work, model: Path, evaluation: tuple[Run, Result] | None, part: str = "") -> StageRecord:

@@ -60,24 +60,24 @@ def preflight(work: Work, command: str) -> None:
             with error_context(step.task.name):
                 check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
     start_devices()
-    lines = [_devices(work), *_questions(work, sets)]
+    mesh, count, size = work.devices, process_count(), _weights(work)
+    axes = "" if mesh is None else ", mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    processes = "" if count == 1 else f", {count} processes"
+    weights = f"weights of {size / 2**20:,.1f} MiB in {work.model.dtype}"
+    lines = [f"{jax.default_backend()}: {processor()}{axes}{processes}, {weights}", *_questions(work, sets)]
     for step in steps:
         lines += _about(step)
     if "export" in stages:
         lines.append(_export(work, spec.data, spec.export))
     for line in dict.fromkeys(lines):
         work.say(f"  {line}")
-    if {*stages} != {"prune"}:
-        _check_memory(work)
+    needed, free = size // (1 if mesh is None else mesh.size), free_memory()
+    if needed > free and {*stages} != {"prune"}:
+        raise UserError(
+            f"model.hf_dir: the weights need {needed / 2**30:,.1f} GiB per device in {work.model.dtype}, but "
+            f'{free / 2**30:,.1f} GiB are free: set model.dtype="bfloat16", or use more devices (mesh.fsdp)'
+        )
     check_disk(work, steps, exported="export" in stages)
-
-
-def _devices(work: Work) -> str:
-    mesh, count = work.devices, process_count()
-    sizes = "" if mesh is None else ", mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    processes = "" if count == 1 else f", {count} processes"
-    weights = f"weights of {_weights(work) / 2**20:,.1f} MiB in {work.model.dtype}"
-    return f"{jax.default_backend()}: {processor()}{sizes}{processes}, {weights}"
 
 
 def _weights(work: Work) -> int:
@@ -154,18 +154,6 @@ def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     base, license = spec.base_model or model_name(work.teacher), spec.license or license_of(work.teacher).get("license")
     check_upload(spec.push_to_hub, base if "/" in base else None, license)
     return f"{about}, uploaded to {spec.push_to_hub}"
-
-
-def _check_memory(work: Work) -> None:
-    """Raise UserError if the model's weights alone do not fit in device memory."""
-    devices = 1 if work.devices is None else work.devices.size
-    needed = _weights(work) // devices
-    free = free_memory()
-    if needed > free:
-        raise UserError(
-            f"model.hf_dir: the weights need {needed / 2**30:,.1f} GiB per device in {work.model.dtype}, but "
-            f'{free / 2**30:,.1f} GiB are free: set model.dtype="bfloat16", or use more devices (mesh.fsdp)'
-        )
 
 
 def check_disk(work: Work, steps: Sequence[Work], *, exported: bool) -> None:

@@ -92,7 +92,10 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
             plan = make_plan(scores, cfg, config)
-    _check_integers(plan.apply_to(cfg), spec, export)
+    if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
+        pruned = plan.apply_to(cfg)
+        storage = make_storage(pruned, family_of(pruned), export.quantize, export.group_size, export.symmetric)
+        check_on_tpus(pruned, storage, spec.tensor_parallel)
     routing = Routing.of_plan(work.folder / ROUTING, plan)
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
@@ -159,13 +162,6 @@ def _load(path: Path, stack: str) -> Scores:
             f"{path}: has scores for the {scores.components[0]} stack, expected the {stack} stack: score again"
         )
     return scores
-
-
-def _check_integers(cfg: ModelConfig, spec: PlanConfig, export: ExportSpec) -> None:
-    """Raise UserError for an `export.quantize` that an engine in `prune.loads_in` cannot load."""
-    if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
-        storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
-        check_on_tpus(cfg, storage, spec.tensor_parallel)
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PlanConfig, export: ExportSpec) -> PlanConfig:

@@ -307,7 +307,14 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
     times, rows = dict.fromkeys(stages, 0), []
     for number, run in enumerate(runs, start=1):
-        keys, cells = _stage_keys(run, sweep, reporter), []
+        data = run.experiment.data  # a data set may not be written yet
+        data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")
+        written = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
+        keys, cells = dict[str, str](), []  # runs with equal keys share a stage's result
+        for step in sweep.work(written, reporter).steps:
+            inputs, before = sorted(map(str, step.task.outside.values())), [keys[done.stage] for done in step.before]
+            key = content_key(step.stage, step.task.settings, inputs, before)
+            keys[CONTROL if step.record.control else step.stage] = key
         for stage in stages:
             by = first.setdefault(keys[stage], number) if stage in keys else None
             times[stage] += by == number
@@ -317,17 +324,3 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
     reporter.table(f"{len(runs)} runs", ("run", *labels, *stages, "state"), rows)
     counts = ", ".join(f"{stage} {count} times" for stage, count in times.items() if count)
     reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
-
-
-def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
-    """Return {stage: content key} of a run; runs with equal keys share the stage's result."""
-    data = run.experiment.data
-    data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
-    keys: dict[str, str] = {}
-    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
-    for step in sweep.work(run, reporter).steps:
-        task = step.task
-        before = [keys[earlier.stage] for earlier in step.before]
-        stage = CONTROL if step.record.control else step.stage
-        keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
-    return keys

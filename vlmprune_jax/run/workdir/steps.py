@@ -220,7 +220,17 @@ def make_result(
         done = {member.stage: records[member.record] for member in chain if member.record in records}
         made: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
         if step.pruned:
-            made = _of_plan(step, done, workdir)
+            plan, pruned = PrunePlan.from_json(workdir / step.plan), _facts(done.get("prune"), PruneFacts)
+            repaired = _facts(done.get("reconstruct"), dict[str, Any])
+            made = {name: getattr(plan, name) for name in ("method", "criterion", "target_ratio", "actual_ratio")}
+            made |= {
+                "decoder_ratio": None if pruned is None else pruned[0].decoder_ratio,
+                "parameters": plan.parameters_after,
+                "removed_layers": list(plan.removed_layers),
+                "reconstruct": "none" if repaired is None else repaired[1].method,
+                "plan": step.plan,
+                "scores": step.scores(workdir),
+            }
         if (trained := _facts(done.get("recover"), RecoverFacts)) is not None:
             facts, settings = trained
             made |= {"data_fraction": settings.fraction, "training_records": facts.records}
@@ -245,24 +255,6 @@ def _facts(record: StageRecord | None, kind: Any) -> Any:
         with contextlib.suppress(msgspec.ValidationError, RecursionError):
             return msgspec.convert((record.facts, record.made_from.settings), tuple[kind, _Settings])
     return None
-
-
-def _of_plan(step: StepRecord, done: Mapping[str, StageRecord], workdir: Path) -> dict[str, Any]:
-    """Return the fields of a pruned model's entry in `result.json` that its plan determines."""
-    plan, pruned = PrunePlan.from_json(workdir / step.plan), _facts(done.get("prune"), PruneFacts)
-    repaired = _facts(done.get("reconstruct"), dict[str, Any])
-    return {
-        "method": plan.method,
-        "criterion": plan.criterion,
-        "target_ratio": plan.target_ratio,
-        "actual_ratio": plan.actual_ratio,
-        "decoder_ratio": None if pruned is None else pruned[0].decoder_ratio,
-        "parameters": plan.parameters_after,
-        "removed_layers": list(plan.removed_layers),
-        "reconstruct": "none" if repaired is None else repaired[1].method,
-        "plan": step.plan,
-        "scores": step.scores(workdir),
-    }
 
 
 def _missing(
