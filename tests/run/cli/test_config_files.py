@@ -11,11 +11,11 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.run.cli.config_files import (
     experiment_config,
+    placed,
     read_experiment,
     read_hyper,
     shipped_config,
     starting_point,
-    to_experiment,
 )
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.stages import stage_command
@@ -30,10 +30,10 @@ def test_hub_ids_become_folders(monkeypatch, tmp_path):
     monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.resolve", lambda name: tmp_path / name)
     config = experiment_config()
     config.model.hf_dir, config.model.vision_dir = "org/model", "org/tower"
-    model = to_experiment(config, str(tmp_path / "w"))[0].model
+    model = placed(read_experiment(config), tmp_path / "w").model
     assert (model.hf_dir, model.vision_dir) == (str(tmp_path / "org/model"), str(tmp_path / "org/tower"))
     config = experiment_config()
-    assert to_experiment(config, str(tmp_path / "w"))[0].model == Experiment().model
+    assert placed(read_experiment(config), tmp_path / "w").model == Experiment().model
 
 
 def test_config_holds_every_setting_and_comes_back():

@@ -118,32 +118,15 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
     return experiment
 
 
-def to_experiment(
-    config: ConfigDict | None,
-    workdir: str | None,
-    *,
-    only: str = "",
-    explicit: Collection[str] = (),
-    dry_run: bool = False,
-) -> tuple[Experiment, Path]:
-    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
+def placed(experiment: Experiment, workdir: Path, *, dry_run: bool = False) -> Experiment:
+    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
 
     With `dry_run`, data sets that are not in the workdir yet are written to a temporary folder.
     """
-    experiment = read_experiment(config, only=only, explicit=explicit)
-    folder = to_workdir(workdir)
-    scratch = Path(tempfile.mkdtemp(prefix="vlmprune-")) if dry_run else None
-    if scratch is not None:
+    model, data, folder, scratch = experiment.model, experiment.data, workdir / "data", None
+    if dry_run:
+        scratch = Path(tempfile.mkdtemp(prefix="vlmprune-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return placed(experiment, folder, scratch), folder
-
-
-def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -> Experiment:
-    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
-
-    `scratch`: folder for data sets that are not in the workdir yet (None = the workdir).
-    """
-    model, data, folder = experiment.model, experiment.data, workdir / "data"
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )

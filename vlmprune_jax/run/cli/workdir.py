@@ -20,7 +20,6 @@ from vlmprune_jax.run.cli.config_files import (
     read_experiment,
     read_hyper,
     starting_point,
-    to_experiment,
     to_workdir,
 )
 from vlmprune_jax.run.cli.messages import kept
@@ -43,9 +42,9 @@ from vlmprune_jax.run.workdir.steps import read_unfinished
 def run(name: str, flags: Any) -> None:
     """Check the experiment that the flags name, print its steps, and run one stage, or all if `name` is "run"."""
     reporter = _join(flags)
-    experiment, workdir = to_experiment(
-        flags.config, flags.workdir, only=flags.only, explicit=flags.explicit, dry_run=flags.dry_run
-    )
+    experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
+    workdir = to_workdir(flags.workdir)
+    experiment = placed(experiment, workdir, dry_run=flags.dry_run)
     works = dict[str, Work]()  # by format of the export: "" is the config's own
     for part in (flags.format if name == "export" else ()) or ("",):
         export = export_in(experiment.export, part, flags.explicit) if part else experiment.export

@@ -18,7 +18,6 @@ from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.card import add_evaluation, loading_lines, model_name, push
-from vlmprune_jax.io.exports.format import Calibration
 from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.io.exports.gptq import gptq, imatrix
 from vlmprune_jax.io.exports.write import check_saved, save
@@ -116,7 +115,13 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     if spec.mtp == "cut":
         options["mtp_dir"] = work.teacher
     if calibration is not None:
-        options[calibration.option] = _calibrate(calibration, work, data, repair, model)
+        batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
+        settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
+        made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
+        named: dict[str, Any] = {"cache": ArrayCache(_calibrated(work), made_from), **calibration.settings}
+        with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
+            function = CALIBRATIONS[calibration.function]
+            options[calibration.option] = function(model, batches, repair, progress=progress, **named)
     elif spec.quantize == "w4a16":
         work.say(f"  {NEAREST}")
     save(
@@ -189,20 +194,6 @@ def _evaluations(work: Work) -> list[Work]:
     """Return a `Work` for evaluating the model that is exported on each set."""
     maker = work.before[-1]
     return evaluation_works(maker, maker.out, maker.out.name)
-
-
-# Calibration ------------------------------------------------------------------------------------------------
-
-
-def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructConfig, model: Model) -> Any:
-    """Compute an export format's calibration statistic on calibration records; resumes layer by layer."""
-    batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
-    settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
-    made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
-    cache = ArrayCache(_calibrated(work), made_from)
-    with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
-        function = CALIBRATIONS[calibration.function]
-        return function(model, batches, repair, progress=progress, cache=cache, **calibration.settings)
 
 
 def _calibrated(work: Work) -> Path:
