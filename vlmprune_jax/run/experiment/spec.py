@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,19 +99,16 @@ class Option:
         return ", ".join(part for part in (f"{self.kind}{unit}", choices or self.about.bounds) if part)
 
 
-def sections() -> dict[str, Any]:
+def sections(of: Any = Experiment(), prefix: str = "") -> dict[str, Any]:
     """Return {section name: dataclass} of a config; `evaluate.sets.NAME` stands for any evaluation set."""
-    return dict(_sections(Experiment(), ""))
-
-
-def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in hints_of(spec).items():
-        value, place = getattr(spec, name), f"{prefix}{name}"
+    known: dict[str, Any] = {}
+    for name, hint in hints_of(of).items():
+        value, place = getattr(of, name), f"{prefix}{name}"
         if isinstance(value, Mapping) and dataclasses.is_dataclass(kind := typing.get_args(hint)[1]):
             value, place = kind(), f"{place}.NAME"  # type: ignore[operator]
         if dataclasses.is_dataclass(value):
-            yield place, value
-            yield from _sections(value, f"{place}.")
+            known |= {place: value, **sections(value, f"{place}.")}
+    return known
 
 
 def options() -> list[Option]:

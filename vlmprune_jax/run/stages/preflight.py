@@ -30,8 +30,7 @@ from vlmprune_jax.run.evaluation.questions import evaluation_records
 from vlmprune_jax.run.evaluation.runner import check_answered
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, image_tokens, recover_config
 from vlmprune_jax.run.stages.evaluate import set_files
-from vlmprune_jax.run.stages.prune import check_plan
-from vlmprune_jax.run.stages.score import stacks_of
+from vlmprune_jax.run.stages.prune import check_plan, stacks_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work, teacher_folder
 from vlmprune_jax.run.workdir.evaluation import TEACHER

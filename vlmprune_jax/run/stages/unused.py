@@ -21,7 +21,7 @@ from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, with_rounding
 from vlmprune_jax.run.experiment.spec import Experiment, options
 from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.run.stages.score import criteria_of
+from vlmprune_jax.run.stages.prune import criteria_of
 from vlmprune_jax.run.stages.stage import STAGES, without_scores
 from vlmprune_jax.run.stages.work import source_config
 

@@ -143,10 +143,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     return content_key(tasks, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
 
 
-@functools.cache
-def digest_once(path: Path | str) -> str:
-    """Return `digest(path)`, which is computed only once per path and command."""
-    return digest(path)
+digest_once = functools.cache(digest)  # once per path and command
 
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
