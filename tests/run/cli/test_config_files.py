@@ -23,7 +23,7 @@ from vlmprune_jax.run.cli.tools import TOOLS
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.recipes import recipe, recipes
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import prune_runs
+from vlmprune_jax.run.experiment.variants import variants_of
 
 
 def test_hub_ids_become_folders(monkeypatch, tmp_path):
@@ -83,7 +83,7 @@ def test_shipped_configs_are_experiments(file):
     space: dict = {}
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
-    for run in prune_runs(experiment, Path("W")):
+    for run in variants_of(experiment):
         plan_config(run.experiment.prune, run.experiment.model, run.experiment.data, run.experiment.export).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)

@@ -30,7 +30,7 @@ from vlmprune_jax.io.data.datasets import fetch_dataset, is_hub
 from vlmprune_jax.run.experiment import recipes
 from vlmprune_jax.run.experiment.recipes import YAML, file_of, locate, shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import choose_variants, prefer_explicit, variants_of
 from vlmprune_jax.run.sweep.hyper import Hyper
 
 _MAX_YAML_BYTES = 2**18  # maximum size of a YAML config; usual configs have a few thousand bytes
@@ -113,8 +113,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
         raise UserError("no config given: add --config=FILE.py or FILE.yaml (examples are in configs/)")
     experiment = choose_variants(override(Experiment(), config.to_dict()), only)
     experiment = prefer_explicit(experiment, explicit, "--config.")
-    for pruned in prune_runs(experiment, Path()):  # what variants set is checked as well
-        recover_runs(pruned)
+    variants_of(experiment)  # what variants set is checked as well
     return experiment
 
 

@@ -49,7 +49,7 @@ def run(name: str, flags: Any) -> None:
     for part in (flags.format if name == "export" else ()) or ("",):
         export = export_in(experiment.export, part, flags.explicit) if part else experiment.export
         changed = dataclasses.replace(experiment, export=export)
-        check_experiment(changed, workdir)
+        check_experiment(changed)
         works[part] = Work.at(workdir, changed, reporter, overwrite=flags.overwrite)
     for work in works.values():
         preflight(work, name)

@@ -30,11 +30,15 @@ _TAKEN = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One prune variant, or one recovery variant of a pruned model: name, experiment and output folder."""
+    """One way to prune, with the ways to recover that train the pruned model, each a variant as well.
+
+    `folder`: folder of the outputs, relative to the workdir.
+    """
 
     name: str
     experiment: Experiment
     folder: Path
+    recoveries: Sequence[Variant] = ()
 
 
 def choose_variants(experiment: Experiment, only: str) -> Experiment:
@@ -96,19 +100,19 @@ def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return {**others, first: _without(values[first], rest)} if rest else others
 
 
-def prune_runs(experiment: Experiment, workdir: Path) -> list[Variant]:
-    """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
-    if not experiment.prune_variants:
-        method = experiment.prune.method
-        return [Variant("unpruned" if method == "none" else method, experiment, workdir)]
-    return [
-        Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
-        for name, values in experiment.prune_variants.items()
-    ]
+def variants_of(experiment: Experiment) -> list[Variant]:
+    """Return the prune variants with their recoveries; without variants, one of each, in the workdir itself."""
+    method = experiment.prune.method
+    variants = [Variant("unpruned" if method == "none" else method, experiment, Path())]
+    if experiment.prune_variants:
+        variants = [
+            Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), Path(name))
+            for name, values in experiment.prune_variants.items()
+        ]
+    return [dataclasses.replace(variant, recoveries=_recoveries(variant)) for variant in variants]
 
 
-def recover_runs(pruned: Variant) -> list[Variant]:
-    """Return the recovery variants of one pruned model that train it."""
+def _recoveries(pruned: Variant) -> list[Variant]:
     experiment = pruned.experiment
     runs = [Variant(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder)]
     if experiment.recover_variants:
@@ -142,11 +146,11 @@ def _check_criteria(spec: ScoreConfig) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def check_experiment(experiment: Experiment, workdir: Path) -> None:
+def check_experiment(experiment: Experiment) -> None:
     """Raise UserError for settings that would otherwise fail only hours into a run."""
     sets = evaluation_sets(experiment.data, experiment.evaluate)
-    for pruned in prune_runs(experiment, workdir):
-        spec, recoveries = pruned.experiment, recover_runs(pruned)
+    for pruned in variants_of(experiment):
+        spec, recoveries = pruned.experiment, pruned.recoveries
         for resolved in (spec, *(run.experiment for run in recoveries)):
             for name, section in resolved.sections.items():
                 check_settings(name, section, elsewhere=True)

@@ -76,7 +76,7 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
 
 def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfig, spec: ExportSpec) -> Task:
     """Add the export stage's extra inputs: calibration records, a user's format file, evaluations for the card."""
-    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
+    spec = _with_rounding(work, spec)
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
@@ -107,7 +107,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
 
     Delete the export if its logits differ.
     """
-    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
+    spec = _with_rounding(work, spec)
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     plan_file = work.start / "plan.json"  # missing if nothing was pruned
@@ -155,6 +155,12 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
         upload = push(out, spec.push_to_hub)
         work.say(f"  uploaded to {upload.url}: {len(upload.files)} files, {upload.n_bytes:,} bytes")
     return facts
+
+
+def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
+    if spec.quantize != "w4a16":
+        return spec
+    return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
 
 
 def _is_quantised(values: Any) -> bool:

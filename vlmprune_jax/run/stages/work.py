@@ -34,7 +34,7 @@ from vlmprune_jax.io.data.inputs import record_files
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
-from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, variants_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import DEFAULT_SET
@@ -115,10 +115,6 @@ class Work:
         """Folder of the model that the stage makes."""
         return self.workdir / self.record.path
 
-    def relative(self, path: Path) -> str:
-        """Return a path relative to the workdir."""
-        return path.relative_to(self.workdir).as_posix()
-
     @property
     def reconstructed(self) -> bool:
         """True if this step or an earlier one repaired the model without training."""
@@ -171,18 +167,17 @@ class Work:
         A recovery's control comes after the first model with this recovery.
         """
         steps, controls = list[Work](), dict[str, Work]()  # controls by everything that they depend on
-        for pruned in prune_runs(self.experiment, self.workdir):
-            recoveries = recover_runs(pruned)
+        for pruned in variants_of(self.experiment):
             is_pruned = pruned.experiment.prune.method != "none"  # otherwise the model is its own control
-            folder = self.relative(pruned.folder)
+            folder = pruned.folder.as_posix()
             place = self.replace(variant=folder, folder=folder, pruned=is_pruned, recovery=NO_RECOVERY)
             variant = place.replace(experiment=pruned.experiment, name=pruned.name)
-            shared = _chain("variant", variant, last=not recoveries)
+            shared = _chain("variant", variant, last=not pruned.recoveries)
             steps += shared
-            for run in recoveries:
+            for run in pruned.recoveries:
                 work = place.replace(
                     experiment=run.experiment,
-                    folder=self.relative(run.folder),
+                    folder=run.folder.as_posix(),
                     name=run.name,
                     recovery=run.experiment.recover.name,
                     before=tuple(shared),
@@ -363,7 +358,7 @@ def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[str]) 
     name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
     folder = (CONTROL / below).as_posix()
     if folder in taken:
-        name, folder = f"{pruned.name}-{name}", root.relative(pruned.folder / CONTROL / below)
+        name, folder = f"{pruned.name}-{name}", (pruned.folder / CONTROL / below).as_posix()
     return root.replace(
         stage="recover",
         experiment=spec,

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, differences, error_context
@@ -161,7 +160,7 @@ def check_runs(runs: Sequence[SweepRun], jobs: int) -> None:
         raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
     for run in runs:
         with error_context(f"run {run.name}"):
-            check_experiment(run.experiment, Path())
+            check_experiment(run.experiment)
         sets, first = (evaluation_sets(each.experiment.data, each.experiment.evaluate) for each in (run, runs[0]))
         if sets != first:
             raise UserError(
