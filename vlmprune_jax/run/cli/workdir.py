@@ -27,7 +27,6 @@ from vlmprune_jax.run.experiment.arguments import export_in
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.stages import pipeline
 from vlmprune_jax.run.stages.export import describe_export
-from vlmprune_jax.run.stages.preflight import preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
 from vlmprune_jax.run.stages.work import Work
@@ -52,7 +51,7 @@ def run(name: str, flags: Any) -> None:
         check_experiment(changed)
         works[part] = Work.at(workdir, changed, reporter, overwrite=flags.overwrite)
     for work in works.values():
-        preflight(work, name)
+        pipeline.preflight(work, name)
     sections = () if name == "run" else ("model", *STAGES[name].sections)
     for line in unused_lines([work.experiment for work in works.values()], sections, starting_point(flags)):
         reporter.say(f"  {line}")

@@ -23,8 +23,7 @@ from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
 from vlmprune_jax.run.experiment.variants import CONTROL
 from vlmprune_jax.run.stages.evaluate import evaluation_works
-from vlmprune_jax.run.stages.pipeline import make_models
-from vlmprune_jax.run.stages.preflight import preflight
+from vlmprune_jax.run.stages.pipeline import make_models, preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.sweep.hyper import SweepRun
