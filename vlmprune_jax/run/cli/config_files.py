@@ -126,9 +126,13 @@ def placed(experiment: Experiment, workdir: Path, *, dry_run: bool = False) -> E
     if dry_run:
         scratch = Path(tempfile.mkdtemp(prefix="vlmprune-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    model = dataclasses.replace(
-        model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
-    )
+    folders: dict[str, Any] = {"hf_dir": model.hf_dir, "vision_dir": model.vision_dir}
+    for setting, name in folders.items():
+        if name and not Path(name).is_dir():  # a hub id
+            from vlmprune_jax.io.checkpoints.read import resolve
+
+            folders[setting] = str(resolve(name))
+    model = dataclasses.replace(model, **folders)
 
     def fetched(setting: str, name: str | None) -> Any:
         return fetch_dataset(name, folder, setting, scratch) if name is not None and is_hub(name) else name
@@ -301,12 +305,3 @@ def to_workdir(text: str | None) -> Path:
         raise UserError(f"--workdir={text}: {place} is {broken}, expected a folder: choose another path")
     check_links(folder)
     return folder
-
-
-def _local(name: str) -> str:
-    """Download a model with a hub id and return its local snapshot folder; return a folder path or "" unchanged."""
-    if not name or Path(name).is_dir():
-        return name
-    from vlmprune_jax.io.checkpoints.read import resolve
-
-    return str(resolve(name))

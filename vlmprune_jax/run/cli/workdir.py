@@ -38,6 +38,17 @@ from vlmprune_jax.run.workdir.result import RESULT, read_result
 from vlmprune_jax.run.workdir.steps import read_unfinished
 
 
+def _quiet() -> None:
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
+    disable_progress_bar()  # the bars here are our own
+
+
+def _join(flags: Any) -> Reporter:
+    _quiet()
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    return make_reporter(is_main_process())
+
+
 def run(name: str, flags: Any) -> None:
     """Check the experiment that the flags name, print its steps, and run one stage, or all if `name` is "run"."""
     reporter = _join(flags)
@@ -112,17 +123,6 @@ def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
         line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
     messages.tell()
     return line
-
-
-def _join(flags: Any) -> Reporter:
-    _quiet()
-    initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    return make_reporter(is_main_process())
-
-
-def _quiet() -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
-    disable_progress_bar()  # the bars here are our own
 
 
 def report(flags: Any) -> None:

@@ -81,9 +81,9 @@ def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfi
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
     card: Any = _benchmarks(work)
-    if card and _is_quantised(values) and spec.evaluate:
+    if card and getattr(values, "quantize", "none") != "none" and spec.evaluate:
         evaluations = []
-        for asked in (part.task for part in _evaluations(work)):
+        for asked in (part.task for part in evaluation_works(work.before[-1], work.start, work.start.name)):
             data_files = {name: path for name, path in asked.inputs.items() if name != "model"}
             evaluations.append(content_key(dataclasses.replace(asked, inputs=data_files).made_from))
         card = [card, evaluations]
@@ -143,7 +143,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
             remove(out)
         raise
     facts, rows, remark = ExportFacts(**comparison), _benchmarks(work), ""
-    if _is_quantised(values):
+    if getattr(values, "quantize", "none") != "none":
         loaded = None if chosen.read is None else {out: chosen.read(out, model, values)}
         del model
         rows, moved = _after_rounding(work, spec, out, loaded), facts.moved_by_rounding
@@ -161,11 +161,6 @@ def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
     if spec.quantize != "w4a16":
         return spec
     return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
-
-
-def _is_quantised(values: Any) -> bool:
-    """Return True if a format's options quantise the weights."""
-    return getattr(values, "quantize", "none") != "none"
 
 
 # Evaluation for the card ------------------------------------------------------------------------------------
@@ -186,20 +181,14 @@ def _after_rounding(work: Work, spec: ExportSpec, out: Path, loaded: dict[Path, 
     """
     if work.evaluation is None:
         return ()
-    run, result = work.evaluation
-    evaluated = [part.task for part in (*evaluation_works(work, work.teacher, TEACHER), *_evaluations(work))]
+    (run, result), maker = work.evaluation, work.before[-1]
+    parts = (*evaluation_works(work, work.teacher, TEACHER), *evaluation_works(maker, work.start, work.start.name))
     readable, evaluations = loaded is not None or (out / "config.json").is_file(), None
-    if spec.evaluate and readable and on_process_zero(lambda: all(map(differs_only_in, evaluated))):
-        maker = work.before[-1].replace(folder=work.folder, loaded=loaded, overwrite=True)
+    if spec.evaluate and readable and on_process_zero(lambda: all(differs_only_in(part.task) for part in parts)):
         tokenizer = None if loaded is None else work.start
-        evaluations = evaluate_model(maker.replace(tokenizer=tokenizer), out, out.name)
+        maker = maker.replace(folder=work.folder, loaded=loaded, overwrite=True, tokenizer=tokenizer)
+        evaluations = evaluate_model(maker, out, out.name)
     return rounded_rows(run, result.teacher, result.sets, evaluations)
-
-
-def _evaluations(work: Work) -> list[Work]:
-    """Return a `Work` for evaluating the model that is exported on each set."""
-    maker = work.before[-1]
-    return evaluation_works(maker, maker.out, maker.out.name)
 
 
 def _calibrated(work: Work) -> Path:
