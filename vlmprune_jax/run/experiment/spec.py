@@ -141,11 +141,9 @@ def describe(name: str) -> list[str]:
     """
     known, places = options(), {place.removesuffix(".NAME"): section for place, section in sections().items()}
     whole = [place for place in places if place == name or place.endswith(f".{name}")]
-    matches = [option for option in known if option.name == name]
-    if not matches and not whole:
-        matches = [option for option in known if option.name.endswith(f".{name}")]
-    for place in whole:
-        matches += [option for option in known if option.name.startswith(f"{place}.")]
+    inside = tuple(f"{place}." for place in whole)
+    matches = [option for option in known if option.name == name or option.name.startswith(inside)]
+    matches = matches or [option for option in known if option.name.endswith(f".{name}")]
     if not matches:
         names = {part for option in known for part in (option.name, *option.name.split("."))}
         near = difflib.get_close_matches(name, sorted(names), n=1)
