@@ -292,9 +292,6 @@ def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: S
         write_artefact(workdir / SAMPLES, Samples(sets=sets))
 
 
-# Speed ------------------------------------------------------------------------------------------------------
-
-
 def workload_of(work: Work, data: DataSpec, spec: SpeedConfig, export: ExportSpec) -> Workload:
     """Return the prompt for which costs are computed, from the settings of `speed` and `export`."""
     images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0

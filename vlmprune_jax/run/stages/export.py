@@ -163,9 +163,6 @@ def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
     return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
 
 
-# Evaluation for the card ------------------------------------------------------------------------------------
-
-
 def _benchmarks(work: Work) -> Rows:
     """Return the card's rows of the exported model, before a quantisation; () if it was not evaluated."""
     if work.evaluation is None:

@@ -19,6 +19,7 @@ from vlmprune_jax.base.checks import file_of_users
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of_spec
 from vlmprune_jax.core.mesh.stop import StopSignal
@@ -170,19 +171,14 @@ class Work:
         for pruned in variants_of(self.experiment):
             is_pruned = pruned.experiment.prune.method != "none"  # otherwise the model is its own control
             folder = pruned.folder.as_posix()
-            place = self.replace(variant=folder, folder=folder, pruned=is_pruned, recovery=NO_RECOVERY)
-            variant = place.replace(experiment=pruned.experiment, name=pruned.name)
+            variant = self.replace(experiment=pruned.experiment, name=pruned.name, recovery=NO_RECOVERY)
+            variant = variant.replace(variant=folder, folder=folder, pruned=is_pruned)
             shared = _chain("variant", variant, last=not pruned.recoveries)
             steps += shared
             for run in pruned.recoveries:
-                work = place.replace(
-                    experiment=run.experiment,
-                    folder=run.folder.as_posix(),
-                    name=run.name,
-                    recovery=run.experiment.recover.name,
-                    before=tuple(shared),
-                )
-                spec = run.experiment.recover
+                spec, folder = run.experiment.recover, run.folder.as_posix()
+                work = variant.replace(experiment=run.experiment, name=run.name, recovery=spec.name, folder=folder)
+                work = work.replace(before=tuple(shared))
                 if not (is_pruned and spec.control and terms_of(spec.losses, teacher=False)):
                     steps += _chain("recovery", work)
                     continue
@@ -352,9 +348,7 @@ def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[str]) 
         for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
             folder = getattr(spec.sections[section], cache)
             if folder is not None:
-                changed: dict[str, Any] = {cache: str(Path(folder) / CONTROL)}
-                changed = {section: dataclasses.replace(spec.sections[section], **changed)}
-                spec = dataclasses.replace(spec, **changed)
+                spec = override(spec, {section: {cache: str(Path(folder) / CONTROL)}})
     name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
     folder = (CONTROL / below).as_posix()
     if folder in taken:

@@ -98,11 +98,11 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     result = make_models(work)
     if not is_main_process():
         return
-    settings = run.experiment
-    shared: dict[str, Any] = {"model": settings.model.hf_dir, "image_tokens": settings.data.max_image_tokens}
+    tokens = run.experiment.data.max_image_tokens
+    shared: dict[str, Any] = {"model": run.experiment.model.hf_dir, "image_tokens": tokens}
     models = [replace(model, **shared, digest=digest(folder / model.path, every_byte=True)) for model in result.runs]
-    unpruned = replace(result.teacher, image_tokens=shared["image_tokens"])
-    write_artefact(folder / RESULT, replace(result, teacher=unpruned, runs=models, made_from=made_from))
+    result = replace(result, teacher=replace(result.teacher, image_tokens=tokens), runs=models, made_from=made_from)
+    write_artefact(folder / RESULT, result)
 
 
 def read_run(run: SweepRun, sweep: Sweep, *, unchanged: bool = False) -> Result | None:
