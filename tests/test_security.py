@@ -142,7 +142,7 @@ def test_every_workdir_is_checked_for_links():
     for file, _, node in uses(PACKAGE / "run/cli", ROOT / "tools"):
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "flags.workdir":
             used.append(f"{file}:{node.lineno}")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("to_workdir", "to_experiment"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "to_workdir":
             checked += [f"{file}:{arg.lineno}" for arg in node.args if ast.unparse(arg) == "flags.workdir"]
         tests = [node.test] if isinstance(node, ast.If | ast.IfExp) else []
         checked += [f"{file}:{test.lineno}" for test in tests if "flags.workdir" in ast.unparse(test)]

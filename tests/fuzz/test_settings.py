@@ -23,11 +23,11 @@ VALUES = (
 )  # fmt: skip
 
 
-def test_overrides(tmp_path):
+def test_overrides():
     @fuzz(200, values=edited(WHOLE, 3))
     def check(values):
         if isinstance(values, dict):
-            reads(lambda: check_experiment(override(Experiment(), values), tmp_path))
+            reads(lambda: check_experiment(override(Experiment(), values)))
 
     check()
 

@@ -11,7 +11,7 @@ from PIL import Image
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.datasets import datasets_source, fetch_dataset
 from vlmprune_jax.io.data.inputs import name_of_records
-from vlmprune_jax.run.cli.config_files import experiment_config, to_experiment
+from vlmprune_jax.run.cli.config_files import experiment_config, placed, read_experiment
 
 ROWS = [{"question": f"How many, {number}?", "answer": str(number)} for number in range(5)]
 
@@ -47,14 +47,14 @@ def test_a_set_is_stored_once_in_the_workdir(asked, tmp_path):
     config = experiment_config()
     config.data.train, config.data.eval = "hub:org/name:train", "hub:org/name/sub:test[:2]"
     config.evaluate.sets = {"short": {"data": "hub:org/name/sub:test[:2]"}, "text": {"text": "a.txt"}}
-    found = to_experiment(config, str(tmp_path / "w"), dry_run=True)[0].data
+    found = placed(read_experiment(config), tmp_path / "w", dry_run=True).data
     assert len(datasets_source(found.train).read()) == len(ROWS)
     assert not (tmp_path / "w").exists()
     asked.clear()
     for _ in range(2):
-        experiment = to_experiment(config, str(tmp_path / "w"))[0]
+        experiment = placed(read_experiment(config), tmp_path / "w")
     data = experiment.data
-    assert to_experiment(config, str(tmp_path / "w"), dry_run=True)[0].data == data
+    assert placed(read_experiment(config), tmp_path / "w", dry_run=True).data == data
     assert experiment.evaluate.sets["short"].data == data.eval
     assert asked == [("org/name", None, "train", False), ("org/name", "sub", "test", True)]
     train, test = (datasets_source(text).read() for text in (data.train, data.eval))

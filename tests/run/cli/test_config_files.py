@@ -11,11 +11,11 @@ from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.run.cli.config_files import (
     experiment_config,
+    placed,
     read_experiment,
     read_hyper,
     shipped_config,
     starting_point,
-    to_experiment,
 )
 from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.stages import stage_command
@@ -23,17 +23,17 @@ from vlmprune_jax.run.cli.tools import TOOLS
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.recipes import recipe, recipes
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import prune_runs
+from vlmprune_jax.run.experiment.variants import variants_of
 
 
 def test_hub_ids_become_folders(monkeypatch, tmp_path):
     monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.resolve", lambda name: tmp_path / name)
     config = experiment_config()
     config.model.hf_dir, config.model.vision_dir = "org/model", "org/tower"
-    model = to_experiment(config, str(tmp_path / "w"))[0].model
+    model = placed(read_experiment(config), tmp_path / "w").model
     assert (model.hf_dir, model.vision_dir) == (str(tmp_path / "org/model"), str(tmp_path / "org/tower"))
     config = experiment_config()
-    assert to_experiment(config, str(tmp_path / "w"))[0].model == Experiment().model
+    assert placed(read_experiment(config), tmp_path / "w").model == Experiment().model
 
 
 def test_config_holds_every_setting_and_comes_back():
@@ -83,7 +83,7 @@ def test_shipped_configs_are_experiments(file):
     space: dict = {}
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
-    for run in prune_runs(experiment, Path("W")):
+    for run in variants_of(experiment):
         plan_config(run.experiment.prune, run.experiment.model, run.experiment.data, run.experiment.export).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)

@@ -39,7 +39,7 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
     for method in ("depth", "width"):
         for ratio, by_layers in zip(RATIOS, DEPTH[name], strict=True):
             experiment = read_experiment(get_config(f"{method},{ratio}"))
-            check_experiment(experiment, tmp_path)
+            check_experiment(experiment)
             plan = predict_plan(experiment, cfg)
             assert plan.actual_ratio == pytest.approx(by_layers if method == "depth" else ratio, abs=0.002)
             assert len(plan.kept_layers) == (27, 22, 17, 12)[RATIOS.index(ratio)] if method == "depth" else 32
@@ -63,7 +63,7 @@ def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     (tmp_path / "config.json").write_text(json.dumps(full_size_models()["gemma4_e4b"]))
     _, cfg = read_config(tmp_path)
     experiment = read_experiment(loaded(ROOT / "configs/gemma4_e4b.py").get_config(variant))
-    check_experiment(experiment, tmp_path)
+    check_experiment(experiment)
     plan = predict_plan(experiment, cfg)
     left = plan.apply_to(cfg)
     assert plan.parameters_after == count_params(left)  # a layer's part of a dropped token's row goes once
@@ -108,6 +108,6 @@ def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tm
     (tmp_path / "config.json").write_text(json.dumps(full_size_models()["qwen3vl"]))
     experiment = read_experiment(loaded(ROOT / "configs/qwen3vl_8b.py").get_config("depth,5layers,reconstruct"))
     assert experiment.reconstruct.method == "least_squares"
-    check_experiment(experiment, tmp_path)
+    check_experiment(experiment)
     kept = predict_plan(experiment, read_config(tmp_path)[1]).kept_layers
     assert (len(kept), kept[:3]) == (31, (0, 1, 2))

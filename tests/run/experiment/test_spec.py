@@ -51,9 +51,9 @@ def test_one_set_of_defaults():
         ({"recover_variants": {"a": {"recover": {"losses": {"extra": {"k": 1}}}}}}, "extra has no term 'k'"),
     ],
 )
-def test_a_command_refuses_at_its_start(values, message, tmp_path):
+def test_a_command_refuses_at_its_start(values, message):
     with pytest.raises(UserError, match=message):
-        check_experiment(override(Experiment(), values), tmp_path)
+        check_experiment(override(Experiment(), values))
 
 
 # --- what a stage's ledger holds --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from repository import ROOT
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.config_files import experiment_config, read_experiment
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import variants_of
 from vlmprune_jax.run.sweep.hyper import sweep_runs
 
 DEMO = ROOT / "configs" / "demo.py"
@@ -27,8 +27,8 @@ def config():
     return config
 
 
-def ratios(experiment, folder):
-    return {run.name: run.experiment.prune.ratio for run in prune_runs(experiment, folder)}
+def ratios(experiment):
+    return {run.name: run.experiment.prune.ratio for run in variants_of(experiment)}
 
 
 def test_variants_that_set_it_too_are_named(config):
@@ -47,18 +47,18 @@ def test_variants_that_set_it_too_are_named(config):
     read_experiment(config, explicit=["prune.protect", "recover.losses.l2", "prune_variants.depth.prune.ratio"])
 
 
-def test_with_one_variant_the_explicit_setting_wins(config, tmp_path):
-    assert ratios(read_experiment(config, only="depth"), tmp_path) == {"depth": 0.3}
+def test_with_one_variant_the_explicit_setting_wins(config):
+    assert ratios(read_experiment(config, only="depth")) == {"depth": 0.3}
     experiment = read_experiment(config, only="depth", explicit=["prune.ratio"])
-    assert ratios(experiment, tmp_path) == {"depth": 0.1}
-    assert prune_runs(experiment, tmp_path)[0].experiment.prune.method == "depth"
+    assert ratios(experiment) == {"depth": 0.1}
+    assert variants_of(experiment)[0].experiment.prune.method == "depth"
 
 
-def test_variants_are_chosen_by_pattern(config, tmp_path):
-    assert list(ratios(read_experiment(config, only="w*"), tmp_path)) == ["width"]
-    (pruned,) = prune_runs(read_experiment(config, only="width,sft"), tmp_path)
-    assert [run.name for run in recover_runs(pruned)] == ["width-sft"]
-    assert len(prune_runs(read_experiment(config, only="sft"), tmp_path)) == 2
+def test_variants_are_chosen_by_pattern(config):
+    assert list(ratios(read_experiment(config, only="w*"))) == ["width"]
+    (pruned,) = variants_of(read_experiment(config, only="width,sft"))
+    assert [run.name for run in pruned.recoveries] == ["width-sft"]
+    assert len(variants_of(read_experiment(config, only="sft"))) == 2
     with pytest.raises(UserError, match="--only=widht: matches no variant; did you mean 'width'"):
         read_experiment(config, only="depth,widht")
     with pytest.raises(UserError, match=r"--only=a: matches no variant .this config has no variants"):

@@ -84,7 +84,7 @@ def test_the_config_does_what_is_advised(folder, tmp_path, capsys, asked, method
     path = tmp_path / "mine.yaml"
     out = told(capsys, f"--model={folder}", f"--save={path}", *asked)
     experiment = experiment_of(path)
-    check_experiment(experiment, tmp_path)
+    check_experiment(experiment)
     assert experiment.model.hf_dir == str(folder)
     variants = experiment.prune_variants
     assert set(variants or {experiment.prune.method}) == methods

@@ -226,7 +226,7 @@ def test_variants_are_compared_on_the_same_sets(tmp_path):
     config.data.eval = "e.json"
     config.prune_variants = {"a": {"evaluate": {"batch_size": 2}}, "b": {"evaluate": {"questions": 3}}}
     with pytest.raises(UserError, match="variant b-recovered has other evaluation sets"):
-        check_experiment(override(Experiment(), config.to_dict()), tmp_path)
+        check_experiment(override(Experiment(), config.to_dict()))
 
 
 def test_a_config_may_name_sets_one_by_one_or_together():

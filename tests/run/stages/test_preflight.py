@@ -8,7 +8,7 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.stages import evaluate, pipeline, preflight
+from vlmprune_jax.run.stages import evaluate, pipeline
 
 CONFIG = """
 from vlmprune_jax.run.cli.config_files import experiment_config
@@ -152,7 +152,7 @@ def test_an_image_that_cannot_be_read(run, tmp_path):
 
 
 def test_a_machine_that_is_too_small(run, monkeypatch):
-    monkeypatch.setattr(preflight, "free_memory", lambda: 2**10)
+    monkeypatch.setattr(pipeline, "free_memory", lambda: 2**10)
     code, out = run()
     assert code == 2
     assert 'per device in float32, but 0.0 GiB are free: set model.dtype="bfloat16", or use more devices' in out

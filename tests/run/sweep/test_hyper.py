@@ -116,16 +116,16 @@ def test_settings_that_belong_together_are_checked_together():
     assert run.experiment.recover.losses.weights() == {"ce": 0.0, "l2": 1.0, "kl": 0.0, "rkl": 0.0, "cosine": 0.0}
 
 
-def test_nothing_trained_is_no_recovery(tmp_path):
-    from vlmprune_jax.run.experiment.variants import check_experiment, prune_runs, recover_runs
+def test_nothing_trained_is_no_recovery():
+    from vlmprune_jax.run.experiment.variants import check_experiment, variants_of
 
     base = {"prune": {"ratio": 0.1}, "recover_variants": {"off": {"recover": {"method": "none"}}, "sft": {}}}
     experiment = override(Experiment(), base)
-    (pruned,) = prune_runs(experiment, tmp_path)
-    assert [run.name for run in recover_runs(pruned)] == ["depth-sft"]
-    (pruned,) = prune_runs(override(Experiment(), {"recover": {"method": "none"}}), tmp_path)
-    assert recover_runs(pruned) == []
+    (pruned,) = variants_of(experiment)
+    assert [run.name for run in pruned.recoveries] == ["depth-sft"]
+    (pruned,) = variants_of(override(Experiment(), {"recover": {"method": "none"}}))
+    assert pruned.recoveries == []
     with pytest.raises(UserError, match=r"recover.method 'nothing' is not one of train, none"):
         override(Experiment(), {"recover": {"method": "nothing"}})
     with pytest.raises(UserError, match=r"score.depth 'l7' is not one of"):  # settings are checked all the same
-        check_experiment(override(Experiment(), {"recover": {"method": "none"}, "score": {"depth": "l7"}}), tmp_path)
+        check_experiment(override(Experiment(), {"recover": {"method": "none"}, "score": {"depth": "l7"}}))

@@ -30,7 +30,7 @@ from vlmprune_jax.io.data.datasets import fetch_dataset, is_hub
 from vlmprune_jax.run.experiment import recipes
 from vlmprune_jax.run.experiment.recipes import YAML, file_of, locate, shipped_configs
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import choose_variants, prefer_explicit, variants_of
 from vlmprune_jax.run.sweep.hyper import Hyper
 
 _MAX_YAML_BYTES = 2**18  # maximum size of a YAML config; usual configs have a few thousand bytes
@@ -113,40 +113,26 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
         raise UserError("no config given: add --config=FILE.py or FILE.yaml (examples are in configs/)")
     experiment = choose_variants(override(Experiment(), config.to_dict()), only)
     experiment = prefer_explicit(experiment, explicit, "--config.")
-    for pruned in prune_runs(experiment, Path()):  # what variants set is checked as well
-        recover_runs(pruned)
+    variants_of(experiment)  # what variants set is checked as well
     return experiment
 
 
-def to_experiment(
-    config: ConfigDict | None,
-    workdir: str | None,
-    *,
-    only: str = "",
-    explicit: Collection[str] = (),
-    dry_run: bool = False,
-) -> tuple[Experiment, Path]:
-    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
+def placed(experiment: Experiment, workdir: Path, *, dry_run: bool = False) -> Experiment:
+    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
 
     With `dry_run`, data sets that are not in the workdir yet are written to a temporary folder.
     """
-    experiment = read_experiment(config, only=only, explicit=explicit)
-    folder = to_workdir(workdir)
-    scratch = Path(tempfile.mkdtemp(prefix="vlmprune-")) if dry_run else None
-    if scratch is not None:
+    model, data, folder, scratch = experiment.model, experiment.data, workdir / "data", None
+    if dry_run:
+        scratch = Path(tempfile.mkdtemp(prefix="vlmprune-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return placed(experiment, folder, scratch), folder
+    folders: dict[str, Any] = {"hf_dir": model.hf_dir, "vision_dir": model.vision_dir}
+    for setting, name in folders.items():
+        if name and not Path(name).is_dir():  # a hub id
+            from vlmprune_jax.io.checkpoints.read import resolve
 
-
-def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -> Experiment:
-    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
-
-    `scratch`: folder for data sets that are not in the workdir yet (None = the workdir).
-    """
-    model, data, folder = experiment.model, experiment.data, workdir / "data"
-    model = dataclasses.replace(
-        model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
-    )
+            folders[setting] = str(resolve(name))
+    model = dataclasses.replace(model, **folders)
 
     def fetched(setting: str, name: str | None) -> Any:
         return fetch_dataset(name, folder, setting, scratch) if name is not None and is_hub(name) else name
@@ -319,12 +305,3 @@ def to_workdir(text: str | None) -> Path:
         raise UserError(f"--workdir={text}: {place} is {broken}, expected a folder: choose another path")
     check_links(folder)
     return folder
-
-
-def _local(name: str) -> str:
-    """Download a model with a hub id and return its local snapshot folder; return a folder path or "" unchanged."""
-    if not name or Path(name).is_dir():
-        return name
-    from vlmprune_jax.io.checkpoints.read import resolve
-
-    return str(resolve(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,22 +58,6 @@ class Command:
     def summary(self) -> str:
         """The command in one line, for the overview of all commands."""
         return self.text.partition("\n")[0].partition(": ")[2].removesuffix(".")
-
-
-def command(
-    commands: dict[str, Command], *, arguments: bool = False, more: Callable[[], Specs] = dict, **specs: Spec
-) -> Callable[[Callable[[Flags], None]], Callable[[Flags], None]]:
-    """Decorate a function that runs a command and has its help text as docstring; add the command to `commands`.
-
-    `specs`: its flags by name. `more`: returns further flags, whose defaults take long to import.
-    """
-
-    def declare(run: Callable[[Flags], None]) -> Callable[[Flags], None]:
-        text = inspect.cleandoc(run.__doc__ or "")
-        commands[run.__name__] = Command(text, run, lambda: {**specs, **more()}, arguments)
-        return run
-
-    return declare
 
 
 def parse(name: str, command: Command, argv: Sequence[str]) -> Flags:

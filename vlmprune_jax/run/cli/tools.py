@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Specs, command, parse_bytes, parse_share
+from vlmprune_jax.run.cli.flags import CONFIG, ONLY, Command, Flags, Spec, Specs, parse_bytes, parse_share
 
 _MODEL = "Hugging Face folder or hub id of the model"
 _VISION = "vision tower folder (original LLaVA, Bunny)"
@@ -22,10 +24,24 @@ _OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "compr
              "gcsfs", "easy-vqa", "wandb", "trackio")  # fmt: skip
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "HF_HUB_OFFLINE", "HF_HOME", "VLMPRUNE_")
 TOOLS = dict[str, Command]()
+_Run = Callable[[Flags], None]
+
+
+def command(*, arguments: bool = False, more: Callable[[], Specs] = dict, **specs: Spec) -> Callable[[_Run], _Run]:
+    """Decorate a function that runs a command and has its help text as docstring; add the command to `TOOLS`.
+
+    `specs`: its flags by name. `more`: returns further flags, whose defaults take long to import.
+    """
+
+    def declare(run: _Run) -> _Run:
+        text = cleandoc(run.__doc__ or "")
+        TOOLS[run.__name__] = Command(text, run, lambda: {**specs, **more()}, arguments)
+        return run
+
+    return declare
 
 
 @command(
-    TOOLS,
     arguments=True,
     config=CONFIG,
     vision_dir=_VISION,
@@ -47,7 +63,6 @@ def inspect(flags: Any) -> None:
 
 
 @command(
-    TOOLS,
     model="Hugging Face folder or hub id of the model to prune",
     vision_dir=_VISION,
     ratio="share of all parameters to remove, as 0.3 or 30%",
@@ -87,7 +102,6 @@ def recommend(flags: Any) -> None:
 
 
 @command(
-    TOOLS,
     config=CONFIG,
     only=ONLY,
     workdir="workdir of the run: its plan.json files are read, and its report shows the numbers",
@@ -127,7 +141,6 @@ def plan(flags: Any) -> None:
 
 
 @command(
-    TOOLS,
     model=_MODEL,
     vision_dir=_VISION,
     sources=([], "files with texts whose tokens are kept"),
@@ -168,7 +181,6 @@ def _bench_flags() -> Specs:
 
 
 @command(
-    TOOLS,
     more=_bench_flags,
     model="Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)",
     against=([], "more models to measure, in turns with --model"),
@@ -212,7 +224,6 @@ def bench(flags: Any) -> None:
 
 
 @command(
-    TOOLS,
     arguments=True,
     vision_dir=_VISION,
     dtype=(_DTYPE, "data type of the weights in memory"),
@@ -254,7 +265,7 @@ def chat(flags: Any) -> None:
         reporter.say(f"  {text}")
 
 
-@command(TOOLS, arguments=True)
+@command(arguments=True)
 def diff(flags: Any) -> None:
     """vlmprune diff A B: compare the heads and neurons that two plans for one model keep, layer by layer.
 
@@ -271,7 +282,7 @@ def diff(flags: Any) -> None:
         reporter.table(*table)
 
 
-@command(TOOLS, arguments=True)
+@command(arguments=True)
 def help(flags: Any) -> None:
     """vlmprune help NAME: print meaning, default and allowed values of a setting, or of all settings of a section.
 
@@ -285,7 +296,7 @@ def help(flags: Any) -> None:
         print("\n".join(wrap_lines(describe(name))))
 
 
-@command(TOOLS)
+@command()
 def env(flags: Any) -> None:
     """vlmprune env: versions, devices and installed packages of this machine, for a bug report.
 
@@ -314,7 +325,6 @@ def env(flags: Any) -> None:
 
 
 @command(
-    TOOLS,
     data="JSON or JSON-lines file of records in LLaVA's format",
     images="folder to which image paths in the records are relative",
     out="folder to write",

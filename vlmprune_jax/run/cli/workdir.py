@@ -20,7 +20,6 @@ from vlmprune_jax.run.cli.config_files import (
     read_experiment,
     read_hyper,
     starting_point,
-    to_experiment,
     to_workdir,
 )
 from vlmprune_jax.run.cli.messages import kept
@@ -28,7 +27,6 @@ from vlmprune_jax.run.experiment.arguments import export_in
 from vlmprune_jax.run.experiment.variants import check_experiment
 from vlmprune_jax.run.stages import pipeline
 from vlmprune_jax.run.stages.export import describe_export
-from vlmprune_jax.run.stages.preflight import preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.unused import unused_lines
 from vlmprune_jax.run.stages.work import Work
@@ -40,20 +38,31 @@ from vlmprune_jax.run.workdir.result import RESULT, read_result
 from vlmprune_jax.run.workdir.steps import read_unfinished
 
 
+def _quiet() -> None:
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
+    disable_progress_bar()  # the bars here are our own
+
+
+def _join(flags: Any) -> Reporter:
+    _quiet()
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    return make_reporter(is_main_process())
+
+
 def run(name: str, flags: Any) -> None:
     """Check the experiment that the flags name, print its steps, and run one stage, or all if `name` is "run"."""
     reporter = _join(flags)
-    experiment, workdir = to_experiment(
-        flags.config, flags.workdir, only=flags.only, explicit=flags.explicit, dry_run=flags.dry_run
-    )
+    experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
+    workdir = to_workdir(flags.workdir)
+    experiment = placed(experiment, workdir, dry_run=flags.dry_run)
     works = dict[str, Work]()  # by format of the export: "" is the config's own
     for part in (flags.format if name == "export" else ()) or ("",):
         export = export_in(experiment.export, part, flags.explicit) if part else experiment.export
         changed = dataclasses.replace(experiment, export=export)
-        check_experiment(changed, workdir)
+        check_experiment(changed)
         works[part] = Work.at(workdir, changed, reporter, overwrite=flags.overwrite)
     for work in works.values():
-        preflight(work, name)
+        pipeline.preflight(work, name)
     sections = () if name == "run" else ("model", *STAGES[name].sections)
     for line in unused_lines([work.experiment for work in works.values()], sections, starting_point(flags)):
         reporter.say(f"  {line}")
@@ -114,17 +123,6 @@ def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
         line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
     messages.tell()
     return line
-
-
-def _join(flags: Any) -> Reporter:
-    _quiet()
-    initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    return make_reporter(is_main_process())
-
-
-def _quiet() -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
-    disable_progress_bar()  # the bars here are our own
 
 
 def report(flags: Any) -> None:

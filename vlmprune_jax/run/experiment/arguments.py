@@ -119,24 +119,23 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
                 f"evaluate.text defines the set {TEXT!r}, which evaluate.sets also defines: remove one of the two"
             )
         sets[TEXT] = EvaluationSetSpec(text=spec.text)
-    return {name: _resolved(name, given, data, spec) for name, given in sets.items()}
-
-
-def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: EvaluateSpec) -> EvaluationSetSpec:
-    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-        raise UserError(f"evaluate.sets: the name {name!r} is used as a file name: use only letters, digits, _ and -")
-    defaults: dict[str, Any] = {"metric": "perplexity", "text_window": spec.text_window}
-    if given.text is None:
-        shared = ("metric", "prompt_suffix", "max_new_tokens", "questions")
-        defaults = {"data": data.eval, "images": data.eval_images or data.images}
-        defaults |= {field: getattr(spec, field) for field in shared}
-    overrides = {field: value for field, value in vars(given).items() if value is not None}
-    resolved = EvaluationSetSpec(**defaults | overrides)
-    of_text = metric_named(resolved.metric or "", f"evaluate.sets.{name}.metric").score is None
-    if of_text != (resolved.text is not None):
-        scored, has = ("a text", "questions") if of_text else ("answers to questions", "a text")
-        raise UserError(
-            f"evaluate.sets.{name}: metric {resolved.metric} scores {scored}, but the set has {has}: choose another "
-            "metric"
-        )
-    return resolved
+    for name, given in sets.items():
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UserError(
+                f"evaluate.sets: the name {name!r} is used as a file name: use only letters, digits, _ and -"
+            )
+        defaults: dict[str, Any] = {"metric": "perplexity", "text_window": spec.text_window}
+        if given.text is None:
+            shared = ("metric", "prompt_suffix", "max_new_tokens", "questions")
+            defaults = {"data": data.eval, "images": data.eval_images or data.images}
+            defaults |= {field: getattr(spec, field) for field in shared}
+        overrides = {field: value for field, value in vars(given).items() if value is not None}
+        sets[name] = resolved = EvaluationSetSpec(**defaults | overrides)
+        of_text = metric_named(resolved.metric or "", f"evaluate.sets.{name}.metric").score is None
+        if of_text != (resolved.text is not None):
+            scored, has = ("a text", "questions") if of_text else ("answers to questions", "a text")
+            raise UserError(
+                f"evaluate.sets.{name}: metric {resolved.metric} scores {scored}, but the set has {has}: choose "
+                "another metric"
+            )
+    return sets

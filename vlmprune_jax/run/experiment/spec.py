@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,19 +98,16 @@ class Option:
         return ", ".join(part for part in (f"{self.kind}{unit}", choices or self.about.bounds) if part)
 
 
-def sections() -> dict[str, Any]:
+def sections(of: Any = Experiment(), prefix: str = "") -> dict[str, Any]:
     """Return {section name: dataclass} of a config; `evaluate.sets.NAME` stands for any evaluation set."""
-    return dict(_sections(Experiment(), ""))
-
-
-def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in hints_of(spec).items():
-        value, place = getattr(spec, name), f"{prefix}{name}"
+    known: dict[str, Any] = {}
+    for name, hint in hints_of(of).items():
+        value, place = getattr(of, name), f"{prefix}{name}"
         if isinstance(value, Mapping) and dataclasses.is_dataclass(kind := typing.get_args(hint)[1]):
             value, place = kind(), f"{place}.NAME"  # type: ignore[operator]
         if dataclasses.is_dataclass(value):
-            yield place, value
-            yield from _sections(value, f"{place}.")
+            known |= {place: value, **sections(value, f"{place}.")}
+    return known
 
 
 def options() -> list[Option]:
@@ -143,11 +140,9 @@ def describe(name: str) -> list[str]:
     """
     known, places = options(), {place.removesuffix(".NAME"): section for place, section in sections().items()}
     whole = [place for place in places if place == name or place.endswith(f".{name}")]
-    matches = [option for option in known if option.name == name]
-    if not matches and not whole:
-        matches = [option for option in known if option.name.endswith(f".{name}")]
-    for place in whole:
-        matches += [option for option in known if option.name.startswith(f"{place}.")]
+    inside = tuple(f"{place}." for place in whole)
+    matches = [option for option in known if option.name == name or option.name.startswith(inside)]
+    matches = matches or [option for option in known if option.name.endswith(f".{name}")]
     if not matches:
         names = {part for option in known for part in (option.name, *option.name.split("."))}
         near = difflib.get_close_matches(name, sorted(names), n=1)

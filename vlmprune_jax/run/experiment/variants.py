@@ -15,13 +15,8 @@ from vlmprune_jax.base.errors import UserError, error_context
 from vlmprune_jax.base.settings import check_settings, override
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.prune.criteria import CRITERIA, scoring
-from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
-from vlmprune_jax.run.experiment.arguments import (
-    evaluation_sets,
-    export_options,
-    plan_config,
-    recover_config,
-)
+from vlmprune_jax.io.exports.formats import choose_format
+from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
 
 NO_RECOVERY = "none"
@@ -35,11 +30,15 @@ _TAKEN = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One prune variant, or one recovery variant of a pruned model: name, experiment and output folder."""
+    """One way to prune, with the ways to recover that train the pruned model, each a variant as well.
+
+    `folder`: folder of the outputs, relative to the workdir.
+    """
 
     name: str
     experiment: Experiment
     folder: Path
+    recoveries: Sequence[Variant] = ()
 
 
 def choose_variants(experiment: Experiment, only: str) -> Experiment:
@@ -101,19 +100,19 @@ def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return {**others, first: _without(values[first], rest)} if rest else others
 
 
-def prune_runs(experiment: Experiment, workdir: Path) -> list[Variant]:
-    """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
-    if not experiment.prune_variants:
-        method = experiment.prune.method
-        return [Variant("unpruned" if method == "none" else method, experiment, workdir)]
-    return [
-        Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
-        for name, values in experiment.prune_variants.items()
-    ]
+def variants_of(experiment: Experiment) -> list[Variant]:
+    """Return the prune variants with their recoveries; without variants, one of each, in the workdir itself."""
+    method = experiment.prune.method
+    variants = [Variant("unpruned" if method == "none" else method, experiment, Path())]
+    if experiment.prune_variants:
+        variants = [
+            Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), Path(name))
+            for name, values in experiment.prune_variants.items()
+        ]
+    return [dataclasses.replace(variant, recoveries=_recoveries(variant)) for variant in variants]
 
 
-def recover_runs(pruned: Variant) -> list[Variant]:
-    """Return the recovery variants of one pruned model that train it."""
+def _recoveries(pruned: Variant) -> list[Variant]:
     experiment = pruned.experiment
     runs = [Variant(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder)]
     if experiment.recover_variants:
@@ -135,9 +134,8 @@ def _checked(name: str) -> str:
 def _check_criteria(spec: ScoreConfig) -> None:
     """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
-    needed: tuple[tuple[str, str, tuple[str, ...]], ...]
-    needed = (("depth", spec.depth, ("layers",)), ("width", spec.width, ("widths", "experts")))
-    for name, criterion, kinds in needed:
+    for name, kinds in {"depth": ("layers",), "width": ("widths", "experts")}.items():
+        criterion = getattr(spec, name)
         chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
         if not {*kinds} & {*chosen.scores}:
             raise UserError(
@@ -148,22 +146,11 @@ def _check_criteria(spec: ScoreConfig) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def _check_rounding(quantize: str, export: ExportSpec) -> None:
-    """Raise UserError if the exported integer format differs from the rounding in training (`recover.quantize`)."""
-    same = export.quantize == quantize and export.group_size is None and export.symmetric
-    if quantize != "none" and export.quantize != "none" and not same:
-        raise UserError(
-            f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group size and '
-            f'symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
-            f"symmetric={export.symmetric}: make them equal"
-        )
-
-
-def check_experiment(experiment: Experiment, workdir: Path) -> None:
+def check_experiment(experiment: Experiment) -> None:
     """Raise UserError for settings that would otherwise fail only hours into a run."""
     sets = evaluation_sets(experiment.data, experiment.evaluate)
-    for pruned in prune_runs(experiment, workdir):
-        spec, recoveries = pruned.experiment, recover_runs(pruned)
+    for pruned in variants_of(experiment):
+        spec, recoveries = pruned.experiment, pruned.recoveries
         for resolved in (spec, *(run.experiment for run in recoveries)):
             for name, section in resolved.sections.items():
                 check_settings(name, section, elsewhere=True)
@@ -183,7 +170,14 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         for run in recoveries:
             changed = run.experiment
             recover_config(changed.recover)
-            _check_rounding(changed.recover.quantize, changed.export)
+            quantize, export = changed.recover.quantize, changed.export
+            same = export.quantize == quantize and export.group_size is None and export.symmetric
+            if quantize != "none" and export.quantize != "none" and not same:
+                raise UserError(
+                    f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group '
+                    f'size and symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
+                    f"symmetric={export.symmetric}: make them equal"
+                )
             if evaluation_sets(changed.data, changed.evaluate) != sets:
                 raise UserError(
                     f"variant {run.name} has other evaluation sets than the first variant: use the same sets in all "

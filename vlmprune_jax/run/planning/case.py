@@ -37,7 +37,7 @@ from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets, within
 from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import Variant, prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import Variant, variants_of
 from vlmprune_jax.run.planning.ahead_of_time import DoesNotFit, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of, size_of
 from vlmprune_jax.run.stages.work import source_config
@@ -105,12 +105,11 @@ def make_case(
     )
 
 
-def read_shapes(run: Variant, pruned: bool) -> tuple[Path, ModelConfig, PrunePlan]:
-    """Return an unpruned model's folder, config and plan; if the run has not `pruned` yet, predict the plan."""
-    model, file = run.experiment.model, run.folder / "plan.json"
-    cfg = source_config(model)
-    plan = PrunePlan.from_json(file) if pruned and file.is_file() else predict_plan(run.experiment, cfg)
-    return Path(model.hf_dir), cfg, plan
+def read_shapes(run: Variant, workdir: Path | None) -> tuple[Path, ModelConfig, PrunePlan]:
+    """Return an unpruned model's folder, config and plan; if the workdir has no plan yet, predict it."""
+    cfg, file = source_config(run.experiment.model), None if workdir is None else workdir / run.folder / "plan.json"
+    plan = predict_plan(run.experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
+    return Path(run.experiment.model.hf_dir), cfg, plan
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -325,9 +324,9 @@ def fit_all(
     for form in evaluation:
         one_of("--weights", form, tuple(WEIGHT_FORMATS))
     recoveries, evaluations = dict[str, PlannedStep](), dict[str, PlannedEvaluation]()
-    for pruned in prune_runs(experiment, workdir or Path()):
-        (folder, cfg, plan), spec = read_shapes(pruned, workdir is not None), pruned.experiment
-        for run in recover_runs(pruned):
+    for pruned in variants_of(experiment):
+        (folder, cfg, plan), spec = read_shapes(pruned, workdir), pruned.experiment
+        for run in pruned.recoveries:
             records = count_records(run.experiment.data) if n_records is None else n_records
             case = make_case(run.experiment, folder, cfg, plan, topology, records)
             reporter.say(f"{run.name}: compiling for {topology} ...")

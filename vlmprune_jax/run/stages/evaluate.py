@@ -205,30 +205,30 @@ def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated
 
     Raises UserError if an evaluation fails (see `run_task`).
     """
-    evaluations = dict[str, Evaluated]()
+    sets, evaluations = evaluation_sets(work.experiment.data, work.experiment.evaluate), dict[str, Evaluated]()
     for part in evaluation_works(work, start, subject):
-        done = run_task(part.task, overwrite=work.overwrite, say=work.say)
-        evaluated: Evaluated = on_process_zero(functools.partial(_measure, part, done), Evaluated)
+        done, path = run_task(part.task, overwrite=work.overwrite, say=work.say), result_file(part)
+        others = {"retained_interval": evaluation_file(work.workdir, TEACHER, part.part)}
+        if work.record.compared_with:
+            control = work.workdir / work.record.compared_with
+            others["control_interval"] = evaluation_file(control.parent, control.name, part.part)
+        compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
+        measure = functools.partial(_measure, sets[part.part], path, compared, done)
+        evaluated: Evaluated = on_process_zero(measure, Evaluated)
         evaluations[part.part], metric = evaluated, evaluated.metric
         size, seconds = f"{evaluated.parameters:,} parameters", f"{evaluated.model_seconds:.1f} s"
         work.say(f"  {part.label}: {evaluated.main_line()} ({size}, {seconds})")
         if subject == TEACHER and metric.higher_is_better and not evaluated.values[metric.main]:
             work.say(
                 "  warning: the unpruned model scores 0: compare its answers with the references in "
-                f"{answers_file(result_file(part))}; the prompt (data.template, data.system, evaluate.prompt_suffix) "
+                f"{answers_file(path)}; the prompt (data.template, data.system, evaluate.prompt_suffix) "
                 "or evaluate.max_new_tokens may be wrong for this model, or it was not trained for these questions"
             )
     return evaluations
 
 
-def _measure(work: Work, done: StageRecord) -> Evaluated:
-    """Score a model's stored answers to a set, and compare them with the unpruned model's and its control's."""
-    path, eval_set = result_file(work), evaluation_sets(work.experiment.data, work.experiment.evaluate)[work.part]
-    others = {"retained_interval": evaluation_file(work.workdir, TEACHER, work.part)}
-    if work.record.compared_with:
-        control = work.workdir / work.record.compared_with
-        others["control_interval"] = evaluation_file(control.parent, control.name, work.part)
-    compared = {name: answers_file(it) for name, it in others.items() if it != path and answers_file(it).exists()}
+def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: StageRecord) -> Evaluated:
+    """Score a model's stored answers, and compare them with other models' answers."""
     assert eval_set.metric is not None
     metric, answers, facts = METRICS[eval_set.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
@@ -291,9 +291,6 @@ def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: S
             sets[key] = make_samples(records, runs, predictions, scores, max_pixels=data.max_image_pixels)
     if sets:
         write_artefact(workdir / SAMPLES, Samples(sets=sets))
-
-
-# Speed ------------------------------------------------------------------------------------------------------
 
 
 def workload_of(work: Work, data: DataSpec, spec: SpeedConfig, export: ExportSpec) -> Workload:

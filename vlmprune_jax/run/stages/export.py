@@ -18,7 +18,7 @@ from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.io.data import inputs
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.card import add_evaluation, loading_lines, model_name, push
-from vlmprune_jax.io.exports.formats import Calibration, ExportSpec, choose_format
+from vlmprune_jax.io.exports.formats import ExportSpec, choose_format
 from vlmprune_jax.io.exports.gptq import gptq, imatrix
 from vlmprune_jax.io.exports.write import check_saved, save
 from vlmprune_jax.run.experiment.arguments import export_options, image_tokens, with_rounding
@@ -76,14 +76,14 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
 
 def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfig, spec: ExportSpec) -> Task:
     """Add the export stage's extra inputs: calibration records, a user's format file, evaluations for the card."""
-    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
+    spec = _with_rounding(work, spec)
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
     card: Any = _benchmarks(work)
-    if card and _is_quantised(values) and spec.evaluate:
+    if card and getattr(values, "quantize", "none") != "none" and spec.evaluate:
         evaluations = []
-        for asked in (part.task for part in _evaluations(work)):
+        for asked in (part.task for part in evaluation_works(work.before[-1], work.start, work.start.name)):
             data_files = {name: path for name, path in asked.inputs.items() if name != "model"}
             evaluations.append(content_key(dataclasses.replace(asked, inputs=data_files).made_from))
         card = [card, evaluations]
@@ -107,7 +107,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
 
     Delete the export if its logits differ.
     """
-    spec = with_rounding(spec, data, work.experiment.recover, work.config(work.teacher).text)
+    spec = _with_rounding(work, spec)
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     plan_file = work.start / "plan.json"  # missing if nothing was pruned
@@ -115,7 +115,13 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     if spec.mtp == "cut":
         options["mtp_dir"] = work.teacher
     if calibration is not None:
-        options[calibration.option] = _calibrate(calibration, work, data, repair, model)
+        batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
+        settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
+        made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
+        named: dict[str, Any] = {"cache": ArrayCache(_calibrated(work), made_from), **calibration.settings}
+        with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
+            function = CALIBRATIONS[calibration.function]
+            options[calibration.option] = function(model, batches, repair, progress=progress, **named)
     elif spec.quantize == "w4a16":
         work.say(f"  {NEAREST}")
     save(
@@ -137,7 +143,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
             remove(out)
         raise
     facts, rows, remark = ExportFacts(**comparison), _benchmarks(work), ""
-    if _is_quantised(values):
+    if getattr(values, "quantize", "none") != "none":
         loaded = None if chosen.read is None else {out: chosen.read(out, model, values)}
         del model
         rows, moved = _after_rounding(work, spec, out, loaded), facts.moved_by_rounding
@@ -151,12 +157,10 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: Ex
     return facts
 
 
-def _is_quantised(values: Any) -> bool:
-    """Return True if a format's options quantise the weights."""
-    return getattr(values, "quantize", "none") != "none"
-
-
-# Evaluation for the card ------------------------------------------------------------------------------------
+def _with_rounding(work: Work, spec: ExportSpec) -> ExportSpec:
+    if spec.quantize != "w4a16":
+        return spec
+    return with_rounding(spec, work.experiment.data, work.experiment.recover, work.config(work.teacher).text)
 
 
 def _benchmarks(work: Work) -> Rows:
@@ -174,34 +178,14 @@ def _after_rounding(work: Work, spec: ExportSpec, out: Path, loaded: dict[Path, 
     """
     if work.evaluation is None:
         return ()
-    run, result = work.evaluation
-    evaluated = [part.task for part in (*evaluation_works(work, work.teacher, TEACHER), *_evaluations(work))]
+    (run, result), maker = work.evaluation, work.before[-1]
+    parts = (*evaluation_works(work, work.teacher, TEACHER), *evaluation_works(maker, work.start, work.start.name))
     readable, evaluations = loaded is not None or (out / "config.json").is_file(), None
-    if spec.evaluate and readable and on_process_zero(lambda: all(map(differs_only_in, evaluated))):
-        maker = work.before[-1].replace(folder=work.folder, loaded=loaded, overwrite=True)
+    if spec.evaluate and readable and on_process_zero(lambda: all(differs_only_in(part.task) for part in parts)):
         tokenizer = None if loaded is None else work.start
-        evaluations = evaluate_model(maker.replace(tokenizer=tokenizer), out, out.name)
+        maker = maker.replace(folder=work.folder, loaded=loaded, overwrite=True, tokenizer=tokenizer)
+        evaluations = evaluate_model(maker, out, out.name)
     return rounded_rows(run, result.teacher, result.sets, evaluations)
-
-
-def _evaluations(work: Work) -> list[Work]:
-    """Return a `Work` for evaluating the model that is exported on each set."""
-    maker = work.before[-1]
-    return evaluation_works(maker, maker.out, maker.out.name)
-
-
-# Calibration ------------------------------------------------------------------------------------------------
-
-
-def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructConfig, model: Model) -> Any:
-    """Compute an export format's calibration statistic on calibration records; resumes layer by layer."""
-    batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
-    settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
-    made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
-    cache = ArrayCache(_calibrated(work), made_from)
-    with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
-        function = CALIBRATIONS[calibration.function]
-        return function(model, batches, repair, progress=progress, cache=cache, **calibration.settings)
 
 
 def _calibrated(work: Work) -> Path:

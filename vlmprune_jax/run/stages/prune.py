@@ -1,17 +1,23 @@
-"""Scores -> `plan.json` and the pruned model's folder `pruned/`."""
+"""Importance scores of the unpruned model -> `scores*.npz`; these -> `plan.json` and the pruned model's `pruned/`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from vlmprune_jax.base.cache import ArrayCache
 from vlmprune_jax.base.errors import UserError, error_context
-from vlmprune_jax.base.processes import on_process_zero
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.base.files import Count
+from vlmprune_jax.base.processes import is_main_process, on_process_zero
+from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import LAYERS, Key
-from vlmprune_jax.core.prune import CRITERIA, PrunePlan, Scores
+from vlmprune_jax.core.prune import CRITERIA, PrunePlan, Scores, fingerprint, score
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.cost import amount
 from vlmprune_jax.core.prune.criteria.weights import random_scores
@@ -31,13 +37,111 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import unusual_counts
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import affecting
-from vlmprune_jax.run.stages.score import criteria_of, criterion_files, stacks_of
-from vlmprune_jax.run.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
-from vlmprune_jax.run.stages.work import Work
+from vlmprune_jax.run.stages.vocabulary import (
+    VOCABULARY,
+    report_vocabulary,
+    sources_of,
+    vocabulary_files,
+    vocabulary_lines,
+)
+from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.artefact import write_artefact
+from vlmprune_jax.run.workdir.content import content_key, made_from
 from vlmprune_jax.run.workdir.ledger import Task, write_text
 from vlmprune_jax.run.workdir.steps import PruneFacts
-from vlmprune_jax.run.workdir.vocabulary import VOCABULARY
+
+_FILES = {"text": "scores", "vision": "scores_vision"}
+
+
+class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Result of the score stage: criterion per scores file, number of records, unreadable record ids."""
+
+    criteria: dict[str, str]
+    samples: Count
+    skipped: list[str] = []
+
+
+def stacks_of(prune: PlanConfig) -> tuple[str, ...]:
+    """Return the names of the stacks to prune."""
+    return STACKS if prune.stack == "both" else (prune.stack,)
+
+
+def criteria_of(spec: ScoreConfig, prune: PlanConfig, stack: str | None = None) -> dict[str, str]:
+    """Return {scores file: criterion} that the pruning method needs; {} if it needs no scores."""
+    if not prune.needs_scores:
+        return {}
+    files = [*zip(("", "_width"), spec.criteria(prune.method), strict=False)]
+    stacks = stacks_of(prune) if stack is None else (stack,)
+    return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files}
+
+
+def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
+    """Return the source files of users' criteria, on which scores depend."""
+    files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def _parts(output: Path) -> Path:
+    """Return the folder in which an interrupted layer-by-layer scoring pass saves its finished layers."""
+    return output.with_name(f".{output.name}.parts")
+
+
+def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> Task:
+    """Add the score stage's files: a scores file per criterion, and the calibration records."""
+    criteria = criteria_of(spec, prune)
+    needs_records = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
+    records = inputs.record_files(data, "train") if needs_records else {}
+    outputs = [work.folder / name for name in criteria]
+    return task.add(
+        inputs={**records, **criterion_files(criteria.values())},
+        outputs=outputs,
+        journals=[path for output in outputs for path in (journal_path(output), _parts(output))],
+        settings={"criteria": criteria},
+        without=("score.depth", "score.width"),  # those that the method needs are its criteria
+    )
+
+
+def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> ScoreFacts:
+    """Score the layers, or heads and neurons, of every stack to prune."""
+    model, criteria = work.load(work.teacher), criteria_of(spec, prune)
+    for stack in stacks_of(prune):
+        model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
+    needed = [CRITERIA[criterion] for criterion in criteria.values()]
+    batches, key, routing = None, "", None
+    if any(criterion.needs == "routing" for criterion in needed):
+        # Of the same records and model, the routing of tokens is known from an earlier run.
+        named = affecting("score", {"model": work.model, "data": data})
+        named |= {name: getattr(spec, name) for name in ("samples", "longest_text", "seed")}
+        key = content_key(made_from(named, {**work.model_files, **inputs.record_files(data, "train")}, 1))
+        with contextlib.suppress(UserError):
+            stored = Routing.load(work.folder / ROUTING)
+            routing = stored if (stored.made_from, stored.fingerprint) == (key, fingerprint(model)) else None
+    if any(criterion.needs_batches and (criterion.needs != "routing" or routing is None) for criterion in needed):
+        batches = inputs.calibration_batches(work.model, data, spec, model.cfg, seed=spec.seed)
+    settings = affecting("score", {"model": work.model, "data": data, "score": spec})
+    for stack in stacks_of(prune):
+        for name, criterion in criteria_of(spec, prune, stack).items():
+            chosen, output = CRITERIA[criterion], work.folder / name
+            total = chosen.total(model.cfg, batches or [], stack)
+            options: dict[str, Any] = {"stack": stack}
+            if chosen.needs == "routing":
+                options["routing"] = routing
+            if chosen.needs == "labels":
+                origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
+                options["cache"] = ArrayCache(_parts(output), origin)
+            else:
+                options["journal"] = work.journal(output, {"batches": total})
+            title = criterion if stack == "text" else f"{criterion} of the tower"
+            with work.phase(f"score ({title})", total) as progress:
+                scores = score(model, batches, spec, criterion=criterion, progress=progress, **options)
+            if is_main_process():
+                scores.save(output)
+                if scores.routing is not None and routing is None:
+                    dataclasses.replace(scores.routing, made_from=key).save(work.folder / ROUTING)
+    skipped = [name for batch in batches or [] for name, _ in batch.skipped]
+    if skipped:
+        work.say(f"  {len(skipped)} unreadable records were skipped: {', '.join(skipped[:5])}")
+    return ScoreFacts(criteria=criteria, samples=0 if batches is None else spec.samples, skipped=skipped)
 
 
 def prune_task(

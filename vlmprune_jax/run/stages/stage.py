@@ -86,6 +86,7 @@ STAGES = Registry(
     {
         "score": Stage(
             "measure the importance of layers, heads and neurons -> scores.npz",
+            module="prune",
             sections=("data", "score", "prune"),
             outputs=("scores*.npz",),
             per="variant",

@@ -7,7 +7,6 @@ import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import settings_of
@@ -20,8 +19,8 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.experiment.arguments import evaluation_sets, export_options, with_rounding
 from vlmprune_jax.run.experiment.spec import Experiment, options
-from vlmprune_jax.run.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.run.stages.score import criteria_of
+from vlmprune_jax.run.experiment.variants import variants_of
+from vlmprune_jax.run.stages.prune import criteria_of
 from vlmprune_jax.run.stages.stage import STAGES, without_scores
 from vlmprune_jax.run.stages.work import source_config
 
@@ -86,8 +85,8 @@ def _variants(experiment: Experiment) -> list[Experiment]:
     """Return one experiment per recovery of every pruned model, and one per pruned model without recoveries."""
     return [
         variant
-        for pruned in prune_runs(experiment, Path())
-        for variant in [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
+        for pruned in variants_of(experiment)
+        for variant in [run.experiment for run in pruned.recoveries] or [pruned.experiment]
     ]
 
 

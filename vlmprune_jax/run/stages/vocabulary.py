@@ -10,11 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from msgspec import Meta
 from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.files import Count, Finite
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
@@ -29,11 +31,57 @@ from vlmprune_jax.io.data.records import DATASETS, TFDS
 from vlmprune_jax.io.exports.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.run.evaluation.runner import log_likelihoods
 from vlmprune_jax.run.stages.work import Work
-from vlmprune_jax.run.workdir.vocabulary import TextSample, VocabularyReport
+from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
 
+VOCABULARY = "vocabulary.json"
 _MEASURED = 2**15  # bytes of text on which bits per byte are measured
 _WINDOW = 2048  # window in tokens (at most the model's positions)
 _SCRIPTS = 8  # maximum number of writing systems listed, most frequent first
+
+
+class TextSample(Part, frozen=True, kw_only=True):
+    """Comparison of the original and the trimmed tokenizer on held-out texts of one writing system, or of "all".
+
+    `equal`: number of texts that both tokenizers split alike. `kept`: number of texts whose original tokens all remain.
+    `broken`: number of `kept` texts that are split differently all the same. Bits per byte are the unpruned model's
+    with either vocabulary, on the first `measured_bytes` bytes.
+    """
+
+    name: str
+    texts: Count
+    equal: Count
+    kept: Count
+    broken: Count
+    bytes: Count
+    tokens_before: Count
+    tokens_after: Count
+    measured_bytes: Count = 0
+    bits_before: Finite | None = None
+    bits_after: Finite | None = None
+
+    @property
+    def growth(self) -> float:
+        """Additional tokens after trimming the vocabulary, as a share of the tokens before."""
+        return self.tokens_after / max(self.tokens_before, 1) - 1
+
+
+class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
+    """Report on a trimmed vocabulary: sizes before and after, and token counts of held-out texts.
+
+    `parameters`: number of parameters in the removed rows.
+    """
+
+    HINT: ClassVar[str] = "run `vlmprune prune` again"
+    rows_before: Count
+    rows: Count
+    parameters: Count
+    samples: Annotated[list[TextSample], Meta(max_length=100)]
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """Return the number of tokens that the plan in a folder keeps; None for the whole vocabulary."""
+    report = find_artefact(folder / VOCABULARY, VocabularyReport)
+    return None if report is None else report.rows
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:
@@ -65,7 +113,16 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
     if len(scripts) > 1:
         samples += [_sample(name, some, source, trimmed, vocabulary) for name, some in scripts]
     if texts and config.bits:
-        samples[0] = _with_bits(samples[0], work, texts, source, vocabulary)
+        some, size = list[str](), 0
+        for text in texts:
+            if some and size + len(text.encode()) > _MEASURED:
+                break
+            some.append(text)
+            size += len(text.encode())
+        model = work.load(work.teacher, ("text", "projector"))
+        versions = ((model, source.tokenizer), (trim_vocabulary(model, vocabulary), trimmed))
+        bits = [_bits(version, [*itertools.chain(*tokens_of(by, some))], size) for version, by in versions]
+        samples[0] = replace(samples[0], measured_bytes=size, bits_before=bits[0], bits_after=bits[1])
     return VocabularyReport(
         rows_before=vocabulary.rows_before,
         rows=len(vocabulary.kept),
@@ -129,22 +186,6 @@ def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocab
     names = ("equal", "kept", "broken", "tokens_before", "tokens_after")
     size = sum(len(text.encode()) for text in texts)
     return TextSample(name=name, texts=len(texts), bytes=size, **{field: counts[field] for field in names})
-
-
-def _with_bits(
-    sample: TextSample, work: Work, texts: Sequence[str], source: Source, vocabulary: KeptVocabulary
-) -> TextSample:
-    """Add the model's bits per byte on the texts, before and after trimming the vocabulary."""
-    some, size = list[str](), 0
-    for text in texts:
-        if some and size + len(text.encode()) > _MEASURED:
-            break
-        some.append(text)
-        size += len(text.encode())
-    model = work.load(work.teacher, ("text", "projector"))
-    versions = ((model, source.tokenizer), (trim_vocabulary(model, vocabulary), load_tokenizer(work.out)))
-    bits = [_bits(version, [*itertools.chain(*tokens_of(by, some))], size) for version, by in versions]
-    return replace(sample, measured_bytes=size, bits_before=bits[0], bits_after=bits[1])
 
 
 def _bits(model: Model, ids: list[int], size: int) -> float | None:

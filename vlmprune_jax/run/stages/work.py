@@ -19,6 +19,7 @@ from vlmprune_jax.base.checks import file_of_users
 from vlmprune_jax.base.console import Reporter
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.journal import Journal
+from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of_spec
 from vlmprune_jax.core.mesh.stop import StopSignal
@@ -34,7 +35,7 @@ from vlmprune_jax.io.data.inputs import record_files
 from vlmprune_jax.io.exports.card import model_name
 from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
-from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
+from vlmprune_jax.run.experiment.variants import CONTROL, NO_RECOVERY, Variant, variants_of
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.workdir.content import content_key
 from vlmprune_jax.run.workdir.evaluation import DEFAULT_SET
@@ -115,10 +116,6 @@ class Work:
         """Folder of the model that the stage makes."""
         return self.workdir / self.record.path
 
-    def relative(self, path: Path) -> str:
-        """Return a path relative to the workdir."""
-        return path.relative_to(self.workdir).as_posix()
-
     @property
     def reconstructed(self) -> bool:
         """True if this step or an earlier one repaired the model without training."""
@@ -156,7 +153,6 @@ class Work:
             facts=typing.get_type_hints(run).get("return", NoFacts),
             scratch=[self.folder / name for name in stage.scratch],
             journals=[self.folder / name for name in stage.journals],
-            makers={pattern: name for name, maker in STAGES.items() for pattern in (*maker.outputs, maker.model)},
             kind=self.stage,
             store=self.store,
             beside=stage.beside,
@@ -172,23 +168,17 @@ class Work:
         A recovery's control comes after the first model with this recovery.
         """
         steps, controls = list[Work](), dict[str, Work]()  # controls by everything that they depend on
-        for pruned in prune_runs(self.experiment, self.workdir):
-            recoveries = recover_runs(pruned)
+        for pruned in variants_of(self.experiment):
             is_pruned = pruned.experiment.prune.method != "none"  # otherwise the model is its own control
-            folder = self.relative(pruned.folder)
-            place = self.replace(variant=folder, folder=folder, pruned=is_pruned, recovery=NO_RECOVERY)
-            variant = place.replace(experiment=pruned.experiment, name=pruned.name)
-            shared = _chain("variant", variant, last=not recoveries)
+            folder = pruned.folder.as_posix()
+            variant = self.replace(experiment=pruned.experiment, name=pruned.name, recovery=NO_RECOVERY)
+            variant = variant.replace(variant=folder, folder=folder, pruned=is_pruned)
+            shared = _chain("variant", variant, last=not pruned.recoveries)
             steps += shared
-            for run in recoveries:
-                work = place.replace(
-                    experiment=run.experiment,
-                    folder=self.relative(run.folder),
-                    name=run.name,
-                    recovery=run.experiment.recover.name,
-                    before=tuple(shared),
-                )
-                spec = run.experiment.recover
+            for run in pruned.recoveries:
+                spec, folder = run.experiment.recover, run.folder.as_posix()
+                work = variant.replace(experiment=run.experiment, name=run.name, recovery=spec.name, folder=folder)
+                work = work.replace(before=tuple(shared))
                 if not (is_pruned and spec.control and terms_of(spec.losses, teacher=False)):
                     steps += _chain("recovery", work)
                     continue
@@ -358,13 +348,11 @@ def _control(root: Work, run: Variant, pruned: Variant, taken: Collection[str]) 
         for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
             folder = getattr(spec.sections[section], cache)
             if folder is not None:
-                changed: dict[str, Any] = {cache: str(Path(folder) / CONTROL)}
-                changed = {section: dataclasses.replace(spec.sections[section], **changed)}
-                spec = dataclasses.replace(spec, **changed)
+                spec = override(spec, {section: {cache: str(Path(folder) / CONTROL)}})
     name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
     folder = (CONTROL / below).as_posix()
     if folder in taken:
-        name, folder = f"{pruned.name}-{name}", root.relative(pruned.folder / CONTROL / below)
+        name, folder = f"{pruned.name}-{name}", (pruned.folder / CONTROL / below).as_posix()
     return root.replace(
         stage="recover",
         experiment=spec,

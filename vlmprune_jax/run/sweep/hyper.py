@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.base.errors import UserError, differences, error_context
@@ -126,7 +125,10 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     if not 0 < len(points) <= MOST_RUNS:
         raise UserError(f"get_hyper(hyper): lists {len(points):,} runs, expected 1 to {MOST_RUNS:,}: change the list")
     points = [_bare(point) for point in points]
-    short, runs = _short_names(points), []
+    short, runs = (
+        _short_names(points),
+        dict[str, SweepRun](),
+    )  # by folder, also where disks ignore case
     for point in points:
         labels = {short[name]: _text(value) for name, value in point.items() if name in short}
         run_labels = dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))  # seeds last
@@ -135,9 +137,17 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
         group = _name({label: value for label, value in run_labels.items() if not _is_seed(label)})
         with error_context(f"run {name}"):
             experiment = prefer_explicit(override(base, nested(base, overrides)), overrides, "config.")
-        runs.append(SweepRun(name, group, run_labels, overrides, experiment))
-    _check_names(runs)
-    return runs
+        run = SweepRun(name, group, run_labels, overrides, experiment)
+        if (other := runs.setdefault(name.casefold(), run)) is run:
+            continue
+        before, now = ({name: repr(value) for name, value in each.overrides.items()} for each in (other, run))
+        if not (changes := differences(before, now)):
+            raise UserError(f"get_hyper(hyper): lists {name} twice: remove one of them")
+        raise UserError(
+            f"get_hyper(hyper): two runs have the name {name} ({'; '.join(changes[:2])}): name them with "
+            "hyper.named(LABEL, {NAME: {setting: value}})"
+        )
+    return list(runs.values())
 
 
 def check_runs(runs: Sequence[SweepRun], jobs: int) -> None:
@@ -150,7 +160,7 @@ def check_runs(runs: Sequence[SweepRun], jobs: int) -> None:
         raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
     for run in runs:
         with error_context(f"run {run.name}"):
-            check_experiment(run.experiment, Path())
+            check_experiment(run.experiment)
         sets, first = (evaluation_sets(each.experiment.data, each.experiment.evaluate) for each in (run, runs[0]))
         if sets != first:
             raise UserError(
@@ -236,20 +246,3 @@ def _hash(text: str) -> str:
 def _name(labels: Mapping[str, str]) -> str:
     name = ",".join(f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', label)}={value}" for label, value in labels.items())
     return _cut(name, name, LONGEST_NAME) or ONLY
-
-
-def _check_names(runs: Sequence[SweepRun]) -> None:
-    """Raise UserError if two runs would share a folder, also on case-insensitive disks."""
-    known: dict[str, SweepRun] = {}
-    for run in runs:
-        other = known.setdefault(run.name.casefold(), run)
-        if other is run:
-            continue
-        before, now = ({name: repr(value) for name, value in each.overrides.items()} for each in (other, run))
-        changes = differences(before, now)
-        if not changes:
-            raise UserError(f"get_hyper(hyper): lists {run.name} twice: remove one of them")
-        raise UserError(
-            f"get_hyper(hyper): two runs have the name {run.name} ({'; '.join(changes[:2])}): name them with "
-            "hyper.named(LABEL, {NAME: {setting: value}})"
-        )

@@ -23,8 +23,7 @@ from vlmprune_jax.run.experiment.arguments import evaluation_sets
 from vlmprune_jax.run.experiment.spec import Experiment, affecting
 from vlmprune_jax.run.experiment.variants import CONTROL
 from vlmprune_jax.run.stages.evaluate import evaluation_works
-from vlmprune_jax.run.stages.pipeline import make_models
-from vlmprune_jax.run.stages.preflight import preflight
+from vlmprune_jax.run.stages.pipeline import make_models, preflight
 from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.sweep.hyper import SweepRun
@@ -99,11 +98,11 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     result = make_models(work)
     if not is_main_process():
         return
-    settings = run.experiment
-    shared: dict[str, Any] = {"model": settings.model.hf_dir, "image_tokens": settings.data.max_image_tokens}
+    tokens = run.experiment.data.max_image_tokens
+    shared: dict[str, Any] = {"model": run.experiment.model.hf_dir, "image_tokens": tokens}
     models = [replace(model, **shared, digest=digest(folder / model.path, every_byte=True)) for model in result.runs]
-    unpruned = replace(result.teacher, image_tokens=shared["image_tokens"])
-    write_artefact(folder / RESULT, replace(result, teacher=unpruned, runs=models, made_from=made_from))
+    result = replace(result, teacher=replace(result.teacher, image_tokens=tokens), runs=models, made_from=made_from)
+    write_artefact(folder / RESULT, result)
 
 
 def read_run(run: SweepRun, sweep: Sweep, *, unchanged: bool = False) -> Result | None:
@@ -143,10 +142,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     return content_key(tasks, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
 
 
-@functools.cache
-def digest_once(path: Path | str) -> str:
-    """Return `digest(path)`, which is computed only once per path and command."""
-    return digest(path)
+digest_once = functools.cache(digest)  # once per path and command
 
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
@@ -307,7 +303,14 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
     times, rows = dict.fromkeys(stages, 0), []
     for number, run in enumerate(runs, start=1):
-        keys, cells = _stage_keys(run, sweep, reporter), []
+        data = run.experiment.data  # a data set may not be written yet
+        data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")
+        written = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
+        keys, cells = dict[str, str](), []  # runs with equal keys share a stage's result
+        for step in sweep.work(written, reporter).steps:
+            inputs, before = sorted(map(str, step.task.outside.values())), [keys[done.stage] for done in step.before]
+            key = content_key(step.stage, step.task.settings, inputs, before)
+            keys[CONTROL if step.record.control else step.stage] = key
         for stage in stages:
             by = first.setdefault(keys[stage], number) if stage in keys else None
             times[stage] += by == number
@@ -317,17 +320,3 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
     reporter.table(f"{len(runs)} runs", ("run", *labels, *stages, "state"), rows)
     counts = ", ".join(f"{stage} {count} times" for stage, count in times.items() if count)
     reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
-
-
-def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
-    """Return {stage: content key} of a run; runs with equal keys share the stage's result."""
-    data = run.experiment.data
-    data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
-    keys: dict[str, str] = {}
-    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
-    for step in sweep.work(run, reporter).steps:
-        task = step.task
-        before = [keys[earlier.stage] for earlier in step.before]
-        stage = CONTROL if step.record.control else step.stage
-        keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
-    return keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -186,15 +186,22 @@ def read_unfinished(workdir: Path) -> Unfinished:
         result = make_result(workdir, steps, sets, known)
         runs = [replace(run, speed=speeds.get(run.name)) for run in result.runs]
         result = replace(result, runs=runs, teacher=replace(result.teacher, speed=speeds.get("")))
-    left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
-    missing = [(what, _COMMAND.format(name, workdir)) for what, name in _missing(steps, bool(teacher), left, workdir)]
-    variants = []
+    missing = [] if teacher else [("the scores of the unpruned model", "evaluate")]
+    variants, blocked = [], set[str]()
     for step in steps:
+        if not blocked & {step.variant, step.folder} and not step.is_done(workdir):  # the first one of each variant
+            blocked.add(step.folder)
+            missing.append((f"{step.name}: {step.about}", step.stage))
         if step.stage == "prune":
             is_planned = (workdir / step.plan).is_file()
             method = PrunePlan.from_json(workdir / step.plan).method if is_planned else None
             variants.append(Variant(step.name, method, step.plan if is_planned else None, step.scores(workdir)))
-    return Unfinished(result, variants, missing)
+    left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
+    if left and teacher:
+        missing.append((f"the scores of {', '.join(left)}", "evaluate"))
+    if steps or not teacher:
+        missing.append(("the export of the best model, its comparison, and all other unfinished stages", "run"))
+    return Unfinished(result, variants, [(what, _COMMAND.format(name, workdir)) for what, name in missing])
 
 
 def make_result(
@@ -220,7 +227,17 @@ def make_result(
         done = {member.stage: records[member.record] for member in chain if member.record in records}
         made: dict[str, Any] = {"parameters": unpruned.parameters, "decoder_ratio": 0.0}
         if step.pruned:
-            made = _of_plan(step, done, workdir)
+            plan, pruned = PrunePlan.from_json(workdir / step.plan), _facts(done.get("prune"), PruneFacts)
+            repaired = _facts(done.get("reconstruct"), dict[str, Any])
+            made = {name: getattr(plan, name) for name in ("method", "criterion", "target_ratio", "actual_ratio")}
+            made |= {
+                "decoder_ratio": None if pruned is None else pruned[0].decoder_ratio,
+                "parameters": plan.parameters_after,
+                "removed_layers": list(plan.removed_layers),
+                "reconstruct": "none" if repaired is None else repaired[1].method,
+                "plan": step.plan,
+                "scores": step.scores(workdir),
+            }
         if (trained := _facts(done.get("recover"), RecoverFacts)) is not None:
             facts, settings = trained
             made |= {"data_fraction": settings.fraction, "training_records": facts.records}
@@ -245,38 +262,3 @@ def _facts(record: StageRecord | None, kind: Any) -> Any:
         with contextlib.suppress(msgspec.ValidationError, RecursionError):
             return msgspec.convert((record.facts, record.made_from.settings), tuple[kind, _Settings])
     return None
-
-
-def _of_plan(step: StepRecord, done: Mapping[str, StageRecord], workdir: Path) -> dict[str, Any]:
-    """Return the fields of a pruned model's entry in `result.json` that its plan determines."""
-    plan, pruned = PrunePlan.from_json(workdir / step.plan), _facts(done.get("prune"), PruneFacts)
-    repaired = _facts(done.get("reconstruct"), dict[str, Any])
-    return {
-        "method": plan.method,
-        "criterion": plan.criterion,
-        "target_ratio": plan.target_ratio,
-        "actual_ratio": plan.actual_ratio,
-        "decoder_ratio": None if pruned is None else pruned[0].decoder_ratio,
-        "parameters": plan.parameters_after,
-        "removed_layers": list(plan.removed_layers),
-        "reconstruct": "none" if repaired is None else repaired[1].method,
-        "plan": step.plan,
-        "scores": step.scores(workdir),
-    }
-
-
-def _missing(
-    steps: Sequence[StepRecord], teacher: bool, left: Sequence[str], workdir: Path
-) -> Iterator[tuple[str, str]]:
-    """Yield (missing item, command that makes it) for the first unfinished step of each variant."""
-    if not teacher:
-        yield "the scores of the unpruned model", "evaluate"
-    blocked: set[str] = set()
-    for step in steps:
-        if not blocked & {step.variant, step.folder} and not step.is_done(workdir):
-            blocked.add(step.folder)
-            yield f"{step.name}: {step.about}", step.stage
-    if left and teacher:
-        yield f"the scores of {', '.join(left)}", "evaluate"
-    if steps or not teacher:
-        yield "the export of the best model, its comparison, and all other unfinished stages", "run"
