@@ -153,6 +153,7 @@ class Work:
             facts=typing.get_type_hints(run).get("return", NoFacts),
             scratch=[self.folder / name for name in stage.scratch],
             journals=[self.folder / name for name in stage.journals],
+            makers={pattern: name for name, maker in STAGES.items() for pattern in (*maker.outputs, maker.model)},
             kind=self.stage,
             store=self.store,
             beside=stage.beside,

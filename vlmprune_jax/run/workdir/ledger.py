@@ -23,7 +23,6 @@ from vlmprune_jax.base.files import Finite, checked, replacing
 from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.mesh.mesh import start_devices
 from vlmprune_jax.core.mesh.stop import noticed
-from vlmprune_jax.run.stages.stage import STAGES
 from vlmprune_jax.run.workdir.artefact import Artefact, read_artefact, write_artefact
 from vlmprune_jax.run.workdir.content import MadeFrom, content_key, digest, made_by, made_from, plain
 from vlmprune_jax.run.workdir.store import RECORD, Store, exclusive, link
@@ -70,6 +69,7 @@ class Task:
       version: number that changes whenever the function gives different results for the same inputs.
       scratch: files from which an interrupted task resumes.
       journals: like `scratch`, but deleted without asking if the inputs changed.
+      makers: {pattern of file names in the workdir: command that makes them}, for messages about missing inputs.
       kind: tasks of one kind can reuse each other's results from a `store` that the runs of a sweep share.
       beside: advice on how to make a second result without replacing the first, for messages.
     """
@@ -84,6 +84,7 @@ class Task:
     facts: type[msgspec.Struct] = NoFacts
     scratch: Sequence[Path] = ()
     journals: Sequence[Path] = ()
+    makers: Mapping[str, str] = field(default_factory=dict)
     kind: str = ""
     store: Store | None = None
     beside: str = "use another --workdir"
@@ -209,8 +210,8 @@ def _check_inputs(task: Task) -> None:
     """Raise UserError if an input is missing, with the command that makes it if it is a stage's."""
     for name, path in task.inputs.items():
         if isinstance(path, Path) and not path.exists():
-            for maker, stage in STAGES.items() if name not in task.outside else ():
-                if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*stage.outputs, stage.model)):
+            for pattern, maker in task.makers.items() if name not in task.outside else ():
+                if fnmatch.fnmatchcase(path.name, pattern):
                     raise UserError(f"{path}: no such file or folder: run `vlmprune {maker}` (or `vlmprune run`) first")
             raise UserError(f"{task.name}: {name} is {path}: no such file or folder")
 
