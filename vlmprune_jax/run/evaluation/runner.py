@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.files import Count
 from vlmprune_jax.base.journal import Journal, continued, is_of
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.mesh.mesh import mesh_of, place_batch, row_ways, use_mesh
 from vlmprune_jax.core.models.generate import generate, on_decoding_mesh
 from vlmprune_jax.core.models.params import count_params
@@ -167,7 +166,12 @@ def ask(
             max_new_tokens=max_new_tokens,
             prefix=batch.prefix,
         )
-        return _decoded(batch, tokens, tokenizer, model.cfg)
+        is_end = np.isin(tokens, model.cfg.eos_token_ids)
+        lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
+        rows = np.flatnonzero(batch.valid).tolist()
+        ids = [tokens[row, : lengths[row]].tolist() for row in rows]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
 
     def answers_all(batch: QuestionBatch, entry: Any) -> bool:
         return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
@@ -183,15 +187,6 @@ def ask(
         for (place, record), (text, tokens) in zip(asked, replies, strict=True)
     ]
     return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
-
-
-def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
-    """Return (text, number of tokens) of every generated row that holds a question."""
-    is_end = np.isin(tokens, cfg.eos_token_ids)
-    lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
-    rows = [row for row in range(len(tokens)) if batch.valid[row]]
-    texts = tokenizer.batch_decode([tokens[row, : lengths[row]].tolist() for row in rows], skip_special_tokens=True)
-    return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
 
 
 def check_answered(records: Iterable[Record]) -> None:

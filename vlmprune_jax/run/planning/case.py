@@ -31,7 +31,6 @@ from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
 from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
 from vlmprune_jax.core.recovery.trainable import partition
-from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.inputs import count_records, length_buckets
 from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets, within_row
@@ -41,13 +40,8 @@ from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.experiment.variants import Variant, prune_runs, recover_runs
 from vlmprune_jax.run.planning.ahead_of_time import DoesNotFit, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of, size_of
-from vlmprune_jax.run.stages.work import teacher_folder
-from vlmprune_jax.run.workdir.tpu_plan import (
-    Hbm,
-    PlannedEvaluation,
-    PlannedStep,
-    TpuPlan,
-)
+from vlmprune_jax.run.stages.work import source_config
+from vlmprune_jax.run.workdir.tpu_plan import Hbm, PlannedEvaluation, PlannedStep, TpuPlan
 
 _VIDEO = 1920, 1080  # width and height of planned videos
 
@@ -58,7 +52,7 @@ class Case:
 
     `lengths`, `slots`, `image_tokens`: buckets (ascending) of tokens, of images or tiles, and of image tokens per row
     (empty unless image sizes vary). The planned step uses the largest bucket of each. `patches`: number of images, or
-    temporal patches of videos, that share the image tokens of a row. `records`: number of training records; None if
+    temporal patches of videos, that share the image tokens of a row. `steps`: number of training steps; None if
     unknown.
     """
 
@@ -72,7 +66,7 @@ class Case:
     slots: tuple[int, ...]
     slice: Slice
     image_tokens: tuple[int, ...] = ()
-    records: int | None = None
+    steps: int | None = None
     patches: int = 1
 
 
@@ -106,7 +100,7 @@ def make_case(
         slots=slots,
         slice=target,
         image_tokens=within_row(image_tokens, lengths[-1]),
-        records=records,
+        steps=config.steps if records is None else config.num_steps(records),
         patches=patches,
     )
 
@@ -114,10 +108,9 @@ def make_case(
 def read_shapes(run: Variant, pruned: bool) -> tuple[Path, ModelConfig, PrunePlan]:
     """Return an unpruned model's folder, config and plan; if the run has not `pruned` yet, predict the plan."""
     model, file = run.experiment.model, run.folder / "plan.json"
-    hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
-    _, cfg = read_config(hf_dir, tower)
+    cfg = source_config(model)
     plan = PrunePlan.from_json(file) if pruned and file.is_file() else predict_plan(run.experiment, cfg)
-    return hf_dir, cfg, plan
+    return Path(model.hf_dir), cfg, plan
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -206,7 +199,6 @@ def estimate(case: Case) -> PlannedStep:
     in_all = sum(received.values())
     traffic = compiled.arguments + 2 * (compiled.temporaries + in_all)
     seconds = chip.seconds(compiled.flops / mesh.size, traffic, in_all)
-    known = config.steps is not None or case.records is None
     return PlannedStep(
         topology=case.slice.name,
         chips=mesh.size // chip.halves,
@@ -231,7 +223,7 @@ def estimate(case: Case) -> PlannedStep:
         received=received,
         seconds=seconds,
         mfu=model.total / (max(seconds.values()) * mesh.size * chip.flops),
-        steps=config.steps if known else config.num_steps(case.records or 0),
+        steps=case.steps,
         compile_seconds=compiled.seconds,
     )
 
@@ -287,11 +279,8 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     if case.cfg.dynamic_resolution and case.cfg.text.rope.sections:
         batch["position_ids"] = rows((n_rows, 3, length), np.int32)
     if vision is not None and projector is not None and images:
-        tokens, by_patch, features = (
-            each * max(case.image_tokens, default=0),
-            vision.dynamic_resolution,
-            case.cfg.feature_shape,
-        )
+        tokens, by_patch = each * max(case.image_tokens, default=0), vision.dynamic_resolution
+        features = case.cfg.feature_shape
         shape: tuple[int, ...] = (images, vision.channels, vision.image_size, vision.image_size)
         if not case.cfg.tower:
             shape = (tokens, features[1]) if by_patch else (images, *features)

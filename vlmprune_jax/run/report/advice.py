@@ -33,7 +33,9 @@ def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], r
     repeats them and writes the config.
     """
     recommendation = advice.recommendation
-    path = saved_as(save, recommendation.target.ratio)
+    path = Path(save or f"recommended_{100 * recommendation.target.ratio:.3g}.yaml")
+    if path.suffix not in YAML or "\0" in path.name:
+        raise UserError(f"--save={save}: must be the name of a config file, such as recommended.yaml")
     if save is not None:
         text = advice.config.encode(errors="backslashreplace")
         same_size = path.is_file() and path.stat().st_size == len(text)
@@ -47,17 +49,6 @@ def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], r
     _say(evidence(recommendation, guide, advice.own_data), reporter)
     if not advice.own_data:
         _say([("more", "--train, --images and --eval set your files")], reporter)
-
-
-def saved_as(text: str | None, ratio: float = 0.0) -> Path:
-    """Return the path for the recommended config file (default: recommended_30.yaml for 30 %).
-
-    Raises UserError if the name is not that of a YAML file.
-    """
-    path = Path(text or f"recommended_{100 * ratio:.3g}.yaml")
-    if path.suffix not in YAML or "\0" in path.name:
-        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.yaml")
-    return path
 
 
 def _say(pairs: Iterable[tuple[str, str]], reporter: Reporter) -> None:

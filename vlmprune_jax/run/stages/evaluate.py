@@ -54,9 +54,8 @@ from vlmprune_jax.run.workdir.evaluation import (
     TEACHER,
     UNPRUNED,
     Evaluated,
+    Group,
     MetricInfo,
-    as_columns,
-    as_groups,
     evaluation_file,
     find_evaluated,
     read_evaluated,
@@ -238,11 +237,14 @@ def _measure(work: Work, done: StageRecord) -> Evaluated:
     intervals = dict[str, Any]()
     for name, original in compared.items() if is_quick(metric, scores) else ():
         intervals[name] = retained_interval(metric, scores, _scores(eval_set, original, records), records)
+    names, groups = dict.fromkeys(name for score in scores for name in score), dict[str, Group]()
+    for name, values in metric.values_of_groups(scores, records).items():
+        groups[name] = Group(questions=int(values.pop("questions")), values=values)
     evaluated = Evaluated(
         **intervals,
         metric=MetricInfo(name=eval_set.metric, **metric.describe()),
         values=metric.values(scores, records),
-        groups=as_groups(metric.values_of_groups(scores, records)),
+        groups=groups,
         counted="questions" if eval_set.text is None else "tokens",
         count=facts.questions if eval_set.text is None else facts.tokens,
         parameters=facts.parameters,
@@ -250,7 +252,7 @@ def _measure(work: Work, done: StageRecord) -> Evaluated:
         model_seconds=facts.model_seconds,
         mean_generated_tokens=facts.mean_generated_tokens,
         answers=answers.name,
-        scores=as_columns(scores),
+        scores={name: [score.get(name) for score in scores] for name in names},
     )
     write_artefact(path, evaluated)
     return evaluated

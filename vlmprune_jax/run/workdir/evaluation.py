@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -89,20 +88,6 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     def main_line(self) -> str:
         """Return an evaluation as text, such as "accuracy 81.25 % on 160 questions"."""
         return f"{self.metric.main} {self.metric.show(self.values[self.metric.main])} on {self.count:,} {self.counted}"
-
-
-def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, Group]:
-    """Convert the values of `Metric.values_of_groups` to {group name: `Group`}."""
-    return {
-        name: Group(questions=int(row["questions"]), values={key: v for key, v in row.items() if key != "questions"})
-        for name, row in values_by_group.items()
-    }
-
-
-def as_columns(scores: Iterable[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Convert one mapping per question to one list per score, with None where missing."""
-    rows = list(scores)
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def evaluation_file(folder: Path, name: str, key: str) -> Path:
