@@ -48,7 +48,6 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _conditions(measured: Speed | Bench) -> str:
-    """Return machine, prompt and number of repetitions of a measurement as text."""
     workload = measured.workload
     image = ", an image first" if workload.image else ""
     return (
@@ -106,6 +105,5 @@ def bench_notes(bench: Bench) -> list[str]:
 
 
 def _path_end(name: str, longest: int = 26) -> str:
-    """Return the last part of a path, short enough for a table."""
     name = printable(name)
     return name if len(name) <= longest else f"...{name[3 - longest :]}"

@@ -41,7 +41,6 @@ MIN_RUNS, MIN_SECONDS = 3, 0.5
 _MAX_SIDE = 4096  # pixels of a square image
 _MAX_ROWS = 256  # sequences that llama.cpp answers at once (LLAMA_MAX_SEQ)
 _LOADERS = "vlmprune_jax.io.exports.remote.modeling_per_layer"
-_ENGINES = "vlmprune_jax.run.speed.engines"
 _ELSEWHERE = ("vllm", "openvino", "mlx")  # engines that need an environment of their own
 BACKENDS = {"jax": ("jax",), "transformers": ("torch", "transformers"), ENGINE: (WHEEL,)}  # packages of each engine
 _INSTALL = {"transformers": "pip install 'vlmprune-jax[torch]'", ENGINE: f"pip install {WHEEL}"}
@@ -96,27 +95,22 @@ def measure(
         name: max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program().seconds)), 1e-6)))
         for name, program in programs.items()
     }
-    answers: dict[str, list[Answer]] = {name: [] for name in programs}
+    speeds: dict[str, dict[str, Any]] = {name: {"prefill": [], "decode": [], "first_token": []} for name in programs}
     for number in range(config.rounds):
         for turn, name in enumerate([*programs][:: -1 if number % 2 else 1], start=1):
             runs = [programs[name]() for _ in range(repeats[name])]
             first, rest = (agree(min(seconds)) for seconds in zip(*(run.seconds for run in runs), strict=True))
-            if not (first > 0 and rest > 0):
+            if min(first, rest) <= 0:
                 raise UserError(
                     f"{name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
                 )
-            answers[name].append(replace(runs[-1], seconds=(first, rest)))
+            speed, prompt_tokens = speeds[name], runs[-1].prompt_tokens
+            speed["prefill"].append(config.batch_size * prompt_tokens / first)
+            speed["decode"].append(config.batch_size * config.new_tokens / rest)
+            speed["first_token"].append(first)
+            speed |= {"peak_bytes": runs[-1].peak_bytes, "prompt_tokens": prompt_tokens}
             progress(number * len(programs) + turn)
-    return {
-        name: {
-            "prefill": tuple(config.batch_size * answer.prompt_tokens / answer.seconds[0] for answer in rounds),
-            "decode": tuple(config.batch_size * config.new_tokens / answer.seconds[1] for answer in rounds),
-            "first_token": tuple(answer.seconds[0] for answer in rounds),
-            "peak_bytes": rounds[-1].peak_bytes,
-            "prompt_tokens": rounds[-1].prompt_tokens,
-        }
-        for name, rounds in answers.items()
-    }
+    return speeds
 
 
 def find_jobs(
@@ -201,7 +195,7 @@ def bench(jobs: Sequence[Job], config: SpeedConfig, reporter: Reporter, *, dtype
 @contextlib.contextmanager
 def start(job: Job) -> Iterator[Program]:
     """Context that starts an engine's process and ends it; yields the job's program, which runs there."""
-    command = [sys.executable, "-P", "-m", _ENGINES]  # -P: modules in the current folder are not imported
+    command = [sys.executable, "-P", "-m", Job.__module__]  # -P: modules in the current folder are not imported
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
     environment = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}

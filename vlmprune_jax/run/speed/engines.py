@@ -226,7 +226,6 @@ class InLlamaCpp:
         self.prompt_tokens = count((limit - least) // max(1, more - least))
 
     def _ask(self, tokens: int) -> dict[str, Any]:
-        """Ask llama.cpp's server code for `tokens` new tokens and return its response."""
         chat = "messages" in self.request
         call = self.server.handle_chat_completions if chat else self.server.handle_completions
         settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}

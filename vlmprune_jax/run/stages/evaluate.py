@@ -334,8 +334,7 @@ def measure_shapes(root: Work, models: Mapping[str, Path]) -> Speed:
     for shape, names in shapes.items():
         task = root.replace(stage="speed", subject=names[0], start=models[names[0]]).task
         speed: ShapeSpeed = run_task(task, overwrite=True, say=root.say).facts
-        prefill, decode = speed_limits(before, shape, **row)
-        limits = {"prefill_limit": prefill, "decode_limit": decode}
+        limits = dict(zip(("prefill_limit", "decode_limit"), speed_limits(before, shape, **row), strict=True))
         pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
         measured.append(speed)
     workload = SpeedWorkload(**{**vars(spec), "image": image}, dtype=root.model.dtype)
