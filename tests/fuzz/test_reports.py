@@ -18,7 +18,6 @@ from vlmprune_jax.run.report.speed import bench_notes, bench_tables, speed_notes
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.stages import evaluate
 from vlmprune_jax.run.stages.evaluate import AnswerFacts
-from vlmprune_jax.run.stages.vocabulary import VOCABULARY, TextSample, VocabularyReport
 from vlmprune_jax.run.sweep.sweep import Sweep, read_error, read_run
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.comparison import best_run
@@ -29,6 +28,7 @@ from vlmprune_jax.run.workdir.speed import Bench, Speed
 from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.run.workdir.sweep import RunError, as_csv, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 CFG = cases.config()
 PRUNE = StepRecord(

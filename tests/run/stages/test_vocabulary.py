@@ -14,11 +14,12 @@ from vlmprune_jax.core.prune.surgery import trim_vocabulary
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.report.build import vocabulary_section
-from vlmprune_jax.run.stages.vocabulary import VocabularyReport, _by_script
+from vlmprune_jax.run.stages.vocabulary import _by_script
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.evaluation import read_evaluated
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.steps import Variant
+from vlmprune_jax.run.workdir.vocabulary import VocabularyReport
 
 CONFIG = """
 from vlmprune_jax.run.cli.config_files import experiment_config

@@ -13,7 +13,6 @@ from vlmprune_jax.run.report import figures
 from vlmprune_jax.run.report.page import Section, Table, write_page
 from vlmprune_jax.run.report.speed import LIMITS, RULE, bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.run.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
-from vlmprune_jax.run.stages.vocabulary import VOCABULARY, VocabularyReport
 from vlmprune_jax.run.workdir.artefact import find_artefact, read_artefact
 from vlmprune_jax.run.workdir.comparison import averaged_sets
 from vlmprune_jax.run.workdir.groups import Comparison, comparison_of_run, comparison_of_sweep
@@ -24,6 +23,7 @@ from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinishe
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, VocabularyReport
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "

@@ -24,10 +24,10 @@ from vlmprune_jax.run.report import plots
 from vlmprune_jax.run.report.page import Figure, Section
 from vlmprune_jax.run.report.plots import INK, LARGEST, Cost, curves_figure, pareto_figure, styled
 from vlmprune_jax.run.report.tables import speedup_of
-from vlmprune_jax.run.stages.vocabulary import vocabulary_size
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup
 from vlmprune_jax.run.workdir.result import Result, Run
 from vlmprune_jax.run.workdir.steps import Variant
+from vlmprune_jax.run.workdir.vocabulary import vocabulary_size
 
 T = TypeVar("T")
 MOST_UNITS = 1_000_000  # maximum cells of a figure

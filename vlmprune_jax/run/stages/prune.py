@@ -37,18 +37,13 @@ from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.limits import unusual_counts
 from vlmprune_jax.run.experiment.arguments import plan_config
 from vlmprune_jax.run.experiment.spec import affecting
-from vlmprune_jax.run.stages.vocabulary import (
-    VOCABULARY,
-    report_vocabulary,
-    sources_of,
-    vocabulary_files,
-    vocabulary_lines,
-)
+from vlmprune_jax.run.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
 from vlmprune_jax.run.stages.work import Work, journal_path
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import content_key, made_from
 from vlmprune_jax.run.workdir.ledger import Task, write_text
 from vlmprune_jax.run.workdir.steps import PruneFacts
+from vlmprune_jax.run.workdir.vocabulary import VOCABULARY
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
 

@@ -10,13 +10,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
-from msgspec import Meta
 from msgspec.structs import replace
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.base.files import Count, Finite
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
@@ -31,57 +29,11 @@ from vlmprune_jax.io.data.records import DATASETS, TFDS
 from vlmprune_jax.io.exports.token_sources import Source, read_sample, tokens_of
 from vlmprune_jax.run.evaluation.runner import log_likelihoods
 from vlmprune_jax.run.stages.work import Work
-from vlmprune_jax.run.workdir.artefact import Artefact, Part, find_artefact
+from vlmprune_jax.run.workdir.vocabulary import TextSample, VocabularyReport
 
-VOCABULARY = "vocabulary.json"
 _MEASURED = 2**15  # bytes of text on which bits per byte are measured
 _WINDOW = 2048  # window in tokens (at most the model's positions)
 _SCRIPTS = 8  # maximum number of writing systems listed, most frequent first
-
-
-class TextSample(Part, frozen=True, kw_only=True):
-    """Comparison of the original and the trimmed tokenizer on held-out texts of one writing system, or of "all".
-
-    `equal`: number of texts that both tokenizers split alike. `kept`: number of texts whose original tokens all remain.
-    `broken`: number of `kept` texts that are split differently all the same. Bits per byte are the unpruned model's
-    with either vocabulary, on the first `measured_bytes` bytes.
-    """
-
-    name: str
-    texts: Count
-    equal: Count
-    kept: Count
-    broken: Count
-    bytes: Count
-    tokens_before: Count
-    tokens_after: Count
-    measured_bytes: Count = 0
-    bits_before: Finite | None = None
-    bits_after: Finite | None = None
-
-    @property
-    def growth(self) -> float:
-        """Additional tokens after trimming the vocabulary, as a share of the tokens before."""
-        return self.tokens_after / max(self.tokens_before, 1) - 1
-
-
-class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
-    """Report on a trimmed vocabulary: sizes before and after, and token counts of held-out texts.
-
-    `parameters`: number of parameters in the removed rows.
-    """
-
-    HINT: ClassVar[str] = "run `vlmprune prune` again"
-    rows_before: Count
-    rows: Count
-    parameters: Count
-    samples: Annotated[list[TextSample], Meta(max_length=100)]
-
-
-def vocabulary_size(folder: Path) -> int | None:
-    """Return the number of tokens that the plan in a folder keeps; None for the whole vocabulary."""
-    report = find_artefact(folder / VOCABULARY, VocabularyReport)
-    return None if report is None else report.rows
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:
