@@ -107,11 +107,11 @@ def test_accuracy_of_known_answers(goldens, llava, encoder, expected):
 
 def test_shared_images_are_computed_once(goldens, encoder):
     asking = arrange_questions(records(goldens, ["x"] * 8), encoder, batch_size=4)
-    assert len(asking.beginnings) == 4  # three images, and the text
+    assert len({question.first for group in asking.groups for question in group.questions}) == 4  # 3 images, and text
     batches = list(asking.batches(threads=1, prefetch=1))
     assert {len(batch.arrays["media"]["vision"].values) for batch in batches} == {asking.groups[0].beginnings}
     assert asking.groups[0].beginnings < 4
-    assert sorted(place for batch in batches for place in batch.places[batch.valid]) == list(range(8))
+    assert sorted(place for batch in batches for place, _ in batch.questions) == list(range(8))
     shapes = {tuple(a.shape for a in [*jax.tree.leaves(batch.arrays), batch.prefix.input_ids]) for batch in batches}
     assert len(shapes) == 1  # one program
 
@@ -142,7 +142,7 @@ def test_a_suffix_continues_the_last_question(goldens, encoder):
     written = arrange_questions(longer, encoder, batch_size=4)
     for ours, theirs in zip(*(a.batches(threads=1, prefetch=1) for a in (suffixed, written)), strict=True):
         np.testing.assert_array_equal(ours.arrays["input_ids"], theirs.arrays["input_ids"])
-        assert set(ours.records) <= set(asked)  # metrics see the question as the file has it
+        assert {record for _, record in ours.questions} <= set(asked)  # metrics see the question as the file has it
 
 
 @pytest.mark.slow

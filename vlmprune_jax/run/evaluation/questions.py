@@ -36,32 +36,22 @@ _SHORT = 31  # tokens: shorter lengths share a compiled shape
 class QuestionBatch(Batch):
     """Batch of prompts, split into shared beginnings with the images (`prefix`) and left-padded endings (`arrays`).
 
-    `places`: int[batch], index of each row's record. Rows with `valid` False only fill the batch.
+    `questions`: index and record of the first rows; further rows only fill the batch.
     """
 
-    records: tuple[Record, ...]
-    valid: np.ndarray  # bool[batch]
+    questions: tuple[tuple[int, Record], ...]
     prefix: SharedPrefix
-    places: np.ndarray
-
-    @property
-    def questions(self) -> list[tuple[int, Record]]:
-        """Index and record of all rows that hold a question."""
-        return [(int(self.places[row]), self.records[row]) for row in np.flatnonzero(self.valid)]
 
 
 @dataclass(frozen=True)
 class _Question:
+    """Index of a record and of the first one with the same beginning, its prompt in two parts, and its row's shape."""
+
     place: int
-    beginning: int
+    first: int
+    beginning: np.ndarray
     rest: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    ids: np.ndarray
-    record: Record
-    shape: Shape  # padded shape of a whole row
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,6 @@ class ArrangedQuestions:
     encoder: Encoder
     batch_size: int
     groups: tuple[_Group, ...]
-    beginnings: tuple[_Beginning, ...]
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -96,7 +85,7 @@ class ArrangedQuestions:
     def longest(self) -> int:
         """Length of the longest prompt in tokens, image tokens included."""
         questions = (question for group in self.groups for question in group.questions)
-        return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
+        return max(len(question.beginning) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int, mesh: Mesh | None = None) -> grain.IterDataset[QuestionBatch]:
         """Return an iterator over all batches; `threads` threads prepare batches ahead.
@@ -109,27 +98,23 @@ class ArrangedQuestions:
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
     def _load(self, group: _Group, mesh: Mesh | None) -> QuestionBatch:
-        questions = group.questions
-        numbers = sorted({question.beginning for question in questions})
-        slots = {number: slot for slot, number in enumerate(numbers)}
-        padding = self.batch_size - len(questions)
-        rows = [*questions, *[questions[0]] * padding]
+        shared = [*{question.first: question for question in group.questions}.values()]
+        slots = {question.first: slot for slot, question in enumerate(shared)}
+        padding = self.batch_size - len(group.questions)
+        rows = [*group.questions, *group.questions[:1] * padding]
         ids, mask = _left_padded([question.rest for question in rows], group.rest_length)
-        shared = [self.beginnings[number] for number in numbers]
-        shared += [shared[0]] * (group.beginnings - len(shared))
-        prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
+        shared += shared[:1] * (group.beginnings - len(shared))
+        prefix_ids, prefix_mask = _left_padded([question.beginning for question in shared], group.shape.tokens)
         mine, encoder = set(rows_of_process(mesh, len(shared)).tolist()), self.encoder
-        images = [encoder.images(beginning.record, read=row in mine) for row, beginning in enumerate(shared)]
+        images = [encoder.images(self.records[question.first], read=row in mine) for row, question in enumerate(shared)]
         packed = mesh is not None or encoder.image_buckets is not None
         media = encoder.packed(images, group.shape, row_ways(mesh) if packed else len(shared))
-        names = [self.records[question.place].id for question in questions]
+        questions = tuple((question.place, self.records[question.place]) for question in group.questions)
         return QuestionBatch(
             arrays={"input_ids": ids, "attention_mask": mask, "media": media},
-            record_ids=(*names, *[""] * padding),
-            records=tuple(self.records[question.place] for question in rows),
-            valid=np.arange(self.batch_size) < len(questions),
-            prefix=SharedPrefix(prefix_ids, prefix_mask, np.array([slots[question.beginning] for question in rows])),
-            places=np.array([question.place for question in rows]),
+            record_ids=(*(record.id for _, record in questions), *[""] * padding),
+            questions=questions,
+            prefix=SharedPrefix(prefix_ids, prefix_mask, np.array([slots[question.first] for question in rows])),
         )
 
 
@@ -156,67 +141,51 @@ def arrange_questions(
     """
     if not records or batch_size < 1:
         raise UserError(f"evaluation of {len(records)} questions in batches of {batch_size}: both must be at least 1")
-    known: dict[tuple[bytes, tuple[str, ...]], int] = {}
-    beginnings: list[_Beginning] = []
-    members: list[list[_Question]] = []
+    members: dict[tuple[bytes, tuple[str, ...]], list[_Question]] = {}
     for place, record in enumerate(records):
         ids = encoder.prompt_ids(_with_suffix(record, prompt_suffix))
         if encoder.max_length:
             check_length(len(ids), record, encoder.max_length, "evaluate.max_length")
         marks = np.flatnonzero(is_visual(ids, encoder.visual_tokens)) if record.visuals else np.empty(0, int)
         cut = min(int(marks[-1]) + 1 if len(marks) else 1, len(ids) - 1)
-        key = (ids[:cut].tobytes(), tuple(map(str, record.visuals)))
-        if key not in known:
-            known[key] = len(beginnings)
-            beginnings.append(_Beginning(ids[:cut], record, encoder.shape_of([record])))
-            members.append([])
-        members[known[key]].append(_Question(place, known[key], ids[cut:]))
-    return ArrangedQuestions(
-        records=records,
-        encoder=encoder,
-        batch_size=batch_size,
-        groups=_groups(members, beginnings, batch_size, multiple, by_length),
-        beginnings=tuple(beginnings),
-    )
+        same = members.setdefault((ids[:cut].tobytes(), tuple(map(str, record.visuals))), [])
+        first, shape = (same[0].place, same[0].shape) if same else (place, encoder.shape_of([record]))
+        same.append(_Question(place, first, ids[:cut], ids[cut:], shape))
+    groups = tuple(_groups([*members.values()], batch_size, multiple, by_length))
+    return ArrangedQuestions(records, encoder, batch_size, groups)
 
 
 def _groups(
-    members: Sequence[Sequence[_Question]],
-    beginnings: Sequence[_Beginning],
-    batch_size: int,
-    multiple: int,
-    by_length: bool,
-) -> tuple[_Group, ...]:
+    members: Sequence[Sequence[_Question]], batch_size: int, multiple: int, by_length: bool
+) -> Iterator[_Group]:
     """Group similar questions into batches; all batches of a length bucket have the same padded shape.
 
     A batch holds only beginnings with the same number of image slots, so a small image is not padded to twelve tiles.
-    Batches of equal shape follow each other, so each program is compiled once.
+    Batches of equal shape follow each other, so each program is compiled once. `members`: the questions of each
+    beginning.
     """
-    groups: list[_Group] = []
-    buckets: dict[tuple[Shape, *tuple[int, ...]], list[int]] = {}
-    for number, beginning in enumerate(beginnings):
-        longest = (len(beginning.ids), max(len(question.rest) for question in members[number]))
+    buckets: dict[tuple[Shape, *tuple[int, ...]], list[Sequence[_Question]]] = {}
+    for same in members:
+        longest = (len(same[0].beginning), max(len(question.rest) for question in same))
         doublings = tuple(max(length, _SHORT).bit_length() for length in longest) if by_length else ()
-        buckets.setdefault((beginning.shape, *doublings), []).append(number)
+        buckets.setdefault((same[0].shape, *doublings), []).append(same)
     for (shape, *_), mine in sorted(buckets.items()):
-        ordered = [question for number in mine for question in members[number]]
+        ordered = [question for same in mine for question in same]
         per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
         group = functools.partial(
             _Group,
-            shape=shape._replace(tokens=max(len(beginnings[number].ids) for number in mine)),
+            shape=shape._replace(tokens=max(len(same[0].beginning) for same in mine)),
             beginnings=(most := -(-per_batch // multiple) * multiple),
             rest_length=max(len(question.rest) for question in ordered),
         )
-        current: list[_Question] = []
-        seen: set[int] = set()
+        current, seen = list[_Question](), set[int]()
         for question in ordered:
-            if len(current) == batch_size or len(seen | {question.beginning}) > most:
-                groups.append(group(tuple(current)))
+            if len(current) == batch_size or len(seen | {question.first}) > most:
+                yield group(tuple(current))
                 current, seen = [], set()
             current.append(question)
-            seen.add(question.beginning)
-        groups.append(group(tuple(current)))
-    return tuple(groups)
+            seen.add(question.first)
+        yield group(tuple(current))
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

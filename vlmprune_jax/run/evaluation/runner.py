@@ -141,7 +141,7 @@ def ask(
     Args:
       model: the model; sharded parameters split every batch over their mesh (see `on_decoding_mesh`).
       batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
-        image once; rows with `valid` False are ignored.
+        image once.
       tokenizer: tokenizer that decodes the answers.
       max_new_tokens: maximum length of an answer in tokens; longer answers are truncated and usually wrong.
       progress: called with the number of batches done.
@@ -168,13 +168,12 @@ def ask(
         )
         is_end = np.isin(tokens, model.cfg.eos_token_ids)
         lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
-        rows = np.flatnonzero(batch.valid).tolist()
-        ids = [tokens[row, : lengths[row]].tolist() for row in rows]
+        ids = [tokens[row, : lengths[row]].tolist() for row in range(len(batch.questions))]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
+        return [(text.strip(), length) for text, length in zip(texts, lengths, strict=False)]
 
     def answers_all(batch: QuestionBatch, entry: Any) -> bool:
-        return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
+        return is_of(Answers, entry) and len(entry) == len(batch.questions)
 
     for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
         replies += answered
