@@ -106,6 +106,7 @@ def main() -> None:
     from vlmprune_jax.base.settings import override
     from vlmprune_jax.io.checkpoints.read import read_config
     from vlmprune_jax.run.experiment.spec import Experiment
+    from vlmprune_jax.run.planning.ahead_of_time import make_slice
     from vlmprune_jax.run.planning.case import estimate, make_case, predict_plan
     from vlmprune_jax.run.workdir.artefact import to_json
 
@@ -134,7 +135,8 @@ def main() -> None:
             experiment = override(override(Experiment(), SETTINGS), changes)
             started = time.process_time()
             _, cfg = read_config(Path(folder), None)
-            step = estimate(make_case(experiment, Path(folder), cfg, predict_plan(experiment, cfg), args.topology))
+            plan, target = predict_plan(experiment, cfg), make_slice(args.topology)
+            step = estimate(make_case(experiment, Path(folder), cfg, plan, target))
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 

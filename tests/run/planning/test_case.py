@@ -12,11 +12,13 @@ from repository import ROOT, full_size_models
 from vlm_cases import gemma3_config
 
 from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.core.prune.criteria.weights import random_scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.recovery.config import LossConfig
+from vlmprune_jax.core.recovery.program import make_program
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.pruning import make_plan
@@ -94,16 +96,17 @@ def test_a_step_receives_little_more_than_its_weights(family, tmp_path, monkeypa
     _, cfg = read_config(tmp_path)
     plan = tpu_case.predict_plan(override(Experiment(), {"prune": {"layers_removed": 1}}), cfg)
     settings = {"trainable": "lora", "compute_dtype": "bfloat16", "remat": "full", "losses": LossConfig(ce=0.5, l2=0.5)}
+    target, student = make_slice("v5e:2x2"), plan.apply_to(cfg)
+    mesh = make_mesh(1, CHIPS, 1, devices=target.devices)
+    taught = {"teacher_cfg": cfg, "kept_layers": plan.kept_layers}
     case = tpu_case.Case(
-        cfg=plan.apply_to(cfg),
-        teacher_cfg=cfg,
-        kept_layers=plan.kept_layers,
-        config=cases.settings(**settings),
+        cfg=student,
+        program=make_program(student, cases.settings(**settings), **taught, mesh=mesh, num_steps=1000),
         dtype="bfloat16",
-        mesh=(1, CHIPS, 1),
+        slice=target,
+        mesh=mesh,
         lengths=(128 if cfg.vision is None else 1024,),
         slots=(0 if cfg.vision is None else 1,),
-        slice=make_slice("v5e:2x2"),
         image_tokens=(64,) if cfg.dynamic_resolution else (),
     )
     programs, compile_for_tpu = [], tpu_case.compile_for_tpu

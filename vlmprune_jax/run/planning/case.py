@@ -26,10 +26,9 @@ from vlmprune_jax.core.prune.config import METHODS
 from vlmprune_jax.core.prune.criteria.weights import random_scores
 from vlmprune_jax.core.prune.fingerprints import shape_digest
 from vlmprune_jax.core.prune.select import plan_pruning, unscored
-from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.flops import step_flops
 from vlmprune_jax.core.recovery.program import Program, batch_sharding, make_program, step_context
-from vlmprune_jax.core.recovery.terms import needs_teacher, terms_of
+from vlmprune_jax.core.recovery.terms import terms_of
 from vlmprune_jax.core.recovery.trainable import partition
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.inputs import count_records, length_buckets
@@ -48,7 +47,7 @@ _VIDEO = 1920, 1080  # width and height of planned videos
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
+    """Inputs for planning one recovery on a TPU slice: student (`cfg`), training program and batch shapes.
 
     `lengths`, `slots`, `image_tokens`: buckets (ascending) of tokens, of images or tiles, and of image tokens per row
     (empty unless image sizes vary). The planned step uses the largest bucket of each. `patches`: number of images, or
@@ -57,27 +56,24 @@ class Case:
     """
 
     cfg: ModelConfig
-    teacher_cfg: ModelConfig | None
-    kept_layers: tuple[int, ...]
-    config: RecoverConfig
+    program: Program
     dtype: str
-    mesh: tuple[int, int, int]
+    slice: Slice
+    mesh: Mesh
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
-    slice: Slice
     image_tokens: tuple[int, ...] = ()
     steps: int | None = None
     patches: int = 1
 
 
 def make_case(
-    experiment: Experiment, folder: Path, cfg: ModelConfig, plan: PrunePlan, topology: str, records: int | None = None
+    experiment: Experiment, folder: Path, cfg: ModelConfig, plan: PrunePlan, target: Slice, records: int | None = None
 ) -> Case:
     """Return the planning inputs for a recovery after pruning the model in `folder`, with config `cfg`, by a plan.
 
-    Raises UserError if the topology is unknown, or the settings do not determine the shapes of rows.
+    Raises UserError if the settings do not determine the shapes of rows, or contradict the model or the slice.
     """
-    target = make_slice(topology)
     config = recover_config(experiment.recover)
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
@@ -89,16 +85,17 @@ def make_case(
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
     teacher = cfg if plan.vocabulary is None else plan.vocabulary.apply_to(cfg)
+    mesh, cfg = make_mesh(**vars(experiment.mesh), devices=target.devices), plan.apply_to(cfg)
+    steps = config.steps or 1000  # length of the schedule: any number gives the same operations
+    program = make_program(cfg, config, teacher_cfg=teacher, kept_layers=plan.kept_layers, mesh=mesh, num_steps=steps)
     return Case(
-        cfg=plan.apply_to(cfg),
-        teacher_cfg=teacher if needs_teacher(config.losses) else None,
-        kept_layers=plan.kept_layers,
-        config=config,
+        cfg=cfg,
+        program=program,
         dtype=experiment.model.dtype,
-        mesh=dataclasses.astuple(experiment.mesh),
+        slice=target,
+        mesh=mesh,
         lengths=lengths,
         slots=slots,
-        slice=target,
         image_tokens=within_row(image_tokens, lengths[-1]),
         steps=config.steps if records is None else config.num_steps(records),
         patches=patches,
@@ -173,20 +170,15 @@ def estimate(case: Case) -> PlannedStep:
     arguments are read once, and temporaries and received data are written and read once. MFU is model FLOPs / (peak
     FLOP/s of all chips x step time).
 
-    Raises:
-      DoesNotFit: the step needs more HBM than a chip has.
-      UserError: the settings contradict the model or the slice.
+    Raises DoesNotFit if the step needs more HBM than a chip has.
     """
-    mesh, config, chip = make_mesh(*case.mesh, devices=case.slice.devices), case.config, case.slice.chip
-    steps = config.steps or 1000  # length of the schedule: any number gives the same operations
-    program = make_program(
-        case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
-    )
+    program, mesh, chip = case.program, case.mesh, case.slice.chip
+    config, teacher = program.config, None if program.teacher is None else program.teacher.cfg
     with step_context(mesh, config.compute_dtype):
-        compiled = compile_for_tpu(program.step, *_arguments(case, program, mesh))
+        compiled = compile_for_tpu(program.step, *_arguments(case))
     model = step_flops(
         program.cfg,
-        case.teacher_cfg,
+        teacher,
         config.losses,
         program.groups,
         rows=config.batch_size,
@@ -194,7 +186,7 @@ def estimate(case: Case) -> PlannedStep:
         images=config.batch_size * (case.patches if case.image_tokens else case.slots[-1]),
         image_tokens=max(case.image_tokens, default=0) // case.patches,
     )
-    received = received_bytes(case, program, mesh)
+    received = received_bytes(case)
     in_all = sum(received.values())
     traffic = compiled.arguments + 2 * (compiled.temporaries + in_all)
     seconds = chip.seconds(compiled.flops / mesh.size, traffic, in_all)
@@ -203,7 +195,7 @@ def estimate(case: Case) -> PlannedStep:
         chips=mesh.size // chip.halves,
         mesh=dict(mesh.shape),
         student=size_of(case.cfg),
-        teacher=None if case.teacher_cfg is None else size_of(case.teacher_cfg),
+        teacher=None if teacher is None else size_of(teacher),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.remat,
@@ -227,7 +219,7 @@ def estimate(case: Case) -> PlannedStep:
     )
 
 
-def received_bytes(case: Case, program: Program, mesh: Mesh) -> dict[str, float]:
+def received_bytes(case: Case) -> dict[str, float]:
     """Return the bytes that each chip receives from others in a training step, by what is received.
 
     Computed from shards, for rings: every micro-batch gathers the weights that are split over `fsdp` (those of the
@@ -235,28 +227,30 @@ def received_bytes(case: Case, program: Program, mesh: Mesh) -> dict[str, float]
     parameters; `tensor` sums activations behind attention and MLP. `benchmarks/compiled_text.py` counts what the
     compiled program receives, which may be less where the compiler keeps or moves activations instead.
     """
-    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    program, config = case.program, case.program.config
+    data, fsdp, tensor = (case.mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     weights = gradients = 0.0
     models = [(program.cfg, program.groups)]
     models += [] if program.teacher is None else [(program.teacher.cfg, {})]
     for number, (cfg, trained) in enumerate(models):
-        for path, leaf in abstract_params(cfg, case.dtype, mesh).items():
+        for path, leaf in abstract_params(cfg, case.dtype, case.mesh).items():
             size, split = math.prod(leaf.sharding.shard_shape(leaf.shape)), "fsdp" in leaf.sharding.spec
             passes = 2 if path in trained or (number == 0 and path.startswith("text/")) else 1
             weights += passes * size * (fsdp - 1) * split
             if path in trained:
                 gradients += size * ((fsdp - 1) if split else 2 * (fsdp - 1) / fsdp) + size * 2 * (data - 1) / data
-    layers = len(case.cfg.text.layers) * (4 if case.config.remat == "none" else 6)  # sums: forward, backward, again
+    layers = len(case.cfg.text.layers) * (4 if config.remat == "none" else 6)  # sums: forward, backward, again
     layers += 0 if program.teacher is None else 2 * len(program.teacher.cfg.text.layers)
-    rows = case.config.batch_size / case.config.accumulation / (data * fsdp)
+    rows = config.batch_size / config.accumulation / (data * fsdp)
     activations = layers * rows * case.lengths[-1] * case.cfg.text.hidden_size * 2 * (tensor - 1) / tensor
-    itemsize = case.config.accumulation * np.dtype(case.config.compute_dtype).itemsize
+    itemsize = config.accumulation * np.dtype(config.compute_dtype).itemsize
     received = {"weights": weights, "gradients": gradients, "activations": activations}
     return {name: itemsize * size for name, size in received.items() if size}
 
 
-def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
+def _arguments(case: Case) -> tuple[Any, ...]:
     """Return the training step's arguments as abstract arrays with shardings."""
+    program, config, mesh = case.program, case.program.config, case.mesh
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
@@ -266,13 +260,13 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     state = program.init.eval_shape(trained)
     teacher = None
     if program.teacher is not None:
-        teacher = unflatten(abstract_params(program.teacher.cfg, case.config.compute_dtype, mesh))
-    n_rows, length = case.config.batch_size, case.lengths[-1]
+        teacher = unflatten(abstract_params(program.teacher.cfg, config.compute_dtype, mesh))
+    n_rows, length = config.batch_size, case.lengths[-1]
     names = ("input_ids", "attention_mask", "labels")
     batch: dict[str, Any] = {name: rows((n_rows, length), np.int32) for name in names}
     batch["media"] = {}
     vision, projector = case.cfg.vision, case.cfg.projector
-    packs = case.config.accumulation * row_ways(mesh)
+    packs = config.accumulation * row_ways(mesh)
     each = n_rows // packs  # rows of a packed row of images
     images = each * case.slots[-1]
     if case.cfg.dynamic_resolution and case.cfg.text.rope.sections:
@@ -285,18 +279,18 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
             shape = (tokens, features[1]) if by_patch else (images, *features)
         elif by_patch:
             shape = (tokens * projector.downsample**2, vision.patch_values)
-        values = rows((packs, *shape), np.float32 if case.cfg.tower else np.dtype(case.config.compute_dtype))
+        values = rows((packs, *shape), np.float32 if case.cfg.tower else np.dtype(config.compute_dtype))
         grid = rows((packs, images, 3), np.int32) if by_patch else None
         batch["media"] = {"vision": Packed(values, grid)}
-    if top_k := case.config.losses.teacher_top_k:
+    if top_k := config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, length, top_k), np.int32)
-        batch["teacher_logprobs"] = rows((n_rows, length, top_k + 1), np.dtype(case.config.compute_dtype))
+        batch["teacher_logprobs"] = rows((n_rows, length, top_k + 1), np.dtype(config.compute_dtype))
     return state, frozen, teacher, batch
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
     """Return an error that the training step needs too much memory, with advice on settings to change."""
-    config, chip = case.config, case.slice.chip
+    config, chip = case.program.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
         ways.append(f"recover.accumulation={2 * config.accumulation}")
@@ -323,19 +317,20 @@ def fit_all(
     """
     for form in evaluation:
         one_of("--weights", form, tuple(WEIGHT_FORMATS))
+    target = make_slice(topology)
     recoveries, evaluations = dict[str, PlannedStep](), dict[str, PlannedEvaluation]()
     for pruned in variants_of(experiment):
         (folder, cfg, plan), spec = read_shapes(pruned, workdir), pruned.experiment
         for run in pruned.recoveries:
             records = count_records(run.experiment.data) if n_records is None else n_records
-            case = make_case(run.experiment, folder, cfg, plan, topology, records)
+            case = make_case(run.experiment, folder, cfg, plan, target, records)
             reporter.say(f"{run.name}: compiling for {topology} ...")
             try:
                 recoveries[run.name] = estimate(case)
             except DoesNotFit as error:
                 raise too_large(case, error) from error
             _say(recoveries[run.name], reporter)
-            if run.experiment.recover.control and terms_of(case.config.losses, teacher=False):
+            if run.experiment.recover.control and terms_of(case.program.config.losses, teacher=False):
                 reporter.say(
                     "  control       training the unpruned model in the same way, once for all prune variants, needs "
                     "more memory and time than this step (recover.control=False leaves it out)"
@@ -344,7 +339,7 @@ def fit_all(
             planned = plan_evaluation(
                 plan.apply_to(cfg),
                 spec.model.dtype,
-                make_slice(topology),
+                target,
                 preparation_of(spec.data, cfg, folder),
                 spec.evaluate,
                 evaluation,
