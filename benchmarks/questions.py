@@ -62,9 +62,9 @@ def rows(name: str, topology: str) -> Iterator[dict[str, Any]]:
             phases, single = dict[str, float](), 0.0
             for question in BENCHMARKS.values():
                 case = (cfg, chip, chips, form, *prompt_of(cfg, preparation, question), question.answer)
-                for phase, seconds in bound(*case).phases(BATCH, chips).items():
+                for phase, seconds in bound(*case).seconds(BATCH, chips).items():
                     phases[phase] = phases.get(phase, 0) + chips * seconds / len(BENCHMARKS)
-                single += bound(*case, rows=1).seconds / len(BENCHMARKS)
+                single += sum(bound(*case, rows=1).phases.values()) / len(BENCHMARKS)
             yield {"model": name, "slice": topology, "cut": cut, "weights": form, **phases, "single": single}
 
 

@@ -55,21 +55,11 @@ BENCHMARKS = {
 }
 
 
-@dataclass(frozen=True)
-class WeightFormat:
-    """Storage of the matrices in the decoder's layers: bytes per weight with scales, and whether products are int8.
-
-    Embeddings, output head, projector and tower stay in bfloat16, as in exports.
-    """
-
-    bytes: float
-    int8: bool = False
-
-
+# Bytes per weight of the matrices in the decoder's layers, with scales; the rest stays in bfloat16, as in exports.
 WEIGHT_FORMATS = {
-    "bf16": WeightFormat(2.0),
-    "w8a8": WeightFormat(1.0, int8=True),  # one scale per row, which is negligible
-    "w4a16": WeightFormat(0.5 + 2 / 128),  # a bfloat16 scale per group of 128
+    "bf16": 2.0,
+    "w8a8": 1.0,  # one scale per row, which is negligible
+    "w4a16": 0.5 + 2 / 128,  # a bfloat16 scale per group of 128
 }
 
 
@@ -82,19 +72,12 @@ class Bound:
 
     chips: int
     rows: int
-    tower: float
-    prefill: float
-    decode: float
+    phases: dict[str, float]
 
-    @property
-    def seconds(self) -> float:
-        """Lower bound on the seconds for all `rows` questions."""
-        return self.tower + self.prefill + self.decode
-
-    def phases(self, questions: int, chips: int) -> dict[str, float]:
+    def seconds(self, questions: int, chips: int) -> dict[str, float]:
         """Return the seconds of each phase for answering `questions` questions on all groups of `chips` chips."""
         batches = questions / self.rows / (chips // self.chips)
-        return {name: batches * getattr(self, name) for name in ("tower", "prefill", "decode")}
+        return {name: batches * seconds for name, seconds in self.phases.items()}
 
 
 def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
@@ -145,13 +128,13 @@ def bound(
 
     Raises UserError if the weights do not fit on the chips, or the chip has no int8 units.
     """
-    form, whole = WEIGHT_FORMATS[weights], count_params(cfg)
-    if form.int8 and not chip.int8:
+    int8, whole = weights == "w8a8", count_params(cfg)
+    if int8 and not chip.int8:
         raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
     layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
     matrices = layers / 2 + whole - active_params(cfg)  # with all experts, since a batch's tokens choose all of them
     layer_bytes, tower_bytes = (
-        matrices * form.bytes,
+        matrices * WEIGHT_FORMATS[weights],
         2 * sum(count_params(cfg, part) for part in ("vision", "projector")),
     )
     total = layer_bytes + 2 * (whole - matrices)
@@ -162,7 +145,7 @@ def bound(
         sum(layer.mixer.state_bytes(tokens, _CACHE) for layer in cfg.text.layers)
         for tokens in (length + answer, length + answer // 2)
     )
-    rate = chip.int8 if form.int8 else chip.flops
+    rate = chip.int8 if int8 else chip.flops
 
     def on(group: int) -> Bound:
         n = rows or max(1, min(-(-BATCH * group // chips), int((group * chip.hbm - total) / cache)))
@@ -171,16 +154,18 @@ def bound(
             """Return seconds per group: the longer of arithmetic (layers, other FLOPs) and memory traffic."""
             return max(of_layers / rate + others / chip.flops, n_bytes / chip.hbm_bandwidth) / group
 
-        return Bound(
-            chips=group,
-            rows=n,
-            tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), tower_bytes),
+        phases = {
+            "tower": at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), tower_bytes),
             # the output head is needed for the last token alone
-            prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), layer_bytes),
-            decode=max(answer - 1, 0) * at_least(n * layers, n * head, layer_bytes + head + n * mean),
-        )
+            "prefill": at_least(n * length * layers, n * (head + causal_flops(cfg, length)), layer_bytes),
+            "decode": max(answer - 1, 0) * at_least(n * layers, n * head, layer_bytes + head + n * mean),
+        }
+        return Bound(group, n, phases)
 
-    return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))
+    def cost(found: Bound) -> float:
+        return sum(found.phases.values()) * (1 if rows else found.chips / found.rows)
+
+    return min(map(on, groups), key=cost)
 
 
 def plan_evaluation(
@@ -222,7 +207,7 @@ def plan_evaluation(
         )
     phases = {
         form: {
-            name: bound(cfg, chip, mesh.size, form, *prompts[name], question.answer).phases(BATCH, mesh.size)
+            name: bound(cfg, chip, mesh.size, form, *prompts[name], question.answer).seconds(BATCH, mesh.size)
             for name, question in BENCHMARKS.items()
         }
         for form in formats
