@@ -136,7 +136,7 @@ def main() -> None:
             started = time.process_time()
             _, cfg = read_config(Path(folder), None)
             plan, target = predict_plan(experiment, cfg), make_slice(args.topology)
-            step = estimate(make_case(experiment, Path(folder), cfg, plan, target))
+            step = estimate(make_case(experiment, cfg, plan, target))
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 

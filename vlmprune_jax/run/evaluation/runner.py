@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -150,12 +151,6 @@ def ask(
 
     Raises UserError if there is no question.
     """
-    asked, replies = list[tuple[int, Record]](), list[tuple[str, int]]()  # in the order of the batches
-
-    def noted() -> Iterator[QuestionBatch]:
-        for batch in batches:
-            asked.extend(batch.questions)
-            yield batch
 
     def answer(batch: QuestionBatch) -> list[tuple[str, int]]:
         tokens = generate(
@@ -175,17 +170,18 @@ def ask(
     def answers_all(batch: QuestionBatch, entry: Any) -> bool:
         return is_of(Answers, entry) and len(entry) == len(batch.questions)
 
-    for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
-        replies += answered
+    answers = list[tuple[int, Answer]]()  # with the record's index
+    batches, beside = itertools.tee(batches)
+    replies = continued(answer, batches, journal, answers_all)
+    for done, (replied, batch) in enumerate(zip(replies, beside, strict=True), start=1):
+        for (place, record), (text, tokens) in zip(batch.questions, replied, strict=True):
+            reply = Answer(id=record.id, prediction=text, references=record.references, tokens=tokens)
+            answers.append((place, reply))
         if progress is not None:
             progress(done)
-    if not replies:
+    if not answers:
         raise UserError("evaluation: no questions found: check the evaluation records")
-    answers = [
-        (place, Answer(id=record.id, prediction=text, references=record.references, tokens=tokens))
-        for (place, record), (text, tokens) in zip(asked, replies, strict=True)
-    ]
-    return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
+    return [reply for _, reply in sorted(answers, key=lambda pair: pair[0])]
 
 
 def check_answered(records: Iterable[Record]) -> None:
@@ -215,11 +211,6 @@ def perplexity(
     value = PERPLEXITY.values(scores, ())["perplexity"]
     tokens = int(sum(score["tokens"] for score in scores))
     return Perplexity(value, tokens, count_params(model.cfg), round(time.perf_counter() - start, 3))
-
-
-class _LogLikelihood(TypedDict):
-    nll: float
-    tokens: Count
 
 
 def log_likelihoods(
@@ -267,7 +258,8 @@ def log_likelihoods(
         return {"nll": nll, "tokens": int(batch[1][:, 1:].sum())}
 
     def measures(batch: _Windows, entry: Any) -> bool:
-        return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
+        known = is_of(dict[str, float], entry) and entry.keys() == {"nll", "tokens"}
+        return known and entry["tokens"] == int(batch[1][:, 1:].sum())
 
     windows = _windows(ids, window, batch_size, row_ways(mesh))
     for done, score in enumerate(continued(measure, windows, journal, measures), start=1):

@@ -36,7 +36,7 @@ from vlmprune_jax.io.data.preparation import image_buckets, tile_buckets, within
 from vlmprune_jax.io.data.record_cache import check_frozen
 from vlmprune_jax.run.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.run.experiment.spec import Experiment
-from vlmprune_jax.run.experiment.variants import Variant, variants_of
+from vlmprune_jax.run.experiment.variants import variants_of
 from vlmprune_jax.run.planning.ahead_of_time import DoesNotFit, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.run.planning.evaluation import WEIGHT_FORMATS, plan_evaluation, preparation_of, size_of
 from vlmprune_jax.run.stages.work import source_config
@@ -68,9 +68,9 @@ class Case:
 
 
 def make_case(
-    experiment: Experiment, folder: Path, cfg: ModelConfig, plan: PrunePlan, target: Slice, records: int | None = None
+    experiment: Experiment, cfg: ModelConfig, plan: PrunePlan, target: Slice, records: int | None = None
 ) -> Case:
-    """Return the planning inputs for a recovery after pruning the model in `folder`, with config `cfg`, by a plan.
+    """Return the planning inputs for a recovery after pruning the experiment's model, with config `cfg`, by a plan.
 
     Raises UserError if the settings do not determine the shapes of rows, or contradict the model or the slice.
     """
@@ -80,7 +80,7 @@ def make_case(
         raise UserError(
             "data.max_length is not set, but planning needs the sequence length: add --config.data.max_length=2048"
         )
-    slots, image_tokens, patches = _image_slots(experiment.data, cfg, folder)
+    slots, image_tokens, patches = _image_slots(experiment.data, cfg, Path(experiment.model.hf_dir))
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -100,13 +100,6 @@ def make_case(
         steps=config.steps if records is None else config.num_steps(records),
         patches=patches,
     )
-
-
-def read_shapes(run: Variant, workdir: Path | None) -> tuple[Path, ModelConfig, PrunePlan]:
-    """Return an unpruned model's folder, config and plan; if the workdir has no plan yet, predict it."""
-    cfg, file = source_config(run.experiment.model), None if workdir is None else workdir / run.folder / "plan.json"
-    plan = predict_plan(run.experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
-    return Path(run.experiment.model.hf_dir), cfg, plan
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -310,6 +303,8 @@ def fit_all(
 ) -> TpuPlan:
     """Plan every recovery of an experiment on a TPU slice, and print each.
 
+    Plans to prune are read from the workdir, or predicted.
+
     `evaluation`: plan the evaluation of each pruned model as well, with these `WEIGHT_FORMATS`.
 
     Raises UserError if the slice is unknown, a step needs more memory than it has (with advice), or there is nothing to
@@ -320,10 +315,12 @@ def fit_all(
     target = make_slice(topology)
     recoveries, evaluations = dict[str, PlannedStep](), dict[str, PlannedEvaluation]()
     for pruned in variants_of(experiment):
-        (folder, cfg, plan), spec = read_shapes(pruned, workdir), pruned.experiment
+        spec, file = pruned.experiment, None if workdir is None else workdir / pruned.folder / "plan.json"
+        cfg = source_config(spec.model)
+        plan = predict_plan(spec, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
         for run in pruned.recoveries:
             records = count_records(run.experiment.data) if n_records is None else n_records
-            case = make_case(run.experiment, folder, cfg, plan, target, records)
+            case = make_case(run.experiment, cfg, plan, target, records)
             reporter.say(f"{run.name}: compiling for {topology} ...")
             try:
                 recoveries[run.name] = estimate(case)
@@ -340,7 +337,7 @@ def fit_all(
                 plan.apply_to(cfg),
                 spec.model.dtype,
                 target,
-                preparation_of(spec.data, cfg, folder),
+                preparation_of(spec.data, cfg, Path(spec.model.hf_dir)),
                 spec.evaluate,
                 evaluation,
             )

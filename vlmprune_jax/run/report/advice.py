@@ -44,7 +44,10 @@ def tell(advice: Advice, guide: Guide, save: str | None, given: Sequence[str], r
         write_text(path, advice.config)
     _say(decision(advice), reporter)
     first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
-    for line in ["", *_shell(first), *_shell(command(advice, str(path))), ""]:
+    values = {"config": path, "workdir": f"runs/{path.stem}"}
+    values |= {f"config.data.{name}": PLACEHOLDERS[name] for name in advice.missing}
+    run = ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in values.items())]
+    for line in ["", *_shell(first), *_shell(run), ""]:
         reporter.say(line)
     _say(evidence(recommendation, guide, advice.own_data), reporter)
     if not advice.own_data:
@@ -89,13 +92,6 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
         of_decoder = plan.actual_ratio * count_params(cfg) / count_params(cfg, "text")
         sizes.append(f"{size}{layers}, {shares(plan.actual_ratio, of_decoder)} removed")
     yield "size", "; ".join(sizes)
-
-
-def command(advice: Advice, config: str) -> list[str]:
-    """Return the arguments of the shell command to run with the recommended config file."""
-    flags = {"config": config, "workdir": f"runs/{Path(config).stem}"}
-    flags |= {f"config.data.{name}": PLACEHOLDERS[name] for name in advice.missing}
-    return ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in flags.items())]
 
 
 def evidence(recommendation: Recommendation, guide: Guide, own_data: bool) -> Iterator[tuple[str, str]]:

@@ -232,7 +232,9 @@ class _Pictures:
                     names.append(self._number(content.url, request, len(names), name))
                 elif content.type == "video":
                     texts.append(VIDEO_TOKEN)
-                    videos.append(_video_path(content, name))
+                    if not isinstance(content.url, str) or "://" in content.url:
+                        raise UserError(f"{name}: its video is {str(content.url)[:100]!r}, expected the path of a file")
+                    videos.append(content.url)
                     part = {"start": content.start_time, "end": content.end_time}
                 else:
                     raise UserError(
@@ -255,10 +257,3 @@ class _Pictures:
             self._numbers[key] = len(self._where)
             self._where.append((request, place))
         return key
-
-
-def _video_path(content: Any, name: str) -> str:
-    """Return the path of a request's video; raise UserError for another source."""
-    if not isinstance(content.url, str) or "://" in content.url:
-        raise UserError(f"{name}: its video is {str(content.url)[:100]!r}, expected the path of a file")
-    return content.url

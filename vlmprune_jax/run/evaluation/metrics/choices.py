@@ -38,14 +38,9 @@ def choices_field(record: Record, name: str) -> list[str]:
     return value
 
 
-def letters(choices: Sequence[str]) -> str:
-    """Return the letters of n answer choices, "ABC..."."""
-    return _LETTERS[: len(choices)]
-
-
 def right_letters(record: Record, name: str) -> set[str]:
     """Return the letters of the correct choices listed in a record's field `name`."""
-    known = letters(choices_field(record, name))
+    known = _LETTERS[: len(choices_field(record, name))]
     right = {reference.strip().upper() for reference in record.references}
     odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)
     if odd:
@@ -94,7 +89,7 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
     """
     for character in _STRIPPED:
         prediction = prediction.strip(character)
-    text, known = f" {prediction} ", letters(choices)
+    text, known = f" {prediction} ", _LETTERS[: len(choices)]
     for named, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         matches = [letter for letter in known if named.format(letter) in text]
         if matches:
@@ -177,7 +172,7 @@ def _chosen(answer: str, choices: list[str]) -> str:
         return answer
     bracketed = _IN_BRACKETS.search(answer)
     answer = bracketed[1].upper() if bracketed else answer
-    known = letters(choices)
+    known = _LETTERS[: len(choices)]
     if len(answer) == 1 and answer in known:
         return choices[known.index(answer)]
     return min(choices, key=lambda choice: Levenshtein.distance(answer, choice))
