@@ -62,23 +62,26 @@ def continued(
     batches: Iterable[T],
     journal: Journal | None,
     fits: Callable[[T, Any], bool] = lambda batch, entry: True,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[Any]:
     """Yield `compute(batch)` (a JSON value) for every batch; results already in the journal are not recomputed.
 
     From the first entry that does not match its batch (`fits`), which may be damaged, results are computed again.
+    `progress`: called with the number of batches done.
     """
     entries = [] if journal is None else journal.entries
     for number, batch in enumerate(batches):
-        if number < len(entries):
-            if fits(batch, entries[number]):
-                yield entries[number]
-                continue
-            assert journal is not None
-            journal.cut(number)
-        entry = compute(batch)
-        if journal is not None:
-            journal.add(entry)
+        if number < len(entries) and fits(batch, entries[number]):
+            entry = entries[number]
+        else:
+            if journal is not None and number < len(entries):
+                journal.cut(number)
+            entry = compute(batch)
+            if journal is not None:
+                journal.add(entry)
         yield entry
+        if progress is not None:
+            progress(number + 1)
 
 
 def is_of(kind: Any, entry: Any) -> bool:

@@ -319,12 +319,9 @@ def _activation_sums(
         return sums if journal is None else [{name: x.tolist() for name, x in layer.items()} for layer in sums]
 
     n_layers, journal, progress = len(model.cfg.stack(stack).layers), kept["journal"], kept["progress"]
-    entries = continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers))
-    for done, entry in enumerate(entries, start=1):
+    for entry in continued(sums_of, waiting(), journal, lambda _, entry: _fits(entry, n_layers), progress):
         pairs = zip(totals or [{}] * n_layers, entry, strict=True)
         totals = [added([sums for sums in pair if sums]) for pair in pairs]
-        if progress is not None:
-            progress(done)
     positive(sum(map(len, totals)))
     by_way = [[{name: x[way] for name, x in layer.items()} for layer in totals] for way in range(len(ways))]
     of_type = dict(zip(TOKEN_TYPES, by_way[1:], strict=False))

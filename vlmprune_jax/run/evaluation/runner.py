@@ -172,13 +172,10 @@ def ask(
 
     answers = list[tuple[int, Answer]]()  # with the record's index
     batches, beside = itertools.tee(batches)
-    replies = continued(answer, batches, journal, answers_all)
-    for done, (replied, batch) in enumerate(zip(replies, beside, strict=True), start=1):
+    for replied, batch in zip(continued(answer, batches, journal, answers_all, progress), beside, strict=True):
         for (place, record), (text, tokens) in zip(batch.questions, replied, strict=True):
             reply = Answer(id=record.id, prediction=text, references=record.references, tokens=tokens)
             answers.append((place, reply))
-        if progress is not None:
-            progress(done)
     if not answers:
         raise UserError("evaluation: no questions found: check the evaluation records")
     return [reply for _, reply in sorted(answers, key=lambda pair: pair[0])]
@@ -249,7 +246,7 @@ def log_likelihoods(
             "use the tokenizer of this model"
         )
 
-    mesh, scores = mesh_of(model.params), []
+    mesh = mesh_of(model.params)
 
     def measure(batch: _Windows) -> dict[str, float]:
         arrays = place_batch(dict(zip(("ids", "mask"), batch, strict=True)), mesh)
@@ -262,11 +259,7 @@ def log_likelihoods(
         return known and entry["tokens"] == int(batch[1][:, 1:].sum())
 
     windows = _windows(ids, window, batch_size, row_ways(mesh))
-    for done, score in enumerate(continued(measure, windows, journal, measures), start=1):
-        scores.append(score)
-        if progress is not None:
-            progress(done)
-    return scores
+    return list(continued(measure, windows, journal, measures, progress))
 
 
 def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[_Windows]:

@@ -172,7 +172,7 @@ def _read_text(work: Work, model: Model, eval_set: EvaluationSetSpec) -> Lines:
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
     with work.phase(f"evaluate {work.label}", total) as progress:
         journal = work.journal(result_file(work), {"batches": total})
-        lines = list(log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=journal))
+        lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=journal)
     seconds, tokens = round(time.perf_counter() - start, 3), int(sum(line["tokens"] for line in lines))
     per_token = len(text.encode()) / len(ids)
     lines = [{**line, "bytes": per_token * line["tokens"]} for line in lines]
