@@ -172,20 +172,16 @@ def _groups(
     for (shape, *_), mine in sorted(buckets.items()):
         ordered = [question for same in mine for question in same]
         per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
-        group = functools.partial(
-            _Group,
-            shape=shape._replace(tokens=max(len(same[0].beginning) for same in mine)),
-            beginnings=(most := -(-per_batch // multiple) * multiple),
-            rest_length=max(len(question.rest) for question in ordered),
-        )
+        most, padded = -(-per_batch // multiple) * multiple, max(len(question.rest) for question in ordered)
+        shape = shape._replace(tokens=max(len(same[0].beginning) for same in mine))
         current, seen = list[_Question](), set[int]()
         for question in ordered:
             if len(current) == batch_size or len(seen | {question.first}) > most:
-                yield group(tuple(current))
+                yield _Group(tuple(current), shape, most, padded)
                 current, seen = [], set()
             current.append(question)
             seen.add(question.first)
-        yield group(tuple(current))
+        yield _Group(tuple(current), shape, most, padded)
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
