@@ -133,10 +133,8 @@ def bound(
         raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
     layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
     matrices = layers / 2 + whole - active_params(cfg)  # with all experts, since a batch's tokens choose all of them
-    layer_bytes, tower_bytes = (
-        matrices * WEIGHT_FORMATS[weights],
-        2 * sum(count_params(cfg, part) for part in ("vision", "projector")),
-    )
+    layer_bytes = matrices * WEIGHT_FORMATS[weights]
+    tower_bytes = 2 * sum(count_params(cfg, part) for part in ("vision", "projector"))
     total = layer_bytes + 2 * (whole - matrices)
     groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
     if not groups:

@@ -116,11 +116,8 @@ class InTransformers:
         module, name = job.loader
         loader, dtype = getattr(importlib.import_module(module), name), getattr(torch, job.weights)
         self.model = loader.from_pretrained(job.path, dtype=dtype, local_files_only=True).eval()
-        ids, self.tokens, self.prompt_tokens = (
-            torch.tensor(job.ids),
-            job.config.new_tokens + 1,
-            job.config.prompt_tokens,
-        )
+        ids, self.tokens = torch.tensor(job.ids), job.config.new_tokens + 1
+        self.prompt_tokens = job.config.prompt_tokens
         self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if job.pixels:
             pixels = np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
