@@ -71,14 +71,12 @@ def continued(
     """
     entries = [] if journal is None else journal.entries
     for number, batch in enumerate(batches):
-        if number < len(entries) and fits(batch, entries[number]):
-            entry = entries[number]
-        else:
-            if journal is not None and number < len(entries):
-                journal.cut(number)
-            entry = compute(batch)
-            if journal is not None:
-                journal.add(entry)
+        if journal is not None and number < len(entries) and not fits(batch, entries[number]):
+            journal.cut(number)
+        stored = number < len(entries)
+        entry = entries[number] if stored else compute(batch)
+        if journal is not None and not stored:
+            journal.add(entry)
         yield entry
         if progress is not None:
             progress(number + 1)
