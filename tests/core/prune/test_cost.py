@@ -132,7 +132,7 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
     except UserError as error:
         refused = str(error)
     costs = []
-    for ratio in np.arange(0, 1, 0.08):
+    for ratio in np.arange(0, 1, 0.04):
         try:
             other = make_plan(scores, cfg, ratio=float(ratio), **options)
         except UserError:
