@@ -21,7 +21,7 @@ SAFE = {
     ("io/data/tokenizer_files.py", "try_script"): "-P",
     ("io/data/video/process.py", "__init__"): "-P",
     ("run/workdir/content.py", "commit"): "git, in the folder of this package",
-    ("run/sweep/workers.py", "in_processes"): "_safe_path",
+    ("run/sweep/workers.py", "in_processes"): "PYTHONSAFEPATH",
 }
 _NEW = "a new folder, which appears when it is complete"
 _REPLACED = "a file that was removed or replaced a moment ago"

@@ -85,7 +85,7 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepR
         mock.patch.object(stages, "preflight"),
     ):
         for run in runs:
-            stages.do_run(run, sweep, QUIET)
+            assert stages.attempt(run, sweep, QUIET) is None
         made = collect(runs, sweep)
 
     def some_sets(model):

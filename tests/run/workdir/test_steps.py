@@ -13,7 +13,7 @@ from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.content import MadeFrom
 from vlmprune_jax.run.workdir.ledger import StageRecord
-from vlmprune_jax.run.workdir.steps import STEPS, PruneFacts, RecoverFacts, Steps, read_unfinished
+from vlmprune_jax.run.workdir.steps import STEPS, RecoverFacts, Steps, read_unfinished
 
 
 @pytest.fixture
@@ -63,10 +63,8 @@ def test_what_the_ledger_knows_of_finished_steps(workdir):
         "terms": {"ce": "CE"},
         "last": {},
     }
-    plan = {name: 0 for name in PruneFacts.__struct_encode_fields__}
-    plan |= {"method": "depth", "criterion": "bi", "removed_layers": [], "decoder_ratio": 0.4}
     recorded(workdir, "depth.score", {})
-    recorded(workdir, "depth.prune", plan)
+    recorded(workdir, "depth.prune", {"decoder_ratio": 0.4})
     recorded(workdir, "depth.sft.recover", {**facts, "records": 7, "steps": 3}, **{"data.fraction": 0.25})
     pruned, trained, other = read_unfinished(workdir).runs
     assert (pruned.seconds, trained.seconds, other.seconds) == (3.0, 4.5, None)

@@ -113,16 +113,16 @@ def start_worker(sweep: Sweep) -> Worker:
     """Return the function with which a worker process of `vlmprune sweep --jobs` executes one run."""
     _quiet()
     load_file(sweep.config)  # registers the criteria, metrics and so on that the file defines
-    return functools.partial(_work, sweep)
 
+    def work(item: tuple[int, SweepRun]) -> str | None:
+        number, run = item
+        console = Terminal(width=PIPE_WIDTH, force_terminal=False)
+        with kept() as messages:
+            line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
+        messages.tell()
+        return line
 
-def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
-    number, run = item
-    console = Terminal(width=PIPE_WIDTH, force_terminal=False)
-    with kept() as messages:
-        line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
-    messages.tell()
-    return line
+    return work
 
 
 def report(flags: Any) -> None:

@@ -83,7 +83,7 @@ def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by:
                     f"{given_by}{setting}: the variants {', '.join(names)} also set {setting}: set "
                     f"{kind}.NAME.{setting}{', or --only=NAME' if given_by == '--config.' else ''}"
                 )
-            variants = {name: _without(values, path) for name, values in variants.items()}
+            variants = {name: without(values, [setting]) for name, values in variants.items()}
         changes: dict[str, Any] = {kind: variants}
         experiment = dataclasses.replace(experiment, **changes)
     return experiment
@@ -94,10 +94,14 @@ def _sets(values: Any, path: Sequence[str]) -> bool:
     return not path or (isinstance(values, Mapping) and path[0] in values and _sets(values[path[0]], path[1:]))
 
 
-def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    first, *rest = path
-    others = {name: value for name, value in values.items() if name != first}
-    return {**others, first: _without(values[first], rest)} if rest else others
+def without(values: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings without those of these names, such as "recover.losses.ce", and without empty sections."""
+    kept = {
+        name: without(value, names, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if prefix + name not in names
+    }
+    return {name: value for name, value in kept.items() if value != {} or values[name] == {}}
 
 
 def variants_of(experiment: Experiment) -> list[Variant]:

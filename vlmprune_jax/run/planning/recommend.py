@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -22,6 +22,7 @@ from vlmprune_jax.io.data.inputs import count_records
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.run.experiment.recipes import recipes
 from vlmprune_jax.run.experiment.spec import Experiment
+from vlmprune_jax.run.experiment.variants import without
 from vlmprune_jax.run.planning.case import predict_plan
 from vlmprune_jax.run.planning.guide import METHODS, Guide, Recommendation, Target, merge, recommend
 from vlmprune_jax.run.stages.unused import unused_settings
@@ -176,7 +177,7 @@ def _config_file(recommendation: Recommendation, cfg: ModelConfig, settings: dic
     variants = {} if only else {"prune_variants": recommendation.variants}
     changes = merge(changes, {"data": folders}, variants)
     without_effect = {*itertools.chain(*unused_settings([(override(start, changes), cfg)]).values())}
-    content = {**({} if recipe is None else {"recipe": recipe}), **_without(changes, without_effect)}
+    content = {**({} if recipe is None else {"recipe": recipe}), **without(changes, without_effect)}
     about = f"# Advice of `vlmprune recommend` for {100 * recommendation.target.ratio:.4g} % of all parameters.\n"
     return about + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -191,13 +192,3 @@ def _experiment(
     changes = merge({"model": {}}, large, recommendation.recipe, *settings)
     start = Experiment() if recipe is None else override(Experiment(), recipes()[recipe])
     return recipe, changes, override(start, changes)
-
-
-def _without(values: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings without those of these names, such as "recover.losses.ce", and without empty sections."""
-    kept = {
-        name: _without(value, names, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if prefix + name not in names
-    }
-    return {name: value for name, value in kept.items() if value != {} or values[name] == {}}

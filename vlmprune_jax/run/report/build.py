@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlmprune_jax.base.errors import printable
@@ -19,7 +19,7 @@ from vlmprune_jax.run.workdir.groups import Comparison, comparison_of_run, compa
 from vlmprune_jax.run.workdir.result import RESULT, Result, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Sample, Samples, SampleSet
 from vlmprune_jax.run.workdir.speed import BENCH, SPEED, Bench, Speed
-from vlmprune_jax.run.workdir.steps import STEPS, Steps, Variant, read_unfinished
+from vlmprune_jax.run.workdir.steps import STEPS, Steps, read_unfinished
 from vlmprune_jax.run.workdir.sweep import DONE, FAILED, SweepResult, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
@@ -72,17 +72,17 @@ def build_report(workdir: Path) -> Path:
     if not os.path.lexists(path):
         unfinished = read_unfinished(workdir)
         result = None if unfinished.result is None else unfinished.result.distinct()
-        sections = [*_sections(workdir, result, unfinished.variants, finished=False)]
+        sections = [*_sections(workdir, result, unfinished.plans, finished=False)]
         text = "This run is not finished. The page shows the results so far."
         return write_page(workdir / "report.html", printable(title), sections, lead=[text], missing=unfinished.missing)
     known = read_result(workdir)
     result = known.distinct()
     comparison = comparison_of_run(result)
-    variants = [Variant(run.name, run.method, run.plan, run.scores) for run in known.runs]
+    plans = {run.plan: run.scores for run in known.runs}
     return write_page(
         workdir / "report.html",
         printable(title),
-        [*_sections(workdir, result, variants, finished=True), _export(result)],
+        [*_sections(workdir, result, plans, finished=True), _export(result)],
         lead=[lead(comparison)],
         numbers=_measured(comparison),
         best="" if comparison.best is None else comparison.best.title,
@@ -148,7 +148,9 @@ def _open_runs(sweep: SweepResult) -> Iterator[Section]:
         yield Section("Runs without a result", tables=(table,), notes=(note,))
 
 
-def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
+def _sections(
+    workdir: Path, result: Result | None, plans: Mapping[str, Sequence[str]], finished: bool
+) -> Iterator[Section]:
     labels = {} if result is None else result.labels
     if result is not None:
         yield from _comparison_sections(comparison_of_run(result), workdir / "report.png")
@@ -158,9 +160,9 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
         groups = tuple(groups_of(result))
         if groups:
             yield Section("By group of questions", tables=groups)
-    yield from vocabulary_section(workdir, variants)
-    yield from figures.removed_section(workdir, variants)
-    yield from figures.importance_section(workdir, variants)
+    yield from vocabulary_section(workdir, plans)
+    yield from figures.removed_section(workdir, plans)
+    yield from figures.importance_section(workdir, plans)
     if result is not None:
         yield from figures.loss_section(workdir, result)
     planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
@@ -226,10 +228,10 @@ def _answers(sample: Sample, labels: Mapping[str, str]) -> list[tuple[str, str, 
     return [(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
 
 
-def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield a report section on trimmed vocabularies, with one table per variant."""
+def vocabulary_section(workdir: Path, plans: Collection[str]) -> Iterator[Section]:
+    """Yield a report section on trimmed vocabularies, with one table per plan."""
     tables = []
-    for folder in dict.fromkeys((workdir / variant.plan).parent for variant in variants if variant.plan):
+    for folder in dict.fromkeys((workdir / plan).parent for plan in plans if plan):
         report = find_artefact(folder / VOCABULARY, VocabularyReport)
         if report is not None:
             name = "" if folder == workdir else f"{printable(folder.name)}: "

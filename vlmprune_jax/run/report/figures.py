@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ from vlmprune_jax.run.report.plots import INK, LARGEST, Cost, curves_figure, par
 from vlmprune_jax.run.report.tables import speedup_of
 from vlmprune_jax.run.workdir.groups import Comparison, ModelGroup
 from vlmprune_jax.run.workdir.result import Result, Run
-from vlmprune_jax.run.workdir.steps import Variant
 from vlmprune_jax.run.workdir.vocabulary import vocabulary_size
 
 T = TypeVar("T")
@@ -185,10 +184,10 @@ def _ratio(group: ModelGroup) -> float:
     return round(group.mean("actual_ratio"), 3) if asked is None else asked
 
 
-def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
+def removed_section(workdir: Path, files: Iterable[str]) -> Iterator[Section]:
     """Yield report sections with maps of removed layers, heads and neurons."""
     plans = list[tuple[list[str], PrunePlan]]()  # plans that keep the same units share an entry
-    for name in dict.fromkeys(run.plan for run in variants if run.plan):
+    for name in filter(None, files):
         plan = PrunePlan.from_json(workdir / name)
         names = next((names for names, known in plans if known.stacks == plan.stacks), None)
         if names is None:
@@ -228,16 +227,14 @@ def _removed_alt(component: str, kept: KeptStack) -> str:
     )
 
 
-def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield report sections with importance scores, one per scores file and plan."""
+def importance_section(workdir: Path, plans: Mapping[str, Sequence[str]]) -> Iterator[Section]:
+    """Yield report sections with importance scores, one per scores file; `plans`: see `Unfinished`."""
     figures = dict[str, Figure]()
-    for plan_file, method, name in dict.fromkeys(
-        (run.plan, run.method, name) for run in variants for name in run.scores
-    ):
+    for plan_file, name in ((plan_file, name) for plan_file, names in plans.items() for name in names):
         if len(figures) < MOST_DRAWN:
             scores = Scores.load(workdir / name)
-            plan = None if plan_file is None else PrunePlan.from_json(workdir / plan_file)
-            caption = name if method is None else f"{method}: {name}"
+            plan = PrunePlan.from_json(workdir / plan_file) if plan_file else None
+            caption = name if plan is None else f"{plan.method}: {name}"
             figure = figure_of(importance_figure(scores, plan), _importance_alt(scores), caption)
             figures.setdefault(figure.svg, figure)  # variants of one plan have equal scores
     if figures:

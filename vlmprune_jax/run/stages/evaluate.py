@@ -313,7 +313,7 @@ def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
     """Complete the task of one layer shape: speed depends on shapes, not on weights."""
     shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, work.start)]
     # Machines that share a sweep's results measure for themselves.
-    machine = {} if work.store is None else {"mesh": vars(work.mesh), "processor": processor()}
+    machine = {} if work.store is None else {"mesh": vars(work.experiment.mesh), "processor": processor()}
     return dataclasses.replace(task, inputs={}, settings={**task.settings, "shapes": shapes, **machine})
 
 

@@ -17,7 +17,7 @@ from vlmprune_jax.base.processes import is_main_process, on_process_zero
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.part import LAYERS, Key
-from vlmprune_jax.core.prune import CRITERIA, PrunePlan, Scores, fingerprint, score
+from vlmprune_jax.core.prune import CRITERIA, Scores, fingerprint, score
 from vlmprune_jax.core.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.core.prune.cost import amount
 from vlmprune_jax.core.prune.criteria.weights import random_scores
@@ -122,7 +122,7 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
             if chosen.needs == "routing":
                 options["routing"] = routing
             if chosen.needs == "labels":
-                origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
+                origin = {"criterion": criterion, "settings": settings, "mesh": vars(work.experiment.mesh)}
                 options["cache"] = ArrayCache(_parts(output), origin)
             else:
                 options["journal"] = work.journal(output, {"batches": total})
@@ -197,7 +197,9 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         write_artefact(work.folder / VOCABULARY, report)
         for line in vocabulary_lines(report):
             work.say(f"  {line}")
-    facts = plan_facts(plan, cfg)
+    before, after = ({name: count_params(of, name) for name in plan.stacks} for of in (cfg, plan.apply_to(cfg)))
+    lost = {name: (before[name] - after[name]) / before[name] for name in before}
+    facts = PruneFacts(decoder_ratio=lost["text"], tower_ratio=lost.get("vision"))
     tower = "" if facts.tower_ratio is None else f", {_percent(facts.tower_ratio)} of the tower"
     work.say(
         f"  {plan.method}: {_percent(plan.actual_ratio)} of all parameters removed "
@@ -215,7 +217,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         work.say(f"  {line}")
     gone = [(stack.removed_layers, "" if name == "text" else " of the tower") for name, stack in plan.stacks.items()]
     without = "".join(f"; without layers {', '.join(map(str, layers))}{part}" for layers, part in gone if layers)
-    work.say(f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left{without}")
+    work.say(f"  {plan.parameters_after:,} of {plan.parameters_before:,} parameters left{without}")
     return facts
 
 
@@ -285,25 +287,6 @@ def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
     routing = Routing.of_plan(work.folder / ROUTING, work.plan)
     return explain(work.plan, work.config(work.teacher), spec, scores, routing)
-
-
-def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
-    """Return a plan's numbers for tables and reports."""
-    lost = {}
-    for name in plan.stacks:
-        before, after = (count_params(config, name) for config in (cfg, plan.apply_to(cfg)))
-        lost[name] = (before - after) / before
-    return PruneFacts(
-        method=plan.method,
-        criterion=plan.criterion,
-        target_ratio=plan.target_ratio,
-        actual_ratio=plan.actual_ratio,
-        decoder_ratio=lost["text"],
-        tower_ratio=lost.get("vision"),
-        parameters=plan.parameters_after,
-        parameters_before=plan.parameters_before,
-        removed_layers=list(plan.removed_layers),
-    )
 
 
 def _percent(value: float | None) -> str:

@@ -27,7 +27,7 @@ from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.models.vlm import Model
 from vlmprune_jax.core.prune import PrunePlan, fingerprint, keep_everything
 from vlmprune_jax.core.recovery.terms import terms_of
-from vlmprune_jax.core.sections import MeshSpec, ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints import read
 from vlmprune_jax.io.checkpoints.layout import PARTS
 from vlmprune_jax.io.checkpoints.read import load, read_config
@@ -90,11 +90,6 @@ class Work:
     def model(self) -> ModelSpec:
         """Settings of the unpruned model."""
         return self.experiment.model
-
-    @property
-    def mesh(self) -> MeshSpec:
-        """Settings of the device mesh."""
-        return self.experiment.mesh
 
     @property
     def label(self) -> str:
@@ -231,7 +226,7 @@ class Work:
     @property
     def devices(self) -> Mesh | None:
         """Device mesh of the experiment; None for one device."""
-        return mesh_of_spec(self.mesh)
+        return mesh_of_spec(self.experiment.mesh)
 
     @property
     def tokens(self) -> ModelSpec:
@@ -292,7 +287,7 @@ class Work:
 
     def journal(self, output: Path, made_from: Mapping[str, Any]) -> Journal:
         """Open the journal from which an interrupted pass resumes; a journal from another mesh is ignored."""
-        return Journal(journal_path(output), {**made_from, "mesh": vars(self.mesh)})
+        return Journal(journal_path(output), {**made_from, "mesh": vars(self.experiment.mesh)})
 
 
 def journal_path(output: Path) -> Path:

@@ -125,10 +125,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     if not 0 < len(points) <= MOST_RUNS:
         raise UserError(f"get_hyper(hyper): lists {len(points):,} runs, expected 1 to {MOST_RUNS:,}: change the list")
     points = [_bare(point) for point in points]
-    short, runs = (
-        _short_names(points),
-        dict[str, SweepRun](),
-    )  # by folder, also where disks ignore case
+    short, runs = _short_names(points), dict[str, SweepRun]()  # by folder, also where disks ignore case
     for point in points:
         labels = {short[name]: _text(value) for name, value in point.items() if name in short}
         run_labels = dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))  # seeds last

@@ -86,25 +86,6 @@ def _below(folder: str, made_from: Any) -> str:
     return str(Path(folder) / content_key(made_from)[:16])
 
 
-def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
-    """Run all stages of one sweep run and write its `result.json`; an interrupted run resumes.
-
-    Raises UserError if a stage refuses its settings or inputs.
-    """
-    folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
-    on_process_zero(lambda: remove(folder / ERROR))
-    work = sweep.work(run, reporter)
-    preflight(work, "run")
-    result = make_models(work)
-    if not is_main_process():
-        return
-    tokens = run.experiment.data.max_image_tokens
-    shared: dict[str, Any] = {"model": run.experiment.model.hf_dir, "image_tokens": tokens}
-    models = [replace(model, **shared, digest=digest(folder / model.path, every_byte=True)) for model in result.runs]
-    result = replace(result, teacher=replace(result.teacher, image_tokens=tokens), runs=models, made_from=made_from)
-    write_artefact(folder / RESULT, result)
-
-
 def read_run(run: SweepRun, sweep: Sweep, *, unchanged: bool = False) -> Result | None:
     """Return a sweep run's results; None if its file is missing, damaged, or of a single `vlmprune run`.
 
@@ -244,14 +225,25 @@ def run_sweep(
 
 
 def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
-    """Run or resume one sweep run; return its error as one line, or None.
+    """Run or resume all stages of one sweep run and write its `result.json`; return its error as one line, or None.
 
     Raises:
       Stopped: on SIGTERM.
       Exception: with several processes, an error that only this process has.
     """
     try:
-        do_run(run, sweep, reporter)
+        folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
+        on_process_zero(lambda: remove(folder / ERROR))
+        work = sweep.work(run, reporter)
+        preflight(work, "run")
+        result = make_models(work)
+        if is_main_process():
+            tokens = run.experiment.data.max_image_tokens
+            shared: dict[str, Any] = {"model": run.experiment.model.hf_dir, "image_tokens": tokens}
+            digests = [digest(folder / model.path, every_byte=True) for model in result.runs]
+            models = [replace(m, **shared, digest=each) for m, each in zip(result.runs, digests, strict=True)]
+            teacher = replace(result.teacher, image_tokens=tokens)
+            write_artefact(folder / RESULT, replace(result, teacher=teacher, runs=models, made_from=made_from))
         return None
     except Stopped:
         raise

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -30,6 +30,7 @@ def in_processes(
       start: importable function, called once in each new process, which returns the function that processes an item.
       done: called in this process with each finished item and its error (or None), one at a time.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the current folder
     context = multiprocessing.get_context("spawn")  # a fork would lose the threads of jax
     pending, processes = list(reversed(items)), list[SpawnProcess]()
     busy = dict[Connection, tuple[SpawnProcess, Any]]()
@@ -37,8 +38,7 @@ def in_processes(
     def launch() -> None:
         connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, start))
-        with _safe_path():
-            process.start()
+        process.start()
         processes.append(process)
         theirs.close()
         give(connection, process)
@@ -73,19 +73,6 @@ def in_processes(
             process.terminate()
         for process in processes:
             process.join()
-
-
-@contextlib.contextmanager
-def _safe_path() -> Iterator[None]:
-    """Context in which child processes cannot import modules from the current folder."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _serve(connection: Connection, start: Callable[[], Worker]) -> None:

@@ -29,16 +29,9 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Facts about a plan: requested and reached ratios, and parameter counts by part of the model."""
+    """Removed shares of the decoder's and tower's parameters, which a plan does not tell without the model's config."""
 
-    method: str
-    criterion: str
-    target_ratio: Finite | None
-    actual_ratio: Finite
     decoder_ratio: Finite
-    parameters: Count
-    parameters_before: Count
-    removed_layers: list[Count]
     tower_ratio: Finite | None = None
 
 
@@ -131,24 +124,14 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One prune variant, with its plan and scores files that exist."""
-
-    name: str
-    method: str | None
-    plan: str | None
-    scores: Sequence[str]
-
-
-@dataclass(frozen=True)
 class Unfinished:
     """Finished results of an unfinished run, and its missing steps.
 
-    `missing`: pairs (what is missing, command that makes it).
+    `plans`: {plan ("" if there is none yet): scores files}. `missing`: pairs (what is missing, command that makes it).
     """
 
     result: Result | None
-    variants: list[Variant]
+    plans: dict[str, list[str]]
     missing: list[tuple[str, str]]
 
     @property
@@ -187,21 +170,20 @@ def read_unfinished(workdir: Path) -> Unfinished:
         runs = [replace(run, speed=speeds.get(run.name)) for run in result.runs]
         result = replace(result, runs=runs, teacher=replace(result.teacher, speed=speeds.get("")))
     missing = [] if teacher else [("the scores of the unpruned model", "evaluate")]
-    variants, blocked = [], set[str]()
+    plans, blocked = dict[str, list[str]](), set[str]()
     for step in steps:
         if not blocked & {step.variant, step.folder} and not step.is_done(workdir):  # the first one of each variant
             blocked.add(step.folder)
             missing.append((f"{step.name}: {step.about}", step.stage))
         if step.stage == "prune":
-            is_planned = (workdir / step.plan).is_file()
-            method = PrunePlan.from_json(workdir / step.plan).method if is_planned else None
-            variants.append(Variant(step.name, method, step.plan if is_planned else None, step.scores(workdir)))
+            plan = step.plan if (workdir / step.plan).is_file() else ""
+            plans.setdefault(plan, []).extend(step.scores(workdir))
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
     if left and teacher:
         missing.append((f"the scores of {', '.join(left)}", "evaluate"))
     if steps or not teacher:
         missing.append(("the export of the best model, its comparison, and all other unfinished stages", "run"))
-    return Unfinished(result, variants, [(what, _COMMAND.format(name, workdir)) for what, name in missing])
+    return Unfinished(result, plans, [(what, _COMMAND.format(name, workdir)) for what, name in missing])
 
 
 def make_result(
