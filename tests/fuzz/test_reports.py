@@ -25,7 +25,7 @@ from vlmprune_jax.run.workdir.groups import comparison_of_run, comparison_of_swe
 from vlmprune_jax.run.workdir.result import Result, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
 from vlmprune_jax.run.workdir.speed import Bench, Speed
-from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
+from vlmprune_jax.run.workdir.steps import STEPS, StepRecord, Steps, read_unfinished
 from vlmprune_jax.run.workdir.sweep import RunError, as_csv, read_sweep
 from vlmprune_jax.run.workdir.tpu_plan import TPU_PLAN, TpuPlan
 from vlmprune_jax.run.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
@@ -250,7 +250,7 @@ def test_vocabularies(tmp_path):
     whole = saved(path, VocabularyReport(rows_before=640, rows=448, parameters=1000, samples=[sample]))
 
     def shown():
-        return [*vocabulary_section(tmp_path, [Variant("w", "depth", "plan.json", [])])]
+        return [*vocabulary_section(tmp_path, ["plan.json"])]
 
     assert shown()[0].tables[0].rows == (("all", "3", "2", "2.22", "0", "0.850", "0.870"),)
 

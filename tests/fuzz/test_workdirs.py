@@ -29,7 +29,6 @@ from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report.figures import removed_section
 from vlmprune_jax.run.workdir import content as provenance
 from vlmprune_jax.run.workdir.ledger import Task, finished_stages, run_task, write_text
-from vlmprune_jax.run.workdir.steps import Variant
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -79,7 +78,7 @@ def layer_plans(draw):
 def test_sizes_of_plans(tmp_path):
     """Axes without their parent, of another kind of layer, sizes that do not divide, ranges of any length."""
     plan = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1)
-    whole, path, variant = json.loads(plan.to_json()), tmp_path / "plan.json", Variant("", None, "plan.json", [])
+    whole, path = json.loads(plan.to_json()), tmp_path / "plan.json"
     like = st.lists(layer_plans(), max_size=4)
     alike = st.builds(lambda layer, n: [layer] * n, layer_plans(), st.integers(1, 40))
     tokens = st.none() | AXIS_SIZES.flatmap(lambda rows: st.tuples(st.just(rows), ranges_below(rows)))
@@ -100,7 +99,7 @@ def test_sizes_of_plans(tmp_path):
         if plan is not None:
             assert repr(plan)
             assert compare(plan, plan)
-            reads(lambda: [*removed_section(tmp_path, [variant])], "")
+            reads(lambda: [*removed_section(tmp_path, [path.name])], "")
             reads(lambda: check_plan_is_for(Model({}, CFG), plan), "plan of another model")
 
     check()

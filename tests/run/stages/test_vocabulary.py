@@ -18,7 +18,6 @@ from vlmprune_jax.run.stages.vocabulary import _by_script
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.evaluation import read_evaluated
 from vlmprune_jax.run.workdir.result import read_result
-from vlmprune_jax.run.workdir.steps import Variant
 from vlmprune_jax.run.workdir.vocabulary import VocabularyReport
 
 CONFIG = """
@@ -82,7 +81,7 @@ def test_prune_reports_held_out_texts(root, capsys):
     assert (sample.texts, sample.broken, sample.measured_bytes) == (3, 0, 300)
     assert sample.tokens_after >= sample.tokens_before
     assert sample.bits_before > 0 < sample.bits_after
-    (section,) = vocabulary_section(root / "w", [Variant("w", "depth", "plan.json", [])])
+    (section,) = vocabulary_section(root / "w", ["plan.json"])
     assert section.tables[0].rows[0][:2] == ("all", "3")
     run(root, "prune")
     assert "prune: unchanged, skipped" in capsys.readouterr().out
