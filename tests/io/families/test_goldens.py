@@ -64,11 +64,11 @@ def test_forward(golden):
 
 def test_tower(golden):
     states = golden.arrays["single_vision_states"]
-    tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
+    model, pixels = golden.model, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, golden.arrays["image0_position_ids"][None])
         images = packed(pixels[None], jnp.asarray(grid)[None])
-        found = tower_values(tower, images)
+        found = tower_values(model.params, model.cfg, images)
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
@@ -77,14 +77,14 @@ def test_tower(golden):
     elif golden.patched:  # with padding behind the image
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         images = packed(np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])[None], grid)
-        found = tower_values(tower, images)
+        found, tower = tower_values(model.params, model.cfg, images), to_nnx(model).vision
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
             patterns = tower.context_of(images.values, images._asdict()).patterns
             windows = patterns[tower.cfg.layers[0].mixer.pattern].segments
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(block.before[:, order], block.after[:, order]) for block in found]
     else:
-        found = tower_values(tower, packed(pixels[:1]))
+        found = tower_values(model.params, model.cfg, packed(pixels[:1]))
     np.testing.assert_allclose(np.concatenate([found[0][0], *(block[1] for block in found)]), states, **CLOSE)
 
 
