@@ -69,6 +69,13 @@ class Golden:
             inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
         return inputs
 
+    def padded(self, cases, rows):
+        """Left-padded token rows of these cases, with their images."""
+        ids, mask = (np.zeros((len(rows), max(map(len, rows))), np.int32) for _ in range(2))
+        for number, row in enumerate(rows):
+            ids[number, -len(row) :], mask[number, -len(row) :] = row, 1
+        return {"input_ids": ids, "attention_mask": mask, **self.shown(cases)}
+
     def batch(self, side):
         names = ("input_ids", "attention_mask", "labels")
         arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}

@@ -46,20 +46,23 @@ of_every_family = pytest.mark.parametrize("golden", [*FAMILIES, *PATCHED, *POSIT
 
 @of_every_family
 def test_forward(golden):
-    stored = golden.arrays
-    for case in golden.cases:
-        inputs, want = golden.inputs(case), ("hidden", "image_features") if case in ("single", "text") else ()
-        logits, aux = vp.forward(golden.model, **inputs, capture=want)
-        logits = np.asarray(logits)
-        expected = stored[f"{case}_logits"]
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
-        loss = mean_loss(logits, stored[f"{case}_labels"][None])
-        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
-        if want:
-            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
+    """Two cases alone, with their hidden states; the others as rows of one padded batch, which compiles once."""
+    stored, found = golden.arrays, {}
+    for case in ("single", "text"):
+        logits, aux = vp.forward(golden.model, **golden.inputs(case), capture=("hidden", "image_features"))
+        found[case] = np.asarray(logits[0])
+        np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
         if case == "single":
             features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
             np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
+    others = [case for case in golden.cases if case not in found]
+    logits, _ = vp.forward(golden.model, **golden.padded(others, [stored[f"{case}_input_ids"] for case in others]))
+    found |= dict(zip(others, np.asarray(logits), strict=True))
+    for case, logits in found.items():
+        expected, labels = stored[f"{case}_logits"], stored[f"{case}_labels"]
+        np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
+        loss = mean_loss(logits[None, -len(labels) :], labels[None])
+        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
 
 
 def test_tower(golden):
@@ -101,17 +104,8 @@ def test_deepstack(goldens):
 @of_every_family
 def test_answers_of_a_padded_batch(golden):
     prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in golden.cases]
-    ids, mask = (np.zeros((len(prompts), max(map(len, prompts))), np.int32) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
-    found = vp.generate(
-        golden.model,
-        ids,
-        **golden.shown(golden.cases),
-        attention_mask=mask,
-        max_new_tokens=8,
-        eos_token_ids=(),
-    )
+    inputs = golden.padded(golden.cases, prompts)
+    found = vp.generate(golden.model, **inputs, max_new_tokens=8, eos_token_ids=())
     np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in golden.cases])
 
 
