@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import tower_values
-from golden_cases import CLOSE, Golden
-from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from golden_cases import CLOSE, DENSE, FAMILIES, MIXTURES, Golden, cut_layers, cuts_of
+from hf_cases import assert_same_tensors, edit_weights, mean_loss, prune
 from media_cases import packed
 from rounding import assert_same_sums
 from torch_compat import VERSIONS
@@ -30,18 +30,13 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.io.families import detect
 
-FAMILIES = ("internvl3", "smolvlm", "gemma3")
-PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
-POSITIONED = ("gemma4", "gemma4_dense")  # patches with the position of each
-MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")  # of experts, with fewer stored outputs
 
-
-@pytest.fixture(scope="module", params=FAMILIES + PATCHED + POSITIONED)
+@pytest.fixture(scope="module", params=DENSE)
 def golden(goldens, request):
     return Golden(goldens / "families" / request.param)
 
 
-of_every_family = pytest.mark.parametrize("golden", [*FAMILIES, *PATCHED, *POSITIONED, *MIXTURES], indirect=True)
+of_every_family = pytest.mark.parametrize("golden", [*DENSE, *MIXTURES], indirect=True)
 
 
 @of_every_family
@@ -55,13 +50,10 @@ def test_forward(golden):
         if case == "single":
             features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
             np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
-    others = [case for case in golden.cases if case not in found]
-    logits, _ = vp.forward(golden.model, **golden.padded(others, [stored[f"{case}_input_ids"] for case in others]))
-    found |= dict(zip(others, np.asarray(logits), strict=True))
-    for case, logits in found.items():
+    for case, logits in (found | golden.logits([case for case in golden.cases if case not in found])).items():
         expected, labels = stored[f"{case}_logits"], stored[f"{case}_labels"]
         np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
-        loss = mean_loss(logits[None, -len(labels) :], labels[None])
+        loss = mean_loss(logits[None], labels[None])
         np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
 
 
@@ -126,11 +118,18 @@ def test_a_mesh_computes_the_same(golden):
 def test_layers_by_block_influence(golden):
     scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
     np.testing.assert_allclose(scores.layers, golden.arrays["batch_right_block_influence"], rtol=1e-4)
-    shorter, _ = keep_layers(golden.model, golden.without_1_3)
-    for case in ("single", "text"):
-        logits, _ = vp.forward(shorter, **golden.inputs(case))
-        expected = golden.arrays[f"{case}_logits_without_1_3"]
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("golden", "cut"), [(family, cut) for family in FAMILIES for cut in cuts_of(family)], indirect=["golden"]
+)
+def test_cuts(golden, cut):
+    """What stock transformers computes without layers, experts, neurons or heads; consumers of a layer's keys too."""
+    smaller, plan = prune(golden.model, cut_layers(golden, cut))
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    for case, logits in golden.logits(("single", "text"), smaller).items():
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
 
 
 @pytest.mark.parametrize(
@@ -216,15 +215,6 @@ def as_record(golden, case):
     return Record(case, (*turns, ("gpt", facts["answer"])), paths)
 
 
-def test_a_cut_producer_redirects_its_consumers(goldens):
-    """Layers that shared its keys and values take those of the layer before it, as in the stock model that is left."""
-    golden = Golden(goldens / "families/gemma4")
-    shorter, _ = keep_layers(golden.model, [0, 1, 2, 3, 5, 7, 8])
-    logits, _ = vp.forward(shorter, **golden.inputs("single"))
-    expected = golden.arrays["single_logits_without_4_6"]
-    np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
-
-
 @pytest.mark.parametrize("budget", [70, 140, 280, 560, 1120])
 def test_budgets_of_tokens(goldens, tmp_path, budget):
     golden = Golden(goldens / "families/gemma4")
@@ -245,7 +235,7 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 
-@pytest.mark.parametrize("golden", [*FAMILIES, "gemma4", "gemma4_dense"], indirect=True)
+@pytest.mark.parametrize("golden", [name for name in DENSE if "qwen" not in name], indirect=True)
 @pytest.mark.parametrize("processor", ["", "_hub_style"])
 def test_prompts_labels_and_images(golden, tmp_path, processor):
     for path in golden.ckpt.iterdir():
@@ -310,7 +300,7 @@ def write_crops(golden, folder):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
     """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
-    shorter, _ = keep_layers(golden.model, golden.without_1_3)
+    shorter, _ = prune(golden.model, cut_layers(golden, "without_1_3"))
     vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
     options = {"class_name": "AutoModelForImageTextToText", "version": version}
     if golden.positioned and version == "4.57":
