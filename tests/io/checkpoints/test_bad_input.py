@@ -14,7 +14,6 @@ from hf_cases import LLAMA, copy_golden, edit_config, keep_layers, make_folder
 from safetensors.numpy import save_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.main import main
 
@@ -49,21 +48,12 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
     ("changes", "said"),
     [
         ({"text_config.hidden_size": "48"}, "field text_config.hidden_size is '48', expected a whole number above 0"),
-        (
-            {"text_config.num_hidden_layers": 10**9},
-            "field text_config.num_hidden_layers is 1000000000, expected a",
-        ),
+        ({"text_config.num_hidden_layers": 10**9}, "field text_config.num_hidden_layers is 1000000000, expected a"),
         ({"text_config.vocab_size": -1}, "field text_config.vocab_size is -1, expected a whole number above 0"),
         ({"text_config.rms_norm_eps": float("nan")}, "field text_config.rms_norm_eps is nan, expected a number"),
         ({"text_config.rope_scaling": {"type": "linear"}}, "linear rope: factor missing"),
-        (
-            {"text_config.per_layer_shapes": 5},
-            "field text_config.per_layer_shapes is 5, expected a list of [query",
-        ),
-        (
-            {"text_config.num_hidden_layers": 10_000},
-            "field text_config.num_hidden_layers is 10000, expected a whole",
-        ),
+        ({"text_config.per_layer_shapes": 5}, "field text_config.per_layer_shapes is 5, expected a list of [query"),
+        ({"text_config.num_hidden_layers": 10_000}, "field text_config.num_hidden_layers is 10000, expected a whole"),
         (
             {"vision_config.image_size": 2**31 - 1},
             "field vision_config.image_size is 2147483647, expected a whole number from 1",
@@ -102,7 +92,7 @@ def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
         (2.0, "1 divided by an"),
     ):
         edit_config(folder, downsample_ratio=ratio)
-        with pytest.raises(UserError, match=f"config.json: .*downsample_ratio.*{said}"):
+        with pytest.raises(vp.UserError, match=f"config.json: .*downsample_ratio.*{said}"):
             read_config(folder)
 
 
@@ -220,7 +210,7 @@ def test_whatever_a_field_holds(goldens, tmp_path, name):
             path.write_text(json.dumps(config))
             try:
                 read_config(tmp_path, tower)
-            except UserError as error:
+            except vp.UserError as error:
                 said = str(error)
                 assert said.startswith(f"{path}: "), said
                 assert "\n" not in said, said

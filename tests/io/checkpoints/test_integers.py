@@ -7,12 +7,10 @@ from decoder_cases import QWEN2
 from hf_cases import LLAMA, keep_layers, make_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.exports.gptq import check_on_tpus
-from vlmprune_jax.io.families import FAMILIES
 
 WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE |= {"intermediate_size": 256, "num_hidden_layers": 2}
@@ -31,7 +29,7 @@ STORED = {
 
 
 def config_of(name):
-    family = FAMILIES[name]
+    family = vp.families[name]
     return family.from_hf(CONFIGS[name], None)
 
 
@@ -39,7 +37,7 @@ def loading(cfg):
     def loads(name):
         try:
             check_on_tpus(cfg, STORED[name], 1)
-        except UserError:
+        except vp.UserError:
             return False
         return True
 
@@ -82,7 +80,7 @@ def test_fewer_heads_of_llama_are_written_as_mistral():
     ],
 )
 def test_refused_integers(storage, tensor, said):
-    with pytest.raises(UserError, match="loads_in='vllm_tpu'") as error:
+    with pytest.raises(vp.UserError, match="loads_in='vllm_tpu'") as error:
         check_on_tpus(config_of("llama"), storage, tensor)
     assert said in str(error.value)
 
@@ -92,5 +90,5 @@ def test_export(tmp_path):
     model, plan = keep_layers(vp.load(source), [0])
     asked = dataclasses.replace(plan, options={"loads_in": ["vllm_tpu"], "tensor_parallel": 2})
     vp.save(model, tmp_path / "out", source_dir=source, plan=asked, quantize="w4a16", group_size=64)
-    with pytest.raises(UserError, match="w8a16 loads in no class"):
+    with pytest.raises(vp.UserError, match="w8a16 loads in no class"):
         vp.save(model, tmp_path / "no", source_dir=source, plan=asked, quantize="w8a16")

@@ -22,16 +22,15 @@ from hf_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.io.checkpoints import read
-from vlmprune_jax.io.checkpoints.read import load
 
 
 def refused(folder, *parts, **options):
     """The message of loading `folder`: one line that holds all `parts`."""
-    with pytest.raises(UserError) as error:
-        load(folder, **options)
+    with pytest.raises(vp.UserError) as error:
+        vp.load(folder, **options)
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -55,7 +54,7 @@ def test_llava_hf_spellings(goldens, tmp_path, rename):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = {rename(key): shard for key, shard in index["weight_map"].items()}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_equal(load(folder), load(goldens / "ckpt/llava_hf"))
+    assert_equal(vp.load(folder), vp.load(goldens / "ckpt/llava_hf"))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_llava_hf_spellings(goldens, tmp_path, rename):
 )
 def test_original_layout_tower_spellings_and_places(goldens, tmp_path, spelling):
     """The tower in its own folder (transformers 4 and 5 names), or inside the checkpoint with a config beside it."""
-    expected = load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower")
+    expected = vp.load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower")
     folder = copy_golden(goldens, "llava_orig", tmp_path / "llava")
     tower = copy_golden(goldens, "clip_tower", tmp_path / "tower")
     renamed = {
@@ -74,20 +73,20 @@ def test_original_layout_tower_spellings_and_places(goldens, tmp_path, spelling)
     }
     if not spelling.startswith("model."):
         save_file(renamed, tower / "model.safetensors")
-        assert_equal(load(folder, vision_dir=tower), expected)
+        assert_equal(vp.load(folder, vision_dir=tower), expected)
         return
     edit_weights(folder, lambda tensors: tensors | renamed)
     (tower / "model.safetensors").unlink()
-    assert_equal(load(folder, vision_dir=tower), expected)  # a folder with the config alone
+    assert_equal(vp.load(folder, vision_dir=tower), expected)  # a folder with the config alone
     refused(folder, "vision_dir", "clip-vit-large-patch14-336")
     edit_config(folder, vision_config=json.loads((tower / "config.json").read_text())["vision_config"])
-    assert_equal(load(folder), expected)
+    assert_equal(vp.load(folder), expected)
 
 
 def test_bin_and_index_and_single_file_are_one_model(goldens, tmp_path):
     tower = goldens / "ckpt/clip_tower"
-    expected = load(goldens / "ckpt/llava_orig", vision_dir=tower)
-    assert_equal(load(goldens / "ckpt/llava_orig_bin", vision_dir=tower), expected)
+    expected = vp.load(goldens / "ckpt/llava_orig", vision_dir=tower)
+    assert_equal(vp.load(goldens / "ckpt/llava_orig_bin", vision_dir=tower), expected)
     sharded = copy_golden(goldens, "llava_hf", tmp_path / "llava_hf")
     whole = {}
     for shard in sorted(sharded.glob("*.safetensors")):
@@ -95,12 +94,12 @@ def test_bin_and_index_and_single_file_are_one_model(goldens, tmp_path):
         shard.unlink()
     (sharded / "model.safetensors.index.json").unlink()
     save_file(whole, sharded / "model.safetensors")
-    assert_equal(load(sharded), load(goldens / "ckpt/llava_hf"))
+    assert_equal(vp.load(sharded), vp.load(goldens / "ckpt/llava_hf"))
 
 
 def test_bin_is_read_without_torch(goldens, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert load(goldens / "ckpt/llava_orig_bin", vision_dir=goldens / "ckpt/clip_tower").params
+    assert vp.load(goldens / "ckpt/llava_orig_bin", vision_dir=goldens / "ckpt/clip_tower").params
 
 
 def test_damaged_or_unsafe_bin(goldens, tmp_path):
@@ -119,10 +118,10 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
 def test_threads_share_the_rows_of_a_tensor(goldens, monkeypatch):
     """Parts of few rows give the same arrays, whole and sliced over a mesh."""
     folder, mesh = goldens / "ckpt/llava_hf", make_mesh(1, 4, 2)
-    whole, sliced = load(folder), load(folder, mesh=mesh)
+    whole, sliced = vp.load(folder), vp.load(folder, mesh=mesh)
     monkeypatch.setattr(read, "_PART", 100)
-    assert_equal(load(folder), whole)
-    assert_equal(load(folder, mesh=mesh), sliced)
+    assert_equal(vp.load(folder), whole)
+    assert_equal(vp.load(folder, mesh=mesh), sliced)
 
 
 # Dtypes and placement -------------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def test_threads_share_the_rows_of_a_tensor(goldens, monkeypatch):
 def test_dtypes(llama, stored, asked):
     edit_weights(llama, lambda tensors: {key: value.astype(stored) for key, value in tensors.items()})
     tensors = load_file(llama / "model.safetensors")
-    layers = load(llama, dtype=asked).params["text"]["layers"]["0"]
+    layers = vp.load(llama, dtype=asked).params["text"]["layers"]["0"]
     for i in range(4):
         expected = tensors[f"model.layers.{i}.mlp.up_proj.weight"].astype(asked)
         np.testing.assert_array_equal(layers["mlp"]["up_proj"]["weight"][i], expected)
@@ -144,8 +143,8 @@ def test_dtypes(llama, stored, asked):
 def test_every_device_reads_its_own_slice(tmp_path, sizes):
     config = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 96}
     folder = make_folder(tmp_path / "llama", config)
-    expected, mesh = load(folder), make_mesh(*sizes)
-    model = load(folder, mesh=mesh)
+    expected, mesh = vp.load(folder), make_mesh(*sizes)
+    model = vp.load(folder, mesh=mesh)
     assert_equal(model, expected)
     up = model.params["text"]["layers"]["0"]["mlp"]["up_proj"]["weight"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(4, 56 // sizes[2], 48 // sizes[1])}
@@ -159,9 +158,9 @@ def test_a_mesh_that_does_not_divide_is_refused_before_reading(llama):
 def test_no_second_copy_of_the_weights(tmp_path):
     """The allocations of a load are the parameters themselves, page-cache maps aside."""
     folder = make_folder(tmp_path / "wide", {**LLAMA, "intermediate_size": 20000, "num_hidden_layers": 6})
-    load(folder)
+    vp.load(folder)
     tracemalloc.start()
-    model = load(folder)
+    model = vp.load(folder)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
@@ -176,16 +175,16 @@ def test_generation_config_supplies_missing_ids_only(llama):
     (llama / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [7, 8], "pad_token_id": 9, "bos_token_id": 1})
     )
-    assert load(llama).cfg.eos_token_ids == (5,)
+    assert vp.load(llama).cfg.eos_token_ids == (5,)
     edit_config(llama, eos_token_id=None, pad_token_id=None)
-    cfg = load(llama).cfg
+    cfg = vp.load(llama).cfg
     assert (cfg.eos_token_ids, cfg.pad_token_id, cfg.bos_token_id) == ((7, 8), 9, 3)
 
 
 def test_generation_config_and_nested_ids(tmp_path):
     folder = make_folder(tmp_path / "llava", LLAVA)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert load(folder).cfg.eos_token_ids == (5,)
+    assert vp.load(folder).cfg.eos_token_ids == (5,)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]"], ids=["missing", "empty", "cut", "list"])
@@ -207,8 +206,8 @@ def test_folder_and_hub_names(tmp_path):
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "no such folder")
     refused(tmp_path, "config.json", "is missing")
-    with pytest.raises(UserError, match="float64"):
-        load(tmp_path, dtype="float64")
+    with pytest.raises(vp.UserError, match="float64"):
+        vp.load(tmp_path, dtype="float64")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def test_more_layers_in_the_file_than_in_the_config(llama):
 def test_unknown_key_in_the_tower(tmp_path, name):
     """Blocks above the feature layer are known; a stray tensor in a computed block, or a block too many, is not."""
     folder = make_folder(tmp_path / "llava", LLAVA)
-    load(folder)
+    vp.load(folder)
     edit_weights(folder, lambda tensors: tensors | {name: np.zeros((40, 24), np.float32)})
     refused(folder, f"unknown key {name}")
 
@@ -383,13 +382,13 @@ def test_weights_that_are_not_finite(llama, stored, value):
 
 def test_weights_too_large_for_the_dtype(llama):
     edit_weights(llama, lambda tensors: tensors[KEY].__setitem__((0, 0), -7e4))
-    load(llama, dtype="bfloat16")
+    vp.load(llama, dtype="bfloat16")
     refused(llama, KEY, "float16", dtype="float16")
 
 
 def test_tied_embeddings_that_are_stored_twice(goldens, tmp_path):
     folder = copy_golden(goldens, "llama_gqa", tmp_path / "tied")
     edit_weights(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
-    assert_equal(load(folder), load(goldens / "ckpt/llama_gqa"))
+    assert_equal(vp.load(folder), vp.load(goldens / "ckpt/llama_gqa"))
     edit_weights(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
     refused(folder, "tie_word_embeddings", "lm_head.weight differs")

@@ -8,19 +8,11 @@ from repository import ROOT
 from smollm2 import english_text, smollm2_folder
 from transformers import AutoTokenizer
 
-from vlmprune_jax.core.models.generate import generate
-from vlmprune_jax.core.prune import apply_plan, score
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.pruning import make_plan
+import vlmprune_jax as vp
 from vlmprune_jax.io.exports.reload import check_export
-from vlmprune_jax.io.exports.write import save
 
 pytestmark = pytest.mark.slow
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village by the sea,",
-)
+PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
 WINDOW, ROWS = 512, 2
 
 
@@ -48,7 +40,7 @@ def test_greedy_continuations(folder, tokenizer, torch_outputs):
     ids, mask = (np.zeros((len(rows), longest), np.int32) for _ in range(2))
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
-    found = generate(load(folder), ids, attention_mask=mask, max_new_tokens=32, eos_token_ids=())
+    found = vp.generate(vp.load(folder), ids, attention_mask=mask, max_new_tokens=32, eos_token_ids=())
     for row, tokens in zip(rows, found, strict=True):
         options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": (), "max_new_tokens": 32}
         expected = torch_outputs(folder, {"input_ids": np.asarray([row], np.int32)}, **options)["tokens"]
@@ -58,14 +50,14 @@ def test_greedy_continuations(folder, tokenizer, torch_outputs):
 def test_depth_pruned_export_has_the_same_perplexity(folder, windows, torch_outputs, tmp_path):
     from vlmprune_jax.run.evaluation.runner import perplexity
 
-    model = load(folder)
+    model = vp.load(folder)
     calibration = {"input_ids": windows[:1].astype(np.int32), "attention_mask": np.ones((1, WINDOW), np.int32)}
-    scores = score(model, [calibration], criterion="block_influence")
-    plan = make_plan(scores, model.cfg, method="depth", layers_removed=3)
+    scores = vp.score(model, [calibration], criterion="block_influence")
+    plan = vp.make_plan(scores, model.cfg, method="depth", layers_removed=3)
     assert len(plan.removed_layers) == 3
     assert len(plan.kept_layers) == 27
-    pruned = apply_plan(model, plan)
-    save(pruned, tmp_path / "pruned", source_dir=folder, dtype="float32", plan=plan)
+    pruned = vp.apply_plan(model, plan)
+    vp.save(pruned, tmp_path / "pruned", source_dir=folder, dtype="float32", plan=plan)
     ours = perplexity(pruned, windows.reshape(-1), window=WINDOW, batch_size=ROWS).perplexity
     options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": ("nll",)}
     total = sum(

@@ -13,13 +13,12 @@ from llama_cpp import MARKER, llama_cpp
 from PIL import Image
 from prune_cases import kept_units
 from qwen_cases import FAMILIES, LIMITS, make_qwen
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.io.checkpoints.read import load
+import vlmprune_jax as vp
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.write import check_saved, save
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 
@@ -36,7 +35,7 @@ def compare(source, model, out, cells):
     found = llama_cpp(out, rows=ids, image=image, prompt=f"{MARKER}What is it?", texts=["What is it?"])
     start, end = (json.loads((source / "config.json").read_text())[f"vision_{at}_token_id"] for at in ("start", "end"))
     row = np.array([[start, *[cfg.image_token_id] * (cells[0] * cells[1]), end, *found["ids"][0]]])
-    logits, wanted = forward(
+    logits, wanted = vp.forward(
         model,
         row,
         pixel_values=pixels,
@@ -48,7 +47,7 @@ def compare(source, model, out, cells):
     # llama.cpp's approximation of the GELU in the merger; features for other decoder layers stand beside these
     assert np.abs(found["features"][:, : features.shape[1]] - features).max() <= 2e-3 * np.abs(features).max()
     assert found["features"].shape == (len(features), features.shape[1] * (1 + cfg.deepstack))
-    assert differences(forward(model, ids)[0][0], found["logits"][0])[0] <= 0.1
+    assert differences(vp.forward(model, ids)[0][0], found["logits"][0])[0] <= 0.1
     assert differences(logits[0, -1], found["answer"])[0] <= 0.1
 
 
@@ -57,7 +56,7 @@ def compare(source, model, out, cells):
 def test_the_same_is_computed(tmp_path, name, cells):
     """More and fewer patches than the table has positions; whole windows and parts of some."""
     source, model = make_qwen(tmp_path, name)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", cells)
     assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
     assert "sides that are multiples of" in (tmp_path / "out/README.md").read_text()
@@ -66,14 +65,12 @@ def test_the_same_is_computed(tmp_path, name, cells):
 def test_limits_of_tokens_are_options(tmp_path):
     """Files of llama.cpp have no limits of tokens per image; with the command on the card it has the processor's."""
     source, model = make_qwen(tmp_path, "qwen3_vl")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=20)
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=20)
     assert "-f32.gguf --image-min-tokens 2 --image-max-tokens 20\n" in (tmp_path / "out/README.md").read_text()
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.png")
     loader = load_image_processor(
-        source,
-        DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=20),
-        slot_tokens=1,
+        source, DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=20), slot_tokens=1
     )
     (shape,) = loader.shapes([tmp_path / "image.png"], "r")
     found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(2, 20))
@@ -97,20 +94,19 @@ def pruned(model, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "how"),
-    [("qwen3_vl", "layers"), ("qwen3_vl", "heads"), ("qwen3_vl", "tower"), ("qwen2_5_vl", "neurons")],
+    ("name", "how"), [("qwen3_vl", "layers"), ("qwen3_vl", "heads"), ("qwen3_vl", "tower"), ("qwen2_5_vl", "neurons")]
 )
 def test_pruned_models(tmp_path, name, how):
     source, whole = make_qwen(tmp_path, name)
     model = pruned(whole, how)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", (4, 3))
 
 
 def test_limits_of_the_processor(tmp_path):
     """Larger images become as many tokens as here, by the limits in the file."""
     source, model = make_qwen(tmp_path, "qwen3_vl")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     tower = GGUFReader(next((tmp_path / "out").glob("mmproj-*")))
     limits = [tower.fields[f"clip.vision.image_{name}_pixels"].contents() for name in ("min", "max")]
     assert limits == [LIMITS["shortest_edge"], LIMITS["longest_edge"]]
@@ -133,17 +129,15 @@ def test_limits_of_the_processor(tmp_path):
 )
 def test_what_is_not_computed(tmp_path, name, changes, said):
     source, model = make_qwen(tmp_path, name, **changes)
-    with pytest.raises(UserError, match=f"llama.cpp has no {said}") as error:
-        save(model, tmp_path / "out", source_dir=source, format="gguf")
-    assert "\n" not in str(error.value)
+    refused(f"llama.cpp has no {said}", vp.save, model, tmp_path / "out", source_dir=source, format="gguf")
     assert not (tmp_path / "out").exists()
 
 
 def test_biases_of_the_decoder(tmp_path):
     source, model = make_qwen(tmp_path, "qwen3_vl")
     biased = shutil.copytree(FAMILIES / "qwen3_vl/ckpt", tmp_path / "biased")
-    with pytest.raises(UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
-        save(load(biased), tmp_path / "out", source_dir=biased, format="gguf")
+    with pytest.raises(vp.UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
+        vp.save(vp.load(biased), tmp_path / "out", source_dir=biased, format="gguf")
     (source / "processor_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no preprocessor_config\.json, which limits the size of images"):
-        save(model, tmp_path / "out", source_dir=source, format="gguf")
+    with pytest.raises(vp.UserError, match=r"has no preprocessor_config\.json, which limits the size of images"):
+        vp.save(model, tmp_path / "out", source_dir=source, format="gguf")

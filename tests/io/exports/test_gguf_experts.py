@@ -14,7 +14,6 @@ from llama_cpp import llama_cpp
 import vlmprune_jax as vp
 from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.limits import why_not
-from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.exports.write import check_saved
 
@@ -50,7 +49,7 @@ def without_first_heads(model, layers):
         mixer = model.cfg.text.layers[layer.index].mixer
         parent, child = (axis.name for axis in mixer.axes)
         kept = {parent: layer.kept[parent][1:], child: layer.kept[child][mixer.group :], "mlp": range(3, 19)}
-        cut.append(KeptLayer(layer.index, {**layer.kept, **kept}))
+        cut.append(vp.KeptLayer(layer.index, {**layer.kept, **kept}))
     return cut
 
 

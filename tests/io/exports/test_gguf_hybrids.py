@@ -10,11 +10,10 @@ from golden_cases import Golden, kept_mixers
 from hf_cases import keep_layers, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from refusal import refused
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
-from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
@@ -55,7 +54,7 @@ def test_texts(models, tmp_path, name, cut):
     ids = golden.arrays["text_input_ids"][None]
     found = llama_cpp(tmp_path / "out", rows=ids, prompts=ids, greedy=6)
     assert differences(vp.forward(model, ids)[0][0], found["logits"][0])[0] <= 0.02
-    np.testing.assert_array_equal(generate(model, ids, max_new_tokens=6, eos_token_ids=())[0], found["tokens"][0])
+    np.testing.assert_array_equal(vp.generate(model, ids, max_new_tokens=6, eos_token_ids=())[0], found["tokens"][0])
     if cut == "all":
         facts = check_saved(model, tmp_path / "out", source_dir=golden.ckpt, format="gguf")
         assert facts["backend"] == "llama.cpp"
@@ -113,9 +112,7 @@ def test_importance_follows_the_order_of_heads(models, tmp_path):
 
 def test_what_it_cannot_hold(models, tmp_path):
     golden = models["qwen3_5"]
-    with pytest.raises(UserError, match="no delta nets with keys of 8 and values of 6 channels"):
-        save(golden.model, golden, tmp_path / "out")
+    refused("no delta nets with keys of 8 and values of 6 channels", save, golden.model, golden, tmp_path / "out")
     whole = models["qwen3_5_r3"].model
     assert why_not(whole.cfg, "gguf") is None
-    with pytest.raises(UserError, match="needs one layer of full attention: keep one"):
-        keep_layers(whole, [1, 2])
+    refused("needs one layer of full attention: keep one", keep_layers, whole, [1, 2])

@@ -9,10 +9,7 @@ from repository import ROOT
 from smollm2 import english_text, smollm2_folder
 from transformers import AutoTokenizer
 
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.write import save
-from vlmprune_jax.run.evaluation.runner import perplexity
+import vlmprune_jax as vp
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")
@@ -47,18 +44,18 @@ def logits_of(model, rows):
     """float[rows, longest, words] of rows that are padded on the right, where nothing before sees it."""
     longest = max(map(len, rows))
     ids = np.asarray([[*row, *[0] * (longest - len(row))] for row in rows], np.int32)
-    return np.asarray(forward(model, ids)[0])
+    return np.asarray(vp.forward(model, ids)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_model(folder, text, tmp_path, optimized, name):
     """128 positions, 32 greedy tokens of five prompts, and perplexity."""
     dtype, quantize, count, largest, mean, divergence, share = CASES[name]
-    model = load(folder)
+    model = vp.load(folder)
     if "unequal" in name:
         for i in range(4, 26):
             model, _ = keep_width(model, [0, 2], range(992 + 32 * (i % 2)), only=[i])
-    save(model, tmp_path / "out", source_dir=folder, format="gguf", dtype=dtype, quantize=quantize)
+    vp.save(model, tmp_path / "out", source_dir=folder, format="gguf", dtype=dtype, quantize=quantize)
     tokenizer, row = AutoTokenizer.from_pretrained(folder), text[:128]
     windows = np.asarray(text[: count * WINDOW]).reshape(count, WINDOW)
     prompts = [tokenizer(one)["input_ids"] for one in PROMPTS] if largest is not None else []
@@ -67,7 +64,7 @@ def test_the_same_model(folder, text, tmp_path, optimized, name):
         tmp_path / "out", rows=[row], scored=windows, texts=[sample], prompts=prompts, greedy=ANSWER, context=WINDOW
     )
     seen = differences(logits_of(model, [row])[0], found["logits"][0])
-    ours = perplexity(model, windows.reshape(-1), window=WINDOW, batch_size=2).perplexity
+    ours = vp.perplexity(model, windows.reshape(-1), window=WINDOW, batch_size=2).perplexity
     ratio = np.exp(np.mean(found["losses"])) / ours
     assert found["ids"][0].tolist() == tokenizer(sample)["input_ids"]
     assert seen[2] <= divergence

@@ -8,10 +8,10 @@ import pytest
 from decoder_cases import PHI3
 from hf_cases import LLAMA, LLAVA, keep_width, make_folder, random_ids
 from prune_cases import on_mesh
+from refusal import refused
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.prune.gptq import compensated
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
@@ -134,21 +134,17 @@ def test_unequal_layers_and_a_mesh(tmp_path):
     one, mesh = (vp.load(tmp_path / name) for name in folders)
     same = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b))), one.params, mesh.params)
     assert min(jax.tree.leaves(same)) > 0.98  # sums in another order move a code here and there
-    with pytest.raises(UserError, match="rounded no weight"):
-        vp.save(model, tmp_path / "pad", source_dir=source, uneven="pad", storage=storage)
+    refused("rounded no weight", vp.save, model, tmp_path / "pad", source_dir=source, uneven="pad", storage=storage)
     assert not (tmp_path / "pad").exists()
 
 
 def test_what_cannot_be_rounded(tmp_path):
     model = vp.load(make_folder(tmp_path / "source", TEXT))
-    with pytest.raises(UserError, match="quantize 'q8_0' is not one of w8a16, w4a16, w8a8"):
-        vp.gptq(model, rows(model), quantize="q8_0")
-    with pytest.raises(UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
+    refused("quantize 'q8_0' is not one of w8a16, w4a16, w8a8", vp.gptq, model, rows(model), quantize="q8_0")
+    with pytest.raises(vp.UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
         vp.gptq(model, rows(model), quantize="w4a16", answer_wieght=2)
-    with pytest.raises(UserError, match="there are no calibration batches"):
-        vp.gptq(model, [], quantize="w4a16")
-    with pytest.raises(UserError, match="contain only padding"):
+    refused("there are no calibration batches", vp.gptq, model, [], quantize="w4a16")
+    with pytest.raises(vp.UserError, match="contain only padding"):
         vp.gptq(model, [one | {"attention_mask": 0 * one["attention_mask"]} for one in rows(model)], quantize="w4a16")
     broken = model.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), model.params))
-    with pytest.raises(UserError, match=r"gptq: activations in layer 0 are not finite in row \d"):
-        vp.gptq(broken, rows(model), quantize="w4a16")
+    refused(r"gptq: activations in layer 0 are not finite in row \d", vp.gptq, broken, rows(model), quantize="w4a16")

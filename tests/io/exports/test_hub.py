@@ -3,6 +3,7 @@
 import huggingface_hub
 import pytest
 from hf_cases import copy_llava, keep_layers
+from refusal import refused
 
 import vlmprune_jax as vp
 
@@ -85,8 +86,7 @@ def test_the_license_of_the_source_comes_along(exported, tmp_path):
     ],
 )
 def test_what_cannot_be_uploaded(exported, options, repository, message):
-    with pytest.raises(vp.UserError, match=message):
-        vp.push(exported(**options), repository, dry_run=True)
+    refused(message, vp.push, exported(**options), repository, dry_run=True)
 
 
 def test_without_a_network_it_is_one_line(exported):
@@ -99,13 +99,11 @@ def test_a_malformed_card_is_not_uploaded(exported):
     out = exported(name="org/base", license=": [")  # in quotes in the card
     assert vp.push(out, "me/x", dry_run=True).files
     (out / "README.md").write_text("---\nbase_model: org/base\nlicense: : [\n---\n")
-    with pytest.raises(vp.UserError, match=r"README\.md: the metadata of the model card is malformed"):
-        vp.push(out, "me/x", dry_run=True)
+    refused(r"README\.md: the metadata of the model card is malformed", vp.push, out, "me/x", dry_run=True)
 
 
 def test_nothing_outside_is_uploaded(exported, tmp_path):
     out = exported(name="org/base", license="mit")
     (tmp_path / "key").write_text("secret")
     (out / "key").symlink_to(tmp_path / "key")
-    with pytest.raises(vp.UserError, match=r"key: is a symbolic link to .*, and vlmprune"):
-        vp.push(out, "me/pruned", dry_run=True)
+    refused(r"key: is a symbolic link to .*, and vlmprune", vp.push, out, "me/pruned", dry_run=True)

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
+from refusal import refused
 from tokenizers import Tokenizer
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.vocabulary import read_tokenizer
 
@@ -35,5 +35,4 @@ def test_the_ids_of_the_missing_file(goldens, tmp_path, name):
 def test_a_folder_with_neither(tmp_path):
     assert read_tokenizer(tmp_path) is None
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UserError, match=r"its tokenizer: cannot be read .*use a folder with tokenizer.json"):
-        read_tokenizer(tmp_path)
+    refused(r"its tokenizer: cannot be read .*use a folder with tokenizer.json", read_tokenizer, tmp_path)

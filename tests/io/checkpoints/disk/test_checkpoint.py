@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from damage_cases import FIRST, INDEX, KEY, SECOND, edit_header, refused_by_all
 from hf_cases import LLAMA, copy_golden, edit_config, edit_weights, keep_layers, make_folder
+from refusal import refused
 from safetensors.numpy import load_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main
 
 
@@ -127,8 +127,7 @@ def test_shard_of_the_same_shapes_of_another_model(folder, plan):
     """Headers cannot tell; the plan's fingerprint does."""
     draw = np.random.default_rng(0)
     edit_weights(folder, lambda all_: {k: v + draw.normal(size=v.shape).astype("f4") for k, v in all_.items()}, SECOND)
-    with pytest.raises(UserError, match="sizes are equal, but fingerprints differ"):
-        vp.prune_folder(folder, plan, folder.parent / "out")
+    refused("sizes are equal, but fingerprints differ", vp.prune_folder, folder, plan, folder.parent / "out")
 
 
 def test_git_lfs_pointers(capsys, folder, plan, goldens, tmp_path):
@@ -176,6 +175,5 @@ def test_weights_that_are_not_finite(tmp_path, dtype, value):
     key = "model.layers.3.self_attn.o_proj.weight"
     edit_weights(source, lambda all_: all_[key].__setitem__((7, 20), value))
     for call in (lambda: vp.load(source), lambda: vp.prune_folder(source, plan, tmp_path / "out")):
-        with pytest.raises(UserError, match=f"tensor {key}.* has 1 NaN or infinite"):
-            call()
+        refused(f"tensor {key}.* has 1 NaN or infinite", call)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -24,13 +24,12 @@ from hf_cases import (
     make_folder,
     random_ids,
 )
+from refusal import refused
 from safetensors.numpy import load_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import Entry
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.prune import fingerprint
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, storages
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.reload import check_export
@@ -53,7 +52,7 @@ class Int8Rows:
     @classmethod
     def from_config(cls, settings: JsonDict) -> Int8Rows:
         if type(settings.get("levels")) is not int or not 1 <= settings["levels"] <= 127:
-            raise UserError(f"levels is {settings.get('levels')!r}, expected 1 to 127")
+            raise vp.UserError(f"levels is {settings.get('levels')!r}, expected 1 to 127")
         return cls(settings["levels"])
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
@@ -150,7 +149,7 @@ def test_the_model_is_that_of_the_decoded_weights(pair, dtype):
     int8, plain = pair
     model = vp.load(int8, dtype=dtype)
     assert_equal(model, vp.load(plain, dtype=dtype))
-    assert fingerprint(open_model(int8)) == fingerprint(model) == fingerprint(vp.load(plain))
+    assert vp.fingerprint(open_model(int8)) == vp.fingerprint(model) == vp.fingerprint(vp.load(plain))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -276,7 +275,7 @@ def test_damaged_folders_are_refused_by_name(int8, tmp_path, damage):
     plan = keep_layers(vp.load(int8), [1, 3])[1]
     edit_weights(int8, edit)
     for call in (lambda: vp.load(int8), lambda: vp.prune_folder(int8, plan, tmp_path / "out")):
-        with pytest.raises(UserError, match=re.escape(said)) as error:
+        with pytest.raises(vp.UserError, match=re.escape(said)) as error:
             call()
         assert str(int8) in str(error.value)
         assert "\n" not in str(error.value)
@@ -287,8 +286,7 @@ def test_scales_that_are_not_finite(int8, tmp_path):
     edit_weights(int8, lambda tensors: tensors[f"{KEY}_scale"].__setitem__((3, 0), np.inf))
     out = tmp_path / "out"
     for call in (lambda: vp.load(int8), lambda: vp.save(open_model(int8), out, source_dir=int8, dtype="source")):
-        with pytest.raises(UserError, match=f"tensor {KEY}.* has 48 NaN or infinite"):
-            call()
+        refused(f"tensor {KEY}.* has 48 NaN or infinite", call)
     assert not out.exists()
 
 
@@ -304,14 +302,12 @@ def test_scales_that_are_not_finite(int8, tmp_path):
 def test_settings_that_are_not_known(int8, settings, said):
     edit_config(int8, quantization_config=settings)
     for call in (lambda: vp.load(int8), lambda: Checkpoint(int8)):
-        with pytest.raises(UserError, match=f"config.json: .*{said}"):
-            call()
+        refused(f"config.json: .*{said}", call)
 
 
 def test_without_the_format(int8, monkeypatch):
     monkeypatch.delitem(storages, "int8_rows")
-    with pytest.raises(UserError, match=r"quantised .*quant_method 'int8_rows'"):
-        vp.load(int8)
+    refused(r"quantised .*quant_method 'int8_rows'", vp.load, int8)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
