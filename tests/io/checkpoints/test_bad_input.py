@@ -9,7 +9,7 @@ import json
 import os
 
 import pytest
-from damage_cases import FIRST, INDEX, KEY, SECOND, edit_header, refused_by_all
+from damage_cases import FIRST, INDEX, KEY, SECOND, edit_header, edit_index, refused_by_all
 from hf_cases import LLAMA, copy_golden, edit_config, keep_layers, make_folder
 from safetensors.numpy import save_file
 
@@ -129,13 +129,6 @@ def test_control_characters_in_names(capsys, folder, plan):
     refused_by_all(capsys, folder, plan, r"unknown key \x1b[2J\x1b]0;title\x07\u202eabc next")
 
 
-def edit_index(folder, edit):
-    """Change the weight_map of a folder's index."""
-    index = json.loads((folder / INDEX).read_text())
-    edit(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
 # Links and special files ----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +221,7 @@ def test_code_of_a_repository_is_never_run(capsys, folder, plan):
 def test_config_of_another_size(capsys, folder, plan):
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, text_config={**config["text_config"], "num_hidden_layers": 5})
-    refused_by_all(capsys, folder, plan, "unknown key language_model.model.layers.5.")
+    refused_by_all(capsys, folder, plan, "unknown key language_model.model.layers.5.", "more): use")
 
 
 def test_the_hub_out_of_reach(capsys):
