@@ -22,7 +22,7 @@ from vlmprune_jax.core.models.vlm import Model, to_nnx
 
 
 class BlockValues(NamedTuple):
-    """Residual stream before and after a block, the requested `context.VALUES`, and the block itself.
+    """Residual stream before and after a block, and the requested `context.VALUES`.
 
     In a decoder, `after` the last block is after the final norm.
     """
@@ -30,34 +30,36 @@ class BlockValues(NamedTuple):
     before: Any
     after: Any
     inputs: dict[str, Any]
-    block: Any
+
+
+def blocks_of(stack: BlockStack) -> dict[int, Any]:
+    """Return {layer: block} of a stack, in order."""
+    found = {}
+    for run, (numbers, _) in enumerate(layer_runs(stack.cfg.layers)):
+        graph, state = nnx.split(stack.layers[str(run)])
+        for index, number in enumerate(numbers):
+            found[number] = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], state))
+    return dict(sorted(found.items()))
 
 
 def values_of_blocks(
     stack: BlockStack, x: Any, ctx: Context, names: tuple[str, ...] = (), embeds: LayerEmbeds = LayerEmbeds()
 ) -> list[BlockValues]:
     """Run a stack on hidden states float[batch, seq, embed]; return the values of every block."""
-    entries = {
-        number: (str(run), index)
-        for run, (numbers, _) in enumerate(layer_runs(stack.cfg.layers))
-        for index, number in enumerate(numbers)
-    }
     found, shared = list[BlockValues](), {}
-    for number in sorted(entries):
-        run, index = entries[number]
-        graph, state = nnx.split(stack.layers[run])
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], state))
+    for number, block in blocks_of(stack).items():
         deepstack, layer_input = embeds.of_layer(number)
         keys = (KEYS,) if number in stack.cfg.producers else ()
         after, _, values = block(x, ctx._replace(shared=shared, layer_input=layer_input), None, (*names, *keys))
         if keys:
             shared = {**shared, number: values[KEYS]}
         after = after if deepstack is None else after + deepstack
-        found.append(BlockValues(x, after, {name: values[name] for name in names}, block))
+        found.append(BlockValues(x, after, {name: values[name] for name in names}))
         x = after
     return found
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "names"))
 def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (), **inputs: Any) -> list[BlockValues]:
     """Return the values of a decoder's blocks; `inputs`: arguments of `encode`."""
     module = to_nnx(Model(params, cfg))
@@ -68,21 +70,12 @@ def decoder_values(params: Any, cfg: Any, ids: Any, names: tuple[str, ...] = (),
     return [*found[:-1], found[-1]._replace(after=module.text.final_norm(found[-1].after))]
 
 
-def tower_values(tower: Any, images: Any, names: tuple[str, ...] = ()) -> list[BlockValues]:
+@functools.partial(jax.jit, static_argnames=("cfg", "names"))
+def tower_values(params: Any, cfg: Any, images: Any, names: tuple[str, ...] = ()) -> list[BlockValues]:
     """Return the values of a vision tower's blocks."""
+    tower = to_nnx(Model(params, cfg)).vision
     x = tower.embed(images)
     return values_of_blocks(tower, x, tower.context_of(x, images._asdict()), names)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "names"))
-def _hooked(params: Any, cfg: Any, names: tuple[str, ...], inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    if "images" in inputs:
-        blocks = tower_values(to_nnx(Model(params, cfg)).vision, packed(inputs["images"]), names)
-    else:
-        media = {"vision": packed(inputs["pixel_values"])} if "pixel_values" in inputs else {}
-        mask = inputs["attention_mask"]
-        blocks = decoder_values(params, cfg, inputs["input_ids"], names, attention_mask=mask, media=media)
-    return [{"before": block.before, "after": block.after, **block.inputs} for block in blocks]
 
 
 def real_values(one: Model, *batches: dict[str, Any], names: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
@@ -92,9 +85,17 @@ def real_values(one: Model, *batches: dict[str, Any], names: tuple[str, ...]) ->
     """
     found: list[list[dict[str, np.ndarray]]] = []
     for batch in batches:
-        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
-        hooked = _hooked(jax.tree.map(jnp.asarray, one.params), one.cfg, names, arrays)
-        real = batch["attention_mask"] == 1 if "images" not in batch else np.ones(hooked[0]["before"].shape[:2], bool)
+        if "images" in batch:
+            blocks = tower_values(one.params, one.cfg, packed(batch["images"]), names)
+            real = np.ones(blocks[0].before.shape[:2], bool)
+        else:
+            media = {"vision": packed(batch["pixel_values"])} if "pixel_values" in batch else {}
+            arrays = {"attention_mask": batch["attention_mask"], "media": media}
+            blocks, real = (
+                decoder_values(one.params, one.cfg, batch["input_ids"], names, **arrays),
+                arrays["attention_mask"] == 1,
+            )
+        hooked = [{"before": block.before, "after": block.after, **block.inputs} for block in blocks]
         flat = [{name: np.asarray(x, np.float64)[real] for name, x in layer.items()} for layer in hooked]
         found.append([{name: x.reshape(len(x), -1) for name, x in layer.items()} for layer in flat])
     return [

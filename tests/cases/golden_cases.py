@@ -3,15 +3,26 @@
 import json
 
 import numpy as np
-from repository import load_arrays
+from repository import GOLDENS, load_arrays
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.prune import KeptLayer
 
 CASES = ("single", "two", "text", "tiny")
 MORE_CASES = {"gemma3": ("adjacent", "crops"), "gemma4": ("adjacent",), "gemma4_dense": ("adjacent",)}
 CLOSE = dict(atol=1e-4, rtol=0)
+FAMILIES = sorted(path.parent.name for path in (GOLDENS / "families").glob("*/golden.npz"))
+MIXTURES, HYBRIDS = ([name for name in FAMILIES if text in name] for text in ("_moe", "qwen3_5"))
+DENSE = [name for name in FAMILIES if name not in MIXTURES + HYBRIDS]  # with more stored outputs than the others
+
+
+def cuts_of(family):
+    """The names of a family's stored cuts."""
+    with np.load(GOLDENS / "families" / family / "golden.npz") as file:
+        names = [name.removeprefix("text_logits_") for name in file.files]
+    return [name for name, whole in zip(names, file.files, strict=True) if name != whole]
 
 
 class Golden:
@@ -28,10 +39,6 @@ class Golden:
         self.positioned = "image0_position_ids" in self.arrays  # or with the position of each
         self.cases = CASES + MORE_CASES.get(folder.name, ())
         self.respelled = folder.name in ("gemma3", "gemma4", "gemma4_dense")  # exports have the hub's keys
-
-    @property
-    def without_1_3(self):
-        return [i for i in range(len(self.model.cfg.text.layers)) if i not in (1, 3)]
 
     def images(self, case):
         return self.facts["cases"][case]["images"]
@@ -69,41 +76,45 @@ class Golden:
             inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
         return inputs
 
+    def padded(self, cases, rows):
+        """Left-padded token rows of these cases, with their images."""
+        ids, mask = (np.zeros((len(rows), max(map(len, rows))), np.int32) for _ in range(2))
+        for number, row in enumerate(rows):
+            ids[number, -len(row) :], mask[number, -len(row) :] = row, 1
+        return {"input_ids": ids, "attention_mask": mask, **self.shown(cases)}
+
+    def logits(self, cases, model=None):
+        """{case: logits} of rows of one padded batch, which compiles once; `model`: instead of the golden's."""
+        rows = [self.arrays[f"{case}_input_ids"] for case in cases]
+        logits, _ = vp.forward(model or self.model, **self.padded(cases, rows))
+        return {case: np.asarray(found)[-len(row) :] for case, row, found in zip(cases, rows, logits, strict=True)}
+
     def batch(self, side):
         names = ("input_ids", "attention_mask", "labels")
         arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}
         return arrays | self.shown(["tiny", "text", "two"])
 
 
-def kept_layers(golden, cut):
-    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
-    lists, layers = golden.facts["cuts"][cut], []
+def cut_layers(golden, cut):
+    """The entries of a stored cut, whose lists are in the numbers of the whole model; `without_1_3` removes layers."""
+    removed = [int(number) for number in cut.removeprefix("without_").split("_")] if cut.startswith("without_") else ()
+    lists, layers = {"layers_removed": removed} if removed else golden.facts["cuts"][cut], []
     for i, layer in enumerate(golden.model.cfg.text.layers):
         if i in lists.get("layers_removed", ()):
             continue
-        part, units = layer.channel, dict(KeptLayer.whole(i, layer).kept)
-        experts = lists["experts"][i] if "experts" in lists else range(part.experts)
-        neurons = lists["expert_neurons"][i] if "expert_neurons" in lists else [range(part.neurons)] * part.experts
-        units["experts"] = tuple(experts)
-        units["expert_mlp"] = tuple(e * part.neurons + n for e in experts for n in neurons[e])
-        layers.append(KeptLayer(i, units))
-    return layers
-
-
-def kept_mixers(golden, cut):
-    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
-    lists, layers = golden.facts["cuts"][cut], []
-    for i, layer in enumerate(golden.model.cfg.text.layers):
-        if i in lists.get("layers_removed", ()):
-            continue
-        units, mixer = dict(KeptLayer.whole(i, layer).kept), layer.mixer
-        parent, child = (axis.name for axis in mixer.axes)
+        units, mixer, part = dict(KeptLayer.whole(i, layer).kept), layer.mixer, layer.channel
+        if isinstance(part, Experts):
+            experts = lists["experts"][i] if "experts" in lists else range(part.experts)
+            neurons = lists["expert_neurons"][i] if "expert_neurons" in lists else [range(part.neurons)] * part.experts
+            units["experts"] = tuple(experts)
+            units["expert_mlp"] = tuple(e * part.neurons + n for e in experts for n in neurons[e])
         groups = lists.get("key_groups" if isinstance(mixer, DeltaNet) else "kv_heads", {})
         if groups and groups[i] is not None:
+            parent, child = (axis.name for axis in mixer.axes)
             units[parent] = tuple(groups[i])
-        units[child] = tuple(group * mixer.group + j for group in units[parent] for j in range(mixer.group))
+            units[child] = tuple(group * mixer.group + j for group in units[parent] for j in range(mixer.group))
         if isinstance(mixer, DeltaNet) and lists.get("value_heads"):
-            units[child] = tuple(lists["value_heads"][i])
+            units[mixer.axes[1].name] = tuple(lists["value_heads"][i])
         if lists.get("neurons"):
             units["mlp"] = tuple(lists["neurons"][i])
         layers.append(KeptLayer(i, units))

@@ -1,6 +1,7 @@
 """Where this checkout lies, the scripts that tests start as processes of their own, and what benchmarks have."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 WORKERS = Path(__file__).parent
+# Tiny checkpoints and reference outputs.
+GOLDENS = Path(os.environ.get("VLMPRUNE_GOLDENS", ROOT / "tests/goldens"))
 HANG = 600  # seconds after which a process hangs: far more than any takes, on however busy a machine
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import decoder_values
+from block_cases import blocks_of, decoder_values
 from decoder_cases import PHI
 from prune_cases import EQUAL, batch, config, model
 from refusal import refused
@@ -94,11 +94,13 @@ def test_blocks_equal_the_same_in_jnp(case):
         after = []
         tables = rope_tables(text.rope, text.attention.rotated, positions)
         # Every block starts from its own input: rounding of the blocks before it is not compared again.
-        for layer, block, state in zip(unstack_layers(params, one.cfg)[0], blocks, aux["states"], strict=True):
+        modules = blocks_of(to_nnx(one.replace(params=params)).text).values()
+        layers = unstack_layers(params, one.cfg)[0]
+        for layer, module, block, state in zip(layers, modules, blocks, aux["states"], strict=True):
             expected = plain_block(text, layer, block.before, *tables)
             for name in NAMES:
                 np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)
-            norms = {name: block.block.norm_after(name) for name in ("o_proj", "down_proj")}
+            norms = {name: module.norm_after(name) for name in ("o_proj", "down_proj")}
             assert {norm is not None for norm in norms.values()} == {text.block.norm_place != "before"}
             for name, norm in norms.items():
                 out = expected[f"{name}_out"]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from gguf_cases import differences
-from golden_cases import Golden, kept_layers
+from golden_cases import Golden, cut_layers
 from hf_cases import make_folder, prune
 from llama_cpp import llama_cpp
 
@@ -67,7 +67,7 @@ def without_first_heads(model, layers):
 )
 def test_texts(make_golden, tmp_path, name, cut):
     golden = make_golden(name)
-    model, layers = golden.model, kept_layers(golden, cut) if cut else []
+    model, layers = golden.model, cut_layers(golden, cut) if cut else []
     if (name, cut) == (HYBRID, "all"):
         layers = without_first_heads(model, layers)
     model = prune(model, layers)[0] if cut else model

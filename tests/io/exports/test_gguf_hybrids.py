@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf_cases import differences
-from golden_cases import Golden, kept_mixers
+from golden_cases import Golden, cut_layers
 from hf_cases import keep_layers, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
@@ -43,7 +43,7 @@ def test_texts(models, tmp_path, name, cut):
     golden = models[name]
     model = golden.model
     if cut:
-        model = (keep_layers(model, [0, 1]) if cut == "period" else prune(model, kept_mixers(golden, cut)))[0]
+        model = (keep_layers(model, [0, 1]) if cut == "period" else prune(model, cut_layers(golden, cut)))[0]
     fields = save(model, golden, tmp_path / "out")
     assert fields["qwen35.attention.recurrent_layers"].contents() == [
         "delta_heads" in x.sizes for x in model.cfg.text.layers
@@ -65,7 +65,7 @@ def test_texts(models, tmp_path, name, cut):
 )
 def test_heads_are_tiled_with_the_ratio_after_the_cut(models, cut, order):
     golden = models["qwen3_5_r3"]
-    model = prune(golden.model, kept_mixers(golden, cut))[0] if cut else golden.model
+    model = prune(golden.model, cut_layers(golden, cut))[0] if cut else golden.model
     mixer = model.cfg.text.layers[-1].mixer
     heads = np.arange(mixer.delta_groups * mixer.group)
     np.testing.assert_array_equal(interleaved(heads, 0, mixer.delta_groups), order)

@@ -283,9 +283,8 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(work_module, "load", None)
     place = Work.at(work, experiment, make_reporter(False), stage="prune")
-    facts = run_task(place.task, overwrite=False, say=place.say).facts
+    run_task(place.task, overwrite=False, say=place.say)
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")
-    assert facts.parameters == plan.parameters_after
     assert len(plan.layers) == 2

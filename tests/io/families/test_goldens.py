@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import tower_values
-from golden_cases import CLOSE, Golden
-from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from golden_cases import CLOSE, DENSE, FAMILIES, MIXTURES, Golden, cut_layers, cuts_of
+from hf_cases import assert_same_tensors, edit_weights, mean_loss, prune
 from media_cases import packed
 from rounding import assert_same_sums
 from torch_compat import VERSIONS
@@ -30,45 +30,40 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.io.families import detect
 
-FAMILIES = ("internvl3", "smolvlm", "gemma3")
-PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
-POSITIONED = ("gemma4", "gemma4_dense")  # patches with the position of each
-MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")  # of experts, with fewer stored outputs
 
-
-@pytest.fixture(scope="module", params=FAMILIES + PATCHED + POSITIONED)
+@pytest.fixture(scope="module", params=DENSE)
 def golden(goldens, request):
     return Golden(goldens / "families" / request.param)
 
 
-of_every_family = pytest.mark.parametrize("golden", [*FAMILIES, *PATCHED, *POSITIONED, *MIXTURES], indirect=True)
+of_every_family = pytest.mark.parametrize("golden", [*DENSE, *MIXTURES], indirect=True)
 
 
 @of_every_family
 def test_forward(golden):
-    stored = golden.arrays
-    for case in golden.cases:
-        inputs, want = golden.inputs(case), ("hidden", "image_features") if case in ("single", "text") else ()
-        logits, aux = vp.forward(golden.model, **inputs, capture=want)
-        logits = np.asarray(logits)
-        expected = stored[f"{case}_logits"]
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
-        loss = mean_loss(logits, stored[f"{case}_labels"][None])
-        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
-        if want:
-            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
+    """Two cases alone, with their hidden states; the others as rows of one padded batch, which compiles once."""
+    stored, found = golden.arrays, {}
+    for case in ("single", "text"):
+        logits, aux = vp.forward(golden.model, **golden.inputs(case), capture=("hidden", "image_features"))
+        found[case] = np.asarray(logits[0])
+        np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
         if case == "single":
             features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
             np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
+    for case, logits in (found | golden.logits([case for case in golden.cases if case not in found])).items():
+        expected, labels = stored[f"{case}_logits"], stored[f"{case}_labels"]
+        np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
+        loss = mean_loss(logits[None], labels[None])
+        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
 
 
 def test_tower(golden):
     states = golden.arrays["single_vision_states"]
-    tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
+    model, pixels = golden.model, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, golden.arrays["image0_position_ids"][None])
         images = packed(pixels[None], jnp.asarray(grid)[None])
-        found = tower_values(tower, images)
+        found = tower_values(model.params, model.cfg, images)
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
@@ -77,14 +72,14 @@ def test_tower(golden):
     elif golden.patched:  # with padding behind the image
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         images = packed(np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])[None], grid)
-        found = tower_values(tower, images)
+        found, tower = tower_values(model.params, model.cfg, images), to_nnx(model).vision
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
             patterns = tower.context_of(images.values, images._asdict()).patterns
             windows = patterns[tower.cfg.layers[0].mixer.pattern].segments
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(block.before[:, order], block.after[:, order]) for block in found]
     else:
-        found = tower_values(tower, packed(pixels[:1]))
+        found = tower_values(model.params, model.cfg, packed(pixels[:1]))
     np.testing.assert_allclose(np.concatenate([found[0][0], *(block[1] for block in found)]), states, **CLOSE)
 
 
@@ -101,17 +96,8 @@ def test_deepstack(goldens):
 @of_every_family
 def test_answers_of_a_padded_batch(golden):
     prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in golden.cases]
-    ids, mask = (np.zeros((len(prompts), max(map(len, prompts))), np.int32) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
-    found = vp.generate(
-        golden.model,
-        ids,
-        **golden.shown(golden.cases),
-        attention_mask=mask,
-        max_new_tokens=8,
-        eos_token_ids=(),
-    )
+    inputs = golden.padded(golden.cases, prompts)
+    found = vp.generate(golden.model, **inputs, max_new_tokens=8, eos_token_ids=())
     np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in golden.cases])
 
 
@@ -132,11 +118,18 @@ def test_a_mesh_computes_the_same(golden):
 def test_layers_by_block_influence(golden):
     scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
     np.testing.assert_allclose(scores.layers, golden.arrays["batch_right_block_influence"], rtol=1e-4)
-    shorter, _ = keep_layers(golden.model, golden.without_1_3)
-    for case in ("single", "text"):
-        logits, _ = vp.forward(shorter, **golden.inputs(case))
-        expected = golden.arrays[f"{case}_logits_without_1_3"]
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("golden", "cut"), [(family, cut) for family in FAMILIES for cut in cuts_of(family)], indirect=["golden"]
+)
+def test_cuts(golden, cut):
+    """What stock transformers computes without layers, experts, neurons or heads; consumers of a layer's keys too."""
+    smaller, plan = prune(golden.model, cut_layers(golden, cut))
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    for case, logits in golden.logits(("single", "text"), smaller).items():
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +215,6 @@ def as_record(golden, case):
     return Record(case, (*turns, ("gpt", facts["answer"])), paths)
 
 
-def test_a_cut_producer_redirects_its_consumers(goldens):
-    """Layers that shared its keys and values take those of the layer before it, as in the stock model that is left."""
-    golden = Golden(goldens / "families/gemma4")
-    shorter, _ = keep_layers(golden.model, [0, 1, 2, 3, 5, 7, 8])
-    logits, _ = vp.forward(shorter, **golden.inputs("single"))
-    expected = golden.arrays["single_logits_without_4_6"]
-    np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
-
-
 @pytest.mark.parametrize("budget", [70, 140, 280, 560, 1120])
 def test_budgets_of_tokens(goldens, tmp_path, budget):
     golden = Golden(goldens / "families/gemma4")
@@ -251,7 +235,7 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 
-@pytest.mark.parametrize("golden", [*FAMILIES, "gemma4", "gemma4_dense"], indirect=True)
+@pytest.mark.parametrize("golden", [name for name in DENSE if "qwen" not in name], indirect=True)
 @pytest.mark.parametrize("processor", ["", "_hub_style"])
 def test_prompts_labels_and_images(golden, tmp_path, processor):
     for path in golden.ckpt.iterdir():
@@ -316,7 +300,7 @@ def write_crops(golden, folder):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
     """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
-    shorter, _ = keep_layers(golden.model, golden.without_1_3)
+    shorter, _ = prune(golden.model, cut_layers(golden, "without_1_3"))
     vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
     options = {"class_name": "AutoModelForImageTextToText", "version": version}
     if golden.positioned and version == "4.57":

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from golden_cases import Golden, kept_layers
+from golden_cases import Golden, cut_layers
 from hf_cases import prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,7 +98,7 @@ def test_affected_tokens_are_those_that_stock_changes(measured):
     counts = {name: int((routing.token_types == number).sum()) for name, number in TOKEN_TYPES.items()}
     assert sum(counts.values()) == tokens
     assert sum(share * counts[name] for name, share in routing.affected(0, kept).items()) == pytest.approx(affected)
-    smaller, _ = prune(golden.model, kept_layers(golden, "experts"))
+    smaller, _ = prune(golden.model, cut_layers(golden, "experts"))
     hidden = [
         vp.forward(m, **golden.inputs("single"), capture=("hidden",))[1]["hidden"][1][0]
         for m in (golden.model, smaller)
