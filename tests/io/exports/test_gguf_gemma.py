@@ -5,10 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from gguf_cases import differences
+from gguf_cases import compare_limit, differences, noise, prepared
 from hf_cases import edit_weights, keep_layers, keep_width, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
-from PIL import Image
 from prune_cases import kept_units
 from stack_cases import changed
 
@@ -16,8 +15,6 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import FileArray
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
@@ -99,9 +96,8 @@ def test_images(models, tmp_path, name):
         kept = [kept_units(i, (0, 2), (0,), range(s.channel.mlp // 7, s.channel.mlp)) for i, s in enumerate(shapes)]
         model = prune(model, kept)[0]
     vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
-    image = np.random.default_rng(0).integers(0, 256, (*SIZES[name], 3)).astype(np.uint8)
-    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
-    pixels = loader.preparation.prepare(Image.fromarray(image), 1)
+    image = noise(*SIZES[name])
+    pixels = prepared(source, image)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}Where is it", texts=["Where is it"])
     row = _row(model, source, len(found["features"]), found["ids"][0])
     arrays = {"pixel_values": pixels}
@@ -121,20 +117,10 @@ def test_images(models, tmp_path, name):
 
 
 def test_the_budget_of_tokens_is_an_option(models, tmp_path):
-    """Files of llama.cpp have no limit of tokens per image; with the command on the card it has the processor's."""
     source, model = models("gemma4_dense")
-    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=140)
-    assert "-f32.gguf --image-max-tokens 140\n" in (tmp_path / "out/README.md").read_text()
+    compare_limit(source, model, tmp_path, -1, 140)
     tower = read_gguf_header(next((tmp_path / "out").glob("mmproj-*"))).fields
     assert tower["clip.vision.image_size"] == model.cfg.vision.image_size  # the image of `vlmprune bench`
-    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
-    Image.fromarray(noise).save(tmp_path / "image.png")
-    loader = load_image_processor(
-        source, DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=140), slot_tokens=1
-    )
-    (shape,) = loader.shapes([tmp_path / "image.png"], "r")
-    found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(-1, 140))
-    assert len(found["features"]) == shape.tokens <= 140
 
 
 @pytest.mark.parametrize("crops", [True, False])

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_cases import differences
+from gguf_cases import differences, noise, prepared
 from hf_cases import copy_golden, edit_config, prune
 from llama_cpp import MARKER, llama_cpp
-from PIL import Image
-from prune_cases import kept_units
+from prune_cases import kept_units, tower_neurons
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.write import check_saved
 from vlmprune_jax.io.families import family_of
@@ -56,13 +53,9 @@ def image_of(model):
     """A picture of just the tower's size, or of 2 x 2 such where pictures are split, and the pixels that it is here."""
     family, size, (mean, std) = model.cfg.family, model.cfg.vision.image_size, PIXELS[model.cfg.vision.kind]
     size *= 2 if family == "smolvlm" else 1
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    image = noise(size, size)
     if model.cfg.layout == "transformers" and family != "llava":
-        loader = load_image_processor(
-            FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt",
-            DataSpec(aspect_ratio="square", cache_megabytes=0),
-        )
-        return image, loader.preparation.prepare(Image.fromarray(image), 1)
+        return image, prepared(FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt", image)
     return image, ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None].astype(np.float32)
 
 
@@ -104,8 +97,7 @@ def test_limits_of_image_tokens(golden, tmp_path):
     source, model = golden("internvl3")
     tokens, options = model.cfg.tokens_per_image, {"source_dir": source, "format": "gguf", "dtype": "float32"}
     vp.save(model, tmp_path / "out", **options, max_image_tokens=3 * tokens)
-    noise = np.random.default_rng(0).integers(0, 256, (100, 170, 3)).astype(np.uint8)
-    assert len(llama_cpp(tmp_path / "out", image=noise, prompt=MARKER)["features"]) == 3 * tokens
+    assert len(llama_cpp(tmp_path / "out", image=noise(100, 170), prompt=MARKER)["features"]) == 3 * tokens
     for name, most in (("internvl3", 2 * tokens), ("smolvlm", 19)):
         source, model = (source, model) if name == "internvl3" else golden(name)
         with pytest.raises(vp.UserError, match=r"images have one tile, but llama\.cpp adds an overview"):
@@ -157,17 +149,12 @@ def test_an_answer_about_an_image(golden, tmp_path, name):
 def test_pruned_towers(golden, tmp_path):
     """Neurons of each layer's own; heads are padded where that is asked for."""
     source, model = golden("bunny")
-    shapes = model.cfg.vision.layers
-    neurons = [
-        kept_units(i, range(s.sizes["q_heads"]), range(s.sizes["kv_heads"]), range(i, 30 + i))
-        for i, s in enumerate(shapes)
-    ]
     heads = [
         kept_units(i, range(1, s.mixer.q_heads), range(1, s.mixer.kv_heads), range(s.channel.mlp))
-        for i, s in enumerate(shapes)
+        for i, s in enumerate(model.cfg.vision.layers)
     ]
     image, pixels = image_of(model)
-    for kept, uneven in ((neurons, "per_layer"), (heads, "pad")):
+    for kept, uneven in ((tower_neurons(model), "per_layer"), (heads, "pad")):
         pruned, out = prune(model, kept, "vision")[0], tmp_path / uneven
         if uneven == "pad":
             with pytest.raises(vp.UserError, match=r'vision tower whose heads.*uneven="pad"'):

@@ -1,8 +1,6 @@
 """File surgery: the bytes of load, apply and save without the model in memory, all or nothing."""
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
 
@@ -16,7 +14,6 @@ from refusal import refused
 import vlmprune_jax as vp
 from vlmprune_jax.base.console import make_reporter
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.io.checkpoints.disk.tensors import write_weights
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages import work as work_module
@@ -182,26 +179,6 @@ def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
 # The disk -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):
-    plan = keep_layers(vp.load(llama), [0, 3])[1]
-
-    def shrink_and_write(*args):
-        os.truncate(llama / "model.safetensors", 20_000)
-        write_weights(*args)
-
-    monkeypatch.setattr("vlmprune_jax.io.exports.folder.write_weights", shrink_and_write)
-    refused(r"model.safetensors: became shorter", vp.prune_folder, llama, plan, tmp_path / "out")
-    assert names(tmp_path) == ["llama"]
-
-
-def test_a_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
-    plan = keep_layers(vp.load(llama), [0, 3])[1]
-    usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
-    monkeypatch.setattr("vlmprune_jax.base.atomic.shutil.disk_usage", lambda path: usage)
-    refused(r"needs .* MiB .* free", vp.prune_folder, llama, plan, tmp_path / "new/out")
-    assert names(tmp_path) == ["llama"]
-
-
 LIMITED = """
 import resource, sys
 import vlmprune_jax as vp
@@ -215,59 +192,19 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_disk_that_fills_up_all_the_same(llama, tmp_path, existing):
+def test_a_disk_that_fills_up_all_the_same(llama, tmp_path):
     """A real failure of a real write, in the middle of the weights (a limit on file sizes)."""
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     keep_layers(vp.load(llama), [0, 2, 3])[1].to_json(plan)
-    if existing:
-        vp.prune_folder(llama, vp.PrunePlan.from_json(plan), out)
-    before = existing and contents(out)
+    vp.prune_folder(llama, vp.PrunePlan.from_json(plan), out)
+    before = contents(out)
     command = [sys.executable, "-c", LIMITED, str(llama), str(plan), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{out}: File too large: nothing was written, make room" in done.stdout
     assert done.stdout.count("\n") == 1
-    assert names(tmp_path) == sorted({"llama", "plan.json", *(["out"] if existing else [])})
-    assert not existing or contents(out) == before
-
-
-KILLED = """
-import sys, time
-import vlmprune_jax as vp
-from vlmprune_jax.io.checkpoints.disk import tensors
-source, plan, out = sys.argv[1:]
-put, count = tensors.write_tensor, 0
-def slow(*args):
-    global count
-    count += 1
-    if count == 9:
-        print("writing", flush=True)
-        time.sleep(600)
-    return put(*args)
-tensors.write_tensor = slow
-vp.prune_folder(source, vp.PrunePlan.from_json(plan), out, overwrite=True)
-"""
-
-
-@pytest.mark.parametrize("existing", [False, True])
-def test_kill_in_the_middle(llama, tmp_path, existing):
-    plan, out = keep_layers(vp.load(llama), [0, 3])[1], tmp_path / "out"
-    plan.to_json(tmp_path / "plan.json")
-    if existing:
-        vp.prune_folder(llama, plan, out)
-    before = existing and contents(out)
-    command = [sys.executable, "-c", KILLED, str(llama), str(tmp_path / "plan.json"), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout.readline() == "writing\n"
-        writer.send_signal(signal.SIGKILL)
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial")]
-    assert len(left) == 1
-    assert 0 < (left[0] / "model.safetensors").stat().st_size < (llama / "model.safetensors").stat().st_size
-    assert contents(out) == before if existing else not out.exists()
-    vp.prune_folder(llama, plan, out, overwrite=existing)  # the next run cleans up and succeeds
     assert names(tmp_path) == ["llama", "out", "plan.json"]
-    assert len(vp.load(out).cfg.text.layers) == 2
+    assert contents(out) == before
 
 
 # The prune stage ------------------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_pl
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.budget import Budget
+from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.prune import keep_everything
 from vlmprune_jax.core.prune.cost import make_measure
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, tokens_of
+from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, read_texts, tokens_of
+from vlmprune_jax.io.families.templates import QWEN3_VL
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +230,50 @@ def test_smollm2_keeps_its_promise(tmp_path):
     rows = np.array([[300, 5000, 12000, 16000]])
     expected = double_logits(vp.load(folder), input_ids=kept[rows])[..., kept]
     assert_same_function(double_logits(vp.load(tmp_path / "out"), input_ids=rows), expected)
+
+
+TURN = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+
+
+def written(path, value):
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]},
+        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]},
+        {"question": "What?", "answer": "A cat."},
+    ],
+)
+def test_records(tmp_path, record):
+    found = read_texts(written(tmp_path / "r.json", [{**record, "labels": ["dog", 3]}]), QWEN3_VL)
+    assert found == [TURN, "dog"]
+
+
+def test_images_are_not_opened(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    path = written(tmp_path / "r.json", [{"image": "none.png", "conversations": turns, "answers": ["cat", "a cat"]}])
+    texts = read_texts(path, QWEN3_VL)
+    assert "".join(texts[:-2]) == TURN
+    assert texts[-2:] == ["cat", "a cat"]
+
+
+def test_lists_and_text_files(tmp_path):
+    assert read_texts(written(tmp_path / "l.json", ["a", "b", 7]), QWEN3_VL) == ["a", "b", 7]
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "t.txt").write_text(text)
+    parts = read_texts(str(tmp_path / "t.txt"), QWEN3_VL)
+    assert "".join(parts) == text
+    assert 3 < len(parts) < 6
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match=r"none.txt: no such file \(set in prune.vocabulary\)"):
+        read_texts(str(tmp_path / "none.txt"), QWEN3_VL)
+    with pytest.raises(UserError, match=r"l.json, record 0: is a list, expected an object with 'conversations'"):
+        read_texts(written(tmp_path / "l.json", [[]]), QWEN3_VL)
+    with pytest.raises(UserError, match=r"l.json: a text contains a lone surrogate \(.*\): remove it"):
+        read_texts(written(tmp_path / "l.json", ["\ud800"]), QWEN3_VL)

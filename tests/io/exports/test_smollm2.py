@@ -1,4 +1,6 @@
-"""A real model in llama.cpp: SmolLM2-135M with layers of unequal width, and whole in 8 bits."""
+"""A real model, SmolLM2-135M: what torch and llama.cpp compute of it, whole, without layers and of unequal width."""
+
+import math
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from smollm2 import english_text, smollm2_folder
 from transformers import AutoTokenizer
 
 import vlmprune_jax as vp
+from vlmprune_jax.io.exports.reload import check_export
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("xllamacpp")
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -20,7 +22,7 @@ PROMPTS = (
     "Water boils at a temperature of",
     "The three laws of motion say that",
 )
-ANSWER, WINDOW = 32, 512
+ANSWER, WINDOW, ROWS = 32, 512, 2
 # Windows of text; how far log-probabilities (largest, mean, divergence) and perplexity (share) may be off. Where
 # activations are rounded to 8 bits as well, single log-probabilities have no bar, and perplexity needs more text:
 # Q8_0 is 0.67 % off on 12 windows with a standard error of 0.15 %, and -0.4 to 2.6 % on single ones.
@@ -36,8 +38,13 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def text(folder):
-    return AutoTokenizer.from_pretrained(folder)(english_text(53_000))["input_ids"]
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer):
+    return tokenizer(english_text(53_000))["input_ids"]
 
 
 def logits_of(model, rows):
@@ -48,15 +55,16 @@ def logits_of(model, rows):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_model(folder, text, tmp_path, optimized, name):
+def test_the_same_model_in_llama_cpp(folder, tokenizer, text, tmp_path, optimized, name):
     """128 positions, 32 greedy tokens of five prompts, and perplexity."""
+    pytest.importorskip("xllamacpp")
     dtype, quantize, count, largest, mean, divergence, share = CASES[name]
     model = vp.load(folder)
     if "unequal" in name:
         for i in range(4, 26):
             model, _ = keep_width(model, [0, 2], range(992 + 32 * (i % 2)), only=[i])
     vp.save(model, tmp_path / "out", source_dir=folder, format="gguf", dtype=dtype, quantize=quantize)
-    tokenizer, row = AutoTokenizer.from_pretrained(folder), text[:128]
+    row = text[:128]
     windows = np.asarray(text[: count * WINDOW]).reshape(count, WINDOW)
     prompts = [tokenizer(one)["input_ids"] for one in PROMPTS] if largest is not None else []
     sample = "The capital of France is 42."
@@ -75,3 +83,45 @@ def test_the_same_model(folder, text, tmp_path, optimized, name):
         answers = [[*row, *tokens] for row, tokens in zip(prompts, found["tokens"], strict=True)]
         for row, one, logits in zip(prompts, answers, logits_of(model, answers), strict=True):
             assert logits[len(row) - 1 : len(one) - 1].argmax(-1).tolist() == one[len(row) :]
+
+
+@pytest.fixture(scope="module")
+def windows(text):
+    """int[4, 512] of English, some 8 kB."""
+    return np.asarray(text[: 2 * ROWS * WINDOW]).reshape(-1, WINDOW)
+
+
+def test_greedy_continuations(folder, tokenizer, torch_outputs):
+    """Padded into one batch here, which compiles once; each prompt by itself in torch."""
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:3]]
+    longest = max(map(len, rows))
+    ids, mask = (np.zeros((len(rows), longest), np.int32) for _ in range(2))
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+    found = vp.generate(vp.load(folder), ids, attention_mask=mask, max_new_tokens=32, eos_token_ids=())
+    for row, tokens in zip(rows, found, strict=True):
+        options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": (), "max_new_tokens": 32}
+        expected = torch_outputs(folder, {"input_ids": np.asarray([row], np.int32)}, **options)["tokens"]
+        np.testing.assert_array_equal(tokens[None], expected)
+
+
+def test_depth_pruned_export_has_the_same_perplexity(folder, windows, torch_outputs, tmp_path):
+    model = vp.load(folder)
+    calibration = {"input_ids": windows[:1].astype(np.int32), "attention_mask": np.ones((1, WINDOW), np.int32)}
+    scores = vp.score(model, [calibration], criterion="block_influence")
+    plan = vp.make_plan(scores, model.cfg, method="depth", layers_removed=3)
+    assert len(plan.removed_layers) == 3
+    assert len(plan.kept_layers) == 27
+    pruned = vp.apply_plan(model, plan)
+    vp.save(pruned, tmp_path / "pruned", source_dir=folder, dtype="float32", plan=plan)
+    ours = vp.perplexity(pruned, windows.reshape(-1), window=WINDOW, batch_size=ROWS).perplexity
+    options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": ("nll",)}
+    total = sum(
+        torch_outputs(tmp_path / "pruned", {"input_ids": windows[i : i + ROWS]}, **options)["nll"].sum()
+        for i in range(0, len(windows), ROWS)
+    )
+    theirs = math.exp(total / (windows.size - len(windows)))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    report = check_export(pruned, tmp_path / "pruned")
+    assert report["backend"] == "torch"
+    assert report["max_abs_logit_difference"] <= report["tolerance"] < 1e-3
