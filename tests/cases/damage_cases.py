@@ -44,3 +44,10 @@ def edit_header(path, edit):
     text = edit(header) or json.dumps(header)
     text = text if isinstance(text, bytes) else text.encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def edit_index(folder, edit):
+    """Change the weight_map of a folder's index."""
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_cpp import MARKER, llama_cpp
+from PIL import Image
 from scipy.special import log_softmax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import vlmprune_jax as vp
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.images import load_image_processor
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
 
@@ -32,3 +38,44 @@ def differences(expected: Any, found: np.ndarray, top: int = 5) -> tuple[float, 
     best = np.argsort(-ours, axis=-1)[..., :top]
     gaps = np.abs(np.take_along_axis(ours - theirs, best, axis=-1))
     return float(gaps.max()), float(gaps.mean()), float((np.exp(ours) * (ours - theirs)).sum(-1).mean())
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    """An image uint8[height, width, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def prepared(source: Path, image: np.ndarray) -> np.ndarray:
+    """The pixels that a folder's processor makes of an image."""
+    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
+    return loader.preparation.prepare(Image.fromarray(image), 1)
+
+
+def compare_answers(source: Path, model: vp.Model, out: Path, cells: tuple[int, int], text: str) -> None:
+    """Features of an image of any size, of so many tokens (rows, columns), and the answer to a text behind it."""
+    cfg, (rows, columns) = model.cfg, (side * model.cfg.vision.merge for side in cells)
+    image = noise(rows * cfg.vision.patch_size, columns * cfg.vision.patch_size)
+    found = llama_cpp(out, image=image, prompt=f"{MARKER}{text}", texts=[text])
+    start, end = (json.loads((source / "config.json").read_text())[f"vision_{at}_token_id"] for at in ("start", "end"))
+    row = np.array([[start, *[cfg.image_token_id] * (cells[0] * cells[1]), end, *found["ids"][0]]])
+    grids = {"image_grid_thw": [[1, rows, columns]], "mm_token_type_ids": (row == cfg.image_token_id).astype(int)}
+    pixels = prepared(source, image)
+    logits, wanted = vp.forward(model, row, pixel_values=pixels, **grids, capture=("image_features",))
+    features = np.asarray(wanted["image_features"])
+    # llama.cpp's approximation of the GELU in the merger; features for other decoder layers stand beside these
+    assert np.abs(found["features"][:, : features.shape[1]] - features).max() <= 2e-3 * np.abs(features).max()
+    assert found["features"].shape == (len(features), features.shape[1] * (1 + cfg.deepstack))
+    assert differences(logits[0, -1], found["answer"])[0] <= 0.1
+
+
+def compare_limit(source: Path, model: vp.Model, folder: Path, fewest: int, most: int) -> None:
+    """Files of llama.cpp have no limits of tokens per image; with the card's command it has the processor's."""
+    out, image = folder / "out", noise(100, 150)
+    vp.save(model, out, source_dir=source, format="gguf", dtype="float32", max_image_tokens=most)
+    options = f"--image-min-tokens {fewest} " * (fewest > 0) + f"--image-max-tokens {most}"
+    assert f"-f32.gguf {options}\n" in (out / "README.md").read_text()
+    Image.fromarray(image).save(folder / "image.png")
+    spec = DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=most)
+    (shape,) = load_image_processor(source, spec, slot_tokens=1).shapes([folder / "image.png"], "r")
+    found = llama_cpp(out, image=image, prompt=MARKER, image_tokens=(fewest, most))
+    assert len(found["features"]) == shape.tokens <= most

@@ -43,6 +43,12 @@ def kept_units(index: int, q_heads, kv_heads, neurons) -> KeptLayer:
     return KeptLayer(index, {"kv_heads": tuple(kv_heads), "q_heads": tuple(q_heads), "mlp": tuple(neurons)})
 
 
+def tower_neurons(one: Model) -> list[KeptLayer]:
+    """Neurons of each layer's own of a tower."""
+    shapes = [layer.sizes for layer in one.cfg.vision.layers]
+    return [kept_units(i, range(s["q_heads"]), range(s["kv_heads"]), range(i, 30 + i)) for i, s in enumerate(shapes)]
+
+
 def hand_plan(cfg: ModelConfig, made_for: str = "a-b", method="hybrid", criterion="none", **stacks) -> PrunePlan:
     """A plan that keeps these layers of components, and all others whole."""
     before = count_params(cfg)

@@ -9,11 +9,10 @@ import pytest
 from hf_cases import LLAMA, LLAVA, keep_layers, make_folder, prune
 from prune_cases import hand_plan
 
-from vlmprune_jax.core.models.params import count_params
-from vlmprune_jax.core.prune import KeptLayer, keep_everything
-from vlmprune_jax.io.checkpoints.read import load, open_model
+import vlmprune_jax as vp
+from vlmprune_jax.core.prune import keep_everything
+from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.card import CardFacts, model_name, write_card
-from vlmprune_jax.io.exports.write import save
 
 EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
 
@@ -21,8 +20,8 @@ EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
 @pytest.fixture
 def folder(tmp_path):
     source = make_folder(tmp_path / "source", LLAMA)
-    model, plan = keep_layers(load(source), [0, 3])
-    save(model, tmp_path / "out", source_dir=source, plan=plan)
+    model, plan = keep_layers(vp.load(source), [0, 3])
+    vp.save(model, tmp_path / "out", source_dir=source, plan=plan)
     path = tmp_path / "out/plan.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"method": EVIL, "criterion": EVIL, "fingerprint": EVIL}))
     return tmp_path / "out", model.cfg
@@ -56,7 +55,7 @@ def test_a_hub_id_is_the_name_and_stays_one_line(tmp_path):
 def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     """Widths alone do not tell that a layer shares its keys and values, or has heads of another size."""
     model = open_model(goldens / "families/gemma4/ckpt")
-    whole = keep_everything(model.cfg, "0" * 64, count_params(model.cfg))
+    whole = keep_everything(model.cfg, "0" * 64, vp.count_params(model.cfg))
     plan = hand_plan(model.cfg, "0" * 64, "depth", text=whole.layers[:1] + whole.layers[2:])
     plan.to_json(tmp_path / "plan.json")
     source, library = goldens / "families/gemma4/ckpt", "transformers"
@@ -72,10 +71,10 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
 def test_the_code_on_a_card_runs_inside_the_folder(tmp_path, monkeypatch, capsys, template):
     """Nothing is replaced: it loads ".", asks about an image of its own, and prints the answer."""
     source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
-    save(load(source), tmp_path / "out", source_dir=source, dtype="float32")
+    vp.save(vp.load(source), tmp_path / "out", source_dir=source, dtype="float32")
     if not template:
         (source / "chat_template.jinja").unlink()
-        save(load(source), tmp_path / "out", source_dir=source, dtype="float32", overwrite=True)
+        vp.save(vp.load(source), tmp_path / "out", source_dir=source, dtype="float32", overwrite=True)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.S)
     assert ("apply_chat_template" in code) == template
     monkeypatch.chdir(tmp_path / "out")
@@ -86,14 +85,14 @@ def test_the_code_on_a_card_runs_inside_the_folder(tmp_path, monkeypatch, capsys
 def test_a_card_shows_no_command_that_cannot_work(tmp_path):
     """A tower without some of its heads loads in no PyTorch class, padded it does."""
     source = make_folder(tmp_path / "source", LLAVA)
-    model = load(source)
+    model = vp.load(source)
     layers = [
-        KeptLayer(i, {**KeptLayer.whole(i, shape).kept, "q_heads": (0,), "kv_heads": (0,)})
+        vp.KeptLayer(i, {**vp.KeptLayer.whole(i, shape).kept, "q_heads": (0,), "kv_heads": (0,)})
         for i, shape in enumerate(model.cfg.vision.layers)
     ]
     pruned, plan = prune(model, layers, "vision")
     for uneven in ("per_layer", "pad"):
-        save(pruned, tmp_path / uneven, source_dir=source, plan=plan, uneven=uneven)
+        vp.save(pruned, tmp_path / uneven, source_dir=source, plan=plan, uneven=uneven)
         card = (tmp_path / uneven / "README.md").read_text()
         assert ("from_pretrained" in card) == (uneven == "pad")
 

@@ -13,13 +13,9 @@ from gguf_cases import byte_tokenizer, differences
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder
 from llama_cpp import llama_cpp
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.core.prune import apply_plan
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.pruning import prune_folder
-from vlmprune_jax.io.exports.write import check_saved, save
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -84,7 +80,7 @@ def models(tmp_path_factory):
             config |= {"hidden_act": "gelu_new" if name == "phi2" else "silu"}
             folder = make_folder(tmp_path_factory.mktemp("gguf") / name, config)
             edit_weights(folder, lambda held: {k: v if "norm" in k else v * np.float32(0.5) for k, v in held.items()})
-            made[name] = byte_tokenizer(folder), load(folder)
+            made[name] = byte_tokenizer(folder), vp.load(folder)
         return made[name]
 
     return make
@@ -103,7 +99,7 @@ def compare(out, model, tolerance=0.1):
     tokens = min([50, *(one.mixer.window for one in model.cfg.text.layers if one.mixer.window is not None)])
     ids = np.random.default_rng(0).integers(4, 260, (1, tokens))
     found = llama_cpp(out, rows=ids, context=256)["logits"][0]
-    largest, mean, _ = differences(forward(model, ids)[0][0], found)
+    largest, mean, _ = differences(vp.forward(model, ids)[0][0], found)
     assert largest <= tolerance, (largest, mean)
     return largest
 
@@ -116,10 +112,10 @@ def test_decoders_compute_the_same(models, tmp_path, name, how):
     model, held = prune(whole, how), HELD[name][how]
     options = {"source_dir": source, "format": "gguf", "dtype": "float32"}
     if held is None:
-        with pytest.raises(UserError, match=r'llama\.cpp.s .* has no .*export with uneven="pad"'):
-            save(model, tmp_path / "out", **options)
+        with pytest.raises(vp.UserError, match=r'llama\.cpp.s .* has no .*export with uneven="pad"'):
+            vp.save(model, tmp_path / "out", **options)
         held, options = HELD[name].get(DEPTH, HELD[name].get(WIDTH)), options | {"uneven": "pad"}
-    save(model, tmp_path / "out", **options)
+    vp.save(model, tmp_path / "out", **options)
     assert ("padded with zero heads" in (tmp_path / "out/README.md").read_text()) == ("uneven" in options)
     assert architecture(tmp_path / "out") == held
     compare(tmp_path / "out", model)
@@ -144,8 +140,8 @@ def test_types(tmp_path, dtype, quantize, name, kinds):
     """Rows that are not whole blocks stay in F16 and are named; what is read back is what gguf's quantiser made."""
     config = {**LLAMA, "vocab_size": 260, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96}
     source = byte_tokenizer(make_folder(tmp_path / "llama", config))  # o_proj has rows of 6 heads of 12
-    model = load(source)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype=dtype, quantize=quantize)
+    model = vp.load(source)
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype=dtype, quantize=quantize)
     assert [path.name for path in sorted(tmp_path.glob("out/*"))] == ["README.md", f"{name}.gguf"]
     tensors = {one.name: one for one in opened(tmp_path / "out").tensors}
     assert {one.tensor_type.name for one in tensors.values()} == kinds
@@ -167,11 +163,11 @@ def test_types(tmp_path, dtype, quantize, name, kinds):
 def test_from_files_one_tensor_at_a_time(tmp_path, monkeypatch):
     """The same bytes as from memory, whatever the pieces in which rows are quantised."""
     source = byte_tokenizer(make_folder(tmp_path / "llama", {**LLAMA, "vocab_size": 260, "hidden_act": "silu"}))
-    plan = keep_width(load(source), [0, 2], range(32))[1]
+    plan = keep_width(vp.load(source), [0, 2], range(32))[1]
     options = {"source_dir": source, "format": "gguf", "quantize": "q8_0"}
-    save(apply_plan(load(source), plan), tmp_path / "memory", **options)
+    vp.save(vp.apply_plan(vp.load(source), plan), tmp_path / "memory", **options)
     monkeypatch.setattr("vlmprune_jax.io.exports.gguf_model._CHUNK", 100)
-    prune_folder(source, plan, tmp_path / "files", format="gguf", dtype="bfloat16", quantize="q8_0")
+    vp.prune_folder(source, plan, tmp_path / "files", format="gguf", dtype="bfloat16", quantize="q8_0")
     assert (tmp_path / "files/llama-pruned-Q8_0.gguf").is_file()
     said = {name: field.contents() for name, field in opened(tmp_path / "files").fields.items()}
     assert (said["general.basename"], said["general.finetune"]) == ("llama", "pruned")
@@ -188,7 +184,7 @@ def test_what_the_file_says(tmp_path):
         "---\nlicense: apache-2.0\nlicense_link: 'https://x.org/L'\nlanguage:\n- en\n- pt-BR\n---\n# license: no\n"
     )
     (source / "LICENSE").write_text("text")
-    save(load(source), tmp_path / "out", source_dir=source, format="gguf", name="org/My-Phi-3 7B")
+    vp.save(vp.load(source), tmp_path / "out", source_dir=source, format="gguf", name="org/My-Phi-3 7B")
     assert {path.name for path in tmp_path.glob("out/*")} == {"README.md", "LICENSE", "My-Phi-3-7B-BF16.gguf"}
     fields = {name: field.contents() for name, field in opened(tmp_path / "out").fields.items()}
     assert fields["general.license"] == "apache-2.0"
@@ -212,28 +208,28 @@ def test_what_the_file_says(tmp_path):
 
 
 def refused(part, *args, **options):
-    with pytest.raises(UserError, match=part) as error:
-        save(*args, format="gguf", **options)
+    with pytest.raises(vp.UserError, match=part) as error:
+        vp.save(*args, format="gguf", **options)
     assert "\n" not in str(error.value)
 
 
 def test_what_llama_cpp_does_not_compute(tmp_path):
     source = byte_tokenizer(make_folder(tmp_path / "a", {**LLAMA, "vocab_size": 260}))
-    refused("llama has no activation gelu_pytorch_tanh", load(source), tmp_path / "out", source_dir=source)
+    refused("llama has no activation gelu_pytorch_tanh", vp.load(source), tmp_path / "out", source_dir=source)
     source = byte_tokenizer(make_folder(tmp_path / "b", {**QWEN3, "vocab_size": 260, "hidden_act": "silu"}))
-    refused("qwen3 has no biases .qkv_bias, out_bias.", load(source), tmp_path / "out", source_dir=source)
+    refused("qwen3 has no biases .qkv_bias, out_bias.", vp.load(source), tmp_path / "out", source_dir=source)
     source = byte_tokenizer(make_folder(tmp_path / "c", {**PHI, "vocab_size": 260, "hidden_act": "gelu_new"}))
     # 6 heads of 12 channels in 48
     refused(
         "needs 4 heads in equal groups in every layer, which zero heads cannot make",
-        load(source),
+        vp.load(source),
         tmp_path / "out",
         source_dir=source,
         uneven="pad",
     )
     silu = {**LLAVA["text_config"], "hidden_act": "silu"}
     source = make_folder(tmp_path / "d", {**LLAVA, "text_config": silu})
-    refused("projector with activation relu", load(source), tmp_path / "out", source_dir=source)
+    refused("projector with activation relu", vp.load(source), tmp_path / "out", source_dir=source)
     assert not (tmp_path / "out").exists()
 
 
@@ -249,16 +245,16 @@ def test_options_that_do_not_fit(tmp_path, models):
         layout="transformers",
     )
     refused('no layers of unequal width.*uneven="pad"', prune(model, UNEVEN), out, source_dir=source, uneven="refuse")
-    with pytest.raises(UserError, match="quantize 'q8_0' is not supported by format 'huggingface'"):
-        save(model, out, source_dir=source, quantize="q8_0")
-    with pytest.raises(UserError, match="format 'onnx' is not one of huggingface, gguf"):
-        save(model, out, source_dir=source, format="onnx")
-    save(model, out, source_dir=source, format="gguf")
+    with pytest.raises(vp.UserError, match="quantize 'q8_0' is not supported by format 'huggingface'"):
+        vp.save(model, out, source_dir=source, quantize="q8_0")
+    with pytest.raises(vp.UserError, match="format 'onnx' is not one of huggingface, gguf"):
+        vp.save(model, out, source_dir=source, format="onnx")
+    vp.save(model, out, source_dir=source, format="gguf")
     refused("exists already", model, out, source_dir=source)
-    save(model, out, source_dir=source, format="gguf", overwrite=True)
+    vp.save(model, out, source_dir=source, format="gguf", overwrite=True)
     for place in (out, next(out.glob("*.gguf"))):
-        with pytest.raises(UserError, match=r"is a GGUF file for llama\.cpp: name the Hugging Face folder"):
-            load(place)
+        with pytest.raises(vp.UserError, match=r"is a GGUF file for llama\.cpp: name the Hugging Face folder"):
+            vp.load(place)
 
 
 def test_a_full_disk_and_weights_too_large_for_f16(tmp_path, models, monkeypatch):
@@ -275,7 +271,7 @@ def test_a_full_disk_and_weights_too_large_for_f16(tmp_path, models, monkeypatch
 
 def test_a_damaged_file_is_no_export(tmp_path, models):
     source, model = models("llama")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     other = model.replace(params=unflatten({k: v[..., ::-1] for k, v in flatten(model.params).items()}))
-    with pytest.raises(UserError, match="logits of the GGUF file differ"):
+    with pytest.raises(vp.UserError, match="logits of the GGUF file differ"):
         check_saved(other, tmp_path / "out", source_dir=source, format="gguf")

@@ -1,55 +1,29 @@
 """Qwen-VL in llama.cpp: images of any size, positions by rows and columns, features for several decoder layers."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_cases import differences
+from gguf_cases import compare_answers, compare_limit, differences, prepared
 from hf_cases import keep_layers, keep_width
 from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
-from PIL import Image
-from prune_cases import kept_units
+from prune_cases import tower_neurons
 from qwen_cases import FAMILIES, LIMITS, make_qwen
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.write import check_saved, save
+import vlmprune_jax as vp
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 
 
 def compare(source, model, out, cells):
-    """Features of an image of so many tokens (rows, columns), and logits of texts and behind the image."""
-    vision, cfg = model.cfg.vision, model.cfg
-    rows, columns = (side * vision.merge for side in cells)
-    image = np.random.default_rng(0).integers(0, 256, (rows * vision.patch_size, columns * vision.patch_size, 3))
-    image = image.astype(np.uint8)
-    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
-    pixels = loader.preparation.prepare(Image.fromarray(image), 1)
+    """An image of so many tokens (rows, columns), and a text alone."""
+    compare_answers(source, model, out, cells, "What is it?")
     ids = np.random.default_rng(0).integers(4, 340, (1, 50))
-    found = llama_cpp(out, rows=ids, image=image, prompt=f"{MARKER}What is it?", texts=["What is it?"])
-    start, end = (json.loads((source / "config.json").read_text())[f"vision_{at}_token_id"] for at in ("start", "end"))
-    row = np.array([[start, *[cfg.image_token_id] * (cells[0] * cells[1]), end, *found["ids"][0]]])
-    logits, wanted = forward(
-        model,
-        row,
-        pixel_values=pixels,
-        image_grid_thw=[[1, rows, columns]],
-        mm_token_type_ids=(row == cfg.image_token_id).astype(int),
-        capture=("image_features",),
-    )
-    features = np.asarray(wanted["image_features"])
-    # llama.cpp's approximation of the GELU in the merger; features for other decoder layers stand beside these
-    assert np.abs(found["features"][:, : features.shape[1]] - features).max() <= 2e-3 * np.abs(features).max()
-    assert found["features"].shape == (len(features), features.shape[1] * (1 + cfg.deepstack))
-    assert differences(forward(model, ids)[0][0], found["logits"][0])[0] <= 0.1
-    assert differences(logits[0, -1], found["answer"])[0] <= 0.1
+    assert differences(vp.forward(model, ids)[0][0], llama_cpp(out, rows=ids)["logits"][0])[0] <= 0.1
 
 
 @pytest.mark.slow
@@ -57,68 +31,47 @@ def compare(source, model, out, cells):
 def test_the_same_is_computed(tmp_path, name, cells):
     """More and fewer patches than the table has positions; whole windows and parts of some."""
     source, model = make_qwen(tmp_path, name)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", cells)
     assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
     assert "sides that are multiples of" in (tmp_path / "out/README.md").read_text()
 
 
 def test_limits_of_tokens_are_options(tmp_path):
-    """Files of llama.cpp have no limits of tokens per image; with the command on the card it has the processor's."""
-    source, model = make_qwen(tmp_path, "qwen3_vl")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=20)
-    assert "-f32.gguf --image-min-tokens 2 --image-max-tokens 20\n" in (tmp_path / "out/README.md").read_text()
-    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
-    Image.fromarray(noise).save(tmp_path / "image.png")
-    loader = load_image_processor(
-        source,
-        DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=20),
-        slot_tokens=1,
-    )
-    (shape,) = loader.shapes([tmp_path / "image.png"], "r")
-    found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(2, 20))
-    assert len(found["features"]) == shape.tokens <= 20
+    compare_limit(*make_qwen(tmp_path, "qwen3_vl"), tmp_path, 2, 20)
 
 
 def pruned(model, how):
-    shapes = model.cfg.vision.layers
     if how == "layers":
         return keep_layers(model, [0, 1, 3])[0]
     if how == "heads":
         return keep_width(model, range(1), range(3, 51))[0]
     if how == "neurons":
         return keep_width(model, range(2), range(3, 51))[0]
-    kept = [
-        kept_units(i, range(s.sizes["q_heads"]), range(s.sizes["kv_heads"]), range(i, 30 + i))
-        for i, s in enumerate(shapes)
-    ]
-    return prune_by_hand(model, kept, "vision")[0]
+    return prune_by_hand(model, tower_neurons(model), "vision")[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "how"),
-    [("qwen3_vl", "layers"), ("qwen3_vl", "heads"), ("qwen3_vl", "tower"), ("qwen2_5_vl", "neurons")],
+    ("name", "how"), [("qwen3_vl", "layers"), ("qwen3_vl", "heads"), ("qwen3_vl", "tower"), ("qwen2_5_vl", "neurons")]
 )
 def test_pruned_models(tmp_path, name, how):
     source, whole = make_qwen(tmp_path, name)
     model = pruned(whole, how)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", (4, 3))
 
 
 def test_limits_of_the_processor(tmp_path):
     """Larger images become as many tokens as here, by the limits in the file."""
     source, model = make_qwen(tmp_path, "qwen3_vl")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     tower = GGUFReader(next((tmp_path / "out").glob("mmproj-*")))
     limits = [tower.fields[f"clip.vision.image_{name}_pixels"].contents() for name in ("min", "max")]
     assert limits == [LIMITS["shortest_edge"], LIMITS["longest_edge"]]
     image = np.zeros((400, 200, 3), np.uint8)
-    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
-    patches = loader.preparation.prepare(Image.fromarray(image), 1)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}What?")["features"]
-    assert len(found) == len(patches) // 4 < 400 * 200 // 64
+    assert len(found) == len(prepared(source, image)) // 4 < 400 * 200 // 64
 
 
 @pytest.mark.parametrize(
@@ -133,17 +86,15 @@ def test_limits_of_the_processor(tmp_path):
 )
 def test_what_is_not_computed(tmp_path, name, changes, said):
     source, model = make_qwen(tmp_path, name, **changes)
-    with pytest.raises(UserError, match=f"llama.cpp has no {said}") as error:
-        save(model, tmp_path / "out", source_dir=source, format="gguf")
-    assert "\n" not in str(error.value)
+    refused(f"llama.cpp has no {said}", vp.save, model, tmp_path / "out", source_dir=source, format="gguf")
     assert not (tmp_path / "out").exists()
 
 
 def test_biases_of_the_decoder(tmp_path):
     source, model = make_qwen(tmp_path, "qwen3_vl")
     biased = shutil.copytree(FAMILIES / "qwen3_vl/ckpt", tmp_path / "biased")
-    with pytest.raises(UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
-        save(load(biased), tmp_path / "out", source_dir=biased, format="gguf")
+    with pytest.raises(vp.UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
+        vp.save(vp.load(biased), tmp_path / "out", source_dir=biased, format="gguf")
     (source / "processor_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no preprocessor_config\.json, which limits the size of images"):
-        save(model, tmp_path / "out", source_dir=source, format="gguf")
+    with pytest.raises(vp.UserError, match=r"has no preprocessor_config\.json, which limits the size of images"):
+        vp.save(model, tmp_path / "out", source_dir=source, format="gguf")

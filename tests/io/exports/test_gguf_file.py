@@ -14,7 +14,6 @@ from hf_cases import LLAMA, keep_width, make_folder
 from transformers import AutoModelForCausalLM
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 
 FUSED = {key: value for key, value in PHI3.items() if key != "rope_scaling"} | {"sliding_window": None}
 MODELS = {
@@ -94,9 +93,9 @@ def test_padded_channels_weigh_nothing(tmp_path):
     ):
         sums = found[f"blk.1.{tensor}.weight.in_sum2"]
         assert (sums.size, np.count_nonzero(sums)) == (width, real)
-    with pytest.raises(UserError, match="the importance matrix belongs to another model"):
+    with pytest.raises(vp.UserError, match="the importance matrix belongs to another model"):
         vp.save(whole, tmp_path / "no", source_dir=source, format="gguf", imatrix=weighed)
-    with pytest.raises(UserError, match=r"needs a GGUF file without quantisation.*not 'q8_0'"):
+    with pytest.raises(vp.UserError, match=r"needs a GGUF file without quantisation.*not 'q8_0'"):
         vp.save(model, tmp_path / "no", source_dir=source, format="gguf", quantize="q8_0", imatrix=weighed)
 
 

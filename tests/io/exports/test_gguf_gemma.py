@@ -5,22 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-from gguf_cases import differences
+from gguf_cases import compare_limit, differences, noise, prepared
 from hf_cases import edit_weights, keep_layers, keep_width, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
-from PIL import Image
 from prune_cases import kept_units
 from stack_cases import changed
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.limits import why_not
-from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.disk.gguf import read_gguf_header
 from vlmprune_jax.io.checkpoints.read import FileArray
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import load_image_processor
-from vlmprune_jax.io.exports.write import check_saved, save
+from vlmprune_jax.io.exports.write import check_saved
 
 pytest.importorskip("xllamacpp")
 S, F = "sliding_attention", "full_attention"
@@ -79,10 +74,10 @@ def test_texts(models, tmp_path, name, how):
     """Log-probabilities of a text that is longer than the windows."""
     source, whole = models(name)
     model, out = CUTS[how](whole), tmp_path / "out"
-    save(model, out, source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, out, source_dir=source, format="gguf", dtype="float32")
     ids = np.random.default_rng(0).integers(9, 400, (1, 40))
     found = llama_cpp(out, rows=ids)["logits"][0]
-    assert differences(forward(model, ids)[0][0], found)[0] <= 0.1
+    assert differences(vp.forward(model, ids)[0][0], found)[0] <= 0.1
 
 
 def _row(model, source, count, text):
@@ -100,10 +95,9 @@ def test_images(models, tmp_path, name):
         shapes = model.cfg.text.layers
         kept = [kept_units(i, (0, 2), (0,), range(s.channel.mlp // 7, s.channel.mlp)) for i, s in enumerate(shapes)]
         model = prune(model, kept)[0]
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
-    image = np.random.default_rng(0).integers(0, 256, (*SIZES[name], 3)).astype(np.uint8)
-    loader = load_image_processor(source, DataSpec(aspect_ratio="square", cache_megabytes=0))
-    pixels = loader.preparation.prepare(Image.fromarray(image), 1)
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    image = noise(*SIZES[name])
+    pixels = prepared(source, image)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}Where is it", texts=["Where is it"])
     row = _row(model, source, len(found["features"]), found["ids"][0])
     arrays = {"pixel_values": pixels}
@@ -113,7 +107,7 @@ def test_images(models, tmp_path, name):
     layers = model.cfg.text.layers
     sees = [changed(x, {"sees_images": x.mixer.sees_images or x.mixer.window is not None}) for x in layers]
     seeing = model.replace(cfg=model.cfg.with_layers(sees))
-    logits, aux = forward(seeing, row, **arrays, capture=("image_features",))
+    logits, aux = vp.forward(seeing, row, **arrays, capture=("image_features",))
     features = np.asarray(aux["image_features"]).reshape(-1, model.cfg.text.hidden_size)
     assert np.abs(found["features"] - features).max() <= 0.02
     assert differences(logits[0, -1], found["answer"])[0] <= 0.1
@@ -123,22 +117,10 @@ def test_images(models, tmp_path, name):
 
 
 def test_the_budget_of_tokens_is_an_option(models, tmp_path):
-    """Files of llama.cpp have no limit of tokens per image; with the command on the card it has the processor's."""
     source, model = models("gemma4_dense")
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=140)
-    assert "-f32.gguf --image-max-tokens 140\n" in (tmp_path / "out/README.md").read_text()
+    compare_limit(source, model, tmp_path, -1, 140)
     tower = read_gguf_header(next((tmp_path / "out").glob("mmproj-*"))).fields
     assert tower["clip.vision.image_size"] == model.cfg.vision.image_size  # the image of `vlmprune bench`
-    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
-    Image.fromarray(noise).save(tmp_path / "image.png")
-    loader = load_image_processor(
-        source,
-        DataSpec(aspect_ratio="square", cache_megabytes=0, max_image_tokens=140),
-        slot_tokens=1,
-    )
-    (shape,) = loader.shapes([tmp_path / "image.png"], "r")
-    found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(-1, 140))
-    assert len(found["features"]) == shape.tokens <= 140
 
 
 @pytest.mark.parametrize("crops", [True, False])
@@ -148,7 +130,7 @@ def test_the_card_says_that_images_are_not_cropped(models, tmp_path, crops):
     settings = json.loads((copy / "processor_config.json").read_text())
     settings["image_processor"]["do_pan_and_scan"] = crops
     (copy / "processor_config.json").write_text(json.dumps(settings))
-    save(model, tmp_path / "out", source_dir=copy, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=copy, format="gguf", dtype="float32")
     assert ("llama.cpp has no pan and scan" in (tmp_path / "out/README.md").read_text()) == crops
 
 
@@ -159,7 +141,7 @@ def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.BLOCK", 4000)
     monkeypatch.setattr("vlmprune_jax.io.exports.gguf_model._CHUNK", 3000)
     options = {"format": "gguf", "quantize": "q8_0", "dtype": "float16"}
-    save(model, tmp_path / "memory", source_dir=source, plan=plan, **options)
+    vp.save(model, tmp_path / "memory", source_dir=source, plan=plan, **options)
     read, seen = FileArray.pieces, []
 
     def pieces(array, rows, **options):
@@ -188,8 +170,8 @@ def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
 def test_what_it_cannot_hold(models, tmp_path, name, kept, said):
     source, whole = models(name)
     model = keep_layers(whole, kept)[0]
-    with pytest.raises(UserError, match=said):
-        save(model, tmp_path / "out", source_dir=source, format="gguf")
+    with pytest.raises(vp.UserError, match=said):
+        vp.save(model, tmp_path / "out", source_dir=source, format="gguf")
     assert why_not(whole.cfg, "gguf") is None
     assert why_not(model.cfg, "gguf") is not None
 

@@ -11,11 +11,10 @@ from llama_cpp import llama_cpp
 from smollm2 import english_text
 from tokenizers import Tokenizer, models, trainers
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.exports.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.io.families import detect
 from vlmprune_jax.io.families.gguf import PRE, WHOLE_WORDS
 
@@ -70,7 +69,7 @@ def byte_alphabet():
 
 
 def compare(source, out, texts, tower=None):
-    save(open_model(source, tower), out, source_dir=source, format="gguf", dtype="float32")
+    vp.save(open_model(source, tower), out, source_dir=source, format="gguf", dtype="float32")
     found, tokenizer = llama_cpp(out, texts=texts)["ids"], load_tokenizer(source)
     for text, ids in zip(texts, found, strict=True):
         assert ids.tolist() == tokenizer(text)["input_ids"], text
@@ -132,8 +131,8 @@ def test_rules_that_llama_cpp_does_not_have(tmp_path, part):
 
 
 def refused(source, tmp_path, part):
-    with pytest.raises(UserError, match=part) as error:
-        save(open_model(source), tmp_path / "out", source_dir=source, format="gguf")
+    with pytest.raises(vp.UserError, match=part) as error:
+        vp.save(open_model(source), tmp_path / "out", source_dir=source, format="gguf")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

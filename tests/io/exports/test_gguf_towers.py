@@ -6,20 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_cases import differences
+from gguf_cases import differences, noise, prepared
 from hf_cases import copy_golden, edit_config, prune
 from llama_cpp import MARKER, llama_cpp
-from PIL import Image
-from prune_cases import kept_units
+from prune_cases import kept_units, tower_neurons
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.write import check_saved, save
+from vlmprune_jax.io.exports.write import check_saved
 from vlmprune_jax.io.families import family_of
 from vlmprune_jax.io.families.tiles import ImageShape
 from vlmprune_jax.io.families.towers import PIXELS
@@ -40,16 +35,16 @@ def golden(goldens, tmp_path):
             folder = shutil.copytree(FAMILIES / name / "ckpt", tmp_path / name)
             if name == "internvl3":
                 edit_config(folder, projector_hidden_act="gelu")  # as all have but this one
-                return folder, load(folder)
-            with pytest.raises(UserError, match="has no token for two newlines"):
-                save(load(folder), tmp_path / "none", source_dir=folder, format="gguf")
+                return folder, vp.load(folder)
+            with pytest.raises(vp.UserError, match="has no token for two newlines"):
+                vp.save(vp.load(folder), tmp_path / "none", source_dir=folder, format="gguf")
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
             (folder / "tokenizer.json").write_text(tokenizer.replace("<row_4_col_4>", r"\n\n"), encoding="utf-8")
-            return folder, load(folder)
+            return folder, vp.load(folder)
         folder = copy_golden(goldens, name, tmp_path / name)
         shutil.copytree(goldens / "tokenizers" / TOWERS[name], folder, dirs_exist_ok=True)
         tower = goldens / "ckpt" / SEPARATE[name] if name in SEPARATE else None
-        return folder, load(folder, vision_dir=tower)
+        return folder, vp.load(folder, vision_dir=tower)
 
     return make
 
@@ -58,19 +53,15 @@ def image_of(model):
     """A picture of just the tower's size, or of 2 x 2 such where pictures are split, and the pixels that it is here."""
     family, size, (mean, std) = model.cfg.family, model.cfg.vision.image_size, PIXELS[model.cfg.vision.kind]
     size *= 2 if family == "smolvlm" else 1
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    image = noise(size, size)
     if model.cfg.layout == "transformers" and family != "llava":
-        loader = load_image_processor(
-            FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt",
-            DataSpec(aspect_ratio="square", cache_megabytes=0),
-        )
-        return image, loader.preparation.prepare(Image.fromarray(image), 1)
+        return image, prepared(FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt", image)
     return image, ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None].astype(np.float32)
 
 
 def features_of(model, pixels):
     ids = np.full((1, len(pixels) * model.cfg.tokens_per_image), model.cfg.image_token_id)
-    found = forward(model, ids, pixel_values=pixels, capture=("image_features",))[1]["image_features"]
+    found = vp.forward(model, ids, pixel_values=pixels, capture=("image_features",))[1]["image_features"]
     return np.asarray(found).reshape(-1, model.cfg.text.hidden_size)
 
 
@@ -89,7 +80,7 @@ def class_token_last(model, pixels):
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers_compute_the_same(golden, tmp_path, name):
     source, model = golden(name)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     image, pixels = image_of(model)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}\nWhat?")["features"]
     wrong = np.abs(found - features_of(model, pixels)).max()
@@ -105,13 +96,12 @@ def test_limits_of_image_tokens(golden, tmp_path):
     """The file holds the number of tiles, so llama.cpp makes as many tokens of an image; it always adds an overview."""
     source, model = golden("internvl3")
     tokens, options = model.cfg.tokens_per_image, {"source_dir": source, "format": "gguf", "dtype": "float32"}
-    save(model, tmp_path / "out", **options, max_image_tokens=3 * tokens)
-    noise = np.random.default_rng(0).integers(0, 256, (100, 170, 3)).astype(np.uint8)
-    assert len(llama_cpp(tmp_path / "out", image=noise, prompt=MARKER)["features"]) == 3 * tokens
+    vp.save(model, tmp_path / "out", **options, max_image_tokens=3 * tokens)
+    assert len(llama_cpp(tmp_path / "out", image=noise(100, 170), prompt=MARKER)["features"]) == 3 * tokens
     for name, most in (("internvl3", 2 * tokens), ("smolvlm", 19)):
         source, model = (source, model) if name == "internvl3" else golden(name)
-        with pytest.raises(UserError, match=r"images have one tile, but llama\.cpp adds an overview"):
-            save(model, tmp_path / "none", **{**options, "source_dir": source}, max_image_tokens=most)
+        with pytest.raises(vp.UserError, match=r"images have one tile, but llama\.cpp adds an overview"):
+            vp.save(model, tmp_path / "none", **{**options, "source_dir": source}, max_image_tokens=most)
 
 
 @pytest.mark.slow
@@ -123,7 +113,7 @@ def test_rolled_positions(golden, tmp_path, name):
     found = {}
     for rolled in (False, True):
         out = tmp_path / str(rolled)
-        save(model, out, source_dir=source, format="gguf", dtype="float32", rolled_positions=rolled)
+        vp.save(model, out, source_dir=source, format="gguf", dtype="float32", rolled_positions=rolled)
         check_saved(model, out, source_dir=source, format="gguf", rolled_positions=rolled)
         found[rolled] = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert ("positions are rolled" in (out / "README.md").read_text()) == rolled
@@ -141,7 +131,7 @@ def test_rolled_positions(golden, tmp_path, name):
 def test_an_answer_about_an_image(golden, tmp_path, name):
     """Tower, projector and decoder together, without a class token; SmolVLM's image is split into 2 x 2 and itself."""
     source, model = golden(name)
-    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     image, pixels = image_of(model)
     between = "" if name == "smolvlm" else "\n"
     found = llama_cpp(
@@ -151,7 +141,7 @@ def test_an_answer_about_an_image(golden, tmp_path, name):
     if name == "smolvlm":
         text = family_of(model.cfg).templates[0].image_text(ImageShape(2, 2, 5))
         ids = load_tokenizer(source)(text.replace("<image>", "<image>" * len(ids)))["input_ids"]
-    logits = forward(model, np.asarray([[*ids, *found["ids"][0]]]), pixel_values=pixels)[0][0, -1]
+    logits = vp.forward(model, np.asarray([[*ids, *found["ids"][0]]]), pixel_values=pixels)[0][0, -1]
     assert differences(logits, found["answer"])[0] <= 0.1
 
 
@@ -159,21 +149,16 @@ def test_an_answer_about_an_image(golden, tmp_path, name):
 def test_pruned_towers(golden, tmp_path):
     """Neurons of each layer's own; heads are padded where that is asked for."""
     source, model = golden("bunny")
-    shapes = model.cfg.vision.layers
-    neurons = [
-        kept_units(i, range(s.sizes["q_heads"]), range(s.sizes["kv_heads"]), range(i, 30 + i))
-        for i, s in enumerate(shapes)
-    ]
     heads = [
         kept_units(i, range(1, s.mixer.q_heads), range(1, s.mixer.kv_heads), range(s.channel.mlp))
-        for i, s in enumerate(shapes)
+        for i, s in enumerate(model.cfg.vision.layers)
     ]
     image, pixels = image_of(model)
-    for kept, uneven in ((neurons, "per_layer"), (heads, "pad")):
+    for kept, uneven in ((tower_neurons(model), "per_layer"), (heads, "pad")):
         pruned, out = prune(model, kept, "vision")[0], tmp_path / uneven
         if uneven == "pad":
-            with pytest.raises(UserError, match=r'vision tower whose heads.*uneven="pad"'):
-                save(pruned, out, source_dir=source, format="gguf", dtype="float32")
-        save(pruned, out, source_dir=source, format="gguf", dtype="float32", uneven=uneven)
+            with pytest.raises(vp.UserError, match=r'vision tower whose heads.*uneven="pad"'):
+                vp.save(pruned, out, source_dir=source, format="gguf", dtype="float32")
+        vp.save(pruned, out, source_dir=source, format="gguf", dtype="float32", uneven=uneven)
         found = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert np.abs(found - features_of(pruned, pixels)).max() <= 0.02

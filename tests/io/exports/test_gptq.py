@@ -1,21 +1,23 @@
 """GPTQ against the published algorithm in float64, and folders that it writes against nearest rounding."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
-from decoder_cases import PHI3
-from hf_cases import LLAMA, LLAVA, keep_width, make_folder, random_ids
+from decoder_cases import PHI3, QWEN2
+from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
 from prune_cases import on_mesh
+from refusal import refused
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.limits import why_not
 from vlmprune_jax.core.prune.gptq import compensated
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
-from vlmprune_jax.io.checkpoints.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.io.checkpoints.read import open_model
+from vlmprune_jax.io.checkpoints.disk.compressed_tensors import SCHEMES, CompressedTensors
+from vlmprune_jax.io.checkpoints.read import open_model, read_config
 from vlmprune_jax.io.exports import gptq
 
 TEXT = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -134,21 +136,82 @@ def test_unequal_layers_and_a_mesh(tmp_path):
     one, mesh = (vp.load(tmp_path / name) for name in folders)
     same = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b))), one.params, mesh.params)
     assert min(jax.tree.leaves(same)) > 0.98  # sums in another order move a code here and there
-    with pytest.raises(UserError, match="rounded no weight"):
-        vp.save(model, tmp_path / "pad", source_dir=source, uneven="pad", storage=storage)
+    refused("rounded no weight", vp.save, model, tmp_path / "pad", source_dir=source, uneven="pad", storage=storage)
     assert not (tmp_path / "pad").exists()
 
 
 def test_what_cannot_be_rounded(tmp_path):
     model = vp.load(make_folder(tmp_path / "source", TEXT))
-    with pytest.raises(UserError, match="quantize 'q8_0' is not one of w8a16, w4a16, w8a8"):
-        vp.gptq(model, rows(model), quantize="q8_0")
-    with pytest.raises(UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
+    refused("quantize 'q8_0' is not one of w8a16, w4a16, w8a8", vp.gptq, model, rows(model), quantize="q8_0")
+    with pytest.raises(vp.UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
         vp.gptq(model, rows(model), quantize="w4a16", answer_wieght=2)
-    with pytest.raises(UserError, match="there are no calibration batches"):
-        vp.gptq(model, [], quantize="w4a16")
-    with pytest.raises(UserError, match="contain only padding"):
+    refused("there are no calibration batches", vp.gptq, model, [], quantize="w4a16")
+    with pytest.raises(vp.UserError, match="contain only padding"):
         vp.gptq(model, [one | {"attention_mask": 0 * one["attention_mask"]} for one in rows(model)], quantize="w4a16")
     broken = model.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), model.params))
-    with pytest.raises(UserError, match=r"gptq: activations in layer 0 are not finite in row \d"):
-        vp.gptq(broken, rows(model), quantize="w4a16")
+    refused(r"gptq: activations in layer 0 are not finite in row \d", vp.gptq, broken, rows(model), quantize="w4a16")
+
+
+# vLLM on TPUs: which models and integers load -------------------------------------------------------------------------
+
+WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE |= {"intermediate_size": 256, "num_hidden_layers": 2}
+SIZES = {name: WIDE[name] for name in ("hidden_size", "head_dim", "intermediate_size")}
+STORED = {
+    "w8a8": CompressedTensors(8, activations=True),
+    "w8a16": CompressedTensors(8),
+    "w4a16": CompressedTensors(4, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(goldens):
+    families, llama = goldens / "families", vp.families["llama"].from_hf(WIDE, None)
+    heads = [shape.resized({"q_heads": 3, "kv_heads": 1}) for shape in llama.text.layers]
+    return {
+        "llama": llama,
+        "mistral": vp.families["mistral"].from_hf({**WIDE, "model_type": "mistral"}, None),
+        "qwen2": vp.families["qwen2"].from_hf({**QWEN2, **SIZES}, None),
+        "llama, written as mistral": llama.with_layers(heads),
+        **{name: read_config(families / name / "ckpt")[1] for name in ("qwen3_vl", "qwen2_5_vl", "gemma4", "smolvlm")},
+    }
+
+
+LOADS = {
+    "llama": {"w4a16"}, "mistral": {"w8a8"}, "qwen2": set(), "llama, written as mistral": {"w8a8"},
+    "qwen3_vl": {"w8a8"}, "qwen2_5_vl": set(), "gemma4": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_integers_that_load(configs, name):
+    assert STORED.keys() == SCHEMES.keys()
+    assert why_not(configs[name], "vllm_tpu") is None
+    for scheme, storage in STORED.items():
+        if scheme in LOADS[name]:
+            gptq.check_on_tpus(configs[name], storage, 1)
+        else:
+            refused("loads_in='vllm_tpu'", gptq.check_on_tpus, configs[name], storage, 1)
+
+
+@pytest.mark.parametrize(
+    ("storage", "tensor", "fact"),
+    [
+        (CompressedTensors(8), 1, "w8a16 loads in no class: use symmetric w4a16"),
+        (CompressedTensors(4, 64, symmetric=False), 1, "zero points do not load"),
+        (CompressedTensors(4, 128), 4, "each of 4 chips needs whole key/value heads and groups of 128"),
+        (CompressedTensors(8, activations=True), 1, "w8a8 does not load in the JAX class of llama"),
+    ],
+)
+def test_integers_that_do_not_load(configs, storage, tensor, fact):
+    assert fact in refused("loads_in='vllm_tpu'", gptq.check_on_tpus, configs["llama"], storage, tensor)
+    assert "has no class for smolvlm" in why_not(configs["smolvlm"], "vllm_tpu")
+
+
+def test_exports_for_tpus(tmp_path):
+    source = make_folder(tmp_path / "source", WIDE)
+    model, plan = keep_layers(vp.load(source), [0])
+    asked = dataclasses.replace(plan, options={"loads_in": ["vllm_tpu"], "tensor_parallel": 2})
+    options = {"source_dir": source, "plan": asked}
+    vp.save(model, tmp_path / "out", **options, quantize="w4a16", group_size=64)
+    refused("w8a16 loads in no class", vp.save, model, tmp_path / "no", **options, quantize="w8a16")

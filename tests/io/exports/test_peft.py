@@ -19,31 +19,27 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch_compat import VERSIONS
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.base.files import read_json
 from vlmprune_jax.core.models.params import flatten, unflatten
-from vlmprune_jax.core.models.vlm import Model, forward
-from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports import peft
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.vocabulary import vocabulary_digest
-from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.experiment.arguments import recover_config
 
 CLASSES = {"llama": "AutoModelForCausalLM", "llava": "LlavaForConditionalGeneration"}
 LORA = LoraConfig(rank=3, alpha=7.0, dropout=0.1, targets=("q_proj", "v_proj", "o_proj", "down_proj"))
 
 
-def trained_model(base: Model, rules="lora", lora: LoraConfig = LORA) -> tuple[Model, list[str]]:
+def trained_model(base: vp.Model, rules="lora", lora: LoraConfig = LORA) -> tuple[vp.Model, list[str]]:
     """The model with adapters, everything that the rules train moved at random; and the paths of that."""
     model = add_lora(base, lora, jax.random.key(1))
     flat, rng = flatten(model.params), np.random.default_rng(2)
     trained = assign_groups(list(flat), rules)
     moved = {p: flat[p] + 0.05 * rng.standard_normal(flat[p].shape, np.float32) for p in trained}
-    return Model(unflatten({**flat, **moved}), model.cfg), list(trained)
+    return vp.Model(unflatten({**flat, **moved}), model.cfg), list(trained)
 
 
 @pytest.fixture
@@ -52,13 +48,13 @@ def pruned(tmp_path):
 
     def make(family, pruning):
         source = make_folder(tmp_path / "source", {"llama": LLAMA, "llava": LLAVA}[family])
-        model = load(source)
+        model = vp.load(source)
         if pruning == "depth":
             model, plan = keep_layers(model, [0, 3])
         else:
             model, plan = keep_width(model, [2], range(5, 45), only=[1, 2] if pruning == "uneven" else None)
         uneven = "per_layer" if pruning == "uneven" else "refuse"
-        save(model, tmp_path / "pruned", source_dir=source, plan=plan, dtype="float32", uneven=uneven)
+        vp.save(model, tmp_path / "pruned", source_dir=source, plan=plan, dtype="float32", uneven=uneven)
         return model, tmp_path / "pruned"
 
     return make
@@ -71,14 +67,14 @@ def test_peft_computes_what_the_merged_model_does(pruned, torch_outputs, tmp_pat
     model, trained = trained_model(base)
     write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
     merged = merge_lora(model)
-    save(merged, tmp_path / "merged", source_dir=folder, dtype="float32")
+    vp.save(merged, tmp_path / "merged", source_dir=folder, dtype="float32")
     inputs = random_ids(model)
     # In float64: a float32 forward of these logits is 1.2e-5 from its own function; what is left, 5e-6, is the rounding
     # of the merged weights.
     run = {"class_name": CLASSES[family], "version": version, "dtype": "float64"}
     adapted = torch_outputs(folder, inputs, adapter=tmp_path / "adapter", **run)["logits"]
     np.testing.assert_allclose(adapted, torch_outputs(tmp_path / "merged", inputs, **run)["logits"], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(adapted, forward(merged, **inputs)[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(adapted, vp.forward(merged, **inputs)[0], atol=1e-4, rtol=0)
     assert np.abs(adapted - torch_outputs(folder, inputs, **run)["logits"]).max() > 0.01  # it does something
 
 
@@ -97,7 +93,7 @@ def test_modules_that_trained_whole_are_in_the_folder(pruned, torch_outputs, tmp
     assert set(config["modules_to_save"]) == expected
     inputs = random_ids(model)
     found = torch_outputs(folder, inputs, adapter=tmp_path / "adapter", class_name=CLASSES["llava"], version="5")
-    np.testing.assert_allclose(found["logits"], forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found["logits"], vp.forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
 
 
 def test_what_the_folder_says(pruned, tmp_path):
@@ -152,7 +148,7 @@ def test_the_card_loads_it_as_printed(pruned, torch_outputs, tmp_path, family, p
     inputs = random_ids(model)
     for block in blocks:
         found = torch_outputs.code(moved / "run/adapter", block, inputs, version=version)
-        np.testing.assert_allclose(found, forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(found, vp.forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
 
 
 def test_files_follow_the_umask(pruned, tmp_path):
@@ -179,23 +175,23 @@ def test_fused_projections_become_one_adapter_of_a_higher_rank(tmp_path, torch_o
     """Phi-3 holds q, k and v as one tensor, and gate and up: adapters on two of the three, and on one of the two."""
     folder = make_folder(tmp_path / "phi3", PHI3)
     lora = dataclasses.replace(LORA, targets=("q_proj", "v_proj", "up_proj", "o_proj"))
-    model, trained = trained_model(load(folder), "lora", lora)
+    model, trained = trained_model(vp.load(folder), "lora", lora)
     write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
     config = json.loads((tmp_path / "adapter" / peft.CONFIG_FILE).read_text())
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({"qkv_proj": 6}, {"qkv_proj": 14.0})
     inputs = random_ids(model)
     found = torch_outputs(folder, inputs, adapter=tmp_path / "adapter", class_name=CLASSES["llama"], version="5")
-    np.testing.assert_allclose(found["logits"], forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found["logits"], vp.forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
 
 
 def test_what_an_adapter_cannot_be(pruned, tmp_path):
     base, folder = pruned("llava", "depth")
     model, trained = trained_model(base)
-    with pytest.raises(UserError, match="the model has no LoRA adapters to write"):
+    with pytest.raises(vp.UserError, match="the model has no LoRA adapters to write"):
         write_adapter(merge_lora(model), tmp_path / "adapter", base_dir=folder, trained=trained)
-    with pytest.raises(UserError, match=r"cannot contain a trained vision tower \(vision/class_embedding/weight\)"):
+    with pytest.raises(vp.UserError, match=r"cannot contain a trained vision tower \(vision/class_embedding/weight\)"):
         write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=[*trained, "vision/class_embedding/weight"])
     assert not (tmp_path / "adapter").exists()
-    with pytest.raises(UserError, match=r"recover.trainable='projector' trains no adapter"):
-        recover_config(RecoverConfig(trainable="projector", save_adapter=True))
-    assert recover_config(RecoverConfig(save_adapter=True)).merge_lora is False
+    with pytest.raises(vp.UserError, match=r"recover.trainable='projector' trains no adapter"):
+        recover_config(vp.RecoverConfig(trainable="projector", save_adapter=True))
+    assert recover_config(vp.RecoverConfig(save_adapter=True)).merge_lora is False

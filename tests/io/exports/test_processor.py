@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder
@@ -152,13 +151,13 @@ def test_refusals(goldens):
     source = goldens / "ckpt/llava_hf"
     _, cfg = read_config(source, None)
     limit = r"max_image_tokens=9: every image of this model has \d+ tokens.*: unset this limit, or use a model"
-    with pytest.raises(UserError, match=f"export.{limit}"), export_files(source, cfg, most=9):
+    with pytest.raises(vp.UserError, match=f"export.{limit}"), export_files(source, cfg, most=9):
         pass
     tower = goldens / "ckpt/clip_tower"
-    with pytest.raises(UserError, match=f"data.{limit}"):
+    with pytest.raises(vp.UserError, match=f"data.{limit}"):
         load_image_processor(tower, DataSpec(**OPTIONS, max_image_tokens=9), slot_tokens=cfg.tokens_per_image)
     _, text = read_config(goldens / "ckpt/llama_gqa", None)
-    with pytest.raises(UserError, match="takes no images: unset the limit"), export_files(source, text, most=9):
+    with pytest.raises(vp.UserError, match="takes no images: unset the limit"), export_files(source, text, most=9):
         pass
     for name, most, told in (
         ("gemma4", 100, "must be one of 70, 140, 280, 560, 1120, with which the model was trained"),
@@ -168,5 +167,5 @@ def test_refusals(goldens):
     ):
         folder = goldens / "families" / name / "ckpt"
         _, cfg = read_config(folder, None)
-        with pytest.raises(UserError, match=f"data.max_image_tokens={most}: tokens per image {told}"):
+        with pytest.raises(vp.UserError, match=f"data.max_image_tokens={most}: tokens per image {told}"):
             load_image_processor(folder, DataSpec(**OPTIONS, max_image_tokens=most), slot_tokens=cfg.tokens_per_image)

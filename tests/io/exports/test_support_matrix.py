@@ -25,10 +25,8 @@ from vlm_cases import (
     smolvlm_config,
 )
 
-from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.write import save
-from vlmprune_jax.io.families import FAMILIES, detect
+import vlmprune_jax as vp
+from vlmprune_jax.io.families import detect
 
 CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 GOLDEN = {"llava_orig": "clip_tower", "bunny": "siglip_tower", "internvl": None}
@@ -89,7 +87,7 @@ def sources(goldens, tmp_path_factory):
                 config, tower = {**NATIVE, **CHAT}[name], None
                 make = make_vlm_folder if "vision_config" in config else make_folder
                 folder = make(tmp_path_factory.mktemp("source") / name, config)
-            made[name] = folder, tower, load(folder, vision_dir=tower)
+            made[name] = folder, tower, vp.load(folder, vision_dir=tower)
         return made[name]
 
     return source
@@ -104,10 +102,10 @@ def test_cell(sources, torch_outputs, tmp_path, name, target):
     expected = {}
     for mode, (prune, policy) in MODES.items():
         pruned, out = prune(model), tmp_path / mode
-        save(pruned, out, source_dir=source, layout=target, uneven=policy, dtype="float32")
+        vp.save(pruned, out, source_dir=source, layout=target, uneven=policy, dtype="float32")
         inputs = random_ids(pruned)
         if prune not in expected:
-            expected[prune] = np.asarray(forward(pruned, **inputs)[0])
+            expected[prune] = np.asarray(vp.forward(pruned, **inputs)[0])
         compare(out, pruned, inputs, expected[prune], target, tower, torch_outputs)
 
 
@@ -115,7 +113,7 @@ def compare(out, pruned, inputs, expected, target, tower, torch_outputs):
     """The folder's logits in both versions of torch, or in JAX where only the hub's code loads it."""
     config = json.loads((out / "config.json").read_text())
     if target == "source":
-        again = load(out, vision_dir=tower)
+        again = vp.load(out, vision_dir=tower)
         assert_same_function(double_logits(again, **inputs), double_logits(pruned, **inputs), str(out))
         return
     ships = (out / "modeling_per_layer.py").is_file()
@@ -134,7 +132,7 @@ def compare(out, pruned, inputs, expected, target, tower, torch_outputs):
     for version in VERSIONS:
         if by_row and version == "4.57":  # takes the wrong positions for an image in float32: texts alone
             inputs = {"input_ids": inputs["input_ids"][:, -17:]}
-            expected = np.asarray(forward(pruned, **inputs)[0])
+            expected = np.asarray(vp.forward(pruned, **inputs)[0])
         found = torch_outputs(out, inputs, class_name=auto, version=version, trust_remote_code=ships)["logits"]
         found = found[..., : expected.shape[-1]]
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0, err_msg=f"{out} in {version}")
@@ -148,4 +146,4 @@ def test_every_family_is_in_the_matrix(goldens):
         configs.append(json.loads((goldens / "families" / name / "ckpt/config.json").read_text()))
     configs.append(configs[-1]["text_config"])  # Qwen3-MoE alone
     configs += [LFM2_VL, LFM2_VL["text_config"]]
-    assert {detect(config, "matrix") for config in configs} == set(FAMILIES.values())
+    assert {detect(config, "matrix") for config in configs} == set(vp.families.values())

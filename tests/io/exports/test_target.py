@@ -5,9 +5,8 @@ import os
 import pytest
 from hf_cases import LLAMA, make_folder
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.io.checkpoints.read import open_model
-from vlmprune_jax.io.exports.write import save
 
 TEMPLATES = "additional_chat_templates"
 
@@ -20,12 +19,12 @@ def source(tmp_path):
 
 def export(source):
     out = source.parent / "out"
-    save(open_model(source), out, source_dir=source, dtype="source")
+    vp.save(open_model(source), out, source_dir=source, dtype="source")
     return out
 
 
 def refused(source, name, said):
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(vp.UserError, match=said) as error:
         export(source)
     assert str(error.value).startswith(f"{source / name}: ")
     assert not (source.parent / "out").exists()
@@ -108,7 +107,7 @@ def test_a_snapshot_of_the_hub(source):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(cache / f"blobs/{number}", link.parent))
     out = snapshot.parents[1] / "out"
-    save(open_model(snapshot), out, source_dir=snapshot, dtype="source")
+    vp.save(open_model(snapshot), out, source_dir=snapshot, dtype="source")
     assert (out / "LICENSE").read_text() == "terms"
     assert (out / TEMPLATES / "a.jinja").read_text() == "a"
     assert not any(path.is_symlink() for path in out.rglob("*"))

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from hf_cases import edit_config
 from prune_cases import layer_scores, unit_scores
+from refusal import refused
 from rounding import assert_same_function, double_logits
 from smollm2 import smollm2_folder
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.budget import Budget
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint, keep_everything
+from vlmprune_jax.core.prune import keep_everything
 from vlmprune_jax.core.prune.cost import make_measure
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.pruning import prune_folder
-from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, tokens_of
+from vlmprune_jax.io.exports.token_sources import Source, choose_vocabulary, read_sample, read_texts, tokens_of
+from vlmprune_jax.io.families.templates import QWEN3_VL
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def model(folder):
 
 
 def settings(folder, sources, size=440, **changes):
-    return VocabularyConfig(size=size, sources=(str(sources),), multiple=8, source_dir=str(folder), **changes)
+    return vp.VocabularyConfig(size=size, sources=(str(sources),), multiple=8, source_dir=str(folder), **changes)
 
 
 def scores_of(model, width=False):
@@ -51,7 +51,7 @@ def scores_of(model, width=False):
         values = unit_scores(heads, neurons)
     else:
         values = layer_scores(draw.random(len(shapes)))
-    return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, values=values)
+    return vp.Scores(criterion="random", fingerprint=vp.fingerprint(model), options={"gqa": "groups"}, values=values)
 
 
 def test_frequent_tokens_come_first(folder, model):
@@ -103,16 +103,16 @@ def test_one_plan_of_layers_and_tokens(folder, model, sources):
     assert pruned.cfg == plan.apply_to(model.cfg)
     assert (len(pruned.cfg.text.layers), pruned.cfg.text.vocab_size) == (len(model.cfg.text.layers) - 1, 440)
     assert vp.count_params(pruned.cfg) == plan.parameters_after
-    assert PrunePlan.from_json(plan.to_json()) == plan
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
     one = vp.make_plan(scores_of(model), model, layers_removed=1)
     tokens = dataclasses.replace(
-        vocabulary_plan(folder, sources, 440), fingerprint=fingerprint(vp.apply_plan(model, one))
+        vocabulary_plan(folder, sources, 440), fingerprint=vp.fingerprint(vp.apply_plan(model, one))
     )
     second = dataclasses.replace(
         keep_everything(one.apply_to(model.cfg), tokens.fingerprint, one.parameters_after).trimming(tokens.vocabulary),
         parameters_after=plan.parameters_after,
     )
-    both = compose(one, second)
+    both = vp.compose(one, second)
     assert (both.stacks, both.vocabulary) == (plan.stacks, plan.vocabulary)
 
 
@@ -120,7 +120,7 @@ def test_the_vocabulary_alone(folder, model, sources):
     plan = vp.make_plan(scores_of(model), model, vocabulary=settings(folder, sources))
     assert plan.removed_layers == ()
     assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
-    with pytest.raises(UserError, match=r"vocabulary.source_dir must name the model folder"):
+    with pytest.raises(vp.UserError, match=r"vocabulary.source_dir must name the model folder"):
         vp.make_plan(scores_of(model), model, vocabulary={"size": 440, "sources": (str(sources),)})
 
 
@@ -177,8 +177,8 @@ def test_kept_lists_made_by_hand_are_checked(folder, model, sources, tmp_path):
         (part, "from which kept tokens are merged"),
     ):
         wrong = plan.trimming(without(plan.vocabulary, dropped))
-        with pytest.raises(UserError, match=message):
-            prune_folder(folder, wrong, tmp_path / "out")
+        with pytest.raises(vp.UserError, match=message):
+            vp.prune_folder(folder, wrong, tmp_path / "out")
 
 
 def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_path):
@@ -190,8 +190,8 @@ def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_pat
     plan = vocabulary_plan(tmp_path / "model", sources, 440)
     assert token in plan.vocabulary.kept
     wrong = plan.trimming(without(plan.vocabulary, token))
-    with pytest.raises(UserError, match=r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"):
-        prune_folder(tmp_path / "model", wrong, tmp_path / "out")
+    with pytest.raises(vp.UserError, match=r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"):
+        vp.prune_folder(tmp_path / "model", wrong, tmp_path / "out")
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
@@ -200,13 +200,13 @@ def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
     cfg = dataclasses.replace(
         open_model(folder).cfg, text=dataclasses.replace(open_model(folder).cfg.text, vocab_size=500)
     )
-    with pytest.raises(UserError, match="the tokenizer has token id 602, but the model has 500 tokens"):
+    with pytest.raises(vp.UserError, match="the tokenizer has token id 602, but the model has 500 tokens"):
         choose_vocabulary(cfg, settings(tmp_path / "model", sources))
     listed = tmp_path / "ids.json"
     listed.write_text("[640]")
-    with pytest.raises(UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
+    with pytest.raises(vp.UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
         choose_vocabulary(open_model(folder).cfg, settings(folder, listed))
-    with pytest.raises(UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
+    with pytest.raises(vp.UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
         choose_vocabulary(open_model(folder).cfg, settings(folder, listed, size=641))
 
 
@@ -216,7 +216,7 @@ def test_smollm2_keeps_its_promise(tmp_path):
     folder = smollm2_folder(Path(__file__).parents[3])
     plan = vocabulary_plan(folder, texts_file(tmp_path / "s.json", TOPICS[0::2]), 16384, multiple=64)
     assert (plan.parameters_before, plan.parameters_after) == (134_515_008, 115_640_640)
-    prune_folder(folder, plan, tmp_path / "out", dtype="float32")
+    vp.prune_folder(folder, plan, tmp_path / "out", dtype="float32")
     full, new, kept = load_tokenizer(folder), load_tokenizer(tmp_path / "out"), np.array(plan.vocabulary.kept)
     held_out = TOPICS[1::2]
     words = sorted({word for text in held_out for word in text.split()})
@@ -230,3 +230,50 @@ def test_smollm2_keeps_its_promise(tmp_path):
     rows = np.array([[300, 5000, 12000, 16000]])
     expected = double_logits(vp.load(folder), input_ids=kept[rows])[..., kept]
     assert_same_function(double_logits(vp.load(tmp_path / "out"), input_ids=rows), expected)
+
+
+TURN = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+
+
+def written(path, value):
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]},
+        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]},
+        {"question": "What?", "answer": "A cat."},
+    ],
+)
+def test_records(tmp_path, record):
+    found = read_texts(written(tmp_path / "r.json", [{**record, "labels": ["dog", 3]}]), QWEN3_VL)
+    assert found == [TURN, "dog"]
+
+
+def test_images_are_not_opened(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    path = written(tmp_path / "r.json", [{"image": "none.png", "conversations": turns, "answers": ["cat", "a cat"]}])
+    texts = read_texts(path, QWEN3_VL)
+    assert "".join(texts[:-2]) == TURN
+    assert texts[-2:] == ["cat", "a cat"]
+
+
+def test_lists_and_text_files(tmp_path):
+    assert read_texts(written(tmp_path / "l.json", ["a", "b", 7]), QWEN3_VL) == ["a", "b", 7]
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "t.txt").write_text(text)
+    parts = read_texts(str(tmp_path / "t.txt"), QWEN3_VL)
+    assert "".join(parts) == text
+    assert 3 < len(parts) < 6
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    for fact, content in (
+        (r"l.json, record 0: is a list, expected an object with 'conversations'", [[]]),
+        (r"l.json: a text contains a lone surrogate \(.*\): remove it", ["\ud800"]),
+    ):
+        refused(fact, read_texts, written(tmp_path / "l.json", content), QWEN3_VL)
+    refused(r"none.txt: no such file .*prune.vocabulary", read_texts, str(tmp_path / "none.txt"), QWEN3_VL)

@@ -6,17 +6,16 @@ import shutil
 import numpy as np
 import pytest
 from hf_cases import copy_llava, edit_config
+from refusal import refused
 from rounding import assert_same_function, double_logits
+from tokenizers import Tokenizer
 from vocabulary_cases import FAMILIES, SPECIAL, TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
-from vlmprune_jax.base.errors import UserError
+import vlmprune_jax as vp
 from vlmprune_jax.core.plans.kept import KeptVocabulary
-from vlmprune_jax.core.prune import apply_plan
-from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.prompts import load_tokenizer
-from vlmprune_jax.io.exports.pruning import prune_folder
-from vlmprune_jax.io.exports.vocabulary import ids_in, trim_config
-from vlmprune_jax.io.exports.write import check_saved, save
+from vlmprune_jax.io.exports.vocabulary import ids_in, read_tokenizer, trim_config
+from vlmprune_jax.io.exports.write import check_saved
 
 KEPT = KeptVocabulary(10, (0, 2, 3, 7), "x")
 
@@ -30,11 +29,11 @@ def sources(tmp_path_factory):
 def test_families_speak_the_new_ids(tmp_path, sources, name):
     source = tokenized_folder(tmp_path / "source", name)
     plan = vocabulary_plan(source, sources, 440)
-    model = load(source)
+    model = vp.load(source)
     kept = np.array(plan.vocabulary.kept)
     assert len(kept) == 440
-    prune_folder(source, plan, tmp_path / "out", dtype="float32")
-    small = load(tmp_path / "out")
+    vp.prune_folder(source, plan, tmp_path / "out", dtype="float32")
+    small = vp.load(tmp_path / "out")
     assert small.cfg == plan.apply_to(model.cfg)
     full, new = load_tokenizer(source), load_tokenizer(tmp_path / "out")
     assert [new.convert_tokens_to_ids(token) for token in SPECIAL[name]] == [
@@ -54,24 +53,24 @@ def test_families_speak_the_new_ids(tmp_path, sources, name):
 
 def test_file_surgery_is_surgery_in_memory(tmp_path, sources):
     source = tokenized_folder(tmp_path / "source", "phi")
-    plan, model = vocabulary_plan(source, sources, 440), load(source)
-    prune_folder(source, plan, tmp_path / "files", dtype="float32")
-    pruned = apply_plan(model, plan)
-    save(pruned, tmp_path / "memory", dtype="float32")  # folder and plan are the model's
+    plan, model = vocabulary_plan(source, sources, 440), vp.load(source)
+    vp.prune_folder(source, plan, tmp_path / "files", dtype="float32")
+    pruned = vp.apply_plan(model, plan)
+    vp.save(pruned, tmp_path / "memory", dtype="float32")  # folder and plan are the model's
     for file in sorted((tmp_path / "files").iterdir()):
         assert file.read_bytes() == (tmp_path / "memory" / file.name).read_bytes(), file.name
-    with pytest.raises(UserError, match="has a vocabulary of 640 rows, but the model has 440: pass the plan"):
-        save(pruned.replace(plan=None), tmp_path / "again", source_dir=source)
+    with pytest.raises(vp.UserError, match="has a vocabulary of 640 rows, but the model has 440: pass the plan"):
+        vp.save(pruned.replace(plan=None), tmp_path / "again", source_dir=source)
 
 
 def test_conversion_takes_the_new_ids(tmp_path, sources):
     """A hub layout becomes that of transformers, whose image token has a new id."""
     source = tokenized_folder(tmp_path / "source", "internvl_chat")
     edit_config(source, ps_version="v2", force_image_size=24)
-    plan, model = vocabulary_plan(source, sources, 440), load(source)
-    pruned = apply_plan(model, plan)
-    save(pruned, tmp_path / "stock", source_dir=source, plan=plan, layout="transformers", dtype="float32")
-    stock, tokenizer = load(tmp_path / "stock"), load_tokenizer(tmp_path / "stock")
+    plan, model = vocabulary_plan(source, sources, 440), vp.load(source)
+    pruned = vp.apply_plan(model, plan)
+    vp.save(pruned, tmp_path / "stock", source_dir=source, plan=plan, layout="transformers", dtype="float32")
+    stock, tokenizer = vp.load(tmp_path / "stock"), load_tokenizer(tmp_path / "stock")
     assert stock.cfg.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     assert stock.cfg.text.vocab_size >= 440
     words = load_tokenizer(source)(TOPICS[0][:60])["input_ids"]
@@ -86,8 +85,8 @@ def test_gguf_has_the_kept_tokens(tmp_path, sources):
     source = tokenized_folder(tmp_path / "source", "llama")
     edit_config(source, hidden_act="silu")
     plan = vocabulary_plan(source, sources, 440)
-    pruned = apply_plan(load(source), plan)
-    save(pruned, tmp_path / "out", source_dir=source, plan=plan, format="gguf", dtype="float32")
+    pruned = vp.apply_plan(vp.load(source), plan)
+    vp.save(pruned, tmp_path / "out", source_dir=source, plan=plan, format="gguf", dtype="float32")
     fields = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf"))).fields
     content = json.loads((source / "tokenizer.json").read_text())
     texts = {i: text for text, i in content["model"]["vocab"].items()}
@@ -103,7 +102,7 @@ def test_sentencepiece_files_agree(tmp_path, goldens):
     sentencepiece = pytest.importorskip("sentencepiece")
     source = copy_llava(goldens, tmp_path / "source")
     plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["The cat sat on the mat."]), 356, multiple=4)
-    prune_folder(source, plan, tmp_path / "out")
+    vp.prune_folder(source, plan, tmp_path / "out")
     new, full = load_tokenizer(tmp_path / "out"), load_tokenizer(source)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
     for text in ("The cat sat on the mat.", "déjà vu", "A quite other text, 12 words?"):
@@ -124,7 +123,7 @@ def test_without_tokenizer_json(tmp_path, goldens):
     source = copy_llava(goldens, tmp_path / "source")
     (source / "tokenizer.json").unlink()
     plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["The cat sat on the mat."]), 356, multiple=4)
-    prune_folder(source, plan, tmp_path / "out")
+    vp.prune_folder(source, plan, tmp_path / "out")
     text = "The cat sat on the mat."
     ids = load_tokenizer(tmp_path / "out")(text)["input_ids"]
     assert [plan.vocabulary.kept[i] for i in ids] == load_tokenizer(source)(text)["input_ids"]
@@ -150,8 +149,8 @@ def test_refusals(tmp_path, sources, break_, message):
     source = tokenized_folder(tmp_path / "source", "llama")
     plan = vocabulary_plan(source, sources, 440)
     break_(source)
-    with pytest.raises(UserError, match=message):
-        prune_folder(source, plan, tmp_path / "out")
+    with pytest.raises(vp.UserError, match=message):
+        vp.prune_folder(source, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +178,7 @@ def test_ids_in_configs():
         "token_count": 3,
     }
     assert ids_in(config) == {2: "eos_token_id", 7: "eos_token_id", -1: "pad_token_id"}
-    with pytest.raises(UserError, match=r"config\.json: bos_token_id is token 1, which the plan removes"):
+    with pytest.raises(vp.UserError, match=r"config\.json: bos_token_id is token 1, which the plan removes"):
         trim_config({"bos_token_id": 1}, KEPT, "config.json")
 
 
@@ -188,5 +187,33 @@ def test_legacy_lists(tmp_path, goldens):
     source = tokenized_folder(tmp_path / "source", "llama")
     shutil.copy(goldens / "tokenizers/bunny/merges.txt", source)
     plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["a"]), 440)
-    prune_folder(source, plan, tmp_path / "out")
+    vp.prune_folder(source, plan, tmp_path / "out")
     assert not (tmp_path / "out/merges.txt").exists()
+
+
+MODELS = {"bunny": "bunny", "llava": "llava_orig", "llava_legacy": "llava_orig", "internvl": "internvl"}
+# Space marks: at the start, behind special tokens, and where a piece begins with a space itself.
+TEXTS = ["a  b", " leading", "  two", " ", "x</s> y", "<img> z", "</img>\nand", "<|end|> x", "naïve ☕\n\n1", "12.", ""]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ids_of_the_missing_file(goldens, tmp_path, name):
+    """The folder names remote code, as the hub's do: it is neither run nor asked about."""
+    for path in (goldens / "tokenizers" / name).iterdir():
+        if path.name != "tokenizer.json":
+            shutil.copy(path, tmp_path)
+    config = json.loads((goldens / "ckpt" / MODELS[name] / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_hub.Config", "AutoModel": "modeling_hub.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    expected = Tokenizer.from_file(str(goldens / "tokenizers" / name / "tokenizer.json"))
+    written = Tokenizer.from_str(json.dumps(read_tokenizer(tmp_path)))
+    loaded = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert written.encode(text).ids == expected.encode(text).ids, text
+        assert loaded(text)["input_ids"] == expected.encode(text).ids, text
+
+
+def test_a_folder_with_neither(tmp_path):
+    assert read_tokenizer(tmp_path) is None
+    (tmp_path / "vocab.json").write_text("{}")
+    refused(r"its tokenizer: cannot be read .*use a folder with tokenizer.json", read_tokenizer, tmp_path)

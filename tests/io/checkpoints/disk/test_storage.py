@@ -22,15 +22,13 @@ from hf_cases import (
     keep_layers,
     keep_width,
     make_folder,
-    random_ids,
 )
+from refusal import refused
 from safetensors.numpy import load_file
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.weight_files import Entry
 from vlmprune_jax.core.mesh.mesh import make_mesh
-from vlmprune_jax.core.prune import fingerprint
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint, storages
 from vlmprune_jax.io.checkpoints.read import open_model
 from vlmprune_jax.io.exports.reload import check_export
@@ -53,7 +51,7 @@ class Int8Rows:
     @classmethod
     def from_config(cls, settings: JsonDict) -> Int8Rows:
         if type(settings.get("levels")) is not int or not 1 <= settings["levels"] <= 127:
-            raise UserError(f"levels is {settings.get('levels')!r}, expected 1 to 127")
+            raise vp.UserError(f"levels is {settings.get('levels')!r}, expected 1 to 127")
         return cls(settings["levels"])
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
@@ -150,7 +148,7 @@ def test_the_model_is_that_of_the_decoded_weights(pair, dtype):
     int8, plain = pair
     model = vp.load(int8, dtype=dtype)
     assert_equal(model, vp.load(plain, dtype=dtype))
-    assert fingerprint(open_model(int8)) == fingerprint(model) == fingerprint(vp.load(plain))
+    assert vp.fingerprint(open_model(int8)) == vp.fingerprint(model) == vp.fingerprint(vp.load(plain))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -165,17 +163,6 @@ def test_every_device_reads_its_own_slice(tmp_path, monkeypatch, sizes):
     assert_equal(model, expected)
     vp.save(model, tmp_path / "again", source_dir=source, dtype="source", storage=Int8Rows())
     assert_same_tensors(tmp_path / "int8", tmp_path / "again")
-
-
-def test_logits(pair):
-    int8, plain = pair
-    model = vp.load(int8)
-    logits = vp.forward(model, **random_ids(model))[0]
-    np.testing.assert_array_equal(logits, vp.forward(vp.load(plain), **random_ids(model))[0])
-    source = vp.load(int8.parent / "source")
-    assert (
-        0 < float(np.abs(logits - vp.forward(source, **random_ids(model))[0]).max()) < 2
-    )  # rounded, and not scrambled
 
 
 def test_again_is_bitwise(pair, tmp_path):
@@ -254,42 +241,22 @@ def replaced(key, edit):
 
 
 DAMAGE = {
-    "no_scale": (without(f"{KEY}_scale"), f"{KEY} has no {KEY}_scale beside it"),
     "no_values": (without(KEY), f"{KEY}_scale has no {KEY} beside it"),
-    "neither": (lambda tensors: without(KEY)(without(f"{KEY}_scale")(tensors)), f"missing key {KEY}"),
-    "unknown_part": (lambda tensors: tensors | {f"{KEY}_zero": tensors[KEY]}, f"unknown key {KEY}_zero"),
     "unknown_weight": (renamed("1.mlp.up_proj", "1.mlp.high_proj"), "unknown key model.layers.1.mlp.high_proj.weight"),
     "plain_values": (replaced(KEY, lambda it: it.astype("f4")), f"{KEY} is F32 [56, 48], expected I8 [56, 48]"),
-    "other_scales": (replaced(f"{KEY}_scale", lambda it: it[1:]), f"{KEY}_scale is F32 [55, 1], expected F32 [56, 1]"),
     "wide_scales": (replaced(f"{KEY}_scale", lambda it: it.astype("f8")), f"{KEY}: is decoded to F64, supported are"),
     "one_axis": (replaced(KEY, lambda it: it.reshape(-1)), f"{KEY}: not enough values to unpack"),
-    "narrow": (
-        lambda tensors: tensors | {KEY: tensors[KEY][:9], f"{KEY}_scale": tensors[f"{KEY}_scale"][:9]},
-        f"{KEY} has shape [9, 48], config.json says [56, 48]",
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders_are_refused_by_name(int8, tmp_path, damage):
-    edit, said = DAMAGE[damage]
+    edit, fact = DAMAGE[damage]
     plan = keep_layers(vp.load(int8), [1, 3])[1]
     edit_weights(int8, edit)
-    for call in (lambda: vp.load(int8), lambda: vp.prune_folder(int8, plan, tmp_path / "out")):
-        with pytest.raises(UserError, match=re.escape(said)) as error:
-            call()
-        assert str(int8) in str(error.value)
-        assert "\n" not in str(error.value)
+    for call, *args in ((vp.load, int8), (vp.prune_folder, int8, plan, tmp_path / "out")):
+        assert str(int8) in refused(re.escape(fact), call, *args)
     assert not (tmp_path / "out").exists()
-
-
-def test_scales_that_are_not_finite(int8, tmp_path):
-    edit_weights(int8, lambda tensors: tensors[f"{KEY}_scale"].__setitem__((3, 0), np.inf))
-    out = tmp_path / "out"
-    for call in (lambda: vp.load(int8), lambda: vp.save(open_model(int8), out, source_dir=int8, dtype="source")):
-        with pytest.raises(UserError, match=f"tensor {KEY}.* has 48 NaN or infinite"):
-            call()
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -304,14 +271,12 @@ def test_scales_that_are_not_finite(int8, tmp_path):
 def test_settings_that_are_not_known(int8, settings, said):
     edit_config(int8, quantization_config=settings)
     for call in (lambda: vp.load(int8), lambda: Checkpoint(int8)):
-        with pytest.raises(UserError, match=f"config.json: .*{said}"):
-            call()
+        refused(f"config.json: .*{said}", call)
 
 
 def test_without_the_format(int8, monkeypatch):
     monkeypatch.delitem(storages, "int8_rows")
-    with pytest.raises(UserError, match=r"quantised .*quant_method 'int8_rows'"):
-        vp.load(int8)
+    refused(r"quantised .*quant_method 'int8_rows'", vp.load, int8)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

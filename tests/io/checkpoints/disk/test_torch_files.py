@@ -111,6 +111,8 @@ def test_archives_that_lie(tmp_path):
 
     records = {f"archive/{name.partition('/')[2]}": content for name, content in records.items()}
     assert list(read_torch(pack())) == ["a", "b"]
+    (tmp_path / "cut.bin").write_bytes(pack().read_bytes()[:500])
+    refused(tmp_path / "cut.bin", "state dict")
     refused(pack(zipfile.ZIP_DEFLATED), "is compressed")
     refused(pack(data_pkl=None), "cannot be read")
     refused(pack(data_pkl=b"\x80\x02}"), "pickle exhausted")
