@@ -11,10 +11,10 @@ import sys
 import matplotlib
 import pytest
 from msgspec.structs import replace
+from refusal import refused
 from report_cases import PLANNED, change
 from repository import HANG
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
@@ -101,11 +101,7 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
     assert told["throughput"] == "at most 508,031 tokens/s"
     assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
-    with pytest.raises(
-        UserError,
-        match=r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again",
-    ):
-        build_report(workdir)
+    refused(r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again", build_report, workdir)
 
 
 def test_plot_is_a_png_of_its_size(workdir):
@@ -172,5 +168,4 @@ def test_no_ratio_and_nothing_retained(workdir):
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        build_report(workdir)
+    refused(message, build_report, workdir)

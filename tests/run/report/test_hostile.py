@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from hostile import mutants
+from refusal import refused
 from report_cases import CFG, PLANNED, write_several
 from rich.console import Console
 
@@ -124,10 +125,7 @@ def test_a_result_names_no_file_outside_its_workdir(workdir, outside):
     for place, name in ((run, "plan"), (run, "scores"), (run, "metrics"), (run, "path"), (export, "path")):
         before, place[name] = place.get(name), [outside] if name == "scores" else outside
         (workdir / "result.json").write_text(json.dumps(good))
-        with pytest.raises(
-            UserError, match=r"result.json: ('.*' lies outside|is not valid JSON).*run `vlmprune run` ag"
-        ):
-            read_result(workdir)
+        refused(r"result.json: ('.*' lies outside|is not valid JSON).*run `vlmprune run` ag", read_result, workdir)
         place[name] = before
 
 
@@ -137,8 +135,7 @@ def test_files_that_are_none(workdir):
             path = workdir / name
             path.rename(workdir / "kept")
             make(path)
-            with pytest.raises(UserError, match=rf"{name}\b"):
-                build_report(workdir)
+            refused(rf"{name}\b", build_report, workdir)
             os.rmdir(path) if path.is_dir() else path.unlink()
             (workdir / "kept").rename(path)
 

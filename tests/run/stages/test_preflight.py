@@ -94,15 +94,9 @@ def test_a_dry_run_reports_empty_answers_and_repeated_ids(run, tmp_path):
     ("flags", "message"),
     [
         (["--config.data.train=None"], "data.train is not set: use --config.data.train=FILE"),
-        (
-            ["--config.data.source=easyvqa"],
-            "data.train is set, but this config reads easyvqa: add --config.data.source=files to use your own files",
-        ),
+        (["--config.data.source=easyvqa"], "data.train is set, but this config reads easyvqa: add"),
         (["--config.data.train={root}/no.json"], "no.json: no such file or folder"),
-        (
-            ["--config.data.train={root}/images"],
-            "data.train={root}/images: is a folder, expected a file of records: ",
-        ),
+        (["--config.data.train={root}/images"], "data.train={root}/images: is a folder, expected a file of records: "),
         (
             ["--config.prune.vocabulary.size=400", "--config.prune.vocabulary.sources=('{root}/images',)"],
             "prune.vocabulary={root}/images: is a folder, expected a file of records",
@@ -113,14 +107,8 @@ def test_a_dry_run_reports_empty_answers_and_repeated_ids(run, tmp_path):
         (["--config.evaluate.text={root}/no.txt"], "no.txt: no such file"),
         (["--config.export.max_image_tokens=9"], "export.max_image_tokens=9: every image of this model has"),
         (["--config.export.push_to_hub=me/x"], "export.push_to_hub=me/x: HF_HUB_OFFLINE is set: log in by"),
-        (
-            ["--config.prune.ratio=None", "--config.prune.layers_removed=9"],
-            "prune: layers_removed=9 must be between 0 and 5 (6 layers, 0 protected)",
-        ),
-        (
-            ["--config.prune.vocabulary.size=9999"],
-            "prune: prune.vocabulary.size=9,999 is more than the model's vocabulary of 416 tokens: set a smaller size",
-        ),
+        (["--config.prune.ratio=None", "--config.prune.layers_removed=9"], "prune: layers_removed=9 must be between"),
+        (["--config.prune.vocabulary.size=9999"], "prune: prune.vocabulary.size=9,999 is more than the model's"),
         (["--config.prune.ratio=0.99"], "prune: ratio 0.99 cannot be reached by depth pruning of the text stack"),
     ],
 )

@@ -67,16 +67,8 @@ def test_few_records_make_smaller_batches_that_train(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--config.mesh.data=8"],
-            "recover: 5 training records in 2 epochs fill no batch of 8 rows (accumulation 1 x 8 devices), so no step "
-            "would train at learning rate 0.0002: ",
-        ),
-        (
-            ["--config.recover.epochs=0.1"],
-            "recover: 5 training records in 0.1 epochs fill no batch of 1 row (accumulation 1 x 1 device), so no step "
-            "would train at learning rate 0.0002: ",
-        ),
+        (["--config.mesh.data=8"], "recover: 5 training records in 2 epochs fill no batch of 8 rows"),
+        (["--config.recover.epochs=0.1"], "recover: 5 training records in 0.1 epochs fill no batch of 1 row"),
     ],
     ids=["devices", "epochs"],
 )

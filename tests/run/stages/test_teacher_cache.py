@@ -290,10 +290,7 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
         (["--config.recover.losses.teacher_inputs=student"], 'needs teacher_inputs="own"'),
         (["--config.recover.teacher_top_k=0"], "recover.teacher_top_k=0 must be at least 1"),
         (["--config.recover.teacher_top_k=417"], "teacher_top_k=417 must be at most the vocabulary size, 416"),
-        (
-            ["--config.mesh.data=8"],
-            "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of mesh.data x mesh.fsdp",
-        ),
+        (["--config.mesh.data=8"], "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of"),
         (["--config.recover.teacher_cache={root}/teacher"], "teacher: is neither empty nor a cache"),
         (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),
     ],
