@@ -64,29 +64,20 @@ def test_the_license_of_the_source_comes_along(exported, tmp_path):
     assert huggingface_hub.ModelCard.load(tmp_path / "again/README.md").data.license == "mit"
 
 
+NAMED = {"name": "org/base", "license": "mit"}
+
+
 @pytest.mark.parametrize(
-    ("options", "repository", "message"),
+    ("options", "repository", "fact"),
     [
-        (
-            {"license": "mit"},
-            "me/x",
-            r"the metadata of the model card lacks base_model: set export\.base_model=ORG/NAME",
-        ),
-        ({"name": "org/base"}, "me/x", r"the metadata of the model card lacks license: set export\.license=NAME"),
-        (
-            {"name": "org/base", "license": "mit"},
-            "x",
-            r"x: cannot upload to the hub \(it has no organisation or user\): give ORG/NAME",
-        ),
-        (
-            {"name": "org/base", "license": "mit"},
-            "me/a b",
-            "me/a b: cannot upload to the hub .Repo id must use alphanumeric",
-        ),
+        ({"license": "mit"}, "me/x", r"lacks base_model: set export\.base_model=ORG/NAME"),
+        ({"name": "org/base"}, "me/x", r"lacks license: set export\.license=NAME"),
+        (NAMED, "x", r"x: cannot upload to the hub \(it has no organisation or user\): give ORG/NAME"),
+        (NAMED, "me/a b", "me/a b: cannot upload to the hub .Repo id must use alphanumeric"),
     ],
 )
-def test_what_cannot_be_uploaded(exported, options, repository, message):
-    refused(message, vp.push, exported(**options), repository, dry_run=True)
+def test_what_cannot_be_uploaded(exported, options, repository, fact):
+    refused(fact, vp.push, exported(**options), repository, dry_run=True)
 
 
 def test_without_a_network_it_is_one_line(exported):

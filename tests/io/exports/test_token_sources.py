@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hf_cases import edit_config
 from prune_cases import layer_scores, unit_scores
+from refusal import refused
 from rounding import assert_same_function, double_logits
 from smollm2 import smollm2_folder
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.budget import Budget
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.prune import keep_everything
 from vlmprune_jax.core.prune.cost import make_measure
 from vlmprune_jax.io.checkpoints.read import open_model
@@ -270,10 +270,10 @@ def test_lists_and_text_files(tmp_path):
     assert 3 < len(parts) < 6
 
 
-def test_refusals(tmp_path):
-    with pytest.raises(UserError, match=r"none.txt: no such file \(set in prune.vocabulary\)"):
-        read_texts(str(tmp_path / "none.txt"), QWEN3_VL)
-    with pytest.raises(UserError, match=r"l.json, record 0: is a list, expected an object with 'conversations'"):
-        read_texts(written(tmp_path / "l.json", [[]]), QWEN3_VL)
-    with pytest.raises(UserError, match=r"l.json: a text contains a lone surrogate \(.*\): remove it"):
-        read_texts(written(tmp_path / "l.json", ["\ud800"]), QWEN3_VL)
+def test_texts_that_cannot_be_read(tmp_path):
+    for fact, content in (
+        (r"l.json, record 0: is a list, expected an object with 'conversations'", [[]]),
+        (r"l.json: a text contains a lone surrogate \(.*\): remove it", ["\ud800"]),
+    ):
+        refused(fact, read_texts, written(tmp_path / "l.json", content), QWEN3_VL)
+    refused(r"none.txt: no such file .*prune.vocabulary", read_texts, str(tmp_path / "none.txt"), QWEN3_VL)

@@ -22,7 +22,6 @@ from hf_cases import (
     keep_layers,
     keep_width,
     make_folder,
-    random_ids,
 )
 from refusal import refused
 from safetensors.numpy import load_file
@@ -166,17 +165,6 @@ def test_every_device_reads_its_own_slice(tmp_path, monkeypatch, sizes):
     assert_same_tensors(tmp_path / "int8", tmp_path / "again")
 
 
-def test_logits(pair):
-    int8, plain = pair
-    model = vp.load(int8)
-    logits = vp.forward(model, **random_ids(model))[0]
-    np.testing.assert_array_equal(logits, vp.forward(vp.load(plain), **random_ids(model))[0])
-    source = vp.load(int8.parent / "source")
-    assert (
-        0 < float(np.abs(logits - vp.forward(source, **random_ids(model))[0]).max()) < 2
-    )  # rounded, and not scrambled
-
-
 def test_again_is_bitwise(pair, tmp_path):
     """What the format holds exactly comes back as it was: same codes, same scales, same folder."""
     int8, _ = pair
@@ -253,41 +241,22 @@ def replaced(key, edit):
 
 
 DAMAGE = {
-    "no_scale": (without(f"{KEY}_scale"), f"{KEY} has no {KEY}_scale beside it"),
     "no_values": (without(KEY), f"{KEY}_scale has no {KEY} beside it"),
-    "neither": (lambda tensors: without(KEY)(without(f"{KEY}_scale")(tensors)), f"missing key {KEY}"),
-    "unknown_part": (lambda tensors: tensors | {f"{KEY}_zero": tensors[KEY]}, f"unknown key {KEY}_zero"),
     "unknown_weight": (renamed("1.mlp.up_proj", "1.mlp.high_proj"), "unknown key model.layers.1.mlp.high_proj.weight"),
     "plain_values": (replaced(KEY, lambda it: it.astype("f4")), f"{KEY} is F32 [56, 48], expected I8 [56, 48]"),
-    "other_scales": (replaced(f"{KEY}_scale", lambda it: it[1:]), f"{KEY}_scale is F32 [55, 1], expected F32 [56, 1]"),
     "wide_scales": (replaced(f"{KEY}_scale", lambda it: it.astype("f8")), f"{KEY}: is decoded to F64, supported are"),
     "one_axis": (replaced(KEY, lambda it: it.reshape(-1)), f"{KEY}: not enough values to unpack"),
-    "narrow": (
-        lambda tensors: tensors | {KEY: tensors[KEY][:9], f"{KEY}_scale": tensors[f"{KEY}_scale"][:9]},
-        f"{KEY} has shape [9, 48], config.json says [56, 48]",
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders_are_refused_by_name(int8, tmp_path, damage):
-    edit, said = DAMAGE[damage]
+    edit, fact = DAMAGE[damage]
     plan = keep_layers(vp.load(int8), [1, 3])[1]
     edit_weights(int8, edit)
-    for call in (lambda: vp.load(int8), lambda: vp.prune_folder(int8, plan, tmp_path / "out")):
-        with pytest.raises(vp.UserError, match=re.escape(said)) as error:
-            call()
-        assert str(int8) in str(error.value)
-        assert "\n" not in str(error.value)
+    for call, *args in ((vp.load, int8), (vp.prune_folder, int8, plan, tmp_path / "out")):
+        assert str(int8) in refused(re.escape(fact), call, *args)
     assert not (tmp_path / "out").exists()
-
-
-def test_scales_that_are_not_finite(int8, tmp_path):
-    edit_weights(int8, lambda tensors: tensors[f"{KEY}_scale"].__setitem__((3, 0), np.inf))
-    out = tmp_path / "out"
-    for call in (lambda: vp.load(int8), lambda: vp.save(open_model(int8), out, source_dir=int8, dtype="source")):
-        refused(f"tensor {KEY}.* has 48 NaN or infinite", call)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(
