@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from extend_cases import documented_family, returning
+from refusal import refused
 from repository import ROOT
 
 import vlmprune_jax as vp
@@ -91,8 +92,7 @@ def test_cut_models_are_mended_saved_and_generate(folder, tmp_path):
 def test_a_module_that_returns_no_pair_is_named(folder, monkeypatch, value, message):
     model, module = vp.load(folder), [*vp.parts.values()][-1]
     monkeypatch.setattr(module, "__call__", returning(module, "__call__", value))
-    with pytest.raises(UserError, match=message):
-        vp.forward(model, IDS)
+    refused(message, vp.forward, model, IDS)
 
 
 @pytest.mark.parametrize("value", [None, "text", [None]])
@@ -100,8 +100,7 @@ def test_a_decoder_that_returns_no_config_is_named(folder, value):
     decoder = vp.families["grouped"].decoder
     from_hf = returning(SimpleNamespace(from_hf=decoder.from_hf), "from_hf", value)
     vp.families["grouped"] = decoder_family(dataclasses.replace(decoder, from_hf=from_hf))
-    with pytest.raises(UserError, match=r"grouped_mlp.py: from_hf returned .*, expected a core.config.TextConfig: cor"):
-        vp.load(folder)
+    refused(r"grouped_mlp.py: from_hf returned .*, expected a core.config.TextConfig: cor", vp.load, folder)
 
 
 def test_parts_are_modules_of_configs():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from extend_cases import documented_family, returning
 from hf_cases import edit_config
+from refusal import refused
 from repository import ROOT
 
 import vlmprune_jax as vp
@@ -105,10 +106,7 @@ def test_depth_cuts_are_mended_saved_and_generate(folder, tmp_path):
 @pytest.mark.parametrize("depth", [0, 1001, 10**9, "4"])
 def test_layers_are_bounded_before_they_are_made(folder, depth):
     edit_config(folder, audio={**CONFIG["audio"], "depth": depth})
-    with pytest.raises(
-        UserError, match=r"config.json: field audio.depth is .*, expected a whole number from 1 to 1000"
-    ):
-        vp.load(folder)
+    refused(r"config.json: field audio.depth is .*, expected a whole number from 1 to 1000", vp.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -122,16 +120,14 @@ def test_layers_are_bounded_before_they_are_made(folder, depth):
 def test_encoders_that_return_no_arrays_are_named(folder, monkeypatch, name, value, message):
     model, encoder = vp.load(folder), next(iter(vp.encoders.values()))
     monkeypatch.setattr(encoder, name, returning(encoder, name, value))
-    with pytest.raises(UserError, match=message):
-        vp.forward(model, IDS, **INPUTS)
+    refused(message, vp.forward, model, IDS, **INPUTS)
 
 
 @pytest.mark.parametrize("value", [None, "text", [None]])
 def test_a_family_that_returns_no_table_is_named(folder, value):
     family = vp.families["hearing"]
     vp.families["hearing"] = replace(family, weights=returning(family, "weights", value))
-    with pytest.raises(UserError, match=r"audio_encoder.py: weights returned .*, expected a list of families.table.W"):
-        vp.load(folder)
+    refused(r"audio_encoder.py: weights returned .*, expected a list of families.table.W", vp.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +149,5 @@ def test_tokens_see_their_own_items(folder):
 
 def test_items_that_do_not_match_the_tokens_are_refused(folder):
     model = vp.load(folder)
-    with pytest.raises(UserError, match=r"input_features has shape \[4, 0\], .* up to 6 audio tokens, 3 per item"):
-        vp.forward(model, IDS)
-    with pytest.raises(UserError, match=r"input_features has shape \[4, 1, 3, 5\]"):
-        vp.forward(model, IDS, input_features=FEATURES[:, :1])
+    refused(r"input_features has shape \[4, 0\], .* up to 6 audio tokens, 3 per item", vp.forward, model, IDS)
+    refused(r"input_features has shape \[4, 1, 3, 5\]", vp.forward, model, IDS, input_features=FEATURES[:, :1])

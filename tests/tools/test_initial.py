@@ -13,7 +13,6 @@ from media_cases import packed
 from PIL import Image
 from pretrain import make_encoder
 from pretrain_tokens import get_config as tokens_config
-from pretrain_video import get_config as video_config
 from repository import ROOT
 from rounding import assert_same_function, double_logits
 from vlm_cases import images_of
@@ -63,18 +62,6 @@ def test_a_qwen_vl_of_random_weights(tmp_path, family, sizes):
         assert (ids == model.cfg.image_token_id).sum() == tokens
         assert len(ids) == tokens + 17  # a token per word, newline and special token
     assert encoder.tokenizer.decode(ids[-3:]) == "no<|im_end|>\n"
-
-
-def test_a_qwen_vl_for_videos(tmp_path):
-    """Eight frames of 32 x 32 pixels; the chat template has videos, and times are words of the vocabulary."""
-    (tmp_path / "records.json").write_text("[]", encoding="utf-8")
-    write_random(tmp_path / "qwen", video_config().architecture.to_dict(), [tmp_path / "records.json"], seed=1)
-    cfg = load(tmp_path / "qwen").cfg
-    assert (cfg.video.fps, cfg.video.max_pixels) == (4, 8 * 32 * 32)
-    encoder = make_encoder(cfg, tmp_path / "qwen")
-    chat = chat_prompt(tmp_path / "qwen", encoder.tokenizer, has_image=True, part="video")
-    assert "<|vision_start|><|video_pad|><|vision_end|>How many?" in chat
-    assert len(encoder.tokenizer("<0.1 seconds>")["input_ids"]) == 6
 
 
 def test_a_language_model_is_joined_with_a_tower(tmp_path):

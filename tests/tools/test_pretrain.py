@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pretrain
 import pytest
-from pretrain import Stage, describe, flip_shift, mixed_in, resized, split_conversations, stage_records
+from pretrain import Stage, describe, flip_shift, mixed_in, split_conversations, stage_records
 from repository import ROOT
 
 from vlmprune_jax.base.errors import UserError
@@ -79,15 +79,6 @@ def test_augmentation_of_patches_is_that_of_pixels() -> None:
         np.testing.assert_allclose(row[: height * width // 4], expected, atol=1e-6)
         assert not row[height * width // 4 :].any()
     assert not found.arrays["media"]["vision"].values[3].any()
-
-
-def test_images_of_other_sizes(tmp_path):
-    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png")
-    record = Record("r", TURNS, (tmp_path / "0.png",))
-    (small,) = resized([record], 32, tmp_path / "images_32")
-    assert (small.id, small.turns, small.images) == ("r-32", TURNS, (tmp_path / "images_32/0.png",))
-    with PIL.Image.open(small.images[0]) as image:
-        assert (image.size, image.getpixel((5, 5))) == ((32, 32), (255, 0, 0))
 
 
 @pytest.mark.parametrize(("words", "also_images", "expected"), [(0, False, "i"), (2, False, "w"), (2, True, "wi")])
@@ -168,21 +159,6 @@ def get_config():
     assert (tmp_path / "w/teacher/model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR"),
-        ([f"--config={ROOT / 'configs/demo.py'}", "--workdir=w"], "is not a config of stages (KeyError: 'stages'): "),
-        (["--workdi=w"], "has no flag --workdi; did you mean 'workdir'?"),
-    ],
-)
-def test_what_pretraining_refuses(tmp_path, monkeypatch, capsys, argv, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(argv, pretrain) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_scripts_run_as_files(tmp_path):
     """Every script of the folder shows its own command in --help, from any folder."""
     scripts = [file for file in (ROOT / "tools").glob("*.py") if "main(script=" in file.read_text(encoding="utf-8")]
@@ -190,11 +166,3 @@ def test_scripts_run_as_files(tmp_path):
     for file in scripts:
         done = subprocess.run([sys.executable, file, "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith(f"python tools/{file.name} "), done.stderr
-
-
-@pytest.mark.parametrize("config", ["{'stages': 3}", "{'stages': [{'a': 1}], 'seed': 0}", "{'stages': []}"])
-def test_configs_of_something_else(tmp_path, capsys, config):
-    source = f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config})\n"
-    (tmp_path / "c.py").write_text(source)
-    assert main([f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"], pretrain) == 2
-    assert "--config: is not a config of stages (" in capsys.readouterr().err

@@ -1,51 +1,25 @@
-"""The data of pretraining: captions that the pictures confirm, and questions that need the image."""
+"""The data and the tokenizer of the demo's teacher: what a picture shows, balanced questions, a word is a token."""
 
-from collections import Counter
-from pathlib import Path
+import dataclasses
 
 import easy_vqa
 import pytest
 from PIL import Image
-from pretraining_data import (
-    CAPTION_PROMPT,
-    balanced,
-    caption_records,
-    image_facts,
-    multi_turn_records,
-    write_pretraining_data,
-)
+from pretraining_data import balanced, caption_records, image_facts
+from vocabulary import make_tokenizer
 
-from vlmprune_jax.io.data.records import read_records
-
-RGB = {
-    "black": (0, 0, 0),
-    "blue": (0, 0, 255),
-    "brown": (165, 42, 42),
-    "gray": (128, 128, 128),
-    "green": (0, 255, 0),
-    "red": (255, 0, 0),
-    "teal": (0, 128, 128),
-    "yellow": (255, 255, 0),
-}
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
+from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.families import templates
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_pretraining_data(tmp_path_factory.mktemp("data") / "easyvqa")
+def entry(*turns):
+    speakers = ("human", "gpt") * len(turns)
+    return {"conversations": [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns, strict=False)]}
 
 
-def test_captions_are_what_the_pictures_show(paths: dict[str, Path]) -> None:
-    records = read_records(paths["train_captions"], paths["images"])
-    assert len(records) == 3_578
-    assert Counter(text for record in records for _, text in record.turns[:1]) == {CAPTION_PROMPT: 3_578}
-    for record in records[::4]:
-        color, _ = record.turns[1][1].split()
-        pixels = Image.open(record.images[0]).convert("RGB").getcolors(64 * 64)
-        main = [rgb for _, rgb in sorted(pixels, reverse=True)[:2]]  # the background and the shape
-        assert RGB[color] in main, record.id
-
-
-def test_facts_come_from_open_and_negated_questions() -> None:
+def test_facts_come_from_open_and_negated_questions():
     asked = [
         ("what color is the circle?", "red", 0),
         ("is there not a triangle?", "no", 1),
@@ -56,50 +30,46 @@ def test_facts_come_from_open_and_negated_questions() -> None:
         ("what is the shape?", "triangle", 3),
     ]
     questions, answers, images = (list(column) for column in zip(*asked, strict=True))
-    assert image_facts((questions, answers, images)) == {
-        0: ("red", "circle"),
-        1: ("blue", "triangle"),
-        2: (None, "rectangle"),
-        3: (None, "triangle"),
-    }
+    facts = {0: ("red", "circle"), 1: ("blue", "triangle"), 2: (None, "rectangle"), 3: (None, "triangle")}
+    assert image_facts((questions, answers, images)) == facts
     captions = caption_records((questions, answers, images), "train")
-    assert [entry["conversations"][1]["value"] for entry in captions] == ["red circle", "blue triangle"]
+    assert [record["conversations"][1]["value"] for record in captions] == ["red circle", "blue triangle"]
 
 
-def test_facts_never_contradict_each_other() -> None:
-    for questions in (easy_vqa.get_train_questions(), easy_vqa.get_test_questions()):
-        facts = image_facts(questions)
-        for question, answer, image in zip(*questions, strict=True):
-            color, shape = facts[image]
-            if question == "what shape is present?":
-                assert shape == answer
-            if question == "what color is the shape?":
-                assert color == answer
+def test_as_many_questions_have_the_answer_yes_as_no():
+    questions, answers, _ = balanced(easy_vqa.get_train_questions(), 0)
+    assert not any({"no", "not"} & set(question.split()) for question in questions)
+    assert answers.count("yes") == answers.count("no") > 1000
 
 
-def test_multi_turn_records_hold_every_question_once(paths: dict[str, Path]) -> None:
-    questions = easy_vqa.get_train_questions()
-    records = read_records(paths["train_multi_turn"], paths["images"])
-    assert len(records) == 4_000
-    turns = Counter(
-        (text.removeprefix("<image>\n"), answer[1], record.images[0].stem)
-        for record in records
-        for (_, text), answer in zip(record.turns[::2], record.turns[1::2], strict=True)
-    )
-    assert turns == Counter((q, a, str(i)) for q, a, i in zip(*questions, strict=True))
-    few = tuple(column[:40] for column in questions)
-    assert multi_turn_records(few, "train", 1) == multi_turn_records(few, "train", 1)
-    assert multi_turn_records(few, "train", 1) != multi_turn_records(few, "train", 2)
+def test_the_processor_gives_our_ids(tmp_path):
+    from transformers import AutoProcessor
+
+    turns = ("<image>\nis it a red box?", "no", "what is it?", "triangle")
+    make_tokenizer([entry(*turns)], tmp_path / "t", image_size=64, patch_size=8)
+    make_tokenizer([entry(*turns[2:]), entry(*turns[:2])], tmp_path / "again", image_size=64, patch_size=8)
+    for file in (tmp_path / "t").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<pad>", "<image>"]) == [0, 1, 2, 3, 4]
+    text = "naïve ☕ 你好\t42"
+    assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png")
+    record = Record("r", tuple(zip(("human", "gpt") * 2, turns, strict=True)), (tmp_path / "0.png",))
+
+    bare = dataclasses.replace(templates()["llava_v1"], system="")
+    ids, labels = tokenize_training(record, tokenizer, bare, image_token_id=4, tokens_per_image=64, cut_text_at=None)
+    assert tokenizer.decode(labels[labels >= 0]) == " no</s> triangle</s>"
+    messages = [{"role": role, "content": [{"type": "text", "text": text.removeprefix("<image>\n")}]}
+                for role, text in zip(("user", "assistant") * 2, turns, strict=True)]  # fmt: skip
+    messages[0]["content"].insert(0, {"type": "image", "image": Image.open(tmp_path / "0.png")})
+    processor = AutoProcessor.from_pretrained(tmp_path / "t", local_files_only=True)
+    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert whole["input_ids"][0] == ids.tolist()
 
 
-def test_wording_does_not_answer_balanced_questions(paths: dict[str, Path]) -> None:
-    every, kept = Counter(), Counter()
-    for name, found in (("train", every), ("train_balanced", kept)):
-        for record in read_records(paths[name], paths["images"]):
-            text, answer = record.turns[0][1], record.turns[1][1]
-            found["not" in text.split() or "no" in text.split(), answer] += 1
-    assert not any(negated for negated, _ in kept)
-    assert all(kept[key] == every[key] for key in every if not key[0] and key[1] not in ("yes", "no"))
-    assert kept[False, "no"] == kept[False, "yes"] == every[False, "yes"] < every[False, "no"] / 4
-    questions = easy_vqa.get_train_questions()
-    assert balanced(questions, 0) == balanced(questions, 0) != balanced(questions, 1)
+def test_too_many_words_are_refused(tmp_path):
+    words = " ".join(f"{chr(97 + a)}{chr(97 + b)}" for a in range(20) for b in range(20))
+    with pytest.raises(UserError, match="limit 512"):
+        make_tokenizer([entry(words)], tmp_path / "t", image_size=64, patch_size=8)
+    assert not (tmp_path / "t").exists()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import easy_vqa
 import pytest
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.run.demo.easyvqa import single_turn_records, write_dataset
 
@@ -44,8 +44,7 @@ def test_folder_is_kept_whole_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert write_dataset(out) == first
     assert first["train"].stat().st_mtime_ns == before
     (out / "images/train/7.png").unlink()
-    with pytest.raises(UserError, match="not a complete easy-VQA folder"):
-        write_dataset(out)
+    refused("not a complete easy-VQA folder", write_dataset, out)
 
 
 def test_records_carry_their_split() -> None:

@@ -42,10 +42,7 @@ def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
     ("argv", "message"),
     [
         ([], 'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"'),
-        (
-            ["{image}", QUESTION],
-            'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"',
-        ),
+        (["{image}", QUESTION], "chat takes models, images or videos and a question: vlmprune chat MODEL image.png"),
         (["{folder}", "{folder}/config.json", QUESTION], "config.json (record question): not a readable image"),
         *[
             (["{folder}", f"missing.{kind}", QUESTION], f"missing.{kind}: no such file: name an image or a video")

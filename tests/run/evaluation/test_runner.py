@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import config, model, on_mesh
+from refusal import refused
 from vlm_cases import images_of
 
 from vlmprune_jax.base.errors import UserError
@@ -160,14 +161,12 @@ def test_bad_questions(goldens, llava, encoder):
         arrange_questions(asked, dataclasses.replace(encoder, max_length=9), batch_size=2)
     with pytest.raises(UserError, match="record q0: has an image but the model has no vision tower"):
         arrange_questions(asked, dataclasses.replace(encoder, image_loader=None), batch_size=2)
-    with pytest.raises(UserError, match="0 questions"):
-        arrange_questions([], encoder, batch_size=2)
+    refused("0 questions", arrange_questions, [], encoder, batch_size=2)
     unanswered = [dataclasses.replace(asked[0], turns=asked[0].turns[:1])]
     asking = arrange_questions(unanswered, encoder, batch_size=1)
     with pytest.raises(UserError, match="record q0: has no reference answer"):
         evaluate(llava, asking.batches(threads=1, prefetch=1), tokenizer=encoder.tokenizer, max_new_tokens=1)
-    with pytest.raises(UserError, match="no question"):
-        evaluate(llava, [], tokenizer=encoder.tokenizer, max_new_tokens=1)
+    refused("no question", evaluate, llava, [], tokenizer=encoder.tokenizer, max_new_tokens=1)
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
@@ -200,7 +199,5 @@ def test_batches_of_windows_are_no_larger_than_the_text(batch_size, ways, batche
 
 
 def test_perplexity_of_too_little():
-    with pytest.raises(UserError, match="perplexity needs at least 2 tokens"):
-        perplexity(model(config()), [3], window=4, batch_size=1)
-    with pytest.raises(UserError, match="token ids from 3 to 99 for a vocabulary of"):
-        perplexity(model(config()), [3, 99], window=4, batch_size=1)
+    refused("perplexity needs at least 2 tokens", perplexity, model(config()), [3], window=4, batch_size=1)
+    refused("token ids from 3 to 99 for a vocabulary of", perplexity, model(config()), [3, 99], window=4, batch_size=1)

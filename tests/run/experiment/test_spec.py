@@ -4,10 +4,10 @@ import dataclasses
 import importlib.util
 
 import pytest
+from refusal import refused
 from repository import ROOT
 
 from vlmprune_jax.base.console import make_reporter
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.base.settings import STAGES, override, settings_of
 from vlmprune_jax.core.models.stack import REMAT_POLICIES
 from vlmprune_jax.core.recovery.config import REMAT, LossConfig, RecoverConfig
@@ -52,8 +52,7 @@ def test_one_set_of_defaults():
     ],
 )
 def test_a_command_refuses_at_its_start(values, message):
-    with pytest.raises(UserError, match=message):
-        check_experiment(override(Experiment(), values))
+    refused(message, lambda: check_experiment(override(Experiment(), values)))
 
 
 # --- what a stage's ledger holds --------------------------------------------------------------------------------------

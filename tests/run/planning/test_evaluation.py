@@ -6,6 +6,7 @@ import jax
 import pytest
 import recover_cases as cases
 from prune_cases import config
+from refusal import refused
 from repository import ROOT
 from stack_cases import decoder_layer
 
@@ -145,11 +146,9 @@ def test_groups_of_chips_are_those_with_the_most_questions_a_second():
     assert sum(of(chips=4, rows=1).phases.values()) == pytest.approx(sum(of(rows=1).phases.values()) / 4)
     large = config((decoder_layer(8, 8, 2**20),) * 4, **WIDE)  # 25 GB
     assert of(cfg=large, chips=8).chips >= 2
-    with pytest.raises(UserError, match=r"24.1 GiB of weights do not fit on 1 chips"):
-        of(cfg=large)
+    refused(r"24.1 GiB of weights do not fit on 1 chips", of, cfg=large)
     assert large.text.layers[0].sizes["mlp"] * 1024 * 3 * 4 * 2 > CHIP.hbm > 15 * GIB
 
 
 def test_a_chip_without_int8_is_said():
-    with pytest.raises(UserError, match="w8a8: this TPU has no int8 units"):
-        bound(CFG, CHIPS["tpu7x"], 1, "w8a8", 100, ImageShape(slots=0), 4)
+    refused("w8a8: this TPU has no int8 units", bound, CFG, CHIPS["tpu7x"], 1, "w8a8", 100, ImageShape(slots=0), 4)

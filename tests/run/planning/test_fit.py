@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.run.cli.main import main
@@ -192,8 +192,7 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
     ],
 )
 def test_unknown_topologies_suggest_known_ones(topology, message):
-    with pytest.raises(UserError, match=message):
-        make_slice(topology)
+    refused(message, make_slice, topology)
 
 
 def test_a_limit_on_images_of_one_size_is_refused(experiment_file, capsys):

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import yaml
 from PIL import Image
+from refusal import refused
 from repository import full_size_models
 from study_cases import rows, write_sweep
 from study_guide import update_guide
 from vlm_cases import llava_config
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, shipped_config
@@ -270,8 +270,7 @@ def test_sizes(text, expected):
 
 @pytest.mark.parametrize("text", ["", "GB", "-2GB", "0", "1e999", "2GBit", "1.2.3", "nan", "inf"])
 def test_no_sizes(text):
-    with pytest.raises(UserError, match="--bytes"):
-        parse_bytes(text)
+    refused("--bytes", parse_bytes, text)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("5%", 0.05), ("0.05", 0.05), ("none", 0.0), (" 30 %", 0.3)])

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 
 import prune_cases
 import pytest
+from refusal import refused
 from repository import full_size_models
 
 from vlmprune_jax.base.errors import UserError
@@ -114,8 +116,7 @@ def test_rows_are_matched_by_what_a_plan_removes():
     assert best.promise[0] < 95.54 < best.promise[1]  # followed to the end
     ways = [row for row in GUIDE.evidence if row.method == "depth" and row.decoder_ratio == 0.558 and row.seeds == 12]
     assert {row.recovery for row in ways if not row.data_fraction} == {"none", "reconstruct"}
-    with pytest.raises(UserError, match="no measurement supports removing 60 % of the decoder"):
-        demo_advice(**asked, methods=("depth",))
+    refused("no measurement supports removing 60 % of the decoder", demo_advice, **asked, methods=("depth",))
     only = demo_advice(**asked, methods=("depth",), depth=0.558)
     assert (only.head.retained, only.head.decoder_ratio) == (97.73, 0.558)
 
@@ -164,22 +165,14 @@ NONE, RECONSTRUCT = ("depth", "none", 96.0, 0.5, 6), ("width", "reconstruct", 99
 @pytest.mark.parametrize(
     ("rows", "chosen", "because"),
     [
-        (
-            [NONE, RECONSTRUCT, ("depth", "sft_l2", 99.3, 0.3, 6)],
-            1,
-            "depth + sft_l2 on 5 % of the data (99.30 %) is better by chance at most, and is more work",
-        ),
+        ([NONE, RECONSTRUCT, ("depth", "sft_l2", 99.3, 0.3, 6)], 1, "depth + sft_l2 on 5 % of the data (99.30 %) is"),
         ([NONE, RECONSTRUCT, ("depth", "sft_l2", 99.6, 0.3, 6)], 2, "best of "),
         ([RECONSTRUCT, ("depth", "sft_l2", 99.9, None, 1)], 0, "best of "),  # one seed does not decide
         ([("depth", "none", 98.0, 9.0, 2), RECONSTRUCT], 1, "best of "),  # nor what is known badly
         ([("depth", "sft", 99.0, 0.3, 6), ("depth", "sft_l2", 99.1, 0.3, 6)], 0, "by chance at most"),
         ([("width", "reconstruct", 99.5, None, 1), RECONSTRUCT], 1, "best of "),  # most seeds, not the highest
         ([RECONSTRUCT, ("hybrid", "reconstruct", 99.9, 0.1, 6)], 1, "next is width + reconstruct (99.00 %)"),
-        (
-            [RECONSTRUCT, ("depth", "lora", 99.9, 0.1, 6)],
-            0,
-            "outside them, depth + lora on 5 % of the data (99.90 %) is better",
-        ),
+        ([RECONSTRUCT, ("depth", "lora", 99.9, 0.1, 6)], 0, "outside them, depth + lora on 5 % of the data (99.90 %)"),
         ([("width", "none", 80.0, None, 1), ("width", "reconstruct", 90.0, None, 1)], 1, "best of "),
     ],
 )
@@ -275,16 +268,11 @@ def test_ratios_are_compared_by_the_share_of_the_decoder():
         ({"ratio": float("nan")}, "ratio=nan must be"),
         ({"data": 1.5}, "data=1.5 must be a share"),
         ({"data": float("nan")}, "data=nan must be a share"),
-        (
-            {"compute": "projektor"},
-            "compute 'projektor' is not one of none, projector, full; did you mean 'projector'?",
-        ),
+        ({"compute": "projektor"}, "compute 'projektor' is not one of none, projector, full; did you mean"),
     ],
 )
 def test_what_cannot_be_asked(shapes, changes, message):
-    with pytest.raises(UserError) as error:
-        advised(shapes["llava"], **{"ratio": 0.3, **changes})
-    assert message in str(error.value)
+    refused(re.escape(message), advised, shapes["llava"], **{"ratio": 0.3, **changes})
 
 
 def test_some_rule_fits_up_to_what_was_measured(shapes):

@@ -3,6 +3,17 @@
 import pytest
 from report_cases import write_several, write_workdir
 
+from vlmprune_jax.run.report.build import build_report
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run with its report, which is only read."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_workdir(folder)
+    build_report(folder)
+    return folder
+
 
 @pytest.fixture
 def workdir(tmp_path):

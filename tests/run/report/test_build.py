@@ -11,10 +11,10 @@ import sys
 import matplotlib
 import pytest
 from msgspec.structs import replace
+from refusal import refused
 from report_cases import PLANNED, change
 from repository import HANG
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.artefact import write_artefact
@@ -25,7 +25,7 @@ from vlmprune_jax.run.workdir.tpu_plan import TpuPlan
 
 
 def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
-    """`text.usetex` starts LaTeX; a FIFO would be waited for."""
+    """`text.usetex` starts LaTeX; a FIFO would be waited for. The same result gives the same page."""
     (tmp_path / "here").mkdir()
     os.mkfifo(tmp_path / "here/matplotlibrc")
     code = "import vlmprune_jax.run.report.plots"
@@ -64,10 +64,11 @@ def test_links_are_found():
     assert outside_of(page) == ["https://a.b/c.png", "//d.e", "link"]
 
 
-def test_page_tells_the_numbers_and_is_one_file(workdir):
-    page = build_report(workdir).read_text()
+def test_page_tells_the_numbers_and_is_one_file(finished):
+    page = (finished / "report.html").read_text()
     for text in ("depth-<wbr>sft", "76.00", "95.00", ">5</td>", "12.3", "3.2e-06", "Best of 3 models"):
         assert text in page
+    assert "<h1>Structural pruning report</h1>" in page
     assert page.count("<svg") == 6  # accuracy, what two plans removed, two importances, losses
     assert outside_of(page) == []
     assert page.count("<script") == 1
@@ -78,11 +79,14 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     assert "depth-<wbr>sft" in best
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<b>" not in page
-    assert list(workdir.glob(".*")) == [workdir / ".stages"]
+    assert list(finished.glob(".*")) == [finished / ".stages"]
+    data = (finished / "report.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (880, 620)
 
 
-def test_what_was_planned_for_a_slice_is_shown(workdir):
-    assert "TPU slice" not in build_report(workdir).read_text()
+def test_what_was_planned_for_a_slice_is_shown(finished, workdir):
+    assert "TPU slice" not in (finished / "report.html").read_text()
     plan = TpuPlan(recoveries={"depth-sft": PLANNED, "<width>": PLANNED})
     write_artefact(workdir / "tpu_plan.json", plan)
     page = build_report(workdir).read_text()
@@ -101,28 +105,10 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
     assert told["throughput"] == "at most 508,031 tokens/s"
     assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
-    with pytest.raises(
-        UserError,
-        match=r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again",
-    ):
-        build_report(workdir)
-
-
-def test_plot_is_a_png_of_its_size(workdir):
-    build_report(workdir)
-    data = (workdir / "report.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (880, 620)
-
-
-def test_the_same_result_gives_the_same_page(workdir):
-    first = build_report(workdir).read_bytes()
-    assert build_report(workdir).read_bytes() == first
+    refused(r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again", build_report, workdir)
 
 
 def test_the_title_names_model_and_sets(workdir):
-    assert "<h1>Structural pruning report</h1>" in build_report(workdir).read_text()
     write_artefact(workdir / STEPS, Steps(model="org/<model>", sets="pope, mme", steps=[]))
     assert build_report(workdir).read_text().count("Pruning of org/&lt;model&gt;, evaluated on pope, mme</") == 2
 
@@ -172,5 +158,4 @@ def test_no_ratio_and_nothing_retained(workdir):
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        build_report(workdir)
+    refused(message, build_report, workdir)

@@ -17,8 +17,8 @@ from vlmprune_jax.run.workdir.speed import Bench, Speed
 LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
 
 
-def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
-    page = build_report(workdir).read_text()
+def test_speed_is_told_with_its_range_and_where_it_was_measured(finished, workdir):
+    page = (finished / "report.html").read_text()
     assert "Speed was not measured: <code>vlmprune run --config=FILE.py" in page
     assert "--config.speed.rounds=5" in page
     write_artefact(workdir / "speed.json", SPEED)

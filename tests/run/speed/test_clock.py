@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from prune_cases import config, model
+from refusal import refused
 from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
@@ -68,8 +69,7 @@ def test_what_no_clock_can_tell_is_refused(monkeypatch):
     monkeypatch.setattr(speed, "MIN_SECONDS", 0)
     with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
         measured({"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
-    with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):
-        measure_speed({}, rounds=0)
+    refused(r"speed\.rounds=0: must be at least 1 to measure speed", measure_speed, {}, rounds=0)
 
 
 def test_the_program_is_that_of_generate(goldens):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from hf_cases import copy_llava
+from refusal import refused
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import ModelConfig
@@ -66,10 +67,8 @@ def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) ->
 
 def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: ModelConfig) -> None:
     said = rf"record long: has \d+ tokens with its images, more than the model's maximum of {cfg.longest_row}"
-    with pytest.raises(UserError, match=said):
-        calibrated(folder, cfg, 2)
-    with pytest.raises(UserError, match=said):
-        asked(folder, cfg, EvaluateSpec())
+    refused(said, calibrated, folder, cfg, 2)
+    refused(said, asked, folder, cfg, EvaluateSpec())
     (batch,) = calibrated(folder, cfg, 1, on_error="skip")
     assert batch.record_ids == ("short",)
     cut = calibrated(folder, cfg, 2, max_length=64)
@@ -79,12 +78,10 @@ def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: Mod
 def test_settings_that_are_too_large_for_the_model(folder: Path, cfg: ModelConfig) -> None:
     most = rf" is more than 4 times the model.s max_position_embeddings \({cfg.text.max_positions}\): lower it"
     for change in ({"max_length": 10**8}, {"max_length": 10**8, "truncate": False}):
-        with pytest.raises(UserError, match=f"data.max_length=100000000{most}"):
-            calibrated(folder, cfg, 2, **change)
+        refused(f"data.max_length=100000000{most}", calibrated, folder, cfg, 2, **change)
     with pytest.raises(UserError, match=f"the last of data.length_buckets=100000000{most}"):
         calibrated(folder, cfg, 2, length_buckets=(64, 10**8))
-    with pytest.raises(UserError, match=f"evaluate.max_length=100000000{most}"):
-        asked(folder, cfg, EvaluateSpec(max_length=10**8))
+    refused(f"evaluate.max_length=100000000{most}", asked, folder, cfg, EvaluateSpec(max_length=10**8))
 
 
 @pytest.mark.parametrize(
@@ -124,15 +121,13 @@ def test_batches_that_do_not_fit_this_machine(folder: Path, cfg: ModelConfig, mo
     said = (
         r"batches of 1 rows of 64 tokens and 10000 images: 5 batches take .* more than this machine has: lower batch_"
     )
-    with pytest.raises(UserError, match=said):
-        calibrated(folder, cfg, 2, **few, max_images=10_000)
+    refused(said, calibrated, folder, cfg, 2, **few, max_images=10000)
     (folder / "few.json").write_text(json.dumps([{"id": "short", "conversations": TURNS}]))
     questions = dataclasses.replace(data(folder), eval=str(folder / "few.json"), max_images=10_000)
     model, spec = ModelSpec(hf_dir=str(folder / "teacher")), EvaluateSpec()
     of = evaluation_sets(questions, spec)["questions"]
     arranged = arranged_questions(model, questions, spec, of, cfg, multiple=1)
-    with pytest.raises(UserError, match="and 10000 images: "):
-        arranged.batches(threads=1, prefetch=4)
+    refused("and 10000 images: ", arranged.batches, threads=1, prefetch=4)
 
 
 def test_what_xla_cannot_allocate_is_one_line() -> None:

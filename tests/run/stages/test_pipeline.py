@@ -1,14 +1,13 @@
-"""The whole run on the golden LLaVA from the command line: interrupted, resumed, skipped, refused; how it prints."""
+"""The whole run on the golden LLaVA from the command line: interrupted, resumed, skipped, refused."""
 
 import dataclasses
-import io
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from hf_cases import copy_llava
+from experiment_cases import record, write_experiment
 
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
@@ -19,59 +18,26 @@ from vlmprune_jax.run.workdir.result import Workload, read_result
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.run.workdir.speed import SPEED, Speed
 
-GRID = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.images = "{images}"
-    config.data.system = ""
-    config.data.fraction = 0.5
-    config.score.samples = 4
-    config.score.batch_size = 2
-    config.prune.ratio = 0.2
-    config.evaluate.batch_size = 4
-    config.evaluate.max_new_tokens = 2
-    config.export.dtype = "float32"
-    config.recover.trainable = "projector"
-    config.recover.batch_size = 2
-    config.recover.steps = 4
-    config.recover.save_every = 1
-    config.recover.log_every = 1
-    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
-    config.reconstruct.samples = 4
-    config.speed.rounds = 1
-    config.speed.prompt_tokens, config.speed.new_tokens = 24, 8
-    config.prune_variants = {{
-        "depth": {{"prune": {{"method": "depth"}}}},
-        "width": {{"prune": {{"method": "width"}}, "reconstruct": {{"method": "least_squares"}}}},
-    }}
-    config.recover_variants = {{"sft_l2": {{}}}}
-    return config
-"""
-
 
 @pytest.fixture
 def experiment(tmp_path, goldens):
-    teacher = tmp_path / "teacher"
-    copy_llava(goldens, teacher)
     records = [
-        {
-            "id": f"r{i}",
-            "image": f"img{i % 4}.png",
-            "conversations": [
-                {"from": "human", "value": f"<image>\nIs {'a dog' if i % 2 else 'one'} here?"},
-                {"from": "gpt", "value": "yes" if i % 3 else "no"},
-            ],
-        }
+        record(f"r{i}", f"img{i % 4}.png", f"Is {'a dog' if i % 2 else 'one'} here?", "yes" if i % 3 else "no")
         for i in range(10)
     ]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    file = tmp_path / "grid.py"
-    file.write_text(GRID.format(root=tmp_path, images=goldens / "data/images"))
-    return [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+    recover = {"trainable": "projector", "batch_size": 2, "steps": 4, "save_every": 1, "log_every": 1}
+    config = write_experiment(
+        tmp_path, goldens, records, data={"eval": f"{tmp_path}/records.json", "fraction": 0.5},
+        score={"samples": 4, "batch_size": 2}, prune={"ratio": 0.2}, export={"dtype": "float32"},
+        evaluate={"batch_size": 4, "max_new_tokens": 2}, recover={**recover, "losses": {"ce": 0.5, "l2": 0.5}},
+        reconstruct={"samples": 4}, speed={"rounds": 1, "prompt_tokens": 24, "new_tokens": 8},
+        prune_variants={
+            "depth": {"prune": {"method": "depth"}},
+            "width": {"prune": {"method": "width"}, "reconstruct": {"method": "least_squares"}},
+        },
+        recover_variants={"sft_l2": {}},
+    )  # fmt: skip
+    return [config, f"--workdir={tmp_path / 'w'}"]
 
 
 @pytest.mark.slow
@@ -263,59 +229,12 @@ def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
     assert steps(recover={"method": "none"}) == []
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+def test_a_quiet_reporter_says_nothing(capsys):
+    from vlmprune_jax.base.console import make_reporter
 
-
-def reporter(width, terminal):
-    from rich.console import Console
-
-    from vlmprune_jax.base.console import Reporter
-
-    return Reporter(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
-
-
-def test_bars_only_on_a_terminal():
-    for terminal in (True, False):
-        shown = reporter(80, terminal)
-        with shown.bar("evaluate teacher", 4) as progress:
-            progress(2)
-        text = shown.console.file.getvalue()
-        assert ("evaluate teacher" in text) is terminal
-        assert terminal or not text
-
-
-def test_lines_are_neither_wrapped_nor_markup():
-    shown = reporter(20, False)
-    shown.say("[bold] a line of more than twenty columns")
-    assert shown.console.file.getvalue() == "[bold] a line of more than twenty columns\n"
-    quiet = dataclasses.replace(shown, enabled=False)
+    quiet = dataclasses.replace(make_reporter(False), enabled=False)
     quiet.say("x")
     quiet.table("t", ["a"], [["b"]])
     with quiet.bar("x", 1) as progress:
         progress(1)
-    assert "x" not in shown.console.file.getvalue()
-
-
-def test_the_demo_table_fits_80_columns():
-    from report_cases import FACTS, evaluated, result_of
-
-    from vlmprune_jax.run.report.tables import tables_of
-    from vlmprune_jax.run.workdir.comparison import compare
-    from vlmprune_jax.run.workdir.groups import comparison_of_run
-    from vlmprune_jax.run.workdir.result import Run
-
-    teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
-    facts = {**FACTS, "actual_ratio": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}
-    runs = [
-        Run(**{**facts, "name": name, "recovery": recovery}, evaluation=compare(teacher, teacher))
-        for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
-    ]
-    shown = reporter(80, False)
-    (table,) = tables_of(comparison_of_run(result_of(teacher, runs)))
-    shown.table(table.title, table.header, table.rows)
-    text = shown.console.file.getvalue()
-    assert "depth 30 %, SFT + L2" in text
-    assert "  80.0  " in text
-    assert "98.71" in text
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert capsys.readouterr().out == ""

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hf_cases import copy_llava
+from experiment_cases import write_experiment
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
@@ -17,26 +17,12 @@ from vlmprune_jax.io.exports.pruning import prune_iteratively
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.stages.prune import _check_integers
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{folder}/teacher"
-    config.score.width = "l2"
-    config.score.reduction = "sum"
-    config.prune.method = "width"
-    config.prune.ratio = 0.25
-    config.prune.steps = 3
-    return config
-"""
-
 
 @pytest.fixture
 def experiment(tmp_path, goldens):
-    copy_llava(goldens, tmp_path / "teacher")
-    (tmp_path / "experiment.py").write_text(CONFIG.format(folder=tmp_path))
-    return [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'w'}"]
+    prune = {"method": "width", "ratio": 0.25, "steps": 3}
+    config = write_experiment(tmp_path, goldens, [], score={"width": "l2", "reduction": "sum"}, prune=prune)
+    return [config, f"--workdir={tmp_path / 'w'}"]
 
 
 def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, monkeypatch, capsys):

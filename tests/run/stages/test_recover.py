@@ -8,46 +8,26 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from hf_cases import copy_llava
+from experiment_cases import record, write_experiment
 
 from vlmprune_jax.core.prune import score
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports.pruning import make_plan, prune_folder
 from vlmprune_jax.run.cli.main import main
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = "{root}/records.json"
-    config.data.images = "{images}"
-    config.data.system = ""
-    config.data.max_length = 64
-    config.recover.trainable = "projector"
-    config.recover.control = False
-    config.recover.epochs = 2.0
-    config.recover.losses.ce = 1.0
-    config.recover.losses.l2 = 0.0
-    return config
-"""
-
 
 @pytest.fixture
 def flags(tmp_path, goldens):
     """Flags of `vlmprune recover` in a workdir with a pruned model, for 5 records and the default batch size."""
-    copy_llava(goldens, tmp_path / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": "img0.png", "conversations": turns} for i in range(5)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path, images=goldens / "data/images"))
+    records = [record(f"r{i}", "img0.png", "Is it one?", "yes") for i in range(5)]
+    recover = {"trainable": "projector", "control": False, "epochs": 2.0, "losses": {"ce": 1.0, "l2": 0.0}}
+    config = write_experiment(tmp_path, goldens, records, data={"max_length": 64}, recover=recover)
     model = load(tmp_path / "teacher")
     plan = make_plan(score(model, None, criterion="l2"), model.cfg, method="width", ratio=0.1)
     prune_folder(tmp_path / "teacher", plan, tmp_path / "pruned", dtype="float32")
     shutil.copytree(tmp_path / "pruned", tmp_path / "w/pruned")
     (tmp_path / "w/plan.json").write_text(plan.to_json())
-    return [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    return [config, f"--workdir={tmp_path / 'w'}"]
 
 
 def test_few_records_make_smaller_batches_that_train(flags, tmp_path, capsys):
@@ -67,16 +47,8 @@ def test_few_records_make_smaller_batches_that_train(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--config.mesh.data=8"],
-            "recover: 5 training records in 2 epochs fill no batch of 8 rows (accumulation 1 x 8 devices), so no step "
-            "would train at learning rate 0.0002: ",
-        ),
-        (
-            ["--config.recover.epochs=0.1"],
-            "recover: 5 training records in 0.1 epochs fill no batch of 1 row (accumulation 1 x 1 device), so no step "
-            "would train at learning rate 0.0002: ",
-        ),
+        (["--config.mesh.data=8"], "recover: 5 training records in 2 epochs fill no batch of 8 rows"),
+        (["--config.recover.epochs=0.1"], "recover: 5 training records in 0.1 epochs fill no batch of 1 row"),
     ],
     ids=["devices", "epochs"],
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from vlmprune_jax.base.settings import STAGES as names_of_stages
 from vlmprune_jax.base.settings import nested, override
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import read_experiment, read_hyper, starting_point
@@ -94,6 +95,10 @@ def test_a_stage_of_the_users_own_may_use_any_setting_of_its_sections(cfg, monke
     )
     assert unused(cfg, changes) == ["data.seed"]
     assert unused(cfg, changes, ("recover",)) == []
+
+
+def test_every_stage_is_declared():
+    assert set(names_of_stages) - {"teacher_cache"} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import sweep_cases as cases
 from msgspec.structs import replace
+from refusal import refused
 from study_cases import row
 
 from vlmprune_jax.base.errors import UserError
@@ -152,8 +153,7 @@ def test_shards_are_a_partition(sweep, capsys):
         shards = [hyper.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
         assert sorted(run.name for shard in shards for run in shard) == sorted(run.name for run in runs)
     for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 5000, "²/2"):
-        with pytest.raises(UserError, match=r"--shard=.*: must be i/n with i from 1 to n"):
-            hyper.shard_of(runs, shard)
+        refused(r"--shard=.*: must be i/n with i from 1 to n", hyper.shard_of, runs, shard)
 
 
 def test_runs_are_chosen_by_their_names(sweep, capsys):
@@ -197,8 +197,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, bo
 def test_runs_with_other_sets_cannot_be_compared(tmp_path):
     runs = sweep_runs(Experiment(), [{"evaluate.questions": 9}, {"evaluate.questions": 8}])
     hyper.check_runs(runs[:1], 1)
-    with pytest.raises(UserError, match="run questions=8: its evaluation sets differ from those of questions=9"):
-        hyper.check_runs(runs, 1)
+    refused("run questions=8: its evaluation sets differ from those of questions=9", hyper.check_runs, runs, 1)
 
 
 def test_a_config_without_runs(sweep, tmp_path, capsys):

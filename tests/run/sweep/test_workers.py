@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from refusal import refused
 from worker_cases import start_counting
 
 from vlmprune_jax.base.errors import UserError
@@ -61,5 +62,4 @@ def test_what_goes_wrong_between_items_is_raised():
     def fail(item, line):
         raise UserError("the disk is full")
 
-    with pytest.raises(UserError, match="the disk is full"):
-        in_processes(list(range(50)), 2, start_counting, fail)
+    refused("the disk is full", in_processes, list(range(50)), 2, start_counting, fail)

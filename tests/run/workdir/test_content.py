@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.workdir.content import _SAMPLED, content_key, digest, made_from
 
 
@@ -26,8 +26,7 @@ def test_digest_sees_content_names_and_sampled_blocks(tmp_path):
     assert digest(folder) != first
     (tmp_path / "copy" / "config.json").rename(tmp_path / "copy" / "other.json")
     assert digest(tmp_path / "copy") != first
-    with pytest.raises(UserError, match="no such file or folder"):
-        digest(tmp_path / "none")
+    refused("no such file or folder", digest, tmp_path / "none")
 
 
 @pytest.mark.parametrize("every_byte", [False, True])

@@ -7,6 +7,7 @@ import os
 import msgspec
 import pytest
 from hostile import mutants
+from refusal import refused
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.workdir import ledger
@@ -102,14 +103,13 @@ def test_only_one_setting_differs(work):
 
 def test_an_input_that_is_not_there_is_named(work):
     (work.folder / "in.txt").unlink()
-    with pytest.raises(UserError, match=r"depth/prune: data.train is .*in.txt: no such file or folder"):
-        work()
+    refused(r"depth/prune: data.train is .*in.txt: no such file or folder", work)
 
 
 def test_two_runs_of_a_stage_at_once(work, monkeypatch):
     """The second is refused and changes nothing, whatever its settings; nothing is left in the way afterwards."""
     monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.01)
-    body, refused = work.body, []
+    body, errors = work.body, []
 
     def both():
         work.body = body
@@ -118,12 +118,12 @@ def test_two_runs_of_a_stage_at_once(work, monkeypatch):
                 UserError, match=r"depth/prune: another run is computing this stage in .*: wait"
             ) as error:
                 work(overwrite=True, **settings)
-            refused.append(error)
+            errors.append(error)
         return body()
 
     work.body = both
     assert work().facts.number == 1
-    assert len(refused) == 2
+    assert len(errors) == 2
     assert work().facts.number == 1
 
 
@@ -141,8 +141,7 @@ def test_a_run_waits_for_the_end_of_the_one_it_replaces(work, monkeypatch):
 def test_a_new_input_is_named(work):
     work()
     (work.folder / "more.txt").write_text("more")
-    with pytest.raises(UserError, match=r"was made from other inputs \(data.eval changed\)"):
-        work(inputs={"data.eval": work.folder / "more.txt"})
+    refused(r"was made from other inputs \(data.eval changed\)", work, inputs={"data.eval": work.folder / "more.txt"})
 
 
 def test_a_missing_output_is_made_again(work):
@@ -154,8 +153,7 @@ def test_a_missing_output_is_made_again(work):
 
 def test_output_of_unknown_origin_is_refused(work):
     (work.folder / "out.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"out.txt exists and was not made by this stage: add --overwrite"):
-        work()
+    refused(r"out.txt exists and was not made by this stage: add --overwrite", work)
     assert (work.folder / "out.txt").read_text() == "mine"
 
 
@@ -163,31 +161,28 @@ def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
     """Whatever a record says: the facts are those of the run, or the output is refused and stays."""
     assert work(facts=Facts).facts.number == 1
     record = work.folder / ".stages/depth.prune.json"
-    good, taken, refused = json.loads(record.read_text()), 0, []
+    good, taken, lines = json.loads(record.read_text()), 0, []
     for where, value in mutants(good):
         record.write_text(json.dumps(value))
         try:
             assert type(work(facts=Facts).facts.number) is int, where
             taken += 1
         except UserError as error:
-            refused.append(str(error))
+            lines.append(str(error))
         assert (work.runs, (work.folder / "out.txt").read_text()) == (1, "run 1"), where
-    assert all("add --overwrite to replace it" in line for line in refused)
-    assert min(taken, len(refused)) > 2
+    assert all("add --overwrite to replace it" in line for line in lines)
+    assert min(taken, len(lines)) > 2
     record.write_text("{")
-    with pytest.raises(UserError, match=r"out.txt exists, but its record .*depth.prune.json is damaged, or of another"):
-        work()
+    refused(r"out.txt exists, but its record .*depth.prune.json is damaged, or of another", work)
     record.unlink()
     os.mkfifo(record)
-    with pytest.raises(UserError, match="is damaged"):
-        work()
+    refused("is damaged", work)
     assert work(overwrite=True).facts.number == 2
 
 
 def test_facts_of_another_kind_are_not_reported(work):
     work()
-    with pytest.raises(UserError, match=r"its record .* is damaged"):
-        work(facts=Other)
+    refused(r"its record .* is damaged", work, facts=Other)
 
 
 def test_nothing_is_written_through_links(work, tmp_path_factory):
@@ -237,8 +232,7 @@ def test_a_failure_after_the_output_was_written_leaves_the_record(work):
             work()
         assert json.loads((work.folder / ".stages/depth.prune.json").read_text())["done"] is False
     work.body = body
-    with pytest.raises(UserError, match=r"out.txt was made from other inputs \(ratio was 0.3, now 0.4\): add --overw"):
-        work(ratio=0.4)
+    refused(r"out.txt was made from other inputs \(ratio was 0.3, now 0.4\): add --overw", work, ratio=0.4)
     assert work().facts.number == 3
     assert work().facts.number == 3
     assert "unchanged, skipped" in work.said[-1]
@@ -247,8 +241,7 @@ def test_a_failure_after_the_output_was_written_leaves_the_record(work):
 def test_scratch_is_kept_for_the_same_inputs_only(work):
     scratch = work.folder / "checkpoints"
     (scratch / "1").mkdir(parents=True)
-    with pytest.raises(UserError, match="checkpoints exists and was not made by this stage"):
-        work(scratch=[scratch])
+    refused("checkpoints exists and was not made by this stage", work, scratch=[scratch])
     (scratch / "1").rmdir()  # an empty folder is nothing to lose
 
     def stopped():
@@ -259,8 +252,7 @@ def test_scratch_is_kept_for_the_same_inputs_only(work):
     with pytest.raises(KeyboardInterrupt):
         work(scratch=[scratch])
     work.body = body
-    with pytest.raises(UserError, match=r"checkpoints was made from other inputs \(ratio was 0.3, now 0.4\)"):
-        work(scratch=[scratch], ratio=0.4)
+    refused(r"checkpoints was made from other inputs \(ratio was 0.3, now 0.4\)", work, scratch=[scratch], ratio=0.4)
     seen = []
     work.body = lambda: seen.append(scratch.exists()) or body()
     work(scratch=[scratch])

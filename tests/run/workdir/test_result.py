@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 from msgspec.structs import replace
+from refusal import refused
 from report_cases import EXPORT, FACTS, result_of
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.run.workdir.artefact import write_artefact
 from vlmprune_jax.run.workdir.comparison import (
@@ -148,8 +148,7 @@ def test_intervals_are_written_where_there_are_any_and_read_back(tmp_path):
     plain = json.loads(path.read_text())
     plain["runs"][0]["evaluation"]["retained_interval"]["pope"] = [1.0]
     path.write_text(json.dumps(plain))
-    with pytest.raises(UserError, match=r"result\.json: .*retained_interval"):
-        read_result(tmp_path)
+    refused(r"result\.json: .*retained_interval", read_result, tmp_path)
 
 
 def test_many_groups_stay_in_eval():
@@ -171,14 +170,12 @@ def test_best():
     teacher = found(text=10.0)
     runs = [run("a", found(text=20.0), teacher, 10), run("b", found(text=15.0), teacher, 90)]
     assert best_run(runs, describe_sets(teacher)).name == "b"
-    with pytest.raises(UserError, match="no model was evaluated"):
-        best_run([], {})
+    refused("no model was evaluated", best_run, [], {})
 
 
 def test_reading(tmp_path):
     path = tmp_path / "result.json"
-    with pytest.raises(UserError, match=r"result\.json: no such file: run `vlmprune run` first"):
-        read_result(tmp_path)
+    refused(r"result\.json: no such file: run `vlmprune run` first", read_result, tmp_path)
     made = result_of(found(pope=0.5), [run("depth", found(pope=0.5), found(pope=0.5))], export=EXPORT)
     write_artefact(path, made)
     assert read_result(tmp_path) == made
@@ -190,8 +187,7 @@ def test_reading(tmp_path):
         ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' has no score of this model"),
     ):
         path.write_text(json.dumps({**good, **edit}))
-        with pytest.raises(UserError, match=rf"result\.json: .*{told}"):
-            read_result(tmp_path)
+        refused(rf"result\.json: .*{told}", read_result, tmp_path)
 
 
 def test_values_are_shown_as_their_metric_says():

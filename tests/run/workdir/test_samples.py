@@ -6,9 +6,9 @@ import io
 import pytest
 from msgspec.structs import replace
 from PIL import Image
+from refusal import refused
 from sample_cases import RUNS, answered, write_records
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.workdir import samples
 from vlmprune_jax.run.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.run.workdir.samples import SAMPLES, Samples, make_samples
@@ -72,5 +72,4 @@ def test_pictures_from_elsewhere_are_refused(tmp_path, records):
         sample = replace(sample, images=[replace(sample.images[0], uri=uri)])
         file = Samples(sets={"questions": replace(found, samples=[sample])})
         write_artefact(tmp_path / "eval/samples.json", file)
-        with pytest.raises(UserError, match=r"samples\.json: .*run `vlmprune evaluate` again"):
-            read_artefact(tmp_path / SAMPLES, Samples)
+        refused(r"samples\.json: .*run `vlmprune evaluate` again", read_artefact, tmp_path / SAMPLES, Samples)

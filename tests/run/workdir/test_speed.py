@@ -54,16 +54,10 @@ def test_the_interval_covers_the_ratio():
     ("before", "after", "limit", "reason"),
     [
         # 6 of 10 layers on a busy machine: "decodes 5.10 times as fast".
-        (
-            (10.0, 4.0, 18.6), (51.0, 50.0, 51.5), 10 / 6,
-            " on this busy machine (repeats differ by 146 %)",
-        ),
+        ((10.0, 4.0, 18.6), (51.0, 50.0, 51.5), 10 / 6, " on this busy machine (repeats differ by 146 %)"),
         (STEADY, (120.0, 119.0, 120.5), None, " (repeats differ by 5 %)"),
         (STEADY, STEADY, None, " (repeats differ by 5 %)"),
-        (
-            (100.0, 101.0, 99.0), (510.0, 509.0, 511.0), 10 / 6,
-            " (repeats differ by 2 %; FLOPs or bytes allow 1.67)",
-        ),
+        ((100.0, 101.0, 99.0), (510.0, 509.0, 511.0), 10 / 6, " (repeats differ by 2 %; FLOPs or bytes allow 1.67)"),
         ((100.0,), (150.0,), None, " (the spread of repeats is unknown)"),
     ],
 )  # fmt: skip

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 from msgspec.structs import replace
+from refusal import refused
 from report_cases import SPEED, steps_of, write_answers, write_workdir
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.report.build import build_report
 from vlmprune_jax.run.workdir.artefact import write_artefact
@@ -124,8 +124,7 @@ def test_models_in_the_workdir_itself(workdir):
 
 
 def test_nothing_of_a_run(tmp_path, capsys):
-    with pytest.raises(UserError, match="contains no run: run `vlmprune run` first"):
-        build_report(tmp_path)
+    refused("contains no run: run `vlmprune run` first", build_report, tmp_path)
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ import time
 
 import msgspec
 import pytest
+from refusal import refused
 from repository import HANG
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.workdir import store as stores
 from vlmprune_jax.run.workdir.ledger import Task, run_task, write_text
 from vlmprune_jax.run.workdir.store import RECORD, Store
@@ -184,5 +184,4 @@ def test_hidden_files_are_no_part_of_a_result(sweep):
 
 def test_links_are_not_linked(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="a: is a symbolic link, which a results folder"):
-        stores._link(tmp_path / "a", tmp_path / "b")
+    refused("a: is a symbolic link, which a results folder", stores._link, tmp_path / "a", tmp_path / "b")

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from refusal import refused
 from sweep_cases import some_runs, write_sweep
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.statistics import interval_of_mean
 from vlmprune_jax.run.workdir.groups import groups_of
 from vlmprune_jax.run.workdir.sweep import read_sweep
@@ -36,10 +36,8 @@ def test_damage_is_one_line(tmp_path, edit, told):
     sweep = json.loads((tmp_path / "sweep.json").read_text())
     edit(sweep)
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    with pytest.raises(UserError, match=f"sweep.json.*{told}"):
-        read_sweep(tmp_path)
+    refused(f"sweep.json.*{told}", read_sweep, tmp_path)
 
 
 def test_nothing_there_says_what_to_run(tmp_path):
-    with pytest.raises(UserError, match=r"sweep.json: no such file: run `vlmprune sweep` first"):
-        read_sweep(tmp_path)
+    refused(r"sweep.json: no such file: run `vlmprune sweep` first", read_sweep, tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusal import refused
 from vlm_cases import images_of
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import generate
 from vlmprune_jax.io.data.encoding import Shape
 
@@ -190,9 +191,7 @@ def test_answers_end_at_the_models_positions(made, goldens):
 )
 def test_what_is_refused(made, contents, kwargs, message):
     backend = made()
-    with pytest.raises(UserError) as error:
-        backend.generate_until(asked(backend, [contents], **kwargs))
-    assert message in str(error.value)
+    refused(re.escape(message), backend.generate_until, asked(backend, [contents], **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -207,22 +206,16 @@ def test_what_is_refused(made, contents, kwargs, message):
     ],
 )
 def test_wrong_model_args(made, arguments, message):
-    with pytest.raises(UserError) as error:
-        made(arguments)
-    assert message in str(error.value)
+    refused(re.escape(message), made, arguments)
 
 
 def test_without_a_folder_or_with_a_device():
     from vlmprune_jax.run.evaluation.lmms.backend import VlmpruneJax
 
-    with pytest.raises(UserError, match="needs pretrained=DIR"):
-        VlmpruneJax()
-    with pytest.raises(UserError, match="jax chooses the devices"):
-        VlmpruneJax("x", device="cuda")
-    with pytest.raises(UserError, match="no such folder"):
-        VlmpruneJax("/no/such/folder")
-    with pytest.raises(UserError, match="batch_size"):
-        VlmpruneJax("x", batch_size="auto:4")
+    refused("needs pretrained=DIR", VlmpruneJax)
+    refused("jax chooses the devices", VlmpruneJax, "x", device="cuda")
+    refused("no such folder", VlmpruneJax, "/no/such/folder")
+    refused("batch_size", VlmpruneJax, "x", batch_size="auto:4")
 
 
 def test_on_a_mesh(made, goldens):

@@ -2,6 +2,7 @@
 
 import pytest
 from metric_cases import asked, measured, value
+from refusal import refused
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics import METRICS
@@ -116,11 +117,7 @@ def test_subjects_of_mmmu():
         ("mathvista", asked("1", **maths("float")), "record q: has no field 'precision'"),
         ("mathvista", asked("1", **maths("float", precision=0.5)), "'precision' must be an integer number of decimals"),
         ("mathvista", asked("1", **maths("bool")), "'answer_type' 'bool' must be integer, float, list or text"),
-        (
-            "mathvista",
-            asked("x", **ANIMALS | maths("text", "multi_choice")),
-            "answer 'x' is not one of the record's choices",
-        ),
+        ("mathvista", asked("x", **ANIMALS | maths("text", "multi_choice")), "answer 'x' is not one of the record's"),
     ],
 )
 def test_records_that_a_metric_cannot_use(name, record, message):
@@ -133,5 +130,4 @@ def test_records_that_a_metric_cannot_use(name, record, message):
 def test_choices_as_the_text_of_a_list():
     assert value("mmmu", "B", asked("B", question_type="multiple-choice", options="['cat', \"dog's\"]")) == 1
     deep = asked("B", question_type="multiple-choice", options="[" * 100_000)
-    with pytest.raises(UserError, match="field 'options' must list"):
-        value("mmmu", "B", deep)
+    refused("field 'options' must list", value, "mmmu", "B", deep)

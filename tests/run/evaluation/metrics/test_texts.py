@@ -4,6 +4,7 @@ import math
 
 import pytest
 from metric_cases import asked, measured, value
+from refusal import refused
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.evaluation.metrics.texts import PERPLEXITY, is_exact_match, normalise, processed
@@ -47,8 +48,7 @@ def test_perplexity_is_of_running_text():
     with_bytes = [{**line, "bytes": 2.0 * line["tokens"]} for line in lines]
     assert PERPLEXITY.values(with_bytes, ())["bits_per_byte"] == pytest.approx(1 / math.log(2) / 2)
     assert PERPLEXITY.values([{"nll": 1e9, "tokens": 1}], ()) == {"perplexity": math.inf}
-    with pytest.raises(UserError, match="scores a text, not answers to questions"):
-        PERPLEXITY.score_all(["a"], [asked("a")])
+    refused("scores a text, not answers to questions", PERPLEXITY.score_all, ["a"], [asked("a")])
 
 
 @pytest.mark.parametrize(
