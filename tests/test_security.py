@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,14 @@ class Uses(ast.NodeVisitor):
         super().generic_visit(node)
 
 
+uses_of = cache(Uses)  # every module is parsed once
+
+
 def uses(*folders: Path) -> Iterator[tuple[str, str, ast.AST]]:
     """(file, function, node) of the package, or of other folders."""
     for folder in folders or (PACKAGE,):
         for path in sorted(folder.rglob("*.py")):
-            for function, node in Uses(path).found:
+            for function, node in uses_of(path).found:
                 yield path.relative_to(folder).as_posix(), function, node
 
 
