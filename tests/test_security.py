@@ -1,9 +1,9 @@
 """The rules of SECURITY.md that a parser can check, each with the places that were looked at."""
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,14 +77,16 @@ class Uses(ast.NodeVisitor):
         super().generic_visit(node)
 
 
-uses_of = cache(Uses)  # every module is parsed once
+@functools.cache
+def uses_in(path: Path) -> list[tuple[str, ast.AST]]:
+    return Uses(path).found
 
 
 def uses(*folders: Path) -> Iterator[tuple[str, str, ast.AST]]:
     """(file, function, node) of the package, or of other folders."""
     for folder in folders or (PACKAGE,):
         for path in sorted(folder.rglob("*.py")):
-            for function, node in uses_of(path).found:
+            for function, node in uses_in(path):
                 yield path.relative_to(folder).as_posix(), function, node
 
 

@@ -214,18 +214,18 @@ def test_one_two_and_four_processes_repair_and_round_the_same(experiment):
     report = json.loads((two / ".stages/reconstruct.json").read_text())["facts"]["modules"]
     assert any(module["ridge"] is not None for module in report)
 
-    for journal in (".scores.npz.parts", ".reconstructed.parts", ".calibrated.parts"):
-        killed, written = experiment / f"killed{journal}", f"{journal}/*.safetensors"
+    killed, journals = experiment / "killed", (".scores.npz.parts", ".reconstructed.parts", ".calibrated.parts")
+    for journal in journals:  # the same run, killed in each of its long stages
         processes = start(experiment, killed.name, REPAIRS, 2, *REPAIR)
-        while len(list(killed.glob(written))) < 2:
+        while len(list(killed.glob(f"{journal}/*.safetensors"))) < 2:
             assert [process.poll() for process in processes] == [None, None]
             time.sleep(0.002)
         for process in processes[::-1]:
             process.kill()
             process.wait()
-        finish(experiment, killed.name, REPAIRS, 2, *REPAIR)
-        assert files_of(killed) == files_of(two)
-        assert not list(killed.glob(journal))
+    finish(experiment, killed.name, REPAIRS, 2, *REPAIR)
+    assert files_of(killed) == files_of(two)
+    assert not [path for journal in journals for path in killed.glob(journal)]
 
 
 # --- what the processes are handed ------------------------------------------------------------------------------------

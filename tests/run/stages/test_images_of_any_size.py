@@ -54,8 +54,7 @@ REPAIR = ("--config.prune.stack=both", "--config.reconstruct.method=least_square
 RUNS = {
     "qwen3_vl": ("qwen3_vl", ()),
     "qwen2_5_vl": ("qwen2_5_vl", ()),
-    "gemma3, caches": ("gemma3", CACHES),
-    "gemma4, caches and vocabulary": ("gemma4", (*CACHES, *VOCABULARY)),
+    "gemma3, caches and vocabulary": ("gemma3", (*CACHES, *VOCABULARY)),
     "gemma4, tower and vocabulary, repaired": ("gemma4", (*VOCABULARY, *REPAIR, "--config.data.max_length=160")),
 }
 

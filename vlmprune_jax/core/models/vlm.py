@@ -175,6 +175,7 @@ class VisionLanguageModel(nnx.Module):
         return self.text.extra_inputs(x, jnp.where(is_image, self.cfg.pad_token_id or 0, input_ids))
 
 
+@functools.lru_cache(maxsize=256)
 def stack_module(stack: str, cfg: Stack) -> Any:
     """Return the abstract NNX module of the decoder or a tower, without allocating parameters."""
     kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
