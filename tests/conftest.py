@@ -68,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Cases of some seconds that nothing else in `make test` rests on, or whose like runs there: file -> ends of names.
 _SLOW_CASES = {
-    "run/demo/test_easyvqa.py": ("counts_and_images",),
+    "run/demo/test_demo.py": ("counts_and_images",),
     "core/mesh/test_mesh.py": ("not_there_is_one_line",),
     "run/evaluation/test_questions.py": ("equal_rows_alone",),
     "io/exports/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),

@@ -53,13 +53,17 @@ def launch(tmp_path):
     for name in ("gcloud", "gcluster", "xpk", "docker", "kubectl"):
         (tmp_path / "bin" / name).write_text(STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "loops").mkdir()  # each makes several slices, of which every `setup` would pack the repository
+    (tmp_path / "loops/git").write_text("#!/bin/sh\n")
+    (tmp_path / "loops/git").chmod(0o755)
     log = tmp_path / "log"
 
     def call(script, *arguments, env=TPU, states=(), codes=()):
         log.write_text("")
         (tmp_path / "log.states").write_text("".join(f"{line}\n" for line in states))
         (tmp_path / "log.codes").write_text("".join(f"{line}\n" for line in codes))
-        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        loops = tmp_path / ("loops" if script in ("spot_loop.sh", "sweep.sh") else "bin")
+        path = f"{tmp_path / 'bin'}:{loops}:{os.environ['PATH']}"
         quick = {"POLL_SECONDS": "0", "GRACE_SECONDS": "0", "TRIES": "3", "LOG": str(log), "PATH": path}
         done = subprocess.run([LAUNCH / script, *arguments], env={**quick, **env}, capture_output=True, text=True,
                               timeout=HANG, cwd=tmp_path)  # fmt: skip

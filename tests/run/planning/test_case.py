@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 import recover_cases as cases
+from refusal import refused
 from repository import ROOT, full_size_models
 from vlm_cases import gemma3_config
 
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.kernels import splash_attention
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.core.prune.criteria.weights import random_scores
@@ -24,7 +28,7 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.planning import case as tpu_case
-from vlmprune_jax.run.planning.ahead_of_time import make_slice
+from vlmprune_jax.run.planning.ahead_of_time import executed_flops, make_slice
 
 # Of the text and the tower of every family.
 SIZES = {"num_hidden_layers": 4, "depth": 4, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4,
@@ -135,3 +139,33 @@ def test_steps_with_videos(goldens, family, slots, tokens, patches):
     assert (found[0][-1], *found[1][-1:], found[2]) == (slots, *([] if tokens is None else [tokens]), patches)
     larger = tpu_case._image_slots(DataSpec(video_frames=96), read_config(folder)[1], folder)
     assert larger[2] == 3 * patches or larger[0][-1] == 3 * slots
+
+
+# --- what is known of a program before it runs on TPUs ---------------------------------------------------------------
+
+
+def test_kernels_count_their_grid():
+    """Splash attention forward: scores and mixing of 2 rows, 4 query and 2 key heads, in blocks of 512 positions."""
+    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    traced = jax.make_jaxpr(functools.partial(splash_attention, causal=True))(q, k, k)
+    assert executed_flops(traced.jaxpr) == 4 * 2 * 4 * 1024**2 * 64
+
+
+def test_loops_count_as_often_as_they_run_at_most():
+    """One that ends when the data says so: see core/models/vocabulary.py."""
+    x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
+
+    def loop(x, used):
+        return jax.lax.while_loop(
+            lambda state: (state[0] < 5) & (state[0] < used), lambda state: (state[0] + 1, state[1] @ x.T @ x), (0, x)
+        )[1]
+
+    assert executed_flops(jax.make_jaxpr(loop)(x, 2).jaxpr) == 5 * 2 * (2 * 3 * 3 * 8)
+
+
+def test_slices_lie_along_data():
+    target = make_slice("v5e:2x2:2")
+    mesh = make_mesh(2, 2, 2, devices=target.devices)
+    assert mesh.shape["data"] == 2
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    refused(r"mesh\.data=1 must be a multiple of the number of TPU slices", make_mesh, 1, -1, 1, devices=target.devices)

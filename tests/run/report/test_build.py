@@ -87,13 +87,19 @@ def test_page_tells_the_numbers_and_is_one_file(finished):
 
 def test_what_was_planned_for_a_slice_is_shown(finished, workdir):
     assert "TPU slice" not in (finished / "report.html").read_text()
-    plan = TpuPlan(recoveries={"depth-sft": PLANNED, "<width>": PLANNED})
+    cached = {"images_buckets": [13], "feature_cache": True, "teacher": None, "teacher_top_k": 64}
+    plan = TpuPlan(recoveries={"depth-sft": PLANNED, "<width>": replace(PLANNED, **cached)})
     write_artefact(workdir / "tpu_plan.json", plan)
     page = build_report(workdir).read_text()
     section = page[page.index("Recovery on a TPU slice") :]
-    told = {
-        html.unescape(what): value for what, value in re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', section)
-    }
+    told, taught = (
+        {html.unescape(what): value for what, value in re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', part)}
+        for part in section.split("<h3>&lt;width&gt;</h3>")
+    )
+    assert told["step"] == "64 rows of 2,048 tokens and 1 image, 2 micro-batches, remat full"
+    assert told["student"] == "5,700,000,000 parameters in 27 layers, teacher 7,000,000,000 in 32"
+    assert taught["step"] == "64 rows of 2,048 tokens and 13 cached images, 2 micro-batches, remat full"
+    assert taught["student"] == "5,700,000,000 parameters in 27 layers, the teacher&#39;s top 64 from its cache"
     assert told["HBM per chip"] == "2.00 GiB arguments + 1.50 GiB temporaries, 12.00 GiB free"
     assert told["FLOPs"].startswith("3.26e+15 executed, 2.51e+15 of the model")
     assert told["received"] == "per chip, in GiB: weights 37.00"
@@ -103,7 +109,6 @@ def test_what_was_planned_for_a_slice_is_shown(finished, workdir):
         "520 steps: at least 0.04 hours, 2.4 chip-hours if every batch is of the largest bucket"
     )
     assert told["throughput"] == "at most 508,031 tokens/s"
-    assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
     refused(r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again", build_report, workdir)
 

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import sweep_cases as cases
 from msgspec.structs import replace
 from refusal import refused
 from study_cases import row
+from worker_cases import start_counting
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main
@@ -17,6 +20,7 @@ from vlmprune_jax.run.report import build
 from vlmprune_jax.run.sweep import hyper
 from vlmprune_jax.run.sweep import sweep as sweep_run
 from vlmprune_jax.run.sweep.hyper import sweep_runs
+from vlmprune_jax.run.sweep.workers import in_processes
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.speed import SpeedUp
 from vlmprune_jax.run.workdir.sweep import read_sweep
@@ -287,3 +291,60 @@ def test_caches_are_shared_by_those_that_can():
     assert caches(prune={"stack": "vision", "ratio": 0.1})[1] != caches(prune={"stack": "vision", "ratio": 0.2})[1]
     plain = sweep_run.with_caches(Experiment())
     assert plain == Experiment()
+
+
+# --- worker processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_killed_costs_its_item_alone():
+    told = {}
+    items = [1, 2, "die", 3, "fail", 4, 5]
+    in_processes(items, 2, start_counting, lambda item, line: told.setdefault(item, line))
+    assert set(told) == set(items)
+    assert told["die"].startswith("its process ended (SIGKILL), perhaps out of memory")
+    assert told["fail"] == "it failed"
+    pids = {told[item].split()[0] for item in (1, 2, 3, 4, 5)}
+    assert len(pids) in (2, 3)  # and not a process for every item
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("multiprocessing", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()\n")
+    told = []
+    in_processes([1], 1, start_counting, lambda item, line: told.append(line))
+    assert told[0].endswith("1"), told
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which it leaves out where SIGINT is ignored: in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interruption_ends_all_processes():
+    told = []
+
+    def stop(item, line):
+        told.append(line)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(["sleep"] * 50, 2, start_counting, stop)
+    pids = {int(line.split()[0]) for line in told}
+    assert pids
+    assert len(told) < 10
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_goes_wrong_between_items_is_raised():
+    def fail(item, line):
+        raise UserError("the disk is full")
+
+    refused("the disk is full", in_processes, list(range(50)), 2, start_counting, fail)
