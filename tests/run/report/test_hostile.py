@@ -5,15 +5,22 @@ import json
 import os
 import warnings
 
+import numpy as np
 import pytest
+from hostile import mutants
 from refusal import refused
-from report_cases import write_several
+from report_cases import CFG, write_several
 from rich.console import Console
 
 from vlmprune_jax.base import console
 from vlmprune_jax.base.console import Reporter
+from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.core.prune import PrunePlan, Scores
+from vlmprune_jax.core.recovery.metrics import read_metrics
+from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report import plots
 from vlmprune_jax.run.report.build import build_report
+from vlmprune_jax.run.report.figures import importance_figure
 from vlmprune_jax.run.report.tables import tables_of
 from vlmprune_jax.run.workdir.comparison import best_run
 from vlmprune_jax.run.workdir.groups import comparison_of_run
@@ -28,6 +35,65 @@ def printed(workdir):
         reporter.table(*table.printed)
     best_run(result.runs, result.sets)
     return out.getvalue()
+
+
+def refused_or_done(good, write, use, path, share):
+    """How many of the mutants of a value were refused, each in one line that names the file, and how many taken."""
+    counts = {True: 0, False: 0}
+    for where, value in mutants(good, share):
+        write(value)
+        said = str(path)
+        try:
+            use()
+        except UserError as error:
+            said = str(error)
+            counts[False] += 1
+        except BaseException as error:
+            raise AssertionError(f"{where} raises {error!r}") from error
+        else:
+            counts[True] += 1
+        assert said.startswith(str(path)), (where, said)
+        assert len(said) < 1000, where
+    return counts
+
+
+def test_mutants_of_plans_and_scores(workdir):
+    for method in ("depth", "width"):
+        plan, scores = workdir / method / "plan.json", workdir / method / "scores.npz"
+        with np.load(scores) as file:
+            arrays = {name: file[name] for name in file.files}
+        good = Scores.load(scores)
+
+        def use_plan(plan=plan, good=good):
+            read = PrunePlan.from_json(plan)
+            assert PrunePlan.from_json(read.to_json()) == read
+            importance_figure(good, read)
+
+        def write_meta(value, scores=scores, arrays=arrays):
+            np.savez(scores, **{**arrays, "meta": np.array(json.dumps(value))})
+
+        def use_scores(scores=scores, method=method, good=good):
+            read = Scores.load(scores)
+            if read.fingerprint == good.fingerprint:
+                make_plan(read, CFG, method=method, ratio=0.3)
+
+        data = json.loads(plan.read_text())
+        counts = refused_or_done(data, lambda v, plan=plan: plan.write_text(json.dumps(v)), use_plan, plan, 0.2)
+        assert counts[False] > 100
+        refused_or_done(json.loads(str(arrays["meta"])), write_meta, use_scores, scores, 1.0)
+
+
+def test_mutants_of_metrics(workdir):
+    path = workdir / "depth/sft/metrics.jsonl"
+    rows = read_metrics(path)[:2]
+
+    def write(value):
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in (value if isinstance(value, list) else [value])))
+
+    def draw():
+        plots.loss_figure({"a": read_metrics(path)}, {"ce": "cross-entropy", "l2": "states"})
+
+    assert min(refused_or_done(rows, write, draw, path, 0.5).values()) > 5
 
 
 @pytest.mark.parametrize("outside", ["../../etc/passwd", "/etc/passwd", "a\0b", "link", "depth/../../x", "\ud800"])
