@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune_jax"
 # One way: a room imports from itself and the rooms before it. Lines only fall: what needs more moves or removes
 # something first.
-BUDGETS = {"base": 2_170, "core": 15_500, "io": 16_880, "run": 12_985}
+BUDGETS = {"base": 2_170, "core": 15_500, "io": 16_880, "run": 12_982}
 ROOMS = (*BUDGETS, "__main__")
 # What a room knows nothing of, by word, in code, docstrings and messages.
 WORDS = {

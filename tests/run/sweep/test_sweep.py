@@ -311,9 +311,11 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("multiprocessing", "json", "numpy"):
         (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()\n")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     told = []
     in_processes([1], 1, start_counting, lambda item, line: told.append(line))
     assert told[0].endswith("1"), told
+    assert not os.environ["PYTHONSAFEPATH"]  # processes that the caller starts later import as they always did
     assert not (tmp_path / "ran").exists()
 
 

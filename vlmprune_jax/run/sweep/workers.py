@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -30,8 +29,8 @@ def in_processes(
       start: importable function, called once in each new process, which returns the function that processes an item.
       done: called in this process with each finished item and its error (or None), one at a time.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the current folder
     context = multiprocessing.get_context("spawn")  # a fork would lose the threads of jax
+    before = os.environ.get("PYTHONSAFEPATH", "")
     pending, processes = list(reversed(items)), list[SpawnProcess]()
     busy = dict[Connection, tuple[SpawnProcess, Any]]()
 
@@ -49,6 +48,7 @@ def in_processes(
         with contextlib.suppress(OSError):  # of a process that has just been killed, which `wait` reports
             connection.send(item)
 
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the current folder
     try:
         while pending and len(processes) < jobs:
             launch()
@@ -69,6 +69,7 @@ def in_processes(
                         launch()
                 done(item, line)
     finally:
+        os.environ["PYTHONSAFEPATH"] = before  # empty is as good as unset
         for process in processes:
             process.terminate()
         for process in processes:
@@ -77,10 +78,7 @@ def in_processes(
 
 def _serve(connection: Connection, start: Callable[[], Worker]) -> None:
     """Process items in the child process until the connection is closed."""
-    with contextlib.suppress(EOFError, OSError, Stopped):
-        try:
-            work = start()
-            while True:
-                connection.send(work(connection.recv()))
-        except KeyboardInterrupt:
-            sys.exit(130)
+    with contextlib.suppress(EOFError, OSError, Stopped, KeyboardInterrupt):
+        work = start()
+        while True:
+            connection.send(work(connection.recv()))
