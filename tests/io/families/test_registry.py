@@ -5,10 +5,10 @@ import importlib
 
 import pytest
 from hf_cases import LLAMA, make_folder
+from refusal import refused
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.layout import make_slots
 from vlmprune_jax.io.families import detect, family_of, target_of, template_of
 from vlmprune_jax.io.families.table import FAMILIES, Conversion
@@ -52,29 +52,24 @@ def test_a_later_family_takes_the_folder(tmp_path):
 def test_a_decoder_that_is_gone(tmp_path):
     model = vp.load(make_folder(tmp_path / "llama", LLAMA))
     del FAMILIES["llama"]
-    with pytest.raises(UserError, match=r"unknown family 'llama' in transformers layout .* import the file"):
-        family_of(model.cfg)
-    with pytest.raises(UserError, match=r"known: llava, .*mistral"):
-        vp.load(tmp_path / "llama")
+    refused(r"unknown family 'llama' in transformers layout .* import the file", family_of, model.cfg)
+    refused(r"known: llava, .*mistral", vp.load, tmp_path / "llama")
 
 
-@pytest.mark.parametrize("to", ["nothing", "llama"])
-def test_a_conversion_to_what_takes_no_models(tmp_path, to):
+@pytest.mark.parametrize(
+    ("to", "fact"),
+    [
+        ("nothing", "internvl: conversion.to='nothing' names a layout .*use one of llava, internvl"),
+        ("llama", "internvl: conversion.to='llama' names a layout .*use one of llava, internvl"),
+        ("llava", r'internvl class does not support pixel shuffle: use layout "source"'),  # what `Stock.lacks` says
+    ],
+)
+def test_a_conversion_to_what_does_not_take_the_model(tmp_path, to, fact):
     model = vp.load(make_vlm_folder(tmp_path / "chat", internvl_chat_config("qwen2") | {"force_image_size": 24}))
-    conversion = Conversion(to=to, new_token="<x>", marks_images=False)
+    conversion = Conversion(to=to, new_token="<image>", marks_images=to == "llava")
     FAMILIES["internvl-original"] = dataclasses.replace(FAMILIES["internvl-original"], conversion=conversion)
-    with pytest.raises(UserError, match=f"internvl: conversion.to='{to}' names a layout .*use one of llava, internvl"):
-        vp.save(model, tmp_path / "out", source_dir=tmp_path / "chat", layout="transformers")
-
-
-def test_limits_of_the_class_that_takes_a_model(tmp_path):
-    """What `Stock.lacks` says is refused before anything is written."""
-    config = internvl_chat_config("qwen2") | {"ps_version": "v2", "force_image_size": 24}
-    model = vp.load(make_vlm_folder(tmp_path / "chat", config))
-    llava = Conversion(to="llava", new_token="<image>", marks_images=True)
-    FAMILIES["internvl-original"] = dataclasses.replace(FAMILIES["internvl-original"], conversion=llava)
-    with pytest.raises(UserError, match=r'internvl class does not support pixel shuffle: use layout "source"'):
-        vp.save(model, tmp_path / "out", source_dir=tmp_path / "chat", layout="transformers")
+    options = {"source_dir": tmp_path / "chat", "layout": "transformers"}
+    refused(fact, vp.save, model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
