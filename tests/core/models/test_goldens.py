@@ -150,13 +150,6 @@ def test_another_feature_layer(goldens, tmp_path, name, field):
     np.testing.assert_allclose(states, golden["vision_hidden_states"][2][:, 1:], **close)
 
 
-def test_positions_of_another_grid(models, goldens):
-    golden = golden_of(goldens, "internvl")
-    states = to_nnx(models["internvl"]).vision(packed(golden["resized_pixel_values"]))
-    np.testing.assert_allclose(states, golden["resized_vision_last_hidden_state"], **close)
-    np.testing.assert_array_equal(bicubic(5, 5), np.eye(5, dtype=np.float32))
-
-
 # --- other folders of InternVL-Chat -----------------------------------------------------------------------------------
 
 
@@ -194,6 +187,7 @@ def test_images_of_another_size_than_the_tower_was_trained_on(goldens, tmp_path)
     _, aux = forward(model, ids, pixel_values=golden["resized_pixel_values"], capture=("image_features",))
     shuffled = pixel_shuffle(jnp.asarray(golden["resized_vision_last_hidden_state"])[:, 1:], 2, "v2")
     np.testing.assert_allclose(aux["image_features"], to_nnx(model).projector(shuffled), **close)
+    np.testing.assert_array_equal(bicubic(5, 5), np.eye(5, dtype=np.float32))
 
 
 def test_image_token_of_the_folders_tokenizer(goldens, tmp_path):
