@@ -61,12 +61,6 @@ def test_safetensors(tmp_path):
     fuzz_file(150, path, lambda: every_array(folder), files=safetensors_files(path.read_bytes()))
 
 
-def test_index(goldens, tmp_path):
-    folder = copy_golden(goldens, "llava_hf", tmp_path / "model")
-    path = folder / "model.safetensors.index.json"
-    fuzz_file(60, path, lambda: every_array(folder), path.name, folder.name)
-
-
 def torch_files(path):
     """Archives one of whose members was damaged, with check sums that fit; or damaged as bytes."""
     with zipfile.ZipFile(path) as archive:
@@ -86,21 +80,27 @@ def torch_files(path):
     return st.one_of(inside, inside, damaged(path.read_bytes()))
 
 
-def test_torch_files(goldens, tmp_path):
-    folder = copy_golden(goldens, "llava_orig_bin", tmp_path / "model")
-    path = folder / "pytorch_model.bin"
-    fuzz_file(120, path, lambda: every_array(folder), files=torch_files(path))
+@pytest.mark.parametrize(
+    ("name", "file", "files"),
+    [("llava_hf", "model.safetensors.index.json", None), ("llava_orig_bin", "pytorch_model.bin", torch_files)],
+)
+def test_weights_of_folders(goldens, tmp_path, name, file, files):
+    folder = copy_golden(goldens, name, tmp_path / "model")
+    path, names = folder / file, (file,) if files else (file, "model")
+    fuzz_file(100, path, lambda: every_array(folder), *names, files=files and files(path))
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "clip_tower"])
 def test_config(goldens, tmp_path, name):
     folder, tower = copy_golden(goldens, name, tmp_path / "model"), TOWERS.get(name)
-    vision = None if tower is None else goldens / "ckpt" / tower
-    path, examples = folder / "config.json", 60 if name != "llava_orig_bin" else 5
-    fuzz_file(examples, path, lambda: describe(folder, vision), path.name, str(folder))
+    model = (
+        (goldens / "ckpt/llava_orig", folder) if name == "clip_tower" else (folder, tower and goldens / "ckpt" / tower)
+    )
+    examples = {"clip_tower": 20, "llava_orig_bin": 5}.get(name, 60)
+    fuzz_file(examples, folder / "config.json", lambda: describe(*model), "config.json", str(folder))
 
 
 NUMBERS = [-(2**31), -1, 0, 1, 3, 300, 5000, 10**9, 2**31 - 1, 10**400, -0.5, 1e-300, 1e308, float("nan"), float("inf")]
@@ -188,12 +188,6 @@ def test_heads_for_several_tokens(goldens, tmp_path):
             assert all(np.isfinite(array).all() for array in found.values())
 
     check()
-
-
-def test_config_of_a_tower(goldens, tmp_path):
-    tower = copy_golden(goldens, "clip_tower", tmp_path / "tower")
-    read = functools.partial(describe, goldens / "ckpt/llava_orig", tower)
-    fuzz_file(20, tower / "config.json", read, "config.json", str(tower))
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
