@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,40 @@ def json_lines(values: list[Any]) -> st.SearchStrategy[bytes]:
 
     edits = edited(values).map(written)
     return st.one_of(edits, edits, damaged(written(values)))
+
+
+def fuzz_file(
+    examples: int, path: Path, read: Callable[[], Any], *names: str, files: st.SearchStrategy[bytes] | None = None
+) -> None:
+    """Damage a file, by default one of a JSON value; `read` returns or refuses in a line that says one of the names.
+
+    Without names it is the file's.
+    """
+
+    @fuzz(examples, content=json_files(json.loads(path.read_bytes())) if files is None else files)
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        reads(read, *(names or [path.name]))
+
+    check()
+
+
+def fuzz_folder(examples: int, folder: Path, read: Callable[[], Any]) -> None:
+    """Damage one file of a folder at a time; `read` returns or refuses in a line that says the folder's name."""
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*.*")) if path.is_file()}
+
+    def damage(path: Path) -> st.SearchStrategy[tuple[Path, bytes]]:
+        content = files[path]
+        changed = json_files(json.loads(content)) if path.suffix == ".json" else damaged(content)
+        return changed.map(lambda content: (path, content))
+
+    @fuzz(examples, change=st.sampled_from(sorted(files)).flatmap(damage))
+    def check(change: tuple[Path, bytes]) -> None:
+        for path, content in {**files, change[0]: change[1]}.items():
+            path.write_bytes(content)
+        reads(read, folder.name)
+
+    check()
 
 
 def scores_of(cfg):

@@ -10,8 +10,6 @@ from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.prune import KeptLayer
 
-CASES = ("single", "two", "text", "tiny")
-MORE_CASES = {"gemma3": ("adjacent", "crops"), "gemma4": ("adjacent",), "gemma4_dense": ("adjacent",)}
 CLOSE = dict(atol=1e-4, rtol=0)
 FAMILIES = sorted(path.parent.name for path in (GOLDENS / "families").glob("*/golden.npz"))
 MIXTURES, HYBRIDS = ([name for name in FAMILIES if text in name] for text in ("_moe", "qwen3_5"))
@@ -37,8 +35,24 @@ class Golden:
         self.by_row = folder.name == "smolvlm"
         self.patched = "image0_grid_thw" in self.arrays  # images of any size, as patches with a grid
         self.positioned = "image0_position_ids" in self.arrays  # or with the position of each
-        self.cases = CASES + MORE_CASES.get(folder.name, ())
+        self.cases = [name for name in self.facts["cases"] if not name.startswith("batch")]
         self.respelled = folder.name in ("gemma3", "gemma4", "gemma4_dense")  # exports have the hub's keys
+
+    def as_stored(self, tensors):
+        """Tensors by their names in memory in transformers, as those of the checkpoint's files."""
+        stored, layout = {}, "saved_by_5.24" if self.folder.name in DENSE else "hub"
+        for name, array in tensors.items():
+            place = self.keys.get(name, {}).get(layout)
+            if isinstance(place, str):
+                stored[place] = array
+            elif place is not None and "transposed" in place:
+                stored[place["transposed"]] = np.ascontiguousarray(array.swapaxes(1, 2))
+            elif place is not None:
+                keys = place["per_expert"]
+                for expert, rows in enumerate(array):
+                    for key, part in zip(keys, np.split(rows, len(keys)), strict=True):
+                        stored[key.replace("{expert}", str(expert))] = np.ascontiguousarray(part)
+        return stored
 
     def images(self, case):
         return self.facts["cases"][case]["images"]
@@ -67,14 +81,15 @@ class Golden:
     def inputs(self, case):
         inputs = {"input_ids": self.arrays[f"{case}_input_ids"][None], **self.shown([case])}
         if "image_grid_thw" in inputs:
-            inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
             # version 4.57 takes the repeated positions of an image for many short rows if there is no mask
             inputs["attention_mask"] = np.ones_like(inputs["input_ids"])
-        if f"{case}_token_type_ids" in self.arrays:
-            inputs["token_type_ids"] = self.arrays[f"{case}_token_type_ids"][None]
-        if self.positioned:
-            inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
-        return inputs
+        inputs |= {name: array[None] for name, array in self.types(case).items()}
+        return {name: array for name, array in inputs.items() if array is not None}
+
+    def types(self, case):
+        """The token types of a case or batch, for families that have some."""
+        names = ("token_type_ids", "mm_token_type_ids")
+        return {name: self.arrays[f"{case}_{name}"] for name in names if f"{case}_{name}" in self.arrays}
 
     def padded(self, cases, rows):
         """Left-padded token rows of these cases, with their images."""
@@ -92,7 +107,7 @@ class Golden:
     def batch(self, side):
         names = ("input_ids", "attention_mask", "labels")
         arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}
-        return arrays | self.shown(["tiny", "text", "two"])
+        return arrays | self.shown(self.facts["cases"][f"batch_{side}"]["rows"])
 
 
 def cut_layers(golden, cut):

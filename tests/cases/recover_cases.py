@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,28 @@ class Stream:
         names = tuple(f"record-{self.at}-{row}" for row in range(self.rows))
         self.at += 1
         return Batch(arrays, names)
+
+
+class Watched:
+    """A stream that calls `event` with the number of each batch before it hands the batch out."""
+
+    def __init__(self, batches: Any, event: Callable[[int], Any]):
+        self.batches, self.stream, self.event, self.numbers = batches, iter(batches), event, itertools.count()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches if name == "kinds" else self.stream, name)
+
+    def __iter__(self) -> Watched:
+        return self
+
+    def __next__(self) -> Any:
+        self.event(next(self.numbers))
+        return next(self.stream)
+
+
+def terminate_at(number: int) -> Callable[[int], None]:
+    """Return an event that sends this process SIGTERM at a batch."""
+    return lambda at: os.kill(os.getpid(), signal.SIGTERM) if at == number else None
 
 
 def settings(**changes: Any) -> RecoverConfig:

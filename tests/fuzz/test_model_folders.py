@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from fuzz_cases import damaged, edited, fuzz, json_files, reads
+from fuzz_cases import damaged, edited, fuzz, fuzz_file, json_files, reads
 from gguf import GGMLQuantizationType, GGUFWriter
 from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
@@ -43,11 +43,6 @@ def every_array(folder):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("llama"), {**LLAMA, "num_hidden_layers": 1})
-
-
 def safetensors_files(content):
     """Files whose header was edited, with a length that fits; or damaged as bytes."""
     (length,) = struct.unpack("<Q", content[:8])
@@ -60,27 +55,10 @@ def safetensors_files(content):
     return edited(header).map(written) | damaged(content)
 
 
-def test_safetensors(llama, tmp_path):
-    path = tmp_path / "model.safetensors"
-
-    @fuzz(150, content=safetensors_files((llama / "model.safetensors").read_bytes()))
-    def check(content):
-        path.write_bytes(content)
-        reads(lambda: every_array(tmp_path), path.name)
-
-    check()
-
-
-def test_index(goldens, tmp_path):
-    folder = copy_golden(goldens, "llava_hf", tmp_path / "model")
-    path = folder / "model.safetensors.index.json"
-
-    @fuzz(60, content=json_files(json.loads(path.read_text())))
-    def check(content):
-        path.write_bytes(content)
-        reads(lambda: every_array(folder), path.name, folder.name)
-
-    check()
+def test_safetensors(tmp_path):
+    folder = make_folder(tmp_path, {**LLAMA, "num_hidden_layers": 1})
+    path = folder / "model.safetensors"
+    fuzz_file(150, path, lambda: every_array(folder), files=safetensors_files(path.read_bytes()))
 
 
 def torch_files(path):
@@ -102,33 +80,27 @@ def torch_files(path):
     return st.one_of(inside, inside, damaged(path.read_bytes()))
 
 
-def test_torch_files(goldens, tmp_path):
-    folder = copy_golden(goldens, "llava_orig_bin", tmp_path / "model")
-    path = folder / "pytorch_model.bin"
-
-    @fuzz(120, content=torch_files(path))
-    def check(content):
-        path.write_bytes(content)
-        reads(lambda: every_array(folder), path.name)
-
-    check()
+@pytest.mark.parametrize(
+    ("name", "file", "files"),
+    [("llava_hf", "model.safetensors.index.json", None), ("llava_orig_bin", "pytorch_model.bin", torch_files)],
+)
+def test_weights_of_folders(goldens, tmp_path, name, file, files):
+    folder = copy_golden(goldens, name, tmp_path / "model")
+    path, names = folder / file, (file,) if files else (file, "model")
+    fuzz_file(100, path, lambda: every_array(folder), *names, files=files and files(path))
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "clip_tower"])
 def test_config(goldens, tmp_path, name):
     folder, tower = copy_golden(goldens, name, tmp_path / "model"), TOWERS.get(name)
-    vision = None if tower is None else goldens / "ckpt" / tower
-    path = folder / "config.json"
-
-    @fuzz(60 if name != "llava_orig_bin" else 5, content=json_files(json.loads(path.read_text())))
-    def check(content):
-        path.write_bytes(content)
-        reads(lambda: describe(folder, vision), path.name, str(folder))
-
-    check()
+    model = (
+        (goldens / "ckpt/llava_orig", folder) if name == "clip_tower" else (folder, tower and goldens / "ckpt" / tower)
+    )
+    examples = {"clip_tower": 20, "llava_orig_bin": 5}.get(name, 60)
+    fuzz_file(examples, folder / "config.json", lambda: describe(*model), "config.json", str(folder))
 
 
 NUMBERS = [-(2**31), -1, 0, 1, 3, 300, 5000, 10**9, 2**31 - 1, 10**400, -0.5, 1e-300, 1e308, float("nan"), float("inf")]
@@ -218,55 +190,35 @@ def test_heads_for_several_tokens(goldens, tmp_path):
     check()
 
 
-def test_config_of_a_tower(goldens, tmp_path):
-    tower = copy_golden(goldens, "clip_tower", tmp_path / "tower")
-    path = tower / "config.json"
-
-    @fuzz(20, content=json_files(json.loads(path.read_text())))
-    def check(content):
-        path.write_bytes(content)
-        reads(lambda: describe(goldens / "ckpt/llava_orig", tower), path.name, str(tower))
-
-    check()
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
-)
+def files_of(path):
+    return damaged(path.read_bytes()) if path.suffix == ".model" else json_files(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("name", TOKENIZER)
 def test_tokenizer(goldens, tmp_path, name):
     folder = tmp_path / "tokenizer"
     shutil.copytree(goldens / "tokenizers/llava", folder)
-    path = folder / name
     if name == "tokenizer.model":  # what is read where there is no other
         (folder / "tokenizer.json").unlink()
-        files = damaged(path.read_bytes())
-    else:
-        files = json_files(json.loads(path.read_text()))
 
     def read():
         tokenizer = load_tokenizer(folder)
         return tokenizer.decode(tokenizer(TEXT, return_offsets_mapping=True)["input_ids"])
 
-    @fuzz(60 if name == "tokenizer.json" else 30, content=files)
-    def check(content):
-        path.write_bytes(content)
-        reads(read, "tokenizer")
-
-    check()
+    fuzz_file(60 if name == "tokenizer.json" else 30, folder / name, read, "tokenizer", files=files_of(folder / name))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "generation_config.json"],
-)
+@pytest.mark.parametrize("name", [*TOKENIZER, "generation_config.json"])
 def test_trimmed_vocabularies(goldens, tmp_path, name):
     """Files that a smaller vocabulary rewrites, and the tokenizer that it is chosen from."""
     folder = copy_llava(goldens, tmp_path / "model")
     generation = {"eos_token_id": [2], "bad_words_ids": [[5, 6]], "suppress_tokens": [7]}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    cfg, path = read_config(folder)[1], folder / name
+    cfg = read_config(folder)[1]
     vocabulary = Source.of(folder, cfg).keep({}, (), 380, 4)
-    files = damaged(path.read_bytes()) if name == "tokenizer.model" else json_files(json.loads(path.read_text()))
 
     def trim():
         Source.of(folder, cfg).check(vocabulary)
@@ -275,13 +227,7 @@ def test_trimmed_vocabularies(goldens, tmp_path, name):
         trim_files(folder, tmp_path / "out", vocabulary, vocabulary.apply_to(cfg))
 
     trim()
-
-    @fuzz(25, content=files)
-    def check(content):
-        path.write_bytes(content)
-        reads(trim, "model", "prune plan", "template")
-
-    check()
+    fuzz_file(25, folder / name, trim, "model", "prune plan", "template", files=files_of(folder / name))
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "config.json", "patches"])
@@ -300,20 +246,13 @@ def test_image_processor(goldens, tmp_path, name):
         value = json.loads((folder / "preprocessor_config.json").read_text())
         (folder / "preprocessor_config.json").unlink()
         value = {"image_processor": value, "processor_class": "x"} if name == "processor_config.json" else value
-    path = folder / name
+    path, data = folder / name, DataSpec(aspect_ratio="pad", max_image_pixels=10**6, cache_megabytes=0)
 
     def read():
-        loader = load_image_processor(
-            folder, DataSpec(aspect_ratio="pad", max_image_pixels=10**6, cache_megabytes=0), **sizes
-        )
+        loader = load_image_processor(folder, data, **sizes)
         return loader.load(goldens / "data/images/img1.png", "r1").shape
 
-    @fuzz(80, content=json_files(value))
-    def check(content):
-        path.write_bytes(content)
-        reads(read, name, folder.name)
-
-    check()
+    fuzz_file(80, path, read, name, folder.name, files=json_files(value))
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
@@ -321,7 +260,8 @@ def test_image_processor(goldens, tmp_path, name):
 
 def test_gguf_headers(tmp_path):
     """Whatever comes back has the types and sizes that `vlmprune bench` relies on."""
-    path, writer = tmp_path / "a.gguf", GGUFWriter(tmp_path / "whole.gguf", "llama")
+    path = tmp_path / "a.gguf"
+    writer = GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_array("tokenizer.ggml.tokens", ["a", "", "ccc"] * 20)
     writer.add_array("tokenizer.ggml.scores", [0.5] * 60)
@@ -331,14 +271,10 @@ def test_gguf_headers(tmp_path):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
-    whole = (tmp_path / "whole.gguf").read_bytes()
 
-    @fuzz(200, content=damaged(whole))
-    def check(content):
-        path.write_bytes(content)
-        found = reads(lambda: read_gguf_header(path), path.name)
-        if found is not None:
-            assert sum(found.types.values()) <= len(content)
-            assert all(isinstance(value, int | float | str | tuple) for value in found.fields.values())
+    def read():
+        found = read_gguf_header(path)
+        assert sum(found.types.values()) <= path.stat().st_size
+        assert all(isinstance(value, int | float | str | tuple) for value in found.fields.values())
 
-    check()
+    fuzz_file(200, path, read, files=damaged(path.read_bytes()))

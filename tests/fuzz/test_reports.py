@@ -3,12 +3,12 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import recover_cases as cases
 import sweep_cases
-from fuzz_cases import fuzz, json_files, json_lines, reads, scores_of
+from fuzz_cases import fuzz, fuzz_file, json_files, json_lines, scores_of
 from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
-from vlmprune_jax.base.files import read_json
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.run.planning.guide import FILE, METHODS, Target, read_guide, recommend
@@ -37,12 +37,6 @@ PRUNE = StepRecord(
 )  # fmt: skip
 
 
-def saved(path, artefact):
-    """Write an artefact; returns its JSON value."""
-    write_artefact(path, artefact)
-    return json.loads(path.read_text())
-
-
 def test_results(tmp_path):
     path = tmp_path / "result.json"
 
@@ -51,40 +45,22 @@ def test_results(tmp_path):
         return tables_of(comparison_of_run(found)), best_run(found.runs, found.sets).name
 
     write_workdir(tmp_path)
-    whole = json.loads(path.read_text())
     assert shown()[1] == "depth-sft"
-
-    @fuzz(150, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
+    fuzz_file(150, path, shown)
 
 
 def test_sweeps(tmp_path):
     path = tmp_path / "sweep.json"
     sweep_cases.write_sweep(tmp_path, ("docs", "wiki"), runs=sweep_cases.some_runs(seeds=(1,))[:3])
-    whole = json.loads(path.read_text())
 
     def shown():
         found = read_sweep(tmp_path)
         groups = groups_of(found)
-        return (
-            tables_of(comparison_of_sweep(found))[0],
-            as_csv(found),
-            series_of(groups),
-            [group.recovery for group in groups],
-        )
+        series = series_of(groups), [group.recovery for group in groups]
+        return tables_of(comparison_of_sweep(found))[0], as_csv(found), series
 
     assert len(shown()[0].rows) == 4
-
-    @fuzz(150, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
+    fuzz_file(150, path, shown)
 
 
 def test_runs_of_sweeps(tmp_path):
@@ -93,7 +69,8 @@ def test_runs_of_sweeps(tmp_path):
     sweep_cases.write_sweep(tmp_path, runs=runs)
     sweep = Sweep(tmp_path, "c.py", overwrite=False)
     paths = [sweep.folder(runs[0]) / name for name in ("result.json", "error.json")]
-    whole = [json.loads(paths[0].read_text()), saved(paths[1], RunError(error="no"))]
+    write_artefact(paths[1], RunError(error="no"))
+    whole = [json.loads(path.read_text()) for path in paths]
 
     @fuzz(100, run=json_files(whole[0]), error=json_files(whole[1]))
     def check(run, error):
@@ -107,28 +84,10 @@ def test_runs_of_sweeps(tmp_path):
     check()
 
 
-def test_tpu_plans(tmp_path):
-    path = tmp_path / TPU_PLAN
-    whole = saved(path, TpuPlan(recoveries={"depth": PLANNED, "width": PLANNED}))
-
-    def shown():
-        return [[*planned.table()] for planned in read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()]
-
-    assert len(shown()) == 2
-
-    @fuzz(80, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
-
-
 def test_guides(tmp_path):
     """A guide with rows of one's own, or one that somebody hands on."""
     path = tmp_path / "guide.json"
     path.write_bytes(FILE.read_bytes())
-    whole = read_json(path)
 
     def advised():
         guide = read_guide(path)
@@ -142,13 +101,7 @@ def test_guides(tmp_path):
         ]
 
     assert len(advised()) == 12
-
-    @fuzz(100, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(advised, path.name)
-
-    check()
+    fuzz_file(100, path, advised)
 
 
 def test_answers(tmp_path):
@@ -165,13 +118,7 @@ def test_answers(tmp_path):
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert measured() == 1.0
-
-    @fuzz(60, content=json_lines(lines))
-    def check(content):
-        path.write_bytes(content)
-        reads(measured, path.name)
-
-    check()
+    fuzz_file(60, path, measured, files=json_lines(lines))
 
 
 def test_evaluations_of_an_unfinished_run(tmp_path):
@@ -182,111 +129,74 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
     path = tmp_path / "eval/teacher.json"
     evaluation = evaluated(0.5, retained_interval=(90.0, 99.5), scores={"accuracy": [1.0, 0.0]})
     write_artefact(tmp_path / "eval/pruned.json", evaluation)
-    steps = saved(tmp_path / STEPS, Steps(steps=[PRUNE]))
+    write_artefact(tmp_path / STEPS, Steps(steps=[PRUNE]))
+    write_artefact(path, evaluation)
 
     def compared():
         result = read_unfinished(tmp_path).result
         return [] if result is None else tables_of(comparison_of_run(result))
 
-    whole = saved(path, evaluation)
     assert len(compared()) == 1
-
-    @fuzz(100, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(compared, path.name)
-
-    check()
-    path.write_text(json.dumps(whole))
-
-    @fuzz(100, content=json_files(steps))
-    def check_steps(content):
-        (tmp_path / STEPS).write_bytes(content)
-        reads(compared, "steps.json")
-
-    check_steps()
+    whole = path.read_bytes()
+    fuzz_file(100, path, compared)
+    path.write_bytes(whole)
+    fuzz_file(100, tmp_path / STEPS, compared)
 
 
-def test_bench(tmp_path):
-    path = tmp_path / "bench.json"
-
-    def shown():
-        measured = read_artefact(path, Bench)
-        return bench_tables(measured), bench_notes(measured)
-
-    whole = saved(path, BENCH)
-    assert len(shown()) == 2
-
-    @fuzz(100, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
+def shown_pictures(folder):
+    """URIs of the pictures of a page, of which none is of another kind or from elsewhere."""
+    sets = read_artefact(folder / SAMPLES, Samples).sets.values()
+    parts = [part for of in sets for _, part in shown_samples(of, {})]
+    uris = [image.uri for part in parts for one, _ in part for image in one.images if image.uri]
+    assert all(uri.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for uri in uris)
+    return uris
 
 
-def test_speed(tmp_path):
-    path = tmp_path / "speed.json"
-
-    def shown():
-        measured = read_artefact(tmp_path / "speed.json", Speed)
-        return speed_tables(measured, {}), speed_notes(measured), measured.medians()
-
-    whole = saved(path, SPEED)
-    assert len(shown()) == 3
-
-    @fuzz(100, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
-
-
-def test_vocabularies(tmp_path):
-    counts = {"texts": 3, "equal": 2, "kept": 1, "broken": 0, "bytes": 300, "tokens_before": 90, "tokens_after": 92}
-    sample = TextSample(name="all", **counts, measured_bytes=300, bits_before=0.85, bits_after=0.87)
-    path = tmp_path / VOCABULARY
-    whole = saved(path, VocabularyReport(rows_before=640, rows=448, parameters=1000, samples=[sample]))
-
-    def shown():
-        return [*vocabulary_section(tmp_path, ["plan.json"])]
-
-    assert shown()[0].tables[0].rows == (("all", "3", "2", "2.22", "0", "0.850", "0.870"),)
-
-    @fuzz(60, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        reads(shown, path.name)
-
-    check()
-
-
-def test_samples(tmp_path):
-    """What passes shows no picture of another kind or from elsewhere."""
-    path = tmp_path / "eval/samples.json"
-    path.parent.mkdir()
-    image = Picture(uri="data:image/png;base64,aGFsbG8=", width=64, height=64)
+def some_samples():
+    images = [Picture(uri="data:image/png;base64,aGFsbG8=", width=64, height=64), Picture(problem="damaged")]
     answers = [
         SampleAnswer(model="unpruned", said="yes", score=1.0),
         SampleAnswer(model="depth", said="no", score=None),
     ]
-    asked = {"id": "r0", "question": "A dog?", "references": ["yes"], "images": [image, Picture(problem="damaged")]}
-    samples = [Sample(kind="broken", **asked, answers=answers)]
-    whole = saved(path, Samples(sets={"questions": SampleSet(questions=2, counts={"broken": 1}, samples=samples)}))
+    asked = {"id": "r0", "question": "A dog?", "references": ["yes"], "images": images, "answers": answers}
+    samples = [Sample(kind="broken", **asked)]
+    return Samples(sets={"questions": SampleSet(questions=2, counts={"broken": 1}, samples=samples)})
 
-    def pictures():
-        parts = [
-            part for of in read_artefact(tmp_path / SAMPLES, Samples).sets.values() for _, part in shown_samples(of, {})
-        ]
-        return [image.uri for part in parts for one, _ in part for image in one.images if image.uri]
 
-    assert pictures() == [image.uri]
+def some_texts():
+    counts = {"texts": 3, "equal": 2, "kept": 1, "broken": 0, "bytes": 300, "tokens_before": 90, "tokens_after": 92}
+    sample = TextSample(name="all", **counts, measured_bytes=300, bits_before=0.85, bits_after=0.87)
+    return VocabularyReport(rows_before=640, rows=448, parameters=1000, samples=[sample])
 
-    @fuzz(150, content=json_files(whole))
-    def check(content):
-        path.write_bytes(content)
-        found = reads(pictures, path.name)
-        assert all(uri.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for uri in found or ())
 
-    check()
+def shown_bench(folder):
+    measured = read_artefact(folder / "bench.json", Bench)
+    return bench_tables(measured), bench_notes(measured)
+
+
+def shown_speed(folder):
+    measured = read_artefact(folder / "speed.json", Speed)
+    return speed_tables(measured, {}), speed_notes(measured), measured.medians()
+
+
+def shown_plans(folder):
+    return [[*planned.table()] for planned in read_artefact(folder / TPU_PLAN, TpuPlan).recoveries.values()]
+
+
+@pytest.mark.parametrize(
+    ("file", "artefact", "shown"),
+    [
+        (TPU_PLAN, TpuPlan(recoveries={"depth": PLANNED, "width": PLANNED}), shown_plans),
+        ("bench.json", BENCH, shown_bench),
+        ("speed.json", SPEED, shown_speed),
+        (VOCABULARY, some_texts(), lambda folder: [*vocabulary_section(folder, ["plan.json"])]),
+        (SAMPLES, some_samples(), shown_pictures),
+    ],
+)
+def test_measurements(tmp_path, file, artefact, shown):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_artefact(path, artefact)
+    assert shown(tmp_path)
+    assert all(shown(tmp_path))
+    fuzz_file(100, path, lambda: shown(tmp_path))

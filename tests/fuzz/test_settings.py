@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from fuzz_cases import ESCAPES, damaged, edited, fuzz, reads
+from fuzz_cases import ESCAPES, damaged, edited, fuzz, fuzz_file, reads
 from hypothesis import strategies as st
 from repository import ROOT
 
@@ -38,30 +38,20 @@ def names(section, where=""):
         yield from names(value, f"{where}{field.name}.") if dataclasses.is_dataclass(value) else [where + field.name]
 
 
+def experiment_of(*flags):
+    return read_experiment(parse("score", stage_command("score"), [*flags]).config)
+
+
 def test_flags(tmp_path):
     known = [*names(Experiment()), "prune_variants.a", "data", "data.max_lenght", "x", ESCAPES.replace("\0", "")]
 
     @fuzz(60, name=st.sampled_from(known), value=st.sampled_from(VALUES))
     def check(name, value):
-        def read():
-            flags = parse(
-                "score",
-                stage_command("score"),
-                [f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"],
-            )
-            return read_experiment(flags.config)
-
-        reads(read)
+        reads(lambda: experiment_of(f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"))
 
     check()
 
 
 def test_yaml(tmp_path):
     file = tmp_path / "my.yaml"
-
-    @fuzz(60, content=damaged(YAML))
-    def check(content):
-        file.write_bytes(content)
-        reads(lambda: read_experiment(parse("score", stage_command("score"), [f"--config={file}"]).config), file.name)
-
-    check()
+    fuzz_file(60, file, lambda: experiment_of(f"--config={file}"), files=damaged(YAML))

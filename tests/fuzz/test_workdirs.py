@@ -6,9 +6,8 @@ import zipfile
 import jax
 import msgspec
 import numpy as np
-import pytest
 import recover_cases as cases
-from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads, scores_of
+from fuzz_cases import damaged, edited, fuzz, fuzz_file, fuzz_folder, json_files, json_lines, reads, scores_of
 from hypothesis import strategies as st
 
 from vlmprune_jax.base.cache import ArrayCache
@@ -41,19 +40,16 @@ def test_plans(tmp_path):
     path = tmp_path / "plan.json"
     plan = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1)
     kept = KeptVocabulary(CFG.text.vocab_size, (0, 1, 2, 5), "x")
-    whole = plan.trimming(kept).to_json()
+    path.write_text(plan.trimming(kept).to_json())
 
-    @fuzz(150, content=json_files(json.loads(whole)))
-    def check(content):
-        path.write_bytes(content)
-        plan = reads(lambda: PrunePlan.from_json(path), path.name)
-        if plan is not None:
-            for layer in plan.layers:
-                assert all(type(index) is int for units in layer.kept.values() for index in (layer.index, *units))
-            assert isinstance(plan.actual_ratio, float)
-            plan.to_json()
+    def read():
+        plan = PrunePlan.from_json(path)
+        for layer in plan.layers:
+            assert all(type(index) is int for units in layer.kept.values() for index in (layer.index, *units))
+        assert isinstance(plan.actual_ratio, float)
+        assert plan.to_json()
 
-    check()
+    fuzz_file(150, path, read)
 
 
 AXIS_SIZES = st.integers(1, 12) | st.sampled_from([1000, 2**16, 2**24 + 1, 2**31 - 1])
@@ -138,14 +134,11 @@ def test_scores(tmp_path):
     whole, path = tmp_path / "whole.npz", tmp_path / "scores.npz"
     scores_of(CFG).save(whole)
 
-    @fuzz(120, content=score_files(whole, tmp_path / "edited.npz"))
-    def check(content):
-        path.write_bytes(content)
-        found = reads(lambda: Scores.load(path), path.name)
-        if found is not None:  # of other widths, perhaps: planning says so
-            reads(lambda: (found.name, make_plan(found, CFG, method="width", ratio=0.1)))
+    def read():
+        found = Scores.load(path)  # of other widths, perhaps: planning says so
+        reads(lambda: (found.name, make_plan(found, CFG, method="width", ratio=0.1)))
 
-    check()
+    fuzz_file(120, path, read, files=score_files(whole, tmp_path / "edited.npz"))
 
 
 def test_routing(tmp_path):
@@ -154,14 +147,11 @@ def test_routing(tmp_path):
     choices = {layer: draw.integers(0, 4, (9, 2)).astype(np.uint16) for layer in range(2)}
     Routing("a", sums, choices, draw.integers(1, 4, 9).astype(np.uint8)).save(whole)
 
-    @fuzz(120, content=score_files(whole, tmp_path / "edited.npz"))
-    def check(content):
-        path.write_bytes(content)
-        found = reads(lambda: Routing.load(path), path.name)
-        if found is not None:
-            reads(lambda: (found.occurring, [found.affected(layer, (0, 1)) for layer in found.choices]))
+    def read():
+        found = Routing.load(path)
+        reads(lambda: (found.occurring, [found.affected(layer, (0, 1)) for layer in found.choices]))
 
-    check()
+    fuzz_file(120, path, read, files=score_files(whole, tmp_path / "edited.npz"))
 
 
 def test_routing_of_other_tokens_and_models(tmp_path):
@@ -249,46 +239,22 @@ def test_metrics_of_a_resumed_run(tmp_path):
 
 def test_journals(tmp_path):
     path = tmp_path / "scores.npz.journal"
-    lines = [MADE_FROM, [0.5, [1, 2]], [0.25, [3]]]
-
-    @fuzz(60, content=json_lines(lines))
-    def check(content):
-        path.write_bytes(content)
-        journal = reads(lambda: Journal(path, MADE_FROM), path.name)
-        if journal is not None:
-            assert isinstance(journal.entries, list)
-
-    check()
+    files = json_lines([MADE_FROM, [0.5, [1, 2]], [0.25, [3]]])
+    fuzz_file(60, path, lambda: Journal(path, MADE_FROM).entries.append, files=files)  # of a list
 
 
 def test_array_caches(tmp_path):
     folder = tmp_path / "cache"
-
-    def filled():
-        cache = ArrayCache(folder, MADE_FROM)
-        cache.add({f"k{number}": np.full((2, 3), number, np.float32) for number in range(3)})
-        cache.publish()
-
-    filled()
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(files) == 2
-
-    def damage(name):
-        content = files[name]
-        changed = json_files(json.loads(content)) if name.endswith(".json") else damaged(content)
-        return changed.map(lambda content: (name, content))
+    cache = ArrayCache(folder, MADE_FROM)
+    cache.add({f"k{number}": np.full((2, 3), number, np.float32) for number in range(3)})
+    cache.publish()
+    assert len([*folder.iterdir()]) == 2
 
     def read():
         cache = ArrayCache(folder, MADE_FROM)
         return [cache[f"k{number}"] for number in range(3)]
 
-    @fuzz(60, change=st.sampled_from(sorted(files)).flatmap(damage))
-    def check(change):
-        for name, content in files.items():
-            (folder / name).write_bytes(content if name != change[0] else change[1])
-        reads(read, folder.name)
-
-    check()
+    fuzz_folder(60, folder, read)
 
 
 def test_teachers_rows(tmp_path):
@@ -314,29 +280,15 @@ def test_teachers_rows(tmp_path):
     check()
 
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    """A folder with one checkpoint, and the state to restore."""
-    weights = {"weight": jax.numpy.arange(6.0).reshape(2, 3)}
+def test_recovery_checkpoints(tmp_path):
+    folder, weights = tmp_path / "checkpoints", {"weight": jax.numpy.arange(6.0).reshape(2, 3)}
     state = TrainState(weights, (), jax.numpy.int32(1), jax.numpy.zeros(2, jax.numpy.uint32))
-    with Checkpointer(tmp_path / "checkpoints", MADE_FROM, 2) as saver:
+    with Checkpointer(folder, MADE_FROM, 2) as saver:
         saver.save(1, state, {"at": 5})
-    return tmp_path / "checkpoints", state
-
-
-def test_recovery_checkpoints(checkpoints):
-    folder, state = checkpoints
-    path = folder / "1/meta/metadata"
 
     def restore():
         with Checkpointer(folder, MADE_FROM, 2) as saver:
             return saver.restore(state)
 
     assert restore()[1] == {"at": 5}
-
-    @fuzz(30, content=json_files(json.loads(path.read_text())))
-    def check(content):
-        path.write_bytes(content)
-        reads(restore, folder.name)
-
-    check()
+    fuzz_file(30, folder / "1/meta/metadata", restore, folder.name)

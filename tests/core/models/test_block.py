@@ -34,12 +34,8 @@ def norm(cfg, params, name, x, kind=None):
         return x
     if (kind or cfg.block.norm) == "layer":
         x = x - x.mean(-1, keepdims=True)
-    y = (
-        x
-        / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.block.norm_eps)
-        * (params[f"{name}/weight"] + cfg.block.norm_offset)
-    )
-    return y + params.get(f"{name}/bias", 0.0)
+    y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.block.norm_eps)
+    return y * (params[f"{name}/weight"] + cfg.block.norm_offset) + params.get(f"{name}/bias", 0.0)
 
 
 def plain_block(cfg, params, x, cos, sin):
@@ -60,10 +56,7 @@ def plain_block(cfg, params, x, cos, sin):
 
     found = {"self_attn": norm(cfg, params, "input_layernorm", x)}
     q, k, v = (project(f"self_attn/{name}_proj", found["self_attn"]) for name in "qkv")
-    q, k = (
-        turned(norm(cfg, params, "self_attn/q_norm", q, "rms")),
-        turned(norm(cfg, params, "self_attn/k_norm", k, "rms")),
-    )
+    q, k = (turned(norm(cfg, params, f"self_attn/{name}_norm", x, "rms")) for name, x in (("q", q), ("k", k)))
     k, v = (jnp.repeat(one, q.shape[2] // k.shape[2], axis=2) for one in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * cfg.attention.head_dim**-0.5
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)

@@ -16,13 +16,12 @@ from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.params import param_shapes
 from vlmprune_jax.core.recovery.config import LossConfig
 from vlmprune_jax.core.recovery.loop import recover
-from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.core.recovery.terms import check_losses
 from vlmprune_jax.core.recovery.trainable import add_lora, assign_groups
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.run.cli.main import main
 
-CFG = cases.config()
+CFG, DECODER = cases.config(), cases.config(vision=False)  # the decoder has no projector
 INF, NAN = float("inf"), float("nan")
 
 
@@ -34,27 +33,18 @@ INF, NAN = float("inf"), float("nan")
         ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant; did you mean 'cosine'"),
         ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and below 1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
-        ({"weight_decay": NAN}, "weight_decay=nan must be at least 0"),
         ({"b2": 1.0}, "b2=1.0 must be at least 0 and below 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
-        ({"clip_norm": NAN}, "clip_norm=nan must be above 0"),
         ({"batch_size": 0}, "recover.batch_size=0 must be at least 1"),
         ({"batch_size": 6, "accumulation": 4}, "multiple of recover.accumulation=4"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"epochs": 0.0}, "epochs=0.0 must be above 0"),
-        ({"epochs": INF}, "epochs=inf must be above 0"),
         ({"remat": "ful"}, "'ful' is not one of none, dots, full; did you mean 'full'"),
         ({"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
         ({"save_every": -1}, "save_every=-1 must be at least 0"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
-        (
-            {"trainable": "lorra"},
-            "'lorra' is not one of projector, lora, routers, decoder, tower, all; did you mean 'lora'",
-        ),
-        (
-            {"trainable": "lora", "quantize": "w4a16"},
-            'quantize="w4a16" rounds the decoder.s weights, .* recover.trainable to',
-        ),
+        ({"trainable": "lorra"}, "'lorra' is not one of projector, .*, tower, all; did you mean 'lora'"),
+        ({"trainable": "lora", "quantize": "w4a16"}, 'quantize="w4a16" rounds the decoder.s .* recover.trainable to'),
     ],
 )
 def test_settings(settings, fact):
@@ -66,11 +56,9 @@ def test_settings(settings, fact):
     [
         ({"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
         ({"ce": 0.0}, "set at least one above 0"),
-        ({"ce": NAN}, "recover.losses.ce=nan must be at least 0"),
         ({"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
         ({"l2": INF}, "recover.losses.l2=inf must be at least 0"),
         ({"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
-        ({"temperature": NAN}, "recover.losses.temperature=nan must be above 0"),
         ({"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
         ({"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
         ({"extra": {"kl": 1.0}}, "kl is a built-in term: set recover.losses.kl instead"),
@@ -106,11 +94,7 @@ def test_terms(values, fact):
         (CFG, [("text/(norm", True)], "not a regular expression"),
         (CFG, [("text/.*", "decoder")], "one of main, projector"),
         (CFG, [], "empty: use"),
-        # a plain decoder without adapters has neither a projector nor LoRA leaves
-        *(
-            (cases.config(vision=False), name, "selects no parameter of this model")
-            for name in ("projector", "lora", "tower")
-        ),
+        *((DECODER, name, "selects no parameter of this model") for name in ("projector", "lora", "tower")),
     ],
 )
 def test_rules_of_what_trains(cfg, trainable, fact):
@@ -162,7 +146,6 @@ def root(tmp_path_factory, goldens):
     recover = {"trainable": "projector", "batch_size": 2, "steps": 3, "save_every": 1, "compute_dtype": "float32"}
     sections = {"score": {"samples": 2}, "prune": {"layers_removed": 2}, "recover": {"control": False, **recover}}
     write_experiment(root, goldens, records, recipe="llava", data={"max_length": 256}, **sections)
-    (root / "empty.json").write_text("[]")
     assert run(root, "score") == run(root, "prune") == 0
     return root
 
@@ -181,47 +164,10 @@ def refused_by_recover(root, capsys, *settings):
     return said
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            ["recover.save_adapter=True"],
-            "recover.trainable='projector' trains no adapter: set it to \"lora\", or leave",
-        ),
-        (["recover.losses.l2_layers=(9,)"], "l2_layers: 9 is outside the student's 5 hidden states"),
-        (["mesh.data=3"], "needs 3 devices but there are 8"),
-        (["mesh.tensor=8", "recover.batch_size=8"], "= 4; q_heads of vision layer 1 = 4 …: use data=2 fsdp=1 tensor=4"),
-        (["mesh.data=8"], "2 rows (batch_size / accumulation) must be a multiple of mesh.data x mesh.fsdp = 8 devices"),
-        (["data.fraction=0"], "data.fraction=0.0 must be above 0 and at most 1"),
-        (["data.train={root}/empty.json"], "empty.json: contains no records: check that it is a list"),
-        (["data.max_length=10"], "beyond the maximum length 10: raise"),
-        (["data.max_length=10", "data.truncate=False"], "more than the maximum length 10: raise data.max_length"),
-    ],
-    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
-)
-def test_wrong_settings(root, capsys, settings, message):
-    said = refused_by_recover(root, capsys, *(setting.format(root=root) for setting in settings))
-    assert message in said
-    assert "record r" in said or "max_length" not in said
-
-
-def test_checkpoint_of_another_config(root, capsys, monkeypatch):
-    step = Recorder.step
-
-    def killed(self, number, *args):
-        if number == 3:
-            raise KeyboardInterrupt
-        step(self, number, *args)
-
-    monkeypatch.setattr(Recorder, "step", killed)
-    assert run(root, "recover") == 130
-    monkeypatch.undo()
-    capsys.readouterr()
-    said = refused_by_recover(root, capsys, "recover.weight_decay=0.1", "recover.losses.cosine=0.5")
-    assert "w/training/checkpoints was made from other inputs" in said
-    assert "recover.losses.cosine was 0.0, now 0.5; recover.weight_decay was 0.0, now 0.1" in said
-    assert "add --overwrite to replace it, or use another --workdir" in said
-    shutil.rmtree(root / "w/training")
+def test_no_usable_record(root, capsys):
+    said = refused_by_recover(root, capsys, "data.on_error=skip", f"data.images={root}")
+    assert "none of the 4 records is usable (the first: " in said
+    assert "img0.png does not exist" in said
 
 
 def test_another_teacher(root, capsys):

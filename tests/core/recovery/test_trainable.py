@@ -58,12 +58,7 @@ def test_first_matching_rule_decides_and_the_rest_is_frozen():
 
 def test_no_decay_on_norms_and_biases():
     undecayed = {path for path in param_shapes(WITH_LORA) if not decays(path)}
-    assert "text/norm/weight" in undecayed
-    assert "vision/layers/0/layer_norm1/weight" in undecayed
-    assert "projector/linear_1/bias" in undecayed
-    assert {path.split("/")[-1] for path in undecayed} == {"weight", "bias"}
-    assert all("norm" in path or path.endswith("bias") for path in undecayed)
-    assert "text/layers/0/self_attn/q_proj/lora_a" not in undecayed
+    assert undecayed == {path for path in param_shapes(WITH_LORA) if "norm" in path or path.endswith("bias")}
 
 
 def test_fresh_adapters_change_nothing():
@@ -89,12 +84,11 @@ def test_merged_adapters_give_the_same_states():
     plain = cases.model(CFG).replace(source=Path("DIR"))
     adapted = _with_random_b(add_lora(plain, cases.LORA, jax.random.key(3)))
     merged = merge_lora(adapted)
-    assert (merged.cfg, merged.source) == (CFG, plain.source)
-    assert merged.params.keys() == cases.model(CFG).params.keys()
+    assert (merged.cfg, merged.source, merged.params.keys()) == (CFG, plain.source, plain.params.keys())
     ids = next(cases.Stream(CFG)).arrays["input_ids"] % 61
-    one, two, plain = (encode(m.params, m.cfg, ids)[0] for m in (adapted, merged, cases.model(CFG)))
+    one, two, before = (encode(m.params, m.cfg, ids)[0] for m in (adapted, merged, plain))
     np.testing.assert_allclose(one, two, atol=1e-5)
-    assert np.abs(one - plain).max() > 0.05  # the adapters do something
+    assert np.abs(one - before).max() > 0.05  # the adapters do something
 
 
 HEADS = ("q_heads", "head")
@@ -179,13 +173,6 @@ def test_adapters_follow_their_weights_dtype_and_mesh():
         assert leaf.sharding == sharding(mesh, axes[path]), path
 
 
-def test_no_adapter_targets_are_all_projections():
-    adapted = add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ()), jax.random.key(0))
-    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert adapted.cfg.lora.targets == tuple(sorted(names))
-    assert {path.split("/")[-2] for path in flatten(adapted.params) if path.endswith("lora_b")} == names
-
-
 @pytest.mark.parametrize("config", [PHI, PHI3], ids=["phi", "phi3"])
 def test_adapters_are_on_every_projection_of_phi(tmp_path, config):
     model = load(make_folder(tmp_path / "model", config))
@@ -193,5 +180,6 @@ def test_adapters_are_on_every_projection_of_phi(tmp_path, config):
     names = {path.split("/")[-2] for path in flatten(adapted.params) if path.endswith("lora_a")}
     others = {"dense", "fc1", "fc2"} if config is PHI else {"o_proj", "gate_proj", "up_proj", "down_proj"}
     assert names == {"q_proj", "k_proj", "v_proj"} | others
+    assert adapted.cfg.lora.targets == tuple(sorted(names))
     ids = np.random.default_rng(0).integers(6, 97, (2, 9))
     np.testing.assert_array_equal(forward(merge_lora(adapted), ids)[0], forward(model, ids)[0])

@@ -1,4 +1,4 @@
-"""Layers of experts against stock transformers: routers, gradients, cuts by hand, and exports of them."""
+"""Layers of experts, beside what all families show: routers, scores, plans, integers, and transposed matrices."""
 
 import dataclasses
 import json
@@ -10,31 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_cases import decoder_values
-from golden_cases import CLOSE, MIXTURES, Golden, cut_layers
-from hf_cases import assert_same_tensors, edit_weights, prune
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from golden_cases import CLOSE, MIXTURES, Golden
+from hf_cases import edit_weights, prune
+from refusal import refused
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import IGNORED
-from vlmprune_jax.core.models.channels import Moe
-from vlmprune_jax.core.models.context import Builder, Context, Names
 from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
-from vlmprune_jax.core.models.stack import fill
-from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.models.vlm import apply
 from vlmprune_jax.core.part import Key
 from vlmprune_jax.core.prune import KeptLayer
 from vlmprune_jax.core.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
-from vlmprune_jax.io.checkpoints.read import FileArray, open_model, read_config
+from vlmprune_jax.io.checkpoints.read import open_model, read_config
 from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.pruning import costs_of
-from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.io.families.decoders import decoder_of
 
 
@@ -58,40 +51,25 @@ def test_routers_choose_as_stock(golden):
             np.testing.assert_allclose(norms.sum(), golden.arrays["text_sum_f"][layer, 0, expert], rtol=1e-4)
 
 
-def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
-    """The gradient of the loss in every weight of the decoder against stock transformers."""
-    inputs, model, labels = golden.inputs("single"), golden.model, golden.arrays["single_labels"][None]
-    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
-    theirs = torch_outputs(golden.ckpt, {**inputs, "labels": labels}, **auto, want=("gradients",))
-    shutil.copytree(golden.ckpt, tmp_path / "model")
-    edit_weights(
-        tmp_path / "model", lambda held: {k: np.zeros_like(x) for k, x in held.items()} | on_hub(golden, theirs)
-    )
-    expected = flatten(vp.load(tmp_path / "model").params)
-
-    def loss(params):
-        logits = jax.nn.log_softmax(vp.forward(Model(params, model.cfg), **inputs)[0][:, :-1])
-        picked = np.maximum(labels[:, 1:], 0)[..., None]
-        return -jnp.mean(jnp.take_along_axis(logits, picked, axis=-1)[labels[:, 1:] != IGNORED])
-
-    gradients = jax.grad(loss)(model.params)
-    for path, gradient in flatten(gradients).items():
-        if path.startswith("text/") and not path.endswith("layer_scalar/weight"):  # which is a buffer in the class
-            scale = float(np.abs(expected[path]).max())
-            assert scale > 1e-4, path
-            np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * scale, rtol=1e-4, err_msg=path)
-    if golden.folder.name == "qwen3_vl_moe":
-        check_taylor(
-            model, gradients, {name: inputs[name] for name in inputs if "type" not in name} | {"labels": labels}
-        )
-
-
-def check_taylor(model, gradients, batch):
+def test_taylor_scores(goldens):
     """An expert's score sums |weight x gradient| over its matrices and its router row; without tokens it is near 0."""
+    golden = Golden(goldens / "families/qwen3_vl_moe")
+    model, batch = golden.model, golden.inputs("text") | {"labels": golden.arrays["text_labels"][None]}
+    batch = {name: array for name, array in batch.items() if "type" not in name}
+    batch |= {"attention_mask": np.ones_like(batch["input_ids"])}
+
+    @jax.jit
+    @jax.grad
+    def gradients(params):
+        logits = jax.nn.log_softmax(apply(params, model.cfg, batch["input_ids"])[0][:, :-1])
+        labels = batch["labels"][:, 1:]
+        picked = jnp.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.mean(picked[labels != IGNORED])
+
     units = vp.score(model, [batch], criterion="taylor").values
-    with pytest.raises(UserError, match="gradients of experts cannot be weighted or split by token type"):
-        vp.score(model, [batch], criterion="taylor", image_weight=0.5)
-    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients))
+    fact = "gradients of experts cannot be weighted or split by token type"
+    refused(fact, vp.score, model, [batch], criterion="taylor", image_weight=0.5)
+    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients(model.params)))
     for i, layer in enumerate(weights):
         names = ("router", "experts/gate_proj", "experts/up_proj", "experts/down_proj")
         router, gate, up, down = (
@@ -99,57 +77,14 @@ def check_taylor(model, gradients, batch):
         )
         neurons = gate.sum(axis=2) + up.sum(axis=2) + down.sum(axis=1)
         np.testing.assert_allclose(units[Key("text", i, "expert_mlp")].reshape(8, -1), neurons, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(
-            units[Key("text", i, "experts")], router.sum(axis=1) + neurons.sum(axis=1), rtol=1e-4, atol=1e-6
-        )
-
-
-def on_hub(golden, tensors):
-    """Tensors by their names in memory in transformers, as the tensors of the hub's files."""
-    hub = {}
-    for name, array in tensors.items():
-        place = golden.keys[name]["hub"] if name in golden.keys else None
-        if isinstance(place, str):
-            hub[place] = array
-        elif place is not None and "transposed" in place:
-            hub[place["transposed"]] = np.ascontiguousarray(array.swapaxes(1, 2))
-        elif place is not None:
-            keys = place["per_expert"]
-            for expert, rows in enumerate(array):
-                for key, part in zip(keys, np.split(rows, len(keys)), strict=True):
-                    hub[key.replace("{expert}", str(expert))] = np.ascontiguousarray(part)
-    return hub
+        whole = router.sum(axis=1) + neurons.sum(axis=1)
+        np.testing.assert_allclose(units[Key("text", i, "experts")], whole, rtol=1e-4, atol=1e-6)
 
 
 def test_unequal_layers_are_refused(golden, tmp_path):
     first, *others = golden.model.cfg.text.layers
     model = dataclasses.replace(golden.model, cfg=golden.model.cfg.with_layers([first.smaller("experts"), *others]))
-    with pytest.raises(UserError, match="transformers could not load the export: its class"):
-        vp.save(model, tmp_path / "out", source_dir=golden.ckpt)
-
-
-@pytest.mark.parametrize("cut", ["experts", "all"])
-def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, monkeypatch, cut):
-    """From file to file: experts are read and written one by one, in the hub's layout and under its keys."""
-    opened = open_model(golden.ckpt)
-    smaller, _ = prune(opened, cut_layers(golden, cut))
-    read, keys = FileArray.read, list[str]()
-    monkeypatch.setattr(FileArray, "read", lambda array: keys.append(array.source.key) or read(array))
-    vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
-    assert cut == "all" or not any("experts" in key for key in keys)  # whole experts are copied in blocks
-    in_memory, _ = prune(golden.model, cut_layers(golden, cut))
-    vp.save(in_memory, tmp_path / "same", source_dir=golden.ckpt, dtype="float32")
-    assert_same_tensors(tmp_path / "same", tmp_path / "out")
-    config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
-    assert config["num_experts"] == 5
-    assert "num_local_experts" not in config
-    for case in ("text", "single"):
-        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
-        options = {"class_name": "AutoModelForImageTextToText", "version": "5"}
-        logits = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
-        expected = golden.arrays[f"{case}_logits_{cut}"]
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
-    assert check_export(in_memory, tmp_path / "out")["backend"] == "torch"
+    refused("transformers could not load the export: its class", vp.save, model, tmp_path, source_dir=golden.ckpt)
 
 
 def test_plans_of_experts(golden):
@@ -220,25 +155,24 @@ def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path)
     ids = {"input_ids": np.arange(20)[None]}
     stock = torch_outputs(tmp_path / "out", ids, class_name="AutoModelForImageTextToText", version="5")["logits"]
     np.testing.assert_allclose(vp.forward(smaller, **ids)[0], stock, **CLOSE)
-    with pytest.raises(UserError, match=r"ratio 0\.9 cannot be reached .* after removing experts: the most is 0\.4"):
-        vp.make_plan(scores, model, method="width", experts=6, ratio=0.9)
-    with pytest.raises(UserError, match=r'selection="global" needs .* a model without experts'):
-        vp.make_plan(scores, model, method="width", selection="global", ratio=0.2)
+    fact = r"ratio 0\.9 cannot be reached .* after removing experts: the most is 0\.4"
+    refused(fact, vp.make_plan, scores, model, method="width", experts=6, ratio=0.9)
+    fact = r'selection="global" needs .* a model without experts'
+    refused(fact, vp.make_plan, scores, model, method="width", selection="global", ratio=0.2)
 
 
 def test_impossible_plans_of_experts(golden):
     model = golden.model
     scores = vp.score(model, criterion="random")
     for experts in (1, 9):
-        with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the number of experts in"):
-            vp.make_plan(scores, model, method="experts", experts=experts)
-    with pytest.raises(UserError, match=r"has 1 experts, but every token uses .: keep at least"):
-        prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])
-    uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
-    with pytest.raises(UserError, match=r"one width for all layers|equal numbers of experts and heads per layer"):
-        prune(model, [KeptLayer(i, kept) for i, kept in enumerate(uneven)])
-    with pytest.raises(UserError, match="a single input of down_proj, but a layer has experts"):
-        vp.score(model, [golden.batch("right")], criterion="activation")
+        fact = rf"experts={experts} must be from . to ., the number of experts in"
+        refused(fact, vp.make_plan, scores, model, method="experts", experts=experts)
+    layers = [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)]
+    refused("has 1 experts, but every token uses .: keep at least", prune, model, layers)
+    uneven = [KeptLayer(i, keep_first(layer, 5 if i else 6)) for i, layer in enumerate(model.cfg.text.layers)]
+    refused("one width for all layers|equal numbers of experts and heads per layer", prune, model, uneven)
+    fact = "a single input of down_proj, but a layer has experts"
+    refused(fact, vp.score, model, [golden.batch("right")], criterion="activation")
 
 
 @pytest.mark.parametrize("neurons", [14, 28])
@@ -275,8 +209,8 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
     for path, weight in flatten(vp.load(tmp_path / "back").params).items():
         np.testing.assert_array_equal(weight, rounded[path], err_msg=path)
     config = RecoverConfig(trainable="all", quantize="w4a16", losses=LossConfig(ce=1.0))
-    with pytest.raises(UserError, match=r"recover\.quantize='w4a16': layers of experts are not rounded in training"):
-        vp.recover(golden.model, [], config, num_steps=1)
+    fact = r"recover\.quantize='w4a16': layers of experts are not rounded in training"
+    refused(fact, vp.recover, golden.model, [], config, num_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -286,60 +220,13 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
 def test_heads_for_several_tokens_that_are_not_cut(goldens, family, layers, problem):
     folder = goldens / "families" / family / "ckpt"
     cfg = read_config(folder)[1]
-    with pytest.raises(UserError, match=f'export\\.mtp="cut": {problem}.* use mtp="drop"'):
-        mtp_tensors(Checkpoint(folder), cfg.with_layers(cfg.text.layers[:layers]), "source")
+    cut = cfg.with_layers(cfg.text.layers[:layers])
+    refused(f'export\\.mtp="cut": {problem}.* use mtp="drop"', mtp_tensors, Checkpoint(folder), cut, "source")
 
 
 def keep_first(layer, experts):
     kept = dict(KeptLayer.whole(0, layer).kept)
     return kept | {"experts": tuple(range(experts)), "expert_mlp": tuple(range(experts * layer.channel.neurons))}
-
-
-def damaged(name, edit):
-    """An edit of tensors that replaces those of layer 2 whose key ends in `name`."""
-    return lambda held: {k: edit(v) if "layers.2." in k and k.endswith(name) else v for k, v in held.items()}
-
-
-def with_nan(array):
-    array = array.copy()
-    array[5, 3, 2] = np.nan
-    return array
-
-
-@pytest.mark.parametrize(
-    ("family", "fields", "edit", "message"),
-    [
-        ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
-        ("qwen3_vl_moe", {"num_experts": 1}, None, "has 1 experts, but every token uses 2: keep at least 2"),
-        ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts is 8 but num_local_experts is 6"),
-        ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number from 1 to 4096"),
-        ("qwen3_vl_moe", {"num_experts": 10**9}, None, "num_experts is 1000000000, expected .* 1 to 4096"),
-        (
-            "internvl_moe", {"num_experts": 4096, "num_hidden_layers": 1000, "layer_types": None}, None,
-            "1000 layers have 4,096 experts each, more than any model .131,072 in all.: correct",
-        ),
-        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, None, r"has shape \[8, 28, 24\]"),
-        ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
-        ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
-        ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
-        ("gemma4_moe", {"top_k_experts": 9}, None, "has 8 experts, but every token uses 9: keep at least 9"),
-        ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: set num_experts"),
-        ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
-        ("internvl_moe", {}, lambda held: {k: v for k, v in held.items() if "layers.2.mlp.experts.3.up" not in k},
-         r"missing key \S+layers\.2\.mlp\.experts\.3\.up_proj\.weight"),
-        ("internvl_moe", {"num_experts": 6}, None, r"unknown key \S+experts\.6"),
-    ],
-)  # fmt: skip
-def test_bad_files(goldens, tmp_path, family, fields, edit, message):
-    shutil.copytree(goldens / "families" / family / "ckpt", tmp_path / "model")
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    config["text_config"].update(fields)
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    if edit is not None:
-        edit_weights(tmp_path / "model", edit)
-    with pytest.raises(UserError, match=message) as caught:
-        vp.load(tmp_path / "model")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("neurons", [12, 14, 28])
@@ -368,10 +255,9 @@ def test_folders_that_transformers_5_saves(goldens, tmp_path, neurons):
 def test_a_plan_of_the_dense_sibling(goldens):
     dense, mixture = (vp.load(goldens / "families" / name / "ckpt") for name in ("qwen3_vl", "qwen3_vl_moe"))
     plan = vp.make_plan(vp.score(dense, criterion="l2"), dense, method="width", ratio=0.1)
-    with pytest.raises(UserError, match="plan of another model: text/layers has 5 units in the plan, but 4 in"):
-        vp.apply_plan(mixture, plan)
-    with pytest.raises(UserError, match="has no scores of experts, which method 'experts' removes"):
-        vp.make_plan(vp.score(dense, criterion="l2"), dense, method="experts", experts=5)
+    refused("plan of another model: text/layers has 5 units in the plan, but 4 in", vp.apply_plan, mixture, plan)
+    fact, scores = "has no scores of experts, which method 'experts' removes", vp.score(dense, criterion="l2")
+    refused(fact, vp.make_plan, scores, dense, method="experts", experts=5)
 
 
 def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):
@@ -388,32 +274,5 @@ def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):
     np.testing.assert_array_equal(vp.forward(added, **ids)[0], whole)
     np.testing.assert_allclose(after, before, atol=1e-5)
     assert np.abs(after - whole).max() > 1e-2
-    with pytest.raises(UserError, match=r"adapters on experts \(down_proj, gate_proj\): export the merged model"):
-        write_adapter(adapted, tmp_path / "out", base_dir=tmp_path, trained=[])
-
-
-@given(seed=st.integers(0, 2**16), kept=st.integers(2, 8))
-@example(seed=30121, kept=2)
-@settings(max_examples=10, deadline=None)
-def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
-    """With gates divided by their sum, removing experts changes the tokens that had chosen one of them only."""
-    draw = np.random.default_rng(seed)
-    cfg = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
-    x = draw.standard_normal((1, 20, cfg.hidden_size)).astype(np.float32)
-    weights = {"router/weight": (8, 28), "experts/gate_proj/weight": (8, 3, 28), "experts/up_proj/weight": (8, 3, 28)}
-    weights = {k: draw.standard_normal(s).astype(np.float32) for k, s in weights.items()}
-    weights["router/weight"] /= 5  # gates below 1e-7 would hide that an expert is gone
-    weights["experts/down_proj/weight"] = draw.standard_normal((8, 28, 3)).astype(np.float32)
-    chosen = np.sort(draw.choice(8, kept, replace=False))
-    outs = []
-    for count, arrays in ((8, weights), (kept, {k: v[chosen] for k, v in weights.items()})):
-        experts = Experts(count, count * 3, 2)
-        build = Builder(experts, cfg, {"embed": 28, **experts.sizes}, Names("embed", ("", ""), ""))
-        module = fill(Moe(build), jax.tree.map(jnp.asarray, unflatten(arrays)))
-        outs.append(module(jnp.asarray(x), Context({})))
-    (whole, routed), (cut, _) = outs
-    unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)
-    np.testing.assert_allclose(cut[unaffected], whole[unaffected], atol=1e-4, rtol=1e-5)
-    if kept < 8:
-        differs = np.abs(np.asarray(cut) - np.asarray(whole)).max(axis=-1) > 0
-        assert differs[~unaffected].all()
+    fact = r"adapters on experts \(down_proj, gate_proj\): export the merged model"
+    refused(fact, write_adapter, adapted, tmp_path / "out", base_dir=tmp_path, trained=[])

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.inputs import in_cells
 from vlmprune_jax.core.models.params import flatten, unstack_layers
-from vlmprune_jax.core.models.vlm import features_of, to_nnx
+from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx
 from vlmprune_jax.core.prune.criteria.groups import reduce_groups, summed_axes
+from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
+from vlmprune_jax.io.checkpoints.read import FileArray, open_model
 from vlmprune_jax.io.data.chat_template import choose_template
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
@@ -30,31 +33,55 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.reload import check_export
 from vlmprune_jax.io.families import detect
 
+STOCK = {"class_name": "AutoModelForImageTextToText"}
+EACH = ("qwen3_5", "qwen3_vl_moe")
+
 
 @pytest.fixture(scope="module", params=DENSE)
 def golden(goldens, request):
     return Golden(goldens / "families" / request.param)
 
 
-of_every_family = pytest.mark.parametrize("golden", [*DENSE, *MIXTURES], indirect=True)
+def of_families(quick=(), among=FAMILIES):
+    """A row per family, slow but for some: the stored outputs of a new family make its row."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in among if name not in quick]
+    return pytest.mark.parametrize("golden", [*quick, *slow], indirect=True)
 
 
-@of_every_family
+@of_families(quick=FAMILIES)
 def test_forward(golden):
     """Two cases alone, with their hidden states; the others as rows of one padded batch, which compiles once."""
     stored, found = golden.arrays, {}
     for case in ("single", "text"):
         logits, aux = vp.forward(golden.model, **golden.inputs(case), capture=("hidden", "image_features"))
         found[case] = np.asarray(logits[0])
-        np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
+        if f"{case}_hidden" in stored:
+            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
         if case == "single":
             features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
             np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
-    for case, logits in (found | golden.logits([case for case in golden.cases if case not in found])).items():
+    others = [case for case in golden.cases if case not in found]
+    for case, logits in (found | (golden.logits(others) if others else {})).items():
         expected, labels = stored[f"{case}_logits"], stored[f"{case}_labels"]
         np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
         loss = mean_loss(logits[None], labels[None])
         np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
+    for name in [name for name in stored if name.startswith("length") and name.endswith("_ids")]:  # around chunks
+        expected = stored[name.replace("input_ids", "last_logits")]
+        logits, _ = vp.forward(golden.model, stored[name][None])
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=name)
+
+
+@of_families(quick=["qwen3_5"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(golden, side):
+    batch = golden.batch(side)
+    logits, _ = vp.forward(golden.model, **{name: array for name, array in batch.items() if name != "labels"})
+    stored = golden.arrays[f"batch_{side}_last_logits"]
+    for row, mask, expected in zip(np.asarray(logits), batch["attention_mask"], stored, strict=True):
+        np.testing.assert_allclose(row[mask == 1][-len(expected) :], expected, **CLOSE)
+    scores = vp.score(golden.model, [batch], criterion="block_influence")
+    np.testing.assert_allclose(scores.layers, golden.arrays[f"batch_{side}_block_influence"], rtol=1e-4)
 
 
 def test_tower(golden):
@@ -83,17 +110,7 @@ def test_tower(golden):
     np.testing.assert_allclose(np.concatenate([found[0][0], *(block[1] for block in found)]), states, **CLOSE)
 
 
-def test_deepstack(goldens):
-    golden = Golden(goldens / "families/qwen3_vl")
-    module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
-    levels = module.projector.deepstack_features(
-        features_of(module.vision, module.cfg, packed(golden.arrays["image0_pixel_values"][None], grid))
-    )
-    np.testing.assert_allclose(levels[:, 0], golden.arrays["single_deepstack"], **CLOSE)
-
-
-@pytest.mark.slow
-@of_every_family
+@of_families(quick=["qwen3_5"])
 def test_answers_of_a_padded_batch(golden):
     prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in golden.cases]
     inputs = golden.padded(golden.cases, prompts)
@@ -101,8 +118,7 @@ def test_answers_of_a_padded_batch(golden):
     np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in golden.cases])
 
 
-@pytest.mark.slow
-@of_every_family
+@of_families(among=[*DENSE, *MIXTURES])
 def test_a_mesh_computes_the_same(golden):
     batch = golden.batch("left")
     batch.pop("labels")
@@ -110,19 +126,17 @@ def test_a_mesh_computes_the_same(golden):
     spread = vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1))
     found, _ = vp.forward(spread, **batch)
     np.testing.assert_allclose(np.asarray(found)[:, -8:], np.asarray(expected)[:, -8:], atol=1e-5, rtol=1e-5)
-    stored = golden.arrays["batch_left_last_logits"]
-    np.testing.assert_allclose(np.asarray(found)[:, -stored.shape[1] :], stored, **CLOSE)
 
 
-@pytest.mark.slow
-def test_layers_by_block_influence(golden):
-    scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
-    np.testing.assert_allclose(scores.layers, golden.arrays["batch_right_block_influence"], rtol=1e-4)
+CUTS = [
+    # where all cuts are in one, each alone is quick for one family of experts and one hybrid
+    pytest.param(family, cut, marks=pytest.mark.slow if "all" in cuts and cut != "all" and family not in EACH else ())
+    for family, cuts in ((family, cuts_of(family)) for family in FAMILIES)
+    for cut in cuts
+]
 
 
-@pytest.mark.parametrize(
-    ("golden", "cut"), [(family, cut) for family in FAMILIES for cut in cuts_of(family)], indirect=["golden"]
-)
+@pytest.mark.parametrize(("golden", "cut"), CUTS, indirect=["golden"])
 def test_cuts(golden, cut):
     """What stock transformers computes without layers, experts, neurons or heads; consumers of a layer's keys too."""
     smaller, plan = prune(golden.model, cut_layers(golden, cut))
@@ -132,50 +146,71 @@ def test_cuts(golden, cut):
         np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
 
 
-@pytest.mark.parametrize(
-    "golden",
-    ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gemma4_dense"))],
-    indirect=True,
+@of_families(
+    quick=EACH,
+    among=["gemma3", "gemma4", "gemma4_dense", "gemma4_moe", "internvl_moe", "qwen3_5_moe"],
 )
 def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
-    """Taylor scores of decoder and tower against |weight x gradient| of stock transformers."""
-    types = "mm_token_type_ids" if golden.positioned else "token_type_ids"
-    batch, shared = golden.batch("right"), golden.model.cfg
-    inputs = {**batch, types: golden.arrays[f"batch_right_{types}"]}
-    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
-    found = torch_outputs(golden.ckpt, inputs, **auto, want=("gradients",))
-    saved = {names["saved_by_5.24"]: name for name, names in golden.keys.items()}
+    """The gradient of the loss in every weight, and Taylor scores of it, against stock transformers."""
+    model, stored = golden.model, golden.arrays
+    batch = {**golden.batch("right"), **golden.types("batch_right")}
+    if golden.folder.name == "qwen3_5":  # two chunks and a bit
+        ids = stored["length130_input_ids"][None]
+        batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
+    theirs = torch_outputs(golden.ckpt, batch, **STOCK, version="5", want=("gradients",))
     shutil.copytree(golden.ckpt, tmp_path / "model")
-    edit_weights(
-        tmp_path / "model",
-        lambda held: {key: found.get(saved[key], np.zeros_like(tensor)) for key, tensor in held.items()},
-    )
+    stored = golden.as_stored(theirs)
+    edit_weights(tmp_path / "model", lambda held: {key: stored.get(key, np.zeros_like(x)) for key, x in held.items()})
     gradient = vp.load(tmp_path / "model")
-    for stack in ("text", "vision"):
-        axes = summed_axes(shared, stack)
-        layers = [unstack_layers(one.params, shared, stack)[0] for one in (golden.model, gradient)]
-        for variant in ("param_first", "vectorize"):
-            scores = vp.score(golden.model, [batch], criterion="taylor", variant=variant, gqa="groups", stack=stack)
-            channels = [
-                {name: _saliency(variant, w[name] * g[name], axis) for name, axis in axes.items() if name in w}
-                for w, g in zip(*layers, strict=True)
-            ]
-            expected = reduce_groups(channels, shared, reduction="sum", gqa="groups", stack=stack)
-            theirs = expected.values()
-            if variant == "param_first":
-                sizes = theirs
-            for mine, sums, size in zip(scores.values.values(), theirs, sizes, strict=True):
-                assert_same_sums(mine, sums, size, f"{stack} {variant}")
+    expected, inputs = flatten(gradient.params), {name: array for name, array in batch.items() if name != "labels"}
+
+    def loss(params):
+        logits = jax.nn.log_softmax(vp.forward(Model(params, model.cfg), **inputs)[0][:, :-1])
+        labels = batch["labels"][:, 1:]
+        picked = jnp.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.mean(picked[labels != IGNORED])
+
+    for path, found in flatten(jax.grad(loss)(model.params)).items():
+        if path.startswith("text/") and not path.endswith("layer_scalar/weight"):  # which is a buffer in the class
+            if path == "text/extra_inputs/table/weight":
+                found = found.at[model.cfg.pad_token_id].set(0)  # torch's padding_idx has no gradient
+            scale = float(np.abs(expected[path]).max())
+            assert scale > 1e-5, path
+            np.testing.assert_allclose(found, expected[path], atol=1e-4 * scale, rtol=1e-4, err_msg=path)
+    if golden.folder.name in DENSE:
+        for stack in ("text", "vision"):
+            check_taylor(model, gradient, batch, stack)
 
 
-def _saliency(variant, products, axis):
-    products = np.asarray(products, np.float64)
-    return np.abs(products.sum(axis)) if variant == "vectorize" else np.abs(products).sum(axis)
+def check_taylor(model, gradient, batch, stack):
+    """Sums of |weight x gradient|, and of weight x gradient by matrix, over what a head or neuron has."""
+    batch = {name: array for name, array in batch.items() if "type" not in name}
+    axes, sizes = summed_axes(model.cfg, stack), None
+    layers = [unstack_layers(one.params, model.cfg, stack)[0] for one in (model, gradient)]
+    for variant in ("param_first", "vectorize"):
+        scores = vp.score(model, [batch], criterion="taylor", variant=variant, gqa="groups", stack=stack)
+        products = [
+            {name: np.asarray(w[name] * g[name], np.float64) for name in axes if name in w}
+            for w, g in zip(*layers, strict=True)
+        ]
+        channels = [
+            {
+                name: np.abs(x.sum(axes[name])) if variant == "vectorize" else np.abs(x).sum(axes[name])
+                for name, x in layer.items()
+            }
+            for layer in products
+        ]
+        expected = reduce_groups(channels, model.cfg, reduction="sum", gqa="groups", stack=stack).values()
+        sizes = sizes or expected
+        for mine, sums, size in zip(scores.values.values(), expected, sizes, strict=True):
+            assert_same_sums(mine, sums, size, f"{stack} {variant}")
 
 
-@of_every_family
+@of_families(quick=FAMILIES)
 def test_there_and_back(golden, tmp_path):
-    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="source")
+    has_mtp = any(key.startswith("mtp.") for key in Checkpoint(golden.ckpt))
+    options = {"mtp": "cut"} if has_mtp else {}
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="source", **options)
     assert vp.load(tmp_path / "out").cfg == golden.model.cfg
     shutil.copytree(golden.ckpt, tmp_path / "hub")
     if golden.respelled:
@@ -296,24 +331,39 @@ def write_crops(golden, folder):
     (folder / name).write_text(json.dumps(config))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
-    """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
-    shorter, _ = prune(golden.model, cut_layers(golden, "without_1_3"))
-    vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
-    options = {"class_name": "AutoModelForImageTextToText", "version": version}
-    if golden.positioned and version == "4.57":
-        return  # has no such class
-    # and Gemma 3's windows that are smaller than an image
-    wrong = (golden.by_row or golden.folder.name == "gemma3") and version == "4.57"
-    for case in ("text",) if wrong else ("text", "single"):
-        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
-        found = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
-        expected = golden.arrays[f"{case}_logits_without_1_3"]
-        np.testing.assert_allclose(found[0, -len(expected) :], expected, **CLOSE, err_msg=case)
-    if version == "5":
-        assert check_export(shorter, tmp_path / "out")["backend"] == "torch"
+EXPORTS = [
+    pytest.param(family, cut, marks=() if cut == "all" and family in (*EACH, "internvl_moe") else pytest.mark.slow)
+    for family in FAMILIES
+    for cut in ("experts", "all", "without_1_3")
+    if cut in cuts_of(family)
+]
+
+
+@pytest.mark.parametrize(("golden", "cut"), EXPORTS, indirect=["golden"])
+def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, monkeypatch, cut):
+    """From file to file and from memory, in both versions where both have the class.
+
+    Version 4 reads no rope that 5 wrote, and the inner flag of tied embeddings alone.
+    """
+    smaller, plan = prune(golden.model, cut_layers(golden, cut))
+    options = {"source_dir": golden.ckpt, "dtype": "float32"}
+    vp.save(smaller, tmp_path / "out", plan=plan, **options)
+    if not golden.respelled:
+        assert vp.load(tmp_path / "out").cfg == smaller.cfg
+    read, keys = FileArray.read, list[str]()
+    monkeypatch.setattr(FileArray, "read", lambda array: keys.append(array.source.key) or read(array))
+    vp.save(prune(open_model(golden.ckpt), cut_layers(golden, cut))[0], tmp_path / "files", **options)
+    assert cut != "experts" or not any("experts" in key for key in keys)  # whole experts are copied in blocks
+    assert_same_tensors(tmp_path / "out", tmp_path / "files")
+    assert check_export(smaller, tmp_path / "out")["backend"] == "torch"
+    name = golden.folder.name
+    for version in VERSIONS if name in DENSE and not golden.positioned else ("5",):
+        # version 4 gets SmolVLM's images wrong, and Gemma 3's windows that are smaller than an image
+        wrong = version == "4.57" and name in ("smolvlm", "gemma3")
+        for case in ("text",) if wrong else ("text", "single"):
+            found = torch_outputs(tmp_path / "out", golden.inputs(case), **STOCK, version=version)["logits"]
+            expected = golden.arrays[f"{case}_logits_{cut}"]
+            np.testing.assert_allclose(found[0, -len(expected) :], expected, **CLOSE, err_msg=f"{case} {version}")
 
 
 def test_the_pipeline_answers(goldens, torch_outputs, tmp_path):

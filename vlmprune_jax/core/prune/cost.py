@@ -131,7 +131,8 @@ def least_ratio(
 
     Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
     where a layer is kept rather than emptied; there, the result is the smallest ratio of its neighbourhood. Ratios are
-    resolved to one of `total` parameters. Raises UserError with the nearest cost if no plan satisfies the budget.
+    resolved to one of `total` parameters, or to 1/64 above ratios that no plan reaches. Raises UserError with the
+    nearest cost if no plan satisfies the budget.
     """
     limits = budget.limits
 
@@ -157,6 +158,10 @@ def least_ratio(
             high = middle  # more than can be removed
         else:
             low, least = middle, cost or least
+    for ratio in range(1, 64) if best is None else ():  # a ratio above the unreachable ones may remove another layer
+        cost = cost_at(ratio / 64)
+        if cost is not None and fits(cost):
+            return ratio / 64, cost
     if best is None:
         over = {name: cost for name, cost in (least or {}).items() if cost > limits[name]}
         budgets = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
