@@ -7,9 +7,9 @@ The base is a model off every integer grid (benchmarks/float_base.py). Its 4-bit
 a row of its own. Rows: the base, the base trained as the pruned models are (control), and the base pruned by 10, 20 and
 30 % of all parameters by depth (Block Influence) or width (Taylor, heads kept, neurons in multiples of 64), each
 reconstructed, and reconstructed and trained (SFT + KL to the base). Matrices of the layers are rounded to 8 bits to the
-nearest, or by GPTQ to 3 to 6 bits, with a bfloat16 scale for every 32 or 64 values (128 does not divide rows of 576);
-embeddings (tied) have 16 bits, or 8 with a scale for every row. Bytes are those of codes and scales without padding,
-and 2 for each other weight.
+nearest, or by GPTQ to 3 to 6 bits (and 4 to the nearest), with a bfloat16 scale for every 32 or 64 values (128 does not
+divide rows of 576); embeddings (tied) have 16 bits, or 8 with a scale for every row. Bytes are those of codes and
+scales without padding, and 2 for each other weight.
 
 Calibration and training: 4,096 tokens of every second topic of Python's language reference. Evaluation: windows of 512
 tokens of the other topics and of tools/other_text.txt; a smaller vocabulary reads the same bytes. Each row goes to
@@ -58,6 +58,7 @@ RATIOS = (0.1, 0.2, 0.3)
 PADDED = WINDOW + 128  # tokens of a window, also with a smaller vocabulary
 EMBEDDINGS = "embed_tokens/weight"
 VOCABULARY = 16_384
+SMALLER = [(bits, 32, "nearest" if bits == 8 else "GPTQ") for bits in (3, 4, 6, 8)]  # formats with fewer tokens too
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ class Rounded:
     matrices: set[str] = field(default_factory=set)
 
 
-def rounded(model: vp.Model, calibration: list[dict[str, np.ndarray]], bits: int, group: int) -> Rounded:
-    """Round the matrices of all layers: 8 bits to the nearest, fewer by GPTQ, one layer after the other."""
+def rounded(model: vp.Model, calibration: list[dict[str, np.ndarray]], bits: int, group: int, rounding: str) -> Rounded:
+    """Round the matrices of all layers to the nearest ("nearest") or by GPTQ ("GPTQ"), layer by layer."""
     storage, changed, result = Grid(bits, group), dict[int, dict[str, np.ndarray]](), Rounded(model)
     stream = decoder_stream(model, calibration, TokenWeights())
 
     def round_layer(layer: Layer) -> Layer | None:
         slots = by_key(integers._matrices(model.cfg, layer.number)).values()
         held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
-        if bits == 8:
+        if rounding == "nearest":
             slots = itertools.chain(*held)
             widths = {integers.inside(slot): slot.hf_shape[1] for slot in slots}
             params = {path: nearest(layer.params[path], storage, width) for path, width in widths.items()}
@@ -204,16 +205,21 @@ class Study:
         shown = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in bits.items())
         print(f"{row}: {size / 1e6:.1f} MB, {shown}", flush=True)
 
-    def rows(self) -> Iterator[tuple[str, str, int, int, int]]:
-        """Yield (row, model, bits of matrices, group, bits of embeddings) of all rows with the whole vocabulary."""
+    def rows(self) -> Iterator[tuple[str, str, tuple[int, int, str], int]]:
+        """Yield (row, model, (bits, group, rounding) of matrices, bits of embeddings), with the whole vocabulary."""
 
-        def row(model: str, bits: int, group: int = 32, embeddings: int = 8) -> tuple[str, str, int, int, int]:
-            grouped = f" in groups of {group}" if bits < 16 else ""
-            return f"{model} | {bits} bits{grouped} | embeddings {embeddings} bits", model, bits, group, embeddings
+        def row(
+            model: str, bits: int, group: int = 32, embeddings: int = 8, rounding: str = ""
+        ) -> tuple[str, str, tuple[int, int, str], int]:
+            rounding = rounding or ("nearest" if bits == 8 else "GPTQ")
+            grouped = f", {rounding}, groups of {group}" if bits < 16 else ""
+            name = f"{model} | {bits} bits{grouped} | embeddings {embeddings} bits"
+            return name, model, (bits, group, rounding), embeddings
 
         yield row("4-bit file", 16, embeddings=16)
         yield from (row("unpruned", bits, embeddings=16) for bits in (16, 4))
         yield from (row("unpruned", bits) for bits in (4, 16, 3, 5, 6, 8))
+        yield row("unpruned", 4, rounding="nearest")
         yield from (row("unpruned, recovered", bits) for bits in (16, 3, 4, 5, 6, 8))
         for ratio, method in itertools.product((0.2, 0.1, 0.3), ("width", "depth")):
             for repair in ("reconstructed", "recovered"):
@@ -222,20 +228,17 @@ class Study:
 
     def run(self) -> None:
         """Compute all missing rows that are asked for."""
-        found = functools.lru_cache(maxsize=1)(
-            lambda name, bits, group: rounded(self.pruned(name), self.calibration, bits, group)
-        )
-        for row, name, bits, group, embeddings in self.rows():
+        found = functools.lru_cache(maxsize=1)(lambda name, form: rounded(self.pruned(name), self.calibration, *form))
+        for row, name, form, embeddings in self.rows():
             if row in self.done or not fnmatch.fnmatch(row, self.options.only):
                 continue
-            one = Rounded(self.pruned(name)) if bits == 16 else found(name, bits, group)
+            one = Rounded(self.pruned(name)) if form[0] == 16 else found(name, form)
             self.add(row, one, embeddings == 8)
-            if (name, group, embeddings) == ("unpruned", 32, 8) and bits in (3, 4, 6, 8):
-                self.trimmed(one, bits)
+            if name == "unpruned" and embeddings == 8 and form in SMALLER:
+                self.trimmed(one, row.replace(name, f"{name}, {VOCABULARY:,} tokens"))
 
-    def trimmed(self, one: Rounded, bits: int) -> None:
+    def trimmed(self, one: Rounded, row: str) -> None:
         """Add the row of a rounded model with a smaller vocabulary, which is chosen by calibration texts."""
-        row = f"unpruned, {VOCABULARY} tokens | {bits} bits in groups of 32 | embeddings 8 bits"
         if row in self.done:
             return
         text = self.options.work / "vocabulary.txt"
@@ -270,9 +273,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: float(row["bytes"])):
         model, matrices, embeddings = row["row"].split(" | ")
         rival = "unpruned, recovered" if model.endswith("recovered") else "unpruned"
-        names = {f"{rival} | {bits} bits in groups of 32 | embeddings 8 bits" for bits in (3, 4, 5, 6, 8)}
-        names.add(f"{rival} | 16 bits | embeddings 8 bits")
-        rivals = [one for one in rows if one["row"] in names]
+        starts = [f"{rival} | {bits} bits, GPTQ, groups of 32 |" for bits in (3, 4, 5, 6)]
+        starts += [f"{rival} | 8 bits, nearest, groups of 32 |", f"{rival} | 16 bits |"]
+        ends = "embeddings 8 bits"
+        rivals = [one for one in rows if one["row"].startswith(tuple(starts)) and one["row"].endswith(ends)]
         shown = [f"{row['bytes'] / 1e6:.1f}", *(f"{np.mean(row[text]):.3f}" for text in ("topics", "other"))]
         shown += [at_equal_bytes(row, rivals, text) for text in ("topics", "other")]
         lines.append(f"|{model}|{matrices}|{embeddings.removeprefix('embeddings ')}|" + "|".join(shown) + "|")
