@@ -1,9 +1,6 @@
 """Cached arrays that are whole but another's: refused with the record, not found out by a broadcast."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ RECORD = Record("r1", (("human", "a"), ("gpt", "b")), ())
 ROW = {"labels": np.zeros(4, np.int32), "attention_mask": np.ones(4, np.int32)}
 
 
-def cache(folder: Path, **arrays: np.ndarray) -> ArrayCache:
+def cache(folder, **arrays):
     made = ArrayCache(folder, {"a": 1})
     made.add(arrays)
     made.publish()
@@ -39,7 +36,7 @@ def cache(folder: Path, **arrays: np.ndarray) -> ArrayCache:
         (np.zeros((), np.uint16), np.zeros((), np.float32)),
     ],
 )
-def test_a_teachers_rows_of_another_shape(tmp_path: Path, ids: np.ndarray, logprobs: np.ndarray) -> None:
+def test_a_teachers_rows_of_another_shape(tmp_path, ids, logprobs):
     key = record_key(RECORD)
     rows = TeacherRows(
         cache(tmp_path, **{f"{key}.ids": ids, f"{key}.logprobs": logprobs}), 3, "all", np.dtype("f4"), 100
@@ -48,14 +45,14 @@ def test_a_teachers_rows_of_another_shape(tmp_path: Path, ids: np.ndarray, logpr
         rows.fill(dict(ROW), RECORD)
 
 
-def test_parts_of_a_video_have_rows_of_their_own(tmp_path: Path) -> None:
+def test_parts_of_a_video_have_rows_of_their_own(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     whole = Record("r", (("human", "<video>?"), ("gpt", "no")), (), videos=(tmp_path / "a.mp4",))
     assert len({record_key(replace(whole, part=part)) for part in (None, (0.0, 1.0), (0.0, 2.0))}) == 3
 
 
 @pytest.mark.parametrize("wrong", [-1, 100, 2**31 - 1])
-def test_ids_outside_the_vocabulary(tmp_path: Path, wrong: int) -> None:
+def test_ids_outside_the_vocabulary(tmp_path, wrong):
     key, ids = record_key(RECORD), np.zeros((4, 3), np.int32)
     ids[2, 1] = wrong
     arrays = {f"{key}.ids": ids, f"{key}.logprobs": np.zeros((4, 4), np.float32)}
@@ -67,7 +64,7 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, wrong: int) -> None:
 
 
 @pytest.mark.parametrize("features", [np.zeros((1, 5, 7), np.float32), np.zeros((1, 4, 8), np.int32), np.zeros(())])
-def test_features_of_another_shape(goldens: Path, tmp_path: Path, features: np.ndarray) -> None:
+def test_features_of_another_shape(goldens, tmp_path, features):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     folder = goldens / "ckpt/clip_tower"
     images = load_image_processor(folder, DataSpec(aspect_ratio="pad", cache_megabytes=0))

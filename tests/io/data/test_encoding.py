@@ -1,10 +1,8 @@
 """Batches of tiled images: as many slots as a bucket, equal over processes, nothing of an image cut off; collators."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,7 +10,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.encoding import Encoder
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record, read_records
@@ -28,12 +26,12 @@ TRAIN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def samples(goldens: Path) -> list[Record]:
+def samples(goldens):
     return read_records(goldens / "data/samples.json", goldens / "data/images")
 
 
 @pytest.fixture(scope="module")
-def encoder(goldens: Path) -> Encoder:
+def encoder(goldens):
     """The golden InternVL: 4 positions a tile; its images give 7, 4, 1 and 5 tiles of at most 6 and a thumbnail."""
     images = load_image_processor(
         goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
@@ -51,16 +49,16 @@ def encoder(goldens: Path) -> Encoder:
     )
 
 
-def slots_of(encoder: Encoder, record: Record) -> int:
+def slots_of(encoder, record):
     return encoder.image_sizes(record, encoder.shapes(record))[0]
 
 
-def pixels_of(encoder: Encoder, record: Record) -> np.ndarray:
+def pixels_of(encoder, record):
     assert encoder.image_loader is not None
     return np.concatenate([encoder.image_loader.load(path, record.id, len(record.images)) for path in record.images])
 
 
-def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) -> None:
+def test_slots_are_the_smallest_bucket(samples, encoder):
     chosen = [samples[i] for i in (0, 4, 1, 2, 11, 4, 4, 5, 7, 3)]
     batches = list(train_batches(chosen, encoder, **TRAIN))
     assert [batch.arrays["media"]["vision"].values.shape for batch in batches] == [
@@ -86,7 +84,7 @@ def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) 
     assert not batches[-1].arrays["media"]["vision"].values[1:].any()
 
 
-def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], encoder: Encoder) -> None:
+def test_two_images_share_tiles_and_follow_each_other(samples, encoder):
     turns = (("human", "<image> or <image>?"), ("gpt", "The first."))
     two = Record("two", turns, (samples[0].images[0], samples[1].images[0]))
     wide = dataclasses.replace(encoder, tile_buckets=(1, 9))
@@ -98,21 +96,7 @@ def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], enc
     assert [len(run) for run in runs if run] == [4 * count for count in counts]
 
 
-def test_processes_agree_on_the_slots(samples: list[Record], encoder: Encoder) -> None:
-    chosen = [samples[i] for i in (2, 4, 0, 2, 11, 4, 1)]
-
-    def batches(**changes: Any) -> list[Any]:
-        return list(train_batches(chosen, encoder, **{**TRAIN, "batch_size": 4, **changes}))
-
-    whole = batches()
-    parts = [batches(mine=mine) for mine in (np.array([0, 2]), np.array([1, 3]))]
-    assert [batch.arrays["media"]["vision"].values.shape[1] for batch in whole] == [7, 4]
-    for number, batch in enumerate(whole):
-        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[number].arrays for part in parts))
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b[[0, 2, 1, 3]]), joined, batch.arrays))
-
-
-def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: Encoder, tmp_path: Path) -> None:
+def test_other_processes_images_are_not_decoded(samples, encoder, tmp_path):
     whole = samples[0].images[0].read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     broken = dataclasses.replace(samples[0], id="broken", images=(tmp_path / "half.png",))
@@ -123,7 +107,7 @@ def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: 
         next(iter(train_batches([samples[2], broken], encoder, **options, mine=np.array([1]))))
 
 
-def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
+def test_collator_of_internvl(goldens, samples, encoder):
     stored = np.load(goldens / "data/collators.npz")
     batch = next(iter(train_batches([samples[i] for i in (0, 1, 4)], encoder, **TRAIN)))
     mask = stored["internvl_collator_attention_mask"]
@@ -137,7 +121,7 @@ def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Enc
 
 
 @pytest.mark.parametrize(("name", "tower"), [("llava", "clip_tower"), ("bunny", "siglip_tower")])
-def test_collators_of_llava_and_bunny(goldens: Path, samples: list[Record], name: str, tower: str) -> None:
+def test_collators_of_llava_and_bunny(goldens, samples, name, tower):
     stored = {key: np.load(goldens / "data/collators.npz")[f"{name}_collator_{key}"] for key in
               ("input_ids", "attention_mask", "labels")}  # fmt: skip
     images = load_image_processor(goldens / "ckpt" / tower, DataSpec(aspect_ratio="pad", cache_megabytes=1))
@@ -156,7 +140,7 @@ def test_collators_of_llava_and_bunny(goldens: Path, samples: list[Record], name
         assert np.array_equal(batch.arrays[key], expected), key
 
 
-def test_truncation_spares_images_and_their_closing_marks(samples: list[Record], encoder: Encoder) -> None:
+def test_truncation_spares_images_and_their_closing_marks(samples, encoder):
     record = samples[1]  # four tiles, then a long conversation
     ids = encoder.training_row(record)["input_ids"]
     close = int(np.flatnonzero(ids == 392)[0])
@@ -176,7 +160,7 @@ def test_truncation_spares_images_and_their_closing_marks(samples: list[Record],
         dataclasses.replace(encoder, max_length=200).training_row(record)
 
 
-def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encoder: Encoder) -> None:
+def test_too_many_tiles_or_images_name_their_record(samples, encoder):
     few = dataclasses.replace(encoder, tile_buckets=(1, 5))
     with pytest.raises(UserError, match="record 000000: needs 7 image tiles, more than the largest bucket"):
         next(iter(train_batches([samples[4], samples[0]], few, **TRAIN)))
@@ -185,9 +169,3 @@ def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encod
     )
     with pytest.raises(UserError, match=r"record 000000: has 3 images, more than data\.max_images=2"):
         next(iter(train_batches([three], encoder, **TRAIN)))
-
-
-def test_longest_counts_tiles(samples: list[Record], encoder: Encoder) -> None:
-    sizes = measure(samples[:6], encoder, on_error="stop", threads=2)
-    assert sizes[:, 0].max() == 292
-    assert sizes[2].tolist() == [207, slots_of(encoder, samples[2]), 0]

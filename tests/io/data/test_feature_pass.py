@@ -1,12 +1,8 @@
 """The pass that fills a cache of features: each record once, kept, continued, refused; and what the cache is of."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +25,7 @@ from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.cached_arrays import FeatureLoader
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.inputs import TrainingRows
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.record_cache import (
@@ -45,7 +41,7 @@ from vlmprune_jax.io.families.templates import QWEN3_VL
 
 
 @pytest.fixture(scope="module")
-def tiled(goldens: Path) -> tuple[Model, list[Record]]:
+def tiled(goldens):
     """The golden InternVL, and records of images that give 7, 4, 1 and 5 tiles, alone or two together."""
     records = read_records(goldens / "data/samples.json", goldens / "data/images")
     both = (goldens / "data/images/img0.png", goldens / "data/images/img3.png")
@@ -55,7 +51,7 @@ def tiled(goldens: Path) -> tuple[Model, list[Record]]:
     ]
 
 
-def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
+def make_loader(goldens, folder, model):
     images = load_image_processor(
         goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
@@ -63,7 +59,7 @@ def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
     return FeatureLoader(images, cache, model.cfg.feature_shape, np.dtype(np.float32))
 
 
-def encoder(goldens: Path, images: ImageLoader, **changes: Any) -> Encoder:
+def encoder(goldens, images, **changes):
     """Of the golden InternVL, for rows that hold every record."""
     options = {
         "tokenizer": load_tokenizer(goldens / "tokenizers/internvl"), "template": templates()["phi3-chat"],
@@ -73,7 +69,7 @@ def encoder(goldens: Path, images: ImageLoader, **changes: Any) -> Encoder:
     return Encoder(**{**options, **changes})
 
 
-def fill(of: Path | Encoder, loader: FeatureLoader, tiled: tuple[Model, list[Record]], **changes: Any) -> int:
+def fill(of, loader, tiled, **changes):
     """Compute what is missing; returns how many records that were."""
     model, records = tiled
     rows = of if isinstance(of, Encoder) else encoder(of, loader.images)
@@ -180,7 +176,7 @@ def test_a_stopped_pass_continues(goldens, tiled, tmp_path):
     """SIGTERM between two batches: what is whole is there, and the rest is computed by the next pass."""
     model, records = tiled
 
-    def stop(done: int) -> None:
+    def stop(done):
         if done:
             raise Stopped("stopped on SIGTERM")
 
@@ -273,7 +269,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, mon
     tiles = sum(len(loader.images.load(path, "", len(images))) for images in shown for path in images)
     free = 4 * tiles * math.prod(tiled[0].cfg.feature_shape) + SPARE_BYTES
 
-    def begun(done: int) -> None:
+    def begun(done):
         raise Stopped("begun")
 
     for short, error, told in ((1, UserError, "safetensors: needs .* MiB but only .* free"), (0, Stopped, "begun")):

@@ -1,9 +1,6 @@
 """A processor's file is checked before anything of it runs: no field makes an array, or is found wrong by a record."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +56,10 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (TILES | {"size": {"height": 28, "width": 14}}, "must be square"),
         (TILES | {"image_mean": [float("nan")] * 3}, "$.image_mean["),
         (TILES | {"rescale_factor": "x"}, "$.rescale_factor"),
+        (TILES | {"size": {"shortest_edge": 28}}, "must be square"),
+        (TILES | {"rescale_factor": 0.1}, "rescale_factor 0.1 is not supported"),
+        (TILES | {"do_normalize": False}, "do_normalize false is not supported"),
+        (TILES | {"max_patches": "many"}, "$.max_patches"),
         (TILES | {"max_patches": 10**30}, "max_tiles"),
         (TILES | {"min_patches": -1}, "$.min_patches"),
         (PATCHES | {"size": {"shortest_edge": 0, "longest_edge": 9}}, "$.size.shortest_edge"),
@@ -75,10 +76,8 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_settings_that_no_processor_has(
-    tmp_path: Path, settings: dict, words: str, nested: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: object) -> None:
+def test_settings_that_no_processor_has(tmp_path, settings, words, nested, monkeypatch):
+    def never(*_):
         raise AssertionError("it ran")
 
     monkeypatch.setattr(images.WholeImage, "prepare", never)
@@ -92,9 +91,7 @@ def test_settings_that_no_processor_has(
 
 
 @pytest.mark.parametrize("settings", [CLIP | {"crop_size": 4096}, CLIP | {"crop_size": [28, 27]}, TILES])
-def test_another_size_than_the_towers_is_refused_before_it_runs(
-    tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_size_than_the_towers_is_refused_before_it_runs(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(images.WholeImage, "prepare", None)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(
@@ -123,7 +120,7 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
         ),
     ],
 )
-def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, words: str) -> None:
+def test_a_tower_of_another_kind(tmp_path, settings, sizes, words):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     data = {name: sizes[name] for name in ("max_tiles", "max_image_tokens") if name in sizes}
     sizes = {name: size for name, size in sizes.items() if name not in data}
@@ -131,7 +128,7 @@ def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, wo
         load_image_processor(tmp_path, DataSpec(**data), **sizes)
 
 
-def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:
+def test_images_that_stay_oblong_name_file_and_record(tmp_path):
     settings = CLIP | {"do_center_crop": False}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
@@ -143,7 +140,7 @@ def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:
         square.load(tmp_path / "a.png", "r")
 
 
-def test_a_colour_out_of_range_and_unknown_fields_do_no_harm(tmp_path: Path) -> None:
+def test_a_colour_out_of_range_and_unknown_fields_do_no_harm(tmp_path):
     """Fields of newer releases are not ours to refuse; `return_tensors` and the like are not used."""
     odd = {"image_mean": [127.5, -3.0, 127.5], "return_tensors": "pt", "data_format": "channels_last", "device": "cuda"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP | odd | {"auto_map": {"AutoProcessor": "x.Y"}}))
