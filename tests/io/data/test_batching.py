@@ -1,6 +1,7 @@
 """Batches have one shape, follow their seed, split over processes without overlap and resume exactly."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,12 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.data.batching import train_batches
-from vlmprune_jax.io.data.encoding import measure
+from vlmprune_jax.io.data.config import DataSpec
+from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.images import load_image_processor
+from vlmprune_jax.io.data.prompts import load_tokenizer
+from vlmprune_jax.io.data.records import Record, read_records
+from vlmprune_jax.io.families import templates
 
 TRAIN = ORDERED | {"epochs": 1, "threads": 1}
 
@@ -111,3 +117,161 @@ def test_refused_settings(samples, encoder):
         next(iter(train_batches(samples[-1:], one_slot, **{**TRAIN, "batch_size": 1})))
     with pytest.raises(UserError, match="do not fill one batch of 8"):
         train_batches(samples, encoder, **{**TRAIN, "batch_size": 8})
+
+
+# --- batches of tiled images ------------------------------------------------------------------------------------------
+
+
+CONTEXT = 393
+TILED: dict[str, Any] = {
+    "batch_size": 3,
+    "epochs": 1,
+    "drop_remainder": False,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(goldens):
+    return read_records(goldens / "data/samples.json", goldens / "data/images")
+
+
+@pytest.fixture(scope="module")
+def tiler(goldens):
+    """The golden InternVL: 4 positions a tile; its images give 7, 4, 1 and 5 tiles of at most 6 and a thumbnail."""
+    images = load_image_processor(
+        goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
+    )
+    return Encoder(
+        tokenizer=load_tokenizer(goldens / "tokenizers/internvl"),
+        template=templates()["phi3-chat"],
+        max_length=292,
+        image_loader=images,
+        image_token_id=CONTEXT,
+        tokens_per_image=4,
+        max_images=2,
+        truncate=False,
+        tile_buckets=(1, 2, 4, 7),
+    )
+
+
+def slots_of(tiler, record):
+    return tiler.image_sizes(record, tiler.shapes(record))[0]
+
+
+def pixels_of(tiler, record):
+    assert tiler.image_loader is not None
+    return np.concatenate([tiler.image_loader.load(path, record.id, len(record.images)) for path in record.images])
+
+
+def test_slots_are_the_smallest_bucket(pictures, tiler):
+    chosen = [pictures[i] for i in (0, 4, 1, 2, 11, 4, 4, 5, 7, 3)]
+    batches = list(train_batches(chosen, tiler, **TILED))
+    assert [batch.arrays["media"]["vision"].values.shape for batch in batches] == [
+        (3, slots, 3, 56, 56) for slots in (7, 1, 1, 7)
+    ]
+    for batch, records in zip(batches, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
+        for row, record in enumerate(records):
+            pixels = batch.arrays["media"]["vision"].values[row]
+            tiles = slots_of(tiler, record)
+            assert (batch.arrays["input_ids"][row] == CONTEXT).sum() == 4 * tiles
+            assert not pixels[tiles:].any()
+            if record.images:
+                assert np.array_equal(pixels[:tiles], pixels_of(tiler, record))
+    packed = train_batches(chosen, tiler, **TILED, packs=1)
+    for batch, other, records in zip(batches, packed, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
+        tiles = [slots_of(tiler, record) for record in records]
+        real = [pixels[:count] for pixels, count in zip(batch.arrays["media"]["vision"].values, tiles, strict=False)]
+        (joined,) = other.arrays["media"]["vision"].values
+        assert len(joined) == 3 * min(bucket for bucket in (1, 2, 4, 7) if 3 * bucket >= sum(tiles))
+        assert np.array_equal(joined[: sum(tiles)], np.concatenate(real))
+        assert not joined[sum(tiles) :].any()
+    assert not batches[-1].arrays["attention_mask"][1:].any()  # padding rows
+    assert not batches[-1].arrays["media"]["vision"].values[1:].any()
+
+
+def test_two_images_share_tiles_and_follow_each_other(pictures, tiler):
+    turns = (("human", "<image> or <image>?"), ("gpt", "The first."))
+    two = Record("two", turns, (pictures[0].images[0], pictures[1].images[0]))
+    wide = dataclasses.replace(tiler, tile_buckets=(1, 9))
+    batch = next(iter(train_batches([two], wide, **{**TILED, "batch_size": 1})))
+    counts = [image.slots for image in tiler.shapes(two)]
+    assert batch.arrays["media"]["vision"].values.shape[1] == 9
+    assert np.array_equal(batch.arrays["media"]["vision"].values[0, : sum(counts)], pixels_of(tiler, two))
+    runs = "".join("i" if token == CONTEXT else "." for token in batch.arrays["input_ids"][0]).split(".")
+    assert [len(run) for run in runs if run] == [4 * count for count in counts]
+
+
+def test_other_processes_images_are_not_decoded(pictures, tiler, tmp_path):
+    whole = pictures[0].images[0].read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    broken = dataclasses.replace(pictures[0], id="broken", images=(tmp_path / "half.png",))
+    options = {**TILED, "batch_size": 2}
+    first = next(iter(train_batches([pictures[2], broken], tiler, **options, mine=np.array([0]))))
+    assert first.arrays["media"]["vision"].values.shape[1] == 7  # the header of the other row was enough
+    with pytest.raises(UserError, match=r"half\.png \(record broken\): not a readable image"):
+        next(iter(train_batches([pictures[2], broken], tiler, **options, mine=np.array([1]))))
+
+
+def test_collator_of_internvl(goldens, pictures, tiler):
+    stored = np.load(goldens / "data/collators.npz")
+    batch = next(iter(train_batches([pictures[i] for i in (0, 1, 4)], tiler, **TILED)))
+    mask = stored["internvl_collator_attention_mask"]
+    assert np.array_equal(batch.arrays["attention_mask"].astype(bool), mask)
+    assert np.array_equal(batch.arrays["labels"], stored["internvl_collator_labels"])
+    assert np.array_equal(batch.arrays["input_ids"][mask], stored["internvl_collator_input_ids"][mask])
+    positions = np.maximum(np.cumsum(batch.arrays["attention_mask"], axis=1) - 1, 0)  # as the model counts them
+    assert np.array_equal(positions[mask], stored["internvl_collator_position_ids"][mask])
+    # The reference adds a white tile with flag 0 for the row of text; ours leaves its slots empty.
+    assert int(stored["internvl_collator_image_flags"].sum()) == sum(slots_of(tiler, pictures[i]) for i in (0, 1, 4))
+
+
+@pytest.mark.parametrize(("name", "tower"), [("llava", "clip_tower"), ("bunny", "siglip_tower")])
+def test_collators_of_llava_and_bunny(goldens, pictures, name, tower):
+    stored = {key: np.load(goldens / "data/collators.npz")[f"{name}_collator_{key}"] for key in
+              ("input_ids", "attention_mask", "labels")}  # fmt: skip
+    images = load_image_processor(goldens / "ckpt" / tower, DataSpec(aspect_ratio="pad", cache_megabytes=1))
+    whole = Encoder(
+        tokenizer=load_tokenizer(goldens / "tokenizers" / name),
+        template=templates()["llava_v1" if name == "llava" else name],
+        max_length=stored["input_ids"].shape[1],
+        image_loader=images,
+        image_token_id=-200,
+        tokens_per_image=1,
+        max_images=1,
+        truncate=True,
+    )
+    batch = next(iter(train_batches([pictures[i] for i in (0, 1, 4)], whole, **TILED)))
+    for key, expected in stored.items():
+        assert np.array_equal(batch.arrays[key], expected), key
+
+
+def test_truncation_spares_images_and_their_closing_marks(pictures, tiler):
+    record = pictures[1]  # four tiles, then a long conversation
+    ids = tiler.training_row(record)["input_ids"]
+    close = int(np.flatnonzero(ids == 392)[0])
+    cut = dataclasses.replace(tiler, truncate=True)
+    row = dataclasses.replace(cut, max_length=close + 30).training_row(record)
+    assert np.array_equal(row["input_ids"], ids[: close + 30])
+    assert (row["labels"] != IGNORED).any()
+    for length in (close - 3, close):  # inside the image, and before the mark that closes it
+        with pytest.raises(
+            UserError, match=f"record 000001: an image ends at token .*, beyond the maximum length {length}"
+        ):
+            dataclasses.replace(cut, max_length=length).training_row(record)
+    assert dataclasses.replace(cut, max_length=close + 1).training_row(record)["input_ids"][-1] == 392
+    with pytest.raises(
+        UserError, match=r"record 000001: has \d+ tokens with its images, more than the maximum length 200"
+    ):
+        dataclasses.replace(tiler, max_length=200).training_row(record)
+
+
+def test_too_many_tiles_or_images_name_their_record(pictures, tiler):
+    few = dataclasses.replace(tiler, tile_buckets=(1, 5))
+    with pytest.raises(UserError, match="record 000000: needs 7 image tiles, more than the largest bucket"):
+        next(iter(train_batches([pictures[4], pictures[0]], few, **TILED)))
+    three = dataclasses.replace(
+        pictures[0], turns=(("human", "<image>" * 3), ("gpt", "x")), images=pictures[0].images * 3
+    )
+    with pytest.raises(UserError, match=r"record 000000: has 3 images, more than data\.max_images=2"):
+        next(iter(train_batches([three], tiler, **TILED)))
