@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 _SLOW_CASES = {
     "run/demo/test_demo.py": ("counts_and_images",),
     "core/mesh/test_mesh.py": ("not_there_is_one_line",),
-    "run/evaluation/test_questions.py": ("equal_rows_alone",),
+    "run/evaluation/test_runner.py": ("equal_rows_alone",),
     "io/exports/test_convert.py": ("[bunny-depth-4.57]", "[bunny-depth-5]"),
     "io/exports/test_gguf_hybrids.py": (
         "[gemma4_moe-experts]", "[internvl_moe-all]", "[qwen3_5_moe-]", "[qwen3_5_moe-all]", "[qwen3_5_moe-depth]",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import datetime
+import io
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,26 @@ def fuzz_folder(examples: int, folder: Path, read: Callable[[], Any]) -> None:
         reads(read, folder.name)
 
     check()
+
+
+def with_member(whole: bytes, name: str, content: bytes) -> bytes:
+    """Return the bytes of a zip archive in which a member has this content, with a check sum that fits."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive, zipfile.ZipFile(changed, "w", zipfile.ZIP_DEFLATED) as file:
+        for member in archive.infolist():
+            data = content if member.filename == name else archive.read(member)
+            file.writestr(member.filename, data, member.compress_type)
+    return changed.getvalue()
+
+
+def damaged_archives(whole: bytes, *often: str) -> st.SearchStrategy[bytes]:
+    """Zip archives of which a member was damaged, those named in `often` more often than others; or as bytes."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    inside = st.sampled_from([*often, *members]).flatmap(
+        lambda name: damaged(members[name]).map(lambda content: with_member(whole, name, content))
+    )
+    return st.one_of(inside, inside, damaged(whole))
 
 
 def scores_of(cfg):

@@ -220,21 +220,14 @@ def random_ids(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     return {"input_ids": np.concatenate([ids[:, :3], image, ids[:, 3:]], axis=1), "pixel_values": pixels}
 
 
-def expand(ids: np.ndarray, mask: np.ndarray, image_token: int, n_patches: int) -> list[int]:
-    """One golden row with every -200 replaced by `n_patches` image tokens."""
-    real = [int(token) for token in ids[mask == 1]]
-    return [i for token in real for i in ([image_token] * n_patches if token == -200 else [token])]
-
-
 def expanded_batch(golden: Any, image_token: int, n_patches: int) -> tuple[np.ndarray, np.ndarray]:
-    """Expanded, right-padded ids and mask of all rows of a golden forward."""
-    pairs = zip(golden["input_ids"], golden["attention_mask"], strict=True)
-    rows = [expand(ids, mask, image_token, n_patches) for ids, mask in pairs]
-    ids = np.zeros(golden["merged_attention_mask"].shape, np.int32)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    np.testing.assert_array_equal(mask, golden["merged_attention_mask"])
+    """Right-padded ids and mask of all rows of a golden forward, with `n_patches` image tokens for every -200."""
+    mask = golden["merged_attention_mask"]
+    ids = np.zeros(mask.shape, np.int32)
+    for row, seen, tokens, real in zip(ids, mask, golden["input_ids"], golden["attention_mask"], strict=True):
+        times = np.where(tokens == -200, n_patches, 1) * (real == 1)
+        row[: times.sum()] = np.repeat(np.where(tokens == -200, image_token, tokens), times)
+        np.testing.assert_array_equal(seen, np.arange(len(row)) < times.sum())
     return ids, mask
 
 
@@ -256,18 +249,16 @@ def assert_equal(first, second):
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
 
 
-def transformers_5(key):
-    """In-memory names of transformers >= 4.52, without the vision_model segment that version 5 dropped."""
-    key = key.replace("vision_tower.vision_model.", "vision_tower.")
-    if key == "language_model.lm_head.weight":
-        return "lm_head.weight"
-    return "model." + key.replace("language_model.model.", "language_model.")
-
-
-def transformers_4_52(key):
-    return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")
-
-
 def saved_by_5(key):
     """Names in the files of transformers 5.24: LLaVA's tower, and Gemma 3's, without the vision_model segment."""
     return key.replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def transformers_4_52(key):
+    """In-memory names of transformers >= 4.52."""
+    return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")
+
+
+def transformers_5(key):
+    """In-memory names of transformers 5."""
+    return transformers_4_52(saved_by_5(key))

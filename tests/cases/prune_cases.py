@@ -117,18 +117,14 @@ def golden_llava(goldens: Path) -> Model:
 
 def expanded(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """A golden batch with every -200 written out as 16 patches, as the processors do."""
-    rows = []
-    for row in range(len(ids)):
-        times = np.where(ids[row] == -200, 16, 1) * (mask[row] == 1)
-        target = np.where(ids[row] == -200, -100, labels[row])
-        rows.append((np.repeat(ids[row], times), np.ones(times.sum()), np.repeat(target, times)))
-    length = max(len(row[0]) for row in rows)
-    arrays = {"pixel_values": pixels[:, None]}
-    for at, (name, fill) in enumerate((("input_ids", 0), ("attention_mask", 0), ("labels", -100))):
-        arrays[name] = np.stack([np.pad(r[at], (0, length - len(r[at])), constant_values=fill) for r in rows]).astype(
-            int
-        )
-    return arrays
+    times = np.where(ids == -200, 16, 1) * (mask == 1)
+    lengths = times.sum(axis=1)
+    real = np.arange(lengths.max())[None] < lengths[:, None]
+    found = {"pixel_values": pixels[:, None], "attention_mask": real.astype(int)}
+    for name, values, fill in (("input_ids", ids, 0), ("labels", np.where(ids == -200, -100, labels), -100)):
+        found[name] = np.full(real.shape, fill)
+        found[name][real] = np.repeat(values.ravel(), times.ravel())
+    return found
 
 
 REFERENCE_TOTAL = 7_062_902_784  # the reference counts the whole tower: one more block and the post layer norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -9,6 +10,7 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
+from decoder_cases import PHI
 from hf_cases import LFM2_VL, LLAMA, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
@@ -50,20 +52,13 @@ def _learnt() -> str:
 
 
 def _config(name: str) -> dict[str, Any]:
-    if name == "llama":
-        return dict(LLAMA)
-    if name == "lfm2_vl":
-        return {**LFM2_VL, "text_config": dict(LFM2_VL["text_config"])}
-    if name == "phi":
-        from decoder_cases import PHI
-
-        return dict(PHI)
-    if name == "llava":
-        return llava_config("llama", "clip")
-    if name == "smolvlm":
-        return smolvlm_config("llama")
-    own = {"internvl_chat": lambda: internvl_chat_config("qwen2"), "gemma3": gemma3_config}
-    return own[name]() if name in own else qwen_vl_config(name)
+    own = {"llama": LLAMA, "phi": PHI, "lfm2_vl": LFM2_VL, "llava": llava_config("llama", "clip")}
+    own |= {
+        "gemma3": gemma3_config(),
+        "smolvlm": smolvlm_config("llama"),
+        "internvl_chat": internvl_chat_config("qwen2"),
+    }
+    return copy.deepcopy(own[name] if name in own else qwen_vl_config(name))
 
 
 def tokenized_folder(folder: Path, name: str) -> Path:

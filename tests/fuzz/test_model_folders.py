@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from fuzz_cases import damaged, edited, fuzz, fuzz_file, json_files, reads
+from fuzz_cases import damaged, damaged_archives, edited, fuzz, fuzz_file, json_files, reads
 from gguf import GGMLQuantizationType, GGUFWriter
 from hf_cases import LFM2_VL, LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
@@ -62,22 +62,9 @@ def test_safetensors(tmp_path):
 
 
 def torch_files(path):
-    """Archives one of whose members was damaged, with check sums that fit; or damaged as bytes."""
     with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    pickled = next(name for name in members if name.endswith("data.pkl"))
-    copy = path.with_name("edited.bin")
-
-    def written(name, content):
-        with zipfile.ZipFile(copy, "w") as archive:
-            for member in members:
-                archive.writestr(member, content if member == name else members[member])
-        return copy.read_bytes()
-
-    inside = st.sampled_from([pickled, pickled, *members]).flatmap(
-        lambda name: damaged(members[name]).map(lambda content: written(name, content))
-    )
-    return st.one_of(inside, inside, damaged(path.read_bytes()))
+        pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+    return damaged_archives(path.read_bytes(), pickled, pickled)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,15 @@
 """SIGTERM or SIGINT in every long phase of a command: one line, nothing half written, and it is continued."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from experiment_cases import record, write_experiment
-from repository import ROOT
 
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.mesh.stop import StopSignal
-from vlmprune_jax.core.prune import Scores
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.run.cli.main import main
 
@@ -37,7 +31,7 @@ def straight(experiment):
     flags = experiment("straight")
     for command in ("score", "prune", "evaluate"):
         assert main([command, *flags]) == 0
-    return flags[1].removeprefix("--workdir=")
+    return Path(flags[1].removeprefix("--workdir="))
 
 
 @pytest.fixture
@@ -49,18 +43,21 @@ def interrupts():
 
 
 @pytest.fixture
-def added(monkeypatch, request):
-    """Numbers of the batches whose results were noted; a signal, SIGTERM by default, comes during the second."""
-    numbers, original, number = [], Journal.add, getattr(request, "param", signal.SIGTERM)
+def added(monkeypatch, request, interrupts):
+    """Numbers of the batches whose results were noted; a signal comes during the second."""
+    numbers, original = [], Journal.add
 
     def add(self, entry):
         original(self, entry)
         numbers.append(len(numbers))
         if len(numbers) == 2:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), request.param)
 
     monkeypatch.setattr(Journal, "add", add)
     return numbers
+
+
+ANSWERS = "eval/teacher.answers.jsonl"
 
 
 def stopped(capsys, *argv: str, code: int = 143) -> str:
@@ -74,34 +71,30 @@ def stopped(capsys, *argv: str, code: int = 143) -> str:
     return lines[0]
 
 
-def test_scoring_continues_after_its_last_batch(straight, experiment, added, capsys):
-    flags = experiment("scoring")
-    line = stopped(capsys, "score", *flags)
-    assert line == "vlmprune: score (block_influence) stopped on SIGTERM after 2 of 3; the same command continues"
-    workdir = flags[1].removeprefix("--workdir=")
-    assert sorted(os.listdir(workdir)) == [".stages", "scores.npz.journal"]
-    assert main(["score", *flags]) == 0
+@pytest.mark.parametrize(
+    ("added", "said", "code", "journal", "result"),
+    [
+        (signal.SIGTERM, "score (block_influence) stopped on SIGTERM", 143, "scores.npz.journal", "scores.npz"),
+        (signal.SIGINT, "evaluate teacher stopped on SIGINT", 130, "eval/teacher.json.journal", ANSWERS),
+    ],
+    indirect=["added"],
+)
+def test_a_pass_continues_after_its_last_batch(straight, experiment, added, capsys, said, code, journal, result):
+    command, *_ = said.split()
+    flags = experiment(command)
+    line = stopped(capsys, command, *flags, code=code)
+    assert line == f"vlmprune: {said} after 2 of 3; the same command continues"
+    workdir = Path(flags[1].removeprefix("--workdir="))
+    journal = workdir / journal
+    assert [path.name for path in journal.parent.glob("[!.]*")] == [journal.name]
+    assert main([command, *flags]) == 0
     assert len(added) == 3
-    assert sorted(os.listdir(workdir)) == [".stages", "scores.npz"]
-    scores, expected = (Scores.load(f"{folder}/scores.npz").layers for folder in (workdir, straight))
-    np.testing.assert_array_equal(scores, expected)
+    assert not journal.exists()
+    assert (workdir / result).read_bytes() == (straight / result).read_bytes()
 
 
-@pytest.mark.parametrize("added", [signal.SIGINT], indirect=True)
-def test_evaluation_continues_after_its_last_batch(straight, experiment, added, capsys, interrupts):
-    flags = experiment("evaluation")
-    line = stopped(capsys, "evaluate", *flags, code=130)
-    assert line == "vlmprune: evaluate teacher stopped on SIGINT after 2 of 3; the same command continues"
-    workdir = flags[1].removeprefix("--workdir=")
-    assert os.listdir(f"{workdir}/eval") == ["teacher.json.journal"]
-    assert main(["evaluate", *flags]) == 0
-    assert len(added) == 3
-    answers = [Path(folder, "eval/teacher.answers.jsonl").read_text() for folder in (workdir, straight)]
-    assert answers[0] == answers[1]
-    assert sorted(os.listdir(f"{workdir}/eval")) == ["teacher.answers.jsonl", "teacher.json"]
-
-
-def test_a_journal_is_not_continued_with_other_settings_nor_in_the_way(straight, experiment, added, capsys):
+@pytest.mark.parametrize("added", [signal.SIGTERM], indirect=True)
+def test_a_journal_is_not_continued_with_other_settings_nor_in_the_way(experiment, added, capsys):
     flags = experiment("other")
     stopped(capsys, "score", *flags)
     assert main(["score", *flags, "--config.score.samples=4"]) == 0
@@ -150,16 +143,3 @@ def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, 
     assert sorted(os.listdir(straight)) == before
     assert main(["export", *flags, "--config.export.dtype=float32"]) == 0
     assert sorted(os.listdir(straight)) == sorted([*before, "export"])
-
-
-@pytest.mark.slow
-def test_kill_9_at_a_random_moment(tmp_path):
-    """The benchmark's run of two processes, whose every byte is compared with an undisturbed one's.
-
-    By the seed it is the second checkpoint being written; results.md has 20 moments of all kinds.
-    """
-    script = ROOT / "benchmarks/preemption.py"
-    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=1", "--seed=9", "--no-alone"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["phases"] == {"save": 1}

@@ -54,6 +54,15 @@ GRADIENTS = {
 }
 
 
+@pytest.fixture
+def terms():
+    """`losses`, which is afterwards as before."""
+    before = dict(losses)
+    yield losses
+    losses.clear()
+    losses.update(before)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def distill(goldens, request):
     """The teacher, the two students, and the batch of distill/<family>.npz with images expanded."""
@@ -251,10 +260,10 @@ def _apply(model, batch, want):
         (lambda hidden: hidden, r": its function returned float32\[\d+, \d+, \d+\], expected"),
     ],
 )
-def test_a_term_of_a_user_that_fails(monkeypatch, value, told):
+def test_a_term_of_a_user_that_fails(terms, value, told):
     hidden = "hidden" in inspect.signature(value).parameters
     needs = (("hidden",), "tokens") if hidden else (("logits", "targets"), "positions")
-    monkeypatch.setitem(losses.data, "mine", LossTerm(value, *needs))
+    terms["mine"] = LossTerm(value, *needs)
     cfg, loss = cases.config(vision=False), LossConfig(ce=0.0, l2_layers=(-1,), extra={"mine": 1.0})
     refused(f"loss term 'mine'.*{told}", losses, cases.model(cfg), next(cases.Stream(cfg)), loss)
 
@@ -262,15 +271,6 @@ def test_a_term_of_a_user_that_fails(monkeypatch, value, told):
 # --- the registry of terms --------------------------------------------------------------------------------------------
 
 CFG = cases.config()
-
-
-@pytest.fixture
-def terms():
-    """`losses`, as it was afterwards."""
-    before = dict(losses)
-    yield losses
-    losses.clear()
-    losses.update(before)
 
 
 @pytest.mark.slow

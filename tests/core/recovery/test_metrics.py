@@ -60,13 +60,6 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
     assert {"tokens_per_second", "model_flops_per_second", "mfu"} <= summary.keys()
 
 
-def test_peaks_of_devices():
-    """TPUs and GPUs are found by the name that jax gives them; a CPU has no published peak."""
-    assert chips.peak_flops("TPU v5 lite") == 197e12
-    assert chips.peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
-    assert chips.peak_flops("cpu") is None
-
-
 STEP = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3}
 
 
@@ -83,7 +76,9 @@ def test_speeds_are_of_single_steps_and_in_all_of_those_after_the_first(monkeypa
         summary = recorder.summary()
     shown = [f"{step} of 3, loss 2.0000, lr 1.0e-03, {speed} tok/s" for step, speed in ((1, 10), (2, 25), (3, 18))]
     assert capsys.readouterr().out.splitlines() == [f"  train step: {line}" for line in shown]
-    assert "mfu" not in recorder.last  # without a known peak
+    assert "mfu" not in recorder.last  # a CPU has no published peak
+    peaks = {"TPU v5 lite": 197e12, "NVIDIA H100 80GB HBM3": 989.5e12, "cpu": None}
+    assert {device: chips.peak_flops(device) for device in peaks} == peaks
     assert seen == [[10, 10, 100], [2, 25, 300], [4, 17.5, 225]]
     assert (summary["seconds"], summary["tokens"]) == (16, 220)
     assert (summary["tokens_per_second"], summary["model_flops_per_second"]) == (20, 250)

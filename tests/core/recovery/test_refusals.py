@@ -25,80 +25,68 @@ CFG, DECODER = cases.config(), cases.config(vision=False)  # the decoder has no 
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize(
-    ("settings", "fact"),
-    [
-        ({"learning_rate": 0.0}, "recover.learning_rate=0.0 must be above 0"),
-        ({"projector_learning_rate": -1.0}, "recover.projector_learning_rate=-1.0 must be above 0"),
-        ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant; did you mean 'cosine'"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and below 1"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
-        ({"b2": 1.0}, "b2=1.0 must be at least 0 and below 1"),
-        ({"clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
-        ({"batch_size": 0}, "recover.batch_size=0 must be at least 1"),
-        ({"batch_size": 6, "accumulation": 4}, "multiple of recover.accumulation=4"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"epochs": 0.0}, "epochs=0.0 must be above 0"),
-        ({"remat": "ful"}, "'ful' is not one of none, dots, full; did you mean 'full'"),
-        ({"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
-        ({"save_every": -1}, "save_every=-1 must be at least 0"),
-        ({"log_every": 0}, "log_every=0 must be at least 1"),
-        ({"trainable": "lorra"}, "'lorra' is not one of projector, .*, tower, all; did you mean 'lora'"),
-        ({"trainable": "lora", "quantize": "w4a16"}, 'quantize="w4a16" rounds the decoder.s .* recover.trainable to'),
-    ],
-)
-def test_settings(settings, fact):
-    refused(fact, cases.settings, **settings)
+settings = cases.settings
+
+
+def losses(**changes):
+    check_losses(LossConfig(**changes))
+
+
+def term(**values):
+    vp.LossTerm(**{"value": jnp.sum, "needs": ("logits",), "counts": "positions", **values})
+
+
+def rules(trainable, cfg=CFG):
+    assign_groups(list(param_shapes(cfg)), trainable)
 
 
 @pytest.mark.parametrize(
-    ("changes", "fact"),
+    ("call", "values", "fact"),
     [
-        ({"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
-        ({"ce": 0.0}, "set at least one above 0"),
-        ({"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
-        ({"l2": INF}, "recover.losses.l2=inf must be at least 0"),
-        ({"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
-        ({"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
-        ({"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
-        ({"extra": {"kl": 1.0}}, "kl is a built-in term: set recover.losses.kl instead"),
-        ({"extra": {"jsd": -1.0}}, "recover.losses.extra={'jsd': -1.0} must be at least 0"),
-        ({"teacher_inputs": "students"}, "'students' is not one of student, own; did you mean 'student'"),
+        (settings, {"learning_rate": 0.0}, "recover.learning_rate=0.0 must be above 0"),
+        (settings, {"projector_learning_rate": -1.0}, "recover.projector_learning_rate=-1.0 must be above 0"),
+        (settings, {"schedule": "cosin"}, "is not one of cosine, linear, constant; did you mean 'cosine'"),
+        (settings, {"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and below 1"),
+        (settings, {"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        (settings, {"b2": 1.0}, "b2=1.0 must be at least 0 and below 1"),
+        (settings, {"clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
+        (settings, {"batch_size": 0}, "recover.batch_size=0 must be at least 1"),
+        (settings, {"batch_size": 6, "accumulation": 4}, "multiple of recover.accumulation=4"),
+        (settings, {"steps": 0}, "steps=0 must be at least 1"),
+        (settings, {"epochs": 0.0}, "epochs=0.0 must be above 0"),
+        (settings, {"remat": "ful"}, "'ful' is not one of none, dots, full; did you mean 'full'"),
+        (settings, {"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
+        (settings, {"save_every": -1}, "save_every=-1 must be at least 0"),
+        (settings, {"log_every": 0}, "log_every=0 must be at least 1"),
+        (settings, {"trainable": "lorra"}, "'lorra' is not one of projector, .*, tower, all; did you mean 'lora'"),
+        (settings, {"trainable": "lora", "quantize": "w4a16"}, 'quantize="w4a16" rounds .* recover.trainable to'),
+        (losses, {"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
+        (losses, {"ce": 0.0}, "set at least one above 0"),
+        (losses, {"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
+        (losses, {"l2": INF}, "recover.losses.l2=inf must be at least 0"),
+        (losses, {"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
+        (losses, {"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
+        (losses, {"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
+        (losses, {"extra": {"kl": 1.0}}, "kl is a built-in term: set recover.losses.kl instead"),
+        (losses, {"extra": {"jsd": -1.0}}, "recover.losses.extra={'jsd': -1.0} must be at least 0"),
+        (losses, {"teacher_inputs": "students"}, "'students' is not one of student, own; did you mean 'student'"),
+        (term, {"needs": ("logit",)}, "needs 'logit' is not one of logits, .*; did you mean 'logits'"),
+        (term, {"needs": ()}, "must list names of"),
+        (term, {"needs": ("logits", "hidden")}, "must list names of"),
+        (term, {"counts": "tokens"}, "counts 'tokens' is not one of labels, positions"),
+        (term, {"needs": ("hidden",), "counts": "labels"}, "counts 'labels' is not one of tokens, features"),
+        (term, {"needs": ("logits", "teacher_logits"), "reported": True}, "reported=True is not allowed"),
+        (rules, {"trainable": "projektor"}, "did you mean 'projector'"),
+        (rules, {"trainable": [("text/layers/.*/q_prj", True)]}, "matches no parameter .*full path; similar"),
+        (rules, {"trainable": [("text/norm/weight", False)]}, "selects no parameter of this model"),
+        (rules, {"trainable": [("text/(norm", True)]}, "not a regular expression"),
+        (rules, {"trainable": [("text/.*", "decoder")]}, "one of main, projector"),
+        (rules, {"trainable": []}, "empty: use"),
+        *((rules, {"cfg": DECODER, "trainable": name}, "selects no") for name in ("projector", "lora", "tower")),
     ],
 )
-def test_losses(changes, fact):
-    refused(fact, lambda: check_losses(LossConfig(**changes)))
-
-
-@pytest.mark.parametrize(
-    ("values", "fact"),
-    [
-        ({"needs": ("logit",)}, "needs 'logit' is not one of logits, .*; did you mean 'logits'"),
-        ({"needs": ()}, "must list names of"),
-        ({"needs": ("logits", "hidden")}, "must list names of"),
-        ({"counts": "tokens"}, "counts 'tokens' is not one of labels, positions"),
-        ({"needs": ("hidden",), "counts": "labels"}, "counts 'labels' is not one of tokens, features"),
-        ({"needs": ("logits", "teacher_logits"), "reported": True}, "reported=True is not allowed"),
-    ],
-)
-def test_terms(values, fact):
-    refused(fact, vp.LossTerm, **{"value": jnp.sum, "needs": ("logits",), "counts": "positions", **values})
-
-
-@pytest.mark.parametrize(
-    ("cfg", "trainable", "fact"),
-    [
-        (CFG, "projektor", "did you mean 'projector'"),
-        (CFG, [("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a full path; similar"),
-        (CFG, [("text/norm/weight", False)], "selects no parameter of this model"),
-        (CFG, [("text/(norm", True)], "not a regular expression"),
-        (CFG, [("text/.*", "decoder")], "one of main, projector"),
-        (CFG, [], "empty: use"),
-        *((DECODER, name, "selects no parameter of this model") for name in ("projector", "lora", "tower")),
-    ],
-)
-def test_rules_of_what_trains(cfg, trainable, fact):
-    refused(fact, assign_groups, list(param_shapes(cfg)), trainable)
+def test_settings(call, values, fact):
+    refused(fact, call, **values)
 
 
 def test_adapters():

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +37,7 @@ IMAGE = (Path("a.png"),)
 
 
 @pytest.fixture(scope="module")
-def folder(goldens: Path, tmp_path_factory: Any) -> Path:
+def folder(goldens, tmp_path_factory):
     """A byte-level tokenizer like Qwen2's: no BOS, texts end with <|endoftext|>, which pads as well."""
     folder = tmp_path_factory.mktemp("chatml")
     content = json.loads((goldens / "tokenizers/bunny/tokenizer.json").read_text())
@@ -51,18 +50,18 @@ def folder(goldens: Path, tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
+def tokenizer(folder):
     return load_tokenizer(folder)
 
 
-def options(tokenizer: Any, name: str) -> dict[str, Any]:
+def options(tokenizer, name):
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     return {"tokenizer": tokenizer, "template": templates()[name], "image_token_id": image, "tokens_per_image": 3}
 
 
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> None:
+def test_ids_equal_the_chat_template(tokenizer, name, image):
     turns = (("human", "<image>\nWhat is it?" if image else "What?"), ("gpt", "A dog."), ("human", "Sure?"))
     record = Record("r", (*turns, ("gpt", "Yes.\n\nVery.")), IMAGE if image else ())
     roles = {"human": "user", "gpt": "assistant"}
@@ -82,7 +81,7 @@ def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> 
 
 
 @pytest.mark.parametrize("name", [*NAMES, "internvl3"])
-def test_the_template_that_an_export_ships(tokenizer: Any, name: str) -> None:
+def test_the_template_that_an_export_ships(tokenizer, name):
     turns = (("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Sure?"))
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
@@ -93,7 +92,7 @@ def test_the_template_that_an_export_ships(tokenizer: Any, name: str) -> None:
     assert made == text.replace("<image>", "<IMG_CONTEXT>")
 
 
-def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
+def hermes_labels(record, tokenizer):
     """InternVL's `preprocess_mpt` by its counting rule, written anew from its description."""
     prompt = render(record.turns, templates()["Hermes-2"], has_image=bool(record.images)).text
     prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 3 + "</img>", len(record.images))
@@ -111,7 +110,7 @@ def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
     return [IGNORED] * len(labels) if done != real else labels.tolist()
 
 
-def internvl2_5_labels(record: Record, tokenizer: Any) -> list[int]:
+def internvl2_5_labels(record, tokenizer):
     """InternVL's `preprocess_internvl2_5`: turn by turn, all of an answer but its role and the last line break."""
     template, image = templates()["internvl2_5"], "<img>" + "<IMG_CONTEXT>" * 3 + "</img>"
     labels = [IGNORED] * len(tokenizer(f"<|im_start|>system\n{template.system}<|im_end|>\n")["input_ids"])
@@ -149,7 +148,7 @@ texts = st.lists(st.sampled_from(WORDS), max_size=5).map(" ".join)
 @example(rounds=[("a", "one <|im_end|> two")], image=False)
 @example(rounds=[("a", "\nb"), ("c", "\n\nd")], image=True)
 @example(rounds=[("a", "b"), ("c", "")], image=False)
-def test_labels_equal_the_references_rules(tokenizer: Any, rounds: list[tuple[str, str]], image: bool) -> None:
+def test_labels_equal_the_references_rules(tokenizer, rounds, image):
     turns = tuple(turn for question, answer in rounds for turn in (("human", question), ("gpt", answer)))
     record = Record("r", turns, IMAGE if image else ())
     for name, rule in (("Hermes-2", hermes_labels), ("internvl2_5", internvl2_5_labels)):
@@ -163,7 +162,7 @@ def test_labels_equal_the_references_rules(tokenizer: Any, rounds: list[tuple[st
         assert labels.tolist() == rule(lead, tokenizer), name
 
 
-def test_the_template_that_config_json_names(tokenizer: Any) -> None:
+def test_the_template_that_config_json_names(tokenizer):
     for name in NAMES:
         assert (
             choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": name}, has_vision=True).name
@@ -173,7 +172,7 @@ def test_the_template_that_config_json_names(tokenizer: Any) -> None:
         choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": "internlm2-chat"}, has_vision=True)
 
 
-def test_export_of_a_qwen2_chat(folder: Path, tmp_path: Path) -> None:
+def test_export_of_a_qwen2_chat(folder, tmp_path):
     """The stock folder asks in the family's own words, ends where they end, and names the template for training."""
     config = internvl_chat_config("qwen2") | {"template": "internvl2_5", "ps_version": "v2"}
     config["force_image_size"] = config["vision_config"]["image_size"]

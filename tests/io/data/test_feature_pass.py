@@ -1,12 +1,9 @@
 """The pass that fills a cache of features: each record once, kept, continued, refused; and what the cache is of."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ import pytest
 import recover_cases as cases
 from hf_cases import copy_llava
 from media_cases import packed
+from PIL import Image
 from stack_cases import with_facts
 from vlm_cases import row_of
 
@@ -26,11 +24,12 @@ from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.vlm import Model, features_of, to_nnx, tower_features
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.cached_arrays import FeatureLoader
+from vlmprune_jax.io.data.cached_arrays import FeatureLoader, TeacherRows, record_key
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.encoding import Encoder, measure
-from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.inputs import TrainingRows
+from vlmprune_jax.io.data.media import image_key
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.record_cache import (
     check_room,
@@ -45,7 +44,7 @@ from vlmprune_jax.io.families.templates import QWEN3_VL
 
 
 @pytest.fixture(scope="module")
-def tiled(goldens: Path) -> tuple[Model, list[Record]]:
+def tiled(goldens):
     """The golden InternVL, and records of images that give 7, 4, 1 and 5 tiles, alone or two together."""
     records = read_records(goldens / "data/samples.json", goldens / "data/images")
     both = (goldens / "data/images/img0.png", goldens / "data/images/img3.png")
@@ -55,7 +54,7 @@ def tiled(goldens: Path) -> tuple[Model, list[Record]]:
     ]
 
 
-def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
+def make_loader(goldens, folder, model):
     images = load_image_processor(
         goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
@@ -63,7 +62,7 @@ def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
     return FeatureLoader(images, cache, model.cfg.feature_shape, np.dtype(np.float32))
 
 
-def encoder(goldens: Path, images: ImageLoader, **changes: Any) -> Encoder:
+def encoder(goldens, images, **changes):
     """Of the golden InternVL, for rows that hold every record."""
     options = {
         "tokenizer": load_tokenizer(goldens / "tokenizers/internvl"), "template": templates()["phi3-chat"],
@@ -73,7 +72,7 @@ def encoder(goldens: Path, images: ImageLoader, **changes: Any) -> Encoder:
     return Encoder(**{**options, **changes})
 
 
-def fill(of: Path | Encoder, loader: FeatureLoader, tiled: tuple[Model, list[Record]], **changes: Any) -> int:
+def fill(of, loader, tiled, **changes):
     """Compute what is missing; returns how many records that were."""
     model, records = tiled
     rows = of if isinstance(of, Encoder) else encoder(of, loader.images)
@@ -180,7 +179,7 @@ def test_a_stopped_pass_continues(goldens, tiled, tmp_path):
     """SIGTERM between two batches: what is whole is there, and the rest is computed by the next pass."""
     model, records = tiled
 
-    def stop(done: int) -> None:
+    def stop(done):
         if done:
             raise Stopped("stopped on SIGTERM")
 
@@ -273,7 +272,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, mon
     tiles = sum(len(loader.images.load(path, "", len(images))) for images in shown for path in images)
     free = 4 * tiles * math.prod(tiled[0].cfg.feature_shape) + SPARE_BYTES
 
-    def begun(done: int) -> None:
+    def begun(done):
         raise Stopped("begun")
 
     for short, error, told in ((1, UserError, "safetensors: needs .* MiB but only .* free"), (0, Stopped, "begun")):
@@ -300,3 +299,68 @@ def test_whatever_changes_features_is_in_the_identity():
         assert feature_identity(**{**given, **change}) != first, change
     other = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, hidden_size=32))
     assert feature_identity(**{**given, "cfg": other}) == first  # models of any size share a cache
+
+
+# --- cached arrays that are whole but another's -----------------------------------------------------------------------
+
+
+RECORD = Record("r1", (("human", "a"), ("gpt", "b")), ())
+ROW = {"labels": np.zeros(4, np.int32), "attention_mask": np.ones(4, np.int32)}
+
+
+def cache(folder, **arrays):
+    made = ArrayCache(folder, {"a": 1})
+    made.add(arrays)
+    made.publish()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs"),
+    [
+        (np.zeros((4, 2), np.uint16), np.zeros((4, 4), np.float32)),
+        (np.zeros((4, 3), np.uint16), np.zeros((4, 3), np.float32)),
+        (np.zeros((4, 3), np.uint16), np.zeros((3, 4), np.float32)),
+        (np.zeros((4, 3), np.float32), np.zeros((4, 4), np.float32)),
+        (np.zeros(4, np.uint16), np.zeros(4, np.float32)),
+        (np.zeros((), np.uint16), np.zeros((), np.float32)),
+    ],
+)
+def test_a_teachers_rows_of_another_shape(tmp_path, ids, logprobs):
+    key = record_key(RECORD)
+    rows = TeacherRows(
+        cache(tmp_path, **{f"{key}.ids": ids, f"{key}.logprobs": logprobs}), 3, "all", np.dtype("f4"), 100
+    )
+    with pytest.raises(UserError, match=r"record r1: .* does not have the teacher's top 3 tokens: remove"):
+        rows.fill(dict(ROW), RECORD)
+
+
+def test_parts_of_a_video_have_rows_of_their_own(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    whole = Record("r", (("human", "<video>?"), ("gpt", "no")), (), videos=(tmp_path / "a.mp4",))
+    assert len({record_key(replace(whole, part=part)) for part in (None, (0.0, 1.0), (0.0, 2.0))}) == 3
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 2**31 - 1])
+def test_ids_outside_the_vocabulary(tmp_path, wrong):
+    key, ids = record_key(RECORD), np.zeros((4, 3), np.int32)
+    ids[2, 1] = wrong
+    arrays = {f"{key}.ids": ids, f"{key}.logprobs": np.zeros((4, 4), np.float32)}
+    rows = TeacherRows(cache(tmp_path, **arrays), 3, "all", np.dtype("f4"), 100)
+    with pytest.raises(
+        UserError, match=rf"record r1: .* {wrong}.*, but the vocabulary has 0 to 99: remove that folder"
+    ):
+        rows.fill(dict(ROW), RECORD)
+
+
+@pytest.mark.parametrize("features", [np.zeros((1, 5, 7), np.float32), np.zeros((1, 4, 8), np.int32), np.zeros(())])
+def test_features_of_another_shape(goldens, tmp_path, features):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    folder = goldens / "ckpt/clip_tower"
+    images = load_image_processor(folder, DataSpec(aspect_ratio="pad", cache_megabytes=0))
+    stored = cache(tmp_path / "cache", **{image_key(tmp_path / "a.png"): features})
+    loader = FeatureLoader(images, stored, (4, 8), np.dtype(np.float32))
+    with pytest.raises(
+        UserError, match=r"a\.png \(record r1\): .* expected float32\[tiles, 4, 8\]: remove that folder"
+    ):
+        loader.load(tmp_path / "a.png", "r1")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +14,7 @@ from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.recovery.loop import shapes_of
 from vlmprune_jax.io.data.batching import MEGABATCH, Batch, grouped_order, train_batches
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.encoding import Encoder, measure
+from vlmprune_jax.io.data.encoding import measure
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record, read_records
@@ -26,7 +24,7 @@ TRAIN = ORDERED | {"epochs": 2, "threads": 2}
 
 
 @pytest.fixture(scope="module")
-def samples(goldens: Path) -> list[Record]:
+def samples(goldens):
     """The golden samples (images and text, 1 to 3 rounds), one with two images, and ever longer texts."""
     *records, two = golden_records(goldens)
     long = [Record(f"long{n}", (("human", "Say it."), ("gpt", "It is 10:45. " * n)), ()) for n in range(1, 17)]
@@ -34,15 +32,15 @@ def samples(goldens: Path) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def encoder(goldens: Path) -> Encoder:
+def encoder(goldens):
     return golden_encoder(goldens, max_length=512, truncate=True, length_buckets=(160, 256, 512))
 
 
-def sizes_of(records: list[Record], encoder: Encoder, on_error: str = "stop") -> np.ndarray:
+def sizes_of(records, encoder, on_error="stop"):
     return measure(records, encoder, on_error=on_error, threads=2)
 
 
-def equal(first: Batch, second: Batch) -> bool:
+def equal(first, second):
     return (first.record_ids, first.skipped) == (second.record_ids, second.skipped) and jax.tree.all(
         jax.tree.map(np.array_equal, first.arrays, second.arrays)
     )
@@ -75,7 +73,7 @@ def test_every_record_once_an_epoch_and_batches_stay_whole(records, batch_size, 
     assert mixed <= 1  # the two modalities' rests
 
 
-def test_batches_are_of_like_length_and_in_random_order() -> None:
+def test_batches_are_of_like_length_and_in_random_order():
     draw = np.random.default_rng(0)
     sizes = np.stack([draw.integers(1, 1000, 8 * 2 * MEGABATCH), np.ones(8 * 2 * MEGABATCH, int)], 1)
     options = {"group_by": "length", "batch_size": 8, "seed": 1}
@@ -88,7 +86,7 @@ def test_batches_are_of_like_length_and_in_random_order() -> None:
     assert not np.array_equal(np.sort(first, 1), np.sort(second, 1))
 
 
-def test_unreadable_records_do_not_empty_a_batch() -> None:
+def test_unreadable_records_do_not_empty_a_batch():
     draw = np.random.default_rng(0)
     sizes = np.stack([draw.integers(1, 1000, 6400), np.ones(6400, int)], 1)
     sizes[draw.permutation(6400)[:640]] = 0
@@ -102,7 +100,7 @@ def test_unreadable_records_do_not_empty_a_batch() -> None:
 
 
 @pytest.mark.parametrize("max_length", [0, 190, -1])
-def test_sizes_are_those_of_the_rows(samples: list[Record], encoder: Encoder, max_length: int) -> None:
+def test_sizes_are_those_of_the_rows(samples, encoder, max_length):
     """Of any length, with several of them cut, and with the longest cut by one token."""
     if max_length == -1:
         max_length += int(sizes_of(samples, dataclasses.replace(encoder, max_length=0))[:, 0].max())
@@ -113,7 +111,7 @@ def test_sizes_are_those_of_the_rows(samples: list[Record], encoder: Encoder, ma
     assert max_length in (0, sizes[:, 0].max())
 
 
-def test_measuring_tells_how_far_it_is(samples: list[Record], encoder: Encoder, monkeypatch) -> None:
+def test_measuring_tells_how_far_it_is(samples, encoder, monkeypatch):
     """And the sizes are the same in chunks of any length."""
     expected, told = sizes_of(samples, encoder), []
     monkeypatch.setattr("vlmprune_jax.io.data.encoding._CHUNK", 7)
@@ -122,7 +120,7 @@ def test_measuring_tells_how_far_it_is(samples: list[Record], encoder: Encoder, 
     assert np.array_equal(found, expected[:20])
 
 
-def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
+def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens, samples, encoder):
     images = load_image_processor(
         goldens / "ckpt/internvl", DataSpec(aspect_ratio="pad", cache_megabytes=10, max_tiles=6)
     )
@@ -138,7 +136,7 @@ def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list
         assert sizes[:, 1].tolist() == [other.image_sizes(record, other.shapes(record))[0] for record in samples]
 
 
-def test_batches_have_the_smallest_bucket(samples: list[Record], encoder: Encoder) -> None:
+def test_batches_have_the_smallest_bucket(samples, encoder):
     sizes, by_id = sizes_of(samples, encoder), {record.id: place for place, record in enumerate(samples)}
     shapes = set()
     for batch in train_batches(samples, encoder, **TRAIN, sizes=sizes, group_by="modality_length"):
@@ -151,10 +149,10 @@ def test_batches_have_the_smallest_bucket(samples: list[Record], encoder: Encode
 
 
 @pytest.mark.parametrize("group_by", ["none", "length", "modality_length"])
-def test_processes_join_to_the_global_batch_and_resume(samples: list[Record], encoder: Encoder, group_by: str) -> None:
+def test_processes_join_to_the_global_batch_and_resume(samples, encoder, group_by):
     options = {**TRAIN, "sizes": sizes_of(samples, encoder), "group_by": group_by, "epochs": None}
 
-    def stream(**place: Any) -> Any:
+    def stream(**place):
         return iter(train_batches(samples, encoder, **{**options, **place}))
 
     running = stream()
@@ -188,14 +186,14 @@ def test_processes_join_to_the_global_batch_and_resume(samples: list[Record], en
 
 
 @pytest.fixture
-def broken(tmp_path: Path, goldens: Path) -> Path:
+def broken(tmp_path, goldens):
     """A JSON-lines file whose records are good, or broken in each way; images beside it."""
     for number in range(4):
         (tmp_path / f"img{number}.png").write_bytes((goldens / f"data/images/img{number}.png").read_bytes())
     (tmp_path / "half.png").write_bytes((tmp_path / "img0.png").read_bytes()[:200])
     (tmp_path / "bomb.png").write_bytes(_png_header(40_000, 40_000))
 
-    def line(name: str, image: str | None, text: str = "It is.") -> str:
+    def line(name, image, text="It is."):
         question = "What?" if image is None else "<image>\nWhat?"
         talk = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
         return json.dumps({"id": name, "conversations": talk} | ({} if image is None else {"image": image}))
@@ -207,11 +205,11 @@ def broken(tmp_path: Path, goldens: Path) -> Path:
     return tmp_path / "data.jsonl"
 
 
-def _png_header(width: int, height: int) -> bytes:
+def _png_header(width, height):
     import struct
     import zlib
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
+    def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -228,7 +226,7 @@ PROBLEMS = {
 }
 
 
-def test_skipped_records_are_padding_in_their_places(broken: Path, encoder: Encoder) -> None:
+def test_skipped_records_are_padding_in_their_places(broken, encoder):
     records = read_records(broken, broken.parent, on_error="skip")
     assert len(records) == 15
     sizes = sizes_of(records, encoder, "skip")
@@ -253,7 +251,7 @@ def test_skipped_records_are_padding_in_their_places(broken: Path, encoder: Enco
         assert {part[number].arrays["input_ids"].shape for part in parts} == {(1, 160)}
 
 
-def test_what_one_process_cannot_measure_no_process_reads(broken: Path, encoder: Encoder) -> None:
+def test_what_one_process_cannot_measure_no_process_reads(broken, encoder):
     """Shapes must be equal everywhere: a record that measured zeros is skipped even where it could be read."""
     records = [record for record in read_records(broken, broken.parent, on_error="skip") if record.id == "good1"]
     options = {**TRAIN, "batch_size": 1, "epochs": 1, "on_error": "skip"}
@@ -262,7 +260,7 @@ def test_what_one_process_cannot_measure_no_process_reads(broken: Path, encoder:
     assert not batch.arrays["attention_mask"].any()
 
 
-def test_stopping_names_the_record(broken: Path, encoder: Encoder) -> None:
+def test_stopping_names_the_record(broken, encoder):
     with pytest.raises(UserError, match=r"none\.png does not exist"):
         read_records(broken, broken.parent)
     records = {record.id: record for record in read_records(broken, broken.parent, on_error="skip")}
@@ -281,7 +279,7 @@ def test_stopping_names_the_record(broken: Path, encoder: Encoder) -> None:
     assert not sizes_of([records["good1"]], uncut, "skip").any()
 
 
-def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
+def test_refused_settings(samples, encoder):
     plain = dataclasses.replace(encoder, length_buckets=None)
     for changed, options in ((plain, {"group_by": "length"}), (plain, {"on_error": "skip"}), (encoder, {})):
         with pytest.raises(UserError, match="need record sizes: pass sizes=measure"):

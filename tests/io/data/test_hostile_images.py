@@ -1,15 +1,11 @@
 """Images that anybody may have made: one line that names file and record, or pixels; no program, no stray line."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,36 +25,36 @@ showpage
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
+def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width: int, height: int, extra: bytes = b"") -> bytes:
+def png(width, height, extra=b""):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     content = chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + content
 
 
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+def saved(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def tiff(*tags: tuple[int, int, int, int]) -> bytes:
+def tiff(*tags):
     """Little-endian TIFF of these (tag, type, count, value)."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 64
 
 
-def pixels(goldens: Path, path: Path, max_pixels: int = 10**6) -> np.ndarray:
+def pixels(goldens, path, max_pixels=10**6):
     folder = goldens / "ckpt/clip_tower"
     return load_image_processor(
         folder, DataSpec(aspect_ratio="pad", max_image_pixels=max_pixels, cache_megabytes=0)
     ).load(path, "r7")
 
 
-def refusal(goldens: Path, path: Path, content: bytes) -> str:
+def refusal(goldens, path, content):
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         pixels(goldens, path)
@@ -89,16 +85,18 @@ BOMB = zlib.compress(bytes(100_000_000), 9)
         (png(8, 8, extra=chunk(b"iCCP", b"k\0\0" + BOMB)), "not a readable image"),
         (png(0, 8), "not a readable image"),
         (png(2**31 - 1, 2**31 - 1), "far too large"),
+        (png(2_000, 2_000), "2000x2000 pixels exceeds the limit of 1000000"),
+        (png(15_000, 10_000), "15000x10000 pixels exceeds the limit of 1000000"),
         (tiff((256, 4, 1, 2**31), (257, 4, 1, 2**31)), "not a readable image"),
         (tiff((256, 4, 2**30, 8), (257, 3, 1, 8)), "not a readable image"),
         (tiff((256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 77), (259, 3, 1, 999)), "not a readable image"),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(goldens: Path, tmp_path: Path, content: bytes, words: str) -> None:
+def test_what_is_no_image_is_refused_in_one_line(goldens, tmp_path, content, words):
     assert words in refusal(goldens, tmp_path / "a.jpg", content)
 
 
-def test_no_program_is_started(goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_is_started(goldens, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     for name in ("gs", "gswin64c", "wmf2svg", "convert", "inkscape"):
         program = tmp_path / "bin" / name
@@ -114,6 +112,7 @@ def test_no_program_is_started(goldens: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda path: None, "no such file"),
         (os.mkfifo, "is a FIFO, expected a file"),
         (os.mkdir, "is a folder, expected a file"),
         (lambda path: os.symlink("/dev/zero", path), "is a device, expected a file"),
@@ -121,14 +120,14 @@ def test_no_program_is_started(goldens: Path, tmp_path: Path, monkeypatch: pytes
         (lambda path: os.symlink(path.name, path), "is a link to itself"),
     ],
 )
-def test_what_is_no_file(goldens: Path, tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
+def test_what_is_no_file(goldens, tmp_path, make, words):
     make(tmp_path / "a.png")
     with pytest.raises(UserError) as caught:
         pixels(goldens, tmp_path / "a.png")
     assert str(caught.value) == f"{tmp_path / 'a.png'} (record r7): {words}"
 
 
-def test_unusual_images_are_read(goldens: Path, tmp_path: Path) -> None:
+def test_unusual_images_are_read(goldens, tmp_path):
     frames = [RGB.quantize(16), RGB.rotate(180).quantize(16)]
     notes = PngInfo()
     notes.add_text("comment", "x" * 1000)
@@ -155,7 +154,7 @@ def test_unusual_images_are_read(goldens: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_large_images_and_damage_leave_no_line(goldens: Path, tmp_path: Path) -> None:
+def test_large_images_and_damage_leave_no_line(goldens, tmp_path):
     """Pillow warns of 90 to 179 megapixels and of broken metadata, logs errors, and libtiff prints them."""
     (tmp_path / "large.png").write_bytes(png(12_000, 8_000))
     (tmp_path / "exif.jpg").write_bytes(saved(RGB, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x0f"))

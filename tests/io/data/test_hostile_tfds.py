@@ -1,13 +1,9 @@
 """A tfds folder that anybody may have written: one line that names the file or example; nothing it names is run."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tensorflow_datasets
@@ -21,13 +17,13 @@ from vlmprune_jax.io.data.tfds import read_tfds, write_tfds
 SHARD = "{0}/1.0.0/{0}-train.array_record-00000-of-00001"
 
 
-def entry(name: str, *images: str) -> dict[str, Any]:
+def entry(name, *images):
     turns = [{"from": "human", "value": "<image>" * len(images) + "What?"}, {"from": "gpt", "value": "It."}]
     return {"id": name, "images": images, "conversations": turns}
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> tuple[Path, Path]:
+def source(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "images/a.png")
     (tmp_path / "data.json").write_text(json.dumps([entry("x", "a.png"), entry("y")]))
@@ -35,12 +31,12 @@ def source(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def folder(source: tuple[Path, Path], tmp_path: Path) -> Path:
+def folder(source, tmp_path):
     write_tfds(read_records(*source), tmp_path / "set", image_root=source[1])
     return tmp_path / "set"
 
 
-def refused(folder: Path) -> str:
+def refused(folder):
     """What is said of the records, or of the first image."""
     with pytest.raises((UserError, OSError)) as caught:
         read_tfds(folder)[0].images[0].read_bytes()
@@ -49,16 +45,14 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_tfds_itself_reads_what_we_write(folder: Path) -> None:
+def test_tfds_itself_reads_what_we_write(folder):
     for name in ("records", "images"):
         data = tensorflow_datasets.builder_from_directory(str(folder / name / "1.0.0")).as_data_source("train")
         assert len(data) == {"records": 2, "images": 1}[name]
     assert [record.id for record in read_tfds(folder)] == ["x", "y"]
 
 
-def test_a_class_that_a_file_names_is_not_imported(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_a_file_names_is_not_imported(folder, tmp_path, monkeypatch):
     (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Text: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     file = folder / "records/1.0.0/features.json"
@@ -85,7 +79,7 @@ def test_a_class_that_a_file_names_is_not_imported(
         ({"splits": [{"name": "train", "shardLengths": []}]}, ""),
     ],
 )
-def test_a_damaged_description(folder: Path, name: str, change: dict[str, Any], words: str) -> None:
+def test_a_damaged_description(folder, name, change, words):
     file = folder / name / "1.0.0/dataset_info.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     if name == "images" and not words:
@@ -95,7 +89,7 @@ def test_a_damaged_description(folder: Path, name: str, change: dict[str, Any], 
         assert words in refused(folder)
 
 
-def test_fields_that_would_lead_elsewhere_are_not_followed(folder: Path) -> None:
+def test_fields_that_would_lead_elsewhere_are_not_followed(folder):
     file = folder / "records/1.0.0/dataset_info.json"
     info = json.loads(file.read_text())
     info["splits"][0]["filepathTemplate"] = "../../../../{SPLIT}"
@@ -109,14 +103,14 @@ def test_fields_that_would_lead_elsewhere_are_not_followed(folder: Path) -> None
     assert [record.id for record in read_tfds(folder)] == ["x", "y"]
 
 
-def test_more_examples_than_there_are(folder: Path) -> None:
+def test_more_examples_than_there_are(folder):
     file = folder / "records/1.0.0/dataset_info.json"
     file.write_text(file.read_text().replace('"2"', '"999999999999"'))
     assert "records, example 2: cannot be read" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["records", "images"])
-def test_damaged_and_strange_files(folder: Path, name: str) -> None:
+def test_damaged_and_strange_files(folder, name):
     shard = folder / SHARD.format(name)
     whole = shard.read_bytes()
     for damaged in (b"", whole[:100], whole[:-1], whole[:65_600] + b"\xff" * 8 + whole[65_608:], bytes(len(whole))):
@@ -150,9 +144,7 @@ def test_damaged_and_strange_files(folder: Path, name: str) -> None:
         ({"images": [{"name": "a.png", "number": -1}]}, "image -1 is not in"),
     ],
 )
-def test_examples_that_we_would_not_write(
-    source: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_that_we_would_not_write(source, tmp_path, change, words, monkeypatch):
     made = tfds._example
     monkeypatch.setattr(tfds, "_example", lambda *given: made(*given) | change)
     write_tfds(read_records(*source)[:1], tmp_path / "set", image_root=source[1])
@@ -162,10 +154,8 @@ def test_examples_that_we_would_not_write(
     assert "\n" not in str(caught.value)
 
 
-def test_a_disk_that_is_full_leaves_nothing(
-    source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
+def test_a_disk_that_is_full_leaves_nothing(source, tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     records = read_records(*source)

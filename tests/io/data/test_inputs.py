@@ -4,14 +4,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from vlm_cases import row_of
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.io.checkpoints.read import read_config
@@ -29,40 +27,40 @@ from vlmprune_jax.run.experiment.spec import Experiment
 
 
 @pytest.fixture(scope="module")
-def cfg(goldens: Path) -> ModelConfig:
+def cfg(goldens):
     """Some model with images; only its family, image size and positions matter here."""
     config = json.loads((goldens / "ckpt/llava_hf/config.json").read_text())
     return detect(config, "config.json").from_hf(config, None)
 
 
-def folder_of(tmp_path: Path, goldens: Path, checkpoint: str, tokenizer: str) -> str:
+def folder_of(tmp_path, goldens, checkpoint, tokenizer):
     shutil.copytree(goldens / "tokenizers" / tokenizer, tmp_path / checkpoint)
     for file in (goldens / "ckpt" / checkpoint).glob("*config.json"):
         shutil.copy(file, tmp_path / checkpoint)
     return str(tmp_path / checkpoint)
 
 
-def data(goldens: Path, **changes: Any) -> DataSpec:
+def data(goldens, **changes):
     file = str(goldens / "data/samples.json")
     return DataSpec(train=file, eval=file, images=str(goldens / "data/images"), **changes)
 
 
 @pytest.fixture
-def internvl(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> tuple[ModelSpec, ModelConfig]:
+def internvl(goldens, tmp_path, cfg):
     folder = folder_of(tmp_path, goldens, "internvl", "internvl")
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=56, patch_size=28)  # 4 positions a tile
     return ModelSpec(hf_dir=folder), dataclasses.replace(cfg, family="internvl", image_token_id=393, vision=vision)
 
 
-def test_image_processor_of_another_model(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+def test_image_processor_of_another_model(goldens, tmp_path, cfg):
     folder = Path(folder_of(tmp_path, goldens, "llava_hf", "llava"))
     shutil.copy(goldens / "ckpt/siglip_tower/preprocessor_config.json", folder)
     with pytest.raises(UserError, match="returns 45 x 45 pixels, but the vision tower takes 28 x 28"):
         load_inputs(ModelSpec(hf_dir=str(folder)), data(goldens), cfg)
 
 
-def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+def test_internvl_folder(goldens, internvl):
     model, cfg = internvl
     loaded = load_inputs(model, data(goldens), cfg)
     assert loaded.template.name == "phi3-chat"
@@ -82,7 +80,7 @@ def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig])
             load_inputs(model, data(goldens, tile_buckets=wrong), cfg).encoder(cfg, 10)
 
 
-def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+def test_internvl_batches_of_every_stage(goldens, internvl):
     model, cfg = internvl
     experiment = Experiment(
         model=model,
@@ -106,9 +104,7 @@ def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpe
     assert sorted(place for batch in batches for place, _ in batch.questions) == [*range(14)]
 
 
-def test_internvl_records_may_leave_the_mark_out(
-    goldens: Path, internvl: tuple[ModelSpec, ModelConfig], tmp_path: Path, cfg: ModelConfig
-) -> None:
+def test_internvl_records_may_leave_the_mark_out(goldens, internvl, tmp_path, cfg):
     model, internvl_cfg = internvl
     talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
     (tmp_path / "d.json").write_text(json.dumps([{"id": "r1", "image": "img2.png", "conversations": talk}]))
@@ -124,7 +120,7 @@ def test_internvl_records_may_leave_the_mark_out(
         inputs.training_records(spec, load_inputs(llava, spec, cfg).template)
 
 
-def test_images_of_any_size(goldens: Path) -> None:
+def test_images_of_any_size(goldens):
     """Buckets that hold every image, as the folder or the user caps them; nothing like it for other models."""
     model = ModelSpec(hf_dir=str(goldens / "families/qwen3_vl/ckpt"))
     _, qwen = read_config(Path(model.hf_dir), None)
@@ -142,7 +138,7 @@ def test_images_of_any_size(goldens: Path) -> None:
     ]
 
 
-def test_budgets_of_tokens(goldens: Path) -> None:
+def test_budgets_of_tokens(goldens):
     """Every budget of Gemma 4 shapes training and evaluation rows alike."""
     model = ModelSpec(hf_dir=str(goldens / "families/gemma4/ckpt"))
     _, gemma = read_config(Path(model.hf_dir), None)
@@ -154,7 +150,7 @@ def test_budgets_of_tokens(goldens: Path) -> None:
         assert budget / 2 < shape.tokens <= budget
 
 
-def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+def test_bunny_folders(goldens, tmp_path, cfg):
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=45)
     bunny = dataclasses.replace(cfg, family="bunny", layout="original", image_token_id=-200, vision=vision)
@@ -170,13 +166,13 @@ def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     assert load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), llava).template.name == "bunny"
 
 
-def test_wrong_template_names(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+def test_wrong_template_names(goldens, internvl):
     model, cfg = internvl
     with pytest.raises(UserError, match=r"data\.template 'phi3_chat' is not one of auto, .*; did you mean 'phi3-chat'"):
         load_inputs(model, data(goldens, template="phi3_chat"), cfg)
 
 
-def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+def test_tile_settings_of_a_model_without_tiles(goldens, tmp_path, cfg):
     folder = folder_of(tmp_path, goldens, "llava_hf", "llava")
     model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
     with pytest.raises(UserError, match=r"does not cut images into tiles by their aspect ratio: unset data\.thumbnail"):

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from prune_cases import EQUAL, config, expanded
+from stack_cases import decoder_layer
 from vlm_cases import images_of
 
+import vlmprune_jax as vp
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.encoding import Encoder, Shape, measure
 from vlmprune_jax.io.data.images import ImageLoader
@@ -35,7 +38,7 @@ TRAIN: dict[str, Any] = {
 class Golden:
     """One family's images and chats, and what the processor of transformers makes of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder, self.name = folder, folder.name
         with np.load(folder / "golden.npz") as stored:
             self.arrays = dict(stored)
@@ -55,7 +58,7 @@ class Golden:
             image_buckets=(5, 15, 20, 40),
         )
 
-    def record(self, case: str, behind: str = "\n") -> Record:
+    def record(self, case, behind="\n"):
         """The chat with LLaVA's placeholders, and white space behind them that the processor's chat has not."""
         facts, turns = self.facts["cases"][case], []
         for message in facts["messages"]:
@@ -66,11 +69,11 @@ class Golden:
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
-def golden(goldens: Path, request: Any) -> Golden:
+def golden(goldens, request):
     return Golden(goldens / "families" / request.param)
 
 
-def test_patches_equal_the_processors(golden: Golden) -> None:
+def test_patches_equal_the_processors(golden):
     hub = json.loads((golden.folder / "preprocessor_config_hub_style.json").read_text())
     assert patching_from_processor(hub, "x") == golden.patching
     per_value = golden.patching.temporal * golden.patching.patch**2
@@ -86,7 +89,7 @@ def test_patches_equal_the_processors(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("behind", ["\n", ""])
-def test_ids_labels_and_positions_equal_the_processors(golden: Golden, behind: str) -> None:
+def test_ids_labels_and_positions_equal_the_processors(golden, behind):
     for case in CASES:
         record, stored = golden.record(case, behind), golden.arrays[f"{case}_input_ids"]
         row = dataclasses.replace(golden.encoder, max_length=len(stored)).training_row(record)
@@ -100,7 +103,7 @@ def test_ids_labels_and_positions_equal_the_processors(golden: Golden, behind: s
         assert prompt.tolist() == stored[: golden.facts["cases"][case]["prompt_len"]].tolist()
 
 
-def test_images_stay_where_they_are(golden: Golden) -> None:
+def test_images_stay_where_they_are(golden):
     """As Qwen's own fine-tuning has it: each image a part of the chat, and so is the stripped text between two."""
     images = golden.record("two").images
     turns = (("human", "See <image>\n and\n<image> now"), ("gpt", "Yes."))
@@ -113,7 +116,7 @@ def test_images_stay_where_they_are(golden: Golden) -> None:
     )
 
 
-def test_a_batch_of_several_sizes(golden: Golden) -> None:
+def test_a_batch_of_several_sizes(golden):
     """Rows have the smallest bucket that holds their images; two processes agree on it from headers."""
     records = [golden.record(case) for case in ("tiny", "two", "tiny", "text", "single")]
     encoder = dataclasses.replace(golden.encoder, max_length=80, tile_buckets=(1, 2))
@@ -151,28 +154,17 @@ def test_a_batch_of_several_sizes(golden: Golden) -> None:
     assert not any(array[1].any() for array in (*jax.tree.leaves(padding["media"]), padding["position_ids"]))
 
 
-def test_sizes_and_prompts(golden: Golden) -> None:
-    records = [golden.record(case) for case in CASES]
-    sizes = measure(records, golden.encoder, on_error="stop", threads=1)
-    counts = [image["image_tokens"] for image in golden.facts["images"]]
-    assert sizes[:, 0].tolist() == [golden.facts["cases"][case]["tokens"] for case in CASES]
-    assert sizes[:, 1].tolist() == [1, 2, 0, 1]
-    assert sizes[:, 2].tolist() == [counts[0], sum(counts[1:3]), 0, counts[3]]
-    for case, record in zip(CASES, records, strict=True):
-        assert len(golden.encoder.prompt_ids(record)) == golden.facts["cases"][case]["prompt_len"]
-
-
 # --- sizes of one's own -----------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, width: int, height: int) -> Record:
+def save(folder, width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")
     return Record("r7", (("human", "<image>\nWhat?"), ("gpt", "It.")), (folder / "a.png",))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 150), (3000, 17)])
-def test_odd_sizes_become_what_the_processor_makes_of_them(golden: Golden, tmp_path: Path, size: Any) -> None:
+def test_odd_sizes_become_what_the_processor_makes_of_them(golden, tmp_path, size):
     from transformers import Qwen2VLImageProcessorPil
 
     record, patching = save(tmp_path, *size), golden.patching
@@ -186,7 +178,7 @@ def test_odd_sizes_become_what_the_processor_makes_of_them(golden: Golden, tmp_p
     assert count <= patching.image_buckets[-1] * patching.merge**2
 
 
-def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> None:
+def test_what_no_row_takes_names_its_record(golden, tmp_path):
     with pytest.raises(
         UserError, match=r"a.png \(record r7\): image of 1x20000 pixels: the long side is more than 200 times"
     ):
@@ -217,7 +209,7 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
         next(iter(train_batches([record], dataclasses.replace(large, image_buckets=(1, 10**9)), **TRAIN)))
 
 
-def test_the_users_cap(golden: Golden) -> None:
+def test_the_users_cap(golden):
     capped = golden.patching.with_most_tokens(9, 0)
     assert capped.plan(300, 200).tokens <= 9 < golden.patching.plan(300, 200).tokens
     assert golden.patching.with_most_tokens(10**6, 0) == golden.patching
@@ -225,7 +217,7 @@ def test_the_users_cap(golden: Golden) -> None:
         golden.patching.with_most_tokens(1, 0)
 
 
-def test_no_image_has_more_tokens_than_the_last_bucket() -> None:
+def test_no_image_has_more_tokens_than_the_last_bucket():
     draw = np.random.default_rng(0)
     for _ in range(2000):
         side, least = int(draw.integers(1, 17)), int(draw.integers(1, 5000))
@@ -234,3 +226,64 @@ def test_no_image_has_more_tokens_than_the_last_bucket() -> None:
         height, width = np.exp(draw.uniform(0, 8, 2)).astype(int).tolist()
         width = min(max(width, math.ceil(height / 200)), 200 * height)
         assert 1 <= one.plan(width, height).tokens <= one.image_buckets[-1]
+
+
+# --- `vp.expand_images` -----------------------------------------------------------------------------------------------
+
+
+def test_golden_batches_come_out_as_the_reference_has_them(goldens):
+    arrays = np.load(goldens / "block_influence" / "llava.npz")
+    cfg = vp.load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower").cfg
+    for n in range(6):
+        ids, mask, labels, pixels = (
+            arrays[f"s{n}_{name}"] for name in ("input_ids", "attention_mask", "labels", "pixel_values")
+        )
+        found = vp.expand_images(ids, cfg, attention_mask=mask, labels=labels)
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expanded(ids, mask, labels, pixels)[name], err_msg=name)
+
+
+def test_padding_on_either_side_and_several_tiles():
+    cfg = config(EQUAL, vision=True)
+    image, each = cfg.image_token_id, cfg.tokens_per_image
+    ids = [[0, 0, 5, image, 6], [image, 7, image, 8, 0]]
+    mask = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]
+    found = vp.expand_images(ids, cfg, attention_mask=mask, tiles=[1, 2, 1])
+    rows = [[5, *[image] * each, 6], [*[image] * (2 * each), 7, *[image] * each, 8]]
+    width = len(rows[1])
+    np.testing.assert_array_equal(found["input_ids"], [row + [0] * (width - len(row)) for row in rows])
+    np.testing.assert_array_equal(found["attention_mask"].sum(axis=1), [len(row) for row in rows])
+    assert set(found) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_of_any_size_are_counted_by_their_grids(goldens, family):
+    with np.load(goldens / f"families/{family}/golden.npz") as stored:
+        two, grids = stored["two_input_ids"], stored["two_image_grid_thw"]
+    _, cfg = read_config(goldens / f"families/{family}/ckpt", None)
+    again = np.concatenate([[True], (two[1:] != cfg.image_token_id) | (two[:-1] != cfg.image_token_id)])
+    found = vp.expand_images(two[again][None], cfg, image_grid_thw=grids)
+    np.testing.assert_array_equal(found["input_ids"][0], two)
+    for options in ({}, {"image_grid_thw": grids[:1]}, {"image_grid_thw": grids, "tiles": [1, 1]}):
+        with pytest.raises(vp.UserError, match="image_grid_thw"):
+            vp.expand_images(two[again][None], cfg, **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([1, 2], {}, "must have one shape"),
+        ([[1, 61]], {"tiles": [1, 1]}, "1 positive numbers, one per image"),
+        ([[1, 61]], {"tiles": [0]}, "1 positive numbers"),
+        ([[1, 61]], {"image_grid_thw": [[1, 2, 2]]}, "takes tiles, not image_grid_thw"),
+        ([[1, 61]], {"attention_mask": [[1]]}, "must have one shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(ids, options, message):
+    with pytest.raises(vp.UserError, match=message):
+        vp.expand_images(ids, config(EQUAL, vision=True), **options)
+
+
+def test_a_model_without_images():
+    with pytest.raises(vp.UserError, match="takes no images"):
+        vp.expand_images([[1]], config((decoder_layer(2, 2, 4),)))

@@ -1,9 +1,6 @@
 """Forward KL against a teacher's k likeliest tokens: its value, its gradient, and training with k = vocabulary."""
 
-from __future__ import annotations
-
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -47,7 +44,7 @@ KL = LossConfig(ce=0.3, kl=0.7, temperature=TEMPERATURE, teacher_inputs="own", c
         (4, math.log(4) + 0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.1 * math.log(0.1) * 2),
     ],
 )
-def test_by_hand(k: int, expected: float):
+def test_by_hand(k, expected):
     """Teacher (0.1, 0.5, 0.1, 0.3) at the temperature, student uniform."""
     teacher = 2.0 * jnp.log(jnp.array([0.1, 0.5, 0.1, 0.3]))
     ids, logprobs = top_k_logprobs(teacher, 2.0, k)
@@ -55,16 +52,16 @@ def test_by_hand(k: int, expected: float):
     assert float(top_k_divergence(jnp.zeros(4), ids, logprobs, 2.0)) == pytest.approx(expected, rel=1e-6)
 
 
-def _logits(seed: int, spread: float) -> np.ndarray:
+def _logits(seed, spread):
     return spread * np.random.default_rng(seed).standard_normal((3, 5, VOCAB)).astype(np.float32)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def _softmax(logits):
     e = np.exp(logits.astype(np.float64) / TEMPERATURE - logits.max(-1, keepdims=True) / TEMPERATURE)
     return e / e.sum(-1, keepdims=True)
 
 
-def _by_numpy(student: np.ndarray, teacher: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _by_numpy(student, teacher, k):
     """Divergence and its gradient with respect to the student's logits: (q - p) / T among the k, and outside them
     q - p(rest) q / q(rest).
     """
@@ -82,7 +79,7 @@ def _by_numpy(student: np.ndarray, teacher: np.ndarray, k: int) -> tuple[np.ndar
 
 @pytest.mark.parametrize("k", [1, 3, 20, VOCAB - 1, VOCAB])
 @pytest.mark.parametrize("spread", [1.0, 12.0])
-def test_value_and_gradient_equal_numpy(k: int, spread: float):
+def test_value_and_gradient_equal_numpy(k, spread):
     """Also for distributions so sharp that float32 cannot tell 1 minus the probability of the k from 0."""
     student, teacher = _logits(0, spread), _logits(1, spread)
     ids, logprobs = top_k_logprobs(jnp.asarray(teacher), TEMPERATURE, k)
@@ -93,16 +90,6 @@ def test_value_and_gradient_equal_numpy(k: int, spread: float):
     # Float32 rounds the terms of a sum that may be much smaller than they are.
     np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
-
-
-def test_a_lower_bound_that_grows_with_k():
-    student, teacher = jnp.asarray(_logits(0, 3.0)), jnp.asarray(_logits(1, 3.0))
-    values = [
-        top_k_divergence(student, *top_k_logprobs(teacher, TEMPERATURE, k), TEMPERATURE) for k in (1, 2, 8, 32, 63, 64)
-    ]
-    assert all(np.all(a <= b * (1 + 1e-6)) for a, b in itertools.pairwise(values))
-    assert np.all(values[0] < values[-1])
-    assert np.all(values[0] > 0)
 
 
 def test_log_probabilities_of_less_precision_are_normalised():
@@ -122,7 +109,7 @@ def test_log_probabilities_of_less_precision_are_normalised():
 class Taught(cases.Stream):
     """The stream with what the teacher gave at the positions that count, through the cache on disk."""
 
-    def __init__(self, folder, teacher: Model, loss: LossConfig, mesh):
+    def __init__(self, folder, teacher, loss, mesh):
         super().__init__(teacher.cfg)
         cache = ArrayCache(folder, {})
         self.kept = TeacherRows(
@@ -144,7 +131,7 @@ class Taught(cases.Stream):
 
 
 @pytest.mark.parametrize("positions", ["all", "labels"])
-def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions: str):
+def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions):
     """Value and gradients within 1e-6, with padding and some labels ignored, whatever the chunk."""
     rng, loss = np.random.default_rng(0), dataclasses.replace(KL, kl_positions=positions)
     table, hidden, taught = (
@@ -302,7 +289,7 @@ def test_rows_keep_the_positions_that_count(tmp_path):
 class Store:
     """A data set of images."""
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         self.identity = lambda: name
 
 
@@ -337,5 +324,5 @@ def test_padding_is_not_kept_where_all_positions_count(tmp_path):
         rows.fill(_row(2, 6), record)
 
 
-def _row(real: int, length: int) -> dict[str, np.ndarray]:
+def _row(real, length):
     return {"labels": np.full(length, 5), "attention_mask": (np.arange(length) < real).astype(np.int32)}

@@ -1,7 +1,5 @@
 """Records in a tensorflow-datasets folder are the records of the JSON file, with the same pixels; no TensorFlow."""
 
-from __future__ import annotations
-
 import http.server
 import json
 import shutil
@@ -65,19 +63,6 @@ def test_the_same_records_and_bytes(source, tmp_path):
         assert [i.read_bytes() for i in ours.images] == [i.read_bytes() for i in theirs.images]
     assert again[0].images == again[3].images  # one image, decoded once
     assert len(set(again)) == 4
-
-
-def test_the_same_pixels(source, tmp_path, goldens):
-    file, root = source
-    records = read_records(file, root, image_lead=True)
-    write_tfds(records, tmp_path / "set", image_root=root)
-    data = DataSpec(aspect_ratio="pad", cache_megabytes=1)
-    loader = load_image_processor(goldens / "ckpt/clip_tower", data)
-    stored = load_image_processor(goldens / "ckpt/clip_tower", data)
-    for ours, theirs in zip(read_tfds(tmp_path / "set", image_lead=True), records, strict=True):
-        assert stored.shapes(ours.images, ours.id) == loader.shapes(theirs.images, theirs.id)
-        for image, path in zip(ours.images, theirs.images, strict=True):
-            np.testing.assert_array_equal(stored.load(image, ours.id), loader.load(path, theirs.id))
 
 
 def test_the_same_limits_and_messages(source, tmp_path, goldens):

@@ -309,8 +309,8 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
         assert ids.tolist() == stored.tolist(), case
         prompt = tokenize_prompt(record, tokenizer, used, **options)
         assert prompt.tolist() == stored[: golden.facts["cases"][case]["prompt_len"]].tolist()
-        last = np.arange(len(ids)) >= np.flatnonzero(answer != IGNORED)[0]  # stored is the last answer's alone
-        assert labels[last].tolist() == answer[last].tolist()
+        first = np.flatnonzero(answer != IGNORED)[0] - 1  # stored is the last answer's alone
+        assert labels[first:].tolist() == answer[first:].tolist()
         for path, k, shape in zip(record.images, golden.images(case), shapes, strict=True):
             pixels = images.load(path, case, len(record.images))
             assert len(pixels) == (shape.rows * shape.columns if golden.positioned else shape.slots)

@@ -150,27 +150,18 @@ def test_a_sweep_in_yaml_is_all_combinations(tmp_path, monkeypatch):
     pairs = [(0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2)]
     assert read_hyper("my.yaml") == [{"prune.ratio": ratio, "recover.seed": seed} for ratio, seed in pairs]
     assert parse("run", stage_command("run"), ["--config=my.yaml"]).config.prune.method == "depth"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("prune: {ratio: 0.3}", "lists no values to sweep: add `sweep: {prune.ratio: [0.1, 0.3]}`"),
-        ("sweep: {prune.ratio: []}", "lists no values to sweep"),
-        ("sweep: {prune.ratio: 0.3}", "Expected `array`, got `float` - at `$.sweep[...]`"),
-    ],
-)
-def test_a_yaml_file_without_values_to_sweep(tmp_path, text, message):
-    (tmp_path / "my.yaml").write_text(text)
-    refused(re.escape(message), read_hyper, str(tmp_path / "my.yaml"))
+    for text, fact in {
+        "prune: {ratio: 0.3}": "lists no values to sweep: add `sweep: {prune.ratio:",
+        "sweep: {prune.ratio: []}": "lists no values to sweep",
+        "sweep: {prune.ratio: 0.3}": "Expected `array`, got `float`",
+    }.items():
+        Path("my.yaml").write_text(text)
+        refused(fact, read_hyper, "my.yaml")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prune": {"ratoi": 1}}, "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
-        ({"prune": 3}, "config.prune=3: is a section of settings: set each of its settings by name"),
-        ({"prune": {"ratio": "a"}}, "config.prune.ratio='a' must be a number or None"),
         ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),
         ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets='q_proj' must be a tuple"),
         ({"score": {"reference_compat": 1}}, "must be True or False"),

@@ -52,7 +52,6 @@ def config_file(tmp_path):
         (["--workdri=x"], "vlmprune run has no flag --workdri; did you mean 'workdir'?"),
         (["--config={file}", "--config.score.by_kind=True"], "score has no setting 'by_kind': it is now"),
         (["--config={file}", "--config.prune.ratoi=0.2"], "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
-        (["--config={file}", "--config.prnue.ratio=0.2"], "config has no setting 'prnue'; did you mean 'prune'?"),
         (["--config={file}", "--config.prune.ratio=much"], "could not convert string to float"),
         (["--config={file}", "--config.prune.ratio.x=1"], "config.prune.ratio is a setting, not a section"),
         (["--config.prune.ratio=0.2"], "name the file as well (--config=FILE.py)"),
@@ -67,22 +66,11 @@ def config_file(tmp_path):
         (["--config={file}", "--workdir={file}"], "is a file, expected a folder"),
         (["--config={file}", "--workdir={dir}/w"], "model.hf_dir is not set"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir=/no/where"], "/no/where: no such folder"),
-        (["--config={file}", "--workdir={dir}/w", "--config.data.source=web"], "data.source 'web' is not one of"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir={dir}"], "data.eval is not set"),
         (["--config={file}", "--workdir={dir}/w", "--config.export.layout=hf"], "export.layout 'hf' is not one of"),
-        (
-            ["--config={file}", "--workdir={dir}/w", "--config.score.depth=taylor"],
-            "score.depth='taylor' scores widths, not layers: use block_influence or angular or greedy_loss or random",
-        ),
-        (
-            ["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"],
-            "score.width='block_influence' scores layers, not widths: use taylor or activation or fluctuation or l1",
-        ),
-        (
-            ["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"],
-            "prune.steps=2 is only for prune.method='width'",
-        ),
-        (["--config={file}", "--workdir={dir}/w", "--config.prune.method=widht"], "did you mean 'width'?"),
+        (["--config={file}", "--workdir={dir}/w", "--config.score.depth=taylor"], "use block_influence or angular or"),
+        (["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"], "use taylor or activation"),
+        (["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"], "is only for prune.method='width'"),
         (["--config={file}", "--workdir={dir}/w", "--config.recover.remat=ful"], "did you mean 'full'?"),
     ],
 )
@@ -112,6 +100,6 @@ def test_every_spelling_of_a_setting_replaces_that_of_a_variant(config_file):
     assert found.explicit == ["data.threads", "prune.ratio", "data.truncate"]
 
 
-@pytest.mark.parametrize("flag", ["--dry_run", "--only=width"])
-def test_a_report_is_of_all_models(capsys, tmp_path, flag):
-    assert "leave --dry_run and --only out" in failing(capsys, "report", f"--workdir={tmp_path}", flag)
+def test_a_report_is_of_all_models(capsys, tmp_path):
+    for flag in ("--dry_run", "--only=width"):
+        assert "leave --dry_run and --only out" in failing(capsys, "report", f"--workdir={tmp_path}", flag)

@@ -75,10 +75,33 @@ def test_layers_of_unequal_width(tmp_path, capsys):
     assert "1 x (6/3 heads, 56 neurons), 2 x (4/2 heads, 50 neurons), 1 x (6/3 heads, 56 neurons)" in out
 
 
-def test_unequal_widths_that_no_export_holds(goldens, capsys):
-    assert main(["inspect", str(goldens / "families/gemma4_dense/ckpt")]) == 0
+FACTS = {
+    "families/gemma4_dense/ckpt": ["gguf: fewer layers, neurons; tower: fewer layers, neurons, unequal widths\n"],
+    "ckpt/llama_gqa": ["3 x (6/2 heads, 64 neurons)"],
+    "families/qwen2_5_vl/ckpt": [
+        "are computed: 4 x (5 heads, 52 neurons), 2 of them without windows\n",
+        "images of any size, a token for 2 x 2 patches of 5\n",
+        "at most 19.3 % by depth",
+    ],
+    "families/qwen3_vl/ckpt": [
+        "at most 25.2 % by depth",
+        "of the vision tower is 3.5 %",
+        "              no layer can be removed; at most ",
+    ],
+}
+
+
+@pytest.mark.parametrize("folder", FACTS)
+def test_what_is_special_of_a_family(goldens, capsys, folder):
+    assert main(["inspect", str(goldens / folder)]) == 0
     out = capsys.readouterr().out
-    assert "gguf: fewer layers, neurons; tower: fewer layers, neurons, unequal widths\n" in out
+    assert [line for line in FACTS[folder] if line not in out] == []
+
+
+def test_what_is_no_model(goldens, capsys):
+    for argv, fact in (([], "takes one folder"), ([str(goldens / "ckpt/bunny")], "set vision_dir (--config.model")):
+        assert main(["inspect", *argv]) == 2
+        assert fact in capsys.readouterr().err
 
 
 def sparse_folder(config, folder):
@@ -138,14 +161,8 @@ def test_full_size_in_an_instant(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/full_size.py"),
-        "--tiny",
-        "--model=internvl",
-        f"--work={tmp_path}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "benchmarks/full_size.py"), "--tiny", "--model=internvl"]
+    done = subprocess.run([*command, f"--work={tmp_path}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = {line["step"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert list(lines) == ["cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "ratios"]

@@ -1,4 +1,4 @@
-"""The runner against forwards that share nothing with it."""
+"""The runner against forwards that share nothing with it: shared images, tiles with slots to spare, perplexity."""
 
 import dataclasses
 import math
@@ -11,18 +11,22 @@ from prune_cases import config, model, on_mesh
 from refusal import refused
 from vlm_cases import images_of
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
+from vlmprune_jax.io.data.batching import train_batches
 from vlmprune_jax.io.data.config import DataSpec
-from vlmprune_jax.io.data.encoding import Encoder
+from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.io.data.prompts import load_tokenizer
 from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.families import templates
+from vlmprune_jax.io.families.towers import PIXELS
 from vlmprune_jax.run.evaluation import questions
 from vlmprune_jax.run.evaluation.questions import arrange_questions
 from vlmprune_jax.run.evaluation.runner import _windows, evaluate, perplexity
+
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +49,27 @@ def encoder(goldens, llava):
     )
 
 
+def question(goldens, number, image, text, answer):
+    """A question about an image of the goldens, or about none."""
+    text = text if image is None else f"<image>\n{text}"
+    images = () if image is None else (goldens / f"data/images/img{image}.png",)
+    return Record(f"q{number}", (("human", text), ("gpt", answer)), images)
+
+
 def records(goldens, answers):
     """Seven questions about three images, mixed, and one without an image."""
-    images = [goldens / f"data/images/img{i}.png" for i in (0, 1, 0, 2, 1, 0, 2)]
-    asked = [f"<image>\nIs {n} here?" for n in ("one", "two", "a dog", "one", "a cat", "that", "it")]
-    made = [
-        Record(f"q{i}", (("human", text), ("gpt", answers[i])), (image,))
-        for i, (text, image) in enumerate(zip(asked, images, strict=True))
-    ]
-    return [*made, Record("q7", (("human", "Hello there"), ("gpt", answers[7])), ())]
+    texts = [f"Is {n} here?" for n in ("one", "two", "a dog", "one", "a cat", "that", "it")]
+    asked = zip((0, 1, 0, 2, 1, 0, 2, None), [*texts, "Hello there"], answers, strict=True)
+    return [question(goldens, number, *rest) for number, rest in enumerate(asked)]
 
 
-def greedy(llava, encoder, record, steps):
+def greedy(llava, encoder, record, shape=None):
     """Tokens by repeated full forwards of one row, padded at the right."""
     tokens = encoder.prompt_ids(record).tolist()
-    pixels = images_of(encoder, record)["pixel_values"][None]
+    pixels = images_of(encoder, record, *filter(None, [shape]))["pixel_values"][None]
     start = len(tokens)
-    for _ in range(steps):
-        ids, mask = np.zeros((2, 1, 80), np.int32)
+    for _ in range(STEPS):
+        ids, mask = np.zeros((2, 1, encoder.max_length + STEPS), np.int32)
         ids[0, : len(tokens)], mask[0, : len(tokens)] = tokens, 1
         logits, _ = forward(llava, ids, attention_mask=mask, pixel_values=pixels)
         tokens.append(int(np.asarray(logits)[0, len(tokens) - 1].argmax()))
@@ -71,14 +78,15 @@ def greedy(llava, encoder, record, steps):
     return tokens[start:]
 
 
-STEPS = 3
-
-
 @pytest.fixture(scope="module")
 def expected(goldens, llava, encoder):
     asked = records(goldens, ["x"] * 8)
-    tokens = [greedy(llava, encoder, record, STEPS) for record in asked]
+    tokens = [greedy(llava, encoder, record) for record in asked]
     return [encoder.tokenizer.decode(t, skip_special_tokens=True) for t in tokens], [len(t) for t in tokens]
+
+
+def answered(model, encoder, batches, **options):
+    return evaluate(model, batches, tokenizer=encoder.tokenizer, max_new_tokens=STEPS, **options)
 
 
 def test_accuracy_of_known_answers(goldens, llava, encoder, expected):
@@ -86,15 +94,8 @@ def test_accuracy_of_known_answers(goldens, llava, encoder, expected):
     assert len(set(texts)) > 1  # the model does look at its input
     answers = [text.upper() + "." if i not in (2, 7) else "wrong" for i, text in enumerate(texts)]
     asked = records(goldens, answers)
-    asking = arrange_questions(asked, encoder, batch_size=3)
-    seen = []
-    result = evaluate(
-        llava,
-        asking.batches(threads=1, prefetch=1),
-        tokenizer=encoder.tokenizer,
-        max_new_tokens=STEPS,
-        progress=seen.append,
-    )
+    asking, seen = arrange_questions(asked, encoder, batch_size=3), []
+    result = answered(llava, encoder, asking.batches(threads=1, prefetch=1), progress=seen.append)
     assert (result.questions, result.values, result.accuracy) == (8, {"accuracy": 0.75}, 0.75)
     assert [answer.id for answer in result.answers] == [f"q{i}" for i in range(8)]  # in file order, however batched
     assert [answer.prediction for answer in result.answers] == [text.strip() for text in texts]
@@ -150,23 +151,71 @@ def test_a_suffix_continues_the_last_question(goldens, encoder):
 def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
     asking = arrange_questions(records(goldens, ["yes"] * 8), encoder, batch_size=8, multiple=4)
     assert asking.groups[0].beginnings % 4 == 0
-    split = on_mesh(llava, 2, 2, 2)
-    result = evaluate(split, asking.batches(threads=1, prefetch=1), tokenizer=encoder.tokenizer, max_new_tokens=STEPS)
+    result = answered(on_mesh(llava, 2, 2, 2), encoder, asking.batches(threads=1, prefetch=1))
     assert [answer.prediction for answer in result.answers] == [text.strip() for text in expected[0]]
 
 
-def test_bad_questions(goldens, llava, encoder):
-    asked = records(goldens, ["x"] * 8)
-    with pytest.raises(UserError, match=r"record q0: has \d+ tokens with its images, more than the maximum length 9"):
-        arrange_questions(asked, dataclasses.replace(encoder, max_length=9), batch_size=2)
-    with pytest.raises(UserError, match="record q0: has an image but the model has no vision tower"):
-        arrange_questions(asked, dataclasses.replace(encoder, image_loader=None), batch_size=2)
-    refused("0 questions", arrange_questions, [], encoder, batch_size=2)
-    unanswered = [dataclasses.replace(asked[0], turns=asked[0].turns[:1])]
-    asking = arrange_questions(unanswered, encoder, batch_size=1)
-    with pytest.raises(UserError, match="record q0: has no reference answer"):
-        evaluate(llava, asking.batches(threads=1, prefetch=1), tokenizer=encoder.tokenizer, max_new_tokens=1)
-    refused("no question", evaluate, llava, [], tokenizer=encoder.tokenizer, max_new_tokens=1)
+def test_bad_questions(goldens, llava, encoder, tiled, asked):
+    one = records(goldens, ["x"] * 8)[:1]
+    for of, changed, changes, fact in (
+        (one, encoder, {"max_length": 9}, r"record q0: has \d+ tokens with its images, more than the maximum length 9"),
+        (one, encoder, {"image_loader": None}, "record q0: has an image but the model has no vision tower"),
+        ([], encoder, {}, "0 questions"),
+        (asked, tiled, {"tile_buckets": (1, 5)}, "record q0: needs 7 image tiles, more than the largest bucket"),
+        (asked, tiled, {"max_length": 100}, r"q0: has 136 tokens .* length 100: raise evaluate\.max_length"),
+    ):
+        refused(fact, arrange_questions, of, dataclasses.replace(changed, **changes), batch_size=2)
+    unanswered = arrange_questions([dataclasses.replace(one[0], turns=one[0].turns[:1])], encoder, batch_size=1)
+    refused("q0: has no reference answer", answered, llava, encoder, unanswered.batches(threads=1, prefetch=1))
+    refused("no question", answered, llava, encoder, [])
+
+
+# --- tiled images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiled(goldens, llava, encoder):
+    """The tower of the golden LLaVA takes 28 x 28 pixels, so every tile is one of its images (16 positions)."""
+    tiling = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], 3, shares=True)
+    loader = ImageLoader(tiling, max_pixels=10**6, cache_bytes=10**6)
+    return dataclasses.replace(encoder, max_length=160, image_loader=loader, tile_buckets=(4, 7))
+
+
+@pytest.fixture(scope="module")
+def asked(goldens):
+    """Questions about images of seven, four and five tiles, mixed, and two without an image."""
+    texts = ("Is one here?", "Hello", "Is two here?", "A dog?", "One?", "Hello there", "Is it a cat?")
+    images = (0, None, 1, 0, 3, None, 1)
+    return [question(goldens, i, image, text, "yes") for i, (text, image) in enumerate(zip(texts, images, strict=True))]
+
+
+def test_rows_with_spare_slots_equal_rows_alone(llava, tiled, asked):
+    batch = next(iter(train_batches(asked[:4], tiled, batch_size=4, threads=1)))
+    assert batch.arrays["media"]["vision"].values.shape[:2] == (4, 7)
+    inputs = {name: batch.arrays[name] for name in ("media", "attention_mask")}
+    logits = np.asarray(forward(llava, batch.arrays["input_ids"], **inputs)[0])
+    for row, record in enumerate(asked[:4]):
+        real = batch.arrays["attention_mask"][row] == 1
+        pixels = tiled.image_loader.load(record.images[0], record.id) if record.images else None
+        alone = forward(llava, batch.arrays["input_ids"][row][real][None], pixel_values=pixels)[0][0]
+        np.testing.assert_allclose(logits[row][real], alone, atol=2e-5, rtol=0)
+
+
+def test_shared_beginnings_of_tiles(llava, tiled, asked):
+    batches = list(arrange_questions(asked, tiled, batch_size=2).batches(threads=1, prefetch=1))
+    slots = [batch.arrays["media"]["vision"].values.shape[1] for batch in batches]
+    assert slots == sorted(slots)  # one program after the other
+    assert set(slots) == {4, 7}
+    for bucket in (4, 7):
+        same = [batch for batch, number in zip(batches, slots, strict=True) if number == bucket]
+        shapes = {tuple(a.shape for a in [*jax.tree.leaves(batch.arrays), batch.prefix.input_ids]) for batch in same}
+        assert len(shapes) == 1
+    assert len({batch.prefix.input_ids.shape for batch in batches}) == 2  # few tiles do not wait for many
+    shared = answered(llava, tiled, batches)
+    assert [answer.id for answer in shared.answers] == [f"q{i}" for i in range(7)]
+    tokens = [greedy(llava, tiled, record, Shape(0, 7)) for record in asked[:3]]
+    expected = [tiled.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    assert [answer.prediction for answer in shared.answers[:3]] == expected
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

@@ -14,12 +14,8 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.run.evaluation.metrics import METRICS
 
 NUMBER = 200
-OPTIONS = [
-    ["cat", "a dog", "mouse"],
-    ["3/11", "8/11", "6/11", "3/5"],
-    ["Yes", "no"],
-    ["red", "Red fox", "fox", "ox", "x"],
-]
+ALIKE = {"ignore_case": True, "ignore_punctuation": True}
+OPTIONS = [text.split(",") for text in ("cat,a dog,mouse", "3/11,8/11,6/11,3/5", "Yes,no", "red,Red fox,fox,ox,x")]
 SUFFIXES = ("", "", "", ".", "!", ",", " ", "'s", "\n", " because it is so")
 MAPPED = "the a an two ten none dont couldnt've youd somebody'd lets ow's'at 'twas 1,000 3.5 T-shirt x/y a.m. [b] c-d"
 
@@ -64,11 +60,14 @@ def number(draw):
     return draw.choice((f"{value}", f"{value:,}", f"{value:.2f}", f"{value:e}", f"${value}", f".{draw.randint(1, 9)}"))
 
 
+def records_of(cases):
+    return [Record(key, (("human", "?"),), (), None, tuple(refs), fields) for _, refs, fields, _, key in cases]
+
+
 def differences(name, cases):
     """Those of (prediction, references, fields, lmms-eval's score, id) on which the metric scores otherwise."""
     metric = METRICS[name]
-    records = [Record(key, (("human", "?"),), (), None, tuple(refs), fields) for _, refs, fields, _, key in cases]
-    scores = metric.score_all([case[0] for case in cases], records)
+    scores = metric.score_all([case[0] for case in cases], records_of(cases))
     ours = [next(iter(one.values())) for one in scores]
     theirs = [case[3] for case in cases]
     assert len(cases) == NUMBER
@@ -97,11 +96,10 @@ def test_ai2d(lmms, draw):
     filtered = lmms("tasks.ai2d.utils").MultiChoiceRegexFilter()
     same = lmms("api.metrics").exact_match_hf_evaluate
 
-    def score(said, options, right):
-        del options
-        kept = filtered.apply([[said]], [{}])
-        options_of_task = {"ignore_case": True, "ignore_punctuation": True}
-        return float(same(predictions=kept, references=["ABCDE"[right]], **options_of_task)["exact_match"])
+    def score(said, _, right):
+        return float(
+            same(predictions=filtered.apply([[said]], [{}]), references=["ABCDE"[right]], **ALIKE)["exact_match"]
+        )
 
     assert differences("ai2d", list(choices_cases(draw, score))) == []
 
@@ -113,7 +111,7 @@ def test_gqa(lmms, draw):
         right = draw.choice(("cat", "T-shirt", "yes", "a dog", "on the left"))
         said = draw.choice((right, right.upper(), right.replace("-", ""), f"({right})", f"the {right}", "cat"))
         said = (said + draw.choice(SUFFIXES)).strip()
-        found = same(predictions=[said], references=[right], ignore_case=True, ignore_punctuation=True)["exact_match"]
+        found = same(predictions=[said], references=[right], **ALIKE)["exact_match"]
         cases.append((said, [right], {}, float(found), "q"))
     assert differences("gqa", cases) == []
 
@@ -183,46 +181,28 @@ def test_mmmu_open(lmms, draw):
 
 
 def yes_or_no(draw):
-    said = (
-        "yes",
-        "Yes",
-        "no",
-        "No",
-        "Yes.",
-        "No.",
-        "Nope",
-        "none",
-        "maybe",
-        "eyes",
-        "I know",
-        "well yes",
-        "y",
-        "n",
-        "N.",
-        "?",
-    )
-    return draw.choice(said), draw.choice(("yes", "no"))
+    odd = ("Nope", "none", "maybe", "eyes", "I know", "well yes", "y", "n", "N.", "?")
+    return draw.choice(("yes", "Yes", "no", "No", "Yes.", "No.", *odd)), draw.choice(("yes", "no"))
 
 
 def test_pope(lmms, draw):
     utils = lmms("tasks.pope.utils")
-    said, right = zip(*(yes_or_no(draw) for _ in range(NUMBER)), strict=True)
-    splits = [draw.choice(("random", "popular", "adversarial")) for _ in said]
-    theirs = [
-        utils.pope_process_results({"question_id": 1, "answer": a}, [s])["pope_accuracy"]
-        for s, a in zip(said, right, strict=True)
-    ]
-    cases = [(s, [a], {"category": c}, t["score"], "q") for s, a, c, t in zip(said, right, splits, theirs, strict=True)]
+    cases, theirs = [], []
+    for _ in range(NUMBER):
+        said, right = yes_or_no(draw)
+        theirs.append(utils.pope_process_results({"question_id": 1, "answer": right}, [said])["pope_accuracy"])
+        split = draw.choice(("random", "popular", "adversarial"))
+        cases.append((said, [right], {"category": split}, theirs[-1]["score"], "q"))
     assert differences("pope", cases) == []
-    records = [Record("q", (), (), None, (a,), {"category": c}) for a, c in zip(right, splits, strict=True)]
-    scores = METRICS["pope"].score_all(said, records)
-    values, groups = METRICS["pope"].values(scores, records), METRICS["pope"].values_of_groups(scores, records)
+    records, metric = records_of(cases), METRICS["pope"]
+    scores = metric.score_all([case[0] for case in cases], records)
+    values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
     for name in ("accuracy", "precision", "recall", "f1_score"):
         aggregate = getattr(utils, f"pope_aggregate_{name}")
         ours = {"f1_score": "f1_pooled"}.get(name, name)
         assert values[ours] == pytest.approx(aggregate(theirs), abs=1e-12)
         for split, of in groups.items():
-            mine = [one for one, where in zip(theirs, splits, strict=True) if where == split]
+            mine = [one for one, case in zip(theirs, cases, strict=True) if case[2]["category"] == split]
             assert of[ours] == pytest.approx(aggregate(mine), abs=1e-12)
     assert values["f1"] == pytest.approx(sum(of["f1_pooled"] for of in groups.values()) / 3, abs=1e-12)
 
@@ -239,8 +219,7 @@ def test_mme(lmms, draw):
         results[key].append(found)
         cases.append((said, [right], fields, found["score"], "q"))
     assert differences("mme", cases) == []
-    records = [Record("q", (), (), None, tuple(refs), fields) for _, refs, fields, _, _ in cases]
-    values = METRICS["mme"].values([{"right": case[3]} for case in cases], records)
+    values = METRICS["mme"].values([{"right": case[3]} for case in cases], records_of(cases))
     for name in ("perception", "cognition"):
         theirs = utils.mme_aggregate_results(results[f"mme_{name}_score"])
         assert values[name] == pytest.approx(theirs, abs=1e-9)
@@ -257,12 +236,9 @@ def test_mathvista_with_a_judge_that_repeats_the_answer(lmms, draw, monkeypatch)
         letter = draw.choice("ABCDE"[: len(options)])
         right = {"text": options["ABCDE".index(letter)], "list": "[1, 2]", "integer": "14", "float": "0.5"}[kind]
         forms = (right, right, f" {right}", f"{right}1", f"It is {right}", number(draw), "1e400", "nan")
-        said = of_choices(draw, options, letter) if kind == "text" else draw.choice(forms)
-        said = said.strip()
+        said = (of_choices(draw, options, letter) if kind == "text" else draw.choice(forms)).strip()
         monkeypatch.setattr(evaluator, "get_chat_response", lambda *_, said=said, **__: said)
-        extraction = evaluator.extract_answer(said, fields)
-        read = evaluator.normalize_extracted_answer(
-            extraction, options, fields["question_type"], kind, fields["precision"]
-        )
+        asked = (options, fields["question_type"], kind, fields["precision"])
+        read = evaluator.normalize_extracted_answer(evaluator.extract_answer(said, fields), *asked)
         cases.append((said, [right], fields, float(evaluator.safe_equal(read, right)), "q"))
     assert differences("mathvista", cases) == []
