@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +23,19 @@ from vlmprune_jax.io.data.prompts import (
 )
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.io.families import FAMILIES, templates
+from vlmprune_jax.io.families.templates import Template
 from vlmprune_jax.io.families.tiles import ImageShape
 
 LLAVA = templates()["llava_v1"]
 
 
 @pytest.fixture(scope="module")
-def samples(goldens):
+def samples(goldens: Path) -> list[Record]:
     return read_records(goldens / "data/samples.json", goldens / "data/images")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(goldens):
+def tokenizer(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/llava")
 
 
@@ -40,7 +43,7 @@ def tokenizer(goldens):
     ("name", "key"),
     [("llava_v1", "llava_v1"), ("bunny", "bunny"), ("phi3-chat", "internvl_phi3_chat_before_image_expansion")],
 )
-def test_prompt_text_equals_the_reference(goldens, samples, name, key):
+def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str, key: str) -> None:
     stored = json.loads((goldens / "data/prompts.json").read_text())
     for record in samples:
         assert render(record.turns, templates()[name], has_image=bool(record.images)).text == stored[record.id][key]
@@ -56,7 +59,9 @@ def test_prompt_text_equals_the_reference(goldens, samples, name, key):
         ("bunny", "bunny_maxlen160", "bunny", "bunny"),
     ],
 )
-def test_ids_and_labels_equal_the_reference(goldens, samples, file, key, folder, template):
+def test_ids_and_labels_equal_the_reference(
+    goldens: Path, samples: list[Record], file: str, key: str, folder: str, template: str
+) -> None:
     stored = json.loads((goldens / f"data/{file}_tokenized.json").read_text())[key]
     tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
     assert len(stored["samples"]) == len(samples)
@@ -75,7 +80,7 @@ def test_ids_and_labels_equal_the_reference(goldens, samples, file, key, folder,
         assert ids.dtype == labels.dtype == np.int32
 
 
-def test_internvl_ids_and_labels_equal_the_reference(goldens, samples):
+def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: list[Record]) -> None:
     stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]
     tokenizer = load_tokenizer(goldens / "tokenizers/internvl")
     assert len(stored["samples"]) == len(samples)
@@ -95,18 +100,28 @@ def test_internvl_ids_and_labels_equal_the_reference(goldens, samples):
 
 
 @pytest.fixture(scope="module")
-def phi3(goldens):
+def phi3(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/internvl")
 
 
-def shapes(tiles):
+def shapes(tiles: Sequence[int]) -> list[ImageShape]:
     return [ImageShape(1, count, count) for count in tiles]
 
 
 PHI3 = {"template": templates()["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
 
 
-def test_several_images_are_expanded_in_order(phi3):
+def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], phi3: Any) -> None:
+    for record, tiles in ((samples[1], [3]), (samples[4], []), (samples[11], [1])):
+        ids, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
+        prompt = tokenize_prompt(record, phi3, **PHI3, images=shapes(tiles))
+        assert prompt.tolist() == ids[: len(prompt)].tolist()
+        assert prompt[-1] == phi3.convert_tokens_to_ids("<|assistant|>")
+        assert (labels[len(prompt) :] != IGNORED).all()
+        assert (prompt == 393).sum() == 2 * sum(tiles)
+
+
+def test_several_images_are_expanded_in_order(phi3: Any) -> None:
     turns = (("human", "Is <image> like <image>?"), ("gpt", "No."), ("human", "And <image>?"), ("gpt", "Yes."))
     record = Record("r", turns, (Path("a"), Path("b"), Path("c")))
     ids, _ = tokenize_training(record, phi3, **PHI3, images=shapes([3, 1, 2]), cut_text_at=None)
@@ -115,7 +130,7 @@ def test_several_images_are_expanded_in_order(phi3):
     assert ids.tolist().count(391) == ids.tolist().count(392) == 3  # <img>, </img>
 
 
-def test_lone_image_without_a_mark_leads(phi3):
+def test_lone_image_without_a_mark_leads(phi3: Any) -> None:
     image = (Path("a"),)
     bare = Record("r", (("human", "What is it?"), ("gpt", "A dog.")), image)
     marked = dataclasses.replace(bare, turns=(("human", "<image>\nWhat is it?"), bare.turns[1]))
@@ -126,7 +141,7 @@ def test_lone_image_without_a_mark_leads(phi3):
     assert 393 not in tokenize_prompt(text, phi3, **PHI3)
 
 
-def test_text_cannot_pose_as_an_image(phi3):
+def test_text_cannot_pose_as_an_image(phi3: Any) -> None:
     for images in ((), (Path("a"),)):
         record = Record("r9", (("human", "<IMG_CONTEXT> hi"), ("gpt", "x")), images)
         with pytest.raises(UserError, match="record r9: its text contains <IMG_CONTEXT>"):
@@ -135,7 +150,7 @@ def test_text_cannot_pose_as_an_image(phi3):
             tokenize_prompt(record, phi3, **PHI3)
 
 
-def test_internvl_text_is_cut_where_the_reference_cuts(samples, phi3):
+def test_internvl_text_is_cut_where_the_reference_cuts(samples: list[Record], phi3: Any) -> None:
     for record, tiles in ((samples[6], []), (samples[12], [4])):  # the second has an empty answer: mismatched
         whole, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
         for limit in (100, 150, len(whole) - 3, len(whole)):
@@ -146,13 +161,22 @@ def test_internvl_text_is_cut_where_the_reference_cuts(samples, phi3):
             assert cut.tolist()[:limit] == reference_phi3_labels(record, phi3, limit, tiles).tolist()
 
 
-def reference_phi3_labels(record, tokenizer, limit, tiles):
+def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
+    turns = (("human", "<image>\nA?"), ("gpt", "Yes."), ("human", "B?"), ("gpt", ""))  # a broken second round
+    record = Record("r", turns, (Path("x"),))
+    for limit, kept in ((260, True), (400, False)):
+        _, labels = tokenize_training(record, phi3, **PHI3, images=shapes([60]), cut_text_at=limit)
+        assert (labels != IGNORED).any() == kept
+        assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, [60]).tolist()
+
+
+def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
     """InternVL's `preprocess_phi3` by its counting rule, written anew from its description."""
     prompt = render(record.turns, templates()["phi3-chat"], has_image=bool(record.images)).text
     for count in tiles:
         prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 2 * count + "</img>", 1)
 
-    def count_of(text):
+    def count_of(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
     labels = np.array(tokenizer(prompt)["input_ids"])[:limit]
@@ -194,7 +218,9 @@ phi3_texts = st.lists(
     image=st.booleans(),
     limit=st.integers(165, 260),
 )
-def test_internvl_labels_equal_the_counting_rule(phi3, rounds, image, limit):
+def test_internvl_labels_equal_the_counting_rule(
+    phi3: Any, rounds: list[tuple[str, str]], image: bool, limit: int
+) -> None:
     turns = tuple(turn for question, answer in rounds for turn in (("human", question), ("gpt", answer)))
     record = Record("r", turns, (Path("x"),) if image else ())
     tiles = [3] if image else []
@@ -214,19 +240,19 @@ def test_internvl_labels_equal_the_counting_rule(phi3, rounds, image, limit):
         ("bunny", "internvl", "internvl", "bunny"),
     ],
 )
-def test_template_of_a_family(goldens, name, family, folder, expected):
+def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str, expected: str) -> None:
     tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
     assert choose_template(name, FAMILIES[family], tokenizer, config={}, has_vision=True).name == expected
 
 
-def test_template_that_the_tokenizer_cannot_write(tokenizer):
+def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     for name, advice in ("auto", "one of llava_v1, bunny"), ("internvl3", "auto or one of llava_v1, bunny"):
         message = rf"lacks <\|im_start\|>, .*<img>, .*: set data.template to {advice}"
         with pytest.raises(UserError, match=message):
             choose_template(name, FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 
 
-def test_tokenizer_is_that_of_its_file(goldens):
+def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:
     from tokenizers import Tokenizer
 
     for name in ("llava", "llava_legacy", "bunny", "internvl"):
@@ -238,7 +264,16 @@ def test_tokenizer_is_that_of_its_file(goldens):
             )
 
 
-def test_generation_prompt_is_the_training_row_up_to_its_answer(samples, tokenizer):
+def test_image_expands_to_its_tokens(samples: list[Record], tokenizer: Any) -> None:
+    options = {"tokenizer": tokenizer, "template": LLAVA, "cut_text_at": None}
+    short, short_labels = tokenize_training(samples[0], **options, image_token_id=-200, tokens_per_image=1)
+    ids, labels = tokenize_training(samples[0], **options, image_token_id=77, tokens_per_image=16)
+    place = short.tolist().index(-200)
+    assert ids.tolist() == [*short[:place], *[77] * 16, *short[place + 1 :]]
+    assert labels.tolist() == [*short_labels[:place], *[IGNORED] * 16, *short_labels[place + 1 :]]
+
+
+def test_generation_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], tokenizer: Any) -> None:
     options = {"image_token_id": -200, "tokens_per_image": 1}
     for record in (samples[0], samples[4]):
         ids, labels = tokenize_training(record, tokenizer, LLAVA, **options, cut_text_at=None)
@@ -250,27 +285,27 @@ def test_generation_prompt_is_the_training_row_up_to_its_answer(samples, tokeniz
     assert tokenize_prompt(question, tokenizer, LLAVA, **options).tolist() == prompt_ids(samples[0], tokenizer)
 
 
-def prompt_ids(record, tokenizer):
+def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
     return tokenize_prompt(record, tokenizer, LLAVA, image_token_id=-200, tokens_per_image=1).tolist()
 
 
-def test_empty_system_text_leaves_no_space():
+def test_empty_system_text_leaves_no_space() -> None:
     bare = dataclasses.replace(LLAVA, system="")
     turns = (("human", "a"), ("gpt", "b"), ("human", "c"))
     assert render(turns[:1], bare, has_image=False, generation=True).text == "USER: a ASSISTANT:"
     assert render(turns, bare, has_image=False, generation=True).text == "USER: a ASSISTANT: b</s>USER: c ASSISTANT:"
 
 
-def test_images_move_to_the_front_of_their_turn():
+def test_images_move_to_the_front_of_their_turn() -> None:
     assert move_images_first("Look at <image> now. ") == "<image>\nLook at  now."
     assert move_images_first("a <image> b <image>") == "<image>\n<image>\na  b"
     assert move_images_first("  none ") == "  none "
 
 
-def reference_labels(record, tokenizer, template):
+def reference_labels(record: Record, tokenizer: Any, template: Template) -> list[int]:
     """LLaVA's `preprocess_v1` by its counting rule: lengths of rounds, instruction minus 2, later rounds minus 1."""
 
-    def count(text):
+    def count(text: str) -> int:
         pieces = [tokenizer(piece)["input_ids"] for piece in text.split("<image>")] if record.images else None
         if pieces is None:
             return len(tokenizer(text)["input_ids"])
@@ -305,7 +340,7 @@ texts = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(rounds=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), image=st.booleans())
-def test_labels_equal_the_counting_rule(tokenizer, rounds, image):
+def test_labels_equal_the_counting_rule(tokenizer: Any, rounds: list[tuple[str, str]], image: bool) -> None:
     turns = [turn for question, answer in rounds for turn in (("human", question), ("gpt", answer))]
     if image:
         turns[0] = ("human", "<image>\n" + turns[0][1])
@@ -314,7 +349,7 @@ def test_labels_equal_the_counting_rule(tokenizer, rounds, image):
     assert labels.tolist() == reference_labels(record, tokenizer, LLAVA)
 
 
-def test_folder_without_a_tokenizer(tmp_path):
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its tokenizer: cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
