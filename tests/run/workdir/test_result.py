@@ -64,6 +64,8 @@ def test_a_run_beside_the_unpruned_model():
         "groups": {name: {"yes": {"questions": 40, "values": {"accuracy": 0.5}}} for name in ("questions", "text")},
         "seconds": 2.5,
     }
+    many = {str(i): groups["yes"] for i in range(41)}  # stay in eval/
+    assert compare(found(many, questions=0.5, text=9.0), teacher).groups == {}
 
 
 def test_a_recovered_run_beside_its_control():
@@ -106,10 +108,11 @@ def test_rows_of_a_quantised_export():
     ]
 
 
-def test_sets_say_how_large_they_are():
+def test_sets_and_values_are_shown_as_their_metric_says():
     sets = describe_sets(found(pope=0.5, text=10.0))
-    assert [of.size for of in sets.values()] == ["40 questions", "40 tokens"]
-    assert [of.label for of in sets.values()] == ["f1 in %", "perplexity"]
+    assert [(of.size, of.label) for of in sets.values()] == [("40 questions", "f1 in %"), ("40 tokens", "perplexity")]
+    assert (sets["pope"].show(0.5), sets["pope"].show(0.5, unit=False)) == ("50.00 %", "50.00")
+    assert (sets["text"].show(12.345), sets["text"].show(None)) == ("12.35", "")
 
 
 def test_perplexities_of_different_vocabularies_are_not_compared():
@@ -141,25 +144,6 @@ def test_averages_leave_out_what_cannot_be_retained():
     json.dumps(msgspec.to_builtins([kept, nothing, text]), allow_nan=False)
 
 
-def test_intervals_are_written_where_there_are_any_and_read_back(tmp_path):
-    teacher, pruned = found(questions=0.8, pope=0.5, text=9.0), found(questions=0.6, pope=0.25, text=9.0)
-    pruned["questions"] = replace(pruned["questions"], retained_interval=(70.5, 80.0))
-    made = run("depth", pruned, teacher)
-    assert made.evaluation.retained_interval == {"questions": (70.5, 80.0)}
-    path = tmp_path / "result.json"
-    write_artefact(path, result_of(teacher, [made], export=EXPORT))
-    assert read_result(tmp_path).runs == [made]
-    plain = json.loads(path.read_text())
-    plain["runs"][0]["evaluation"]["retained_interval"]["pope"] = [1.0]
-    path.write_text(json.dumps(plain))
-    refused(r"result\.json: .*retained_interval", read_result, tmp_path)
-
-
-def test_many_groups_stay_in_eval():
-    groups = {str(i): Group(questions=1, values={"f1": 0.5}) for i in range(41)}
-    assert compare(found(groups, pope=0.5), found(groups, pope=0.5)).groups == {}
-
-
 def test_best():
     teacher = found(questions=0.8, pope=0.5)
     runs = [
@@ -177,27 +161,27 @@ def test_best():
     refused("no model was evaluated", best_run, [], {})
 
 
-def test_reading(tmp_path):
+def test_results_are_read_back_and_refused(tmp_path):
     path = tmp_path / "result.json"
     refused(r"result\.json: no such file: run `vlmprune run` first", read_result, tmp_path)
-    made = result_of(found(pope=0.5), [run("depth", found(pope=0.5), found(pope=0.5))], export=EXPORT)
+    teacher, pruned = found(questions=0.8, pope=0.5, text=9.0), found(questions=0.6, pope=0.25, text=9.0)
+    pruned["questions"] = replace(pruned["questions"], retained_interval=(70.5, 80.0))
+    made = result_of(teacher, [run("depth", pruned, teacher)], export=EXPORT)
+    assert made.runs[0].evaluation.retained_interval == {"questions": (70.5, 80.0)}
     write_artefact(path, made)
     assert read_result(tmp_path) == made
     good = json.loads(path.read_text())
+    (entry,) = good["runs"]
+    odd = {**entry, "evaluation": {**entry["evaluation"], "retained_interval": {"pope": [1.0]}}}
     for edit, told in (
         ({"format": 7}, "written by a newer vlmprune"),
         ({"sets": None}, "Expected `object`, got `null`"),
         ({"best": "width"}, "its best run 'width' is not among its runs: run `vlmprune run` again"),
+        ({"runs": [odd]}, ".*retained_interval"),
         ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' has no score of this model"),
     ):
         path.write_text(json.dumps({**good, **edit}))
         refused(rf"result\.json: .*{told}", read_result, tmp_path)
-
-
-def test_values_are_shown_as_their_metric_says():
-    of = describe_sets(found(pope=0.5, text=10.0))
-    assert (of["pope"].show(0.5), of["pope"].show(0.5, unit=False)) == ("50.00 %", "50.00")
-    assert (of["text"].show(12.345), of["text"].show(None)) == ("12.35", "")
 
 
 @pytest.mark.parametrize(
@@ -254,11 +238,8 @@ def test_paper_average_gives_the_published_rows(table):
             assert round(computed, 2) == published
 
 
-def test_there_are_24_published_rows():
-    assert sum(len(rows) for _, rows in TABLES.values()) == 24
-
-
 def test_the_two_averages_differ():
+    assert sum(len(rows) for _, rows in TABLES.values()) == 24
     original, rows = TABLES["llava"]
     assert mean_of_ratios(scores(rows[0][0]), scores(original)) == pytest.approx(89.21, abs=0.01)
     ratios = [100 * a / b for a, b in zip(rows[0][0], original, strict=True)]

@@ -31,23 +31,49 @@ def missing(page):
     return dict(re.findall(r'<li class="missing">(.*?): <code>vlmprune (\w+) --config=FILE.py --workdir=', page))
 
 
-def test_everything_but_the_export(workdir):
-    page = build_report(workdir).read_text()
+def test_what_is_there_is_shown_and_what_is_missing_is_named(workdir, capsys):
+    """Less and less is there: the export is missing first, then evaluations, models and scores."""
+    assert main(["report", f"--workdir={workdir}"]) == 0
+    told = f"report: {workdir}/report.html, of an unfinished run: the page lists what is missing"
+    assert told in capsys.readouterr().out
+    page = (workdir / "report.html").read_text()
     assert "This run is not finished" in page
+    rest = {"the export of the best model, its comparison, and all other unfinished stages": "run"}
+    assert missing(page) == {"width-sft: recover": "recover", **rest}
     found = read_unfinished(workdir)
     assert [(run.name, run.recovery, run.path) for run in found.runs] == [
         ("depth", "none", "depth/pruned"),
         ("depth-sft", "sft", "depth/sft/recovered"),
         ("width", "none", "width/pruned"),
     ]
-    assert [run.evaluation.retained["questions"] for run in found.runs] == pytest.approx(
-        [100 * 10 / 32, 100 * 30 / 32, 100 * 31 / 32]
-    )
+    retained = [run.evaluation.retained["questions"] for run in found.runs]
+    assert retained == pytest.approx([100 * 10 / 32, 100 * 30 / 32, 100 * 31 / 32])
     assert (workdir / "report.png").is_file()
-    assert missing(page) == {
-        "width-sft: recover": "recover",
-        "the export of the best model, its comparison, and all other unfinished stages": "run",
-    }
+
+    (workdir / "width/eval/pruned.json").unlink()
+    write_artefact(workdir / "speed.json", SPEED)
+    page = build_report(workdir).read_text()
+    assert missing(page)["the scores of width"] == "evaluate"
+    assert "150 (149 to 155)" in page
+    assert [run.name for run in read_unfinished(workdir).runs] == ["depth", "depth-sft"]
+
+    (workdir / "eval").rename(workdir / "kept")
+    for folder in ("depth/eval", "depth/sft", "depth/pruned", "width"):
+        shutil.rmtree(workdir / folder)
+    page = build_report(workdir).read_text()
+    assert page.count("<svg") == 2  # what goes, and the importances
+    first = {"the scores of the unpruned model": "evaluate", "depth: prune": "prune", "width: score": "score"}
+    assert missing(page) == {**first, **rest}
+    (workdir / "depth/plan.json").unlink()
+    page = build_report(workdir).read_text()
+    assert page.count("<svg") == 1
+    assert "What was removed" not in page
+
+    shutil.rmtree(workdir / "depth")
+    (workdir / "kept").rename(workdir / "eval")
+    page = build_report(workdir).read_text()
+    assert ">80.00</td>" in page
+    assert missing(page)["depth: score"] == "score"
 
 
 def recorded(workdir, name, facts, **settings):
@@ -74,40 +100,6 @@ def test_what_the_ledger_knows_of_finished_steps(workdir):
     assert read_unfinished(workdir).runs[1].training_records is None
 
 
-def test_only_scores_and_plan(workdir):
-    for folder in ("eval", "depth/eval", "depth/sft", "depth/pruned", "width"):
-        shutil.rmtree(workdir / folder)
-    page = build_report(workdir).read_text()
-    assert page.count("<svg") == 2  # what goes, and the importances
-    assert missing(page) == {
-        "the scores of the unpruned model": "evaluate",
-        "depth: prune": "prune",
-        "width: score": "score",
-        "the export of the best model, its comparison, and all other unfinished stages": "run",
-    }
-    (workdir / "depth/plan.json").unlink()
-    page = build_report(workdir).read_text()
-    assert page.count("<svg") == 1
-    assert "What was removed" not in page
-
-
-def test_only_the_unpruned_model(workdir):
-    for folder in ("depth", "width"):
-        shutil.rmtree(workdir / folder)
-    page = build_report(workdir).read_text()
-    assert ">80.00</td>" in page
-    assert missing(page)["depth: score"] == "score"
-
-
-def test_a_model_that_is_not_evaluated_and_speed(workdir):
-    (workdir / "width/eval/pruned.json").unlink()
-    write_artefact(workdir / "speed.json", SPEED)
-    page = build_report(workdir).read_text()
-    assert missing(page)["the scores of width"] == "evaluate"
-    assert "150 (149 to 155)" in page
-    assert [run.name for run in read_unfinished(workdir).runs] == ["depth", "depth-sft"]
-
-
 def test_models_in_the_workdir_itself(workdir):
     for name in ("scores.npz", "plan.json", "pruned"):
         (workdir / "depth" / name).rename(workdir / name)
@@ -128,9 +120,3 @@ def test_nothing_of_a_run(tmp_path, capsys):
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_says_that_it_is_unfinished(workdir, capsys):
-    assert main(["report", f"--workdir={workdir}"]) == 0
-    out = capsys.readouterr().out
-    assert f"report: {workdir}/report.html, of an unfinished run: the page lists what is missing" in out

@@ -1,4 +1,4 @@
-"""Stages that runs of a sweep take from each other: by whole content, whole or not at all, one at a time."""
+"""Stages that runs of a sweep take from each other, and the content keys that tell which: whole or not at all."""
 
 import json
 import os
@@ -12,8 +12,81 @@ from refusal import refused
 from repository import HANG
 
 from vlmprune_jax.run.workdir import store as stores
+from vlmprune_jax.run.workdir.content import _SAMPLED, content_key, digest, made_from
 from vlmprune_jax.run.workdir.ledger import Task, run_task, write_text
 from vlmprune_jax.run.workdir.store import RECORD, Store
+
+# --- content keys ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every_byte", [False, True])
+def test_a_digest_is_of_names_and_content(tmp_path, every_byte):
+    """Downloads of the hub and clones of git leave folders of their own beside, and below, the model's files."""
+
+    def of(path):
+        return digest(path, every_byte=every_byte)
+
+    model = tmp_path / ".cache/model"  # may lie in one
+    (model / "more").mkdir(parents=True)
+    (model / "more/config.json").write_text("{}")
+    (tmp_path / "a").mkdir()
+    (model / "linked").symlink_to(tmp_path / "a")
+    first = of(model)
+    for name in (".cache/huggingface/download/config.json.metadata", ".git/HEAD", "more/.git/HEAD", ".hidden"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("of this copy")
+    (tmp_path / "a/inner").write_text("a linked folder counts by its name")
+    assert of(model) == of(shutil.copytree(model, tmp_path / "copy", symlinks=True)) == first
+    (model / "linked").unlink()
+    others = [of(model)]
+    (model / "linked").symlink_to(tmp_path / ".cache")
+    others.append(of(model))
+    (model / "more/config.json").write_text("[]")
+    others.append(of(model))
+    (model / "more/config.json").rename(model / "more/other.json")
+    others += [of(model), of("text"), of("texts")]
+    assert len({first, *others}) == 7
+    refused("no such file or folder", digest, tmp_path / "none", every_byte=every_byte)
+
+
+def test_large_files_are_sampled_or_read_to_the_last_byte(tmp_path):
+    path = tmp_path / "weights"
+    found = []
+    for place, text in ((0, b""), (_SAMPLED * 2 // 3, b"x"), (_SAMPLED * 2 - 1, b"x")):
+        path.write_bytes(bytes(_SAMPLED * 2))
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(text)
+        found.append((digest(path), digest(path, every_byte=True)))
+    sampled, full = zip(*found, strict=True)
+    assert sampled[0] == sampled[1] != sampled[2]  # the sample has the end, and little in between
+    assert len(set(full)) == 3
+
+
+def test_the_holes_of_a_sparse_file_take_no_time(tmp_path):
+    """A terabyte, of which a page was written: what was written counts, and where; in samples, the file's size too."""
+    sampled, full = set(), set()
+    for size, at, text in ((40, 0, b"a"), (40, 0, b"b"), (40, 1 << 39, b"a"), (41, 0, b"a")):
+        with (tmp_path / "weights").open("wb") as file:
+            file.truncate(1 << size)
+            file.seek(at)
+            file.write(text * 4096)
+        sampled.add(digest(tmp_path))
+        full.add(digest(tmp_path, every_byte=True))
+    assert (len(sampled), len(full)) == (4, 3)
+
+
+def test_a_key_is_of_settings_inputs_and_version(tmp_path):
+    (tmp_path / "in.txt").write_text("input")
+    inputs, settings = {"data.train": tmp_path / "in.txt"}, {"ratio": 0.3, "layers": (1, 2)}
+    first = made_from(settings, inputs, 1)
+    assert first == made_from({"ratio": 0.3, "layers": [1, 2]}, dict(inputs), 1)
+    others = [made_from(settings | {"ratio": 0.4}, inputs, 1), made_from({"ratio": 0.3}, inputs, 1)]
+    others += [made_from(settings, inputs, 2), made_from(settings, {}, 1)]
+    assert len({content_key(one) for one in [first, *others]} | {content_key(first, "more")}) == 6
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
 
 
 class Facts(msgspec.Struct):
@@ -52,6 +125,11 @@ class Sweep:
 
         return run_task(task, overwrite=False, say=self.said.append)
 
+    @property
+    def entry(self):
+        (folder,) = (self.folder / "shared").glob("recover-*/")
+        return folder
+
 
 @pytest.fixture
 def sweep(tmp_path):
@@ -60,15 +138,21 @@ def sweep(tmp_path):
 
 def test_a_second_run_takes_what_the_first_one_made(sweep):
     first = sweep("a")
+    (sweep.entry / "model/.hidden").write_text("no part of a result")
     assert sweep("b") == first
     assert sweep.made == ["a"]
     assert sweep.said == ["recover ...", "recover: linked from another run"]
     for path in ("out.txt", "model/inner/weights"):
         assert os.path.samefile(sweep.folder / "a" / path, sweep.folder / "b" / path)
+    assert [path.name for path in (sweep.folder / "b/model").iterdir()] == ["inner"]
     assert sweep("b") == first  # from its own ledger
     assert "unchanged, skipped" in sweep.said[-1]
     records = [json.loads((sweep.folder / name / ".stages/recover.json").read_text()) for name in "ab"]
     assert records[0] == records[1]
+    write_text(sweep.folder / "a/out.txt", "mine")  # no run sees what another one does later
+    shutil.rmtree(sweep.folder / "a/model")
+    assert (sweep.folder / "b/out.txt").read_text() == "text"
+    assert (sweep.folder / "b/model/inner/weights").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("change", [{"ratio": 0.4}, {"also": {"images": "elsewhere"}}, {"outputs": ("o.txt", "model")}])
@@ -87,42 +171,6 @@ def test_content_counts_to_the_last_byte(sweep):
     with path.open("r+b") as file:
         file.seek((32 << 20) // 3)
         file.write(b"x")
-    sweep("b")
-    assert sweep.made == ["a", "b"]
-
-
-def test_no_run_sees_what_another_one_does_later(sweep):
-    sweep("a")
-    sweep("b")
-    write_text(sweep.folder / "a/out.txt", "mine")
-    shutil.rmtree(sweep.folder / "a/model")
-    assert (sweep.folder / "b/out.txt").read_text() == "text"
-    assert (sweep.folder / "b/model/inner/weights").read_bytes() == b"weights"
-
-
-@pytest.mark.parametrize("damage", ["record", "output", "half"])
-def test_a_damaged_entry_counts_as_none(sweep, damage):
-    sweep("a")
-    (entry,) = [path for path in (sweep.folder / "shared").iterdir() if path.is_dir()]
-    if damage == "record":
-        (entry / RECORD).write_text('{"done": true}')
-    elif damage == "output":
-        (entry / "out.txt").unlink()
-        (entry / "out.txt").write_text("other")
-    else:
-        shutil.rmtree(entry / "model")
-    sweep("b")
-    assert sweep.made == ["a", "b"]
-    sweep("c")
-    assert sweep.made == ["a", "b"]
-
-
-def test_a_failed_stage_leaves_nothing(sweep):
-    def fail():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep("a", body=fail)
     sweep("b")
     assert sweep.made == ["a", "b"]
 
@@ -158,28 +206,28 @@ def test_one_makes_it_while_another_one_waits(sweep):
     assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
 
 
-@pytest.mark.parametrize("link", ["model/more", "model/inner/key", "model"])
-def test_what_lies_elsewhere_is_not_taken(sweep, link):
+@pytest.mark.parametrize("damage", ["record", "output", "half", "model", "model/more", "model/inner/key"])
+def test_a_damaged_entry_is_made_anew(sweep, damage):
+    """Nothing that lies elsewhere is taken either, where a link leads there."""
     sweep("a")
-    (sweep.folder / "secret").mkdir()
-    (sweep.folder / "secret/key").write_text("secret")
-    (entry,) = (sweep.folder / "shared").glob("recover-*/")
-    if link == "model":
-        shutil.rmtree(entry / link)
-    (entry / link).symlink_to(sweep.folder / ("secret" if link != "model/inner/key" else "secret/key"))
-    (entry / "model/.hidden").write_text("not part of the result") if link != "model" else None
-    sweep("b")  # made anew: the entry is not what was put there
-    assert sweep.made == ["a", "b"]
-    assert not [path for path in (sweep.folder / "b").rglob("*") if path.name in ("key", ".hidden", "more")]
-
-
-def test_hidden_files_are_no_part_of_a_result(sweep):
-    sweep("a")
-    (entry,) = (sweep.folder / "shared").glob("recover-*/")
-    (entry / "model/.hidden").write_text("not in the digest")
+    secret, entry = sweep.folder / "secret", sweep.entry
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    if damage == "record":
+        (entry / RECORD).write_text('{"done": true}')
+    elif damage == "output":
+        (entry / "out.txt").unlink()
+        (entry / "out.txt").write_text("other")
+    elif damage == "half":
+        shutil.rmtree(entry / "model")
+    else:
+        if damage == "model":
+            shutil.rmtree(entry / "model")
+        (entry / damage).symlink_to(secret / "key" if damage.endswith("key") else secret)
     sweep("b")
-    assert sweep.made == ["a"]
-    assert [path.name for path in (sweep.folder / "b/model").iterdir()] == ["inner"]
+    sweep("c")
+    assert sweep.made == ["a", "b"]
+    assert not [path for name in "bc" for path in (sweep.folder / name).rglob("*") if path.name in ("key", "more")]
 
 
 def test_links_are_not_linked(tmp_path):
