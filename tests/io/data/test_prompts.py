@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.io.data.chat_template import choose_template
 from vlmprune_jax.io.data.prompts import (
@@ -57,46 +57,28 @@ def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], 
         ("llava", "llava_maxlen160", "llava", "llava_v1"),
         ("bunny", "bunny", "bunny", "bunny"),
         ("bunny", "bunny_maxlen160", "bunny", "bunny"),
+        ("internvl", "internvl", "internvl", "phi3-chat"),
     ],
 )
 def test_ids_and_labels_equal_the_reference(
     goldens: Path, samples: list[Record], file: str, key: str, folder: str, template: str
 ) -> None:
     stored = json.loads((goldens / f"data/{file}_tokenized.json").read_text())[key]
-    tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
+    options = {
+        "tokenizer": load_tokenizer(goldens / "tokenizers" / folder),
+        "template": templates()[template],
+        "image_token_id": 393 if file == "internvl" else -200,
+        "tokens_per_image": stored.get("num_image_token_per_tile", 1),
+        "cut_text_at": stored["model_max_length"],
+    }
     assert len(stored["samples"]) == len(samples)
     for record, expected in zip(samples, stored["samples"], strict=True):
-        ids, labels = tokenize_training(
-            record,
-            tokenizer,
-            templates()[template],
-            image_token_id=-200,
-            tokens_per_image=1,
-            cut_text_at=stored["model_max_length"],
-        )
+        images = {"images": shapes([expected["num_tiles"]] if record.images else [])} if file == "internvl" else {}
+        ids, labels = tokenize_training(record, **options, **images)
         assert ids.tolist() == expected["input_ids"], record.id
         assert labels.tolist() == expected["labels"], record.id
         assert bool((labels == IGNORED).all()) == expected["all_ignored"], record.id
         assert ids.dtype == labels.dtype == np.int32
-
-
-def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: list[Record]) -> None:
-    stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]
-    tokenizer = load_tokenizer(goldens / "tokenizers/internvl")
-    assert len(stored["samples"]) == len(samples)
-    for record, expected in zip(samples, stored["samples"], strict=True):
-        ids, labels = tokenize_training(
-            record,
-            tokenizer,
-            templates()["phi3-chat"],
-            image_token_id=393,
-            tokens_per_image=stored["num_image_token_per_tile"],
-            images=shapes([expected["num_tiles"]] if record.images else []),
-            cut_text_at=stored["model_max_length"],
-        )
-        assert ids.tolist() == expected["input_ids"], record.id
-        assert labels.tolist() == expected["labels"], record.id
-        assert bool((labels == IGNORED).all()) == expected["all_ignored"], record.id
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +93,20 @@ def shapes(tiles: Sequence[int]) -> list[ImageShape]:
 PHI3 = {"template": templates()["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
 
 
-def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], phi3: Any) -> None:
-    for record, tiles in ((samples[1], [3]), (samples[4], []), (samples[11], [1])):
-        ids, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
-        prompt = tokenize_prompt(record, phi3, **PHI3, images=shapes(tiles))
+def test_a_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], tokenizer: Any, phi3: Any) -> None:
+    llava = {"tokenizer": tokenizer, "template": LLAVA, "image_token_id": -200, "tokens_per_image": 2}
+    for number, options in ((0, llava), (4, llava), (1, PHI3), (4, PHI3), (11, PHI3)):
+        record, given = samples[number], {"tokenizer": phi3, **options}
+        images = shapes([1] * len(record.images))
+        ids, labels = tokenize_training(record, **given, images=images, cut_text_at=None)
+        prompt = tokenize_prompt(record, **given, images=images)
         assert prompt.tolist() == ids[: len(prompt)].tolist()
-        assert prompt[-1] == phi3.convert_tokens_to_ids("<|assistant|>")
+        assert (labels[: len(prompt)] == IGNORED).all() or len(record.turns) > 2
         assert (labels[len(prompt) :] != IGNORED).all()
-        assert (prompt == 393).sum() == 2 * sum(tiles)
+        assert (prompt == given["image_token_id"]).sum() == 2 * len(record.images)
+        if len(record.turns) == 2:
+            question = dataclasses.replace(record, turns=record.turns[:1])
+            assert np.array_equal(tokenize_prompt(question, **given, images=images), prompt)
 
 
 def test_several_images_are_expanded_in_order(phi3: Any) -> None:
@@ -144,30 +132,22 @@ def test_lone_image_without_a_mark_leads(phi3: Any) -> None:
 def test_text_cannot_pose_as_an_image(phi3: Any) -> None:
     for images in ((), (Path("a"),)):
         record = Record("r9", (("human", "<IMG_CONTEXT> hi"), ("gpt", "x")), images)
-        with pytest.raises(UserError, match="record r9: its text contains <IMG_CONTEXT>"):
-            tokenize_training(record, phi3, **PHI3, cut_text_at=None)
-        with pytest.raises(UserError, match="record r9: its text contains <IMG_CONTEXT>"):
-            tokenize_prompt(record, phi3, **PHI3)
+        for tokenize, options in ((tokenize_training, {"cut_text_at": None}), (tokenize_prompt, {})):
+            refused("record r9: its text contains <IMG_CONTEXT>", tokenize, record, phi3, **PHI3, **options)
 
 
 def test_internvl_text_is_cut_where_the_reference_cuts(samples: list[Record], phi3: Any) -> None:
-    for record, tiles in ((samples[6], []), (samples[12], [4])):  # the second has an empty answer: mismatched
+    """Positions of an image count; the second has an empty answer, and the third a broken second round: mismatched."""
+    turns = (("human", "<image>\nA?"), ("gpt", "Yes."), ("human", "B?"), ("gpt", ""))
+    third = Record("r", turns, (Path("x"),))
+    for record, tiles, limits in ((samples[6], [], (100, 150)), (samples[12], [4], (100, 150)), (third, [60], (260,))):
         whole, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
-        for limit in (100, 150, len(whole) - 3, len(whole)):
+        for limit in (*limits, len(whole) - 3, len(whole), 400):
             ids, cut = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=limit)
             if not record.images:
                 assert ids.tolist() == whole[:limit].tolist()
                 assert cut.tolist() == labels[:limit].tolist()
             assert cut.tolist()[:limit] == reference_phi3_labels(record, phi3, limit, tiles).tolist()
-
-
-def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
-    turns = (("human", "<image>\nA?"), ("gpt", "Yes."), ("human", "B?"), ("gpt", ""))  # a broken second round
-    record = Record("r", turns, (Path("x"),))
-    for limit, kept in ((260, True), (400, False)):
-        _, labels = tokenize_training(record, phi3, **PHI3, images=shapes([60]), cut_text_at=limit)
-        assert (labels != IGNORED).any() == kept
-        assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, [60]).tolist()
 
 
 def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
@@ -248,45 +228,7 @@ def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     for name, advice in ("auto", "one of llava_v1, bunny"), ("internvl3", "auto or one of llava_v1, bunny"):
         message = rf"lacks <\|im_start\|>, .*<img>, .*: set data.template to {advice}"
-        with pytest.raises(UserError, match=message):
-            choose_template(name, FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
-
-
-def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:
-    from tokenizers import Tokenizer
-
-    for name in ("llava", "llava_legacy", "bunny", "internvl"):
-        stored = Tokenizer.from_file(str(goldens / "tokenizers" / name / "tokenizer.json"))
-        loaded = load_tokenizer(goldens / "tokenizers" / name)
-        for text in ("a  b", " leading", "x</s> y", "<img> z", "naïve ☕\n\n1", "</img> and"):
-            assert (
-                loaded(text, add_special_tokens=False)["input_ids"] == stored.encode(text, add_special_tokens=False).ids
-            )
-
-
-def test_image_expands_to_its_tokens(samples: list[Record], tokenizer: Any) -> None:
-    options = {"tokenizer": tokenizer, "template": LLAVA, "cut_text_at": None}
-    short, short_labels = tokenize_training(samples[0], **options, image_token_id=-200, tokens_per_image=1)
-    ids, labels = tokenize_training(samples[0], **options, image_token_id=77, tokens_per_image=16)
-    place = short.tolist().index(-200)
-    assert ids.tolist() == [*short[:place], *[77] * 16, *short[place + 1 :]]
-    assert labels.tolist() == [*short_labels[:place], *[IGNORED] * 16, *short_labels[place + 1 :]]
-
-
-def test_generation_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], tokenizer: Any) -> None:
-    options = {"image_token_id": -200, "tokens_per_image": 1}
-    for record in (samples[0], samples[4]):
-        ids, labels = tokenize_training(record, tokenizer, LLAVA, **options, cut_text_at=None)
-        prompt = tokenize_prompt(record, tokenizer, LLAVA, **options)
-        assert prompt.tolist() == ids[: len(prompt)].tolist()
-        assert (labels[: len(prompt)] == IGNORED).all()
-        assert (labels[len(prompt) :] != IGNORED).all()
-    question = dataclasses.replace(samples[0], turns=samples[0].turns[:1])
-    assert tokenize_prompt(question, tokenizer, LLAVA, **options).tolist() == prompt_ids(samples[0], tokenizer)
-
-
-def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
-    return tokenize_prompt(record, tokenizer, LLAVA, image_token_id=-200, tokens_per_image=1).tolist()
+        refused(message, choose_template, name, FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 
 
 def test_empty_system_text_leaves_no_space() -> None:
@@ -306,10 +248,8 @@ def reference_labels(record: Record, tokenizer: Any, template: Template) -> list
     """LLaVA's `preprocess_v1` by its counting rule: lengths of rounds, instruction minus 2, later rounds minus 1."""
 
     def count(text: str) -> int:
-        pieces = [tokenizer(piece)["input_ids"] for piece in text.split("<image>")] if record.images else None
-        if pieces is None:
-            return len(tokenizer(text)["input_ids"])
-        return len(pieces[0]) + sum(len(piece) for piece in pieces[1:])
+        pieces = text.split("<image>") if record.images else [text]
+        return sum(len(tokenizer(piece)["input_ids"]) for piece in pieces)
 
     prompt = render(record.turns, template, has_image=bool(record.images)).text
     ids, _ = tokenize_training(record, tokenizer, template, image_token_id=-200, tokens_per_image=1, cut_text_at=None)
@@ -347,13 +287,3 @@ def test_labels_equal_the_counting_rule(tokenizer: Any, rounds: list[tuple[str, 
     record = Record("r", tuple(turns), (Path("x"),) if image else ())
     _, labels = tokenize_training(record, tokenizer, LLAVA, image_token_id=-200, tokens_per_image=1, cut_text_at=None)
     assert labels.tolist() == reference_labels(record, tokenizer, LLAVA)
-
-
-def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its tokenizer: cannot be read"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match=r"tokenizer\.json: is not valid JSON") as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
