@@ -30,13 +30,13 @@ SPECIAL = {
     "qwen3_vl": ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"),
     "qwen2_5_vl": ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>",
                    "<|video_pad|>"),
+    "lfm2_vl": ("<|im_start|>", "<|im_end|>", "<pad>", "<image>", "<|image_start|>", "<|image_end|>",
+                "<|img_thumbnail|>"),
     "gemma3": ("<bos>", "<end_of_turn>", "<start_of_turn>", "<image_soft_token>", "<start_of_image>", "<end_of_image>"),
     "internvl_chat": ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<img>", "</img>", "<IMG_CONTEXT>"),
 }  # fmt: skip
 FAMILIES = tuple(SPECIAL)
-# compared with stock code in tests/io/families/test_lfm2_vl.py
-SPECIAL["lfm2_vl"] = ("<|im_start|>", "<|im_end|>", "<pad>", "<image>", "<|image_start|>", "<|image_end|>",
-                      "<|img_thumbnail|>")  # fmt: skip
+
 LEARNT, ROWS = 600, 640  # learnt tokens and rows of the embedding: the special tokens follow, then padding
 
 

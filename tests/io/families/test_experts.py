@@ -25,7 +25,6 @@ from vlmprune_jax.core.recovery.trainable import add_lora, merge_lora
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.read import open_model, read_config
-from vlmprune_jax.io.exports.folder import mtp_tensors
 from vlmprune_jax.io.exports.peft import write_adapter
 from vlmprune_jax.io.exports.pruning import costs_of
 from vlmprune_jax.io.families.decoders import decoder_of
@@ -81,14 +80,11 @@ def test_taylor_scores(goldens):
         np.testing.assert_allclose(units[Key("text", i, "experts")], whole, rtol=1e-4, atol=1e-6)
 
 
-def test_unequal_layers_are_refused(golden, tmp_path):
-    first, *others = golden.model.cfg.text.layers
-    model = dataclasses.replace(golden.model, cfg=golden.model.cfg.with_layers([first.smaller("experts"), *others]))
-    refused("transformers could not load the export: its class", vp.save, model, tmp_path, source_dir=golden.ckpt)
-
-
 def test_plans_of_experts(golden):
-    """The same number in every layer, by count, ratio and budget; what a token uses is unchanged."""
+    """The same number in every layer, by count, ratio and budget; what a token uses is unchanged.
+
+    Method "width" takes equally many neurons from every expert, those of the lowest scores.
+    """
     model, cfg = golden.model, golden.model.cfg
     scores, before = vp.score(model, criterion="l2"), costs_of(cfg, dtype="float32", uneven="pad", length=9, images=0)
     plan = vp.make_plan(scores, model, method="experts", experts=5)
@@ -106,24 +102,15 @@ def test_plans_of_experts(golden):
     assert vp.make_plan(scores, model, method="experts", ratio=plan.actual_ratio).layers == plan.layers
     budget = {"parameters": plan.parameters_after}
     assert vp.make_plan(scores, model, method="experts", budget=budget).layers == plan.layers
-
-
-def test_plans_of_neurons_in_experts(golden):
-    """Method "width" takes equally many neurons from every expert, those of the lowest scores."""
-    model = golden.model
-    for criterion in ("l2", "random"):
-        scores = vp.score(model, criterion=criterion)
-        plan = vp.make_plan(scores, model, method="width", ratio=0.15, heads="keep", neurons_multiple=4)
-        for layer in plan.layers:
-            part, kept = model.cfg.text.layers[layer.index].channel, np.asarray(layer.kept["expert_mlp"])
-            values = scores.along("expert_mlp")[layer.index].reshape(part.experts, -1)
-            rows = kept.reshape(part.experts, -1) - np.arange(part.experts)[:, None] * part.neurons
-            assert 0 < rows.shape[1] < part.neurons
-            for row, own in zip(rows, values, strict=True):
-                assert set(row) == set(np.argsort(own, kind="stable")[-len(row) :])
-        smaller = vp.apply_plan(model, plan)
-        assert count_params(smaller.cfg) == plan.parameters_after
-        assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {part.experts}
+    plan = vp.make_plan(scores, model, method="width", ratio=0.15, heads="keep", neurons_multiple=4)
+    assert count_params(plan.apply_to(cfg)) == plan.parameters_after
+    for layer in plan.layers:
+        part, kept = cfg.text.layers[layer.index].channel, np.asarray(layer.kept["expert_mlp"])
+        values = scores.along("expert_mlp")[layer.index].reshape(part.experts, -1)
+        rows = kept.reshape(part.experts, -1) - np.arange(part.experts)[:, None] * part.neurons
+        assert 0 < rows.shape[1] < part.neurons
+        for row, own in zip(rows, values, strict=True):
+            assert set(row) == set(np.argsort(own, kind="stable")[-len(row) :])
 
 
 def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path):
@@ -161,26 +148,31 @@ def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path)
     refused(fact, vp.make_plan, scores, model, method="width", selection="global", ratio=0.2)
 
 
-def test_impossible_plans_of_experts(golden):
+def test_impossible_plans_of_experts(golden, tmp_path):
     model = golden.model
     scores = vp.score(model, criterion="random")
     for experts in (1, 9):
         fact = rf"experts={experts} must be from . to ., the number of experts in"
         refused(fact, vp.make_plan, scores, model, method="experts", experts=experts)
-    layers = [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)]
-    refused("has 1 experts, but every token uses .: keep at least", prune, model, layers)
-    uneven = [KeptLayer(i, keep_first(layer, 5 if i else 6)) for i, layer in enumerate(model.cfg.text.layers)]
-    refused("one width for all layers|equal numbers of experts and heads per layer", prune, model, uneven)
+    neurons = dataclasses.replace(scores, values={k: v for k, v in scores.values.items() if k.axis != "experts"})
+    fact = "has no scores of experts, which method 'experts' removes"
+    refused(fact, vp.make_plan, neurons, model, method="experts", experts=5)
+
+    for first, others, fact in (
+        (1, 1, "has 1 experts, but every token uses .: keep at least"),
+        (6, 5, "one width for all layers|equal numbers of experts and heads per layer"),
+    ):
+        layers = []
+        for i, layer in enumerate(model.cfg.text.layers):
+            n = others if i else first
+            units = {"experts": tuple(range(n)), "expert_mlp": tuple(range(n * layer.channel.neurons))}
+            layers.append(KeptLayer(i, {**KeptLayer.whole(i, layer).kept, **units}))
+        refused(fact, prune, model, layers)
     fact = "a single input of down_proj, but a layer has experts"
     refused(fact, vp.score, model, [golden.batch("right")], criterion="activation")
-
-
-@pytest.mark.parametrize("neurons", [14, 28])
-def test_widths_by_which_transformers_cannot_tell_transposed_experts(goldens, neurons):
-    text = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
-    resized = text.with_layers([layer.resized({"expert_mlp": 8 * neurons}) for layer in text.layers])
-    assert "it tells transposed experts by their shape" in decoder_of(resized.decoder).problem(resized)
-    assert decoder_of(text.decoder).problem(text) is None
+    first, *others = model.cfg.text.layers
+    uneven = dataclasses.replace(model, cfg=model.cfg.with_layers([first.smaller("experts"), *others]))
+    refused("transformers could not load the export: its class", vp.save, uneven, tmp_path, source_dir=golden.ckpt)
 
 
 @pytest.mark.parametrize("quantize", ["w8a16", "w8a8"])
@@ -213,22 +205,6 @@ def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
     refused(fact, vp.recover, golden.model, [], config, num_steps=1)
 
 
-@pytest.mark.parametrize(
-    ("family", "layers", "problem"),
-    [("qwen3_5_moe", 4, "MTP layers with experts"), ("qwen3_5", 1, "the decoder has no layer with full attention")],
-)
-def test_heads_for_several_tokens_that_are_not_cut(goldens, family, layers, problem):
-    folder = goldens / "families" / family / "ckpt"
-    cfg = read_config(folder)[1]
-    cut = cfg.with_layers(cfg.text.layers[:layers])
-    refused(f'export\\.mtp="cut": {problem}.* use mtp="drop"', mtp_tensors, Checkpoint(folder), cut, "source")
-
-
-def keep_first(layer, experts):
-    kept = dict(KeptLayer.whole(0, layer).kept)
-    return kept | {"experts": tuple(range(experts)), "expert_mlp": tuple(range(experts * layer.channel.neurons))}
-
-
 @pytest.mark.parametrize("neurons", [12, 14, 28])
 def test_folders_that_transformers_5_saves(goldens, tmp_path, neurons):
     """Its experts are transposed; with 14 or 28 neurons one matrix is square. Exports have the hub's layout."""
@@ -237,6 +213,9 @@ def test_folders_that_transformers_5_saves(goldens, tmp_path, neurons):
     config = json.loads((hub / "config.json").read_text())
     config["text_config"]["moe_intermediate_size"] = neurons
     (hub / "config.json").write_text(json.dumps(config))
+    text = read_config(hub)[1].text
+    problem = decoder_of(text.decoder).problem(text)
+    assert problem is None if neurons == 12 else "it tells transposed experts by their shape" in problem
     model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(hub))
     model.save_pretrained(saved)
     held = {key: value.detach().numpy() for key, value in model.state_dict().items()}
@@ -250,14 +229,6 @@ def test_folders_that_transformers_5_saves(goldens, tmp_path, neurons):
         vp.save(source, tmp_path / name, source_dir=saved, dtype="source")
         for key, value in fused.items():
             np.testing.assert_array_equal(Checkpoint(tmp_path / name)[key], value, err_msg=key)
-
-
-def test_a_plan_of_the_dense_sibling(goldens):
-    dense, mixture = (vp.load(goldens / "families" / name / "ckpt") for name in ("qwen3_vl", "qwen3_vl_moe"))
-    plan = vp.make_plan(vp.score(dense, criterion="l2"), dense, method="width", ratio=0.1)
-    refused("plan of another model: text/layers has 5 units in the plan, but 4 in", vp.apply_plan, mixture, plan)
-    fact, scores = "has no scores of experts, which method 'experts' removes", vp.score(dense, criterion="l2")
-    refused(fact, vp.make_plan, scores, dense, method="experts", experts=5)
 
 
 def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):

@@ -331,8 +331,9 @@ def write_crops(golden, folder):
     (folder / name).write_text(json.dumps(config))
 
 
+QUICK = [*((family, "all") for family in (*EACH, "internvl_moe")), ("gemma3", "without_1_3")]
 EXPORTS = [
-    pytest.param(family, cut, marks=() if cut == "all" and family in (*EACH, "internvl_moe") else pytest.mark.slow)
+    pytest.param(family, cut, marks=() if (family, cut) in QUICK else pytest.mark.slow)
     for family in FAMILIES
     for cut in ("experts", "all", "without_1_3")
     if cut in cuts_of(family)

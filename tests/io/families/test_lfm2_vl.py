@@ -10,8 +10,8 @@ from golden_cases import CLOSE
 from hf_cases import LFM2_VL, edit_weights, keep_layers, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from prune_cases import kept_units
 from refusal import refused
-from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.limits import why_not
@@ -23,7 +23,6 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 from vlmprune_jax.io.data.inputs import load_inputs
 from vlmprune_jax.io.data.records import Record
-from vlmprune_jax.io.exports.pruning import prune_folder
 from vlmprune_jax.io.families import FAMILIES as families
 
 STOCK = {"class_name": "AutoModelForImageTextToText", "version": "5"}
@@ -52,14 +51,11 @@ def row(model):
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), **images}
 
 
-def kept(model, *, neurons=range(72), groups=range(3), layers=range(5)):
-    result = []
-    for i in layers:
-        units = {"mlp": tuple(neurons)}
-        if "kv_heads" in model.cfg.text.layers[i].sizes:
-            units |= {"kv_heads": tuple(groups), "q_heads": tuple(2 * g + j for g in groups for j in range(2))}
-        result.append(KeptLayer(i, units))
-    return result
+def cut_of(model, *, neurons=range(72), groups=range(3), layers=range(5)):
+    heads = {"kv_heads": tuple(groups), "q_heads": tuple(2 * g + j for g in groups for j in range(2))}
+    attention = {i for i, layer in enumerate(model.cfg.text.layers) if "kv_heads" in layer.sizes}
+    kept = [KeptLayer(i, {"mlp": tuple(neurons)} | (heads if i in attention else {})) for i in layers]
+    return prune(model, kept)
 
 
 def test_forward_and_generation(folder, model, row, torch_outputs):
@@ -98,31 +94,14 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", ["groups", "all", "tower"])
 def test_exports_of_cuts_load_in_stock_transformers(folder, model, row, torch_outputs, tmp_path, cut):
-    units = {"kv_heads": (0, 1, 2), "q_heads": (0, 1, 2), "mlp": tuple(range(5, 30))}
-    tower = [KeptLayer(i, units) for i in (0, 2)]
-    smaller, plan = prune(model, tower, "vision") if cut == "tower" else prune(model, kept(model, **CUTS[cut]))
-    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    tower = [kept_units(i, range(3), range(3), range(5, 30)) for i in (0, 2)]
+    smaller, plan = prune(model, tower, "vision") if cut == "tower" else cut_of(model, **CUTS[cut])
     vp.save(smaller, tmp_path / "out", source_dir=folder, plan=plan, dtype="float32")
     config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
     assert "block_ff_dim" not in config or cut == "tower"
     logits = torch_outputs(tmp_path / "out", row, **STOCK)["logits"]
     np.testing.assert_allclose(vp.forward(smaller, **row)[0], logits, **CLOSE)
-    again = vp.load(tmp_path / "out")
-    assert again.cfg.text == smaller.cfg.text
-    np.testing.assert_array_equal(vp.forward(again, **row)[0], vp.forward(smaller, **row)[0])
-
-
-def test_the_vocabulary_is_cut(row, torch_outputs, tmp_path):
-    """The kept tokens' logits of the whole model, as stock transformers computes them from the export."""
-    source = tokenized_folder(tmp_path / "source", "lfm2_vl")
-    plan = vocabulary_plan(source, texts_file(tmp_path / "texts.json", [TOPICS[0][:3000]]), 440)
-    prune_folder(source, plan, tmp_path / "out", dtype="float32")
-    model, smaller, kept = vp.load(source), vp.load(tmp_path / "out"), np.array(plan.vocabulary.kept)
-    images = row["input_ids"] == 190
-    ids = np.where(images, smaller.cfg.image_token_id, row["input_ids"] % 300)
-    logits = torch_outputs(tmp_path / "out", row | {"input_ids": ids}, **STOCK)["logits"]
-    np.testing.assert_allclose(vp.forward(smaller, **row | {"input_ids": ids})[0], logits, **CLOSE)
-    np.testing.assert_allclose(vp.forward(model, **row | {"input_ids": kept[ids]})[0][..., kept], logits, **CLOSE)
+    assert vp.load(tmp_path / "out").cfg.text == smaller.cfg.text
 
 
 def test_a_decoder_alone(row, torch_outputs, tmp_path):
@@ -224,7 +203,7 @@ def test_llama_cpp(pair, tmp_path, cut):
     """Log-probabilities, greedy tokens, features of an image and the answer behind it."""
     pytest.importorskip("xllamacpp")
     source, whole = pair
-    model = prune(whole, kept(whole, **CUTS[cut]))[0] if cut else whole
+    model = cut_of(whole, **CUTS[cut])[0] if cut else whole
     vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     draw = np.random.default_rng(0)
     ids, image = draw.integers(9, 260, (1, 40)), draw.integers(0, 256, (256, 512, 3)).astype(np.uint8)
@@ -242,9 +221,7 @@ def test_llama_cpp(pair, tmp_path, cut):
     assert differences(logits[0, -1], found["answer"])[0] <= 0.1
 
 
-def test_what_llama_cpp_cannot_hold(pair):
-    model = pair[1]
-    assert "other numbers of heads than hidden_size / head_dim" in why_not(
-        prune(model, kept(model, groups=[0]))[0].cfg, "gguf"
-    )
+def test_what_llama_cpp_cannot_hold(model):
+    fact = "other numbers of heads than hidden_size / head_dim"
+    assert fact in why_not(cut_of(model, groups=[0])[0].cfg, "gguf")
     assert "of attention alone: keep one" in why_not(keep_layers(model, [1, 4])[0].cfg, "gguf")

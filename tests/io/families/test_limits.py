@@ -1,19 +1,21 @@
-"""What loads where: the descriptions' word, plans that are held to it, and the mapping `vp.families`."""
+"""What loads where, plans that are held to it, cuts of Gemma that its classes hold, and the mapping `vp.families`."""
 
 import dataclasses
 import importlib
+import json
 
+import numpy as np
 import pytest
 from decoder_cases import PHI, QWEN2, QWEN3
-from hf_cases import LLAMA, keep_width, make_folder
+from hf_cases import LLAMA, keep_layers, keep_width, make_folder
+from prune_cases import layer_scores
 from refusal import refused
-from transformers import AutoModelForCausalLM
-from vlm_cases import internvl_chat_config, make_vlm_folder
+from vlm_cases import gemma3_config, internvl_chat_config, make_vlm_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.limits import ENGINES, why_not
-from vlmprune_jax.io.checkpoints.layout import make_slots
-from vlmprune_jax.io.checkpoints.read import read_config
+from vlmprune_jax.core.prune.fingerprints import fingerprint
+from vlmprune_jax.io.checkpoints.read import blocks_of, open_model, read_config
 from vlmprune_jax.io.families import detect, family_of, target_of, template_of
 from vlmprune_jax.io.families.limits import what_loads
 from vlmprune_jax.io.families.table import FAMILIES, Conversion
@@ -26,42 +28,24 @@ MODELS = {
     "qwen3": {**QWEN3, "attention_bias": False, "hidden_act": "silu"},
     "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
 }
-HEADS = {
-    "llama": tuple(ENGINES), "qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "qwen3": tuple(ENGINES),
-    "phi": ("transformers", "openvino"),
-}  # fmt: skip
+HEADS = {"qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "phi": ("transformers", "openvino")}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    found = {name: make_folder(tmp_path_factory.mktemp("loads") / name, config) for name, config in MODELS.items()}
-    return {name: (folder, vp.load(folder)) for name, folder in found.items()}
+    root = tmp_path_factory.mktemp("loads")
+    return {name: vp.load(make_folder(root / name, config)) for name, config in MODELS.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_descriptions_say(models, name):
-    _, model = models[name]
-    found = {target: stacks["text"] for target, stacks in what_loads(model.cfg).items()}
-    assert {target for target, kinds in found.items() if kinds["heads"] is None} == set(HEADS[name])
+    found = {target: stacks["text"] for target, stacks in what_loads(models[name].cfg).items()}
+    assert {target for target, kinds in found.items() if kinds["heads"] is None} == set(HEADS.get(name, ENGINES))
     for target, kinds in found.items():
         assert kinds["fewer layers"] is None
         assert kinds["neurons"] is None
         wide = target == "gguf" and name in ("llama", "qwen2")
         assert (kinds["unequal widths"] is None) == wide, target
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_transformers_loads_fewer_heads(models, tmp_path, name):
-    """In the stock class, without code of the folder's."""
-    folder, model = models[name]
-    pruned, _ = keep_width(model, range(1, model.cfg.text.layers[0].mixer.kv_heads), range(20))
-    vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
-    assert not list((tmp_path / "out").glob("*.py"))
-    stock, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["mismatched_keys"]
-    assert not told["missing_keys"]
-    assert sum(one.numel() for one in stock.parameters()) == vp.count_params(pruned.cfg)
 
 
 def halved(layer):
@@ -70,7 +54,7 @@ def halved(layer):
 
 
 def test_plans_are_held_to_targets(models):
-    _, model = models["qwen2"]
+    model = models["qwen2"]
     scores = vp.score(model, [], criterion="l2")
     # attention that weighs nothing is what "auto" removes first
     values = {key: part * (key.axis == "mlp") for key, part in scores.values.items()}
@@ -93,14 +77,6 @@ def test_plans_are_held_to_targets(models):
     refused("'tgi' is not one of transformers, vllm, vllm_tpu, mlx, openvino, gguf", plan, loads_in=("tgi",))
 
 
-@pytest.mark.parametrize(("family", "heads", "blocks"), [("qwen3_vl", True, False), ("qwen2_5_vl", False, True)])
-def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, heads, blocks):
-    """Fewer heads where the class takes their size from a field, and no block of a tower that feeds the decoder."""
-    found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
-    assert (found["text"]["heads"] is None) == heads
-    assert (found["vision"]["fewer layers"] is None) == blocks
-
-
 def test_what_serving_engines_compute_otherwise(goldens):
     """mlx-vlm takes Gemma 3's windows from the layer's number, and the size of LLaVA's heads from their number."""
     cfg = read_config(goldens / "families/gemma3/ckpt")[1]
@@ -120,14 +96,80 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
 
 
-def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):
-    """The last layer stays, and shared layers stay twice as wide."""
-    cfg = read_config(goldens / "families/gemma4/ckpt")[1]
-    found = what_loads(cfg)
+def test_copies_that_classes_hold(goldens):
+    """Gemma 4's last layer stays, and shared layers stay twice as wide.
+
+    Qwen-VL: fewer heads where the class has a field for their size, and no block of a tower that feeds the decoder.
+    """
+    for family, heads, blocks in (("qwen3_vl", True, False), ("qwen2_5_vl", False, True)):
+        found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
+        assert (found["text"]["heads"] is None) == heads
+        assert (found["vision"]["fewer layers"] is None) == blocks
+    found = what_loads(read_config(goldens / "families/gemma4/ckpt")[1])
     for target in ("transformers", "vllm"):
         assert [found[target]["text"][kind] for kind in ("fewer layers", "neurons")] == [None, None]
     assert "last two layers with their own" in found["gguf"]["text"]["neurons"]
     assert "one width for all layers" in found["gguf"]["text"]["unequal widths"]  # llama.cpp has it, but no plan
+
+
+def test_heads_of_gemma_3_that_do_not_divide_the_width(tmp_path):
+    config = gemma3_config()
+    config["text_config"] |= {"hidden_size": 50, "num_attention_heads": 10, "num_key_value_heads": 5}
+    model = vp.load(make_vlm_folder(tmp_path / "model", config))
+    refused(r"refuses 8 heads.*keep 2/1", keep_width, model, range(4), range(56))
+    assert keep_width(model, range(1), range(56))[0].cfg.text.layers[0].mixer.q_heads == 2
+
+
+@pytest.fixture(scope="module")
+def gemma(goldens):
+    return vp.load(goldens / "families/gemma4/ckpt")
+
+
+def test_depth_plans_are_legal(gemma):
+    """Producers (2, 4) stay by default; the last layer, and one that makes keys for each type, stay always."""
+    for gone, reason in ((2, "no layer with full attention has keys"), (8, "last layer of Gemma 4 must have full")):
+        refused(reason, keep_layers, gemma, [i for i in range(9) if i != gone])
+    scores = vp.Scores(criterion="by hand", fingerprint=fingerprint(gemma), values=layer_scores(np.arange(9.0)[::-1]))
+    assert vp.make_plan(scores, gemma, method="depth", layers_removed=3).removed_layers == (5, 6, 7)
+    moved = vp.make_plan(scores, gemma, method="depth", layers_removed=6, producers="redirect")
+    assert moved.removed_layers == (1, 3, 4, 5, 6, 7)
+    refused("between 0 and 6", vp.make_plan, scores, gemma, method="depth", layers_removed=7)
+
+
+def test_a_cut_writes_one_config_for_every_version(gemma, tmp_path):
+    shorter, _ = keep_layers(gemma, [0, 1, 2, 3, 5, 7, 8])
+    # layers that share keys and values are twice as wide, which zeros need not make equal
+    vp.save(shorter, tmp_path / "out", dtype="float32", uneven="pad", max_image_tokens=140)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    text = config["text_config"]
+    assert config["vision_config"]["default_output_length"] == 140  # vLLM counts the tokens of an image by it
+    assert "per_layer_config" not in text
+    assert (text["num_kv_shared_layers"], text["global_head_dim"], len(text["layer_types"])) == (3, 20, 7)
+    assert vp.load(tmp_path / "out").cfg == shorter.cfg
+
+
+def test_double_wide_layers_stay_twice_as_wide(gemma):
+    scores = vp.score(gemma, criterion="l2")
+    pruned = vp.apply_plan(gemma, vp.make_plan(scores, gemma, method="width", ratio=0.07))
+    widths = {shape.mixer.source is not None: shape.channel.mlp for shape in pruned.cfg.text.layers}
+    assert widths[True] == 2 * widths[False] < 112
+    assert pruned.cfg.text.uniform
+
+
+def test_large_tables_are_cut_in_parts(gemma, goldens, tmp_path, monkeypatch):
+    """The per-layer table by layers and by tokens, in files: the same bytes as in memory."""
+    pruned, plan = keep_layers(gemma, [0, 1, 2, 3, 4, 5, 7, 8])
+    kept, folder = tuple(range(0, 422, 2)), goldens / "families/gemma4/ckpt"
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.BLOCK", 4000)
+    vp.save(pruned, tmp_path / "memory", dtype="float32", plan=plan)
+    vp.prune_folder(folder, plan, tmp_path / "files")
+    memory, files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files"))
+    assert memory == files
+    lazy = open_model(folder).params["text"]["extra_inputs"]["table"]["weight"]
+    rows = lazy.take(np.asarray(kept), axis=0).take(np.asarray([1, 4]), axis=1)
+    whole = np.asarray(gemma.params["text"]["extra_inputs"]["table"]["weight"])
+    blocks = np.concatenate([block.copy() for block in blocks_of([rows], as_stored=True)])
+    np.testing.assert_array_equal(blocks, whole[list(kept)][:, [1, 4]])
 
 
 # --- `vp.families`: what a user's family changes, and what is told where one is missing ------------------------------
@@ -152,33 +194,20 @@ def test_the_mapping_is_public():
         assert target_of(family) is None or target_of(family).layout == "transformers"
 
 
-def test_mergers_follow_the_config():
-    section = {"hidden_size": 32, "num_hidden_layers": 33, "num_attention_heads": 2, "num_key_value_heads": 2}
-    tower = {"depth": 33, "deepstack_visual_indexes": [*range(33)], "out_hidden_size": 32}
-    family = FAMILIES["qwen3_vl"]
-    slots = make_slots(family.from_hf({"text_config": section, "vision_config": tower}, None), family)
-    assert {slot.key.split(".")[3] for slot in slots if "deepstack" in slot.key} == {*map(str, range(33))}
-
-
-def test_a_later_family_takes_the_folder(tmp_path):
-    FAMILIES["mine"] = dataclasses.replace(
-        FAMILIES["llama"], name="mine", matches=lambda config: config["hidden_size"] == LLAMA["hidden_size"]
-    )
+def test_a_family_is_added_and_another_gone(models):
+    """A later family takes the folder."""
+    mine = dataclasses.replace(FAMILIES["llama"], name="mine", matches=lambda config: config["hidden_size"] == 48)
+    FAMILIES["mine"] = mine
     assert detect(LLAMA, "config.json").name == "mine"
     assert detect({**LLAMA, "hidden_size": 24}, "config.json").name == "llama"
-
-
-def test_a_decoder_that_is_gone(tmp_path):
-    model = vp.load(make_folder(tmp_path / "llama", LLAMA))
-    del FAMILIES["llama"]
-    refused(r"unknown family 'llama' in transformers layout .* import the file", family_of, model.cfg)
-    refused(r"known: llava, .*mistral", vp.load, tmp_path / "llama")
+    del FAMILIES["llama"], FAMILIES["mine"]
+    refused(r"unknown family 'llama' in transformers layout .* import the file", family_of, models["llama"].cfg)
+    refused(r"known: llava, .*mistral", detect, LLAMA, "config.json")
 
 
 @pytest.mark.parametrize(
     ("to", "fact"),
     [
-        ("nothing", "internvl: conversion.to='nothing' names a layout .*use one of llava, internvl"),
         ("llama", "internvl: conversion.to='llama' names a layout .*use one of llava, internvl"),
         ("llava", r'internvl class does not support pixel shuffle: use layout "source"'),  # what `Stock.lacks` says
     ],

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,26 +53,16 @@ def test_a_masked_image_equals_transformers(folder, model, row, torch_outputs):
     np.testing.assert_allclose(found, expected["logits"], atol=1e-4, rtol=0)
     unmasked = np.asarray(vp.forward(model, row["input_ids"], pixel_values=row["pixel_values"])[0])
     assert np.abs(unmasked - found).max() > 0.01  # both what padding shows and where patches are depend on the mask
+    whole = row | {"pixel_attention_mask": row["pixel_attention_mask"] | [[[[1]], [[0]]]]}
+    np.testing.assert_array_equal(vp.forward(model, **whole)[0], unmasked)
     tokens = vp.generate(model, **row, max_new_tokens=4, eos_token_ids=())
     np.testing.assert_array_equal(tokens, expected["tokens"])
-
-
-def test_a_mask_of_whole_images_changes_nothing(model, row):
-    whole = row["pixel_attention_mask"].copy()
-    whole[0, 0] = 1
-    one = vp.forward(model, **row | {"pixel_attention_mask": whole})[0]
-    other = vp.forward(model, row["input_ids"], pixel_values=row["pixel_values"])[0]
-    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"pixel_attention_mask": np.ones((1, 2, 24, 23))}, r"mask has shape \[1, 2, 24, 23\] and pixel_values \["),
-        (
-            {"pixel_values": np.zeros((2, 2, 3, 24, 24), np.float32), "pixel_attention_mask": None},
-            "positions, but the images have 0 features",
-        ),
         ({"input_ids": np.full((1, 12), 350)}, "have 12 image positions, but the images have 8 features: write 4 ids"),
         ({"pixel_values": np.zeros((1, 2, 3, 21, 24), np.float32)}, r"expected \[images, 3, 24, 24\]"),
     ],
@@ -119,10 +108,10 @@ def test_shapes_equal_transformers():
 
 def test_without_splitting(goldens, folder, tmp_path):
     family = goldens / "families/smolvlm"
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"]["do_image_splitting"] = False
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    shutil.copy(folder / "config.json", tmp_path)
     images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0))
     (shape,) = images.shapes([family / "images/1.png"], "r")
     assert shape == ImageShape()
@@ -130,12 +119,8 @@ def test_without_splitting(goldens, folder, tmp_path):
     pixels = images.load(family / "images/1.png", "r")
     stored = np.load(family / "golden.npz")["image1_pixel_values_without_splitting"]
     assert np.abs(pixels - stored).max() < 0.02  # of the torchvision backend: a level of 255
-    fake, row_end = "<fake_token_around_image>", "\n"
-    template = templates()["smolvlm"]
-    assert template.image_text(shape) == f"{fake}<global-img><image>{fake}"
-    assert template.image_text(ImageShape(1, 2, 3)) == (
-        f"{fake}<row_1_col_1><image>{fake}<row_1_col_2><image>{row_end}{row_end}{fake}<global-img><image>{fake}"
-    )
+    fake = "<fake_token_around_image>"
+    assert templates()["smolvlm"].image_text(shape) == f"{fake}<global-img><image>{fake}"
 
 
 @pytest.mark.parametrize(
@@ -144,11 +129,10 @@ def test_without_splitting(goldens, folder, tmp_path):
         ({"do_rescale": False}, "do_rescale false is not supported for split images"),
         ({"size": {"height": 48, "width": 48}}, "has no longest_edge"),
         ({"max_image_size": {"longest_edge": 1}}, "give up to 2305 tiles per image, more than the maximum of 1000"),
-        ({"max_image_size": {"longest_edge": 0}}, "max_image_size"),
         ({"max_image_size": {"longest_edge": 12}}, "returns 12 x 12 pixels, but the vision tower takes 24 x 24"),
     ],
 )
-def test_bad_processors(folder: Path, tmp_path, change, words):
+def test_bad_processors(folder, tmp_path, change, words):
     settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
     shutil.copy(folder / "config.json", tmp_path)
@@ -164,7 +148,7 @@ def test_a_pruned_tower_loads_in_transformers(folder, model, row, torch_outputs,
     vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
     written = json.loads((tmp_path / "out/config.json").read_text())["vision_config"]
     assert (written["num_hidden_layers"], written["intermediate_size"]) == (2, 40)
-    found = torch_outputs(tmp_path / "out", row, class_name="SmolVLMForConditionalGeneration", version="5")
+    found = torch_outputs(tmp_path / "out", row, class_name="AutoModelForImageTextToText", version="5")
     np.testing.assert_allclose(vp.forward(pruned, **row)[0], found["logits"], atol=1e-4, rtol=0)
 
 
@@ -193,8 +177,7 @@ def test_rows_and_buckets(goldens, folder, model):
         assert np.abs(row["pixel_values"][slots:]).max(initial=0) == 0
         prompt = encoder.prompt_ids(record)
         assert row["input_ids"][: len(prompt)].tolist() == prompt.tolist()
-    short = dataclasses.replace(encoder, max_length=50, truncate=False)
-    refused(r"two: has \d+ tokens with its images, more than the maximum length 50", short.training_row, records[3])
+
     small = dataclasses.replace(encoder, tile_buckets=(1, 5))
     refused("record two: needs 8 image tiles, more than the largest bucket", small.shape_of, records)
     fewer = dataclasses.replace(records[3], images=records[3].images[:1])
