@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT / "tests/cases"))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3  # noqa: E402
+from gguf_cases import make_qwen  # noqa: E402
 from hf_cases import LFM2_VL, LLAMA, LLAVA, keep_layers, make_folder, prune  # noqa: E402
-from qwen_cases import make_qwen  # noqa: E402
 from vlm_cases import internvl_chat_config, make_vlm_folder, smolvlm_config  # noqa: E402
 from vocabulary_cases import FAMILIES, TOPICS, texts_file, tokenized_folder, vocabulary_plan  # noqa: E402
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
-from hostile import mutants
+from fuzz_cases import mutants
 from refusal import refused
 
 from vlmprune_jax.base import cache as module

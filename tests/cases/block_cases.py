@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from media_cases import packed
 
 from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.models.context import KEYS, Context, LayerEmbeds
+from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import unstack_layers
 from vlmprune_jax.core.models.stack import BlockStack
 from vlmprune_jax.core.models.vlm import Model, to_nnx
+
+
+def packed(values: Any, grid: Any = None) -> Packed:
+    """Return tiles [tiles, channel, height, width] as one packed row; other values are in packed rows already."""
+    values = jnp.asarray(values)
+    return Packed(values[None] if grid is None and values.ndim == 4 else values, grid)
 
 
 class BlockValues(NamedTuple):

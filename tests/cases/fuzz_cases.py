@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import datetime
 import io
+import itertools
 import json
 import os
+import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ _ODD = [
     None, True, False, -1, 0, 1, 2, 0.5, 1.5, -0.0, 5e-324, 1e20, 1e308, float("inf"), float("nan"), 2**31, 2**32 - 1,
     2**53 + 1, 2**63, 10**30, 10**400, "", "x", "0", "1e9", "../../secret", "/dev/zero", ESCAPES, "\ud800", "é" * 3000,
     "[" * 3000, [], [[]], {}, [1], [None], [ESCAPES], [0.5, 1.5], [True, False], [10**9] * 20, {"a": {"b": [1]}},
+]  # fmt: skip
+# What nobody would write there, for every node of a value.
+DELETED = object()
+_HOSTILE = [
+    DELETED, None, True, -1, 0, 1.5, 10**30, 10**400, float("nan"), float("inf"), 1e308, "", "\ud800", "中文" * 300,
+    "\x1b[31m\u202e$\\frac{<b>[/red]\0\udcff", "../../etc/passwd", [], [[[]]], {}, {"": None},
 ]  # fmt: skip
 _BYTES = [b"", b"\0" * 400, b"[" * 50_000, b'{"a":' * 10_000, b"\xff\xfe\x00", b"9" * 5000, b"null", b"[]", b"{}"]
 
@@ -228,3 +236,20 @@ def scores_of(cfg):
             },
         },
     )
+
+
+def mutants(good: Any, share: float = 1.0) -> Iterator[tuple[str, Any]]:
+    """(where and what, a copy with one node deleted or replaced), of all or a seeded share of them."""
+    draw = random.Random(0)
+    for place, value in itertools.product(_places(good), _HOSTILE):
+        if draw.random() >= share or (value is DELETED and not place):
+            continue
+        holder = whole = {"": copy.deepcopy(good)}
+        *path, key = ("", *place)
+        for step in path:
+            holder = holder[step]
+        if value is DELETED:
+            del holder[key]
+        else:
+            holder[key] = value
+        yield f"{place} = {value!r:.40}", whole[""]

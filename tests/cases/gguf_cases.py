@@ -1,14 +1,17 @@
-"""Tokenizers for tiny models, and how far llama.cpp's numbers may be from ours."""
+"""Tokenizers and Qwen-VL folders that llama.cpp takes, and how far its numbers may be from ours."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hf_cases import edit_weights, make_folder
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from repository import GOLDENS
 from scipy.special import log_softmax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -17,6 +20,21 @@ from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.images import load_image_processor
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
+FAMILIES = GOLDENS / "families"
+LIMITS = {"longest_edge": 40_000, "shortest_edge": 100}  # pixels of an image
+# What of the golden checkpoints llama.cpp has no place for, as the models that people use have it.
+USUAL = {
+    "qwen3_vl": {
+        "vision_config": {
+            "temporal_patch_size": 2, "hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 36,
+        },
+        "text_config": {"attention_bias": False},
+    },
+    "qwen2_5_vl": {
+        "vision_config": {"temporal_patch_size": 2, "hidden_act": "silu", "patch_size": 14, "window_size": 112},
+        "text_config": {},
+    },
+}  # fmt: skip
 
 
 def byte_tokenizer(folder: Path, specials: tuple[str, ...] = SPECIALS) -> Path:
@@ -79,3 +97,27 @@ def compare_limit(source: Path, model: vp.Model, folder: Path, fewest: int, most
     (shape,) = load_image_processor(source, spec, slot_tokens=1).shapes([folder / "image.png"], "r")
     found = llama_cpp(out, image=image, prompt=MARKER, image_tokens=(fewest, most))
     assert len(found["features"]) == shape.tokens <= most
+
+
+def make_qwen(tmp_path, name, **changes):
+    """A Qwen-VL folder with random weights that llama.cpp computes, and its model; `changes` of its vision_config."""
+    golden = FAMILIES / name / "ckpt"
+    config = json.loads((golden / "config.json").read_text())
+    for section, usual in USUAL[name].items():
+        config[section] |= usual
+    config["vision_config"] |= changes
+    folder = make_folder(tmp_path / name, config)
+    edit_weights(folder, lambda held: {key: value * _louder(key) for key, value in held.items()})
+    for path in golden.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, folder)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    names = ("patch_size", "temporal_patch_size")
+    processor["image_processor"] |= {"size": LIMITS, **{key: config["vision_config"][key] for key in names}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder, vp.load(folder)
+
+
+def _louder(key):
+    """llama.cpp's cache is in F16, of which large weights make more than the tolerance; places must still count."""
+    return np.float32(2 if "q_norm" in key else 1 if "norm" in key else 0.6)

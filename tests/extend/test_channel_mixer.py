@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from extend_cases import documented_family, returning
+from experiment_cases import documented_family, returning
 from refusal import refused
 from repository import ROOT
 

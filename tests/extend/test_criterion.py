@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import decoder_values
-from extend_cases import flags_of, registered
-from media_cases import packed
+from block_cases import decoder_values, packed
+from experiment_cases import flags_of, registered
 from prune_cases import UNEQUAL, batch, config, model
 
 import vlmprune_jax as vp

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from extend_cases import documented_family, returning
+from experiment_cases import documented_family, returning
 from hf_cases import edit_config
 from refusal import refused
 from repository import ROOT

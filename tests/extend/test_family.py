@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from extend_cases import printed_file
+from experiment_cases import printed_file
 from hf_cases import LLAMA, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS
 from vlm_cases import llava_config, make_vlm_folder

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from extend_cases import registered
+from experiment_cases import registered
 from hf_cases import copy_llava, keep_layers
 from safetensors.flax import load_file
 

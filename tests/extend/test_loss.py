@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import recover_cases as cases
-from extend_cases import flags_of, registered
+from experiment_cases import flags_of, registered
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.vlm import apply

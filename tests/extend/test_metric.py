@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from extend_cases import registered
+from experiment_cases import registered
 from hf_cases import copy_llava
 
 from vlmprune_jax.run.cli.main import main

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from extend_cases import flags_of, registered
+from experiment_cases import flags_of, registered
 
 import vlmprune_jax as vp
 from vlmprune_jax.run.cli.main import main

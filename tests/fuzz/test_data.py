@@ -7,7 +7,7 @@ import struct
 
 import pyarrow as pa
 import pytest
-from datasets_cases import write_split
+from data_cases import write_split
 from fuzz_cases import damaged, edited, fuzz_file, fuzz_folder, json_files, json_lines
 from hypothesis import strategies as st
 from PIL import Image

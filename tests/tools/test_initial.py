@@ -7,9 +7,9 @@ from pathlib import Path
 import easy_vqa
 import numpy as np
 import pytest
+from block_cases import packed
 from hf_cases import LLAMA, make_folder
 from initial import write_joined, write_random
-from media_cases import packed
 from PIL import Image
 from pretrain import make_encoder
 from pretrain_tokens import get_config as tokens_config

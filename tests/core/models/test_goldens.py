@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import tower_values
+from block_cases import packed, tower_values
 from hf_cases import copy_golden, edit_config, expanded_batch, mean_loss
-from media_cases import packed
 from repository import load_arrays
 
 from vlmprune_jax.core.models.generate import generate

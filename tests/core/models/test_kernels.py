@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from block_cases import packed
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from media_cases import packed
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.mesh.mesh import make_mesh, use_mesh

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from block_cases import packed
 from hf_cases import edit_config, prune
-from media_cases import packed
 from prune_cases import kept_units, silenced
 from refusal import refused
 from stack_cases import tower_layer

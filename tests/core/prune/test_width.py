@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from media_cases import packed
+from block_cases import packed
 from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, model
 from refusal import refused
 from rounding import assert_same_sums

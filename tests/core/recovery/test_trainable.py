@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from block_cases import packed
 from decoder_cases import PHI, PHI3
 from flax import nnx
 from hf_cases import make_folder
-from media_cases import packed
 
 from vlmprune_jax.core.mesh.mesh import make_mesh
 from vlmprune_jax.core.mesh.rules import sharding

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from batch_cases import ORDERED, golden_encoder, golden_records
+from data_cases import ORDERED, golden_encoder, golden_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal import refused

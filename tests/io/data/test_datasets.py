@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets_cases import write_split
+from data_cases import write_split
 from PIL import Image
 
 from vlmprune_jax.base.errors import UserError

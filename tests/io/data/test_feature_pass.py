@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from block_cases import packed
 from hf_cases import copy_llava
-from media_cases import packed
 from PIL import Image
 from stack_cases import with_facts
 from vlm_cases import row_of

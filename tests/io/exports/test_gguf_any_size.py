@@ -5,12 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_cases import compare_answers, compare_limit, differences, prepared
+from gguf_cases import FAMILIES, LIMITS, compare_answers, compare_limit, differences, make_qwen, prepared
 from hf_cases import keep_layers, keep_width
 from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
 from prune_cases import tower_neurons
-from qwen_cases import FAMILIES, LIMITS, make_qwen
 from refusal import refused
 
 import vlmprune_jax as vp

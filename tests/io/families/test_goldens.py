@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import tower_values
+from block_cases import packed, tower_values
 from golden_cases import CLOSE, DENSE, FAMILIES, MIXTURES, Golden, cut_layers, cuts_of
 from hf_cases import assert_same_tensors, edit_weights, mean_loss, prune
-from media_cases import packed
 from rounding import assert_same_sums
 from torch_compat import VERSIONS
 

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from media_cases import packed
+from block_cases import packed
 from refusal import refused
 from repository import load_arrays
 

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hostile import mutants
+from fuzz_cases import mutants
 from refusal import refused
 from report_cases import CFG, write_several
 from rich.console import Console

@@ -4,8 +4,8 @@ import html
 import re
 
 import pytest
+from answer_cases import RUNS, answered, write_records
 from report_cases import write_answers, write_workdir
-from sample_cases import RUNS, answered, write_records
 
 from vlmprune_jax.run.report.build import build_report, shown_samples
 from vlmprune_jax.run.workdir.artefact import write_artefact

@@ -9,10 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from gguf_cases import byte_tokenizer
+from gguf_cases import byte_tokenizer, make_qwen
 from hf_cases import LLAVA, make_folder
 from prune_cases import config, model
-from qwen_cases import make_qwen
 from refusal import refused
 from stack_cases import decoder_layer
 

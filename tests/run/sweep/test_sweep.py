@@ -10,8 +10,8 @@ import pytest
 import sweep_cases as cases
 from msgspec.structs import replace
 from refusal import refused
+from repository import start_counting
 from study_cases import row
-from worker_cases import start_counting
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.run.cli.main import main

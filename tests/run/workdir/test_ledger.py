@@ -6,7 +6,7 @@ import os
 
 import msgspec
 import pytest
-from hostile import mutants
+from fuzz_cases import mutants
 from refusal import refused
 
 from vlmprune_jax.base.errors import UserError

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_cases import real_values
-from media_cases import packed
+from block_cases import packed, real_values
 from prune_cases import batch, config, model, seeing
 from refusal import refused
 from stack_cases import tower_layer

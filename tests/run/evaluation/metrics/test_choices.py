@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from metric_cases import asked, measured, value
+from answer_cases import asked, measured, value
 from refusal import refused
 
 from vlmprune_jax.run.evaluation.metrics import METRICS

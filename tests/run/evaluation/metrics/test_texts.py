@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from metric_cases import asked, measured, value
+from answer_cases import asked, measured, value
 from refusal import refused
 
 import vlmprune_jax as vp

@@ -1,4 +1,4 @@
-"""Questions with images, and the answers of several models, of which samples are chosen."""
+"""Questions, the answers of several models, and the values of metrics on answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from PIL import Image
 from report_cases import FACTS, evaluated
 
 from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.run.evaluation.metrics import METRICS
 from vlmprune_jax.run.workdir.comparison import compare
 from vlmprune_jax.run.workdir.result import Run
 
@@ -40,3 +41,18 @@ def answered(right):
     """(said, scores) of models that are right on these questions."""
     scores = {name: [float(place in mine) for place in range(40)] for name, mine in right.items()}
     return {name: ["yes" if one else "" for one in of] for name, of in scores.items()}, scores
+
+
+def asked(*references, name="q", **fields):
+    return Record(name, (("human", "What?"),), (), None, references, fields)
+
+
+def measured(name, *answers):
+    """(values, groups) of answers, each (prediction, record)."""
+    records = [record for _, record in answers]
+    scores = METRICS[name].score_all([prediction for prediction, _ in answers], records)
+    return METRICS[name].values(scores, records), METRICS[name].values_of_groups(scores, records)
+
+
+def value(name, prediction, record):
+    return measured(name, (prediction, record))[0][METRICS[name].main]
