@@ -1,91 +1,183 @@
 """Exported folders in stock transformers on torch, versions 5 and 4.57: the same logits within 1e-4."""
 
+import dataclasses
 import io
 import json
 import logging
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import transformers
+from decoder_cases import PHI3, QWEN3
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, random_ids
 from refusal import refused
+from rounding import assert_same_function, double_logits
 from torch_compat import VERSIONS
 
 import vlmprune_jax as vp
 from vlmprune_jax.io.exports import reload
 from vlmprune_jax.io.exports.reload import check_export
 
-CLASSES = {"llama": "AutoModelForCausalLM", "llava": "LlavaForConditionalGeneration"}
+CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 CONFIGS = {"llama": LLAMA, "llava": LLAVA}
-PRUNED = {
-    "whole": lambda model: (model, None),
-    "depth": lambda model: keep_layers(model, [0, 3]),
-    "mistral": lambda model: keep_width(model, [0, 1, 3, 4, 5], range(0, 56, 2)),  # 5 of 6 heads do not
-}
 
 
 @pytest.fixture
 def saved(tmp_path, request):
-    """Writes one pruned model; gives it and its folder."""
+    """Writes one model without two layers; gives it and its folder."""
 
-    def write_one(family, pruning, **options):
-        config = CONFIGS[family]
-        if pruning == "mistral":
-            text = {"num_key_value_heads": 6, "tie_word_embeddings": False}
-            text = text if family == "llama" else {"text_config": {**config["text_config"], **text}}
-            config = {**config, **text}
-        source = make_folder(tmp_path / "source", config)
-        model, plan = PRUNED[pruning](vp.load(source))
-        vp.save(model, tmp_path / "out", source_dir=source, plan=plan, **options)
+    def write_one(family, dtype="float32", kept=(0, 3)):
+        source = make_folder(tmp_path / "source", CONFIGS[family])
+        model, _ = keep_layers(vp.load(source), kept)
+        vp.save(model, tmp_path / "out", source_dir=source, dtype=dtype)
         return model, tmp_path / "out"
 
     return write_one
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("family", CLASSES)
-def test_heads_that_do_not_divide(saved, torch_outputs, family, version):
-    """Mistral's class takes 5 of 6 heads; other folders are in test_support_matrix.py and below."""
-    model, out = saved(family, "mistral", dtype="float32")
+@pytest.mark.parametrize(
+    ("config", "auto", "dtype"),
+    [
+        ({**LLAMA, "num_key_value_heads": 6}, CAUSAL, "float32"),
+        ({**LLAVA, "text_config": {**LLAVA["text_config"], "num_key_value_heads": 6}}, IMAGES, "bfloat16"),
+    ],
+    ids=CONFIGS,
+)
+def test_heads_that_do_not_divide(torch_outputs, tmp_path, monkeypatch, config, auto, dtype, version):
+    """In several shards; Mistral's class takes 5 of 6 heads. Other folders are in test_support_matrix.py and below."""
+    monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
+    source, out = make_folder(tmp_path / "source", config), tmp_path / "out"
+    model, plan = keep_width(vp.load(source), [0, 1, 3, 4, 5], range(0, 56, 2))
+    vp.save(model, out, source_dir=source, plan=plan, dtype=dtype)
+    assert len(list(out.glob("*.safetensors"))) > 2
     config = json.loads((out / "config.json").read_text())
     assert config.get("text_config", config)["model_type"] == "mistral"
     inputs = random_ids(model)
-    found = torch_outputs(out, inputs, class_name=CLASSES[family], version=version)
+    model = vp.load(out) if dtype == "bfloat16" else model  # whose rounding torch sees as well
+    found = torch_outputs(out, inputs, class_name=auto, version=version)
     np.testing.assert_allclose(vp.forward(model, **inputs)[0], found["logits"], atol=1e-4, rtol=0)
 
 
+# Unequal layers at their true size, and heads padded with zeros -------------------------------------------------------
+
+# Five heads of six do not divide hidden_size, and biases leave no way into Mistral's class.
+BIASED = {**LLAMA, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}
+UNEQUAL = {
+    "llama": (LLAMA, CAUSAL),
+    "phi3": (PHI3, CAUSAL),  # without its whole heads its config class refuses the nominal ones
+    "llama-biased": (BIASED, CAUSAL),
+    "llava": (LLAVA, IMAGES),
+}
+NAMES = [pytest.param(name, marks=() if name in ("llama", "phi3") else pytest.mark.slow) for name in UNEQUAL]
+
+
+def narrow(model):
+    """No layer is whole, no two neighbours are alike, and groups of several query heads become smaller in layer 1."""
+    first = model.cfg.text.layers[0]
+    heads, per_group = first.mixer.kv_heads, first.mixer.q_heads // first.mixer.kv_heads
+    for i in range(len(model.cfg.text.layers)):
+        kv_heads, neurons = range(max(1, heads - 1 - i % 2)), range(i, i + 38 + 6 * (i % 2))
+        of_each_group = max(1, per_group - 1) if i == 1 else None
+        model, _ = keep_width(model, kv_heads, neurons, only=[i], of_each_group=of_each_group)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Writes one model once; gives it, its folder, inputs, logits and greedy tokens."""
+    done = {}
+
+    def export(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            source = make_folder(folder / "source", UNEQUAL[name][0])
+            model = narrow(vp.load(source))
+            vp.save(model, folder / "out", source_dir=source, uneven="per_layer", dtype="float32")
+            inputs = random_ids(model)
+            tokens = vp.generate(model, max_new_tokens=6, eos_token_ids=(), **inputs)
+            done[name] = model, folder / "out", inputs, np.asarray(vp.forward(model, **inputs)[0]), tokens
+        return done[name]
+
+    return export
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("family", CLASSES)
-def test_sharded_bfloat16_folder(saved, torch_outputs, monkeypatch, family, version):
-    monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
-    model, out = saved(family, "depth", dtype="bfloat16")
-    assert len(list(out.glob("*.safetensors"))) > 2
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_computes_the_same(exported, torch_outputs, tmp_path, name, version):
+    """Logits, greedy tokens with a cache, and the folder that save_pretrained writes."""
+    model, out, inputs, expected, tokens = exported(name)
+    options = {"class_name": UNEQUAL[name][1], "version": version, "trust_remote_code": True}
+    found = torch_outputs(out, inputs, max_new_tokens=6, save_to=tmp_path / "saved", **options)
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(found["tokens"], tokens)
+    again = torch_outputs(tmp_path / "saved", inputs, **options)
+    np.testing.assert_array_equal(again["logits"], found["logits"])
+    written, saved = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "saved"))
+    for field in ("architectures", "auto_map", "model_type"):
+        assert saved[field] == written[field]
+    reloaded = vp.load(tmp_path / "saved")
+    assert reloaded.cfg.text.layers == model.cfg.text.layers
+    np.testing.assert_allclose(vp.forward(reloaded, **inputs)[0], expected, atol=1e-6, rtol=0)
+    if version == "5":
+        assert check_export(model, out)["backend"] == "torch"
+
+
+@pytest.mark.parametrize("uneven", ["per_layer", "pad"])
+def test_an_even_folder_made_of_one_has_no_loader(exported, tmp_path, uneven):
+    """Pruned on, or padded, it is a stock folder again."""
+    _, out, *_ = exported("llama")
+    model = vp.load(out)
+    if uneven == "per_layer":
+        model, _ = keep_layers(model, [0, 2])  # these two are alike in heads and neurons
+    vp.save(model, tmp_path / "even", source_dir=out, uneven=uneven, dtype="float32")
+    config = json.loads((tmp_path / "even/config.json").read_text())
+    assert not {"auto_map", "per_layer_shapes"} & set(config)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not (tmp_path / "even/modeling_per_layer.py").exists()
+    assert check_export(model, tmp_path / "even")["backend"] == "torch"
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_padded_channels_of_heads_are_the_same_function(tmp_path, kind):
+    """Unequal layers as well, with biases, in a language model and in a LLaVA; bfloat16 rounds nothing."""
+    scaled = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 32}
+    changes = {"attention_bias": True, "rope_scaling": scaled if kind == "llama3" else None, "torch_dtype": "bfloat16"}
+    config = {**LLAVA, "text_config": LLAVA["text_config"] | changes} if kind == "default" else {**LLAMA, **changes}
+    source = make_folder(tmp_path / "source", config)
+    model, _ = keep_width(vp.load(source, dtype="bfloat16"), [0, 2], range(3, 43), only=[1, 2])
+    vp.save(model, tmp_path / "out", source_dir=source, uneven="pad", head_dim=48, dtype="bfloat16")
+    padded = vp.load(tmp_path / "out")
+    assert padded.cfg.text.attention.head_dim == 48
+    wide, narrow = (dataclasses.replace(m, params=jax.tree.map(np.float32, m.params)) for m in (padded, model))
     inputs = random_ids(model)
-    found = torch_outputs(out, inputs, class_name=CLASSES[family], version=version)
-    np.testing.assert_allclose(vp.forward(vp.load(out), **inputs)[0], found["logits"], atol=1e-4, rtol=0)
+    assert_same_function(double_logits(wide, **inputs), double_logits(narrow, **inputs))
+    assert "6 query heads, 56 neurons, heads of 48 channels" in (tmp_path / "out/README.md").read_text()
+    assert check_export(narrow, tmp_path / "out")["backend"] == "torch"
+    fact = "head_dim=24: expected 4 or 16 times the model's 12 channels"
+    refused(fact, vp.save, model, tmp_path / "no", source_dir=source, head_dim=24)
+    model = vp.load(make_folder(tmp_path / "qwen3", QWEN3))
+    refused("heads of qwen3 with this rotary embedding, norm or scale", vp.save, model, tmp_path / "no", head_dim=64)
 
 
 # check_export ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llava", "bfloat16")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("torch_is_there", [True, False])
-def test_check_export(saved, monkeypatch, family, dtype, torch_is_there):
+def test_check_export(saved, monkeypatch, dtype, torch_is_there):
+    """It passes, and notices a wrong weight."""
     if not torch_is_there:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    model, out = saved(family, "depth", dtype=dtype)
+    model, out = saved("llava", dtype)
     report = check_export(model, out)
     assert report["backend"] == ("torch" if torch_is_there else "jax")
     assert report["tolerance"] == 1e-4
     assert report["max_abs_logit_difference"] <= 1e-4
-
-
-@pytest.mark.parametrize("torch_is_there", [True, False])
-def test_check_export_notices_a_wrong_weight(saved, monkeypatch, torch_is_there):
-    if not torch_is_there:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    model, out = saved("llava", "depth", dtype="float32")
     key = "multi_modal_projector.linear_2.bias"
     edit_weights(out, lambda tensors: tensors[key].__setitem__(3, tensors[key][3] + 0.01))
     refused("logits differ from the model's by", check_export, model, out)
@@ -94,7 +186,7 @@ def test_check_export_notices_a_wrong_weight(saved, monkeypatch, torch_is_there)
 @pytest.mark.parametrize("torch_is_there", [True, False])
 def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_is_there):
     """Where the tolerance is too narrow for a model, its own response to changed last bits decides."""
-    model, out = saved("llama", "whole", dtype="float32")
+    model, out = saved("llama", kept=range(4))
     monkeypatch.setattr(reload, "torch_loads", lambda *_: torch_is_there)
     model = vp.Model(jax.tree.map(lambda leaf: leaf * (1 + 2**-23), model.params), model.cfg)
     usual = reload.TOLERANCE
@@ -106,7 +198,7 @@ def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_i
 
 
 def test_check_export_notices_what_transformers_would_initialise(saved):
-    model, out = saved("llava", "whole", dtype="float32")
+    model, out = saved("llava", kept=range(4))
     name = "vision_tower.vision_model.post_layernorm.bias"
     edit_weights(out, lambda tensors: {key: value for key, value in tensors.items() if key != name})
     refused(r"missing_keys: .*post_layernorm\.bias", check_export, model, out)
@@ -114,8 +206,6 @@ def test_check_export_notices_what_transformers_would_initialise(saved):
 
 def test_check_export_is_silent_about_slow_kernels(goldens):
     """Qwen3.5 has layers with kernels in other packages; the check needs none of them."""
-    import transformers
-
     folder, lines, logger = goldens / "families/qwen3_5/ckpt", io.StringIO(), transformers.utils.logging.get_logger()
     handler = logging.StreamHandler(lines)
     transformers.utils.logging.warning_once.cache_clear()  # each is shown once per process
@@ -150,9 +240,7 @@ def test_check_export_of_the_hub_layouts(goldens, tmp_path, name, tower, wrong, 
 
 def test_torch_is_only_imported_to_check(saved):
     """Reading, writing and computing leave torch alone, so that it can be missing."""
-    import subprocess
-
-    _, out = saved("llava", "depth")
+    _, out = saved("llava")
     code = (
         "import sys; import vlmprune_jax.io.exports.reload; from vlmprune_jax import load, save\n"
         f"save(load({str(out)!r}), {str(out) + '2'!r}, source_dir={str(out)!r}); assert 'torch' not in sys.modules"
