@@ -32,8 +32,6 @@ from vlmprune_jax.core.prune.tables import affected_tokens, compare
 from vlmprune_jax.core.recovery.checkpoint import Checkpointer
 from vlmprune_jax.core.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.core.recovery.program import TrainState
-from vlmprune_jax.io.data.cached_arrays import TeacherRows, record_key
-from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.run.report.figures import removed_section
 from vlmprune_jax.run.workdir import content as provenance
@@ -250,29 +248,6 @@ def test_array_caches(tmp_path):
         return [cache[f"k{number}"] for number in range(3)]
 
     fuzz_folder(60, folder, read)
-
-
-def test_teachers_rows(tmp_path):
-    """Arrays of any shape and type in a cache: what reaches the step are tokens of the vocabulary."""
-    record = Record("r1", (("human", "a"), ("gpt", "b")), ())
-    row = {"labels": np.array([-100, -100, 7, 8]), "attention_mask": np.ones(4, np.int32)}
-    key = record_key(record)
-    shapes = st.sampled_from([(4, 2), (2, 2), (4, 3), (4,), (), (0, 2)])
-    values = st.sampled_from([-1, 0, 9, 10, 2**31 - 1, 70_000])
-    kinds = st.sampled_from([np.int32, np.uint16, np.int64, np.float32, np.bool_])
-    arrays = st.builds(lambda shape, value, kind: np.full(shape, value).astype(kind), shapes, values, kinds)
-
-    @fuzz(100, ids=arrays, logprobs=arrays, number=st.integers(0, 10**9))
-    def check(ids, logprobs, number):
-        cache = ArrayCache(tmp_path / f"{number}-{ids.dtype}-{ids.shape}-{logprobs.dtype}-{logprobs.shape}", MADE_FROM)
-        cache.add({f"{key}.ids": ids, f"{key}.logprobs": logprobs})
-        cache.publish()
-        rows, filled = TeacherRows(cache, 2, "all", np.dtype(np.float32), 10), dict(row)
-        reads(lambda: rows.fill(filled, record), "r1")
-        if "teacher_ids" in filled:
-            assert 0 <= filled["teacher_ids"].min() <= filled["teacher_ids"].max() < 10
-
-    check()
 
 
 def test_recovery_checkpoints(tmp_path):

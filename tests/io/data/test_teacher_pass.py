@@ -151,7 +151,7 @@ def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only(
     ],
 )
 def test_settings_that_contradict_each_other(changes, message):
-    refused(message, check_losses, dataclasses.replace(KL, **{"teacher_top_k": 5, **changes}))
+    refused(message, lambda: check_losses(dataclasses.replace(KL, **{"teacher_top_k": 5, **changes})))
 
 
 def test_more_tokens_than_there_are_and_batches_without_any():
@@ -236,3 +236,23 @@ def test_padding_is_not_kept_where_all_positions_count(tmp_path):
     assert found["teacher_ids"].tolist() == [[1], [2], [3], [0], [0], [0]]
     assert found["teacher_logprobs"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 0], [0, 0], [0, 0]]
     refused("record r: .* has 3 positions, expected 2", rows.fill, row(2, 6), record)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "told"),
+    [
+        (np.zeros((4, 2), np.uint16), np.zeros((4, 4)), "the teacher's top 3 tokens"),
+        (np.zeros((4, 3), np.uint16), np.zeros((4, 3)), "the teacher's top 3 tokens"),
+        (np.zeros((4, 3), np.uint16), np.zeros((3, 4)), "the teacher's top 3 tokens"),
+        (np.zeros((4, 3), np.float32), np.zeros((4, 4)), "the teacher's top 3 tokens"),
+        (np.zeros((), np.uint16), np.zeros(()), "the teacher's top 3 tokens"),
+        (np.array([[0, 1, -1]] * 4), np.zeros((4, 4)), "-1"),
+        (np.full((4, 3), 100), np.zeros((4, 4)), "100, but the vocabulary has 0 to 99"),
+    ],
+)
+def test_a_cache_of_something_else(tmp_path, ids, logprobs, told):
+    record, rows = Record("r1", (), ()), TeacherRows(ArrayCache(tmp_path, {}), 3, "all", np.dtype("f4"), 100)
+    rows.cache.add(dict(zip(rows.keys(record), (ids, logprobs), strict=True)))
+    rows.cache.publish()
+    row = {"labels": np.full(4, 5), "attention_mask": np.ones(4, np.int32)}
+    refused(f"record r1: the cache .* {told}.*: remove that folder", rows.fill, row, record)
