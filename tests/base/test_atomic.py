@@ -11,17 +11,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from hf_cases import (
-    LLAMA,
-    assert_same_tensors,
-    keep_layers,
-    make_folder,
-)
+from hf_cases import LLAMA, assert_same_tensors, keep_layers, make_folder
 from refusal import refused
 
 from vlmprune_jax.base import atomic
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.vlm import Model
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.exports import folder
 from vlmprune_jax.io.exports.pruning import prune_folder
@@ -33,22 +29,30 @@ def llama(tmp_path):
     return make_folder(tmp_path / "llama", LLAMA)
 
 
-# All or nothing -------------------------------------------------------------------------------------------------------
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_existing_output(llama, tmp_path):
+def test_existing_output(llama, tmp_path, monkeypatch):
+    """An old model is replaced on request, and only by a complete one."""
     model, out = load(llama), tmp_path / "out"
     out.mkdir()
-    save(model, out, source_dir=llama)  # an empty folder is no obstacle
+    save(model, out, source_dir=llama, dtype="source")  # an empty folder is no obstacle
     refused("exists already.*--overwrite", save, model, out, source_dir=llama)
     (out / "stale").write_text("of the first save")
-    save(keep_layers(model, [0])[0], out, source_dir=llama, overwrite=True)
+    shorter, plan = keep_layers(model, [0])
+    with monkeypatch.context() as broken:
+        broken.setattr(folder, "write_files", lambda *_: (_ for _ in ()).throw(OSError("disk gone")))
+        with pytest.raises(OSError, match="disk gone"):
+            save(shorter, out, source_dir=llama, overwrite=True)
+    assert_same_tensors(out, llama)
+    assert (out / "stale").exists()
+    save(shorter, out, source_dir=llama, overwrite=True)
     assert not (out / "stale").exists()
     assert len(load(out).cfg.text.layers) == 1
+    begun = folder.write_weights
+    monkeypatch.setattr(folder, "write_weights", lambda *args: (llama / "model.safetensors").unlink() or begun(*args))
+    refused(r"model\.safetensors: no such file", prune_folder, llama, plan, tmp_path / "new")
     assert names(tmp_path) == ["llama", "out"]
 
 
@@ -64,56 +68,28 @@ def test_overwrite_spares_what_is_not_a_model_folder(llama, tmp_path):
     load(llama)
 
 
-def test_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
-    usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
-    refused("needs .* MiB .* free", save, load(llama), tmp_path / "new/out", source_dir=llama)
-    assert names(tmp_path) == ["llama"]
-
-
-def test_weights_that_are_not_finite_are_not_written(llama, tmp_path):
-    model = load(llama)
+def test_what_is_refused_leaves_nothing(goldens, llama, tmp_path, monkeypatch):
+    model, out = load(llama), tmp_path / "out"
+    for name in ("layout", "uneven", "dtype"):
+        refused(f"{name} 'odd' is not one of", save, model, out, source_dir=llama, **{name: "odd"})
+    refused("no such folder", save, model, out, source_dir=tmp_path / "nothing")
+    refused("not the folder from which this llama", save, model, out, source_dir=goldens / "ckpt/llava_hf")
+    biased = load(make_folder(tmp_path / "biased", {**LLAMA, "attention_bias": True}))
+    refused("has no tensor", save, biased, out, source_dir=llama)
+    cfg = model.cfg.__class__(**{**vars(model.cfg), "lora": LoraConfig(2, 4.0, 0.0, ("q_proj",))})
+    refused("unmerged LoRA", save, Model(model.params, cfg), out, source_dir=llama)
     for dtype, value in (("bfloat16", np.nan), ("float16", 1e5)):
         broken = jax.tree.map(lambda leaf: leaf, model.params)
         broken["text"]["norm"] = {"weight": broken["text"]["norm"]["weight"].at[2].set(value)}
-        options = {"source_dir": llama, "dtype": dtype}
-        refused("model.norm.weight.*1 NaN or infinite", save, Model(broken, model.cfg), tmp_path / "out", **options)
-        assert names(tmp_path) == ["llama"]
-
-
-def test_where_nothing_can_be_written(llama, tmp_path):
-    model = load(llama)
+        fact = "model.norm.weight.*1 NaN or infinite"
+        refused(fact, save, Model(broken, model.cfg), out, source_dir=llama, dtype=dtype)
     (tmp_path / "file").write_text("x")
-    for out in (tmp_path / "file/out", tmp_path / ("a" * 250)):
-        refused(f"{re.escape(str(out))}: .*: nothing was written, check that path", save, model, out, source_dir=llama)
-    assert names(tmp_path) == ["file", "llama"]
-
-
-def test_a_source_that_goes_while_it_is_read(llama, tmp_path, monkeypatch):
-    plan, begun = keep_layers(load(llama), [0])[1], folder.write_weights
-
-    def too_late(*args):
-        (llama / "model.safetensors").unlink()
-        begun(*args)
-
-    monkeypatch.setattr(folder, "write_weights", too_late)
-    with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
-        prune_folder(llama, plan, tmp_path / "out")
-    assert names(tmp_path) == ["llama"]
-
-
-def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
-    model = load(llama)
-    save(model, tmp_path / "out", source_dir=llama, dtype="source")
-
-    def fail(*_):
-        raise OSError("disk gone")
-
-    monkeypatch.setattr(folder, "write_files", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        save(keep_layers(model, [0])[0], tmp_path / "out", source_dir=llama, overwrite=True)
-    assert_same_tensors(tmp_path / "out", llama)
-    assert names(tmp_path) == ["llama", "out"]
+    for bad in (tmp_path / "file/out", tmp_path / ("a" * 250)):
+        refused(f"{re.escape(str(bad))}: .*: nothing was written, check that path", save, model, bad, source_dir=llama)
+    usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
+    refused("needs .* MiB .* free", save, model, tmp_path / "new/out", source_dir=llama)
+    assert names(tmp_path) == ["biased", "file", "llama"]
 
 
 WRITER = """
@@ -136,24 +112,17 @@ save(model, out, source_dir=source, overwrite=True)
 """
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_kill_in_the_middle(llama, tmp_path, existing):
-    out = tmp_path / "out"
-    model = load(llama)
-    if existing:
-        save(model, out, source_dir=llama, dtype="source")
+def test_kill_in_the_middle(llama, tmp_path):
+    out, model = tmp_path / "out", load(llama)
+    save(model, out, source_dir=llama, dtype="source")
     command = [sys.executable, "-c", WRITER, str(llama), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline() == "writing\n"
         writer.send_signal(signal.SIGKILL)
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial")]
-    assert len(left) == 1
-    assert any(path.stat().st_size for path in left[0].iterdir())  # it was in the middle of a shard
-    if existing:
-        assert_same_tensors(out, llama)
-    else:
-        assert not out.exists()
-    save(model, out, source_dir=llama, dtype="source", overwrite=existing)  # the next run: cleans up and succeeds
+    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith(".out.partial"))
+    assert any(path.stat().st_size for path in left.iterdir())  # it was in the middle of a shard
+    assert_same_tensors(out, llama)
+    save(model, out, source_dir=llama, dtype="source", overwrite=True)  # the next run: cleans up and succeeds
     assert names(tmp_path) == ["llama", "out"]
     assert_same_tensors(out, llama)
 
@@ -205,24 +174,3 @@ def test_what_another_machine_left_goes_once_nothing_is_written_there(tmp_path):
     os.utime(replaced, (old, old))
     atomic.clean_stale(tmp_path / "out")
     assert names(tmp_path) == ["out"]
-
-
-# Options --------------------------------------------------------------------------------------------------------------
-
-
-def test_wrong_options(goldens, llama, tmp_path):
-    model = load(llama)
-    for name in ("layout", "uneven", "dtype"):
-        refused(f"{name} 'odd' is not one of", save, model, tmp_path / "out", source_dir=llama, **{name: "odd"})
-    refused("no such folder", save, model, tmp_path / "out", source_dir=tmp_path / "nothing")
-    refused("not the folder from which this llama", save, model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
-    other = make_folder(tmp_path / "biased", {**LLAMA, "attention_bias": True})
-    refused("has no tensor", save, load(other), tmp_path / "out", source_dir=llama)
-
-
-def test_lora_must_be_merged(llama, tmp_path):
-    from vlmprune_jax.core.sections import LoraConfig
-
-    model = load(llama)
-    cfg = model.cfg.__class__(**{**vars(model.cfg), "lora": LoraConfig(2, 4.0, 0.0, ("q_proj",))})
-    refused("unmerged LoRA", save, Model(model.params, cfg), tmp_path / "out", source_dir=llama)

@@ -1,4 +1,4 @@
-"""Arrays by key and journals of passes on disk: what is there is read back exactly, and nothing wrong is read."""
+"""Caches and journals on disk: what is there is read back exactly, and nothing wrong; values of several processes."""
 
 import errno
 import json
@@ -11,14 +11,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from fuzz_cases import mutants
 from refusal import refused
 
 from vlmprune_jax.base import cache as module
+from vlmprune_jax.base import processes
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.errors import SharedError, UserError
 from vlmprune_jax.base.journal import Journal, continued, is_of
 
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -57,8 +59,7 @@ def test_arrays_come_back_as_they_were(tmp_path):
         for key, expected in given.items():
             assert cache[key].dtype == expected.dtype
             assert np.array_equal(cache[key], expected), key
-    with pytest.raises(UserError, match="has no array for other: run the same command again"):
-        first["other"]
+    refused("has no array for other: run the same command again", first.__getitem__, "other")
 
 
 def test_shards_fill_up_and_only_what_is_missing_is_added(tmp_path, monkeypatch):
@@ -104,53 +105,31 @@ def test_identity_is_readable_and_another_one_is_refused(tmp_path):
 
 def test_folders_that_cannot_be_a_cache(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    for folder, reason in (
-        (tmp_path, "is neither empty nor a cache"),
-        (tmp_path / "thesis.tex", "cannot be used as a cache .*: use another"),
-        (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: use another"),
-    ):
-        refused(reason, ArrayCache, folder, MADE_FROM)
+    refused("is neither empty nor a cache", ArrayCache, tmp_path, MADE_FROM)
+    for folder in (tmp_path / "thesis.tex", tmp_path / "thesis.tex/cache"):
+        refused("cannot be used as a cache .*: use another", ArrayCache, folder, MADE_FROM)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_folder_whose_first_run_was_killed_at_once_is_a_new_one(tmp_path):
-    (tmp_path / ".cache.json.host-1.partial").write_text("{")
-    assert filled(tmp_path, [1]).missing(["k1", "k2"]) == ["k2"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.cache.json.host-1.partial").write_text("{")  # of a run that was killed at once
+    assert filled(tmp_path / "new", [1]).missing(["k1", "k2"]) == ["k2"]
 
 
 def test_damaged_files(tmp_path):
-    filled(tmp_path, range(3))
+    cache = filled(tmp_path, range(3))
     (shard,) = (tmp_path / name for name in shards(tmp_path))
     shard.write_bytes(shard.read_bytes()[:-7])
+    refused(r"became shorter while it was read", cache.__getitem__, "k2")  # of a mapped file the process would end
     refused(f"{shard.name}: truncated: .*: remove the file, and run the command again", ArrayCache, tmp_path, MADE_FROM)
     shard.unlink()
     assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
-    (tmp_path / "cache.json").write_text("{")
-    refused(r"cache.json: is not valid JSON .*: use another folder or remove this one", ArrayCache, tmp_path, MADE_FROM)
-
-
-def test_strange_files(tmp_path):
-    filled(tmp_path, [1])
     os.mkfifo(tmp_path / "0.safetensors")
     refused(r"0\.safetensors: is a FIFO, expected a file", ArrayCache, tmp_path, MADE_FROM)
+    for text in ("{", '{"a":' * 900 + "1" + "}" * 900):
+        (tmp_path / "cache.json").write_text(text)
+        refused(r"cache.json: .*: use another folder or remove this one", ArrayCache, tmp_path, MADE_FROM)
     (tmp_path / "cache.json").unlink()
     os.mkfifo(tmp_path / "cache.json")
     refused(r"cache\.json: is a FIFO, expected a file", ArrayCache, tmp_path, MADE_FROM)
-    (tmp_path / "cache.json").unlink()
-    (tmp_path / "cache.json").write_text('{"a":' * 900 + "1" + "}" * 900)
-    refused(r"cache\.json: .*deep|computed from other inputs", ArrayCache, tmp_path, MADE_FROM)
-
-
-def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
-    """Of a mapped file the process would end."""
-    cache = filled(tmp_path, [1])
-    (shard,) = (tmp_path / name for name in shards(tmp_path))
-    os.truncate(shard, shard.stat().st_size - 4)
-    with pytest.raises(UserError, match=r"became shorter while it was read"):
-        cache["k1"]
-    shard.unlink()
-    with pytest.raises(UserError, match="no such file"):
-        cache["k1"]
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
@@ -228,9 +207,7 @@ def test_a_pass_continues_after_the_last_whole_line(tmp_path):
     assert again[:3] == first
     assert len(Journal(path, {"batches": 5}).entries) == 5
     lines = path.read_text().splitlines()
-    path.write_text(
-        "\n".join([*lines[:3], lines[3][:-5], *lines[4:]])
-    )  # damaged in the middle: what follows is of which?
+    path.write_text("\n".join([*lines[:3], lines[3][:-5], *lines[4:]]))  # damaged in the middle
     assert Journal(path, {"batches": 5}).entries == again[:2]
 
 
@@ -265,5 +242,64 @@ def test_damaged_entries_are_computed_again(tmp_path):
     assert Journal(path, {"batches": 3}).entries == []
 
 
-def test_without_a_journal_every_batch_is_computed():
-    assert list(continued(lambda x: 2 * x, iter("ab"), None)) == ["aa", "bb"]
+# What one process of a run finds reaches all of them as JSON; errors too.
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Callable (number, messages of the two others): this is process `number` of three."""
+
+    def install(number, *others):
+        messages = [json.dumps(other).encode() for other in others]
+
+        def gather(message):
+            return [*messages[:number], message, *messages[number:]]
+
+        three = processes.Processes(lambda: 3, lambda: number, lambda message: gather(message)[0], gather)
+        monkeypatch.setattr(processes, "_processes", three)
+
+    return install
+
+
+class _Point(msgspec.Struct):
+    x: int
+
+
+def _fails(error):
+    def compute():
+        raise error
+
+    return compute
+
+
+def test_what_a_process_finds_is_what_all_find(process):
+    assert processes.on_process_zero(lambda: {"a": [1, None]}) == {"a": [1, None]}
+    refused("wrong", processes.on_process_zero, _fails(UserError("wrong")))
+    process(0, {}, {})
+    assert processes.on_process_zero(lambda: _Point(3), _Point) == _Point(3)
+    process(2, {"value": {"x": 4}}, {})
+    assert processes.on_process_zero(_fails(AssertionError("only process 0 computes")), _Point) == _Point(4)
+    process(1, {"value": 10}, {"value": [12]})
+    assert processes.from_all(lambda: 11) == [10, 11, [12]]
+
+
+def test_an_error_of_one_process_is_raised_on_all(process):
+    process(1, {"error": "no disk"}, {})
+    for together in (processes.on_process_zero, processes.from_all):
+        with pytest.raises(SharedError, match=r"^no disk$"):
+            together(lambda: 1)
+    process(1, {"value": 1}, {"value": 2})
+    with pytest.raises(SharedError, match=r"^mine$"):
+        processes.from_all(_fails(UserError("mine")))
+    with pytest.raises(ZeroDivisionError):  # the others read that this process failed
+        processes.from_all(lambda: 1 / 0)
+
+
+def test_caches_and_journals_do_without_jax():
+    code = (
+        "import sys, vlmprune_jax.base.cache, vlmprune_jax.base.journal, vlmprune_jax.base.processes as run;"
+        "assert run.from_all(lambda: 1) == [1] and run.is_main_process();"
+        "sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:] or "jax was imported"

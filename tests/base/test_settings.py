@@ -53,11 +53,8 @@ def test_choices_elsewhere_are_looked_up_when_a_command_starts():
     check_settings("toy", Toy(), elsewhere=True)
     check_settings("toy", Toy(where="nothing"))
     refused("toy.where 'kll' .*did you mean 'kl'", check_settings, "toy", Toy(where="kll"), elsewhere=True)
-
-
-@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-def test_texts_that_no_path_can_have(text):
-    refused(r"config.where='.*' contains a NUL character or half of a surrogate pair", override, Toy(), {"where": text})
+    for text in ("a\0b", "\ud800"):
+        refused("where='.*' contains a NUL character or half of a surrogate", override, Toy(), {"where": text})
 
 
 def test_a_chip_of_tpu7x_is_two_devices():
@@ -67,32 +64,20 @@ def test_a_chip_of_tpu7x_is_two_devices():
     assert peak_flops("TPU7x") == 2307e12 / 2
     assert slice_of("v5p:2x2x2") == (CHIPS["v5p"], 8)
     assert slice_of("v5e:8x8:2") == (CHIPS["v5e"], 128)  # two slices
-
-
-def test_unknown_slices_are_refused():
     refused(r"unknown TPU \(known: v5e, v5p, v6e, tpu7x\): use for example v5e:8x8", slice_of, "v7x:2x2x1")
     long = "v5e:" + "x".join(["9999"] * 5000)  # its product has no float
-    for name in (
-        "tpu7x:8",
-        long,
-        "v5e:\N{ARABIC-INDIC DIGIT EIGHT}x8",
-        "v5e:8x\N{ARABIC-INDIC DIGIT EIGHT}",
-        long[:15] + "9" * 99,
-    ):
-        error = refused("is not GENERATION:SIZES", slice_of, name)
-        assert len(error) < 250
-
-
-SOURCE = "def wrong(x):\n    return x[0]\n"
+    for name in ("tpu7x:8", long, "v5e:8x\N{ARABIC-INDIC DIGIT EIGHT}", long[:15] + "9" * 99):
+        assert len(refused("is not GENERATION:SIZES", slice_of, name)) < 250
 
 
 @pytest.fixture
 def wrong(tmp_path):
-    (tmp_path / "mine.py").write_text(SOURCE)
+    (tmp_path / "mine.py").write_text("def wrong(x):\n    return x[0]\n")
     return runpy.run_path(str(tmp_path / "mine.py"))["wrong"]
 
 
 def test_users_are_told_their_line(wrong, tmp_path):
+    """Errors of our own stay as they are, and lines of libraries and of scripts are not the user's."""
     for function in (wrong, functools.partial(wrong)):
         with pytest.raises(UserError) as told, blaming("criterion 'mine'", one_of, function):
             function(None)
@@ -102,16 +87,10 @@ def test_users_are_told_their_line(wrong, tmp_path):
         blaming("mine", wrong),
     ):
         1 // len([])
-
-
-def test_errors_of_our_own_stay(wrong):
     with pytest.raises(ZeroDivisionError), blaming("criterion 'l1'", one_of):
         1 // len([])
     with pytest.raises(UserError, match=r"^kind 'a' is not one of b"), blaming("mine", wrong):
         one_of("kind", "a", ("b",))
-
-
-def test_lines_of_libraries_and_of_scripts_are_not_the_users(wrong, tmp_path):
     with pytest.raises(TypeError) as error:
         wrong(None)
     assert line_of_users(error.value, [tmp_path]).partition(":")[0] == __file__
