@@ -8,18 +8,20 @@ import signal
 
 import pytest
 import sweep_cases as cases
+from hf_cases import copy_llava
 from msgspec.structs import replace
 from refusal import refused
 from repository import start_counting
 from study_cases import row
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.report import build
 from vlmprune_jax.run.sweep import hyper
 from vlmprune_jax.run.sweep import sweep as sweep_run
-from vlmprune_jax.run.sweep.hyper import sweep_runs
 from vlmprune_jax.run.sweep.workers import in_processes
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.speed import SpeedUp
@@ -34,6 +36,7 @@ def get_config(variant=""):
     config.data.train = config.data.eval = "{root}/records.json"
     config.evaluate.unrecovered = False
     config.recover.method = "none"
+    {settings}
     return config
 
 def get_hyper(hyper):
@@ -58,7 +61,7 @@ def sweep(tmp_path, monkeypatch):
         return cases.make_models(experiment, context)
 
     def call(*flags, body=BODY):
-        (tmp_path / "sweep.py").write_text(CONFIG.format(root=tmp_path, body=body))
+        (tmp_path / "sweep.py").write_text(CONFIG.format(root=tmp_path, settings="", body=body))
         call.ran.clear()
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
@@ -109,6 +112,11 @@ def test_every_run_once(sweep, capsys):
 
 
 def test_a_failed_run_is_listed_and_tried_again(sweep, capsys):
+    sweep.fail = dict.fromkeys((0.1, 0.2, 0.3, 0.4), UserError("no"))
+    assert sweep() == 2
+    assert set(states(sweep.workdir).values()) == {"failed"}
+    assert sweep.pages == []
+    capsys.readouterr()
     sweep.fail = {0.1: UserError("no such thing"), 0.3: ZeroDivisionError("a defect")}
     assert sweep() == 2
     assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
@@ -136,21 +144,16 @@ def test_what_failed_before_is_tried_last(sweep):
     assert sweep.ran == [0.2, 0.3, 0.4, 0.1]
 
 
-def test_all_that_fail_leave_no_page(sweep, capsys):
-    sweep.fail = dict.fromkeys((0.1, 0.2, 0.3, 0.4), UserError("no"))
-    assert sweep() == 2
-    assert set(states(sweep.workdir).values()) == {"failed"}
-    assert sweep.pages == []
-
-
-def test_shards_are_a_partition(sweep, capsys):
+def test_shards_and_chosen_runs(sweep):
+    assert sweep("--only=*0.[34]", "--shard=2/2") == 0
+    assert sweep.ran == [0.4]
     ran = []
     for shard in ("1/3", "2/3"):
         assert sweep(f"--shard={shard}") == 0
         ran += sweep.ran
-    assert ran == [0.1, 0.4, 0.2]
+    assert ran == [0.1, 0.2]
     assert list(states(sweep.workdir).values()) == ["done", "done", "pending", "done"]
-    assert sweep("--shard=3/3") == 0
+    assert sweep("--only=ratio=0.[23]") == 0
     assert sweep.ran == [0.3]
     runs = cases.some_runs()
     for count in (1, 2, 3, 7, 40):
@@ -160,25 +163,16 @@ def test_shards_are_a_partition(sweep, capsys):
         refused(r"--shard=.*: must be i/n with i from 1 to n", hyper.shard_of, runs, shard)
 
 
-def test_runs_are_chosen_by_their_names(sweep, capsys):
-    assert sweep("--only=ratio=0.[23]") == 0
-    assert sweep.ran == [0.2, 0.3]
-    assert list(states(sweep.workdir).values()) == ["pending", "done", "done", "pending"]
-    assert sweep("--only=*0.[34]", "--shard=2/2") == 0
-    assert sweep.ran == [0.4]
-
-
 @pytest.mark.parametrize(
     ("flags", "body", "told"),
     [
         ((), "return [{'prune.rato': 0.1}]", "config.prune has no setting 'rato'; did you mean 'ratio'?"),
         ((), "return 1 / 0", " with ZeroDivisionError: division by zero: correct it (--debug shows more)"),
-        ((), "return [{'prune.ratio': 0.1}] * 2", "lists only twice"),
         ((), "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),
         (
             (),
-            "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]",
-            "its evaluation sets differ from those of",
+            'return hyper.sweep("evaluate.questions", [9, 8])',
+            "its evaluation sets differ from those of questions=9",
         ),
         (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting too"),
         (
@@ -198,21 +192,11 @@ def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, bo
     assert not sweep.workdir.exists()
 
 
-def test_runs_with_other_sets_cannot_be_compared(tmp_path):
-    runs = sweep_runs(Experiment(), [{"evaluate.questions": 9}, {"evaluate.questions": 8}])
-    hyper.check_runs(runs[:1], 1)
-    refused("run questions=8: its evaluation sets differ from those of questions=9", hyper.check_runs, runs, 1)
-
-
 def test_a_config_without_runs(sweep, tmp_path, capsys):
     file = tmp_path / "plain.py"
-    file.write_text(CONFIG.format(root=tmp_path, body=BODY).split("def get_hyper")[0])
+    file.write_text(CONFIG.format(root=tmp_path, settings="", body=BODY).split("def get_hyper")[0])
     assert main(["sweep", f"--config={file}", f"--workdir={sweep.workdir}"]) == 2
     assert "has no get_hyper(hyper), which lists the runs of a sweep" in capsys.readouterr().err
-    assert main(["sweep", f"--workdir={sweep.workdir}"]) == 2
-    assert "no config given: add --config=FILE.py" in capsys.readouterr().err
-    assert main(["sweep", f"--config={file}"]) == 2
-    assert "no workdir given: add --workdir=DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry_run",)])
@@ -260,23 +244,21 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
 
 
-@pytest.mark.parametrize("path", ["../other/pruned", "/tmp/x", "pruned/../../../x"])
-def test_a_run_whose_model_lies_elsewhere_is_done_again(tmp_path, path):
+def test_a_run_whose_model_lies_elsewhere_is_done_again(tmp_path):
     runs = cases.some_runs(seeds=(1,))[:1]
     cases.write_sweep(tmp_path, runs=runs)
     sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
     record = sweep.folder(runs[0]) / "result.json"
     assert sweep_run.read_run(runs[0], sweep) is not None
     found = json.loads(record.read_text())
-    found["runs"][0]["path"] = path
-    record.write_text(json.dumps(found))
-    assert sweep_run.read_run(runs[0], sweep) is None
+    for path in ("../other/pruned", "/tmp/x", "pruned/../../../x"):
+        found["runs"][0]["path"] = path
+        record.write_text(json.dumps(found))
+        assert sweep_run.read_run(runs[0], sweep) is None
 
 
 def test_caches_are_shared_by_those_that_can():
     def caches(**changes):
-        from vlmprune_jax.base.settings import override
-
         base = {"recover": {"teacher_cache": "t"}, "data": {"feature_cache": "f"}}
         found = sweep_run.with_caches(override(override(Experiment(), base), changes))
         assert found.recover.teacher_cache.startswith("t/")
@@ -289,8 +271,79 @@ def test_caches_are_shared_by_those_that_can():
     assert caches(model={"hf_dir": "other"})[0] != first[0]
     assert caches(model={"hf_dir": "other"})[1] != first[1]
     assert caches(prune={"stack": "vision", "ratio": 0.1})[1] != caches(prune={"stack": "vision", "ratio": 0.2})[1]
-    plain = sweep_run.with_caches(Experiment())
-    assert plain == Experiment()
+    assert sweep_run.with_caches(Experiment()) == Experiment()
+
+
+# --- a sweep of the golden LLaVA -------------------------------------------------------------------------------------
+
+SETTINGS = """
+    config.data.images, config.data.system = {images!r}, ""
+    config.score.samples, config.score.batch_size = 4, 2
+    config.prune.method, config.prune.ratio = "width", 0.1
+    config.evaluate.batch_size, config.evaluate.max_new_tokens = 4, 2
+    config.recover.method, config.recover.trainable, config.recover.batch_size = "train", "projector", 2
+    config.recover.steps, config.recover.save_every, config.recover.log_every = 4, 1, 1"""
+TRAINED = """
+    trained = hyper.product([hyper.named("recovery", {"sft": {}}), hyper.sweep("recover.seed", [1, 2])])
+    first = hyper.chainit([hyper.named("recovery", {"none": {"recover.method": "none"}}), trained])"""
+MORE = 'hyper.product([hyper.fixed("prune.ratio", 0.2), hyper.fixed("recover.seed", 1)])'
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_makes_nothing_twice(goldens, tmp_path, monkeypatch, capfd):
+    record, workdir = Recorder.step, tmp_path / "w"
+    copy_llava(goldens, tmp_path / "teacher")
+    turns = [{"from": "human", "value": "<image>\nIs one here?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(8)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    settings = SETTINGS.format(images=str(goldens / "data/images"))
+
+    def sweep(body, *flags):
+        """Return exit code and output."""
+        (tmp_path / "sweep.py").write_text(CONFIG.format(root=tmp_path, settings=settings, body=TRAINED + body))
+        code = main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
+        return code, capfd.readouterr().out
+
+    def killed(self, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        record(self, step, *args)
+
+    monkeypatch.setattr(Recorder, "step", killed)
+    code, out = sweep("\n    return first")
+    monkeypatch.undo()
+    assert code == 130
+    assert "run 2 of 3: recovery=sft,seed=1" in out
+    assert out.count("linked from another run") == 3  # the unpruned model's answers, scores, and the pruned model
+    code, out = sweep("\n    return first")
+    assert code == 0
+    assert "1 of 3 runs are done and unchanged, skipped" in out
+    facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/recover.json").read_text())["facts"]
+    assert (facts["resumed_from"], facts["steps"]) == (2, 4)
+    assert out.count("linked from another run") == 3
+    begun = ["recover", "control/recover", "control/evaluate", "evaluate"]
+    assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == begun * 2
+
+    found = read_sweep(workdir)
+    assert [one.name for one in found.models] == ["recovery=none", "recovery=sft,seed=1", "recovery=sft,seed=2"]
+    none, first, _ = found.done
+    assert (none.recovery, none.data_fraction, first.recovery) == ("none", 0.0, "recovered")
+    assert [one.evaluation.control is None for one in found.done] == [True, False, False]
+    assert found.models[1].group == found.models[2].group == "recovery=sft"
+    assert len({one.digest for one in found.done}) == 3
+    assert none.parameters == first.parameters < next(iter(found.unpruned.values())).parameters
+    weights = [workdir / "runs" / one.run / "pruned/model.safetensors" for one in found.models]
+    assert os.path.samefile(*weights[:2])
+    assert os.path.samefile(*weights[1:])
+    assert "3 of 3 runs are done: 3 models." in (workdir / "sweep.html").read_text()
+
+    code, out = sweep(f"\n    return hyper.chainit([first, {MORE}])", "--jobs=2")
+    assert code == 0
+    assert "3 of 4 runs are done and unchanged, skipped" in out
+    assert "[1]   prune ..." in out
+    assert "[1]   control/recover: linked from another run" in out
+    assert "[1] done; 0 of 1 runs left" in out
+    assert [one.status for one in read_sweep(workdir).models] == ["done"] * 4
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------
@@ -319,34 +372,29 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.fixture
-def interruptible():
-    """Python's own handler of SIGINT, which it leaves out where SIGINT is ignored: in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def no_space():
+    raise UserError("the disk is full")
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_an_interruption_ends_all_processes():
+@pytest.mark.parametrize(
+    ("error", "stop"), [(KeyboardInterrupt, lambda: os.kill(os.getpid(), signal.SIGINT)), (UserError, no_space)]
+)
+def test_what_goes_wrong_between_items_ends_all_processes(monkeypatch, error, stop):
     told = []
 
-    def stop(item, line):
+    def done(item, line):
         told.append(line)
-        os.kill(os.getpid(), signal.SIGINT)
+        stop()
 
-    with pytest.raises(KeyboardInterrupt):
-        in_processes(["sleep"] * 50, 2, start_counting, stop)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
+    try:
+        with pytest.raises(error):
+            in_processes(["sleep"] * 50, 2, start_counting, done)
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = {int(line.split()[0]) for line in told}
     assert pids
     assert len(told) < 10
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-
-
-def test_what_goes_wrong_between_items_is_raised():
-    def fail(item, line):
-        raise UserError("the disk is full")
-
-    refused("the disk is full", in_processes, list(range(50)), 2, start_counting, fail)
