@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_cases import differences, noise, prepared
-from hf_cases import copy_golden, edit_config, prune
+from gguf import GGUFReader
+from gguf_cases import LIMITS, compare_answers, compare_limit, differences, make_qwen, noise, prepared
+from hf_cases import copy_golden, edit_config, keep_layers, keep_width, prune
 from llama_cpp import MARKER, llama_cpp
 from prune_cases import kept_units, tower_neurons
+from refusal import refused
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten
@@ -36,8 +38,8 @@ def golden(goldens, tmp_path):
             if name == "internvl3":
                 edit_config(folder, projector_hidden_act="gelu")  # as all have but this one
                 return folder, vp.load(folder)
-            with pytest.raises(vp.UserError, match="has no token for two newlines"):
-                vp.save(vp.load(folder), tmp_path / "none", source_dir=folder, format="gguf")
+            options = {"source_dir": folder, "format": "gguf"}
+            refused("has no token for two newlines", vp.save, vp.load(folder), tmp_path / "none", **options)
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
             (folder / "tokenizer.json").write_text(tokenizer.replace("<row_4_col_4>", r"\n\n"), encoding="utf-8")
             return folder, vp.load(folder)
@@ -100,8 +102,8 @@ def test_limits_of_image_tokens(golden, tmp_path):
     assert len(llama_cpp(tmp_path / "out", image=noise(100, 170), prompt=MARKER)["features"]) == 3 * tokens
     for name, most in (("internvl3", 2 * tokens), ("smolvlm", 19)):
         source, model = (source, model) if name == "internvl3" else golden(name)
-        with pytest.raises(vp.UserError, match=r"images have one tile, but llama\.cpp adds an overview"):
-            vp.save(model, tmp_path / "none", **{**options, "source_dir": source}, max_image_tokens=most)
+        options |= {"source_dir": source, "max_image_tokens": most}
+        refused(r"images have one tile, but llama\.cpp adds an overview", vp.save, model, tmp_path / "none", **options)
 
 
 @pytest.mark.slow
@@ -157,8 +159,75 @@ def test_pruned_towers(golden, tmp_path):
     for kept, uneven in ((tower_neurons(model), "per_layer"), (heads, "pad")):
         pruned, out = prune(model, kept, "vision")[0], tmp_path / uneven
         if uneven == "pad":
-            with pytest.raises(vp.UserError, match=r'vision tower whose heads.*uneven="pad"'):
-                vp.save(pruned, out, source_dir=source, format="gguf", dtype="float32")
+            fact = r'vision tower whose heads.*uneven="pad"'
+            refused(fact, vp.save, pruned, out, source_dir=source, format="gguf", dtype="float32")
         vp.save(pruned, out, source_dir=source, format="gguf", dtype="float32", uneven=uneven)
         found = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert np.abs(found - features_of(pruned, pixels)).max() <= 0.02
+
+
+# Qwen-VL: images of any size, positions by rows and columns, features for several decoder layers ---------------------
+
+
+QWEN_CUTS = {
+    "whole": lambda model: model,
+    "layers": lambda model: keep_layers(model, [0, 1, 3])[0],
+    "heads": lambda model: keep_width(model, range(1), range(3, 51))[0],
+    "neurons": lambda model: keep_width(model, range(2), range(3, 51))[0],
+    "tower": lambda model: prune(model, tower_neurons(model), "vision")[0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "how", "cells"),
+    [("qwen3_vl", "whole", (7, 3)), ("qwen3_vl", "whole", (2, 2)), ("qwen2_5_vl", "whole", (5, 6)),
+     ("qwen3_vl", "layers", (4, 3)), ("qwen3_vl", "heads", (4, 3)), ("qwen3_vl", "tower", (4, 3)),
+     ("qwen2_5_vl", "neurons", (4, 3))],
+)  # fmt: skip
+def test_images_of_any_size(tmp_path, name, how, cells):
+    """More and fewer patches than the table has positions; whole windows and parts of some; and a text alone."""
+    source, whole = make_qwen(tmp_path, name)
+    model, out = QWEN_CUTS[how](whole), tmp_path / "out"
+    vp.save(model, out, source_dir=source, format="gguf", dtype="float32")
+    compare_answers(source, model, out, cells, "What is it?")
+    ids = np.random.default_rng(0).integers(4, 340, (1, 50))
+    assert differences(vp.forward(model, ids)[0][0], llama_cpp(out, rows=ids)["logits"][0])[0] <= 0.1
+    if how == "whole":
+        assert check_saved(model, out, source_dir=source, format="gguf")["backend"] == "llama.cpp"
+        assert "sides that are multiples of" in (out / "README.md").read_text()
+
+
+def test_limits_of_tokens_are_options(tmp_path):
+    compare_limit(*make_qwen(tmp_path, "qwen3_vl"), tmp_path, 2, 20)
+
+
+def test_limits_of_the_processor(tmp_path):
+    """Larger images become as many tokens as here, by the limits in the file."""
+    source, model = make_qwen(tmp_path, "qwen3_vl")
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    tower = GGUFReader(next((tmp_path / "out").glob("mmproj-*")))
+    limits = [tower.fields[f"clip.vision.image_{name}_pixels"].contents() for name in ("min", "max")]
+    assert limits == [LIMITS["shortest_edge"], LIMITS["longest_edge"]]
+    image = np.zeros((400, 200, 3), np.uint8)
+    found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}What?")["features"]
+    assert len(found) == len(prepared(source, image)) // 4 < 400 * 200 // 64
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fact"),
+    [
+        ("qwen3_vl", {"temporal_patch_size": 3}, r"patches of 3 copies of an image \(2\)"),
+        ("qwen3_vl", {"spatial_merge_size": 3}, r"tokens of 3 x 3 patches \(2 x 2\)"),
+        ("qwen3_vl", {"rope_parameters": {"rope_theta": 500.0}}, "rotary base 500 in a tower"),
+        ("qwen2_5_vl", {"window_size": 56}, r"windows of 2 tokens per side \(4\)"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": [0, 3]}, r"full attention in blocks \[0, 3\] of 4"),
+        ("qwen3_vl", {}, r"preprocessor_config\.json, which limits the size of images"),
+    ],
+)
+def test_what_is_not_computed(tmp_path, name, changes, fact):
+    source, model = make_qwen(tmp_path, name, **changes)
+    if not changes:
+        (source / "processor_config.json").unlink()
+    refused(f"has no {fact}", vp.save, model, tmp_path / "out", source_dir=source, format="gguf")
+    assert not (tmp_path / "out").exists()

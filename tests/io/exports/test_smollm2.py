@@ -91,20 +91,6 @@ def windows(text):
     return np.asarray(text[: 2 * ROWS * WINDOW]).reshape(-1, WINDOW)
 
 
-def test_greedy_continuations(folder, tokenizer, torch_outputs):
-    """Padded into one batch here, which compiles once; each prompt by itself in torch."""
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:3]]
-    longest = max(map(len, rows))
-    ids, mask = (np.zeros((len(rows), longest), np.int32) for _ in range(2))
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
-    found = vp.generate(vp.load(folder), ids, attention_mask=mask, max_new_tokens=32, eos_token_ids=())
-    for row, tokens in zip(rows, found, strict=True):
-        options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": (), "max_new_tokens": 32}
-        expected = torch_outputs(folder, {"input_ids": np.asarray([row], np.int32)}, **options)["tokens"]
-        np.testing.assert_array_equal(tokens[None], expected)
-
-
 def test_depth_pruned_export_has_the_same_perplexity(folder, windows, torch_outputs, tmp_path):
     model = vp.load(folder)
     calibration = {"input_ids": windows[:1].astype(np.int32), "attention_mask": np.ones((1, WINDOW), np.int32)}
