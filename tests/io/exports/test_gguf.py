@@ -12,6 +12,7 @@ from gguf.quants import quantize as quantize_rows
 from gguf_cases import byte_tokenizer, differences
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder
 from llama_cpp import llama_cpp
+from refusal import refused
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.models.params import flatten, unflatten
@@ -112,8 +113,7 @@ def test_decoders_compute_the_same(models, tmp_path, name, how):
     model, held = prune(whole, how), HELD[name][how]
     options = {"source_dir": source, "format": "gguf", "dtype": "float32"}
     if held is None:
-        with pytest.raises(vp.UserError, match=r'llama\.cpp.s .* has no .*export with uneven="pad"'):
-            vp.save(model, tmp_path / "out", **options)
+        refused(r'llama\.cpp.s .* has no .*export with uneven="pad"', vp.save, model, tmp_path / "out", **options)
         held, options = HELD[name].get(DEPTH, HELD[name].get(WIDTH)), options | {"uneven": "pad"}
     vp.save(model, tmp_path / "out", **options)
     assert ("padded with zero heads" in (tmp_path / "out/README.md").read_text()) == ("uneven" in options)
@@ -129,7 +129,6 @@ def test_decoders_compute_the_same(models, tmp_path, name, how):
     [
         ("float32", "none", "llama-F32", {"F32"}),
         ("float16", "none", "llama-F16", {"F32", "F16"}),
-        ("source", "none", "llama-F32", {"F32"}),
         ("bfloat16", "none", "llama-BF16", {"F32", "BF16"}),
         ("bfloat16", "q8_0", "llama-Q8_0", {"F32", "F16", "Q8_0"}),
         ("bfloat16", "q5_1", "llama-Q5_1", {"F32", "F16", "Q8_0", "Q5_1"}),
@@ -155,9 +154,8 @@ def test_types(tmp_path, dtype, quantize, name, kinds):
         else:
             expected = dequantize(quantize_rows(weight, tensor.tensor_type), tensor.tensor_type)
         np.testing.assert_array_equal(dequantize(tensor.data, tensor.tensor_type), expected)
-    if quantize != "none":
-        facts = check_saved(model, tmp_path / "out", source_dir=source, format="gguf")
-        assert facts["backend"] == "llama.cpp"
+    if quantize == "q4_0":
+        assert check_saved(model, tmp_path / "out", source_dir=source, format="gguf")["backend"] == "llama.cpp"
 
 
 def test_from_files_one_tensor_at_a_time(tmp_path, monkeypatch):
@@ -207,71 +205,66 @@ def test_what_the_file_says(tmp_path):
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-def refused(part, *args, **options):
-    with pytest.raises(vp.UserError, match=part) as error:
-        vp.save(*args, format="gguf", **options)
-    assert "\n" not in str(error.value)
-
-
-def test_what_llama_cpp_does_not_compute(tmp_path):
-    source = byte_tokenizer(make_folder(tmp_path / "a", {**LLAMA, "vocab_size": 260}))
-    refused("llama has no activation gelu_pytorch_tanh", vp.load(source), tmp_path / "out", source_dir=source)
-    source = byte_tokenizer(make_folder(tmp_path / "b", {**QWEN3, "vocab_size": 260, "hidden_act": "silu"}))
-    refused("qwen3 has no biases .qkv_bias, out_bias.", vp.load(source), tmp_path / "out", source_dir=source)
-    source = byte_tokenizer(make_folder(tmp_path / "c", {**PHI, "vocab_size": 260, "hidden_act": "gelu_new"}))
+NOT_COMPUTED = {
+    "activation": (LLAMA, "llama has no activation gelu_pytorch_tanh"),
+    "biases": ({**QWEN3, "hidden_act": "silu"}, "qwen3 has no biases .qkv_bias, out_bias."),
     # 6 heads of 12 channels in 48
-    refused(
-        "needs 4 heads in equal groups in every layer, which zero heads cannot make",
-        vp.load(source),
-        tmp_path / "out",
-        source_dir=source,
-        uneven="pad",
-    )
-    silu = {**LLAVA["text_config"], "hidden_act": "silu"}
-    source = make_folder(tmp_path / "d", {**LLAVA, "text_config": silu})
-    refused("projector with activation relu", vp.load(source), tmp_path / "out", source_dir=source)
+    "heads": ({**PHI, "hidden_act": "gelu_new"}, "needs 4 heads in equal groups .*, which zero heads cannot make"),
+    "projector": (
+        {**LLAVA, "text_config": {**LLAVA["text_config"], "hidden_act": "silu"}}, "projector with activation relu",
+    ),
+    "biases of Qwen3-VL": ("qwen3_vl", "qwen3vl has no biases .qkv_bias, out_bias."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_COMPUTED)
+def test_what_llama_cpp_does_not_compute(goldens, tmp_path, case):
+    config, fact = NOT_COMPUTED[case]
+    if isinstance(config, str):
+        source = goldens / "families" / config / "ckpt"
+    else:
+        source = make_folder(tmp_path / "source", config if "text_config" in config else {**config, "vocab_size": 260})
+        byte_tokenizer(source)
+    options = {"source_dir": source, "format": "gguf", "uneven": "pad"}
+    refused(fact, vp.save, vp.load(source), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_do_not_fit(tmp_path, models):
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"quantize": "q4_k"}, "quantize 'q4_k' is not one of none, .*q8_0"),
+        ({"uneven": "refuse"}, 'no layers of unequal width.*uneven="pad"'),
+        ({"format": "onnx"}, "format 'onnx' is not one of huggingface, gguf"),
+    ],
+)
+def test_options_that_do_not_fit(models, tmp_path, options, fact):
     source, model = models("llama")
-    out = tmp_path / "out"
-    refused("quantize 'q4_k' is not one of none, .*q8_0", model, out, source_dir=source, quantize="q4_k")
-    refused(
-        "layout='transformers' is an option of format 'huggingface'",
-        model,
-        out,
-        source_dir=source,
-        layout="transformers",
-    )
-    refused('no layers of unequal width.*uneven="pad"', prune(model, UNEVEN), out, source_dir=source, uneven="refuse")
-    with pytest.raises(vp.UserError, match="quantize 'q8_0' is not supported by format 'huggingface'"):
-        vp.save(model, out, source_dir=source, quantize="q8_0")
-    with pytest.raises(vp.UserError, match="format 'onnx' is not one of huggingface, gguf"):
-        vp.save(model, out, source_dir=source, format="onnx")
-    vp.save(model, out, source_dir=source, format="gguf")
-    refused("exists already", model, out, source_dir=source)
-    vp.save(model, out, source_dir=source, format="gguf", overwrite=True)
-    for place in (out, next(out.glob("*.gguf"))):
-        with pytest.raises(vp.UserError, match=r"is a GGUF file for llama\.cpp: name the Hugging Face folder"):
-            vp.load(place)
+    model = prune(model, UNEVEN) if "uneven" in options else model
+    refused(fact, vp.save, model, tmp_path / "out", **{"source_dir": source, "format": "gguf", **options})
 
 
 def test_a_full_disk_and_weights_too_large_for_f16(tmp_path, models, monkeypatch):
     source, model = models("llama")
+    options = {"source_dir": source, "format": "gguf", "dtype": "float16"}
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    refused("MiB are free", model, tmp_path / "out", source_dir=source)
+    refused("MiB are free", vp.save, model, tmp_path / "out", **options)
     monkeypatch.undo()
     flat = flatten(model.params)
     flat["text/lm_head/weight"] = flat["text/lm_head/weight"].at[3, 3].set(1e6)
     large = model.replace(params=unflatten(flat))
-    refused("output.weight, to be written as F16", large, tmp_path / "out", source_dir=source, dtype="float16")
+    refused("output.weight, to be written as F16", vp.save, large, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_file_is_no_export(tmp_path, models):
+def test_folders_that_hold_an_export(tmp_path, models):
+    """Neither overwritten nor loaded, and checked against the model."""
     source, model = models("llama")
-    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    out, options = tmp_path / "out", {"source_dir": source, "format": "gguf"}
+    vp.save(model, out, **options, dtype="float16")
+    refused("exists already", vp.save, model, out, **options)
+    vp.save(model, out, **options, overwrite=True, dtype="float32")
+    for place in (out, next(out.glob("*.gguf"))):
+        refused(r"is a GGUF file for llama\.cpp: name the Hugging Face folder", vp.load, place)
     other = model.replace(params=unflatten({k: v[..., ::-1] for k, v in flatten(model.params).items()}))
-    with pytest.raises(vp.UserError, match="logits of the GGUF file differ"):
-        check_saved(other, tmp_path / "out", source_dir=source, format="gguf")
+    refused("logits of the GGUF file differ", check_saved, other, out, **options)

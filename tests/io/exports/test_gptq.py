@@ -1,15 +1,22 @@
-"""GPTQ against the published algorithm in float64, and folders that it writes against nearest rounding."""
+"""Weights rounded by GPTQ against the published algorithm in float64, and importance files against PyTorch's inputs."""
 
+import ctypes
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import torch
 from decoder_cases import PHI3, QWEN2
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from gguf_cases import byte_tokenizer
 from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
 from prune_cases import on_mesh
 from refusal import refused
+from transformers import AutoModelForCausalLM
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
@@ -143,11 +150,11 @@ def test_unequal_layers_and_a_mesh(tmp_path):
 def test_what_cannot_be_rounded(tmp_path):
     model = vp.load(make_folder(tmp_path / "source", TEXT))
     refused("quantize 'q8_0' is not one of w8a16, w4a16, w8a8", vp.gptq, model, rows(model), quantize="q8_0")
-    with pytest.raises(vp.UserError, match="gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"):
-        vp.gptq(model, rows(model), quantize="w4a16", answer_wieght=2)
+    fact = "gptq has no setting 'answer_wieght'; did you mean 'answer_weight'"
+    refused(fact, vp.gptq, model, rows(model), quantize="w4a16", answer_wieght=2)
     refused("there are no calibration batches", vp.gptq, model, [], quantize="w4a16")
-    with pytest.raises(vp.UserError, match="contain only padding"):
-        vp.gptq(model, [one | {"attention_mask": 0 * one["attention_mask"]} for one in rows(model)], quantize="w4a16")
+    padding = [batch | {"attention_mask": 0 * batch["attention_mask"]} for batch in rows(model)]
+    refused("contain only padding", vp.gptq, model, padding, quantize="w4a16")
     broken = model.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), model.params))
     refused(r"gptq: activations in layer 0 are not finite in row \d", vp.gptq, broken, rows(model), quantize="w4a16")
 
@@ -157,11 +164,6 @@ def test_what_cannot_be_rounded(tmp_path):
 WIDE = {**LLAMA, "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE |= {"intermediate_size": 256, "num_hidden_layers": 2}
 SIZES = {name: WIDE[name] for name in ("hidden_size", "head_dim", "intermediate_size")}
-STORED = {
-    "w8a8": CompressedTensors(8, activations=True),
-    "w8a16": CompressedTensors(8),
-    "w4a16": CompressedTensors(4, 64),
-}
 
 
 @pytest.fixture(scope="module")
@@ -177,34 +179,33 @@ def configs(goldens):
     }
 
 
+STORED = {
+    "w8a8": CompressedTensors(8, activations=True), "w8a16": CompressedTensors(8), "w4a16": CompressedTensors(4, 64),
+    "zeros": CompressedTensors(4, 64, symmetric=False), "groups of 128": CompressedTensors(4, 128),
+}  # fmt: skip
 LOADS = {
-    "llama": {"w4a16"}, "mistral": {"w8a8"}, "qwen2": set(), "llama, written as mistral": {"w8a8"},
+    "llama": {"w4a16", "groups of 128"}, "mistral": {"w8a8"}, "qwen2": set(), "llama, written as mistral": {"w8a8"},
     "qwen3_vl": {"w8a8"}, "qwen2_5_vl": set(), "gemma4": set(),
 }  # fmt: skip
+FACTS = {
+    ("w8a16", 1): "w8a16 loads in no class: use symmetric w4a16",
+    ("zeros", 1): "zero points do not load",
+    ("groups of 128", 4): "each of 4 chips needs whole key/value heads and groups of 128",
+    ("w8a8", 1): "w8a8 does not load in the JAX class of llama",
+}
 
 
-@pytest.mark.parametrize("name", LOADS)
-def test_integers_that_load(configs, name):
-    assert STORED.keys() == SCHEMES.keys()
-    assert why_not(configs[name], "vllm_tpu") is None
-    for scheme, storage in STORED.items():
-        if scheme in LOADS[name]:
-            gptq.check_on_tpus(configs[name], storage, 1)
-        else:
-            refused("loads_in='vllm_tpu'", gptq.check_on_tpus, configs[name], storage, 1)
-
-
-@pytest.mark.parametrize(
-    ("storage", "tensor", "fact"),
-    [
-        (CompressedTensors(8), 1, "w8a16 loads in no class: use symmetric w4a16"),
-        (CompressedTensors(4, 64, symmetric=False), 1, "zero points do not load"),
-        (CompressedTensors(4, 128), 4, "each of 4 chips needs whole key/value heads and groups of 128"),
-        (CompressedTensors(8, activations=True), 1, "w8a8 does not load in the JAX class of llama"),
-    ],
-)
-def test_integers_that_do_not_load(configs, storage, tensor, fact):
-    assert fact in refused("loads_in='vllm_tpu'", gptq.check_on_tpus, configs["llama"], storage, tensor)
+def test_integers_that_load(configs):
+    assert {*SCHEMES} < {*STORED}
+    for name, loads in LOADS.items():
+        assert why_not(configs[name], "vllm_tpu") is None
+        for scheme, storage in STORED.items():
+            if scheme in loads:
+                gptq.check_on_tpus(configs[name], storage, 1)
+            else:
+                refused("loads_in='vllm_tpu'", gptq.check_on_tpus, configs[name], storage, 1)
+    for (scheme, tensor), fact in FACTS.items():
+        refused(f"loads_in='vllm_tpu'.*{fact}", gptq.check_on_tpus, configs["llama"], STORED[scheme], tensor)
     assert "has no class for smolvlm" in why_not(configs["smolvlm"], "vllm_tpu")
 
 
@@ -215,3 +216,118 @@ def test_exports_for_tpus(tmp_path):
     options = {"source_dir": source, "plan": asked}
     vp.save(model, tmp_path / "out", **options, quantize="w4a16", group_size=64)
     refused("w8a16 loads in no class", vp.save, model, tmp_path / "no", **options, quantize="w8a16")
+
+
+# Importance files of llama.cpp: sums of squares as PyTorch's modules see their inputs ---------------------------------
+
+LINEAR = {
+    "llama": (LLAMA, {"attn_q": "q_proj", "attn_output": "o_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}),
+    "phi3": (
+        {key: value for key, value in PHI3.items() if key not in ("rope_scaling", "sliding_window")},
+        {"attn_qkv": "qkv_proj", "attn_output": "o_proj", "ffn_up": "gate_up_proj", "ffn_down": "down_proj"},
+    ),
+}
+WEIGHTS = {"prompt_weight": 1.0, "answer_weight": 0.25}
+
+
+def model_of(folder, config):
+    folder = make_folder(folder, {**config, "vocab_size": 260, "max_position_embeddings": 96, "hidden_act": "silu"})
+    return byte_tokenizer(folder), vp.load(folder)
+
+
+def questions():
+    """(batch, what each token counts): questions, answers, and padding at the end of some rows."""
+    ids = np.random.default_rng(0).integers(4, 260, (4, 12)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[1:3, -3:] = 0
+    labels = np.where((np.arange(12) >= 7) & (mask > 0), ids, -100)
+    counts = mask * np.where(labels == -100, WEIGHTS["prompt_weight"], WEIGHTS["answer_weight"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}, counts
+
+
+def opened(folder):
+    return GGUFReader(next(folder.glob("imatrix-*.gguf_file")))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_sums_are_those_of_the_inputs(tmp_path, name):
+    config, modules = LINEAR[name]
+    source, model = model_of(tmp_path / "model", config)
+    batch, counts = questions()
+    weighed = vp.imatrix(model, [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)], **WEIGHTS)
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", imatrix=weighed)
+
+    seen = {}
+    stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    for path, module in stock.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, given, path=path: seen.update({path: given[0].double().numpy()}))
+    with torch.inference_mode():
+        stock(torch.from_numpy(batch["input_ids"]), attention_mask=torch.from_numpy(batch["attention_mask"]))
+    file, tokens = opened(tmp_path / "out"), int((counts > 0).sum())
+    found = {one.name: one.data for one in file.tensors}
+    for i in range(len(model.cfg.text.layers)):
+        for theirs, ours in modules.items():
+            read = next(value for path, value in seen.items() if f"layers.{i}." in path and path.endswith(f".{ours}"))
+            mean = (read**2 * counts[..., None]).sum((0, 1)) / counts.sum()
+            assert found[f"blk.{i}.{theirs}.weight.counts"] == [[tokens]]
+            sums = found[f"blk.{i}.{theirs}.weight.in_sum2"]
+            np.testing.assert_allclose(sums, mean[None] * tokens, rtol=1e-4, atol=1e-6 * mean.max() * tokens)
+    own = {one.name for one in GGUFReader(next((tmp_path / "out").glob("*.gguf"))).tensors if len(one.shape) == 2}
+    entries = {name.removesuffix(".in_sum2") for name in found if name.endswith(".in_sum2")}
+    assert entries == own - {"token_embd.weight", "output.weight"}  # llama-imatrix leaves these out as well
+    card = (tmp_path / "out/README.md").read_text()
+    assert "llama-quantize --imatrix imatrix-model.gguf_file model-BF16.gguf model-Q4_K_M.gguf Q4_K_M" in card
+
+
+def test_padded_channels_weigh_nothing(tmp_path):
+    source, whole = model_of(tmp_path / "model", LLAMA)
+    model, _ = keep_width(whole, [1], range(5, 30), only=[1])
+    weighed = vp.imatrix(model, [questions()[0]])
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", uneven="pad", imatrix=weighed)
+    found = {one.name: one.data[0] for one in opened(tmp_path / "out").tensors}
+    for tensor, width, real in (("ffn_down", 56, 25), ("attn_output", 6 * 12, 2 * 12)):
+        sums = found[f"blk.1.{tensor}.weight.in_sum2"]
+        assert (sums.size, np.count_nonzero(sums)) == (width, real)
+    options = {"source_dir": source, "format": "gguf", "imatrix": weighed}
+    refused("the importance matrix belongs to another model", vp.save, whole, tmp_path / "no", **options)
+    options |= {"quantize": "q8_0"}
+    refused("needs a GGUF file without quantisation.*not 'q8_0'", vp.save, model, tmp_path / "no", **options)
+
+
+def test_llama_cpp_reads_and_uses_it(tmp_path):
+    """Its own reader finds the keys; its quantiser, given these weights, errs less by them than without."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    source, model = model_of(tmp_path / "model", {**LLAMA, "intermediate_size": 64})
+    vp.save(
+        model, tmp_path / "out", source_dir=source, format="gguf", imatrix=vp.imatrix(model, [questions()[0]]),
+        dtype="float32",
+    )  # fmt: skip
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_find_key.restype = library.gguf_get_n_tensors.restype = ctypes.c_int64
+    path = next((tmp_path / "out").glob("imatrix-*.gguf_file"))
+
+    class Options(ctypes.Structure):
+        _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]
+
+    file = ctypes.c_void_p(library.gguf_init_from_file(str(path).encode(), Options(True, None)))
+    assert library.gguf_get_n_tensors(file) == len(opened(tmp_path / "out").tensors)
+    for key, known in ((b"imatrix.datasets", 9), (b"imatrix.chunk_count", 4), (b"imatrix.chunk_size", 4)):
+        assert library.gguf_get_kv_type(file, ctypes.c_int64(library.gguf_find_key(file, key))) == known
+
+    weight = next(
+        one.data for one in GGUFReader(next((tmp_path / "out").glob("*.gguf"))).tensors if "ffn_down" in one.name
+    )
+    entries = {one.name: one.data[0] for one in opened(tmp_path / "out").tensors}
+    mean = entries["blk.0.ffn_down.weight.in_sum2"] / entries["blk.0.ffn_down.weight.counts"]
+    errors = []
+    for weights in (None, np.ascontiguousarray(mean)):
+        made = np.empty(weight.shape[0] * weight.shape[1] // 32 * 18, np.uint8)
+        pointers = [None if one is None else one.ctypes.data_as(ctypes.c_void_p) for one in (weight, made, weights)]
+        sizes = [ctypes.c_int64(size) for size in (0, *weight.shape)]
+        kind = ctypes.c_int(GGMLQuantizationType.Q4_0)
+        library.ggml_quantize_chunk(kind, pointers[0], pointers[1], *sizes, pointers[2])
+        rounded = dequantize(made, GGMLQuantizationType.Q4_0).reshape(weight.shape)
+        errors.append(float(((rounded - weight) ** 2 * mean).sum()))
+    assert errors[1] < 0.97 * errors[0], errors

@@ -1,15 +1,18 @@
-"""File surgery: the bytes of load, apply and save without the model in memory, all or nothing."""
+"""File surgery: the bytes of load, apply and save without the model in memory, all or nothing; pruning in one call."""
 
+import json
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, prune
 from prune_cases import on_mesh
 from refusal import refused
+from repository import ROOT
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.console import make_reporter
@@ -70,23 +73,9 @@ def test_every_decoder(tmp_path, name):
     source = make_folder(tmp_path / "source", DECODERS[name])
     model = vp.load(source)
     assert vp.fingerprint(open_model(source)) == vp.fingerprint(model)
-    for number, (cut, uneven) in enumerate(((keep_some, "per_layer"), (keep_mixed, "per_layer"), (keep_mixed, "pad"))):
+    for number, (cut, uneven) in enumerate(((CUTS["depth"], "refuse"), (keep_mixed, "per_layer"), (keep_mixed, "pad"))):
         (tmp_path / str(number)).mkdir()
         same_bytes(tmp_path / str(number), source, cut, uneven=uneven)
-
-
-@pytest.mark.parametrize("name", ["phi3", "qwen2"])
-def test_what_the_plan_leaves_whole_is_read_in_blocks(tmp_path, monkeypatch, name):
-    source = make_folder(tmp_path / "source", DECODERS[name])
-    plan = keep_some(vp.load(source))[1]
-    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.FileArray.read", None)
-    vp.prune_folder(source, plan, tmp_path / "out")
-    monkeypatch.undo()
-    vp.load(tmp_path / "out")
-
-
-def keep_some(model):
-    return keep_layers(model, [0, 2])
 
 
 def keep_mixed(model):
@@ -99,13 +88,16 @@ def keep_mixed(model):
     return prune(model, [first, whole, vp.KeptLayer(3, {**whole.kept, **heads})])
 
 
-@pytest.mark.parametrize("options", [{"uneven": "pad"}, {"dtype": "bfloat16"}, {"dtype": "float16", "uneven": "pad"}])
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16", "uneven": "pad"}])
 def test_the_same_options(goldens, tmp_path, options):
     same_bytes(tmp_path, goldens / "ckpt/llava_hf", CUTS["uneven"], **options)
 
 
 def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
-    """Norms in float32 among float16 weights, carried tensors, several shards, and block ends inside tensors."""
+    """Norms in float32 among float16 weights, carried tensors, several shards, and block ends inside tensors.
+
+    What a plan leaves whole is read in blocks.
+    """
     source = make_folder(tmp_path / "llava", LLAVA)
     edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
     monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 30_000)
@@ -113,6 +105,8 @@ def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     for number, cut in enumerate(CUTS.values()):
         (tmp_path / str(number)).mkdir()
         same_bytes(tmp_path / str(number), source, cut)
+    monkeypatch.setattr("vlmprune_jax.io.checkpoints.read.FileArray.read", None)
+    vp.prune_folder(source, CUTS["depth"](vp.load(source))[1], tmp_path / "blocks")
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -133,16 +127,6 @@ def test_a_plan_of_another_model_is_refused(llama, tmp_path):
     narrow = make_folder(tmp_path / "narrow", {**LLAMA, "intermediate_size": 40})
     refused("plan of another model", vp.prune_folder, narrow, plan, tmp_path / "out")
     assert names(tmp_path) == ["llama", "narrow", "other"]
-
-
-def test_weights_that_are_not_finite_are_not_copied(llama, tmp_path):
-    for key, cut in (("model.layers.2.mlp.up_proj.weight", "depth"), ("model.layers.1.mlp.down_proj.weight", "width")):
-        source = make_folder(tmp_path / cut, LLAMA)
-        plan = CUTS[cut](vp.load(source))[1]
-        edit_weights(source, lambda tensors, key=key: tensors[key].__setitem__((5, 5), np.inf))
-        with pytest.raises(vp.UserError, match=f"model.safetensors: tensor {key}, .*1 NaN or infinite"):
-            vp.prune_folder(source, plan, tmp_path / "out")
-        assert names(tmp_path) == sorted({"llama", "depth", cut})
 
 
 # Memory and devices ---------------------------------------------------------------------------------------------------
@@ -225,3 +209,82 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")
     assert len(plan.layers) == 2
+
+
+# In one call: `vp.batches` makes rows of records for the model in a folder, `vp.prune` takes the further steps --------
+
+TEACHER = ROOT / "vlmprune_jax/demo/teacher"
+
+
+@pytest.fixture(scope="module")
+def images(goldens):
+    return goldens / "data/images"
+
+
+@pytest.fixture(scope="module")
+def records(goldens):
+    listed = json.loads((goldens / "data/samples.json").read_text())
+    return [entry for entry in listed if isinstance(entry.get("image"), str)][:4]
+
+
+def test_rows_go_into_scores_and_losses_as_they_are(images, records):
+    made = vp.batches(TEACHER, records[:3], images=images, batch_size=2, aspect_ratio="square")
+    assert [len(batch.record_ids) for batch in made] == [2, 2]
+    assert made[1].record_ids[1] == ""  # a row that only fills the batch
+    model = vp.load(TEACHER)
+    assert (vp.score(model, made, criterion="block_influence").layers > 0).all()
+    assert 0 < float(vp.losses(model, made[0], vp.LossConfig())["ce"]) < 100
+
+
+def test_a_file_and_its_entries_are_the_same_rows(images, records, tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    settings = {"images": images, "batch_size": 4, "max_length": 400, "aspect_ratio": "square"}
+    (one,), (two,) = (vp.batches(TEACHER, source, **settings) for source in (tmp_path / "records.json", records))
+    assert one.record_ids == two.record_ids
+    assert "vision" in one.arrays["media"]
+    jax.tree.map(np.testing.assert_array_equal, one.arrays, two.arrays)
+    assert one.arrays["input_ids"].shape == (4, 400)
+
+
+def test_one_call_is_the_same_as_its_steps(images, records):
+    pruned = vp.prune(TEACHER, records, ratio=0.3, images=images, scoring={"samples": 3, "seed": 7})
+    model, drawn = vp.load(TEACHER), vp.batches(TEACHER, records, images=images, samples=3, seed=7)
+    assert [name for batch in drawn for name in batch.record_ids] != [entry["id"] for entry in records[:3]]
+    assert len(drawn) == 3
+    plan = vp.make_plan(vp.score(model, drawn, criterion="block_influence"), model, method="depth", ratio=0.3)
+    expected = vp.apply_plan(model, plan)
+    assert pruned.cfg == expected.cfg
+    jax.tree.map(np.testing.assert_array_equal, pruned.params, expected.params)
+
+
+def test_listed_layers_keep_their_original_numbers(tmp_path):
+    vp.prune(TEACHER, layers=(3, 4)).save(tmp_path / "out")
+    plan = vp.PrunePlan.from_json(tmp_path / "out/plan.json")
+    assert plan.kept_layers == (0, 1, 2, 5, 6, 7, 8, 9)
+    assert plan == vp.make_plan(None, vp.load(TEACHER), layers=(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "fact"),
+    [
+        ("batches", {"max_lenght": 3}, "'max_lenght' .* did you mean 'max_length'"),
+        ("batches", {"fraction": 0.5}, "'fraction' is not accepted"),
+        ("batches", {"batch_size": 0}, "batch_size=0"),
+        ("batches", {"images": None}, "no image folder"),
+        ("batches", {"max_length": 3, "truncate": False}, "maximum length 3"),
+        ("batches", {"records": []}, "no records"),
+        ("prune", {}, "exactly one of ratio, layers_removed, layers and budget, got none"),
+        ("prune", {"ratio": 0.3, "layers": (3,)}, "got ratio and layers"),
+        ("prune", {"ratio": 0.3}, "'block_influence' needs calibration batches"),
+        ("prune", {"layers": range(10)}, "at least 1 must remain"),
+        ("prune", {"layers": (3,), "protect": (3, 5)}, r"layers \[3\] must stay .prune.protect"),
+        ("prune", {"layers": (3,), "stack": "both"}, "prune.layers lists layers of one stack"),
+        ("prune", {"layers": (3,), "method": "width"}, "'width' has no such setting, only depth"),
+        ("prune", {"layers": (3,), "reconstruct": True}, "reconstruct=True needs calibration records"),
+        ("prune", {"method": "none"}, 'prune.method="none" removes nothing'),
+    ],
+)
+def test_calls_that_cannot_be(images, records, function, options, fact):
+    if function == "batches":
+        options = {"records": records, "images": images, "aspect_ratio": "square", **options}
+    refused(fact, getattr(vp, function), TEACHER, **options)
