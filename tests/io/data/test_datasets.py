@@ -1,5 +1,6 @@
 """Folders that `save_to_disk` wrote: rows become the questions that benchmarks ask, images are read one by one."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,8 +14,8 @@ import pyarrow as pa
 import pytest
 from data_cases import write_split
 from PIL import Image
+from refusal import refused
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.io.data.datasets import MAX_COLUMNS, datasets_source, fetch_dataset, read_datasets
 from vlmprune_jax.io.data.images import load_image_processor
@@ -49,18 +50,17 @@ def test_rows_are_records_and_images_are_read_where_they_are(tmp_path, files, ba
     assert METRICS["pope"].values(scores, records)["accuracy"] == 0.6
 
 
-def test_two_folders_of_equal_numbers_are_told_apart(tmp_path):
-    first = read_datasets(write_split(tmp_path / "a", POPE))
-    second = read_datasets(write_split(tmp_path / "b", [{**row, "image": C} for row in POPE]))
-    assert first[0].images[0].store.identity != second[0].images[0].store.identity
-    assert first[0].images != second[0].images
-
-
-def test_pixels_reach_the_model(tmp_path, goldens):
+def test_images_of_a_folder_are_its_own_and_reach_the_model(tmp_path, goldens):
+    stored = read_datasets(write_split(tmp_path / "a", POPE))
+    other = read_datasets(write_split(tmp_path / "b", [{**row, "image": C} for row in POPE]))
+    assert stored[0].images[0].store.identity != other[0].images[0].store.identity
+    assert stored[0].images != other[0].images
     (tmp_path / "a.png").write_bytes(A)
-    loader = load_image_processor(goldens / "ckpt/clip_tower", DataSpec(aspect_ratio="pad", cache_megabytes=0))
-    stored = read_datasets(write_split(tmp_path / "test", POPE))[0]
-    np.testing.assert_array_equal(loader.load(stored.images[0], "0"), loader.load(tmp_path / "a.png", "0"))
+    data = DataSpec(aspect_ratio="pad", cache_megabytes=0)
+    loader = load_image_processor(goldens / "ckpt/clip_tower", data)
+    np.testing.assert_array_equal(loader.load(stored[0].images[0], "0"), loader.load(tmp_path / "a.png", "0"))
+    small = load_image_processor(goldens / "ckpt/clip_tower", dataclasses.replace(data, max_image_pixels=700))
+    refused(r"\(record r\): image of 9x8 pixels exceeds the limit of 700", small.load, stored[0].images[0], "r")
 
 
 # The rows as the benchmarks have them, and what of them becomes a record: text, answer, images.
@@ -97,6 +97,14 @@ ROWS = {
         },
         ("<image>\nHow long?\nA. 2\nB. 1", "1", [A]),
     ),
+    "exact_match": (
+        {
+            "id": "x",
+            "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "yes"}],
+            "image": A,
+        },
+        ("<image>\nHi", "yes", [A]),
+    ),
     "anls": ({"question": "Who?", "answers": ["Ann", "ann b"], "image": A}, ("<image>\nWho?", None, [A])),
     "gqa": ({"question": "Is it <image> red?", "answer": "no", "image": A}, ("Is it <image> red?", "no", [A])),
 }
@@ -113,25 +121,17 @@ def test_rows_of_benchmarks(tmp_path, metric):
     assert next(iter(score.values())) == 1.0
 
 
-def test_records_in_llavas_format(tmp_path):
-    turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "yes"}]
-    (record,) = read_datasets(write_split(tmp_path / "test", [{"id": "x", "conversations": turns, "image": A}]))
-    assert (record.id, record.turns) == ("x", (("human", "<image>\nHi"), ("gpt", "yes")))
-
-
 def test_the_only_split_need_not_be_named(tmp_path):
     write_split(tmp_path / "set/test", POPE)
-    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["test"]}))
+    listed = tmp_path / "set/dataset_dict.json"
+    listed.write_text(json.dumps({"splits": ["test"]}))
     found, named = datasets_source(f"datasets:{tmp_path}/set"), datasets_source(f"datasets:{tmp_path}/set/test")
     assert found.files == named.files == [tmp_path / "set/test"]
     assert found.state == named.state != ""
-    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["a", "b"]}))
-    with pytest.raises(UserError, match=r"has the splits a, b: use datasets:.*/set/SPLIT"):
-        datasets_source(f"datasets:{tmp_path}/set")
-    for outside in ("..", "../x", "a/b"):
-        (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": [outside]}))
-        with pytest.raises(UserError, match="has the splits"):
-            datasets_source(f"datasets:{tmp_path}/set")
+    for splits in (["a", "b"], [".."], ["../x"], ["a/b"]):
+        listed.write_text(json.dumps({"splits": splits}))
+        told = f"has the splits {', '.join(splits)}: use datasets:.*/set/SPLIT"
+        refused(told, datasets_source, f"datasets:{tmp_path}/set")
 
 
 @pytest.mark.parametrize(
@@ -139,41 +139,30 @@ def test_the_only_split_need_not_be_named(tmp_path):
     [
         (POPE, {"_data_files": [{"filename": "../data-00000-of-00001.arrow"}]}, "is not a file of this folder"),
         (POPE, {"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow: no such file"),
+        (POPE, {"_data_files": [{"filename": "data-00000-of-00001.arrow"}] * 2}, "lists a file twice"),
         (POPE, {"files": []}, "state.json: does not have the expected content"),
         (POPE, {"_data_files": []}, "contains no rows"),
         ([{"text": "no question"}], None, "record 0: 'conversations' must be a non-empty list"),
-        (
-            [{"question": "a <image> <image>", "answer": "x", "image": A}],
-            None,
-            "2 <image> placeholder.s. for 1",
-        ),
+        ([{"question": "a <image> <image>", "answer": "x", "image": A}], None, r"2 <image> placeholder\(s\) for 1"),
+        ([{"question": "a", "image": {"bytes": None, "path": "/etc/hostname"}}], None, "has an image path instead of"),
     ],
 )
 def test_wrong_folders(tmp_path, rows, state, message):
-    folder = write_split(tmp_path / "test", rows)
+    folder = write_split(tmp_path / "test", rows, () if isinstance(rows[0].get("image"), dict) else ("image",))
     if state is not None:
         (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=message):
-        read_datasets(folder)
+    refused(message, read_datasets, folder)
 
 
-def test_an_image_that_is_only_a_path_is_refused(tmp_path):
-    folder = write_split(tmp_path / "test", POPE)
-    image = [{"bytes": None, "path": "/etc/hostname"}]
-    table = pa.table({"question": ["a"], "answer": ["b"], "image": image})
-    with (folder / "data-00000-of-00001.arrow").open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-    with pytest.raises(UserError, match="column 'image' has an image path instead of its bytes"):
-        read_datasets(folder)
-
-
-def test_a_file_that_is_cut_while_it_is_read_ends_in_a_line(tmp_path):
+def test_files_that_are_cut_or_lengthened(tmp_path):
     folder = write_split(tmp_path / "test", POPE, batch=1)
-    records = read_datasets(folder)
-    file = folder / "data-00000-of-00001.arrow"
-    file.write_bytes(file.read_bytes()[:1200])
-    with pytest.raises(UserError, match="row 4: cannot be read"):
-        records[4].images[0].read_bytes()
+    records, file = read_datasets(folder), folder / "data-00000-of-00001.arrow"
+    size = file.stat().st_size
+    os.truncate(file, 2**40)  # zeros after the end of the stream
+    assert len(read_datasets(folder)) == len(records)
+    os.truncate(file, size)
+    os.truncate(file, 1200)  # while it is read
+    refused("row 4: cannot be read", records[4].images[0].read_bytes)
 
 
 def test_what_the_library_itself_writes(tmp_path):
@@ -203,24 +192,6 @@ def nulls_in_a_list():
     return pa.ListArray.from_arrays(pa.array([0, 2**31 - 2], pa.int32()), pa.nulls(2**31 - 2))
 
 
-BOMBS = {
-    "nulls": (lambda: {"question": pa.nulls(200_000_000)}, None, "claims more than"),
-    "nulls in a list": (lambda: {"question": nulls_in_a_list()}, None, "claims more than"),
-    "zstd": (lambda: {"question": pa.array([" " * 10**6])}, ZSTD, "has compressed record batches"),
-    "run ends": (
-        lambda: {"question": pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 2], pa.int32()), pa.array(["a"]))},
-        None, "",
-    ),
-    "views": (lambda: {"question": views()}, None, "column 'question' has type list_view<"),
-    "text views": (lambda: {"question": pa.array(["a"], pa.string_view())}, None, "has type string_view"),
-    "empty structs": (lambda: {"question": pa.array([{}] * 9, pa.struct([]))}, None, "has type struct<>"),
-    "texts of width 0": (lambda: {"question": pa.array([b""] * 9, pa.binary(0))}, None, "has type fixed_size_binary"),
-    "deep": (lambda: {"question": deep()}, None, "has type list<"),
-    "a dictionary": (lambda: {"question": TEXT.dictionary_encode()}, None, ""),
-    "columns": (lambda: {f"c{n}": pa.array([1]) for n in range(MAX_COLUMNS + 1)}, None, "1,001 columns"),
-}  # fmt: skip
-
-
 def deep():
     kind = pa.int8()
     for _ in range(50):
@@ -228,39 +199,40 @@ def deep():
     return pa.nulls(3, kind)
 
 
-def write(folder, columns, options):
-    batch = pa.record_batch(columns)
-    folder.mkdir()
-    with (folder / "a.arrow").open("wb") as file, pa.ipc.new_stream(file, batch.schema, options=options) as stream:
-        stream.write_batch(batch)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
-    return folder
+def run_ends():
+    return pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 2], pa.int32()), pa.array(["a"]))
+
+
+BOMBS = {
+    "nulls": (lambda: pa.nulls(200_000_000), None, "claims more than"),
+    "nulls in a list": (nulls_in_a_list, None, "claims more than"),
+    "zstd": (lambda: pa.array([" " * 10**6]), ZSTD, "has compressed record batches"),
+    "run ends": (run_ends, None, ""),
+    "views": (views, None, "column 'question' has type list_view<"),
+    "text views": (lambda: pa.array(["a"], pa.string_view()), None, "has type string_view"),
+    "empty structs": (lambda: pa.array([{}] * 9, pa.struct([])), None, "has type struct<>"),
+    "texts of width 0": (lambda: pa.array([b""] * 9, pa.binary(0)), None, "has type fixed_size_binary"),
+    "deep": (deep, None, "has type list<"),
+    "a dictionary": (TEXT.dictionary_encode, None, ""),
+    "columns": (None, None, "1,001 columns"),
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(tmp_path, name):
     make, options, told = BOMBS[name]
-    folder = write(tmp_path / "set", make(), options)
-    del make
+    one = pa.array([1])
+    batch = pa.record_batch({"question": make()} if make else {f"c{n}": one for n in range(MAX_COLUMNS + 1)})
+    with (tmp_path / "a.arrow").open("wb") as file, pa.ipc.new_stream(file, batch.schema, options=options) as stream:
+        stream.write_batch(batch)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+    del batch, stream
     tracemalloc.start()
     before = pa.total_allocated_bytes()
-    with pytest.raises(UserError, match=r"a\.arrow: cannot be read \(.*save it again with save_to_disk") as error:
-        read_datasets(folder)
-    assert told in str(error.value)
+    refused(rf"a\.arrow: cannot be read \(.*{told}.*save it again with save_to_disk", read_datasets, tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 2**26
     assert pa.total_allocated_bytes() - before < 2**20
     tracemalloc.stop()
-
-
-def test_a_file_is_listed_once_and_has_its_bytes(tmp_path):
-    folder = write_split(tmp_path / "set", [{"question": "A dog?", "answer": "yes"}])
-    (path,) = folder.glob("*.arrow")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}] * 2}))
-    with pytest.raises(UserError, match="lists a file twice"):
-        read_datasets(folder)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
-    os.truncate(path, 2**40)  # zeros after the end of the stream
-    assert len(read_datasets(folder)) == 1
 
 
 def test_rows_are_read_a_thousand_at_a_time(tmp_path):
@@ -295,10 +267,8 @@ def asked(monkeypatch, tmp_path):
             raise ConnectionError("Couldn't reach the Hub")
         return Rows(OF_THE_HUB)
 
-    module = SimpleNamespace(
-        load_dataset=load_dataset, Dataset=SimpleNamespace(from_list=lambda rows, features: Rows(rows))
-    )
-    monkeypatch.setitem(sys.modules, "datasets", module)
+    made = SimpleNamespace(from_list=lambda rows, features: Rows(rows))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, Dataset=made))
     return calls
 
 
@@ -323,26 +293,16 @@ def test_a_set_is_stored_once_in_the_workdir(asked, tmp_path):
     assert name_of_records("DIR/mix665k.json") == "mix665k.json"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("hub:name", r"data\.train=hub:name: expected hub:ORG/NAME:SPLIT, as hub:"),
-        (
-            "hub:org/lost:train",
-            r"data\.train=hub:org/lost:train: not available from the hub \(Couldn't reach the Hub\): check",
-        ),
-    ],
-)
-def test_what_is_not_there(asked, tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        fetch_dataset(text, tmp_path / "data", "data.train")
+def test_what_is_not_there(asked, monkeypatch, tmp_path):
+    def fetch(text):
+        return fetch_dataset(text, tmp_path / "data", "data.train")
+
+    refused("data.train=hub:name: expected hub:ORG/NAME:SPLIT, as hub:", fetch, "hub:name")
+    told = r"data.train=hub:org/lost:train: not available from the hub \(Couldn't reach the Hub\): check"
+    refused(told, fetch, "hub:org/lost:train")
     assert not (tmp_path / "data").exists()
-
-
-def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'vlmprune-jax\[hub\]'"):
-        fetch_dataset("hub:org/name:train", tmp_path, "data.train")
+    refused(r"needs the package datasets: pip install 'vlmprune-jax\[hub\]'", fetch, "hub:org/name:train")
 
 
 def test_the_package_itself(monkeypatch, tmp_path):
@@ -357,9 +317,8 @@ def test_the_package_itself(monkeypatch, tmp_path):
     datasets.Dataset.from_list(rows, features=features).to_parquet("org/name/train.parquet")
     for text, count in (("hub:org/name:train", 5), ("hub:org/name:train[:2]", 2)):
         records = datasets_source(fetch_dataset(text, tmp_path / "data", "data.train")).read()
-        assert [record.turns[0][1] for record in records] == [
-            f"<image>\n{row['question']}" for row in OF_THE_HUB[:count]
-        ]
+        questions = [f"<image>\n{row['question']}" for row in OF_THE_HUB[:count]]
+        assert [record.turns[0][1] for record in records] == questions
         assert all(record.images[0].read_bytes().startswith(b"\x89PNG") for record in records)
-    with pytest.raises(UserError, match=r"hub:org/other:train: not available from the hub .*: check name, split and"):
-        fetch_dataset("hub:org/other:train", tmp_path, "data.train")
+    told = "hub:org/other:train: not available from the hub .*: check name, split and"
+    refused(told, fetch_dataset, "hub:org/other:train", tmp_path, "data.train")
