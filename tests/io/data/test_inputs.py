@@ -5,10 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from refusal import refused
-from vlm_cases import row_of
 
 from vlmprune_jax.core.prune.config import ScoreConfig
 from vlmprune_jax.core.sections import ModelSpec
@@ -86,22 +84,6 @@ def test_internvl_batches_for_scores(goldens, internvl):
         assert ids.tolist() == stored[names.index(name)]["input_ids"]
 
 
-def test_internvl_records_may_leave_the_mark_out(goldens, internvl, tmp_path, cfg):
-    model, internvl_cfg = internvl
-    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
-    (tmp_path / "d.json").write_text(json.dumps([{"id": "r1", "image": "img2.png", "conversations": talk}]))
-    spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
-    loaded = load_inputs(model, spec, internvl_cfg)
-    records = inputs.training_records(spec, loaded.template)
-    row = row_of(loaded.encoder(internvl_cfg, 4096), records[0])
-    assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
-    llava = ModelSpec(
-        hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")
-    )
-    template = load_inputs(llava, spec, cfg).template
-    refused(r"record r1: text has 0 <image> placeholder\(s\)", inputs.training_records, spec, template)
-
-
 def test_images_of_any_size(goldens):
     """Buckets that hold every image, as the folder or the user caps them; nothing like it for other models."""
     model = ModelSpec(hf_dir=str(goldens / "families/qwen3_vl/ckpt"))
@@ -133,14 +115,12 @@ def test_bunny_folders(goldens, tmp_path, cfg):
     vision = dataclasses.replace(cfg.vision, image_size=45)
     bunny = dataclasses.replace(cfg, family="bunny", layout="original", image_token_id=-200, vision=vision)
     folder = folder_of(tmp_path, goldens, "bunny", "bunny")
-    stored = np.load(goldens / "data/images.npz")["siglip_pad"]
-    path = goldens / "data/images/img1.png"
+    llava = dataclasses.replace(bunny, family="llava", layout="transformers")
     for vision_dir in (None, str(goldens / "ckpt/siglip_tower")):
         loaded = load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), bunny)
         assert loaded.template.name == "bunny"
         assert loaded.encoder(bunny, 10).tile_buckets is None
-        np.testing.assert_allclose(loaded.image_loader.load(path, "r")[0], stored[1], atol=1e-5, rtol=0)
-    llava = dataclasses.replace(bunny, family="llava", layout="transformers")
+        assert loaded.image_loader.shape == (3, 45, 45)
     assert load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), llava).template.name == "bunny"
 
 

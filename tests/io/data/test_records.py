@@ -117,13 +117,8 @@ def test_every_form_is_the_same_record(root, kind):
 
 
 def test_questions_with_choices_and_without_images():
-    choice, plain = make_records(
-        [
-            {"id": "q", "question": "Which?", "choices": ["red", "blue"], "answer": 1, "category": "colour"},
-            {"question": "How many?", "answers": ["2", "two"]},
-        ],
-        None,
-    )
+    entry = {"id": "q", "question": "Which?", "choices": ["red", "blue"], "answer": 1, "category": "colour"}
+    choice, plain = make_records([entry, {"question": "How many?", "answers": ["2", "two"]}], None)
     assert choice.turns == (("human", "Which?\nA. red\nB. blue"), ("gpt", "B"))
     assert (choice.id, choice.fields["category"]) == ("q", "colour")
     assert plain.turns == (("human", "How many?"),)

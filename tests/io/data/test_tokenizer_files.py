@@ -41,7 +41,6 @@ def replace(content, **pattern):
     "rules",
     [
         {"pre_tokenizer": split(r"(a+)+$")},
-        {"pre_tokenizer": split(r"((ab)+)+$")},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"(\d+)+z")]}},
         {"normalizer": replace("", Regex=r"(\w+\s?)*$")},
         {"decoder": replace("", Regex=r"(.*)*x$")},
