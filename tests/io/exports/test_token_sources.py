@@ -67,22 +67,17 @@ def test_frequent_tokens_come_first(folder, model):
 
 
 def test_listed_ids_and_records_are_kept(folder, model, tmp_path):
-    (tmp_path / "ids.json").write_text("[599, 598]")
+    files = tuple(str(tmp_path / name) for name in ("ids.json", "r.jsonl", "t.txt"))
     entry = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " statement"}]}
-    (tmp_path / "r.jsonl").write_text(json.dumps({**entry, "choices": [" exception"]}) + "\n")
-    (tmp_path / "t.txt").write_text(" module")
-    config = dataclasses.replace(
-        settings(folder, ""),
-        sources=tuple(str(tmp_path / name) for name in ("ids.json", "r.jsonl", "t.txt")),
-        size=None,
-    )
+    texts = ("[599, 598]", json.dumps({**entry, "choices": [" exception"]}), " module")
+    for file, text in zip(files, texts, strict=True):
+        Path(file).write_text(text)
     source = Source.of(folder, model.cfg)
-    sample = read_sample(source, config)
+    sample = read_sample(source, dataclasses.replace(settings(folder, "", size=None), sources=files))
     kept = source.keep(sample.used, sample.listed, None, 8).kept
     tokenizer = load_tokenizer(folder)
-    for text in (" statement", " exception", " module"):
-        assert tokenizer(text)["input_ids"][0] in kept
-    assert {599, 598} <= {*kept}
+    words = {tokenizer(text)["input_ids"][0] for text in (" statement", " exception", " module")}
+    assert words | {599, 598} <= {*kept}
 
 
 def test_a_tenth_is_held_back(folder, model, tmp_path):
@@ -104,24 +99,17 @@ def test_one_plan_of_layers_and_tokens(folder, model, sources):
     assert (len(pruned.cfg.text.layers), pruned.cfg.text.vocab_size) == (len(model.cfg.text.layers) - 1, 440)
     assert vp.count_params(pruned.cfg) == plan.parameters_after
     assert vp.PrunePlan.from_json(plan.to_json()) == plan
-    one = vp.make_plan(scores_of(model), model, layers_removed=1)
-    tokens = dataclasses.replace(
-        vocabulary_plan(folder, sources, 440), fingerprint=vp.fingerprint(vp.apply_plan(model, one))
-    )
-    second = dataclasses.replace(
-        keep_everything(one.apply_to(model.cfg), tokens.fingerprint, one.parameters_after).trimming(tokens.vocabulary),
-        parameters_after=plan.parameters_after,
-    )
-    both = vp.compose(one, second)
+    layers = vp.make_plan(scores_of(model), model, layers_removed=1)
+    fewer = vp.apply_plan(model, layers)
+    tokens = keep_everything(fewer.cfg, vp.fingerprint(fewer), layers.parameters_after)
+    tokens = tokens.trimming(vocabulary_plan(folder, sources, 440).vocabulary)
+    both = vp.compose(layers, dataclasses.replace(tokens, parameters_after=plan.parameters_after))
     assert (both.stacks, both.vocabulary) == (plan.stacks, plan.vocabulary)
-
-
-def test_the_vocabulary_alone(folder, model, sources):
-    plan = vp.make_plan(scores_of(model), model, vocabulary=settings(folder, sources))
-    assert plan.removed_layers == ()
-    assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
-    with pytest.raises(vp.UserError, match=r"vocabulary.source_dir must name the model folder"):
-        vp.make_plan(scores_of(model), model, vocabulary={"size": 440, "sources": (str(sources),)})
+    alone = vp.make_plan(scores_of(model), model, vocabulary=settings(folder, sources))
+    assert alone.removed_layers == ()
+    assert alone.parameters_after == vp.count_params(alone.apply_to(model.cfg))
+    options = {"vocabulary": {"size": 440, "sources": (str(sources),)}}
+    refused("vocabulary.source_dir must name the model folder", vp.make_plan, scores_of(model), model, **options)
 
 
 @pytest.mark.parametrize("limit", ["parameters", "disk_bytes", "memory_bytes", "flops", "step_ms"])
@@ -131,31 +119,21 @@ def test_budgets_count_the_rows(folder, model, sources, limit):
     budget = {limit: 1e30, "context": 64, "images": 0}
     cost = make_measure(whole.apply_to(model.cfg), Budget(**budget))(whole.apply_to(model.cfg))[limit]
     assert cost < make_measure(model.cfg, Budget(**budget))(model.cfg)[limit]
-    plan = vp.make_plan(
-        scores_of(model, True), model, method="width", budget={**budget, limit: 0.97 * cost},
-        vocabulary=settings(folder, sources),
-    )  # fmt: skip
+    options = {"method": "width", "vocabulary": settings(folder, sources)}
+    plan = vp.make_plan(scores_of(model, True), model, budget={**budget, limit: 0.97 * cost}, **options)
     reached = make_measure(plan.apply_to(model.cfg), Budget(**budget))(plan.apply_to(model.cfg))[limit]
     assert 0.9 * cost < reached <= 0.97 * cost
     assert plan.options["budget_reached"][limit] == pytest.approx(reached)
 
 
 def test_the_ratio_is_of_everything(folder, model, sources):
+    """Also in rounds."""
     rows = vocabulary_plan(folder, sources, 440).actual_ratio
-    plan = vp.make_plan(
-        scores_of(model, True), model, method="width", ratio=rows + 0.1, vocabulary=settings(folder, sources)
-    )
-    assert plan.actual_ratio == pytest.approx(rows + 0.1, abs=0.02)
-    less = vp.make_plan(
-        scores_of(model, True), model, method="width", ratio=rows / 2, vocabulary=settings(folder, sources)
-    )
-    assert less.actual_ratio == pytest.approx(rows)
-
-
-def test_rounds_of_pruning(folder, model, sources):
-    pruned, plan, _ = vp.prune_iteratively(
-        model, lambda step: [], steps=2, criterion="l1", ratio=0.3, vocabulary=settings(folder, sources)
-    )
+    for ratio, expected in ((rows + 0.1, pytest.approx(rows + 0.1, abs=0.02)), (rows / 2, pytest.approx(rows))):
+        options = {"method": "width", "ratio": ratio, "vocabulary": settings(folder, sources)}
+        assert vp.make_plan(scores_of(model, True), model, **options).actual_ratio == expected
+    options = {"criterion": "l1", "ratio": 0.3, "vocabulary": settings(folder, sources)}
+    pruned, plan, _ = vp.prune_iteratively(model, lambda step: [], steps=2, **options)
     assert pruned.cfg == plan.apply_to(model.cfg)
     assert plan.parameters_after == vp.count_params(pruned.cfg)
     assert plan.actual_ratio == pytest.approx(0.3, abs=0.03)
@@ -166,48 +144,39 @@ def without(vocabulary, *dropped):
 
 
 def test_kept_lists_made_by_hand_are_checked(folder, model, sources, tmp_path):
-    plan = vocabulary_plan(folder, sources, 440)
-    tokenizer = load_tokenizer(folder)
+    plan, tokenizer = vocabulary_plan(folder, sources, 440), load_tokenizer(folder)
     text = next(tokenizer.convert_ids_to_tokens(i) for i in plan.vocabulary.kept if i in range(500, 600))
     parts = Source.of(folder, model.cfg).subwords.derivation(text)
-    part = tokenizer.convert_tokens_to_ids(next(pair[0] + pair[1] for pair in parts))
-    for dropped, message in (
-        (tokenizer.convert_tokens_to_ids("Ã"), r"1 token\(s\) that the model needs.*'Ã': texts would lose"),
-        (tokenizer.convert_tokens_to_ids("<pad>"), r"token 602, the model's pad_token_id, is not kept"),
+    part = next(pair[0] + pair[1] for pair in parts)
+    for dropped, fact in (
+        ("Ã", r"1 token\(s\) that the model needs.*'Ã': texts would lose"),
+        ("<pad>", r"token 602, the model's pad_token_id, is not kept"),
         (part, "from which kept tokens are merged"),
     ):
-        wrong = plan.trimming(without(plan.vocabulary, dropped))
-        with pytest.raises(vp.UserError, match=message):
-            vp.prune_folder(folder, wrong, tmp_path / "out")
-
-
-def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_path):
+        wrong = plan.trimming(without(plan.vocabulary, tokenizer.convert_tokens_to_ids(dropped)))
+        refused(fact, vp.prune_folder, folder, wrong, tmp_path / "out")
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ ' statement' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
-    token = load_tokenizer(folder)(" statement")["input_ids"][0]
     plan = vocabulary_plan(tmp_path / "model", sources, 440)
-    assert token in plan.vocabulary.kept
-    wrong = plan.trimming(without(plan.vocabulary, token))
-    with pytest.raises(vp.UserError, match=r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"):
-        vp.prune_folder(tmp_path / "model", wrong, tmp_path / "out")
+    wrong = plan.trimming(without(plan.vocabulary, tokenizer(" statement")["input_ids"][0]))
+    fact = r"1 token\(s\) that the model needs.*'Ġstatement': the chat template uses"
+    refused(fact, vp.prune_folder, tmp_path / "model", wrong, tmp_path / "out")
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
-    shutil.copytree(folder, tmp_path / "model")
-    edit_config(tmp_path / "model", vocab_size=500)
-    cfg = dataclasses.replace(
-        open_model(folder).cfg, text=dataclasses.replace(open_model(folder).cfg.text, vocab_size=500)
-    )
-    with pytest.raises(vp.UserError, match="the tokenizer has token id 602, but the model has 500 tokens"):
-        choose_vocabulary(cfg, settings(tmp_path / "model", sources))
-    listed = tmp_path / "ids.json"
+def test_sizes_and_ids_that_do_not_fit(folder, sources, tmp_path):
+    cfg, listed = open_model(folder).cfg, tmp_path / "ids.json"
     listed.write_text("[640]")
-    with pytest.raises(vp.UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
-        choose_vocabulary(open_model(folder).cfg, settings(folder, listed))
-    with pytest.raises(vp.UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
-        choose_vocabulary(open_model(folder).cfg, settings(folder, listed, size=641))
+    shutil.copytree(folder, tmp_path / "other")
+    edit_config(tmp_path / "other", vocab_size=500)
+    other = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=500))
+    for fact, config, options in (
+        ("has token id 602, but the model has 500 tokens", other, settings(tmp_path / "other", sources)),
+        ("token id 640 is outside the model's vocabulary of 640 tokens", cfg, settings(folder, listed)),
+        ("size=641 is more than the model's vocabulary of 640 tokens", cfg, settings(folder, listed, size=641)),
+    ):
+        refused(fact, choose_vocabulary, config, options)
 
 
 @pytest.mark.slow
@@ -246,19 +215,14 @@ def written(path, value):
         {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]},
         {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]},
         {"question": "What?", "answer": "A cat."},
+        # images are not opened
+        {"image": "none.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                                                {"from": "gpt", "value": "A cat."}]},
     ],
-)
+)  # fmt: skip
 def test_records(tmp_path, record):
     found = read_texts(written(tmp_path / "r.json", [{**record, "labels": ["dog", 3]}]), QWEN3_VL)
-    assert found == [TURN, "dog"]
-
-
-def test_images_are_not_opened(tmp_path):
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    path = written(tmp_path / "r.json", [{"image": "none.png", "conversations": turns, "answers": ["cat", "a cat"]}])
-    texts = read_texts(path, QWEN3_VL)
-    assert "".join(texts[:-2]) == TURN
-    assert texts[-2:] == ["cat", "a cat"]
+    assert ("".join(found[:-1]), found[-1]) == (TURN, "dog")
 
 
 def test_lists_and_text_files(tmp_path):
@@ -268,12 +232,8 @@ def test_lists_and_text_files(tmp_path):
     parts = read_texts(str(tmp_path / "t.txt"), QWEN3_VL)
     assert "".join(parts) == text
     assert 3 < len(parts) < 6
-
-
-def test_texts_that_cannot_be_read(tmp_path):
-    for fact, content in (
-        (r"l.json, record 0: is a list, expected an object with 'conversations'", [[]]),
-        (r"l.json: a text contains a lone surrogate \(.*\): remove it", ["\ud800"]),
-    ):
-        refused(fact, read_texts, written(tmp_path / "l.json", content), QWEN3_VL)
+    fact = r"l.json, record 0: is a list, expected an object with 'conversations'"
+    refused(fact, read_texts, written(tmp_path / "l.json", [[]]), QWEN3_VL)
+    fact = r"l.json: a text contains a lone surrogate \(.*\): remove it"
+    refused(fact, read_texts, written(tmp_path / "l.json", ["\ud800"]), QWEN3_VL)
     refused(r"none.txt: no such file .*prune.vocabulary", read_texts, str(tmp_path / "none.txt"), QWEN3_VL)

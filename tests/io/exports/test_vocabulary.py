@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from hf_cases import copy_llava, edit_config
 from refusal import refused
 from rounding import assert_same_function, double_logits
@@ -51,16 +52,19 @@ def test_families_speak_the_new_ids(tmp_path, sources, name):
     assert_same_function(double_logits(small, input_ids=np.array([rows])), expected)
 
 
-def test_file_surgery_is_surgery_in_memory(tmp_path, sources):
+def test_file_surgery_is_surgery_in_memory(goldens, tmp_path, sources):
+    """Without older lists of tokens beside a tokenizer.json."""
     source = tokenized_folder(tmp_path / "source", "phi")
+    shutil.copy(goldens / "tokenizers/bunny/merges.txt", source)
     plan, model = vocabulary_plan(source, sources, 440), vp.load(source)
     vp.prune_folder(source, plan, tmp_path / "files", dtype="float32")
+    assert not (tmp_path / "files/merges.txt").exists()
     pruned = vp.apply_plan(model, plan)
     vp.save(pruned, tmp_path / "memory", dtype="float32")  # folder and plan are the model's
     for file in sorted((tmp_path / "files").iterdir()):
         assert file.read_bytes() == (tmp_path / "memory" / file.name).read_bytes(), file.name
-    with pytest.raises(vp.UserError, match="has a vocabulary of 640 rows, but the model has 440: pass the plan"):
-        vp.save(pruned.replace(plan=None), tmp_path / "again", source_dir=source)
+    fact = "has a vocabulary of 640 rows, but the model has 440: pass the plan"
+    refused(fact, vp.save, pruned.replace(plan=None), tmp_path / "again", source_dir=source)
 
 
 def test_conversion_takes_the_new_ids(tmp_path, sources):
@@ -81,13 +85,12 @@ def test_conversion_takes_the_new_ids(tmp_path, sources):
 
 def test_gguf_has_the_kept_tokens(tmp_path, sources):
     """With the pre-tokenizer of the source, which the ids do not decide."""
-    gguf = pytest.importorskip("gguf")
     source = tokenized_folder(tmp_path / "source", "llama")
     edit_config(source, hidden_act="silu")
     plan = vocabulary_plan(source, sources, 440)
     pruned = vp.apply_plan(vp.load(source), plan)
     vp.save(pruned, tmp_path / "out", source_dir=source, plan=plan, format="gguf", dtype="float32")
-    fields = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf"))).fields
+    fields = GGUFReader(next((tmp_path / "out").glob("*.gguf"))).fields
     content = json.loads((source / "tokenizer.json").read_text())
     texts = {i: text for text, i in content["model"]["vocab"].items()}
     texts |= {token["id"]: token["content"] for token in content["added_tokens"]}
@@ -98,7 +101,7 @@ def test_gguf_has_the_kept_tokens(tmp_path, sources):
 
 
 def test_sentencepiece_files_agree(tmp_path, goldens):
-    """tokenizer.model, tokenizer.json and the older lists of a Llama tokenizer stay one tokenizer."""
+    """tokenizer.model, tokenizer.json and the older lists of a Llama tokenizer stay one tokenizer, or load alone."""
     sentencepiece = pytest.importorskip("sentencepiece")
     source = copy_llava(goldens, tmp_path / "source")
     plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["The cat sat on the mat."]), 356, multiple=4)
@@ -117,40 +120,32 @@ def test_sentencepiece_files_agree(tmp_path, goldens):
         new.convert_tokens_to_ids(token["content"]): token["content"] for token in listed.values()
     }
 
-
-def test_without_tokenizer_json(tmp_path, goldens):
-    """The older files are trimmed as well, and load as before."""
-    source = copy_llava(goldens, tmp_path / "source")
     (source / "tokenizer.json").unlink()
-    plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["The cat sat on the mat."]), 356, multiple=4)
-    vp.prune_folder(source, plan, tmp_path / "out")
-    text = "The cat sat on the mat."
-    ids = load_tokenizer(tmp_path / "out")(text)["input_ids"]
-    assert [plan.vocabulary.kept[i] for i in ids] == load_tokenizer(source)(text)["input_ids"]
+    vp.prune_folder(source, plan, tmp_path / "older")
+    ids = load_tokenizer(tmp_path / "older")("The cat sat on the mat.")["input_ids"]
+    assert [plan.vocabulary.kept[i] for i in ids] == load_tokenizer(source)("The cat sat on the mat.")["input_ids"]
 
 
 @pytest.mark.parametrize(
-    ("break_", "message"),
+    ("file", "edit", "fact"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer, so its vocabulary cannot be trimmed"),
+        ("tokenizer.json", None, "has no tokenizer, so its vocabulary cannot be trimmed"),
+        ("tokenizer.json", ('"<pad>"', '"<else>"'), "its tokenizer differs from the one that the plan was made with"),
         (
-            lambda folder: (folder / "tokenizer.json").write_text(
-                (folder / "tokenizer.json").read_text().replace('"<pad>"', '"<else>"')
-            ),
-            "its tokenizer differs from the one that the plan was made with",
-        ),
-        (
-            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 599}'),
-            r"first token 599 \('.may': generation_config.json has it as eos_token_id\)",
+            "generation_config.json",
+            ("[", "[599, "),
+            r"token 599 \('.may': generation_config.json has it as eos_token_id",
         ),
     ],
 )
-def test_refusals(tmp_path, sources, break_, message):
+def test_refusals(tmp_path, sources, file, edit, fact):
     source = tokenized_folder(tmp_path / "source", "llama")
-    plan = vocabulary_plan(source, sources, 440)
-    break_(source)
-    with pytest.raises(vp.UserError, match=message):
-        vp.prune_folder(source, plan, tmp_path / "out")
+    plan, path = vocabulary_plan(source, sources, 440), source / file
+    if edit is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace(*edit, 1))
+    refused(fact, vp.prune_folder, source, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,17 +173,8 @@ def test_ids_in_configs():
         "token_count": 3,
     }
     assert ids_in(config) == {2: "eos_token_id", 7: "eos_token_id", -1: "pad_token_id"}
-    with pytest.raises(vp.UserError, match=r"config\.json: bos_token_id is token 1, which the plan removes"):
-        trim_config({"bos_token_id": 1}, KEPT, "config.json")
-
-
-def test_legacy_lists(tmp_path, goldens):
-    """vocab.json and merges.txt beside a tokenizer.json are dropped, alone they are trimmed."""
-    source = tokenized_folder(tmp_path / "source", "llama")
-    shutil.copy(goldens / "tokenizers/bunny/merges.txt", source)
-    plan = vocabulary_plan(source, texts_file(tmp_path / "s.json", ["a"]), 440)
-    vp.prune_folder(source, plan, tmp_path / "out")
-    assert not (tmp_path / "out/merges.txt").exists()
+    fact = r"config\.json: bos_token_id is token 1, which the plan removes"
+    refused(fact, trim_config, {"bos_token_id": 1}, KEPT, "config.json")
 
 
 MODELS = {"bunny": "bunny", "llava": "llava_orig", "llava_legacy": "llava_orig", "internvl": "internvl"}
