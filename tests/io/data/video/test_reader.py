@@ -8,7 +8,6 @@ import shutil
 import struct
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,8 +78,13 @@ def test_parts_of_a_clip(clips):
 
 
 def test_bytes_and_frame_lists(clips):
-    content = (clips / "second.webm").read_bytes()
-    stored = read(StoredImage("video 0", 0, SimpleNamespace(read=lambda number: content, identity="store")))
+    class Store:
+        identity = "store"
+
+        def read(self, number):
+            return (clips / "second.webm").read_bytes()
+
+    stored = read(StoredImage("video 0", 0, Store()))
     np.testing.assert_array_equal(stored.frames, read(clips / "second.webm").frames)
     listed = read(tuple(clips / f"frame_{number}.png" for number in range(5)))
     with np.load(clips / "frames.npz") as frames:
