@@ -2,17 +2,16 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
+from prune_cases import REFERENCE_TOTAL, config, llava_7b, width_scores
 from refusal import refused
-from stack_cases import decoder_layer, tower_layer
+from stack_cases import decoder_layer
 
 from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.flops import Polynomial, layer_costs
-from vlmprune_jax.core.models.params import count_params, param_shapes
+from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune.solver import BLOCKS, AxisUnits, Units, smallest_sparsity, widths_at
 from vlmprune_jax.io.exports.pruning import make_plan
 from vlmprune_jax.io.families import PHI as PHI_FAMILY
@@ -23,7 +22,6 @@ ARCHITECTURES = {
     "bunny": (32, 10240, 819_440, 5_121, 80, 3_182_254_624),
     "internvl": (32, 8192, 1_179_648, 9_216, 96, 4_146_855_936),
 }
-TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
 RANGES = {"A": (range(3, 21), range(3, 20)), "B": (range(3, 31), range(4, 30)), "C": (range(4, 30), range(4, 30))}
 
 
@@ -99,17 +97,19 @@ def test_smallest_sparsity_table(name, ranges, target, s, heads, neurons):
     assert (widths.sparsity, gone) == (s, {"kv_heads": heads, "mlp": neurons})
 
 
-def test_llava_7b_costs_and_sparsity_from_the_config():
+def test_costs_and_sparsity_from_the_config():
+    """Parameters of a head, a neuron and a block of LLaVA-1.5-7B and Phi-2 (algorithms.md, 1.6)."""
     cfg = llava_7b()
-    costs = layer_costs(cfg)
-    layer = cfg.text.layers[0]
-    assert (costs.price(layer, "kv_heads"), costs.price(layer, "mlp")) == (2_097_152, 12_288)
-    assert costs.of(layer) == 202_383_360
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "vocab_size": 51200}
+    phi = PHI_FAMILY.from_hf({"model_type": "phi", **sizes, "num_attention_heads": 32}, None)
+    for one, expected in ((cfg, (2_097_152, 12_288, 202_383_360)), (phi, (819_440, 5_121, 78_671_360))):
+        costs, layer = layer_costs(one), one.text.layers[0]
+        assert (costs.price(layer, "kv_heads"), costs.price(layer, "mlp"), costs.of(layer)) == expected
     options = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
     plan = make_plan(width_scores(cfg), cfg, method="width", sparsity=0.4, **options)
     assert round(100 * dataclasses.replace(plan, parameters_total=REFERENCE_TOTAL).actual_ratio, 2) == 29.90
     assert plan.layers[10].sizes == {"kv_heads": 20, "q_heads": 20, "mlp": 11008 - 4404}
-    assert plan.layers[2].sizes == layer.sizes
+    assert plan.layers[2].sizes == cfg.text.layers[2].sizes
     assert plan.target_ratio is None
     ranges = {"attn_layers": (3, 21), "mlp_layers": (3, 20)}
     fact = r"ratio 0.6 cannot be reached by width .*attn_layers=\(3, 21\), mlp_layers=\(3, 20\)"
@@ -129,15 +129,6 @@ def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
     assert abs(snapped.actual_ratio - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
     multiples = {"q_heads": 4, "kv_heads": 4, "mlp": 128}
     assert all(layer.sizes[axis] % n == 0 for layer in snapped.layers for axis, n in multiples.items())
-
-
-def test_costs_of_the_tower():
-    cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
-    shapes = {path: np.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith("vision/layers/")}
-    assert sum(map(layer_costs(cfg, "vision").of, TOWER)) == sum(shapes.values())
-    narrow = cfg.with_layers([tower_layer(1, 1, 3)] * 2, "vision")
-    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(tower_layer(1, 1, 3))
-    assert count_params(cfg) - count_params(narrow) == gone
 
 
 @pytest.mark.parametrize(
@@ -170,7 +161,7 @@ def test_multiples_of_llava_7b(options, heads, neurons):
     devices=st.sampled_from([1, 2, 3]),
     ratio=st.floats(0.05, 0.6),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices, ratio):
     cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim)
     try:
@@ -188,50 +179,23 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
         assert sizes["q_heads"] % devices == sizes["kv_heads"] % devices == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"align_to": "tpus"}, "align_to 'tpus' is not one of tpu, gguf, gguf_k, int4; did you mean 'tpu'"),
-        ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
-        ({"align_to": "tpu", "neurons_multiple": 100}, "neurons_multiple=100 is not a multiple of 128,"),
-        ({"align_to": "tpu"}, "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0"),
-        (
-            {"align_to": "int4", "tensor_parallel": 16, "heads": "keep"},
-            "tensor_parallel=16: neurons_multiple=2048 .* 1024",
-        ),
-        ({"tensor_parallel": 4, "heads": "keep"}, "layer 0 keeps 2 key/value heads, which tensor_parallel=4 does not"),
-        ({"align_to": "gguf", "selection": "global"}, 'selection="global" .* no multiples'),
-        ({"align_to": "tpu", "method": "depth"}, "prune.align_to: method 'depth' has no such setting, only width"),
-    ],
-)
-def test_targets_that_do_not_suit_are_refused(options, message):
-    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
-    options = {"method": "width", "ratio": 0.1, **options}
-    scores = width_scores(cfg) if options["method"] == "width" else depth_scores(cfg, [0.0, 1, 2])
-    refused(message, make_plan, scores, cfg, **options)
-
-
-def test_every_device_has_whole_groups():
+def test_every_device_has_whole_groups_and_kept_heads_need_not_fill_blocks():
     cfg = config((decoder_layer(8, 4, 64),) * 2)
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.2, tensor_parallel=2)
     assert plan.options["heads_multiple"] == 2
-
-
-def test_heads_that_are_kept_need_not_fill_blocks():
     cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
+    refused(
+        "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0",
+        make_plan,
+        width_scores(cfg),
+        cfg,
+        method="width",
+        ratio=0.3,
+        align_to="tpu",
+    )
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, align_to="tpu", heads="keep")
     assert {(layer.sizes["q_heads"], layer.sizes["mlp"] % 128) for layer in plan.layers} == {(4, 0)}
     budget = {"parameters": plan.parameters_before * 0.7}
     within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, align_to="tpu", heads="keep")
     assert within.layers[0].sizes["mlp"] % 128 == 0
     assert within.parameters_after <= budget["parameters"]
-
-
-def test_costs_are_those_of_phi_2():
-    """One head 819,440 and one neuron 5,121 parameters, one block 78,671,360 (algorithms.md, 1.6)."""
-    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "vocab_size": 51200}
-    cfg = PHI_FAMILY.from_hf({"model_type": "phi", **sizes, "num_attention_heads": 32}, None)
-    costs = layer_costs(cfg)
-    assert costs.price(cfg.text.layers[0], "kv_heads") == 819_440
-    assert costs.price(cfg.text.layers[0], "mlp") == 5_121
-    assert costs.of(cfg.text.layers[0]) == 78_671_360
