@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from gguf_cases import SPECIALS, byte_tokenizer
-from hf_cases import LLAMA, make_folder
+from hf_cases import LLAMA, edit_config, make_folder
 from llama_cpp import llama_cpp
+from refusal import refused
 from smollm2 import english_text
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import vlmprune_jax as vp
 from vlmprune_jax.io.checkpoints.read import open_model
@@ -49,7 +50,7 @@ def trained(folder, rules, pre):
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step_of(rule) for rule in rules]}
     tokenizer = Tokenizer.from_str(json.dumps(content))
     letters = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIALS], show_progress=False,
-                                  initial_alphabet=sorted(byte_alphabet()))  # fmt: skip
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     tokenizer.train_from_iterator([english_text(60_000), *TEXTS * 20], letters)
     content = json.loads(tokenizer.to_str())
     if "12" not in content["model"]["vocab"]:  # which some rules never let come together
@@ -60,12 +61,6 @@ def trained(folder, rules, pre):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return make_folder(folder, {**LLAMA, "vocab_size": 704, "hidden_act": "silu"})
-
-
-def byte_alphabet():
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel.alphabet()
 
 
 def compare(source, out, texts, tower=None):
@@ -115,41 +110,26 @@ def test_phi_3_marks_are_followed_by_no_white_space(goldens, tmp_path):
     assert vocabulary.drops
 
 
-UNKNOWN = {
-    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\w+"}, "behavior": "Isolated", "invert": False},
-    "normalizer": {"type": "Lowercase"},
-}
-
-
-@pytest.mark.parametrize("part", UNKNOWN)
-def test_rules_that_llama_cpp_does_not_have(tmp_path, part):
-    """Named, and not guessed."""
-    source = byte_tokenizer(make_folder(tmp_path / "source", {**LLAMA, "vocab_size": 260, "hidden_act": "silu"}))
-    content = json.loads((source / "tokenizer.json").read_text()) | {part: UNKNOWN[part]}
-    (source / "tokenizer.json").write_text(json.dumps(content))
-    refused(source, tmp_path, r"llama\.cpp has no tokenizer that splits texts by the rules of this tokenizer\.json")
-
-
-def refused(source, tmp_path, part):
-    with pytest.raises(vp.UserError, match=part) as error:
-        vp.save(open_model(source), tmp_path / "out", source_dir=source, format="gguf")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 def test_folders_without_a_fitting_tokenizer(tmp_path):
-    source = make_folder(tmp_path / "source", {**LLAMA, "hidden_act": "silu"})
-    refused(source, tmp_path, r"has no tokenizer files, which llama\.cpp needs")
-    byte_tokenizer(source)
-    refused(source, tmp_path, "has token id 259, but the vocabulary has 97 rows")
-    content = json.loads((source / "tokenizer.json").read_text())
-    content["model"] = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
-    (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": []}))
-    refused(source, tmp_path, "tokenizer type 'WordLevel' cannot be exported to GGUF")
+    source, none = (make_folder(tmp_path / name, {**LLAMA, "hidden_act": "silu"}) for name in ("source", "none"))
+    content = json.loads((byte_tokenizer(source) / "tokenizer.json").read_text())
 
+    def refused_with(fact, folder=source, **changes):
+        if changes:
+            (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+        refused(fact, vp.save, open_model(folder), tmp_path / "out", source_dir=folder, format="gguf")
+        assert not (tmp_path / "out").exists()
 
-def test_merges_that_whole_words_pass_over(tmp_path):
-    """Qwen's rules with whole words taken first are nobody's in llama.cpp."""
-    rules = next(rules for rules, name in PRE.items() if name == "qwen2")
-    source = trained(tmp_path / "source", rules, "llama-bpe")
-    refused(source, tmp_path, "ignore_merges is True in this tokenizer.json, and the opposite in llama.cpp's qwen2")
+    refused_with(r"has no tokenizer files, which llama\.cpp needs", none)
+    refused_with("has token id 259, but the vocabulary has 97 rows")
+    words = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    refused_with("tokenizer type 'WordLevel' cannot be exported to GGUF", model=words, added_tokens=[])
+    edit_config(source, vocab_size=260)
+    source = make_folder(source, json.loads((source / "config.json").read_text()))
+    unknown = r"llama\.cpp has no tokenizer that splits texts by the rules of this tokenizer\.json"
+    split = {"type": "Split", "pattern": {"Regex": "\\w+"}, "behavior": "Isolated", "invert": False}
+    refused_with(unknown, pre_tokenizer=split)  # named, and not guessed
+    refused_with(unknown, normalizer={"type": "Lowercase"})
+    # Qwen's rules with whole words taken first are nobody's in llama.cpp
+    whole = trained(tmp_path / "whole", next(rules for rules, name in PRE.items() if name == "qwen2"), "llama-bpe")
+    refused_with("ignore_merges is True in this tokenizer.json, and the opposite in llama.cpp's qwen2", whole)
