@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decoder_cases import PHI3, QWEN2
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
+from gguf import GGUFReader
 from gguf_cases import byte_tokenizer
 from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
 from prune_cases import on_mesh
@@ -295,14 +294,12 @@ def test_padded_channels_weigh_nothing(tmp_path):
     refused("needs a GGUF file without quantisation.*not 'q8_0'", vp.save, model, tmp_path / "no", **options)
 
 
-def test_llama_cpp_reads_and_uses_it(tmp_path):
-    """Its own reader finds the keys; its quantiser, given these weights, errs less by them than without."""
+def test_llama_cpp_reads_it(tmp_path):
+    """Its own reader finds the keys."""
     xllamacpp = pytest.importorskip("xllamacpp")
-    source, model = model_of(tmp_path / "model", {**LLAMA, "intermediate_size": 64})
-    vp.save(
-        model, tmp_path / "out", source_dir=source, format="gguf", imatrix=vp.imatrix(model, [questions()[0]]),
-        dtype="float32",
-    )  # fmt: skip
+    source, model = model_of(tmp_path / "model", LLAMA)
+    importance = vp.imatrix(model, [questions()[0]])
+    vp.save(model, tmp_path / "out", source_dir=source, format="gguf", imatrix=importance)
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
     library.gguf_init_from_file.restype = ctypes.c_void_p
     library.gguf_find_key.restype = library.gguf_get_n_tensors.restype = ctypes.c_int64
@@ -315,19 +312,3 @@ def test_llama_cpp_reads_and_uses_it(tmp_path):
     assert library.gguf_get_n_tensors(file) == len(opened(tmp_path / "out").tensors)
     for key, known in ((b"imatrix.datasets", 9), (b"imatrix.chunk_count", 4), (b"imatrix.chunk_size", 4)):
         assert library.gguf_get_kv_type(file, ctypes.c_int64(library.gguf_find_key(file, key))) == known
-
-    weight = next(
-        one.data for one in GGUFReader(next((tmp_path / "out").glob("*.gguf"))).tensors if "ffn_down" in one.name
-    )
-    entries = {one.name: one.data[0] for one in opened(tmp_path / "out").tensors}
-    mean = entries["blk.0.ffn_down.weight.in_sum2"] / entries["blk.0.ffn_down.weight.counts"]
-    errors = []
-    for weights in (None, np.ascontiguousarray(mean)):
-        made = np.empty(weight.shape[0] * weight.shape[1] // 32 * 18, np.uint8)
-        pointers = [None if one is None else one.ctypes.data_as(ctypes.c_void_p) for one in (weight, made, weights)]
-        sizes = [ctypes.c_int64(size) for size in (0, *weight.shape)]
-        kind = ctypes.c_int(GGMLQuantizationType.Q4_0)
-        library.ggml_quantize_chunk(kind, pointers[0], pointers[1], *sizes, pointers[2])
-        rounded = dequantize(made, GGMLQuantizationType.Q4_0).reshape(weight.shape)
-        errors.append(float(((rounded - weight) ** 2 * mean).sum()))
-    assert errors[1] < 0.97 * errors[0], errors

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -22,20 +23,14 @@ from vlmprune_jax.io.exports import reload
 from vlmprune_jax.io.exports.reload import check_export
 
 CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
-CONFIGS = {"llama": LLAMA, "llava": LLAVA}
 
 
-@pytest.fixture
-def saved(tmp_path, request):
-    """Writes one model without two layers; gives it and its folder."""
-
-    def write_one(family, dtype="float32", kept=(0, 3)):
-        source = make_folder(tmp_path / "source", CONFIGS[family])
-        model, _ = keep_layers(vp.load(source), kept)
-        vp.save(model, tmp_path / "out", source_dir=source, dtype=dtype)
-        return model, tmp_path / "out"
-
-    return write_one
+def saved(folder, config, dtype="float32", kept=(0, 3)):
+    """A model with these layers, and its folder."""
+    source = make_folder(folder / "source", config)
+    model, _ = keep_layers(vp.load(source), kept)
+    vp.save(model, folder / "out", source_dir=source, dtype=dtype)
+    return model, folder / "out"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -45,7 +40,7 @@ def saved(tmp_path, request):
         ({**LLAMA, "num_key_value_heads": 6}, CAUSAL, "float32"),
         ({**LLAVA, "text_config": {**LLAVA["text_config"], "num_key_value_heads": 6}}, IMAGES, "bfloat16"),
     ],
-    ids=CONFIGS,
+    ids=["llama", "llava"],
 )
 def test_heads_that_do_not_divide(torch_outputs, tmp_path, monkeypatch, config, auto, dtype, version):
     """In several shards; Mistral's class takes 5 of 6 heads. Other folders are in test_support_matrix.py and below."""
@@ -86,50 +81,37 @@ def narrow(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Writes one model once; gives it, its folder, inputs, logits and greedy tokens."""
-    done = {}
-
-    def export(name):
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            source = make_folder(folder / "source", UNEQUAL[name][0])
-            model = narrow(vp.load(source))
-            vp.save(model, folder / "out", source_dir=source, uneven="per_layer", dtype="float32")
-            inputs = random_ids(model)
-            tokens = vp.generate(model, max_new_tokens=6, eos_token_ids=(), **inputs)
-            done[name] = model, folder / "out", inputs, np.asarray(vp.forward(model, **inputs)[0]), tokens
-        return done[name]
-
-    return export
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_torch_computes_the_same(exported, torch_outputs, tmp_path, name, version):
+def test_torch_computes_the_same(torch_outputs, tmp_path, name):
     """Logits, greedy tokens with a cache, and the folder that save_pretrained writes."""
-    model, out, inputs, expected, tokens = exported(name)
-    options = {"class_name": UNEQUAL[name][1], "version": version, "trust_remote_code": True}
-    found = torch_outputs(out, inputs, max_new_tokens=6, save_to=tmp_path / "saved", **options)
-    np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(found["tokens"], tokens)
-    again = torch_outputs(tmp_path / "saved", inputs, **options)
-    np.testing.assert_array_equal(again["logits"], found["logits"])
-    written, saved = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "saved"))
-    for field in ("architectures", "auto_map", "model_type"):
-        assert saved[field] == written[field]
-    reloaded = vp.load(tmp_path / "saved")
-    assert reloaded.cfg.text.layers == model.cfg.text.layers
-    np.testing.assert_allclose(vp.forward(reloaded, **inputs)[0], expected, atol=1e-6, rtol=0)
-    if version == "5":
-        assert check_export(model, out)["backend"] == "torch"
+    source, out = make_folder(tmp_path / "source", UNEQUAL[name][0]), tmp_path / "out"
+    model = narrow(vp.load(source))
+    vp.save(model, out, source_dir=source, uneven="per_layer", dtype="float32")
+    inputs, folder = random_ids(model), tmp_path / "saved"
+    expected = np.asarray(vp.forward(model, **inputs)[0])
+    tokens = vp.generate(model, max_new_tokens=6, eos_token_ids=(), **inputs)
+    for version in VERSIONS:
+        options = {"class_name": UNEQUAL[name][1], "version": version, "trust_remote_code": True}
+        found = torch_outputs(out, inputs, max_new_tokens=6, save_to=folder, **options)
+        np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(found["tokens"], tokens)
+        again = torch_outputs(folder, inputs, **options)
+        np.testing.assert_array_equal(again["logits"], found["logits"])
+        written, again = (json.loads((one / "config.json").read_text()) for one in (out, folder))
+        for field in ("architectures", "auto_map", "model_type"):
+            assert again[field] == written[field]
+        reloaded = vp.load(folder)
+        assert reloaded.cfg.text.layers == model.cfg.text.layers
+        np.testing.assert_allclose(vp.forward(reloaded, **inputs)[0], expected, atol=1e-6, rtol=0)
+        shutil.rmtree(folder)
+    assert check_export(model, out)["backend"] == "torch"
 
 
 @pytest.mark.parametrize("uneven", ["per_layer", "pad"])
-def test_an_even_folder_made_of_one_has_no_loader(exported, tmp_path, uneven):
+def test_an_even_folder_made_of_one_has_no_loader(tmp_path, uneven):
     """Pruned on, or padded, it is a stock folder again."""
-    _, out, *_ = exported("llama")
+    source, out = make_folder(tmp_path / "source", LLAMA), tmp_path / "out"
+    vp.save(narrow(vp.load(source)), out, source_dir=source, uneven="per_layer", dtype="float32")
     model = vp.load(out)
     if uneven == "per_layer":
         model, _ = keep_layers(model, [0, 2])  # these two are alike in heads and neurons
@@ -169,11 +151,11 @@ def test_padded_channels_of_heads_are_the_same_function(tmp_path, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("torch_is_there", [True, False])
-def test_check_export(saved, monkeypatch, dtype, torch_is_there):
+def test_check_export(tmp_path, monkeypatch, dtype, torch_is_there):
     """It passes, and notices a wrong weight."""
     if not torch_is_there:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    model, out = saved("llava", dtype)
+    model, out = saved(tmp_path, LLAVA, dtype)
     report = check_export(model, out)
     assert report["backend"] == ("torch" if torch_is_there else "jax")
     assert report["tolerance"] == 1e-4
@@ -184,9 +166,9 @@ def test_check_export(saved, monkeypatch, dtype, torch_is_there):
 
 
 @pytest.mark.parametrize("torch_is_there", [True, False])
-def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_is_there):
+def test_check_export_knows_what_rounding_alone_does(tmp_path, monkeypatch, torch_is_there):
     """Where the tolerance is too narrow for a model, its own response to changed last bits decides."""
-    model, out = saved("llama", kept=range(4))
+    model, out = saved(tmp_path, LLAMA, kept=range(4))
     monkeypatch.setattr(reload, "torch_loads", lambda *_: torch_is_there)
     model = vp.Model(jax.tree.map(lambda leaf: leaf * (1 + 2**-23), model.params), model.cfg)
     usual = reload.TOLERANCE
@@ -197,8 +179,8 @@ def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_i
     refused("logits differ from the model's by", check_export, model, out)
 
 
-def test_check_export_notices_what_transformers_would_initialise(saved):
-    model, out = saved("llava", kept=range(4))
+def test_check_export_notices_what_transformers_would_initialise(tmp_path):
+    model, out = saved(tmp_path, LLAVA, kept=range(4))
     name = "vision_tower.vision_model.post_layernorm.bias"
     edit_weights(out, lambda tensors: {key: value for key, value in tensors.items() if key != name})
     refused(r"missing_keys: .*post_layernorm\.bias", check_export, model, out)
@@ -238,9 +220,9 @@ def test_check_export_of_the_hub_layouts(goldens, tmp_path, name, tower, wrong, 
     refused("logits differ from the model's by", check_export, model, tmp_path / "out", vision_dir=tower)
 
 
-def test_torch_is_only_imported_to_check(saved):
+def test_torch_is_only_imported_to_check(tmp_path):
     """Reading, writing and computing leave torch alone, so that it can be missing."""
-    _, out = saved("llava")
+    _, out = saved(tmp_path, LLAVA)
     code = (
         "import sys; import vlmprune_jax.io.exports.reload; from vlmprune_jax import load, save\n"
         f"save(load({str(out)!r}), {str(out) + '2'!r}, source_dir={str(out)!r}); assert 'torch' not in sys.modules"

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import hf_cases
 import jax
@@ -30,6 +27,7 @@ from vlm_cases import gemma3_config, make_vlm_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mesh.mesh import make_mesh
+from vlmprune_jax.core.models.params import init_params
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.exports.reload import check_export
 
@@ -53,23 +51,18 @@ def test_round_trip_is_bitwise(goldens, tmp_path, name, mesh):
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
-def test_round_trip_of_narrow_dtypes_is_bitwise(llama, tmp_path, stored):
-    def edit(tensors):
-        return {key: value.astype(np.float32 if "norm" in key else stored) for key, value in tensors.items()}
-
-    edit_weights(llama, edit)
-    vp.save(vp.load(llama), tmp_path / "out", source_dir=llama, dtype="source")
-    assert_same_tensors(llama, tmp_path / "out")
-
-
-def test_shards_are_split_at_the_limit(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 40_000)
+def test_narrow_dtypes_and_shards_are_bitwise(llama, tmp_path, monkeypatch, stored):
+    monkeypatch.setattr("vlmprune_jax.io.exports.folder.MAX_SHARD_BYTES", 20_000)
+    edit_weights(
+        llama, lambda held: {key: value.astype("f4" if "norm" in key else stored) for key, value in held.items()}
+    )
     vp.save(vp.load(llama), tmp_path / "out", source_dir=llama, dtype="source")
     assert_same_tensors(llama, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     assert [shard.name for shard in shards] == names
-    assert 1 < max(sum(value.nbytes for value in load_file(shard).values()) for shard in shards) <= 40_000
+    assert len(shards) > 2
+    assert max(sum(value.nbytes for value in load_file(shard).values()) for shard in shards) <= 20_000
 
 
 def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
@@ -85,33 +78,6 @@ def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
     for key, value in load_file(source / "model.safetensors").items():
         np.testing.assert_array_equal(after[key], value.astype(after[key].dtype))
     assert all(entry.begin % {"BF16": 2, "F32": 4}[entry.dtype] == 0 for entry in entries.values())
-
-
-ONE_OF_TWO = """
-import sys
-port, number, source, out = sys.argv[1:]
-from vlmprune_jax.core.mesh.mesh import initialize, make_mesh
-initialize(f"localhost:{port}", 2, int(number))
-from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.write import save
-model = load(source, mesh=make_mesh(1, 2, 2))
-assert not model.params["text"]["embed_tokens"]["weight"].is_fully_addressable
-save(model, out, source_dir=source, dtype="source")
-load(out, mesh=make_mesh(1, 2, 2))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_read_their_parts_and_write_one_folder(goldens, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    source, out = goldens / "ckpt/llava_hf", tmp_path / "out"
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", ONE_OF_TWO, port]
-    parts = [subprocess.Popen([*command, str(i), str(source), str(out)], env=environment) for i in range(2)]
-    assert [part.wait() for part in parts] == [0, 0]
-    assert_same_tensors(source, out)
 
 
 # What a folder holds --------------------------------------------------------------------------------------------------
@@ -246,39 +212,26 @@ def test_per_layer_keeps_true_sizes(uneven, tmp_path):
 
 
 def test_pad_is_the_same_function(uneven, tmp_path):
-    source, model, _ = uneven
+    """Layers with other group sizes: one query head for each of 4 groups, 3 for one group, 1 for each of 2."""
+    source, first = uneven[0], uneven[1].cfg.text.layers[0]
+    sizes = [(4, 4, 20), (3, 1, 8), (2, 2, 20), (2, 2, 9)]
+    shapes = [first.resized(dict(zip(("q_heads", "kv_heads", "mlp"), numbers, strict=True))) for numbers in sizes]
+    cfg = uneven[1].cfg.with_layers(shapes)
+    model = vp.Model(init_params(cfg, jax.random.key(0), np.float32), cfg)
     vp.save(model, tmp_path / "out", source_dir=source, uneven="pad", dtype="float32")
     assert "per_layer_shapes" not in json.loads((tmp_path / "out/config.json").read_text())
     padded = vp.load(tmp_path / "out")
-    assert all(layer.sizes == {"kv_heads": 3, "q_heads": 6, "mlp": 56} for layer in padded.cfg.text.layers)
+    assert all(layer.sizes == {"kv_heads": 4, "q_heads": 12, "mlp": 20} for layer in padded.cfg.text.layers)
     inputs = random_ids(model)
     assert_same_function(double_logits(padded, **inputs), double_logits(model, **inputs))
     card = (tmp_path / "out/README.md").read_text()
-    assert "padded with zeros: each with 3 key/value heads, 6 query heads, 56 neurons, heads of 12 channels" in card
+    assert "padded with zeros: each with 4 key/value heads, 12 query heads, 20 neurons, heads of 12 channels" in card
     after, before = vp.count_params(padded.cfg), vp.count_params(model.cfg)
     assert f"{after:,} parameters in files, memory and computation instead of {before:,}" in card
     assert check_export(model, tmp_path / "out")["backend"] == "torch"
     fact = 'one width for all layers: .*uneven="pad"'
     refused(fact, vp.save, model, tmp_path / "no", source_dir=source, uneven="refuse")
     assert not (tmp_path / "no").exists()
-
-
-def test_pad_keeps_query_heads_with_their_group(llama, tmp_path):
-    """Layers with other group sizes: 2 query heads for each of 3 groups, 3 for one group, 1 for each of 2."""
-    from vlmprune_jax.core.models.params import init_params
-
-    source = vp.load(llama)
-    sizes = [(6, 3, 20), (3, 1, 8), (2, 2, 20), (2, 2, 9)]
-    shapes = [
-        source.cfg.text.layers[0].resized(dict(zip(("q_heads", "kv_heads", "mlp"), s, strict=True))) for s in sizes
-    ]
-    cfg = source.cfg.with_layers(shapes)
-    model = vp.Model(init_params(cfg, jax.random.key(0), np.float32), cfg)
-    vp.save(model, tmp_path / "out", source_dir=llama, uneven="pad", dtype="float32")
-    padded = vp.load(tmp_path / "out")
-    assert all(layer.sizes == {"kv_heads": 3, "q_heads": 9, "mlp": 20} for layer in padded.cfg.text.layers)
-    inputs = random_ids(model)
-    assert_same_function(double_logits(padded, **inputs), double_logits(model, **inputs))
 
 
 def test_fields_of_qwen2_5_vl_lie_where_the_hub_has_them_too(goldens, tmp_path):
