@@ -61,11 +61,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape["fsdp"]))
 
 
-def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
+def check_divides(cfg: ModelConfig, mesh: Mesh | None) -> None:
     """Raise UserError if a mesh axis size does not divide the model's dimension that it shards."""
-    sizes, split = _split_sizes(cfg), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
+    sizes, split = _split_sizes(cfg), {axis: 1 if mesh is None else mesh.shape[axis] for axis in ("tensor", "fsdp")}
     indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
-    if not indivisible:
+    if mesh is None or not indivisible:
         return
     fits = {axis: dividing_sizes(cfg, axis, split[axis])[-1] for axis in split}
     data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,21 +33,18 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """
     check_plan_is_for(model, plan)
     cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)
-    if mesh is not None:
-        check_divides(cfg, mesh)
+    check_divides(cfg, mesh)
     params = model.params
     for name, stack in plan.stacks.items():
-        axes = layer_axes(model.cfg, name)
-        layers, rest = unstack_layers(params, model.cfg, name)
-        kept = []
-        for layer in stack.layers:
-            flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
-            kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
-        rest = _take(rest, param_axes(model.cfg), "depth", stack.kept_layers, f"{name}/")
-        params = stack_layers(kept, rest, cfg, name)
+        params = _take(params, model.cfg, "depth", stack.kept_layers, f"{name}/")
+        layers = params[name]["layers"]
+        cut = functools.partial(_cut, name, stack.layers, model.cfg, cfg, mesh)
+        on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(layers))
+        layers = jax.jit(cut)(layers) if on_device else cut(layers)  # one program, not one per layer and weight
+        params = params | {name: params[name] | {"layers": layers}}
     if plan.vocabulary is not None:
-        params = _take(params, param_axes(cfg), VOCAB, plan.vocabulary.kept)
-    return model.replace(params=_place_all(params, cfg, mesh), cfg=cfg, plan=plan_since_loading(model, plan))
+        params = _take(params, cfg, VOCAB, plan.vocabulary.kept)
+    return model.replace(params=_place(params, cfg, mesh), cfg=cfg, plan=plan_since_loading(model, plan))
 
 
 def plan_since_loading(model: Model, plan: PrunePlan) -> PrunePlan:
@@ -63,10 +61,9 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
     if vocabulary is None or model.cfg.text.vocab_size == len(vocabulary.kept):
         return model
     cfg, mesh = vocabulary.apply_to(model.cfg), mesh_of(model.params)
-    if mesh is not None:
-        check_divides(cfg, mesh)
-    params = _take(model.params, param_axes(cfg), VOCAB, vocabulary.kept)
-    return model.replace(params=_place_all(params, cfg, mesh), cfg=cfg)
+    check_divides(cfg, mesh)
+    params = _take(model.params, cfg, VOCAB, vocabulary.kept)
+    return model.replace(params=_place(params, cfg, mesh), cfg=cfg)
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
@@ -78,6 +75,14 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
             f"plan of another model: sizes are equal, but fingerprints differ (plan {plan.fingerprint}, model "
             f"{actual}): score and plan this model"
         )
+
+
+def _cut(name: str, kept: Sequence[KeptLayer], old: ModelConfig, cfg: ModelConfig, mesh: Any, runs: Params) -> Params:
+    """Return the runs of equal layers of a stack after its plan, on a mesh with the sharding of their axes."""
+    axes = layer_axes(old, name)
+    layers, _ = unstack_layers({name: {"layers": runs}}, old, name)
+    cut = [{path: keep_indices(x, axes[path], layer) for path, x in layers[layer.index].items()} for layer in kept]
+    return _place(stack_layers(cut, {name: {}}, cfg, name), cfg, mesh)[name]["layers"]
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
@@ -108,11 +113,9 @@ def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
     return take(leaf, indices.reshape(shape), axis=axis)
 
 
-def _take(
-    params: Params, axes: Mapping[str, tuple[str, ...]], axis: str, indices: Sequence[int], below: str = ""
-) -> Params:
+def _take(params: Params, cfg: ModelConfig, axis: str, indices: Sequence[int], below: str = "") -> Params:
     """Select indices along an axis of the model (layers, tokens) in all parameters below a path that have this axis."""
-    flat = flatten(params)
+    flat, axes = flatten(params), param_axes(cfg)
     for path, leaf in flat.items():
         names = axes[path] if path.startswith(below) else ()
         if axis in names and len(indices) < leaf.shape[names.index(axis)]:
@@ -120,10 +123,9 @@ def _take(
     return unflatten(flat)
 
 
-def _place_all(params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Params:
+def _place(params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Params:
+    if mesh is None:
+        return params
     axes = param_axes(cfg)
-    return unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
-
-
-def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
-    return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes, leaf.shape))
+    placed = {path: jax.device_put(x, sharding(mesh, axes[path], x.shape)) for path, x in flatten(params).items()}
+    return unflatten(placed)
