@@ -2,14 +2,11 @@
 
 import ast
 import functools
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from repository import ROOT
-
-from vlmprune_jax.base import markup
 
 PACKAGE = ROOT / "vlmprune_jax"
 CHILDREN = {"subprocess.run", "subprocess.Popen", "multiprocessing.get_context"}
@@ -60,12 +57,14 @@ UNBOUNDED = {
 
 
 class Uses(ast.NodeVisitor):
-    """(function, node) of every expression in a module."""
+    """Notes the (file, function, node) of every call, attribute, list, import, f-string and condition of a module."""
 
-    def __init__(self, path: Path):
-        self.found: list[tuple[str, ast.AST]] = []
-        self.inside = "module"
-        self.visit(ast.parse(path.read_text(encoding="utf-8")))
+    KINDS = (ast.Call, ast.Attribute, ast.List, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.If, ast.IfExp)
+
+    def __init__(self, file: str, source: str):
+        self.file, self.inside = file, "module"
+        self.found: list[tuple[str, str, ast.AST]] = []
+        self.visit(ast.parse(source))
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer, self.inside = self.inside, node.name
@@ -73,41 +72,39 @@ class Uses(ast.NodeVisitor):
         self.inside = outer
 
     def generic_visit(self, node: ast.AST) -> None:
-        self.found.append((self.inside, node))
+        if isinstance(node, self.KINDS):
+            self.found.append((self.file, self.inside, node))
         super().generic_visit(node)
 
 
 @functools.cache
-def uses_in(path: Path) -> list[tuple[str, ast.AST]]:
-    return Uses(path).found
+def uses_in(folder: Path) -> list[tuple[str, str, ast.AST]]:
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    return [use for file, path in files.items() for use in Uses(file, path.read_text(encoding="utf-8")).found]
 
 
-def uses(*folders: Path) -> Iterator[tuple[str, str, ast.AST]]:
-    """(file, function, node) of the package, or of other folders."""
+def uses(kind: type | tuple[type, ...], *folders: Path) -> Iterator[tuple[str, str, ast.AST]]:
+    """(file, function, node) of this kind, of the package or of other folders."""
     for folder in folders or (PACKAGE,):
-        for path in sorted(folder.rglob("*.py")):
-            for function, node in uses_in(path):
-                yield path.relative_to(folder).as_posix(), function, node
+        yield from (use for use in uses_in(folder) if isinstance(use[2], kind))
 
 
 def test_children_start_with_a_safe_path():
     found = {}
-    for file, function, node in uses():
-        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    for file, function, node in uses(ast.Call):
+        name = ast.unparse(node.func)
         if name.startswith(STARTERS):
             found.setdefault((file, function), set()).add(name)
     assert found.keys() == SAFE.keys(), "say how these start their processes"
     assert all(names <= CHILDREN for names in found.values())
-    for file, function, node in uses():
-        if SAFE.get((file, function)) == "-P" and isinstance(node, ast.List):
+    for file, function, node in uses(ast.List):
+        if SAFE.get((file, function)) == "-P":
             text = ast.unparse(node)
             assert "sys.executable" not in text or text.startswith("[sys.executable, '-P'"), f"{file}: {text}"
 
 
-def is_writer(node: ast.AST) -> bool:
-    """Whether it writes a file: `write_text`, `write_bytes`, or `open` with a mode that writes."""
-    if not isinstance(node, ast.Call):
-        return False
+def is_writer(node: ast.Call) -> bool:
+    """Whether a call writes a file: `write_text`, `write_bytes`, or `open` with a mode that writes."""
     name = ast.unparse(node.func).rpartition(".")[2]
     modes = [one.value for one in node.args[:2] if isinstance(one, ast.Constant) and isinstance(one.value, str)]
     modes += [of.value.value for of in node.keywords if of.arg == "mode" and isinstance(of.value, ast.Constant)]
@@ -117,7 +114,7 @@ def is_writer(node: ast.AST) -> bool:
 
 
 def test_files_are_written_where_no_link_is_followed():
-    found = {(file, function) for file, function, node in uses() if is_writer(node)}
+    found = {(file, function) for file, function, node in uses(ast.Call) if is_writer(node)}
     assert found == WRITERS.keys(), "write these by core.files.replacing, or say why no link is followed"
 
 
@@ -133,56 +130,60 @@ def test_writers_are_noticed(source, writes):
 def test_files_are_read_within_a_bound():
     found = {
         (file, function)
-        for file, function, node in uses()
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in ("read_text", "read_bytes")
+        for file, function, node in uses(ast.Call)
+        if isinstance(node.func, ast.Name) and node.func.id in ("read_text", "read_bytes")
         if len(node.args) + sum(word.arg == "most" for word in node.keywords) < 2
     }
     assert found == UNBOUNDED.keys(), "give these a maximum size"
 
 
+def is_workdir(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "flags.workdir"
+
+
 def test_every_workdir_is_checked_for_links():
     """`to_workdir` is what a flag --workdir goes through."""
-    used, checked = [], []
-    for file, _, node in uses(PACKAGE / "run/cli", ROOT / "tools"):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "flags.workdir":
-            used.append(f"{file}:{node.lineno}")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "to_workdir":
-            checked += [f"{file}:{arg.lineno}" for arg in node.args if ast.unparse(arg) == "flags.workdir"]
-        tests = [node.test] if isinstance(node, ast.If | ast.IfExp) else []
-        checked += [f"{file}:{test.lineno}" for test in tests if "flags.workdir" in ast.unparse(test)]
+    places = (PACKAGE / "run/cli", ROOT / "tools")
+    used = {f"{file}:{node.lineno}" for file, _, node in uses(ast.Attribute, *places) if is_workdir(node)}
+    checked = {
+        f"{file}:{arg.lineno}"
+        for file, _, node in uses(ast.Call, *places)
+        if ast.unparse(node.func) == "to_workdir"
+        for arg in node.args
+        if is_workdir(arg)
+    }
+    checked |= {
+        f"{file}:{node.test.lineno}"
+        for file, _, node in uses((ast.If, ast.IfExp), *places)
+        if any(is_workdir(part) for part in ast.walk(node.test))
+    }
     assert len(checked) > 5
-    assert set(used) == set(checked)
+    assert used == checked
 
 
 def test_markup_is_made_where_it_is_escaped():
     """HTML by one environment that escapes, Markdown by modules that use `core.markup`, CSV by its cells."""
     places = {"csv.writer": set(), "Environment": set(), "Markup": set(), ".md": set()}
-    for file, _, node in uses(PACKAGE, ROOT / "tools"):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name == "csv.writer":
-                places["csv.writer"].add(file)
-            if name == "jinja2.Environment":
-                places["Environment"].add(file)
-                # Markdown is escaped by the filters of card.py
-                assert "autoescape=True" in ast.unparse(node) or file == "io/exports/card.py"
-            if name == "Markup":
-                places["Markup"].add(ast.unparse(node))
-            if name.endswith(".writerow"):
-                assert ast.unparse(node.args[0]).startswith("map(cell, ")
-        if isinstance(node, ast.JoinedStr):
-            text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
-            if any(mark in text for mark in ("\n## ", "\n# ", "**", "|---")):
-                places[".md"].add(file)
+    for file, _, node in uses(ast.Call, PACKAGE, ROOT / "tools"):
+        name = ast.unparse(node.func)
+        if name == "csv.writer":
+            places["csv.writer"].add(file)
+        if name == "jinja2.Environment":
+            places["Environment"].add(file)
+            # Markdown is escaped by the filters of card.py
+            assert "autoescape=True" in ast.unparse(node) or file == "io/exports/card.py"
+        if name == "Markup":
+            places["Markup"].add(ast.unparse(node))
+        if name.endswith(".writerow"):
+            assert ast.unparse(node.args[0]).startswith("map(cell, ")
+    for file, _, node in uses(ast.JoinedStr, PACKAGE, ROOT / "tools"):
+        text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+        if any(mark in text for mark in ("\n## ", "\n# ", "**", "|---")):
+            places[".md"].add(file)
     assert places == {
         "csv.writer": {"run/workdir/sweep.py"},
         "Environment": {"io/exports/card.py", "run/report/page.py"},
-        "Markup": {
-            "Markup(script)",
-            "Markup(svg)",
-        },
+        "Markup": {"Markup(script)", "Markup(svg)"},
         ".md": set(),
     }
     for file in (PACKAGE / "io/exports/card.py", ROOT / "tools/study_page.py"):
@@ -191,10 +192,9 @@ def test_markup_is_made_where_it_is_escaped():
 
 def test_matplotlib_starts_from_its_own_defaults():
     """Its style is set in one place, and its `matplotlibrc` is not looked for in the current folder."""
-    styled = [(file, name) for file, name, node in uses() if "rc_context" in getattr(node, "attr", "")]
+    styled = [(file, name) for file, name, node in uses(ast.Attribute) if "rc_context" in node.attr]
     assert styled == [("run/report/plots.py", "styled")]
-    importing = {file for file, _, node in uses() if isinstance(node, ast.Import | ast.ImportFrom)
-                 for text in [ast.unparse(node)] if "matplotlib" in text}  # fmt: skip
-    assert {Path(file).parent.as_posix() for file in importing} == {"run/report"}
-    assert "chdir" in inspect.getsource(__import__("vlmprune_jax.run.report", fromlist=[""]))
-    assert markup.__doc__
+    imports = uses((ast.Import, ast.ImportFrom))
+    importing = {Path(file).parent.as_posix() for file, _, node in imports if "matplotlib" in ast.unparse(node)}
+    assert importing == {"run/report"}
+    assert "chdir" in (PACKAGE / "run/report/__init__.py").read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ import pytest
 from refusal import refused
 from repository import ROOT, full_size_models
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.io.checkpoints.read import read_config
 from vlmprune_jax.run.cli.config_files import experiment_config, read_experiment
@@ -41,7 +40,7 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
     _, cfg = read_config(tmp_path)
     get_config = loaded(ROOT / f"configs/{name}.py").get_config
     for method in ("depth", "width"):
-        for ratio, by_layers in zip(RATIOS, DEPTH[name], strict=True):
+        for ratio, by_layers in list(zip(RATIOS, DEPTH[name], strict=True))[:: 1 if method == "depth" else 3]:
             experiment = read_experiment(get_config(f"{method},{ratio}"))
             check_experiment(experiment)
             plan = predict_plan(experiment, cfg)
@@ -82,9 +81,7 @@ def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     [
         ("deph,0.3", "'deph' is not one of depth, width; did you mean 'depth'?"),
         ("depth", "variant 'depth' must be METHOD,TARGET"),
-        ("depth,much", "variant 'depth,much' must be METHOD,TARGET"),
         ("width,1.5", "ratio of the variant=1.5 must be at least 0 and below 1"),
-        ("width,nan", "ratio of the variant=nan must be"),
         ("width,0.3,even", "'even' is not one of reconstruct, uniform"),
         ("depth,0.3,uniform", "option of the variant 'uniform'"),
         ("width,5layers", "variant 'width,5layers' must be METHOD,TARGET"),
@@ -94,13 +91,10 @@ def test_variants_that_are_none(variant, message):
     refused(re.escape(message), paper_cut, variant)
 
 
-def test_other_ratios_are_shares_of_the_whole_model():
+def test_options_of_a_variant():
+    """Other ratios than the paper's are shares of the whole model."""
     assert paper_cut("depth,0.2")["prune"] == {"method": "depth", "ratio": 0.2}
     assert paper_cut("depth,0.30")["prune"] == {"method": "depth", "layers_removed": 10}
-    assert paper_cut("depth,5layers")["prune"] == {"method": "depth", "layers_removed": 5}
-
-
-def test_options_of_a_variant():
     sections = paper_cut("width,0.3,uniform,reconstruct")
     assert sections["reconstruct"] == {"method": "least_squares"}
     assert "attn_layers" not in sections["prune"]
@@ -116,9 +110,6 @@ def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tm
 
 
 # --- variants against settings given explicitly ----------------------------------------------------------------------
-
-
-DEMO = ROOT / "configs" / "demo.py"
 
 
 @pytest.fixture
@@ -141,19 +132,16 @@ def ratios(experiment):
 
 
 def test_variants_that_set_it_too_are_named(config):
-    with pytest.raises(
-        UserError,
-        match=r"^--config.prune.ratio: the variants depth, width also set prune.ratio: set "
+    for setting, fact in {
+        "prune.ratio": r"^--config.prune.ratio: the variants depth, width also set prune.ratio: set "
         r"prune_variants.NAME.prune.ratio, or --only=NAME$",
-    ):
-        read_experiment(config, explicit=["prune.ratio"])
-    with pytest.raises(UserError, match=r"--config.reconstruct.method: the variants width also set"):
-        read_experiment(config, explicit=["reconstruct.method"])
-    with pytest.raises(
-        UserError, match=r"recover.losses.ce: the variants sft also set .* recover_variants.NAME.recover"
-    ):
-        read_experiment(config, explicit=["recover.losses.ce"])
+        "reconstruct.method": "--config.reconstruct.method: the variants width also set",
+        "recover.losses.ce": "recover.losses.ce: the variants sft also set .* recover_variants.NAME.recover",
+    }.items():
+        refused(fact, read_experiment, config, explicit=[setting])
     read_experiment(config, explicit=["prune.protect", "recover.losses.l2", "prune_variants.depth.prune.ratio"])
+    swept = [{"config.prune.ratio": 0.2}]
+    refused("config.prune.ratio: the variants depth, width also set", sweep_runs, read_experiment(config), swept)
 
 
 def test_with_one_variant_the_explicit_setting_wins(config):
@@ -169,22 +157,14 @@ def test_variants_are_chosen_by_pattern(config):
     assert [run.name for run in pruned.recoveries] == ["width-sft"]
     assert len(variants_of(read_experiment(config, only="sft"))) == 2
     refused("--only=widht: matches no variant; did you mean 'width'", read_experiment, config, only="depth,widht")
-    with pytest.raises(UserError, match=r"--only=a: matches no variant .this config has no variants"):
-        read_experiment(experiment_config(), only="a")
-
-
-def test_a_sweep_does_not_set_what_variants_set(config):
-    with pytest.raises(UserError, match=r"config.prune.ratio: the variants depth, width also set prune.ratio"):
-        sweep_runs(read_experiment(config), [{"config.prune.ratio": 0.2}])
+    refused("--only=a: matches no variant .this config has no variants", read_experiment, experiment_config(), only="a")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.prune.ratio=0.1"], "--config.prune.ratio: the variants depth, width_reconstructed also set"),
         (["--config.prune.ratio=None"], "--config.prune.ratio: the variants depth, width_reconstructed also set"),
         (["--config.prune.ratio=30"], "prune.ratio=30.0 must be at least 0 and below 1 (0.3 is 30 %)"),
-        (["--config.prune.ratio=-0.1"], "prune.ratio=-0.1 must be at least 0 and below 1"),
         (["--config.prune.method=deep"], "prune.method 'deep' is not one of depth, width, hybrid, experts, none; did"),
         (["--config.prune_variants.depth.prune.ratio=3"], "prune.ratio=3.0 must be at least 0 and below 1"),
         (["--only=dept"], "--only=dept: matches no variant; did you mean 'depth'"),
@@ -192,7 +172,7 @@ def test_a_sweep_does_not_set_what_variants_set(config):
 )
 def test_the_demo_refuses_at_its_start(flags, message, tmp_path, capsys):
     for command in ("run", "plan"):
-        argv = [command, f"--config={DEMO}:quick", f"--workdir={tmp_path}", *flags]
+        argv = [command, "--config=demo:quick", f"--workdir={tmp_path}", *flags]
         assert main([*argv, "--topology=v5e:2x2"] if command == "plan" else argv) == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())

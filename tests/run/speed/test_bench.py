@@ -16,7 +16,6 @@ from refusal import refused
 from stack_cases import decoder_layer
 
 from vlmprune_jax.base.console import make_reporter
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.generate import compile_generation, generate
 from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.io.checkpoints.read import load
@@ -24,7 +23,6 @@ from vlmprune_jax.io.exports.write import save
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.config import SpeedConfig
 from vlmprune_jax.run.report.speed import bench_notes, bench_tables
-from vlmprune_jax.run.speed import bench as bench_file
 from vlmprune_jax.run.speed import bench as speed
 from vlmprune_jax.run.speed.bench import bench, measure, measure_speed
 from vlmprune_jax.run.speed.engines import Answer, Job, jax_program, make_prompts
@@ -55,7 +53,7 @@ def test_turns_and_tokens_per_second(monkeypatch):
 
         yield run
 
-    monkeypatch.setattr(bench_file, "start", engine)
+    monkeypatch.setattr(speed, "start", engine)
     file = bench(jobs, PROMPT, make_reporter(False), dtype="float32", threads=1)
     order = [(one.model, one.backend) for one in jobs]
     assert turns == [*order, *order, *order, *order[::-1]]  # to warm up, and to choose the number of runs in a turn
@@ -73,20 +71,28 @@ def test_turns_and_tokens_per_second(monkeypatch):
     assert "jax 0.9, transformers 0.9." in bench_notes(file)[1]
 
 
-@pytest.fixture
-def gguf(tmp_path):
+def write_gguf(path, architecture="llama"):
     """A GGUF file of no model."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_tensor("x", np.zeros((4, 32), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
 
-    def make(name="model.gguf", architecture="llama"):
-        writer = GGUFWriter(tmp_path / name, architecture)
-        writer.add_context_length(64)
-        writer.add_tensor("x", np.zeros((4, 32), np.float32))
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-            step()
-        writer.close()
-        return str(tmp_path / name)
 
-    return make
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of GGUF files that say too little."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("two/a.gguf", "two/b.gguf", "model.gguf", "towers/model.gguf"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_gguf(folder / name)
+    for name in ("a", "b"):
+        write_gguf(folder / f"towers/mmproj-{name}.gguf", "clip")
+    write_gguf(folder / "other.gguf", "no_such")
+    (folder / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
+    return folder
 
 
 def refusal(capsys, *flags):
@@ -96,63 +102,51 @@ def refusal(capsys, *flags):
     return error.removeprefix("vlmprune: error: ")
 
 
-def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
-    folder, file = str(goldens / "ckpt/llava_hf"), gguf()
-    assert "no model given" in refusal(capsys)
-    assert "no such folder" in refusal(capsys, f"--model={tmp_path}/none")
-    assert "none.gguf: no such file" in refusal(capsys, f"--model={tmp_path}/none.gguf")
-    assert "is listed twice" in refusal(capsys, f"--model={folder}", f"--against={folder}")
-    assert "is a GGUF file, but --backends=jax reads Hugging" in refusal(capsys, f"--model={file}", "--backends=jax")
-    assert "reads GGUF files: export it" in refusal(capsys, f"--model={folder}", "--backends=llama_cpp")
-    assert "did you mean 'llama_cpp'?" in refusal(capsys, f"--model={file}", "--backends=llama_cp")
-    for engine in ("vllm", "openvino", "mlx"):
-        assert "run benchmarks/engines.py" in refusal(capsys, f"--model={folder}", f"--backends=jax,{engine}")
-    gguf("other.gguf")
-    assert f"{tmp_path}: contains 2 GGUF models: name one file" in refusal(capsys, f"--model={tmp_path}")
-    tower = gguf("mmproj-a.gguf", "clip")
-    assert "is the vision tower of a GGUF model" in refusal(capsys, f"--model={tower}")
-    gguf("mmproj-b.gguf", "clip")
-    assert "its folder has 2 vision towers (mmproj-*.gguf)" in refusal(capsys, f"--model={file}")
-    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
-    assert "cut.gguf: cannot be read" in refusal(capsys, f"--model={tmp_path}/cut.gguf")
+LLAVA_HF, FILE = "--model={goldens}/ckpt/llava_hf", "--model={files}/model.gguf"
 
 
-def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
-    folder, file = f"--model={goldens / 'ckpt/llava_hf'}", f"--model={gguf()}"
-    assert " = 105 is more than the model's context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
-    assert "--batch_size=257: llama.cpp takes at most 256 prompts" in refusal(capsys, file, "--batch_size=257")
-    assert "--prompt_tokens + new_tokens + 1=100065 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
-    assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
-    for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds"):
-        assert f"flag --{name}=0: 0 is not a positive integer" in refusal(capsys, folder, f"--{name}=0")
-    for threads in (0, 100_000):
-        assert f"--threads={threads}: must be 1 to " in refusal(capsys, folder, f"--threads={threads}")
-    assert "flag --dtype=int8: value should be one of" in refusal(capsys, folder, "--dtype=int8")
-    assert "must be a file name in an existing folder" in refusal(capsys, folder, f"--json={tmp_path}")
+@pytest.mark.parametrize(
+    ("flags", "fact"),
+    [
+        ("", "no model given"),
+        ("--model={files}/none", "no such folder"),
+        ("--model={files}/none.gguf", "none.gguf: no such file"),
+        (f"{LLAVA_HF} --against={{goldens}}/ckpt/llava_hf", "is listed twice"),
+        (f"{FILE} --backends=jax", "is a GGUF file, but --backends=jax reads Hugging"),
+        (f"{LLAVA_HF} --backends=llama_cpp", "reads GGUF files: export it"),
+        (f"{FILE} --backends=llama_cp", "did you mean 'llama_cpp'?"),
+        (f"{LLAVA_HF} --backends=jax,vllm", "run benchmarks/engines.py"),
+        ("--model={files}/two", "two: contains 2 GGUF models: name one file"),
+        ("--model={files}/towers/mmproj-a.gguf", "is the vision tower of a GGUF model"),
+        ("--model={files}/towers/model.gguf", "its folder has 2 vision towers (mmproj-*.gguf)"),
+        ("--model={files}/cut.gguf", "cut.gguf: cannot be read"),
+        (f"{FILE} --prompt_tokens=40", " = 105 is more than the model's context of 64 tokens"),
+        (f"{FILE} --batch_size=257", "--batch_size=257: llama.cpp takes at most 256 prompts"),
+        (f"{LLAVA_HF} --prompt_tokens=100000", "--prompt_tokens + new_tokens + 1=100065 is more"),
+        (f"{LLAVA_HF} --prompt_tokens=16", "the 16 tokens of an image: raise it, or set --image=False"),
+        *((f"{LLAVA_HF} --{name}=0", f"{name}=0: 0 is not a positive") for name in ("new_tokens", "rounds")),
+        *((f"{LLAVA_HF} --threads={n}", f"--threads={n}: must be 1 to ") for n in (0, 100_000)),
+        (f"{LLAVA_HF} --dtype=int8", "flag --dtype=int8: value should be one of"),
+        (f"{LLAVA_HF} --json={{files}}", "must be a file name in an existing folder"),
+        ("--model={goldens}/ckpt/internvl --backends=transformers --prompt_tokens=64", "no transformers class can run"),
+    ],
+)
+def test_what_cannot_be_measured(goldens, files, capsys, flags, fact):
+    assert fact in refusal(capsys, *flags.format(goldens=goldens, files=files).split())
 
 
-def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
-    folder = f"--model={goldens / 'ckpt/internvl'}"
-    cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
-    assert "in transformers: no transformers class can run this model" in cannot
-    monkeypatch.setattr(bench_file, "versions", lambda packages: {})
-    told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
-    assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
-
-
-def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
+def test_engines_that_are_missing_or_end_are_told_in_a_line(goldens, files, capsys, monkeypatch):
+    """A process that ends is as where an engine is killed for its memory."""
     pytest.importorskip("xllamacpp")
-    told = refusal(
-        capsys, f"--model={gguf(architecture='no_such')}", "--prompt_tokens=8", "--new_tokens=8", "--threads=1"
-    )
-    assert "model.gguf in llama_cpp: llama.cpp cannot load the file" in told
-
-
-def test_a_process_that_ends_is_told_in_a_line(goldens, capsys, monkeypatch):
-    """As where an engine is killed for its memory."""
+    short = ["--prompt_tokens=8", "--new_tokens=8", "--threads=1"]
+    told = refusal(capsys, f"--model={files}/other.gguf", *short)
+    assert "other.gguf in llama_cpp: llama.cpp cannot load the file" in told
     monkeypatch.setattr(sys, "executable", "/bin/false")
     told = refusal(capsys, f"--model={goldens / 'ckpt/llava_hf'}", "--backends=jax", "--prompt_tokens=24")
     assert "llava_hf in jax: its process ended (exit code 1): the model may be damaged, or need more memory" in told
+    monkeypatch.setattr(speed, "versions", lambda packages: {})
+    told = refusal(capsys, f"--model={files}/model.gguf", *short)
+    assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
 
 
 def test_an_engine_imports_nothing_from_the_current_folder(goldens, tmp_path, capsys, monkeypatch):
@@ -213,51 +207,33 @@ def test_every_engine(tmp_path, capsys, make):
 class Timed:
     """A program that takes known seconds to the first token and after it, in turn."""
 
-    def __init__(self, name, ran, *seconds):
-        self.name, self.ran, self.seconds = name, ran, itertools.cycle(seconds)
+    def __init__(self, *seconds):
+        self.ran, self.seconds = 0, itertools.cycle(seconds)
 
     def __call__(self):
-        self.ran.append(self.name)
+        self.ran += 1
         return Answer(seconds=next(self.seconds), prompt_tokens=self.tokens, peak_bytes=7)
 
 
-def measured(programs, **workload):
-    for program in programs.values():
-        program.tokens = workload["prompt_tokens"]
-    speeds = measure(programs, SpeedConfig(**workload))
-    return {name: msgspec.convert(speed, Measurement) for name, speed in speeds.items()}
-
-
-def test_tokens_per_second_and_turns():
-    ran = []
-    programs = {"slow": Timed("slow", ran, (0.5, 2.0)), "fast": Timed("fast", ran, (0.25, 1.0))}
-    found = measured(programs, prompt_tokens=100, new_tokens=10, batch_size=4, rounds=3)
-    assert found["slow"] == Measurement(prefill=(800.0,) * 3, decode=(20.0,) * 3, first_token=(0.5,) * 3, peak_bytes=7)
-    assert found["fast"].decode == (40.0,) * 3
-    turns = ran[4:][:: speed.MIN_RUNS]
-    assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
+def measured(program, **workload):
+    program.tokens = workload["prompt_tokens"]
+    return msgspec.convert(measure({"a": program}, SpeedConfig(**workload))["a"], Measurement)
 
 
 def test_a_reading_is_the_fastest_of_its_runs():
     """Each run is disturbed at another place: prompt and tokens have their best runs apart."""
-    runs = ((0.5, 3.0), (9.0, 1.0), (0.6, 2.0))
-    program = Timed("a", [], *runs)
-    found = measured({"a": program}, prompt_tokens=10, new_tokens=10, batch_size=1, rounds=2)
-    assert found["a"].prefill == pytest.approx((20.0, 20.0))
-    assert found["a"].decode == pytest.approx((10.0, 10.0))
+    found = measured(Timed((0.5, 3.0), (9.0, 1.0), (0.6, 2.0)), prompt_tokens=10, new_tokens=10, batch_size=1, rounds=2)
+    assert found.prefill == pytest.approx((20.0, 20.0))
+    assert found.decode == pytest.approx((10.0, 10.0))
 
 
-def test_short_runs_are_repeated_until_a_clock_can_tell():
-    ran = []
-    program = Timed("a", ran, (0.01, 0.04))
-    measured({"a": program}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
-    assert len(ran) == 2 + round(speed.MIN_SECONDS / 0.05)
-
-
-def test_what_no_clock_can_tell_is_refused(monkeypatch):
+def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
+    program = Timed((0.01, 0.04))
+    one = {"prompt_tokens": 1, "new_tokens": 1, "batch_size": 1, "rounds": 1}
+    measured(program, **one)
+    assert program.ran == 2 + round(speed.MIN_SECONDS / 0.05)
     monkeypatch.setattr(speed, "MIN_SECONDS", 0)
-    with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
-        measured({"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
+    refused("a: the measured time is 0: raise new_tokens", measured, Timed((1.0, 0.0)), **one)
     refused(r"speed\.rounds=0: must be at least 1 to measure speed", measure_speed, {}, rounds=0)
 
 
@@ -275,15 +251,12 @@ def test_the_program_is_that_of_generate(goldens):
     assert min(program.seconds) > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
     assert weights < program.peak_bytes < 100 * weights
-    found = measure_speed({"a": llava}, prompt_tokens=24, new_tokens=8, batch_size=2, rounds=1, image=True)["a"]
+    found = measure_speed({"a": llava}, prompt_tokens=24, new_tokens=4, batch_size=2, rounds=1, image=True)["a"]
     assert min(*found.prefill, *found.decode, *found.first_token) > 0
 
 
-def test_workloads_that_no_model_can_have(goldens):
+def test_workloads_that_no_model_can_have():
     cfg = config((decoder_layer(4, 4, 12),))
     SpeedConfig(prompt_tokens=8, new_tokens=1).check(cfg)  # without an image: this model takes none
-    with pytest.raises(UserError, match=r"speed\.prompt_tokens \+ new_tokens \+ 1=\d+ is more than 4 times"):
-        measure_speed({"a": model(cfg)}, prompt_tokens=10**6)
-    llava = load(goldens / "ckpt/llava_hf").cfg
-    with pytest.raises(UserError, match=r"speed\.prompt_tokens=16 must be more than the 16 tokens of an image"):
-        SpeedConfig(prompt_tokens=16).check(llava)
+    too_long = r"speed\.prompt_tokens \+ new_tokens \+ 1=\d+ is more than 4 times"
+    refused(too_long, measure_speed, {"a": model(cfg)}, prompt_tokens=10**6)
