@@ -129,10 +129,13 @@ def test_no_interval_where_the_unpruned_model_may_score_nothing():
 
 
 def test_a_mean_over_seeds_has_an_interval_over_questions_too():
+    """Over seeds it is Student's t, by hand: 2 degrees of freedom, 4.3027 * sqrt(1) / sqrt(3)."""
     values, intervals = [1.0, 2.0, 3.0], [(0.0, 1.5), (1.0, 2.5), (2.0, 3.5)]
     mean, low, high = interval_of_mean(values)
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
     assert interval_of_mean(values, [*intervals[:2], None]) == (mean, low, high)
     wide = mean - math.hypot(mean - low, 1.0), mean + math.hypot(high - mean, 0.5)
     assert interval_of_mean(values, intervals) == pytest.approx((mean, *wide))
     assert interval_of_mean([99.8] * 3, [(99.0, 100.1)] * 3) == pytest.approx((99.8, 99.0, 100.1))
+    assert interval_of_mean([5.0]) == (5.0, 5.0, 5.0)
     assert interval_of_mean([5.0], [(4.0, 5.5)]) == (5.0, 4.0, 5.5)

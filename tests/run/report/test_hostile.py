@@ -122,6 +122,7 @@ def test_files_that_are_none(workdir):
 NAME = "深度 עומק عمق 🙂 $\\frac{x}$ $x^$ [bold] <b>&\x1b[31m\u202e\udcff" + "long" * 30_000
 
 
+@pytest.mark.usefixtures("drawn")
 def test_names_of_any_letters(workdir):
     """On the page as text, in figures as letters of a font or spelled out, on the terminal inert; quietly."""
     write_several(workdir)

@@ -76,7 +76,10 @@ def test_the_headline_has_retention_size_and_speed(workdir):
     assert f"also counts 1,000 in unused tower layers or an audio tower ({SIZE + 1000:,} unpruned)" in page
 
 
-def test_tables_of_several_sets(several):
+def test_several_sets(several):
+    page = build_report(several).read_text()
+    assert "<dt>retained (mean of 2 sets)</dt><dd>82.50 %</dd>" in page
+    assert "accuracy" not in page.lower().split("<summary>")[0]
     summary, scores, kept = tables_of(comparison_of_run(read_result(several)))
     assert summary.header[:4] == ("model", "retained, %", "size, %", "paper avg, %")
     # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
@@ -91,18 +94,16 @@ def test_tables_of_several_sets(several):
 # --- what the report says of measured speed --------------------------------------------------------------------------
 
 
-LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
-
-
-def test_speed_is_told_with_its_range_and_where_it_was_measured(finished, workdir):
-    page = (finished / "report.html").read_text()
+def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
+    page = build_report(workdir).read_text()
     assert "Speed was not measured: <code>vlmprune run --config=FILE.py" in page
     assert "--config.speed.rounds=5" in page
     write_artefact(workdir / "speed.json", SPEED)
     page = build_report(workdir).read_text()
     assert "Speed was not measured" not in page
     assert "Measured on Some &lt;b&gt;CPU (load 0.5 before): 1 row(s) of 640 tokens, an image first" in page
-    times, table = speed_tables(read_artefact(workdir / "speed.json", Speed), LABELS)
+    labels = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
+    times, table = speed_tables(read_artefact(workdir / "speed.json", Speed), labels)
     unpruned, pruned = table.rows
     assert unpruned == ("unpruned", "100 (98 to 103)", "20 (19 to 21)", "200 (100 to 300)", "1.0")
     assert pruned[:2] == ("depth 30 % (and 1 of its shape)", "150 (149 to 155)")
