@@ -1,23 +1,15 @@
-"""Serving engines: the table of stand-ins, engines that are missing or die, their speed, and a real vLLM server."""
+"""Serving engines: the table of stand-ins, engines that are missing or die, and their speed."""
 
-import contextlib
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.exports.write import save
-from vlmprune_jax.run.cli.main import main
 
 sys.path.append(str(Path(__file__).parents[2] / "tools/engines"))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -25,9 +17,6 @@ import engines
 import standins
 import table
 
-ROOT = Path(__file__).parents[2]
-ASK = ROOT / "tools/engines/ask_vllm.py"
-TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 # Stands for an engine's script: dies on its second folder, is refused by its third.
 SCRIPT = """
 import json, sys, numpy as np
@@ -141,77 +130,3 @@ def test_joules_of_counters_that_start_again(tmp_path, monkeypatch):
     found = engines.measure(lambda put: next(warm)(put), 8, options)
     assert found["counters"] == ["RAPL package-0", "RAPL dram"]
     assert found["rounds"][0]["joules"] == pytest.approx(3.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", engines.ENGINES)
-def test_speed_in_an_engine(engine, tmp_path):
-    """A text-only prompt and one with an image."""
-    try:
-        python = table.interpreter(engine)
-    except UserError as error:
-        pytest.skip(str(error))
-    folder = standins.write_source("LLaVA-1.5", tmp_path / "llava")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for image in (True, False):
-        command = [python, ROOT / "benchmarks/engines.py", engine, folder, "--image" if image else "--no-image"]
-        command += ["--prompt_tokens=350", "--new_tokens=4", "--rounds=1", "--threads=1"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads(done.stdout)
-        assert (found["image"], found["prompt_tokens"]) == (image, 350)
-        assert min(found["rounds"][0].values()) > 0
-
-
-@pytest.fixture
-def vllm(tmp_path):
-    """Start vLLM's server with the demo's model, of which it needs larger heads; yield its address."""
-    try:
-        python = table.interpreter("vllm")
-    except UserError as error:
-        pytest.skip(str(error))
-    save(load(TEACHER), tmp_path / "export", head_dim=64, dtype="float32")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [
-        "--model",
-        "export",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "512",
-        "--enforce-eager",
-        "--port",
-        str(port),
-    ]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def ask_vllm(folder, answers, url):
-    command = [sys.executable, ASK, folder / "test.json", answers, f"--url={url}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-def test_answers_of_vllm_are_ours(vllm, tmp_path, capsys):
-    command = ["evaluate", "--config=demo", f"--workdir={tmp_path / 'w'}", f"--config.model.hf_dir={tmp_path}/export"]
-    assert main([*command, "--config.evaluate.questions=500"]) == 0, capsys.readouterr().err
-    done = ask_vllm(tmp_path / "w/data", tmp_path / "w/eval/teacher.answers.jsonl", vllm)
-    assert (done.returncode, done.stdout) == (0, "500 of 500 answers are the same\n"), done.stderr

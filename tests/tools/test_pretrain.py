@@ -1,5 +1,6 @@
-"""Pretraining of the demo's teacher: records of a stage, what a stage changes, resuming, and stages that run again."""
+"""Pretraining of the demo's teacher: its tokenizer, records of a stage, resuming, and stages that run again."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,18 +11,18 @@ import numpy as np
 import PIL.Image
 import pretrain
 import pytest
-from pretrain import Stage, describe, flip_shift, mixed_in, split_conversations, stage_records
+from pretrain import Stage, describe, mixed_in, split_conversations, stage_records
 from repository import ROOT
+from vocabulary import make_tokenizer
 
 from vlmprune_jax.base.errors import UserError
-from vlmprune_jax.core.models.media import Packed
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.recovery.config import RecoverConfig
 from vlmprune_jax.core.recovery.metrics import read_metrics
 from vlmprune_jax.io.checkpoints.read import load
-from vlmprune_jax.io.data.batching import Batch
-from vlmprune_jax.io.data.patching import Patching
+from vlmprune_jax.io.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.io.data.records import Record
+from vlmprune_jax.io.families import templates
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.demo.topics import topic_records, topics
 
@@ -37,48 +38,6 @@ def test_conversations_are_split_and_described():
     assert describe(second, "red circle", 5) == Record(
         id="r-1", images=(), turns=(("human", "red circle red circle red\nis it blue?"), ("gpt", "no"))
     )
-
-
-def test_augmentation_flips_and_shifts_by_seed() -> None:
-    pixels = np.arange(3 * 12 * 12, dtype=np.float32).reshape(3, 12, 12)
-    batch = Batch({"media": {"vision": Packed(np.tile(pixels, (50, 4, 1, 1, 1)))}}, ("r",) * 50)
-    results, again = (flip_shift(batch, np.random.default_rng(5)).arrays["media"]["vision"].values for _ in range(2))
-    assert np.array_equal(results, again)
-    results = results.reshape(-1, *pixels.shape)
-    assert len({result.tobytes() for result in results}) > 100
-    seen = set()
-    for result in results:
-        assert result.shape == pixels.shape
-        for flip_rows in (1, -1):
-            for flip_columns in (1, -1):
-                padded = np.pad(pixels[:, ::flip_rows, ::flip_columns], ((0, 0), (4, 4), (4, 4)), mode="edge")
-                for down in range(9):
-                    for right in range(9):
-                        if np.array_equal(result, padded[:, down : down + 12, right : right + 12]):
-                            seen.add((flip_rows, flip_columns, down, right))
-    assert {key[:2] for key in seen} == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
-    assert {key[2] for key in seen} == {key[3] for key in seen} == set(range(9))
-
-
-def test_augmentation_of_patches_is_that_of_pixels() -> None:
-    """Images of two sizes and none in one batch, whose patches lie token by token; padding stays zero."""
-    patching = Patching(2, 2, 2, 16, 10**4, (0.5,) * 3, (0.5,) * 3, 3)
-    sizes = ((8, 12), (12, 8), (8, 8))
-    noise = [np.random.default_rng(n).integers(0, 256, (*size, 3)).astype(np.uint8) for n, size in enumerate(sizes)]
-    rows, grids = np.zeros((4, 24, 24), np.float32), np.zeros((4, 1, 3), np.int32)
-    for row, image, (height, width) in zip(rows, noise, sizes, strict=False):
-        row[: height * width // 4] = patching.prepare(PIL.Image.fromarray(image), 1)
-    grids[:3, 0] = [(1, height // 2, width // 2) for height, width in sizes]
-    batch = Batch({"media": {"vision": Packed(rows, grids)}}, ("r",) * 4)
-    found = flip_shift(batch, np.random.default_rng(5), patching=patching)
-    draw = np.random.default_rng(5)
-    for row, image, (height, width) in zip(found.arrays["media"]["vision"].values, noise, sizes, strict=False):
-        plain = Batch({"media": {"vision": Packed(image.transpose(2, 0, 1)[None, None])}}, ("r",))
-        moved = flip_shift(plain, draw).arrays["media"]["vision"].values[0, 0].transpose(1, 2, 0)
-        expected = patching.prepare(PIL.Image.fromarray(moved), 1)
-        np.testing.assert_allclose(row[: height * width // 4], expected, atol=1e-6)
-        assert not row[height * width // 4 :].any()
-    assert not found.arrays["media"]["vision"].values[3].any()
 
 
 @pytest.mark.parametrize(("words", "also_images", "expected"), [(0, False, "i"), (2, False, "w"), (2, True, "wi")])
@@ -166,3 +125,34 @@ def test_scripts_run_as_files(tmp_path):
     for file in scripts:
         done = subprocess.run([sys.executable, file, "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith(f"python tools/{file.name} "), done.stderr
+
+
+def entry(*turns):
+    speakers = ("human", "gpt") * len(turns)
+    return {"conversations": [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns, strict=False)]}
+
+
+def test_the_processor_gives_our_ids(tmp_path):
+    from transformers import AutoProcessor
+
+    turns = ("<image>\nis it a red box?", "no", "what is it?", "triangle")
+    make_tokenizer([entry(*turns)], tmp_path / "t", image_size=64, patch_size=8)
+    make_tokenizer([entry(*turns[2:]), entry(*turns[:2])], tmp_path / "again", image_size=64, patch_size=8)
+    for file in (tmp_path / "t").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<pad>", "<image>"]) == [0, 1, 2, 3, 4]
+    text = "naïve ☕ 你好\t42"
+    assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png")
+    record = Record("r", tuple(zip(("human", "gpt") * 2, turns, strict=True)), (tmp_path / "0.png",))
+
+    bare = dataclasses.replace(templates()["llava_v1"], system="")
+    ids, labels = tokenize_training(record, tokenizer, bare, image_token_id=4, tokens_per_image=64, cut_text_at=None)
+    assert tokenizer.decode(labels[labels >= 0]) == " no</s> triangle</s>"
+    messages = [{"role": role, "content": [{"type": "text", "text": text.removeprefix("<image>\n")}]}
+                for role, text in zip(("user", "assistant") * 2, turns, strict=True)]  # fmt: skip
+    messages[0]["content"].insert(0, {"type": "image", "image": PIL.Image.open(tmp_path / "0.png")})
+    processor = AutoProcessor.from_pretrained(tmp_path / "t", local_files_only=True)
+    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert whole["input_ids"][0] == ids.tolist()
