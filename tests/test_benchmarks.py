@@ -10,12 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def lines_of(benchmark, *flags):
+    """The lines of JSON that a benchmark prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / benchmark), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 @pytest.mark.slow
 def test_the_training_benchmark_runs(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/train_step.py"), "--tiny", "--batch=2x24", "--rounds=2"]
-    done = subprocess.run([*command, f"--work={tmp_path}"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ours, peft, ratios = map(json.loads, done.stdout.splitlines())
+    flags = ["--tiny", "--batch=2x24", "--rounds=2", f"--work={tmp_path}"]
+    ours, peft, ratios = lines_of("train_step.py", *flags)
     assert [line["side"] for line in (ours, peft, ratios)] == ["ours", "peft", "ours/peft"]
     for line in (ours, peft):
         assert line["tokens_per_second"] == pytest.approx(2 * 24 / line["step_seconds"], rel=0.2)  # rounded to 1 ms
@@ -25,10 +31,7 @@ def test_the_training_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_scoring_benchmark_runs():
-    command = [sys.executable, str(ROOT / "benchmarks/scoring.py"), "--tiny", "--batch=4x24", "--rounds=2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = lines_of("scoring.py", "--tiny", "--batch=4x24", "--rounds=2")
     assert [line["side"] for line in lines] == ["ours", "torch", "ratio"] * 2
     for line in lines[2::3]:
         assert line["speed"] > 0
@@ -38,8 +41,18 @@ def test_the_scoring_benchmark_runs():
 @pytest.mark.slow
 def test_recommendations_land_in_their_interval(tmp_path):
     """Each is followed to the end: pruned, recovered as advised, and evaluated on the demo's questions."""
-    command = [sys.executable, str(ROOT / "benchmarks/recommend_check.py"), f"--workdir={tmp_path / 'checks'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    rows = [row for row in lines_of("recommend_check.py", f"--workdir={tmp_path / 'checks'}") if "case" in row]
     assert [row["case"] for row in rows if row["inside"]] == ["trained", "untrained", "hybrid", "projector"], rows
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_full_size_runs(tmp_path):
+    found = lines_of("full_size.py", "--tiny", "--model=internvl", f"--work={tmp_path}")
+    lines = {line["step"]: line for line in found}
+    assert list(lines) == ["cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "ratios"]
+    assert lines["cp_input"]["output_bytes"] == lines["cp_input"]["input_bytes"]
+    assert lines["cp_output"]["output_bytes"] == lines["depth"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert lines["width"]["output_bytes"] < lines["depth"]["input_bytes"]
+    assert 0.05 < lines["depth"]["peak_rss_gib"] < 1
+    assert lines["ratios"]["depth_to_cp_of_input_and_output"] > 0
+    assert list(tmp_path.iterdir()) == []

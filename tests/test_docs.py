@@ -1,7 +1,11 @@
-"""The docs without a site builder: links, anchors, named files, decision numbers, line lengths and the word budget."""
+"""The docs without a site builder: links, named files, settings and commands, line lengths and the word budget."""
 
+import importlib
 import json
+import os
 import re
+import shlex
+import subprocess
 import tempfile
 from functools import cache
 from typing import Any
@@ -12,7 +16,8 @@ from repository import ROOT
 
 import vlmprune_jax as vp
 from vlmprune_jax.run.cli.config_files import read_hyper
-from vlmprune_jax.run.cli.flags import parse
+from vlmprune_jax.run.cli.flags import define, parse
+from vlmprune_jax.run.cli.main import COMMANDS, find_command, script_command
 from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.experiment.recipes import shipped_configs
 from vlmprune_jax.run.experiment.spec import sections
@@ -166,12 +171,65 @@ def test_install_lines_work_from_a_clone():
     assert [page_id(path) for path in pages if re.search("pip install ['\"]?vlmprune", path.read_text())] == []
 
 
-def commands(path):
-    """The lines of a page's code blocks, joined where they end in a backslash, and its inline commands."""
+# --- commands: each exists, with these flags, settings and files; scripts print what they call -----------------------
+
+
+VARIABLES = {
+    "BUCKET": "bucket", "PROJECT": "p", "ZONE": "z", "TPU_NAME": "t", "ACCELERATOR": "v5litepod-64", "RUNTIME": "r",
+    "CLUSTER": "c", "WORKLOAD": "w", "TPU_TYPE": "v5litepod-64", "IMAGE": "i", "TOPOLOGY": "2x2x2",
+    "BLUEPRINT": "b.yaml",
+}  # fmt: skip
+
+
+def lines_of(path, language):
+    """Return the lines of a Python file, or of the code blocks of a page; a backslash joins lines."""
     text = path.read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```(?!python)\w*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`((?:vlmprune|python|make) [^`]+)`", text)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline
+    if path.suffix == ".md":
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+        text = "\n".join(block for name, block in blocks if re.fullmatch(language, name))
+    return re.sub(r"\\\n\s*", " ", text).splitlines()
+
+
+def commands():
+    """The words from the command's name on of every whole line of `vlmprune` or of a script in tools/."""
+    for path in [*PAGES, ROOT / "launch/README.md", *sorted((ROOT / "configs").rglob("*.py"))]:
+        for line in lines_of(path, "(bash)?"):
+            line = re.sub(r"^(\s*)python tools/(\w+)\.py ", r"\1vlmprune \2 ", line.replace("$BUCKET", "bucket"))
+            found = re.match(r"\s*vlmprune (\w[\w-]* .*)", line)
+            if found and not re.search(r" \| |\.\.\.|\[", found[1].partition(" #")[0]):
+                yield pytest.param(shlex.split(found[1], comments=True), id=f"{page_id(path)}: {found[1][:50]}")
+
+
+@pytest.mark.parametrize("words", [*commands()])
+def test_commands_are_as_documented(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *rest = words
+    assert name in COMMANDS or (ROOT / f"tools/{name}.py").is_file()
+    command = find_command(name) if name in COMMANDS else script_command(importlib.import_module(name))
+    config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
+    file = (config or "").partition(":")[0]
+    if file in shipped_configs() or (file.endswith(".py") and (ROOT / file).is_file()):
+        parse(name, command, rest)  # loads it, and refuses settings that do not exist
+    else:
+        known = set(define(command))
+        flags = [word[2:].partition("=")[0].removeprefix("no") for word in rest if word.startswith("--")]
+        assert [flag for flag in flags if flag not in known and not flag.startswith("config")] == []
+
+
+@pytest.mark.parametrize("page", ["launch/README.md", "docs/how-to/run-on-a-pod.md"])
+def test_scripts_are_as_documented(page):
+    """Every line that calls a script, with its arguments, prints commands and does nothing."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    run = re.search(r"^run=\(.*?\)$", text, re.MULTILINE | re.DOTALL)[0]
+    calls = re.findall(r"^(launch/\w+\.sh)(.*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    assert len(calls) >= 9
+    lines = [f"{script} --dry-run {rest.strip()}" for script, rest in calls]
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join([run, *lines])],
+        cwd=ROOT, env={**os.environ, **VARIABLES}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= len(lines)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
@@ -180,7 +238,8 @@ def test_commands_name_configs_and_files_that_exist(path):
     folders = "|".join(FOLDERS)
     own = set(re.findall(r"^# ([\w.]+\.(?:py|yaml))$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
     missing = []
-    for line in commands(path):
+    inline = re.findall(r"`((?:vlmprune|python|make) [^`]+)`", path.read_text(encoding="utf-8"))
+    for line in [*lines_of(path, r"(?!python)\w*"), *inline]:
         for config in re.findall(r"--config[= ]([\w./-]+)", line):
             name = config.removesuffix(".py")
             known = name in shipped_configs() or (ROOT / f"{name}.py").is_file() or config in own

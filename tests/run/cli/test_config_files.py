@@ -35,10 +35,7 @@ def test_hub_ids_become_folders(monkeypatch, tmp_path):
     assert (model.hf_dir, model.vision_dir) == (str(tmp_path / "org/model"), str(tmp_path / "org/tower"))
     config = experiment_config()
     assert placed(read_experiment(config), tmp_path / "w").model == Experiment().model
-
-
-def test_config_holds_every_setting_and_comes_back():
-    assert override(Experiment(), experiment_config().to_dict()) == Experiment()
+    assert override(Experiment(), config.to_dict()) == Experiment()
 
 
 def test_a_dictionary_changes_a_section_of_a_config():
@@ -120,10 +117,8 @@ def test_a_yaml_file_is_a_config(tmp_path):
     [
         ("prune: {ratio: 0.3", "cannot be read (expected ',' or '}', but got '<stream end>' in \"my.yaml\", line 1"),
         ("- prune", "does not have the expected content (Expected `object`, got `array`)"),
-        ("", "does not have the expected content (Expected `object`, got `null`)"),
         ("prnue: {ratio: 0.3}", "config has no setting 'prnue'; did you mean 'prune'?"),
         ("1: 2", "config has no setting '1' (known: model, data,"),
-        ("prune: {ratio: much}", "config.prune.ratio='much' must be a number or None"),
         ("prune: 0.3", "config.prune=0.3: is a section of settings"),
         ("prune: {ratio: 2026-01-01}", "cannot be read (Object of type date is not JSON"),
         ("prune: {ratio: 0.3}\nprune: {}", '(a name occurs twice in this section in "my.yaml", line 1'),
@@ -165,10 +160,7 @@ def test_a_sweep_in_yaml_is_all_combinations(tmp_path, monkeypatch):
         ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),
         ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets='q_proj' must be a tuple"),
         ({"score": {"reference_compat": 1}}, "must be True or False"),
-        ({"score": {"samples": -1}}, "score.samples=-1 must be at least 1"),
         ({"data": {"threads": -1}}, "data.threads=-1 must be at least 0"),
-        ({"data": {"max_length": 0}}, "data.max_length=0 must be at least 1"),
-        ({"evaluate": {"questions": 0}}, "evaluate.questions=0 must be at least 1"),
         ({"prune": {"steps": 0}}, "prune.steps=0 must be at least 1"),
         ({"recover": {"seed": -1}}, "recover.seed=-1 must be at least 0 and below 2**32"),
     ],

@@ -1,11 +1,11 @@
-"""The commands as a person meets them: help, settings by name, versions, typos, exit codes."""
+"""The commands as a person meets them: help, versions, configs by name, settings by flag, typos, exit codes."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -13,7 +13,10 @@ from repository import ROOT
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.settings import settings_of
+from vlmprune_jax.run.cli.config_files import read_experiment
+from vlmprune_jax.run.cli.flags import parse
 from vlmprune_jax.run.cli.main import COMMANDS, main
+from vlmprune_jax.run.cli.stages import stage_command
 from vlmprune_jax.run.experiment.spec import sections
 
 
@@ -25,9 +28,9 @@ def printed(capsys, *argv, code=0):
     return err or out
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
-def test_overview(capsys, argv):
-    out = printed(capsys, *argv)
+def test_overview(capsys):
+    out = printed(capsys)
+    assert printed(capsys, "--help") == printed(capsys, "help") == out
     for name in COMMANDS:
         assert out.count(f"\n  {name} ") == 1
     assert max(map(len, out.splitlines())) <= 80
@@ -48,19 +51,12 @@ def test_every_command_has_help(capsys, name):
 
 def test_module_runs_and_help_does_not_load_jax():
     code = (
-        "import sys; from vlmprune_jax.run.cli.main import main; main(['run', '--help']); print('jax' in sys.modules)"
+        "import sys; from vlmprune_jax.run.cli.main import main; print(main(['run', '--help']), 'jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "0 False"
     done = subprocess.run([sys.executable, "-m", "vlmprune_jax", "rnu"], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (2, "vlmprune: error: no command 'rnu'; did you mean 'run'?\n")
-
-
-def test_debug_shows_where(capsys):
-    assert main(["inspect", "/no/where", "--debug"]) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("vlmprune: error: /no/where: no such folder")
 
 
 USERS = """import vlmprune_jax as vp
@@ -91,25 +87,100 @@ def test_errors_in_a_file_of_the_users_name_its_line(goldens, tmp_path, capsys):
     assert f"vlmprune mine failed at {tmp_path}/c.py:6 with IndexError: list index out of range: correct that" in line
 
 
-def test_devices_that_are_not_there(tmp_path):
-    """In a process of its own, before jax has started any."""
-    command = [sys.executable, "-m", "vlmprune_jax", "score", "--config=demo", f"--workdir={tmp_path}"]
-    made = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
-    assert (made.returncode, made.stderr.count("\n")) == (2, 1)
-    assert "JAX_PLATFORMS=cuda: jax cannot start" in made.stderr
+# --- configs and flags ------------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_comes_with_vlmprune_is_found_by_name(capsys):
+    for config in ("demo:quick", "llava15_7b:width,0.3,uniform", str(ROOT / "configs" / "bunny_3b.py")):
+        assert "no workdir given" in printed(capsys, "run", f"--config={config}", code=2)
+    wrong = printed(capsys, "run", "--config", "demos", code=2)
+    assert "--config=demos: no such file, and no shipped config of this name; did you mean" in wrong
+    assert "(--config=NAME): bunny_3b, demo,\n" in printed(capsys)
+
+
+CONFIG = """
+from vlmprune_jax.run.cli.config_files import experiment_config
+
+def get_config(variant="none"):
+    config = experiment_config()
+    config.prune = {"ratio": {"none": 0.3, "half": 0.5}[variant]}
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(CONFIG)
+    (tmp_path / "dict.py").write_text("def get_config():\n    return {}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdri=x"], "vlmprune run has no flag --workdri; did you mean 'workdir'?"),
+        (["--config={file}", "--config.score.by_kind=True"], "score has no setting 'by_kind': it is now"),
+        (["--config={file}", "--config.prune.ratoi=0.2"], "config.prune has no setting 'ratoi'; did you mean 'ratio'?"),
+        (["--config={file}", "--config.prune.ratio=much"], "could not convert string to float"),
+        (["--config={file}", "--config.prune.ratio.x=1"], "config.prune.ratio is a setting, not a section"),
+        (["--config.prune.ratio=0.2"], "name the file as well (--config=FILE.py)"),
+        (["--config=nowhere.py"], "--config=nowhere.py: cannot be loaded"),
+        (["--config={file}:third"], "cannot be loaded ('third')"),
+        (["--config={file}", "--config"], "Missing value for flag --config"),
+        (["--config={file}", "config.prune.ratio=0.2"], "takes no argument 'config.prune.ratio=0.2': write settings"),
+        (["--config={dir}/dict.py"], "dict.py: cannot be loaded (get_config"),
+        (["--config={file}", "--config.data.threads=None"], "config.data.threads=None must be a whole number"),
+        ([], "no config given: add --config=FILE.py"),
+        (["--config={file}"], "no workdir given: add --workdir=DIR"),
+        (["--config={file}", "--workdir={file}"], "is a file, expected a folder"),
+        (["--config={file}", "--workdir={dir}/w"], "model.hf_dir is not set"),
+        (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir=/no/where"], "/no/where: no such folder"),
+        (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir={dir}"], "data.eval is not set"),
+        (["--config={file}", "--workdir={dir}/w", "--config.export.layout=hf"], "export.layout 'hf' is not one of"),
+        (["--config={file}", "--workdir={dir}/w", "--config.score.depth=taylor"], "use block_influence or angular or"),
+        (["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"], "use taylor or activation"),
+        (["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"], "is only for prune.method='width'"),
+    ],
+)
+def test_wrong_command_lines(capsys, config_file, flags, message):
+    filled = [flag.format(file=config_file, dir=config_file.parent) for flag in flags]
+    assert message in printed(capsys, "run", *filled, code=2)
+    assert not (config_file.parent / "w").exists()
+
+
+def test_a_setting_can_be_unset(config_file, monkeypatch):
+    """What a config file sets, where a recipe or another variant sets something else instead."""
+    seen = []
+    monkeypatch.setattr(
+        "vlmprune_jax.run.cli.stages.run_command", lambda _, flags: seen.append(read_experiment(flags.config))
+    )
+    texts = ["--config.data.system=", "--config.data.images=None", "--config.prune.layers_removed=3"]
+    texts += ["--config.model.vision_dir", "None"]
+    assert main(["run", f"--config={config_file}:half", "--config.prune.ratio=None", *texts]) == 0
+    (experiment,) = seen
+    assert (experiment.prune.ratio, experiment.prune.layers_removed) == (None, 3)
+    assert (experiment.data.system, experiment.data.images, experiment.model.vision_dir) == ("", None, None)
+
+
+def test_every_spelling_of_a_setting_replaces_that_of_a_variant(config_file):
+    spellings = ["--config.data.threads=2", "-config.prune.ratio", "0.4", "--noconfig.data.truncate"]
+    found = parse("run", stage_command("run"), [f"--config={config_file}", *spellings])
+    assert found.explicit == ["data.threads", "prune.ratio", "data.truncate"]
+
+
+def test_a_report_is_of_all_models(capsys, tmp_path):
+    for flag in ("--dry_run", "--only=width"):
+        assert "leave --dry_run and --only out" in printed(capsys, "report", f"--workdir={tmp_path}", flag, code=2)
 
 
 # --- `vlmprune help NAME` --------------------------------------------------------------------------------------------
 
 
 def test_help_of_settings(capsys):
-    for name in ("recover.losses.kl", "losses.kl", "kl"):
-        assert printed(capsys, "help", name).splitlines() == [
-            "recover.losses.kl = 0.0",
-            "  Weight of the forward KL divergence (teacher to student) at `temperature`.",
-            "  number (weight), at least 0",
-            "  stages that run again after a change: recover",
-        ]
+    told = "recover.losses.kl = 0.0\n  Weight of the forward KL divergence (teacher to student) at `temperature`.\n"
+    told += "  number (weight), at least 0\n  stages that run again after a change: recover\n"
+    assert [printed(capsys, "help", name) for name in ("recover.losses.kl", "losses.kl", "kl")] == [told] * 3
     out = printed(capsys, "help", "lora", "group_by")
     assert [line.split(" = ")[0] for line in out.splitlines() if line[:1] not in ("", " ") and " = " in line] == [
         *("recover.lora.rank", "recover.lora.alpha", "recover.lora.dropout", "recover.lora.targets", "data.group_by")
@@ -117,9 +188,11 @@ def test_help_of_settings(capsys):
     assert "section recover.lora: " in out
     assert "  text, one of none, length, modality_length" in out
     assert "after a change: none" in printed(capsys, "help", "log_every")
+    assert printed(capsys, "help", "temprature", code=2).endswith("'temprature'; did you mean 'temperature'?\n")
+    assert "(sections: model, data, score, " in printed(capsys, "help", "xyzzy", code=2)
 
 
-def test_help_answers_for_every_section_and_the_variants(capsys, monkeypatch):
+def test_help_of_every_section_is_wrapped_to_the_terminal(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     for place, section in sections().items():
         name = place.removesuffix(".NAME")
@@ -130,24 +203,14 @@ def test_help_answers_for_every_section_and_the_variants(capsys, monkeypatch):
             assert not about.offered or line in out
     for name in ("prune_variants", "recover_variants"):
         assert printed(capsys, "help", name).startswith(f"{name} = {{}}\n  Ways to ")
-
-
-def test_help_is_wrapped_to_the_terminal(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
     whole = printed(capsys, "help", "recover")
+    assert max(map(len, whole.splitlines())) > 120
     monkeypatch.setenv("COLUMNS", "60")
     out = printed(capsys, "help", "recover")
-    assert max(map(len, whole.splitlines())) > 120
-    assert max(map(len, out.splitlines())) <= 60
-    assert out.split() == whole.split()
+    assert (max(map(len, out.splitlines())) <= 60, out.split()) == (True, whole.split())
 
 
-def test_help_of_what_does_not_exist(capsys):
-    assert printed(capsys, "help", "temprature", code=2).endswith("'temprature'; did you mean 'temperature'?\n")
-    assert "(sections: model, data, score, " in printed(capsys, "help", "xyzzy", code=2)
-
-
-def test_versions_and_devices(capsys, monkeypatch):
+def test_versions_and_devices(capsys, monkeypatch, tmp_path):
     version = f"vlmprune {importlib.metadata.version('vlmprune-jax')}"
     monkeypatch.setenv("JAX_SOMETHING", "1")
     out = " ".join(printed(capsys, "env").split())
@@ -158,9 +221,8 @@ def test_versions_and_devices(capsys, monkeypatch):
     assert "JAX_SOMETHING=1" in out
     assert printed(capsys, "--version").strip() == version
 
-    def none():
-        raise RuntimeError("no TPU here")
-
-    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=RuntimeError("no TPU here")))
     out = " ".join(printed(capsys, "env").split())
     assert "devices none: JAX_PLATFORMS=cpu: jax cannot start this platform (no TPU here): " in out
+    out = printed(capsys, "score", "--config=demo", f"--workdir={tmp_path}", code=2)
+    assert "JAX_PLATFORMS=cpu: jax cannot start this platform (no TPU here): " in out
