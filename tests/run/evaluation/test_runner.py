@@ -1,16 +1,20 @@
-"""The runner against forwards that share nothing with it: shared images, tiles with slots to spare, perplexity."""
+"""Questions to models, against forwards that share nothing: shared images, tiles, perplexity, one question alone."""
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_cases import copy_llava
+from PIL import Image
 from prune_cases import config, model, on_mesh
 from refusal import refused
 from vlm_cases import images_of
 
+import vlmprune_jax as vp
 from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.io.checkpoints.read import load
 from vlmprune_jax.io.data.batching import train_batches
@@ -22,6 +26,7 @@ from vlmprune_jax.io.data.records import Record
 from vlmprune_jax.io.data.tiling import Tiling
 from vlmprune_jax.io.families import templates
 from vlmprune_jax.io.families.towers import PIXELS
+from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation import questions
 from vlmprune_jax.run.evaluation.questions import arrange_questions
 from vlmprune_jax.run.evaluation.runner import _windows, evaluate, perplexity
@@ -238,15 +243,66 @@ def test_perplexity_equals_its_formula():
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     split = perplexity(on_mesh(one, 2, 2, 2), ids, window=7, batch_size=4)
     assert split.perplexity == pytest.approx(found.perplexity, rel=1e-5)
+    refused("perplexity needs at least 2 tokens", perplexity, one, [3], window=4, batch_size=1)
+    refused("token ids from 3 to 99 for a vocabulary of", perplexity, one, [3, 99], window=4, batch_size=1)
+
+
+def test_batches_of_windows_are_no_larger_than_the_text():
+    for batch_size, ways, batches in ((256, 1, [(4, 7)]), (3, 1, 2 * [(2, 7)]), (6, 3, [(6, 7)])):
+        assert [ids.shape for ids, _ in _windows(np.arange(23), 7, batch_size, ways)] == batches
+
+
+# --- `vp.answer`, `vp.questions` and `vlmprune chat`: a question without an experiment -------------------------------
+
+
+QUESTION = "Is a dog here?"
+MISSING = ("missing.png", "missing.mp4")
+
+
+@pytest.fixture(scope="module")
+def folder(goldens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    copy_llava(goldens, folder)
+    return folder
+
+
+def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
+    image = goldens / "data/images/img1.png"
+    entry = {"image": image.name, "question": QUESTION, "answers": ["x"]}
+    asked = vp.questions(folder, [entry], images=image.parent, batch_size=1)
+    model = vp.load(folder)
+    (expected,) = vp.evaluate(model, asked, max_new_tokens=3).answers
+    assert expected.prediction
+    with Image.open(image) as picture:
+        for source in (image, str(image), [image], picture):
+            assert vp.answer(model, source, QUESTION, max_new_tokens=3) == expected.prediction
+    assert main(["chat", str(folder), str(folder), str(image), QUESTION, "--max_new_tokens=3"]) == 0
+    size = f"{folder} ({vp.count_params(model):,} parameters)"
+    assert capsys.readouterr().out.split("\n") == [*[size, f"  {expected.prediction}"] * 2, ""]
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "ways", "batches"), [(256, 1, [(4, 7)]), (3, 1, 2 * [(2, 7)]), (6, 3, [(6, 7)])]
+    ("argv", "message"),
+    [
+        *((argv, "chat takes models, images or videos and a question") for argv in ([], ["{image}", QUESTION])),
+        (["{folder}", "{folder}/config.json", QUESTION], "config.json (record question): not a readable image"),
+        *((["{folder}", name, QUESTION], f"{name}: no such file: name an image or a video") for name in MISSING),
+        (["{folder}", "{folder}-missing", "{image}", QUESTION], "llava-missing: no such folder"),
+        (["{folder}", "{image}"], 'img1.png, not a question: add one (vlmprune chat MODEL image.png "What is'),
+    ],
 )
-def test_batches_of_windows_are_no_larger_than_the_text(batch_size, ways, batches):
-    assert [ids.shape for ids, _ in _windows(np.arange(23), 7, batch_size, ways)] == batches
+def test_wrong_arguments(goldens, folder, capsys, argv, message):
+    image = goldens / "data/images/img1.png"
+    assert main(["chat", *[arg.format(folder=folder, image=image) for arg in argv]]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
 
 
-def test_perplexity_of_too_little():
-    refused("perplexity needs at least 2 tokens", perplexity, model(config()), [3], window=4, batch_size=1)
-    refused("token ids from 3 to 99 for a vocabulary of", perplexity, model(config()), [3, 99], window=4, batch_size=1)
+def test_what_has_no_tokenizer_or_no_such_setting(folder):
+    """A model that no folder made has no tokenizer, and one with a trimmed vocabulary another."""
+    model, trimmed = vp.load(folder), SimpleNamespace(vocabulary=())
+    for changes in ({"source": None}, {"plan": trimmed}):
+        refused("in memory has no tokenizer: pass source_dir=", vp.answer, model.replace(**changes), None, QUESTION)
+    refused(f"source_dir=other .* {folder} has its own", vp.answer, folder, None, QUESTION, source_dir="other")
+    refused("setting 'max_length' is not accepted here", vp.questions, folder, [], max_length=9)

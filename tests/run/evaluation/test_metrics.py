@@ -1,13 +1,16 @@
-"""Questions with choices: cases computed by hand, most of which lmms-eval 0.7.3 was seen to score the same."""
+"""Metrics: what one may be, and cases computed by hand, most of which lmms-eval 0.7.3 was seen to score the same."""
 
+import math
 import re
 
 import pytest
 from answer_cases import asked, measured, value
 from refusal import refused
 
-from vlmprune_jax.run.evaluation.metrics import METRICS
+import vlmprune_jax as vp
+from vlmprune_jax.run.evaluation.metrics import METRICS, Metric, metric_named
 from vlmprune_jax.run.evaluation.metrics.choices import parse_letter, parse_open
+from vlmprune_jax.run.evaluation.metrics.texts import EXACT_MATCH, PERPLEXITY, processed
 
 ANIMALS = {"choices": ["cat", "dog", "mouse"], "options": ["cat", "dog", "mouse"], "question_type": "multiple-choice"}
 
@@ -18,6 +21,49 @@ def maths(kind, question="free_form", **fields):
 
 CHOICE = ANIMALS | maths("text", "multi_choice")
 OPEN = {"question_type": "open"}
+PEOPLE = ("yes", "yes", "no", "no", "no", "no", "no", "no", "no", "maybe")
+
+
+def test_names_and_descriptions():
+    assert vp.metrics is METRICS
+    assert vp.Metric is Metric
+    assert metric_named("exact_match") is EXACT_MATCH
+    refused(r"metric 'exact_macth' is not one of .* did you mean 'exact_match'", metric_named, "exact_macth")
+    described = dict(main="accuracy", unit="%", full=1.0, higher_is_better=True, scale=100.0, grouped_by="answer")
+    assert EXACT_MATCH.describe() == described
+    perception = Metric("score", lambda *_: {}, full=2000.0, unit="")
+    assert (perception.describe()["scale"], PERPLEXITY.describe()["scale"]) == (1.0, 1.0)
+
+
+def test_what_a_metric_may_not_be(monkeypatch):
+    refused('unit "%" needs the score of a perfect model', Metric, "x", lambda *_: {}, full=None)
+    refused(r'metric "x": full=1\.0 must be positive', Metric, "x", lambda *_: {}, higher_is_better=False)
+    for metric, fact in (
+        (Metric("x", lambda *of: of[2].fields["choices"]), r"score\(\) of record q failed with KeyError\('choices'\)"),
+        (Metric("x", lambda *_: {"x": 1}, lambda *_: {"x": 1 / 0}), r"aggregate\(\) failed with ZeroDivisionError"),
+        (Metric("x", lambda *_: {"y": 1.0}), r'aggregate\(\) returned no value named "x" \(found: y\)'),
+        (Metric("x", lambda *_: {"x": math.nan}), "x is NaN"),
+    ):
+        monkeypatch.setitem(METRICS, "x", metric)
+        refused(f'metric "x": {fact}', measured, "x", ("a", asked("a")))
+
+
+def test_accuracy_by_answer():
+    answers = [("Yes", asked("yes")), ("no", asked("yes")), ("yes", asked("yes.")), ("blue", asked("blue", "azure"))]
+    values, groups = measured("exact_match", *answers)
+    assert values == {"accuracy": 0.75}
+    assert list(groups) == ["yes", "blue"]
+    assert groups["yes"] == {"questions": 3, "accuracy": pytest.approx(2 / 3)}
+    assert measured("exact_match", ("azure.", asked("blue", "azure")))[0] == {"accuracy": 1.0}
+
+
+def test_perplexity_is_of_running_text():
+    lines = [{"nll": 3.0, "tokens": 2}, {"nll": 1.0, "tokens": 2}]
+    assert PERPLEXITY.values(lines, ()) == {"perplexity": pytest.approx(math.e)}
+    with_bytes = [{**line, "bytes": 2.0 * line["tokens"]} for line in lines]
+    assert PERPLEXITY.values(with_bytes, ())["bits_per_byte"] == pytest.approx(1 / math.log(2) / 2)
+    assert PERPLEXITY.values([{"nll": 1e9, "tokens": 1}], ()) == {"perplexity": math.inf}
+    refused("scores a text, not answers to questions", PERPLEXITY.score_all, ["a"], [asked("a")])
 
 
 @pytest.mark.parametrize(
@@ -27,6 +73,21 @@ OPEN = {"question_type": "open"}
         *((("scienceqa", said, "B", ANIMALS, 0)) for said in ("(B)", "B y", "b. y", "B,", "The answer is B", "A", "")),
         *((("ai2d", said, "B", ANIMALS, 1)) for said in ("B", "b", "B.", "B. text", " B. text", "(B)")),
         *((("ai2d", said, "B", ANIMALS, 0)) for said in ("B) x", " b. x", "b. x", "The answer is B.", "C. text", "")),
+        *((("exact_match", said, right, {}, 1)) for said, right in ((" Yes. ", "yes"), ("yes .", "yes"))),
+        *((("exact_match", said, "yes", {}, 0)) for said in ("no", "a yes", "yes..", "")),
+        ("exact_match", "  Two  Words. ", "two words", {}, 0),
+        *((("gqa", said, right, {}, 1)) for said, right in (("T-shirt", "tshirt"), ("(B)", "B"))),
+        *((("gqa", said, right, {}, 0)) for said, right in (("a cat", "cat"), ("cat  dog", "cat dog"), ("", "..."))),
+        ("anls", "abcx", "abcd", {}, 0.75),
+        *((("anls", said, right, {}, 0)) for said, right in (("xyz", "abc"), ("", " "))),
+        ("anls", "1 / 2", "1/2", {}, 0.6),
+        ("anls", "hello world", "  Hello   World ", {}, 1),
+        ("anls", "maße", "masse", {}, 0.6),  # two edits; the upper case of both has five letters
+        ("anls", "ßß", "ß", {}, 0.75),
+        # Two of ten said yes: without one of these a third, without another two thirds.
+        ("vqa_accuracy", "Yes.", PEOPLE, {}, 0.2 * 1 / 3 + 0.8 * 2 / 3),
+        ("vqa_accuracy", "maybe", PEOPLE, {}, 0.9 / 3),
+        *((("vqa_accuracy", said, PEOPLE, {}, said == "no")) for said in ("no", "other", "")),
         *(("mathvista", said, "dog", CHOICE, 1) for said in ("dog", "B", "it is (b), not (a)")),
         ("mathvista", "b", "dog", CHOICE, 0),  # nearest in three edits: cat is the first
         ("mathvista", "mouses", "mouse", CHOICE, 1),
@@ -38,7 +99,6 @@ OPEN = {"question_type": "open"}
         ("mathvista", "2", "2.0", maths("float", precision=1.0), 1),
         ("mathvista", "[1, 2]", "[1, 2]", maths("list"), 1),
         ("mathvista", "[1,2]", "[1, 2]", maths("list"), 0),
-        ("mmmu", "B) dog", "B", ANIMALS, parse_letter("B) dog", "xyz", "q") == "B"),
         ("mmmu", "the answer is B", "B", ANIMALS, 1),
         ("mmmu", "", "A", ANIMALS, 0),
         ("mmmu", "x = 1,234 m", "1234", OPEN, 1),
@@ -51,14 +111,35 @@ OPEN = {"question_type": "open"}
     ],
 )
 def test_one_answer(name, prediction, reference, fields, expected):
-    assert value(name, prediction, asked(reference, **fields)) == pytest.approx(float(expected), abs=1e-12)
+    references = (reference,) if isinstance(reference, str) else reference
+    assert value(name, prediction, asked(*references, **fields)) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "as_compared"),
+    [
+        ("The T-shirt!", "t shirt"),
+        ("T -shirt", "t shirt"),
+        ("1,000", "1000"),
+        ("1,000 x/y", "1000 xy"),
+        ("3.5 a.m.", "3.5 am"),
+        ("Two dogs", "2 dogs"),
+        ("none", "0"),
+        ("dont\n", "don't"),
+        ("couldnt've, youd", "couldn't've you'd"),
+        ("lets go", "lets go"),
+        ("an apple", "apple"),
+        ("." * 40, "." * 8),
+    ],
+)
+def test_answers_as_vqa_compares_them(answer, as_compared):
+    assert processed(answer) == as_compared
 
 
 @pytest.mark.parametrize(
     ("said", "letter"),
     [
         ("the answer is B", "B"),
-        ("A or B", "B"),
         ("(A) or (C)", "C"),
         ("A cat B", "B"),
         ("B and not DNA now", "B"),
@@ -106,21 +187,23 @@ def test_subjects_of_mmmu():
         ("scienceqa", asked("B"), "record q: has no field 'choices', which the metric needs"),
         ("ai2d", asked("B", options="cat, dog"), "record q: field 'options' must list 1 to 26 texts, got 'cat, dog'"),
         ("ai2d", asked("D", **ANIMALS), "record q: answer 'D' must be one of the letters A to C of its 3 options"),
-        ("mmmu", asked("B"), "record q: has no field 'question_type'"),
         ("mmmu", asked("B", question_type="multiple-choice"), "record q: has no field 'options'"),
         ("mmmu", asked("B", question_type="closed"), "field 'question_type' 'closed' must be multiple-choice or open"),
-        ("mathvista", asked("1"), "record q: has no field 'answer_type'"),
         ("mathvista", asked("1", **maths("float")), "record q: has no field 'precision'"),
         ("mathvista", asked("1", **maths("float", precision=0.5)), "'precision' must be an integer number of decimals"),
         ("mathvista", asked("1", **maths("bool")), "'answer_type' 'bool' must be integer, float, list or text"),
         ("mathvista", asked("x", **CHOICE), "answer 'x' is not one of the record's"),
         ("pope", asked("yes"), "record q: has no field 'category'"),
         ("pope", asked("two", category="random"), "record q: answer 'two' must be yes or no"),
-        ("mme", asked("yes", category="OCR"), "record q: has no field 'question_id'"),
         ("mme", asked("yes", question_id=1), "record q: has no field 'category'"),
         ("mme", asked("yes", category="OCR", question_id=[1]), "field 'question_id' must be a string or an integer"),
         ("mme", asked("yes", category="\ud800", question_id=7), "field 'category' must be a string or an integer"),
         ("mme", asked("yes", category="OCR", question_id=7), "category OCR, question_id 7 has 1"),
+        (
+            "vqa_accuracy",
+            asked("a", "b", "c"),
+            "record q: has 3 reference answer(s), but vqa_accuracy needs at least 4",
+        ),
     ],
 )
 def test_records_that_a_metric_cannot_use(name, record, message):
@@ -134,7 +217,7 @@ def test_choices_as_the_text_of_a_list():
     refused("field 'options' must list", value, "mmmu", "B", deep)
 
 
-# --- pOPE and MME ----------------------------------------------------------------------------------------------------
+# --- POPE and MME ----------------------------------------------------------------------------------------------------
 
 
 FOUND = ("precision", "recall", "f1", "f1_pooled")
@@ -171,11 +254,8 @@ def mme(category, pair, said):
 
 def test_mme_sums_categories_of_pairs():
     answers = [mme("count", 1, "yes"), mme("count", 1, "no"), mme("count", 2, "yes"), mme("OCR", 1, "yes")]
-    answers += [
-        mme("count", 2, "Yes."),
-        mme("OCR", 1, "y"),
-        *(mme("code_reasoning", 1, said) for said in ("no", "yes")),
-    ]
+    answers += [mme("count", 2, "Yes."), mme("OCR", 1, "y"), mme("code_reasoning", 1, "no")]
+    answers += [mme("code_reasoning", 1, "yes")]
     values, groups = measured("mme", *answers)
     assert (values["perception"], values["cognition"], values["score"]) == (325.0, 50.0, 375.0)
     assert (values["accuracy"], values["accuracy_plus"]) == (75.0, 50.0)
