@@ -39,7 +39,10 @@ def config(*, vision: bool = True, layers: int = 2, **changes: Any) -> ModelConf
 @functools.lru_cache(maxsize=16)
 def model(cfg: ModelConfig, seed: int = 0, dtype: str = "float32") -> Model:
     """Random weights."""
-    return Model(init_params(cfg, jax.random.key(seed), jnp.dtype(dtype)), cfg)
+    return Model(_init(cfg, jax.random.key(seed), jnp.dtype(dtype)), cfg)
+
+
+_init = jax.jit(init_params, static_argnums=(0, 2))
 
 
 class Stream:

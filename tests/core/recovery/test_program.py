@@ -48,23 +48,17 @@ def compiled_step(cfg, config, length, teacher_cfg=None):
     return program.step.lower(program.init.eval_shape(masters), *rest).compile()
 
 
+CE, L2 = LossConfig(chunk=4), LossConfig(ce=0.0, l2=1.0, chunk=4)
+ALL_TERMS = LossConfig(ce=0.5, l2=0.5, kl=0.1, teacher_inputs="own", chunk=4)
+STORED_KL = LossConfig(ce=0.5, kl=0.1, teacher_inputs="own", chunk=4, teacher_top_k=5)
+MODELS = [*itertools.product(["vision", "tied", "cached", "unequal tower"], ["all", "lora"])]
+MODELS += [("vision", "projector"), ("cached", "projector")]  # a decoder alone has none
+SOME = [("vision", "all"), ("tied", "lora"), ("cached", "lora")]
+
+
 @pytest.mark.parametrize(
-    ("model", "trainable"),
-    [
-        *itertools.product(["vision", "tied", "cached", "unequal tower"], ["all", "lora"]),
-        ("vision", "projector"),
-        ("cached", "projector"),  # a decoder alone has none
-    ],
-)
-@pytest.mark.parametrize(
-    "loss",
-    [
-        LossConfig(chunk=4),
-        LossConfig(ce=0.5, l2=0.5, kl=0.1, teacher_inputs="own", chunk=4),
-        LossConfig(ce=0.0, l2=1.0, chunk=4),
-        LossConfig(ce=0.5, kl=0.1, teacher_inputs="own", chunk=4, teacher_top_k=5),
-    ],
-    ids=["ce", "ce+l2+kl", "l2", "ce+cached kl"],
+    ("model", "trainable", "loss"),
+    [*((*one, ALL_TERMS) for one in MODELS), *((*one, loss) for one in SOME for loss in (CE, L2, STORED_KL))],
 )
 def test_the_formula_counts_what_the_step_computes(model, trainable, loss):
     """A decoder alone is "tied"; features come from a cache where the model is "cached"."""
