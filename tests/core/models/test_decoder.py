@@ -21,16 +21,12 @@ LLAMA3 |= {"original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 OF_LLAMA = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-    "linear_old_name": {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "llama3": {"rope_scaling": LLAMA3},
     "yarn": {"rope_scaling": YARN},
     "yarn_options": {"rope_scaling": {**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}},
-    "head_dim_from_hidden_size": {"head_dim": 8},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "tied": {"tie_word_embeddings": True},
     "no_window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
     # transformers 5 writes theta and scaling into one field
-    "v5_default": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
     "v5_llama3": {"rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 700.0}},
 }
 # Phi-4-mini: 3/4 of the channels are rotated. 8 of 12 here, which 4 factors fit.
@@ -124,16 +120,10 @@ PRUNED = {
     "odd": lambda model: keep_width(model, [0, 1, 3, 4, 5], range(5, 45)),
     "uneven": lambda model: keep_width(model, [0], range(7, 47), only=[1, 2]),
 }
-MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
-# Every decoder by its own class, pruned in every way, is in the support matrix (tests/export); not these.
-IN_THE_MATRIX = ("qwen2", "qwen3", "phi", "phi3", "mistral")
-QUICK = {("qwen3", "odd"), ("phi", "odd"), ("phi3_plain", "uneven")}
-EXPORTS = [
-    pytest.param(name, pruning, marks=() if (name, pruning) in QUICK else pytest.mark.slow)
-    for name in MODELS
-    for pruning in PRUNED
-    if pruning == "odd" or name not in IN_THE_MATRIX
-]
+# Every decoder by its own class, pruned in every way, is in the support matrix (tests/io/exports); not these.
+EXPORTS = [("qwen3", "odd"), ("phi", "odd"), ("phi3_plain", "uneven")]
+MORE = [("phi3", "odd"), ("mistral", "odd"), ("phi3_plain", "width"), ("qwen2_layer_types", "depth")]
+EXPORTS += [pytest.param(*one, marks=pytest.mark.slow) for one in (*MORE, ("qwen2_layer_types", "uneven"))]
 
 
 @pytest.mark.parametrize(("name", "pruning"), EXPORTS)

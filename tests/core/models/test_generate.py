@@ -28,19 +28,19 @@ def expand(ids):
     return [i for token in ids for i in ([IMAGE] * PATCHES if token == -200 else [int(token)])]
 
 
-@pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_tokens_of_the_reference(llava, goldens, row, padding):
+def test_tokens_of_the_reference(llava, goldens, padding):
     golden = load_arrays(goldens / "forward/llava.npz")
-    ids = expand(golden["input_ids"][row][: golden["gen_prompt_len"][row]])
-    mask = [1] * len(ids)
-    if padding == "right":
-        ids, mask = ids + [0] * 3, mask + [0] * 3
-    if padding == "left":
-        ids, mask = [0] * 3 + ids, [0] * 3 + mask
-    inputs = {"pixel_values": golden["pixel_values"][row : row + 1], "attention_mask": np.array([mask])}
-    tokens = generate(llava, np.array([ids]), **inputs, max_new_tokens=8, eos_token_ids=())
-    np.testing.assert_array_equal(tokens[0], golden["gen_tokens"][row])
+    rows = [0] if padding == "none" else [0, 1]
+    prompts = [expand(golden["input_ids"][row][: golden["gen_prompt_len"][row]]) for row in rows]
+    length = max(map(len, prompts)) + 3 * (padding != "none")
+    ids, mask = np.zeros((2, len(rows), length), int)
+    for row, prompt in enumerate(prompts):
+        place = slice(len(prompt)) if padding == "right" else slice(length - len(prompt), None)
+        ids[row, place], mask[row, place] = prompt, 1
+    inputs = {"pixel_values": golden["pixel_values"][rows], "attention_mask": mask}
+    tokens = generate(llava, ids, **inputs, max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens, golden["gen_tokens"][rows])
 
 
 def test_text_only_and_grouped_queries(llava, goldens):
