@@ -1,4 +1,4 @@
-"""Reconstruction against normal equations solved in float64, and what it must never do."""
+"""Reconstruction of decoders and towers against normal equations in float64, and what it must never do."""
 
 import dataclasses
 
@@ -9,18 +9,21 @@ from block_cases import assert_changed_by, real_values, solved_change
 from hf_cases import assert_equal, keep_layers, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, config, hand_plan, kept_units, missing, model, on_mesh, plan_for, rows
+from prune_cases import EQUAL, UNEQUAL, config, hand_plan, kept_units, missing, model, on_mesh, plan_for, rows, seeing
 from refusal import refused
+from stack_cases import tower_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.base.cache import ArrayCache
-from vlmprune_jax.core.models.params import count_params, flatten, unflatten
+from vlmprune_jax.core.config import PatchConfig
+from vlmprune_jax.core.models.params import count_params, flatten, unflatten, unstack_layers
+from vlmprune_jax.core.models.vlm import forward
 from vlmprune_jax.core.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, stream
 from vlmprune_jax.core.prune.batches import row_batches
 from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.least_squares import RIDGES
 from vlmprune_jax.core.prune.reconstruct_config import ReconstructConfig
-from vlmprune_jax.core.prune.reconstruction import reconstruct
+from vlmprune_jax.core.prune.reconstruction import layers_to_solve, reconstruct
 from vlmprune_jax.io.checkpoints.read import open_model
 
 SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
@@ -36,15 +39,15 @@ def hybrid(teacher):
     ])  # fmt: skip
 
 
-def heads_of(shape):
-    return tuple(range(shape.mixer.q_heads)), tuple(range(shape.mixer.kv_heads))
+def shallow(teacher):
+    """Layer 2 goes, the others stay whole."""
+    return plan_for(teacher, [KeptLayer.whole(i, teacher.cfg.text.layers[i]) for i in (0, 1, 3, 4)])
 
 
 @pytest.mark.parametrize("shape", NAMES)
 def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
-    whole = [KeptLayer.whole(i, one) for i, one in enumerate(teacher.cfg.text.layers)]
-    plan = plan_for(teacher, [whole[i] for i in (0, 1, 3, 4)])
+    plan = shallow(teacher)
     pruned, batches = apply_plan(teacher, plan), rows()
     solved, (told,) = reconstruct(pruned, plan, teacher, batches)
     assert (told["layer"], told["module"]) == (1, "down_proj")
@@ -77,7 +80,7 @@ def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
 def test_held_out_rows_stay_unseen_without_a_refit():
     """The reported error is of the fit without them; by default the weight is solved again with them."""
     teacher = model(config(EQUAL))
-    plan = plan_for(teacher, [KeptLayer.whole(i, teacher.cfg.text.layers[i]) for i in (0, 1, 3, 4)])
+    plan = shallow(teacher)
     pruned, batches = apply_plan(teacher, plan), rows()
     found = {refit: reconstruct(pruned, plan, teacher, batches, refit=refit) for refit in (None, True, False)}
     assert found[None][1] == found[True][1] == found[False][1]
@@ -156,8 +159,7 @@ def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
 def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
     """As on accelerators, where only a few steps are on the devices; more steps than may be there at a time."""
     teacher = model(config(EQUAL))
-    plan, batches = hybrid(teacher), [{name: one[at : at + 1] for name, one in batch.items()}
-                                      for batch in rows() for at in range(2)]  # fmt: skip
+    plan, batches = hybrid(teacher), rows(32)
     pruned = apply_plan(teacher, plan)
     expected, told = reconstruct(pruned, plan, teacher, batches)
     moved = _on_hosts(monkeypatch)
@@ -217,7 +219,8 @@ def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkey
     teacher = vp.load(folder, dtype="bfloat16")
     pruned, plan = keep_layers(teacher, kept)
     if family == "qwen3_vl":
-        tower = [kept_units(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
+        shapes = [one.sizes for one in teacher.cfg.vision.layers]
+        tower = [kept_units(i, range(x["q_heads"]), range(x["kv_heads"]), range(20)) for i, x in enumerate(shapes)]
         plan = hand_plan(teacher.cfg, plan.fingerprint, text=plan.layers, vision=tower)
         pruned = apply_plan(teacher, plan)
     vp.prune_folder(folder, plan, tmp_path / "pruned")
@@ -256,15 +259,11 @@ def test_copies_are_a_few_steps_behind(monkeypatch):
     assert list(layers.streamed(lambda x: x, [])) == []
 
 
-def test_images_count_less(monkeypatch):
+def test_images_count_less():
     teacher = model(config(EQUAL, vision=True))
-    plan = hybrid(teacher)
-    pruned, draw = apply_plan(teacher, plan), np.random.default_rng(2)
-    ids = draw.integers(0, 61, (8, 12))
-    ids[:, 2:6] = 61
-    pixels = draw.standard_normal((8, 3, 6, 6)).astype(np.float32)
-    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
-    first, second = (reconstruct(pruned, plan, teacher, [batch], image_weight=weight)[0] for weight in (1.0, 0.1))
+    plan, (arrays,) = shallow(teacher), images(8)
+    pruned, batches = apply_plan(teacher, plan), [{name: x[at : at + 4] for name, x in arrays.items()} for at in (0, 4)]
+    first, second = (reconstruct(pruned, plan, teacher, batches, image_weight=weight)[0] for weight in (1.0, 0.1))
     leaves = zip(*(jax.tree.leaves(one.params) for one in (first, second)), strict=True)
     assert not all(np.array_equal(a, b) for a, b in leaves)
 
@@ -284,3 +283,104 @@ def test_bad_input():
     broken = teacher.replace(params=unflatten(flat))
     own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
     refused(r"o_proj in layer 0 are not finite in row 2", reconstruct, apply_plan(broken, own), own, broken, rows()[:1])
+
+
+# Towers: before the decoder, and each image once.
+
+TOWER = (tower_layer(2, 2, 10),) * 4
+HEADS = (0, 1)
+WHOLE = tuple(range(10))
+NEURONS = [kept_units(0, HEADS, HEADS, WHOLE[:6]), kept_units(1, (1,), (1,), WHOLE), kept_units(3, HEADS, HEADS, WHOLE)]
+DEPTH = [kept_units(i, HEADS, HEADS, WHOLE) for i in (0, 1, 3)]
+SCALED = {"layer_scale": True, "class_token": False, "patches": PatchConfig(bias=True), "pre_norm": False}
+
+
+def images(number=16, seed=0, same=False):
+    """A batch of rows with an image each."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, 61, (number, 9))
+    ids[:, 1:5] = 61
+    pixels = draw.standard_normal((number, 1, 3, 6, 6)).astype(np.float32)
+    if same:
+        pixels[:] = pixels[:1]
+    return [{"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}]
+
+
+def blocks(one, batches):
+    return real_values(one, {"images": batches[0]["pixel_values"][:, 0]}, names=("down_proj",))
+
+
+def test_a_tower_equals_normal_equations_in_float64():
+    """With layer scale, what the weight writes is solved for, not the weight."""
+    teacher, batches = seeing(TOWER, **SCALED), images()
+    plan = hand_plan(teacher.cfg, fingerprint(teacher), vision=DEPTH)
+    pruned = apply_plan(teacher, plan)
+    solved, (told,) = reconstruct(pruned, plan, teacher, batches)
+    assert (told["stack"], told["layer"], told["module"]) == ("vision", 1, "down_proj")
+    assert told["ridge"] is not None
+    assert told["error_after"] < told["error_before"]
+    dense, ours = blocks(teacher, batches), blocks(pruned, batches)
+    target, residual = dense[2]["after"], dense[2]["after"] - ours[1]["after"]
+    change = solved_change(ours[1]["down_proj"], residual, target, told["ridge"])
+    change /= unstack_layers(pruned.params, pruned.cfg, "vision")[0][1]["layer_scale2/weight"]
+    assert_changed_by(change, 1, "mlp/fc2", pruned, solved, stack="vision")
+    assert_equal(*(one.replace(params=one.params["text"]) for one in (solved, pruned)))
+
+
+@pytest.mark.slow
+def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
+    teacher, batches = seeing(TOWER), images(32)
+    text = [kept_units(i, tuple(range(4)), HEADS, tuple(range(9))) for i in (1, 2, 3, 4)]
+    plan = hand_plan(teacher.cfg, fingerprint(teacher), vision=NEURONS, text=text)
+    pruned, seen = apply_plan(teacher, plan), list[int]()
+    solved, report = reconstruct(pruned, plan, teacher, batches, progress=seen.append)
+    assert seen == [*range(1, layers_to_solve(plan) + 1)] == [*range(1, 8)]
+    assert [(one["stack"], one["layer"], one["module"]) for one in report] == [
+        ("vision", 0, "down_proj"), ("vision", 1, "o_proj"), ("vision", 1, "down_proj"),
+        *(("text", i, "down_proj") for i in (1, 2, 3, 4)),
+    ]  # fmt: skip
+    assert all(one["error_after"] <= one["error_before"] for one in report)
+    new = images(8, seed=1)[0]
+
+    def error(one, name):
+        ours, wanted = (forward(m, **new, capture=("image_features", "hidden"))[1] for m in (one, teacher))
+        ours, wanted = (aux[name] if name == "image_features" else aux["hidden"][-1] for aux in (ours, wanted))
+        return float(((ours - wanted) ** 2).mean())
+
+    assert error(solved, "image_features") < 0.8 * error(pruned, "image_features")
+    assert error(solved, "hidden") < error(pruned, "hidden")
+    # the decoder is fitted to what the solved tower sees: the same from the tower's model alone
+    alone = hand_plan(teacher.cfg, fingerprint(teacher), vision=NEURONS)
+    tower, _ = reconstruct(apply_plan(teacher, alone), alone, teacher, batches)
+    assert_equal(*(one.replace(params=one.params["vision"]) for one in (tower, solved)))
+
+    def stop(done):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
+    cache = ArrayCache(tmp_path / "parts", {"of": 1})
+    assert cache.missing(["vision/0/down_proj", *(f"text/{i}/down_proj" for i in range(3))]) == ["text/2/down_proj"]
+    again, told = reconstruct(pruned, plan, teacher, batches, cache=cache)
+    assert told == report
+    assert_equal(again, solved)
+
+
+@pytest.mark.slow
+def test_a_first_layer_that_goes_is_part_of_the_target():
+    """Nothing before it can make up for it, but what follows is measured against a stream that went through it."""
+    teacher, batches = seeing(TOWER), images()
+    kept = [kept_units(1, HEADS, HEADS, WHOLE[:5]), *(kept_units(i, HEADS, HEADS, WHOLE) for i in (2, 3))]
+    plan = hand_plan(teacher.cfg, fingerprint(teacher), vision=kept)
+    pruned = apply_plan(teacher, plan)
+    _, (told,) = reconstruct(pruned, plan, teacher, batches, held_out=0.9)
+    dense, ours = blocks(teacher, batches)[1]["after"], blocks(pruned, batches)[0]["after"]
+    relative = ((dense - ours) ** 2).mean(1) / (dense**2).mean(1)
+    assert abs(told["error_before"] - relative.mean()) < 0.2 * relative.mean()
+
+
+def test_images_are_held_out_once():
+    teacher = seeing(TOWER)
+    plan = hand_plan(teacher.cfg, fingerprint(teacher), vision=DEPTH)
+    refused("at least 2 calibration images", reconstruct, apply_plan(teacher, plan), plan, teacher, images(same=True))
