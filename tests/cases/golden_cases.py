@@ -92,11 +92,13 @@ class Golden:
         return {name: self.arrays[f"{case}_{name}"] for name in names if f"{case}_{name}" in self.arrays}
 
     def padded(self, cases, rows):
-        """Left-padded token rows of these cases, with their images."""
-        ids, mask = (np.zeros((len(rows), max(map(len, rows))), np.int32) for _ in range(2))
-        for number, row in enumerate(rows):
-            ids[number, -len(row) :], mask[number, -len(row) :] = row, 1
-        return {"input_ids": ids, "attention_mask": mask, **self.shown(cases)}
+        """Left-padded token rows of these cases, with their types and images."""
+        parts = {"input_ids": rows, "attention_mask": [np.ones_like(row) for row in rows]}
+        for name in self.types(cases[0]):
+            parts[name] = [self.types(case)[name][: len(row)] for case, row in zip(cases, rows, strict=True)]
+        width = max(map(len, rows))
+        padded = {name: [np.pad(row, (width - len(row), 0)) for row in own] for name, own in parts.items()}
+        return {name: np.stack(own) for name, own in padded.items()} | self.shown(cases)
 
     def logits(self, cases, model=None):
         """{case: logits} of rows of one padded batch, which compiles once; `model`: instead of the golden's."""

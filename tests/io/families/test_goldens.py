@@ -49,37 +49,30 @@ def of_families(quick=(), among=FAMILIES):
 
 @of_families(quick=FAMILIES)
 def test_forward(golden):
-    """Two cases alone, with their hidden states; the others as rows of one padded batch, which compiles once."""
-    stored, found = golden.arrays, {}
-    for case in ("single", "text"):
-        logits, aux = vp.forward(golden.model, **golden.inputs(case), capture=("hidden", "image_features"))
-        found[case] = np.asarray(logits[0])
-        if f"{case}_hidden" in stored:
-            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
-        if case == "single":
-            features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
-            np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
-    others = [case for case in golden.cases if case not in found]
-    for case, logits in (found | (golden.logits(others) if others else {})).items():
-        expected, labels = stored[f"{case}_logits"], stored[f"{case}_labels"]
-        np.testing.assert_allclose(logits[-len(expected) :], expected, **CLOSE, err_msg=case)
-        loss = mean_loss(logits[None], labels[None])
+    """All cases as rows of one padded batch, which compiles once, with their hidden states and images' features."""
+    stored, rows = golden.arrays, [golden.arrays[f"{case}_input_ids"] for case in golden.cases]
+    inputs = golden.padded(golden.cases, rows)
+    logits, aux = vp.forward(golden.model, **inputs, capture=("hidden", "image_features"))
+    features = np.concatenate([stored[f"{case}_features"] for case in golden.cases if golden.images(case)])
+    np.testing.assert_allclose(np.reshape(aux["image_features"], features.shape), features, **CLOSE)
+    for number, (case, row) in enumerate(zip(golden.cases, rows, strict=True)):
+        expected, labels, found = stored[f"{case}_logits"], stored[f"{case}_labels"], logits[number, -len(row) :]
+        np.testing.assert_allclose(found[-len(expected) :], expected, **CLOSE, err_msg=case)
+        loss = mean_loss(found[None], labels[None])
         np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
-    for name in [name for name in stored if name.startswith("length") and name.endswith("_ids")]:  # around chunks
-        expected = stored[name.replace("input_ids", "last_logits")]
-        logits, _ = vp.forward(golden.model, stored[name][None])
-        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=name)
+        if f"{case}_hidden" in stored:
+            states = np.stack(aux["hidden"])[:, number, -len(row) :]
+            np.testing.assert_allclose(states, stored[f"{case}_hidden"], **CLOSE, err_msg=case)
+    if "length130_input_ids" in stored:  # two chunks and a bit, without a mask
+        expected = stored["length130_last_logits"]
+        logits, _ = vp.forward(golden.model, stored["length130_input_ids"][None])
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
 
 
 @of_families(quick=["qwen3_5"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batches(golden, side):
-    batch = golden.batch(side)
-    logits, _ = vp.forward(golden.model, **{name: array for name, array in batch.items() if name != "labels"})
-    stored = golden.arrays[f"batch_{side}_last_logits"]
-    for row, mask, expected in zip(np.asarray(logits), batch["attention_mask"], stored, strict=True):
-        np.testing.assert_allclose(row[mask == 1][-len(expected) :], expected, **CLOSE)
-    scores = vp.score(golden.model, [batch], criterion="block_influence")
+def test_scores_of_padded_batches(golden, side):
+    scores = vp.score(golden.model, [golden.batch(side)], criterion="block_influence")
     np.testing.assert_allclose(scores.layers, golden.arrays[f"batch_{side}_block_influence"], rtol=1e-4)
 
 
@@ -127,9 +120,12 @@ def test_a_mesh_computes_the_same(golden):
     np.testing.assert_allclose(np.asarray(found)[:, -8:], np.asarray(expected)[:, -8:], atol=1e-5, rtol=1e-5)
 
 
+QUICK = [*((family, "all") for family in (*EACH, "internvl_moe")), ("gemma3", "without_1_3")]
 CUTS = [
-    # where all cuts are in one, each alone is quick for one family of experts and one hybrid
-    pytest.param(family, cut, marks=pytest.mark.slow if "all" in cuts and cut != "all" and family not in EACH else ())
+    # where all cuts are in one, each alone is slow; so are those of which a quick test of exports knows the logits
+    pytest.param(
+        family, cut, marks=pytest.mark.slow if ("all" in cuts and cut != "all") or (family, cut) in QUICK else ()
+    )
     for family, cuts in ((family, cuts_of(family)) for family in FAMILIES)
     for cut in cuts
 ]
@@ -249,24 +245,25 @@ def as_record(golden, case):
     return Record(case, (*turns, ("gpt", facts["answer"])), paths)
 
 
-@pytest.mark.parametrize("budget", [70, 140, 280, 560, 1120])
-def test_budgets_of_tokens(goldens, tmp_path, budget):
+def test_budgets_of_tokens(goldens, tmp_path):
+    """Grids of images for each, their pixels for two, and features of a budget that is not the folder's."""
     golden = Golden(goldens / "families/gemma4")
     config = json.loads((golden.ckpt / "processor_config.json").read_text())
-    config["image_processor"]["max_soft_tokens"] = budget
-    (tmp_path / "processor_config.json").write_text(json.dumps(config))
-    images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0), patches=(12, 3))
-    for facts in golden.facts["images"]:
-        (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
-        assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
-    if budget in (140, 280):
-        pixels = images.load(golden.folder / "images/0.png", "record")
-        levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
-        expected, grid = in_cells(golden.model.cfg, levels[None] / 255, places[None])
-        np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
-        module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
-        features = module.projector(features_of(module.vision, module.cfg, packed(expected[None], grid)))
-        np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
+    for budget in (70, 140, 280, 560, 1120):
+        config["image_processor"]["max_soft_tokens"] = budget
+        (tmp_path / "processor_config.json").write_text(json.dumps(config))
+        images = load_image_processor(tmp_path, DataSpec(aspect_ratio="pad", cache_megabytes=0), patches=(12, 3))
+        for facts in golden.facts["images"]:
+            (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
+            assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
+        if budget in (140, 280):
+            pixels = images.load(golden.folder / "images/0.png", "record")
+            levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
+            levels, grid = in_cells(golden.model.cfg, levels[None] / 255, places[None])
+            np.testing.assert_allclose(pixels, levels, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
+    module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
+    features = module.projector(features_of(module.vision, module.cfg, packed(levels[None], grid)))
+    np.testing.assert_allclose(features[0], golden.arrays["image0_budget280_features"], **CLOSE)
 
 
 @pytest.mark.parametrize("golden", [name for name in DENSE if "qwen" not in name], indirect=True)
@@ -330,7 +327,6 @@ def write_crops(golden, folder):
     (folder / name).write_text(json.dumps(config))
 
 
-QUICK = [*((family, "all") for family in (*EACH, "internvl_moe")), ("gemma3", "without_1_3")]
 EXPORTS = [
     pytest.param(family, cut, marks=() if (family, cut) in QUICK else pytest.mark.slow)
     for family in FAMILIES
