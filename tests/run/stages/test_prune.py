@@ -21,129 +21,142 @@ from vlmprune_jax.io.exports.pruning import make_plan, prune_folder, prune_itera
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.stages.prune import _check_integers
 
+DEPTH, BOTH = "prune.method=depth prune.steps=1 prune.ratio=None", "prune.stack=both"
+TOWER = "prune.stack=vision prune.steps=1"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, goldens):
+    """A teacher, a config, and the scores of both stacks in w/."""
+    root = tmp_path_factory.mktemp("prune")
+    prune = {"method": "width", "ratio": 0.25, "steps": 3}
+    config = write_experiment(root, goldens, [], score={"width": "l2", "reduction": "sum"}, prune=prune)
+    assert main(["score", config, f"--workdir={root / 'w'}", "--config.prune.stack=both"]) == 0
+    assert {path.name for path in (root / "w").glob("*.npz")} == {"scores.npz", "scores_vision.npz"}
+    return root
+
 
 @pytest.fixture
-def experiment(tmp_path, goldens):
-    prune = {"method": "width", "ratio": 0.25, "steps": 3}
-    config = write_experiment(tmp_path, goldens, [], score={"width": "l2", "reduction": "sum"}, prune=prune)
-    return [config, f"--workdir={tmp_path / 'w'}"]
+def command(root, tmp_path, capsys):
+    """Callable (name, changed settings, *flags) -> exit code and what was said, in a workdir with those scores."""
+    (tmp_path / "w").mkdir()
+    for name in ("scores.npz", "scores_vision.npz"):
+        shutil.copy(root / "w" / name, tmp_path / "w")
+
+    def call(name, changes, *flags):
+        changed = [f"--config.{change}" for change in changes.split()]
+        code = main([name, f"--config={root}/experiment.yaml", f"--workdir={tmp_path / 'w'}", *changed, *flags])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
 
 
-def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, monkeypatch, capsys):
+def test_the_first_step_uses_the_scores_that_are_there(command, root, tmp_path, monkeypatch):
     scored, score = [], pruning.score
     monkeypatch.setattr(pruning, "score", lambda model, *rest, **more: scored.append(1) or score(model, *rest, **more))
-    assert main(["prune", *experiment]) == 2
-    assert "scores.npz: no such file or folder: run `vlmprune score`" in capsys.readouterr().err
-    assert main(["score", *experiment]) == 0
-    assert main(["prune", *experiment]) == 0
+    assert command("prune", "")[0] == 0
     assert len(scored) == 2
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
-    model = vp.load(tmp_path / "teacher")
     options = {"reduction": "sum", "gqa": "groups"}
     _, expected, scores = prune_iteratively(
-        model, lambda _: (), steps=3, criterion="l2", score_options=options, ratio=0.25, heads="auto"
+        vp.load(root / "teacher"),
+        lambda _: (),
+        steps=3,
+        criterion="l2",
+        score_options=options,
+        ratio=0.25,
+        heads="auto",
     )
     assert plan.layers == expected.layers
     assert len(scores) == 3
-    assert main(["prune", *experiment]) == 0
-    assert "prune: unchanged, skipped" in capsys.readouterr().out
+    assert "prune: unchanged, skipped" in command("prune", "")[1]
 
 
-def test_listed_layers_need_no_scores(experiment, tmp_path, capsys):
-    listed = [*experiment, "--config.prune.method=depth", "--config.prune.steps=1", "--config.prune.ratio=None"]
-    assert main(["prune", *listed, "--config.prune.layers=(1,)"]) == 0
-    assert "depth: " in capsys.readouterr().out
+def test_listed_layers_need_no_scores(command, tmp_path):
+    code, said = command("prune", f"{DEPTH} prune.layers=(1,)")
+    assert (code, "depth: " in said) == (0, True)
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     assert (plan.removed_layers, plan.criterion) == ((1,), "listed layers")
     assert plan.parameters_after == count_params(vp.load(tmp_path / "w/pruned").cfg)
-    assert main(["score", *listed, "--config.prune.layers=(1,)"]) == 2
-    assert "prune.layers lists the layers to remove, so no scores are needed" in capsys.readouterr().err
-    assert main(["prune", *listed, "--config.prune.layers=(1,9)", "--overwrite"]) == 2
-    assert "prune.layers=[1, 9] contains layers that do not exist: the text stack has" in capsys.readouterr().err
-    assert main(["prune", *listed, "--config.prune.method=none"]) == 2
-    assert 'prune.method is "none": choose a method' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stack", ["vision", "both"])
-def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
-    alone = [*experiment, "--config.prune.steps=1", f"--config.prune.stack={stack}", "--config.prune.ratio=0.05"]
-    assert main(["score", *alone]) == 0
-    assert main(["prune", *alone]) == 0
-    said = capsys.readouterr().out
-    plan, source = vp.PrunePlan.from_json(tmp_path / "w/plan.json"), vp.load(tmp_path / "teacher").cfg
-    pruned = vp.load(tmp_path / "w/pruned").cfg
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("score", f"{DEPTH} prune.layers=(1,)", "prune.layers lists the layers to remove, so no scores are needed"),
+        ("prune", f"{DEPTH} prune.layers=(1,9)", "prune.layers=[1, 9] contains layers that do not exist: the text"),
+        ("prune", f"{DEPTH} prune.method=none", 'prune.method is "none": choose a method'),
+        ("prune", "prune.stack=audio", "audio"),
+        ("prune", f"{TOWER} prune.ratio=0.2", "ratio 0.2 cannot be reached by width pruning of the vision stack"),
+        ("prune", BOTH, 'cannot prune both stacks at once: set prune.stack to "text" or "vision"'),
+        ("prune", f"{BOTH} prune.steps=1 prune.mlp_layers=(0,2)", "mlp_layers: cannot be used for both stacks at once"),
+        ("score", f"{BOTH} model.hf_dir={{goldens}}/ckpt/llama_gqa", "no stack of layers 'vision' (it has text)"),
+        ("score", "prune.budget.parameters=1e5 prune.steps=1", "got ratio and budget"),
+        ("score", f"{DEPTH} prune.budget.parameters=1e5 prune.budget.slice=v5e", "'v5e' is not GENERATION:SIZES"),
+        ("prune", "prune.budget.disk_bytes=9 prune.ratio=None prune.steps=1", "disk_bytes=9: cannot be reached"),
+    ],
+)
+def test_what_is_refused(command, goldens, tmp_path, name, changes, message):
+    code, said = command(name, changes.format(goldens=goldens))
+    assert (code, message in said) == (2, True), said
+    assert not (tmp_path / "w/pruned").exists()
+
+
+def test_scores_that_are_missing_or_of_another_stack(command, tmp_path):
+    (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
+    said = command("prune", f"{TOWER} prune.ratio=0.05")[1]
+    assert "scores_vision.npz: has scores for the text stack, expected the vision stack" in said
+    assert "scores.npz: no such file or folder: run `vlmprune score`" in command("prune", "")[1]
+
+
+def shares_lost(plan, source, cost):
+    """What the decoder and the tower lose, by a function of a config and a stack."""
+    return [1 - cost(plan.apply_to(source), name) / cost(source, name) for name in ("text", "vision")]
+
+
+def test_both_stacks_lose_alike(command, root, tmp_path):
+    code, said = command("prune", "prune.stack=both prune.steps=1 prune.ratio=0.05")
+    assert code == 0, said
+    plan, source = vp.PrunePlan.from_json(tmp_path / "w/plan.json"), vp.load(root / "teacher").cfg
+    assert plan.apply_to(source) == vp.load(tmp_path / "w/pruned").cfg
     assert abs(plan.actual_ratio - 0.05) < 0.005
     assert f"{100 * plan.actual_ratio:.2f} % of all parameters removed" in said
-    lost = {name: 1 - count_params(pruned, name) / count_params(source, name) for name in ("text", "vision")}
-    assert f"({100 * lost['text']:.2f} % of the decoder, {100 * lost['vision']:.2f} % of the tower)" in said
-    files = {path.name for path in (tmp_path / "w").glob("*.npz")}
-    assert files == {"scores_vision.npz"} | ({"scores.npz"} if stack == "both" else set())
-    if stack == "vision":
-        assert lost["text"] == 0 < lost["vision"]
-    else:
-        shares = [share_of_layers(plan.apply_to(source), source, name) for name in ("text", "vision")]
-        assert abs(shares[0] - shares[1]) < 0.01  # both lose alike
-    assert main(["prune", *alone, "--config.prune.ratio=0.2", "--overwrite"]) == (2 if stack == "vision" else 0)
-    message = "ratio 0.2 cannot be reached by width pruning of the vision stack within"
-    assert (message in capsys.readouterr().err) == (stack == "vision")
+    text, tower = shares_lost(plan, source, count_params)
+    assert f"({100 * text:.2f} % of the decoder, {100 * tower:.2f} % of the tower)" in said
+    cost = layer_costs(source, "text").of, layer_costs(source, "vision").of
+    text, tower = shares_lost(plan, source, lambda cfg, name: sum(map(cost[name == "vision"], cfg.stack(name).layers)))
+    assert abs(text - tower) < 0.01
 
 
-def test_scores_of_another_stack_are_not_taken(experiment, tmp_path, capsys):
-    tower = [*experiment, "--config.prune.stack=vision", "--config.prune.steps=1", "--config.prune.ratio=0.05"]
-    assert main(["score", *experiment]) == 0
-    (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
-    assert main(["prune", *tower]) == 2
-    assert "scores_vision.npz: has scores for the text stack, expected the vision stack" in capsys.readouterr().err
-    assert main(["prune", *tower, "--config.prune.stack=audio"]) == 2
-    assert "audio" in capsys.readouterr().err
-
-
-def share_of_layers(pruned, source, stack):
-    cost = layer_costs(source, stack).of
-    return 1 - sum(map(cost, pruned.stack(stack).layers)) / sum(map(cost, source.stack(stack).layers))
-
-
-def test_what_is_not_one_stack_is_refused(experiment, tmp_path, goldens, capsys):
-    both = [*experiment, "--config.prune.stack=both"]
-    assert main(["score", *both]) == 0
-    assert main(["prune", *both]) == 2
-    assert 'cannot prune both stacks at once: set prune.stack to "text" or "vision"' in capsys.readouterr().err
-    assert main(["prune", *both, "--config.prune.steps=1", "--config.prune.mlp_layers=(0,2)"]) == 2
-    assert "mlp_layers: cannot be used for both stacks at once" in capsys.readouterr().err
-    assert main(["score", *both, f"--config.model.hf_dir={goldens}/ckpt/llama_gqa", f"--workdir={tmp_path}/v"]) == 2
-    assert "this model has no stack of layers 'vision' (it has text)" in capsys.readouterr().err
-
-
-def test_rounds_of_the_tower(experiment, tmp_path):
-    rounds = [*experiment, "--config.prune.stack=vision", "--config.prune.ratio=0.06"]
-    assert main(["score", *rounds]) == 0
-    assert main(["prune", *rounds]) == 0
-    plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
+def test_rounds_of_the_tower(command, root, tmp_path):
+    shutil.rmtree(tmp_path / "w")
+    assert command("score", "prune.stack=vision")[0] == 0
+    assert [path.name for path in (tmp_path / "w").glob("*.npz")] == ["scores_vision.npz"]
+    assert command("prune", "prune.stack=vision prune.ratio=0.06")[0] == 0
+    plan, source = vp.PrunePlan.from_json(tmp_path / "w/plan.json"), vp.load(root / "teacher").cfg
     assert abs(plan.actual_ratio - 0.06) < 0.005
-    assert vp.load(tmp_path / "w/pruned").cfg == plan.apply_to(vp.load(tmp_path / "teacher").cfg)
+    assert vp.load(tmp_path / "w/pruned").cfg == plan.apply_to(source)
+    text, tower = shares_lost(plan, source, count_params)
+    assert text == 0 < tower
 
 
 @pytest.mark.parametrize(
     ("export", "mlp_layers", "share"),  # padding gives heads back everywhere, and would neurons
-    [
-        ({}, (0, 2), 0.93),
-        ({"uneven": "pad", "dtype": "float32"}, (), 0.8),
-        ({"layout": "transformers"}, (0, 2), 0.93),
-    ],
+    [({}, (0, 2), 0.93), ({"uneven": "pad", "dtype": "float32", "layout": "transformers"}, (), 0.8)],
 )
-def test_bytes_on_disk_are_those_of_the_export(export, mlp_layers, share, experiment, tmp_path, capsys):
-    settings = [f"--config.export.{name}={value}" for name, value in export.items()]
-    settings += ["--config.prune.ratio=None", "--config.prune.steps=1"]
-    settings += ["--config.prune.attn_layers=(0, 2)", f"--config.prune.mlp_layers={mlp_layers}"]
-    assert main(["score", *experiment, *settings]) == 0
+def test_bytes_on_disk_are_those_of_the_export(export, mlp_layers, share, command, root, tmp_path):
     options = {"layout": "source", "uneven": "per_layer", "dtype": "bfloat16", **export}
-    vp.save(vp.load(tmp_path / "teacher"), tmp_path / "whole", source_dir=tmp_path / "teacher", **options)
+    vp.save(vp.load(root / "teacher"), tmp_path / "whole", source_dir=root / "teacher", **options)
     limit = int(share * on_disk(tmp_path / "whole"))
-    assert main(["prune", *experiment, *settings, f"--config.prune.budget.disk_bytes={limit}"]) == 0
+    settings = " ".join(f"export.{name}={value}" for name, value in export.items())
+    settings += f" prune.ratio=None prune.steps=1 prune.attn_layers=(0,2) prune.budget.disk_bytes={limit}"
+    code, said = command("prune", f"{settings} prune.mlp_layers={mlp_layers}".replace(", ", ","))
+    assert code == 0, said
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     reached = plan.options["budget_reached"]["disk_bytes"]
-    assert f"disk_bytes: {reached:,} of {limit:,} allowed" in capsys.readouterr().out
-    cfg, budget = vp.load(tmp_path / "teacher").cfg, {"disk_bytes": limit, "source_dir": str(tmp_path / "teacher")}
+    assert f"disk_bytes: {reached:,} of {limit:,} allowed" in said
+    cfg, budget = vp.load(root / "teacher").cfg, {"disk_bytes": limit, "source_dir": str(root / "teacher")}
     in_python = vp.make_plan(
         vp.Scores.load(tmp_path / "w/scores.npz"), cfg, method="width", attn_layers=(0, 2), mlp_layers=mlp_layers,
         budget=budget | options,
@@ -155,23 +168,10 @@ def test_bytes_on_disk_are_those_of_the_export(export, mlp_layers, share, experi
     # shorter numbers make a shorter header
     assert on_disk(tmp_path / "out") <= reached <= on_disk(tmp_path / "out") + 200
     assert limit - reached < 0.03 * limit
-    assert main(["prune", *experiment, *settings, "--overwrite", "--config.prune.budget.disk_bytes=9"]) == 2
-    assert "prune.budget.disk_bytes=9: cannot be reached" in capsys.readouterr().err
 
 
 def on_disk(folder):
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def test_two_targets_are_refused_before_scoring(experiment, capsys):
-    settings = ["--config.prune.budget.parameters=1e5", "--config.prune.steps=1"]
-    assert main(["score", *experiment, *settings]) == 2
-    assert "got ratio and budget" in capsys.readouterr().err
-    settings += ["--config.prune.ratio=None", "--config.prune.budget.slice=v5e"]
-    assert main(["score", *experiment, *settings]) == 2
-    assert "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES" in capsys.readouterr().err
-    assert main(["score", *experiment, "--config.prune.budget.parameter=9"]) == 2
-    assert "has no setting 'parameter'; did you mean 'parameters'" in capsys.readouterr().err
 
 
 def test_integers_that_an_engine_does_not_load_are_refused_before_recovery(goldens):
@@ -226,58 +226,39 @@ def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, caps
 # --- the stage `recover` trains something ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def flags(tmp_path, goldens):
-    """Flags of `vlmprune recover` in a workdir with a pruned model, for 5 records and the default batch size."""
+def test_recovery_trains_something_or_is_refused(tmp_path, goldens, capsys):
+    """Five records fill a smaller batch than the default of 128; before, its one step was warm-up at rate 0.
+
+    A learning rate that rounding swallows is refused, of projector and adapters, and so is what fills no batch.
+    """
     records = [record(f"r{i}", "img0.png", "Is it one?", "yes") for i in range(5)]
     recover = {"trainable": "projector", "control": False, "epochs": 2.0, "losses": {"ce": 1.0, "l2": 0.0}}
     config = write_experiment(tmp_path, goldens, records, data={"max_length": 64}, recover=recover)
-    model = load(tmp_path / "teacher")
+    model, workdir = load(tmp_path / "teacher"), tmp_path / "w"
     plan = make_plan(score(model, None, criterion="l2"), model.cfg, method="width", ratio=0.1)
-    prune_folder(tmp_path / "teacher", plan, tmp_path / "pruned", dtype="float32")
-    shutil.copytree(tmp_path / "pruned", tmp_path / "w/pruned")
-    (tmp_path / "w/plan.json").write_text(plan.to_json())
-    return [config, f"--workdir={tmp_path / 'w'}"]
+    prune_folder(tmp_path / "teacher", plan, workdir / "pruned", dtype="float32")
+    (workdir / "plan.json").write_text(plan.to_json())
 
+    def recovered(*changes):
+        code = main(["recover", config, f"--workdir={workdir}", *[f"--config.recover.{change}" for change in changes]])
+        said = capsys.readouterr()
+        return code, said.out + said.err
 
-def test_few_records_make_smaller_batches_that_train(flags, tmp_path, capsys):
-    """Before, 5 records made one batch of 128 repeated rows, whose one step was warm-up at rate 0."""
-    assert main(["recover", *flags]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
-    line = (
-        "batches have 5 rows instead of recover.batch_size=128, because there are only 5 training records in 2 epochs"
+    assert "recover: 5 training records in 0.1 epochs fill no batch of 1 row" in recovered("epochs=0.1")[1]
+    assert not (workdir / "training").exists()
+    code, said = recovered("learning_rate=1e-30", "trainable=lora")
+    assert (code, (workdir / "recovered").exists()) == (2, False)
+    assert (
+        "recover: training changed no weight of pruned (2 steps of 5 rows, 5 records, learning rate 1e-30, last "
+        "gradient norm " in said
     )
-    assert line in said
-    lines = [json.loads(line) for line in (tmp_path / "w/training/metrics.jsonl").read_text().splitlines()]
+    assert ", float32): raise recover.learning_rate, " in said
+    shutil.rmtree(workdir / "training")
+    code, said = recovered()
+    assert code == 0, said
+    line = "batches have 5 rows instead of recover.batch_size=128, because there are only 5 training records in 2 "
+    assert line + "epochs" in said
+    lines = [json.loads(line) for line in (workdir / "training/metrics.jsonl").read_text().splitlines()]
     assert (lines[-1]["step"], lines[-1]["learning_rate"]) == (2, pytest.approx(2e-4))
-    before, after = (load(tmp_path / "w" / name).params["projector"] for name in ("pruned", "recovered"))
+    before, after = (load(workdir / name).params["projector"] for name in ("pruned", "recovered"))
     assert not all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--config.mesh.data=8"], "recover: 5 training records in 2 epochs fill no batch of 8 rows"),
-        (["--config.recover.epochs=0.1"], "recover: 5 training records in 0.1 epochs fill no batch of 1 row"),
-    ],
-    ids=["devices", "epochs"],
-)
-def test_records_that_fill_no_batch_are_refused(flags, tmp_path, capsys, more, message):
-    assert main(["recover", *flags, *more]) == 2
-    line = capsys.readouterr().err.strip()
-    assert message in line
-    assert "\n" not in line
-    assert not (tmp_path / "w/training").exists()
-
-
-@pytest.mark.parametrize("trainable", ["projector", "lora"])
-def test_a_model_that_equals_its_source_is_refused(flags, tmp_path, capsys, trainable):
-    """A learning rate that rounding swallows."""
-    small = ["--config.recover.learning_rate=1e-30", f"--config.recover.trainable={trainable}"]
-    assert main(["recover", *flags, *small]) == 2
-    line = capsys.readouterr().err.strip()
-    assert "recover: training changed no weight of pruned" in line
-    assert "(2 steps of 5 rows, 5 records, learning rate 1e-30, last gradient norm " in line
-    assert ", float32): raise recover.learning_rate, " in line
-    assert "\n" not in line
-    assert not (tmp_path / "w/recovered").exists()
