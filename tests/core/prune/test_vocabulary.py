@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from vlmprune_jax.core.prune.vocabulary import Subwords, choose_tokens
 from vlmprune_jax.io.exports.vocabulary import trim_tokenizer
 
-TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[::2]]
 SOURCES, HELD_OUT = TOPICS[0::2], TOPICS[1::2]
 KINDS = ("byte_level", "ignore_merges", "sentencepiece", "gemma", "unigram", "wordpiece")
 
@@ -83,9 +83,8 @@ def check(kind: str, text: str) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_made_of_kept_tokens_are_split_as_before(kind):
-    words = sorted({word for text in HELD_OUT for word in text.split()})
-    assert sum(check(kind, word) for word in words) > len(words) / 20
-    assert not all(check(kind, word) for word in words)
+    whole = [check(kind, word) for word in {word for text in HELD_OUT for word in text.split()}]
+    assert len(whole) / 20 < sum(whole) < len(whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,8 +114,8 @@ def test_without_the_closure_the_guarantee_breaks(kind):
     kept = tuple(sorted(used | subwords.required))
     assert len(subwords.closure(used)) > len(kept)
     small = Tokenizer.from_str(json.dumps(trim_tokenizer(content, kept)))
-    texts = [word for text in HELD_OUT for word in text.split()]
-    whole = [text for text in texts if {*full.encode(text).ids} <= {*kept}]
+    words = {word for text in HELD_OUT for word in text.split()}
+    whole = [text for text in words if {*full.encode(text).ids} <= {*kept}]
     assert any([kept[i] for i in small.encode(text).ids] != full.encode(text).ids for text in whole)
 
 
