@@ -1,5 +1,6 @@
 """The bundled teacher and one recovered model of the demo reach the numbers of the README."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from refusal import refused
 
 from vlmprune_jax.io.data.records import Record, read_records
 from vlmprune_jax.run.cli.main import main
-from vlmprune_jax.run.demo.easyvqa import single_turn_records, write_dataset
+from vlmprune_jax.run.demo import easyvqa
+from vlmprune_jax.run.demo.easyvqa import write_dataset
 from vlmprune_jax.run.workdir.result import read_result
 
 
@@ -64,12 +66,8 @@ def test_runs_of_a_sweep_may_write_their_texts_at_the_same_time(tmp_path):
 # --- the demo's data set ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_dataset(tmp_path_factory.mktemp("data") / "easyvqa")
-
-
-def test_counts_and_images(paths: dict[str, Path]) -> None:
+def test_counts_and_images(tmp_path: Path) -> None:
+    paths = write_dataset(tmp_path / "easyvqa")
     train, test = read_records(paths["train"], paths["images"]), read_records(paths["test"], paths["images"])
     assert (len(train), len(test)) == (38_575, 9_673)
     assert len({record.images for record in train}) == 4_000
@@ -87,25 +85,28 @@ def test_counts_and_images(paths: dict[str, Path]) -> None:
 
 
 def test_folder_is_kept_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "easyvqa"
+    """With the first questions and images of the package; its records carry their split."""
+    out, images = tmp_path / "easyvqa", easy_vqa.get_test_image_paths()
+    few = {number: images[number] for number in range(8)}
+    for split in ("train", "test"):
+        monkeypatch.setattr(easy_vqa, f"get_{split}_questions", lambda: (["q?"], ["yes"], [5]))
+        monkeypatch.setattr(easy_vqa, f"get_{split}_image_paths", lambda: few)
+        monkeypatch.setitem(easyvqa.QUESTION_COUNTS, split, 1)
+        monkeypatch.setitem(easyvqa.IMAGE_COUNTS, split, len(few))
     with monkeypatch.context() as patch:
-        patch.setattr("vlmprune_jax.run.demo.easyvqa.single_turn_records", lambda *_: 1 / 0)
+        patch.setattr(easyvqa, "single_turn_records", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_dataset(out)
     assert list(tmp_path.iterdir()) == []  # nothing half-written
     first = write_dataset(out)
+    turns = [{"from": "human", "value": "<image>\nq?"}, {"from": "gpt", "value": "yes"}]
+    (only,) = json.loads(first["test"].read_text())
+    assert only == {"id": "test-000000", "image": "test/5.png", "conversations": turns}
     before = first["train"].stat().st_mtime_ns
     assert write_dataset(out) == first
     assert first["train"].stat().st_mtime_ns == before
     (out / "images/train/7.png").unlink()
     refused("not a complete easy-VQA folder", write_dataset, out)
-
-
-def test_records_carry_their_split() -> None:
-    assert single_turn_records((["q?"], ["yes"], [5]), "test") == [
-        {
-            "id": "test-000000",
-            "image": "test/5.png",
-            "conversations": [{"from": "human", "value": "<image>\nq?"}, {"from": "gpt", "value": "yes"}],
-        }
-    ]
+    monkeypatch.setitem(easyvqa.IMAGE_COUNTS, "test", 9)
+    told = r"test: found \(1, 8\) questions and images, expected \(1, 9\): install easy-vqa 1.0"
+    refused(told, write_dataset, tmp_path / "other")

@@ -50,6 +50,13 @@ def test_every_field_of_every_section_is_declared():
         ({"data": {"template": "buny"}}, "data.template 'buny' is not one of auto, .*; did you mean 'bunny'"),
         ({"prune_variants": {"a": {"prune": {"rounding": "up"}}}}, "prune.rounding 'up' is not one of nearest"),
         ({"recover_variants": {"a": {"recover": {"losses": {"extra": {"k": 1}}}}}}, "extra has no term 'k'"),
+        *(
+            ({section: {name: 10**9}}, f"{section}.{name}=1000000000 must be at least . and at most {most}$")
+            for section, name, most in [
+                *[(section, "batch_size", 8192) for section in ("evaluate", "recover", "score")],
+                *[("data", name, most) for name, most in (("max_images", 10_000), ("threads", 1024))],
+            ]
+        ),
     ],
 )
 def test_a_command_refuses_at_its_start(values, message):
