@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from block_cases import packed
 from decoder_cases import fed_with, golden_decoder
-from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model
+from prune_cases import EQUAL, OUTPUTS, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model
 from refusal import refused
 from repository import load_arrays
 from rounding import assert_same_sums
@@ -28,8 +28,8 @@ from vlmprune_jax.io.exports.pruning import make_plan, prune_iteratively
 
 
 @functools.cache
-def plain_gradients(cfg):
-    """Per layer and weight: W, the gradient of the mean over all labels, the mean of the rows' squared gradients."""
+def row_gradients(cfg):
+    """Gradients of the mean over the labels of each row."""
     arrays, one = batch(cfg), model(cfg)
 
     def loss(params, rows):
@@ -42,14 +42,20 @@ def plain_gradients(cfg):
         return -(picked * keep).sum() / keep.sum()
 
     gradient = jax.jit(jax.grad(loss))
-    rows = [unstack_layers(gradient(one.params, np.array([j])), cfg)[0] for j in range(4)]
-    labels = (arrays["labels"][:, 1:] != -100).sum(axis=1)
+    return [gradient(one.params, np.array([j])) for j in range(4)]
+
+
+@functools.cache
+def plain_gradients(cfg, stack):
+    """Per layer and weight: W, the gradient of the mean over all labels, the mean of the rows' squared gradients."""
+    rows = [unstack_layers(row, cfg, stack)[0] for row in row_gradients(cfg)]
+    labels = (batch(cfg)["labels"][:, 1:] != -100).sum(axis=1)
 
     def of_weight(i, name, w):
         each = np.stack([np.asarray(row[i][name], np.float64) for row in rows])
         return np.asarray(w, np.float64), np.average(each, axis=0, weights=labels), (each**2).mean(axis=0)
 
-    layers = unstack_layers(one.params, cfg)[0]
+    layers = unstack_layers(model(cfg).params, cfg, stack)[0]
     return [{name: of_weight(i, name, w) for name, w in layer.items()} for i, layer in enumerate(layers)]
 
 
@@ -58,31 +64,35 @@ def channel(variant, w, g, a, axis):
     return np.abs(terms[variant].sum(axis)) if variant == "vectorize" else np.abs(terms[variant]).sum(axis)
 
 
-def expected_widths(cfg, variant, gqa):
+READERS = {"text": ("gate_proj", "up_proj"), "vision": ("fc1",)}
+
+
+def expected_widths(cfg, variant, gqa, stack):
     heads, neurons = [], []
-    for layer, shape in zip(plain_gradients(cfg), cfg.text.layers, strict=True):
+    (output, down), readers = OUTPUTS[stack], READERS[stack]
+    for layer, shape in zip(plain_gradients(cfg, stack), cfg.stack(stack).layers, strict=True):
         q, k, v = (channel(variant, *layer[f"self_attn/{n}_proj/weight"], -1).sum(-1) for n in "qkv")
-        o = channel(variant, *layer["self_attn/o_proj/weight"], 0).sum(-1)
+        o = channel(variant, *layer[f"{output}/weight"], 0).sum(-1)
         if gqa == "groups" or shape.mixer.q_heads == shape.mixer.kv_heads:
             heads.append((q + o).reshape(shape.mixer.kv_heads, -1).sum(1) + k + v)
         else:
             heads.append(q + o)
-        rows = [channel(variant, *layer[f"mlp/{n}_proj/weight"], -1) for n in ("gate", "up")]
-        neurons.append(rows[0] + rows[1] + channel(variant, *layer["mlp/down_proj/weight"], 0))
-    return heads, neurons
+        rows = [channel(variant, *layer[f"mlp/{n}/weight"], -1) for n in readers]
+        neurons.append(sum(rows) + channel(variant, *layer[f"{down}/weight"], 0))
+    return heads + neurons
 
 
 @pytest.mark.parametrize("variant", ["vectorize", "param_first", "param_second", "param_mix"])
-@pytest.mark.parametrize("gqa", ["groups", "q_heads"])
+@pytest.mark.parametrize("gqa", ["groups", "q_heads", pytest.param("tower", marks=pytest.mark.slow)])
 def test_taylor_equals_plain_gradients(variant, gqa):
-    cfg = config(UNEQUAL, vision=True)
-    scores = score(model(cfg), [batch(cfg)], criterion="taylor", variant=variant, gqa=gqa)
-    heads, neurons = expected_widths(cfg, variant, gqa)
-    sizes = expected_widths(cfg, "param_first" if variant == "vectorize" else variant, gqa)
+    cfg, stack = config(UNEQUAL, vision=True), "vision" if gqa == "tower" else "text"
+    gqa = "groups" if gqa == "tower" else gqa
+    scores = score(model(cfg), [batch(cfg)], criterion="taylor", variant=variant, gqa=gqa, stack=stack)
+    sizes = "param_first" if variant == "vectorize" else variant
     for mine, plain, size in zip(
         scores.along("q_heads" if gqa == "q_heads" else "kv_heads") + scores.along("mlp"),
-        heads + neurons,
-        sizes[0] + sizes[1],
+        expected_widths(cfg, variant, gqa, stack),
+        expected_widths(cfg, sizes, gqa, stack),
         strict=True,
     ):
         assert_same_sums(mine, plain, size)

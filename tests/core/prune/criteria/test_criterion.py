@@ -1,4 +1,4 @@
-"""What a criterion can be, what its functions get, scores by kind of token, and who knows criteria by name."""
+"""What a criterion can be, what its functions get, scores by kind of token, and what changes no score."""
 
 import ast
 import dataclasses
@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, layer_scores, model, unit_scores
+from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, layer_scores, model, on_mesh, seeing, unit_scores
 from refusal import refused
 from repository import ROOT
+from stack_cases import tower_layer
 
 from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.core.models.params import unstack_layers
 from vlmprune_jax.core.prune import CRITERIA, Criterion, Scores, score
 from vlmprune_jax.core.prune.calibration import calibration_batches
 from vlmprune_jax.core.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, gradients, input_weights, reduce_inputs
+from vlmprune_jax.io.exports.pruning import make_plan
 
 
 def test_kinds_of_tokens():
@@ -248,3 +250,67 @@ def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
     monkeypatch.setitem(CRITERIA, "own", own)
     assert score(model(CFG), [batch(CFG)], criterion="own").by_token_type == {}
     refused("reads no tokens", dataclasses.replace, CRITERIA["l1"], splits=True)
+
+
+# --- what changes no score: how calibration rows are cut, ordered and padded, and the mesh ---------------------------
+
+
+ONE = seeing((tower_layer(2, 2, 10),) * 3)
+NOTHING = 8  # the number of a row of padding behind eight rows, of which the last has no image
+ROWS = {
+    name: np.concatenate([array, np.full_like(array[:1], -100 if name == "labels" else 0)])
+    for name, array in batch(ONE.cfg, rows=8).items()
+}
+ROWS["labels"][:, 0] = -100  # nothing predicts the first token, unless padding is before it
+SETTINGS = {
+    "angular": {"layers_removed": 2}, "taylor": {"variant": "param_mix"}, "greedy_loss": {"candidates": 2, "search": 3}
+}  # fmt: skip
+ALL = [(name, stack) for name, one in CRITERIA.items() if one.scores != ("experts",) for stack in one.stacks]
+
+
+def scores_of(one, criterion, stack, batches):
+    return score(one, batches, criterion=criterion, stack=stack, **SETTINGS.get(criterion, {}))
+
+
+@functools.cache
+def scores_in_order(criterion, stack):
+    last = 7 if stack == "text" else NOTHING
+    return scores_of(ONE, criterion, stack, [taken([0, 1, 2, 3]), taken([4, 5, 6, last])])
+
+
+def assert_near(found, expected):
+    for key, values in expected.values.items():
+        largest = np.abs(values[np.isfinite(values)]).max()
+        np.testing.assert_allclose(found.values[key], values, rtol=2e-4, atol=1e-6 * largest, err_msg=str(key))
+
+
+def taken(rows, left=False):
+    """Some rows as a batch, on request with their padding on the left."""
+    found = {name: array[rows] for name, array in ROWS.items()}
+    if left:
+        shifts = 9 - found["attention_mask"].sum(axis=1)
+        for name in ("input_ids", "attention_mask", "labels"):
+            found[name] = np.stack([np.roll(row, shift) for row, shift in zip(found[name], shifts, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize(("criterion", "stack"), ALL)
+def test_rows_may_be_cut_ordered_and_padded_in_any_way(criterion, stack, tmp_path):
+    """And a plan is made from the scores in their file."""
+    text = {name: array for name, array in taken([NOTHING, 7, NOTHING, NOTHING]).items() if name != "pixel_values"}
+    batches = [taken([6, 1, 4, 0], left=True), text, taken([5, NOTHING, 3, 2]), taken([NOTHING] * 4)]
+    found = scores_of(ONE, criterion, stack, batches)
+    assert_near(found, scores_in_order(criterion, stack))
+    found.save(tmp_path / "scores.npz")
+    again = Scores.load(tmp_path / "scores.npz")
+    assert (again.components, again.criterion) == ((stack,), criterion)
+    depth = {"method": "depth", "layers_removed": 2 if criterion == "angular" else 1}
+    plan = make_plan(again, ONE.cfg, **({"method": "width", "ratio": 0.02} if again.axes else depth))
+    assert {name for name, kept in plan.stacks.items() if not kept.is_whole} == {stack}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("criterion", "stack"), ALL)
+def test_a_mesh_gives_the_same_scores(criterion, stack):
+    batches = [taken([0, 1, 2]), taken(range(3, 8 if stack == "text" else 7))]
+    assert_near(scores_of(on_mesh(ONE, 2, 2, 2), criterion, stack, batches), scores_in_order(criterion, stack))

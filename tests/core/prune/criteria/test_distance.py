@@ -1,4 +1,4 @@
-"""Block Influence, angular distance, activations and fluctuation: the reference numbers, and sums in float64."""
+"""Block Influence, angular distance, activations and fluctuation: the reference numbers, sums in float64, towers."""
 
 import json
 
@@ -9,13 +9,14 @@ import pytest
 from block_cases import real_values
 from hf_cases import random_ids
 from prune_cases import EQUAL, UNEQUAL, assert_scores, batch, config, expanded, golden_llava, model, seeing
+from refusal import refused
 from repository import load_arrays
 from stack_cases import tower_layer
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.models.params import unstack_layers
+from vlmprune_jax.core.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.core.models.vlm import forward
-from vlmprune_jax.core.prune import score
+from vlmprune_jax.core.prune import CRITERIA, Criterion, score
 from vlmprune_jax.core.prune.activations import _sums
 from vlmprune_jax.core.prune.criteria.distance import cosine_distance
 from vlmprune_jax.core.prune.stream import LayerStream
@@ -66,23 +67,16 @@ def test_angular_distance_equals_the_reference(goldens):
         assert list(plan.removed_layers) == recorded["angular"][str(n)]["removed"]
 
 
-def straight(cfg, arrays, seed=0):
-    """Mean over real tokens of 1 - cos between consecutive hidden states, the plain way."""
-    _, aux = forward(
-        model(cfg, seed), arrays["input_ids"], pixel_values=arrays.get("pixel_values"),
-        attention_mask=arrays["attention_mask"], capture=("hidden",),
-    )  # fmt: skip
-    hidden = np.stack([np.asarray(h, np.float64) for h in aux["hidden"]])
-    a, b = hidden[:-1], hidden[1:]
-    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    return 1 - cosine
+def cosine(a, b):
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-@pytest.mark.parametrize("vision", [False, True])
-def test_default_is_the_mean_over_real_tokens(vision):
-    cfg = config(UNEQUAL, vision=vision)
+def test_default_is_the_mean_over_real_tokens():
+    cfg = config(UNEQUAL)
     arrays = batch(cfg)
-    distance, mask = straight(cfg, arrays), arrays["attention_mask"] == 1
+    _, aux = forward(model(cfg), arrays["input_ids"], attention_mask=arrays["attention_mask"], capture=("hidden",))
+    hidden, mask = np.stack([np.asarray(h, np.float64) for h in aux["hidden"]]), arrays["attention_mask"] == 1
+    distance = 1 - cosine(hidden[:-1], hidden[1:])
     scores = score(model(cfg), [arrays], criterion="block_influence")
     np.testing.assert_allclose(scores.layers, distance[:, mask].mean(axis=1), rtol=1e-5)
     compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
@@ -95,10 +89,9 @@ def test_angular_is_the_mean_angle_at_the_last_real_token():
     _, aux = forward(model(cfg), arrays["input_ids"], attention_mask=arrays["attention_mask"], capture=("hidden",))
     last = arrays["attention_mask"].sum(axis=1) - 1
     states = np.stack([np.asarray(h, np.float64)[np.arange(4), last] for h in aux["hidden"]])
-    a, b = states[:-3], states[3:]
-    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     scores = score(model(cfg), [arrays], criterion="angular", layers_removed=3)
-    np.testing.assert_allclose(scores.layers[:3], (np.arccos(cosine) / np.pi).mean(axis=1), rtol=1e-5)
+    angles = np.arccos(cosine(states[:-3], states[3:])) / np.pi
+    np.testing.assert_allclose(scores.layers[:3], angles.mean(axis=1), rtol=1e-5)
 
 
 def test_cosine_distance_of_zero_opposite_and_nearly_equal_vectors():
@@ -150,7 +143,7 @@ def test_the_model_is_not_traced_again_for_every_batch():
 SHAPES = {
     "sequential": {"vision": True}, "parallel": {"parallel": True, "norm": "layer", "gated": False}, "tower": None
 }  # fmt: skip
-TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(4, 4, 6))
+ONE = seeing((tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(4, 4, 6)), layer_scale=True)
 WRITERS = {"o_proj": ("o_proj", "dense", "out_proj"), "down_proj": ("down_proj", "fc2")}
 
 
@@ -169,7 +162,7 @@ def contribution(layer, name, x, weight, criterion):
 @pytest.mark.parametrize("criterion", ["activation", "fluctuation"])
 def test_scores_equal_sums_in_float64(criterion, shape):
     stack = "vision" if shape == "tower" else "text"
-    one = seeing(TOWER, layer_scale=True) if stack == "vision" else model(config(UNEQUAL, **SHAPES[shape]))
+    one = ONE if stack == "vision" else model(config(UNEQUAL, **SHAPES[shape]))
     arrays = batch(one.cfg)
     found = score(one, [arrays], criterion=criterion, stack=stack, image_weight=0.1)
     inputs = {"images": arrays["pixel_values"][:-1, 0]} if stack == "vision" else arrays
@@ -183,3 +176,44 @@ def test_scores_equal_sums_in_float64(criterion, shape):
         np.testing.assert_allclose(found.along("kv_heads")[i], expected, rtol=2e-4)
         np.testing.assert_allclose(found.along("mlp")[i], neurons, rtol=2e-4, atol=1e-6 * neurons.max())
     make_plan(found, one.cfg, method="width", ratio=0.02, heads="auto")
+
+
+# Of the vision stack.
+
+
+def test_layers_of_a_tower_equal_cosines_in_float64():
+    arrays = batch(ONE.cfg)
+    images = {"images": arrays["pixel_values"][:-1, 0]}  # of the images that rows have
+    blocks = real_values(ONE, images, names=tuple(WRITERS))
+    influence = score(ONE, [arrays], criterion="block_influence", stack="vision").layers
+    np.testing.assert_allclose(influence, [np.mean(1 - cosine(b["before"], b["after"])) for b in blocks], rtol=1e-4)
+    # every position of an image is looked at, not the last alone
+    found = score(ONE, [arrays], criterion="angular", layers_removed=2, stack="vision").layers
+    states = [b["before"] for b in blocks] + [blocks[-1]["after"]]
+    angles = [np.mean(np.arccos(cosine(states[i], states[i + 2]))) / np.pi for i in (0, 1)]
+    np.testing.assert_allclose(found, [*angles, np.inf], rtol=1e-4)
+
+
+def test_magnitude_sums_the_towers_weights():
+    found = score(ONE, criterion="l2", stack="vision", reduction="sum")
+    layers, _ = unstack_layers(ONE.params, ONE.cfg, "vision")
+    for i, layer in enumerate(layers):
+        squares = {name: np.asarray(leaf, np.float64) ** 2 for name, leaf in layer.items()}
+        expected = squares["mlp/fc1/weight"].sum(1) + squares["mlp/fc2/weight"].sum(0)
+        np.testing.assert_allclose(found.along("mlp")[i], expected, rtol=1e-5)
+
+
+def test_what_no_tower_has_is_refused(monkeypatch):
+    refused(r"no stack of layers 'vision' \(it has text\)", score, model(config()), criterion="l1", stack="vision")
+    text = {name: array for name, array in batch(config()).items() if name != "pixel_values"}
+    for criterion in ("block_influence", "taylor"):
+        refused("the calibration batches have no images", score, ONE, [text], criterion=criterion, stack="vision")
+    unlabelled = batch(ONE.cfg) | {"labels": np.full((4, 9), -100)}
+    refused("batches with images have no label", score, ONE, [unlabelled], criterion="taylor", stack="vision")
+    monkeypatch.setitem(CRITERIA, "mine", Criterion(("layers",), "weights", lambda model: {}))
+    refused("'mine' does not score the vision stack", score, ONE, criterion="mine", stack="vision")
+    broken = flatten(ONE.params)
+    broken["vision/layers/0/mlp/fc2/weight"] = broken["vision/layers/0/mlp/fc2/weight"] * np.nan
+    broken = ONE.replace(params=unflatten(broken))
+    fact = "activation scores vision/0/mlp contain NaN"
+    refused(fact, score, broken, [batch(ONE.cfg)], criterion="activation", stack="vision")
