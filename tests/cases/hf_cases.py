@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from prune_cases import hand_plan, kept_units
 from safetensors.numpy import load_file, save_file
+from vlm_cases import TEXTS, TOWERS, llava_config
 
 from vlmprune_jax.core.models.params import flatten
 from vlmprune_jax.core.models.vlm import Model
@@ -19,53 +20,17 @@ from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint
 from vlmprune_jax.io.checkpoints.layout import make_slots
 from vlmprune_jax.io.families import detect
 
-# Every hyper-parameter differs from its default.
 LLAMA = {
+    **{**TEXTS["llama"], "vocab_size": 97, "num_hidden_layers": 4, "attention_bias": False, "mlp_bias": False},
     "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "head_dim": 12,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 4,
-    "intermediate_size": 56,
-    "rms_norm_eps": 3e-5,
-    "hidden_act": "gelu_pytorch_tanh",
-    "rope_theta": 500.0,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 3,
-    "eos_token_id": 5,
-    "pad_token_id": 4,
     "torch_dtype": "float32",
     "a_field_of_the_future": {"kept": True},
 }
 LLAVA = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "image_token_index": 90,
+    **llava_config("llama", "clip"),
     "image_seq_length": 9,
-    "projector_hidden_act": "relu",
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
     "text_config": {k: v for k, v in LLAMA.items() if k not in ("torch_dtype", "a_field_of_the_future")},
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 3,
-        "image_size": 12,
-        "patch_size": 4,
-        "projection_dim": 24,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 2e-4,
-    },
+    "vision_config": {**TOWERS["clip"], "image_size": 12},
 }
 
 LFM2_VL = {
@@ -126,6 +91,28 @@ def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
         for part in ("weight", "bias"):
             tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = draw.standard_normal(width, np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def make_vlm_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A folder with random weights, with the tensors that a tower has beside what is computed."""
+    make_folder(folder, config, seed)
+    draw, width, wide = (
+        np.random.default_rng(seed + 1),
+        TOWERS["clip"]["hidden_size"],
+        TOWERS["clip"]["intermediate_size"],
+    )
+    if config["vision_config"]["model_type"] == "siglip_vision_model":
+        shapes = {
+            "probe": (1, 1, width),
+            "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,),
+            "attention.out_proj.weight": (width, width), "attention.out_proj.bias": (width,),
+            "layernorm.weight": (width,), "layernorm.bias": (width,),
+            "mlp.fc1.weight": (wide, width), "mlp.fc1.bias": (wide,),
+            "mlp.fc2.weight": (width, wide), "mlp.fc2.bias": (width,),
+        }  # fmt: skip
+        head = {f"vision_tower.vision_model.head.{k}": draw.standard_normal(s, np.float32) for k, s in shapes.items()}
+        edit_weights(folder, lambda tensors: {**tensors, **head})
     return folder
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hf_cases import edit_weights, make_folder
 
 from vlmprune_jax.io.data.encoding import Encoder, Shape
 from vlmprune_jax.io.data.records import Record
@@ -159,24 +157,6 @@ def internvl_chat_config(text: str) -> dict[str, Any]:
             "qk_normalization": False, "norm_type": "layer_norm", "image_size": 24,
         },
     }  # fmt: skip
-
-
-def make_vlm_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """A folder with random weights, with the tensors that a tower has beside what is computed."""
-    make_folder(folder, config, seed)
-    draw, width, wide = np.random.default_rng(seed + 1), _TOWER["hidden_size"], _TOWER["intermediate_size"]
-    if config["vision_config"]["model_type"] == "siglip_vision_model":
-        shapes = {
-            "probe": (1, 1, width),
-            "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,),
-            "attention.out_proj.weight": (width, width), "attention.out_proj.bias": (width,),
-            "layernorm.weight": (width,), "layernorm.bias": (width,),
-            "mlp.fc1.weight": (wide, width), "mlp.fc1.bias": (wide,),
-            "mlp.fc2.weight": (width, wide), "mlp.fc2.bias": (width,),
-        }  # fmt: skip
-        head = {f"vision_tower.vision_model.head.{k}": draw.standard_normal(s, np.float32) for k, s in shapes.items()}
-        edit_weights(folder, lambda tensors: {**tensors, **head})
-    return folder
 
 
 def images_of(encoder: Encoder, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:

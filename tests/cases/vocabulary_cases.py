@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from decoder_cases import PHI
-from hf_cases import LFM2_VL, LLAMA, make_folder
+from hf_cases import LFM2_VL, LLAMA, make_folder, make_vlm_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
+from vlm_cases import gemma3_config, internvl_chat_config, llava_config, qwen_vl_config, smolvlm_config
 
 from vlmprune_jax.core.models.params import count_params
 from vlmprune_jax.core.prune import PrunePlan, VocabularyConfig, fingerprint, keep_everything

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from experiment_cases import printed_file
-from hf_cases import LLAMA, keep_width, make_folder, random_ids
+from hf_cases import LLAMA, keep_width, make_folder, make_vlm_folder, random_ids
 from torch_compat import VERSIONS
-from vlm_cases import llava_config, make_vlm_folder
+from vlm_cases import llava_config
 
 import vlmprune_jax as vp
 from vlmprune_jax.io.families.decoders import decoder_family

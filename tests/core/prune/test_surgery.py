@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from block_cases import packed
-from hf_cases import assert_equal, edit_config, prune
+from hf_cases import assert_equal, edit_config, make_vlm_folder, prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, OUTPUTS, UNEQUAL, batch, config, hand_plan, kept_units, model, on_mesh, silenced
 from refusal import refused
 from stack_cases import decoder_layer, tower_layer
-from vlm_cases import internvl_chat_config, internvl_config, llava_config, make_vlm_folder
+from vlm_cases import internvl_chat_config, internvl_config, llava_config
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mesh.rules import sharding

@@ -11,11 +11,12 @@ from hf_cases import (
     edit_weights,
     keep_layers,
     keep_width,
+    make_vlm_folder,
     random_ids,
     transformers_5,
 )
 from refusal import refused
-from vlm_cases import TEXTS, TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
+from vlm_cases import TEXTS, TOWERS, internvl_chat_config, internvl_config, llava_config
 
 import vlmprune_jax as vp
 from vlmprune_jax.io.checkpoints.disk.checkpoint import Checkpoint

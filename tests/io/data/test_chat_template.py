@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_cases import make_vlm_folder
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from refusal import refused
 from repository import ROOT
-from vlm_cases import internvl_chat_config, make_vlm_folder
+from vlm_cases import internvl_chat_config
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.sections import ModelSpec

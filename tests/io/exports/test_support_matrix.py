@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
-from hf_cases import LFM2_VL, LLAMA, keep_layers, keep_width, make_folder, random_ids
+from hf_cases import LFM2_VL, LLAMA, keep_layers, keep_width, make_folder, make_vlm_folder, random_ids
 from rounding import assert_same_function, double_logits
 from torch_compat import VERSIONS
 from vlm_cases import (
@@ -20,7 +20,6 @@ from vlm_cases import (
     internvl_chat_config,
     internvl_config,
     llava_config,
-    make_vlm_folder,
     qwen_vl_config,
     smolvlm_config,
 )

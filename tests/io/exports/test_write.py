@@ -18,12 +18,13 @@ from hf_cases import (
     keep_layers,
     keep_width,
     make_folder,
+    make_vlm_folder,
     random_ids,
 )
 from refusal import refused
 from rounding import assert_same_function, double_logits
 from safetensors.numpy import load_file
-from vlm_cases import gemma3_config, make_vlm_folder
+from vlm_cases import gemma3_config
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.mesh.mesh import make_mesh

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 from decoder_cases import PHI, QWEN2, QWEN3
-from hf_cases import LLAMA, keep_layers, keep_width, make_folder
+from hf_cases import LLAMA, keep_layers, keep_width, make_folder, make_vlm_folder
 from prune_cases import layer_scores
 from refusal import refused
-from vlm_cases import gemma3_config, internvl_chat_config, make_vlm_folder
+from vlm_cases import gemma3_config, internvl_chat_config
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.limits import ENGINES, why_not
