@@ -91,12 +91,17 @@ def record(name: str, image: str | None, question: str, answer: str) -> dict[str
     return {"id": name, "conversations": turns} | ({} if image is None else {"image": image})
 
 
-def write_experiment(root: Path, goldens: Path, records: list[dict[str, Any]], **sections: Any) -> str:
-    """Write teacher/, records.json and a config with these sections of settings; return the flag of the config."""
-    copy_llava(goldens, root / "teacher")
+def write_experiment(
+    root: Path, goldens: Path, records: list[dict[str, Any]], model: Path | None = None, **sections: Any
+) -> str:
+    """Write records.json and a config with these sections of settings; return the flag of the config.
+
+    The model is the golden LLaVA, copied to teacher/, unless it is given.
+    """
+    model = model or copy_llava(goldens, root / "teacher")
     (root / "records.json").write_text(json.dumps(records))
     data = {"train": f"{root}/records.json", "images": str(goldens / "data/images"), "system": ""}
     data |= sections.pop("data", {})
-    settings = {**sections, "model": {"hf_dir": f"{root}/teacher"}, "data": data}
+    settings = {**sections, "model": {"hf_dir": str(model)}, "data": data}
     (root / "experiment.yaml").write_text(json.dumps(settings))
     return f"--config={root / 'experiment.yaml'}"

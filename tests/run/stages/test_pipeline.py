@@ -1,17 +1,25 @@
-"""The whole run on the golden LLaVA from the command line: interrupted, resumed, skipped, refused."""
+"""Whole runs from the command line: interrupted, resumed, skipped, refused, and of images of any size."""
 
 import dataclasses
 import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from experiment_cases import record, write_experiment
+from hf_cases import random_ids
 
+import vlmprune_jax as vp
+from vlmprune_jax.base.console import make_reporter
+from vlmprune_jax.base.settings import override
+from vlmprune_jax.core.recovery.metrics import Recorder
 from vlmprune_jax.run.cli.main import main
 from vlmprune_jax.run.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.run.experiment.spec import Experiment
 from vlmprune_jax.run.stages import pipeline
+from vlmprune_jax.run.stages.work import Work
 from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.evaluation import Evaluated
 from vlmprune_jax.run.workdir.result import Workload, read_result
@@ -42,10 +50,6 @@ def experiment(tmp_path, goldens):
 
 @pytest.mark.slow
 def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
-    from vlmprune_jax.core.models.vlm import forward
-    from vlmprune_jax.core.recovery.metrics import Recorder
-    from vlmprune_jax.io.checkpoints.read import load
-
     workdir = tmp_path / "w"
     record = Recorder.step
 
@@ -79,10 +83,11 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     for run in result.runs:
         if run.evaluation.control is not None:
             assert run.evaluation.control.scores == control.evaluation.scores
-    unpruned, trained = (load(folder).params["projector"] for folder in (tmp_path / "teacher", workdir / control.path))
-    assert not all(map(np.array_equal, tree_leaves(unpruned), tree_leaves(trained)))
+    folders = (tmp_path / "teacher", workdir / control.path)
+    unpruned, trained = (vp.load(folder).params["projector"] for folder in folders)
+    assert not all(map(np.array_equal, jax.tree.leaves(unpruned), jax.tree.leaves(trained)))
     for run in result.runs:
-        assert sum(x.size for x in tree_leaves(load(workdir / run.path).params)) == run.parameters
+        assert sum(x.size for x in jax.tree.leaves(vp.load(workdir / run.path).params)) == run.parameters
         assert run.actual_ratio == pytest.approx(1 - run.parameters / result.teacher.parameters)
     assert [run.recovery for run in result.runs] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
     assert [run.data_fraction for run in result.runs] == [0.0, 0.5, 0.0, 0.0, 0.5]
@@ -98,7 +103,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert f"| questions (exact_match): accuracy in %, 10 questions | {100 * accuracy:.2f} |" in card
     assert ("" if retained is None else f" {retained:.2f} |") in card
     ids = np.array([[1, 5, 9, 12]])
-    exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best.path))
+    exported, chosen = (np.asarray(vp.forward(vp.load(f), ids)[0]) for f in (workdir / "export", workdir / best.path))
     np.testing.assert_array_equal(exported, chosen)
     answers = [json.loads(line) for line in (workdir / "eval/teacher.answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [f"r{i}" for i in range(10)]
@@ -137,6 +142,60 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.endswith(" ...")] == ["export ..."]
     assert "| questions (gqa): accuracy in %, 10 questions |" in (workdir / "export/README.md").read_text()
+
+
+CACHES = (
+    "--config.recover.losses={{'kl': 0.5, 'l2': 0.0, 'teacher_inputs': 'own'}}",
+    "--config.recover.teacher_cache={root}/teacher",
+    "--config.recover.teacher_top_k=8",
+    "--config.data.feature_cache={root}/features",
+    "--config.data.max_length=160",
+)
+VOCABULARY = (
+    "--config.prune.vocabulary.size=400",
+    "--config.prune.vocabulary.sources=('{root}/records.json',)",
+    "--config.prune.vocabulary.multiple=8",
+)
+REPAIR = ("--config.prune.stack=both", "--config.reconstruct.method=least_squares", "--config.reconstruct.samples=8")
+RUNS = {
+    "qwen3_vl": ("qwen3_vl", ()),
+    "qwen2_5_vl": ("qwen2_5_vl", ()),
+    "gemma3, caches and vocabulary": ("gemma3", (*CACHES, *VOCABULARY)),
+    "gemma4, tower and vocabulary, repaired": ("gemma4", (*VOCABULARY, *REPAIR, "--config.data.max_length=160")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_images_of_any_size(goldens, tmp_path, torch_outputs, name):
+    """Qwen-VL and Gemma from folder to folder: scored, pruned, recovered, evaluated, exported, read by transformers."""
+    family, flags = RUNS[name]
+    golden = goldens / "families" / family
+    records = [
+        record(f"r{n}", None if n == 3 else f"{n % 4}.png", f"What is in picture {n}?", "a box" if n % 3 else "a dog")
+        for n in range(8)
+    ]
+    config = write_experiment(
+        tmp_path, goldens, records, golden / "ckpt",
+        data={"eval": f"{tmp_path}/records.json", "images": f"{golden}/images", "system": None, "max_length": 128},
+        score={"samples": 4, "batch_size": 2}, prune={"method": "hybrid", "ratio": 0.15, "heads": "keep"},
+        evaluate={"batch_size": 4, "max_new_tokens": 2}, export={"dtype": "float32"},
+        recover={
+            "batch_size": 2, "steps": 3, "log_every": 1, "lora": {"rank": 2}, "losses": {"kl": 0.5, "l2": 0.5}
+        },
+        speed={"rounds": 1, "prompt_tokens": 700, "new_tokens": 2},
+    )  # fmt: skip
+    assert main(["run", config, f"--workdir={tmp_path / 'w'}", *[flag.format(root=tmp_path) for flag in flags]]) == 0
+    result = read_result(tmp_path / "w")
+    assert result.sets["questions"].count == 8
+    assert len(result.runs) == 2 + ("repaired" in name)
+    assert result.export.max_abs_logit_difference <= 1e-4
+    model = vp.load(tmp_path / "w/export")
+    assert (model.cfg.text.vocab_size == 400) == ("vocabulary" in name)
+    assert len(model.cfg.text.layers) < len(vp.load(golden / "ckpt").cfg.text.layers)
+    inputs = random_ids(model) if family.startswith("qwen") else {"input_ids": np.arange(9, 49)[None]}
+    found = torch_outputs(tmp_path / "w/export", inputs, class_name="AutoModelForImageTextToText", version="5")
+    np.testing.assert_allclose(found["logits"], vp.forward(model, **inputs)[0], atol=1e-4, rtol=0)
 
 
 # What a clock says differs between two runs, and so do the page that shows it and TensorBoard's file.
@@ -178,18 +237,8 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
     assert {"plan.json", "README.md", "model.safetensors"} <= {path.name for path in (workdir / "export").iterdir()}
 
 
-def tree_leaves(params):
-    import jax
-
-    return jax.tree.leaves(params)
-
-
 def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     """Equal recoveries of two prune variants share it; another number of epochs, or no labels, do not."""
-    from vlmprune_jax.base.console import make_reporter
-    from vlmprune_jax.base.settings import override
-    from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.work import Work
 
     def controls(**changes):
         experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
@@ -212,11 +261,6 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
 
 
 def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
-    from vlmprune_jax.base.console import make_reporter
-    from vlmprune_jax.base.settings import override
-    from vlmprune_jax.run.experiment.spec import Experiment
-    from vlmprune_jax.run.stages.work import Work
-
     def steps(**changes):
         settings = {"model": {"hf_dir": "teacher"}, "prune": {"method": "none", "ratio": 0.3}, **changes}
         return Work.at(tmp_path, override(Experiment(), settings), make_reporter(False)).steps
@@ -230,8 +274,6 @@ def test_an_unpruned_model_is_trained_or_only_evaluated(tmp_path):
 
 
 def test_a_quiet_reporter_says_nothing(capsys):
-    from vlmprune_jax.base.console import make_reporter
-
     quiet = dataclasses.replace(make_reporter(False), enabled=False)
     quiet.say("x")
     quiet.table("t", ["a"], [["b"]])
