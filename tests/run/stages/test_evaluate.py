@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from experiment_cases import record, write_experiment
 from hf_cases import copy_llava
 from refusal import refused
 from report_cases import SPEED
@@ -14,6 +15,7 @@ from repository import ROOT
 from sweep_cases import QUIET
 
 from vlmprune_jax.base.errors import UserError
+from vlmprune_jax.base.journal import Journal
 from vlmprune_jax.base.settings import override
 from vlmprune_jax.io.data.config import DataSpec
 from vlmprune_jax.run.cli.config_files import experiment_config
@@ -30,48 +32,33 @@ from vlmprune_jax.run.workdir.artefact import read_artefact
 from vlmprune_jax.run.workdir.speed import Speed
 from vlmprune_jax.run.workdir.store import Store
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-
-def get_config(sets):
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.eval = "{root}/records.json"
-    config.data.images = "{images}"
-    config.data.system = ""
-    config.evaluate.batch_size = 4
-    config.evaluate.max_new_tokens = 2
-    known = {{
-        "questions": {{}},
-        "short": {{"questions": 3, "max_new_tokens": 1, "prompt_suffix": " Say it."}},
-        "wiki": {{"text": "{root}/text.txt", "text_window": 8}},
-    }}
-    for name in sets.split("+"):
-        config.evaluate.sets[name] = known[name]
-    return config
-"""
+SETS = {
+    "questions": {},
+    "short": {"questions": 3, "max_new_tokens": 1, "prompt_suffix": " Say it."},
+    "wiki": {"text": "{root}/text.txt", "text_window": 8},
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, goldens):
     root = tmp_path_factory.mktemp("sets")
-    copy_llava(goldens, root / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
-    (root / "records.json").write_text(json.dumps(records))
+    records = [record(f"r{i}", f"img{i % 4}.png", "Is it red?", "yes") for i in range(6)]
     (root / "text.txt").write_text("The car is red and quiet. " * 4)
-    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    asked = {"batch_size": 4, "max_new_tokens": 2}
+    write_experiment(root, goldens, records, data={"eval": f"{root}/records.json"}, evaluate=asked)
     return root
 
 
 @pytest.fixture
 def evaluate(root, tmp_path, capsys):
-    """Callable (sets, *flags) -> (exit code, lines that were printed); `folder` holds what it made."""
+    """Callable (names in SETS, *flags) -> (exit code, lines that were printed); `folder` holds what it made."""
 
-    def command(sets, *flags):
+    def command(names, *flags):
+        config = json.loads((root / "experiment.yaml").read_text())
+        config["evaluate"]["sets"] = {name: SETS[name] for name in names.split("+")}
+        (tmp_path / "config.yaml").write_text(json.dumps(config).replace("{root}", str(root)))
         capsys.readouterr()
-        code = main(["evaluate", f"--config={root / 'config.py'}:{sets}", f"--workdir={tmp_path / 'w'}", *flags])
+        code = main(["evaluate", f"--config={tmp_path / 'config.yaml'}", f"--workdir={tmp_path / 'w'}", *flags])
         shown = capsys.readouterr()
         return code, (shown.out + shown.err).splitlines()
 
@@ -157,8 +144,6 @@ def test_records_that_a_metric_cannot_use_are_refused_before_the_model_is_asked(
 
 def test_a_text_is_continued_after_its_last_batch(evaluate, root, monkeypatch):
     """Its numbers are those of the pass that nothing stopped."""
-    from vlmprune_jax.base.journal import Journal
-
     original, added = Journal.add, []
 
     def add(self, entry):

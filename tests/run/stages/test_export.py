@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hf_cases import copy_llava, keep_layers
+from experiment_cases import record, write_experiment
+from hf_cases import keep_layers
 from PIL import Image
 
 from vlmprune_jax.base.console import make_reporter
@@ -24,62 +25,68 @@ from vlmprune_jax.run.experiment.variants import choose_variants
 from vlmprune_jax.run.stages import evaluate, pipeline
 from vlmprune_jax.run.stages.work import Work
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
 
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.export.format = "gguf"
-    return config
-"""
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, goldens):
+    """A teacher, a config, and a workdir with a pruned model in it."""
+    root = tmp_path_factory.mktemp("export")
+    write_experiment(root, goldens, [], export={"format": "gguf", "rolled_positions": True})
+    prune_folder(root / "teacher", keep_layers(load(root / "teacher"), [0, 2, 5])[1], root / "w/pruned")
+    return root
 
 
 @pytest.fixture
-def command(goldens, tmp_path):
-    """The command for a workdir with a pruned model in it."""
-    source = copy_llava(goldens, tmp_path / "teacher")
-    prune_folder(source, keep_layers(load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
-    file = tmp_path / "config.py"
-    file.write_text(CONFIG.format(root=tmp_path))
-    return ["export", f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+def export(root, tmp_path, capsys):
+    """Callable (*flags) -> exit code and what was said, in a workdir with the pruned model."""
+    shutil.copytree(root / "w", tmp_path / "w")
+
+    def call(*flags):
+        code = main(["export", f"--config={root / 'experiment.yaml'}", f"--workdir={tmp_path / 'w'}", *flags])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
 
 
-def test_gguf_by_command(command, tmp_path, capsys):
+def test_gguf_by_command(export, tmp_path):
     out = tmp_path / "w/export"
-    assert main([*command, "--config.export.quantize=q8_0"]) == 0
+    assert export("--config.export.quantize=q8_0")[0] == 0
     names = {"README.md", "plan.json", "teacher-pruned-Q8_0.gguf", "mmproj-teacher-pruned-f16.gguf"}
     assert {path.name for path in out.iterdir()} == names
     facts = json.loads((tmp_path / "w/.stages/export.json").read_text())["facts"]
     assert facts["max_abs_logit_difference"] <= facts["tolerance"]
     assert "3 of 6 layers" in (out / "README.md").read_text()
-    capsys.readouterr()
-    assert main([*command, "--config.export.quantize=q8_0"]) == 0
-    assert "export: unchanged, skipped" in capsys.readouterr().out
-    assert main(command) == 2
-    said = capsys.readouterr().err
-    assert '(export.quantize was "q8_0", now "none")' in said
+    assert "export: unchanged, skipped" in export("--config.export.quantize=q8_0")[1]
+    code, said = export()
+    assert (code, '(export.quantize was "q8_0", now "none")' in said) == (2, True)
     assert "add --overwrite to replace it, or write another format or quantisation to export-NAME/ with" in said
-    assert main([*command, "--overwrite"]) == 0
+    assert export("--overwrite")[0] == 0
     assert (out / "teacher-pruned-BF16.gguf").is_file()
     assert not (out / "teacher-pruned-Q8_0.gguf").exists()
 
 
-def test_exports_side_by_side(command, tmp_path, capsys):
+def test_exports_side_by_side_and_uploaded(export, tmp_path, monkeypatch):
     """Each in its own folder; an option that the format lacks is refused only if the command line sets it."""
-    config = tmp_path / "config.py"
-    config.write_text(
-        CONFIG.format(root=tmp_path).replace("    return", "    config.export.rolled_positions = True\n    return")
-    )
-    assert main([*command, "--format=q8_0", "--config.export.layout=transformers"]) == 2
-    assert "layout='transformers' is an option of format 'huggingface'" in capsys.readouterr().err
-    assert main([*command, "--format=huggingface,q8_0"]) == 0
+    sent = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: sent.append(card.data.base_model))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **options: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda api, **options: sent.append(options["repo_id"]))
+    hub = ["--config.export.push_to_hub=me/pruned", "--config.export.license=llama2"]
+    code, said = export(*hub, "--format=huggingface")
+    assert code == 2
+    assert "push_to_hub=me/pruned: the model card has no base_model: set export.base_model=ORG/NAME" in said
+    hub.append("--config.export.base_model=llava-hf/llava-1.5-7b-hf")
+    code, said = export(*hub, "--format=huggingface,q8_0")
+    assert code == 0, said
+    assert "  uploaded to https://huggingface.co/me/pruned: " in said
+    assert sent == 2 * ["llava-hf/llava-1.5-7b-hf", "me/pruned"]
     folders = [tmp_path / "w/export-huggingface", tmp_path / "w/export-q8_0"]
     assert [(folder / "README.md").is_file() for folder in folders] == [True, True]
     assert not (tmp_path / "w/export").exists()
-    lines = capsys.readouterr().out.splitlines()
-    text = next(folders[1].glob("teacher*.gguf"))
-    tower = next(folders[1].glob("mmproj*.gguf"))
+    lines = said.splitlines()
+    tower, text = sorted(folders[1].glob("*.gguf"), key=lambda path: "mmproj" not in path.name)
     place = lines.index(next(line for line in lines if line.startswith("exported: pruned, to ")))
     assert re.fullmatch(rf"exported: pruned, to {folders[0]} \(0\.\d+ MB in \d+ files\)", lines[place])
     assert re.fullmatch(
@@ -87,85 +94,46 @@ def test_exports_side_by_side(command, tmp_path, capsys):
         lines[place + 1],
     )
     assert f'  model = LlavaForConditionalGeneration.from_pretrained("{folders[0]}")' in lines
-    assert lines[-1] == f"  llama-server -m {text} --mmproj {tower}"
-    assert main([*command, "--format=q8_0"]) == 0
-    assert "export q8_0: unchanged, skipped (export-q8_0 is up to date)" in capsys.readouterr().out
-    assert main([*command, "--format=ggfu"]) == 2
-    assert "did you mean 'gguf'?" in capsys.readouterr().err
-
-
-def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
-    sent = []
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
-    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: sent.append(card.data.base_model))
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **options: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda api, **options: sent.append(options["repo_id"]))
-    card = ["--config.export.license=llama2", "--config.export.base_model=llava-hf/llava-1.5-7b-hf"]
-    upload = [*command, "--config.export.format=huggingface", "--config.export.push_to_hub=me/pruned"]
-    assert main(upload) == 2
-    assert (
-        "push_to_hub=me/pruned: the model card has no base_model: set export.base_model=ORG/NAME"
-        in capsys.readouterr().err
-    )
-    assert main([*upload, *card]) == 0
-    assert "  uploaded to https://huggingface.co/me/pruned: " in capsys.readouterr().out
-    assert sent == ["llava-hf/llava-1.5-7b-hf", "me/pruned"]
+    assert f"  llama-server -m {text} --mmproj {tower}" in lines
+    assert "export q8_0: unchanged, skipped (export-q8_0 is up to date)" in export(*hub, "--format=q8_0")[1]
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("flags", "message"),
     [
-        ("quantize=q8", "export.quantize 'q8' is not one of none, w8a16, w4a16, w8a8, q8_0, q5_1, q4_0; did you mean"),
-        ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
+        ("config.export.quantize=q8", "export.quantize 'q8' is not one of none, w8a16, w4a16, w8a8, q8_0, q5_1, q4_0;"),
+        ("config.export.format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
+        ("format=ggfu", "did you mean 'gguf'?"),
         (
-            "format=huggingface --config.export.quantize=w4a16 --config.export.rounding=gptq "
-            "--config.export.uneven=pad",
+            "format=huggingface config.export.quantize=w4a16 config.export.rounding=gptq config.export.uneven=pad",
             'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds',
         ),
-        ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
+        ("format=q8_0 config.export.layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
     ],
 )
-def test_wrong_settings(command, tmp_path, capsys, setting, said):
-    assert main([*command, *f"--config.export.{setting}".split()]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "w/export").exists()
+def test_wrong_settings(export, tmp_path, flags, message):
+    code, said = export(*[f"--{flag}" for flag in flags.split()])
+    assert (code, message in said) == (2, True), said
+    assert not [*(tmp_path / "w").glob("export*")]
 
 
-QUANTISED = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = "{root}/records.json"
-    config.data.images = "{root}"
-    config.export.quantize = "w4a16"
-    config.reconstruct.samples = 4
-    config.reconstruct.batch_size = 2
-    return config
-"""
-
-
-def write_questions(folder, count):
-    """Write the demo's teacher and questions about pictures of noise; return the teacher's folder."""
+def demo_model(folder, goldens, count, **sections):
+    """Write a config for the demo's teacher, cut, and questions about pictures of noise; return the flags."""
     draw = np.random.default_rng(0)
-    records = []
     for number in range(count):
         Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "records.json").write_text(json.dumps(records))
-    return shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), folder / "teacher")
+    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), folder / "teacher")
+    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], folder / "w/pruned")
+    records = [record(str(number), f"{number}.png", "what shape is in the image?", "circle") for number in range(count)]
+    data = {"images": str(folder), "eval": f"{folder}/records.json"}
+    return [write_experiment(folder, goldens, records, source, data=data, **sections), f"--workdir={folder / 'w'}"]
 
 
 @pytest.mark.slow
-def test_integers_by_command(tmp_path, capsys):
+def test_integers_by_command(goldens, tmp_path, capsys):
     """Rounded by gptq on records with images, those of `reconstruct`; nearest rounding asks for no records."""
-    source = write_questions(tmp_path, 4)
-    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
-    (tmp_path / "config.py").write_text(QUANTISED.format(root=tmp_path))
-    command = ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    sections = {"export": {"quantize": "w4a16"}, "reconstruct": {"samples": 4, "batch_size": 2}}
+    command = ["export", *demo_model(tmp_path, goldens, 4, **sections)]
     assert main([*command, "--config.export.rounding=gptq"]) == 0
     compensated = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert load(tmp_path / "w/export").cfg.text.layers == load(tmp_path / "w/pruned").cfg.text.layers
@@ -187,24 +155,12 @@ def test_integers_by_command(tmp_path, capsys):
     assert "group_size, symmetric and rounding are for integers" in capsys.readouterr().err
 
 
-EVALUATED = CONFIG.replace(
-    "    return",
-    """    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.images, config.data.system = "{root}", ""
-    config.evaluate.batch_size, config.evaluate.max_new_tokens = 8, 2
-    config.prune.method = "depth"
-    return""",
-)
-
-
 @pytest.mark.slow
-def test_a_quantised_export_is_evaluated(tmp_path, capsys, monkeypatch):
+def test_a_quantised_export_is_evaluated(goldens, tmp_path, capsys, monkeypatch):
     """Its card has its own scores and those before rounding; without comparable evaluations, the latter alone."""
-    source = write_questions(tmp_path, 16)
-    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
+    sections = {"export": {"format": "gguf"}, "evaluate": {"batch_size": 8, "max_new_tokens": 2}}
+    flags = demo_model(tmp_path, goldens, 16, prune={"method": "depth"}, **sections)
     shutil.copy(tmp_path / "w/pruned/plan.json", tmp_path / "w/plan.json")
-    (tmp_path / "config.py").write_text(EVALUATED.format(root=tmp_path))
-    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main(["evaluate", *flags]) == 0, capsys.readouterr().err
     ask, asked, pruned = evaluate.ask, [], load(tmp_path / "w/pruned")
     monkeypatch.setattr(

@@ -184,28 +184,15 @@ def test_integers_that_an_engine_does_not_load_are_refused_before_recovery(golde
         _check_integers(cfg, spec, ExportSpec(quantize="w8a16"))
 
 
-EXPERTS = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{golden}/ckpt"
-    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.images = "{golden}/images"
-    config.data.max_length = 128
-    config.score.width, config.score.samples, config.score.batch_size = "reap", 4, 2
-    config.prune.method, config.prune.experts = "experts", 5
-    return config
-"""
-
-
 def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, capsys, monkeypatch):
     """One pass over the records serves other criteria, token types and counts, and the tokens that lose an expert."""
-    turns = [{"from": "human", "value": "<image>\nWhat is in this picture?"}, {"from": "gpt", "value": "a red box"}]
-    records = [{"id": f"r{i}", "image": f"{i % 4}.png", "conversations": turns} for i in range(6)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "run.py").write_text(EXPERTS.format(golden=goldens / "families/qwen3_vl_moe", root=tmp_path))
-    flags = [f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}"]
+    golden = goldens / "families/qwen3_vl_moe"
+    records = [record(f"r{i}", f"{i % 4}.png", "What is in this picture?", "a red box") for i in range(6)]
+    config = write_experiment(
+        tmp_path, goldens, records, golden / "ckpt", data={"images": f"{golden}/images", "max_length": 128},
+        score={"width": "reap", "samples": 4, "batch_size": 2}, prune={"method": "experts", "experts": 5},
+    )  # fmt: skip
+    flags = [config, f"--workdir={tmp_path / 'w'}"]
     assert main(["score", *flags]) == 0
     monkeypatch.setattr("vlmprune_jax.core.prune.scores.measure_routing", lambda *args, **options: 1 / 0)
     again = [*flags, "--config.score.width=man", "--config.score.token_types=floor", "--overwrite"]
