@@ -1,10 +1,10 @@
 """A trimmed vocabulary through the commands: scores, plan, report, reconstruction, distillation, evaluation, export."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
+from experiment_cases import record, write_experiment
 from rounding import assert_same_function, double_logits
 from scipy.special import log_softmax
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder
@@ -20,53 +20,29 @@ from vlmprune_jax.run.workdir.evaluation import read_evaluated
 from vlmprune_jax.run.workdir.result import read_result
 from vlmprune_jax.run.workdir.vocabulary import VocabularyReport
 
-CONFIG = """
-from vlmprune_jax.run.cli.config_files import experiment_config
-
-def get_config():
-    config = experiment_config()
-    config.model.hf_dir = "{root}/teacher"
-    config.data.train = config.data.eval = "{root}/records.json"
-    config.data.template = "llava_v1"
-    config.data.max_length = 128
-    config.score.depth = "random"
-    config.score.samples = 2
-    config.prune.layers_removed = 1
-    config.prune.vocabulary.size = 448
-    config.prune.vocabulary.sources = ("{root}/sources.json",)
-    config.prune.vocabulary.multiple = 8
-    config.reconstruct.method = "least_squares"
-    config.reconstruct.samples = 8
-    config.recover.trainable = "decoder"
-    config.recover.control = False
-    config.recover.batch_size = 2
-    config.recover.steps = 2
-    config.recover.learning_rate = 1e-2
-    config.recover.losses.ce = config.recover.losses.kl = 0.5
-    config.evaluate.text = "{root}/text.txt"
-    config.evaluate.text_window = 32
-    config.evaluate.max_new_tokens = 4
-    return config
-"""
-
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, goldens):
     root = tmp_path_factory.mktemp("vocabulary")
-    tokenized_folder(root / "teacher", "llama")
-    records = [
-        {"id": f"r{i}", "conversations": [{"from": "human", "value": TOPICS[i][:60]}, {"from": "gpt", "value": "yes"}]}
-        for i in range(8)
-    ]
-    (root / "records.json").write_text(json.dumps(records))
     (root / "text.txt").write_text(TOPICS[1][:400])
-    texts_file(root / "sources.json", [TOPICS[2][i * 100 : (i + 1) * 100] for i in range(30)])
-    (root / "config.py").write_text(CONFIG.format(root=root))
+    sources = texts_file(root / "sources.json", [TOPICS[2][i * 100 : (i + 1) * 100] for i in range(30)])
+    write_experiment(
+        root, goldens, [record(f"r{i}", None, TOPICS[i][:60], "yes") for i in range(8)],
+        tokenized_folder(root / "teacher", "llama"),
+        data={"eval": f"{root}/records.json", "images": None, "template": "llava_v1", "max_length": 128},
+        score={"depth": "random", "samples": 2},
+        prune={"layers_removed": 1, "vocabulary": {"size": 448, "sources": [str(sources)], "multiple": 8}},
+        reconstruct={"method": "least_squares", "samples": 8},
+        recover={"trainable": "decoder", "control": False, "batch_size": 2, "steps": 2, "learning_rate": 1e-2,
+                 "losses": {"ce": 0.5, "kl": 0.5}},
+        evaluate={"text": f"{root}/text.txt", "text_window": 32, "max_new_tokens": 4},
+    )  # fmt: skip
     return root
 
 
-def run(root, command, workdir="w", *more):
-    assert main([command, f"--config={root / 'config.py'}", f"--workdir={root / workdir}", *more]) == 0
+def run(root, command, workdir="w", *more, code=0):
+    flags = [f"--config={root / 'experiment.yaml'}", f"--workdir={root / workdir}"]
+    assert main([command, *flags, *more]) == code
 
 
 def test_prune_reports_held_out_texts(root, capsys):
@@ -86,16 +62,14 @@ def test_prune_reports_held_out_texts(root, capsys):
     run(root, "prune")
     assert "prune: unchanged, skipped" in capsys.readouterr().out
     texts_file(root / "sources.json", [TOPICS[4][i * 100 : (i + 1) * 100] for i in range(30)])
-    assert main(["prune", f"--config={root / 'config.py'}", f"--workdir={root / 'w'}"]) == 2
+    run(root, "prune", code=2)
     assert "prune.vocabulary" in capsys.readouterr().err
 
 
 def test_a_vocabulary_alone_needs_no_scores(root, capsys):
-    (root / "alone.py").write_text((root / "config.py").read_text().replace("config.prune.layers_removed = 1", ""))
-    flags = [f"--config={root / 'alone.py'}", f"--workdir={root / 'alone'}"]
-    assert main(["score", *flags]) == 2
+    run(root, "score", "alone", "--config.prune.layers_removed=None", code=2)
     assert "only the vocabulary is trimmed, so no scores are needed: run `vlmprune prune`" in capsys.readouterr().err
-    assert main(["prune", *flags]) == 0
+    run(root, "prune", "alone", "--config.prune.layers_removed=None")
     assert not list((root / "alone").glob("scores*"))
     plan = vp.PrunePlan.from_json(root / "alone/plan.json")
     teacher, pruned = vp.load(root / "teacher"), vp.load(root / "alone/pruned")
@@ -141,7 +115,7 @@ def test_a_cache_belongs_to_one_vocabulary(root, capsys):
     other = [*cached, "--config.prune.vocabulary.size=456"]
     for stage in ("score", "prune"):
         run(root, stage, "other", *other)
-    assert main(["recover", f"--config={root / 'config.py'}", f"--workdir={root / 'other'}", *other]) == 2
+    run(root, "recover", "other", *other, code=2)
     assert "prune.vocabulary" in capsys.readouterr().err
 
 
